@@ -64,7 +64,7 @@ class SharedRows:
     def end(self, row: int, length: int) -> None:
         """A row is closed that has read so many tokens."""
         shared = self._at(row, length)
-        if (stop := self._sharable(shared)) > shared.kept:
+        if (stop := self._sharable(shared)) > max(shared.kept, _LEFT):
             self.cache.store(shared.root, shared.text[:stop], self._tensors(row))
         del self._rows[row]
 

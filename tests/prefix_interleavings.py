@@ -1,0 +1,194 @@
+"""Requests that share prompts, in random order; every answer is compared with that of its prompt alone.
+
+Adapters are replaced meanwhile, requests given up, and the prefix cache is too small for all.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from peft_oracle import peft_model
+from served_exports import CACHED, END, adapted, chat_tokenizer
+from tiny_models import tiny_model
+
+from gralora_fx.engine.decoder import part_length
+from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.adapter_export import convert_adapter
+from gralora_fx.serving import load
+from gralora_fx.serving.completion import TextRequest
+from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
+from gralora_fx.serving.scheduling.served_models import ServedModels
+
+ADAPTERS, VERSIONS, CONTEXT, CHUNK = 8, 2, 192, 16
+LIMIT = 200_000  # bytes, about nine blocks
+SIZES: dict[str, Any] = {
+    "eos_token_id": END,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+    "max_position_embeddings": CONTEXT,
+}
+
+
+def made(folder: Path) -> tuple[Path, list[list[Path]]]:
+    """An export of a tiny Llama, and for each of some adapters the files of its versions."""
+    model, _ = adapted("llama", folder, CACHED, **SIZES)
+    export_onnx(model, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    files = []
+    for number in range(ADAPTERS):
+        files.append([])
+        for version in range(VERSIONS):
+            name = f"a{number}-{version}"
+            fields = {"r": 2 + 2 * (number % 3), "gralora_k": 2, "alpha": 32, "target_modules": "all-linear"}
+            peft_model(tiny_model("llama", **SIZES), 10 + number * VERSIONS + version, **fields).save_pretrained(
+                str(folder / name)
+            )
+            files[-1].append(convert_adapter(folder / name, folder / "onnx", folder, name))
+    return folder / "onnx", files
+
+
+class Counts:
+    """Keeps what the scheduler tells.
+
+    Attributes:
+        read: How many tokens of prompts were read.
+        generated: How many tokens were chosen.
+        found: How many tokens of prompts were in the cache.
+    """
+
+    def __init__(self) -> None:
+        self.read_tokens = self.new = self.found = self.failures = 0
+
+    def waited(self, seconds: float) -> None:
+        pass
+
+    def began(self, seconds: float) -> None:
+        pass
+
+    def ran(self, seconds: float, rows: int) -> None:
+        pass
+
+    def read(self, tokens: int) -> None:
+        self.read_tokens += tokens
+
+    def looked_up(self, tokens: int, found: int) -> None:
+        self.found += found
+
+    def generated(self, tokens: int) -> None:
+        self.new += tokens
+
+    def failed(self) -> None:
+        self.failures += 1
+
+
+class Interleavings:
+    """A scheduler with a prefix cache, whose turns are taken here, and the same model without one.
+
+    Attributes:
+        counts: What the scheduler told.
+        cache: The prefix cache.
+        answers: How many answers were compared.
+        wrong: Of which a token was another one.
+        reloads: How many adapters were replaced.
+        given_up: How many requests were given up while they waited or ran.
+        most: The most bytes that the cache took.
+    """
+
+    def __init__(self, export: Path, files: list[list[Path]], seed: int = 0, limit: int = LIMIT) -> None:
+        self._random, self._files = random.Random(seed), files
+        model, self._alone = load(export, threads=1), load(export, threads=1)
+        for number, versions in enumerate(files):
+            for version, file in enumerate(versions):
+                self._alone.load_adapter(f"a{number}-{version}", file)
+        self._cold = self._alone.decoder(rows=1, chunk=CHUNK)
+        self._models = ServedModels("base", model)
+        self._versions = dict.fromkeys(range(len(files)), 0)
+        for number in self._versions:
+            self._load(number)
+        decoder = model.decoder(rows=3, chunk=CHUNK, prefix_cache=limit)
+        assert decoder.prefix_cache is not None
+        self.cache, self.counts = decoder.prefix_cache, Counts()
+        self._scheduler = ContinuousScheduler(decoder, chat_tokenizer(), self.counts, max_queue=16, models=self._models)
+        self._texts = [(number - 1, self._tokens(self._random.randrange(1, 120))) for number in range(6)]
+        self._known: dict[Any, list[int]] = {}
+        self.answers = self.wrong = self.reloads = self.given_up = self.most = 0
+
+    def run(self) -> None:
+        """One interleaving: some requests that join, run and leave in random order."""
+        jobs: list[tuple[Any, int, str | None, TextRequest]] = []
+        to_ask = self._random.randrange(2, 7)
+        while to_ask or self._scheduler.in_flight:
+            action = self._random.random()
+            if action < 0.01:
+                self._reload()
+            elif jobs and action < 0.04:
+                job = self._random.choice(jobs)[0]
+                self.given_up += not (job.is_done or job.is_cancelled)
+                job.cancel()
+            elif to_ask and action < 0.4:
+                to_ask -= 1
+                jobs.append(self._ask())
+            elif self._scheduler.in_flight:
+                self._scheduler._turn()
+                self.most = max(self.most, self.cache.size)
+        for job, number, version, request in jobs:
+            if not job.is_cancelled:
+                answer = self._answer(version, request)
+                self.answers += 1
+                self.wrong += job.answer.ids != answer
+                # what later prompts go on from, as the next turn of a chat does
+                place = self._random.randrange(len(self._texts))
+                self._texts[place] = number, [*request.prompt, *answer][: CONTEXT - 40]
+
+    def _ask(self) -> tuple[Any, int, str | None, TextRequest]:
+        number, text = self._random.choice(self._texts)
+        prompt = text[: self._random.randrange(1, len(text) + 1)] if self._random.random() < 0.3 else text
+        prompt = (prompt + self._tokens(self._random.randrange(0, 12)))[: CONTEXT - 20] or [5]
+        if self._random.random() < 0.2:
+            number = self._random.randrange(-1, len(self._files))
+        count = self._random.randrange(1, 12)
+        draws = {"do_sample": True, "seed": self._random.randrange(100)} if self._random.random() < 0.3 else {}
+        salt = self._random.choice([None, None, "a"])
+        with self._models.held("base" if number < 0 else f"a{number}") as key:
+            request = TextRequest(tuple(prompt), count, Sampling(**draws), adapter=key, salt=salt)
+            (job,) = self._scheduler.submit([(request, lambda _: None)])
+        return job, number, None if number < 0 else f"a{number}-{self._versions[number]}", request
+
+    def _reload(self) -> None:
+        number = self._random.randrange(len(self._files))
+        self._versions[number] = (self._versions[number] + 1) % VERSIONS
+        self._load(number)
+        self.reloads += 1
+
+    def _load(self, number: int) -> None:
+        file = self._files[number][self._versions[number]]
+
+        def load_it() -> None:
+            self._models.load(f"a{number}", file, lambda _: None, replace=True, dispose=lambda: None)
+
+        self._models.change(load_it).result(20)
+
+    def _answer(self, version: str | None, request: TextRequest) -> list[int]:
+        """The tokens of an answer to a prompt alone, read cold."""
+        key = version, request.prompt, request.max_new_tokens, request.sampling.seed
+        if key not in self._known:
+            row, left = self._cold.open(version), list(request.prompt)
+            chooser, ends = request.chooser(frozenset({END})), frozenset({END})
+            while left:
+                count = part_length(len(left), CHUNK)
+                logits = self._cold.step({row: left[:count]})[row]
+                left = left[count:]
+            ids: list[int] = []
+            while (token := chooser(logits).token) not in ends:
+                ids.append(token)
+                if len(ids) == request.max_new_tokens:
+                    break
+                logits = self._cold.step({row: [token]})[row]
+            self._cold.close(row)
+            self._known[key] = ids
+        return self._known[key]
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(3, 97) for _ in range(count)]
