@@ -34,6 +34,7 @@ NAMES = (
     "rounding",
     "few_bits",
     "clients",
+    "traces",
     "batch-lengths",
     "structure",
 )

@@ -328,6 +328,20 @@ def test_cached_tokens_are_shown(page: Page, text_service: tuple[str, Any], monk
     assert page.one(".note").text.endswith(" · cut at max tokens · 4 of 5 prompt tokens cached")
 
 
+def test_the_share_of_cached_tokens(page: Page, text_service: tuple[str, Any]) -> None:
+    url = text_service[0]
+    page.open(url)
+    for _ in range(2):
+        by_api(url, "wide", "abc" * 16)
+    metrics = urlopen(f"{url}metrics", timeout=30).read().decode()
+    hits, queries = (
+        float(re.findall(rf"^gralora_fx_prefix_cache_{kind}_total (\S+)$", metrics, re.MULTILINE)[0])
+        for kind in ("hits", "queries")
+    )
+    assert hits > 0
+    page.wait(lambda: page.tile("Prompts cached") == pytest.approx(100 * hits / queries, abs=0.06))
+
+
 def test_every_control_has_a_name_and_is_reached_by_the_keyboard(page: Page, text_service: tuple[str, Any]) -> None:
     page.open(text_service[0])
     for title in ("System prompt", "Form of the answer", "Copy as curl"):

@@ -6,6 +6,7 @@ import { getText } from "./service.js";
 const PERIOD = 2000;
 const KEPT = 60;
 const REJECTED = "gralora_fx_rejections_total:post"; // of the requests that are counted
+const CACHE = "gralora_fx_prefix_cache";
 const MEMORY = "process_resident_memory_bytes";
 const [WIDTH, HEIGHT] = [120, 28];
 
@@ -35,6 +36,7 @@ function tiles(info, generates) {
     ["Tokens/s", tokens, (at) => [at.rate(tokens), at.rate(tokens), `${number(at.value(tokens), 0)} in all`]],
     ["In flight", flight, (at) => both(at.value(flight), "being answered")],
     ["Queue", queue, (at) => both(at.value(queue), `of ${info.max_queue} · ${waited(at, wait)}`)],
+    ["Prompts cached", `${CACHE}_queries_total`, cached],
     ["Rejected", REJECTED, rejected],
     ["Memory", MEMORY, memory],
   ];
@@ -52,6 +54,14 @@ function waited(at, name) {
 function rejected(at) {
   const failed = at.value("gralora_fx_run_failures_total");
   return [at.value(REJECTED), at.rate(REJECTED), failed ? `${number(failed, 0)} runs failed` : "no run failed"];
+}
+
+// The share of prompts' tokens that the prefix cache had: of all so far, and of those since the last look.
+function cached(at) {
+  const [hits, queries] = [`${CACHE}_hits_total`, `${CACHE}_queries_total`];
+  const share = (had, asked) => (asked ? (100 * had) / asked : 0);
+  const limit = at.now.has(`${CACHE}_bytes`) ? ` · ${number(at.value(`${CACHE}_bytes`) / 2 ** 20)} MiB` : "";
+  return [share(at.value(hits), at.value(queries)), share(at.change(hits), at.change(queries)), `% of tokens${limit}`];
 }
 
 function memory(at) {

@@ -1,0 +1,121 @@
+"""What spans cost: requests of a service that is traced, beside the same requests of one that is not.
+
+SmolLM2-135M, float32 and int4, two threads. One app answers both sides in turns, once as it is and once within the
+middleware that makes spans, which go in batches to a collector of its own process, by OTLP over HTTP. A request that is
+traced has a parent that is sampled; on a third side its parent is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from benchmarks import smollm2
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.serving.http.app import create_app
+from gralora_fx.serving.http.spans import SpanMiddleware, tracing_of_environment
+
+RUNS = Path("runs/generation")
+THREADS, CLIENTS, NEW, SHORT = 2, 8, 48, 20  # requests at once and their tokens, and short requests one after the other
+PLAIN, TRACED, UNSAMPLED = "without spans", "with spans", "not sampled"
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-0"
+_COLLECTOR = """
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+class Receiver(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_): pass
+server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def run(iterations: int = 15) -> Report:
+    """Measure all sides in turns.
+
+    Args:
+        iterations: Timed rounds of each side.
+    """
+    report = Report("traces", f"spans of requests: SmolLM2-135M, {CLIENTS} clients")
+    with _collector() as address:
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = address
+        tracing = tracing_of_environment()
+        del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+        assert tracing is not None
+        for precision, directory in smollm2.exports(RUNS):
+            progress(f"{precision}: all sides in turns")
+            app = create_app(ServiceSettings(directory, threads=THREADS))
+            sides = {PLAIN: app, TRACED: SpanMiddleware(app, tracing.tracer)}
+            asyncio.run(_compare(report, precision, app, {**sides, UNSAMPLED: sides[TRACED]}, iterations))
+        tracing.close()
+    return report
+
+
+async def _compare(report: Report, precision: str, app: Any, sides: dict[str, Any], iterations: int) -> None:
+    long: dict[str, list[float]] = {side: [] for side in sides}
+    short: dict[str, list[float]] = {side: [] for side in sides}
+    async with app.router.lifespan_context(app):
+        for iteration in range(-1, iterations):
+            for side in list(sides)[:: 1 if iteration % 2 else -1]:
+                took = await _ask(sides[side], side)
+                if iteration >= 0:
+                    long[side].append(took[0])
+                    short[side].append(took[1])
+    rows = [
+        {"requests": side, f"{CLIENTS} at once, {NEW} tokens each, s": statistics.median(long[side])}
+        | {"one of one token, ms": 1e3 * statistics.median(short[side])}
+        for side in sides
+    ]
+    report.tables.append(Table(precision, rows))
+    for side in (TRACED, UNSAMPLED):
+        ratio = Ratio.between(long[side], long[PLAIN])
+        report.claims.append(
+            Claim(f"{precision}: {CLIENTS} requests {side} over those {PLAIN}", ratio.median_of_pairs, at_most=1.02)
+        )
+        added = statistics.median(a - b for a, b in zip(short[side], short[PLAIN], strict=True))
+        report.claims.append(Claim(f"{precision}: a request {side}, ms more", 1e3 * added, at_most=1.0))
+
+
+async def _ask(app: Any, side: str) -> tuple[float, float]:
+    """Seconds of all requests at once, and of a short one."""
+    headers = {"traceparent": PARENT + ("0" if side == UNSAMPLED else "1")}
+    transport = httpx2.ASGITransport(app=app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://service", headers=headers) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+
+        async def ask(count: int) -> None:
+            body = {"model": model, "prompt": "Once upon a time", "max_tokens": count, "ignore_eos": True}
+            (await client.post("/v1/completions", json=body, timeout=600)).raise_for_status()
+
+        started = time.perf_counter()
+        await asyncio.gather(*(ask(NEW) for _ in range(CLIENTS)))
+        middle = time.perf_counter()
+        for _ in range(SHORT):
+            await ask(1)
+        return middle - started, (time.perf_counter() - middle) / SHORT
+
+
+@contextmanager
+def _collector() -> Iterator[str]:
+    """The address of what takes spans, and does nothing with them."""
+    process = subprocess.Popen([sys.executable, "-c", _COLLECTOR], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.communicate()
