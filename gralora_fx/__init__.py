@@ -1,7 +1,12 @@
 """Rewrite traced models with GraLoRA, LoRA or DoRA adapters; train, merge, export to ONNX and serve them."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Official builds of ONNX Runtime from 1.29 on tell Microsoft about models and sessions, and keep an id of the machine
+# below the home. They look here once, when they are imported; who wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from gralora_fx.config import GraloraConfig

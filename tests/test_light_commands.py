@@ -91,6 +91,15 @@ def test_help_and_bad_input_import_nothing_heavy(made: Path, tmp_path: Path) -> 
         assert run(*arguments) == (1, []), arguments
 
 
+def test_onnxruntime_reports_nothing(made: Path, tmp_path: Path) -> None:
+    """Its official builds write a device id below the home, and send what they know of models."""
+    code = f"import gralora_fx, onnxruntime\nonnxruntime.InferenceSession({str(made / 'onnx' / 'model.onnx')!r})"
+    unset = ("ORT_DISABLE_TELEMETRY", "CI", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME")  # each of which prevents it too
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "alone"),
     [
