@@ -174,13 +174,16 @@ def with_sentence_settings(
     return changed
 
 
-def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError]) -> list[int]:
+def prompt_ids(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError], tools: Sequence[Any] = ()
+) -> list[int]:
     """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are.
 
     Args:
         prompt: The prompt.
         tokenizer: For texts and chats, or None.
         error: The error type to raise.
+        tools: Of a chat, the tools that its template describes, as OpenAI's clients send them.
 
     Raises:
         GraloraError: Of the given type: it needs a tokenizer and there is none, or it is not a prompt.
@@ -202,7 +205,8 @@ def prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: ty
         if isinstance(prompt, str):
             prompt.encode()  # a lone surrogate is not text, which the tokenizers' own error does not say
             return list(tokenizer(prompt)["input_ids"])
-        text = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        described = list(tools) or None
+        text = tokenizer.apply_chat_template(list(prompt), described, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     except Exception as failure:  # tokenizers and the templates of chats raise types of their own
         raise error(f"the tokenizer does not take the prompt {prompt!r:.80} ({first_line(failure)})") from failure

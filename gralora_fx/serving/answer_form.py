@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.json_schema import check_size, schema_text
 
-FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar"]
+FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "calls"]
 GivenForms: TypeAlias = Mapping[str, tuple[FormKind, Any]]  # by a name: the kind, and a value or None
 _MOST_CHOICES = 1024
 _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while it is compiled
@@ -43,7 +43,7 @@ class AnswerForm:
 
     Attributes:
         kind: Of which kind it is.
-        value: The schema as JSON text, the expression, the choices, or the grammar.
+        value: The schema as JSON text, the expression, the choices, or the grammar; of calls, llguidance's grammars.
     """
 
     kind: FormKind

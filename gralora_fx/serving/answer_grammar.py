@@ -38,6 +38,9 @@ class Grammars:
     """Compiles forms for a tokenizer, each time anew, as a row may spoil what it was compiled to.
 
     Several threads may use it.
+
+    Attributes:
+        tokenizer: The tokenizer; None if there is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits | None = None) -> None:
@@ -47,7 +50,7 @@ class Grammars:
             tokenizer: The tokenizer, which is read when the first form comes; None if there is none.
             limits: The vocabulary and end tokens of the model; None for those of the tokenizer.
         """
-        self._tokenizer, self._limits = tokenizer, limits
+        self.tokenizer, self._limits = tokenizer, limits
         self._tokens: Any = None  # llguidance's form of the tokenizer
         self._lock = threading.Lock()
 
@@ -75,10 +78,39 @@ class Grammars:
             ServingError: llguidance is not installed, there is no tokenizer or it cannot read that, the form cannot be
                 compiled, or no token can begin such an answer.
         """
+        return AnswerGrammar(self._read(), form, None if self._limits is None else self._limits.vocabulary)
+
+    def part(self, form: AnswerForm) -> dict[str, Any]:
+        """A form as one of the grammars that a form of the kind `calls` is made of, without a name.
+
+        Raises:
+            ServingError: It is nested too deeply.
+        """
+        try:
+            text = _source(form)
+        except ValueError as error:
+            raise ServingError(f"it cannot be compiled ({first_line(error)})") from error
+        if not text.startswith("{"):
+            return {"lark_grammar": text}
+        (own,) = json.loads(text)["grammars"]
+        return {name: value for name, value in own.items() if name != "name"}
+
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of the tokens that no text within a grammar has, and which a grammar can name; without end tokens.
+
+        Raises:
+            ServingError: As of `compiled`.
+        """
+        tokens = self._read()
+        special = filter(tokens.is_special_token, range(tokens.vocab_size))
+        return frozenset(special) - frozenset(tokens.eos_tokens)
+
+    def _read(self) -> Any:
+        """The tokenizer as llguidance takes it."""
         with self._lock:
             if self._tokens is None:
-                self._tokens = _read(self._tokenizer, frozenset() if self._limits is None else self._limits.ends)
-        return AnswerGrammar(self._tokens, form, None if self._limits is None else self._limits.vocabulary)
+                self._tokens = _read(self.tokenizer, frozenset() if self._limits is None else self._limits.ends)
+            return self._tokens
 
 
 class AnswerGrammar:
@@ -258,6 +290,8 @@ def _source(form: AnswerForm) -> str:
     """A form as llguidance takes it."""
     import llguidance
 
+    if form.kind == "calls":
+        return str(form.value)
     if form.kind == "json":
         return str(llguidance.LLMatcher.grammar_from_json_schema(str(form.value), overrides=_JSON))
     text = json.dumps(form.value) if form.kind == "choice" else str(form.value)

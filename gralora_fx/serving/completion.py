@@ -19,6 +19,7 @@ from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.generation import Generation
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.stop_search import StopSearch
 from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
@@ -53,6 +54,7 @@ class TextRequest:
         source: What an encoder-decoder's encoder reads; None of a decoder.
         grammar: What the answer's tokens may be; None for any.
         salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
+        shown: Special tokens that are part of the answer's text.
     """
 
     prompt: tuple[int, ...]
@@ -64,6 +66,7 @@ class TextRequest:
     source: EncoderInput | None = None
     grammar: AnswerGrammar | None = None
     salt: str | None = None
+    shown: frozenset[int] = frozenset()
 
     @property
     def arrays(self) -> Source | None:
@@ -124,16 +127,23 @@ class Completion:
         ending: Why it has, once `extend` has ended it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        ends: frozenset[int],
+        stop: Sequence[str],
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
         """Start an empty completion.
 
         Args:
             tokenizer: Decodes tokens; None for tokens without text.
             ends: Ids of the tokens that end an answer.
             stop: Strings that end an answer.
+            shown: Special tokens that are part of the text.
         """
-        self._stream = None if tokenizer is None else TextStream(tokenizer)
-        self._ends, self._stops = ends, [_Stop(string) for string in stop]
+        self._stream = None if tokenizer is None else TextStream(tokenizer, shown)
+        self._ends, self._stops = ends, [StopSearch(string) for string in stop]
         self._held = ""
         self._pieces: list[str] = []
         self.ids: list[int] = []
@@ -314,36 +324,3 @@ class _Rows:
                 logits = logits_of[self._rows[row]]
                 self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
             tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}
-
-
-class _Stop:
-    """An incremental Knuth-Morris-Pratt search for a stop string, one character at a time.
-
-    Its table is extended only as far as the text has matched, so a long string costs no more than the text.
-
-    Attributes:
-        string: The stop string.
-        matched: The length of its longest prefix that the text ends with.
-    """
-
-    def __init__(self, string: str) -> None:
-        self.string = string
-        self.matched = 0
-        self._borders = [0]  # for each prefix: the length of its longest proper prefix that is also its suffix
-
-    def step(self, letter: str) -> bool:
-        """Add a character; returns whether the string is complete."""
-        while self.matched and self.string[self.matched] != letter:
-            self.matched = self._borders[self.matched - 1]
-        if self.string[self.matched] == letter:
-            self.matched += 1
-            self._extend()
-        return self.matched == len(self.string)
-
-    def _extend(self) -> None:
-        """Extend the table to the length of the match."""
-        while len(self._borders) < self.matched:
-            letter, border = self.string[len(self._borders)], self._borders[-1]
-            while border and self.string[border] != letter:
-                border = self._borders[border - 1]
-            self._borders.append(border + (self.string[border] == letter))

@@ -16,15 +16,23 @@ _LEAST, _MOST = 8, 32  # tokens that are decoded again in a step, at least and a
 class TextStream:
     """The text of a growing answer: the pieces together are `tokenizer.decode(ids, skip_special_tokens=True)`.
 
+    If special tokens are shown, they are that of the tokens before, between and after these, and their names.
+
     A step decodes only the last few tokens, with some context on which the new text may depend: a first token loses its
     space. Text that later tokens may change is held back: a character of several tokens, a run of byte tokens (which
     form text together or not at all), and the last word if spaces are cleaned up.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Start an empty text."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: frozenset[int] = frozenset()) -> None:
+        """Start an empty text.
+
+        Args:
+            tokenizer: The tokenizer.
+            shown: Ids of special tokens that are part of the text by their names.
+        """
         self._tokenizer = tokenizer
-        self._skipped = _special_tokens(tokenizer)
+        special = _special_tokens(tokenizer)
+        self._skipped, self._shown = special - shown, special & shown
         self._window: list[int] = []
         self._released = 0  # letters of the window's text
         self._cleaner = _Cleaner(tokenizer) if _cleans_spaces(tokenizer) else None
@@ -34,6 +42,10 @@ class TextStream:
         name = _name_of(self._tokenizer, token)
         if token in self._skipped or name is None:
             return ""
+        if token in self._shown:
+            piece = self.finish() + name
+            self._window, self._released = [], 0
+            return piece
         self._window.append(token)
         if _BYTE.match(name):
             return ""

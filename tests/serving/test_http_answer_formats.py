@@ -300,8 +300,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "response_format.json_schema.schema",
         "dictionary",
     ),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools", "is not supported"),
-    "tool_choice": ({"tool_choice": "required"}, "tool_choice", "is not supported"),
 }
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -20,17 +20,19 @@ from gralora_fx.serving.http.gateway_metrics import GatewayMetrics
 from gralora_fx.serving.http.inference.routes import inference_routes, server_routes
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.middleware import add_middleware
-from gralora_fx.serving.http.openai.completions import text_routes
+from gralora_fx.serving.http.openai.completions import completion_routes
 from gralora_fx.serving.http.openai.encoders import encoder_routes
 from gralora_fx.serving.http.openai.models import adapter_routes, model_routes
+from gralora_fx.serving.http.openai.responses import response_routes
 from gralora_fx.serving.http.openai.speech import speech_routes
+from gralora_fx.serving.http.openai.text_requests import QuestionReader
 from gralora_fx.serving.http.openapi import DescribedApp
 from gralora_fx.serving.http.root_adapters import AdapterChanges, OwnChanges, RootAdapters
 from gralora_fx.serving.http.service_routes import health_routes, info_routes, page_routes, service_info
 from gralora_fx.serving.http.spans import SpanMiddleware, Tracing, tracing_of_environment
 from gralora_fx.serving.scheduling.on_demand import OnDemandAdapters
 
-_logger = logging.getLogger("uvicorn.error")
+_logger = logging.getLogger("uvicorn.error")  # which says what else happens at the start
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:
@@ -73,6 +75,8 @@ def _app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.queue.start()
+        for note in engine.notes:
+            _logger.info(note)
         app.state.is_ready = True
         if tracing is not None:
             _logger.info("requests are traced by OpenTelemetry, to %s", tracing.exporters)
@@ -120,9 +124,17 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         texts = encoder_routes(engine)
     else:
         assert isinstance(engine, TextEngine)
-        texts = text_routes(engine) if engine.takes_text else speech_routes(engine)
+        texts = _text_routes(engine) if engine.takes_text else speech_routes(engine)
     app.include_router(texts)
     if texts.routes:
         metrics.measure_tokens(generated=isinstance(engine, TextEngine))
     if isinstance(engine, EncoderEngine):
         app.include_router(inference_routes(engine))
+
+
+def _text_routes(engine: TextEngine) -> APIRouter:
+    """The routes of texts, which share the threads that compile forms of answers."""
+    questions, router = QuestionReader(engine), APIRouter()
+    router.include_router(completion_routes(engine, questions))
+    router.include_router(response_routes(engine, questions))
+    return router

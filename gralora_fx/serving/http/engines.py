@@ -28,6 +28,7 @@ from gralora_fx.serving.scheduling.adapter_versions import AdapterLimits
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
+from gralora_fx.serving.tool_template import ToolTemplate
 
 _MOST_ADAPTERS = 64  # in memory, unless there are more from the start
 _logger = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ class Engine:
         """Whether it answers texts, and its tokenizer has a template for chats."""
         return False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says of it once it is ready."""
+        return ()
+
     def stop(self) -> None:
         """Answer what is there, and end."""
         self.queue.stop()
@@ -72,12 +78,14 @@ class TextEngine(Engine):
     Attributes:
         tokenizer: The tokenizer beside the model.
         grammars: Compiles forms of answers for it.
+        tools: What the tokenizer's template does with tools.
         inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
     """
 
     queue: ContinuousScheduler
     tokenizer: PreTrainedTokenizerBase
     grammars: Grammars
+    tools: ToolTemplate
     inputs: EncoderInputs | None = None
 
     @property
@@ -94,6 +102,11 @@ class TextEngine(Engine):
     def takes_chats(self) -> bool:
         """Whether it answers texts, and its tokenizer has a template for chats."""
         return self.takes_text and bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How tools are called in chats."""
+        return (str(self.tools),) if self.takes_chats else ()
 
 
 @dataclass(frozen=True)
@@ -155,7 +168,8 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
     queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, models=models)
     trial = try_decoder(model)
-    return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, model.encoder_inputs)
+    tools = ToolTemplate.of(tokenizer)
+    return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, tools, model.encoder_inputs)
 
 
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:

@@ -96,9 +96,9 @@ def _add_errors(path: str, method: str, operation: dict[str, Any]) -> None:
 
 
 def _add_bodies(path: str, method: str, operation: dict[str, Any]) -> None:
-    """Describe binary tensors of `infer`, and streams of completions."""
+    """Describe binary tensors of `infer`, and streams of answers."""
     answer = operation["responses"].get("200", {}).setdefault("content", {})
-    if path.endswith("completions"):
+    if path.endswith(("completions", "/responses")):
         answer[_EVENTS] = {"schema": {"type": "string"}}
     if not (path.endswith("/infer") and method == "post"):
         return

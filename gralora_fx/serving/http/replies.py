@@ -200,14 +200,16 @@ def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any
 class EventStream(StreamingResponse):
     """Server-sent events; the answers are given up when the client goes away, even before the first event."""
 
-    def __init__(self, answers: TextAnswers, objects: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, answers: TextAnswers, objects: AsyncIterator[dict[str, Any]], *, is_typed: bool = False) -> None:
         """Begin a stream.
 
         Args:
             answers: What is answered.
             objects: What the events hold.
+            is_typed: Whether each object has the `type` of its event, and the last one of them ends the stream.
         """
-        super().__init__(self._events(objects), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        events = self._typed(objects) if is_typed else self._events(objects)
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -227,6 +229,10 @@ class EventStream(StreamingResponse):
             self._answers.cancel()
             yield event(error_body(status_of(error), str(error)))
         yield END
+
+    async def _typed(self, objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+        async for body in objects:
+            yield f"event: {body['type']}\n".encode() + event(body)
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -92,7 +92,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
         jobs = []
         for request, sink in requests:
             ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
-            jobs.append(TextJob(request, Completion(self._tokenizer, ends, request.stop), ends, sink))
+            answer = Completion(self._tokenizer, ends, request.stop, request.shown)
+            jobs.append(TextJob(request, answer, ends, sink))
         self.put(jobs)
         return jobs
 

@@ -8,8 +8,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.call_grammar import ToolUse
 from gralora_fx.serving.http.openai.answer_format import AnswerFormat
+from gralora_fx.serving.http.openai.messages import ChatMessage, template_messages
 from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel
+from gralora_fx.serving.http.openai.tool_requests import ToolFields
 from gralora_fx.serving.sampling import Sampling
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
@@ -45,25 +48,8 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class _TextFields(AnswerFormat):
-    """What completions and chats share: OpenAI's fields, and beside them vLLM's."""
-
-    without_effect: ClassVar[Idle] = {
-        "user": None,
-        "metadata": None,
-        "safety_identifier": None,
-        "prompt_cache_key": None,
-        "parallel_tool_calls": None,
-        "store": (False,),
-        "service_tier": ("auto", "default"),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "modalities": (["text"],),
-        "best_of": (1,),
-        "suffix": ("",),
-    }
+class SamplingFields(StrictModel):
+    """How tokens are chosen: OpenAI's fields, and beside them vLLM's."""
 
     model: str
     temperature: Temperature | None = None
@@ -80,9 +66,7 @@ class _TextFields(AnswerFormat):
     stop_token_ids: Annotated[list[_Count] | None, BeforeValidator(_few)] = None
     stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=_SALT)] | None = None
-    n: Annotated[int, Field(ge=1, le=128)] = 1
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     @property
     def top_scores(self) -> int | None:
@@ -131,6 +115,27 @@ class _TextFields(AnswerFormat):
             return None
         return sorted({*(() if self.ignore_eos else ends), *(self.stop_token_ids or ())})
 
+
+class _TextFields(SamplingFields, AnswerFormat):
+    """What completions and chats share."""
+
+    without_effect: ClassVar[Idle] = {
+        "user": None,
+        "metadata": None,
+        "safety_identifier": None,
+        "prompt_cache_key": None,
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "best_of": (1,),
+        "suffix": ("",),
+    }
+
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stream_options: StreamOptions | None = None
+
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
@@ -139,6 +144,13 @@ class _TextFields(AnswerFormat):
 
 class CompletionRequest(_TextFields):
     """A request of `/v1/completions`."""
+
+    without_effect: ClassVar[Idle] = {
+        **_TextFields.without_effect,
+        "parallel_tool_calls": None,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+    }
 
     prompt: Texts
     max_tokens: _Count | None = None
@@ -155,6 +167,19 @@ class CompletionRequest(_TextFields):
         """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
         return self.logprobs
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether it has tools: never."""
+        return False
+
+    def template_tools(self) -> list[dict[str, Any]]:
+        """The tools that a template describes: none."""
+        return []
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that an answer may call: none."""
+        return None
+
     def most_tokens(self, left: int) -> int:
         """The most tokens to add to a prompt.
 
@@ -169,38 +194,7 @@ class CompletionRequest(_TextFields):
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
-class TextPart(StrictModel):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(StrictModel):
-    """A message of a chat."""
-
-    without_effect: ClassVar[Idle] = {
-        "annotations": ([],),
-        "tool_calls": ([],),
-    }  # as answers hold them, which clients send back
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | ListOf[TextPart]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The content, its parts joined."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-    @property
-    def fields(self) -> dict[str, str]:
-        """The message as templates of chats take it, which know a developer as the system."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.text, **({} if self.name is None else {"name": self.name})}
-
-
-class ChatRequest(_TextFields):
+class ChatRequest(_TextFields, ToolFields):
     """A request of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -210,9 +204,13 @@ class ChatRequest(_TextFields):
     max_completion_tokens: Whole | None = None
 
     @property
-    def prompts(self) -> list[list[dict[str, str]]]:
-        """The chat, as tokenizers take it."""
-        return [[message.fields for message in self.messages]]
+    def prompts(self) -> list[list[dict[str, Any]]]:
+        """The chat, as tokenizers take it.
+
+        Raises:
+            FormError: A call or a result in it is wrong.
+        """
+        return [template_messages(self.messages)]
 
     @property
     def echo(self) -> bool:

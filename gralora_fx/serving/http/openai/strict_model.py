@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 _Item = TypeVar("_Item")
 
@@ -42,6 +43,19 @@ class StrictModel(BaseModel):
         for name in [name for name in fields if name not in known][1:]:
             del fields[name]
         return fields
+
+
+def wrong_field(field: str, kind: str, problem: str) -> ValidationError:
+    """An error of a field that is wrong beside others, for a validator to raise.
+
+    Args:
+        field: The field.
+        kind: The kind of error, as pydantic's `missing`.
+        problem: What is wrong.
+    """
+    # in braces a problem would be taken for a template
+    error = PydanticCustomError(kind, "{problem}", {"problem": problem})
+    return ValidationError.from_exception_data(field, [InitErrorDetails(type=error, loc=(field,), input=None)])
 
 
 def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:

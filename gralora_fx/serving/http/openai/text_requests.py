@@ -1,0 +1,196 @@
+"""What the requests of OpenAI's protocol ask of a decoder: prompts as tokens, grammars, how tokens are chosen."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from gralora_fx.errors import ServingError
+from gralora_fx.loading.tokenizers import is_chat, prompt_ids
+from gralora_fx.serving.answer_form import GivenForms, one_form
+from gralora_fx.serving.answer_grammar import AnswerGrammar
+from gralora_fx.serving.call_grammar import ToolUse, call_grammar
+from gralora_fx.serving.call_reader import CallReader
+from gralora_fx.serving.completion import TextRequest, seeded
+from gralora_fx.serving.http.engines import TextEngine
+from gralora_fx.serving.http.openai.requests import StreamOptions
+from gralora_fx.serving.http.replies import TextAnswers, timeout_of
+from gralora_fx.serving.http.spans import note_model
+from gralora_fx.serving.prompts import stop_strings
+from gralora_fx.serving.sampling import Sampling
+
+_COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
+
+
+class Asked(Protocol):
+    """A request for text."""
+
+    @property
+    def model(self) -> str:
+        """The adapter, or the base."""
+
+    @property
+    def stream(self) -> bool | None:
+        """Whether the answer is a stream."""
+
+    @property
+    def stream_options(self) -> StreamOptions | None:
+        """What a stream holds beside text."""
+
+    @property
+    def prompts(self) -> Sequence[Any]:
+        """What to answer: texts, token ids or chats."""
+
+    @property
+    def n(self) -> int:
+        """How many answers to each."""
+
+    @property
+    def stop(self) -> str | list[str] | None:
+        """Strings that end an answer."""
+
+    @property
+    def cache_salt(self) -> str | None:
+        """What keeps its prompts apart from those of others."""
+
+    @property
+    def echo(self) -> bool:
+        """Whether an answer begins with its prompt."""
+
+    @property
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+
+    def sampling(self, ends: frozenset[int]) -> Sampling:
+        """How tokens are chosen, where some end an answer by default."""
+
+    def most_tokens(self, left: int) -> int:
+        """The most tokens to add to a prompt after which there is room for some."""
+
+    def forms(self) -> GivenForms:
+        """The forms that an answer may have, by the fields that say them."""
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it has tools, whose schemas are to be checked."""
+
+    def template_tools(self) -> list[dict[str, Any]]:
+        """The tools that a chat's template describes."""
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that an answer may call."""
+
+
+@dataclass(frozen=True)
+class TextQuestions:
+    """What a request asks for.
+
+    Attributes:
+        requests: What to answer, of each prompt as many as it has answers.
+        prompt_tokens: The tokens of the prompts, each counted once.
+        calls_tools: Whether an answer may call tools.
+    """
+
+    requests: list[TextRequest]
+    prompt_tokens: int
+    calls_tools: bool
+
+    def reader(self, engine: TextEngine) -> CallReader | None:
+        """What reads the calls of one answer; None if it may have none."""
+        return CallReader(engine.tools.format) if self.calls_tools else None
+
+
+class QuestionReader:
+    """Reads requests for one decoder."""
+
+    def __init__(self, engine: TextEngine) -> None:
+        """Begin without requests.
+
+        Args:
+            engine: The decoder.
+        """
+        self._engine = engine
+        self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx forms")
+
+    async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
+        """Queue what a request asks for, with the adapter that its model's name means.
+
+        Args:
+            asked: The request.
+            request: The same, as it came.
+
+        Raises:
+            ServingError: There is no such model, the prompts or options cannot be taken, or there is no room.
+        """
+        engine, seconds, begun = self._engine, timeout_of(request), time.monotonic()
+        if asked.stream_options is not None and not asked.stream:
+            raise ServingError("stream_options has no effect without stream; give stream too, or leave it out")
+        async with engine.models.ready(asked.model, seconds) as adapter:
+            note_model(request.scope, asked.model, adapter)
+            asks = await self._read(asked, adapter)
+            answers = TextAnswers(engine.queue, asks.requests, asks.prompt_tokens, seconds, begun, each=asked.n)
+        return asks, answers
+
+    async def _read(self, asked: Asked, adapter: str | None) -> TextQuestions:
+        """What a request asks for, with an adapter by its key; None for the base."""
+        engine, queue, prompts = self._engine, self._engine.queue, asked.prompts
+        queue.check_count(len(prompts) * asked.n)
+        if engine.inputs is not None:
+            engine.inputs.check_texts(prompts)
+            if asked.echo:
+                raise ServingError(
+                    "echo has no effect: an encoder-decoder does not go on from its prompt; leave it out"
+                )
+        scores_prompt = asked.echo and asked.top_scores is not None
+        if scores_prompt and not queue.scores_prompts:
+            raise ServingError(
+                "echo with logprobs needs the logits of every position, and the export gives those of the last; export "
+                "the model with logits='all', or leave one of them out"
+            )
+        stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
+        sampling = asked.sampling(queue.limits.ends)
+        grammar, calls_tools = await self._grammar(asked)
+        shown = engine.tools.shown if calls_tools else frozenset[int]()
+        rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked.template_tools())
+        requests: list[TextRequest] = []
+        for ids in rows:
+            source = None if engine.inputs is None else engine.inputs.of_ids(ids)
+            prompt = tuple(ids) if source is None else (source.rules.start,)
+            most = asked.most_tokens(queue.limits.context - len(prompt))
+            if sampling.min_new_tokens > most:
+                raise ServingError(
+                    f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
+                )
+            for _ in range(asked.n):
+                own = seeded(sampling, len(requests))
+                fields = prompt, most, own, stop, adapter, scores_prompt, source, grammar, asked.cache_salt, shown
+                requests.append(TextRequest(*fields))
+        return TextQuestions(requests, sum(map(len, rows)), calls_tools)
+
+    async def _grammar(self, asked: Asked) -> tuple[AnswerGrammar | None, bool]:
+        """What the tokens of the answers may be, and whether they may call tools."""
+        forms = asked.forms()
+        if not asked.has_tools and all(value is None for _, value in forms.values()):
+            asked.tool_use()  # says what is wrong with a choice of no tools
+            return None, False
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compiled, asked, forms)
+
+    def _compiled(self, asked: Asked, forms: GivenForms) -> tuple[AnswerGrammar | None, bool]:
+        grammars, use = self._engine.grammars, asked.tool_use()
+        if use is None:
+            return grammars.of(forms), False
+        return call_grammar(grammars, self._engine.tools.format, use, one_form(forms)), True
+
+    def _rows(self, prompts: Sequence[Any], tools: list[dict[str, Any]]) -> list[list[int]]:
+        """The tokens of prompts; a chat may hold calls and results also where its answer may call none."""
+        template = self._engine.tools
+        chats = [template.messages(prompt, tools) if is_chat(prompt) else prompt for prompt in prompts]
+        given = tools if template.has_tools else ()
+        return [prompt_ids(prompt, self._engine.tokenizer, ServingError, given) for prompt in chats]

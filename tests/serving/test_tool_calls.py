@@ -1,0 +1,174 @@
+"""Calls of tools in every family's form: random walks through their grammars, read piece by piece, and templates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from tool_tokenizers import FAMILIES, byte_tokenizer, family_tokenizer
+
+from gralora_fx.serving.answer_form import AnswerForm, FormError
+from gralora_fx.serving.answer_grammar import AnswerGrammar, Grammars
+from gralora_fx.serving.call_formats import FORMATS, GENERAL, CallFormat
+from gralora_fx.serving.call_grammar import Tool, ToolUse, call_grammar
+from gralora_fx.serving.call_reader import AnswerPart, CallReader
+from gralora_fx.serving.detokenizer import TextStream
+from gralora_fx.serving.tool_template import ToolTemplate
+
+pytestmark = pytest.mark.quick
+
+FORMS = {form.name: form for form in (*FORMATS, GENERAL)}
+NESTED = {"type": "object", "properties": {'a"}': {"enum": ["}]\\", "x"]}}, "required": ['a"}']}
+SCHEMAS: dict[str, Any] = {
+    "get": {"type": "object", "properties": {"place": {"enum": ["Paris {", '"Rome']}}, "required": ["place"]},
+    "get_all": {"type": "object", "properties": {"all": NESTED, "more": {"type": "array", "items": NESTED}}},
+    "now": {"type": "object"},
+}
+END, MOST = 2, 160
+
+
+def tools() -> tuple[Tool, ...]:
+    return tuple(Tool.of(name, schema, f"tools.{name}") for name, schema in SCHEMAS.items())
+
+
+def walk(grammar: AnswerGrammar, tokenizer: Any, likely: Sequence[int], seed: int) -> tuple[list[int], bool]:
+    """Random tokens of an answer, of which some are likely, and whether it has ended."""
+    row, random, ids = grammar.begin(frozenset([END]), MOST), np.random.default_rng(seed), list[int]()
+    while len(ids) < MOST and not row.is_complete:
+        if row.forced:
+            ids.append(row.forced.popleft())
+            continue
+        allowed = np.flatnonzero(row.allowed(len(tokenizer)))
+        wanted = [token for token in likely if token in allowed]
+        token = int(wanted[0] if wanted and random.random() < 0.2 else random.choice(allowed))
+        if token == END:
+            return ids, True
+        ids.append(token)
+        row.take(token)
+    return ids, row.is_complete
+
+
+def read(form: CallFormat, pieces: Sequence[str]) -> tuple[str, dict[int, list[str]], CallReader]:
+    """The text, and of each call its name and arguments."""
+    reader, parts = CallReader(form), list[AnswerPart]()
+    for piece in pieces:
+        parts += reader.step(piece)
+    parts += reader.finish()
+    calls: dict[int, list[str]] = {}
+    for part in parts:
+        if part.name is not None:
+            assert part.call == len(calls)
+            assert part.id
+            calls[part.call] = [part.name, ""]
+        elif part.call is not None:
+            calls[part.call][1] += part.text
+    return "".join(part.text for part in parts if part.call is None), calls, reader
+
+
+@pytest.mark.parametrize("are_special", [True, False, None])
+@pytest.mark.parametrize("name", FORMS)
+def test_random_answers_are_text_and_valid_calls(name: str, are_special: bool | None) -> None:
+    """Whatever the marks are: special tokens, other tokens, or letters."""
+    form = FORMS[name]
+    marks = {"hermes": ("<tool_call>", "</tool_call>"), "llama3": ("<|python_tag|>",), "granite": ("<|tool_call|>",)}
+    own = marks.get(name, ("[TOOL_CALLS]", "[ARGS]") if "mistral" in name else ())
+    if name == "deepseek":
+        if are_special is None:
+            pytest.skip("its marks have letters that the tokenizer lacks")
+        own = tuple(part for part in form.start.replace("><", "> <").split(" "))
+        own += (form.middle, form.tail, form.end)
+    tokens = {} if are_special is None else {**dict.fromkeys(own, are_special), "<think>": False}
+    tokenizer = byte_tokenizer("", tokens)
+    likely = [tokenizer.convert_tokens_to_ids(form.trigger)] if form.trigger in tokens else []
+    shown = frozenset(form.special_tokens(tokenizer).values())
+    grammars, seen = Grammars(tokenizer), 0
+    for is_required, is_parallel in ((True, True), (True, False), (False, True)):
+        grammar = call_grammar(grammars, form, ToolUse(tools(), is_required, is_parallel))
+        for seed in range(4):
+            ids, has_ended = walk(grammar, tokenizer, likely, seed)
+            stream = TextStream(tokenizer, shown)
+            pieces = [stream.step(token) for token in ids] + [stream.finish()]
+            text, calls, reader = read(form, pieces)
+            assert (text, calls) == read(form, ["".join(pieces)])[:2]
+            assert (text, calls) == read(form, "".join(pieces))[:2]
+            if is_required:
+                assert not text or not has_ended
+                assert calls or not has_ended
+            if not is_parallel or form.between is None:
+                assert len(calls) <= 1
+            if not has_ended and calls and not reader.is_whole:
+                calls.popitem()
+            for called, arguments in calls.values():
+                jsonschema.validate(json.loads(arguments), SCHEMAS[called])
+            seen += len(calls)
+    assert seen
+
+
+def test_text_that_looks_like_a_call() -> None:
+    hermes, llama = FORMS["hermes"], FORMS["llama3"]
+    assert read(hermes, "a <tool <tool_cal> b <tool")[0] == "a <tool <tool_cal> b <tool"
+    assert read(llama, '{"nam": 1} {"name": 2}')[:2] == ('{"nam": 1} {"name": 2}', {})
+    assert read(llama, '{"na')[:2] == ('{"na', {})
+    call = '<|python_tag|>{"name": "a", "parameters": {"b": ["}", {}]}}'
+    assert read(llama, call)[:2] == ("", {0: ["a", '{"b": ["}", {}]}']})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_template_tells_its_family(family: str) -> None:
+    tokenizer = family_tokenizer(family)
+    found = ToolTemplate.of(tokenizer)
+    assert found.format.name == family
+    assert found.is_known is found.has_tools is (family != "json")
+    assert family in str(found).lower()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": tokenizer.chat_template}
+    assert ToolTemplate.of(tokenizer).format == found.format
+
+
+def test_a_template_without_json_is_said_to_be_unknown() -> None:
+    qwen = "{% if tools %}<tool_call>\n<function={{ tools }}>{% endif %}<tool_call> arguments"
+    found = ToolTemplate.of(byte_tokenizer(qwen, {}))
+    assert (found.format, found.has_tools, found.is_known) == (GENERAL, True, False)
+    assert "not one that is known" in str(found)
+
+
+def test_a_chat_for_a_template_that_knows_no_tools() -> None:
+    template = ToolTemplate.of(family_tokenizer("json"))
+    call = {"id": "1", "type": "function", "function": {"name": "get", "arguments": {"place": "x"}}}
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Wait.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "1", "name": "get"},
+        {"role": "tool", "content": "wet", "tool_call_id": "1", "name": "get"},
+    ]
+    own = [{"type": "function", "function": {"name": "get", "parameters": SCHEMAS["get"]}}]
+    first, second, third = template.messages(chat, own)
+    assert first["role"] == "user"
+    assert json.dumps(own[0]["function"]) in first["content"]
+    assert first["content"].endswith("\n\nHi")
+    assert read(GENERAL, second["content"].removeprefix("Wait.\n"))[1] == {n: ["get", '{"place": "x"}'] for n in (0, 1)}
+    assert third == {"role": "user", "content": "get: sunny\nget: wet"}
+    system = {"role": "system", "content": "Be kind."}
+    assert template.messages([system, *chat], own)[0]["content"].startswith("Be kind.\n\n")
+    assert template.messages(chat, [])[0] == chat[0]
+
+
+def test_a_form_beside_tools() -> None:
+    """The answer is in its form, or calls; calls without a mark cannot be told from it."""
+    tokenizer = family_tokenizer("mistral")
+    form, grammars = FORMS["mistral"], Grammars(tokenizer)
+    content = AnswerForm.of("choice", ["yes", "no"])
+    grammar = call_grammar(grammars, form, ToolUse(tools(), False, True), ("response_format", content))
+    likely = [tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")]
+    stream, texts = TextStream(tokenizer, frozenset(likely)), set()
+    for seed in range(12):
+        ids, _ = walk(grammar, tokenizer, likely, seed)
+        text, calls, _ = read(form, [TextStream(tokenizer, frozenset(likely)).step(token) for token in ids])
+        texts.add("a call" if calls else text)
+    assert stream.finish() == ""
+    assert texts == {"a call", "yes", "no"}
+    with pytest.raises(FormError, match="response_format: it and tools do not go together"):
+        call_grammar(grammars, GENERAL, ToolUse(tools(), False, True), ("response_format", content))
