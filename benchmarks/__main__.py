@@ -23,6 +23,7 @@ NAMES = (
     "generation",
     "engine",
     "answer-grammars",
+    "prefix-cache",
     "adapters",
     "streaming",
     "merge-checkpoint",

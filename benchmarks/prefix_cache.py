@@ -1,0 +1,246 @@
+"""The prefix cache: first tokens, a chat of ten turns, what copying costs, and answers beside cold ones.
+
+Times are of SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, on two threads: prompts, of whose tokens
+1,000 are known or none, go through the scheduler of the service. A thousand random interleavings of requests are those
+of a tiny Llama with eight adapters, which are replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import smollm2
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.serving import Decoder, OrtModel, load
+from gralora_fx.serving.completion import TextRequest
+from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
+
+RUNS, TINY, TESTS = Path("runs/generation"), Path("runs/prefix_cache"), Path(__file__).parents[1] / "tests"
+THREADS, CHUNK, LIMIT = 2, 64, 2**29
+SHARED, OWN = 1000, 16  # tokens of a prompt that others have too, and that it has alone
+TURNS, SAID, ANSWERED = 10, 40, 24  # of a chat: turns, and tokens of a user and of an answer
+STEPS, PROMPT = 128, 100  # of rows that decode, and tokens that they have read before
+COLD, WARM, WITHOUT, WITH = "cold", "1,000 tokens known", "without a prefix cache", "with one"
+
+
+def run(iterations: int = 7, interleavings: int = 1000) -> Report:
+    """Measure all of it.
+
+    Args:
+        iterations: Prompts of each side.
+        interleavings: How many there are.
+    """
+    report = Report("prefix_cache", "prefix cache: SmolLM2-135M, and a tiny Llama with eight adapters")
+    for precision, directory in smollm2.exports(RUNS):
+        model = load(directory, threads=THREADS)
+        _compare_first_tokens(report, model, precision, iterations)
+        _count_a_chat(report, model, precision)
+        _time_steps(report, model, precision)
+    _compare_answers(report, interleavings)
+    return report
+
+
+class _Service:
+    """A scheduler with a prefix cache that runs, and what it has read.
+
+    Attributes:
+        decoder: Its rows.
+        prompt_tokens: How many tokens of prompts were read.
+    """
+
+    def __init__(self, model: OrtModel) -> None:
+        self.decoder = model.decoder(rows=2, capacity=2048, chunk=CHUNK, prefix_cache=LIMIT)
+        self.prompt_tokens = 0
+        self._scheduler = ContinuousScheduler(self.decoder, model.tokenizer, self, max_queue=4)
+        self._scheduler.start()
+
+    def read(self, tokens: int) -> None:
+        """As of `Observer`."""
+        self.prompt_tokens += tokens
+
+    def __getattr__(self, name: str) -> Any:
+        """What else a scheduler tells, which is not of interest."""
+        if name not in ("waited", "began", "ran", "looked_up", "generated", "failed"):
+            raise AttributeError(name)
+        return lambda *_: None
+
+    def answer(self, prompt: Sequence[int], count: int) -> tuple[float, list[int], int]:
+        """Seconds to the first token, the answer, and how many tokens of the prompt were known."""
+        pieces: queue.Queue[Any] = queue.Queue()
+        request = TextRequest(tuple(prompt), count, Sampling(eos_token_id=[]))
+        started = time.perf_counter()
+        (job,) = self._scheduler.submit([(request, lambda piece: pieces.put((time.perf_counter(), piece)))])
+        at, piece = pieces.get()
+        while piece.ending is None:
+            piece = pieces.get()[1]
+        time.sleep(0.05)  # so that the row is closed
+        return (job.times.answering or at) - started, job.answer.ids, job.cached
+
+    def stop(self) -> None:
+        """End."""
+        self._scheduler.stop()
+
+
+def _compare_first_tokens(report: Report, model: OrtModel, precision: str, iterations: int) -> None:
+    numbers, service = np.random.default_rng(0), _Service(model)
+    seconds: dict[str, list[float]] = {COLD: [], WARM: []}
+    most = 0
+    for iteration in range(-1, iterations):
+        progress(f"{precision}, prompt {iteration + 2} of {iterations + 1}")
+        shared = numbers.integers(10, 40000, SHARED).tolist()
+        for side in seconds:
+            prompt = shared + numbers.integers(10, 40000, OWN).tolist()
+            first, _, known = service.answer(prompt, 1)
+            assert known == (0 if side == COLD else SHARED)
+            if iteration >= 0:
+                seconds[side].append(first)
+        assert service.decoder.prefix_cache is not None
+        most = max(most, service.decoder.prefix_cache.size)
+    service.stop()
+    rows: list[Mapping[str, Any]] = [
+        {"prompt": side, "first token, ms": 1e3 * statistics.median(times)} for side, times in seconds.items()
+    ]
+    report.tables.append(Table(f"{precision}: a prompt of {SHARED + OWN} tokens", rows))
+    ratio = Ratio.between(seconds[WARM], seconds[COLD]).of_medians
+    report.claims.append(Claim(f"{precision}, first token with {SHARED} known tokens over cold", ratio, at_most=0.15))
+    report.claims.append(Claim(f"{precision}, memory of the cache over its bound", most / LIMIT, at_most=1.0))
+
+
+def _count_a_chat(report: Report, model: OrtModel, precision: str) -> None:
+    numbers, service = np.random.default_rng(1), _Service(model)
+    text: list[int] = []
+    rows: list[Mapping[str, Any]] = []
+    decoded = 0
+    for turn in range(TURNS):
+        progress(f"{precision}, turn {turn + 1} of {TURNS}")
+        text += numbers.integers(10, 40000, SAID).tolist()
+        before = service.prompt_tokens
+        first, answer, known = service.answer(text, ANSWERED)
+        read = service.prompt_tokens - before
+        rows.append({"turn": turn + 1, "prompt": len(text), "cached": known, "read": read, "first, ms": 1e3 * first})
+        decoded += len(answer) - 1  # the last is chosen, and read by the next turn
+        prompt, text = len(text), text + answer
+    service.stop()
+    report.tables.append(Table(f"{precision}: a chat of {TURNS} turns", rows))
+    of_prompts = service.prompt_tokens / prompt
+    report.claims.append(
+        Claim(f"{precision}, tokens of prompts that are read over the last prompt's", of_prompts, at_most=1.0)
+    )
+    if precision == "fp32":  # elsewhere an answer is read once more, as a part of the next prompt
+        once = (service.prompt_tokens + decoded) / (len(text) - 1)
+        report.claims.append(Claim(f"{precision}, all tokens that are read over those of the chat", once, at_most=1.0))
+
+
+def _time_steps(report: Report, model: OrtModel, precision: str) -> None:
+    rows: list[Mapping[str, Any]] = []
+    for count in (1, 8):
+        progress(f"{precision}, steps of {count} rows")
+        sides = {WITHOUT: _Rows(model, count, None), WITH: _Rows(model, count, LIMIT)}
+        totals: dict[str, list[float]] = {side: [] for side in sides}
+        for step in range(STEPS):
+            for side in list(sides)[:: 1 if step % 2 else -1]:
+                totals[side].append(sides[side].step())
+        sums = {side: sum(sorted(times)[: -STEPS // 20]) for side, times in totals.items()}  # without the worst
+        stores = [sides[WITH].store() for _ in range(3)]
+        fills = [sides[WITH].fill() for _ in range(3)]
+        row = {"rows": count, **{f"a step {side}, ms": 1e3 * statistics.median(t) for side, t in totals.items()}}
+        tokens = PROMPT + STEPS
+        row |= {f"{tokens} tokens in, ms": 1e3 * min(stores), f"{tokens} tokens out, ms": 1e3 * min(fills)}
+        rows.append(row)
+        median = Ratio.between(totals[WITH], totals[WITHOUT]).median_of_pairs
+        report.claims.append(
+            Claim(f"{precision}, {count} rows: a step with a cache over one without", median, at_most=1.02)
+        )
+        mean = statistics.mean(totals[WITH]) / statistics.mean(totals[WITHOUT])
+        trimmed = sums[WITH] / sums[WITHOUT]
+        report.notes.append(
+            f"{precision}, {count} rows: {STEPS} steps with a cache take {mean:.3f} of those without (copies of blocks "
+            f"included; {trimmed:.3f} without the slowest twentieth)"
+        )
+    report.tables.append(Table(f"{precision}: steps of rows that decode, and copies into and out of the cache", rows))
+
+
+class _Rows:
+    """Rows that have read a prompt each, and decode."""
+
+    def __init__(self, model: OrtModel, count: int, limit: int | None) -> None:
+        numbers = np.random.default_rng(2)
+        self._decoder: Decoder = model.decoder(
+            rows=count + 1, capacity=PROMPT + STEPS + 8, chunk=PROMPT, prefix_cache=limit
+        )
+        self._texts = [numbers.integers(10, 40000, PROMPT).tolist() for _ in range(count)]
+        self._rows = [self._decoder.open() for _ in range(count)]
+        self._decoder.step(dict(zip(self._rows, self._texts, strict=True)))
+
+    def step(self) -> float:
+        """Seconds of a step."""
+        tokens = {row: [7 + len(text) % 1000] for row, text in zip(self._rows, self._texts, strict=True)}
+        started = time.perf_counter()
+        self._decoder.step(tokens)
+        seconds = time.perf_counter() - started
+        for text, read in zip(self._texts, tokens.values(), strict=True):
+            text += read
+        return seconds
+
+    def store(self) -> float:
+        """Seconds of keeping all that a row has read, of an empty cache."""
+        cache, shared = self._decoder.prefix_cache, self._decoder._shared
+        assert cache is not None
+        assert shared is not None
+        tensors = shared._tensors(self._rows[0])
+        root = (None, f"timed {time.perf_counter()}")
+        started = time.perf_counter()
+        cache.store(root, self._texts[0], tensors)
+        return time.perf_counter() - started
+
+    def fill(self) -> float:
+        """Seconds of filling a row that is opened with all that another has read."""
+        cache, shared = self._decoder.prefix_cache, self._decoder._shared
+        assert cache is not None
+        assert shared is not None
+        cache.store((None, None), self._texts[0], shared._tensors(self._rows[0]))
+        row = self._decoder.open()
+        started = time.perf_counter()
+        known = self._decoder.fill(row, [*self._texts[0], 1, 2])
+        seconds = time.perf_counter() - started
+        assert known == len(self._texts[0])
+        self._decoder.close(row)
+        return seconds
+
+
+def _compare_answers(report: Report, count: int) -> None:
+    sys.path.append(str(TESTS))  # whose helpers import each other by their names
+    from tests.prefix_interleavings import Interleavings, made
+
+    progress("a tiny Llama and sixteen versions of its eight adapters")
+    TINY.mkdir(parents=True, exist_ok=True)
+    found = Interleavings(*made(TINY))
+    for done in range(count):
+        if done % 100 == 0:
+            progress(f"interleaving {done + 1} of {count}")
+        found.run()
+    row = {
+        "interleavings": count,
+        "answers": found.answers,
+        "tokens taken over": found.counts.found,
+        "read": found.counts.read_tokens,
+        "adapters replaced": found.reloads,
+        "given up": found.given_up,
+        "evictions": found.cache.evictions,
+        "most bytes": found.most,
+        "bound": found.cache.limit,
+    }
+    report.tables.append(Table("random interleavings of 8 adapters", [row]))
+    report.claims.append(Claim("interleavings, answers that differ from the cold one", float(found.wrong), at_most=0.0))
+    report.claims.append(
+        Claim("interleavings, memory of the cache over its bound", found.most / found.cache.limit, at_most=1.0)
+    )
