@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import Builder, add_initializer
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_initializer, static_dim
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, replace_product
 from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
-from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, input_factors, quantize_columns
+from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, quantize_columns
 from gralora_fx.exporters.quantization.formats import Columns
 from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
@@ -26,31 +26,35 @@ class ColumnProducts:
     """Products of a graph in int8.
 
     Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`
-    After:  `m = Max(ReduceMax(Abs(x * factors)), tiny)`, `m [..., 1]`
-            `q = DequantizeLinear(QuantizeLinear(x * factors / m, 1/127, 128))`
-            `y = MatMul(q, DequantizeLinear(w_quantized [K, N], w_scale [N])) * m`, and the bias added behind it
+    After:  `s = Max(ReduceMax(x * factors), -ReduceMin(x * factors), tiny) / 127`, `s [..., 1]`
+            `q = QuantizeLinear(x * factors, s, 128, block_size=K)`
+            `y = MatMul(DequantizeLinear(q, 1, 128), DequantizeLinear(w_quantized [K, N], w_scale [N])) * s`, and the
+            bias added behind it
 
     All operators are of the ONNX standard. ONNX Runtime fuses what dequantizes with the product to one operator
     (`MatMulIntegerToFloat`), which multiplies integers. A row is rounded by its own largest value, so that it has the
     same result in any batch. Products of one tensor share its rounding. A matrix is read and quantized when it is
     written.
 
+    A vector, or what has no known rank, is divided by `s` first and rounded by steps of 1: a scale of one value has no
+    blocks.
+
     With factors, channels of `x` are brought nearer to each other before they are rounded, and the rows of the matrix
     take the factors back (see `input_factors`). With 16 bits what rounding leaves is rounded once more, and both parts
     are multiplied in one product:
 
-    After:  `r = x * factors / m - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * m`
+    After:  `r = x * factors / s - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * s`
 
     Attributes:
         graph: The model's graph, which gets the initializers.
         form: How they are stored.
-        squares_of: Mean squares of what the products of a matrix read, `[K]`, by the names of its parameters; None
-            for those of which nothing is known.
+        factors_of: Factors of what the products of a matrix read, `[K]`, by the names of its parameters; None for
+            those that have none.
     """
 
     graph: ir.Graph
     form: Columns
-    squares_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
+    factors_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
     _stored: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
     _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
     _all_factors: dict[bytes, ir.Value] = field(default_factory=dict, init=False)
@@ -76,51 +80,55 @@ class ColumnProducts:
         if matrix not in self._stored:
             self._stored[matrix] = _initializers(self.graph, matrix, factors)
         weight, scale = self._stored[matrix]
-        step, zero_point, _ = self._constants()
+        one, zero_point = self._constant("one", np.float32(1)), self._constant("zero_point", np.uint8(128))
         build = _Named(branch, str(node.outputs[0].name))
         key = (id(branch), id(source), None if factors is None else str(factors.name))
         if key not in self._rounded:
             self._rounded[key] = self._round(build, source, factors)
-        values, largest = self._rounded[key]
-        rounded = build("DequantizeLinear", values, step, zero_point)
+        values, steps = self._rounded[key]
+        rounded = build("DequantizeLinear", values, one, zero_point)
         product = build("MatMul", rounded, build("DequantizeLinear", weight, scale, axis=1))
         if self.form.activation_bits == 16:
             whole, rest = build.split(product, 2, axis=0)
             product = build("Add", whole, build("Mul", rest, build.tensor(1 / _REMAINDERS, ir.DataType.FLOAT)))
-        build("Mul", product, largest)
+        build("Mul", product, steps)
         replace_product(node, build.take())
 
     def _round(self, build: _Named, source: ir.Value, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """The integers of a tensor, of both parts if there are two, and the largest values of its rows."""
-        step, zero_point, least = self._constants()
+        """The integers of a tensor, of both parts if there are two, and the steps of its rows."""
+        one, zero_point = self._constant("one", np.float32(1)), self._constant("zero_point", np.uint8(128))
         scaled = source if factors is None else build("Mul", source, factors)
-        largest = build("Max", build("ReduceMax", build("Abs", scaled), build.ints(-1), keepdims=1), least)
-        relative = build("Div", scaled, largest)
-        integers = build("QuantizeLinear", relative, step, zero_point)
+        high, low = (build(kind, scaled, build.ints(-1), keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
+        largest = build("Max", high, build("Neg", low), self._constant("least", np.float32(ROW_TINY)))
+        steps = build("Div", largest, self._constant("largest", np.float32(ROW_LARGEST)))
+        width = static_dim(source, -1)
+        if self.form.activation_bits == 8 and width is not None and len(source.shape or ()) > 1:
+            # zero points of all rows: steps that round to none
+            zero_points = build("QuantizeLinear", steps, self._constant("huge", np.finfo(np.float32).max), zero_point)
+            return build("QuantizeLinear", scaled, steps, zero_points, axis=-1, block_size=width), steps
+        relative = build("Div", scaled, steps)
+        integers = build("QuantizeLinear", relative, one, zero_point)
         if self.form.activation_bits == 16:
-            rest = build("Sub", relative, build("DequantizeLinear", integers, step, zero_point))
-            smaller = build.tensor(1 / (ROW_LARGEST * _REMAINDERS), ir.DataType.FLOAT)
+            rest = build("Sub", relative, build("DequantizeLinear", integers, one, zero_point))
+            smaller = build.tensor(1 / _REMAINDERS, ir.DataType.FLOAT)
             integers = build("Concat", integers, build("QuantizeLinear", rest, smaller, zero_point), axis=0)
-        return integers, largest
+        return integers, steps
 
-    def _constants(self) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The step, the zero point and the least divisor, which all products share."""
-        numbers = {"step": np.float32(1 / ROW_LARGEST), "zero_point": np.uint8(128), "least": np.float32(ROW_TINY)}
-        step, zero_point, least = (
-            self.graph.initializers.get(f"int8_rows.{name}")
-            or add_initializer(self.graph, ir.tensor(np.asarray(number), name=f"int8_rows.{name}"))
-            for name, number in numbers.items()
+    def _constant(self, name: str, number: Any) -> ir.Value:
+        """A number that all products share."""
+        label = f"int8_rows.{name}"
+        return self.graph.initializers.get(label) or add_initializer(
+            self.graph, ir.tensor(np.asarray(number), name=label)
         )
-        return step, zero_point, least
 
     def _factors(self, matrix: ConstantMatrix) -> ir.Value | None:
         """The factors of what the products of a matrix read; one initializer for all products of one tensor."""
-        squares = self.squares_of(matrix.names)
-        if squares is None or len(squares) != matrix.sizes[0]:  # of a parameter that is multiplied by the other way too
+        factors = self.factors_of(matrix.names)
+        if factors is None or len(factors) != matrix.sizes[0]:  # of a parameter that is multiplied by the other way too
             return None
-        key = squares.tobytes()
+        key = factors.tobytes()
         if key not in self._all_factors:
-            tensor = ir.tensor(input_factors(squares), name=f"{matrix.value.name}{FACTORS}")
+            tensor = ir.tensor(factors, name=f"{matrix.value.name}{FACTORS}")
             self._all_factors[key] = add_initializer(self.graph, tensor)
         return self._all_factors[key]
 

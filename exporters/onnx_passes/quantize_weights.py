@@ -111,7 +111,7 @@ class _Products:
             self.writers[form] = (
                 BlockProducts(self.graph, form, self.plan.moments_of)
                 if isinstance(form, Blocks)
-                else ColumnProducts(self.graph, form, self.plan.squares_of)
+                else ColumnProducts(self.graph, form, self.plan.factors_of)
             )
         return self.writers[form]
 

@@ -61,14 +61,15 @@ def factors_of(node: ir.Node) -> ir.Value | None:
 
 def _product(node: ir.Node) -> QuantizedProduct:
     weight, scaled = columns_of(node), node
-    for kinds in (("DequantizeLinear",), ("Concat", "QuantizeLinear"), ("QuantizeLinear", "Div"), ("Div",)):
-        producer = None if scaled is None or scaled.op_type == "Div" else _producer(scaled, 0)
-        scaled = producer if producer is not None and producer.op_type in kinds else scaled
+    for kind in ("DequantizeLinear", "Concat", "QuantizeLinear", "Div"):
+        producer = None if "block_size" in scaled.attributes else _producer(scaled, 0)
+        scaled = producer if producer is not None and producer.op_type == kind else scaled
+    is_rounded = scaled.op_type == "Div" or "block_size" in scaled.attributes
     result = _only_reader(node.outputs[0])
     if result is not None and result.op_type == "Split":
         added = _only_reader(result.outputs[0])
         result = None if added is None else _only_reader(added.outputs[0])
-    if weight is None or scaled.op_type != "Div" or result is None or result.op_type != "Mul":
+    if weight is None or not is_rounded or result is None or result.op_type != "Mul":
         raise ExportError(
             f"the product {node.name or node.outputs[0].name} is not one of an int8-dynamic export; export the model "
             "again"

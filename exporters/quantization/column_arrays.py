@@ -17,21 +17,22 @@ ROW_TINY = 1e-30  # what a row of zeros is divided by
 _ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of the median of those that are not zero
 
 
-def input_factors(squares: NDArray[np.float32]) -> NDArray[np.float32]:
+def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.float32]:
     """Factors `[K]` of what a product reads, which bring its channels nearer to each other; 1 for the median channel.
 
     A row is rounded by its largest value, so that channels with small values lose most. The weights take the factors
-    back, and their columns are rounded too: the square root of what would make all channels equal leaves half of the
-    differences to either, as in SmoothQuant (arXiv:2211.10438) with an exponent of 1/2. Channels that were all but
-    silent may be loud in other inputs, which a large factor would make the largest of their row: they have 1.
+    back, and their columns are rounded too: as in SmoothQuant (arXiv:2211.10438) an exponent says which part of the
+    differences is taken from the rows and left to the columns. Channels that were all but silent may be loud in other
+    inputs, which a large factor would make the largest of their row: they have 1.
 
     Args:
         squares: Mean squares of the channels, `[K]`.
+        exponent: 0 for factors of 1, 1 for what makes all channels equal.
     """
     least = _ZERO * max(float(squares.mean()), 1e-24)
     heard = squares[squares > least].astype(np.float64)
     median = float(np.median(heard)) if len(heard) else least
-    factors = (np.maximum(squares.astype(np.float64), least) / median) ** -0.25
+    factors = (np.maximum(squares.astype(np.float64), least) / median) ** (-exponent / 2)
     result: NDArray[np.float32] = np.where(squares < _SILENT * median, 1.0, factors).astype(np.float32)
     return result
 

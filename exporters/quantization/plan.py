@@ -30,7 +30,8 @@ class QuantizationPlan:
         chosen_by: What the formats were chosen by, in words; None where all have the default.
         moments: Mean products of neighbouring inputs of a matrix, `[windows, width, width]`, for a rounding that is
             searched, by the same names; inputs of others count alike.
-        squares: Mean squares of the inputs of a matrix, `[in]`, whose activations are rounded, by the same names.
+        factors: Factors of the inputs of a matrix, `[in]`, before they are rounded, by the same names (see
+            `input_factors`).
     """
 
     default: Format
@@ -38,7 +39,7 @@ class QuantizationPlan:
     gains: Mapping[str, float] = field(default_factory=dict)
     chosen_by: str | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    squares: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
+    factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
 
     def format_of(self, names: Iterable[str]) -> Format | None:
         """The format of a matrix, or None for one that stays float.
@@ -56,13 +57,13 @@ class QuantizationPlan:
         """
         return next((self.moments[name] for name in names if name in self.moments), None)
 
-    def squares_of(self, names: Iterable[str]) -> NDArray[np.float32] | None:
-        """Mean squares of the inputs, `[in]`, or None where they are not known.
+    def factors_of(self, names: Iterable[str]) -> NDArray[np.float32] | None:
+        """Factors of the inputs, `[in]`, or None where there are none.
 
         Args:
             names: Names of the parameters that a matrix holds side by side, which read the same input.
         """
-        return next((self.squares[name] for name in names if name in self.squares), None)
+        return next((self.factors[name] for name in names if name in self.factors), None)
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:

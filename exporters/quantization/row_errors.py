@@ -1,14 +1,15 @@
 """What rounding the rows that a layer reads costs its output, beside what rounding its weight costs.
 
 Channels of a row differ, by a hundred times in some models, and a row has one step for all. Factors bring them nearer
-to each other first (see `input_factors`). Where the error of the rounded rows is several times that of the
-rounded weight all the same, a layer gets activations of 16 bits, whose error is negligible.
+to each other first (see `input_factors`), as near as costs the layer's output least. Where the error of the rounded
+rows is several times that of the rounded weight all the same, a layer gets activations of 16 bits, whose error is
+negligible.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +32,9 @@ from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.tracing.traced_model import TracedModel
 
+_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of factors, tried in this order
 _MOST = 3.0  # times the weights' squared error that the rounded rows' may be, in 8 bits
-_SAMPLE, _OUTPUTS = 256, 1024  # rows, and output features, that stand for all
+_SAMPLE, _OUTPUTS = 256, 256  # rows, and output features, that stand for all
 _AT_ONCE = 32  # rows that are taken of a run
 
 
@@ -71,7 +73,7 @@ class ReadRows:
 def plan_rows(
     plan: QuantizationPlan, traced: TracedModel, cases: Iterable[Mapping[str, Any]], inputs: str
 ) -> QuantizationPlan:
-    """A plan with the mean squares of what each matrix is multiplied by, and 16 bits where 8 lose most.
+    """A plan with factors of what each matrix is multiplied by, and 16 bits where 8 lose most.
 
     Layers that read one tensor have one format, as they share its rounding.
 
@@ -87,19 +89,23 @@ def plan_rows(
     groups = _run(traced, cases)
     if not all(bool(read.squares.isfinite().all()) for _, read in groups):
         raise RuntimeError("its values are not finite")
-    by_matrix, gains, squares = dict(plan.by_matrix), dict(plan.gains), dict(plan.squares)
+    by_matrix, gains, factors = dict(plan.by_matrix), dict(plan.gains), dict(plan.factors)
     for sites, read in groups:
         if not read.count:
             continue
         names = [name for site in sites for name in weight_names(traced, site)]
-        squares |= dict.fromkeys(names, read.mean_squares)
-        errors = np.sum([_errors(site, read) for site in sites], axis=0)
-        rows, weights, whole = (float(error) for error in errors)
+        tried = [input_factors(read.mean_squares, exponent) for exponent in _EXPONENTS]
+        errors = np.sum([_errors(site, read, tried) for site in sites], axis=0)
+        best = int((errors[:, 0] + errors[:, 1]).argmin())
+        rows, weights, whole = (float(error) for error in errors[best])
         if rows > _MOST * weights and not read.is_vector:  # of 16 bits both parts are joined along the first axis
             by_matrix |= dict.fromkeys(names, Columns(16))
             gains |= dict.fromkeys(names, rows / max(whole, 1e-30))
+            best = int(errors[:, 1].argmin())
+        if _EXPONENTS[best]:
+            factors |= dict.fromkeys(names, tried[best])
     chosen_by = f"the rounded rows' errors at each layer, on {inputs}"
-    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, chosen_by=chosen_by, squares=squares)
+    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, chosen_by=chosen_by, factors=factors)
 
 
 def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[list[LinearSite], ReadRows]]:
@@ -123,18 +129,28 @@ def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[
     return list(groups.values())
 
 
-def _errors(site: LinearSite, read: ReadRows) -> tuple[float, float, float]:
-    """Squared errors of a layer's output by rounded rows and by rounded weights, and its squares, each row alike."""
+def _errors(site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """Squared errors of a layer's output by rounded rows and by rounded weights, and its squares, each row alike.
+
+    Args:
+        site: The layer.
+        read: What it reads.
+        tried: Factors of what it reads.
+
+    Returns:
+        `[factors, 3]`.
+    """
     weight = site.weight.detach().float()
     matrix = (weight if site.kind == "conv1d" else weight.t())[:, :: max(1, site.out_features // _OUTPUTS)].numpy()
-    factors = input_factors(read.mean_squares)
-    rounded = dequantize_columns(*quantize_columns(matrix, f"{site.path}.weight", factors), factors)
     rows = torch.cat(read.sample)[:_SAMPLE].numpy()
-    scaled = rows * factors
-    step = np.maximum(np.abs(scaled).max(1, keepdims=True), ROW_TINY) / ROW_LARGEST
-    change = ((scaled / step).round() * step - scaled) / factors
-    products = change @ matrix, rows @ (rounded - matrix), rows @ matrix
-    squares = [np.square(product).sum(1, dtype=np.float64) for product in products]
-    seen = squares[2] > 0
-    by_rows, by_weights, whole = (float((square[seen] / squares[2][seen]).sum()) for square in squares)
-    return by_rows, by_weights, whole
+    whole = np.square(rows @ matrix).sum(1, dtype=np.float64)
+    errors = []
+    for factors in tried:
+        rounded = dequantize_columns(*quantize_columns(matrix, f"{site.path}.weight", factors), factors)
+        scaled = rows * factors
+        step = np.maximum(np.abs(scaled).max(1, keepdims=True), ROW_TINY) / ROW_LARGEST
+        change = ((scaled / step).round() * step - scaled) / factors
+        products = change @ matrix, rows @ (rounded - matrix)
+        squares = [*(np.square(product).sum(1, dtype=np.float64) for product in products), whole]
+        errors.append([float((square[whole > 0] / whole[whole > 0]).sum()) for square in squares])
+    return np.array(errors)

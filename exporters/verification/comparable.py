@@ -18,6 +18,7 @@ from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_va
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.quantized_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.reports import TensorCheck
+from gralora_fx.exporters.translation.translate import OPSET
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
@@ -128,7 +129,7 @@ def _in_float32(model: ir.Model) -> None:
 def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
     """Multiply by what int8 weights stand for.
 
-    Before: `y = MatMul(q, DequantizeLinear(w, w_scale)) * m`, with `q` the rounded `x / m` (see `ColumnProducts`)
+    Before: `y = MatMul(q, DequantizeLinear(w, w_scale)) * s`, with `q` the rounded `x / s` (see `ColumnProducts`)
     After:  `y = MatMul(x, w * w_scale)`
     """
     last = product.nodes[-1]
@@ -265,7 +266,7 @@ def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]
         outputs.append(result)
         has_rest = any(node.op_type == "Split" for node in product.nodes)
         cases.append(_Case(f"x{index}", f"y{index}", weight, scale, has_rest))
-    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(weights.values()), opset_imports={"": 20})
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(weights.values()), opset_imports={"": OPSET})
     return ir.Model(graph, ir_version=10), cases
 
 

@@ -133,7 +133,7 @@ def test_onnxruntime_fuses_every_product(report: ExportReport, tmp_path: Path) -
 
 def test_products_of_one_tensor_share_its_rounding(report: ExportReport) -> None:
     counts = operators(report.output_dir / "model.onnx")
-    assert counts["QuantizeLinear"] == 10  # query, key and value of 2 layers
+    assert counts["ReduceMax"] == 10  # query, key and value of 2 layers
 
 
 LOUD = 1000.0
@@ -175,7 +175,7 @@ def test_factors_leave_what_is_computed_and_bring_channels_nearer() -> None:
     generator = np.random.default_rng(0)
     channels = np.exp(generator.normal(size=256) * 2).astype(np.float32)
     x, matrix = generator.normal(size=(100, 256)).astype(np.float32) * channels, generator.normal(size=(256, 64))
-    factors = input_factors(np.square(x).mean(0))
+    factors = input_factors(np.square(x).mean(0), 0.5)
     values, scales = quantize_columns(matrix, "w", factors)
     assert np.allclose(
         dequantize_columns(values, scales, factors), matrix, atol=0.6 * float(scales.max() * factors.max())
@@ -349,7 +349,7 @@ def test_a_product_with_other_nodes_is_refused(classifier: GraloraModel, tmp_pat
 
 
 def _negate(model: ir.Model) -> None:
-    next(node for node in model.graph if node.op_type == "Div").op_type = "Mul"
+    next(product.output.producer() for product in quantized_products(model)).op_type = "Add"
 
 
 class Mixed(nn.Module):
@@ -484,8 +484,8 @@ def test_minilm_keeps_the_directions_that_sentence_transformers_gives(tmp_path: 
     inputs = served.tokenizer(texts, padding=True, return_tensors="pt")
     mask = inputs["attention_mask"].unsqueeze(-1)
     pooled = (served(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-    assert float(torch.cosine_similarity(pooled, expected).min()) > 0.98
+    assert float(torch.cosine_similarity(pooled, expected).min()) > 0.995
     spread = torch.cosine_similarity(pooled[:, None], pooled, dim=-1) - torch.cosine_similarity(
         expected[:, None], expected, dim=-1
     )
-    assert float(spread.abs().max()) < 0.05
+    assert float(spread.abs().max()) < 0.02

@@ -68,6 +68,31 @@ def test_a_layer_whose_rows_lose_most_has_16_bits_and_is_named(tmp_path: Path) -
     assert error(tmp_path / "onnx", module, x) < error(tmp_path / "plain", module, x) * 0.7
 
 
+class Even(nn.Module):
+    """A layer whose channels are alike, so that it loses nothing as it is, and one whose channels differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.alike, self.different = nn.Linear(128, 64, bias=False), nn.Linear(64, 32, bias=False)
+        self.register_buffer("scales", torch.linspace(-3, 3, 64).exp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.different(self.alike(x.sign()) * self.scales)
+
+
+def test_factors_are_those_that_cost_a_layer_least(tmp_path: Path) -> None:
+    module = Even().eval()
+    export_onnx(trace(module, (torch.randn(8, 64, 128),)), tmp_path / "onnx", quantize=DYNAMIC)
+    graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    (factors,) = (value for name, value in graph.initializers.items() if name.endswith(FACTORS))
+    assert factors.name == f"different.weight{FACTORS}"
+    with mock.patch.object(onnx, "choose_formats", plain_plan):
+        export_onnx(trace(module, (torch.randn(8, 64, 128),)), tmp_path / "plain", quantize=DYNAMIC)
+    x = torch.randn(50, 3, 128)
+    assert error(tmp_path / "onnx", module, x) < error(tmp_path / "plain", module, x) * 0.7
+
+
 def test_rows_of_what_has_factors_and_16_bits_are_rounded_alone(tmp_path: Path) -> None:
     _, model = traced()
     export_onnx(model, tmp_path / "onnx", quantize=DYNAMIC, verify=False)

@@ -209,7 +209,7 @@ def test_a_channel_that_was_silent_may_be_loud_later(silent: int) -> None:
     generator = np.random.default_rng(0)
     x, matrix = np.maximum(generator.normal(size=(64, 1024)), 0).astype(np.float32), generator.normal(size=(1024, 64))
     x[:, :silent] = 0
-    factors = input_factors(np.square(x).mean(0))
+    factors = input_factors(np.square(x).mean(0), 0.5)
     later = x[:16].copy()
     later[:, 0] = 1
 
@@ -225,7 +225,7 @@ def test_a_channel_that_was_silent_may_be_loud_later(silent: int) -> None:
         )
 
     assert error(factors) < 1.2 * error(None)
-    assert (input_factors(np.zeros(4, np.float32)) == 1).all()
+    assert (input_factors(np.zeros(4, np.float32), 0.5) == 1).all()
 
 
 def test_outputs_in_a_tuple_are_measured(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_verification_sees_a_wrong_remainder(tmp_path: Path, monkeypatch: pytest
     assert export_onnx(traced, tmp_path / "onnx", quantize="int8-dynamic").verification
     path = tmp_path / "onnx" / "model.onnx"
     model = ir.load(path)
-    (rest,) = (node for node, value in _constants(model) if value.dtype == np.float32 and np.isclose(value, 1 / 254))
+    *_, rest = (node for node, value in _constants(model) if value.dtype == np.float32 and np.isclose(value, 1 / 254))
     rest.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.asarray(1 / 127, np.float32)))
     ir.save(model, path)
     forget_digests(tmp_path / "onnx")
