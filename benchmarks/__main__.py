@@ -36,6 +36,7 @@ NAMES = (
     "few_bits",
     "clients",
     "traces",
+    "many-adapters",
     "batch-lengths",
     "structure",
 )
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, help="threads of torch; its own choice if left out")
     parser.add_argument("--only", metavar="CLASS,CLASS", help="of a survey: the classes to check; left out for all")
     parser.add_argument("--workers", type=int, help="of a survey: how many classes at a time; 2 if left out")
-    parser.add_argument("--seconds", type=float, help="of clients: how long they ask; 20 if left out")
+    parser.add_argument("--seconds", type=float, help="of clients and many-adapters: how long clients ask")
+    parser.add_argument("--adapters", type=int, help="of many-adapters: how many are on disk; 200 if left out")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
@@ -69,9 +71,12 @@ def main(arguments: Sequence[str]) -> int:
     chosen |= {} if options.workers is None else {"workers": options.workers}
     if chosen and (len(names) > 1 or names[0] not in _SURVEYS):
         parser.error(f"--only and --workers go with {' or '.join(_SURVEYS)} alone")
-    if options.seconds is not None and list(names) != ["clients"]:
-        parser.error("--seconds goes with clients alone")
+    if options.seconds is not None and list(names) not in (["clients"], ["many-adapters"]):
+        parser.error("--seconds goes with clients or many-adapters alone")
+    if options.adapters is not None and list(names) != ["many-adapters"]:
+        parser.error("--adapters goes with many-adapters alone")
     chosen |= {} if options.seconds is None else {"seconds": options.seconds}
+    chosen |= {} if options.adapters is None else {"adapters": options.adapters}
     if len(names) > 1:  # each in a process of its own: what one frees would change what memory costs the next
         threads = [] if options.threads is None else ["--threads", str(options.threads)]
         return max(subprocess.run([sys.executable, "-m", "benchmarks", name, *threads]).returncode for name in names)

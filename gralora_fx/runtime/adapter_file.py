@@ -20,7 +20,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, listed
-from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_arrays, as_ort_value
+from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_ort_value
+from gralora_fx.runtime.adapter_format import FormatError, read_parameters
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_paths import record_path
 from gralora_fx.runtime.json_records import Count, FieldError, read_object, wrong_fields
@@ -80,12 +81,30 @@ class AdapterRecord:
         return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
 
 
-def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterRecord:
+@dataclass(frozen=True, eq=False)
+class AdapterContent:
+    """What an adapter file and its record hold, read once.
+
+    Attributes:
+        path: Where the file is, for messages.
+        file: Its bytes.
+        record: The bytes of its record.
+    """
+
+    path: Path
+    file: NDArray[np.uint8]
+    record: bytes
+
+
+def read_record(
+    path: Path, error: type[GraloraError] = ExportError, content: AdapterContent | None = None
+) -> AdapterRecord:
     """The record of an adapter file.
 
     Args:
         path: The adapter file.
         error: The error type to raise.
+        content: What was read of it; None to read it now.
 
     Raises:
         GraloraError: Of the given type: there is none, or it is damaged.
@@ -93,9 +112,10 @@ def read_record(path: Path, error: type[GraloraError] = ExportError) -> AdapterR
     place = record_path(path)
     remedy = "make the adapter again with export_adapter"
     try:
-        if place.stat().st_size > _MOST_BYTES:
-            raise error(f"{place} has {place.stat().st_size:,} bytes, more than a record of an adapter; {remedy}")
-        found: Any = json.loads(place.read_text(encoding="utf-8"))
+        size = place.stat().st_size if content is None else len(content.record)
+        if size > _MOST_BYTES:
+            raise error(f"{place} has {size:,} bytes, more than a record of an adapter; {remedy}")
+        found: Any = json.loads(place.read_bytes() if content is None else content.record)
     except FileNotFoundError as failure:
         raise error(f"no {place.name} beside {path}, which says what it holds; {remedy}") from failure
     except (OSError, ValueError, RecursionError) as failure:
@@ -216,7 +236,12 @@ def _ranks(site: AdapterSite, tensors: Arrays) -> tuple[int, int]:
 
 
 def read_tensors(
-    path: Path, record: AdapterRecord, inputs: AdapterInputs, fingerprint: str | None, error: type[GraloraError]
+    path: Path,
+    record: AdapterRecord,
+    inputs: AdapterInputs,
+    fingerprint: str | None,
+    error: type[GraloraError],
+    content: AdapterContent | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The tensors of an adapter file, if they are what an export takes.
 
@@ -226,6 +251,7 @@ def read_tensors(
         inputs: The adapter tensors of the export.
         fingerprint: Fingerprint of the export's base.
         error: The error type to raise.
+        content: What was read of it; None to read it now.
 
     Raises:
         GraloraError: Of the given type: the file was changed, is for another export or base, or its tensors are
@@ -234,12 +260,11 @@ def read_tensors(
     problems = [*_record_problems(record, inputs, fingerprint)]
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
-    check_file(path, record, error)
+    file = check_file(path, record, error, content)
     try:
-        parameters = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        tensors = as_arrays(parameters)
-    except Exception as failure:  # ONNX Runtime raises types of its own
-        raise error(f"{path} is not an adapter of ONNX Runtime ({first_line(failure)})") from failure
+        tensors = read_parameters(file)  # of these very bytes, and in their memory
+    except FormatError as failure:
+        raise error(f"{path} is not an adapter of ONNX Runtime, of the version that is known ({failure})") from failure
     problems = [*_tensor_problems(tensors, record, inputs)]
     if not problems and (record.r, record.hybrid_r) != _largest_ranks(tensors, inputs):
         problems = ["its tensors have other ranks than its record says"]
@@ -248,21 +273,24 @@ def read_tensors(
     return tensors
 
 
-def check_file(path: Path, record: AdapterRecord, error: type[GraloraError]) -> None:
-    """Check that an adapter file is the one that its record describes.
+def check_file(
+    path: Path, record: AdapterRecord, error: type[GraloraError], content: AdapterContent | None = None
+) -> NDArray[np.uint8]:
+    """The bytes of an adapter file, which is the one that its record describes.
 
     Raises:
         GraloraError: Of the given type: it cannot be read, or its size or SHA-256 differs.
     """
     try:
-        content = path.read_bytes()
+        file = np.fromfile(path, np.uint8) if content is None else content.file
     except OSError as failure:
         raise error(f"{path} cannot be read ({first_line(failure)}); give the file of an adapter") from failure
-    if len(content) != record.size or hashlib.sha256(content).hexdigest() != record.file_sha256:
+    if len(file) != record.size or hashlib.sha256(file.data).hexdigest() != record.file_sha256:
         raise error(
             f"{path} is not what {record_path(path).name} describes: it was changed or cut short; copy both files "
             "again, or make the adapter again with export_adapter"
         )
+    return file
 
 
 def _record_problems(record: AdapterRecord, inputs: AdapterInputs, fingerprint: str | None) -> Iterable[str]:
@@ -290,9 +318,7 @@ def _tensor_problems(tensors: Arrays, record: AdapterRecord, inputs: AdapterInpu
     yield from (f"{name} is not a tensor of the export" for name in sorted(set(tensors) - expected))
     for path in record.sites:
         yield from _site_problems(sites[path], tensors, inputs)
-    if tensors_sha256(tensors) != record.sha256:
-        yield "its tensors have another SHA-256 than its record says"
-    elif {name: array.shape for name, array in tensors.items()} != record.shapes:
+    if {name: array.shape for name, array in tensors.items()} != record.shapes:
         yield "its tensors have other shapes than its record says"
 
 
@@ -307,7 +333,7 @@ def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) ->
             yield f"{name} has shape {list(array.shape)} instead of {list(shape)}"
         elif array.dtype != DTYPES[inputs.dtype]:
             yield f"{name} is {array.dtype.name} instead of {inputs.dtype}"
-        elif not np.isfinite(array.astype(np.float32)).all():
+        elif not np.isfinite(array if array.dtype.kind == "f" else array.astype(np.float32)).all():
             yield f"{name} holds values that are not finite"
     if r and r % inputs.k:
         yield f"the rank {r} at {site.path} is not a multiple of k={inputs.k}"

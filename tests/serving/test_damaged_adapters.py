@@ -173,7 +173,6 @@ def altered_records(sound: Sound) -> Iterator[Damage]:
         {"sites": (*text.sites, "model.layers.0.mlp.up_proj")},
         {"sites": (*text.sites, "model.layers.9.self_attn.q_proj")},
         {"sites": tuple(site.replace("o_proj", "v_proj") for site in text.sites)},
-        {"sha256": "0" * 64},
         {"file_sha256": "0" * 64},
         {"size": text.size + 1},
         {"size": 0},

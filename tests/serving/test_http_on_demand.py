@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
 from served_adapters import complete, expected, load, lora, metric, settle, unload
 from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
@@ -123,6 +125,21 @@ def test_a_damaged_file_is_read_once_until_it_changes(
         for path in (file, record_path(file)):
             shutil.copy((root / "small.onnx_adapter").with_suffix(path.suffix), path)
         assert complete(client, "wide", PROMPT) == expected(made[1]["small"], PROMPT)
+
+
+def test_an_adapter_whose_outputs_are_not_finite_is_refused(made: tuple[Path, Any], root: Path) -> None:
+    file = root / "peft" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e30) for name, tensor in load_file(file).items()}, file)
+    with service(made, root) as client:
+        assert complete(client, "small", PROMPT) == expected(made[1]["small"], PROMPT)
+        for _ in range(2):
+            status, message, _ = refused(client, "peft")
+            assert (status, "outputs with the adapter are not finite" in message) == (400, True)
+        settle(client)
+        assert ids(client, loaded=True) == ["data", "small"]
+        assert metric(client, "gralora_fx_run_failures_total") == 0
+        shutil.copy(made[0] / "wide" / "adapter_model.safetensors", root / "peft")
+        assert complete(client, "peft", PROMPT) == expected(made[1]["wide"], PROMPT)
 
 
 def test_names_that_requests_give_and_take_away(made: tuple[Path, Any], root: Path) -> None:

@@ -156,7 +156,8 @@ def replicated(path: Path, *options: str) -> Iterator[Replicated]:
 def service(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Replicated]:
     """A decoder, with an adapter that PEFT saved beside those of the export, and a log of its requests."""
     path = exported[0]
-    with replicated(path, "--access-log", "--adapter", f"peft={path.parent / 'wide'}") as running:
+    root = ("--adapter-root", str(path.parent))
+    with replicated(path, "--access-log", "--adapter", f"peft={path.parent / 'wide'}", *root) as running:
         yield running
 
 
@@ -191,7 +192,9 @@ def test_each_request_has_its_adapter(service: Replicated, texts: dict[str, str]
 
 
 def test_errors_are_openais(service: Replicated) -> None:
-    assert service.ask("other") == ("404", "no model 'other'; there is data, peft, small, wide")
+    status, message = service.ask("other")
+    assert status == "404"
+    assert message.startswith("no model 'other'; there is data, peft, small, wide, and those of the adapter root")
     assert "beyond the context" in service.ask("wide", tokens=64)[1]
     with pytest.raises(openai.NotFoundError, match="no model 'x'"):
         service.client.models.retrieve("x")
@@ -223,9 +226,28 @@ def test_a_hot_adapter_spreads(service: Replicated, texts: dict[str, str]) -> No
     assert generated == [sum(before) + sum(grown)]
 
 
+def test_what_a_request_loads_is_in_every_replica(service: Replicated, texts: dict[str, str]) -> None:
+    def change(verb: str, **fields: Any) -> tuple[str, str]:
+        return service.outcome(lambda: service.client.post(f"/{verb}_lora_adapter", body=fields, cast_to=str))
+
+    def answers() -> set[tuple[str, str]]:
+        with ThreadPoolExecutor(8) as pool:
+            return set(pool.map(service.ask, ["live"] * 16))
+
+    assert change("load", lora_name="live", lora_path="small")[0] == "text"
+    assert answers() == {("text", texts["small"])}
+    assert change("load", lora_name="live", lora_path="wide")[0] == "400"
+    assert change("load", lora_name="live", lora_path="missing", load_inplace=True)[0] == "404"
+    assert answers() == {("text", texts["small"])}
+    assert change("unload", lora_name="live")[0] == "text"
+    assert {status for status, _ in answers()} == {"404"}
+    assert change("load", lora_name="live", lora_path="wide")[0] == "text"
+    assert answers() == {("text", texts["wide"])}
+
+
 def test_a_full_queue_answers_at_once(service: Replicated, texts: dict[str, str]) -> None:
-    with ThreadPoolExecutor(48) as pool:
-        found = Counter(pool.map(service.ask, ["small"] * 96))
+    with ThreadPoolExecutor(64) as pool:  # of which replicas take some that wait for nothing
+        found = Counter(pool.map(service.ask, ["small"] * 128))
     full = ("429, to be tried again", "as many requests wait as there is room for; try again")
     assert set(found) == {("text", texts["small"]), full}
 
@@ -282,13 +304,14 @@ def kill_under_load(
 
 
 def test_a_killed_replica_loses_what_it_ran(service: Replicated, texts: dict[str, str]) -> None:
+    texts = {**texts, "live": texts["wide"]}  # which a replica that starts has, too
     names = itertools.cycle(texts)
 
     def ask(index: int) -> tuple[str, str, str]:
         name = next(names)
         return (texts[name], *service.ask(name, stream=index % 2 == 0))
 
-    kill_under_load(service, ask, ROWS)
+    kill_under_load(service, ask, 2 * ROWS)
 
 
 def test_sigterm_lets_answers_end(service: Replicated, texts: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
+from gralora_fx.runtime.adapter_file import AdapterContent
 from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.http.engines import Engine
@@ -21,22 +22,24 @@ from gralora_fx.serving.scheduling.adapter_versions import AdapterVersion
 def load_adapter(
     engine: Engine,
     name: str,
-    file_in: Callable[[Path], Path],
+    file_in: Callable[[Path], Path | AdapterContent],
     *,
     may_replace: bool,
     state: Hashable = None,
     pin: bool = True,
+    defer_trial: bool = False,
 ) -> AdapterVersion:
     """Load an adapter that a name is to stand for, which `ServedModels.commit` lets it.
 
     Args:
         engine: What runs it; no other change of its adapters may run meanwhile.
         name: The adapter's name.
-        file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with. The folder
-            lasts as long as the adapter.
+        file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with, or what was
+            read of it. The folder lasts as long as the adapter.
         may_replace: Whether the name may be taken from another adapter.
         state: What its files are like, where they are looked at again; else None.
         pin: Whether it stays in memory until it is unloaded.
+        defer_trial: Whether the first request with it tries it, where the engine does that.
 
     Returns:
         Its version, which is held until it is committed or released.
@@ -54,7 +57,14 @@ def load_adapter(
     try:
         path = file_in(Path(folder.name))
         return models.prepare(
-            name, path, engine.trial, replace=may_replace, dispose=folder.cleanup, state=state, pin=pin
+            name,
+            path,
+            engine.trial,
+            replace=may_replace,
+            dispose=folder.cleanup,
+            state=state,
+            pin=pin,
+            defer_trial=defer_trial and engine.checks_outputs,
         )
     except BaseException as error:
         folder.cleanup()

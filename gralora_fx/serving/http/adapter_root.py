@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+import numpy as np
+
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
+from gralora_fx.runtime.adapter_file import AdapterContent
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
 from gralora_fx.serving.open_export import adapter_as_data
 from gralora_fx.sources.paths import usable_path
@@ -126,6 +129,32 @@ class AdapterRoot:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
         return adapter_as_data(copy, onnx_dir, copy, name)
 
+    def read(self, text: str) -> AdapterContent | None:
+        """What an `.onnx_adapter` file and its record hold, read once; None of a directory.
+
+        Args:
+            text: As of `copy`.
+
+        Raises:
+            AdapterNotFoundError: There is nothing at the path.
+            ServingError: The path leads out of the root, or to something else than regular files of an adapter.
+        """
+        path = self._within(text)
+        try:
+            is_directory = self._resolved(path, text).is_dir()
+            check_adapter_kind(path, is_directory, shown(text))
+            if is_directory:
+                return None
+            with ExitStack() as stack:
+                files = [stack.enter_context(self._opened(source)) for source in (path, record_path(path))]
+                before = [_identity(file) for file in files]
+                content = np.fromfile(files[0], np.uint8)
+                found = AdapterContent(Path(path.name), content, files[1].read())
+                self._check_unchanged([path, record_path(path)], before, files)
+                return found
+        except OSError as error:
+            raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
+
     def _within(self, text: str) -> Path:
         """A path below the root by its letters alone."""
         parts = PurePosixPath(text).parts
@@ -162,9 +191,17 @@ class AdapterRoot:
             for file, target in zip(files, targets, strict=True):
                 with target.open("wb") as copy:
                     shutil.copyfileobj(file, copy)
-            after = [_identity(file) for file in files]
-        for source, *identities in zip(sources, before, after, strict=True):
-            if identities[0] != identities[1]:
+            self._check_unchanged(sources, before, files)
+
+    @staticmethod
+    def _check_unchanged(sources: Sequence[Path], before: Sequence[Facts | None], files: Sequence[BinaryIO]) -> None:
+        """Check that files are as they were before they were read.
+
+        Raises:
+            ServingError: One was changed.
+        """
+        for source, facts, file in zip(sources, before, files, strict=True):
+            if facts != _identity(file):
                 raise ServingError(f"{source.name} was changed while it was read; ask again when it is whole")
 
     @contextmanager

@@ -65,6 +65,11 @@ class Engine:
         """What the log says of it once it is ready."""
         return ()
 
+    @property
+    def checks_outputs(self) -> bool:
+        """Whether a step with an adapter that was not tried checks its outputs (see `ServedModels.check_outputs`)."""
+        return False
+
     def stop(self) -> None:
         """Answer what is there, and end."""
         self.queue.stop()
@@ -87,6 +92,11 @@ class TextEngine(Engine):
     grammars: Grammars
     tools: ToolTemplate
     inputs: EncoderInputs | None = None
+
+    @property
+    def checks_outputs(self) -> bool:
+        """Whether a step with an adapter that was not tried checks its outputs: always."""
+        return True
 
     @property
     def takes_text(self) -> bool:

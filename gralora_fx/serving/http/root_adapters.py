@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gralora_fx.errors import listed, shown
+from gralora_fx.runtime.adapter_file import AdapterContent
 from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import Engine
@@ -60,7 +61,7 @@ class RootAdapters:
         """
         assert isinstance(state, tuple)
         file_in = partial(self._copied, state[0], name)
-        version = load_adapter(self._engine, name, file_in, may_replace=True, state=state, pin=False)
+        version = load_adapter(self._engine, name, file_in, may_replace=True, state=state, pin=False, defer_trial=True)
         self._engine.models.commit(version)
 
     def prepare(self, name: str, path: str, *, may_replace: bool, pin: bool) -> AdapterVersion:
@@ -106,8 +107,8 @@ class RootAdapters:
         if self._root.find(name) is not None:
             self._withdrawn.add(name)
 
-    def _copied(self, path: str, name: str, folder: Path) -> Path:
-        return self._root.copy(path, name, self._onnx_dir, folder)
+    def _copied(self, path: str, name: str, folder: Path) -> Path | AdapterContent:
+        return self._root.read(path) or self._root.copy(path, name, self._onnx_dir, folder)
 
 
 class OwnChanges:

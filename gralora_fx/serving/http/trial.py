@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -37,9 +37,12 @@ class AdapterTrial:
 
     Attributes:
         run: Runs the model with the adapter of a key, or as the base, and returns its outputs.
+        digest_of: The digest of the file of a key's adapter: one that passed is not tried again.
     """
 
     run: Run
+    digest_of: Callable[[str], str] = lambda key: ""
+    _passed: set[str] = field(default_factory=set, init=False)
 
     @cached_property
     def _base(self) -> list[NDArray[Any]]:
@@ -52,12 +55,17 @@ class AdapterTrial:
         Raises:
             ServingError: The model does not run with it, or its outputs are not finite.
         """
+        digest = self.digest_of(key)
+        if digest in self._passed:
+            return
         try:
             outputs = self.run(key)
         except Exception as error:  # whatever it is, the adapter cannot be served
             raise ServingError(f"the model does not run with the adapter ({first_line(error)})") from error
         if any((is_finite & ~np.isfinite(output)).any() for is_finite, output in zip(self._base, outputs, strict=True)):
             raise ServingError("the model's outputs with the adapter are not finite; train it again, or give another")
+        if digest:
+            self._passed.add(digest)
 
 
 def try_decoder(model: OrtModel) -> AdapterTrial:
@@ -72,7 +80,7 @@ def try_decoder(model: OrtModel) -> AdapterTrial:
         finally:
             decoder.close(row)
 
-    return AdapterTrial(run)
+    return AdapterTrial(run, lambda key: model.adapters[key].record.file_sha256)
 
 
 def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
@@ -97,7 +105,7 @@ def try_encoder(encoder: Encoder) -> AdapterTrial:
             inputs.update(example_inputs(encoder))
         return list(encoder.model(**inputs, adapter=key).values())
 
-    return AdapterTrial(run)
+    return AdapterTrial(run, lambda key: encoder.model.adapters[key].record.file_sha256)
 
 
 def example_inputs(encoder: Encoder) -> Arrays:

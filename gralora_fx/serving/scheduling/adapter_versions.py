@@ -24,6 +24,12 @@ class TooManyChangesError(ServingError):
     """There is no room for more loads now."""
 
 
+class AdapterLoadError(ServingError):
+    """An adapter that a request names is there, and cannot be loaded."""
+
+    field: ClassVar[str] = "model"
+
+
 class AdapterLimitError(ServingError):
     """An adapter is above a limit, or there is no room beside those that stay."""
 
@@ -46,6 +52,7 @@ class AdapterVersion:
         holds: How many requests run with it, or are about to.
         is_current: Whether its name stands for it.
         used: When it was last asked for, as a number that grows.
+        trial: Tries it, which the first request with it does by itself; None once it is known to run.
     """
 
     name: str
@@ -57,6 +64,7 @@ class AdapterVersion:
     holds: int = 0
     is_current: bool = True
     used: int = 0
+    trial: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,3 +156,6 @@ class AdapterLoader(Protocol):
 
     async def take(self, name: str, seconds: float | None) -> str:
         """The key of an adapter's version, which is held then; it is loaded if it is not there."""
+
+    def refuse(self, version: AdapterVersion, error: ServingError) -> AdapterLoadError:
+        """Take note that the model does not run with a version, and say so."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.completion import Completion, TextRequest
+from gralora_fx.serving.scheduling.adapter_versions import AdapterLoadError
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob
@@ -184,6 +185,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
             job = self._rows[row]
             before, is_first = len(job.answer.ids), job.chosen is None
             try:
+                if self._models is not None:
+                    self._models.check_outputs(job.adapter, logits[row])
                 choice = job.advance(len(read), logits[row])
                 if is_first and not job.unread and not job.request.scores_prompt:
                     self._observer.looked_up(len(job.request.prompt), job.cached)
@@ -195,7 +198,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 job.take(choice)
                 self._observer.generated(len(job.answer.ids) - before)
             except Exception as error:
-                if isinstance(error, DeadEndError):  # which is the request's own
+                if isinstance(error, (DeadEndError, AdapterLoadError)):  # which is the request's own
                     _logger.warning("choosing a token failed: %s", error)
                 else:
                     _logger.exception("choosing a token failed")

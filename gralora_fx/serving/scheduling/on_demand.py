@@ -10,11 +10,12 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from gralora_fx.errors import GraloraError, ServingError, shown
 from gralora_fx.serving.scheduling.adapter_versions import (
     AdapterLimitError,
+    AdapterLoadError,
     AdaptersInUseError,
     AdapterVersion,
     TooManyChangesError,
@@ -25,12 +26,6 @@ from gralora_fx.serving.scheduling.served_models import ServedModels
 _SHORT, _LONG = 5.0, 10**9  # seconds that a failure is remembered which is not of the files, and one which is
 _MOST_FAILURES = 10_000
 _logger = logging.getLogger(__name__)
-
-
-class AdapterLoadError(ServingError):
-    """An adapter that a request names is there, and cannot be loaded."""
-
-    field: ClassVar[str] = "model"
 
 
 class AdapterSource(Protocol):
@@ -188,7 +183,7 @@ class OnDemandAdapters:
             self._models.release(version.key)
 
     def _begin(self, loading: _Loading) -> None:
-        self._models.run_later(lambda: self._run(loading))
+        self._models.changes.run_later(lambda: self._run(loading))
 
     def _resume(self) -> None:
         """Try loads again that had no room."""
@@ -230,8 +225,16 @@ class OnDemandAdapters:
             del self._loading[loading.name]
             tell()
 
+    def refuse(self, version: AdapterVersion, error: ServingError) -> AdapterLoadError:
+        """Take note that the model does not run with a version, and say so; it has no name from then on."""
+        self._remove(version)
+        return self._remember(version.name, version.state, error)
+
     def _fail(self, loading: _Loading, error: Exception) -> None:
-        name = loading.name
+        problem = self._remember(loading.name, loading.state, error)
+        self._finish(loading, lambda: loading.result.set_exception(problem))
+
+    def _remember(self, name: str, state: Hashable, error: Exception) -> AdapterLoadError:
         is_known = isinstance(error, GraloraError)
         text = f"the adapter {shown(name)} cannot be loaded: {error if is_known else 'the log of the server says why'}"
         if is_known:
@@ -240,11 +243,11 @@ class OnDemandAdapters:
         if len(self._failures) >= _MOST_FAILURES:
             self._failures = {}
         until = time.monotonic() + (_LONG if is_of_files else _SHORT)
-        self._failures[name] = _Failure(loading.state, text, until, isinstance(error, AdapterLimitError))
-        self._finish(loading, lambda: loading.result.set_exception(AdapterLoadError(text)))
+        self._failures[name] = _Failure(state, text, until, isinstance(error, AdapterLimitError))
+        return AdapterLoadError(text)
 
     def _remove(self, version: AdapterVersion) -> None:
-        """Let a version go whose files are gone, unless its name stands for another one by then."""
+        """Let a version go, unless its name stands for another one by then."""
 
         def remove() -> None:
             if version.is_current:

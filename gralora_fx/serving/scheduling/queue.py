@@ -11,6 +11,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.answer_form import DeadEndError
+from gralora_fx.serving.scheduling.adapter_versions import AdapterLoadError
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
 
@@ -28,7 +29,7 @@ class RunError(ServingError):
     @classmethod
     def of(cls, error: Exception) -> RunError:
         """What a caller is told of an error while its request ran."""
-        if isinstance(error, DeadEndError):
+        if isinstance(error, (DeadEndError, AdapterLoadError)):
             return AnswerError(str(error))
         return cls(str(error) if isinstance(error, ServingError) else "the request failed; the server's log says why")
 

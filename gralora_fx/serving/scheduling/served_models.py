@@ -9,26 +9,29 @@ import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.runtime.adapter_file import AdapterContent
 from gralora_fx.runtime.adapter_paths import check_name
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.adapter_versions import (
     AdapterLimits,
     AdapterLoader,
     AdapterVersion,
-    TooManyChangesError,
     UnknownAdapterError,
     UnknownModelError,
 )
+from gralora_fx.serving.scheduling.change_thread import ChangeThread
 
 _NAME_IN_KEY = 100  # characters of a name that a version's key begins with
-_MOST_CHANGES = 16  # that wait
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
@@ -43,6 +46,7 @@ class ServedModels:
     Attributes:
         base: The name of the model without an adapter.
         limits: How many adapters there is room for.
+        changes: Runs changes.
         loader: Loads adapters that are not in memory; None if there are no others.
         when_evicted: Is called when one is freed for the room of another.
         when_idle: Is called when a request ended that held a version, or a change freed one.
@@ -67,8 +71,8 @@ class ServedModels:
         self._versions = {version.key: version for version in self._current.values()}
         self.limits.check(self._versions.values())
         self._lock = threading.Lock()
-        self._count, self._clock, self._waiting, self._is_closed = itertools.count(2), itertools.count(1), 0, False
-        self._changes = ThreadPoolExecutor(1, thread_name_prefix="gralora-fx adapters")
+        self._count, self._clock, self._is_closed = itertools.count(2), itertools.count(1), False
+        self.changes = ChangeThread()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -187,27 +191,8 @@ class ServedModels:
                 self.when_idle()
 
     def change(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Run some work that changes adapters, after the changes that wait already.
-
-        Raises:
-            TooManyChangesError: Too many wait.
-        """
-        with self._lock:
-            if self._waiting >= _MOST_CHANGES:
-                raise TooManyChangesError(f"{self._waiting} changes of adapters wait; ask again later")
-            self._waiting += 1
-
-        def counted() -> _Result:
-            with self._lock:
-                self._waiting -= 1
-            return work()
-
-        return self._changes.submit(counted)
-
-    def run_later(self, work: Callable[[], None]) -> None:
-        """Run some work after the changes that wait; nothing, once these have ended."""
-        with suppress(RuntimeError):
-            self._changes.submit(work)
+        """Run some work that changes adapters; as of `ChangeThread.submit`."""
+        return self.changes.submit(work)
 
     def check_new(self, name: str, *, replace: bool) -> None:
         """Check that a name may be given to an adapter.
@@ -222,24 +207,26 @@ class ServedModels:
     def prepare(
         self,
         name: str,
-        path: Path,
+        path: Path | AdapterContent,
         try_adapter: Callable[[str], None],
         *,
         replace: bool,
         dispose: Callable[[], None] = lambda: None,
         state: Hashable = None,
         pin: bool = True,
+        defer_trial: bool = False,
     ) -> AdapterVersion:
         """Load a version that its name does not stand for until `commit`; within `change`.
 
         Args:
             name: The adapter's name.
-            path: Its `.onnx_adapter` file, which stays as it is until it is disposed of.
+            path: Its `.onnx_adapter` file, which stays as it is until it is disposed of, or what was read of it.
             try_adapter: Runs the model with the adapter of a key, and raises a `ServingError` if that fails.
             replace: Whether the name may stand for another version before.
             dispose: Is called when the version was freed.
             state: As of `AdapterVersion`.
             pin: Whether it stays until it is unloaded.
+            defer_trial: Whether the first request with it tries it (see `check_outputs`).
 
         Returns:
             The version, which is held: `release` gives it up.
@@ -256,11 +243,13 @@ class ServedModels:
         try:
             size = self._size(key)
             self._make_room(name, size)
-            try_adapter(key)
+            if not defer_trial:
+                try_adapter(key)
         except Exception:
             self._host.unload_adapter(key)
             raise
         version = AdapterVersion(name, key, size, state, pin, dispose, holds=1, is_current=False)
+        version.trial = try_adapter if defer_trial else None
         with self._lock:
             self._versions = {**self._versions, key: version}
         return version
@@ -274,6 +263,23 @@ class ServedModels:
             if old is not None:
                 self._retire(old)
         self.release(version.key)
+
+    def check_outputs(self, key: str | None, outputs: NDArray[Any]) -> None:
+        """Check that the model runs with a version, by outputs of its first request.
+
+        Raises:
+            AdapterLoadError: Its outputs are not finite where the base's are; its name does not stand for it any more.
+        """
+        version = None if key is None else self._versions.get(key)
+        if version is None or version.trial is None:
+            return
+        if not np.isfinite(outputs).all():
+            try:
+                version.trial(version.key)
+            except ServingError as error:
+                assert self.loader is not None  # which alone defers trials
+                raise self.loader.refuse(version, error) from error
+        version.trial = None
 
     def unload(self, name: str) -> None:
         """Take an adapter's name away; requests that run with it end undisturbed.
@@ -293,7 +299,7 @@ class ServedModels:
         """End the thread of changes once those that wait are done, and dispose of all versions."""
         with self._lock:
             self._is_closed = True
-        self._changes.shutdown()
+        self.changes.close()
         for version in self._versions.values():
             version.dispose()
 
@@ -331,7 +337,7 @@ class ServedModels:
         if version.is_current or version.holds or self._is_closed:
             return
         self._versions = {key: found for key, found in self._versions.items() if found is not version}
-        self.run_later(partial(self._free, version))
+        self.changes.run_later(partial(self._free, version))
 
     def _free(self, version: AdapterVersion) -> None:
         try:
