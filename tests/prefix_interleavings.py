@@ -166,7 +166,8 @@ class Interleavings:
         file = self._files[number][self._versions[number]]
 
         def load_it() -> None:
-            self._models.load(f"a{number}", file, lambda _: None, replace=True, dispose=lambda: None)
+            name = f"a{number}"
+            self._models.commit(self._models.prepare(name, file, lambda _: None, replace=True, dispose=lambda: None))
 
         self._models.change(load_it).result(20)
 
