@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from running_service import running
 from served_exports import chat_tokenizer, decoders
 from starlette.testclient import TestClient
@@ -117,6 +120,7 @@ def test_a_request_and_its_answers(decoder: Path, collector: Collector, stream: 
         "gen_ai.request.top_p": 0.5,
         "gen_ai.request.top_k": 0,
         "gen_ai.request.choice.count": 2,
+        "gen_ai.usage.cache_read.input_tokens": 0,
         "gen_ai.usage.input_tokens": len(chat_tokenizer()(f"user: {UNSEEN} assistant: ")["input_ids"]),
         "gralora_fx.adapter": "small",
     }
@@ -203,6 +207,23 @@ def test_an_encoder(collector: Collector, tmp_path: Path) -> None:
     (span,) = collector.spans
     assert span.name == "POST /classify"
     assert described(span)["gen_ai.request.model"] == "news"
+
+
+def test_a_provider_that_is_there_is_used(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `opentelemetry-instrument`, or in a program that embeds the app."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)
+    with TestClient(create_app(ServiceSettings(decoder))) as client:
+        client.post("/v1/completions", json={"model": "wide", "prompt": "a", "max_tokens": 2})
+    spans = exporter.get_finished_spans()
+    own = [span.name for span in spans if span.instrumentation_scope.name == "gralora_fx"]
+    assert own == ["queue", "prompt", "decode", "POST /v1/completions"]
+    assert len({span.context.trace_id for span in spans}) == 1  # FastAPI makes spans too
+    exporter.clear()
+    with provider.get_tracer("own").start_as_current_span("later"):
+        pass
+    assert [span.name for span in exporter.get_finished_spans()] == ["later"]  # it goes on after the service
 
 
 @pytest.mark.parametrize(

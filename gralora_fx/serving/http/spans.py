@@ -149,10 +149,11 @@ class SpanMiddleware:
             await self._app(scope, receive, send)
             return
         from opentelemetry.propagate import extract
-        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace import SpanKind, get_current_span, use_span
 
-        context = extract(Headers(scope=scope))
-        span = self._tracer.start_span(scope["method"], context, SpanKind.SERVER)
+        is_inner = get_current_span().is_recording()  # within FastAPI's own, where the provider is everybody's
+        context = None if is_inner else extract(Headers(scope=scope))
+        span = self._tracer.start_span(scope["method"], context, SpanKind.INTERNAL if is_inner else SpanKind.SERVER)
         if not span.is_recording():  # it is not sampled
             await self._app(scope, receive, send)
             return
@@ -166,7 +167,10 @@ class SpanMiddleware:
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            with use_span(
+                span, record_exception=False, set_status_on_exception=False
+            ):  # those of libraries are below it
+                await self._app(scope, receive, watched)
         except Exception:
             status = 500
             raise
