@@ -24,6 +24,7 @@ NAMES = (
     "engine",
     "answer-grammars",
     "prefix-cache",
+    "speculation",
     "adapters",
     "streaming",
     "merge-checkpoint",

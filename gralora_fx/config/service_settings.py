@@ -14,6 +14,7 @@ from gralora_fx.config.option import Option, check_options
 from gralora_fx.errors import ConfigError, shown
 
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
+_SPECULATIVE_TOKENS = 16
 _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 
 
@@ -53,6 +54,8 @@ class ServiceSettings:
         chunk: Of a decoder, the most tokens of prompts that a step reads; None for 64.
         prefix_cache: Of a decoder, the most bytes of what prompts that begin alike share, such as `2GB`; `0` or `none`
             for nothing, None for 512 MiB if the export's rows can share anything.
+        speculative_tokens: Of a decoder, the most tokens of an answer that are proposed for a step, as they followed
+            before in its text; 0 for none, None for 16.
         timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
         threads: Threads of an operator; None for one on each core that the process may use.
         api_key: The key that requests must give; None for none.
@@ -117,6 +120,15 @@ class ServiceSettings:
             problem=_cache_problem,
         ),
     ] = None
+    speculative_tokens: Annotated[
+        int | None,
+        Option(
+            "Of a decoder, most tokens that a step verifies of what an answer repeats of its text; 0 for none.",
+            metavar="N",
+            left_out="as many as pay, up to 16",
+            least=0,
+        ),
+    ] = None
     timeout: Annotated[
         float | None,
         Option(
@@ -171,6 +183,11 @@ class ServiceSettings:
     def prompt_tokens(self) -> int:
         """The most tokens of prompts that a step reads, where there are steps."""
         return self.chunk or _CHUNK
+
+    @property
+    def drafted(self) -> int:
+        """The most tokens of an answer that are proposed for a step, where there are steps."""
+        return _SPECULATIVE_TOKENS if self.speculative_tokens is None else self.speculative_tokens
 
     @property
     def prefix_bytes(self) -> int | None:

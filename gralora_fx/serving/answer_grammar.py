@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -204,6 +204,10 @@ class RowGrammar:
         """
         allowed = self._allowed[:size]  # bits come in whole words
         return allowed if len(allowed) == size else np.pad(allowed, (0, size - len(allowed)))
+
+    def prefix(self, tokens: Sequence[int]) -> int:
+        """How many of some tokens may come next, one after the other."""
+        return int(self._matcher.validate_tokens(list(tokens[: self._left]))) if self._goes_on else 0
 
     def take(self, token: int) -> None:
         """Go on after a token that was chosen among those that are allowed.

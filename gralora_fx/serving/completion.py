@@ -1,42 +1,25 @@
-"""The completions of prompts, token by token: those of `generate` run together, each until its own end."""
+"""A prompt to answer, and its completion, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.engine.adapters import names_of_rows
-from gralora_fx.engine.decoder import Source, part_length
-from gralora_fx.engine.limits import DecoderLimits, DecoderSize, TooLargeError
-from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.limits import DecoderLimits, TooLargeError
+from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer_grammar import AnswerGrammar
 from gralora_fx.serving.detokenizer import TextStream
 from gralora_fx.serving.encoder_inputs import EncoderInput
-from gralora_fx.serving.generation import Generation
-from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.stop_search import StopSearch
 from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
-_CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
-_FORCED = 32  # tokens that a grammar forces, in a step
 Ending: TypeAlias = Literal["stop", "length"]
-
-
-class Scored(NamedTuple):
-    """An answer, or a piece of one, with the log-probabilities of its tokens.
-
-    Attributes:
-        content: The text, or the token ids.
-        scores: The score of each of its tokens.
-    """
-
-    content: Any
-    scores: list[TokenScore]
 
 
 @dataclass(frozen=True)
@@ -211,116 +194,6 @@ class Completion:
         return text
 
 
-class Completions(Iterator[Any]):
-    """The completions of prompts, piece by piece, or all at once."""
-
-    def __init__(
-        self,
-        generation: Generation,
-        prompts: Prompts,
-        tokenizer: PreTrainedTokenizerBase | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-        adapter: str | Sequence[str | None] | None = None,
-        grammar: AnswerGrammar | None = None,
-    ) -> None:
-        """Check the prompts, and let a decoder read them.
-
-        Args:
-            generation: How the model generates.
-            prompts: The prompts to answer.
-            tokenizer: For texts, and for stop strings.
-            sampling: How tokens are chosen.
-            stop: Strings that end an answer.
-            adapter: The adapter to answer with, or of each; None for the base.
-            grammar: What the tokens of every answer may be; None for any.
-
-        Raises:
-            ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
-        """
-        most = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
-        names = names_of_rows(adapter, len(prompts.rows))
-        sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
-        self._requests = [
-            TextRequest(tuple(row), new, seeded(sampling, index), tuple(stop), name, source=source, grammar=grammar)
-            for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
-        ]
-        self._prompts = prompts
-        self._gives_scores = sampling.logprobs is not None
-        reader = tokenizer if prompts.gives_text or stop else None
-        ends = generation.limits.ends if sampling.ends is None else sampling.ends
-        self._completions = [Completion(reader, ends, stop) for _ in prompts.rows]
-        self._scores: list[list[TokenScore]] = [[] for _ in prompts.rows]
-        self._choosers = [request.chooser(ends) for request in self._requests]
-        self._rows: _Rows | None = _Rows(generation, self._requests)
-
-    def __next__(self) -> Any:
-        """What the next step adds: a text or ids, or a list of them for a list of prompts."""
-        going = [row for row, completion in enumerate(self._completions) if not completion.has_ended]
-        if self._rows is None or not going:
-            self._rows = None  # with what they hold, the cache and the adapter
-            raise StopIteration
-        try:
-            logits = self._rows.step(going)
-            choices = {row: self._choosers[row](logits[row]) for row in going}
-        except Exception as error:
-            self._rows = None  # what was read, and nothing chosen after it, cannot be taken back
-            if isinstance(error, ServingError):
-                raise
-            raise ServingError(f"no token can be chosen ({first_line(error)})") from error
-        self._rows.next_tokens = {row: choice.tokens for row, choice in choices.items()}
-        pieces: list[Any] = []
-        for row, completion in enumerate(self._completions):
-            before, text = len(completion.ids), ""
-            if row in choices:
-                text = completion.extend(choices[row], self._requests[row].max_new_tokens)
-            new = completion.ids[before:]
-            scores = [choices[row].score for _ in new]
-            self._scores[row] += scores  # type: ignore[arg-type]
-            piece: Any = text if self._prompts.gives_text else new
-            pieces.append(Scored(piece, scores) if self._gives_scores else piece)  # type: ignore[arg-type]
-        return pieces[0] if self._prompts.is_single else pieces
-
-    def result(self) -> Any:
-        """The whole completions."""
-        for _ in self:
-            pass
-        contents: list[Any] = [each.text if self._prompts.gives_text else each.ids for each in self._completions]
-        if self._gives_scores:
-            contents = [Scored(*pair) for pair in zip(contents, self._scores, strict=True)]
-        return contents[0] if self._prompts.is_single else contents
-
-
 def seeded(sampling: Sampling, index: int) -> Sampling:
     """The options for one of several answers, which draws by a seed of its own."""
     return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + index) % 2**31)
-
-
-class _Rows:
-    """Prompts in the rows of a decoder of their own, and the tokens that were chosen and not read yet."""
-
-    def __init__(self, generation: Generation, requests: Sequence[TextRequest]) -> None:
-        count, longest = len(requests), max(len(request.prompt) for request in requests)
-        capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
-        forced = _FORCED if requests[0].grammar is not None else 1
-        chunk = min(max(longest, forced), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
-        self._decoder = generation.open_decoder(DecoderSize(count, capacity, chunk))
-        self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
-        self._logits: dict[int, NDArray[Any]] = {}
-        self.next_tokens: dict[int, tuple[int, ...]] = {}
-        self._chunk = chunk
-        self._read({row: request.prompt for row, request in enumerate(requests)})
-
-    def step(self, going: Sequence[int]) -> dict[int, NDArray[Any]]:
-        """The logits `[vocabulary]` after the last token of each row that goes on."""
-        self._read({row: tokens for row, tokens in self.next_tokens.items() if row in going})
-        return self._logits
-
-    def _read(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        while tokens:
-            counts = {row: part_length(len(left), self._chunk) for row, left in tokens.items()}
-            logits_of = self._decoder.step({self._rows[row]: tokens[row][:count] for row, count in counts.items()})
-            for row in tokens:
-                logits = logits_of[self._rows[row]]
-                self._logits[row] = logits[-1].copy() if self._decoder.gives_all else logits
-            tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.prompts import GenerateInputs, Prompts
 from gralora_fx.serving.recordings import is_recording, recording
+from gralora_fx.serving.speculation import Speculation
 from gralora_fx.serving.speech_prompt import SpeechPrompt
 
 _FEATURES, _MASK = "input_features", "attention_mask"
@@ -31,11 +32,13 @@ class Generation:
         limits: What a row can take.
         open_decoder: Makes the model as rows of a size; errors as of `Decoder`.
         encoder_inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+        speculation: Chooses the lengths of drafts, by what calls before have measured.
     """
 
     limits: DecoderLimits
     open_decoder: Callable[[DecoderSize], Decoder]
     encoder_inputs: EncoderInputs | None = None
+    speculation: Speculation = field(default_factory=Speculation)
 
     def read(self, inputs: GenerateInputs, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
         """What `generate` was given, as what encoder and decoder read.

@@ -20,9 +20,9 @@ from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
 from gralora_fx.serving.answer_form import GivenForms
 from gralora_fx.serving.call_arrays import CallInputs, Outputs
-from gralora_fx.serving.completion import Completions
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.open_export import OpenExport
+from gralora_fx.serving.prompt_answers import Completions
 from gralora_fx.serving.prompts import GenerateInputs, stop_strings
 from gralora_fx.serving.sampling import Sampling
 
@@ -212,6 +212,7 @@ class OrtModel(OpenExport):
         regex: str | None = None,
         choice: Sequence[str] | None = None,
         grammar: str | None = None,
+        prompt_lookup_num_tokens: int | None = None,
         **sampling: Any,
     ) -> Any:
         """Answer prompts, each as if it were alone.
@@ -239,6 +240,8 @@ class OrtModel(OpenExport):
             regex: A regular expression, in the syntax of Rust's `regex`, that every answer matches as a whole.
             choice: Texts of which every answer is one.
             grammar: A grammar that every answer follows, in llguidance's variant of Lark or in GBNF.
+            prompt_lookup_num_tokens: The most tokens that a step verifies of what followed when the last tokens of a
+                text occurred in it before; None for as many as pay, 0 for none. The answer is the same.
             **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
                 `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
                 `min_new_tokens`, `eos_token_id` and `logprobs`.
@@ -258,6 +261,9 @@ class OrtModel(OpenExport):
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
+        most = prompt_lookup_num_tokens
+        if not (most is None or (type(most) is int and most >= 0)):
+            raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {most!r:.80}")
         tokenizer = self.tokenizer_or_none
         stops = stop_strings(stop, tokenizer)
         inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id)
@@ -269,7 +275,7 @@ class OrtModel(OpenExport):
             "grammar": ("grammar", grammar),
         }
         compiled = self.grammars.of(forms)
-        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled)
+        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled, most)
         return completions if stream else completions.result()
 
     def decoder(

@@ -123,6 +123,11 @@ class TokenChooser:
             self._ids += forced
         return Choice(token, score, forced, grammar.is_complete)
 
+    def plausible(self, draft: list[int]) -> list[int]:
+        """What proposed tokens begin with that the grammar of the answer allows."""
+        grammar = self._grammar
+        return draft if grammar is None or grammar.forced else draft[: grammar.prefix(draft)]
+
     def _choose(self, logits: NDArray[Any]) -> int:
         if self._generator is None and not self._rules:
             return int((logits if self._grammar is None else _masked(logits, self._grammar)).argmax())

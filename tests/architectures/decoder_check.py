@@ -15,7 +15,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
 from gralora_fx.runtime.session import open_session
 from gralora_fx.serving import load
-from gralora_fx.serving.completion import Scored
+from gralora_fx.serving.prompt_answers import Scored
 
 NEW_TOKENS = 8
 LENGTHS, ANSWER = (

@@ -353,11 +353,11 @@ def test_a_changed_cache_of_an_idle_row_fails_verification(tmp_path: Path, monke
     export_onnx(traced, tmp_path / "onnx", verify=False)
     step = RowsDecoder.step
 
-    def careless(decoder: RowsDecoder, tokens: Any) -> Any:
+    def careless(decoder: RowsDecoder, tokens: Any, *more: Any) -> Any:
         idle = next((row for row in range(decoder.rows) if row not in tokens), None)
         if idle is not None:
             next(iter(decoder.cached(idle).values()))[:, 0] += 1
-        return step(decoder, tokens)
+        return step(decoder, tokens, *more)
 
     monkeypatch.setattr(RowsDecoder, "step", careless)
     with pytest.raises(ExportError, match=r"a step changes past_key_values\.0\.key of a row that reads nothing"):

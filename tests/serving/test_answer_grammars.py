@@ -254,9 +254,9 @@ def test_forced_tokens_are_read_in_one_step_and_are_those_of_single_steps(
     steps: list[int] = []
     step = Decoder.step
 
-    def counted(decoder: Decoder, tokens: Any) -> Any:
+    def counted(decoder: Decoder, tokens: Any, *more: Any) -> Any:
         steps.append(max(map(len, tokens.values())))
-        return step(decoder, tokens)
+        return step(decoder, tokens, *more)
 
     monkeypatch.setattr(Decoder, "step", counted)
     schema = {"type": "object", "properties": {"quite_a_long_name": WORD}, "required": ["quite_a_long_name"]}

@@ -308,8 +308,8 @@ def test_an_encoder_runs_between_two_steps_of_the_rows_that_decode(pair_of: Call
     decoder, done = pair.model.decoder(rows=3, capacity=32), threading.Event()
     events: list[str] = []
     opened, stepped = decoder.open, decoder.step
-    decoder.open = lambda *given: (events.append("open"), opened(*given))[1]  # type: ignore[method-assign]
-    decoder.step = lambda tokens: (events.append(f"step {len(tokens)}"), stepped(tokens))[1]  # type: ignore[method-assign]
+    decoder.open = lambda *given, **more: (events.append("open"), opened(*given, **more))[1]  # type: ignore[method-assign]
+    decoder.step = lambda tokens, *_: (events.append(f"step {len(tokens)}"), stepped(tokens))[1]  # type: ignore[method-assign]
     inputs = pair.model.encoder_inputs
     assert inputs is not None
     ids = [source["input_ids"][0].tolist() for source in sources("bart")]

@@ -23,7 +23,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.operators.attention import Attention
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.run_options import available_threads
-from gralora_fx.serving import completion, load
+from gralora_fx.serving import load, prompt_answers
 from gralora_fx.serving.model import OrtModel
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -76,7 +76,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt(name: str, tmp_path: Path, monkey
     traced = trace(decoder(name), task="text-generation-with-past")
     export_onnx(traced, tmp_path / "onnx")
     prompt = torch.randint(3, 100, (50,), generator=torch.Generator().manual_seed(1)).tolist()
-    monkeypatch.setattr(completion, "_CHUNK", 16)
+    monkeypatch.setattr(prompt_answers, "_CHUNK", 16)
     assert load(tmp_path / "onnx").generate(prompt, max_new_tokens=8) == greedy(traced.eval(), prompt, 8)
 
 

@@ -82,10 +82,10 @@ class HeldSteps:
         self.begun, self.may_go = threading.Event(), threading.Event()
         step = Decoder.step
 
-        def held(decoder: Decoder, tokens: Any) -> Any:
+        def held(decoder: Decoder, tokens: Any, *more: Any) -> Any:
             self.begun.set()
             assert self.may_go.wait(20)
-            return step(decoder, tokens)
+            return step(decoder, tokens, *more)
 
         monkeypatch.setattr(Decoder, "step", held)
 

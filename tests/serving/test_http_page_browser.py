@@ -391,9 +391,9 @@ def test_stop_frees_the_row(page: Page, text_service: tuple[str, Any], monkeypat
     permits = threading.Semaphore(3)
     step = Decoder.step
 
-    def held(decoder: Decoder, tokens: Any) -> Any:
+    def held(decoder: Decoder, tokens: Any, *more: Any) -> Any:
         assert permits.acquire(timeout=30)
-        return step(decoder, tokens)
+        return step(decoder, tokens, *more)
 
     monkeypatch.setattr(Decoder, "step", held)
     page.open(url)

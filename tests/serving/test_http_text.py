@@ -217,10 +217,10 @@ class SlowSteps:
         self.count = 0
         step = Decoder.step
 
-        def wait(decoder: Decoder, tokens: Any) -> Any:
+        def wait(decoder: Decoder, tokens: Any, *more: Any) -> Any:
             assert self.permits.acquire(timeout=20)
             self.count += 1
-            return step(decoder, tokens)
+            return step(decoder, tokens, *more)
 
         monkeypatch.setattr(Decoder, "step", wait)
 

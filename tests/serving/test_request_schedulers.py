@@ -39,6 +39,7 @@ class Recorder:
     def __init__(self) -> None:
         self.rows: list[int] = []
         self.prompt = self.new = self.waits = self.begun = self.failures = self.asked = self.found = 0
+        self.proposed = self.accepted = 0
 
     def waited(self, seconds: float) -> None:
         assert seconds >= 0
@@ -61,6 +62,10 @@ class Recorder:
 
     def generated(self, tokens: int) -> None:
         self.new += tokens
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        self.proposed += proposed
+        self.accepted += accepted
 
     def failed(self) -> None:
         self.failures += 1

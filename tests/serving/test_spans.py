@@ -146,10 +146,10 @@ def test_what_goes_wrong(decoder: Path, collector: Collector, monkeypatch: pytes
     failing = threading.Event()
     step = Decoder.step
 
-    def fails(self: Decoder, tokens: Any) -> Any:
+    def fails(self: Decoder, tokens: Any, *more: Any) -> Any:
         if failing.is_set():
             raise RuntimeError("a step")
-        return step(self, tokens)
+        return step(self, tokens, *more)
 
     monkeypatch.setattr(Decoder, "step", fails)
     with TestClient(create_app(ServiceSettings(decoder))) as client:
@@ -182,9 +182,9 @@ def test_a_client_that_goes_away(decoder: Path, collector: Collector, monkeypatc
 
     permits, step = threading.Semaphore(4), Decoder.step
 
-    def held(self: Decoder, tokens: Any) -> Any:
+    def held(self: Decoder, tokens: Any, *more: Any) -> Any:
         assert permits.acquire(timeout=30)
-        return step(self, tokens)
+        return step(self, tokens, *more)
 
     with running(ServiceSettings(decoder)) as (url, _):
         monkeypatch.setattr(Decoder, "step", held)

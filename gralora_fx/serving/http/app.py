@@ -71,6 +71,8 @@ def _app(
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
     if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
         metrics.measure_prefixes(engine.queue.prefix_cache)
+    if isinstance(engine, TextEngine) and engine.queue.speculates:
+        metrics.measure_drafts()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

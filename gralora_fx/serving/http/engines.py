@@ -153,7 +153,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
-    for name in ("max_context", "chunk", "prefix_cache"):
+    for name in ("max_context", "chunk", "prefix_cache", "speculative_tokens"):
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
@@ -176,7 +176,20 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     decoder.step({row: [token]})
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
-    queue = ContinuousScheduler(decoder, tokenizer, observer, max_queue=settings.max_queue, models=models)
+    if decoder.draft_problem is None:
+        _logger.info("speculation: up to %d tokens that an answer repeats are verified in a step", settings.drafted)
+    elif settings.speculative_tokens:
+        raise ServingError(f"speculative_tokens has no effect: {decoder.draft_problem}; leave --speculative-tokens out")
+    else:
+        _logger.info("no speculation: %s", decoder.draft_problem)
+    queue = ContinuousScheduler(
+        decoder,
+        tokenizer,
+        observer,
+        max_queue=settings.max_queue,
+        models=models,
+        most_drafted=settings.drafted,
+    )
     trial = try_decoder(model)
     tools = ToolTemplate.of(tokenizer)
     return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, tools, model.encoder_inputs)

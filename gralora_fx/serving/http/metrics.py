@@ -102,6 +102,7 @@ class Metrics:
         self._tokens: Counter | None = None
         self._first: Histogram | None = None
         self._prefixes: tuple[Counter, ...] = ()
+        self._drafts: tuple[Counter, ...] = ()
         self._loads = Counter(
             "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
         )
@@ -176,6 +177,15 @@ class Metrics:
         self._now.watch("prefix_cache_blocks", "Blocks of tokens in the prefix cache.", lambda: len(cache))
         self._now.watch("prefix_cache_evictions", "Blocks that made room for others.", lambda: cache.evictions)
 
+    def measure_drafts(self) -> None:
+        """Measure tokens that are proposed and verified, too, also by the names that vLLM has for them."""
+        proposed, accepted = "Tokens that were proposed, and verified.", "Proposed tokens that were chosen."
+        for prefix in ("gralora_fx_", "vllm:spec_decode_num_"):
+            self._drafts += (
+                Counter(f"{prefix}draft_tokens", proposed, registry=self.registry),
+                Counter(f"{prefix}accepted_tokens", accepted, registry=self.registry),
+            )
+
     @contextmanager
     def in_flight(self) -> Iterator[None]:
         """Counts a request while it is being answered; in the event loop's thread."""
@@ -229,6 +239,11 @@ class Metrics:
     def looked_up(self, tokens: int, found: int) -> None:
         """A prompt of some tokens is there, of which some were found in the prefix cache."""
         for counter, count in zip(self._prefixes, (tokens, found) * 2, strict=False):
+            counter.inc(count)
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """A step verified tokens that were proposed, of which some were chosen."""
+        for counter, count in zip(self._drafts, (proposed, accepted) * 2, strict=False):
             counter.inc(count)
 
     def generated(self, tokens: int) -> None:

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.answer_form import DeadEndError
+from gralora_fx.serving.answer_row import AnswerRow
 from gralora_fx.serving.completion import Completion, TextRequest
 from gralora_fx.serving.scheduling.adapter_versions import AdapterLoadError
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob
+from gralora_fx.serving.speculation import MOST, Speculation
 
 _logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         limits: What the model can take.
         scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
         prefix_cache: What prompts that begin alike share; None if they share nothing.
+        speculates: Whether tokens of answers are proposed and verified.
     """
 
     unit = "requests"
@@ -49,6 +52,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         *,
         max_queue: int,
         models: ServedModels | None = None,
+        most_drafted: int = MOST,
     ) -> None:
         """Make a scheduler without requests.
 
@@ -58,12 +62,15 @@ class ContinuousScheduler(JobQueue[TextJob]):
             observer: Is told what runs.
             max_queue: The most requests that may wait for a row.
             models: As of `JobQueue`.
+            most_drafted: The most tokens of an answer that are proposed for a step; 0 for none.
         """
         super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
         self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
         self.prefix_cache = decoder.prefix_cache
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}
+        self._verifies, self._most_drafted = decoder.draft_problem is None, most_drafted
+        self._speculation, self.speculates = Speculation(), self._verifies and most_drafted > 0
 
     @property
     def running(self) -> int:
@@ -117,7 +124,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         while self._decoder.free and (job := self._next()) is not None:
             source = job.request.source
             try:
-                job.begin()  # before a row is taken
+                job.begin(verifies=self._verifies)  # before a row is taken
                 row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt)
             except Exception as error:
                 if isinstance(error, DeadEndError):  # which is the request's own
@@ -149,18 +156,30 @@ class ContinuousScheduler(JobQueue[TextJob]):
             if job.times.reading is None:
                 job.times.reading = time.perf_counter()
                 self._observer.waited(job.times.reading - job.times.submitted)
+        answering = self._answering(tokens)
+        drafted = sum(len(row.draft) for row in answering.values())
+        last = {row: count for row, each in answering.items() if (count := each.wanted(len(tokens[row]))) is not None}
         started = time.perf_counter()
         try:
-            logits = self._decoder.step(tokens)
+            logits = self._decoder.step(tokens, last)
         except Exception as error:
             _logger.exception("a step of %d rows failed", len(tokens))
             self._observer.failed()
             for row in tokens:  # the others have read nothing, and go on
                 self._rows[row].fail(error)
             return
-        self._observer.ran(time.perf_counter() - started, len(tokens))
-        self._observer.read(sum(len(tokens[row]) for row in tokens if self._rows[row].chosen is None))
+        seconds = time.perf_counter() - started
+        self._observer.ran(seconds, len(tokens))
+        self._observer.read(sum(len(tokens[row]) for row in tokens if row not in answering))
+        if len(answering) == len(tokens):
+            self._speculation.ran(sum(map(len, tokens.values())), drafted, seconds)
         self._advance(tokens, logits)
+        for row, each in answering.items():
+            if each.surplus:
+                self._decoder.rewind(row, self._decoder.length(row) - each.surplus)
+            self._speculation.settle(each, each.accepted)
+        if drafted:
+            self._observer.drafted(drafted, sum(each.accepted for each in answering.values()))
 
     def _tokens(self) -> dict[int, list[int]]:
         """What each row reads in the next step; prompts that the budget does not reach rest."""
@@ -168,7 +187,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         budget = self._decoder.chunk
         is_earliest = True
         for row, job in self._rows.items():
-            if job.chosen is None:
+            if not job.is_answering:
                 if not job.request.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
                 if is_earliest or job.unread <= budget:
@@ -177,26 +196,34 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 is_earliest = False
             else:
                 tokens[row] = job.next_tokens(self._decoder.chunk)
+        answering, chunk = self._answering(tokens), self._decoder.chunk
+        if len(answering) == len(tokens):  # no prompt, which drafts would hold up
+            self._speculation.propose(list(answering.values()), chunk, self._most_drafted)
+            tokens = {row: each.next_tokens(chunk) for row, each in answering.items()}
         return tokens
+
+    def _answering(self, tokens: Mapping[int, list[int]]) -> dict[int, AnswerRow]:
+        """The rows among those that read whose prompts are read."""
+        jobs = {row: self._rows[row] for row in tokens}
+        return {row: job.row for row, job in jobs.items() if job.is_answering and job.row is not None}
 
     def _advance(self, tokens: Mapping[int, list[int]], logits: Mapping[int, NDArray[Any]]) -> None:
         """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
         for row, read in tokens.items():
             job = self._rows[row]
-            before, is_first = len(job.answer.ids), job.chosen is None
+            is_first = was_reading = not job.is_answering
             try:
                 if self._models is not None:
                     self._models.check_outputs(job.adapter, logits[row])
-                choice = job.advance(len(read), logits[row])
-                if is_first and not job.unread and not job.request.scores_prompt:
+                for choice in job.advance(len(read), logits[row], self._speculation.saw):
+                    if is_first:
+                        job.times.answering, is_first = time.perf_counter(), False
+                        self._observer.began(job.times.answering - job.times.submitted)
+                    before = len(job.answer.ids)
+                    job.take(choice)
+                    self._observer.generated(len(job.answer.ids) - before)
+                if was_reading and not job.unread and not job.request.scores_prompt:
                     self._observer.looked_up(len(job.request.prompt), job.cached)
-                if choice is None:
-                    continue
-                if is_first:
-                    job.times.answering = time.perf_counter()
-                    self._observer.began(job.times.answering - job.times.submitted)
-                job.take(choice)
-                self._observer.generated(len(job.answer.ids) - before)
             except Exception as error:
                 if isinstance(error, (DeadEndError, AdapterLoadError)):  # which is the request's own
                     _logger.warning("choosing a token failed: %s", error)

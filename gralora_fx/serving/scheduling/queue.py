@@ -63,6 +63,9 @@ class Observer(Protocol):
     def generated(self, tokens: int) -> None:
         """New tokens were chosen."""
 
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """A step verified tokens that were proposed, of which some were chosen."""
+
     def failed(self) -> None:
         """A run failed, other than for a request that is wrong."""
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from gralora_fx.engine.decoder import part_length
+from gralora_fx.serving.answer_row import AnswerRow
 from gralora_fx.serving.completion import Completion, Ending, TextRequest
 from gralora_fx.serving.scheduling.queue import RunError
-from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore
+from gralora_fx.serving.token_choice import Choice, TokenScore
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class TextJob:
         is_done: Whether its caller was told the end.
         read: How many tokens of its prompt the row has read, or taken over.
         cached: How many of them it has taken over from the prefix cache.
-        chosen: The tokens that were chosen, or forced by a grammar, and not read yet; None while the prompt is read.
+        row: The answer as the decoder's row reads it, once the job has begun.
+        is_answering: Whether its prompt is read, so that it reads what was chosen.
         times: When it reached each stage.
     """
 
@@ -95,8 +97,8 @@ class TextJob:
         self.request, self.answer = request, answer
         self.is_done = False
         self.read = self.cached = 0
-        self.chosen: tuple[int, ...] | None = None
-        self._choose: TokenChooser | None = None
+        self.row: AnswerRow | None = None
+        self.is_answering = False
         self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
         self._scores: list[TokenScore] = []
         self._prompt_scores: list[TokenScore] = []
@@ -131,35 +133,50 @@ class TextJob:
         self.read += count
         self.cached += count
 
-    def begin(self) -> None:
-        """Get ready to choose tokens; a model's own rules may raise here that do not go with the request."""
-        self._choose = self.request.chooser(self._ends)
+    def begin(self, *, verifies: bool = False) -> None:
+        """Get ready to choose tokens; a model's own rules may raise here that do not go with the request.
+
+        Args:
+            verifies: Whether the decoder can verify drafts.
+        """
+        request = self.request
+        self.row = AnswerRow(request.chooser(self._ends), request.prompt, request.max_new_tokens, verifies)
 
     def next_tokens(self, most: int) -> list[int]:
         """The tokens to read in the next step: at most some of the prompt, or of those that were chosen last."""
-        if self.chosen is not None:
-            return list(self.chosen[:most])
+        if self.is_answering:
+            assert self.row is not None
+            return self.row.next_tokens(most)
         return list(self.request.prompt[self.read : self.read + part_length(self.unread, most)])
 
-    def advance(self, count: int, logits: NDArray[Any]) -> Choice | None:
-        """Take note of the tokens that were read; the next one, if all are read and the answer has tokens."""
-        if self.chosen is not None:
-            self.chosen = self.chosen[count:]
-            if self.chosen:
-                return None
+    def advance(
+        self, count: int, logits: NDArray[Any], saw: Callable[[int, bool], None] = lambda matched, is_proposed: None
+    ) -> Iterator[Choice]:
+        """Take note of the tokens that were read; the next ones, if all are read and the answer has tokens.
+
+        Args:
+            count: How many tokens were read.
+            logits: What the decoder gave.
+            saw: As of `AnswerRow.choices`.
+        """
+        assert self.row is not None
+        if self.is_answering:
+            if not self.row.draft and not self.row.read(count):
+                return
         else:
             if self.request.scores_prompt:
                 self._prompt_scores += self.request.score_prompt(self.read, logits)
             self.read += count
             if self.unread:
-                return None
+                return
             if not self.request.max_new_tokens:
                 self._tell(self.answer.finish(), "length")
-                return None
-        assert self._choose is not None
-        choice = self._choose(logits if logits.ndim == 1 else logits[-1])
-        self.chosen = choice.tokens
-        return choice
+                return
+            self.is_answering = True
+        for choice in self.row.choices(logits, saw):
+            yield choice
+            if self.is_done:
+                return
 
     def take(self, choice: Choice) -> None:
         """Add what was chosen to the answer, and tell the caller."""
