@@ -70,12 +70,11 @@ class OnnxRewriting:
             for value, part in zip(weight.parts, edit.parts, strict=True):
                 self._edit(file, value, part, (_identity(edit.layers), str(value.name)))
             return
-        if weight.storage != "blocks":
-            raise MergeError(f"{weight.name} is read by {weight.others[0].text} too, which would change with it")
         name = self._new_name(file, f"{edit.layers[0].name}.weight")
-        endings = (f"_Q{weight.bits}", "_scales", "_zero_points")
+        is_blocks = weight.storage == "blocks"
+        endings = (f"_Q{weight.bits}", "_scales", "_zero_points") if is_blocks else ("_quantized", "_scale")
         for index, (value, part) in enumerate(zip(weight.parts, edit.parts, strict=True)):
-            readers = [Reader(reader.node, index + 1) for reader in weight.readers]
+            readers = [Reader(reader.node, reader.position + index) for reader in weight.readers]
             self._add(file, value, f"{name}{endings[index]}", part, readers)
         self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")
 
@@ -185,7 +184,7 @@ def plan_rewriting(
         replacements: What it replaces.
 
     Raises:
-        MergeError: Weights share bytes, or a quantized one is read by others.
+        MergeError: Weights share bytes.
     """
     layers: dict[tuple[str, int], list[LayerEdit]] = {}
     weights: dict[tuple[str, int], ProductWeight] = {}

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_initializer, static_dim
+from gralora_fx.exporters.onnx_passes.column_lookups import StoredColumns, is_table, look_up_columns
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, replace_product
 from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
 from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, quantize_columns
@@ -55,7 +56,7 @@ class ColumnProducts:
     graph: ir.Graph
     form: Columns
     factors_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
-    _stored: dict[ConstantMatrix, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
+    _stored: dict[ConstantMatrix, StoredColumns] = field(default_factory=dict, init=False)
     _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
     _all_factors: dict[bytes, ir.Value] = field(default_factory=dict, init=False)
 
@@ -65,21 +66,30 @@ class ColumnProducts:
         return tuple(self._stored)
 
     def store_table(self, name: str) -> None:
-        """Leave an embedding as it is: rows of columns cannot be looked up."""
+        """Store an embedding so too, though no head of this model is tied to it.
+
+        Args:
+            name: Name of its initializer; one that has other readers than lookups is passed over.
+        """
+        table = self.graph.initializers.get(name)
+        if table is not None and is_table(table):
+            self._columns(ConstantMatrix(table, True))
 
     def look_up(self) -> int:
-        """The number of lookups: none, as tables are not stored so."""
-        return 0
+        """Let lookups in tables that are tied to a head read the head's columns, so that they are stored once.
+
+        Returns:
+            The number of lookups.
+        """
+        tables = {matrix.value: stored for matrix, stored in self._stored.items() if matrix.is_transposed}
+        return sum(look_up_columns(table, stored) for table, stored in tables.items())
 
     def multiply(self, node: ir.Node, matrix: ConstantMatrix) -> None:
         """Put the product in the place of a node."""
         source, branch = node.inputs[0], node.graph
         assert source is not None
         assert isinstance(branch, ir.Graph)
-        factors = self._factors(matrix)
-        if matrix not in self._stored:
-            self._stored[matrix] = _initializers(self.graph, matrix, factors)
-        weight, scale = self._stored[matrix]
+        weight, scale, factors = self._columns(matrix)
         one, zero_point = self._constant("one", np.float32(1)), self._constant("zero_point", np.uint8(128))
         build = _Named(branch, str(node.outputs[0].name))
         key = (id(branch), id(source), None if factors is None else str(factors.name))
@@ -93,6 +103,11 @@ class ColumnProducts:
             product = build("Add", whole, build("Mul", rest, build.tensor(1 / _REMAINDERS, ir.DataType.FLOAT)))
         build("Mul", product, steps)
         replace_product(node, build.take())
+
+    def _columns(self, matrix: ConstantMatrix) -> StoredColumns:
+        if matrix not in self._stored:
+            self._stored[matrix] = _initializers(self.graph, matrix, self._factors(matrix))
+        return self._stored[matrix]
 
     def _round(self, build: _Named, source: ir.Value, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """The integers of a tensor, of both parts if there are two, and the steps of its rows."""
@@ -161,7 +176,7 @@ def _quantized(
     return values, scales
 
 
-def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | None) -> StoredColumns:
     """Add initializers for a matrix's integers and scales."""
     (inputs, outputs), name = matrix.sizes, matrix.free_name(graph, "_quantized")
     numbers = None if factors is None or factors.const_value is None else factors.const_value.numpy()
@@ -180,4 +195,4 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | N
 
     key = ("columns", name, matrix.is_transposed, None if numbers is None else numbers.tobytes())
     values, scales = derived([matrix.tensor], key, quantized)
-    return add_initializer(graph, values), add_initializer(graph, scales)
+    return StoredColumns(add_initializer(graph, values), add_initializer(graph, scales), factors)

@@ -144,9 +144,9 @@ def float32_model(traced: TracedModel, precision: str) -> TracedModel:
 
 
 def _is_shared(traced: TracedModel, site: LinearSite, weight: ProductWeight) -> bool:
-    """Whether a weight with other readers is stored as blocks for all of them."""
+    """Whether a weight with other readers is quantized for all of them."""
     is_read = bool(site.tied_with) or bool(other_readers(traced.graph_module, [site])[site.path])
-    return is_read and weight.storage == "blocks" and site.in_features % weight.block_size == 0
+    return is_read and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
 
 
 def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:

@@ -121,12 +121,16 @@ def test_values_are_those_of_onnxruntimes_quantizer(tmp_path: Path) -> None:
     assert np.allclose(ours["weight_quantized"] * ours["weight_scale"], module.weight.detach().T, atol=scales.max() / 2)
 
 
-def test_onnxruntime_fuses_every_product(report: ExportReport, tmp_path: Path) -> None:
+def optimized(directory: Path, tmp_path: Path) -> Counter[str]:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
-    onnxruntime.InferenceSession(report.output_dir / "model.onnx", options)
-    counts = operators(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(directory / "model.onnx", options)
+    return operators(tmp_path / "optimized.onnx")
+
+
+def test_onnxruntime_fuses_every_product(report: ExportReport, tmp_path: Path) -> None:
+    counts = optimized(report.output_dir, tmp_path)
     assert counts["DequantizeLinear"] == 0
     assert counts["MatMulIntegerToFloat"] == len(quantized_products(ir.load(report.output_dir / "model.onnx"))) == 14
 
@@ -134,6 +138,19 @@ def test_onnxruntime_fuses_every_product(report: ExportReport, tmp_path: Path) -
 def test_products_of_one_tensor_share_its_rounding(report: ExportReport) -> None:
     counts = operators(report.output_dir / "model.onnx")
     assert counts["ReduceMax"] == 10  # query, key and value of 2 layers
+
+
+def test_a_table_tied_to_a_head_is_looked_up_in_its_columns(tmp_path: Path) -> None:
+    report = export_onnx(fresh_trace("gpt2", task=CACHED), tmp_path / "onnx", quantize=DYNAMIC)
+    assert report.quantization is not None
+    assert report.quantization.lookups == 1
+    assert report.verification is not None
+    assert report.verification.passed
+    graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    assert not [name for name in graph.initializers if name in ("lm_head.weight", "transformer.wte.weight")]
+    (lookup,) = (node for node in graph if node.op_type == "Gather" and node.inputs[0].dtype == ir.DataType.INT8)
+    assert {use.node.op_type for use in lookup.inputs[0].uses()} == {"DequantizeLinear", "Gather"}
+    assert optimized(tmp_path / "onnx", tmp_path)["DequantizeLinear"] == 0
 
 
 LOUD = 1000.0
