@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, matrix_of, replace_product
-from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
+from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantization.block_search import BlockArrays
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
+
+_NEAR = 0.25  # squares of the errors of blocks of a matrix, over its squares
 
 
 class BlockValues(NamedTuple):
@@ -53,12 +55,12 @@ class BlockProducts:
     Attributes:
         graph: The model's graph, which gets the initializers.
         form: How they are stored.
-        moments_of: Mean products of neighbouring inputs, by the names of a matrix's parameters.
+        blocks_of: The blocks of a matrix that is rounded already, by the names of its parameters, its sizes and format.
     """
 
     graph: ir.Graph
     form: Blocks
-    moments_of: Callable[[Sequence[str]], Tensor | None]
+    blocks_of: Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
     _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
 
     @property
@@ -96,24 +98,43 @@ class BlockProducts:
 
     def _blocks(self, matrix: ConstantMatrix) -> BlockValues:
         if matrix not in self._stored:
-            self._stored[matrix] = _initializers(self.graph, matrix, self.form, self.moments_of(matrix.names))
+            self._stored[matrix] = _initializers(self.graph, matrix, self.form, self.blocks_of)
         return self._stored[matrix]
 
 
-def _quantized(matrix: ConstantMatrix, form: Blocks, moments: Tensor | None) -> list[NDArray[Any]]:
+_BlocksOf = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
+
+
+def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> list[NDArray[Any]]:
     """A matrix's packed integers, scales and, if there are some, zero points."""
 
     def group(columns: NDArray[Any]) -> list[NDArray[Any]]:
         columns = np.ascontiguousarray(columns)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
-        blocks = quantize_blocks(columns, form, moments, str(matrix.value.name))
+        return stored(quantize_blocks(columns, form, None, str(matrix.value.name)))
+
+    def stored(blocks: BlockArrays) -> list[NDArray[Any]]:
         scales = blocks.scales.astype(matrix.tensor.dtype.numpy())
         return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
 
+    rounded = blocks_of(matrix.names, matrix.sizes, form)
+    if rounded is not None and _is_rounding(rounded, matrix, form):
+        return stored(rounded)
     return [np.concatenate(arrays) for arrays in zip(*map(group, matrix.column_groups()), strict=True)]
 
 
-def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, moments: Tensor | None) -> BlockValues:
+def _is_rounding(blocks: BlockArrays, matrix: ConstantMatrix, form: Blocks) -> bool:
+    """Whether blocks are near a matrix: not of one that was changed since, or is multiplied by the other way round."""
+    error, whole, end = 0.0, 0.0, 0
+    for columns in matrix.column_groups():
+        begin, end = end, end + columns.shape[1]
+        part = BlockArrays(*(None if array is None else array[begin:end] for array in blocks))  # type: ignore[arg-type]
+        change = dequantize_blocks(part, form.bits, len(columns)) - columns.T
+        error, whole = error + float(np.square(change).sum()), whole + float(np.square(columns, dtype=np.float32).sum())
+    return error <= _NEAR * whole
+
+
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> BlockValues:
     """Add initializers for a matrix's packed integers, scales and zero points."""
     (inputs, outputs), dtype = matrix.sizes, matrix.tensor.dtype
     count, bits = -(-inputs // form.block_size), form.bits
@@ -126,7 +147,7 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, moments
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
 
     def quantized() -> list[LazyTensor]:
-        computed = ComputedTogether(functools.partial(_quantized, matrix, form, moments))
+        computed = ComputedTogether(functools.partial(_quantized, matrix, form, blocks_of))
         return [
             LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
             for index, (label, kind, shape) in enumerate(parts)

@@ -109,7 +109,7 @@ class _Products:
         """The writer of a format."""
         if form not in self.writers:
             self.writers[form] = (
-                BlockProducts(self.graph, form, self.plan.moments_of)
+                BlockProducts(self.graph, form, self.plan.blocks_of)
                 if isinstance(form, Blocks)
                 else ColumnProducts(self.graph, form, self.plan.factors_of)
             )

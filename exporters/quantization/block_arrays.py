@@ -15,7 +15,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.quantization.block_search import BlockArrays, packed, searched_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
 
-_FARTHEST = 8.0  # square of a column's error over that of plain rounding
+_FARTHEST = 8.0  # square of a column's error over that of integers that are rounded to the nearest, `scale^2 / 12`
 
 
 def quantize_blocks(
@@ -40,26 +40,26 @@ def quantize_blocks(
             f"{name} holds values that are not finite, which int{form.bits} cannot express; mend the weights"
         )
     if form.rounding == "searched":
-        plain = searched_blocks(matrix, form, None)
-        return plain if moments is None else _nearer(matrix, searched_blocks(matrix, form, moments), plain, form)
+        blocks = searched_blocks(matrix, form, moments)
+        return blocks if moments is None else _nearer(matrix, blocks, form)
     integers, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
     return BlockArrays(integers, scales, zero_points if form.zero_points else None)
 
 
-def _nearer(matrix: NDArray[Any], blocks: BlockArrays, plain: BlockArrays, form: Blocks) -> BlockArrays:
+def _nearer(matrix: NDArray[Any], blocks: BlockArrays, form: Blocks) -> BlockArrays:
     """Blocks that inputs shaped, but plain ones in columns that would be far from the matrix.
 
     Few or much alike inputs would let weights drift that other inputs read.
     """
-    fitted, own = (
-        np.square(
-            dequantize_blocks(of._replace(scales=of.scales.astype(np.float32)), form.bits, len(matrix)) - matrix.T
-        ).sum(1, dtype=np.float64)
-        for of in (blocks, plain)
-    )
-    for part, other in zip(blocks, plain, strict=True):
-        if part is not None and other is not None:
-            part[fitted > _FARTHEST * own] = other[fitted > _FARTHEST * own]
+    scales = blocks.scales.astype(np.float32)
+    change = dequantize_blocks(blocks._replace(scales=scales), form.bits, len(matrix)) - matrix.T
+    usual = np.square(scales).sum(1, dtype=np.float64) * (form.block_size / 12)
+    is_far = np.square(change).sum(1, dtype=np.float64) > _FARTHEST * usual
+    if is_far.any():
+        plain = searched_blocks(np.ascontiguousarray(matrix[:, is_far]), form, None)
+        for part, other in zip(blocks, plain, strict=True):
+            if part is not None and other is not None:
+                part[is_far] = other
     return blocks
 
 

@@ -16,7 +16,7 @@ _RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's values, tried 
 _TINY = 1e-30  # the least width of a block
 # What every input counts beside its own mean square, as a share of the mean of all: more where errors are made up for,
 # since a thousand positions tell products of inputs less well than squares.
-_LEAST, _DAMPING = 0.001, 0.1
+_LEAST, _DAMPING = 0.001, 0.3
 
 
 class BlockArrays(NamedTuple):

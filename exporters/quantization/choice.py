@@ -18,10 +18,12 @@ from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantization.block_search import BlockArrays
 from gralora_fx.exporters.quantization.formats import Blocks, Columns
 from gralora_fx.exporters.quantization.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantization.row_errors import plan_rows
 from gralora_fx.exporters.quantization.sensitivity import Sensitivities, measure_sensitivities
+from gralora_fx.exporters.quantization.sequential import round_in_order
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.compared_tensors import step_inputs
 from gralora_fx.exporters.verification.fresh_inputs import text_cases
@@ -33,7 +35,7 @@ from gralora_fx.sources.lazy_tensors import values_of
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, empty_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
-_DRAWN = 64  # tokens of a text that the model draws
+_DRAWN, _FEW, _MANY = 64, 16, 64  # tokens of a text that the model draws; texts that measure; that round too
 _TOGETHER = 4  # texts that are run at once
 _ROWS = 1024  # output features of a matrix whose errors stand for all
 _WIDER = (128, 64)  # blocks of eight bits, which lose little with fewer scales
@@ -88,26 +90,39 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     if plan is None or not isinstance(plan.default, Blocks) or plan.default.bits != 4:
         return plan
     traced = conversion.traced
-    measured, chosen_by = _measured(conversion, verification)
-    wider = [size for size in _WIDER if options.block_size is None]
+    run, measured, chosen_by = _measured(conversion, verification)
+    wider = _WIDER if options.block_size is None else ()
     names = {site.path: weight_names(traced, site) for site in traced.sites}
     sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
     tied = other_readers(traced.graph_module, sites)
     candidates = [
-        _candidate(site, names[site.path], plan.default, measured, () if tied[site.path] else wider) for site in sites
+        _candidate(
+            site,
+            names[site.path],
+            plan.default,
+            measured,
+            [size for size in wider if not site.in_features % size or not tied[site.path]],  # rows of whole blocks
+        )
+        for site in sites
     ]
     taken = _within(_comparable(candidates), options.mean_bits)
-    layers = {} if measured is None else {path: one for path, one in measured.layers.items() if one.inputs.reads}
-    shared = {id(layer.inputs): layer.inputs for layer in layers.values()}  # by layers that read the same
-    means = {key: inputs.means for key, inputs in shared.items()}
-    moments = {name: means[id(layer.inputs)] for path, layer in layers.items() for name in names[path]}
-    return QuantizationPlan(
-        plan.default,
-        {name: one.form for one in taken for name in one.names},
-        {name: one.gain for one in taken for name in one.names},
-        chosen_by,
-        moments,
-    )
+    own = {name: one.form for one in taken for name in one.names}
+    gains = {name: one.gain for one in taken for name in one.names}
+    try:
+        rounded = {} if run is None or not run.cases else _rounded(conversion, run, plan.default, own)
+    except (RuntimeError, NotImplementedError) as error:
+        rounded, chosen_by = {}, f"{chosen_by}; weights rounded for inputs that count alike ({first_line(error)})"
+    return QuantizationPlan(plan.default, own, gains, chosen_by, rounded)
+
+
+def _rounded(conversion: Conversion, run: _Run, default: Blocks, own: Mapping[str, Blocks]) -> dict[str, BlockArrays]:
+    """Blocks of the weights whose rounding is searched, by all names of each."""
+    names = {site.path: weight_names(conversion.traced, site) for site in conversion.traced.sites}
+    chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items()}
+    forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
+    with evaluating(conversion.model, run.model):
+        blocks = round_in_order(run.model, run.cases, forms)
+    return {name: arrays for path, arrays in blocks.items() for name in names[path]}
 
 
 def _with_rows(plan: QuantizationPlan, conversion: Conversion, verification: Verification) -> QuantizationPlan:
@@ -117,7 +132,7 @@ def _with_rows(plan: QuantizationPlan, conversion: Conversion, verification: Ver
     traced = _runnable(conversion)
     with evaluating(conversion.model, traced):
         try:
-            cases, inputs = _cases(traced, None, verification)
+            cases, inputs = _cases(traced, None, verification, _FEW)
             return plan_rows(plan, traced, cases, inputs)
         except (RuntimeError, NotImplementedError) as error:
             return dataclasses.replace(plan, chosen_by=f"nothing, as the model was not measured ({first_line(error)})")
@@ -165,7 +180,7 @@ def _candidate(
     sample = np.ascontiguousarray(matrix[rows].numpy())
     known = measured if measured is not None and measured.has_gradients(site.path) else None
     layer = None if known is None else known.layers.get(site.path)
-    squares = None if layer is None or not layer.inputs.reads else layer.inputs.squares
+    squares = None if layer is None or not layer.reads else layer.squares
 
     def losses(of: Blocks) -> tuple[float, float]:
         blocks = quantize_blocks(np.ascontiguousarray(sample.T), of, squares, names[0])
@@ -184,28 +199,39 @@ def _candidate(
     return _Candidate(names, site.weight.numel(), best, four - least, four, relative, known is not None)
 
 
-def _measured(conversion: Conversion, verification: Verification) -> tuple[Sensitivities | None, str]:
-    """What rounding costs the model, and what it was measured on."""
+@dataclass(frozen=True)
+class _Run:
+    """A float32 model in memory, and inputs that it is run on."""
+
+    model: TracedModel
+    cases: Sequence[Mapping[str, Any]]
+
+
+def _measured(conversion: Conversion, verification: Verification) -> tuple[_Run | None, Sensitivities | None, str]:
+    """What was run, what rounding costs the model, and what it was measured on."""
     if _is_streamed(conversion):
         if conversion.options.choosing_texts is not None:
             raise ExportError(
                 "texts=... choose bits by what the model computes of them, and a streamed model is not run: leave them "
                 "out, or load the model whole"
             )
-        return None, "the errors of the weights themselves, as a streamed model is not run"
+        return None, None, "the errors of the weights themselves, as a streamed model is not run"
     given = _given(conversion.traced, conversion.options)  # what is wrong with them is said before a copy is made
     traced = _runnable(conversion)
     with evaluating(conversion.model, traced):
         cases: list[Mapping[str, Any]] = []
         try:
-            cases, inputs = _cases(traced, given, verification)
-            return measure_sensitivities(traced, cases), inputs
+            cases, inputs = _cases(traced, given, verification, _MANY)
+            is_drawn = given is None and traced.cache_layout is CacheLayout.DECODER
+            few = cases[: _FEW // _TOGETHER] if is_drawn else cases
+            return _Run(traced, cases), measure_sensitivities(traced, few), inputs
         except (RuntimeError, NotImplementedError) as error:
             reason = f"the errors of the weights themselves, as the model gives no gradients ({first_line(error)})"
         try:
-            return measure_sensitivities(traced, cases, gradients=False) if cases else None, reason
+            measured = measure_sensitivities(traced, cases, gradients=False) if cases else None
+            return _Run(traced, cases), measured, reason
         except (RuntimeError, NotImplementedError):
-            return None, reason
+            return None, None, reason
 
 
 def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
@@ -225,9 +251,9 @@ def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
 
 
 def _cases(
-    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification
+    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification, count: int
 ) -> tuple[list[Mapping[str, Any]], str]:
-    """Inputs on which the model is run, and what they are."""
+    """Inputs on which the model is run, and what measures: of the texts that a decoder draws, the first sixteen."""
     is_decoder = traced.cache_layout is CacheLayout.DECODER
     if given is not None:
         batches = list(_batches(given))
@@ -237,9 +263,9 @@ def _cases(
         return cases, f"{len(given)} of the given texts"
     if not is_decoder:
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
-    rows = _drawn(traced)
+    rows = _drawn(traced, count)
     return [_step(traced, part) for part in torch.split(rows, _TOGETHER)], (
-        f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
+        f"{_FEW} texts of {rows.shape[1]} tokens that the model drew"
     )
 
 
@@ -275,9 +301,9 @@ def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
 
 
 @torch.no_grad()
-def _drawn(traced: TracedModel) -> Tensor:
+def _drawn(traced: TracedModel, count: int) -> Tensor:
     """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
-    texts = drawn_texts(traced, seed=1, length=_DRAWN)
+    texts = drawn_texts(traced, 1, _DRAWN, count)
     ids = torch.tensor(texts.rows)
     steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
     for length in range(1, texts.drawn + 1):

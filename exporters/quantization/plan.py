@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from gralora_fx.exporters.quantization.block_search import BlockArrays
 from gralora_fx.exporters.quantization.formats import DYNAMIC, Blocks, Format
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
@@ -28,8 +28,8 @@ class QuantizationPlan:
         gains: What a format of its own saves, compared with the default, by the same names: as much of the measure that
             chose it (see `choice`).
         chosen_by: What the formats were chosen by, in words; None where all have the default.
-        moments: Mean products of neighbouring inputs of a matrix, `[windows, width, width]`, for a rounding that is
-            searched, by the same names; inputs of others count alike.
+        rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
+            others are rounded when they are written.
         factors: Factors of the inputs of a matrix, `[in]`, before they are rounded, by the same names (see
             `input_factors`).
     """
@@ -38,7 +38,7 @@ class QuantizationPlan:
     by_matrix: Mapping[str, Format | None] = field(default_factory=dict)
     gains: Mapping[str, float] = field(default_factory=dict)
     chosen_by: str | None = None
-    moments: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
     factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
 
     def format_of(self, names: Iterable[str]) -> Format | None:
@@ -49,13 +49,27 @@ class QuantizationPlan:
         """
         return next((self.by_matrix[name] for name in names if name in self.by_matrix), self.default)
 
-    def moments_of(self, names: Iterable[str]) -> Tensor | None:
-        """Mean products of neighbouring inputs, or None where all inputs count alike.
+    def blocks_of(self, names: Iterable[str], sizes: tuple[int, int], form: Blocks) -> BlockArrays | None:
+        """The blocks of a matrix that was rounded when its format was chosen, or None.
 
         Args:
-            names: Names of the parameters that a matrix holds side by side, which read the same input.
+            names: Names of the parameters that it holds side by side.
+            sizes: Its inputs and outputs.
+            form: Its format.
         """
-        return next((self.moments[name] for name in names if name in self.moments), None)
+        found = [self.rounded.get(name) for name in names]
+        parts = [blocks for blocks in found if blocks is not None]
+        inputs, outputs = sizes
+        shape = (-(-inputs // form.block_size), form.block_size * form.bits // 8)
+        is_whole = len(parts) == len(found) and sum(len(blocks.packed) for blocks in parts) == outputs
+        if not is_whole or any(blocks.packed.shape[1:] != shape for blocks in parts):
+            return None  # of a parameter that is multiplied by the other way too
+        zero_points = [blocks.zero_points for blocks in parts if blocks.zero_points is not None]
+        return BlockArrays(
+            np.concatenate([blocks.packed for blocks in parts]),
+            np.concatenate([blocks.scales for blocks in parts]),
+            np.concatenate(zero_points) if zero_points else None,
+        )
 
     def factors_of(self, names: Iterable[str]) -> NDArray[np.float32] | None:
         """Factors of the inputs, `[in]`, or None where there are none.

@@ -27,61 +27,28 @@ from gralora_fx.tracing.traced_model import TracedModel
 _aten = torch.ops.aten
 
 
-WINDOW = 256  # neighbouring inputs whose products are summed too, the square of which is kept for each window
-
-
-@dataclass
-class Moments:
-    """Sums over positions of products of neighbouring inputs: of those within a window.
-
-    Attributes:
-        width: Number of inputs.
-        windows: `[windows, 256, 256]`, those of inputs beyond the last being zero.
-        reads: Positions that were read.
-    """
-
-    width: int
-    windows: Tensor
-    reads: int = 0
-
-    @classmethod
-    def none(cls, width: int) -> Moments:
-        """Those of no position yet."""
-        return cls(width, torch.zeros(-(-width // WINDOW), WINDOW, WINDOW))
-
-    def add(self, rows: Tensor) -> None:
-        """Add positions `[positions, in]`."""
-        padded = nn.functional.pad(rows, (0, len(self.windows) * WINDOW - self.width))
-        parts = padded.reshape(len(rows), -1, WINDOW).transpose(0, 1)  # [windows, positions, 256]
-        self.windows.baddbmm_(parts.transpose(1, 2), parts)
-        self.reads += len(rows)
-
-    @property
-    def means(self) -> Tensor:
-        """Mean products, `[windows, 256, 256]`."""
-        return self.windows / max(1, self.reads)
-
-    @property
-    def squares(self) -> Tensor:
-        """Mean squares of the inputs, `[in]`."""
-        return self.windows.diagonal(dim1=1, dim2=2).flatten()[: self.width] / max(1, self.reads)
-
-
 @dataclass
 class Sensitivity:
     """What a layer reads, and what its outputs cost.
 
     Attributes:
-        inputs: Of its inputs.
+        inputs: `[in]`, squares of its inputs, summed over positions.
         outputs: `[out]`, squares of the gradient of each output, summed over positions.
+        reads: Positions that were read.
     """
 
-    inputs: Moments
+    inputs: Tensor
     outputs: Tensor
+    reads: int = 0
+
+    @property
+    def squares(self) -> Tensor:
+        """Mean squares of its inputs, `[in]`."""
+        return self.inputs / max(1, self.reads)
 
     def loss(self, change: Tensor, positions: int, rows: Tensor | None = None) -> float:
         """The expected divergence of a change (see `Sensitivities.loss`)."""
-        return _loss_of(change, self.inputs.squares, self.outputs, positions, rows)
+        return _loss_of(change, self.squares, self.outputs, positions, rows)
 
 
 @dataclass
@@ -129,7 +96,7 @@ class Sensitivities:
     def has_gradients(self, path: str) -> bool:
         """Whether it is known what a layer's weight costs the outputs."""
         layer = self.layers.get(path)
-        return self.positions > 0 and (path in self.tables or (layer is not None and layer.inputs.reads > 0))
+        return self.positions > 0 and (path in self.tables or (layer is not None and layer.reads > 0))
 
     def loss(self, path: str, change: Tensor, rows: Tensor | None = None) -> float:
         """The expected divergence, in nats a position, of a change of a layer's weight; zero for one that was not run.
@@ -169,7 +136,7 @@ def measure_sensitivities(
                 loss, count = _loss(outputs, case.get("attention_mask"), generator)
                 loss.backward()  # type: ignore[no-untyped-call]
                 positions += count
-    squares = [squares for layer in layers.values() for squares in (layer.inputs.windows, layer.outputs)]
+    squares = [squares for layer in layers.values() for squares in (layer.inputs, layer.outputs)]
     squares += [table.gradients for table in tables.values()]
     if not all(bool(values.isfinite().all()) for values in squares):
         raise RuntimeError("its values or gradients are not finite")
@@ -184,19 +151,14 @@ def _tapped(
     readers = other_readers(root, model.sites)
     map_parameters(root, lambda parameter, _: nn.Parameter(parameter.detach(), requires_grad=False))
     nodes = {node.name: node for node in root.graph.nodes}
-    inputs: dict[tuple[fx.Node, ...], Moments] = {}  # layers that read the same share them
     for site in model.sites:
         calls = [call for name in site.calls for call in calls_at(nodes[name], site.path)]
         calls = [call for call in calls if call.operand is None and call.rows is None]
-        read = tuple(call.input for call in calls)
         if calls:
-            is_new = read not in inputs
-            moments = inputs.setdefault(read, Moments.none(site.in_features))
-            layers[site.path] = Sensitivity(moments, torch.zeros(site.out_features))
+            layers[site.path] = Sensitivity(torch.zeros(site.in_features), torch.zeros(site.out_features))
         for call in calls:
-            if is_new:
-                with root.graph.inserting_before(call.node):
-                    root.graph.call_function(_Tap(moments), (call.input,))
+            with root.graph.inserting_before(call.node):
+                root.graph.call_function(_Tap(layers[site.path]), (call.input,))
             if gradients:
                 _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
         lookups = [nodes[name] for name in readers[site.path] if nodes[name].target is _aten.embedding.default]
@@ -218,12 +180,14 @@ def _insert(node: fx.Node, tap: Any, *arguments: Any) -> None:
 class _Tap:
     """Notes what layers read."""
 
-    noted: Moments
+    noted: Sensitivity
     __name__ = "tap"
 
     def __call__(self, value: Tensor) -> None:
         """Add the positions of a value `[..., in]`."""
-        self.noted.add(value.detach().reshape(-1, value.shape[-1]))
+        rows = value.detach().reshape(-1, value.shape[-1])
+        self.noted.inputs.add_(rows.square().sum(0))
+        self.noted.reads += len(rows)
 
 
 @dataclass(frozen=True, eq=False)

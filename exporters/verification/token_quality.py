@@ -52,17 +52,18 @@ class MeasuredTexts:
         return f"{len(self.rows)} given text{plural}"
 
 
-def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN) -> MeasuredTexts:
-    """Sixteen texts that the model draws: after the token that begins a text, or a random one without it.
+def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count: int = _COUNT) -> MeasuredTexts:
+    """Texts that the model draws: after the token that begins a text, or a random one without it.
 
     Args:
         traced: The model, traced with a cache.
         seed: Seed of the random tokens.
         length: Tokens of a text, if the context has room for twice as many.
+        count: Number of texts.
     """
     vocabulary = vocabulary_of(traced) or 4
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(min(3, vocabulary - 1), vocabulary, (_COUNT,), generator=generator).tolist()
+    first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
     begins = _special_tokens(traced, "bos_token_id", vocabulary)
     room = context_of(traced) or _DRAWN + _CONTINUED
     length = min(length, max(1, room // 2))
