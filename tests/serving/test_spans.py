@@ -196,6 +196,7 @@ def test_a_client_that_goes_away(decoder: Path, collector: Collector, monkeypatc
         permits.release(100)
     (request,) = [span for span in collector.spans if not span.parent_span_id]
     assert described(request)["gralora_fx.cancelled"] is True
+    assert described(request)["gen_ai.response.finish_reasons"] == ["cancelled"]
     assert "error.type" not in described(request)
 
 

@@ -32,6 +32,7 @@ _EXPORTER, _ENDPOINTS = "OTEL_TRACES_EXPORTER", ("OTEL_EXPORTER_OTLP_TRACES_ENDP
 _PROTOCOLS = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 _GROUP = "opentelemetry_traces_exporter"  # of entry points; packages of exporters add theirs
+_MOST = 1000  # letters of a path
 _OPERATIONS = {  # by routes, as the semantic conventions of generative AI name them
     "/v1/completions": "text_completion",
     "/v1/chat/completions": "chat",
@@ -166,10 +167,8 @@ class SpanMiddleware:
                 status = message["status"]
             await send(message)
 
-        try:
-            with use_span(
-                span, record_exception=False, set_status_on_exception=False
-            ):  # those of libraries are below it
+        try:  # spans that libraries make are below it
+            with use_span(span, record_exception=False, set_status_on_exception=False):
                 await self._app(scope, receive, watched)
         except Exception:
             status = 500
@@ -214,7 +213,7 @@ def _describe(span: Span, scope: Scope, status: int) -> None:
     attributes: dict[str, Any] = {
         "http.request.method": scope["method"],
         "http.response.status_code": status,
-        "url.path": scope["path"],
+        "url.path": scope["path"][:_MOST],
         "url.scheme": scope.get("scheme", "http"),
     }
     if route is not None:
@@ -250,7 +249,9 @@ def _describe_answers(span: Span, answers: Answers) -> None:
         "gen_ai.request.temperature": sampling.temperature if sampling.do_sample else 0.0,
         "gen_ai.usage.input_tokens": usage["prompt_tokens"],
         "gen_ai.usage.output_tokens": usage["completion_tokens"],
-        "gen_ai.response.finish_reasons": [job.answer.ending or "error" for job in jobs],
+        "gen_ai.response.finish_reasons": [
+            job.answer.ending or ("error" if job.is_done else "cancelled") for job in jobs
+        ],
     }
     if sampling.do_sample:
         attributes |= {"gen_ai.request.top_p": sampling.top_p, "gen_ai.request.top_k": sampling.top_k}
