@@ -23,6 +23,7 @@ NAMES = (
     "generation",
     "engine",
     "answer-grammars",
+    "tool-schemas",
     "prefix-cache",
     "speculation",
     "adapters",

@@ -88,6 +88,7 @@ class TokenChooser:
         self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
         self._warpers = LogitsProcessorList()
         self._grammar = grammar
+        self._needs_mask = sampling.do_sample or bool(self._rules)  # of all tokens, rather than of the likeliest
         self._generator: torch.Generator | None = None
         if sampling.do_sample:
             self._generator = torch.Generator()
@@ -113,6 +114,8 @@ class TokenChooser:
             token = self._choose(logits)
             if grammar is not None:
                 grammar.take(token)
+                if self._needs_mask:
+                    grammar.foresee()
         self._ids.append(token)
         score = None if self._top is None else token_scores(logits[None], [token], self._top)[0]
         if grammar is None:
@@ -130,7 +133,11 @@ class TokenChooser:
 
     def _choose(self, logits: NDArray[Any]) -> int:
         if self._generator is None and not self._rules:
-            return int((logits if self._grammar is None else _masked(logits, self._grammar)).argmax())
+            likeliest = int(logits.argmax())
+            if self._grammar is None:
+                return likeliest
+            self._needs_mask = not self._grammar.permits(likeliest)  # the next time too, as far as can be told
+            return int(_masked(logits, self._grammar).argmax()) if self._needs_mask else likeliest
         ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
         scores = self._rules(ids, torch.from_numpy(logits).float()[None])
         if self._grammar is not None:
