@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gralora_fx.serving.answer_grammar import RowGrammar
+from gralora_fx.serving.row_grammar import RowGrammar
 from gralora_fx.serving.sampling import Sampling
 
 
@@ -139,8 +139,10 @@ class TokenChooser:
             self._needs_mask = not self._grammar.permits(likeliest)  # the next time too, as far as can be told
             return int(_masked(logits, self._grammar).argmax()) if self._needs_mask else likeliest
         ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
+        if self._grammar is not None and not self._rules:
+            logits = _masked(logits, self._grammar)
         scores = self._rules(ids, torch.from_numpy(logits).float()[None])
-        if self._grammar is not None:
+        if self._grammar is not None and self._rules:
             scores = self._within(self._grammar, scores, logits)
         if self._generator is None:
             return int(scores.argmax())
