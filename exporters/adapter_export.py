@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError
-from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
+from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
+from gralora_fx.runtime.adapter_file import AdapterInMemory, record_in_memory
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.runtime.export_directory import ADAPTERS
 from gralora_fx.runtime.export_files import base_of_export, layers_of_export
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.sources.same_base import compare_bases
+from gralora_fx.runtime.manifest import Manifest, read_manifest
+from gralora_fx.sources.same_base import BaseComparison, compare_bases
 
 
 def export_adapter(
@@ -89,6 +91,36 @@ def convert_adapter(
         CheckpointError: As of `export_adapter`.
     """
     manifest = read_manifest(onnx_dir)
+    changes, fields, base = _changes(adapter_dir, onnx_dir, name, manifest, revision=revision, strict_base=strict_base)
+    return write_adapter(Path(output_dir), name, changes, fields, manifest, base)
+
+
+def adapter_in_memory(adapter_dir: str | Path, onnx_dir: str | Path, name: str, manifest: Manifest) -> AdapterInMemory:
+    """A PEFT adapter as data of an export, without a file; errors as of `convert_adapter`.
+
+    Args:
+        adapter_dir: As of `export_adapter`.
+        onnx_dir: An export that takes adapters as data.
+        name: Its name, for messages.
+        manifest: The export's manifest.
+    """
+    changes, fields, base = _changes(adapter_dir, onnx_dir, name, manifest)
+    inputs = check_takes_adapters(manifest, onnx_dir, ExportError)
+    tensors = adapter_tensors(name, changes, inputs)
+    record = record_in_memory(name, tensors, fields, inputs, manifest.base_fingerprint, with_digest=False)
+    return AdapterInMemory(replace(record, base=base.to_dict()), tensors)
+
+
+def _changes(
+    adapter_dir: str | Path,
+    onnx_dir: str | Path,
+    name: str,
+    manifest: Manifest,
+    *,
+    revision: str | None = None,
+    strict_base: bool = False,
+) -> tuple[Changes, Mapping[str, Any], BaseComparison]:
+    """What an adapter changes in an export, its configuration, and what was compared of its base."""
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
@@ -102,4 +134,4 @@ def convert_adapter(
 
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
-    return write_adapter(Path(output_dir), name, changes, fields, manifest, base)
+    return changes, fields, base

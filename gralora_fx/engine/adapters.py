@@ -17,13 +17,15 @@ from gralora_fx.engine.prefix_cache import PrefixCache
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
 from gralora_fx.runtime.adapter_file import (
-    AdapterContent,
+    AdapterInMemory,
     AdapterRecord,
+    AdapterSource,
     check_rank,
     read_record,
     read_tensors,
     record_in_memory,
 )
+from gralora_fx.runtime.adapter_format import AdapterContent
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters, own_adapters
 from gralora_fx.runtime.manifest import Manifest
@@ -218,12 +220,12 @@ class Adapters(Mapping[str, LoadedAdapter]):
         stack = self.stack_of([each for each in chosen if each is not None])
         return {**stack.values, ADAPTER_IDS: np.array([stack.ids[each] for each in chosen], dtype=np.int64)}
 
-    def load(self, name: str, path: str | Path | AdapterContent, *, exist_ok: bool = False) -> LoadedAdapter:
+    def load(self, name: str, path: AdapterSource, *, exist_ok: bool = False) -> LoadedAdapter:
         """Load an adapter file, checked against its record and the export.
 
         Args:
             name: The name to give it here.
-            path: The `.onnx_adapter` file, or what was read of it and its record.
+            path: The `.onnx_adapter` file, what was read of it and its record, or what one was to hold.
             exist_ok: Whether an adapter of the name may be loaded already, which is then returned.
 
         Raises:
@@ -231,6 +233,9 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """
         inputs = self.inputs()
         check_name(name, ServingError)
+        if isinstance(path, AdapterInMemory):
+            check_rank(name, path.record, self._max_rank)
+            return self._add(LoadedAdapter(name, path.record, path.tensors), exist_ok=exist_ok)
         content = path if isinstance(path, AdapterContent) else None
         file = path.path if isinstance(path, AdapterContent) else _file(path)
         record = read_record(file, ServingError, content)

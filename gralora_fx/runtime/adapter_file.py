@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import onnxruntime
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, listed
 from gralora_fx.runtime.adapter_arrays import DTYPES, Arrays, as_ort_value
-from gralora_fx.runtime.adapter_format import FormatError, read_parameters
+from gralora_fx.runtime.adapter_format import AdapterContent, FormatError, read_parameters
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
 from gralora_fx.runtime.adapter_paths import record_path
 from gralora_fx.runtime.json_records import Count, FieldError, read_object, wrong_fields
@@ -82,18 +82,19 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterContent:
-    """What an adapter file and its record hold, read once.
+class AdapterInMemory:
+    """An adapter as data of an export that no file holds.
 
     Attributes:
-        path: Where the file is, for messages.
-        file: Its bytes.
-        record: The bytes of its record.
+        record: Its record, without digests.
+        tensors: Its tensors by name.
     """
 
-    path: Path
-    file: NDArray[np.uint8]
-    record: bytes
+    record: AdapterRecord
+    tensors: Arrays
+
+
+AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # what an adapter is loaded from
 
 
 def read_record(
@@ -200,9 +201,18 @@ def record_of(
 
 
 def record_in_memory(
-    name: str, tensors: Arrays, config: Mapping[str, Any], inputs: AdapterInputs, fingerprint: str | None
+    name: str,
+    tensors: Arrays,
+    config: Mapping[str, Any],
+    inputs: AdapterInputs,
+    fingerprint: str | None,
+    *,
+    with_digest: bool = True,
 ) -> AdapterRecord:
-    """The record of an adapter without a file, whose digest and size are empty; arguments as of `record_of`."""
+    """The record of an adapter without a file, whose digest and size are empty; arguments as of `record_of`.
+
+    That of its tensors is empty, too, unless it is asked for `with_digest`.
+    """
     r, hybrid_r = _largest_ranks(tensors, inputs)
     return AdapterRecord(
         schema_version=SCHEMA_VERSION,
@@ -215,7 +225,7 @@ def record_in_memory(
         sites=tuple(sorted({tensor.rpartition(".")[0] for tensor in tensors})),
         shapes={name: tuple(array.shape) for name, array in tensors.items()},
         base_fingerprint=fingerprint,
-        sha256=tensors_sha256(tensors),
+        sha256=tensors_sha256(tensors) if with_digest else "",
         file_sha256="",
         size=0,
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -28,6 +30,21 @@ _DTYPES: dict[int, np.dtype[Any]] = {
     TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     TensorProto.INT32: np.dtype("<i4"),
 }
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterContent:
+    """What an adapter file and its record hold, read once.
+
+    Attributes:
+        path: Where the file is, for messages.
+        file: Its bytes.
+        record: The bytes of its record.
+    """
+
+    path: Path
+    file: Buffer
+    record: bytes
 
 
 class FormatError(ValueError):

@@ -13,7 +13,7 @@ import torch
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.runtime.adapter_file import AdapterContent
+from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.session import QUIET_RUN
@@ -89,7 +89,7 @@ class OrtModel(OpenExport):
         is_pair = isinstance(self._called, EncoderDecoderSession)
         return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
 
-    def load_adapter(self, name: str, path: str | Path | AdapterContent) -> None:
+    def load_adapter(self, name: str, path: AdapterSource) -> None:
         """Load an adapter, so that calls, or rows of them, can name it.
 
         An adapter in the export's own `adapters/` needs no loading: it is loaded when a call first names it.
@@ -97,7 +97,7 @@ class OrtModel(OpenExport):
         Args:
             name: The name to give it.
             path: An `.onnx_adapter` file that `export_adapter` or `export_onnx` wrote, its record beside it; or what
-                was read of both.
+                was read of both, or what they were to hold.
 
         Raises:
             ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of

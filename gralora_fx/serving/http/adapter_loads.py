@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
-from gralora_fx.runtime.adapter_file import AdapterContent
+from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.http.engines import Engine
@@ -22,7 +22,7 @@ from gralora_fx.serving.scheduling.adapter_versions import AdapterVersion
 def load_adapter(
     engine: Engine,
     name: str,
-    file_in: Callable[[Path], Path | AdapterContent],
+    file_in: Callable[[Path], AdapterSource],
     *,
     may_replace: bool,
     state: Hashable = None,
@@ -34,8 +34,8 @@ def load_adapter(
     Args:
         engine: What runs it; no other change of its adapters may run meanwhile.
         name: The adapter's name.
-        file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with, or what was
-            read of it. The folder lasts as long as the adapter.
+        file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with, or the
+            adapter itself. The folder lasts as long as the adapter.
         may_replace: Whether the name may be taken from another adapter.
         state: What its files are like, where they are looked at again; else None.
         pin: Whether it stays in memory until it is unloaded.

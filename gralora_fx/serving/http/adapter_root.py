@@ -17,8 +17,10 @@ from typing import BinaryIO
 import numpy as np
 
 from gralora_fx.errors import ConfigError, ServingError, first_line, shown
-from gralora_fx.runtime.adapter_file import AdapterContent
+from gralora_fx.runtime.adapter_file import AdapterInMemory
+from gralora_fx.runtime.adapter_format import AdapterContent
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
+from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.serving.open_export import adapter_as_data
 from gralora_fx.sources.paths import usable_path
 
@@ -115,6 +117,21 @@ class AdapterRoot:
             ServingError: The path leads out of the root, or to something else than regular files of an adapter.
             GraloraError: A PEFT adapter cannot be converted (see `export_adapter`).
         """
+        copy = self._copied(text, folder)
+        return adapter_as_data(copy, onnx_dir, copy, name)
+
+    def convert(self, text: str, name: str, onnx_dir: Path, folder: Path, manifest: Manifest) -> AdapterInMemory:
+        """What a directory that PEFT saved holds, as data of an export; arguments and errors as of `copy`."""
+        from gralora_fx.exporters.adapter_export import adapter_in_memory  # serving needs no exporter otherwise
+
+        copy = self._copied(text, folder)
+        try:
+            return adapter_in_memory(copy, onnx_dir, name, manifest)
+        finally:
+            shutil.rmtree(copy)
+
+    def _copied(self, text: str, folder: Path) -> Path:
+        """What is at a path, copied into a folder."""
         path = self._within(text)
         try:
             is_directory = self._resolved(path, text).is_dir()
@@ -127,7 +144,7 @@ class AdapterRoot:
                 self._copy_all([path, record_path(path)], [copy, record_path(copy)])
         except OSError as error:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
-        return adapter_as_data(copy, onnx_dir, copy, name)
+        return copy
 
     def read(self, text: str) -> AdapterContent | None:
         """What an `.onnx_adapter` file and its record hold, read once; None of a directory.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gralora_fx.errors import listed, shown
-from gralora_fx.runtime.adapter_file import AdapterContent
+from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import Engine
@@ -60,7 +60,7 @@ class RootAdapters:
             GraloraError: As of `load_adapter`.
         """
         assert isinstance(state, tuple)
-        file_in = partial(self._copied, state[0], name)
+        file_in = partial(self._source, state[0], name)
         version = load_adapter(self._engine, name, file_in, may_replace=True, state=state, pin=False, defer_trial=True)
         self._engine.models.commit(version)
 
@@ -72,7 +72,7 @@ class RootAdapters:
         """
         state = None if pin else (path, self._root.state_of(path))
         return load_adapter(
-            self._engine, name, partial(self._copied, path, name), may_replace=may_replace, state=state, pin=pin
+            self._engine, name, partial(self._source, path, name), may_replace=may_replace, state=state, pin=pin
         )
 
     def commit(self, version: AdapterVersion, path: str) -> None:
@@ -107,8 +107,8 @@ class RootAdapters:
         if self._root.find(name) is not None:
             self._withdrawn.add(name)
 
-    def _copied(self, path: str, name: str, folder: Path) -> Path | AdapterContent:
-        return self._root.read(path) or self._root.copy(path, name, self._onnx_dir, folder)
+    def _source(self, path: str, name: str, folder: Path) -> AdapterSource:
+        return self._root.read(path) or self._root.convert(path, name, self._onnx_dir, folder, self._engine.manifest)
 
 
 class OwnChanges:

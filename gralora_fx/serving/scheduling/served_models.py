@@ -12,14 +12,13 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.runtime.adapter_file import AdapterContent
+from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.runtime.adapter_paths import check_name
 from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.adapter_versions import (
@@ -207,7 +206,7 @@ class ServedModels:
     def prepare(
         self,
         name: str,
-        path: Path | AdapterContent,
+        path: AdapterSource,
         try_adapter: Callable[[str], None],
         *,
         replace: bool,
@@ -220,7 +219,7 @@ class ServedModels:
 
         Args:
             name: The adapter's name.
-            path: Its `.onnx_adapter` file, which stays as it is until it is disposed of, or what was read of it.
+            path: Its `.onnx_adapter` file, which stays as it is until it is disposed of, or the adapter itself.
             try_adapter: Runs the model with the adapter of a key, and raises a `ServingError` if that fails.
             replace: Whether the name may stand for another version before.
             dispose: Is called when the version was freed.
