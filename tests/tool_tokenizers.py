@@ -20,7 +20,12 @@ _JSON = '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments 
 # by the name of the form: the template, and its tokens with whether they are special
 FAMILIES: dict[str, tuple[str, dict[str, bool]]] = {
     "hermes": (_template(f"<tool_call>\n{_JSON}\n</tool_call>"), {"<tool_call>": False, "</tool_call>": False}),
-    "mistral": (_template(f"[TOOL_CALLS][{_JSON}]"), {"[TOOL_CALLS]": True}),
+    "mistral": (  # which joins arguments, as text, with other text
+        _template(f"[TOOL_CALLS][{_JSON}]").replace(
+            "{{ c.function.arguments | tojson }}", "{{ c.function.arguments + '' }}"
+        ),
+        {"[TOOL_CALLS]": True},
+    ),
     "mistral-args": (
         _template("[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"),
         {"[TOOL_CALLS]": True, "[ARGS]": True},

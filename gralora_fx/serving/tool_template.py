@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.serving.call_formats import FORMATS, GENERAL, CallFormat
 
-_INSTRUCTIONS = (
-    "You can call these tools. Each line has one, with a JSON schema of its arguments:\n{tools}\n"
-    "To call one or several, answer with a JSON list and nothing else:\n"
-    '[{{"name": "the name of the tool", "arguments": {{"the name of an argument": "its value"}}}}]'
-)
+_INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON schema of its arguments:
+{tools}
+To call one, answer with nothing but its name and arguments in this form:
+{example}"""
+_EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "its value"}}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class ToolTemplate:
     def __str__(self) -> str:
         """What is said at the start."""
         if self.is_known:
-            return f"tool calls: {self.format.name}, as the tokenizer's template has them"
+            described = "" if self.has_tools else "; a message describes the tools, which it does not"
+            return f"tool calls: {self.format.name}, as the tokenizer's template has them{described}"
         if self.has_tools:
             return "tool calls: JSON, since the form in the tokenizer's template is not one that is known here"
         return "tool calls: JSON, since the tokenizer's template has none; a message describes the tools"
@@ -68,7 +69,7 @@ class ToolTemplate:
         if self.has_tools:
             return [dict(message) for message in messages]
         plain = _plain_messages(messages, self.format)
-        return _with_instructions(plain, tools) if tools else plain
+        return _with_instructions(plain, tools, self.format) if tools else plain
 
 
 def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> list[dict[str, Any]]:
@@ -92,9 +93,22 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> 
     return plain
 
 
-def _with_instructions(messages: list[dict[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
+def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls have their arguments as JSON text, which some templates join with other text."""
+    own = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in message.get("tool_calls", ())
+        ]
+        own.append({**message, **({"tool_calls": calls} if calls else {})})
+    return own
+
+
+def _with_instructions(messages: list[dict[str, Any]], tools: Sequence[Any], form: CallFormat) -> list[dict[str, Any]]:
     """Messages that begin with what the tools are: in the system's message, else before the user's first words."""
-    text = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
+    listed = "\n".join(json.dumps(tool["function"]) for tool in tools)
+    text = _INSTRUCTIONS.format(tools=listed, example=form.written([_EXAMPLE]))
     first = messages[0]
     if first["role"] == "system":
         return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]

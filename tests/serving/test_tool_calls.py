@@ -35,10 +35,12 @@ def tools() -> tuple[Tool, ...]:
     return tuple(Tool.of(name, schema, f"tools.{name}") for name, schema in SCHEMAS.items())
 
 
-def walk(grammar: AnswerGrammar, tokenizer: Any, likely: Sequence[int], seed: int) -> tuple[list[int], bool]:
+def walk(
+    grammar: AnswerGrammar, tokenizer: Any, likely: Sequence[int], seed: int, most: int = MOST
+) -> tuple[list[int], bool]:
     """Random tokens of an answer, of which some are likely, and whether it has ended."""
-    row, random, ids = grammar.begin(frozenset([END]), MOST), np.random.default_rng(seed), list[int]()
-    while len(ids) < MOST and not row.is_complete:
+    row, random, ids = grammar.begin(frozenset([END]), most), np.random.default_rng(seed), list[int]()
+    while len(ids) < most and not row.is_complete:
         if row.forced:
             ids.append(row.forced.popleft())
             continue
@@ -149,6 +151,7 @@ def test_a_chat_for_a_template_that_knows_no_tools() -> None:
     assert first["role"] == "user"
     assert json.dumps(own[0]["function"]) in first["content"]
     assert first["content"].endswith("\n\nHi")
+    assert '\n[{"name": "name_of_the_tool"' in first["content"]
     assert read(GENERAL, second["content"].removeprefix("Wait.\n"))[1] == {n: ["get", '{"place": "x"}'] for n in (0, 1)}
     assert third == {"role": "user", "content": "get: sunny\nget: wet"}
     system = {"role": "system", "content": "Be kind."}
@@ -172,3 +175,66 @@ def test_a_form_beside_tools() -> None:
     assert texts == {"a call", "yes", "no"}
     with pytest.raises(FormError, match="response_format: it and tools do not go together"):
         call_grammar(grammars, GENERAL, ToolUse(tools(), False, True), ("response_format", content))
+
+
+def listed(items: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "array", "items": items, **more}
+
+
+TEXT = {"type": "string", "description": "Some text, such as 'San Francisco, CA' or \"none\"."}
+NUMBER = {"type": "number", "format": "float", "description": "This is a float type value.", "default": 0.5}
+# in the style of function-calling benchmarks: descriptions, defaults, enums, nested objects, lists of lists
+STYLES: dict[str, dict[str, Any]] = {
+    "math_triangle_area": {
+        "base": {"type": "integer"},
+        "height": {"type": "integer"},
+        "unit": {**TEXT, "default": "m"},
+    },
+    "hotel.book": {
+        "location": TEXT,
+        "stay": {
+            "type": "object",
+            "properties": {"nights": {"type": "integer", "minimum": 1}, "room": {"type": "string", "enum": ["a", "b"]}},
+            "required": ["nights"],
+        },
+        "guests": listed(TEXT, minItems=1, maxItems=3),
+    },
+    "matrix-multiply": {"left": listed(listed(NUMBER)), "right": listed(listed(NUMBER))},
+    "db_query": {
+        "conditions": listed(
+            {
+                "type": "object",
+                "properties": {"field": TEXT, "operation": {"type": "string", "enum": ["<", ">", "=", ">=", "<="]}},
+                "required": ["field", "operation"],
+            },
+        ),
+        "table": {"type": "string", "enum": ["users", "caf\u00e9"]},
+    },
+    "set_options": {
+        "options": {"type": "object", "additionalProperties": {"type": "boolean"}},
+        "on": {"type": "boolean"},
+    },
+    "anything": {"value": {"description": "Whatever comes to mind."}, "date": {"type": "string", "format": "date"}},
+    "choose": {"kind": {"type": ["string", "null"]}, "level": {"enum": [1, 2.5, None, "high"]}},
+    "now": {},
+}
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_random_calls_meet_schemas_of_many_styles(name: str) -> None:
+    tokenizer = family_tokenizer("mistral")
+    properties = STYLES[name]
+    schema = {"type": "object", "properties": properties, "required": list(properties)[:2]}
+    grammars, form = Grammars(tokenizer), FORMS["mistral"]
+    grammar = call_grammar(grammars, form, ToolUse((Tool.of(name, schema, "tools.0"),), True, False))
+    likely = tokenizer.convert_tokens_to_ids(['"', "]", "}"])  # so that no text is long
+    whole = 0
+    for seed in range(6):
+        ids, has_ended = walk(grammar, tokenizer, likely, seed, most=900)
+        stream = TextStream(tokenizer, frozenset(form.special_tokens(tokenizer).values()))
+        _, calls, _ = read(form, [*map(stream.step, ids), stream.finish()])
+        if has_ended:
+            whole += 1
+            assert calls[0][0] == name
+            jsonschema.validate(json.loads(calls[0][1]), {**schema, "additionalProperties": False})
+    assert whole

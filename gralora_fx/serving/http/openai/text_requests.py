@@ -25,6 +25,7 @@ from gralora_fx.serving.http.replies import TextAnswers, timeout_of
 from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.prompts import stop_strings
 from gralora_fx.serving.sampling import Sampling
+from gralora_fx.serving.tool_template import with_text_arguments
 
 _COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
 
@@ -190,7 +191,16 @@ class QuestionReader:
 
     def _rows(self, prompts: Sequence[Any], tools: list[dict[str, Any]]) -> list[list[int]]:
         """The tokens of prompts; a chat may hold calls and results also where its answer may call none."""
-        template = self._engine.tools
-        chats = [template.messages(prompt, tools) if is_chat(prompt) else prompt for prompt in prompts]
+        template, tokenizer = self._engine.tools, self._engine.tokenizer
         given = tools if template.has_tools else ()
-        return [prompt_ids(prompt, self._engine.tokenizer, ServingError, given) for prompt in chats]
+
+        def row(prompt: Any) -> list[int]:
+            chat = template.messages(prompt, tools) if is_chat(prompt) else prompt
+            try:
+                return prompt_ids(chat, tokenizer, ServingError, given)
+            except ServingError:
+                if not is_chat(chat) or not any("tool_calls" in message for message in chat):
+                    raise
+                return prompt_ids(with_text_arguments(chat), tokenizer, ServingError, given)
+
+        return [row(prompt) for prompt in prompts]
