@@ -57,7 +57,7 @@ ORDINARY = (
 )
 
 
-def run(iterations: int = 4) -> Report:
+def run(iterations: int = 3) -> Report:
     """Measure answers.
 
     Args:

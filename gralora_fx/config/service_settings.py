@@ -14,7 +14,7 @@ from gralora_fx.config.option import Option, check_options
 from gralora_fx.errors import ConfigError, shown
 
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
-_SPECULATIVE_TOKENS = 16
+SPECULATIVE_TOKENS = 16  # most tokens of a draft, where nothing else is said
 _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 
 
@@ -187,7 +187,7 @@ class ServiceSettings:
     @property
     def drafted(self) -> int:
         """The most tokens of an answer that are proposed for a step, where there are steps."""
-        return _SPECULATIVE_TOKENS if self.speculative_tokens is None else self.speculative_tokens
+        return SPECULATIVE_TOKENS if self.speculative_tokens is None else self.speculative_tokens
 
     @property
     def prefix_bytes(self) -> int | None:

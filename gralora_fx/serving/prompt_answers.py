@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
 from gralora_fx.engine.adapters import names_of_rows
 from gralora_fx.engine.decoder import part_length
 from gralora_fx.engine.limits import DecoderSize
@@ -20,7 +21,6 @@ from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.generation import Generation
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.speculation import MOST
 from gralora_fx.serving.token_choice import Choice, TokenScore
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
@@ -133,7 +133,7 @@ class _Rows:
         count, longest = len(requests), max(len(request.prompt) for request in requests)
         capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
         choosers = [request.chooser(ends) for request in requests]
-        self._most = MOST if most_drafted is None else most_drafted
+        self._most = SPECULATIVE_TOKENS if most_drafted is None else most_drafted
         several = max(_FORCED if requests[0].grammar is not None else 1, 1 + self._most)
         self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from gralora_fx.serving.answer_row import AnswerRow
 from gralora_fx.serving.ngrams import LONGEST
 
-MOST = 16  # tokens of a draft, where nothing else is said
 _LEAST_LIKELY = 0.1
 _LOSS = 0.02  # share of its time that a row may lose to drafts
 _MOST_CREDIT = 2.0  # steps

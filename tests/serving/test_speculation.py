@@ -257,3 +257,33 @@ def test_the_service_counts_what_it_proposes(model: OrtModel, counted: list[int]
     assert float(values["gralora_fx_draft_tokens_total"]) >= float(values["gralora_fx_accepted_tokens_total"]) > 0
     assert values["vllm:spec_decode_num_draft_tokens_total"] == values["gralora_fx_draft_tokens_total"]
     assert values["vllm:spec_decode_num_accepted_tokens_total"] == values["gralora_fx_accepted_tokens_total"]
+
+
+def test_a_decoder_that_cannot_verify_says_so(
+    model: OrtModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = OrtModel.decoder
+
+    def unable(self: OrtModel, **sizes: Any) -> Any:
+        decoder = opened(self, **sizes)
+        decoder.draft_problem = "its rows run one after the other"
+        return decoder
+
+    monkeypatch.setattr(OrtModel, "decoder", unable)
+    with pytest.raises(ServingError, match="speculative_tokens has no effect: its rows run one after the other"):
+        create_app(ServiceSettings(model.directory, speculative_tokens=4))
+    with caplog.at_level("INFO"), TestClient(create_app(ServiceSettings(model.directory))) as client:
+        request = {"model": "wide", "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 20}
+        assert client.post("/v1/completions", json=request).status_code == 200
+        assert "draft_tokens" not in client.get("/metrics").text
+    assert "no speculation: its rows run one after the other" in caplog.text
+
+
+def test_an_output_layer_with_adapters_is_not_speculated_upon(tmp_path: Path) -> None:
+    """Its products depend on the adapter of each row, not on the tokens alone."""
+    gralora, _ = adapted("llama", tmp_path, CACHED, ["lm_head", "q_proj"], vocab_size=102)
+    export_onnx(gralora, tmp_path / "onnx", adapters="data", verify=False)
+    opened = load(tmp_path / "onnx", threads=1)
+    decoder = opened.decoder(rows=1, capacity=24)
+    assert decoder.draft_problem == "the graph of its rows gives logits after the last token of each alone"
+    assert len(opened.generate(PROMPTS[0], adapter="wide", max_new_tokens=9)) == 9

@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.answer_row import AnswerRow
@@ -18,7 +19,7 @@ from gralora_fx.serving.scheduling.adapter_versions import AdapterLoadError
 from gralora_fx.serving.scheduling.queue import JobQueue, Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
 from gralora_fx.serving.scheduling.text_jobs import Sink, TextJob
-from gralora_fx.serving.speculation import MOST, Speculation
+from gralora_fx.serving.speculation import Speculation
 
 _logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         *,
         max_queue: int,
         models: ServedModels | None = None,
-        most_drafted: int = MOST,
+        most_drafted: int = SPECULATIVE_TOKENS,
     ) -> None:
         """Make a scheduler without requests.
 
