@@ -67,7 +67,7 @@ def make_checkpoint(folder: Path) -> tuple[str, str]:
         num_attention_heads=4,
         intermediate_size=128,
         vocab_size=len(tokenizer),
-        max_position_embeddings=64,
+        max_position_embeddings=512,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
