@@ -127,9 +127,9 @@ class RowGrammar:
         return not self._matcher.is_accepting() or self._matcher.validate_tokens([self._last]) == 1
 
     def _settle(self) -> None:
-        """Wait for what is found out in another thread."""
+        """Wait for what is found out in another thread; of an error `allowed` tells, where one is expected."""
         foreseen, self._foreseen = self._foreseen, None
-        if foreseen is not None:
+        if foreseen is not None and foreseen.exception() is None:
             self._allowed = foreseen.result()
 
     def _is_taken(self, token: int) -> bool:
