@@ -147,7 +147,7 @@ def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> No
     """
     rank = max(record.r, record.hybrid_r)
     if most is not None and rank > most:
-        raise ServingError(f"{place} has rank {rank}, above the limit of {most}")
+        raise ServingError(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
 
 
 def _fields_sha256(fields: Mapping[str, Any]) -> str:
