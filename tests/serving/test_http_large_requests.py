@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.openai import completions
+from gralora_fx.serving.http.openai import text_requests
 from gralora_fx.serving.http.openai.requests import (
     ChatRequest,
     ClassifyRequest,
@@ -86,7 +86,7 @@ def test_what_there_is_no_room_for_is_not_read(
     def read(*_: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr(completions, "prompt_ids", read)
+    monkeypatch.setattr(text_requests, "prompt_ids", read)
     monkeypatch.setattr(TextReader, "texts", read)
     body = {"model": "data", "prompt": ["a"] * 100, "n": 100}
     assert refused(text, "/v1/completions", body).startswith(

@@ -129,7 +129,9 @@ def test_a_long_prompt_is_read_in_chunks_beside_an_answer(exported: Exported, mo
     scheduler, decoder, _ = scheduler_of(exported[0])
     steps: list[list[int]] = []
     step = decoder.step
-    monkeypatch.setattr(decoder, "step", lambda t: (steps.append(sorted(map(len, t.values()))), step(t))[1])
+    monkeypatch.setattr(
+        decoder, "step", lambda t, *last: (steps.append(sorted(map(len, t.values()))), step(t, *last))[1]
+    )
     callers = [Caller(), Caller()]
     asked = [request([5, 6], count=12), request([7] * 14, count=1)]
     scheduler.submit([(fields, caller.events.put) for fields, caller in zip(asked, callers, strict=True)])
@@ -145,7 +147,9 @@ def test_short_prompts_share_a_step(exported: Exported, monkeypatch: pytest.Monk
     scheduler, decoder, _ = scheduler_of(exported[0], rows=3)
     steps: list[list[int]] = []
     step = decoder.step
-    monkeypatch.setattr(decoder, "step", lambda t: (steps.append(sorted(map(len, t.values()))), step(t))[1])
+    monkeypatch.setattr(
+        decoder, "step", lambda t, *last: (steps.append(sorted(map(len, t.values()))), step(t, *last))[1]
+    )
     callers = [Caller() for _ in range(3)]
     asked = [request([5, 6], count=1), request([7] * 3, count=1), request([8, 9], count=1)]
     scheduler.submit([(fields, caller.events.put) for fields, caller in zip(asked, callers, strict=True)])
@@ -161,7 +165,7 @@ def test_a_request_that_is_given_up_leaves_its_row_and_its_mates(
     path, oracles = exported
     scheduler, decoder, _ = scheduler_of(path, max_queue=1)
     permits, step = threading.Semaphore(0), decoder.step
-    monkeypatch.setattr(decoder, "step", lambda tokens: (permits.acquire(), step(tokens))[1])
+    monkeypatch.setattr(decoder, "step", lambda *given: (permits.acquire(), step(*given))[1])
     callers = [Caller() for _ in range(3)]
     first, mate, waiting = scheduler.submit(
         [(request([5 + index] * 3, "wide", 9), caller.events.put) for index, caller in enumerate(callers)]
