@@ -38,7 +38,9 @@ from gralora_fx.tracing.traced_model import TracedModel
 _DRAWN, _FEW, _MANY = 64, 16, 64  # tokens of a text that the model draws; texts that measure; that round too
 _TOGETHER = 4  # texts that are run at once
 _ROWS = 1024  # output features of a matrix whose errors stand for all
-_WIDER = (128, 64)  # blocks of eight bits, which lose little with fewer scales
+# Blocks of eight bits, which lose little with fewer scales. By those of 128 ONNX Runtime multiplies one row with other
+# last digits than several, so that a token would depend on how many are read with it.
+_WIDER = (64,)
 _LEAST_POSITIONS = 16
 _TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
 
