@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -69,9 +70,9 @@ class SamplingFields(StrictModel):
     stream: bool | None = None
 
     @property
+    @abstractmethod
     def top_scores(self) -> int | None:
         """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
-        raise NotImplementedError
 
     def sampling(self, ends: frozenset[int]) -> Sampling:
         """How tokens are chosen: temperature 1 by default, and the likeliest at temperature 0.
@@ -211,11 +212,6 @@ class ChatRequest(_TextFields, ToolFields):
             FormError: A call or a result in it is wrong.
         """
         return [template_messages(self.messages)]
-
-    @property
-    def echo(self) -> bool:
-        """Whether the answer begins with the prompt: never."""
-        return False
 
     @property
     def top_scores(self) -> int | None:

@@ -13,7 +13,7 @@ from gralora_fx.serving.call_grammar import ToolUse
 from gralora_fx.serving.http.openai.messages import History
 from gralora_fx.serving.http.openai.requests import SamplingFields, StreamOptions, Whole
 from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel, wrong_field
-from gralora_fx.serving.http.openai.tool_requests import FunctionFields, Mode, chosen_tools, template_tool
+from gralora_fx.serving.http.openai.tool_requests import FunctionFields, Mode, ToolCaller, chosen_tools
 
 _LOGPROBS = "message.output_text.logprobs"
 _NEEDED = {
@@ -131,7 +131,7 @@ class NoReasoning(StrictModel):
     without_effect: ClassVar[Idle] = {"effort": ("none",)}
 
 
-class ResponseRequest(SamplingFields):
+class ResponseRequest(SamplingFields, ToolCaller):
     """A request of `/v1/responses`; `store` is taken as false where it is left out."""
 
     without_effect: ClassVar[Idle] = {
@@ -148,7 +148,6 @@ class ResponseRequest(SamplingFields):
     max_output_tokens: Whole | None = None
     tools: Annotated[list[ResponseTool] | None, Field(max_length=128, fail_fast=True)] = None
     tool_choice: Mode | NamedFunction | AllowedFunctions | None = None
-    parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     include: ListOf[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -181,11 +180,6 @@ class ResponseRequest(SamplingFields):
         return 1
 
     @property
-    def echo(self) -> bool:
-        """Whether the answer begins with the prompt: never."""
-        return False
-
-    @property
     def top_scores(self) -> int | None:
         """Of each token, how many of the likeliest tokens are scored beside it; None to score no token.
 
@@ -198,10 +192,14 @@ class ResponseRequest(SamplingFields):
             raise ServingError(f"top_logprobs has no effect unless include has {_LOGPROBS!r}; give it too")
         return None
 
+    def functions(self) -> dict[str, FunctionFields]:
+        """The tools by the names of their fields."""
+        return {f"tools.{index}": tool for index, tool in enumerate(self.tools or ())}
+
     @property
-    def has_tools(self) -> bool:
-        """Whether it has tools, whose schemas are to be checked."""
-        return bool(self.tools)
+    def calls_none(self) -> bool:
+        """Whether the request says that the answer may call no tool."""
+        return self.tool_choice == "none"
 
     def most_tokens(self, left: int) -> int:
         """The most tokens to add to a prompt after which there is room for some."""
@@ -216,18 +214,13 @@ class ResponseRequest(SamplingFields):
             return {"text.format": ("json", {"type": "object"})}
         return {"text.format.schema": ("json", given.schema_)}
 
-    def template_tools(self) -> list[dict[str, Any]]:
-        """The tools as templates of chats take them; none if the answer may call none."""
-        return [] if self.tool_choice == "none" else [template_tool(tool) for tool in self.tools or ()]
-
     def tool_use(self) -> ToolUse | None:
         """The tools that the answer may call; None if it calls none.
 
         Raises:
             FormError: A tool's arguments are no schema, two have one name, or a choice names none of them.
         """
-        functions: dict[str, FunctionFields] = {f"tools.{index}": tool for index, tool in enumerate(self.tools or ())}
-        choice, is_parallel = self.tool_choice, self.parallel_tool_calls is not False
+        functions, choice, is_parallel = self.functions(), self.tool_choice, self.is_parallel
         if isinstance(choice, NamedFunction):
             return chosen_tools(functions, "named", {"tool_choice.name": choice.name}, is_parallel=False)
         if isinstance(choice, AllowedFunctions):
@@ -250,7 +243,7 @@ class ResponseRequest(SamplingFields):
         yield "tools", [{**unsaid, **_plain(tool)} for tool in self.tools or ()]
         choice = self.tool_choice
         yield "tool_choice", _plain(choice) if isinstance(choice, StrictModel) else choice or "auto"
-        yield "parallel_tool_calls", self.parallel_tool_calls is not False
+        yield "parallel_tool_calls", self.is_parallel
         yield "metadata", self.metadata or {}
         yield "prompt_cache_key", self.prompt_cache_key
         yield "safety_identifier", self.safety_identifier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -60,12 +61,54 @@ class AllowedToolsChoice(StrictModel):
     allowed_tools: AllowedTools
 
 
-class ToolFields(StrictModel):
+class ToolCaller(StrictModel):
+    """What chats and responses share: tools that an answer may call, and no answer begins with its prompt."""
+
+    parallel_tool_calls: bool | None = None
+
+    @abstractmethod
+    def functions(self) -> dict[str, FunctionFields]:
+        """The tools by the names of their fields."""
+
+    @property
+    @abstractmethod
+    def calls_none(self) -> bool:
+        """Whether the request says that the answer may call no tool."""
+
+    @property
+    def echo(self) -> bool:
+        """Whether the answer begins with the prompt: never."""
+        return False
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it has tools, whose schemas are to be checked."""
+        return bool(self.functions())
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether an answer may have several calls."""
+        return self.parallel_tool_calls is not False
+
+    def template_tools(self) -> list[dict[str, Any]]:
+        """The tools as templates of chats take them; none if the answer may call none."""
+        return [] if self.calls_none else [template_tool(function) for function in self.functions().values()]
+
+
+class ToolFields(ToolCaller):
     """The fields of a chat that are about tools."""
 
     tools: Annotated[list[ChatTool] | None, Field(max_length=_MOST, fail_fast=True)] = None
     tool_choice: Mode | NamedTool | AllowedToolsChoice | None = None
-    parallel_tool_calls: bool | None = None
+
+    def functions(self) -> dict[str, FunctionFields]:
+        """The tools by the names of their fields."""
+        return {f"tools.{index}.function": tool.function for index, tool in enumerate(self.tools or ())}
+
+    @property
+    def calls_none(self) -> bool:
+        """Whether the request says that the answer may call no tool."""
+        return self.tool_choice == "none"
 
     def tool_use(self) -> ToolUse | None:
         """The tools that the answer may call; None if it calls none.
@@ -73,8 +116,7 @@ class ToolFields(StrictModel):
         Raises:
             FormError: A tool's arguments are no schema, two have one name, or a choice names none of them.
         """
-        functions = {f"tools.{index}.function": tool.function for index, tool in enumerate(self.tools or ())}
-        choice = self.tool_choice
+        functions, choice = self.functions(), self.tool_choice
         if isinstance(choice, NamedTool):
             named = {"tool_choice.function.name": choice.function.name}
             return chosen_tools(functions, "named", named, is_parallel=False)
@@ -86,22 +128,6 @@ class ToolFields(StrictModel):
             }
             return chosen_tools(functions, choice.allowed_tools.mode, named, is_parallel=self.is_parallel)
         return chosen_tools(functions, choice or "auto", {}, is_parallel=self.is_parallel)
-
-    @property
-    def has_tools(self) -> bool:
-        """Whether it has tools, whose schemas are to be checked."""
-        return bool(self.tools)
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether an answer may have several calls."""
-        return self.parallel_tool_calls is not False
-
-    def template_tools(self) -> list[dict[str, Any]]:
-        """The tools as templates of chats take them; none if the answer may call none."""
-        if self.tool_choice == "none":
-            return []
-        return [template_tool(tool.function) for tool in self.tools or ()]
 
 
 def template_tool(function: FunctionFields) -> dict[str, Any]:
