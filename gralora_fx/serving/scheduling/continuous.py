@@ -127,13 +127,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
             try:
                 job.begin(verifies=self._verifies)  # before a row is taken
                 row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt)
-            except Exception as error:
-                if isinstance(error, DeadEndError):  # which is the request's own
-                    _logger.warning("a request cannot be run: %s", error)
-                else:
-                    _logger.exception("a request cannot be run")
-                    self._observer.failed()
-                job.fail(error)
+            except Exception as error:  # noqa: BLE001  # it is told and logged
+                self._fail(job, error, "a request cannot be run")
                 self._leave(job)
                 continue
             self._rows[row] = job
@@ -225,10 +220,14 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     self._observer.generated(len(job.answer.ids) - before)
                 if was_reading and not job.unread and not job.request.scores_prompt:
                     self._observer.looked_up(len(job.request.prompt), job.cached)
-            except Exception as error:
-                if isinstance(error, (DeadEndError, AdapterLoadError)):  # which is the request's own
-                    _logger.warning("choosing a token failed: %s", error)
-                else:
-                    _logger.exception("choosing a token failed")
-                    self._observer.failed()
-                job.fail(error)
+            except Exception as error:  # noqa: BLE001  # it is told and logged
+                self._fail(job, error, "choosing a token failed")
+
+    def _fail(self, job: TextJob, error: Exception, what: str) -> None:
+        """Tell the caller of a job, and the log; an error that is not the request's own counts as a failure."""
+        if isinstance(error, (DeadEndError, AdapterLoadError)):
+            _logger.warning("%s: %s", what, error)
+        else:
+            _logger.error(what, exc_info=error)
+            self._observer.failed()
+        job.fail(error)
