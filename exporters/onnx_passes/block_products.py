@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
 _NEAR = 0.25  # squares of the errors of blocks of a matrix, over its squares
+_BlocksOf: TypeAlias = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
 
 
 class BlockValues(NamedTuple):
@@ -60,7 +61,7 @@ class BlockProducts:
 
     graph: ir.Graph
     form: Blocks
-    blocks_of: Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
+    blocks_of: _BlocksOf
     _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
 
     @property
@@ -100,9 +101,6 @@ class BlockProducts:
         if matrix not in self._stored:
             self._stored[matrix] = _initializers(self.graph, matrix, self.form, self.blocks_of)
         return self._stored[matrix]
-
-
-_BlocksOf = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
 
 
 def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> list[NDArray[Any]]:

@@ -111,15 +111,20 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     own = {name: one.form for one in taken for name in one.names}
     gains = {name: one.gain for one in taken for name in one.names}
     try:
-        rounded = {} if run is None or not run.cases else _rounded(conversion, run, plan.default, own)
+        rounded = {} if run is None or not run.cases else _rounded(conversion, run, plan.default, own, names)
     except (RuntimeError, NotImplementedError) as error:
         rounded, chosen_by = {}, f"{chosen_by}; weights rounded for inputs that count alike ({first_line(error)})"
     return QuantizationPlan(plan.default, own, gains, chosen_by, rounded)
 
 
-def _rounded(conversion: Conversion, run: _Run, default: Blocks, own: Mapping[str, Blocks]) -> dict[str, BlockArrays]:
-    """Blocks of the weights whose rounding is searched, by all names of each."""
-    names = {site.path: weight_names(conversion.traced, site) for site in conversion.traced.sites}
+def _rounded(
+    conversion: Conversion,
+    run: _Run,
+    default: Blocks,
+    own: Mapping[str, Blocks],
+    names: Mapping[str, tuple[str, ...]],
+) -> dict[str, BlockArrays]:
+    """Blocks of the weights whose rounding is searched, by all names of each, which are given by the layers' paths."""
     chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items()}
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
     with evaluating(conversion.model, run.model):
