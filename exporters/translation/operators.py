@@ -22,6 +22,7 @@ from gralora_fx.compat.torch_onnx import current_builder
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.operators.call import Call
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
+from gralora_fx.operators.linear_attention import LinearAttention
 
 DOMAIN = "gralora"
 _MODES = {"bilinear": "linear", "bicubic": "cubic"}
@@ -65,7 +66,7 @@ class DomainNode(Call[ir.Value]):
         """A new node, for a pass to insert."""
         values = {name: getattr(self, name) for name in self.names()}
         inputs = [values.pop(name) for name in self.tensors]
-        return ir.node(self.op_type, inputs, values, domain=DOMAIN, version=1)
+        return ir.node(self.op_type, inputs, values, domain=DOMAIN, version=1, num_outputs=self.results)
 
 
 class AttentionNode(DomainNode, Attention[ir.Value]):
@@ -98,6 +99,12 @@ class RotaryNode(DomainNode, Rotary[ir.Value]):
     op_type = "RotaryEmbedding"
 
 
+class LinearAttentionNode(DomainNode, LinearAttention[ir.Value]):
+    """`LinearAttention`: as `gralora::linear_attention`, with two outputs."""
+
+    op_type = "LinearAttention"
+
+
 def _as_node(kind: type[DomainNode]) -> Callable[..., Any]:
     """The translation of an operator to its node of the domain; it takes the operator's arguments in their order."""
 
@@ -108,7 +115,8 @@ def _as_node(kind: type[DomainNode]) -> Callable[..., Any]:
                 arguments[name] = _add("Constant", [], {"value_int": value})
             elif isinstance(value, bool):
                 arguments[name] = int(value)
-        return _append(kind(**arguments).node())
+        node = kind(**arguments).node()
+        return _append(node) if len(node.outputs) == 1 else (_append(node), *node.outputs[1:])
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in kind.names()]
     translation.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # torch.onnx reads it
@@ -144,7 +152,7 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Slice.target: _slice,
     **{
         kind.target: _as_node(kind)
-        for kind in (RmsNormNode, RotaryNode, AttentionNode, DotProductAttentionNode, MaskNode)
+        for kind in (RmsNormNode, RotaryNode, AttentionNode, DotProductAttentionNode, MaskNode, LinearAttentionNode)
     },
 }
 

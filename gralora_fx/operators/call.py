@@ -58,13 +58,15 @@ class Call(Generic[V]):
     Attributes:
         target: The operator, as the target of a graph's node.
         tensors: The names of those arguments that are tensors or sizes, and so nodes of a graph; they come first.
+        results: How many tensors the operator gives: two where it carries a state, which is the second.
     """
 
     target: ClassVar[Any]
     tensors: ClassVar[tuple[str, ...]]
+    results: ClassVar[int]
 
-    def result(self: Call[Tensor]) -> Tensor:
-        """What the operator computes, by PyTorch's own operators."""
+    def result(self: Call[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """What the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
         raise NotImplementedError
 
     @classmethod
@@ -74,9 +76,18 @@ class Call(Generic[V]):
         Args:
             arguments: Every argument by name.
         """
-        call: Any = operator_for(cls.target, arguments[cls.names()[0]])
-        result: Tensor = call(**arguments)
+        result: Tensor = cls._called(arguments)
         return result
+
+    @classmethod
+    def compute_with_state(cls, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """As `compute`, of an operator that carries a state: the result and the next state."""
+        result, state = cls._called(arguments)
+        return result, state
+
+    @classmethod
+    def _called(cls, arguments: dict[str, Any]) -> Any:
+        return operator_for(cls.target, arguments[cls.names()[0]])(**arguments)
 
     @classmethod
     def of(cls, node: object) -> Self | None:
@@ -137,7 +148,9 @@ def operator(name: str, *, tags: tuple[torch.Tag, ...] = ()) -> Callable[[type[C
     def define(kind: type[C]) -> type[C]:
         call: Any = dataclass(frozen=True)(kind)
         hints = get_type_hints(kind)
-        schema = f"{name}({', '.join(f'{_TYPES[hints[field]]} {field}' for field in call.names())}) -> Tensor"
+        call.results = 2 if str(call.result.__annotations__["return"]).startswith("tuple") else 1
+        gives = "Tensor" if call.results == 1 else "(Tensor, Tensor)"
+        schema = f"{name}({', '.join(f'{_TYPES[hints[field]]} {field}' for field in call.names())}) -> {gives}"
         _library.define(schema, tags=tags)
         _library.impl(name, lambda *args, **named: call(*args, **named).result(), "CompositeImplicitAutograd")
         call.target = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -149,12 +162,12 @@ def operator(name: str, *, tags: tuple[torch.Tag, ...] = ()) -> Callable[[type[C
     return define
 
 
-def define_shape_only(schema: str, rule: Callable[..., Tensor], target: Any) -> Any:
+def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any:
     """Define the shape-only counterpart of an operator, of this project or of PyTorch.
 
     Args:
         schema: Its schema, with the arguments of `target`.
-        rule: Takes fake tensors, and returns one with the shape and dtype of the result.
+        rule: Takes fake tensors, and returns one with the shape and dtype of the result, or one for each result.
         target: The overload that it replaces in a trace.
 
     Returns:

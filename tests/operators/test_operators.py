@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,6 +20,7 @@ from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask, MaskOfBlocks
 from gralora_fx.operators.call import Call, named_arguments, operator_for
 from gralora_fx.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
+from gralora_fx.operators.linear_attention import LinearAttention
 
 for module in pkgutil.iter_modules(gralora_fx.operators.__path__):
     importlib.import_module(f"gralora_fx.operators.{module.name}")
@@ -39,7 +40,7 @@ class Case:
     tensors: Callable[[int, int], dict[str, Tensor]]
     options: dict[str, Any]
 
-    def reference(self, **arguments: Any) -> Tensor:
+    def reference(self, **arguments: Any) -> Any:
         """What the operator computes."""
         return self.operator(**arguments).result()
 
@@ -86,6 +87,21 @@ def angles(batch: int, length: int, size: int) -> dict[str, Tensor]:
     return {"x": random(batch, 2, length, 8), "cos": angle.cos(), "sin": angle.sin()}
 
 
+def recurrence(
+    batch: int, length: int, *, queries: int = 4, keys: int = 4, decay: int = 1, beta: bool = True
+) -> dict[str, Tensor | None]:
+    """Four states of 6 keys and 5 values, whose decay has that many numbers for each head."""
+    decays = (6,) if decay == 6 else ()
+    return {
+        "query": random(batch, length, queries, 6),
+        "key": nn.functional.normalize(torch.randn(batch, length, keys, 6), dim=-1).requires_grad_(),
+        "value": random(batch, length, 4, 5),
+        "decay": torch.rand(batch, length, 4, *decays).neg().requires_grad_() if decay else None,
+        "beta": torch.rand(batch, length, 4).requires_grad_() if beta else None,
+        "state": random(batch, 4, 6, 5),
+    }
+
+
 SCALED = {"scale": 0.3, "window": 0, "softcap": 0.0, "dropout": 0.0}
 CASES = {
     "attention": Case(Attention, lambda b, n: {**heads(b, n), "mask": padding(b, n)}, {**SCALED, "sinks": None}),
@@ -117,6 +133,15 @@ CASES = {
     "rotate": Case(Rotate, lambda b, n: angles(b, n, 8), {"axis": 1}),
     "rotary": Case(Rotary, lambda b, n: angles(b, n, 4), {"interleaved": False}),
     "rotary of neighbours, in part": Case(Rotary, lambda b, n: angles(b, n, 3), {"interleaved": True}),
+    "linear_attention": Case(LinearAttention, recurrence, {"scale": 0.5}),
+    "linear_attention with fewer queries and a decay for each key": Case(
+        LinearAttention, lambda b, n: recurrence(b, n, queries=2, keys=2, decay=6), {"scale": 0.5}
+    ),
+    "linear_attention with more queries": Case(
+        LinearAttention,
+        lambda b, n: {k: v for k, v in recurrence(b, n, queries=8).items() if k in {"query", "key", "value", "decay"}},
+        {"beta": None, "state": None, "scale": 0.5},
+    ),
     "drop_path": Case(DropPath, lambda b, n: {"x": random(b, n, 8)}, {"p": 0.5, "train": True}),
     "reshape": Case(Reshape, lambda b, n: {"x": random(b, n, 8)}, {"shape": [0, -1, 4]}),
     "slice": Case(Slice, lambda b, n: {"x": random(b, n, 8)}, {"axis": 2, "start": 1, "stop": 6, "step": 2}),
@@ -174,21 +199,26 @@ def test_a_tensor_without_values_gets_the_shape_of_the_result(name: str, sizes: 
     arguments = case.arguments(*sizes)
     if case.operator is Mask:
         arguments["length"] = sizes[1]
-    expected = case.operator.compute(**arguments)
+    expected = results(case.operator, arguments)
     with FakeTensorMode() as mode:
         fakes = {
             key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in arguments.items()
         }
-        actual = case.operator.compute(**fakes)
-    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+        actual = results(case.operator, fakes)
+    assert [(x.shape, x.dtype, x.device) for x in actual] == [(x.shape, x.dtype, x.device) for x in expected]
     assert case.operator.target._schema.name.startswith("gralora::")
+
+
+def results(operator: type[Call], arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Every tensor that an operator gives."""
+    return (operator.compute(**arguments),) if operator.results == 1 else operator.compute_with_state(**arguments)
 
 
 def test_what_a_traced_model_calls_often_has_a_rule_for_its_shape() -> None:
     with FakeTensorMode():
         fake = torch.empty(1)
     ruled = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
-    assert ruled == {Attention, Mask, RmsNorm, Rotate}
+    assert ruled == {Attention, LinearAttention, Mask, RmsNorm, Rotate}
     for operator in ruled:
         assert schema_names(operator_for(operator.target, fake)) == schema_names(operator.target)
 
