@@ -23,6 +23,7 @@ from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.operators.call import Call
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.operators.linear_attention import LinearAttention
+from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
 
 DOMAIN = "gralora"
 _MODES = {"bilinear": "linear", "bicubic": "cubic"}
@@ -105,6 +106,18 @@ class LinearAttentionNode(DomainNode, LinearAttention[ir.Value]):
     op_type = "LinearAttention"
 
 
+class CausalConvNode(DomainNode, CausalConv[ir.Value]):
+    """`CausalConv`: as `gralora::causal_conv`, with two outputs; `silu` is 0 or 1."""
+
+    op_type = "CausalConv"
+
+
+class GatedRmsNormNode(DomainNode, GatedRmsNorm[ir.Value]):
+    """`GatedRMSNorm`: as `gralora::gated_rms_norm`; `silu` is 0 or 1."""
+
+    op_type = "GatedRMSNorm"
+
+
 def _as_node(kind: type[DomainNode]) -> Callable[..., Any]:
     """The translation of an operator to its node of the domain; it takes the operator's arguments in their order."""
 
@@ -152,7 +165,16 @@ TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Slice.target: _slice,
     **{
         kind.target: _as_node(kind)
-        for kind in (RmsNormNode, RotaryNode, AttentionNode, DotProductAttentionNode, MaskNode, LinearAttentionNode)
+        for kind in (
+            RmsNormNode,
+            RotaryNode,
+            AttentionNode,
+            DotProductAttentionNode,
+            MaskNode,
+            LinearAttentionNode,
+            CausalConvNode,
+            GatedRmsNormNode,
+        )
     },
 }
 

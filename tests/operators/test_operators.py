@@ -21,6 +21,7 @@ from gralora_fx.operators.attention import Attention, DotProductAttention, Mask,
 from gralora_fx.operators.call import Call, named_arguments, operator_for
 from gralora_fx.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.operators.linear_attention import LinearAttention
+from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
 
 for module in pkgutil.iter_modules(gralora_fx.operators.__path__):
     importlib.import_module(f"gralora_fx.operators.{module.name}")
@@ -142,6 +143,26 @@ CASES = {
         lambda b, n: {k: v for k, v in recurrence(b, n, queries=8).items() if k in {"query", "key", "value", "decay"}},
         {"beta": None, "state": None, "scale": 0.5},
     ),
+    "causal_conv": Case(
+        CausalConv,
+        lambda b, n: {"x": random(b, 6, n), "weight": random(6, 1, 4), "bias": random(6), "state": random(b, 6, 3)},
+        {"silu": True},
+    ),
+    "causal_conv without a state, a bias and an activation": Case(
+        CausalConv,
+        lambda b, n: {"x": random(b, 6, n), "weight": random(6, 1, 4)},
+        {"bias": None, "state": None, "silu": False},
+    ),
+    "gated_rms_norm": Case(
+        GatedRmsNorm,
+        lambda b, n: {"x": random(b, n, 8), "weight": random(8), "gate": random(b, n, 8)},
+        {"eps": 1e-6, "silu": True},
+    ),
+    "gated_rms_norm by a sigmoid": Case(
+        GatedRmsNorm,
+        lambda b, n: {"x": random(b, n, 8), "weight": random(8), "gate": random(b, n, 8)},
+        {"eps": 1e-6, "silu": False},
+    ),
     "drop_path": Case(DropPath, lambda b, n: {"x": random(b, n, 8)}, {"p": 0.5, "train": True}),
     "reshape": Case(Reshape, lambda b, n: {"x": random(b, n, 8)}, {"shape": [0, -1, 4]}),
     "slice": Case(Slice, lambda b, n: {"x": random(b, n, 8)}, {"axis": 2, "start": 1, "stop": 6, "step": 2}),
@@ -218,7 +239,7 @@ def test_what_a_traced_model_calls_often_has_a_rule_for_its_shape() -> None:
     with FakeTensorMode():
         fake = torch.empty(1)
     ruled = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
-    assert ruled == {Attention, LinearAttention, Mask, RmsNorm, Rotate}
+    assert ruled == {Attention, CausalConv, GatedRmsNorm, LinearAttention, Mask, RmsNorm, Rotate}
     for operator in ruled:
         assert schema_names(operator_for(operator.target, fake)) == schema_names(operator.target)
 
