@@ -25,6 +25,7 @@ from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAtten
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.onnx_pipeline import (
     FOLDED_TRANSPOSES,
     FUSED_CACHED_ATTENTION,
@@ -113,6 +114,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
             FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
+            lower_state_operators,
             name_cache,
         ),
     )

@@ -21,6 +21,7 @@ from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.site_marks import MarkSites
+from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.verification.cases import Verification
@@ -63,6 +64,7 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
         *marking_passes(conversion),  # first: weights have their own names
         fold_transposes,  # first: constant folding would compute the transposes of weights
         FuseDotProductAttention(),  # before constants are folded: it makes some
+        lower_state_operators,
         LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
         FoldConstants(may_fold),
         remove_unused_nodes,  # so that none of them counts as a reader of tokens

@@ -20,6 +20,7 @@ from torch import nn
 from gralora_fx.tracing.capture import DROP_PATH
 from gralora_fx.tracing.patches.decoder_operators import ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
 from gralora_fx.tracing.patches.recognised import Recognised
+from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe
@@ -56,9 +57,17 @@ DROP_PATHS = """
     swin swin2sr swinv2 timesformer tipsv2 videomt vitdet vjepa2 x_clip
 """
 ATTENTION = "falcon"
+CAUSAL_CONVS = """
+    bailing_hybrid bamba falcon_h1 falcon_mamba glm5_next granitemoehybrid inkling inkling2 inkling2_loop jamba
+    kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next
+    qwen4_exp zamba zamba2
+"""
+DELTA_RULES = """
+    bailing_hybrid glm5_next kimi_linear lara_mini olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next qwen4_exp
+"""
 
 # in the source of what may be recognised
-_TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath", "FalconAttention")
+_TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath", "FalconAttention", "causal_conv1d_fn")
 
 
 @cache
@@ -90,8 +99,22 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
 
 @pytest.mark.parametrize(
     ("names", "table"),
-    [(NORMS, [RMS_NORM]), (ROTARY_EMBEDDINGS, [ROTARY_EMBEDDING]), (DROP_PATHS, [DROP_PATH]), (ATTENTION, ATTENTIONS)],
-    ids=["norm", "rotary embedding", "stochastic depth", "attention of a model's own"],
+    [
+        (NORMS, [RMS_NORM]),
+        (ROTARY_EMBEDDINGS, [ROTARY_EMBEDDING]),
+        (DROP_PATHS, [DROP_PATH]),
+        (ATTENTION, ATTENTIONS),
+        (CAUSAL_CONVS, [CAUSAL_CONV]),
+        (DELTA_RULES, [DELTA_RULE, KIMI_RULE]),
+    ],
+    ids=[
+        "norm",
+        "rotary embedding",
+        "stochastic depth",
+        "attention of a model's own",
+        "causal convolution",
+        "delta rule",
+    ],
 )
 def test_architectures_are_recognised(names: str, table: Sequence[Recognised]) -> None:
     known = set(names.split())

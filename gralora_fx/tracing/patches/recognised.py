@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -77,15 +78,23 @@ class Recognised:
 
 
 def same_code(one: Any, other: Callable[..., Any]) -> bool:
-    """Whether two functions have the same instructions over the same names, constants and defaults."""
+    """Whether two functions have the same instructions over the same names, constants and defaults.
+
+    Of a function with decorators it is the function itself that counts: a decorator's code is the same for all.
+    """
+    one, other = inspect.unwrap(one) if callable(one) else one, inspect.unwrap(other)
     if not isinstance(one, FunctionType) or not isinstance(other, FunctionType):
         return False
     return _meaning(one.__code__) == _meaning(other.__code__) and one.__defaults__ == other.__defaults__
 
 
 def _meaning(code: CodeType) -> tuple[Any, ...]:
-    """A function's code without its location and docstring."""
-    constants = [constant for constant in code.co_consts if not isinstance(constant, str)]
+    """A function's code without its location and docstring, and likewise that of functions within it."""
+    constants = [
+        _meaning(constant) if isinstance(constant, CodeType) else constant
+        for constant in code.co_consts
+        if not isinstance(constant, str)
+    ]
     return code.co_code, code.co_names, code.co_varnames, constants, code.co_freevars
 
 

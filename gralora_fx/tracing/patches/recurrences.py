@@ -1,0 +1,68 @@
+"""Functions that models with a recurrent state copy from each other, as operators: one form for a prompt and a step.
+
+transformers has a function for prompts, which computes chunks, and one for single tokens. An operator takes any length,
+so a model's own forward does what it should with the former alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from gralora_fx.operators.layers import RmsNorm
+from gralora_fx.operators.linear_attention import LinearAttention
+from gralora_fx.operators.state_spaces import CausalConv
+from gralora_fx.tracing.patches.recognised import Recognised
+
+_SILU = ("silu", "swish")
+_L2_EPS = 1e-6  # what transformers adds to a sum of squares
+
+
+def _convolve(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+) -> Tensor:
+    """A causal convolution of each channel, `[batch, channels, length]`, with its activation."""
+    y, _next = CausalConv.compute_with_state(
+        x=hidden_states, weight=weight.unsqueeze(1), bias=bias, state=None, silu=activation in _SILU
+    )
+    return y if activation is None or activation in _SILU else ACT2FN[activation](y)
+
+
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule, https://arxiv.org/abs/2412.06464; with a decay for each key it is Kimi's delta attention.
+
+    Arguments and results are those of the function that it replaces.
+    """
+    if use_qk_l2norm_in_kernel:
+        query, key = _unit(query), _unit(key)
+    y, state = LinearAttention.compute_with_state(
+        query=query, key=key, value=value, decay=g, beta=beta, state=initial_state, scale=query.shape[-1] ** -0.5
+    )
+    return y, state if output_final_state else None
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length 1: an RMS norm of weight `size ** -0.5`, whose epsilon is of the mean of squares."""
+    size = int(x.shape[-1])
+    weight = torch.full((size,), size**-0.5, dtype=x.dtype, device=x.device)
+    return RmsNorm.compute(x=x, weight=weight, eps=_L2_EPS / size)
+
+
+CAUSAL_CONV = Recognised("qwen3_next.modeling_qwen3_next:causal_conv1d_fn", _convolve)
+DELTA_RULE = Recognised("qwen3_next.modeling_qwen3_next:torch_chunk_gated_delta_rule", _delta_rule, beside=("l2norm",))
+KIMI_RULE = Recognised("kimi_linear.modeling_kimi_linear:chunk_kimi_delta_attention", _delta_rule, beside=("l2norm",))
+RECURRENCES = (CAUSAL_CONV, DELTA_RULE, KIMI_RULE)
