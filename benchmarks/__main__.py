@@ -41,6 +41,7 @@ NAMES = (
     "many-adapters",
     "batch-lengths",
     "structure",
+    "hybrids",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"

@@ -29,6 +29,7 @@ from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.decoder_operators import decoder_operators
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
 from gralora_fx.tracing.patches.recurrences import RECURRENCES
+from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
 
 _LOOP = "eager"
 _PRODUCTS = "grouped_mm"  # transformers' own default for most models
@@ -197,4 +198,4 @@ SAME_PADDING = (
     Recognised("mobilenet_v1.modeling_mobilenet_v1:apply_tf_padding", _pad),  # without dilations: all of its are one
     Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", _pad),
 )
-IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING, *RECURRENCES)
+IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING, *RECURRENCES, *STATE_SPACES, *GATED_NORMS)

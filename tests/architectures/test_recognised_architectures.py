@@ -21,6 +21,7 @@ from gralora_fx.tracing.capture import DROP_PATH
 from gralora_fx.tracing.patches.decoder_operators import ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
 from gralora_fx.tracing.patches.recognised import Recognised
 from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE
+from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe
@@ -65,6 +66,12 @@ CAUSAL_CONVS = """
 DELTA_RULES = """
     bailing_hybrid glm5_next kimi_linear lara_mini olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next qwen4_exp
 """
+SELECTIVE_SCANS = "falcon_mamba jamba mamba zamba"
+STATE_SPACE_DUALITIES = "bamba falcon_h1 granitemoehybrid mamba2 nemotron_h zamba2"
+GATED_NORMALISATIONS = """
+    bailing_hybrid bamba glm5_next granitemoehybrid kimi_linear lara_mini mamba2 nemotron_h olmo_hybrid qwen3_5
+    qwen3_5_moe qwen3_next qwen4_exp zamba2
+"""
 
 # in the source of what may be recognised
 _TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath", "FalconAttention", "causal_conv1d_fn")
@@ -106,6 +113,9 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
         (ATTENTION, ATTENTIONS),
         (CAUSAL_CONVS, [CAUSAL_CONV]),
         (DELTA_RULES, [DELTA_RULE, KIMI_RULE]),
+        (STATE_SPACE_DUALITIES, STATE_SPACES[:2]),
+        (SELECTIVE_SCANS, STATE_SPACES[2:]),
+        (GATED_NORMALISATIONS, GATED_NORMS),
     ],
     ids=[
         "norm",
@@ -114,6 +124,9 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
         "attention of a model's own",
         "causal convolution",
         "delta rule",
+        "state space duality",
+        "selective scan",
+        "norm with a gate",
     ],
 )
 def test_architectures_are_recognised(names: str, table: Sequence[Recognised]) -> None:

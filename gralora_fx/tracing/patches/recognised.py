@@ -31,14 +31,14 @@ class Recognised:
         place: A method or a function by its path below `transformers.models`, as in
             `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
         replacement: Takes the same arguments and gives the same results; a method's takes the module first.
-        ending: How the names of the classes end whose method may be it.
+        ending: How the names of the classes end whose method may be it, or several such endings.
         beside: Functions that a Python module must have of the same code too, since the function calls them.
         fits: Whether a module with the method is one that the replacement is for.
     """
 
     place: str
     replacement: Callable[..., Any]
-    ending: str = ""
+    ending: str | tuple[str, ...] = ""
     beside: tuple[str, ...] = ()
     fits: Callable[[Any], bool] = lambda _: True
 
