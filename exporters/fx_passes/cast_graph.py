@@ -30,7 +30,8 @@ _LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another
 # contractions with weights or between activations, which run in the model's own precision
 _CONTRACTIONS = {
     "addbmm", "addmm", "addmv", "attention", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "convolution",
-    "einsum", "embedding", "grouped_mm_fallback", "linear", "matmul", "mm", "mv", "scaled_dot_product_attention",
+    "einsum", "embedding", "experts", "grouped_mm_fallback", "linear", "matmul", "mm", "mv",
+    "scaled_dot_product_attention",
 }  # fmt: skip
 
 _FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity

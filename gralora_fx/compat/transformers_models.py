@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.compat.versions import fenced
@@ -9,6 +11,7 @@ from gralora_fx.compat.versions import fenced
 with fenced("transformers"):
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.integrations import moe as _  # noqa: F401  # it defines the operator of `grouped_product`
     from transformers.masking_utils import (
         AttentionMaskInterface,
         blockwise_overlay,
@@ -28,6 +31,7 @@ __all__ = [
     "causal_mask_function",
     "eager_mask",
     "get_model_conversion_mapping",
+    "grouped_product",
     "or_masks",
     "rename_source_key",
     "should_convert_module",
@@ -41,3 +45,26 @@ def unquantized_modules(model: PreTrainedModel, names: Sequence[str] | None) -> 
     given = None if names is None else list(names)
     modules: list[str] = HfQuantizer.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
     return modules
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The products of groups of rows, each with a matrix of its own.
+
+    Of tensors that have values it is a product for each group that has rows, whose gradients are those that are needed;
+    else, as in a graph that is compiled, transformers' operator.
+
+    Args:
+        x: `[rows, in]`, the groups one after the other.
+        weight: `[groups, in, out]`.
+        ends: `[groups]`, where each group ends.
+
+    Returns:
+        `[rows, out]`, in the weight's dtype.
+    """
+    x = x.to(weight.dtype)
+    if type(x) not in (Tensor, nn.Parameter):
+        result: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, ends.to(torch.int32))
+        return result
+    parts = zip(x.tensor_split(ends[:-1].cpu()), weight.unbind(), strict=True)
+    products = [part @ matrix for part, matrix in parts if len(part)]
+    return torch.cat(products) if products else x.new_empty(0, weight.shape[2])

@@ -37,6 +37,7 @@ _TYPES: dict[Any, str] = {  # types of arguments as PyTorch's schemas write them
     bool: "bool",
     float: "float",
     int: "int",
+    str: "str",
     Sequence[int]: "int[]",
     torch.dtype: "ScalarType",
 }

@@ -1,7 +1,7 @@
 """Capture of a live model as a graph, by transformers' exporter or PyTorch's.
 
 While it is traced, patches give what a trace cannot record a form that it can: checkpoints, inference mode, loops,
-branches; and the attention of a decoder with a cache becomes one node for each layer.
+branches; and attention of a decoder with a cache, and experts, become one node for each layer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -27,12 +27,10 @@ from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.decoder_operators import decoder_operators
+from gralora_fx.tracing.patches.expert_layers import experts_as_operators
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
 from gralora_fx.tracing.patches.recurrences import RECURRENCES
 from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
-
-_LOOP = "eager"
-_PRODUCTS = "grouped_mm"  # transformers' own default for most models
 
 
 def capture(draft: Draft) -> Captured:
@@ -43,7 +41,7 @@ def capture(draft: Draft) -> Captured:
     """
     model, sample = draft.model, draft.sample
     try:
-        with quiet(), replaced(model, IN_EVERY_MODEL), experts_as_products(model), traceable_modes() as checkpoints:
+        with quiet(), replaced(model, IN_EVERY_MODEL), experts_as_operators(model), traceable_modes() as checkpoints:
             if isinstance(model, PreTrainedModel):
                 program = export_transformers_model(model, sample, draft.axes)
             else:
@@ -139,29 +137,6 @@ def traceable_modes() -> Iterator[list[str]]:
     direct = patch.multiple(checkpoint, CheckpointFunction=Direct, _checkpoint_without_reentrant_generator=noted)
     with direct, inference:
         yield used
-
-
-@contextmanager
-def experts_as_products(model: nn.Module) -> Iterator[None]:
-    """Let a model whose experts run in a loop compute them by grouped products, within the block.
-
-    The loop runs over the experts that some token uses, which a graph cannot know. transformers has both forms of every
-    mixture of experts that it calls through its interface, and some models choose the loop.
-
-    Args:
-        model: The model; its form of experts is restored when the block ends.
-    """
-    with ExitStack() as changed:
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel) and _loops(part):
-                part.set_experts_implementation(_PRODUCTS)
-                changed.callback(part.set_experts_implementation, _LOOP)
-        yield
-
-
-def _loops(model: PreTrainedModel) -> bool:
-    """Whether a model's experts run in a loop, and may be computed otherwise."""
-    return bool(model._can_set_experts_implementation()) and model.get_experts_implementation()[""] == _LOOP
 
 
 def _drop(module: Any, hidden_states: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import gralora_fx.operators
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask, MaskOfBlocks
 from gralora_fx.operators.call import Call, named_arguments, operator_for
+from gralora_fx.operators.experts import Experts
 from gralora_fx.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
@@ -103,6 +104,20 @@ def recurrence(
     }
 
 
+def experts(batch: int, length: int, *, transposed: bool = False) -> dict[str, Tensor]:
+    """Two of five experts for each token; nobody chooses the last."""
+    up, down = random(5, 12, 8), random(5, 8, 6)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(batch * length)])
+    return {
+        "hidden": random(batch * length, 8),
+        "index": chosen,
+        "weights": random(batch * length, 2),
+        "up": up.detach().transpose(1, 2).contiguous().requires_grad_() if transposed else up,
+        "down": down.detach().transpose(1, 2).contiguous().requires_grad_() if transposed else down,
+    }
+
+
+EXPERTS = {"activation": "silu", "layout": "halves", "alpha": 1.0, "offset": 0.0, "limit": 0.0, "is_transposed": False}
 SCALED = {"scale": 0.3, "window": 0, "softcap": 0.0, "dropout": 0.0}
 CASES = {
     "attention": Case(Attention, lambda b, n: {**heads(b, n), "mask": padding(b, n)}, {**SCALED, "sinks": None}),
@@ -130,6 +145,17 @@ CASES = {
         RmsNorm,
         lambda b, n: {"x": random(b, n, 8, dtype=torch.float16), "weight": random(8)},
         {"eps": 1e-6},
+    ),
+    "experts": Case(Experts, experts, {**EXPERTS, "up_bias": None, "down_bias": None}),
+    "experts with biases, limits and neighbouring gates": Case(
+        Experts,
+        lambda b, n: {**experts(b, n, transposed=True), "up_bias": random(5, 12), "down_bias": random(5, 8)},
+        {**EXPERTS, "is_transposed": True, "layout": "interleaved", "alpha": 1.702, "offset": 1.0, "limit": 0.7},
+    ),
+    "experts without gates": Case(
+        Experts,
+        lambda b, n: {**experts(b, n), "down": random(5, 8, 12)},
+        {**EXPERTS, "activation": "relu2", "layout": "none", "up_bias": None, "down_bias": None},
     ),
     "rotate": Case(Rotate, lambda b, n: angles(b, n, 8), {"axis": 1}),
     "rotary": Case(Rotary, lambda b, n: angles(b, n, 4), {"interleaved": False}),
@@ -239,7 +265,7 @@ def test_what_a_traced_model_calls_often_has_a_rule_for_its_shape() -> None:
     with FakeTensorMode():
         fake = torch.empty(1)
     ruled = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
-    assert ruled == {Attention, CausalConv, GatedRmsNorm, LinearAttention, Mask, RmsNorm, Rotate}
+    assert ruled == {Attention, CausalConv, Experts, GatedRmsNorm, LinearAttention, Mask, RmsNorm, Rotate}
     for operator in ruled:
         assert schema_names(operator_for(operator.target, fake)) == schema_names(operator.target)
 

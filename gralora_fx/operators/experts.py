@@ -1,0 +1,121 @@
+"""A mixture's experts: one node a layer, of which each token passes those that a router chose for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.compat.transformers_models import grouped_product
+from gralora_fx.operators.call import Call, V, operator
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda x: nn.functional.relu(x).square(),
+    "identity": lambda x: x,
+}
+NO_GATE, HALVES, INTERLEAVED = "none", "halves", "interleaved"  # how the outputs of a first product hold gates
+
+
+@dataclass(frozen=True)
+class ExpertGate:
+    """What an expert computes between its two products: of a gate `g` and a linear part `l`, or of `g` alone.
+
+    `act(min(g, limit)) * (clamp(l, -limit, limit) + offset)`, where `silu` is `g * sigmoid(alpha * g)`.
+
+    Attributes:
+        activation: One of `ACTIVATIONS`.
+        layout: Where gates are among the first product's outputs: in the first half (`"halves"`), at even places
+            (`"interleaved"`), or everywhere, so that nothing is multiplied (`"none"`).
+        alpha: Factor within `silu`'s sigmoid.
+        offset: What is added to the linear part.
+        limit: Bound of the gate from above, and of the linear part on both sides; 0 for none.
+    """
+
+    activation: str
+    layout: str
+    alpha: float = 1.0
+    offset: float = 0.0
+    limit: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The second product's input, `[..., width]`, of the first one's output."""
+        if self.layout == NO_GATE:
+            return self._activated(x)
+        gate, linear = x.chunk(2, dim=-1) if self.layout == HALVES else (x[..., ::2], x[..., 1::2])
+        if self.limit:
+            gate, linear = gate.clamp(max=self.limit), linear.clamp(-self.limit, self.limit)
+        return self._activated(gate) * (linear + self.offset if self.offset else linear)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        if self.activation == "silu" and self.alpha != 1:
+            return x * torch.sigmoid(x * self.alpha)
+        return ACTIVATIONS[self.activation](x)
+
+
+@operator("experts")
+class Experts(Call[V]):
+    """`gralora::experts`: `sum(weight * expert(x))` over the experts of each token, as transformers' models have them.
+
+    An expert is `down @ gate(up @ x + up bias) + down bias` (see `ExpertGate`). The result is as `hidden`.
+
+    Attributes:
+        hidden: `[tokens, size]`.
+        index: `[tokens, k]`, the experts of each token.
+        weights: `[tokens, k]`, what the output of each is multiplied by.
+        up: `[experts, outputs, size]`; outputs are twice the width where there is a gate.
+        down: `[experts, size, width]`.
+        up_bias: `[experts, outputs]`, or None.
+        down_bias: `[experts, size]`, or None.
+        is_transposed: Whether `up` is `[experts, size, outputs]` and `down` is `[experts, width, size]`.
+        activation: As in `ExpertGate`, and so the others.
+        layout: See there.
+        alpha: See there.
+        offset: See there.
+        limit: See there.
+    """
+
+    hidden: V
+    index: V
+    weights: V
+    up: V
+    down: V
+    up_bias: V | None
+    down_bias: V | None
+    is_transposed: bool
+    activation: str
+    layout: str
+    alpha: float
+    offset: float
+    limit: float
+
+    @property
+    def gate(self) -> ExpertGate:
+        """What is computed between the two products."""
+        return ExpertGate(self.activation, self.layout, self.alpha, self.offset, self.limit)
+
+    def result(self: Experts[Tensor]) -> Tensor:
+        """The reference: tokens in the order of their experts, and a product for each expert that some token has."""
+        chosen = self.index.reshape(-1)
+        experts, order = torch.sort(chosen, stable=True)
+        ends = torch.searchsorted(experts, torch.arange(self.up.shape[0], device=experts.device), right=True)
+        x = self.hidden[order // self.index.shape[1]]
+        inner = self.gate(self._product(x, self.up, self.up_bias, experts, ends))
+        outer = self._product(inner, self.down, self.down_bias, experts, ends)
+        outer = outer[torch.argsort(order)].reshape(*self.index.shape, -1)
+        return (outer * self.weights.unsqueeze(-1)).sum(1).to(self.hidden.dtype)
+
+    def _product(
+        self: Experts[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor, ends: Tensor
+    ) -> Tensor:
+        y = grouped_product(x, weight if self.is_transposed else weight.transpose(1, 2), ends)
+        return y if bias is None else y + bias[experts]
+
+    def shape_only(self: Experts[Tensor]) -> Tensor:
+        """The shape."""
+        return torch.empty_like(self.hidden)
