@@ -29,7 +29,7 @@ from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.choice import choose_formats
 from gralora_fx.exporters.quantization.formats import DYNAMIC
-from gralora_fx.exporters.reports import ExportReport, attention_report
+from gralora_fx.exporters.reports import ExportReport, attention_report, experts_report
 from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
@@ -169,6 +169,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         seconds,
         verification,
         attention_report(conversion.log),
+        experts_report(conversion.log),
         tuple(conversion.log.reports),
         quality,
         manifest.adapter_inputs,

@@ -254,6 +254,35 @@ def attention_report(log: PassLog) -> AttentionReport | None:
 
 
 @dataclass(frozen=True)
+class ExpertsReport:
+    """How a mixture's experts were exported.
+
+    Attributes:
+        fused: How many layers have one operator for their experts.
+        plain: The other layers, whose experts are computed in a loop or in products of their own, each with the reason.
+    """
+
+    fused: int
+    plain: Mapping[str, str]
+
+    def __str__(self) -> str:
+        """The number of fused layers, and each of the others."""
+        lines = [f"experts: {self.fused} layers with one operator each, {len(self.plain)} without"]
+        return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
+
+
+def experts_report(log: PassLog) -> ExpertsReport | None:
+    """How the experts of all parts of a model were exported; None for a model without any.
+
+    Args:
+        log: What the passes of an export did.
+    """
+    reports = log.summaries(ExpertsReport)
+    plain = {layer: why for report in reports for layer, why in report.plain.items()}
+    return ExpertsReport(sum(report.fused for report in reports), plain) if reports else None
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """The result of `export_onnx`.
 
@@ -263,6 +292,7 @@ class ExportReport:
         seconds: Seconds that each stage took.
         verification: The result of verification, or None if it was skipped.
         attention: Which layers' attention is fused; None for a model without any.
+        experts: Which layers' experts are one operator; None for a model without any.
         passes: What every pass did, in order.
         quality: What quantization changes, where that was measured.
         adapter_inputs: The adapter tensors that the export takes; None where adapters are folded.
@@ -275,6 +305,7 @@ class ExportReport:
     seconds: dict[str, float] = field(default_factory=dict)
     verification: VerifyReport | None = None
     attention: AttentionReport | None = None
+    experts: ExpertsReport | None = None
     passes: tuple[PassReport, ...] = ()
     quality: Quality | None = None
     adapter_inputs: AdapterInputs | None = None
@@ -291,6 +322,8 @@ class ExportReport:
             lines.append(str(self.rows))
         if self.attention is not None:
             lines.append(str(self.attention))
+        if self.experts is not None:
+            lines.append(str(self.experts))
         if self.quantization is not None:
             lines.append(str(self.quantization))
         if self.verification is not None:

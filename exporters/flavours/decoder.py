@@ -18,6 +18,7 @@ from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
+from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
 from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
@@ -115,6 +116,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             lower_state_operators,
+            LowerExperts(),
             name_cache,
         ),
     )

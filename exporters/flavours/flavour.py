@@ -15,6 +15,7 @@ from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes
+from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.onnx_passes.insert_adapters import InsertAdapters
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
@@ -65,6 +66,7 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
         fold_transposes,  # first: constant folding would compute the transposes of weights
         FuseDotProductAttention(),  # before constants are folded: it makes some
         lower_state_operators,
+        LowerExperts(),
         LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
         FoldConstants(may_fold),
         remove_unused_nodes,  # so that none of them counts as a reader of tokens

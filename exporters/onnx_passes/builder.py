@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -162,7 +162,7 @@ def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value)
     for _, _, output in (then, otherwise):
         output.shape, output.type = like.shape, like.type
     branches = {
-        key: _branch(nodes, output, name)
+        key: _named_graph([], [output], nodes, name)
         for key, (name, nodes, output) in (("then_branch", then), ("else_branch", otherwise))
     }
     node = ir.node("If", [condition], attributes=branches)
@@ -170,13 +170,42 @@ def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value)
     return node
 
 
-def _branch(nodes: Sequence[ir.Node], output: ir.Value, name: str) -> ir.Graph:
-    """A branch of a graph; its values have names that none outside it has."""
+def _named_graph(
+    inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node], name: str
+) -> ir.Graph:
+    """A graph within a node; its values have names that none outside it has."""
     for index, node in enumerate(nodes):
         node.name = f"{name}.{index}"
         for place, value in enumerate(node.outputs):
             value.name = f"{name}.{index}.{place}"
-    return ir.Graph([], [output], nodes=nodes, name=name)
+    return ir.Graph(inputs, outputs, nodes=nodes, name=name)
+
+
+def loop(
+    build: Builder, count: ir.Value, part: Callable[[Builder, ir.Value], ir.Value], dtype: ir.DataType, name: str
+) -> ir.Value:
+    """A loop that gives a sequence of tensors, whose sizes may differ.
+
+    Args:
+        build: Makes the nodes around it.
+        count: How many times it runs, a scalar.
+        part: Makes the nodes of one run, given its index, a scalar; they may read any value of the graph.
+        dtype: Dtype of the tensors.
+        name: What the names of its values begin with, which no others do.
+    """
+    kind = ir.SequenceType(ir.TensorType(dtype))
+    empty = build("SequenceEmpty", dtype=dtype)
+    inputs = [
+        ir.Value(name=f"{name}.index", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)),
+        ir.Value(name=f"{name}.goes_on", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)),
+        ir.Value(name=f"{name}.parts", type=kind),
+    ]
+    inner = Builder(build.graph)
+    longer = inner("SequenceInsert", inputs[2], part(inner, inputs[0]))
+    goes_on = inner("Identity", inputs[1])
+    goes_on.type, goes_on.shape, longer.type = inputs[1].type, inputs[1].shape, kind
+    body = _named_graph(inputs, [goes_on, longer], inner.take(), name)
+    return build("Loop", count, build("Constant", value=ir.tensor(np.asarray(True))), empty, body=body)
 
 
 def replace_readers(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:

@@ -21,6 +21,7 @@ from onnxscript.function_libs.torch_lib.ops.nn import aten_scaled_dot_product_at
 from gralora_fx.compat.torch_onnx import current_builder
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.operators.call import Call
+from gralora_fx.operators.experts import Experts
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
@@ -100,6 +101,12 @@ class RotaryNode(DomainNode, Rotary[ir.Value]):
     op_type = "RotaryEmbedding"
 
 
+class ExpertsNode(DomainNode, Experts[ir.Value]):
+    """`Experts`: as `gralora::experts`; `is_transposed` is 0 or 1."""
+
+    op_type = "Experts"
+
+
 class LinearAttentionNode(DomainNode, LinearAttention[ir.Value]):
     """`LinearAttention`: as `gralora::linear_attention`, with two outputs."""
 
@@ -163,19 +170,7 @@ def _append(node: ir.Node) -> ir.Value:
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Reshape.target: _reshape,
     Slice.target: _slice,
-    **{
-        kind.target: _as_node(kind)
-        for kind in (
-            RmsNormNode,
-            RotaryNode,
-            AttentionNode,
-            DotProductAttentionNode,
-            MaskNode,
-            LinearAttentionNode,
-            CausalConvNode,
-            GatedRmsNormNode,
-        )
-    },
+    **{kind.target: _as_node(kind) for kind in DomainNode.__subclasses__()},
 }
 
 

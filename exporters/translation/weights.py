@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from gralora_fx.sources.lazy_tensors import values_of
+from gralora_fx.sources.lazy_tensors import value_entries, values_of
 
 _WRITTEN_AT_ONCE = 2**24  # bytes
 _DERIVED = "gralora_derived"  # key in a tensor's metadata
@@ -32,6 +32,10 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
     if not tensor.is_meta:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
+    if tensor.ndim == 3:
+        return StackedTensor(
+            name, dtype, shape, lambda: (TorchTensor(entry).numpy() for entry in value_entries(tensor, name))
+        )
     return LazyTensor(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
 
 
@@ -112,6 +116,43 @@ class LazyTensor(ir.LazyTensor):
         step = max(1, _WRITTEN_AT_ONCE // max(1, values[:1].nbytes))
         for start in range(0, len(values), step):
             file.write(values[start : start + step].tobytes())
+
+
+class StackedTensor(LazyTensor):
+    """Matrices or vectors along a first axis, which are computed and written one after the other.
+
+    Attributes:
+        entries: Computes them, in order.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        dtype: ir.DataType,
+        shape: ir.Shape,
+        entries: Callable[[], Iterator[NDArray[Any]]],
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+            name: Name of the whole.
+            dtype: Dtype of the values.
+            shape: Shape of the whole.
+            entries: Computes the entries, in order.
+        """
+        super().__init__(name, dtype, shape, lambda: ir.tensor(np.stack(list(entries())), dtype=dtype))
+        self.entries = entries
+
+    def tofile(self, file: Any) -> None:
+        """Write the values to a binary file, with no more than one entry in memory."""
+        with torch.no_grad():
+            for entry in self.entries():
+                file.write(np.ascontiguousarray(entry).view(np.uint8).data)
+
+
+def entries_of(tensor: ir.TensorProtocol) -> Iterator[NDArray[Any]]:
+    """The entries of a tensor along its first axis, one after the other where they are computed so."""
+    return tensor.entries() if isinstance(tensor, StackedTensor) else iter(tensor.numpy())
 
 
 def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:

@@ -5,7 +5,8 @@ A weight that is folded, cast, or read from a file only when it is written takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,37 @@ def is_lazy(tensor: Tensor) -> bool:
 def copy_lazy(parameter: nn.Parameter) -> nn.Parameter:
     """A copy of a lazy parameter with the same source."""
     return lazy_parameter(getattr(parameter, _SOURCE), parameter.shape, parameter.dtype)
+
+
+@dataclass(frozen=True)
+class EntrySource:
+    """A source of values along a first axis, such as one matrix for each expert, which can be read one at a time.
+
+    Attributes:
+        entries: Computes them, in order.
+    """
+
+    entries: Callable[[], Iterable[Tensor]]
+
+    def __call__(self) -> Tensor:
+        """All of them."""
+        return torch.stack([entry.detach() for entry in self.entries()])
+
+
+def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
+    """The entries of a tensor along its first axis, no more than one in memory where its source allows that.
+
+    Args:
+        tensor: Any tensor.
+        name: Its name in error messages.
+
+    Raises:
+        ExportError: It is on the meta device and has no source.
+    """
+    source = getattr(tensor, _SOURCE, None)
+    entries = source.entries() if isinstance(source, EntrySource) else raw_values_of(tensor, name)
+    for entry in entries:
+        yield entry.detach().to(tensor.dtype)
 
 
 def values_of(tensor: Tensor, name: str) -> Tensor:
