@@ -60,18 +60,16 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
         if node.op != "get_attr" and not _is_shape(node):
             for source in node.all_input_nodes:
                 sources |= nearest[source]
-        item = owners.item_of(node)
-        if item is not None:
+        for item in owners.items_of(node):
             before = 0
             for event in _bits_downwards(sources):
                 if not before >> event & 1:  # else a longer path leads there
                     edges.setdefault((events[event], item))
                     before |= earlier[event] | 1 << event
-            nearest[node] = 1 << len(events)
+            sources = 1 << len(events)
             events.append(item)
             earlier.append(before)
-        else:
-            nearest[node] = sources
+        nearest[node] = sources
     uncalled = [Item("site", path) for path in facts.sites]
     uncalled += [Item("part", path) for path in facts.trained_whole if not owners.holds_sites(path)]
     joined = tuple((a, b) for a, b in edges if a != b)
@@ -81,28 +79,31 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
 
 
 class _Owners:
-    """Which item a node belongs to."""
+    """Which items a node belongs to."""
 
     def __init__(self, facts: ModelFacts, blocks: BlockMap) -> None:
         self._tree, self._blocks = facts.traced.tree, blocks
         self._graph_module = facts.traced.graph_module
         self._site_paths, self._whole = set(facts.sites), list(facts.trained_whole)
-        self._calls: dict[str, str] = {}
+        self._calls: dict[str, list[str]] = {}
         for path, entry in facts.sites.items():
             names = entry.site.calls
             if not names and entry.site.weight.ndim > 2:
                 names = other_readers(self._graph_module, [entry.site])[entry.site.path]
-            self._calls |= dict.fromkeys(names, path)
+            for name in names:
+                self._calls.setdefault(name, []).append(path)
 
-    def item_of(self, node: fx.Node) -> Item | None:
+    def items_of(self, node: fx.Node) -> list[Item]:
+        """The items that a node computes, in order: several of experts, whose products are one node."""
         if node.op == "placeholder":
-            return Item("input", str(node.target)) if node.users else None
+            return [Item("input", str(node.target))] if node.users else []
         if node.op == "output":
-            return Item("output", "output")
+            return [Item("output", "output")]
         if node.name in self._calls:
-            return Item("site", self._calls[node.name])
+            return [Item("site", path) for path in self._calls[node.name]]
         path = self._owner_of_parameters(node)
-        return None if path is None else self._part(path)
+        part = None if path is None else self._part(path)
+        return [] if part is None else [part]
 
     def holds_sites(self, path: str) -> bool:
         """Whether a module is or contains a site."""
