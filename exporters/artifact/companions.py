@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer
 from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
 from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.cache_slots import (
+    KINDS,
+    PAST_PREFIX,
+    PRESENT_PREFIX,
+    CacheSlot,
+    keeps_state,
+    past_slots,
+)
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -99,12 +108,13 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     """The configuration as it is written; sizes of the cache are read from the graph itself."""
     text = config.get_text_config()
     inputs = {str(value.name): value for value in model.graph.inputs}
-    presents = [value for value in model.graph.outputs if str(value.name).startswith("present.")]
-    pasts = [value for name, value in inputs.items() if name.startswith("past_key_values.")]
-    layers = sum(name.endswith(".key") for name in inputs)
-    shape = inputs["past_key_values.0.key"].shape
-    assert shape is not None
-    heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or shape[1]
+    presents = [value for value in model.graph.outputs if str(value.name).startswith(PRESENT_PREFIX)]
+    pasts = past_slots(model.graph.inputs)
+    kinds = list(dict.fromkeys(slot.kind.name for slot in pasts))
+    layers = 1 + max(slot.layer for slot in pasts)
+    key_heads, head_size = _attention_sizes(pasts)
+    is_shared = all(map(_is_in_place, presents)) and all(map(_is_attentions_own, pasts.values()))
+    heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or key_heads
     context = context_length(text.to_dict()) or UNLIMITED
     start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
     ends = end if isinstance(end, list) else [end]
@@ -114,25 +124,17 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "gralora-fx", "provider_options": []},
         "filename": MODEL_NAME,
-        "head_size": int(shape[3]),  # type: ignore[arg-type]
+        "head_size": head_size,
         "hidden_size": int(getattr(text, "hidden_size", 0)),
-        "num_attention_heads": int(heads),  # type: ignore[arg-type]
-        "num_key_value_heads": int(shape[1]),  # type: ignore[arg-type]
+        "num_attention_heads": int(heads),
+        "num_key_value_heads": key_heads,
         "num_hidden_layers": layers,
-        "inputs": {
-            **names,
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": {**names, **{f"past_{kind}_names": f"{PAST_PREFIX}%d.{kind}" for kind in kinds}},
+        "outputs": {"logits": "logits", **{f"present_{kind}_names": f"{PRESENT_PREFIX}%d.{kind}" for kind in kinds}},
     }
     return {
         "model": {
-            "type": "decoder",
+            "type": _model_type(config) if keeps_state(pasts) else "decoder",
             "bos_token_id": start,
             "eos_token_id": ends if len(ends) > 1 else ends[0],
             "pad_token_id": padding,
@@ -147,13 +149,26 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": all(map(_is_in_place, presents)) and all(map(_is_attentions_own, pasts)),
+            "past_present_share_buffer": is_shared,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 50,
             "top_p": 1.0,
         },
     }
+
+
+def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
+    """The number of key heads and their size in the first layer with attention; 1 and 1 of a model without any."""
+    shapes = (value.shape for slot, value in pasts.items() if slot.kind is KINDS["key"])
+    shape = next(shapes, None)
+    return (1, 1) if shape is None else (int(shape[1]), int(shape[3]))  # type: ignore[arg-type]
+
+
+def _model_type(config: PreTrainedConfig) -> str:
+    """What onnxruntime-genai calls a model that keeps states, which it knows by the name of its class alone."""
+    named = getattr(config, "architectures", None) or [str(config.model_type)]
+    return str(named[0]).partition("For")[0].lower()
 
 
 def _is_in_place(present: ir.Value) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -43,16 +44,17 @@ from gralora_fx.exporters.verification.fresh_inputs import decoder_inputs, rando
 from gralora_fx.exporters.verification.greedy_tokens import compare_decoder
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
-from gralora_fx.tracing.inputs.cache import CacheLayout, cached_tensors
+from gralora_fx.tracing.inputs.cache import CacheLayout, cached_slots
+from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, CacheSlot
 from gralora_fx.tracing.traced_model import TracedModel
 
 
 def decoder_models(conversion: Conversion) -> Models:
     """The ONNX models of a traced decoder step, by the names of their files.
 
-    Before: `logits, keys and values = forward(input_ids, attention_mask, position_ids, past keys and values)`
-    After:  the same with `past_key_values.N.key|value` in and `present.N.key|value` out, attention fused, and logits of
-            the last position only unless all are asked for
+    Before: `logits, cache = forward(input_ids, attention_mask, position_ids, past cache)`
+    After:  the same with `past_key_values.N.key|value|conv|recurrent` in and `present.N....` out, attention fused, and
+            logits of the last position only unless all are asked for
 
     `model` reads one length of all rows, with a mask; `model_rows` rows of their own lengths (see
     `batch_continuously`), with the same weights. Where there can be no such graph, the reason is a `RowsEntry` in the
@@ -65,7 +67,7 @@ def decoder_models(conversion: Conversion) -> Models:
         ExportError: The graph cannot be expressed in ONNX.
     """
     options, log = conversion.options, conversion.log
-    casts = CastGraph(options.precision, cached_tensors(conversion.traced.example_inputs))
+    casts = CastGraph(options.precision, len(cached_slots(conversion.traced.example_inputs)))
     model = translate(
         graph_to_translate(conversion.traced),
         match_rms_norms,
@@ -117,7 +119,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             lower_state_operators,
             LowerExperts(),
-            name_cache,
+            NameCache(tuple(cached_slots(conversion.traced.example_inputs))),
         ),
     )
 
@@ -149,17 +151,31 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
     )
 
 
-def name_cache(model: ir.Model) -> PassResult[ir.Model]:
-    """Name inputs and outputs as the ecosystem expects them."""
-    pasts = [value for value in model.graph.inputs if str(value.name).startswith("past_key_values")]
-    logits, *presents = model.graph.outputs
-    if len(pasts) != len(presents) or len(pasts) % 2:
-        raise ExportError(f"the trace takes {len(pasts)} cached tensors and returns {len(presents)}; trace it again")
-    logits.name = "logits"
-    for index, (past, present) in enumerate(zip(pasts, presents, strict=True)):
-        part = f"{index // 2}.{'value' if index % 2 else 'key'}"
-        past.name, present.name = f"past_key_values.{part}", f"present.{part}"
-    return PassResult(2 * len(pasts) + 1)
+@dataclass(frozen=True)
+class NameCache:
+    """Name inputs and outputs as the ecosystem expects them.
+
+    Attributes:
+        slots: The tensors of the cache, in the order in which the graph takes and gives them.
+    """
+
+    slots: tuple[CacheSlot, ...]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Rename them in place.
+
+        Raises:
+            ExportError: The graph does not take or give these tensors.
+        """
+        pasts = [value for value in model.graph.inputs if str(value.name).startswith(PAST_PREFIX.rstrip("."))]
+        logits, *presents = model.graph.outputs
+        if not len(pasts) == len(presents) == len(self.slots):
+            counts = f"{len(pasts)} cached tensors and returns {len(presents)}"
+            raise ExportError(f"the trace takes {counts}; trace it again")
+        logits.name = "logits"
+        for slot, past, present in zip(self.slots, pasts, presents, strict=True):
+            past.name, present.name = slot.past, slot.present
+        return PassResult(2 * len(pasts) + 1)
 
 
 def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:

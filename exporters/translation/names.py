@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -11,13 +11,13 @@ from torch import Tensor
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import PAST_SEQLENS
+from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, slot_of
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
 _ENCODED = ("batch_size", "encoder_sequence_length", "hidden_size")
-_PAST = ("batch_size", "num_key_value_heads", "past_sequence_length", "head_size")
-_BUFFER = ("batch_size", "num_key_value_heads", "capacity", "head_size")  # of a cache that is input and output at once
+_BUFFER = {"past_sequence_length": "capacity"}  # of a cache that is input and output at once
 AXES: Mapping[str, tuple[str, ...]] = {
     "input_ids": _TEXT,
     "attention_mask": _TEXT,
@@ -45,8 +45,8 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
     """
     names: dict[str, str] = {}
     inputs = {str(value.name) for value in model.graph.inputs}
-    has_cache = any(name.startswith("past_key_values.") for name in inputs)
-    cache = _BUFFER if PAST_SEQLENS in inputs else _PAST
+    has_cache = any(name.startswith(PAST_PREFIX) for name in inputs)
+    cache = _BUFFER if PAST_SEQLENS in inputs else {}
     for value in model.graph.inputs:
         for axis, symbol in enumerate(_symbols(value)):
             if symbol is not None and not symbol.isdigit() and symbol not in names:
@@ -90,9 +90,11 @@ def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(len(nameless))
 
 
-def _axis_name(name: str, axis: int, taken: Collection[str], cache: Sequence[str] | None) -> str:
-    if cache is not None and name.startswith("past_key_values."):
-        return cache[axis]
+def _axis_name(name: str, axis: int, taken: Collection[str], cache: Mapping[str, str] | None) -> str:
+    slot = slot_of(name)
+    if cache is not None and slot is not None:
+        named = slot.kind.axes[axis] if axis < len(slot.kind.axes) else None
+        return cache.get(named, named) if named is not None else f"{slot.kind.name}_axis_{axis}"
     if cache is not None and name == "attention_mask" and axis == 1:
         return "total_sequence_length"
     own = f"{name}_axis_{axis}"

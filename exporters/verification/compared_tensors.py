@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache
 
 from gralora_fx.errors import ExportError
-from gralora_fx.tracing.inputs.cache import pairs_of, positions, returned_cache
+from gralora_fx.tracing.inputs.cache import positions, returned_cache, tensors_of
+from gralora_fx.tracing.inputs.cache_slots import PRESENT_PREFIX, slot_of
 from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 
@@ -19,22 +21,18 @@ def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, value in values.items():
         if isinstance(value, Cache):
-            tensors |= _named(value, "present" if "logits" in values else "past_key_values")
+            tensors |= _named(value, is_present="logits" in values)
         else:
             tensors |= tensor_paths({name: value})
     return tensors
 
 
-def _named(cache: Cache, prefix: str) -> dict[str, Tensor]:
-    parts = {"": cache}
+def _named(cache: Cache, *, is_present: bool) -> dict[str, Tensor]:
+    tensors = tensors_of(cache)
     if isinstance(cache, EncoderDecoderCache):
-        parts = {".decoder": cache.self_attention_cache, ".encoder": cache.cross_attention_cache}
-    return {
-        f"{prefix}.{index}{part}.{kind}": tensor
-        for part, layers in parts.items()
-        for index, pair in enumerate(pairs_of(layers))
-        for kind, tensor in zip(("key", "value"), pair, strict=True)
-    }
+        crossed = tensors_of(cache.cross_attention_cache)
+        tensors |= {dataclasses.replace(slot, part="encoder"): tensor for slot, tensor in crossed.items()}
+    return {slot.present if is_present else slot.past: tensor for slot, tensor in tensors.items()}
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:
@@ -65,8 +63,8 @@ def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
 def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Outputs without the positions that the attention mask hides, whose values no one defines.
 
-    Of keys and values, those of the mask's positions remain; of a decoder's logits, the last ones; of other outputs,
-    the positions of the text that the mask is of, which the encoder of an encoder-decoder reads.
+    Of keys and values, those of the mask's positions remain; states as they are; of a decoder's logits, the last ones;
+    of other outputs, the positions of the text that the mask is of, which the encoder of an encoder-decoder reads.
 
     Args:
         outputs: Output tensors by name: `[batch, length, ...]`, keys and values `[batch, heads, length, size]`.
@@ -75,10 +73,13 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
     mask = inputs.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()):
         return dict(outputs)
-    has_encoder, has_cache = "decoder_input_ids" in inputs, any(name.startswith("present.") for name in outputs)
+    has_encoder, has_cache = "decoder_input_ids" in inputs, any(name.startswith(PRESENT_PREFIX) for name in outputs)
 
     def counted(name: str, value: Tensor) -> Tensor:
-        if name.startswith("present."):
+        slot = slot_of(name)
+        if slot is not None and slot.kind.grows is None:
+            return value
+        if slot is not None:
             return value.transpose(1, 2)[mask.bool()] if ".encoder." in name or not has_encoder else value
         if has_cache and not has_encoder:
             return value if value.shape[1] == 1 else last_logits(value, mask)

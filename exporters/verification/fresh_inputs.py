@@ -27,7 +27,7 @@ from gralora_fx.exporters.verification.cases import (
     vocabulary_of,
 )
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.tracing.inputs.cache import PAST, decoder_cache, empty_cache, pairs_of, positions, returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, empty_cache, positions, returned_cache, tensors_of, with_tensors
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
 from gralora_fx.tracing.inputs.input_trees import path_of
 from gralora_fx.tracing.traced_model import TracedModel
@@ -316,8 +316,10 @@ def encoder_decoder_inputs(
             for name, value in example.items()
         }
         pad(case, side or "right")
-        pairs = [[(batch, t.shape[1], past, t.shape[3]) for t in pair] for pair in pairs_of(model.example_inputs[PAST])]
-        case[PAST] = decoder_cache([[torch.randn(shape, generator=generator) for shape in pair] for pair in pairs])
+        held = tensors_of(model.example_inputs[PAST])
+        shapes = {slot: slot.kind.shape(tensor.shape, batch, past) for slot, tensor in held.items()}
+        drawn = {slot: torch.randn(shape, generator=generator) for slot, shape in shapes.items()}
+        case[PAST] = with_tensors(model.example_inputs[PAST], drawn)
         read = f"{batch} x {source}" if "input_ids" in case else f"{batch} inputs"
         padded = f" padded {side}" if side and "attention_mask" in case else ""
         yield f"{length} after {past} of {read}{padded}", case

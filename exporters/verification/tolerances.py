@@ -20,7 +20,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.openvino import arithmetic, is_openvino
 from gralora_fx.runtime.session import Runtime
-from gralora_fx.tracing.inputs.cache import PAST, cache_like, empty_cache, pairs_of
+from gralora_fx.tracing.inputs.cache import PAST, empty_cache, tensors_of, with_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
@@ -236,5 +236,5 @@ def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.Grap
 
 def _wide(value: Any) -> Any:
     if isinstance(value, Cache):
-        return cache_like(value, [[tensor.double() for tensor in pair] for pair in pairs_of(value)])
+        return with_tensors(value, {slot: _wide(tensor) for slot, tensor in tensors_of(value).items()})
     return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.dtype == torch.float32 else tensor, value)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
+from gralora_fx.tracing.inputs.cache_slots import past_slots
 
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
@@ -89,7 +90,7 @@ def own_value(tensor: Tensor, kind: str) -> Any:
 
 
 def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
-    """An empty cache for every `past_key_values.N.key|value` input of a session.
+    """An empty cache for a session: every `past_key_values.N...` input, states zeros.
 
     Args:
         session: An ONNX Runtime session.
@@ -97,13 +98,12 @@ def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
         length: Positions that it has room for, zeros.
     """
     values: dict[str, Any] = {}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values."):
-            shape, dtype = (batch, value.shape[1], length, value.shape[3]), _TORCH_DTYPES[value.type]
-            # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
-            count = math.prod(shape)
-            zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
-            values[value.name] = as_value(torch.from_numpy(zeros).view(dtype)[:count].reshape(shape), value.type)
+    for slot, value in past_slots(session.get_inputs()).items():
+        shape, dtype = slot.kind.shape(value.shape, batch, length), _TORCH_DTYPES[value.type]
+        # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
+        count = math.prod(shape)
+        zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
+        values[value.name] = as_value(torch.from_numpy(zeros).view(dtype)[:count].reshape(shape), value.type)
     return values
 
 

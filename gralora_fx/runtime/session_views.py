@@ -13,10 +13,11 @@ from onnxruntime import OrtValue
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.export_directory import FLAG
+from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX, past_slots
 
 Arrays = Mapping[str, NDArray[Any]]
 Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
-PAST, PRESENT = "past_key_values.", "present."
+PAST, PRESENT = PAST_PREFIX, PRESENT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -124,17 +125,16 @@ class EncoderDecoderSession:
 
 
 def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys and values that a step returned, by the input names of the next step."""
+    """The cache that a step returned, by the input names of the next step."""
     return {name.replace(PRESENT, PAST, 1): value for name, value in outputs.items() if name.startswith(PRESENT)}
 
 
 def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
-    """Empty keys and values `[batch, heads, 0, size]` for the past inputs of a session."""
+    """An empty cache for the past inputs of a session: no positions, and states of zeros."""
     dtypes = {"tensor(float16)": np.float16}
     return {
-        value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtypes.get(value.type, np.float32))
-        for value in inputs
-        if value.name.startswith(PAST)
+        value.name: np.zeros(slot.kind.shape(value.shape, batch, 0), dtypes.get(value.type, np.float32))
+        for slot, value in past_slots(inputs).items()
     }
 
 

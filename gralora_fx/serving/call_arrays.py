@@ -16,6 +16,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.runtime.ort_values import as_array, plain_array
 from gralora_fx.runtime.session_views import empty_past
 from gralora_fx.tracing.inputs.cache import PAST, cache_of
+from gralora_fx.tracing.inputs.cache_slots import past_slots
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.signature import default_input
 
@@ -74,8 +75,10 @@ class CallInputs:
             batch = next((array.shape[0] for array in arrays.values() if array.ndim), 1)
             arrays |= empty_past(tuple(self.inputs.values()), batch)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if not self.is_encoder_decoder and pasts and all(name in arrays for name in pasts[:2]):
-            tensors[PAST] = cache_of([[tensors[name] for name in pasts[:2]]])
+        if not self.is_encoder_decoder and pasts:
+            growing = [slot.past for slot in past_slots(self.inputs.values()) if slot.kind.grows is not None][:2]
+            if all(name in arrays for name in growing):
+                tensors[PAST] = cache_of([[tensors[name] for name in growing]] if growing else [])
         for name in self.inputs:
             if name not in arrays:
                 default = default_input(name, tensors)
@@ -154,7 +157,9 @@ class CallInputs:
                 continue
             cached = 0
             if not self.is_encoder_decoder or name == "decoder_input_ids":
-                cached = next((array.shape[2] for key, array in arrays.items() if key.startswith(f"{PAST}.")), 0)
+                slots = past_slots(value for value in self.inputs.values() if value.name in arrays)
+                lengths = (arrays[slot.past].shape[slot.kind.grows] for slot in slots if slot.kind.grows is not None)
+                cached = next(lengths, 0)
             length, limit = cached + ids.shape[1], limit - self.position_offset
             if self.position_offset:
                 length = cached + int((ids != self.position_offset - 1).sum(1).max())

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.tracing.inputs.cache import PAST, own_cache
+from gralora_fx.tracing.inputs.cache import PAST, cached_length, own_cache
 from gralora_fx.tracing.losses import counts_items, decoder_inputs, label_names
 from gralora_fx.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
 
@@ -112,7 +112,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         if source is not None:  # passed through by _Source
             kwargs[self.main_input_name] = source.last_hidden_state
         cache = kwargs.pop("cache", None)
-        if isinstance(cache, (DynamicCache, EncoderDecoderCache)) and cache.get_seq_length() > 0:
+        if isinstance(cache, (DynamicCache, EncoderDecoderCache)) and cached_length(cache) != 0:
             kwargs[PAST] = (
                 own_cache(cache) if cache is self._given_cache else cache
             )  # the loop has marked the user's cache

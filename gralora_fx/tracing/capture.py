@@ -24,8 +24,9 @@ from gralora_fx.operators.layers import DropPath
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs
+from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
+from gralora_fx.tracing.patches.cached_states import fresh_states
 from gralora_fx.tracing.patches.decoder_operators import decoder_operators
 from gralora_fx.tracing.patches.expert_layers import experts_as_operators
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
@@ -76,12 +77,13 @@ def export_transformers_model(
     with (
         patch.object(model, "forward", forward),
         decoder_operators(model, inputs) if is_decoder else nullcontext(),
+        fresh_states(),
     ):
         return export_program(model, own, shapes, dynamic=axes is not Axes.NONE)
 
 
 def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict[str, Any] | None:
-    """`dynamic_shapes` for `torch.export`: all axes may vary; of a cache batch and length, of images mostly the batch.
+    """`dynamic_shapes` for `torch.export`: all axes may vary; of caches batch and length, of images mostly the batch.
 
     Many vision models are made for one image size; with dynamic height and width some cannot be traced.
 
@@ -95,7 +97,8 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
     if IMAGES in shapes and axes is not Axes.IMAGES:
         shapes[IMAGES] = {0: torch.export.Dim.AUTO}
     if PAST in shapes:
-        shapes[PAST] = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO} for _ in shapes[PAST]]
+        kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
+        shapes[PAST] = [dict.fromkeys((0, k.grows) if k.grows else (0,), torch.export.Dim.AUTO) for k in kinds]
     return shapes
 
 

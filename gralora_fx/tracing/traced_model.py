@@ -23,7 +23,15 @@ from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
 from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.as_transformers import TransformersView, view_of
 from gralora_fx.tracing.graph_record import deep_copy, pack_module, unpack_module
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, batch_of, cache_layout, empty_cache, own_cache
+from gralora_fx.tracing.inputs.cache import (
+    PAST,
+    CacheLayout,
+    batch_of,
+    cache_layout,
+    empty_cache,
+    fitted_cache,
+    own_cache,
+)
 from gralora_fx.tracing.inputs.signature import CallSignature, check_step_shapes, with_cache_name
 from gralora_fx.tracing.normalize.modes import set_mode
 from gralora_fx.tracing.source_model import main_input
@@ -202,6 +210,9 @@ class TracedModel:
             and PAST not in self.signature.positional[: len(args)]
         ):
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
+        if isinstance(example, Cache) and isinstance(given := kwargs.get(PAST), Cache):
+            others = (value for name, value in kwargs.items() if name != PAST)
+            kwargs = {**kwargs, PAST: fitted_cache(given, example, batch_of((*args, *others)))}
         inputs = self.signature.bind(args, kwargs, self.example_inputs)
         if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
             inputs[PAST] = own_cache(cache)  # the graph contains the encoder and reads its output directly

@@ -6,17 +6,26 @@ Of an encoder-decoder they are the encoder's inputs too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from gralora_fx.compat.torch_graphs import tree_map_only
+from gralora_fx.compat.transformers_caches import (
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
+from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, keeps_state
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
@@ -29,7 +38,7 @@ class CacheLayout(Enum):
 
     Attributes:
         NONE: Nothing.
-        DECODER: Keys and values of a decoder's positions, by layer.
+        DECODER: What a decoder keeps of its positions, by layer: keys and values, or states.
         ENCODER_DECODER: Those of the decoder's positions, and those of the encoder's output.
     """
 
@@ -62,7 +71,8 @@ def cached_inputs(
 
     Returns:
         `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
-        model takes them, and a `DynamicCache` with keys and values `[batch, key heads, past, size]` a layer.
+        model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
+        `[batch, key heads, past, size]` or states.
 
     Raises:
         TraceError: The model has no such cache.
@@ -78,27 +88,64 @@ def cached_inputs(
         inputs["position_ids"] = positions(mask)
     cached = max(past, 1)
     first = {name: value[:, :cached] for name, value in inputs.items()}
-    _, layers = _computed_cache(model, {**first, PAST: DynamicCache()})
-    skip = cached - past  # an empty cache is made from one of one position, sliced
+    cache = _computed_cache(model, {**first, PAST: _first_cache(model)})
+    skip = cached - past  # an empty cache is made from one of one position
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
-    return {**step, PAST: cache_of([(key[:, :, : past or 0], value[:, :, : past or 0]) for key, value in layers])}
+    return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
 
 
-def _computed_cache(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> tuple[Cache | None, list[tuple[Tensor, Tensor]]]:
-    """The cache that a model returns for some inputs, and the decoder's own keys and values in it, by layer.
+def _first_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache as a model without states has it, of layers that keep every position; or one with states."""
+    try:
+        cache = DynamicCache(config=model.config)
+    except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know
+        return DynamicCache()
+    if not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
+        return DynamicCache()
+    cache.layers = [_fresh_layer(layer) for layer in cache.layers]
+    return cache
+
+
+def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
+    """The cache that a model returns for some inputs, its convolution states as long as the operators' are.
 
     Raises:
         TraceError: It has no such cache.
     """
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), _noted_widths() as widths:
             cache: Any = returned_cache(model(**inputs, use_cache=True))
-        return cache, pairs_of(cache)
+        tensors = tensors_of(cache)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    if not tensors:
+        raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
+    longer = {slot: t[..., 1:] for slot, t in tensors.items() if _has_unread_input(model, t, widths)}
+    return with_tensors(cache, {**tensors, **longer}) if longer else cache
+
+
+@contextmanager
+def _noted_widths() -> Iterator[set[int]]:
+    """The widths of the convolutions whose states a model keeps within the block."""
+    widths: set[int] = set()
+    update = LinearAttentionLayer.update_conv_state
+
+    def noted(layer: Any, states: Tensor, *args: Any, conv_kernel_size: int | None = None, **options: Any) -> Tensor:
+        widths.update(() if conv_kernel_size is None else (conv_kernel_size,))
+        kept: Tensor = update(layer, states, *args, conv_kernel_size=conv_kernel_size, **options)
+        return kept
+
+    with patch.object(LinearAttentionLayer, "update_conv_state", noted):
+        yield widths
+
+
+def _has_unread_input(model: nn.Module, state: Tensor, widths: Collection[int]) -> bool:
+    """Whether a cached tensor holds as many inputs of a convolution as its kernel: the first is never read again."""
+    if state.ndim != 3 or state.shape[2] not in widths:
+        return False
+    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv1d) and part.dilation == (1,))
+    return any((part.in_channels, *part.kernel_size) == tuple(state.shape[1:]) for part in convolutions)
 
 
 def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
@@ -115,36 +162,122 @@ def returned_cache(outputs: Any) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
-def decoder_cache(layers: Iterable[Sequence[Tensor]]) -> EncoderDecoderCache:
-    """An encoder-decoder's cache: the decoder's own keys and values by layer, no cross-attention ones."""
-    return EncoderDecoderCache(cache_of(layers), DynamicCache())
+def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
+    """What a cache holds of a decoder's own positions, by slot, in the order in which a graph takes the tensors."""
+    is_pair = isinstance(cache, EncoderDecoderCache)
+    layers = cache.self_attention_cache.layers if is_pair else cache.layers
+    tensors: dict[CacheSlot, Tensor] = {}
+    for index, layer in enumerate(layers):
+        for kind in KINDS.values():
+            held = getattr(layer, kind.attribute, None)
+            numbered = held.items() if isinstance(held, dict) else [(0, held)]
+            part = "decoder" if is_pair else ""
+            tensors |= {CacheSlot(index, kind, n, part): t for n, t in numbered if isinstance(t, Tensor)}
+    return tensors
 
 
-def pairs_of(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of a decoder's own positions, by layer."""
-    self_attention = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    return [(layer.keys, layer.values) for layer in self_attention.layers]
+def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
+    """A cache of the same layout with other tensors, in memory of their own.
+
+    Args:
+        like: The cache.
+        tensors: A tensor for each of its slots.
+    """
+    source = like.self_attention_cache if isinstance(like, EncoderDecoderCache) else like
+    cache = DynamicCache()
+    by_layer: dict[int, dict[CacheSlot, Tensor]] = {}
+    for slot, tensor in tensors.items():
+        by_layer.setdefault(slot.layer, {})[slot] = tensor
+    for index, layer in enumerate(source.layers):
+        own = by_layer.get(index, {})
+        fresh = _fresh_layer(layer) if isinstance(layer, (LinearAttentionLayer, DummyLayer)) else DynamicLayer()
+        pair = [tensor for slot, tensor in own.items() if slot.kind.attribute in ("keys", "values")]
+        if pair:
+            fresh.update(*pair)
+        for slot, tensor in own.items():
+            if slot.kind.grows is None:
+                _set_state(fresh, slot, tensor.clone())
+        cache.layers.append(fresh)
+    return EncoderDecoderCache(cache, DynamicCache()) if isinstance(like, EncoderDecoderCache) else cache
 
 
-def cache_like(cache: Cache, layers: Iterable[Sequence[Tensor]]) -> Cache:
-    """A cache of the same layout with other keys and values of the decoder's own positions, by layer."""
-    return (decoder_cache if isinstance(cache, EncoderDecoderCache) else cache_of)(layers)
+def _fresh_layer(layer: Any) -> Any:
+    """An empty layer of the same kinds of state, which keeps every position."""
+    if isinstance(layer, DummyLayer):
+        return DummyLayer()
+    if not isinstance(layer, LinearAttentionLayer):
+        return DynamicLayer()
+    kind = LinearAttentionAndFullAttentionLayer if isinstance(layer, DynamicLayer) else LinearAttentionLayer
+    return kind(number_of_states=layer.number_of_states)
+
+
+def _set_state(layer: Any, slot: CacheSlot, state: Tensor) -> None:
+    getattr(layer, slot.kind.attribute)[slot.number] = state
+    getattr(layer, f"is_{slot.kind.attribute}_initialized")[slot.number] = True
+    layer.has_previous_state[slot.number] = True
+    if slot.kind is KINDS["conv"]:
+        layer.conv_kernel_size[slot.number] = state.shape[-1]
+        layer.dtype, layer.device = state.dtype, state.device
 
 
 def own_cache(cache: Cache) -> Cache:
-    """A new cache with the part that a trace takes: keys and values of the decoder's own positions."""
-    return cache_like(cache, pairs_of(cache))
+    """A new cache with the part that a trace takes: what is kept of the decoder's own positions."""
+    return with_tensors(cache, tensors_of(cache))
 
 
 def empty_cache(like: Cache, batch: int) -> Cache:
-    """An empty cache for a number of rows."""
-    layers = [[t.new_empty(batch, t.shape[1], 0, t.shape[3]) for t in pair] for pair in pairs_of(like)]
-    return cache_like(like, layers)
+    """An empty cache for a number of rows: no positions, and states of zeros."""
+    return with_tensors(
+        like, {slot: t.new_zeros(slot.kind.shape(t.shape, batch, 0)) for slot, t in tensors_of(like).items()}
+    )
 
 
-def cached_tensors(inputs: Mapping[str, Any]) -> int:
-    """How many tensors the cache among some inputs holds; 0 where there is none."""
-    return 2 * len(inputs[PAST].layers) if cache_layout(inputs) is CacheLayout.DECODER else 0
+def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
+    """A cache as a trace takes it that keeps states: one that the model itself returned, or an empty one.
+
+    A model keeps as many inputs of a convolution as its kernel is wide; the trace takes those that are read again.
+
+    Args:
+        cache: The cache.
+        example: The one that the model was traced with.
+        batch: The number of rows.
+
+    Raises:
+        TraceError: It is of another model, or of other rows.
+    """
+    if cache.__class__ is not example.__class__ or not keeps_state(tensors_of(example)):
+        return cache
+    given, wanted = tensors_of(cache), tensors_of(example)
+    if not given:
+        return empty_cache(example, batch)
+    fitted: dict[CacheSlot, Tensor] = {}
+    for slot, like in wanted.items():
+        tensor = given.get(slot)
+        if tensor is not None and slot.kind is KINDS["conv"] and tensor.shape[-1] == like.shape[-1] + 1:
+            tensor = tensor[..., 1:]
+        length = 0 if slot.kind.grows is None or tensor is None else tensor.shape[slot.kind.grows]
+        shape = slot.kind.shape(like.shape, batch, length)
+        if tensor is None or tuple(tensor.shape) != shape:
+            what = "none" if tensor is None else f"one of shape {list(tensor.shape)}"
+            raise TraceError(
+                f"{PAST} has {what} at {slot.place}, where a step of {batch} rows takes {list(shape)}; give a cache "
+                "that this model returned, or none for an empty one"
+            )
+        fitted[slot] = tensor
+    if extra := next((slot for slot in given if slot not in wanted), None):
+        raise TraceError(f"{PAST} has a tensor at {extra.place}, which this model does not keep; give its own cache")
+    return with_tensors(example, fitted)
+
+
+def cached_length(cache: Cache) -> int | None:
+    """How many positions a cache holds; None of one with states alone, which do not tell."""
+    lengths = (t.shape[slot.kind.grows] for slot, t in tensors_of(cache).items() if slot.kind.grows is not None)
+    return next(lengths, None)
+
+
+def cached_slots(inputs: Mapping[str, Any]) -> list[CacheSlot]:
+    """The slots of the decoder's cache among some inputs, in the order of the graph's inputs; none without one."""
+    return list(tensors_of(inputs[PAST])) if cache_layout(inputs) is CacheLayout.DECODER else []
 
 
 def batch_of(values: Iterable[Any]) -> int:
@@ -203,8 +336,8 @@ def decoder_step(
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
     batch, cached = next(iter(source.values())).shape[0], max(past, 1)
     ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
-    cache, layers = _computed_cache(model, {**source, "decoder_input_ids": ids[:, :cached]})
+    cache = _computed_cache(model, {**source, "decoder_input_ids": ids[:, :cached]})
     if not isinstance(cache, EncoderDecoderCache):
         raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
-    cut = [[tensor[:, :, :past].contiguous() for tensor in pair] for pair in layers]
-    return {**source, "decoder_input_ids": ids[:, cached:], PAST: decoder_cache(cut)}
+    cut = {slot: tensor[:, :, :past].contiguous() for slot, tensor in tensors_of(cache).items()}
+    return {**source, "decoder_input_ids": ids[:, cached:], PAST: with_tensors(cache, cut)}

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST, positions
+from gralora_fx.tracing.inputs.cache import PAST, batch_of, cached_length, positions, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
 
@@ -241,7 +241,7 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
     if isinstance(cache := inputs.get(PAST), DynamicCache):
         mask = inputs.get("attention_mask")
         if mask is None:
-            mask = ids.new_ones(ids.shape[0], cache.get_seq_length() + ids.shape[1])
+            mask = ids.new_ones(ids.shape[0], (cached_length(cache) or 0) + ids.shape[1])
         counted = positions(torch.ones_like(mask) if counts_padding else mask, ids.shape[1])
         return {"attention_mask": mask, "position_ids": counted}.get(name)
     if name in ("attention_mask", "decoder_attention_mask"):
@@ -267,12 +267,14 @@ def check_step_shapes(inputs: Mapping[str, Any]) -> None:
         return
     if ids.ndim != 2:
         raise TraceError(f"input_ids has shape {list(ids.shape)}, but a step takes [batch, length]")
-    if not cache.layers:
+    tensors = tensors_of(cache)
+    if not tensors:
         raise TraceError(f"{PAST} has no layers; leave it out for an empty cache, or give one that the model returned")
-    keys = cache.layers[0].keys
-    past, (batch, length) = keys.shape[2], ids.shape
-    if keys.shape[0] != batch:
-        raise TraceError(f"{PAST} has {keys.shape[0]} rows, but input_ids has shape {list(ids.shape)}; give one of it")
+    past, rows, (batch, length) = cached_length(cache), batch_of(tensors.values()), ids.shape
+    if rows != batch:
+        raise TraceError(f"{PAST} has {rows} rows, but input_ids has shape {list(ids.shape)}; give one of it")
+    if past is None:  # states alone, which do not tell how many positions they are of
+        past = max(mask.shape[-1] - length, 0)
     if tuple(mask.shape) != (batch, past + length):
         raise TraceError(
             f"attention_mask has shape {list(mask.shape)}, but {past} cached and {length} new positions of {batch} "

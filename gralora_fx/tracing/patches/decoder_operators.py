@@ -32,7 +32,8 @@ from gralora_fx.compat.transformers_models import (
 from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
 from gralora_fx.operators.call import NAMESPACE, define_shape_only, is_shape_only
 from gralora_fx.operators.layers import RmsNorm, Rotate
-from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.cache import tensors_of
+from gralora_fx.tracing.inputs.cache_slots import StateKind
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
 
 _Axis = tuple[int, int]  # a tensor among a step's, and one of its axes
@@ -64,7 +65,7 @@ def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, 
 
     @functools.wraps(forward)
     def noted(*args: Any, **inputs: Any) -> Any:
-        tensors = [tensor for _, tensor in _tensors_of(inputs)]
+        tensors = [tensor for *_, tensor in _tensors_of(inputs)]
         for (first, first_axis), (second, second_axis) in equal:
             torch._check(tensors[first].shape[first_axis] == tensors[second].shape[second_axis])  # type: ignore[no-untyped-call]
         return forward(*args, **inputs)
@@ -83,26 +84,26 @@ def _equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
         number of positions are left out.
     """
     tensors = _tensors_of(inputs)
-    cached = [index for index, (name, _) in enumerate(tensors) if name == PAST]
-    new = [index for index, (name, _) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
-    axes = [((cached[0], axis), (index, axis)) for index in cached[1:] for axis in (0, 2)] if cached else []
+    cached = [(index, kind) for index, (_, kind, _) in enumerate(tensors) if kind is not None]
+    new = [index for index, (name, *_) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]
+    growing = [(index, kind.grows) for index, kind in cached if kind.grows is not None]
+    axes = [((cached[0][0], 0), (index, 0)) for index, _ in cached[1:]]
+    axes += [(growing[0], axis) for axis in growing[1:]]
     axes += [((new[0], 1), (index, 1)) for index in new[1:]]
-    axes += [((cached[0], 0), (index, 0)) for index in new if cached]
+    axes += [((cached[0][0], 0), (index, 0)) for index in new if cached]
     return [
-        pair for pair in axes if tensors[pair[0][0]][1].shape[pair[0][1]] == tensors[pair[1][0]][1].shape[pair[1][1]]
+        pair for pair in axes if tensors[pair[0][0]][2].shape[pair[0][1]] == tensors[pair[1][0]][2].shape[pair[1][1]]
     ]
 
 
-def _tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Every tensor of a step's inputs with the input's name; a cache by layer."""
-    tensors: list[tuple[str, Tensor]] = []
+def _tensors_of(inputs: Mapping[str, Any]) -> list[tuple[str, StateKind | None, Tensor]]:
+    """Every tensor of a step's inputs with the input's name; those of a cache with their kind."""
+    tensors: list[tuple[str, StateKind | None, Tensor]] = []
     for name, value in inputs.items():
         if isinstance(value, DynamicCache):
-            tensors += [
-                (name, t) for layer in value.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor)
-            ]
+            tensors += [(name, slot.kind, tensor) for slot, tensor in tensors_of(value).items()]
         elif isinstance(value, Tensor):
-            tensors.append((name, value))
+            tensors.append((name, None, value))
     return tensors
 
 
