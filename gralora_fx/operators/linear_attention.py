@@ -11,7 +11,11 @@ from torch import Tensor, nn
 
 from gralora_fx.operators.call import Call, V, operator
 
-_CHUNK, _CHUNK_PER_KEY = 64, 16  # positions that are computed at once; a decay for each key takes memory for each
+_CHUNK, _CHUNK_PER_KEY, _CHUNK_OF_NUMBERS = (
+    64,
+    16,
+    32,
+)  # positions that are computed at once; a decay for each key takes memory for each
 
 
 @operator("linear_attention")
@@ -52,6 +56,8 @@ class LinearAttention(Call[V]):
 
     def result(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
         """The reference, in PyTorch's own operators, in float32 or better; the length may be any."""
+        if self.beta is None and self.decay is not None and self.decay.ndim == 4 and self.value.shape[3] == 1:
+            return self._of_numbers(self.decay)
         heads, length = self.value.shape[2], self.query.shape[1]
         shared = max(1, self.query.shape[2] // heads)  # queries that read one state
         query = self.query.repeat_interleave(max(1, heads // self.query.shape[2]), 2)
@@ -73,6 +79,32 @@ class LinearAttention(Call[V]):
         y = torch.cat(results, 3)[:, :, :, :length].flatten(1, 2).transpose(1, 2)
         dtype = torch.float32 if self.state is None else self.state.dtype
         return (self.scale * y).to(self.value.dtype).contiguous(), state.to(dtype)
+
+    def _of_numbers(self: LinearAttention[Tensor], decay: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of values that are single numbers, as Mamba's, whose states at all positions fit into memory.
+
+        Chunks are computed beside each other, step by step, each from a state of zeros; then what was before each.
+        """
+        heads, length = self.value.shape[2], self.value.shape[1]
+        size = min(length, _CHUNK_OF_NUMBERS) if isinstance(length, int) else _CHUNK_OF_NUMBERS
+        chunks = max(1, int((length + size - 1) // size))
+        written = self.key.repeat_interleave(heads // self.key.shape[2], 2) * self.value
+        # `[chunks, batch, heads, size, key size]`
+        decays, parts = (_in_chunks(x, chunks, size) for x in (decay, written))
+        states = [parts[:, :, :, 0]]
+        for factor, part in zip(decays.exp().unbind(3)[1:], parts.unbind(3)[1:], strict=True):
+            states.append(torch.addcmul(part, factor, states[-1]))
+        since = decays.cumsum(3).exp()
+        before = [self._initial(decays.dtype).squeeze(-1)]
+        for chunk, last in zip(since[:, :, :, -1], states[-1], strict=True):
+            before.append(torch.addcmul(last, chunk, before[-1]))
+        states_of_all = torch.addcmul(torch.stack(states, 3), since, torch.stack(before[:-1]).unsqueeze(3))
+        states_of_all = states_of_all.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+        groups = min(heads, self.query.shape[2])  # of states that a query reads, or of queries that read a state
+        read, query = (torch.unflatten(x, 2, (groups, x.shape[2] // groups)) for x in (states_of_all, self.query))
+        y = (read * query).sum(-1).flatten(2).unsqueeze(-1)
+        dtype = torch.float32 if self.state is None else self.state.dtype
+        return (self.scale * y).to(self.value.dtype), before[-1].unsqueeze(-1).to(dtype)
 
     def shape_only(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
         """The shapes."""

@@ -14,6 +14,7 @@ RULES = {
     "linear": {"decay": 0, "beta": False},
     "gated": {"decay": 1, "beta": False},
     "gated by key": {"decay": 6, "beta": False},
+    "gated by key, of numbers": {"decay": 6, "beta": False, "value": 1},
     "delta": {"decay": 0, "beta": True},
     "gated delta": {"decay": 1, "beta": True},
     "gated delta by key": {"decay": 6, "beta": True},
@@ -22,18 +23,18 @@ each_rule = pytest.mark.parametrize("rule", RULES)
 
 
 def arguments(rule: str, length: int, *, queries: int = 4, keys: int = 4, strength: float = 1.0) -> dict[str, Any]:
-    """Two rows of four states with 6 keys and 5 values, in float64."""
+    """Two rows of four states with 6 keys and 5 values or one, in float64."""
     torch.manual_seed(0)
-    decay, beta = RULES[rule]["decay"], RULES[rule]["beta"]
+    decay, beta, size = RULES[rule]["decay"], RULES[rule]["beta"], RULES[rule].get("value", 5)
     decays = (6,) if decay == 6 else ()
     wide = {"dtype": torch.float64}
     return {
         "query": torch.randn(2, length, queries, 6, **wide),
         "key": nn.functional.normalize(torch.randn(2, length, keys, 6, **wide), dim=-1),
-        "value": torch.randn(2, length, 4, 5, **wide),
+        "value": torch.randn(2, length, 4, size, **wide),
         "decay": -strength * torch.rand(2, length, 4, *decays, **wide) if decay else None,
         "beta": torch.rand(2, length, 4, **wide) if beta else None,
-        "state": torch.randn(2, 4, 6, 5, **wide),
+        "state": torch.randn(2, 4, 6, size, **wide),
         "scale": 0.5,
     }
 

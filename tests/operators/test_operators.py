@@ -90,17 +90,17 @@ def angles(batch: int, length: int, size: int) -> dict[str, Tensor]:
 
 
 def recurrence(
-    batch: int, length: int, *, queries: int = 4, keys: int = 4, decay: int = 1, beta: bool = True
+    batch: int, length: int, *, queries: int = 4, keys: int = 4, decay: int = 1, beta: bool = True, values: int = 5
 ) -> dict[str, Tensor | None]:
-    """Four states of 6 keys and 5 values, whose decay has that many numbers for each head."""
+    """Four states of 6 keys and values, whose decay has that many numbers for each head."""
     decays = (6,) if decay == 6 else ()
     return {
         "query": random(batch, length, queries, 6),
         "key": nn.functional.normalize(torch.randn(batch, length, keys, 6), dim=-1).requires_grad_(),
-        "value": random(batch, length, 4, 5),
+        "value": random(batch, length, 4, values),
         "decay": torch.rand(batch, length, 4, *decays).neg().requires_grad_() if decay else None,
         "beta": torch.rand(batch, length, 4).requires_grad_() if beta else None,
-        "state": random(batch, 4, 6, 5),
+        "state": random(batch, 4, 6, values),
     }
 
 
@@ -163,6 +163,11 @@ CASES = {
     "linear_attention": Case(LinearAttention, recurrence, {"scale": 0.5}),
     "linear_attention with fewer queries and a decay for each key": Case(
         LinearAttention, lambda b, n: recurrence(b, n, queries=2, keys=2, decay=6), {"scale": 0.5}
+    ),
+    "linear_attention of numbers with a decay for each key": Case(
+        LinearAttention,
+        lambda b, n: recurrence(b, n, queries=2, keys=2, decay=6, beta=False, values=1),
+        {"scale": 0.5},
     ),
     "linear_attention with more queries": Case(
         LinearAttention,
