@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 
 class GraloraError(Exception):
-    """Base of every error that gralora-fx raises on purpose."""
+    """Base of every error that gralora-fx raises on purpose.
+
+    Attributes:
+        field: The option, or the field of a request, that it is about; None where that is not one.
+    """
+
+    field: str | None = None
 
 
 class ConfigError(GraloraError, ValueError):

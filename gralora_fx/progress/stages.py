@@ -5,13 +5,24 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 _log = logging.getLogger(__name__)
 _OBJECTS = 200_000  # allocations before a garbage collection; the default is 700
+
+
+class _Quiet:
+    """The blocks that are quiet now, of all threads, and what they suppress."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.stack = threading.Lock(), 0, ExitStack()
+
+
+_quiet = _Quiet()
 
 
 @contextmanager
@@ -35,7 +46,25 @@ def timed(name: str, seconds: MutableMapping[str, float] | None = None) -> Itera
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the prints, logs and warnings of the libraries underneath within the block."""
+    """Suppress the prints, logs and warnings of the libraries underneath within the block.
+
+    They are the process's, so blocks of several threads are one: the first begins it, and the last ends it.
+    """
+    with _quiet.lock:
+        _quiet.blocks += 1
+        if _quiet.blocks == 1:
+            _quiet.stack.enter_context(_suppression())
+    try:
+        yield
+    finally:
+        with _quiet.lock:
+            _quiet.blocks -= 1
+            if not _quiet.blocks:
+                _quiet.stack.close()
+
+
+@contextmanager
+def _suppression() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # some of their loggers are named after files, outside any hierarchy
     try:

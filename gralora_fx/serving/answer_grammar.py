@@ -61,32 +61,28 @@ class Grammars:
             FormError: There are several forms, or one cannot be followed.
         """
         found = one_form(given)
-        if found is None:
-            return None
-        try:
-            return self.compiled(found[1])
-        except ServingError as error:
-            raise FormError(found[0], str(error)) from error
+        return None if found is None else self.compiled(found)
 
     def compiled(self, form: AnswerForm) -> AnswerGrammar:
         """A form as a grammar.
 
         Raises:
-            ServingError: llguidance is not installed, there is no tokenizer or it cannot read that, the form cannot be
+            FormError: llguidance is not installed, there is no tokenizer or it cannot read that, the form cannot be
                 compiled, or no token can begin such an answer.
         """
-        return AnswerGrammar(self._read(), form, None if self._limits is None else self._limits.vocabulary)
+        try:
+            tokens = self._read()
+        except ServingError as error:
+            raise FormError(form.field, str(error)) from error
+        return AnswerGrammar(tokens, form, None if self._limits is None else self._limits.vocabulary)
 
     def part(self, form: AnswerForm) -> dict[str, Any]:
         """A form as one of the grammars that a form of the kind `calls` is made of, without a name.
 
         Raises:
-            ServingError: It is nested too deeply.
+            FormError: It is nested too deeply.
         """
-        try:
-            text = _source(form)
-        except ValueError as error:
-            raise ServingError(f"it cannot be compiled ({first_line(error)})") from error
+        text = _source(form)
         if not text.startswith("{"):
             return {"lark_grammar": text}
         (own,) = json.loads(text)["grammars"]
@@ -126,23 +122,21 @@ class AnswerGrammar:
             vocabulary: How many tokens the model has; None for no fewer than the tokenizer.
 
         Raises:
-            ServingError: It cannot be compiled, or no token can begin such an answer.
+            FormError: It cannot be compiled, or no token can begin such an answer.
         """
         import llguidance
 
         limits = llguidance.LLParserLimits(**_LIMITS)
-        try:
-            self._start = _with_stack(
-                lambda: llguidance.LLMatcher(tokens, _source(form), log_level=0, limits=limits)  # without Python's lock
-            )
-        except ValueError as error:
-            raise ServingError(f"it cannot be compiled ({first_line(error)})") from error
+        self._start = _with_stack(
+            lambda: llguidance.LLMatcher(tokens, _source(form), log_level=0, limits=limits)  # without Python's lock
+        )
         if self._start.is_error():
-            raise ServingError(f"it cannot be compiled ({problem_of(self._start.get_error())})")
+            raise FormError(form.field, f"it cannot be compiled ({problem_of(self._start.get_error())})")
+        self._field = form.field
         self._ends = frozenset(tokens.eos_tokens)
         self._vocabulary = tokens.vocab_size if vocabulary is None else min(vocabulary, tokens.vocab_size)
         if self.begin(frozenset(), 1).is_complete:
-            raise ServingError("no token of the model can begin such an answer")
+            raise FormError(form.field, "no token of the model can begin such an answer")
 
     def begin(self, ends: frozenset[int], most: int) -> RowGrammar:
         """The state of a row that has no token of its answer yet.
@@ -154,7 +148,7 @@ class AnswerGrammar:
         Raises:
             DeadEndError: No token can begin it, or it is too complex.
         """
-        return RowGrammar(self._start.deep_copy(), self._ends, ends, most, self._vocabulary)
+        return RowGrammar(self._start.deep_copy(), self._ends, ends, most, self._vocabulary, self._field)
 
 
 def _with_stack(work: Callable[[], _Result]) -> _Result:
@@ -196,12 +190,19 @@ def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> An
 
 
 def _source(form: AnswerForm) -> str:
-    """A form as llguidance takes it."""
+    """A form as llguidance takes it.
+
+    Raises:
+        FormError: It is nested too deeply, or is no grammar.
+    """
     import llguidance
 
     if form.kind == "calls":
         return str(form.value)
-    if form.kind == "json":
-        return str(llguidance.LLMatcher.grammar_from_json_schema(str(form.value), overrides=_JSON))
     text = json.dumps(form.value) if form.kind == "choice" else str(form.value)
-    return str(llguidance.grammar_from(form.kind, text))
+    try:
+        if form.kind == "json":
+            return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON))
+        return str(llguidance.grammar_from(form.kind, text))
+    except ValueError as error:
+        raise FormError(form.field, f"it cannot be compiled ({first_line(error)})") from error

@@ -12,7 +12,6 @@ from gralora_fx.errors import ServingError
 from gralora_fx.serving.answer_form import AnswerForm, FormError
 from gralora_fx.serving.answer_grammar import AnswerGrammar, Grammars
 from gralora_fx.serving.call_formats import CallFormat
-from gralora_fx.serving.json_schema import schema_text
 
 _LARGEST = 256 * 1024  # bytes of the schemas of all tools
 _OPEN = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties")
@@ -25,13 +24,11 @@ class Tool:
 
     Attributes:
         name: Its name.
-        schema: The JSON schema of its arguments, as JSON text.
-        field: The field of the request that has the schema.
+        form: The form of its arguments alone, a JSON schema.
     """
 
     name: str
-    schema: str
-    field: str
+    form: AnswerForm
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str) -> Tool:
@@ -51,15 +48,7 @@ class Tool:
             raise FormError(field, "the arguments of a function are an object; give a schema with the type 'object'")
         if schema.keys().isdisjoint(_OPEN):
             schema["additionalProperties"] = False
-        try:
-            return cls(name, schema_text(schema), field)
-        except ServingError as error:
-            raise FormError(field, str(error)) from error
-
-    @property
-    def form(self) -> AnswerForm:
-        """The form of its arguments alone."""
-        return AnswerForm("json", self.schema)
+        return cls(name, AnswerForm.of("json", schema, field))
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,7 @@ class ToolUse:
 
 
 def call_grammar(
-    grammars: Grammars, form: CallFormat, use: ToolUse, content: tuple[str, AnswerForm] | None = None
+    grammars: Grammars, form: CallFormat, use: ToolUse, content: AnswerForm | None = None
 ) -> AnswerGrammar:
     """The grammar of answers that may call tools.
 
@@ -86,37 +75,30 @@ def call_grammar(
         grammars: Compiles it.
         form: How calls are written.
         use: The tools.
-        content: The form of an answer that calls none, with the field that asks for it; None for any text.
+        content: The form of an answer that calls none; None for any text.
 
     Raises:
         FormError: A schema or the form cannot be compiled, or they are too large together.
     """
     if content is not None and not use.is_required and form.begins_answer:
         raise FormError(
-            content[0],
+            content.field,
             "it and tools do not go together with this model, whose calls are JSON as the answer would be; give "
             "tool_choice 'none' or 'required', or leave one of them out",
         )
-    if sum(len(tool.schema) for tool in use.tools) > _LARGEST:
+    if sum(len(tool.form.value) for tool in use.tools) > _LARGEST:
         raise FormError("tools", f"their schemas are larger than {_LARGEST // 1024} KiB; give fewer or simpler ones")
     try:
         own = _Lark(grammars, form, use).text(has_form=content is not None)
         parts = [{"name": f"arguments_{number}", **grammars.part(tool.form)} for number, tool in enumerate(use.tools)]
         if content is not None and not use.is_required:
-            parts.append({"name": _CONTENT, **grammars.part(content[1])})
+            parts.append({"name": _CONTENT, **grammars.part(content)})
         whole = {"grammars": [{"name": "answer", "lark_grammar": own}, *parts]}
-        return grammars.compiled(AnswerForm("calls", json.dumps(whole)))
-    except ServingError as error:
+        return grammars.compiled(AnswerForm("calls", json.dumps(whole), "tools"))
+    except ServingError:
         for tool in use.tools:
-            _check_alone(grammars, tool)
-        raise FormError("tools", str(error)) from error
-
-
-def _check_alone(grammars: Grammars, tool: Tool) -> None:
-    try:
-        grammars.compiled(tool.form)
-    except ServingError as error:
-        raise FormError(tool.field, str(error)) from error
+            grammars.compiled(tool.form)  # says which of them it is
+        raise
 
 
 class _Lark:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import PREPROCESSOR, load_feature_extractor
-from gralora_fx.progress.stages import quiet
 from gralora_fx.runtime.ort_values import as_array
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a recording, as the datasets package names them
@@ -235,8 +234,7 @@ class SpeechReader:
         check_length(audio.seconds, self.most_seconds)
         samples = audio.at(self.rate)
         try:
-            with quiet():
-                values = self._extractor(samples, sampling_rate=self.rate, return_tensors="np", **self._more)
+            values = self._extractor(samples, sampling_rate=self.rate, return_tensors="np", **self._more)
         except Exception as error:  # transformers raises types of its own
             raise ServingError(f"the feature extractor does not take the audio ({first_line(error)})") from error
         names = [name for name in self._inputs if name in values]

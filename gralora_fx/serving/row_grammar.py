@@ -30,7 +30,13 @@ class RowGrammar:
     """
 
     def __init__(
-        self, matcher: Any, own_ends: frozenset[int], ends: frozenset[int], most: int, vocabulary: int
+        self,
+        matcher: Any,
+        own_ends: frozenset[int],
+        ends: frozenset[int],
+        most: int,
+        vocabulary: int,
+        field: str | None = None,
     ) -> None:
         """Begin an answer; see `AnswerGrammar.begin`.
 
@@ -40,11 +46,12 @@ class RowGrammar:
             ends: Ids of the tokens that end this one.
             most: The most tokens of the answer.
             vocabulary: How many tokens both the model and the tokenizer have.
+            field: The option or field that asks for its form; None if that is not known.
 
         Raises:
             DeadEndError: No token can begin it, or it is too complex.
         """
-        self._vocabulary = vocabulary
+        self._vocabulary, self._field = vocabulary, field
         self._matcher, self._own_ends, self._ends, self._left = matcher, own_ends, ends, most
         self.forced: deque[int] = deque()
         self._allowed: NDArray[np.bool_] | None = None
@@ -150,7 +157,7 @@ class RowGrammar:
         """Check that something can go on, or the answer is complete."""
         if self._matcher.is_error() or not (self._goes_on or self._matcher.is_accepting()):
             reason = problem_of(self._matcher.get_error()) or "the model has no token for what comes next"
-            raise DeadEndError(f"no token can go on with the grammar of the answer ({reason})")
+            raise DeadEndError(self._field, f"no token can go on with the grammar of the answer ({reason})")
 
 
 def problem_of(message: str) -> str:

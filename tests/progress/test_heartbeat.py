@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import subprocess
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,3 +118,16 @@ def test_make_says_that_an_installation_goes_on(tmp_path: Path) -> None:
     assert failed.returncode != 0
     assert "no\n" not in failed.stdout
     assert text.count("--quiet --editable") == text.count("$(call saying,installing")
+
+
+@pytest.mark.quick
+def test_quiet_blocks_of_several_threads_leave_the_process_as_it_was() -> None:
+    """The block that begins first ends first: its own state is no more than the first part of theirs."""
+    before = logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters[:]
+    first, second = quiet(), quiet()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logging.root.manager.disable == logging.CRITICAL
+    second.__exit__(None, None, None)
+    assert (logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters) == before

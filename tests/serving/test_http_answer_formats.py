@@ -274,6 +274,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "regex": ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "unclosed group"),
     "grammar": ({"guided_grammar": "start: a"}, "guided_grammar", "unknown name"),
     "no token": ({"guided_regex": ""}, "guided_regex", "no token of the model can begin"),
+    "no token later": ({"guided_json": {"const": "\u4e2d"}}, "guided_json", "no token can go on with the grammar"),
     "choices": ({"guided_choice": []}, "guided_choice", "there are 0 choices"),
     "two": (
         {"guided_regex": "a", "response_format": {"type": "json_object"}},

@@ -159,7 +159,7 @@ def test_text_before_calls(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    ("problem", "code"), [(ValueError("x"), "server_error"), (DeadEndError("stuck"), "invalid_prompt")]
+    ("problem", "code"), [(ValueError("x"), "server_error"), (DeadEndError(None, "stuck"), "invalid_prompt")]
 )
 def test_a_stream_that_fails(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, problem: Exception, code: str

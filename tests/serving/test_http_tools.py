@@ -265,7 +265,7 @@ BAD: dict[str, tuple[dict[str, Any], str | None, str]] = {
             **with_parameters({"properties": {"a": {"enum": ["\u4e2d"]}}, "required": ["a"]}),
             "tool_choice": {"type": "function", "function": {"name": "bad"}},
         },
-        None,
+        "tools",
         "no token can go on with the grammar",
     ),
     "a type": (with_parameters({"properties": {"a": {"type": "dict"}}}), LAST, ""),

@@ -212,8 +212,8 @@ def test_an_adapter_whose_outputs_are_not_finite_is_refused(service: TestClient,
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [
-        ({"lora_name": "x"}, 400, "lora_path"),
-        ({"lora_name": "x", "lora_path": 1}, 400, "lora_path"),
+        ({"lora_name": "x"}, 400, "lora_path is missing"),
+        ({"lora_name": "x", "lora_path": 1}, 400, "lora_path: Input"),
         ({"lora_name": "x", "lora_path": "wide", "is_3d_lora_weight": True}, 400, "is_3d_lora_weight is not supported"),
         ({"lora_name": "a/b", "lora_path": "wide"}, 400, "is not a name for an adapter"),
         ({"lora_name": "\0", "lora_path": "wide"}, 400, "is not a name for an adapter"),
@@ -230,6 +230,8 @@ def test_bad_loads(data_service: TestClient, fields: dict[str, Any], status: int
     error = response.json()["error"]
     assert message in error["message"]
     assert error["code"] == status
+    fault = "name" if any(word in message for word in ("name", "already")) else "path"
+    assert error["param"] == ("is_3d_lora_weight" if "is_3d" in message else f"lora_{fault}")
     assert "/tmp" not in error["message"]
     assert data_service.post("/v1/unload_lora_adapter", json={}).status_code == 400
     assert metric(data_service, "gralora_fx_adapters_loaded") == 2

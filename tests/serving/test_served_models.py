@@ -92,7 +92,7 @@ def test_a_held_version_outlives_its_name() -> None:
     settle(models)
     assert host.keys == {"a.3"}
     assert disposed == ["second"]
-    with pytest.raises(UnknownAdapterError, match=r"'a\.2' was unloaded"):
+    with pytest.raises(UnknownModelError, match=r"'a\.2' was unloaded"):
         models.hold("a.3", "a.2")
     models.unload("a")
     settle(models)  # the hold that failed left no hold on the other

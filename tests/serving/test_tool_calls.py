@@ -163,8 +163,8 @@ def test_a_form_beside_tools() -> None:
     """The answer is in its form, or calls; calls without a mark cannot be told from it."""
     tokenizer = family_tokenizer("mistral")
     form, grammars = FORMS["mistral"], Grammars(tokenizer)
-    content = AnswerForm.of("choice", ["yes", "no"])
-    grammar = call_grammar(grammars, form, ToolUse(tools(), False, True), ("response_format", content))
+    content = AnswerForm.of("choice", ["yes", "no"], "response_format")
+    grammar = call_grammar(grammars, form, ToolUse(tools(), False, True), content)
     likely = [tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")]
     stream, texts = TextStream(tokenizer, frozenset(likely)), set()
     for seed in range(12):
@@ -174,7 +174,7 @@ def test_a_form_beside_tools() -> None:
     assert stream.finish() == ""
     assert texts == {"a call", "yes", "no"}
     with pytest.raises(FormError, match="response_format: it and tools do not go together"):
-        call_grammar(grammars, GENERAL, ToolUse(tools(), False, True), ("response_format", content))
+        call_grammar(grammars, GENERAL, ToolUse(tools(), False, True), content)
 
 
 def listed(items: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -50,8 +50,6 @@ def load_adapter(
     """
     models = engine.models
     check_takes_adapters(engine.manifest, models.base, ServingError)
-    if name == models.base:
-        raise ServingError(f"{shown(name)} is the name of the base; take another")
     models.check_new(name, replace=may_replace)
     folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
     try:

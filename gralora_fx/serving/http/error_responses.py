@@ -83,7 +83,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
         note_rejection(request.scope, error)
-        return error_response(request.url.path, status_of(error), str(error), getattr(error, "field", None))
+        return error_response(request.url.path, status_of(error), str(error), error.field)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -227,7 +227,7 @@ class EventStream(StreamingResponse):
                 yield event(body)
         except (RunError, DeadlineError) as error:
             self._answers.cancel()
-            yield event(error_body(status_of(error), str(error)))
+            yield event(error_body(status_of(error), str(error), error.field))
         yield END
 
     async def _typed(self, objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:

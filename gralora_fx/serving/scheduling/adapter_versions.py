@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from gralora_fx.config.byte_sizes import shown_size
 from gralora_fx.errors import ServingError, shown
@@ -13,11 +13,19 @@ from gralora_fx.errors import ServingError, shown
 class UnknownModelError(ServingError):
     """A request names a model that is not served."""
 
-    field: ClassVar[str] = "model"
+    field = "model"
 
 
 class UnknownAdapterError(ServingError):
     """A request names an adapter that is not there."""
+
+    field = "lora_name"
+
+
+class AdapterNameError(ServingError):
+    """A name may not be given to an adapter."""
+
+    field = "lora_name"
 
 
 class TooManyChangesError(ServingError):
@@ -27,7 +35,7 @@ class TooManyChangesError(ServingError):
 class AdapterLoadError(ServingError):
     """An adapter that a request names is there, and cannot be loaded."""
 
-    field: ClassVar[str] = "model"
+    field = "model"
 
 
 class AdapterLimitError(ServingError):

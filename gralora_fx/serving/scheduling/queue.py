@@ -30,7 +30,9 @@ class RunError(ServingError):
     def of(cls, error: Exception) -> RunError:
         """What a caller is told of an error while its request ran."""
         if isinstance(error, (DeadEndError, AdapterLoadError)):
-            return AnswerError(str(error))
+            told = AnswerError(str(error))
+            told.field = error.field
+            return told
         return cls(str(error) if isinstance(error, ServingError) else "the request failed; the server's log says why")
 
 

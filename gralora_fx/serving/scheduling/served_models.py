@@ -24,6 +24,7 @@ from gralora_fx.serving.model import OrtModel
 from gralora_fx.serving.scheduling.adapter_versions import (
     AdapterLimits,
     AdapterLoader,
+    AdapterNameError,
     AdapterVersion,
     UnknownAdapterError,
     UnknownModelError,
@@ -171,7 +172,7 @@ class ServedModels:
         """Keep versions, all or none, until as many releases; None, the base, always stays.
 
         Raises:
-            UnknownAdapterError: One is freed already.
+            UnknownModelError: One is freed already.
         """
         with self._lock:
             versions = [self._version(key) for key in keys if key is not None]
@@ -197,11 +198,13 @@ class ServedModels:
         """Check that a name may be given to an adapter.
 
         Raises:
-            ServingError: It is not a name, or is taken and not to be replaced.
+            AdapterNameError: It is not a name, is the base's, or is taken and not to be replaced.
         """
-        check_name(name, ServingError)
+        if name == self.base:
+            raise AdapterNameError(f"{shown(name)} is the name of the base; take another")
+        check_name(name, AdapterNameError)
         if name in self._current and not replace:
-            raise ServingError(f"an adapter {name!r} is loaded already; give load_inplace to replace it, or unload it")
+            raise AdapterNameError(f"an adapter {name!r} is loaded already; give load_inplace to replace it, or unload it")
 
     def prepare(
         self,
@@ -320,7 +323,7 @@ class ServedModels:
 
     def _version(self, key: str) -> AdapterVersion:
         if key not in self._versions:
-            raise UnknownAdapterError(f"the adapter {shown(key)} was unloaded; ask for another")
+            raise UnknownModelError(f"the adapter {shown(key)} was unloaded; ask for another")
         return self._versions[key]
 
     def _new_key(self, name: str) -> str:

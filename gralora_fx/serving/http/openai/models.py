@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import GraloraError
+from gralora_fx.serving.http.error_responses import status_of
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.openai.strict_model import StrictModel
 from gralora_fx.serving.http.root_adapters import AdapterChanges
@@ -76,8 +77,10 @@ def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRoute
         own = _needed(changes)
         try:
             await own.load(asked.lora_name, asked.lora_path, may_replace=asked.load_inplace, pin=asked.pin)
-        except GraloraError:
+        except GraloraError as error:
             metrics.adapter_load("refused")
+            if status_of(error) in (400, 404):  # of the file, unless it says otherwise
+                error.field = error.field or "lora_path"
             raise
         metrics.adapter_load("ok")
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
