@@ -23,6 +23,7 @@ from gralora_fx.serving import Decoder, OrtModel, load
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
+from gralora_fx.serving.scheduling.queue import Observer, RunError
 
 RUNS, TINY, TESTS = Path("runs/generation"), Path("runs/prefix_cache"), Path(__file__).parents[1] / "tests"
 THREADS, CHUNK, LIMIT = 2, 64, 2**29
@@ -69,7 +70,7 @@ class _Service:
 
     def __getattr__(self, name: str) -> Any:
         """What else a scheduler tells, which is not of interest."""
-        if name not in ("waited", "began", "ran", "looked_up", "generated", "failed"):
+        if not hasattr(Observer, name):
             raise AttributeError(name)
         return lambda *_: None
 

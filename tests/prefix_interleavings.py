@@ -167,7 +167,7 @@ class Interleavings:
 
         def load_it() -> None:
             name = f"a{number}"
-            self._models.commit(self._models.prepare(name, file, lambda _: None, replace=True, dispose=lambda: None))
+            self._models.commit(self._models.prepare(name, file, lambda _: None, replace=True))
 
         self._models.change(load_it).result(20)
 

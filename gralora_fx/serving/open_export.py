@@ -21,6 +21,7 @@ from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.engine.session_decoders import RowsDecoder, SequentialDecoder
 from gralora_fx.errors import ServingError, listed
 from gralora_fx.loading.tokenizers import load_tokenizer
+from gralora_fx.runtime.adapter_file import AdapterInMemory
 from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.export_directory import (
     DECODER_KIND,
@@ -31,7 +32,7 @@ from gralora_fx.runtime.export_directory import (
     check_own_file,
 )
 from gralora_fx.runtime.export_files import check_files, check_requirements
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.opened_rows import open_rows
 from gralora_fx.runtime.placement import (
     Placement,
@@ -241,6 +242,17 @@ def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Pa
     from gralora_fx.exporters.adapter_export import convert_adapter  # serving needs no exporter otherwise
 
     return convert_adapter(source, onnx_dir, folder, name)
+
+
+def in_memory(source: Path, onnx_dir: Path, name: str, manifest: Manifest) -> AdapterInMemory:
+    """What a directory that PEFT saved holds, as data of an export.
+
+    Raises:
+        GraloraError: It cannot be converted (see `export_adapter`).
+    """
+    from gralora_fx.exporters.adapter_export import adapter_in_memory  # as above
+
+    return adapter_in_memory(source, onnx_dir, name, manifest)
 
 
 def _no_generation(export: OpenExport) -> Generation:

@@ -46,16 +46,9 @@ class Host:
         self.keys.remove(name)
 
 
-class Disposed(list[str]):
-    """Collects what was disposed of."""
-
-    def of(self, name: str) -> Any:
-        return lambda: self.append(name)
-
-
-def load(models: ServedModels, name: str, *, replace: bool = True, dispose: Any = lambda: None, **how: Any) -> None:
+def load(models: ServedModels, name: str, *, replace: bool = True, **how: Any) -> None:
     def work() -> None:
-        models.commit(models.prepare(name, ANY, lambda _: None, replace=replace, dispose=dispose, **how))
+        models.commit(models.prepare(name, ANY, lambda _: None, replace=replace, **how))
 
     models.change(work).result(10)
 
@@ -72,9 +65,9 @@ def settle(models: ServedModels) -> None:
 
 
 def test_a_held_version_outlives_its_name() -> None:
-    host, disposed = Host("a"), Disposed()
+    host = Host("a")
     models = ServedModels("base", host)
-    load(models, "a", dispose=disposed.of("second"))
+    load(models, "a")
     settle(models)
     assert host.keys == {"a.2"}  # nobody held the first
     with models.held("a") as key:
@@ -87,11 +80,9 @@ def test_a_held_version_outlives_its_name() -> None:
         models.hold(key)
     settle(models)
     assert host.keys == {"a.2", "a.3"}
-    assert disposed == []
     models.release(key)
     settle(models)
     assert host.keys == {"a.3"}
-    assert disposed == ["second"]
     with pytest.raises(UnknownModelError, match=r"'a\.2' was unloaded"):
         models.hold("a.3", "a.2")
     models.unload("a")
@@ -158,16 +149,6 @@ def test_changes_wait_up_to_a_bound() -> None:
     for change in changes:
         change.result(10)
     settle(models)
-
-
-def test_closing_disposes_of_everything() -> None:
-    disposed = Disposed()
-    models = ServedModels("base", Host())
-    for name in ("a", "b"):
-        load(models, name, dispose=disposed.of(name))
-    with models.held("a"):
-        models.close()
-    assert sorted(disposed) == ["a", "b"]
 
 
 def test_a_version_that_was_prepared_has_no_name_until_it_is_committed() -> None:

@@ -15,14 +15,14 @@ from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving.http.engines import Engine
-from gralora_fx.serving.open_export import adapter_as_data
+from gralora_fx.serving.open_export import adapter_as_data, in_memory
 from gralora_fx.serving.scheduling.adapter_versions import AdapterVersion
 
 
 def load_adapter(
     engine: Engine,
     name: str,
-    file_in: Callable[[Path], AdapterSource],
+    source: Callable[[], AdapterSource],
     *,
     may_replace: bool,
     state: Hashable = None,
@@ -34,8 +34,7 @@ def load_adapter(
     Args:
         engine: What runs it; no other change of its adapters may run meanwhile.
         name: The adapter's name.
-        file_in: Gives the `.onnx_adapter` file, which may be in the empty folder that it is called with, or the
-            adapter itself. The folder lasts as long as the adapter.
+        source: Gives the `.onnx_adapter` file, or the adapter itself.
         may_replace: Whether the name may be taken from another adapter.
         state: What its files are like, where they are looked at again; else None.
         pin: Whether it stays in memory until it is unloaded.
@@ -51,24 +50,10 @@ def load_adapter(
     models = engine.models
     check_takes_adapters(engine.manifest, models.base, ServingError)
     models.check_new(name, replace=may_replace)
-    folder = tempfile.TemporaryDirectory(prefix="gralora-fx-")
-    try:
-        path = file_in(Path(folder.name))
-        return models.prepare(
-            name,
-            path,
-            engine.trial,
-            replace=may_replace,
-            dispose=folder.cleanup,
-            state=state,
-            pin=pin,
-            defer_trial=defer_trial and engine.checks_outputs,
-        )
-    except BaseException as error:
-        folder.cleanup()
-        if not isinstance(error, GraloraError):
-            raise
-        raise type(error)(str(error).replace(f"{folder.name}/", "")) from error  # the copy's place means nothing
+    is_deferred = defer_trial and engine.checks_outputs
+    return models.prepare(
+        name, source(), engine.trial, replace=may_replace, state=state, pin=pin, defer_trial=is_deferred
+    )
 
 
 def load_given(engine: Engine, settings: ServiceSettings) -> None:
@@ -81,8 +66,14 @@ def load_given(engine: Engine, settings: ServiceSettings) -> None:
         if name in engine.models.adapters:
             warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
         with _named(name):
-            file_in = partial(_file, name, path, settings)
-            engine.models.commit(load_adapter(engine, name, file_in, may_replace=True))
+            given = partial(_given, engine, name, path, settings.directory)
+            engine.models.commit(load_adapter(engine, name, given, may_replace=True))
+
+
+def _given(engine: Engine, name: str, path: Path, onnx_dir: Path) -> AdapterSource:
+    """An adapter that is given: its file, or what a directory that PEFT saved holds."""
+    file = adapter_path(path)
+    return in_memory(file, onnx_dir, name, engine.manifest) if file.is_dir() else file
 
 
 @contextmanager
@@ -98,18 +89,8 @@ def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
             with _named(name):
                 check_name(name, ServingError)
                 check_takes_adapters(read_manifest(settings.directory, ServingError), settings.base_name, ServingError)
-                adapters[name] = _file(name, path, settings, Path(folder))
+                adapters[name] = adapter_as_data(adapter_path(path), settings.directory, Path(folder), name)
         yield replace(settings, adapters=adapters)
-
-
-def _file(name: str, path: Path, settings: ServiceSettings, folder: Path) -> Path:
-    """An adapter as data of the export: as it is, or converted from what PEFT saved, in a folder.
-
-    Raises:
-        ServingError: There is nothing at the path, or neither of the two.
-        GraloraError: It cannot be converted (see `export_adapter`).
-    """
-    return adapter_as_data(adapter_path(path), settings.directory, folder, name)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gralora_fx.errors import ConfigError, ServingError, first_line, shown
+from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, shown
 from gralora_fx.runtime.adapter_file import AdapterInMemory
 from gralora_fx.runtime.adapter_format import AdapterContent
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.serving.open_export import adapter_as_data
+from gralora_fx.serving.open_export import adapter_as_data, in_memory
 from gralora_fx.sources.paths import usable_path
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
@@ -120,15 +121,13 @@ class AdapterRoot:
         copy = self._copied(text, folder)
         return adapter_as_data(copy, onnx_dir, copy, name)
 
-    def convert(self, text: str, name: str, onnx_dir: Path, folder: Path, manifest: Manifest) -> AdapterInMemory:
+    def convert(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterInMemory:
         """What a directory that PEFT saved holds, as data of an export; arguments and errors as of `copy`."""
-        from gralora_fx.exporters.adapter_export import adapter_in_memory  # serving needs no exporter otherwise
-
-        copy = self._copied(text, folder)
-        try:
-            return adapter_in_memory(copy, onnx_dir, name, manifest)
-        finally:
-            shutil.rmtree(copy)
+        with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
+            try:
+                return in_memory(self._copied(text, Path(folder)), onnx_dir, name, manifest)
+            except GraloraError as error:  # the copy's place means nothing
+                raise type(error)(str(error).replace(f"{folder}/", "")) from error
 
     def _copied(self, text: str, folder: Path) -> Path:
         """What is at a path, copied into a folder."""

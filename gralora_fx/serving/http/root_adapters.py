@@ -60,8 +60,8 @@ class RootAdapters:
             GraloraError: As of `load_adapter`.
         """
         assert isinstance(state, tuple)
-        file_in = partial(self._source, state[0], name)
-        version = load_adapter(self._engine, name, file_in, may_replace=True, state=state, pin=False, defer_trial=True)
+        source = partial(self._source, state[0], name)
+        version = load_adapter(self._engine, name, source, may_replace=True, state=state, pin=False, defer_trial=True)
         self._engine.models.commit(version)
 
     def prepare(self, name: str, path: str, *, may_replace: bool, pin: bool) -> AdapterVersion:
@@ -107,8 +107,8 @@ class RootAdapters:
         if self._root.find(name) is not None:
             self._withdrawn.add(name)
 
-    def _source(self, path: str, name: str, folder: Path) -> AdapterSource:
-        return self._root.read(path) or self._root.convert(path, name, self._onnx_dir, folder, self._engine.manifest)
+    def _source(self, path: str, name: str) -> AdapterSource:
+        return self._root.read(path) or self._root.convert(path, name, self._onnx_dir, self._engine.manifest)
 
 
 class OwnChanges:

@@ -201,7 +201,7 @@ class ReplicaAdapters:
         self._applied = shared
 
     def _load(self, name: str, file: Path, *, may_replace: bool) -> AdapterVersion:
-        return load_adapter(self._engine, name, lambda _: file, may_replace=may_replace)
+        return load_adapter(self._engine, name, lambda: file, may_replace=may_replace)
 
     async def _problem_of(self, work: Callable[[], None]) -> GraloraError | None:
         try:

@@ -56,7 +56,6 @@ class AdapterVersion:
         size: Bytes of its tensors.
         state: What its files were like; None for one that nobody looks for on the disk again.
         is_pinned: Whether it stays until it is unloaded.
-        dispose: Is called when it was freed.
         holds: How many requests run with it, or are about to.
         is_current: Whether its name stands for it.
         used: When it was last asked for, as a number that grows.
@@ -68,7 +67,6 @@ class AdapterVersion:
     size: int = 0
     state: Hashable = None
     is_pinned: bool = True
-    dispose: Callable[[], None] = lambda: None
     holds: int = 0
     is_current: bool = True
     used: int = 0

@@ -204,7 +204,9 @@ class ServedModels:
             raise AdapterNameError(f"{shown(name)} is the name of the base; take another")
         check_name(name, AdapterNameError)
         if name in self._current and not replace:
-            raise AdapterNameError(f"an adapter {name!r} is loaded already; give load_inplace to replace it, or unload it")
+            raise AdapterNameError(
+                f"an adapter {name!r} is loaded already; give load_inplace to replace it, or unload it"
+            )
 
     def prepare(
         self,
@@ -213,7 +215,6 @@ class ServedModels:
         try_adapter: Callable[[str], None],
         *,
         replace: bool,
-        dispose: Callable[[], None] = lambda: None,
         state: Hashable = None,
         pin: bool = True,
         defer_trial: bool = False,
@@ -222,10 +223,9 @@ class ServedModels:
 
         Args:
             name: The adapter's name.
-            path: Its `.onnx_adapter` file, which stays as it is until it is disposed of, or the adapter itself.
+            path: Its `.onnx_adapter` file, or the adapter itself.
             try_adapter: Runs the model with the adapter of a key, and raises a `ServingError` if that fails.
             replace: Whether the name may stand for another version before.
-            dispose: Is called when the version was freed.
             state: As of `AdapterVersion`.
             pin: Whether it stays until it is unloaded.
             defer_trial: Whether the first request with it tries it (see `check_outputs`).
@@ -250,7 +250,7 @@ class ServedModels:
         except Exception:
             self._host.unload_adapter(key)
             raise
-        version = AdapterVersion(name, key, size, state, pin, dispose, holds=1, is_current=False)
+        version = AdapterVersion(name, key, size, state, pin, holds=1, is_current=False)
         version.trial = try_adapter if defer_trial else None
         with self._lock:
             self._versions = {**self._versions, key: version}
@@ -298,12 +298,10 @@ class ServedModels:
             self._retire(version)
 
     def close(self) -> None:
-        """End the thread of changes once those that wait are done, and dispose of all versions."""
+        """End the thread of changes once those that wait are done."""
         with self._lock:
             self._is_closed = True
         self.changes.close()
-        for version in self._versions.values():
-            version.dispose()
 
     def _size(self, key: str) -> int:
         return int(self._host.adapters[key].size)
@@ -344,7 +342,6 @@ class ServedModels:
     def _free(self, version: AdapterVersion) -> None:
         try:
             self._host.unload_adapter(version.key)
-            version.dispose()
         except Exception:
             _logger.exception("freeing a version of an adapter failed")
         self.when_idle()
