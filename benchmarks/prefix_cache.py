@@ -23,7 +23,7 @@ from gralora_fx.serving import Decoder, OrtModel, load
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import Observer, RunError
+from gralora_fx.serving.scheduling.queue import Observer
 
 RUNS, TINY, TESTS = Path("runs/generation"), Path("runs/prefix_cache"), Path(__file__).parents[1] / "tests"
 THREADS, CHUNK, LIMIT = 2, 64, 2**29
@@ -50,7 +50,7 @@ def run(iterations: int = 7, interleavings: int = 1000) -> Report:
     return report
 
 
-class _Service:
+class _Service(Observer):
     """A scheduler with a prefix cache that runs, and what it has read.
 
     Attributes:
@@ -67,12 +67,6 @@ class _Service:
     def read(self, tokens: int) -> None:
         """As of `Observer`."""
         self.prompt_tokens += tokens
-
-    def __getattr__(self, name: str) -> Any:
-        """What else a scheduler tells, which is not of interest."""
-        if not hasattr(Observer, name):
-            raise AttributeError(name)
-        return lambda *_: None
 
     def answer(self, prompt: Sequence[int], count: int) -> tuple[float, list[int], int]:
         """Seconds to the first token, the answer, and how many tokens of the prompt were known."""

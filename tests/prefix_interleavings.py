@@ -20,6 +20,7 @@ from gralora_fx.serving import load
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
+from gralora_fx.serving.scheduling.queue import Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
 ADAPTERS, VERSIONS, CONTEXT, CHUNK = 8, 2, 192, 16
@@ -49,7 +50,7 @@ def made(folder: Path) -> tuple[Path, list[list[Path]]]:
     return folder / "onnx", files
 
 
-class Counts:
+class Counts(Observer):
     """Keeps what the scheduler tells.
 
     Attributes:
@@ -60,15 +61,6 @@ class Counts:
 
     def __init__(self) -> None:
         self.read_tokens = self.new = self.found = self.failures = 0
-
-    def waited(self, seconds: float) -> None:
-        pass
-
-    def began(self, seconds: float) -> None:
-        pass
-
-    def ran(self, seconds: float, rows: int) -> None:
-        pass
 
     def read(self, tokens: int) -> None:
         self.read_tokens += tokens

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -18,6 +19,7 @@ from running_service import serving
 from starlette.types import Message
 
 from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.serving.http.gateway_metrics import GatewayMetrics
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.scale.asgi_request import AsgiRequest
 from gralora_fx.serving.scale.frontend import Frontend
@@ -174,3 +176,30 @@ def test_what_the_frontend_answers_itself_is_counted_and_logged(
     assert [line.split('"')[1] for line in lines] == ["POST /v1/completions HTTP/1.1"] * 4 + ["GET /docs HTTP/1.1"]
     assert [line.split()[-3] for line in lines] == ["200", "503", "429", "413", "200"]
     assert lines[0].split()[-2] == str(len(BODY))
+
+
+def test_what_replicas_measure_is_added_up(tmp_path: Path) -> None:
+    def measured(running: int, usage: float, names: tuple[str, ...]) -> list[Any]:
+        limits = SimpleNamespace(count=3)
+        models: Any = SimpleNamespace(loader=None, limits=limits, adapters=names, base="base")
+        queue: Any = SimpleNamespace(running=running, waiting=2, cache_usage=usage)
+        return list(GatewayMetrics(models, queue).collect())
+
+    async def results(*, return_exceptions: bool) -> list[Any]:
+        return [measured(1, 0.5, ("a", "b")), ActorDiedError(), measured(2, 0.1, ("b", "c"))]
+
+    replicas: Any = Replicas()
+    replicas.broadcast = lambda method: SimpleNamespace(results_async=results)
+    with frontend(replicas, tmp_path) as connection:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    families = {family.name: family.samples for family in text_string_to_metric_families(text)}
+    values = {name: samples[0].value for name, samples in families.items() if name.startswith("vllm:")}
+    del values["vllm:lora_requests_info"]  # a time
+    assert values == {
+        "vllm:num_requests_running": 3,
+        "vllm:num_requests_waiting": 0,  # in the frontend and beyond it nothing but what runs
+        "vllm:kv_cache_usage_perc": pytest.approx(0.3),
+    }
+    (info,) = families["vllm:lora_requests_info"]
+    assert info.labels == {"max_lora": "3", "running_lora_adapters": "a,b,c", "waiting_lora_adapters": ""}

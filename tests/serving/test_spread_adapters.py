@@ -27,9 +27,13 @@ class Replica:
         self.models = ServedModels("base", self.host)  # type: ignore[arg-type]
         self.problem: Exception | None = None
         engine: Any = SimpleNamespace(
-            models=self.models, trial=self.trial, manifest=SimpleNamespace(adapter_inputs=1, adapters=())
+            models=self.models,
+            trial=self.trial,
+            manifest=SimpleNamespace(adapter_inputs=1, adapters=()),
+            checks_outputs=False,
         )
-        self.adapters = ReplicaAdapters(engine, RootAdapters(engine, root, folder), folder)
+        self.root = RootAdapters(engine, root, folder)
+        self.adapters = ReplicaAdapters(engine, self.root, folder)
 
     def trial(self, key: str) -> None:
         if self.problem is not None:
@@ -68,8 +72,8 @@ class Spread:
     def replica(self) -> Replica:
         return Replica(self.root, self.folder)
 
-    def load(self, name: str, path: str, *, may_replace: bool = False) -> None:
-        asyncio.run(self.changes.load(name, path, may_replace=may_replace, pin=True))
+    def load(self, name: str, path: str, *, may_replace: bool = False, pin: bool = True) -> None:
+        asyncio.run(self.changes.load(name, path, may_replace=may_replace, pin=pin))
 
     def loaded(self) -> set[tuple[str, ...]]:
         for replica in self.handle.replicas:
@@ -100,8 +104,25 @@ def test_what_is_loaded_is_everywhere_and_later_too(spread: Spread) -> None:
     assert [path.read_text() for path in files] == ["b"]  # those that nobody loads any more are gone
     with pytest.raises(UnknownAdapterError, match="no adapter 'y' is loaded; loaded is x"):
         asyncio.run(spread.changes.unload("y"))
-    with pytest.raises(ServingError, match="pin=false is not supported with --engine ray"):
-        asyncio.run(spread.changes.load("z", "a.onnx_adapter", may_replace=False, pin=False))
+
+
+def test_what_is_not_pinned_is_everywhere_too_until_its_room_is_needed(spread: Spread) -> None:
+    spread.load("x", "a.onnx_adapter", pin=False)
+    assert spread.loaded() == {("own", "x")}
+    late = spread.replica()  # which loads it when a request names it
+    asyncio.run(late.adapters.settle())
+    for replica in (*spread.handle.replicas, late):
+        (name,) = {*replica.root.names()} - {"a", "b"}
+        state = replica.root.state_of(name)
+        assert state is not None
+        assert state[0] == "a.onnx_adapter"  # type: ignore[index]
+    late.models.change(lambda: late.root.load("x", late.root.state_of("x"))).result(10)
+    assert late.models.adapters == ("own", "x")
+    late.models.close()
+    spread.load("x", "b.onnx_adapter", may_replace=True)  # and from now on pinned
+    asyncio.run(spread.changes.unload("x"))
+    assert spread.loaded() == {("own",)}
+    assert not any("x" in replica.root.names() for replica in spread.handle.replicas)
 
 
 def test_a_load_that_one_replica_refuses_is_undone(spread: Spread) -> None:

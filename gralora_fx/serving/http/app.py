@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.config.service_settings import ServiceSettings
@@ -66,7 +66,7 @@ def _app(
     adapters = None if root is None else RootAdapters(engine, root, settings.directory)
     changes = None if adapters is None else _changes(settings, engine, metrics, adapters)
     metrics.watch_adapters(engine.models)
-    metrics.registry.register(GatewayMetrics(engine.models, engine.queue))
+    metrics.now.register(GatewayMetrics(engine.models, engine.queue))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
     if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
@@ -90,7 +90,7 @@ def _app(
 
     app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.timeout, app.state.is_ready = engine, settings.timeout, False
-    app.state.root_adapters = adapters
+    app.state.root_adapters, app.state.metrics = adapters, metrics
     app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
     add_middleware(app, settings, metrics)
@@ -118,7 +118,7 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def measured() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(model_routes(engine.models))
     app.include_router(server_routes(engine.models))

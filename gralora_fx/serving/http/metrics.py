@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import Scope
@@ -71,12 +71,14 @@ class Metrics:
     """The metrics of one service and its process, in a registry of its own; an observer of its scheduler.
 
     Attributes:
-        registry: The registry.
+        registry: The registry of what is counted.
+        now: The registry of what is measured when it is asked for, of this process alone.
     """
 
     def __init__(self) -> None:
         """Register the metrics."""
-        registry = self.registry = CollectorRegistry()
+        registry, self.now = CollectorRegistry(), CollectorRegistry()
+        self.registry = registry
         ProcessCollector(registry=registry)
         self._requests = Counter(
             "gralora_fx_requests",
@@ -85,7 +87,7 @@ class Metrics:
             registry=registry,
         )
         self._now = _Now()
-        registry.register(self._now)
+        self.now.register(self._now)
         self._in_flight = 0
         self._now.watch("requests_in_flight", "Requests that are being answered.", lambda: self._in_flight)
         self._rejections = Counter(
@@ -185,6 +187,15 @@ class Metrics:
                 Counter(f"{prefix}draft_tokens", proposed, registry=self.registry),
                 Counter(f"{prefix}accepted_tokens", accepted, registry=self.registry),
             )
+
+    @property
+    def answering(self) -> int:
+        """How many requests are being answered."""
+        return self._in_flight
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry) + generate_latest(self.now)
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:

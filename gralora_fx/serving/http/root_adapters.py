@@ -83,6 +83,13 @@ class RootAdapters:
         self._withdrawn.discard(version.name)
         self._engine.models.commit(version)
 
+    def point(self, name: str, path: str) -> None:
+        """Let a name stand for what is at a path, which is loaded when a request names it; within a change."""
+        if name in self._engine.models.adapters:
+            self._engine.models.unload(name)
+        self._paths[name] = path
+        self._withdrawn.discard(name)
+
     def check_there(self, name: str) -> None:
         """Check that requests may name an adapter.
 

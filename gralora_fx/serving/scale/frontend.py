@@ -33,6 +33,7 @@ from gralora_fx.serving.http.openai.models import adapter_routes
 from gralora_fx.serving.http.replies import END, event
 from gralora_fx.serving.http.service_routes import health_routes, page_routes
 from gralora_fx.serving.scale.asgi_request import read
+from gralora_fx.serving.scale.replica_metrics import ReplicaMetrics
 from gralora_fx.serving.scale.spread_adapters import SpreadChanges
 
 APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray
@@ -68,7 +69,7 @@ class Frontend:
         add_middleware(app, settings, metrics)
         if access_log is not None:
             app.add_middleware(AccessLogMiddleware, file=access_log.open("a", encoding="utf-8"))
-        _add_own_routes(app, metrics_folder)
+        _add_own_routes(app, metrics_folder, ReplicaMetrics(replicas, metrics))
         if settings.adapter_root is not None and adapters_folder is not None:
             root = AdapterRoot.of(settings.adapter_root)
             changes = SpreadChanges(replicas, root, settings.directory, adapters_folder)
@@ -86,7 +87,7 @@ class Frontend:
         return self._app
 
 
-def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
+def _add_own_routes(app: FastAPI, metrics_folder: Path, now: ReplicaMetrics) -> None:
     async def is_ready() -> bool:
         status = await run_in_threadpool(serve.status)
         application = status.applications.get(APPLICATION)  # none while the service ends
@@ -97,10 +98,11 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path) -> None:
     app.include_router(page_routes())
 
     @app.get("/metrics")
-    def measured() -> Response:
+    async def measured() -> Response:
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=str(metrics_folder))  # type: ignore[no-untyped-call]
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        counted = await run_in_threadpool(generate_latest, registry)
+        return Response(counted + await now.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 class Forwarding:

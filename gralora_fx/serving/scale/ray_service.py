@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
+from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import LoggingConfig
@@ -53,10 +54,10 @@ class ModelReplica:
         self._lifespan = AsyncExitStack()
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
 
-    async def prepare(self, name: str, file: str, may_replace: bool) -> GraloraError | None:
+    async def prepare(self, name: str, file: str, may_replace: bool, pin: bool) -> GraloraError | None:
         """As of `ReplicaAdapters`, like the next three."""
         assert self._adapters is not None
-        return await self._adapters.prepare(name, file, may_replace)
+        return await self._adapters.prepare(name, file, may_replace, pin)
 
     async def discard(self) -> None:
         """Give up what was prepared."""
@@ -72,6 +73,10 @@ class ModelReplica:
         """Do what the record of adapters says."""
         if self._adapters is not None:
             await self._adapters.settle()
+
+    async def measured(self) -> list[Metric]:
+        """What is measured when it is asked for."""
+        return list(self._app.state.metrics.now.collect())
 
     @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]
     async def adapter(self, name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ray.serve.exceptions import RayServeException
 from starlette.concurrency import run_in_threadpool
 
-from gralora_fx.errors import GraloraError, ServingError, first_line
+from gralora_fx.errors import GraloraError, first_line
 from gralora_fx.serving.http.adapter_loads import load_adapter
 from gralora_fx.serving.http.adapter_root import AdapterRoot
 from gralora_fx.serving.http.engines import Engine
@@ -40,11 +40,13 @@ class SharedAdapters:
     Attributes:
         number: How many changes there were.
         loaded: The file of each adapter by its name, below the folder.
+        named: Of each that is not pinned its path in the root.
         unloaded: Names that were taken away.
     """
 
     number: int = 0
     loaded: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
     unloaded: tuple[str, ...] = ()
 
     @classmethod
@@ -54,7 +56,12 @@ class SharedAdapters:
             fields = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls()
-        return cls(fields["number"], fields["loaded"], tuple(fields["unloaded"]))
+        return cls(**{**fields, "unloaded": tuple(fields["unloaded"])})
+
+    def without(self, name: str) -> SharedAdapters:
+        """What is left if a name has not been given or taken away."""
+        loaded, named = ({n: file for n, file in files.items() if n != name} for files in (self.loaded, self.named))
+        return SharedAdapters(self.number, loaded, named, tuple(other for other in self.unloaded if other != name))
 
     def write(self, folder: Path) -> None:
         """Write the record, as a whole."""
@@ -85,22 +92,25 @@ class SpreadChanges:
             UnevenReplicasError: A replica ended meanwhile.
             GraloraError: As of `RootAdapters.prepare`.
         """
-        if not pin:
-            raise ServingError("pin=false is not supported with --engine ray; an adapter of the root needs no load")
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
             folder = self._folder / str(shared.number + 1)
             shutil.rmtree(folder, ignore_errors=True)  # of a frontend that ended
             folder.mkdir()
             try:
-                file = await run_in_threadpool(self._root.copy, path, name, self._onnx_dir, folder)
-                await self._spread("prepare", name, str(file), may_replace)
+                if pin:
+                    copy = await run_in_threadpool(self._root.copy, path, name, self._onnx_dir, folder)
+                    path = str(copy.relative_to(self._folder))
+                await self._spread("prepare", name, path, may_replace, pin)
             except BaseException:
                 await self._spread("discard", is_sure=False)
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            loaded = {**shared.loaded, name: str(file.relative_to(self._folder))}
-            await self._settle(replace(shared, loaded=loaded, unloaded=_without(shared.unloaded, name)))
+            others = shared.without(name)
+            if pin:
+                await self._settle(replace(others, loaded={**others.loaded, name: path}))
+            else:
+                await self._settle(replace(others, named={**others.named, name: path}))
 
     async def unload(self, name: str) -> None:
         """Take an adapter's name away in every replica.
@@ -111,8 +121,8 @@ class SpreadChanges:
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
             await self._spread("check_there", name)
-            loaded = {other: file for other, file in shared.loaded.items() if other != name}
-            await self._settle(replace(shared, loaded=loaded, unloaded=(*_without(shared.unloaded, name), name)))
+            others = shared.without(name)
+            await self._settle(replace(others, unloaded=(*others.unloaded, name)))
 
     async def _settle(self, shared: SharedAdapters) -> None:
         old = SharedAdapters.read(self._folder).loaded
@@ -139,10 +149,6 @@ class SpreadChanges:
             )
 
 
-def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
-    return tuple(other for other in names if other != name)
-
-
 class ReplicaAdapters:
     """The adapters of one replica, as the record has them."""
 
@@ -155,15 +161,15 @@ class ReplicaAdapters:
             folder: The folder of the record.
         """
         self._engine, self._adapters, self._folder = engine, adapters, folder
-        self._prepared: dict[str, AdapterVersion] = {}  # by the file
+        self._prepared: dict[tuple[str, str], AdapterVersion] = {}  # by the name and the file
         self._applied = SharedAdapters()
         self._lock = asyncio.Lock()
 
-    async def prepare(self, name: str, file: str, may_replace: bool) -> GraloraError | None:
+    async def prepare(self, name: str, file: str, may_replace: bool, pin: bool) -> GraloraError | None:
         """Load an adapter whose name does not stand for it yet, or say why that is not possible."""
 
         def work() -> None:
-            self._prepared[file] = self._load(name, Path(file), may_replace=may_replace)
+            self._prepared[name, file] = self._load(name, file, may_replace=may_replace, pin=pin)
 
         return await self._problem_of(work)
 
@@ -195,13 +201,19 @@ class ReplicaAdapters:
                 self._adapters.withdraw(name)
         for name, file in shared.loaded.items():
             if before.loaded.get(name) != file:
-                path = self._folder / file
-                version = self._prepared.pop(str(path), None) or self._load(name, path, may_replace=True)
+                version = self._prepared.pop((name, file), None) or self._load(name, file, may_replace=True, pin=True)
                 self._adapters.commit(version, "")
+        for name, path in shared.named.items():
+            if (prepared := self._prepared.pop((name, path), None)) is not None:
+                self._adapters.commit(prepared, path)
+            elif before.named.get(name) != path:
+                self._adapters.point(name, path)
         self._applied = shared
 
-    def _load(self, name: str, file: Path, *, may_replace: bool) -> AdapterVersion:
-        return load_adapter(self._engine, name, lambda: file, may_replace=may_replace)
+    def _load(self, name: str, file: str, *, may_replace: bool, pin: bool) -> AdapterVersion:
+        if not pin:
+            return self._adapters.prepare(name, file, may_replace=may_replace, pin=False)
+        return load_adapter(self._engine, name, lambda: self._folder / file, may_replace=may_replace)
 
     async def _problem_of(self, work: Callable[[], None]) -> GraloraError | None:
         try:
