@@ -125,6 +125,26 @@ def test_requests_join_and_leave_between_steps(exported: Exported) -> None:
     assert recorder.prompt == sum(len(prompt) for prompt, _, _ in asked)
 
 
+def test_a_defect_in_a_step_ends_its_requests_and_nothing_else(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler, decoder, recorder = scheduler_of(exported[0])
+    ran = recorder.ran
+    monkeypatch.setattr(recorder, "ran", lambda *_: 1 / 0)
+    first = Caller()
+    scheduler.submit([(request([5, 6, 7]), first.events.put)])
+    scheduler.start()
+    with pytest.raises(RunError, match="log says why"):
+        first.text()
+    assert "a step ended halfway" in caplog.text
+    monkeypatch.setattr(recorder, "ran", ran)
+    second = Caller()
+    scheduler.submit([(request([5, 6, 7]), second.events.put)])
+    assert second.text()
+    scheduler.stop()
+    assert (decoder.free, recorder.failures) == (2, 1)
+
+
 def test_a_long_prompt_is_read_in_chunks_beside_an_answer(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, decoder, _ = scheduler_of(exported[0])
     steps: list[list[int]] = []
@@ -311,7 +331,7 @@ def test_rows_of_one_key_run_together_and_a_wrong_one_fails_alone() -> None:
     assert [jobs[index].result.result() for index in (0, 1, 2, 4, 5)] == ["FIRST", "A", "OTHER", "B", "C"]
     with pytest.raises(ServingError, match=r"^wrong$"):
         jobs[3].result.result()
-    with pytest.raises(RunError, match="the server's log says why"):
+    with pytest.raises(RunError, match="log says why"):
         jobs[6].result.result()
     with pytest.raises(StoppedError):
         batches.put([RowJob("x", 1, "late")])

@@ -109,8 +109,16 @@ class ContinuousScheduler(JobQueue[TextJob]):
     def _turn(self) -> None:
         self._free()
         self._admit()
-        if self._rows:
+        if not self._rows:
+            return
+        try:
             self._step()
+        except Exception as error:  # a defect of the service: nobody waits for ever, and later requests are answered
+            _logger.exception("a step ended halfway; its %d requests are told", len(self._rows))
+            self._observer.failed()
+            for job in self._rows.values():
+                if not job.is_done:
+                    job.fail(error)
 
     def _free(self) -> None:
         """Close the rows of requests that have ended or were given up."""
