@@ -34,12 +34,13 @@ from gralora_fx.exporters.fx_passes.plain_forms import (
 from gralora_fx.exporters.fx_passes.retrace import Decompose, FoldNumbers, functionalize, note_values
 from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES
-from gralora_fx.exporters.translation.operators import (
-    TRANSLATIONS,
+from gralora_fx.exporters.translation.operators import TRANSLATIONS
+from gralora_fx.exporters.translation.torch_operators import (
     batch_norm,
     dot_product_attention,
     fft_fftn,
     histc,
+    softplus,
     update_forms,
 )
 from gralora_fx.exporters.translation.weights import weight_tensor
@@ -214,6 +215,7 @@ def _registry() -> Any:
     registry.register_op(_aten.batch_norm.default, batch_norm)
     registry.register_op(_aten.fft_fftn.default, fft_fftn)
     registry.register_op(_aten.histc.default, histc)
+    registry.register_op(_aten.softplus.default, softplus)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry

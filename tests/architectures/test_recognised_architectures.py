@@ -18,7 +18,7 @@ import transformers.models
 from torch import nn
 
 from gralora_fx.tracing.capture import DROP_PATH
-from gralora_fx.tracing.patches.decoder_operators import ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
+from gralora_fx.tracing.patches.decoder_operators import ANGLES_OF_GRIDS, ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
 from gralora_fx.tracing.patches.recognised import Recognised
 from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE
 from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
@@ -58,6 +58,9 @@ DROP_PATHS = """
     swin swin2sr swinv2 timesformer tipsv2 videomt vitdet vjepa2 x_clip
 """
 ATTENTION = "falcon"
+ANGLES = """
+    cosmos3_edge hy_v4_vl qwen3_5 qwen3_5_moe qwen3_omni_moe qwen3_vl qwen3_vl_moe qwen4_exp
+"""
 CAUSAL_CONVS = """
     bailing_hybrid bamba falcon_h1 falcon_mamba glm5_next granitemoehybrid inkling inkling2 inkling2_loop jamba
     kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next
@@ -74,7 +77,14 @@ GATED_NORMALISATIONS = """
 """
 
 # in the source of what may be recognised
-_TELLING = ("variance_epsilon", "apply_rotary_pos_emb", "DropPath", "FalconAttention", "causal_conv1d_fn")
+_TELLING = (
+    "variance_epsilon",
+    "apply_rotary_pos_emb",
+    "DropPath",
+    "FalconAttention",
+    "causal_conv1d_fn",
+    "recomposition_frequencies",
+)
 
 
 @cache
@@ -109,6 +119,7 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
     [
         (NORMS, [RMS_NORM]),
         (ROTARY_EMBEDDINGS, [ROTARY_EMBEDDING]),
+        (ANGLES, [ANGLES_OF_GRIDS]),
         (DROP_PATHS, [DROP_PATH]),
         (ATTENTION, ATTENTIONS),
         (CAUSAL_CONVS, [CAUSAL_CONV]),
@@ -120,6 +131,7 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
     ids=[
         "norm",
         "rotary embedding",
+        "angles of grids",
         "stochastic depth",
         "attention of a model's own",
         "causal convolution",

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from gralora_fx import trace
+from gralora_fx.operators.state_spaces import CausalConv
 from gralora_fx.tracing.inputs.cache import returned_cache
+from gralora_fx.tracing.patches.decoder_operators import IN_DECODERS
 from gralora_fx.tracing.patches.recognised import replaced
 from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE, RECURRENCES
 from tests.architectures.tiny_decoders import tiny_decoder
@@ -42,3 +45,23 @@ def test_a_prompt_and_a_step_give_what_the_model_gives(name: str) -> None:
         with replaced(model, RECURRENCES):
             actual = answers()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_convolution_takes_the_state_of_its_layer_and_gives_the_next() -> None:
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    graph = trace(tiny_decoder("Lfm2ForCausalLM", **layers), task="text-generation-with-past").graph_module.graph
+    ((node, conv),) = CausalConv.all_in(graph)
+    assert conv.state.op == "placeholder"
+    kept = next(user for user in node.users if user.args[1] == 1)
+    assert kept in graph.output_node().all_input_nodes
+
+
+def test_a_text_without_images_has_one_angle_a_position() -> None:
+    model = tiny_decoder("Qwen3_5ForCausalLM")
+    rotary, positions = model.model.rotary_emb, torch.tensor([[0, 1, 5], [2, 3, 4]])
+    x = torch.zeros(2, 3, 8)
+    for given in (positions.expand(3, -1, -1), torch.stack([positions, positions + 1, positions + 2])):
+        expected = rotary(x, given)
+        with replaced(model, IN_DECODERS):
+            assert "forward" in vars(rotary)
+            torch.testing.assert_close(rotary(x, given), expected)

@@ -218,9 +218,27 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: 
     return query, key
 
 
+def _angles(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions in time, height and width, which are the same of a text without images."""
+    if position_ids.stride(0):  # positions of their own
+        result: tuple[Tensor, Tensor] = type(module).forward(module, x, position_ids)
+        return result
+    angles = position_ids[0].unsqueeze(-1).float() * module.inv_freq.float()
+    angles = torch.cat([angles, angles], dim=-1)
+    cos, sin = (part * module.attention_scaling for part in (angles.cos(), angles.sin()))
+    return cos.to(x.dtype), sin.to(x.dtype)
+
+
 RMS_NORM = Recognised("llama.modeling_llama:LlamaRMSNorm.forward", _norm)
 ROTARY_EMBEDDING = Recognised("llama.modeling_llama:apply_rotary_pos_emb", _rotate_both, beside=("rotate_half",))
-IN_DECODERS = (RMS_NORM, ROTARY_EMBEDDING)
+ANGLES_OF_GRIDS = Recognised(
+    "qwen3_5.modeling_qwen3_5:Qwen3_5TextRotaryEmbedding.forward",
+    _angles,
+    ending="RotaryEmbedding",
+    beside=("recomposition_frequencies",),  # which leaves equal angles as they are
+    fits=lambda module: "dynamic" not in module.rope_type and module.rope_type != "longrope",
+)
+IN_DECODERS = (RMS_NORM, ROTARY_EMBEDDING, ANGLES_OF_GRIDS)
 
 
 def _falcon(

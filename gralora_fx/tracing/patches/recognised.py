@@ -32,7 +32,7 @@ class Recognised:
             `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
         replacement: Takes the same arguments and gives the same results; a method's takes the module first.
         ending: How the names of the classes end whose method may be it, or several such endings.
-        beside: Functions that a Python module must have of the same code too, since the function calls them.
+        beside: Functions or methods that must be of the same code too, since it calls them.
         fits: Whether a module with the method is one that the replacement is for.
     """
 
@@ -48,10 +48,13 @@ class Recognised:
         return self.place.partition(":")[2].split(".")
 
     def is_method_of(self, kind: type[nn.Module]) -> bool:
-        """Whether a class has the method."""
-        name = self.path[-1]
+        """Whether a class has the method, and those beside it."""
+        names = (self.path[-1], *self.beside)
         is_one = len(self.path) == 2 and kind.__name__.endswith(self.ending)
-        return is_one and same_code(getattr(kind, name, None), getattr(getattr(self._module(), self.path[0]), name))
+        if not is_one or not all(hasattr(kind, name) for name in names):
+            return False
+        own = getattr(self._module(), self.path[0])
+        return all(same_code(getattr(kind, name), getattr(own, name)) for name in names)
 
     def is_function_of(self, module: ModuleType) -> bool:
         """Whether a Python module has the function, and those beside it."""

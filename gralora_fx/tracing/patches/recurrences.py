@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from gralora_fx.operators.layers import RmsNorm
 from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv
+from gralora_fx.tracing.patches.cached_states import conv_read
 from gralora_fx.tracing.patches.recognised import Recognised
 
 _SILU = ("silu", "swish")
@@ -24,10 +25,22 @@ _L2_EPS = 1e-6  # what transformers adds to a sum of squares
 def _convolve(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
 ) -> Tensor:
-    """A causal convolution of each channel, `[batch, channels, length]`, with its activation."""
-    y, _next = CausalConv.compute_with_state(
-        x=hidden_states, weight=weight.unsqueeze(1), bias=bias, state=None, silu=activation in _SILU
+    """A causal convolution of each channel, `[batch, channels, length]`, with its activation.
+
+    Of a read of a cache, which is inputs that were kept and new ones, it gives what there is for the new ones.
+    """
+    read = conv_read(hidden_states)
+    if read is not None and read.kept.shape[-1] != weight.shape[-1] - 1:
+        read = None
+    y, state = CausalConv.compute_with_state(
+        x=hidden_states if read is None else read.new,
+        weight=weight.unsqueeze(1),
+        bias=bias,
+        state=None if read is None else read.kept,
+        silu=activation in _SILU,
     )
+    if read is not None:
+        read.keep(state)
     return y if activation is None or activation in _SILU else ACT2FN[activation](y)
 
 

@@ -1,0 +1,121 @@
+"""Qwen3.5 and LFM2 beside onnxruntime-genai's own builder: seconds of a prompt and of a token, float32 and int4.
+
+Random weights at the widths of LFM2-350M and Qwen3.5-0.8B, with fewer layers and a smaller vocabulary. Both graphs are
+driven by onnxruntime-genai, in turns, in one process, with the same threads, loaded anew for every prompt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoTokenizer,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+)
+
+from benchmarks import smollm2
+from benchmarks.genai import build, open_model, run_process, token_times
+from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.sources.model_files import EXPORT_FILE
+
+RUNS = Path("runs/hybrids_genai")
+OURS, GENAI = "ours", "genai's builder"
+THREADS, CONTEXT, STEPS, LAYERS, VOCABULARY = 2, 1000, 32, 8, 49152
+_SHARED = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def compare(report: Report, iterations: int = 6) -> None:
+    """Measure both models in both precisions.
+
+    Args:
+        report: Gets a table and two promises for each.
+        iterations: Prompts that each graph is timed on.
+    """
+    for name, make in (("LFM2", _lfm2), ("Qwen3.5", _qwen3_5)):
+        ours, theirs = make(RUNS / name)
+        for precision in ("fp32", "int4"):
+            graphs = {
+                OURS: _export(ours, RUNS / name / f"ours_{precision}", precision),
+                GENAI: _built(theirs, RUNS / name / f"genai_{precision}", precision),
+            }
+            _compare_speed(report, f"{name}, {precision}", graphs, iterations)
+
+
+def _lfm2(directory: Path) -> tuple[Path, Path]:
+    """LFM2 at the widths of LFM2-350M; both builders read one checkpoint."""
+    path = directory / "model"
+    if not (path / "config.json").is_file():
+        layers = ["full_attention" if layer in (2, 5) else "conv" for layer in range(LAYERS)]
+        sizes = {"hidden_size": 1024, "intermediate_size": 4608, "num_attention_heads": 16, "num_key_value_heads": 8}
+        kinds = {"num_hidden_layers": LAYERS, "layer_types": layers, "block_auto_adjust_ff_dim": False}
+        torch.manual_seed(0)
+        _save(Lfm2ForCausalLM(Lfm2Config(**_SHARED, **sizes, **kinds, conv_L_cache=3)), path)
+    return path, path
+
+
+def _qwen3_5(directory: Path) -> tuple[Path, Path]:
+    """Qwen3.5 at the widths of its 0.8B model: the text model, and with a small vision tower, as genai takes it."""
+    text, whole = directory / "text", directory / "whole"
+    if not (whole / "config.json").is_file():
+        sizes = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2}
+        vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 1024}
+        fields = {**_SHARED, **sizes, "num_hidden_layers": LAYERS, "head_dim": 256, "linear_num_value_heads": 16}
+        torch.manual_seed(0)
+        model = Qwen3_5ForConditionalGeneration(
+            Qwen3_5Config(text_config=fields, vision_config=vision, tie_word_embeddings=True)
+        )
+        part = Qwen3_5ForCausalLM(model.config.text_config)
+        part.model.load_state_dict(model.model.language_model.state_dict())
+        _save(part, text)
+        _save(model, whole)
+    return text, whole
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(smollm2.base(RUNS / "base")).save_pretrained(directory)
+
+
+def _export(model: Path, output: Path, precision: str) -> Path:
+    if not (output / EXPORT_FILE).is_file():
+        progress(f"export of {output}")
+        command = ["export", "--model", model, "--task", "text-generation-with-past", "--output", output, "--no-verify"]
+        run_process(
+            ["-m", "gralora_fx.cli", *command, *([] if precision == "fp32" else ["--quantize", precision])], output
+        )
+    return output
+
+
+def _built(model: Path, output: Path, precision: str) -> Path:
+    return output if (output / "genai_config.json").is_file() else build(model, output, precision, RUNS / "cache")
+
+
+def _compare_speed(report: Report, title: str, graphs: Mapping[str, Path], iterations: int) -> None:
+    prompt: dict[str, list[float]] = {name: [] for name in graphs}
+    token: dict[str, list[float]] = {name: [] for name in graphs}
+    numbers = np.random.default_rng(0)
+    for iteration in range(-1, iterations):
+        progress(f"{title}, prompt {iteration + 2} of {iterations + 1}")
+        ids = numbers.integers(10, VOCABULARY - 10, (1, CONTEXT)).astype(np.int32)
+        for name in list(graphs)[:: 1 if iteration % 2 else -1]:
+            times = token_times(open_model(graphs[name], THREADS), ids, STEPS)
+            if iteration >= 0:
+                prompt[name].append(times[0])
+                token[name].append(statistics.median(times[1:]))
+    rows: list[Mapping[str, Any]] = []
+    for what, times in ((f"prompt of {CONTEXT}", prompt), ("token", token)):
+        rows += [{"what": what, "graph": name, "ms": 1e3 * statistics.median(series)} for name, series in times.items()]
+        ratio = Ratio.between(times[OURS], times[GENAI])
+        text = f"{title}, {what} over genai's graph (pairwise {ratio.median_of_pairs:.2f})"
+        report.claims.append(Claim(text, ratio.of_medians, at_most=1.0))
+    report.tables.append(Table(f"{title}: {CONTEXT} tokens, then {STEPS} more, {THREADS} threads", rows))
