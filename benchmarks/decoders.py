@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -73,19 +74,16 @@ def _reason(result: Found) -> str:
 
 def _report(entries: Sequence[Found]) -> Report:
     known = known_to_genai()
-    rows = []
-    for result in entries:
-        checked = result.result
-        rows.append(
-            {
-                "architecture": result.name,
-                "result": "holds" if _holds(result) else _reason(result),
-                "fused": checked.fused if checked else "",
-                "not fused": len(checked.plain) if checked else "",
-                "genai": "knows it" if result.name in known else "",
-                "seconds": result.seconds,
-            }
-        )
+    rows = [
+        {
+            "architecture": result.name,
+            "result": "holds" if _holds(result) else _reason(result),
+            **_how(result.result),
+            "genai": "knows it" if result.name in known else "",
+            "seconds": result.seconds,
+        }
+        for result in entries
+    ]
     holding = [result for result in entries if _holds(result)]
     report = Report("decoders", f"decoders: {len(holding)} of {len(entries)} hold", [Table("every causal LM", rows)])
     plain = sorted({f"{r.name}: {why}" for r in entries if r.result for why in r.result.plain.values()})
@@ -93,7 +91,20 @@ def _report(entries: Sequence[Found]) -> Report:
     report.notes.append(f"genai: classes that the builder of onnxruntime-genai {version('onnxruntime-genai')} takes")
     unfused = [r for r in holding if r.name in known and r.result and (r.result.plain or not r.result.fused)]
     report.claims = [
-        Claim("decoders that hold", float(len(holding)), at_least=100),
+        Claim("decoders that hold", float(len(holding)), at_least=170),
         Claim("decoders that genai knows and hold with attention not fused", float(len(unfused)), at_most=0),
     ]
     return report
+
+
+def _how(checked: Checked | None) -> dict[str, str]:
+    """What a step keeps, which operators compute it, what they do not and why; empty if there is no export."""
+    if checked is None:
+        return dict.fromkeys(("keeps", "operators", "not fused", "rows of their own lengths"), "")
+    counts = Counter(checked.plain.values())
+    return {
+        "keeps": ", ".join(checked.cache),
+        "operators": ", ".join(f"{count} {name}" for name, count in sorted(checked.operators.items())),
+        "not fused": "; ".join(f"{count} x {why}" if count > 1 else why for why, count in counts.items()),
+        "rows of their own lengths": checked.one_length or "yes",
+    }

@@ -13,7 +13,7 @@ from gralora_fx.exporters.artifact.companions import write_genai_config
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, marking_passes, with_rows
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
-from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
+from gralora_fx.exporters.fx_passes.export_graphs import step_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
@@ -69,7 +69,7 @@ def decoder_models(conversion: Conversion) -> Models:
     options, log = conversion.options, conversion.log
     casts = CastGraph(options.precision, len(cached_slots(conversion.traced.example_inputs)))
     model = translate(
-        graph_to_translate(conversion.traced),
+        step_to_translate(conversion.traced),
         match_rms_norms,
         match_rotary,
         match_attention,

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache
 
-from gralora_fx.compat.torch_graphs import tree_info, tree_unflatten
+from gralora_fx.compat.torch_graphs import tree_info, tree_leaves, tree_unflatten
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.fx_passes.matching import is_size
@@ -73,6 +73,30 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
     if traced.example_inputs.get(PAST) is not None and is_noted:
         return graph_module
     return _as_operators(graph_module, traced)
+
+
+def step_to_translate(traced: TracedModel) -> fx.GraphModule:
+    """The graph of a decoder's step that returns logits and the cache alone, whatever the model returns beside them.
+
+    Args:
+        traced: The trace, with adapters folded.
+
+    Raises:
+        ExportError: See `graph_to_translate`.
+    """
+    graph_module = graph_to_translate(traced)
+    output = graph_module.graph.output_node()
+    results: Any = output.args[0]
+    named = tree_unflatten(results, tree_info(graph_module.graph).out_spec)
+    others = [value for name, value in named.items() if name != "logits" and not isinstance(value, Cache)]
+    beside = {node for node in tree_leaves(others) if isinstance(node, fx.Node)}
+    if not beside:
+        return graph_module
+    output.args = (tuple(node for node in results if node not in beside),)
+    graph_module.graph.set_codegen(fx.graph.CodeGen())  # its outputs are those of its form no more
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
 
 
 def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:

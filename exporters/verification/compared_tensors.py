@@ -39,8 +39,9 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     """The tensors of a model's return value by name, nested ones by their path."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
-    if returned_cache(outputs) is not None:
-        return flat(outputs)
+    if (cache := returned_cache(outputs)) is not None:
+        step = outputs if isinstance(cache, EncoderDecoderCache) else {"logits": outputs["logits"], "cache": cache}
+        return flat(step)  # what a decoder's model returns beside them is not exported
     if isinstance(outputs, (list, tuple)):
         outputs = {str(index): value for index, value in enumerate(outputs)}
     if isinstance(outputs, Mapping):
@@ -79,8 +80,9 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
         slot = slot_of(name)
         if slot is not None and slot.kind.grows is None:
             return value
-        if slot is not None:
-            return value.transpose(1, 2)[mask.bool()] if ".encoder." in name or not has_encoder else value
+        if slot is not None and slot.kind.grows is not None:
+            by_position = value.movedim(slot.kind.grows, 1)
+            return by_position[mask.bool()] if ".encoder." in name or not has_encoder else value
         if has_cache and not has_encoder:
             return value if value.shape[1] == 1 else last_logits(value, mask)
         is_masked = name.startswith("encoder") if has_encoder else value.shape[:2] == mask.shape

@@ -5,9 +5,16 @@ from gralora_fx.compat.versions import fenced
 with fenced("transformers"):
     from transformers.cache_utils import (
         DummyLayer,
+        DynamicIndexedLayer,
         DynamicLayer,
         LinearAttentionAndFullAttentionLayer,
         LinearAttentionLayer,
     )
 
-__all__ = ["DummyLayer", "DynamicLayer", "LinearAttentionAndFullAttentionLayer", "LinearAttentionLayer"]
+__all__ = [
+    "DummyLayer",
+    "DynamicIndexedLayer",
+    "DynamicLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionLayer",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
+from gralora_fx.runtime.export_directory import MODEL_NAME
 from gralora_fx.runtime.session import open_session
 from gralora_fx.serving import load
 from gralora_fx.serving.prompt_answers import Scored
@@ -25,6 +28,19 @@ LENGTHS, ANSWER = (
 TOLERANCE = 1e-3  # of a log-probability
 K = 2
 TASK = "text-generation-with-past"
+# operators that attend, keep a state or choose among experts; and those that repeat what no operator computes at once
+_TELLING = frozenset(
+    {
+        "Attention",
+        "CausalConvWithState",
+        "GroupQueryAttention",
+        "LinearAttention",
+        "Loop",
+        "MoE",
+        "MultiHeadAttention",
+        "Scan",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,9 @@ class Checked:
         sites: Linear layers with adapters.
         answers: How the answers of `generate` to prompts of unequal length differ, given together or alone, from
             transformers'; empty if they do not.
+        operators: How often the graph has each operator that attends, keeps a state or chooses among experts.
+        cache: What a step keeps, by kind, such as `{"key": 2, "value": 2}`.
+        one_length: Why there is no graph whose rows have lengths of their own; empty if there is one.
     """
 
     fused: int
@@ -45,6 +64,9 @@ class Checked:
     equal: bool
     sites: int
     answers: str
+    operators: dict[str, int] = field(default_factory=dict)
+    cache: dict[str, int] = field(default_factory=dict)
+    one_length: str = ""
 
     @property
     def holds(self) -> bool:
@@ -86,9 +108,19 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
         torch.equal(greedy_tokens(DecoderSteps(session, len(ids)), ids, mask), generated(model, ids, mask))
         for ids, mask in prompts(model)
     )
-    assert report.attention is not None
-    plain = dict(report.attention.plain)
-    return Checked(report.attention.fused, plain, equal, len(traced.sites), differing_answers(model, directory))
+    graph = ir.load(directory / MODEL_NAME).graph
+    kept = Counter(str(value.name).split(".")[2] for value in graph.inputs if str(value.name).startswith("past_key_"))
+    attention, rows = report.attention, report.rows
+    return Checked(
+        0 if attention is None else attention.fused,
+        {} if attention is None else dict(attention.plain),
+        equal,
+        len(traced.sites),
+        differing_answers(model, directory),
+        operators=dict(Counter(node.op_type for node in graph.all_nodes() if node.op_type in _TELLING)),
+        cache=dict(kept),
+        one_length=(rows.reason if rows is not None else None) or "",
+    )
 
 
 def greedy_tokens(step: DecoderSteps, ids: Tensor, mask: Tensor) -> Tensor:

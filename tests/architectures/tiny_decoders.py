@@ -5,15 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.architectures.tiny_configs import small_fields, tiny_model
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 # what no rule on names tells: class, fields, and why
 _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "BambaForCausalLM": (_MAMBA, "the widths of its state space are products"),
+    "CohereCompassForCausalLM": (
+        {"rope_parameters": {"full_attention": {**_ROPE, "mrope_section": [1, 1, 2]}}},
+        "its default has no angles",
+    ),
+    "DbrxForCausalLM": (
+        {
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 16, "moe_top_k": 2},
+        },
+        "its parts say nothing of what kind they are",
+    ),
     "DoryForCausalLM": (
         {
             "num_hidden_layers": 3,
@@ -23,6 +36,36 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
         "its layers are three groups",
+    ),
+    "Dots3NoteForCausalLM": (
+        {
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 8,
+            "swa_kv_lora_rank": 8,
+            "swa_head_dim": 16,
+            "swa_qk_nope_head_dim": 8,
+            "swa_v_head_dim": 8,
+            "shared_experts_intermediate_size": 64,
+        },
+        "its layers with a window have sizes of their own",
+    ),
+    "Gemma4AssistantForCausalLM": (
+        {
+            "text_config": {
+                "model_type": "gemma4_text",
+                "hidden_size_per_layer_input": 0,
+                "vocab_size_per_layer_input": 0,
+                "num_hidden_layers": 1,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "vocab_size": 96,
+            }
+        },
+        "it has no inputs of layers",
     ),
     "GPTNeoForCausalLM": (
         {"attention_types": [[["global", "local"], 1]]},
@@ -43,8 +86,27 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Lfm2MoeForCausalLM": ({"layer_types": ["conv", "full_attention"]}, "its default has no kinds of layers"),
     "Mamba2ForCausalLM": ({"head_dim": 16}, "the widths of its state space are products"),
+    "MoshiForCausalLM": (
+        {"sliding_window": 64},
+        "its cache forgets what is before a window, and its mask does not: texts are within the window",
+    ),
     "NemotronHForCausalLM": ({"n_groups": 1}, "groups have to divide its heads"),
+    "Qwen4ExpForCausalLM": (
+        {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 8,
+        },
+        "its default has no indexer",
+    ),
     "RecurrentGemmaForCausalLM": ({"num_hidden_layers": 3}, "its kinds of layers are a pattern of three"),
+    "ReformerModelWithLMHead": (
+        {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+        "the widths of its positions are of one sum",
+    ),
     "XmodForCausalLM": ({"default_language": "en_XX"}, "it runs in a chosen language only"),
 }
 
@@ -63,7 +125,8 @@ def own_fields(name: str) -> dict[str, Any]:
     Args:
         name: The class, such as `"JambaForCausalLM"` or `"JambaForSequenceClassification"`.
     """
-    fields, _ = _EXCEPTIONS.get(f"{name.partition('For')[0]}ForCausalLM", ({}, ""))
+    causal = f"{name.partition('For')[0]}ForCausalLM"
+    fields, _ = _EXCEPTIONS.get(name, _EXCEPTIONS.get(causal, ({}, "")))
     return fields
 
 
@@ -89,5 +152,9 @@ def tiny_config(model_class: type[PreTrainedModel], **fields: Any) -> PreTrained
     own = own_fields(model_class.__name__)
     config_class = model_class.config_class
     assert config_class is not None
-    config: PreTrainedConfig = config_class(**{**small_fields(config_class(), is_decoder=True), **own, **fields})
+    try:
+        default = config_class()
+    except StrictDataclassError:  # one that no model may have
+        default = config_class(**own)
+    config: PreTrainedConfig = config_class(**{**small_fields(default, is_decoder=True), **own, **fields})
     return config

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 from gralora_fx.compat.torch_graphs import tree_map_only
 from gralora_fx.compat.transformers_caches import (
     DummyLayer,
+    DynamicIndexedLayer,
     DynamicLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
@@ -26,11 +27,13 @@ from gralora_fx.compat.transformers_caches import (
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, keeps_state
+from gralora_fx.tracing.inputs.refused_steps import check_has_step
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
 
 PAST = "past_key_values"
+_OF_MORE_THAN_KEYS = (LinearAttentionLayer, DynamicIndexedLayer)  # layers with tensors beside keys and values
 
 
 class CacheLayout(Enum):
@@ -77,6 +80,7 @@ def cached_inputs(
     Raises:
         TraceError: The model has no such cache.
     """
+    check_has_step(model)
     generator = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(), "vocab_size", 100)
     ids = torch.randint(min(3, size - 1), size, (batch, max(past, 1) + length), generator=generator)
@@ -101,7 +105,7 @@ def _first_cache(model: PreTrainedModel) -> DynamicCache:
         cache = DynamicCache(config=model.config)
     except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know
         return DynamicCache()
-    if not any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
+    if not any(isinstance(layer, _OF_MORE_THAN_KEYS) for layer in cache.layers):
         return DynamicCache()
     cache.layers = [_fresh_layer(layer) for layer in cache.layers]
     return cache
@@ -190,12 +194,15 @@ def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
         by_layer.setdefault(slot.layer, {})[slot] = tensor
     for index, layer in enumerate(source.layers):
         own = by_layer.get(index, {})
-        fresh = _fresh_layer(layer) if isinstance(layer, (LinearAttentionLayer, DummyLayer)) else DynamicLayer()
+        fresh = _fresh_layer(layer)
         pair = [tensor for slot, tensor in own.items() if slot.kind.attribute in ("keys", "values")]
         if pair:
             fresh.update(*pair)
         for slot, tensor in own.items():
-            if slot.kind.grows is None:
+            if slot.kind is KINDS["indexer"]:
+                fresh.update_indexer(tensor)
+                fresh.indexer_dtype = None  # so that a run in another precision has the same form
+            elif slot.kind.grows is None:
                 _set_state(fresh, slot, tensor.clone())
         cache.layers.append(fresh)
     return EncoderDecoderCache(cache, DynamicCache()) if isinstance(like, EncoderDecoderCache) else cache
@@ -203,8 +210,8 @@ def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
 
 def _fresh_layer(layer: Any) -> Any:
     """An empty layer of the same kinds of state, which keeps every position."""
-    if isinstance(layer, DummyLayer):
-        return DummyLayer()
+    if isinstance(layer, (DummyLayer, DynamicIndexedLayer)):
+        return type(layer)()
     if not isinstance(layer, LinearAttentionLayer):
         return DynamicLayer()
     kind = LinearAttentionAndFullAttentionLayer if isinstance(layer, DynamicLayer) else LinearAttentionLayer
@@ -217,7 +224,7 @@ def _set_state(layer: Any, slot: CacheSlot, state: Tensor) -> None:
     layer.has_previous_state[slot.number] = True
     if slot.kind is KINDS["conv"]:
         layer.conv_kernel_size[slot.number] = state.shape[-1]
-        layer.dtype, layer.device = state.dtype, state.device
+        layer.device = state.device  # and no dtype, so that a run in another precision has the same form
 
 
 def own_cache(cache: Cache) -> Cache:

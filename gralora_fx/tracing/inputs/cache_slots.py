@@ -49,6 +49,8 @@ KINDS = {
     for kind in (
         StateKind("key", "keys", grows=2, axes=_POSITIONS),  # [batch, key heads, positions, size]
         StateKind("value", "values", grows=2, axes=_POSITIONS),
+        # [batch, positions, size], by which sparse attention chooses its keys
+        StateKind("indexer", "indexer_keys", grows=1, axes=("batch_size", "past_sequence_length", "index_size")),
         StateKind("conv", "conv_states"),  # [batch, channels, kernel - 1], the last inputs of a causal convolution
         StateKind("recurrent", "recurrent_states"),  # [batch, heads, ...], what a recurrence has summed up
     )

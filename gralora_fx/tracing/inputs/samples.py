@@ -215,7 +215,13 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if PAST in sample and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
             return _widen_step(model, sample)
-        return cached_inputs(model)  # the values do not matter, and the sizes would have to be changed consistently
+        step = cached_inputs(model)  # the values do not matter, and the sizes would have to be changed consistently
+        if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
+            raise TraceError(
+                f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
+                "trace it without them, or for a task without a cache"
+            )
+        return step
     if isinstance(model, PreTrainedModel):
         accepted = inspect.signature(model.forward).parameters
         for mask, ids in _MASKS.items():

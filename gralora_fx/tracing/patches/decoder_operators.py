@@ -35,6 +35,7 @@ from gralora_fx.operators.layers import RmsNorm, Rotate
 from gralora_fx.tracing.inputs.cache import tensors_of
 from gralora_fx.tracing.inputs.cache_slots import StateKind
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
+from gralora_fx.tracing.patches.sparse_attention import only_chosen, symbolic_counts
 
 _Axis = tuple[int, int]  # a tensor among a step's, and one of its axes
 _linear, _cat = nn.functional.linear, torch.cat
@@ -53,7 +54,14 @@ def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iter
     """
     noted = patch.object(model, "forward", _with_noted_sizes(model.forward, _equal_sizes(inputs)))
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
-    with noted, without_stacks, shape_only_ops(), _attention_as_operators(model), replaced(model, IN_DECODERS):
+    with (
+        noted,
+        without_stacks,
+        shape_only_ops(),
+        _attention_as_operators(model),
+        replaced(model, IN_DECODERS),
+        symbolic_counts(model),
+    ):
         yield
 
 
@@ -137,7 +145,9 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The operator behind transformers' attention interface."""
-    scale = options.get("scaling")
+    scale, chosen = options.get("scaling"), options.get("indices")
+    if chosen is not None and attention_mask is not None:
+        attention_mask = only_chosen(attention_mask, chosen)
     result = Attention.compute(
         query=query,
         key=key,

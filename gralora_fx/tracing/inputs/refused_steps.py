@@ -1,0 +1,41 @@
+"""Decoders of transformers whose step is not a graph of new tokens and a cache, by name, each with the reason."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gralora_fx.errors import TraceError
+
+if TYPE_CHECKING:  # imports much that serving does not need
+    from transformers import PreTrainedModel
+
+_WITHOUT = 'task="text-generation" traces it without a cache'
+_NOTHING = "no task traces it"
+# by the configuration's `model_type`: why, and what to do
+_REFUSED = {
+    "blt": ("it reads patches of bytes, whose lengths the entropies of another model decide", _NOTHING),
+    "cpmant": ("every step is given the whole text, before which it puts a prompt of its own", _NOTHING),
+    "gemma4_assistant": ("it reads the keys and values of the model that it drafts for, and keeps none", _NOTHING),
+    "gemma4_unified_assistant": ("it reads the keys and values of the model that it drafts for", _NOTHING),
+    "musicgen_decoder": ("each text of it is several rows of codes of sound, which are embedded as one", _NOTHING),
+    "musicgen_melody_decoder": ("each text of it is several rows of codes of sound, embedded as one", _NOTHING),
+    "openai-gpt": ("its forward takes no cache, so that every step reads the whole text", _WITHOUT),
+    "prophetnet": ("after a cache it reads one token at a time, by another computation than a prompt's", _WITHOUT),
+    "reformer": ("its cache is of hidden states, which random hashes sort into buckets", _NOTHING),
+    "xlm": ("it generates at a mask token behind the text, and returns no cache", _WITHOUT),
+    "xlnet": ("it generates at a mask token behind the text, and its memory is hidden states (mems)", _WITHOUT),
+}
+
+
+def check_has_step(model: PreTrainedModel) -> None:
+    """Check that a decoder's step takes new tokens and a cache, and gives logits and the cache's next state.
+
+    Args:
+        model: A decoder, of which such a step is to be traced.
+
+    Raises:
+        TraceError: It is one of those whose step does not.
+    """
+    if (refused := _REFUSED.get(model.config.model_type)) is not None:
+        why, remedy = refused
+        raise TraceError(f"{type(model).__name__} has no step with a cache that a graph can hold: {why}; {remedy}")

@@ -1,0 +1,39 @@
+"""A decoder whose step is not a graph of new tokens and a cache is refused by name, with the reason and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gralora_fx import trace
+from gralora_fx.errors import TraceError
+from gralora_fx.tracing.inputs.cache import cached_inputs
+from tests.architectures.tiny_decoders import tiny_decoder
+
+pytestmark = pytest.mark.quick
+STEP = "text-generation-with-past"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("CpmAntForCausalLM", "every step is given the whole text"),
+        ("Gemma4AssistantForCausalLM", "it reads the keys and values of the model that it drafts for"),
+        ("MusicgenForCausalLM", "several rows of codes of sound"),
+        ("OpenAIGPTLMHeadModel", 'its forward takes no cache.*; task="text-generation" traces it without a cache'),
+        ("ProphetNetForCausalLM", "after a cache it reads one token at a time"),
+        ("ReformerModelWithLMHead", "random hashes sort into buckets"),
+        ("XLNetLMHeadModel", "its memory is hidden states"),
+    ],
+)
+def test_the_reason_is_told(name: str, why: str) -> None:
+    with pytest.raises(TraceError, match=f"{name} has no step with a cache that a graph can hold: .*{why}"):
+        trace(tiny_decoder(name), task=STEP)
+
+
+def test_an_input_that_a_step_does_not_take_is_not_left_out_in_silence() -> None:
+    model = tiny_decoder("LlamaForCausalLM", num_hidden_layers=1)
+    inputs = cached_inputs(model)
+    ids = inputs.pop("input_ids")
+    with pytest.raises(TraceError, match=r"input_ids.* alone, and the example has inputs_embeds too"):
+        trace(model, {**inputs, "inputs_embeds": torch.zeros(*ids.shape, 32)}, task=STEP)
