@@ -50,7 +50,7 @@ class LowerExperts:
             build, attributes = Builder(graph), moe_attributes(experts.gate)
             reason = attributes if isinstance(attributes, str) else _problem(experts)
             if isinstance(attributes, str) or reason is not None:
-                skipped.append(Skip(layer_of(node), f"{reason}, so its experts are computed in a loop"))
+                skipped.append(Skip(layer_of(node), f"{reason}, so its experts are computed in a loop, in floats"))
                 build.replace(node, loop_over_experts(build, experts, f"{node.outputs[0].name}.loop"))
             else:
                 build.replace(node, _routed(build, experts, attributes, node))
@@ -88,6 +88,22 @@ def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transpos
     if is_up and gate.layout == HALVES:
         return np.stack(np.split(matrix, 2), axis=1).reshape(matrix.shape)
     return matrix.repeat(2, axis=0) if is_up and _is_read_twice(gate) else matrix
+
+
+def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
+    """One expert's matrix with the rows in the model's order: `arranged`, inverted.
+
+    Args:
+        matrix: As the operator reads it.
+        gate: As of `arranged`.
+        is_up: Likewise.
+        is_transposed: Likewise.
+    """
+    if is_up and gate.layout == HALVES:
+        matrix = np.concatenate([matrix[::2], matrix[1::2]])
+    elif is_up and _is_read_twice(gate):
+        matrix = matrix[::2]
+    return matrix.T if is_transposed else matrix
 
 
 def _is_read_twice(gate: ExpertGate) -> bool:

@@ -16,6 +16,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import (
     replace_product,
     unquantized,
 )
+from gralora_fx.exporters.onnx_passes.expert_blocks import quantize_experts
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
 from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.quantization.formats import Blocks, Format
@@ -53,10 +54,16 @@ class QuantizeWeights:
             if matrix is not None and form is not None:
                 products.of(form).multiply(node, matrix)
                 multiplications += 1
+        experts, floats = quantize_experts(model, self.plan)
         counts = Counts.of(
-            (writer.form, *matrix.sizes, matrix.tensor.dtype.bitwidth)
-            for writer in products.all
-            for matrix in writer.matrices
+            [
+                *(
+                    (writer.form, *matrix.sizes, matrix.tensor.dtype.bitwidth)
+                    for writer in products.all
+                    for matrix in writer.matrices
+                ),
+                *experts,
+            ]
         )
         for name in sorted(tables):
             form = self.plan.format_of([name])
@@ -64,8 +71,9 @@ class QuantizeWeights:
                 products.of(form).store_table(name)
         lookups = sum(writer.look_up() for writer in products.all)
         drop_unread(model.graph, [str(matrix.value.name) for writer in products.all for matrix in writer.matrices])
+        multiplications += len(experts)
         counts = counts._replace(multiplications=multiplications, lookups=lookups)
-        return PassResult(multiplications + lookups, unquantized(model), summary=counts)
+        return PassResult(multiplications + lookups, (*unquantized(model), *floats), summary=counts)
 
     def _part(self, model: ir.Model) -> None:
         """Multiply by each part of a matrix whose parts have several formats."""

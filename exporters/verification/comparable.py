@@ -20,6 +20,7 @@ from gralora_fx.exporters.onnx_passes.quantized_products import QuantizedProduct
 from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.translation.translate import OPSET
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
+from gralora_fx.exporters.verification.expert_references import experts_in_floats
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
@@ -116,6 +117,7 @@ def _in_float32(model: ir.Model) -> None:
             value.const_value = _as_float32(tensor)
     for product in quantized_products(model):
         _multiply_in_float32(model.graph, product)
+    experts_in_floats(model)
     for node in model.graph.all_nodes():
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOAT32)

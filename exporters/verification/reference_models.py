@@ -20,6 +20,7 @@ from gralora_fx.exporters.folding.initializers import ProductWeight, product_wei
 from gralora_fx.exporters.folding.matching_weights import weight_entries
 from gralora_fx.exporters.folding.requantize import stored_values
 from gralora_fx.exporters.fx_passes.cast_graph import DTYPES, cast_graph, precision_of
+from gralora_fx.exporters.verification.expert_references import rounded_experts
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.graph.surgery import copy_graph
@@ -75,11 +76,12 @@ def reference_model(
         return reference
     stored = _stored_weights(directory, traced)
     found = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls and site.path in stored}
-    if quantized.values != sum(found.values()):
+    experts, of_experts = rounded_experts(directory, reference)
+    if quantized.values != sum(found.values()) + of_experts:
         raise ExportError(
-            f"the export holds {quantized.values:,} quantized values and the model's linear layers "
-            f"{sum(found.values()):,} of them, so it cannot be compared with a model of the same rounded weights; "
-            "export with verify=False and judge the export by its results"
+            f"the export holds {quantized.values:,} quantized values and the model's linear layers and experts "
+            f"{sum(found.values()) + of_experts:,} of them, so it cannot be compared with a model of the same rounded "
+            "weights; export with verify=False and judge the export by its results"
         )
     weights = {site.path: _rounded(site, stored[site.path]) for site in reference.sites if site.path in stored}
     shared = [
@@ -88,7 +90,7 @@ def reference_model(
         if quantized.lookups and site.path in stored and _is_shared(reference, site, stored[site.path].weight)
     ]
     tables = {id(site.weight): weights.pop(site.path) for site in shared}
-    return _with_parameters(replace_weights(reference, weights), tables)
+    return _with_parameters(replace_weights(reference, weights), tables | experts)
 
 
 class _StoredWeight(NamedTuple):

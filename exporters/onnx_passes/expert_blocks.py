@@ -1,0 +1,121 @@
+"""Experts with matrices in blocks: `QMoE`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
+from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
+from gralora_fx.exporters.onnx_passes.expert_products import MOE
+from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
+from gralora_fx.exporters.quantization.formats import Blocks, Format
+from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived, entries_of
+from gralora_fx.graph.pipeline import Skip
+
+QMOE = "QMoE"
+# which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
+MATRICES = {MOE: ((2, 2), (4, 4)), QMOE: ((2, 11), (5, 12))}
+OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_level")
+_UP, _DOWN = (at for at, _ in MATRICES[MOE])
+
+
+def quantize_experts(
+    model: ir.Model, plan: QuantizationPlan
+) -> tuple[list[tuple[Format, int, int, int]], tuple[Skip, ...]]:
+    """Store the matrices of experts in blocks, as the plan says; in place.
+
+    Before: `y = MoE(x, scores, up, up_bias, down, down_bias)`
+    After:  `y = QMoE(x, scores, up_Q4, up_scales, up_bias, down_Q4, down_scales, down_bias, zero points)`
+
+    Args:
+        model: The model.
+        plan: The format of each matrix.
+
+    Returns:
+        The matrices that are in blocks now, as `Counts.of` takes them, and the layers that stay float, with the reason.
+    """
+    matrices: list[tuple[Format, int, int, int]] = []
+    skipped = []
+    for node in list(model.graph.all_nodes()):
+        if (node.domain, node.op_type) != (MICROSOFT, MOE):
+            continue
+        weights = [value for value in (node.inputs[_UP], node.inputs[_DOWN]) if value is not None]
+        form, other = (plan.format_of([str(value.name)]) for value in weights)
+        if not isinstance(form, Blocks) or form != other:
+            skipped.append(Skip(str(weights[0].name), "its experts stay float: no size of blocks divides their widths"))
+            continue
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        blocks = [_initializers(model.graph, value, form) for value in weights]
+        new = _in_blocks(node, blocks, form)
+        replace_value(new.outputs[0], node.outputs[0])
+        graph.insert_before(node, new)
+        graph.remove(node, safe=True)
+        for value in weights:
+            assert value.shape is not None
+            experts, outputs, inputs = (int(size) for size in value.shape.numpy())
+            matrices.append((form, inputs, experts * outputs, value.dtype.bitwidth if value.dtype else 32))
+        drop_unread(model.graph, [str(value.name) for value in weights])
+    return matrices, tuple(skipped)
+
+
+def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.Node:
+    """The operator with blocks, in the place of one with floats."""
+    (up, up_scales, *up_zeros), (down, down_scales, *down_zeros) = blocks
+    up_bias, down_bias = (node.inputs[at + 1] if len(node.inputs) > at + 1 else None for at in (_UP, _DOWN))
+    operands = [*node.inputs[:2], up, up_scales, up_bias, down, down_scales, down_bias]
+    if up_zeros:
+        operands += [None, None, None, *up_zeros, *down_zeros]
+    attributes: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes |= {"expert_weight_bits": form.bits, "block_size": form.block_size, "weights_prepacked": 0}
+    if form.accuracy_level:
+        attributes["accuracy_level"] = form.accuracy_level
+    new = ir.node(QMOE, operands, attributes, domain=MICROSOFT, version=1)
+    new.metadata_props.update(node.metadata_props)
+    return new
+
+
+def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Value]:
+    """Integers `[experts, out, bytes]`, scales and zero points of a stack of matrices `[experts, out, in]`."""
+    tensor, name = weight.const_value, str(weight.name)
+    assert tensor is not None
+    experts, outputs, inputs = (int(size) for size in tensor.shape.numpy())
+    count, bits = inputs // form.block_size, form.bits
+    parts = [
+        (f"{name}_Q{bits}", ir.DataType.UINT8, (experts, outputs, inputs * bits // 8)),
+        (f"{name}_scales", tensor.dtype, (experts, outputs, count)),
+    ]
+    if form.zero_points:
+        parts.append((f"{name}_zero_points", ir.DataType.UINT8, (experts, outputs, -(-count * bits // 8))))
+
+    def quantized() -> list[LazyTensor]:
+        computed = ComputedTogether(functools.partial(_quantized, tensor, form, name))
+        return [
+            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
+            for index, (label, kind, shape) in enumerate(parts)
+        ]
+
+    tensors = derived([tensor], ("blocks of experts", name, form), quantized)
+    return [graph.initializers.get(str(part.name)) or add_initializer(graph, part) for part in tensors]
+
+
+def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> list[NDArray[Any]]:
+    """The arrays of all experts, of which one is float at a time."""
+
+    def of(matrix: NDArray[Any]) -> Iterator[NDArray[Any]]:
+        columns = np.ascontiguousarray(matrix.T)
+        columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
+        blocks = quantize_blocks(columns, form, None, name)
+        yield blocks.packed.reshape(len(blocks.packed), -1)
+        yield blocks.scales.astype(tensor.dtype.numpy())
+        if blocks.zero_points is not None:
+            yield blocks.zero_points.reshape(len(blocks.packed), -1)
+
+    return [np.stack(arrays) for arrays in zip(*map(of, entries_of(tensor)), strict=True)]
