@@ -123,6 +123,7 @@ def _changes(
     """What an adapter changes in an export, its configuration, and what was compared of its base."""
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
+        stored.check_no_parameters("an adapter as data of an export", ExportError)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
         base = compare_bases(stored.config.made_for, base_of_export(onnx_dir, manifest))
         base.settle(adapter_dir, strict=strict_base, error=CheckpointError)

@@ -119,12 +119,14 @@ def merge_checkpoint(
         check(output_dir)
         weights = read_weights(directory)
         num_labels = head_classes({name: extent.shape for name, extent in adapter.copies.items()})
-        needed = [*(f"{path}.weight" for path in adapter.sites), *adapter.copies]
+        at_parameters = set(adapter.parameters)
+        needed = [*(p if p in at_parameters else f"{p}.weight" for p in adapter.sites), *adapter.copies]
         task = task_of(adapter.config, None, str(adapter_dir))
         with weights.opened() as base, timed("merge"):
             is_packed = base.quantization is not None
             known = None if is_packed or asked else names_in_files(base, adapter)
             names = known or names_of(base, needed, task, num_labels)
+            adapter = adapter.named(list(names.parameters))
             if is_packed or asked:
                 base = in_layers(base, names, asked)
             if (layers := names.layers) is not None:

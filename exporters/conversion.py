@@ -15,6 +15,7 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import method_of
@@ -184,6 +185,11 @@ def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
         raise ExportError(
             f"adapters={mode!r} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged into its "
             "weights; call unmerge_adapter() first"
+        )
+    if parameters := [entry.site.path for entry in model.adapted_sites() if isinstance(entry.site, ParameterSite)]:
+        raise ExportError(
+            f"adapters={mode!r} is for linear layers, and {listed(parameters, 2)} is a parameter of the model's own "
+            "code, such as stacked experts, where a row cannot have its own adapter; export it with adapters='merged'"
         )
     trained = _trained(model)
     planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]

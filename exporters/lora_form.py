@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.adapters.adapter_files import KEY_PREFIX, adapter_writers
+from gralora_fx.adapters.parameter_keys import names_parameter, parameter_keys
 from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.checks import check_integer
@@ -21,8 +22,9 @@ from gralora_fx.config.expressions import fullmatch
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
 from gralora_fx.methods.arrays import to_numpy
-from gralora_fx.methods.forms import truncate, update_norm
+from gralora_fx.methods.forms import Truncated, truncate, update_norm
 from gralora_fx.methods.lora import Lora, LoraConfig
+from gralora_fx.methods.method import Update
 from gralora_fx.planning.targets import rule_of
 from gralora_fx.sources.paths import written_lines
 
@@ -132,7 +134,8 @@ def to_lora(
         check(output_dir)
         _check_form(adapter, rank)
         pairs, sites, error = _converted(adapter, rank)
-        tensors = _by_key(pairs) | {key: tensor.array() for key, tensor in adapter.others.items()}
+        order = [name for name in adapter.config.target_parameters or () if name in pairs]
+        tensors = _by_key(pairs, order) | {key: tensor.array() for key, tensor in adapter.others.items()}
         config = _lora_config(adapter.config, {site.path: site.rank for site in sites})
         with staged(output_dir, check) as stage:
             for name, write in adapter_writers(config, lambda: tensors).items():
@@ -143,6 +146,11 @@ def to_lora(
 
 def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
     adapter.method.check_lora_form(adapter.directory, "to_lora", ConfigError)
+    if adapter.unnamed or not set(adapter.parameters) <= set(adapter.config.target_parameters or ()):
+        raise ConfigError(
+            f"{adapter.directory} does not say which of its tensors is at which parameter; load it into its model "
+            "(GraloraModel.from_pretrained), save it again, and convert that"
+        )
     if rank is None and isinstance(adapter.method, Lora):
         raise ConfigError(
             f"{adapter.directory} is a LoRA adapter already; use it as it is, or give rank=... to truncate it"
@@ -155,16 +163,13 @@ def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair
     sites, lost, norm = [], 0.0, 0.0
     for path in adapter.sites:
         update = adapter.update(path)
-        A, B = (to_numpy(array) for array in update.lora_form())
-        if rank is None or A.shape[0] <= rank:
-            pairs[path] = A, _scaled(B, update.scale)
-            sites.append(LoraSite(path, A.shape[0], A.shape[0], 0.0))
-            norm = math.hypot(norm, update_norm(A, B, update.scale))
-        else:
-            cut = truncate(A, B, update.scale, rank)
-            pairs[path] = cut.A, cut.B
-            sites.append(LoraSite(path, A.shape[0], cut.A.shape[0], cut.lost / cut.norm if cut.norm else 0.0))
-            lost, norm = math.hypot(lost, cut.lost), math.hypot(norm, cut.norm)
+        matrices = [update] if update.experts is None else [update.of_expert(e) for e in range(update.experts)]
+        cuts = [_cut(one, rank) for one in matrices]
+        pairs[path] = (cuts[0].A, cuts[0].B) if update.experts is None else _stacked(cuts)
+        own_lost, own_norm = math.hypot(*(cut.lost for cut in cuts)), math.hypot(*(cut.norm for cut in cuts))
+        exact = matrices[0].lora_form()[0].shape[0]
+        sites.append(LoraSite(path, exact, cuts[0].A.shape[0], own_lost / own_norm if own_norm else 0.0))
+        lost, norm = math.hypot(lost, own_lost), math.hypot(norm, own_norm)
         if not all(bool(np.isfinite(array.astype(np.float64)).all()) for array in pairs[path]):
             raise CheckpointError(f"the update at {path} is too large for float32 once its scale is folded in")
     largest = max(site.exact_rank for site in sites)
@@ -179,6 +184,20 @@ def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair
         sites,
         lost / norm if norm else 0.0,
     )
+
+
+def _cut(update: Update, rank: int | None) -> Truncated:
+    """An update of one matrix as a pair of scale 1, of its exact rank or less."""
+    A, B = (to_numpy(array) for array in update.lora_form())
+    if rank is None or A.shape[0] <= rank:
+        return Truncated(A, _scaled(B, update.scale), 0.0, update_norm(A, B, update.scale))
+    return truncate(A, B, update.scale, rank)
+
+
+def _stacked(experts: Sequence[Truncated]) -> Pair:
+    """The pairs of experts as PEFT stores them: `A [experts * r, in]`, `B [out, r * experts]` (`Lora.of_experts`)."""
+    B = np.stack([expert.B for expert in experts], axis=-1)
+    return np.concatenate([expert.A for expert in experts]), B.reshape(len(B), -1)
 
 
 def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
@@ -199,9 +218,10 @@ def _scaled(B: NDArray[Any], scale: float) -> NDArray[Any]:
         )
 
 
-def _by_key(pairs: Mapping[str, Pair]) -> dict[str, NDArray[Any]]:
+def _by_key(pairs: Mapping[str, Pair], parameters: Sequence[str]) -> dict[str, NDArray[Any]]:
+    keys = parameter_keys(parameters, nests=True)
     return {
-        f"{KEY_PREFIX}{path}.{_LORA.keys[field]}": tensor
+        f"{KEY_PREFIX}{keys.get(path, path)}.{_LORA.keys[field]}": tensor
         for path, pair in pairs.items()
         for field, tensor in zip(("A", "B"), pair, strict=True)
     }
@@ -233,6 +253,12 @@ def _targets(config: AdapterConfig, paths: Iterable[str]) -> dict[str, Any]:
 
     `all-linear` and None depend on the model, so that their layers are named.
     """
+    if config.target_parameters:
+        modules = [path for path in paths if not names_parameter(config, path)]
+        shared = {"target_parameters": config.target_parameters}
+        return shared | (
+            _targets(config.changed(target_parameters=None), modules) if modules else {"target_modules": set()}
+        )
     targets = config.target_modules
     if targets is not None and not config.adapts_all_linear:
         rule = rule_of(config, None)

@@ -175,6 +175,7 @@ def fold_onnx(
             _check_apart(source, onnx_dir, output_dir)
             manifest = source.manifest
             adapter = stack.enter_context(open_adapter(adapter_dir))
+            adapter.check_no_parameters("a fold into an export", MergeError)
             compared, sha256 = _compare(adapter, source, base), digest_of(adapter)
             if manifest is not None:
                 if not force:

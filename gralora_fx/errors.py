@@ -76,10 +76,15 @@ def bulleted(problems: Iterable[object], most: int = 20) -> str:
     return "\n".join([*lines[:most], f"- and {len(lines) - most} more"] if len(lines) > most else lines)
 
 
-def warn_caller(message: str) -> None:
-    """Warn at the line outside this package that led here, however deep the call."""
+def warn_caller(message: str, *, also: tuple[str, ...] = ()) -> None:
+    """Warn at the line outside this package that led here, however deep the call.
+
+    Args:
+        message: The message.
+        also: Other packages that are passed over.
+    """
     level, frame = 1, sys._getframe()
-    within = (__package__, "contextlib", "importlib")  # a public name is imported on first use
+    within = (__package__, "contextlib", "importlib", *also)  # a public name is imported on first use
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:
         frame = frame.f_back
         level += "importlib._bootstrap" not in frame.f_code.co_filename  # `warn` does not count these

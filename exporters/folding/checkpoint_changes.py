@@ -13,6 +13,7 @@ from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.folding.checkpoint_names import Names
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
+from gralora_fx.exporters.folding.expert_changes import ExpertEdit, ExpertFolds
 from gralora_fx.sources.four_bits import FourBitTensor
 from gralora_fx.sources.rewriting import Kept, bytes_of
 from gralora_fx.sources.rounded_weights import RoundedTensor
@@ -50,7 +51,7 @@ class TensorChanges:
     def merged(self) -> list[str]:
         """Keys of the weights that an update is folded into, sorted."""
         everything = {**self.changed, **{key: tensor for key, (tensor, _) in self.added.items()}}
-        return sorted(key for key, tensor in everything.items() if isinstance(tensor.edit, MatrixEdit))
+        return sorted(key for key, tensor in everything.items() if isinstance(tensor.edit, (ExpertEdit, MatrixEdit)))
 
     @property
     def replaced(self) -> list[str]:
@@ -80,7 +81,12 @@ def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> Te
     """
     problems: list[str] = []
     wanted: dict[str, NewTensor] = {}
-    for path in adapter.sites:
+    folds = ExpertFolds(base, names, adapter, _NOT_FINITE)
+    experts: dict[str, NewTensor] = {}
+    at_parameters = adapter.parameters
+    for path in at_parameters:
+        experts |= folds.at(path, problems)
+    for path in (path for path in adapter.sites if path not in at_parameters):
         if change := _fold_at(path, base, names, adapter, problems):
             wanted[f"{path}.weight"] = change
     for name, trained in adapter.copies.items():
@@ -96,6 +102,7 @@ def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> Te
             f"adapter:\n{bulleted(problems)}"
         )
     changes = _placed(wanted, base, names)
+    changes.changed.update(experts)
     for key, tensor in base.tensors.items():
         if isinstance(tensor, (FourBitTensor, RoundedTensor)) and key not in changes.changed:
             changes.changed[key] = NewTensor(tensor.dtype, tensor.shape, tensor, Kept())

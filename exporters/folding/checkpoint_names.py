@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from gralora_fx.sources.expert_parts import ExpertPart
+
 _FIRST = 4096  # bytes of a tensor that are compared with those of others
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -41,6 +43,7 @@ class Names:
         model: The model without values; None for a class that transformers does not have.
         keys: Keys in the files by the model's names.
         parts: Names of parameters that are put together from several tensors of the files.
+        stacks: The parts of those of them that are stacks of experts, by name.
         transposed: Without a model, whether layers store their weights `[in, out]`, if the files show it.
     """
 
@@ -48,11 +51,18 @@ class Names:
     keys: Mapping[str, str]
     parts: Set[str]
     transposed: bool | None = None
+    stacks: Mapping[str, Sequence[ExpertPart]] = field(default_factory=dict)
 
     @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by every name that they have."""
         return {} if self.model is None else dict(self.model.named_parameters(remove_duplicate=False))
+
+    def stores_experts_transposed(self, name: str) -> bool:
+        """Whether the module that owns a parameter says that it stores matrices `[in, out]`."""
+        if self.model is None:
+            return False
+        return getattr(self.model.get_submodule(name.rpartition(".")[0]), "is_transposed", False) is True
 
     @property
     def layers(self) -> KnownLayers | None:
@@ -106,6 +116,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
         CheckpointError: No model can be made, or none has these parameters; they are named.
     """
     from gralora_fx.loading.models import make_empty  # they import torch and transformers
+    from gralora_fx.sources.expert_parts import expert_parts
     from gralora_fx.sources.streamed_models import keys_by_name
 
     needed = list(needed)
@@ -126,7 +137,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
         lacking, model = min(tries, key=lambda entry: len(entry[0]))
         if not lacking:
             keys, parts = keys_by_name(model, base.tensors)
-            return Names(model, keys, set(parts.values()))
+            return Names(model, keys, set(parts.values()), stacks=expert_parts(model, base.tensors, parts))
     if all(name in base.tensors for name in needed):
         return Names(None, {key: key for key in base.tensors}, frozenset())
     if not tries:
@@ -181,7 +192,9 @@ def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
         adapter: The adapter.
     """
     keys = [f"{path}.weight" for path in adapter.sites]
-    if adapter.copies or adapter.repeats or not all(key in base.tensors for key in keys):
+    if adapter.copies or adapter.repeats or adapter.config.target_parameters:
+        return None
+    if not all(key in base.tensors for key in keys):
         return None
     fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
     if _ties_parts(fields) or not all(_is_of_a_series(key, base.tensors) for key in keys):

@@ -34,7 +34,7 @@ class ModelAdapter:
     Attributes:
         name: The adapter's name.
         plan: What it adapts.
-        factors: Its trainable tensors, by site path.
+        factors: Its trainable tensors as they are stored, by site path.
         copies: Its own copies of base parameters (of `modules_to_save`, and trained biases), by module path, then by
             the full name of the base's parameter.
         base: What was compared of the base that it was made for, if it was read from a file.
@@ -124,7 +124,15 @@ class ModelAdapter:
 
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
-        return Update(self.factors[site_path], self.planned[site_path].scale)
+        planned, factors = self.planned[site_path], self.factors[site_path]
+        if planned.experts is not None:
+            factors = self.method.of_experts(factors, planned.experts)
+        return Update(factors, planned.scale, planned.experts)
+
+    def gradients(self, site_path: str) -> dict[str, Tensor | None]:
+        """The gradients of its tensors at a site, by field of the method's named tuple; None where there is none."""
+        fields = self.factors[site_path]._asdict().items()
+        return {field: tensor.grad for field, tensor in fields if tensor is not None and tensor.is_leaf}
 
     @cached_property
     def planned(self) -> dict[str, PlannedSite]:
@@ -169,10 +177,13 @@ def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig)
 
     def weight() -> Tensor:
         values = values_of(site.weight, site.path)
-        return values.t() if site.kind == "conv1d" else values
+        return values.mT if site.is_transposed else values
 
-    features = site.in_features, site.out_features
-    drawn = method.initial(features, planned.sizes, config, weight=weight, scale=planned.scale)
+    features, sizes, scale = (site.in_features, site.out_features), planned.sizes, planned.scale
+    if planned.experts is None:
+        drawn = method.initial(features, sizes, config, weight=weight, scale=scale)
+    else:
+        drawn = method.initial_of_experts(features, sizes, config, planned.experts, weight=weight, scale=scale)
     return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))
 
 

@@ -109,6 +109,16 @@ def _recorded_sizes(layout: Layout) -> dict[str, Any]:
     return sizes if isinstance(sizes, dict) else {}
 
 
+def recorded_parameters(layout: Layout, config: AdapterConfig) -> list[str] | None:
+    """The names of an adapter's parameters in the order of their modules, which files of this package have.
+
+    Args:
+        layout: The tensors' file.
+        config: The configuration beside it.
+    """
+    return config.target_parameters if _SIZES in layout.metadata else None
+
+
 def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
     """Check that tensors were saved with the sizes and the scale of their configuration.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gralora_fx.adapters.adapter import ModelAdapter, drop
 from gralora_fx.adapters.base import Base
 from gralora_fx.adapters.current_graph import CurrentGraph
+from gralora_fx.adapters.first_step import watch_first_step
 from gralora_fx.adapters.folded_weights import (
     SiteUpdate,
     check_foldable,
@@ -59,6 +60,7 @@ class AdapterGraph(CurrentGraph):
             except BaseException:
                 self._drop(name)
                 raise
+            watch_first_step(self, name)
             self._show_adapters()
 
     def note_base(self, name: str, base: BaseComparison) -> None:
@@ -228,7 +230,7 @@ class AdapterGraph(CurrentGraph):
         self.check_beside_each_other(names)
         return [
             SiteUpdate(site, updates)
-            for site in self.traced.sites
+            for site in self.traced.adaptable
             if (updates := tuple(a.update(site.path) for a in chosen if site.path in a.factors))
         ]
 

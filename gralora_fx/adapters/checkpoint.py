@@ -14,9 +14,11 @@ from gralora_fx.adapters.adapter_files import (
     SAVED_COPY,
     adapter_writers,
 )
+from gralora_fx.adapters.parameter_keys import parameter_keys
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
+from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.sources.atomic_save import Writer, save_together
 from gralora_fx.sources.base_quantization import RECORD
@@ -54,7 +56,8 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
         if not isinstance(target, nn.Parameter):
             problems.append(f"{key} is the result of a parametrization here, which cannot be written")
         elif tensor.shape != target.shape:
-            problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(target.shape)}")
+            shapes = f"{list(tensor.shape)} instead of {list(target.shape)}"
+            problems.append(f"{key} has shape {shapes}{_experts_at(adapter, target)}")
         elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             problems.append(f"{key} is {tensor.dtype}, not a float tensor")
         elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
@@ -67,6 +70,16 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
     with torch.no_grad():
         for key, parameter in expected.items():
             parameter.copy_(tensors[key])
+
+
+def _experts_at(adapter: ModelAdapter, tensor: Tensor) -> str:
+    """What the site of a tensor has of experts, for the message of one that does not fit."""
+    sites = (p for p in adapter.plan.selected if any(own is tensor for own in adapter.factors[p.site.path]))
+    planned = next(sites, None)
+    if planned is None or planned.experts is None:
+        return ""
+    widths = f"{planned.site.in_features} -> {planned.site.out_features}"
+    return f": {planned.site.path} has {planned.experts} experts of {widths}, and the rank is {planned.r}"
 
 
 def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> None:
@@ -104,7 +117,13 @@ def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, 
     """
     save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
     for adapter in adapters.values():
-        if patterns := [name for name in adapter.config.used_patterns if name in adapter.config.BEYOND_PEFT]:
+        patterns = [name for name in adapter.config.used_patterns if name in adapter.config.BEYOND_PEFT]
+        if adapter.config.target_parameters and not adapter.method.NESTS_PARAMETERS:
+            warn_caller(
+                f"adapter {adapter.name!r} has target_parameters, which PEFT's {adapter.config.TITLE} does not read: "
+                "what was saved loads here, but not in PEFT; to_lora makes a LoRA of it, exactly, which PEFT loads"
+            )
+        if patterns:
             warn_caller(
                 f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's {adapter.config.TITLE} does not "
                 "read: what was saved loads here, but not in PEFT; a sum of it alone, "
@@ -127,9 +146,11 @@ def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
         "base_quantization": config.base_quantization or getattr(traced.config, RECORD, None),
         "inference_mode": True,
     }
+    if config.target_parameters:  # whole names, in the order of their modules, which PEFT's keys do not say
+        changes["target_parameters"] = [p.parameter for p in adapter.plan.selected if p.parameter is not None]
     if config.adapts_all_linear or config.exclude_modules:
         changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-        changes["target_modules"] = exact_targets((p.site.path for p in adapter.plan.selected), traced.tree)
+        changes["target_modules"] = exact_targets(_adapted_modules(adapter), traced.tree)
     else:
         changes |= _own_targets(adapter, traced)
     return config.changed(**changes)
@@ -143,7 +164,7 @@ def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object
     """
     config = adapter.config
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
-    adapted = [planned.site.path for planned in adapter.plan.selected]
+    adapted = _adapted_modules(adapter)
     layers = [site.path for site in traced.sites if site.kind != "functional" or site.path in adapted]
     chosen = [path for path in layers if rule.rejection(path) is None]
     if set(chosen) - set(adapted) - _within_saved(chosen, adapter) or set(adapted) - set(chosen):
@@ -155,6 +176,11 @@ def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object
     return {"target_modules": set(rule.names) - set(unmatched_names(rule.names, paths))}
 
 
+def _adapted_modules(adapter: ModelAdapter) -> list[str]:
+    """Paths of the sites that `target_modules` selects."""
+    return [planned.site.path for planned in adapter.plan.selected if planned.parameter is None]
+
+
 def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
     """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
     return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
@@ -163,16 +189,22 @@ def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
 def checkpoint_parameters(adapter: ModelAdapter) -> dict[str, Tensor]:
     """An adapter's trainable tensors by the keys of PEFT's file."""
     parameters: dict[str, Tensor] = {}
+    keys = parameter_keys(parameters_of(adapter), nests=adapter.method.NESTS_PARAMETERS)
     for site_path, factors in adapter.factors.items():
         for field, tensor in factors._asdict().items():
             if tensor is not None:
-                parameters[f"{KEY_PREFIX}{site_path}.{adapter.method.keys[field]}"] = tensor
+                parameters[f"{KEY_PREFIX}{keys.get(site_path, site_path)}.{adapter.method.keys[field]}"] = tensor
     for module, owned in adapter.copies.items():
         for base, parameter in owned.items():
             is_layers_own = module in adapter.factors and base == f"{module}.bias"
             name = f"{module}.base_layer.bias" if is_layers_own else base
             parameters[f"{KEY_PREFIX}{name}"] = parameter
     return parameters
+
+
+def parameters_of(adapter: ModelAdapter) -> tuple[str, ...]:
+    """Names of the parameters that an adapter is at and that are no layer's weight, in the order of their modules."""
+    return tuple(p.site.path for p in adapter.plan.selected if isinstance(p.site, ParameterSite))
 
 
 def _match_keys(

@@ -77,7 +77,7 @@ class CurrentGraph:
         if not self.base.is_current:
             with self._lock:
                 self.base.follow()
-                sites = {site.path: site for site in self.base.traced.sites}
+                sites = {site.path: site for site in self.base.traced.adaptable}
                 self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
                 self._cache.clear()
         return self.base.traced
@@ -99,7 +99,7 @@ class CurrentGraph:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the graph."""
         self._begin(state["base"])
-        sites = {site.path: site for site in self.base.traced.sites}
+        sites = {site.path: site for site in self.base.traced.adaptable}
         adapters = [adapter.over(sites, self.base.tree) for adapter in state["adapters"]]
         self.adapters = {adapter.name: adapter for adapter in adapters}
         self.current = self._build(state["state"])

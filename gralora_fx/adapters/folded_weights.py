@@ -85,7 +85,7 @@ def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
         stored = raw_values_of(site.weight, site.path)
         weight = stored.to(accumulator_of(stored))
         out = weight if weight is not stored else None  # fold into the copy, not into the base's own
-        result = fold(weight, entry.updates, transposed=site.kind == "conv1d", out=out)
+        result = fold(weight, entry.updates, transposed=site.is_transposed, out=out)
         _check_finite({site.path: result})
         return result
 
@@ -127,7 +127,7 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
 def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
     """A site's weight with its updates, in `out` or in new memory."""
     site = entry.site
-    return fold(site.weight.data, entry.updates, transposed=site.kind == "conv1d", out=out)
+    return fold(site.weight.data, entry.updates, transposed=site.is_transposed, out=out)
 
 
 def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

@@ -200,7 +200,7 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
 
 def _passes(state: GraphState, traced: TracedModel, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:
     """The passes that make the graph of a state from the base's, in order."""
-    replaced = tuple(site for site in traced.sites if site.path in state.weights)
+    replaced = tuple(site for site in traced.adaptable if site.path in state.weights)
     yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
     yield SetWeights(replaced, state.weights)
     for name in state.active:
@@ -233,7 +233,7 @@ def _sources(
         return []
     sources = []
     modules = base.modules
-    for site in base.traced.sites:
+    for site in base.traced.adaptable:
         if site.path in state.weights and id(site.weight) in modules:
             sources.append(Source.of(*modules[id(site.weight)]))
             for name in state.merged:

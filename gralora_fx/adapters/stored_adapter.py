@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from gralora_fx.adapters.adapter_files import (
     SAVED_COPY,
     modules_of,
     read_files,
+    recorded_parameters,
 )
 from gralora_fx.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
+from gralora_fx.adapters.parameter_keys import names_of_parameters, names_parameter, parameters_in
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.errors import CheckpointError, bulleted, listed
 from gralora_fx.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
 from gralora_fx.methods.arrays import to_torch
-from gralora_fx.planning.targets import trains_whole_at
+from gralora_fx.planning.targets import ends_with, trains_whole_at
 from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
 
 _ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
@@ -40,12 +42,16 @@ class StoredSite:
         features: Widths `in` and `out` of the layer.
         sizes: The adapter's sizes there.
         scale: Factor of its update.
+        experts: Number of experts, whose matrices its parameter holds; None for a single matrix.
+        key: What its keys begin with, which is not its name where PEFT's say the order of a module's parameters alone.
     """
 
     tensors: Mapping[str, StoredTensor]
     features: tuple[int, int]
     sizes: Sizes
     scale: float
+    experts: int | None = None
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,11 @@ class StoredAdapter:
         directory: Where it is.
         config: Its configuration.
         method: Its method.
-        sites: Its sites by module path, sorted.
+        sites: Its sites by module path, or by the name of a parameter, sorted.
         copies: Trained parameters (`modules_to_save`, biases) by their names in the base.
         repeats: The base's own values that PEFT saves beside an adapter, by their names in the base.
         others: Every tensor that belongs to no site, by its key in the file.
+        unnamed: Tensors of parameters of which the file does not say the name, by the path in their keys and field.
     """
 
     directory: Path
@@ -69,14 +76,65 @@ class StoredAdapter:
     copies: Mapping[str, StoredTensor]
     repeats: Mapping[str, StoredTensor]
     others: Mapping[str, StoredTensor]
+    unnamed: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the parameters that it is at and that are no layer's weight, as far as they are known."""
+        return [path for path in self.sites if self.is_at_parameter(path)]
+
+    def is_at_parameter(self, path: str) -> bool:
+        """Whether a site is a parameter that is no layer's weight, such as a stack of experts."""
+        return self.sites[path].experts is not None or any(
+            ends_with(path, n) for n in self.config.target_parameters or ()
+        )
+
+    def named(self, parameters: Sequence[str]) -> StoredAdapter:
+        """The same adapter with the names of all its parameters, as a base tells them.
+
+        Args:
+            parameters: Names of the base's parameters, in the order in which its modules define them.
+
+        Raises:
+            CheckpointError: The base does not have the parameters, or the tensors do not fit their sizes.
+        """
+        if not self.unnamed:
+            return self
+        problems: list[str] = []
+        sites = dict(self.sites)
+        modules = parameters_in(self.unnamed, self.config)
+        for path, name in names_of_parameters(modules, self.config, parameters).items():
+            if name is None:
+                problems.append(f"{path}: the base has no such module with the parameters of target_parameters")
+            elif site := _site(name, self.unnamed[path], self.config, self.method, problems, key=path):
+                sites[_path_of(name, site)] = site
+        _check(self.directory, problems)
+        return replace(self, sites=dict(sorted(sites.items())), unnamed={})
+
+    def check_no_parameters(self, purpose: str, error: type[Exception]) -> None:
+        """Check that it is at linear layers only.
+
+        Args:
+            purpose: What needs that, such as "an adapter as data of an export".
+            error: The error to raise.
+        """
+        if names := [*self.unnamed, *self.parameters]:
+            raise error(
+                f"{self.directory} adapts parameters of the model's own code ({listed(names, 2)}), such as stacked "
+                f"experts, and {purpose} is for linear layers; merge it (export the model merged, adapters='merged', "
+                "or write its files with merge_checkpoint), or train without target_parameters"
+            )
 
     def update(self, path: str) -> Update:
         """The weight update at a site, read from the file: numpy arrays, or tensors for a method that needs them."""
         site = self.sites[path]
-        arrays = {field: tensor.array() for field, tensor in site.tensors.items()}
-        if self.method.RUNS_ON_NUMPY:
-            return Update(self.method.tensors(**arrays), site.scale)
-        return Update(self.method.tensors(**{field: to_torch(array) for field, array in arrays.items()}), site.scale)
+        arrays: dict[str, Any] = {field: tensor.array() for field, tensor in site.tensors.items()}
+        if not self.method.RUNS_ON_NUMPY:
+            arrays = {field: to_torch(array) for field, array in arrays.items()}
+        factors = self.method.tensors(**arrays)
+        if site.experts is not None:
+            factors = self.method.of_experts(factors, site.experts)
+        return Update(factors, site.scale, site.experts)
 
     def check_layers(self, known: KnownLayers) -> None:
         """Check that every layer of a model that the configuration selects has tensors, and no other layer.
@@ -111,20 +169,30 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
     _check_kinds(path, layout.tensors)
     with layout.opened() as opened:
         found, others = _by_site(opened.tensors, method)
-        sites = {site: entry for site in sorted(found) if (entry := _site(site, found[site], config, method, problems))}
+        names: dict[str, str | None] = {}
+        if config.target_parameters and method.NESTS_PARAMETERS:
+            modules = parameters_in(found, config)
+            names = names_of_parameters(modules, config, recorded_parameters(layout, config))
+        sites: dict[str, StoredSite] = {}
+        for key in sorted(found):
+            if (name := names.get(key, key)) is not None:
+                if entry := _site(name, found[key], config, method, problems, key=key):
+                    sites[_path_of(name, entry)] = entry
+        unnamed = {key: found[key] for key, name in names.items() if name is None}
         copies, repeats = _copies(others, config, found, problems)
         if not found and not problems:
             problems.append(f"no tensor of a {config.TITLE} adapter")
         _check(path, problems)
-        check_agreement(config, sites, path, trained=modules_of(others))
-        warn_of_unused(config, sites, str(path))
+        if not unnamed:
+            check_agreement(config, sites, path, trained=modules_of(others))
+            warn_of_unused(config, sites, str(path))
         problems += [
             f"{key} holds values that are not finite"
             for key, tensor in opened.tensors.items()
             if not tensor.is_finite()
         ]
         _check(path, problems)
-        yield StoredAdapter(path, config, method, sites, copies, repeats, others)
+        yield StoredAdapter(path, config, method, dict(sorted(sites.items())), copies, repeats, others, unnamed)
 
 
 def _check(path: Path, problems: list[str]) -> None:
@@ -166,30 +234,63 @@ def _by_site(
     return sites, others
 
 
+def _path_of(name: str, site: StoredSite) -> str:
+    """The path of a site: the name of a parameter, or the layer that owns it as its weight."""
+    return name.removesuffix(".weight") if site.experts is None else name
+
+
 def _site(
-    path: str, tensors: Mapping[str, StoredTensor], config: AdapterConfig, method: AdapterMethod, problems: list[str]
+    path: str,
+    tensors: Mapping[str, StoredTensor],
+    config: AdapterConfig,
+    method: AdapterMethod,
+    problems: list[str],
+    *,
+    key: str,
 ) -> StoredSite | None:
-    """A site with the sizes that the configuration says, if its tensors have them."""
+    """A site with the sizes that the configuration says, if its tensors have them.
+
+    Args:
+        path: Its path, or the name of a parameter.
+        tensors: Its tensors, by field of the method's named tuple.
+        config: The configuration.
+        method: The method.
+        problems: Where to add what does not fit.
+        key: What its keys begin with.
+    """
 
     def value_of(field: str) -> Any:
         pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF.get(field, ""), {})
-        key = pattern_key(pattern, path)
-        return getattr(config, field) if key is None else pattern[key]
+        match = pattern_key(pattern, path)
+        return getattr(config, field) if match is None else pattern[match]
 
     sizes, scale = method.sizes(config, value_of)
     expected = method.shapes(0, 0, sizes)  # of the right fields and numbers of dimensions
-    unfit = [f"missing {KEY_PREFIX}{path}.{method.keys[field]}" for field in expected if field not in tensors]
-    unfit += [f"unexpected {KEY_PREFIX}{path}.{method.keys[field]}" for field in tensors if field not in expected]
+    unfit = [f"missing {KEY_PREFIX}{key}.{method.keys[field]}" for field in expected if field not in tensors]
+    unfit += [f"unexpected {KEY_PREFIX}{key}.{method.keys[field]}" for field in tensors if field not in expected]
     if not unfit:
         unfit = method.problems(0, 0, sizes)
-    if not unfit and all(len(tensors[field].shape) == len(shape) for field, shape in expected.items()):
+    experts = None if unfit or not names_parameter(config, path) else _experts(tensors, expected, method)
+    stored = method.stored_shapes(0, 0, sizes, experts)
+    if not unfit and all(len(tensors[field].shape) == len(shape) for field, shape in stored.items()):
         features = _without_values(method, tensors).features
-        expected = method.shapes(*features, sizes)
-        if all(tensors[field].shape == shape for field, shape in expected.items()):
-            return StoredSite(tensors, features, sizes, scale)
+        stored = method.stored_shapes(*features, sizes, experts)
+        if all(tensors[field].shape == shape for field, shape in stored.items()):
+            return StoredSite(tensors, features, sizes, scale, experts, key)
     shapes = ", ".join(f"{method.keys[field]} {list(tensor.shape)}" for field, tensor in tensors.items())
     problems += unfit or [f"{path} has {shapes}, which is not {method.text(sizes)}"]
     return None
+
+
+def _experts(
+    tensors: Mapping[str, StoredTensor], of_one: Mapping[str, tuple[int, ...]], method: AdapterMethod
+) -> int | None:
+    """The number of experts of a parameter's tensors; None where they are those of a single matrix."""
+    name, shape = next(iter(of_one.items()))
+    if not method.NESTS_PARAMETERS:
+        return tensors[name].shape[0] if len(tensors[name].shape) > len(shape) else None
+    count = tensors[name].shape[0] // max(1, shape[0])
+    return count if count > 1 else None
 
 
 def _without_values(method: AdapterMethod, tensors: Mapping[str, StoredTensor]) -> AdapterTensors:

@@ -10,7 +10,13 @@ from gralora_fx.compat.versions import fenced
 
 with fenced("transformers"):
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
     from transformers.integrations import moe as _  # noqa: F401  # it defines the operator of `grouped_product`
     from transformers.masking_utils import (
         AttentionMaskInterface,
@@ -25,6 +31,8 @@ with fenced("transformers"):
 
 __all__ = [
     "AttentionMaskInterface",
+    "Concatenate",
+    "MergeModulelist",
     "WeightConverter",
     "WeightRenaming",
     "blockwise_overlay",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from gralora_fx.config.checks import check_integer, check_names
+from gralora_fx.config.checks import check_integer, check_names, check_parameters
 from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
 from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, peft_fields, read_fields, warn_of_unknown
 from gralora_fx.errors import ConfigError, shown, warn_caller
@@ -73,6 +73,7 @@ class AdapterConfig(ABC):
     revision: str | None
     inference_mode: bool
     base_quantization: Any = None  # a field only of methods that list it
+    target_parameters: list[str] | None = None  # likewise
 
     def __post_init__(self) -> None:
         """Convert collections to the types of PEFT's file, then check every field."""
@@ -84,8 +85,9 @@ class AdapterConfig(ABC):
         for name, kinds in (("layers_to_transform", (tuple, range, set, frozenset)), ("layers_pattern", (tuple,))):
             if isinstance(getattr(self, name), kinds):
                 object.__setattr__(self, name, list(getattr(self, name)))
-        if isinstance(self.modules_to_save, (tuple, set, frozenset)):
-            object.__setattr__(self, "modules_to_save", sorted(self.modules_to_save))
+        for name in ("modules_to_save", "target_parameters"):
+            if isinstance(names := getattr(self, name), (tuple, set, frozenset)):
+                object.__setattr__(self, name, sorted(names))
         if self.base_quantization is not None:
             object.__setattr__(self, "base_quantization", BaseQuantization.of(self.base_quantization).to_dict())
         self.check_sizes()
@@ -134,8 +136,7 @@ class AdapterConfig(ABC):
     @property
     def dropout(self) -> float:
         """Probability with which an adapter input is zeroed in training."""
-        probability: float = getattr(self, self.DROPOUT)
-        return probability
+        return getattr(self, self.DROPOUT)  # type: ignore[no-any-return]
 
     @property
     def trains_adapted_biases(self) -> bool:
@@ -160,9 +161,8 @@ class AdapterConfig(ABC):
     @property
     def layer_indices(self) -> frozenset[int] | None:
         """The indices of `layers_to_transform`, or None if it is not set."""
-        if self.layers_to_transform is None or self.layers_to_transform == []:
+        if (layers := self.layers_to_transform) is None or layers == []:
             return None
-        layers = self.layers_to_transform
         return frozenset([layers] if isinstance(layers, int) else layers)
 
     @property
@@ -253,9 +253,9 @@ class AdapterConfig(ABC):
             )
         values = cls.translate(fields, origin)
         known = {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        absent = {name for name in cls.BEYOND_PEFT if values.get(name) is None}
         warn_of_unknown(values, known, origin, cls.TITLE)
-        values = {name: value for name, value in values.items() if name in known - absent}
+        known -= {name for name in cls.BEYOND_PEFT if values.get(name) is None}
+        values = {name: value for name, value in values.items() if name in known}
         accepted, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
         for note in notes:
             warn_caller(f"{origin}: {note}")
@@ -286,12 +286,13 @@ class AdapterConfig(ABC):
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not value and name == "target_modules":
+            if value is not None and not value and name == "target_modules" and not self.target_parameters:
                 raise ConfigError("target_modules is empty; name modules, or take 'all-linear'")
             if isinstance(value, str) and not (name == "target_modules" and self.adapts_all_linear):
                 check_expression(name, value)
             elif value is not None and not isinstance(value, (str, set)):
                 raise ConfigError(f"{name} must be a list of names, a string or None, but got {shown(value)}")
+        check_parameters(self.target_parameters, self.DROPOUT, self.dropout)
         if (saved := self.modules_to_save) is not None:
             if not isinstance(saved, list):
                 raise ConfigError(f"modules_to_save must be a list of names or None, but got {shown(saved)}")

@@ -63,6 +63,26 @@ def check_names(name: str, values: Iterable[object]) -> None:
             )
 
 
+def check_parameters(names: object, dropout: str, probability: float) -> None:
+    """Check `target_parameters`: a list of names, beside which there is no dropout.
+
+    Args:
+        names: The value.
+        dropout: Name of the field for the dropout.
+        probability: Its value.
+    """
+    if names is None:
+        return
+    if not isinstance(names, list):
+        raise ConfigError(f"target_parameters must be a list of names or None, but got {shown(names)}")
+    check_names("target_parameters", names)
+    if names and probability:
+        raise ConfigError(
+            f"{dropout}={probability} does not work with target_parameters={shown(names)}: dropout acts on the input "
+            f"of a layer, and an adapter of a parameter has none; set {dropout} to 0, as PEFT requires"
+        )
+
+
 def _unfit_name(name: object) -> ConfigError:
     """The error for a name that cannot be one of an adapter."""
     return ConfigError(

@@ -47,8 +47,10 @@ class GraloraConfig(AdapterConfig):
         gralora_k_pattern: `gralora_k` of such layers, for widths that `gralora_k` does not divide.
         base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
             it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
+        target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), as in PEFT's LoRA:
+            each matrix of a stack of experts gets an adapter of its own.
 
-    The last five go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
+    The last six go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
     it ignores them.
 
     Raises:
@@ -81,6 +83,7 @@ class GraloraConfig(AdapterConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     gralora_k_pattern: dict[str, int] = field(default_factory=dict)
     base_quantization: Any = None
+    target_parameters: list[str] | None = None
 
     PEFT_TYPE = "GRALORA"
     TITLE = "GraLoRA"
@@ -98,7 +101,7 @@ class GraloraConfig(AdapterConfig):
     }
     SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *PATTERNS)
     BEYOND_PEFT = ("exclude_modules", *PATTERNS)
-    SAVED_IF_USED = ("base_quantization",)
+    SAVED_IF_USED = ("base_quantization", "target_parameters")
     DROPOUT, ALPHA = "gralora_dropout", "alpha"
 
     @property

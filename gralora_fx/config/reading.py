@@ -139,7 +139,7 @@ def as_peft_reads(
         effect = "turns the adapter off" if numerator == 0 else "subtracts the adapter"
         notes.append(f"{alpha}={shown(numerator)} {effect}, as in PEFT")
         only_in_peft[alpha] = accepted.pop(alpha)
-    if targets in ("", [], ()) or targets == set():
+    if targets == "" or (targets in ([], (), set()) and not accepted.get("target_parameters")):
         notes.append("target_modules is empty, so that the configuration fits no model")
         only_in_peft["target_modules"] = set() if targets != "" else ""
         del accepted["target_modules"]

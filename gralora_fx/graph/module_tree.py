@@ -27,6 +27,7 @@ class ModuleTree:
         parameters: Parameters by every name that reaches them, aliases included.
         output_embedding: Path of the language-model head, if transformers names one.
         input_embedding: Path of the token embeddings, if transformers names them.
+        transposed: Paths of the modules that say that they store their experts `[experts, in, out]`.
     """
 
     types: Mapping[str, str]
@@ -35,6 +36,7 @@ class ModuleTree:
     parameters: Mapping[str, nn.Parameter]
     output_embedding: str | None = None
     input_embedding: str | None = None
+    transposed: frozenset[str] = frozenset()
 
     @property
     def parameter_count(self) -> int:
@@ -63,6 +65,7 @@ class ModuleTree:
             parameters=dict(model.named_parameters(remove_duplicate=False)),
             output_embedding=None if head is None else first_path.get(id(head)),
             input_embedding=None if table is None else first_path.get(id(table)),
+            transposed=frozenset(p for p, m in model.named_modules() if getattr(m, "is_transposed", False) is True),
         )
 
     @classmethod

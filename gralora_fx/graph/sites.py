@@ -13,7 +13,7 @@ from gralora_fx.graph.linear_calls import LinearCall, calls_at, match_linear_cal
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.weight_views import readers, tensor_at
 
-Kind = Literal["linear", "conv1d", "functional"]
+Kind = Literal["linear", "conv1d", "functional", "parameter"]
 
 _WORDS = 2  # columns of a table aligned to the left; the others are numbers
 
@@ -26,7 +26,7 @@ class LinearSite:
         path: Innermost module path of the calls, such as `model.layers.0.self_attn.q_proj`.
         kind: `"linear"` (weight `[out, in]`), `"conv1d"` for a transposed linear layer (weight `[in, out]`,
             transformers' `Conv1D`), or `"functional"` for a call whose weight is not owned by a linear layer (weight
-            `[out, in]`).
+            `[out, in]`). A `ParameterSite` is of kind `"parameter"`.
         in_features: Width of the input.
         out_features: Width of the output.
         weight: The parameter itself.
@@ -44,6 +44,11 @@ class LinearSite:
     calls: tuple[str, ...]
     tied_with: tuple[str, ...] = ()
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether its weight is stored `[in, out]`."""
+        return self.kind == "conv1d"
+
     def __eq__(self, other: object) -> bool:
         """Whether all fields are equal, the tensors being the same objects: `==` of tensors is a tensor."""
         if not isinstance(other, LinearSite):
@@ -58,7 +63,7 @@ class LinearSite:
         """One line without tensors; calls are counted."""
         facts = f"{self.path!r}, {self.kind!r}, in_features={self.in_features}, out_features={self.out_features}"
         tied = f", tied_with={self.tied_with}" if self.tied_with else ""
-        return f"LinearSite({facts}, calls={len(self.calls)}{tied})"
+        return f"{type(self).__name__}({facts}, calls={len(self.calls)}{tied})"
 
 
 def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSite, ...]:
@@ -139,8 +144,11 @@ def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> 
     sources: dict[int, list[fx.Node]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
-    others = {}
+    others: dict[str, tuple[str, ...]] = {}
     for site in sites:
+        if site.kind == "parameter":  # whatever reads it
+            others[site.path] = ()
+            continue
         names = [reader.name for source in sources.get(id(site.weight), []) for reader in readers(source)]
         others[site.path] = tuple(name for name in names if name not in site.calls)
     return others
@@ -152,7 +160,8 @@ def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
     return tuple(
         site.path
         for site in sites
-        if any(
+        if site.kind != "parameter"
+        and any(
             call.operand is None and match_linear_call(call.node) is None
             for name in site.calls
             for call in calls_at(by_name[name], site.path)

@@ -64,6 +64,11 @@ def cast(array: Array, dtype: Any) -> Array:
     return array.astype(dtype, copy=False) if is_numpy(array) else array.to(dtype)
 
 
+def moved(array: Array, source: int, target: int) -> Array:
+    """An array with an axis at another place. A proxy will do too."""
+    return np.moveaxis(array, source, target) if is_numpy(array) else array.movedim(source, target)
+
+
 def contiguous(array: Array) -> Array:
     """An array whose values follow each other; itself if they do."""
     return np.ascontiguousarray(array) if is_numpy(array) else array.contiguous()

@@ -59,8 +59,8 @@ class Factors(NamedTuple):
     @property
     def features(self) -> tuple[int, int]:
         """Widths `in` and `out` of the layer."""
-        k = self.A.shape[0]
-        return k * self.A.shape[1], k * self.B.shape[2]
+        k = self.A.shape[-3]
+        return k * self.A.shape[-2], k * self.B.shape[-1]
 
     @property
     def grid(self) -> int:
@@ -215,19 +215,31 @@ class Gralora(AdapterMethod):
         return add_low_rank(call._replace(y=y), *general, scale, dropout=dropout)
 
     def new_weight(
-        self, weight: Tensor, factors: Factors, scale: float, *, features: tuple[int, int], sizes: GraloraSizes
+        self,
+        weight: Tensor,
+        factors: Factors,
+        scale: float,
+        *,
+        features: tuple[int, int],
+        sizes: GraloraSizes,
+        experts: int | None = None,
     ) -> Tensor:
-        """`weight + scale * dW`, with dW as one matrix."""
+        """`weight + scale * dW`, with dW as one matrix; that of each expert [e] likewise."""
         import torch
 
         r, k, _ = sizes
         in_block, out_block, s = features[0] // k, features[1] // k, r // k
-        left = factors.B.view(k, k, s, out_block).transpose(2, 3).reshape(k * k, out_block, s)  # [(j, n), out/k, s]
-        right = factors.A.view(k, in_block, k, s).permute(2, 0, 3, 1).reshape(k * k, s, in_block)  # [(j, n), s, in/k]
-        blocks = torch.bmm(left, right).view(k, k, out_block, in_block).transpose(1, 2)  # [j, out/k, n, in/k]
-        update = blocks.reshape(features[1], features[0])
+        e, pairs = (() if experts is None else (experts,)), (experts or 1) * k * k
+        order = (*range(len(e)), *(len(e) + axis for axis in (2, 0, 3, 1)))
+        left = factors.B.view(*e, k, k, s, out_block).transpose(-2, -1)
+        right = factors.A.view(*e, k, in_block, k, s).permute(*order)
+        left = left.reshape(pairs, out_block, s)  # [(e, j, n), out/k, s]
+        right = right.reshape(pairs, s, in_block)  # [(e, j, n), s, in/k]
+        blocks = torch.bmm(left, right).view(*e, k, k, out_block, in_block).transpose(-3, -2)  # [e, j, out/k, n, in/k]
+        update = blocks.reshape(*e, features[1], features[0])
         if factors.A_general is not None and factors.B_general is not None:
-            update = update + torch.mm(factors.B_general, factors.A_general)
+            product = torch.mm if experts is None else torch.bmm
+            update = update + product(factors.B_general, factors.A_general)
         return torch.add(weight, update, alpha=scale)
 
     def problems(self, in_features: int, out_features: int, sizes: GraloraSizes) -> list[str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
 from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.methods.arrays import moved
 from gralora_fx.methods.method import LayerCall, SummableMethod
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ _OTHER_FORMS = {
     "lora_bias": "a bias of lora_B",
     "alora_invocation_tokens": "activated LoRA, which acts after certain tokens only",
     "layer_replication": "layer replication, which changes the base model",
-    "target_parameters": "adapters of parameters that belong to no linear layer",
     "trainable_token_indices": "trained embeddings of single tokens",
     "arrow_config": "Arrow, which routes between adapters",
     "kasa_config": "KaSA, which also trains singular values",
@@ -89,6 +89,8 @@ class LoraConfig(AdapterConfig):
         use_dora: Whether the norms of the weights' rows train too: `LoraConfig(use_dora=True)` is a `DoraConfig`.
         base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
             it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
+        target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), such as a mixture's
+            stacked experts `"mlp.experts.down_proj"`: those that are no module's `weight` to name by `target_modules`.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -118,6 +120,7 @@ class LoraConfig(AdapterConfig):
     inference_mode: bool = False
     use_dora: bool = False
     base_quantization: Any = None
+    target_parameters: list[str] | None = None
 
     PEFT_TYPE = "LORA"
     TITLE = "LoRA"
@@ -130,7 +133,7 @@ class LoraConfig(AdapterConfig):
     PATTERN_OF: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
     DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
-    SAVED_IF_USED = ("use_dora", "base_quantization")
+    SAVED_IF_USED = ("use_dora", "base_quantization", "target_parameters")
     _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that asks for one
 
     def __init_subclass__(cls, asked_for_by: str | None = None, **kwargs: Any) -> None:
@@ -240,7 +243,7 @@ class LoraFactors(NamedTuple):
     @property
     def features(self) -> tuple[int, int]:
         """Widths `in` and `out` of the layer."""
-        return self.A.shape[1], self.B.shape[0]
+        return self.A.shape[-1], self.B.shape[-2]
 
     @property
     def grid(self) -> int:
@@ -267,6 +270,7 @@ class Lora(SummableMethod):
     config = LoraConfig
     tensors = LoraFactors
     keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # noqa: RUF012  # typed in the base class
+    NESTS_PARAMETERS = True
     RUNS_ON_NUMPY = True
 
     def sizes(self, config: LoraConfig, value_of: Callable[[str], Any]) -> tuple[LoraSizes, float]:
@@ -280,10 +284,17 @@ class Lora(SummableMethod):
 
     def initial(self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, **_: Any) -> LoraFactors:
         """Fresh tensors; the draws are those of `peft.tuners.lora`, in its order: one seed gives the same tensors."""
+        return self.initial_of_experts(features, sizes, config, 1)
+
+    def initial_of_experts(
+        self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, experts: int, /, **_: Any
+    ) -> LoraFactors:
+        """Fresh tensors of experts, by PEFT's draws."""
         from torch import nn
 
         # PEFT makes two linear layers, whose initial draws are those of `init_lora_weights=False`, and draws A again
-        A, B = nn.Linear(features[0], sizes.r, bias=False).weight, nn.Linear(sizes.r, features[1], bias=False).weight
+        rank = sizes.r * experts
+        A, B = nn.Linear(features[0], rank, bias=False).weight, nn.Linear(rank, features[1], bias=False).weight
         A, B = A.detach(), B.detach()
         if config.init_lora_weights is True:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -301,11 +312,27 @@ class Lora(SummableMethod):
 
         return add_low_rank(call, factors.A, factors.B, scale, dropout=dropout)
 
-    def new_weight(self, weight: Tensor, factors: LoraFactors, scale: float, **_: Any) -> Tensor:
+    def new_weight(
+        self, weight: Tensor, factors: LoraFactors, scale: float, *, experts: int | None = None, **_: Any
+    ) -> Tensor:
         """`weight + scale * B @ A`."""
         import torch
 
+        if experts is not None:
+            return torch.baddbmm(weight, factors.B, factors.A, alpha=scale)
         return torch.add(weight, torch.mm(factors.B, factors.A), alpha=scale)
+
+    def stored_shapes(
+        self, in_features: int, out_features: int, sizes: LoraSizes, experts: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors as they are stored, of experts `A [experts * r, in]` and `B [out, r * experts]`."""
+        return self.shapes(in_features, out_features, LoraSizes(sizes.r * (experts or 1)))
+
+    def of_experts(self, factors: LoraFactors, experts: int) -> LoraFactors:
+        """`A [experts, r, in]` and `B [experts, out, r]`: in PEFT's tensors the experts come first in A, last in B."""
+        A, B = factors
+        rows, columns = A.shape[0] // experts, A.shape[1]
+        return LoraFactors(A.reshape(experts, rows, columns), moved(B.reshape(-1, rows, experts), -1, 0))
 
     def text(self, sizes: LoraSizes) -> str:
         """Sizes in words, such as `r=8`."""

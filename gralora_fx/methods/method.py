@@ -12,13 +12,14 @@ be converted to LoRA and be summed; those of other methods are folded into weigh
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from gralora_fx.config import AdapterConfig
+from gralora_fx.methods.expert_tensors import ExpertTensors
 
 if TYPE_CHECKING:
     import torch
@@ -105,10 +106,17 @@ def first_tensor(factors: AdapterTensors) -> Tensor:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter does to a weight: its tensors and the factor they are scaled by."""
+    """What an adapter does to a weight: its tensors and the factor they are scaled by.
+
+    Attributes:
+        factors: The tensors; of experts, each with an axis of the experts before the others.
+        scale: The factor.
+        experts: Number of experts, whose weights are the matrices of one of 3 dimensions; None for a single matrix.
+    """
 
     factors: AdapterTensors
     scale: float
+    experts: int | None = None
 
     @property
     def is_low_rank(self) -> bool:
@@ -119,6 +127,11 @@ class Update:
         """The unscaled update as a plain LoRA pair; `AdapterMethod.check_lora_form` says first that there is one."""
         assert is_low_rank(self.factors)
         return self.factors.lora_form()
+
+    def of_expert(self, index: int) -> Update:
+        """The update of one expert's matrix."""
+        factors = {name: None if t is None else t[index] for name, t in self.factors._asdict().items()}
+        return Update(type(self.factors)(**factors), self.scale)
 
     def __repr__(self) -> str:
         """One line without tensors."""
@@ -164,8 +177,8 @@ class LayerCall(NamedTuple):
         return self._replace(x=self.x.to(dtype), y=self.y.to(dtype), weight=weight, bias=bias)
 
 
-class AdapterMethod(ABC):
-    """A method of adaptation.
+class AdapterMethod(ExpertTensors):
+    """A method of adaptation; `shapes`, `initial` and what there is of experts are those of `ExpertTensors`.
 
     Attributes:
         config: Its configuration.
@@ -195,24 +208,6 @@ class AdapterMethod(ABC):
         """
 
     @abstractmethod
-    def shapes(self, in_features: int, out_features: int, sizes: Any) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors at a layer, by field of `tensors`."""
-
-    @abstractmethod
-    def initial(
-        self, features: tuple[int, int], sizes: Any, config: Any, *, weight: Callable[[], Tensor], scale: float
-    ) -> AdapterTensors:
-        """Fresh float32 tensors on the CPU, which change nothing unless the configuration says otherwise.
-
-        Args:
-            features: Widths `in` and `out` of the layer.
-            sizes: The adapter's sizes.
-            config: Its configuration.
-            weight: Gives the layer's weight `[out, in]`, for a method that starts from it.
-            scale: Factor of its update.
-        """
-
-    @abstractmethod
     def forward(self, call: LayerCall, factors: Any, scale: float, *, sizes: Any, dropout: float = 0.0) -> Tensor:
         """The layer's output with the adapter, of the shape of `call.y`; it runs on `torch.fx` proxies as on tensors.
 
@@ -226,9 +221,25 @@ class AdapterMethod(ABC):
 
     @abstractmethod
     def new_weight(
-        self, weight: Tensor, factors: Any, scale: float, *, features: tuple[int, int], sizes: Any
+        self,
+        weight: Tensor,
+        factors: Any,
+        scale: float,
+        *,
+        features: tuple[int, int],
+        sizes: Any,
+        experts: int | None = None,
     ) -> Tensor:
-        """The layer's weight `[out, in]` with the adapter, on proxies too; gradients reach the adapter's tensors."""
+        """The layer's weight `[out, in]` with the adapter, on proxies too; gradients reach the adapter's tensors.
+
+        Args:
+            weight: The weight; of experts, `[experts, out, in]`.
+            factors: The adapter's tensors, of experts as `of_experts` gives them.
+            scale: Factor of its update.
+            features: Widths `in` and `out`.
+            sizes: The adapter's sizes.
+            experts: Number of experts, or None for a single matrix.
+        """
 
     def problems(self, in_features: int, out_features: int, sizes: Any) -> list[str]:
         """Why a layer of these widths cannot have an adapter of these sizes, and what to do."""

@@ -62,7 +62,7 @@ class Inspection:
         if adapter_name is not None:
             return self._state[adapter_name].plan.selected
         entries = [entry for adapter in self._state.adapters.values() for entry in adapter.plan.selected]
-        order = {site.path: index for index, site in enumerate(self._state.traced.sites)}
+        order = {site.path: index for index, site in enumerate(self._state.traced.adaptable)}
         return tuple(sorted(entries, key=lambda entry: order[entry.site.path]))
 
     def adapters_at(self, path: str) -> tuple[str, ...]:
@@ -136,7 +136,9 @@ class Inspection:
             RewriteError: The adapter does not exist, or none adapts the site.
         """
         site, updates = self.site(path), self._updates(path, adapter_name)
-        transposed = site.kind == "conv1d"
+        transposed = site.is_transposed
+        if len(updates) > 1 and updates[0].experts is not None:
+            return torch.stack([delta_weight(update, transposed=transposed) for update in updates]).sum(0)
         if not all(update.is_low_rank for update in updates):
             weight = values_of(site.weight, path)
             deltas = [delta_weight(update, transposed=transposed, weight=weight) for update in updates]
@@ -152,14 +154,14 @@ class Inspection:
 
         Returns:
             `[k, k]` float64: row j is an output block, column n an input block; `[1, 1]` for a sum of
-            different `k`, and for an update that is not of low rank.
+            different `k`, for an update that is not of low rank, and for experts, over all of them.
 
         Raises:
             TargetError: The site does not exist.
             RewriteError: The adapter does not exist, or none adapts the site.
         """
         updates = self._updates(path, adapter_name)
-        if not all(update.is_low_rank for update in updates):
+        if updates[0].experts is not None or not all(update.is_low_rank for update in updates):
             norm: Tensor = torch.linalg.vector_norm(self.delta_weight(path, adapter_name).double())
             return norm.cpu().reshape(1, 1)
         update = _sum(updates)

@@ -123,7 +123,7 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
     """
     if not weights:
         return traced
-    sites = tuple(site for site in traced.sites if site.path in weights)
+    sites = tuple(site for site in traced.adaptable if site.path in weights)
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
     passes = (UntieWeights(sites), SetWeights(sites, weights))
     Pipeline("weights", passes, given=frozenset({OWN_WEIGHTS})).run(graph_module.graph)

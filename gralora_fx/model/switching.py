@@ -11,7 +11,7 @@ from gralora_fx.adapters.adapter import adapter_names as as_names
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.checks import check_adapter_name
-from gralora_fx.errors import ConfigError, RewriteError
+from gralora_fx.errors import ConfigError, RewriteError, listed
 from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.methods import AdapterTensors, SummableMethod, Update, not_a_config
 from gralora_fx.methods.forms import as_gralora, summed, summed_lora
@@ -169,7 +169,7 @@ def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan
         return plan(traced, config_or_plan)
     if not isinstance(config_or_plan, RewritePlan):
         raise ConfigError(f"an adapter needs a configuration or a plan, not {not_a_config(config_or_plan)}")
-    config_or_plan.check_fits(traced.sites)
+    config_or_plan.check_fits(traced.adaptable)
     return config_or_plan
 
 
@@ -208,6 +208,11 @@ def weighted_sum(
                 "leave it out, or merge it instead"
             )
         adapter.method.check_lora_form(f"adapter {adapter.name!r}", "a weighted sum", RewriteError)
+        if at := [planned.parameter for planned in adapter.plan.selected if planned.parameter is not None]:
+            raise RewriteError(
+                f"adapter {adapter.name!r} adapts parameters ({listed(at, 2)}), of which there is no weighted sum, as "
+                "in PEFT; make both active (set_adapter), or merge them"
+            )
     updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for path in adapter.factors:

@@ -12,6 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.linear_calls import LinearCall, calls_at, replace_operand
+from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import annotate, annotation_of
@@ -54,7 +55,11 @@ class InsertAdapter:
     Before: `y = linear(x, w, b); z = relu(y)`
     After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
 
-    The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies.
+    The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies. A parameter of
+    other code, such as stacked experts, is changed where the graph reads it, whatever is computed with it:
+
+    Before: `w = self.experts.down_proj; y = grouped_mm(x, w, offsets)`
+    After:  `w = self.experts.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
 
     Attributes:
         adapter: Name of the adapter.
@@ -77,6 +82,9 @@ class InsertAdapter:
         by_name = {node.name: node for node in graph.nodes}
         count = 0
         for insertion in self.insertions:
+            if isinstance(insertion.site, ParameterSite):
+                count += sum(self._insert_at_read(graph, by_name[name], insertion) for name in insertion.site.calls)
+                continue
             for name in insertion.site.calls:
                 for call in _calls(by_name, name, insertion.site):
                     self._insert(graph, call, insertion)
@@ -140,6 +148,39 @@ class InsertAdapter:
             )
         replace_operand(call.node, operand, result.node)
         return [candidate for candidate in graph.nodes if candidate not in before]
+
+    def _insert_at_read(self, graph: fx.Graph, node: fx.Node, insertion: Insertion) -> bool:
+        """Give the readers of a parameter its values with the adapter; whether there are any."""
+        site, users = insertion.site, set(node.users)
+        first = node
+        while users and first not in users:
+            first = first.next
+        if not users:
+            return False
+        assert isinstance(site, ParameterSite)
+        before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
+        with graph.inserting_before(first):  # so that no more weights are in memory at once than are used
+            factors = self._tensors(graph, tracer, insertion)
+            factors = factors if site.experts is None else self.method.of_experts(factors, site.experts)
+            weight: Any = _proxy(node, tracer)
+            weight = weight if insertion.dtype is None else weight.to(insertion.dtype)
+            result: Any = self.method.new_weight(
+                weight.transpose(-2, -1) if site.is_transposed else weight,
+                factors,
+                insertion.scale,
+                features=insertion.features,
+                sizes=insertion.sizes,
+                experts=site.experts,
+            )
+            result = result.transpose(-2, -1) if site.is_transposed else result
+            result = result if insertion.dtype is None else result.to(site.weight.dtype)
+        added = [candidate for candidate in graph.nodes if candidate not in before]
+        node.replace_all_uses_with(result.node, delete_user_cb=users.__contains__)
+        for inserted in added:
+            annotate(inserted, site=site.path, adapter=self.adapter, call=node.name)
+            if "nn_module_stack" in first.meta:
+                inserted.meta["nn_module_stack"] = first.meta["nn_module_stack"]
+        return True
 
     def _tensors(self, graph: fx.Graph, tracer: GraphAppendingTracer, insertion: Insertion) -> AdapterTensors:
         """The adapter's tensors as proxies of new nodes."""

@@ -11,6 +11,7 @@ from gralora_fx.errors import MergeError, RewriteError
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.module_tree import ModuleTree, is_within, module_stack
 from gralora_fx.graph.overlay import replace_parameters
+from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import annotate, module_of
@@ -45,7 +46,8 @@ class UntieWeights:
             MergeError: A call shares a view of its weight with something else. The graph must be discarded then.
         """
         by_name = {node.name: node for node in graph.nodes}
-        return PassResult(sum(_untie(module_of(graph), site, by_name) for site in self.sites))
+        layers = [site for site in self.sites if not isinstance(site, ParameterSite)]  # no other is tied
+        return PassResult(sum(_untie(module_of(graph), site, by_name) for site in layers))
 
 
 @contract(needs={OWN_WEIGHTS, _UNTIED})
@@ -71,8 +73,9 @@ class SetWeights:
             if site.path not in self.weights:
                 continue
             for name in site.calls:
-                for call in calls_at(by_name[name], site.path):
-                    parameters[str(call.weight.target)] = self.weights[site.path]
+                node = by_name[name]
+                reads = [node] if isinstance(site, ParameterSite) else [c.weight for c in calls_at(node, site.path)]
+                parameters |= {str(read.target): self.weights[site.path] for read in reads}
         replace_parameters(module_of(graph), parameters)
         return PassResult(len(parameters))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.module_tree import is_within
-from gralora_fx.graph.sites import LinearSite, other_readers
+from gralora_fx.graph.sites import LinearSite
 from gralora_fx.methods import method_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.traced_model import TracedModel
@@ -197,7 +197,7 @@ def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = Non
     if isinstance(model, TracedModel):
         traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
         if plan is not None:
-            plan.check_fits(traced.sites)
+            plan.check_fits(traced.adaptable)
     elif not hasattr(model, "adapter"):
         raise RewriteError(f"cannot draw a {type(model).__name__}; give what trace() or rewrite() returned")
     elif plan is not None:
@@ -244,6 +244,7 @@ def _sites(
         text = method_of(plan.config).text
         for planned in plan.selected:
             path, scale = planned.site.path, planned.scale
+            sites.setdefault(path, (planned.site, len(planned.site.calls)))
             norms = None
             if model is not None:
                 norms = tuple(tuple(row) for row in model.block_norms(path, name).tolist())
@@ -253,8 +254,7 @@ def _sites(
         for rejected in plan.rejected:
             site = rejected.site
             if site.path not in sites:  # stacked expert matrices, which are not sites of the graph
-                readers = other_readers(traced.graph_module, [site])[site.path]
-                sites[site.path] = site, len(readers)
+                sites[site.path] = site, len(site.calls)
             reasons.setdefault(site.path, {})[name] = rejected.reason
         for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(sites):
             notes.setdefault(path, []).append(f"bias trains ({name})")

@@ -10,8 +10,10 @@ from torch import nn
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import pattern_key
 from gralora_fx.errors import TargetError
+from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.methods import method_of, not_a_config
+from gralora_fx.planning.parameters import UNNAMED, chosen_parameters
 from gralora_fx.planning.problems import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
 from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, resolve_targets, saved_modules
@@ -39,14 +41,23 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
-    reasons = {path: _reason_against(site, rule, saved, traced, config) for path, site in sites.items()}
+    others = traced.parameter_sites
+    chosen = chosen_parameters(config, rule, traced, others, saved)
+    by_name = {site.path: name for name, site in chosen.sites.items()}
+    reasons = {
+        path: _reason_against(s, rule, saved, traced, config) for path, s in sites.items() if path not in by_name
+    }
+    reasons |= {site.path: UNNAMED for site in others if site.is_stack_of_experts and site.path not in by_name}
+    reasons |= {path: chosen.reasons.get(path) for path in by_name}  # after the modules, as PEFT draws its tensors
+    sites |= {site.path: site for site in others}
     rejected = [RejectedSite(sites[path], reason) for path, reason in reasons.items() if reason]
-    selected = tuple(_with_sizes(site, config, traced) for path, site in sites.items() if not reasons[path])
-    problems = problems_of(rule, config, traced, saved, selected)
+    selected = tuple(
+        _with_sizes(sites[path], config, traced, by_name.get(path)) for path, reason in reasons.items() if not reason
+    )
+    problems = [*chosen.problems, *problems_of(rule, config, traced, saved, selected)]
     if problems:
         raise TargetError(_joined(problems))
-    warn_of_gaps(rule, config, traced, selected)
-    rejected += [RejectedSite(site, _EXPERTS) for site in _expert_weights(traced)]
+    warn_of_gaps(rule, config, traced, selected, chosen.gaps)
     biases = _trained_biases(config, traced, selected)
     copied = {id(p): p for path in saved for p in _parameters_under(traced, path).values()}
     trained = {id(p): p for name in biases if (p := traced.tree.parameters[name]) is not None}
@@ -74,32 +85,21 @@ def _reason_against(
     return reason or out_of_reach(site, traced, config)
 
 
-def _with_sizes(site: LinearSite, config: AdapterConfig, traced: TracedModel) -> PlannedSite:
+def _with_sizes(site: LinearSite, config: AdapterConfig, traced: TracedModel, parameter: str | None) -> PlannedSite:
     """Plan a site's adapter with the sizes of the configuration or of a matching pattern."""
+    names = names_of_site(site, traced.tree) if parameter is None else (parameter,)
 
     def value_of(field: str) -> Any:
         pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF[field])
-        keys = [pattern_key(pattern, name) for name in names_of_site(site, traced.tree)]
+        keys = [pattern_key(pattern, name) for name in names]
         match = next((key for key in keys if key is not None), None)
         return getattr(config, field) if match is None else pattern[match]
 
     method = method_of(config)
     sizes, scale = method.sizes(config, value_of)
-    return PlannedSite(site, sizes, scale, method.parameter_count(site.in_features, site.out_features, sizes))
-
-
-_EXPERTS = "its weight has 3 dimensions, one matrix for each expert; adapters are added to linear layers, of 2"
-
-
-def _expert_weights(traced: TracedModel) -> list[LinearSite]:
-    """Stacked expert matrices, which are not linear layers though they may look like it."""
-    experts = []
-    for name, parameter in traced.tree.parameters.items():
-        owner = traced.tree.types.get(name.rpartition(".")[0], "")
-        if parameter.ndim == 3 and parameter.shape[0] > 1 and "Conv" not in owner and "xpert" in owner:
-            sizes = (parameter.shape[2], parameter.shape[1])
-            experts.append(LinearSite(name, "functional", *sizes, weight=parameter, bias=None, calls=()))
-    return experts
+    count = method.parameter_count(site.in_features, site.out_features, sizes)
+    experts = site.experts if isinstance(site, ParameterSite) else None
+    return PlannedSite(site, sizes, scale, count * (experts or 1), parameter)
 
 
 def _parameters_under(traced: TracedModel, path: str) -> dict[str, nn.Parameter]:

@@ -65,7 +65,7 @@ def problems_of(
     """
     sites = {site.path: site for site in traced.sites}
     return [
-        *_missing(rule, config, traced, sites, saved),
+        *([] if config.target_parameters else _missing(rule, config, traced, sites, saved)),
         *_unsupported(rule, traced, sites),
         *_unused_names(config.BEYOND_PEFT, rule, traced, config, selected),
         *_unfit_sizes(config, selected),
@@ -164,7 +164,8 @@ def _unused_names(
     selected: Sequence[PlannedSite],
 ) -> list[str]:
     """Names in those of the given fields, `exclude_modules` and patterns such as `rank_pattern`, that match nothing."""
-    paths = [name for planned in selected for name in names_of_site(planned.site, traced.tree)]
+    paths = [p.parameter for p in selected if p.parameter is not None]
+    paths += [name for p in selected if p.parameter is None for name in names_of_site(p.site, traced.tree)]
     problems = _unused_exclusions(rule, traced) if "exclude_modules" in fields else []
     for name in (name for name in config.PATTERNS if name in fields):
         keys = getattr(config, name)
@@ -186,14 +187,21 @@ def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list
     ]
 
 
-def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, selected: Sequence[PlannedSite]) -> None:
+def warn_of_gaps(
+    rule: TargetRule,
+    config: AdapterConfig,
+    traced: TracedModel,
+    selected: Sequence[PlannedSite],
+    others: Iterable[str] = (),
+) -> None:
     """Warn about names and layer indices that match nothing while others do, and about a corrected `fan_in_fan_out`.
 
     Args:
         rule: The configuration's choice of modules.
         config: The configuration as it was given.
         traced: The model.
-        selected: The sites that the rule takes.
+        selected: The sites that get an adapter.
+        others: Other gaps to warn of, a sentence each.
     """
     paths = _paths(traced)
     gaps = []
@@ -225,7 +233,7 @@ def warn_of_gaps(rule: TargetRule, config: AdapterConfig, traced: TracedModel, s
         gaps.append(
             f"fan_in_fan_out is {config.fan_in_fan_out}, but the adapted layers are {kind}; it is read as {corrected}"
         )
-    for gap in gaps:
+    for gap in (*gaps, *others):
         warn_caller(gap)
 
 

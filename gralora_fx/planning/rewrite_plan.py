@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
+from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.sites import LinearSite, site_table
 from gralora_fx.methods import Sizes, method_of
 
@@ -20,12 +21,19 @@ class PlannedSite:
         sizes: The adapter's sizes, a record of its method's.
         scale: Factor of its update.
         parameters: Number of trainable values.
+        parameter: Name of the parameter by which `target_parameters` selects it; None where `target_modules` does.
     """
 
     site: LinearSite
     sizes: Sizes
     scale: float
     parameters: int
+    parameter: str | None = None
+
+    @property
+    def experts(self) -> int | None:
+        """Number of experts, whose matrices its parameter holds; None for a single matrix."""
+        return self.site.experts if isinstance(self.site, ParameterSite) else None
 
     @property
     def r(self) -> int:
@@ -89,7 +97,7 @@ class RewritePlan:
         """Check that the plan is for a model.
 
         Args:
-            sites: The model's linear layers.
+            sites: The model's linear layers, and its other parameters.
 
         Raises:
             RewriteError: A site of the plan is not one of them.
@@ -107,6 +115,7 @@ class RewritePlan:
         """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
         method = method_of(self.config)
         adapted = {planned.site.path: method.text(planned.sizes) for planned in self.selected}
+        adapted |= {p.site.path: f"{adapted[p.site.path]}, {p.experts} experts" for p in self.selected if p.experts}
         adapted |= {
             planned.site.path: f"{adapted[planned.site.path]} (the traced forward never calls it)"
             for planned in self.selected

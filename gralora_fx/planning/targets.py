@@ -144,7 +144,7 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
     Raises:
         TargetError: `target_modules` is None and there is no default for the model's type.
     """
-    if config.target_modules is None and (model_type or "") not in _DEFAULTS:
+    if config.target_modules is None and (model_type or "") not in _DEFAULTS and not config.target_parameters:
         raise TargetError(
             f"target_modules is None and no default is known for model type {model_type!r}; name the modules, "
             f"for example {_examples(tree)}, or take 'all-linear'"

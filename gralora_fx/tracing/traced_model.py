@@ -16,6 +16,7 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTraine
 from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.out_of_reach import layers_of
+from gralora_fx.graph.parameter_sites import ParameterSite, parameter_sites
 from gralora_fx.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
@@ -108,16 +109,26 @@ class TracedModel:
         """The example inputs without the constants that are part of the graph."""
         return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
 
+    @property
+    def parameter_sites(self) -> tuple[ParameterSite, ...]:
+        """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
+        return parameter_sites(self.graph_module, self.tree, self.sites)
+
+    @property
+    def adaptable(self) -> tuple[LinearSite, ...]:
+        """The linear layers, then the other parameters: whatever an adapter can be at."""
+        return (*self.sites, *self.parameter_sites)
+
     def site(self, path: str) -> LinearSite:
-        """The linear layer at a module path.
+        """The linear layer at a module path, or the parameter of a name.
 
         Args:
-            path: The path, as in `sites`.
+            path: The path, as in `sites` or `parameter_sites`.
 
         Raises:
             TargetError: There is none.
         """
-        match = next((site for site in self.sites if site.path == path), None)
+        match = next((site for site in self.adaptable if site.path == path), None)
         if match is None:
             near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self.sites], n=3, cutoff=0.4))
             raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")

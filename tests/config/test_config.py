@@ -19,7 +19,7 @@ from gralora_fx.errors import ConfigError, GraloraError
 pytestmark = pytest.mark.quick
 
 BEYOND_PEFT = {"exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {}, "gralora_k_pattern": {}}
-BEYOND_PEFT |= {"base_quantization": None}
+BEYOND_PEFT |= {"base_quantization": None, "target_parameters": None}
 SHARED = [field.name for field in dataclasses.fields(GraloraConfig) if field.name not in BEYOND_PEFT]
 
 

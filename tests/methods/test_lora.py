@@ -68,7 +68,6 @@ OTHER_FORMS = {
     "lora_bias": True,
     "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2]],
-    "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [3],
     "megatron_config": {"x": 1},
     "ensure_weight_tying": True,
@@ -167,11 +166,14 @@ def test_an_exclusion_that_matches_nothing_is_named_in_a_warning() -> None:
         plan(traced("llama"), GraloraConfig(r=4, target_modules=BOTH, exclude_modules=["absent"]))
 
 
-def test_adapters_of_stacked_experts_are_refused_by_name(tmp_path: Path) -> None:
-    """PEFT adds `target_parameters` to `all-linear` on a mixture of experts."""
+def test_all_linear_of_a_mixture_means_its_experts_as_in_peft(tmp_path: Path) -> None:
+    """PEFT makes `target_parameters` of it, and doubles the rank of what are two matrices in one."""
     peft_model(tiny_model("mixtral"), method="LORA", r=4, target_modules="all-linear").save_pretrained(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"target_parameters=.*is not supported"):
-        read_config(tmp_path)
+    config = read_config(tmp_path)
+    assert set(config.target_parameters or ()) == {"down_proj", "gate.weight", "gate_up_proj"}
+    ranks = {entry.site.path.rpartition(".")[2]: entry.r for entry in plan(traced("mixtral"), config).selected}
+    assert ranks["gate_up_proj"] == 8
+    assert ranks["down_proj"] == ranks["gate"] == ranks["q_proj"] == 4
 
 
 def test_an_embedding_is_refused_by_name() -> None:

@@ -213,7 +213,7 @@ def _lora_cases(name: str, arch: Architecture) -> Iterator[Case]:
     if name == "gpt2":
         kinds["lora-fan-in-fan-out"] = {**TRANSPOSED, **small}
         kinds["rslora-fan-in-fan-out"] = {**TRANSPOSED, **small, "use_rslora": True}
-    if name == "mixtral":  # PEFT adapts its stacked experts too, by target_parameters, which is refused by name
+    if name == "mixtral":  # PEFT adapts its stacked experts too, which test_expert_adapters.py compares
         del kinds["lora-all-linear"]
     for kind, fields in kinds.items():
         if name in _REPEATED and kind not in _BY_ARCHITECTURE:

@@ -1,0 +1,62 @@
+"""Adapters of stacked experts: one parameter holds a matrix for each expert, and each has an adapter of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ExpertTensors(ABC):
+    """What a method says of experts, from what it says of a matrix.
+
+    Their tensors are stored with an axis of the experts before the others, unless the method overrides these.
+
+    Attributes:
+        NESTS_PARAMETERS: Whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of
+            several in one module then say their order there, and not their names (see `parameter_keys`).
+    """
+
+    NESTS_PARAMETERS: ClassVar[bool] = False
+    tensors: ClassVar[Callable[..., Any]]
+
+    @abstractmethod
+    def shapes(self, in_features: int, out_features: int, sizes: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors at a layer, by field of `tensors`."""
+
+    @abstractmethod
+    def initial(
+        self, features: tuple[int, int], sizes: Any, config: Any, *, weight: Callable[[], Tensor], scale: float
+    ) -> Any:
+        """Fresh float32 tensors on the CPU, which change nothing unless the configuration says otherwise.
+
+        Args:
+            features: Widths `in` and `out` of the layer.
+            sizes: The adapter's sizes.
+            config: Its configuration.
+            weight: Gives the layer's weight `[out, in]`, for a method that starts from it.
+            scale: Factor of its update.
+        """
+
+    def stored_shapes(
+        self, in_features: int, out_features: int, sizes: Any, experts: int | None
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors as they train and are stored, of experts or (None) of a single matrix."""
+        shapes = self.shapes(in_features, out_features, sizes)
+        return shapes if experts is None else {name: (experts, *shape) for name, shape in shapes.items()}
+
+    def of_experts(self, factors: Any, experts: int) -> Any:
+        """Stored tensors of experts as those of a matrix, with an axis of the experts before the others."""
+        return factors
+
+    def initial_of_experts(
+        self, features: tuple[int, int], sizes: Any, config: Any, experts: int, /, **options: Any
+    ) -> Any:
+        """Fresh tensors of experts, as they are stored; the arguments are those of `initial`."""
+        import torch
+
+        drawn = [self.initial(features, sizes, config, **options) for _ in range(experts)]
+        return self.tensors(*(None if t[0] is None else torch.stack(t) for t in zip(*drawn, strict=True)))
