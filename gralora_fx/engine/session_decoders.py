@@ -136,12 +136,11 @@ class RowsDecoder(Decoder):
         """Let rows read tokens that choose from one stack, after the lengths that rows have then."""
         rows = range(min(read), max(read) + 1)  # the others take no time at all
         read, attended = {row: read[row] for row in sorted(read)}, np.zeros(len(rows), dtype=np.int32)
-        given = {row: self._given(row, array, row in last) for row, array in read.items()}
         # attention that sees one token of each row takes another way, with other last digits
-        ids = np.zeros((len(rows), max(_SEVERAL, *map(len, given.values()))), dtype=np.int64)
+        ids = np.zeros((len(rows), max(_SEVERAL, *map(len, read.values()))), dtype=np.int64)
         query = np.zeros(len(rows), dtype=np.int32)
         numbers = np.full(len(rows), BASE, dtype=np.int64)
-        for row, array in given.items():
+        for row, array in read.items():
             numbers[row - rows.start] = stack.ids[self._row_adapters[row]]
             ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
             is_several = row in last and self._lengths[row] + _SEVERAL <= self.capacity
@@ -154,8 +153,7 @@ class RowsDecoder(Decoder):
             feed[ATTENTION_SEQLENS] = attended
         counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
         if self._is_opened and not self.gives_all:
-            starts = np.cumsum([0, *map(len, given.values())])
-            ends = {row: start + len(read[row]) for row, start in zip(read, starts, strict=False)}
+            ends = dict(zip(read, np.cumsum([*map(len, read.values())]), strict=True))
             feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
         logits: NDArray[Any] = self._steps(feed, stack.values, rows).float().numpy()
         if self.gives_all:
@@ -164,14 +162,6 @@ class RowsDecoder(Decoder):
             return {row: logits[row - rows.start, 0] for row in read}
         of_rows = zip(read, np.split(logits[:, 0], np.cumsum(list(counts.values()))[:-1]), strict=True)
         return {row: array if row in last else array[-1] for row, array in of_rows}
-
-    def _given(self, row: int, tokens: NDArray[np.int64], is_several: bool) -> NDArray[np.int64]:
-        """What a row reads: of one token that is to be as one of several, the token twice where it has an adapter.
-
-        The row does not keep the second, which gives the products of the adapter the kernel of several, too.
-        """
-        is_alone = is_several and len(tokens) == 1 and self._row_adapters[row] is not None
-        return np.repeat(tokens, 2) if is_alone and self._lengths[row] + _SEVERAL <= self.capacity else tokens
 
 
 @dataclass

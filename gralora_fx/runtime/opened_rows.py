@@ -1,8 +1,9 @@
 """The graph of rows as it is opened: two inputs more, so that a step can verify draft tokens.
 
 As it is exported, `model_rows.onnx` gives logits after the last token of each row alone. And in the last bits, what a
-token gives depends on whether its row reads others in the same step: ONNX Runtime has another kernel for the attention
-of one. In int4, whose products round activations to 8 bits, such bits become other tokens.
+token gives depends on whether others are read in the same step: ONNX Runtime has other kernels for the attention of one
+token, and for its product with an adapter. In int4, whose products round activations to 8 bits, such bits become other
+tokens.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx.helper import make_tensor_value_info
 
+from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 
 LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: tokens that get logits, among those that count, row by row
@@ -29,6 +32,7 @@ def open_rows(model: onnx.ModelProto) -> bool:
             `y = GroupQueryAttention(..., past_seqlens + query_seqlens - 1, query_seqlens)`
     After:  `logits = head(Gather(x, Unsqueeze(logits_indices)))`, `[num_logits, 1, vocabulary]`;
             `y = GroupQueryAttention(..., past_seqlens + attention_seqlens - 1, attention_seqlens)`
+    Tokens that are multiplied with one adapter are two at least: `size` becomes `Max(size, 2)`.
 
     Args:
         model: The graph; its weights are not read.
@@ -38,11 +42,39 @@ def open_rows(model: onnx.ModelProto) -> bool:
         reads more than the tokens, such as the adapter of each row, neither.
     """
     graph = model.graph
+    is_grouped = _group_several(graph)
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in _read(node):
             readers.setdefault(name, []).append(node)
-    return (_gives_all(graph) or _choose_logits(graph, readers)) and _choose_attention(graph, readers)
+    has_logits = _gives_all(graph) or _choose_logits(graph, readers)
+    return (has_logits and _choose_attention(graph, readers)) or is_grouped
+
+
+def _group_several(graph: onnx.GraphProto) -> bool:
+    """Let groups of tokens that share an adapter have room for two, whose second may be any token."""
+    if all(value.name != ADAPTER_IDS for value in graph.input):
+        return False
+    sources = {name: node for node in graph.node for name in node.output}
+
+    def is_size(node: onnx.NodeProto) -> bool:
+        """Whether it gives the size of groups: the most tokens of an adapter, or of a part of a row."""
+        kinds = [sources[name].op_type if name in sources else "" for name in node.input]
+        return (node.op_type, kinds[-1:]) in (("ReduceMax", ["ReduceSum"]), ("Where", ["Min"]))
+
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if is_size(node):
+            (name,) = node.output
+            node.output[0] = f"{name}_counted"
+            two = onnx.numpy_helper.from_array(np.array(2, dtype=np.int64))
+            nodes.append(onnx.helper.make_node("Constant", [], [f"{name}_least"], value=two))
+            nodes.append(onnx.helper.make_node("Max", [node.output[0], f"{name}_least"], [name]))
+    is_changed = len(nodes) > len(graph.node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return is_changed
 
 
 def _gives_all(graph: onnx.GraphProto) -> bool:

@@ -80,6 +80,23 @@ def test_with_adapters_beside_others(data: OrtModel) -> None:
     check_bits(data.decoder(rows=3, capacity=24, chunk=8), "wide", "small", None)
 
 
+def test_a_step_with_an_adapter_gives_the_same_beside_others(data: OrtModel) -> None:
+    decoder = data.decoder(rows=5, capacity=48, chunk=16)
+    for adapter in (None, "small", "wide"):
+        row = decoder.open(adapter)
+        decoder.step({row: PROMPT})
+        alone = decoder.step({row: [7]})[row].copy()
+        for others in (["wide"], ["small", "wide"], [None, "wide", "wide", "small"]):
+            for count in (1, 2, 16):
+                decoder.rewind(row, len(PROMPT))
+                beside = [decoder.open(other) for other in others]
+                found = decoder.step({row: [7]} | {other: [9] * count for other in beside})[row]
+                assert np.array_equal(found, alone)
+                for other in beside:
+                    decoder.close(other)
+        decoder.close(row)
+
+
 def test_a_row_that_was_set_back_goes_on_as_if_it_had_not_read_more(data: OrtModel) -> None:
     decoder = data.decoder(rows=2, capacity=24, chunk=8)
     row, other = decoder.open("wide"), decoder.open("small")

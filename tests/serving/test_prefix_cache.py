@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from prefix_interleavings import CONTEXT, SIZES, Interleavings, made
 from prometheus_client.parser import text_string_to_metric_families
 from running_service import running
@@ -19,7 +20,7 @@ from served_exports import CACHED, chat_tokenizer
 from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
-from gralora_fx import trace
+from gralora_fx import GraloraModel, trace
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.engine.decoder import Decoder, part_length
 from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
@@ -153,18 +154,23 @@ def chat(decoder: Decoder, turns: int, chunk: int) -> tuple[list[Any], list[int]
 def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OrtModel]:
     """Exports of one model with numbers of other kinds."""
     folder, traced = tmp_path_factory.mktemp("kinds"), trace(tiny_model("llama", **SIZES), task=CACHED)
-    kinds: dict[str, dict[str, Any]] = {
-        "fp32": {},
-        "fp16": {"precision": "fp16"},
-        "int4": {"quantize": "int4"},
-        "int8-dynamic": {"quantize": "int8-dynamic"},
+    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(tiny_model("llama", **SIZES), config).save_pretrained(str(folder / "adapter"))
+    window = trace(tiny_model("mistral", **SIZES, sliding_window=8), task=CACHED)
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "fp32": (traced, {}),
+        "fp16": (traced, {"precision": "fp16"}),
+        "int4": (traced, {"quantize": "int4"}),
+        "int8-dynamic": (traced, {"quantize": "int8-dynamic"}),
+        "window": (window, {"precision": "fp16"}),
+        "dora": (GraloraModel.from_pretrained(traced, folder / "adapter"), {"quantize": "int8"}),
     }
-    for name, options in kinds.items():
-        export_onnx(traced, folder / name, verify=False, tokenizer=chat_tokenizer(), **options)
+    for name, (model, options) in kinds.items():
+        export_onnx(model, folder / name, verify=False, tokenizer=chat_tokenizer(), **options)
     return {name: load(folder / name, threads=1) for name in kinds}
 
 
-@pytest.mark.parametrize("kind", ["fp16", "int4", "int8-dynamic"])
+@pytest.mark.parametrize("kind", ["fp16", "int4", "int8-dynamic", "window", "dora"])
 def test_where_numbers_are_rounded_every_logit_is_the_cold_one_bit_for_bit(
     merged: dict[str, OrtModel], kind: str
 ) -> None:
