@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +17,18 @@ from gralora_fx.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
+from gralora_fx.tracing.eager_calls import call_eager
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, decoder_step, own_inputs
+from gralora_fx.tracing.inputs.cache import (
+    PAST,
+    cached_inputs,
+    decoder_step,
+    own_inputs,
+)
 from gralora_fx.tracing.inputs.input_trees import leaf_paths, same_value, shown
 from gralora_fx.tracing.inputs.samples import TEXT_INPUTS
 from gralora_fx.tracing.inputs.signature import default_input
+from gralora_fx.tracing.patches.state_space_layers import limits_prompts_alone
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -56,7 +62,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
     model, sample = draft.model, draft.sample if sample is None else sample
     with _in_evaluation(model):
         try:
-            expected = _call_eager(model, sample)
+            expected = call_eager(model, sample)
         except Exception as error:  # a model raises what it likes
             raise TraceError(
                 f"{type(model).__name__} itself fails on the example inputs{where(model, error)}: {first_line(error)}"
@@ -73,7 +79,7 @@ def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
     """Why the eager model fails on inputs in evaluation mode, or None if it does not."""
     with _in_evaluation(model):
         try:
-            _call_eager(model, sample)
+            call_eager(model, sample)
         except Exception as error:  # noqa: BLE001  # a model raises what it likes
             return first_line(error)
     return None
@@ -108,13 +114,13 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
         rest = {other: value for other, value in sample.items() if other != name}
         with _in_evaluation(model):
             try:
-                expected = _call_eager(model, rest)
+                expected = call_eager(model, rest)
             except Exception:  # noqa: BLE001  # it has a default but is required
                 continue
             for counts in (True, False) if name == "position_ids" and PAST in sample else (True,):
                 value = default_input(name, rest, counts_padding=counts)
                 torch.manual_seed(0)
-                if value is not None and _gap(expected, _call_eager(model, {**rest, name: value})) is None:
+                if value is not None and _gap(expected, call_eager(model, {**rest, name: value})) is None:
                     fillable.add(name)
                     counts_padding |= counts and name == "position_ids"
                     break
@@ -273,7 +279,11 @@ def _with_another_position(value: Any) -> Any:
 
 def _other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
-    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)
+    count = 2 if limits_prompts_alone(model) else 1
+    yield (
+        f"one row and {('one position', 'two positions')[count - 1]}",
+        cached_inputs(model, batch=1, past=9, length=count),
+    )
     yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)
 
 
@@ -292,10 +302,3 @@ def _other_step_sizes(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iter
     }
     more = {name: torch.cat([value, value[:1]]) for name, value in longer.items()}
     yield "an empty cache", decoder_step(model, more, past=0, length=5)
-
-
-def _call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
-    inputs = own_inputs(sample)
-    if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = PAST in sample
-    return model(**inputs)

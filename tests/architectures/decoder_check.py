@@ -93,7 +93,9 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
     paths = {
         site.path
         for site in traced.sites
-        if site.in_features % K == 0 == site.out_features % K and model.get_submodule(site.path) is not head
+        if site.in_features % K == 0 == site.out_features % K
+        and model.get_submodule(site.path) is not head
+        and not site.tied_with  # adapters of two layers cannot be merged into one weight
     }
     config = GraloraConfig(r=4, gralora_k=K, target_modules=paths, init_weights=False, fan_in_fan_out=is_conv1d)
     adapted = rewrite(traced, config)

@@ -15,7 +15,10 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 # what no rule on names tells: class, fields, and why
 _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "BambaForCausalLM": (_MAMBA, "the widths of its state space are products"),
+    "BambaForCausalLM": (
+        {**_MAMBA, "attn_layer_indices": [1]},
+        "the widths of its state space are products, and one of its layers is of attention",
+    ),
     "CohereCompassForCausalLM": (
         {"rope_parameters": {"full_attention": {**_ROPE, "mrope_section": [1, 1, 2]}}},
         "its default has no angles",
@@ -72,8 +75,8 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "its kinds of layers are written as a product",
     ),
     "GraniteMoeHybridForCausalLM": (
-        {**_MAMBA, "layer_types": ["attention", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
-        "its layers are of attention alone in the smaller models",
+        {**_MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "num_experts_per_tok": 0},
+        "the widths of its state space are products, and it has no experts in the smaller models",
     ),
     "HrmTextForCausalLM": (
         {"num_hidden_layers": 4, "num_layers_per_stack": 1, "H_cycles": 1, "L_cycles": 3, "L_bp_cycles": [2]},
@@ -85,12 +88,18 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "its kinds of layers are periods",
     ),
     "Lfm2MoeForCausalLM": ({"layer_types": ["conv", "full_attention"]}, "its default has no kinds of layers"),
-    "Mamba2ForCausalLM": ({"head_dim": 16}, "the widths of its state space are products"),
+    "Mamba2ForCausalLM": (
+        {"head_dim": 16, "num_heads": 4, "n_groups": 2},
+        "the widths of its state space are products",
+    ),
     "MoshiForCausalLM": (
         {"sliding_window": 64},
         "its cache forgets what is before a window, and its mask does not: texts are within the window",
     ),
-    "NemotronHForCausalLM": ({"n_groups": 1}, "groups have to divide its heads"),
+    "NemotronHForCausalLM": (
+        {"n_groups": 1, "time_step_min": 1e-9},
+        "groups have to divide its heads, and transformers limits the time steps of prompts alone",
+    ),
     "Qwen4ExpForCausalLM": (
         {
             "indexer_n_heads": 2,
@@ -106,6 +115,26 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "ReformerModelWithLMHead": (
         {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
         "the widths of its positions are of one sum",
+    ),
+    "Zamba2ForCausalLM": (
+        {
+            "mamba_expand": 2,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 16,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+            "time_step_min": 1e-9,
+        },
+        "its widths are products, and transformers limits the time steps of prompts alone",
+    ),
+    "ZambaForCausalLM": (
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
+        "its layers of attention share their weights, and there have to be several",
     ),
     "XmodForCausalLM": ({"default_language": "en_XX"}, "it runs in a chosen language only"),
 }

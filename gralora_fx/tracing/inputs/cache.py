@@ -26,13 +26,13 @@ from gralora_fx.compat.transformers_caches import (
 )
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, keeps_state
+from gralora_fx.tracing.inputs.cache_slots import KINDS, PAST_PREFIX, CacheSlot, by_own_names, keeps_state
 from gralora_fx.tracing.inputs.refused_steps import check_has_step
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
 
-PAST = "past_key_values"
+PAST = PAST_PREFIX.removesuffix(".")
 _OF_MORE_THAN_KEYS = (LinearAttentionLayer, DynamicIndexedLayer)  # layers with tensors beside keys and values
 
 
@@ -119,7 +119,7 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
     """
     try:
         with torch.no_grad(), quiet(), _noted_widths() as widths:
-            cache: Any = returned_cache(model(**inputs, use_cache=True))
+            cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
         tensors = tensors_of(cache)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error

@@ -5,7 +5,8 @@ A new kind of state is a line of `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,3 +119,19 @@ def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
 def keeps_state(slots: Iterable[CacheSlot]) -> bool:
     """Whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
     return any(slot.kind.grows is None for slot in slots)
+
+
+def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs of a step by the names of a forward's own arguments.
+
+    transformers' newer name of the cache is `cache`. Most models take the older one too; Mamba would not see it.
+
+    Args:
+        forward: The forward.
+        inputs: Inputs by name, the cache by its older one.
+    """
+    taken = inspect.signature(forward).parameters
+    older = PAST_PREFIX.removesuffix(".")
+    if older not in inputs or older in taken or "cache" not in taken:
+        return inputs
+    return {"cache" if name == older else name: value for name, value in inputs.items()}

@@ -33,7 +33,7 @@ from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
 from gralora_fx.operators.call import NAMESPACE, define_shape_only, is_shape_only
 from gralora_fx.operators.layers import RmsNorm, Rotate
 from gralora_fx.tracing.inputs.cache import tensors_of
-from gralora_fx.tracing.inputs.cache_slots import StateKind
+from gralora_fx.tracing.inputs.cache_slots import StateKind, by_own_names
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
 from gralora_fx.tracing.patches.sparse_attention import only_chosen, symbolic_counts
 
@@ -76,7 +76,7 @@ def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, 
         tensors = [tensor for *_, tensor in _tensors_of(inputs)]
         for (first, first_axis), (second, second_axis) in equal:
             torch._check(tensors[first].shape[first_axis] == tensors[second].shape[second_axis])  # type: ignore[no-untyped-call]
-        return forward(*args, **inputs)
+        return forward(*args, **by_own_names(forward, inputs))
 
     return noted
 

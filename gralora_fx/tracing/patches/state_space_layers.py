@@ -6,6 +6,7 @@ state decay at padding. Here one form serves a prompt, a step and all between, a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,14 +75,14 @@ def _keep(cache: Any, layer: int, kind: str, state: Tensor) -> None:
 def _scan(module: Any, cache: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
     """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`."""
     heads, size = value.shape[2:]
-    before = _state(cache, module.layer_idx, "recurrent_states")
-    state = None if before is None else before.reshape(before.shape[0], heads, size, -1).transpose(2, 3)
+    before, is_number = _state(cache, module.layer_idx, "recurrent_states"), size == 1
+    if before is not None:
+        before = before.reshape(before.shape[0], heads, -1, 1) if is_number else before.transpose(2, 3)
     y, state = LinearAttention.compute_with_state(
-        query=query, key=key, value=value, decay=decay, beta=None, state=state, scale=1.0
+        query=query, key=key, value=value, decay=decay, beta=None, state=before, scale=1.0
     )
     if cache is not None:
-        widths = module.A_log.shape[:-1] if module.A_log.ndim > 1 else (heads, size)
-        state = state.transpose(2, 3).reshape(state.shape[0], *widths, key.shape[-1])
+        state = state.reshape(state.shape[0], *module.A_log.shape) if is_number else state.transpose(2, 3)
         _keep(cache, module.layer_idx, "recurrent_states", state)
     return y
 
@@ -107,9 +108,8 @@ def _mamba2(
     mixed = convolve(module, mixed, cache, attention_mask)
     x, key, query = torch.split(mixed, [module.intermediate_size, width, width], dim=-1)
     step = nn.functional.softplus(step + module.dt_bias)
-    least, largest = module.time_step_limit
-    step = step.clamp(least, largest) if least > 0 or largest < float("inf") else step
-    step = shown(step, attention_mask)
+    limits = _limits(module)
+    step = shown(step if limits is None else step.clamp(*limits), attention_mask)
     x = _heads(x, heads)
     y = _scan(
         module,
@@ -123,6 +123,12 @@ def _mamba2(
     y = module.norm(y, gate) if getattr(module, "mamba_rms_norm", True) else y * nn.functional.silu(gate)
     result: Tensor = module.out_proj(y.to(hidden_states.dtype))
     return result
+
+
+def _limits(module: Any) -> tuple[float, float] | None:
+    """The limits of a layer's time steps, if they are other than those of softplus."""
+    least, largest = getattr(module, "time_step_limit", None) or (0.0, math.inf)
+    return (least, largest) if least > 0 or largest < math.inf else None
 
 
 def _mamba(
@@ -212,6 +218,7 @@ STATE_SPACES = (
     Recognised("jamba.modeling_jamba:JambaMambaMixer.forward", _mamba, _MIXERS),
     Recognised("zamba.modeling_zamba:ZambaMambaMixer.forward", _zamba, _MIXERS),
 )
+_SCANS = STATE_SPACES[2:]
 GATED_NORMS = (
     Recognised("mamba2.modeling_mamba2:MambaRMSNormGated.forward", _norm_of_gated, _GATED),
     Recognised("qwen3_next.modeling_qwen3_next:Qwen3NextRMSNormGated.forward", _gate_of_normed, _GATED, fits=_has_gate),
@@ -219,3 +226,13 @@ GATED_NORMS = (
         "kimi_linear.modeling_kimi_linear:KimiLinearRMSNormGated.forward", _gate_of_normed, _GATED, fits=_has_gate
     ),
 )
+
+
+def forgets_before_prompts(model: nn.Module) -> bool:
+    """Whether transformers' code of a model reads several tokens as if none came before: selective scans do."""
+    return any(code.replaces_in(part) for part in model.modules() for code in _SCANS)
+
+
+def limits_prompts_alone(model: nn.Module) -> bool:
+    """Whether transformers' code of a model limits time steps of several tokens, and not that of a single one."""
+    return any(hasattr(part, "A_log") and _limits(part) is not None for part in model.modules())
