@@ -29,6 +29,7 @@ from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.cached_states import fresh_states
 from gralora_fx.tracing.patches.decoder_operators import decoder_operators
 from gralora_fx.tracing.patches.expert_layers import experts_as_operators
+from gralora_fx.tracing.patches.looped_experts import looped_experts_as_operators
 from gralora_fx.tracing.patches.recognised import Recognised, replaced
 from gralora_fx.tracing.patches.recurrences import RECURRENCES
 from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
@@ -42,7 +43,13 @@ def capture(draft: Draft) -> Captured:
     """
     model, sample = draft.model, draft.sample
     try:
-        with quiet(), replaced(model, IN_EVERY_MODEL), experts_as_operators(model), traceable_modes() as checkpoints:
+        with (
+            quiet(),
+            replaced(model, IN_EVERY_MODEL),
+            experts_as_operators(model),
+            looped_experts_as_operators(model),
+            traceable_modes() as checkpoints,
+        ):
             if isinstance(model, PreTrainedModel):
                 program = export_transformers_model(model, sample, draft.axes)
             else:

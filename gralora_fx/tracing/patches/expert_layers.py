@@ -82,12 +82,13 @@ def gate_of(module: Any) -> ExpertGate | None:
         return None
     try:
         with torch.no_grad():
-            return _measured(module._apply_gate) if module.has_gate else _ungated(module.act_fn)
+            return _measured(module._apply_gate) if module.has_gate else ungated(module.act_fn)
     except (TypeError, ValueError, RuntimeError):  # it takes more than these numbers, or gives something else
         return None
 
 
-def _ungated(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
+def ungated(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
+    """What an activation computes, of experts without a gate; None where the operator has no such form of it."""
     x = torch.linspace(-9, 9, 73, dtype=torch.float64)
     return next((gate for gate in _gates(NO_GATE) if torch.allclose(function(x), gate(x), 1e-5, 1e-6)), None)
 

@@ -1,0 +1,90 @@
+"""Experts that a model computes in a loop of its own, not through transformers' interface: one operator a layer.
+
+The loop asks which experts some token has, a value that a graph does not know.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.operators.experts import HALVES, ExpertGate, Experts
+from gralora_fx.tracing.patches.expert_layers import ungated
+from gralora_fx.tracing.patches.recognised import Recognised
+
+
+@contextmanager
+def looped_experts_as_operators(model: nn.Module) -> Iterator[None]:
+    """Let a model whose loop is known call `gralora::experts` within the block.
+
+    Args:
+        model: The model; it is restored when the block ends.
+    """
+    with ExitStack() as changed:
+        for part in model.modules():
+            code = next((code for code in _ACTIVATIONS if code.replaces_in(part)), None)
+            gate = None if code is None else ungated(_ACTIVATIONS[code](part))
+            if code is not None and gate is not None:
+                changed.enter_context(patch.object(part, "forward", functools.partial(code.replacement, part, gate)))
+        yield
+
+
+def _compute(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: ExpertGate) -> Tensor:
+    """The experts of each token: gates in the first half of `up`, `down` as `[experts, size, width]`."""
+    return Experts.compute(
+        hidden=hidden,
+        index=index,
+        weights=weights,
+        up=up,
+        down=down,
+        up_bias=None,
+        down_bias=None,
+        is_transposed=False,
+        activation=gate.activation,
+        layout=HALVES,
+        alpha=gate.alpha,
+        offset=0.0,
+        limit=0.0,
+    )
+
+
+def _dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """DBRX's, whose matrices are those of all experts one below the other."""
+    parts = (module.mlp.w1, module.mlp.v1, module.mlp.w2)
+    w1, v1, w2 = (part.view(module.num_experts, module.ffn_hidden_size, -1) for part in parts)
+    x = hidden_states.reshape(-1, module.hidden_size)
+    y = _compute(x, top_k_index, top_k_weights, torch.cat([w1, v1], dim=1), w2.transpose(1, 2), gate)
+    return y.view(hidden_states.shape)
+
+
+def _longcat(
+    module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """LongCat's, some of which give a token as it is and have no matrices."""
+    count = module.num_routed_experts
+    is_own = top_k_index < count
+    weights, kept = top_k_weights * is_own, (top_k_weights * ~is_own).sum(-1, keepdim=True)
+    index = torch.where(is_own, top_k_index, 0)
+    up, down = module.gate_up_proj[:count], module.down_proj
+    y = _compute(hidden_states, index, weights.to(hidden_states.dtype), up, down, gate)
+    return y + hidden_states * kept.to(hidden_states.dtype)
+
+
+# loops by their code, each with the activation of its experts
+_ACTIVATIONS: Mapping[Recognised, Callable[[Any], Any]] = {
+    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", _dbrx, ending="DbrxExperts"): lambda experts: (
+        experts.mlp.activation_fn
+    ),
+    Recognised(
+        "longcat_flash.modeling_longcat_flash:LongcatFlashExperts.forward",
+        _longcat,
+        ending="FlashExperts",
+        fits=lambda experts: experts.num_routed_experts > 0,
+    ): lambda experts: experts.act_fn,
+}
