@@ -154,6 +154,7 @@ def called_as(draft: Draft) -> Iterator[None]:
         patch.object(model, "forward", forward),
         configured_cache(model, use_cache=PAST in draft.sample),
         _every_layer_runs_once(model),
+        _texts_alone(model),
         _restored(model),
     ):
         yield
@@ -229,6 +230,19 @@ def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
         if dropped:
             found = ", ".join(dropped)
             warn_caller(f"layerdrop is not part of a trace ({found}); training runs every layer in every step")
+        yield
+
+
+@contextmanager
+def _texts_alone(model: nn.Module) -> Iterator[None]:
+    """Let a model that puts images before the texts in its cache, as GIT does, know that there are none.
+
+    It widens the padding mask of a step by as many positions as an image has.
+    """
+    with ExitStack() as changed:
+        for part in model.modules():
+            if isinstance(getattr(part, "image_patch_tokens", None), int):
+                changed.enter_context(patch.object(part, "image_patch_tokens", 0))
         yield
 
 

@@ -59,8 +59,8 @@ def _dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Ten
     parts = (module.mlp.w1, module.mlp.v1, module.mlp.w2)
     w1, v1, w2 = (part.view(module.num_experts, module.ffn_hidden_size, -1) for part in parts)
     x = hidden_states.reshape(-1, module.hidden_size)
-    y = _compute(x, top_k_index, top_k_weights, torch.cat([w1, v1], dim=1), w2.transpose(1, 2), gate)
-    return y.view(hidden_states.shape)
+    up, down = torch.cat([w1, v1], dim=1), w2.transpose(1, 2)
+    return _compute(x, top_k_index, top_k_weights, up, down, gate).view(hidden_states.shape)
 
 
 def _longcat(
@@ -72,8 +72,8 @@ def _longcat(
     weights, kept = top_k_weights * is_own, (top_k_weights * ~is_own).sum(-1, keepdim=True)
     index = torch.where(is_own, top_k_index, 0)
     up, down = module.gate_up_proj[:count], module.down_proj
-    y = _compute(hidden_states, index, weights.to(hidden_states.dtype), up, down, gate)
-    return y + hidden_states * kept.to(hidden_states.dtype)
+    y: Tensor = hidden_states * kept.to(hidden_states.dtype)
+    return y + _compute(hidden_states, index, weights.to(hidden_states.dtype), up, down, gate)
 
 
 # loops by their code, each with the activation of its experts

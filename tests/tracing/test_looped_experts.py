@@ -1,0 +1,51 @@
+"""Experts whose model loops over those that are hit compute the same as one operator, and their model is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from traces import relative_error
+
+from gralora_fx import trace
+from gralora_fx.operators.experts import Experts
+from gralora_fx.tracing.inputs.cache import cached_inputs, own_inputs
+from gralora_fx.tracing.patches.looped_experts import looped_experts_as_operators
+from tests.architectures.tiny_decoders import tiny_decoder
+
+MODELS = {"DbrxForCausalLM": "DbrxExperts", "LongcatFlashForCausalLM": "LongcatFlashExperts"}
+
+
+def routed(experts: Any, tokens: int = 24) -> tuple[torch.Tensor, ...]:
+    """Tokens with two of all experts each, and weights that do not add up to one."""
+    generator = torch.Generator().manual_seed(5)
+    total = getattr(experts, "total_experts", None) or experts.num_experts
+    index = torch.stack([torch.randperm(total, generator=generator)[:2] for _ in range(tokens)])
+    x, weights = torch.randn(1, tokens, 32, generator=generator), torch.rand(tokens, 2, generator=generator)
+    return (x if "Dbrx" in type(experts).__name__ else x[0]), index, weights
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("name", "kind"), MODELS.items())
+def test_the_operator_computes_what_the_loop_does(name: str, kind: str) -> None:
+    model = tiny_decoder(name)
+    experts = next(part for part in model.modules() if type(part).__name__ == kind)
+    inputs = routed(experts)
+    with torch.no_grad():
+        expected = experts(*inputs)
+        with looped_experts_as_operators(model):
+            actual = experts(*inputs)
+        assert experts(*inputs).equal(expected)  # it is as before
+    assert actual.shape == expected.shape
+    assert relative_error(actual, expected) < 1e-6
+
+
+def test_every_layer_is_one_operator_for_any_number_of_tokens() -> None:
+    model = tiny_decoder("LongcatFlashForCausalLM", num_layers=1)
+    traced = trace(model, task="text-generation-with-past")
+    assert len(traced.graph_module.graph.find_nodes(op="call_function", target=Experts.target)) == 1
+    inputs = cached_inputs(model, batch=3, past=0, length=11)
+    with torch.no_grad():
+        expected, actual = model(**own_inputs(inputs), use_cache=True), traced(**inputs)
+    assert relative_error(actual.logits, expected.logits) < 1e-5
