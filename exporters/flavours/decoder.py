@@ -27,6 +27,7 @@ from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAtten
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_passes.state_layout import keep_state_layout
 from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.onnx_pipeline import (
     FOLDED_TRANSPOSES,
@@ -109,17 +110,21 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
         conversion: What is converted.
         tables: The tables of rotary embeddings in its graph.
     """
+    slots = tuple(cached_slots(conversion.traced.example_inputs))
     return OnnxPipeline(
         "decoder",
         (
             *marking_passes(conversion),  # first: weights have their own names
             fold_transposes,
-            FuseAttention(tables),  # absorbs the rotary embeddings before it where it can
+            FuseAttention(
+                tables, has_attention=any(slot.kind.grows for slot in slots)
+            ),  # absorbs the rotary embeddings before it where it can
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             lower_state_operators,
             LowerExperts(),
-            NameCache(tuple(cached_slots(conversion.traced.example_inputs))),
+            NameCache(slots),
+            keep_state_layout,
         ),
     )
 

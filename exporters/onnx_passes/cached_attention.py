@@ -46,9 +46,11 @@ class FuseAttention:
 
     Attributes:
         tables: The tables of rotary embeddings in the graph.
+        has_attention: Whether there is any, which its cache of keys and values tells; else the model keeps states.
     """
 
     tables: RotaryTables
+    has_attention: bool = True
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place; the result lists the decomposed layers as skipped.
@@ -60,6 +62,8 @@ class FuseAttention:
         """
         nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
         decompose_masks(model.graph)
+        if not nodes and not self.has_attention:
+            return _result(0, ())
         if not nodes:
             own = Skip("every layer", "it computes attention itself, not through transformers' interface")
             return _result(0, (own,))

@@ -16,6 +16,7 @@ from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, replace
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
+from gralora_fx.exporters.onnx_passes.row_states import STATE_OPERATORS, RowStates, drop_padding_mask
 from gralora_fx.exporters.onnx_passes.row_tokens import (
     NUM_TOKENS,
     RowsError,
@@ -34,6 +35,7 @@ GQA = "GroupQueryAttention"
 _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
 _PAST = "past_key_values."
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
+_READS_CACHE = {GQA, "Concat", *STATE_OPERATORS}  # a concatenation is of a convolution's state and inputs
 _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
 
 
@@ -53,7 +55,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
         model: A decoder whose attention is fused and whose cache has its names; it is changed in place.
 
     Returns:
-        The number of attention layers.
+        The number of attention layers and operators with a state.
 
     Raises:
         RowsError: The model mixes tokens or reads its inputs in a way that does not allow it; layers are named.
@@ -67,7 +69,10 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     if isinstance(batch, int) or isinstance(length, int):
         raise RowsError(f"input_ids has a fixed shape, [{batch}, {length}]; trace the model with dynamic=True")
     layers = [node for node in graph if node.op_type == GQA]
+    states = [node for node in graph if node.op_type in STATE_OPERATORS]
     _check_layers(graph, layers)
+    if "attention_mask" in inputs:
+        drop_padding_mask(graph, inputs["attention_mask"], ids)
     _rename_inner(graph, str(batch), str(length))
     query, past = (add_input(graph, name, ir.DataType.INT32, [batch]) for name in (QUERY_SEQLENS, PAST_SEQLENS))
     build = Builder(graph)
@@ -80,13 +85,16 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     _count_one_row(inputs, tokens.ids)
     for node in layers:
         _by_rows(graph, node, tokens)
+    row_states = RowStates(graph, tokens)
+    for node in states:
+        row_states.rewrite(node)
     for value in graph.outputs[1:]:
         past_value = inputs[str(value.name).replace("present.", _PAST)]
         value.shape = past_value.shape
     remove_unused_nodes(model)
     _check_readers(inputs)
     graph.inputs[:] = [value for value in graph.inputs if value.name not in ("attention_mask", "position_ids")]
-    return PassResult(len(layers))
+    return PassResult(len(layers) + len(states))
 
 
 def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
@@ -182,7 +190,7 @@ def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
     problems = []
     for name, value in inputs.items():
         for usage in value.uses():
-            is_cache = name.startswith(_PAST) and usage.node.op_type == GQA
+            is_cache = name.startswith(_PAST) and usage.node.op_type in _READS_CACHE
             if not is_cache and name != "input_ids":
                 problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
     if problems:

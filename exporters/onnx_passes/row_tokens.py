@@ -6,7 +6,7 @@ The indices depend on the lengths of rows alone, which are inputs of the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -53,6 +53,13 @@ class RowTokens:
     def of_rows(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[1, tokens, width]` of `[batch, length, width]`."""
         return _flat_tokens(build, value, self.tokens)
+
+    def is_read(self, build: Builder) -> ir.Value:
+        """`[batch, length, 1]`: whether there is a token at each position that counts."""
+        length = build("Squeeze", build("Shape", self.token_at, start=1, end=2), build.ints(0))
+        places = build("Range", build.scalar(0), length, build.scalar(1))
+        counts = build("Unsqueeze", build("Cast", self.query, to=ir.DataType.INT64), build.ints(1))
+        return build("Unsqueeze", build("Less", places, counts), build.ints(2))
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,24 @@ def row_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Va
     total = build("Max", most, build("Cast", build("Shape", input_ids, start=1, end=2), to=ir.DataType.INT32))
     assert input_ids.shape is not None
     return RowTokens(tuple(input_ids.shape), ids, positions, lengths.tokens, token_at, query, cached, total)
+
+
+def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
+    """The same tokens in rows as long as the longest, which a batch may be longer than.
+
+    Args:
+        build: Makes the nodes.
+        tokens: The tokens.
+    """
+    one = build.scalar(1)
+    length = build("Max", build("ReduceMax", build("Cast", tokens.query, to=ir.DataType.INT64), keepdims=0), one)
+    before = build("Squeeze", build("Shape", tokens.token_at, start=1, end=2), build.ints(0))
+    end = build("Unsqueeze", length, build.ints(0))
+    token_at = build("Slice", tokens.token_at, build.ints(0), end, build.ints(1))
+    row = build("Div", tokens.tokens, before)
+    index = build("Sub", tokens.tokens, build("Mul", row, build("Sub", before, length)))
+    sizes = (tokens.sizes[0], ir.SymbolicDim("longest_row"))
+    return replace(tokens, sizes=sizes, token_at=token_at, tokens=index)
 
 
 def last_tokens(build: Builder, query: ir.Value) -> ir.Value:

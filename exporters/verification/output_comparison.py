@@ -26,6 +26,7 @@ from gralora_fx.exporters.verification.tolerances import Float64Model, Tolerance
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, run_values
+from gralora_fx.runtime.session_views import transposed_states
 from gralora_fx.tracing.inputs.cache import own_inputs
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -90,8 +91,10 @@ class OutputComparison:
         missing = [name for name in names if name not in values]
         if missing:
             raise ExportError(f"{description} lack {', '.join(missing)}, which the export takes; give every input")
-        results = run_values(self.session, {name: values[name] for name in names}, description)
-        actual = {name: as_tensor(value) for name, value in results.items()}
+        swapped = transposed_states(self.session)
+        feed = {name: values[name].mT if name in swapped else values[name] for name in names}
+        results = {name: as_tensor(value) for name, value in run_values(self.session, feed, description).items()}
+        actual = {name: value.mT if name in swapped else value for name, value in results.items()}
         if len(expected) != len(actual):
             raise ExportError(f"the export gives {', '.join(actual)}, the model {', '.join(expected)}; export it again")
         if set(expected) != set(actual):

@@ -17,7 +17,13 @@ from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
 from gralora_fx.runtime.session import CPU, QUIET_RUN
 from gralora_fx.runtime.session_views import PAST, PRESENT
 
-_READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}  # and writes into the same buffer
+# inputs of operators that read a cache and write into the same buffer
+_READS_CACHE = {
+    ("GroupQueryAttention", 3),
+    ("GroupQueryAttention", 4),
+    ("CausalConvWithState", 3),
+    ("LinearAttention", 3),
+}
 _BOUND = 4  # stacks of adapters that stay bound
 
 
@@ -25,7 +31,8 @@ class BufferedSteps:
     """A session over a decoder, with the caches of its rows and what else stays bound from step to step.
 
     Attributes:
-        caches: The buffers, `[rows, heads, length, size]`, by the names of the inputs.
+        caches: The buffers by the names of the inputs: keys and values `[rows, heads, length, size]`, and states, each
+            of which a step reads and writes over.
     """
 
     def __init__(self, session: Any, *, rows: int, length: int) -> None:

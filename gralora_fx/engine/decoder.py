@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ class Decoder(ABC):
             or a row cannot be set back. None if they can.
     """
 
-    unshared: ClassVar[str] = "rows of the export run one after the other, each with a cache of its own"
+    unshared: str = "rows of the export run one after the other, each with a cache of its own"
 
     def __init__(
         self,

@@ -26,7 +26,9 @@ from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import adapter_dtype, as_past
+from gralora_fx.tracing.inputs.cache_slots import past_slots
 
+_STATES = "layers of the model keep states"
 _SEVERAL = 2  # tokens of a row from which attention has the kernel of several
 _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
 
@@ -63,6 +65,10 @@ class RowsDecoder(Decoder):
         inputs = {value.name for value in session.get_inputs()}
         self._is_opened = ATTENTION_SEQLENS in inputs
         problem = None if self._is_opened else "the graph of its rows gives logits after the last token of each alone"
+        self._states = [slot.past for slot in past_slots(session.get_inputs()) if slot.kind.grows is None]
+        if self._states:
+            self.unshared = f"{_STATES}, which do not tell what they were after fewer tokens"
+            problem = f"{_STATES}, which cannot be set back"
         super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem)
         self._adapters = adapters
         self._row_stacks = None
@@ -90,10 +96,13 @@ class RowsDecoder(Decoder):
             self._shared = SharedRows(cache, lambda row: [cache[row] for cache in caches], is_float32=is_float32)
 
     def cached(self, row: int) -> dict[str, Tensor]:
-        """The keys and values of a row, `[heads, positions, size]` by the names of the inputs, in the row's own memory.
+        """What is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
 
         Args:
-            row: Its number, as `open` gave it; positions that it has not read yet hold anything.
+            row: Its number, as `open` gave it.
+
+        Returns:
+            Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.
         """
         return {name: as_tensor(value)[row] for name, value in self._steps.caches.items()}
 
@@ -101,6 +110,8 @@ class RowsDecoder(Decoder):
         if source is not None:
             raise ServingError("a decoder has no encoder to read a source; leave it out")
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
+        for name in self._states:  # those of the text that the row was of before
+            as_tensor(self._steps.caches[name])[row].zero_()
         self._stacks = ()
         return self._row_adapters[row]
 

@@ -12,7 +12,7 @@ from onnxruntime import OrtValue
 
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.export_directory import FLAG
+from gralora_fx.runtime.export_directory import FLAG, TRANSPOSED_STATES
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX, past_slots
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -136,6 +136,20 @@ def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
         value.name: np.zeros(slot.kind.shape(value.shape, batch, 0), dtypes.get(value.type, np.float32))
         for slot, value in past_slots(inputs).items()
     }
+
+
+def transposed_states(session: Any) -> frozenset[str]:
+    """Names of the states that a session takes and gives with the last two axes swapped, of inputs and outputs.
+
+    Args:
+        session: A session, or a view of one.
+    """
+    while isinstance(session, SessionView):
+        session = session.session
+    if isinstance(session, EncoderDecoderSession):
+        return frozenset()
+    places = session.get_modelmeta().custom_metadata_map.get(TRANSPOSED_STATES, "").split()
+    return frozenset(prefix + place for place in places for prefix in (PAST, PRESENT))
 
 
 class SessionView:

@@ -19,12 +19,8 @@ from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.eager_calls import call_eager
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.cache import (
-    PAST,
-    cached_inputs,
-    decoder_step,
-    own_inputs,
-)
+from gralora_fx.tracing.inputs.cache import PAST, own_inputs
+from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
 from gralora_fx.tracing.inputs.input_trees import leaf_paths, same_value, shown
 from gralora_fx.tracing.inputs.samples import TEXT_INPUTS
 from gralora_fx.tracing.inputs.signature import default_input

@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
 from gralora_fx.operators.attention import Attention
-from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, own_inputs
+from gralora_fx.tracing.inputs.cache import PAST, own_inputs
+from gralora_fx.tracing.inputs.cached_steps import cached_inputs
 
 DECODERS = ("llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral", "gpt2", "opt")
 TASK = "text-generation-with-past"

@@ -12,8 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, cached_slots, own_inputs, tensors_of
+from gralora_fx.tracing.inputs.cache import PAST, cached_slots, own_inputs, tensors_of
 from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, slot_of
+from gralora_fx.tracing.inputs.cached_steps import cached_inputs
 from tests.architectures.tiny_decoders import tiny_decoder
 
 LFM2 = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}

@@ -14,7 +14,8 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST, decoder_step, own_inputs
+from gralora_fx.tracing.inputs.cache import PAST, own_inputs
+from gralora_fx.tracing.inputs.cached_steps import decoder_step
 
 NAMES = ("t5", "bart", "whisper")
 ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}

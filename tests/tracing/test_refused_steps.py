@@ -7,7 +7,7 @@ import torch
 
 from gralora_fx import trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import cached_inputs
+from gralora_fx.tracing.inputs.cached_steps import cached_inputs
 from tests.architectures.tiny_decoders import tiny_decoder
 
 pytestmark = pytest.mark.quick

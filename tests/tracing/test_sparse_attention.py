@@ -10,7 +10,8 @@ from traces import relative_error
 from transformers import PreTrainedModel
 
 from gralora_fx import TracedModel, trace
-from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, own_inputs, tensors_of
+from gralora_fx.tracing.inputs.cache import PAST, own_inputs, tensors_of
+from gralora_fx.tracing.inputs.cached_steps import cached_inputs
 from gralora_fx.tracing.patches.sparse_attention import only_chosen
 from tests.architectures.tiny_decoders import tiny_decoder
 

@@ -14,7 +14,8 @@ from gralora_fx.compat.torch_graphs import tree_leaves, tree_map, tree_map_only
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import kept_modes
-from gralora_fx.tracing.inputs.cache import PAST, cached_inputs, decoder_step
+from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
 
 _HEADS = {
     "ForSequenceClassification": "text-classification",

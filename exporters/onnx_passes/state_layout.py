@@ -1,0 +1,75 @@
+"""States in the layout of the operators that keep them, so that no step transposes them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.runtime.export_directory import TRANSPOSED_STATES
+from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, past_slots
+
+
+def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
+    """Let a model take and give states as its operators do, where the model itself has their last two axes swapped.
+
+    Before: `y, next = LinearAttention(..., Transpose(past), ...); present = Transpose(next)`
+    After:  `y, present = LinearAttention(..., past, ...)`, `past` and `present` of the other shape
+
+    The model's metadata name them, since their shapes do not always tell.
+
+    Args:
+        model: A model whose cache has its names; it is changed in place.
+
+    Returns:
+        The number of states.
+    """
+    outputs = {str(value.name): value for value in model.graph.outputs}
+    changed: list[str] = []
+    for slot, past in past_slots(model.graph.inputs).items():
+        read, given = _after(past), _before(outputs[slot.present])
+        if slot.kind.grows is None and read is not None and given is not None:
+            past.shape = read.shape
+            read.replace_all_uses_with(past)
+            given.name, given.shape = slot.present, read.shape
+            model.graph.outputs[model.graph.outputs.index(outputs[slot.present])] = given
+            outputs[slot.present].name = None
+            changed.append(slot.past.removeprefix(PAST_PREFIX))
+    if changed:
+        model.metadata_props[TRANSPOSED_STATES] = " ".join(changed)
+    return PassResult(len(changed))
+
+
+def _after(value: ir.Value) -> ir.Value | None:
+    """The value with its last two axes swapped, where that is all that is read of it."""
+    uses = list(value.uses())
+    if len(uses) != 1:
+        return None
+    node = uses[0].node
+    if _keeps_shape(node):
+        return _after(node.outputs[0])
+    return node.outputs[0] if _swaps(node) else None
+
+
+def _before(value: ir.Value) -> ir.Value | None:
+    """The value of which it is the one with the last two axes swapped."""
+    node = value.producer()
+    if node is None or node.inputs[0] is None:
+        return None
+    if _keeps_shape(node):
+        return _before(node.inputs[0])
+    return node.inputs[0] if _swaps(node) else None
+
+
+def _keeps_shape(node: ir.Node) -> bool:
+    """Whether a node gives a value of the same shape: a reshape whose sizes, but for that of the batch, are known."""
+    shapes = [v.shape for v in (node.inputs[0], node.outputs[0]) if v is not None and v.shape is not None]
+    if node.op_type != "Reshape" or len(shapes) != 2 or len(shapes[0]) != len(shapes[1]):
+        return False
+    one, other = (tuple(shape)[1:] for shape in shapes)
+    return one == other and all(isinstance(size, int) for size in one)
+
+
+def _swaps(node: ir.Node) -> bool:
+    axes = node.attributes["perm"].as_ints() if node.op_type == "Transpose" and "perm" in node.attributes else ()
+    rank = len(axes)
+    return rank > 1 and list(axes) == [*range(rank - 2), rank - 1, rank - 2]

@@ -1,0 +1,161 @@
+"""Example inputs of a model with a cache: one step of a decoder, with ids, mask, positions and what it has cached.
+
+Of an encoder-decoder they are the encoder's inputs too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+from gralora_fx.compat.transformers_caches import LinearAttentionLayer
+from gralora_fx.errors import TraceError, first_line
+from gralora_fx.progress.stages import quiet
+from gralora_fx.tracing.inputs.cache import (
+    OF_MORE_THAN_KEYS,
+    PAST,
+    empty_cache,
+    fresh_layer,
+    own_cache,
+    positions,
+    returned_cache,
+    tensors_of,
+    with_tensors,
+)
+from gralora_fx.tracing.inputs.cache_slots import by_own_names
+from gralora_fx.tracing.inputs.refused_steps import check_has_step
+
+if TYPE_CHECKING:  # imports much that serving does not need
+    from transformers import PreTrainedModel
+
+_BATCH, _PAST, _LENGTH = 2, 6, 3
+
+
+def cached_inputs(
+    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH
+) -> dict[str, Any]:
+    """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
+
+    Args:
+        model: A decoder.
+        batch: Number of rows.
+        past: Number of cached positions; 0 for an empty cache.
+        length: Number of new positions.
+
+    Returns:
+        `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
+        model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
+        `[batch, key heads, past, size]` or states.
+
+    Raises:
+        TraceError: The model has no such cache.
+    """
+    check_has_step(model)
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(model.config.get_text_config(), "vocab_size", 100)
+    ids = torch.randint(min(3, size - 1), size, (batch, max(past, 1) + length), generator=generator)
+    mask = torch.ones_like(ids)
+    if batch > 1 and past > 1:
+        mask[-1, :2] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = positions(mask)
+    cached = max(past, 1)
+    first = {name: value[:, :cached] for name, value in inputs.items()}
+    cache = _computed_cache(model, {**first, PAST: _first_cache(model)})
+    skip = cached - past  # an empty cache is made from one of one position
+    step = {name: value[:, cached:] for name, value in inputs.items()}
+    step["attention_mask"] = mask[:, skip:]
+    return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
+
+
+def _first_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache as a model without states has it, of layers that keep every position; or one with states."""
+    try:
+        cache = DynamicCache(config=model.config)
+    except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know
+        return DynamicCache()
+    if not any(isinstance(layer, OF_MORE_THAN_KEYS) for layer in cache.layers):
+        return DynamicCache()
+    cache.layers = [fresh_layer(layer) for layer in cache.layers]
+    return cache
+
+
+def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
+    """The cache that a model returns for some inputs, its convolution states as long as the operators' are.
+
+    Raises:
+        TraceError: It has no such cache.
+    """
+    try:
+        with torch.no_grad(), quiet(), _noted_widths() as widths:
+            cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
+        tensors = tensors_of(cache)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    if not tensors:
+        raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
+    longer = {slot: t[..., 1:] for slot, t in tensors.items() if _has_unread_input(model, t, widths)}
+    return with_tensors(cache, {**tensors, **longer}) if longer else cache
+
+
+@contextmanager
+def _noted_widths() -> Iterator[set[int]]:
+    """The widths of the convolutions whose states a model keeps within the block."""
+    widths: set[int] = set()
+    update = LinearAttentionLayer.update_conv_state
+
+    def noted(layer: Any, states: Tensor, *args: Any, conv_kernel_size: int | None = None, **options: Any) -> Tensor:
+        widths.update(() if conv_kernel_size is None else (conv_kernel_size,))
+        kept: Tensor = update(layer, states, *args, conv_kernel_size=conv_kernel_size, **options)
+        return kept
+
+    with patch.object(LinearAttentionLayer, "update_conv_state", noted):
+        yield widths
+
+
+def _has_unread_input(model: nn.Module, state: Tensor, widths: Collection[int]) -> bool:
+    """Whether a cached tensor holds as many inputs of a convolution as its kernel: the first is never read again."""
+    if state.ndim != 3 or state.shape[2] not in widths:
+        return False
+    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv1d) and part.dilation == (1,))
+    return any((part.in_channels, *part.kernel_size) == tuple(state.shape[1:]) for part in convolutions)
+
+
+def decoder_step(
+    model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
+) -> dict[str, Any]:
+    """Inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
+
+    The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
+    trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
+
+    Args:
+        model: An encoder-decoder.
+        source: Inputs of its encoder by name.
+        past: Number of cached positions; 0 for an empty cache.
+        length: Number of new positions.
+
+    Returns:
+        The source, `decoder_input_ids [batch, length]` and an `EncoderDecoderCache` with keys and values
+        `[batch, heads, past, size]` a layer.
+
+    Raises:
+        TraceError: The model has no such cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
+    batch, cached = next(iter(source.values())).shape[0], max(past, 1)
+    ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
+    cache = _computed_cache(model, {**source, "decoder_input_ids": ids[:, :cached]})
+    if not isinstance(cache, EncoderDecoderCache):
+        raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
+    cut = {slot: tensor[:, :, :past].contiguous() for slot, tensor in tensors_of(cache).items()}
+    return {**source, "decoder_input_ids": ids[:, cached:], PAST: with_tensors(cache, cut)}

@@ -1,0 +1,109 @@
+"""Rows of models that keep states: long prompts, single tokens and idle rows in one step, each as it is alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
+from gralora_fx.errors import ServingError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.serving import OrtModel, load
+from tests.architectures.tiny_decoders import tiny_decoder
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Lfm2ForCausalLM": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "Mamba2ForCausalLM": {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 1, "num_hidden_layers": 2},
+    "Qwen3NextForCausalLM": {},
+}
+TARGETS = {"Lfm2ForCausalLM": ["in_proj", "q_proj", "w1"]}
+NAMES = ("gralora", None, "lora")
+COUNTS = ((6, 1, 0, 2), (1, 3, 5, 0), (1, 1, 1, 1), (0, 6, 1, 0), (1, 0, 1, 6))  # tokens of each row in each step
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
+    folder = tmp_path_factory.mktemp("states") / "export"
+    source = tiny_decoder(request.param, eos_token_id=None, **HYBRIDS[request.param])
+    targets = TARGETS.get(request.param, ["in_proj", "in_proj_qkvz", "out_proj", "q_proj"])
+    traced = trace(source, task="text-generation-with-past")
+    found = sorted({site.path for site in traced.sites if site.path.split(".")[-1] in targets})
+    torch.manual_seed(5)
+    config = GraloraConfig(r=4, gralora_k=2, target_modules=found, init_weights=False)
+    adapted = rewrite(traced, config, adapter_name="gralora")
+    adapted.add_adapter("lora", LoraConfig(r=2, target_modules=found[:2], init_lora_weights=False))
+    adapted.set_adapter(["gralora", "lora"])
+    export_onnx(adapted, folder, adapters="data", verify=False)
+    return load(folder, threads=1)
+
+
+def texts(generator: np.random.Generator) -> list[list[int]]:
+    return [generator.integers(3, 90, sum(step[row] for step in COUNTS)).tolist() for row in range(4)]
+
+
+def alone(model: OrtModel, adapter: str | None, text: list[int], parts: list[int]) -> list[Any]:
+    """What a row gives for the parts of a text, the only row of a decoder."""
+    decoder = model.decoder(rows=1, capacity=32, chunk=8)
+    row, at, given = decoder.open(adapter), 0, []
+    for part in parts:
+        given.append(decoder.step({row: text[at : at + part]})[row].copy())
+        at += part
+    return given
+
+
+def test_rows_side_by_side_are_each_as_alone(model: OrtModel) -> None:
+    """A row is closed and opened again before, so that what it was of before shows."""
+    decoder: Any = model.decoder(rows=4, capacity=32, chunk=8)
+    for row in [decoder.open() for _ in range(4)]:
+        decoder.step({row: [7, 8, 9]})
+        decoder.close(row)
+    adapters = [*NAMES, "gralora"]
+    rows = [decoder.open(name) for name in adapters]
+    text, at = texts(np.random.default_rng(2)), [0] * 4
+    given: list[list[Any]] = [[] for _ in rows]
+    for counts in COUNTS:
+        before = [{name: tensor.clone() for name, tensor in decoder.cached(row).items()} for row in rows]
+        read = {row: text[n][at[n] : at[n] + counts[n]] for n, row in enumerate(rows) if counts[n]}
+        logits = decoder.step(read)
+        for n, row in enumerate(rows):
+            if counts[n]:
+                given[n].append(logits[row].copy())
+            else:
+                now = decoder.cached(row)
+                assert all(torch.equal(now[name], tensor) for name, tensor in before[n].items())
+            at[n] += counts[n]
+    for n, adapter in enumerate(adapters):
+        parts = [step[n] for step in COUNTS if step[n]]
+        for own, single in zip(given[n], alone(model, adapter, text[n], parts), strict=True):
+            assert np.allclose(own, single, rtol=1e-4, atol=1e-5)
+            assert own.argmax() == single.argmax()
+
+
+def test_a_prompt_in_pieces_of_any_length_is_the_prompt_at_once(model: OrtModel) -> None:
+    text = np.random.default_rng(3).integers(3, 90, 8).tolist()
+    (whole,) = alone(model, "gralora", text, [8])
+    for parts in ([1, 7], [3, 5], [1] * 8, [6, 1, 1]):
+        assert np.allclose(alone(model, "gralora", text, parts)[-1], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_such_rows_are_not_shared_and_not_set_back(model: OrtModel) -> None:
+    with pytest.raises(ServingError, match="prefix_cache has no effect, since layers of the model keep states"):
+        model.decoder(rows=2, capacity=16, prefix_cache=2**24)
+    decoder = model.decoder(rows=2, capacity=16)
+    row = decoder.open()
+    decoder.step({row: [4, 5, 6]})
+    with pytest.raises(ServingError, match="cannot be set back: layers of the model keep states"):
+        decoder.rewind(row, 1)
+    with pytest.raises(ServingError, match="layers of the model keep states, which cannot be set back"):
+        decoder.step({row: [7, 8]}, last={row: 2})
+    decoder.rewind(row, 3)
+
+
+def test_generation_is_that_of_the_model(model: OrtModel) -> None:
+    prompts = [[5, 9, 12, 40, 3], [8, 8], [30]]
+    together = model.generate(prompts, max_new_tokens=6, adapter=["gralora", None, "lora"])
+    for prompt, name, tokens in zip(prompts, NAMES, together, strict=True):
+        assert model.generate(prompt, max_new_tokens=6, adapter=name) == tokens
