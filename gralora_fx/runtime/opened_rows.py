@@ -17,6 +17,7 @@ from onnx.helper import make_tensor_value_info
 
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.tracing.inputs.cache_slots import keeps_state, past_slots
 
 LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: tokens that get logits, among those that count, row by row
 ATTENTION_SEQLENS = "attention_seqlens"  # `[batch]` int32: tokens of each row for attention, whose kernel that chooses
@@ -39,10 +40,13 @@ def open_rows(model: onnx.ModelProto) -> bool:
 
     Returns:
         Whether it was changed. A graph that gives the logits of every token gets the second input alone; one whose head
-        reads more than the tokens, such as the adapter of each row, neither.
+        reads more than the tokens, such as the adapter of each row, neither; and one that keeps states neither, since
+        its rows cannot be set back.
     """
     graph = model.graph
     is_grouped = _group_several(graph)
+    if keeps_state(past_slots(graph.input)):
+        return is_grouped
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in _read(node):
