@@ -71,6 +71,9 @@ class Counts(Observer):
     def generated(self, tokens: int) -> None:
         self.new += tokens
 
+    def drafted(self, proposed: int, accepted: int) -> None:
+        pass
+
     def failed(self) -> None:
         self.failures += 1
 

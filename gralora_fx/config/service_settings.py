@@ -51,7 +51,7 @@ class ServiceSettings:
         max_batch: The most rows of a batch, None for 8; for a decoder requests that it answers together, None for 16.
         max_queue: The most requests, or rows of an encoder, that may wait.
         max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
-        chunk: Of a decoder, the most tokens of prompts that a step reads; None for 64.
+        chunk: Of a decoder, the most tokens of prompts that a step reads beside answers; None for 64.
         prefix_cache: Of a decoder, the most bytes of what prompts that begin alike share, such as `2GB`; `0` or `none`
             for nothing, None for 512 MiB if the export's rows can share anything.
         speculative_tokens: Of a decoder, the most tokens of an answer that are proposed for a step, as they followed
@@ -109,7 +109,12 @@ class ServiceSettings:
     ] = None
     chunk: Annotated[
         int | None,
-        Option("Of a decoder, most tokens of prompts that a step reads.", metavar="N", left_out="64", least=1),
+        Option(
+            "Of a decoder, most tokens of prompts that a step reads beside answers.",
+            metavar="N",
+            left_out="64",
+            least=1,
+        ),
     ] = None
     prefix_cache: Annotated[
         str | None,

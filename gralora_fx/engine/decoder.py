@@ -17,6 +17,9 @@ from gralora_fx.errors import ServingError, first_line, shown
 
 Source = Mapping[str, NDArray[Any]]
 
+_ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
+_QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
+
 
 class Decoder(ABC):
     """A decoder with room for some rows.
@@ -30,7 +33,8 @@ class Decoder(ABC):
     Attributes:
         limits: What a row can take.
         rows: How many rows there are.
-        chunk: The most tokens that a row may read in a step.
+        chunk: The most tokens that a row may read in a step beside others.
+        alone: The most tokens that a row may read in a step by itself, when nobody waits for it.
         gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
         unshared: Why rows cannot share what they have read; empty if they can.
         draft_problem: Why rows cannot verify draft tokens: a step cannot give the logits after several tokens of a row,
@@ -64,6 +68,7 @@ class Decoder(ABC):
         self.limits = limits if size.capacity is None else limits.within(size.capacity, "capacity")
         self.rows = size.rows
         self.chunk = min(size.chunk, self.limits.context)  # a row has room for no more
+        self.alone = self.chunk if gives_all else min(max(size.chunk, _ALONE), self.limits.context)
         self.gives_all, self.draft_problem = gives_all, draft_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
         self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
@@ -194,14 +199,15 @@ class Decoder(ABC):
             those after each, `[tokens, vocabulary]`; of a row in `last` those after its last, `[last, vocabulary]`.
 
         Raises:
-            ServingError: A row is not open, its tokens are none, more than `chunk`, more than it has room for, or
-                outside the vocabulary, more logits are wanted than it reads tokens, it cannot verify drafts, or ONNX
-                Runtime fails; no row has read anything then.
+            ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),
+                more than it has room for, or outside the vocabulary, more logits are wanted than it reads tokens, it
+                cannot verify drafts, or ONNX Runtime fails; no row has read anything then.
         """
         with self._lock:
             if not isinstance(tokens, Mapping):
                 raise ServingError(f"tokens must be a list of ids for each row that reads, but got {shown(tokens)}")
-            read = {number: self._tokens(number, given) for number, given in tokens.items()}
+            most = self.alone if len(tokens) == 1 else self.chunk
+            read = {number: self._tokens(number, given, most) for number, given in tokens.items()}
             if not read:
                 return {}
             last = self._last(last or {}, read)
@@ -246,7 +252,7 @@ class Decoder(ABC):
             raise ServingError(f"a row gives the logits after one token: {self.draft_problem}")
         return last
 
-    def _tokens(self, number: int, given: Sequence[int]) -> NDArray[np.int64]:
+    def _tokens(self, number: int, given: Sequence[int], most: int) -> NDArray[np.int64]:
         self._check_open(number)
         length = self._lengths[number]
         try:
@@ -255,9 +261,9 @@ class Decoder(ABC):
             array = np.empty((0, 0))
         if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
             raise ServingError(f"the tokens of row {number} are {shown(given)}; give a list of token ids")
-        if not 0 < len(array) <= self.chunk:
+        if not 0 < len(array) <= most:
             raise ServingError(
-                f"row {number} is given {len(array)} tokens, and reads 1 to {self.chunk} in a step; split them, or "
+                f"row {number} is given {len(array)} tokens, and reads 1 to {most} in a step; split them, or "
                 "leave an idle row out"
             )
         if length + len(array) > self.capacity:
@@ -279,13 +285,17 @@ class Decoder(ABC):
 def part_length(left: int, most: int) -> int:
     """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
 
-    A step of one token computes other last digits than one of several (see `SharedRows`).
+    A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
+    that is alone in a block.
 
     Args:
         left: How many tokens are left.
         most: The most that a step reads.
     """
-    return most - 1 if left == most + 1 > 3 else min(left, most)
+    part = min(left, most)
+    while part > 2 and 1 in (left - part, part % _QUERIES):
+        part -= 1
+    return part
 
 
 def gives_all(session: Any) -> bool:

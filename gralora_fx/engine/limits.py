@@ -99,7 +99,7 @@ class DecoderSize:
     Attributes:
         rows: How many rows.
         capacity: How many tokens of each, prompt and answer; None for the model's context.
-        chunk: The most tokens that a row may read in a step. A step is as wide as its longest chunk.
+        chunk: The most tokens that a row may read in a step beside others. A step is as wide as its longest chunk.
         prefix_cache: The most bytes of what rows have read that is kept for others; None for nothing.
     """
 

@@ -289,7 +289,7 @@ class OrtModel(OpenExport):
         Args:
             rows: How many rows to have room for.
             capacity: How many tokens of each, prompt and answer; None for the model's context.
-            chunk: The most tokens that a row may read in a step.
+            chunk: The most tokens that a row may read in a step beside others; by itself it may read 256.
             prefix_cache: The most bytes of what rows have read that is kept for others, which take it over by
                 `Decoder.fill`; None for nothing.
 

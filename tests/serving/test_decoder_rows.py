@@ -159,8 +159,8 @@ def test_a_directory_that_was_moved_is_said(exports: Exports, tmp_path: Path) ->
 def check_refusals(decoder: Decoder) -> None:
     row = decoder.open()
     for tokens, message in (
-        ([], "row 0 is given 0 tokens, and reads 1 to 4 in a step"),
-        ([5] * 5, "row 0 is given 5 tokens"),
+        ([], "row 0 is given 0 tokens, and reads 1 to 8 in a step"),
+        ([5] * 9, "row 0 is given 9 tokens"),
         ([1000], "row 0 is given token 1000, outside the vocabulary"),
         ([0.5], "give a list of token ids"),
     ):
@@ -180,6 +180,10 @@ def check_refusals(decoder: Decoder) -> None:
 
 def test_what_rows_refuse(model: OrtModel) -> None:
     check_refusals(model.decoder(rows=1, capacity=8, chunk=4))
+    decoder = model.decoder(rows=2, capacity=8, chunk=4)
+    one, other = decoder.open(), decoder.open()
+    with pytest.raises(ServingError, match="row 0 is given 5 tokens, and reads 1 to 4 in a step"):
+        decoder.step({one: [5] * 5, other: [5]})
     with pytest.raises(ServingError, match="no adapter 'none'; there is small, wide"):
         model.decoder(rows=1).open("none")
     for sizes in ({"rows": 0}, {"capacity": 10**6}, {"chunk": 1.5}):

@@ -260,7 +260,10 @@ def test_half_precision_decodes_too(tmp_path: Path) -> None:
         (lambda engine, source: engine.open("none", source), "takes no adapters|no adapter"),
         (lambda engine, source: engine.step({5: [1]}), "row 5 is not open"),
         (lambda engine, source: engine.step({engine.open(None, source): []}), "given 0 tokens"),
-        (lambda engine, source: engine.step({engine.open(None, source): [1] * 9}), "given 9 tokens, and reads 1 to 8"),
+        (
+            lambda engine, source: engine.step({engine.open(None, source): [1] * 33}),
+            "given 33 tokens, and reads 1 to 32",
+        ),
         (lambda engine, source: engine.step({engine.open(None, source): [101]}), "token 101, outside the vocabulary"),
         (lambda engine, source: engine.close(0), "row 0 is not open"),
     ],

@@ -107,7 +107,7 @@ def test_no_token_of_a_prompt_is_read_alone(most: int) -> None:
         while left:
             parts.append(part_length(left, most))
             left -= parts[-1]
-        assert all(1 < part <= most for part in parts)
+        assert all(1 < part <= most and (part % 16 != 1 or most < 16) for part in parts)
     assert part_length(1, most) == 1
 
 
@@ -180,6 +180,25 @@ def test_where_numbers_are_rounded_every_logit_is_the_cold_one_bit_for_bit(
         found, filled = chat(model.decoder(rows=1, chunk=chunk, prefix_cache=10**6), 6, chunk)
         assert all(np.array_equal(one, other) for one, other in zip(found, cold, strict=True))
         assert filled == [0, *(20 + 24 * turn for turn in range(5))]  # the prompts of the turns before
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int4", "int8-dynamic"])
+def test_the_pieces_of_a_prompt_do_not_change_a_bit(merged: dict[str, OrtModel], kind: str) -> None:
+    model, numbers = merged[kind], random.Random(2)
+    decoder = model.decoder(rows=2, chunk=16)
+    prompt = [numbers.randrange(3, 90) for _ in range(decoder.alone)]
+
+    def logits(most: int, length: int) -> Any:
+        row = decoder.open()
+        found, _ = read(decoder, row, prompt[:length], most)
+        cached = [array[:, :length].clone() for array in decoder.cached(row).values()]  # type: ignore[attr-defined]
+        decoder.close(row)
+        return [torch.from_numpy(found), *cached]
+
+    for length in (17, 33, 50, 65, decoder.alone - 2):
+        once = logits(decoder.alone, length)
+        for most in (16, 40):
+            assert all(torch.equal(one, other) for one, other in zip(logits(most, length), once, strict=True))
 
 
 def test_in_float32_answers_are_taken_over_too(merged: dict[str, OrtModel]) -> None:

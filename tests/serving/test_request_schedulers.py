@@ -163,6 +163,24 @@ def test_a_long_prompt_is_read_in_chunks_beside_an_answer(exported: Exported, mo
     assert steps[5:] == [[1]] * (len(steps) - 5)
 
 
+def test_a_long_prompt_for_which_no_answer_waits_is_read_at_once(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, decoder, _ = scheduler_of(exported[0], rows=3)
+    steps: list[list[int]] = []
+    step = decoder.step
+    monkeypatch.setattr(
+        decoder, "step", lambda t, *last: (steps.append(sorted(map(len, t.values()))), step(t, *last))[1]
+    )
+    callers = [Caller() for _ in range(3)]
+    asked = [request([7] * 3, count=1), request([7] * 14, count=1), request([5, 6], count=1)]
+    scheduler.submit([(fields, caller.events.put) for fields, caller in zip(asked, callers, strict=True)])
+    scheduler.start()
+    _ = [caller.text() for caller in callers]
+    scheduler.stop()
+    assert steps == [[3], [14], [2]]
+
+
 def test_short_prompts_share_a_step(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, decoder, _ = scheduler_of(exported[0], rows=3)
     steps: list[list[int]] = []

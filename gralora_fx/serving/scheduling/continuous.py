@@ -30,7 +30,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
     Before each step rows of requests that have ended or were given up are freed, and requests that wait take them. In a
     step every row that decodes reads a token, and prompts share a budget of tokens, the earliest first, so that a long
     prompt does not hold up the answers beside it. What the earliest leaves of the budget goes to prompts that fit it as
-    a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read.
+    a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read. A prompt that is
+    longer than the budget is read by itself where no row decodes, in larger pieces.
 
     With a prefix cache a prompt's beginning is taken over from rows that have read it, also from one that is reading it
     now, so that several answers to a prompt read it once.
@@ -188,12 +189,14 @@ class ContinuousScheduler(JobQueue[TextJob]):
     def _tokens(self) -> dict[int, list[int]]:
         """What each row reads in the next step; prompts that the budget does not reach rest."""
         tokens: dict[int, list[int]] = {}
-        budget = self._decoder.chunk
-        is_earliest = True
+        budget, is_earliest = self._decoder.chunk, True
+        is_awaited = any(job.is_answering for job in self._rows.values())
         for row, job in self._rows.items():
             if not job.is_answering:
                 if not job.request.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
+                if is_earliest and not is_awaited and job.unread > budget:
+                    return {row: job.next_tokens(self._decoder.alone)}
                 if is_earliest or job.unread <= budget:
                     tokens[row] = job.next_tokens(budget)
                     budget -= len(tokens[row])
