@@ -42,6 +42,7 @@ NAMES = (
     "batch-lengths",
     "structure",
     "hybrids",
+    "experts",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"
