@@ -7,6 +7,9 @@ and a product for each expert of the layer.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +17,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from benchmarks.streaming import GIB, peak_memory
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
@@ -30,13 +35,16 @@ KINDS: dict[str, dict[str, int]] = {
     "2 of 8 experts": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1024},
     "8 of 64 experts": {"num_local_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 128},
 }
+STREAMED = {"hidden_size": 2048, "intermediate_size": 7168, "num_local_experts": 8, "num_attention_heads": 16}
+STREAMS: dict[str, dict[str, str]] = {"fp32": {}, "fp16": {"precision": "fp16"}, "int4": {"quantize": "int4"}}
 PLAIN, LOOP = "transformers, its default", "transformers, eager"
 PRODUCTS, OURS, INT8, INT4 = "products", "fp32", "int8", "int4"
 
 
 def run(iterations: int = 9) -> Report:
-    """Measure both kinds of mixtures."""
+    """Measure both kinds of mixtures, and what a streamed export of eight experts takes."""
     report = Report("experts", f"experts: a prompt of {PROMPT} tokens, and a token after it; times in ms")
+    _stream(report)
     for name, sizes in KINDS.items():
         progress(f"experts, {name}: exports")
         model = _model(sizes)
@@ -56,6 +64,68 @@ def run(iterations: int = 9) -> Report:
                 loop = timings.ratio(OURS, LOOP).median_of_pairs
                 report.claims.append(Claim(f"{name}: {what} in fp32, over transformers' eager", loop, at_most=1.0))
     return report
+
+
+def _stream(report: Report) -> None:
+    """The peak memory of streamed exports, each in a process of its own, from files with a matrix for each expert."""
+    hidden, width = STREAMED["hidden_size"], STREAMED["intermediate_size"]
+    matrix = 4 * 2 * width * hidden
+    with tempfile.TemporaryDirectory(prefix="gralora-experts-") as scratch:
+        progress("experts, writing a model")
+        base = Path(scratch) / "base"
+        count = _write(base)
+        rows = []
+        for name, options in STREAMS.items():
+            progress(f"experts, streamed {name}")
+            code = "from benchmarks.experts import export_streamed; export_streamed()"
+            arguments = [str(base), str(Path(scratch) / "onnx"), json.dumps(options)]
+            done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+            peak = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"export": name, "peak GB": peak / 1e9})
+            bound = (matrix + GIB) / 1e9
+            report.claims.append(Claim(f"GB of memory of a streamed export to {name}", peak / 1e9, at_most=bound))
+    title = (
+        f"streamed: {count / 1e9:.2f} B parameters in bfloat16, a matrix of an expert is {matrix / 1e9:.2f} GB in fp32"
+    )
+    report.tables.append(Table(title, rows))
+
+
+def export_streamed() -> None:
+    """What the other process runs: a streamed export, then its peak memory in bytes."""
+    from gralora_fx.loading.models import load_streamed
+
+    base, output, options = sys.argv[1:]
+    export_onnx(trace(load_streamed(base, TASK), task=TASK), output, verify=False, **json.loads(options))
+    print(json.dumps(peak_memory()))
+
+
+def _write(directory: Path) -> int:
+    """Write a model of random bfloat16 values as transformers saves one; the result is its number of parameters."""
+    config = MixtralConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **STREAMED, architectures=["MixtralForCausalLM"])
+    directory.mkdir()
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in MixtralForCausalLM(config).named_parameters()}
+    generator, count, places = torch.Generator().manual_seed(0), 0, {}
+    for name, shape in shapes.items():
+        parts = {name: shape}
+        layer, experts, kind = name.partition(".mlp.experts.")
+        if experts:
+            kinds = ("w1", "w3") if kind == "gate_up_proj" else ("w2",)
+            parts = {
+                f"{layer}.block_sparse_moe.experts.{index}.{part}.weight": (shape[1] // len(kinds), shape[2])
+                for index in range(shape[0])
+                for part in kinds
+            }
+        parts = {key.replace(".mlp.gate.", ".block_sparse_moe.gate."): size for key, size in parts.items()}
+        tensors = {key: (torch.randn(size, generator=generator) * 0.02).bfloat16() for key, size in parts.items()}
+        file = f"{len(set(places.values())):05}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+        count += sum(tensor.numel() for tensor in tensors.values())
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return count
 
 
 def _model(sizes: dict[str, int]) -> PreTrainedModel:

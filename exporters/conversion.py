@@ -23,7 +23,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.model.rewrite import merge_lazily
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.runtime.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
-from gralora_fx.sources.lazy_tensors import raw_values_of
+from gralora_fx.sources.lazy_tensors import sampled_values
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
 
 _SAMPLES = 64  # of a parameter, for the fingerprint
@@ -321,8 +321,7 @@ def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
         tensor = parameters[name]
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         if tensor.numel():
-            flat = raw_values_of(parameters[name], name).reshape(-1)
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().to(tensor.dtype)
+            sample = sampled_values(parameters[name], name, _SAMPLES).cpu().to(tensor.dtype)
             digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -20,7 +20,7 @@ from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
-from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
+from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -33,7 +33,6 @@ _CONTRACTIONS = {
     "einsum", "embedding", "experts", "grouped_mm_fallback", "linear", "matmul", "mm", "mv",
     "scaled_dot_product_attention",
 }  # fmt: skip
-
 _FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
 
 
@@ -303,8 +302,7 @@ class _GraphCast:
 
 
 def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:
-    def cast() -> Tensor:
-        values = raw_values_of(parameter, name)
+    def cast(values: Tensor) -> Tensor:
         largest = max(abs(float(bound)) for bound in torch.aminmax(values)) if values.numel() else 0.0
         if dtype == torch.float16 and not largest < _FLOAT16_OVERFLOW:
             raise ExportError(
@@ -312,7 +310,9 @@ def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> n
             )
         return values.to(dtype)
 
-    return lazy_parameter(cast, parameter.shape, dtype)
+    entries = EntrySource(lambda: map(cast, raw_entries(parameter, name)))  # experts, which are cast one by one
+    source = entries if parameter.ndim == 3 else lambda: cast(raw_values_of(parameter, name))
+    return lazy_parameter(source, parameter.shape, dtype)
 
 
 def _scope(node: fx.Node) -> str:

@@ -58,8 +58,8 @@ class EntrySource:
         return torch.stack([entry.detach() for entry in self.entries()])
 
 
-def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
-    """The entries of a tensor along its first axis, no more than one in memory where its source allows that.
+def raw_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
+    """The entries of a tensor along its first axis in the dtype of their source, one at a time where it allows that.
 
     Args:
         tensor: Any tensor.
@@ -70,8 +70,31 @@ def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
     """
     source = getattr(tensor, _SOURCE, None)
     entries = source.entries() if isinstance(source, EntrySource) else raw_values_of(tensor, name)
-    for entry in entries:
-        yield entry.detach().to(tensor.dtype)
+    return (entry.detach() for entry in entries)
+
+
+def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
+    """The same in the tensor's dtype."""
+    return (entry.to(tensor.dtype) for entry in raw_entries(tensor, name))
+
+
+def sampled_values(tensor: Tensor, name: str, count: int) -> Tensor:
+    """Some values of a tensor, evenly spread over it, in the dtype of their source.
+
+    Args:
+        tensor: Any tensor; no more than one entry of it is in memory where its source allows that.
+        name: Its name in error messages.
+        count: How many values at most.
+
+    Raises:
+        ExportError: It is on the meta device and has no source.
+    """
+    step = max(1, tensor.numel() // count)
+    if not isinstance(getattr(tensor, _SOURCE, None), EntrySource):
+        return raw_values_of(tensor, name).reshape(-1)[::step][:count]
+    size = tensor[0].numel()
+    parts = [entry.reshape(-1)[-index * size % step :: step] for index, entry in enumerate(raw_entries(tensor, name))]
+    return torch.cat(parts)[:count]
 
 
 def values_of(tensor: Tensor, name: str) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,8 +20,9 @@ from gralora_fx.compat.transformers_models import (
     rename_source_key,
 )
 from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.sources.expert_parts import ExpertPart, expert_parts
 from gralora_fx.sources.four_bits import FourBitTensor, four_bit_tensors
-from gralora_fx.sources.lazy_tensors import with_source
+from gralora_fx.sources.lazy_tensors import EntrySource, with_source
 from gralora_fx.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.sources.saved_weights import SavedWeights
 
@@ -126,9 +129,53 @@ def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> 
     return {**stored, **turned}
 
 
-def _by_parameter_name(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+@dataclass(frozen=True)
+class StackedExperts(EntrySource):
+    """A parameter of all experts whose matrices are tensors of their own in the files; they are read one by one.
+
+    Attributes:
+        shape: Its shape.
+        dtype: safetensors' name of its dtype.
+        file: The file of its first part, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+    @classmethod
+    def of(cls, parts: Sequence[ExpertPart], stored: Mapping[str, StoredTensor], name: str) -> StackedExperts:
+        """The parameter of some parts.
+
+        Args:
+            parts: Rows of its matrices, in any order.
+            stored: The tensors of the files by key.
+            name: The parameter, for messages.
+
+        Raises:
+            CheckpointError: Experts are missing, or have matrices of several shapes.
+        """
+        experts: dict[int, list[StoredTensor]] = {}
+        for part in sorted(parts, key=lambda part: (part.expert, part.start)):
+            experts.setdefault(part.expert, []).append(stored[part.key])
+        shapes = {(sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]) for tensors in experts.values()}
+        if len(shapes) > 1 or sorted(experts) != list(range(len(experts))):
+            raise CheckpointError(f"the experts of {name} are not all there, or differ in shape; save the model again")
+        first = experts[0][0]
+
+        def entries() -> Iterator[Tensor]:
+            return (torch.cat([tensor() for tensor in tensors]) for tensors in experts.values())
+
+        return cls(entries, (len(experts), *shapes.pop()), first.dtype, first.file)
+
+
+def _by_parameter_name(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor | StackedExperts]:
     """Stored tensors by the model's parameter names."""
     keys, parts = keys_by_name(model, stored)
+    stacks = expert_parts(model, stored, parts) if parts else {}
+    parts = {key: name for key, name in parts.items() if name not in stacks}
     if parts:
         texts = [f"{key} is a part of {name}" for key, name in parts.items()]
         shown = "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
@@ -136,10 +183,11 @@ def _by_parameter_name(model: PreTrainedModel, stored: Mapping[str, StoredTensor
             f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
             "cannot be streamed; load the model whole instead"
         )
-    return {name: stored[key] for name, key in keys.items()}
+    whole = {name: stored[key] for name, key in keys.items() if name not in stacks}
+    return {**whole, **{name: StackedExperts.of(of_name, stored, name) for name, of_name in stacks.items()}}
 
 
-def _unfit(name: str, stored: StoredTensor, parameter: nn.Parameter) -> list[str]:
+def _unfit(name: str, stored: StoredTensor | StackedExperts, parameter: nn.Parameter) -> list[str]:
     if stored.shape != tuple(parameter.shape):
         return [f"{name} has shape {list(stored.shape)} in {stored.file.name} instead of {list(parameter.shape)}"]
     if stored.dtype not in FLOATS:

@@ -22,6 +22,7 @@ from gralora_fx.tracing.draft import Captured, called_as, first_draft
 from gralora_fx.tracing.image_trace import trace_images
 from gralora_fx.tracing.inputs.arguments import example_arguments
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, takes_images
+from gralora_fx.tracing.patches.expert_layers import experts_as_operators
 from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
 from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
 from gralora_fx.tracing.traced_model import TracedModel
@@ -87,15 +88,16 @@ def trace(
         )
     with followed_by(model, sentence) if sentence is not None else nullcontext():
         with placeholder_parameters(model) as originals, gc_pause():
-            first = first_draft(
-                model,
-                arguments,
-                task=task,
-                dynamic=dynamic,
-                sentence=sentence,
-                image_size=image_size,
-                has_values=not originals,
-            )
+            with experts_as_operators(model) if originals else nullcontext():  # grouped products take no placeholders
+                first = first_draft(
+                    model,
+                    arguments,
+                    task=task,
+                    dynamic=dynamic,
+                    sentence=sentence,
+                    image_size=image_size,
+                    has_values=not originals,
+                )
             with called_as(first):
                 draft = trace_images(first) if takes_images(first.sample) else trace_both_modes(first)
                 draft = with_call_signature(draft)

@@ -20,7 +20,7 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.loading.models import load_model, load_streamed
 from gralora_fx.sources import safetensors_files as shards
-from gralora_fx.sources.lazy_tensors import lazy_parameter, values_of
+from gralora_fx.sources.lazy_tensors import lazy_parameter, value_entries, values_of
 
 CACHED = "text-generation-with-past"
 FILES = ("model.onnx", "model.onnx_data", "gralora_export.json", "genai_config.json", "config.json")
@@ -42,6 +42,8 @@ def saved(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> tup
         ("llama", True, {}),
         ("llama", True, {"precision": "fp16"}),
         ("gpt2", True, {"quantize": "int8"}),
+        ("mixtral", True, {"precision": "fp16"}),
+        ("mixtral", True, {"quantize": "int8"}),
     ],
 )
 def test_a_streamed_export_is_the_other_byte_for_byte(
@@ -197,11 +199,22 @@ def test_quantized_files_are_refused(tmp_path: Path) -> None:
         load_streamed(tmp_path, CACHED)
 
 
-def test_parameters_put_together_from_several_tensors_are_named(tmp_path: Path) -> None:
-    tiny_model("mixtral").save_pretrained(tmp_path)  # an expert each in the files, all experts in one parameter
-    with pytest.raises(
-        CheckpointError, match=r"puts parameters together from several tensors.*experts.*load the model"
-    ):
+def test_experts_of_a_matrix_each_are_read_one_by_one(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "base")  # an expert each in the files, all experts in one parameter
+    streamed = load_streamed(tmp_path / "base", CACHED)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    parameter, own = streamed.get_parameter(name), model.get_parameter(name)
+    assert [entry.shape for entry in value_entries(parameter, name)] == [own.shape[1:]] * len(own)
+    assert torch.equal(values_of(parameter, name), own)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if ".experts.1." not in k}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts of model.layers.0.mlp.experts.\w+ are not all there"):
         load_streamed(tmp_path, CACHED)
 
 
