@@ -23,6 +23,7 @@ from gralora_fx.tracing.inputs.cache_slots import (
     CacheSlot,
     keeps_state,
     past_slots,
+    slot_of,
 )
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -108,12 +109,14 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
     """The configuration as it is written; sizes of the cache are read from the graph itself."""
     text = config.get_text_config()
     inputs = {str(value.name): value for value in model.graph.inputs}
-    presents = [value for value in model.graph.outputs if str(value.name).startswith(PRESENT_PREFIX)]
+    slots = {str(value.name): slot_of(str(value.name)) for value in model.graph.outputs}
+    presents = [value for value in model.graph.outputs if (slot := slots[str(value.name)]) and slot.kind.grows]
     pasts = past_slots(model.graph.inputs)
     kinds = list(dict.fromkeys(slot.kind.name for slot in pasts))
     layers = 1 + max(slot.layer for slot in pasts)
     key_heads, head_size = _attention_sizes(pasts)
-    is_shared = all(map(_is_in_place, presents)) and all(map(_is_attentions_own, pasts.values()))
+    growing = [value for slot, value in pasts.items() if slot.kind.grows is not None]
+    is_shared = all(map(_is_in_place, presents)) and all(map(_is_attentions_own, growing))
     heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or key_heads
     context = context_length(text.to_dict()) or UNLIMITED
     start, end, padding = (getattr(text, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
@@ -132,6 +135,10 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
         "inputs": {**names, **{f"past_{kind}_names": f"{PAST_PREFIX}%d.{kind}" for kind in kinds}},
         "outputs": {"logits": "logits", **{f"present_{kind}_names": f"{PRESENT_PREFIX}%d.{kind}" for kind in kinds}},
     }
+    if KINDS["recurrent"].name not in kinds and KINDS["conv"].name in kinds:  # onnxruntime-genai asks for both then
+        states = {slot.layer: value for slot, value in pasts.items() if slot.kind is KINDS["conv"]}
+        decoder["layer_types"] = ["conv" if layer in states else "full_attention" for layer in range(layers)]
+        decoder["conv_cache_size"] = int(next(iter(states.values())).shape[2])
     return {
         "model": {
             "type": _model_type(config) if keeps_state(pasts) else "decoder",
@@ -166,8 +173,13 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
 
 
 def _model_type(config: PreTrainedConfig) -> str:
-    """What onnxruntime-genai calls a model that keeps states, which it knows by the name of its class alone."""
+    """What onnxruntime-genai calls a model that keeps states, which it knows by name alone.
+
+    The name is that of the class; the text model of one that reads images has one of its own.
+    """
     named = getattr(config, "architectures", None) or [str(config.model_type)]
+    if str(config.model_type).endswith("_text"):
+        return str(config.model_type)
     return str(named[0]).partition("For")[0].lower()
 
 
