@@ -27,6 +27,7 @@ from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAtten
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
+from gralora_fx.exporters.onnx_passes.state_forms import fast_state_forms
 from gralora_fx.exporters.onnx_passes.state_layout import keep_state_layout
 from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.onnx_pipeline import (
@@ -142,6 +143,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
         (
             *positions,
             LowerNorms(),
+            fast_state_forms,
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
             FoldConstants(unless_weight),

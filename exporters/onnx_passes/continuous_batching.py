@@ -35,7 +35,8 @@ GQA = "GroupQueryAttention"
 _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
 _PAST = "past_key_values."
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
-_READS_CACHE = {GQA, "Concat", *STATE_OPERATORS}  # a concatenation is of a convolution's state and inputs
+# a concatenation is of a convolution's state and inputs, and a reshape of a state whose values are single numbers
+_READS_CACHE = {GQA, "Concat", "Reshape", *STATE_OPERATORS}
 _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
 
 
@@ -138,9 +139,14 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
         f"{batch}*{length}": tokens,
         f"{length}*{batch}": tokens,
     }
+    states = {value for value in graph.inputs if str(value.name).startswith(_PAST)}  # and what is one of each row too
     for node in graph:
+        if node.op_type in STATE_OPERATORS:
+            states.add(node.outputs[1])
+        elif node.op_type == "Reshape" and node.inputs[0] in states:
+            states.add(node.outputs[0])
         for value in node.outputs:
-            if value.shape is None:
+            if value.shape is None or value in states:
                 continue
             unknown = ir.SymbolicDim(None)
             value.shape = ir.Shape(

@@ -80,6 +80,8 @@ class RowStates:
             if operand is not None and by_row is not None and is_zeroed:
                 zero = build.tensor(0.0, operand.dtype or ir.DataType.FLOAT)
                 by_row = build("Where", self._is_read, by_row, zero)
+                by_row.shape = None if operand.shape is None else ir.Shape([None, None, operand.shape[2]])
+                by_row.type = operand.type
             taken.append(by_row)
         operands = [*taken[:3], state, *taken[3:]]
         fused = build.node("LinearAttention", operands, domain=MICROSOFT, num_outputs=2, **_attributes(node))

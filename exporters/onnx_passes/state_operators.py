@@ -84,7 +84,9 @@ def _packed(build: Builder, value: ir.Value) -> ir.Value:
     before = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
     if before is not None and before.shape is not None and len(before.shape) == 3 and before.shape[2] == width:
         return before
-    return build("Reshape", value, build.ints(0, 0, width))
+    packed = build("Reshape", value, build.ints(0, 0, width))
+    packed.shape, packed.type = ir.Shape([*list(value.shape or ())[:2], width]), value.type
+    return packed
 
 
 def _cast(build: Builder, value: ir.Value | None, like: ir.Value) -> ir.Value | None:
