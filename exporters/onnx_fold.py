@@ -24,6 +24,7 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
+from gralora_fx.exporters.folding.expert_locations import ExpertLocation, find_experts, named_by_export
 from gralora_fx.exporters.folding.matching_weights import BaseWeights
 from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
 from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
@@ -35,7 +36,7 @@ from gralora_fx.exporters.folding.source_export import (
     open_export,
     with_adapter,
 )
-from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation, find_locations
+from gralora_fx.exporters.folding.weight_locations import BY_NAME, Export, WeightLocation, find_locations
 from gralora_fx.loading.adapter_facts import needed_quantization
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
@@ -175,7 +176,8 @@ def fold_onnx(
             _check_apart(source, onnx_dir, output_dir)
             manifest = source.manifest
             adapter = stack.enter_context(open_adapter(adapter_dir))
-            adapter.check_no_parameters("a fold into an export", MergeError)
+            graphs = {file: model.graph for file, model in source.models.items()}
+            adapter = named_by_export(graphs, adapter)
             compared, sha256 = _compare(adapter, source, base), digest_of(adapter)
             if manifest is not None:
                 if not force:
@@ -184,13 +186,13 @@ def fold_onnx(
                     check_replaced(output_dir, task=manifest.task, fingerprint=manifest.base_fingerprint)
             warn_of_lost_adapters(output_dir, ())
             compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
-            graphs = {file: model.graph for file, model in source.models.items()}
             export = Export(graphs, manifest, None if base is None else _base_weights(base, manifest))
             locations = find_locations(export, adapter)
+            experts = find_experts(graphs, adapter)
             replacements = find_replacements(export, adapter, locations)
             _check_quantized(export, locations, replacements, requantize=requantize)
         with timed("fold", seconds), staged(output_dir) as stage:
-            rewriting, quantized = plan_rewriting(source.models, export, adapter, locations, replacements)
+            rewriting, quantized = plan_rewriting(source.models, export, adapter, locations, replacements, experts)
             files = rewriting.files(source.data)
             require_space(output_dir, sum(file.nbytes for file in files))
             written = _write(stage, source, rewriting.changed, files)
@@ -205,7 +207,7 @@ def fold_onnx(
     return FoldReport(
         Path(output_dir),
         name,
-        tuple(_site(location, rewriting, survival) for location in locations),
+        (*(_site(location, rewriting, survival) for location in locations), *map(_stack, experts)),
         tuple(adapter.copies),
         rewriting.bytes_changed,
         overall_share(survival),
@@ -325,6 +327,10 @@ def _renamed(manifest: Manifest, rewriting: OnnxRewriting) -> Mapping[str, tuple
         )
         for path, entries in manifest.weights.items()
     }
+
+
+def _stack(at: ExpertLocation) -> FoldedSite:
+    return FoldedSite(at.path, at.file, str(at.value.name), 0, at.shape[0], BY_NAME)
 
 
 def _site(location: WeightLocation, rewriting: OnnxRewriting, survival: Mapping[str, Survival]) -> FoldedSite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
+from gralora_fx.exporters.folding.expert_locations import ExpertLocation, StackEdit, stack_edits
 from gralora_fx.exporters.folding.initializers import (
     ProductWeight,
     Reader,
@@ -85,6 +86,10 @@ class OnnxRewriting:
             self._add(file, value, self._new_name(file, f"{location.name}_trained"), edit, location.readers)
         else:
             self._edit(file, value, edit, (location.name, location.start))
+
+    def fold_experts(self, location: ExpertLocation, edit: StackEdit) -> None:
+        """Fold into the matrices of a parameter's experts."""
+        self._edit(location.file, location.value, edit, (location.path, location.gate, location.is_transposed))
 
     def files(self, data: Iterable[Path]) -> list[NewFile]:
         """What is written instead of data files: changed tensors where they are, new ones behind, all else as it is.
@@ -173,6 +178,7 @@ def plan_rewriting(
     adapter: StoredAdapter,
     locations: Iterable[WeightLocation],
     replacements: Replacements,
+    experts: Sequence[ExpertLocation] = (),
 ) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
     """What is to be rewritten, and the edits of quantized weights.
 
@@ -182,6 +188,7 @@ def plan_rewriting(
         adapter: The adapter, open until all is written.
         locations: Where its layers' weights lie.
         replacements: What it replaces.
+        experts: Where its parameters lie.
 
     Raises:
         MergeError: Weights share bytes.
@@ -207,6 +214,8 @@ def plan_rewriting(
         else:
             quantized.append(QuantizedEdit(weights[key], tuple(edits), None if export.base is None else base_weight))
             rewriting.fold_quantized(key[0], quantized[-1])
+    for at, stack in stack_edits(experts, adapter):
+        rewriting.fold_experts(at, stack)
     for value_location, values in replacements.values:
         rewriting.replace(value_location, values)
     return rewriting, quantized

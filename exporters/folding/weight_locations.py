@@ -141,7 +141,7 @@ def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocatio
     """
     locations: list[WeightLocation] = []
     problems: list[str] = []
-    for path, site in adapter.sites.items():
+    for path, site in adapter.layers.items():
         try:
             of_layer = _locate(export, adapter, path)
             _check_widths(of_layer, site.features)
@@ -168,7 +168,7 @@ def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLoc
                 else "the export has no such layer"
             )
         return locations
-    widths = {other: site.features[1] for other, site in adapter.sites.items()}
+    widths = {other: site.features[1] for other, site in adapter.layers.items()}
     locations = (
         list(named_locations(export, path, widths))
         or unique(list(named_locations(export, path, widths, foreign=True)))

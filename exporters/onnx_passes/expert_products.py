@@ -24,6 +24,7 @@ MOE = "MoE"
 _STEP = 1e20  # times a number it is so far from 0 that its sigmoid is 0 or 1
 _UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names
 _ARRANGED = "gralora_experts"  # key in the metadata of a value: how it was arranged
+_GATE = "gralora_gate"  # key in the metadata of a node: the gate by which rows are arranged
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
     return matrix.T if is_transposed else matrix
 
 
+def gate_noted_at(node: ir.Node) -> ExpertGate | None:
+    """The gate by which the rows of an operator's first product are arranged; None where it is not noted."""
+    activation, _, layout = node.metadata_props.get(_GATE, "").partition(" ")
+    return ExpertGate(activation, layout) if layout else None
+
+
 def _is_read_twice(gate: ExpertGate) -> bool:
     """Whether the rows of a first product are both gates and linear parts."""
     return gate.layout == NO_GATE and gate.activation == "relu2"
@@ -141,7 +148,7 @@ def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], no
         rows = build("Reshape", each, build.ints(-1, size))
     operands = [rows, scores, experts.up, experts.up_bias, experts.down, experts.down_bias]
     product = build.node(MOE, operands, domain=MICROSOFT, k=1, normalize_routing_weights=1, **attributes)
-    product.metadata_props.update(node.metadata_props)
+    product.metadata_props.update({**node.metadata_props, _GATE: f"{experts.gate.activation} {experts.gate.layout}"})
     product.outputs[0].type = hidden.type
     return weighted(build, product.outputs[0], experts, k, size)
 

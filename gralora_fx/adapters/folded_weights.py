@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ from gralora_fx.graph.sites import LinearSite, computed_sites, other_readers
 from gralora_fx.methods.arrays import accumulator_of
 from gralora_fx.methods.fold import fold
 from gralora_fx.methods.method import Update
-from gralora_fx.sources.lazy_tensors import lazy_parameter, raw_values_of
+from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, raw_values_of, value_entries
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,21 @@ def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> di
 def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
     site = entry.site
 
-    def folded() -> Tensor:
-        stored = raw_values_of(site.weight, site.path)
+    def folded(stored: Tensor, updates: Sequence[Update]) -> Tensor:
         weight = stored.to(accumulator_of(stored))
         out = weight if weight is not stored else None  # fold into the copy, not into the base's own
-        result = fold(weight, entry.updates, transposed=site.is_transposed, out=out)
+        result = fold(weight, updates, transposed=site.is_transposed, out=out)
         _check_finite({site.path: result})
         return result
 
-    return lazy_parameter(folded, site.weight.shape, site.weight.dtype)
+    def experts() -> Iterator[Tensor]:
+        for index, matrix in enumerate(value_entries(site.weight, site.path)):
+            yield folded(matrix, [update.of_expert(index) for update in entry.updates])
+
+    source: Callable[[], Tensor] = EntrySource(experts)
+    if entry.updates[0].experts is None:
+        source = lambda: folded(raw_values_of(site.weight, site.path), entry.updates)  # noqa: E731
+    return lazy_parameter(source, site.weight.shape, site.weight.dtype)
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:

@@ -83,6 +83,15 @@ class StoredAdapter:
         """The names of the parameters that it is at and that are no layer's weight, as far as they are known."""
         return [path for path in self.sites if self.is_at_parameter(path)]
 
+    @property
+    def layers(self) -> dict[str, StoredSite]:
+        """The sites that are linear layers, by path."""
+        return {path: site for path, site in self.sites.items() if not self.is_at_parameter(path)}
+
+    def features_of(self, tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """Widths in and out of the matrices of a site, by its tensors."""
+        return _without_values(self.method, tensors).features
+
     def is_at_parameter(self, path: str) -> bool:
         """Whether a site is a parameter that is no layer's weight, such as a stack of experts."""
         return self.sites[path].experts is not None or any(

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, TracedModel, merge, plan, rewrite, trace
 from gralora_fx.adapters.checkpoint import checkpoint_parameters
-from gralora_fx.errors import CheckpointError, ConfigError, ExportError, RewriteError, TargetError
-from gralora_fx.exporters import export_onnx, merge_checkpoint, to_lora
+from gralora_fx.errors import CheckpointError, ConfigError, ExportError, MergeError, RewriteError, TargetError
+from gralora_fx.exporters import export_onnx, fold_onnx, merge_checkpoint, to_lora
+from gralora_fx.serving import load
 from tests.architectures.tiny_decoders import tiny_decoder
 
 UP_AND_DOWN = ("experts.gate_up_proj", "experts.down_proj")
@@ -118,7 +120,7 @@ def test_training_is_pefts(name: str) -> None:
     theirs = in_peft(name, **fields)
     torch.manual_seed(1)
     ours = rewrite(
-        trace(copy.deepcopy(base(name))),
+        traced(name),
         LoraConfig(r=4, lora_alpha=8, target_parameters=list(MODELS[name][1]), **fields),
     ).train()
     fresh = checkpoint_parameters(ours.adapter("default"))
@@ -154,7 +156,7 @@ def test_gralora_of_experts(name: str, tmp_path: Path) -> None:
         target_parameters=list(MODELS[name][1]),
         init_weights=False,
     )
-    ours = rewrite(trace(copy.deepcopy(base(name))), config)
+    ours = rewrite(traced(name), config)
     losses(ours.train(), inputs)
     expected = logits(ours.eval(), inputs)
     assert error(logits(merge(ours), inputs), expected) < CLOSE
@@ -168,10 +170,6 @@ def test_gralora_of_experts(name: str, tmp_path: Path) -> None:
     assert f"base_model.model.{path}.gralora_A" in checkpoint_parameters(ours.adapter("default"))
     loaded = GraloraModel.from_pretrained(traced(name), tmp_path / "ours").eval()
     assert error(logits(loaded, inputs), expected) < CLOSE
-    base(name).save_pretrained(tmp_path / "base")
-    merge_checkpoint(tmp_path / "base", tmp_path / "ours", tmp_path / "merged")
-    merged = type(base(name)).from_pretrained(tmp_path / "merged").eval()
-    assert error(logits(merged, inputs), expected) < CLOSE
     to_lora(tmp_path / "ours", tmp_path / "lora")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base(name)), str(tmp_path / "lora")).eval()
     assert error(logits(theirs, inputs), expected) < CLOSE
@@ -272,12 +270,16 @@ def peft_tensors(name: str, path: str) -> list[Tensor]:
 
 def test_experts_that_do_not_match_are_an_error(tmp_path: Path) -> None:
     saved_by_peft("mixtral", tmp_path / "adapter")
-    other = tiny_decoder("MixtralForCausalLM", num_local_experts=3)
+    model = tiny_decoder("MixtralForCausalLM", num_local_experts=3)
+    other = trace(model)
     with pytest.raises(CheckpointError, match=r"has shape .* instead of .*: .*gate_up_proj has 3 experts of"):
-        GraloraModel.from_pretrained(trace(other), tmp_path / "adapter")
-    other.save_pretrained(tmp_path / "base")
+        GraloraModel.from_pretrained(other, tmp_path / "adapter")
+    model.save_pretrained(tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"experts.*down_proj has shape \[3, .* that of the adapter's \d experts"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    export_onnx(other, tmp_path / "export", verify=False)
+    with pytest.raises(MergeError, match=r"down_proj: the export has 3 experts of .*, and the adapter \d of"):
+        fold_onnx(tmp_path / "export", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -289,9 +291,7 @@ def test_experts_cannot_be_data_of_an_export(tmp_path: Path) -> None:
 
 def test_an_adapter_that_gets_no_gradient_is_named_once() -> None:
     """Tokens of one kind are routed to the same experts, so that others get none in the first step."""
-    model = rewrite(
-        trace(copy.deepcopy(base("mixtral"))), LoraConfig(target_modules=[], target_parameters=[*UP_AND_DOWN])
-    )
+    model = rewrite(traced("mixtral"), LoraConfig(target_modules=[], target_parameters=[*UP_AND_DOWN]))
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     inputs = torch.full((1, 4), 5)
@@ -318,3 +318,72 @@ def test_a_layer_that_the_loss_does_not_depend_on_is_named() -> None:
     model(x=torch.ones(2, 4))[0].sum().backward()
     with pytest.warns(UserWarning, match="got no gradient at idle: the loss does not depend on it"):
         optimizer.step()
+
+
+# -- exports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "nemotron-h"])
+def test_an_adapter_is_folded_into_the_experts_of_an_export(name: str, tmp_path: Path) -> None:
+    """As PEFT saved it: which of its tensors are of which parameter is told by the widths."""
+    export_onnx(traced(name), tmp_path / "base")
+    theirs = saved_by_peft(name, tmp_path / "adapter")
+    report = fold_onnx(tmp_path / "base", tmp_path / "adapter", tmp_path / "folded")
+    assert {site.path.rpartition(".")[2] for site in report.sites} == {n.rpartition(".")[2] for n in MODELS[name][1]}
+    inputs = ids(base(name))
+    assert error(outputs(tmp_path / "folded", inputs), logits(theirs, inputs)) < 1e-4
+    assert error(outputs(tmp_path / "base", inputs), logits(base(name), inputs)) < 1e-4
+    with pytest.raises(MergeError, match="folded into the export already"):
+        fold_onnx(tmp_path / "folded", tmp_path / "adapter", tmp_path / "twice")
+
+
+def outputs(directory: Path, inputs: Tensor) -> Tensor:
+    session = load(directory)
+    result = session(input_ids=inputs.numpy(), attention_mask=np.ones(inputs.shape, np.int64))
+    return torch.from_numpy(np.asarray(result["logits"]))
+
+
+def test_a_merged_export_has_the_experts_in_four_bits(tmp_path: Path) -> None:
+    model = GraloraModel.from_pretrained(traced("mixtral"), saved_twice(tmp_path))
+    report = export_onnx(model, tmp_path / "int4", quantize="int4")
+    assert report.experts is not None
+    assert report.experts.fused == 2
+    with pytest.raises(MergeError, match=r"experts: no initializer of floats has the name of its parameter"):
+        fold_onnx(tmp_path / "int4", tmp_path / "other", tmp_path / "folded")
+
+
+def saved_twice(directory: Path) -> Path:
+    saved_by_peft("mixtral", directory / "adapter")
+    saved_by_peft("mixtral", directory / "other", r=2)
+    return directory / "adapter"
+
+
+def test_the_only_expert_stored_in_out_is_adapted() -> None:
+    """In PEFT the update has the other orientation, and does not fit."""
+
+    class Only(nn.Module):
+        is_transposed = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight[0]
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = Only()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts(x)
+
+    x = torch.randn(3, 6)
+    for config in (
+        LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"], init_lora_weights=False),
+        GraloraConfig(r=2, target_modules=[], target_parameters=["experts.weight"], init_weights=False),
+    ):
+        model = rewrite(trace(Outer(), {"x": x}), config)
+        assert torch.allclose(model(x=x), merge(model)(x=x), atol=1e-6)
+        assert not torch.allclose(model(x=x), model.traced(x=x))
