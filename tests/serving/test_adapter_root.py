@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from served_exports import decoders
 
@@ -155,12 +156,13 @@ def test_a_root_is_a_directory(root: Path, tmp_path: Path) -> None:
 def test_a_file_that_changes_meanwhile_is_refused(
     root: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = shutil.copyfileobj
+    read = np.fromfile
 
-    def slow(source: Any, target: Any) -> None:
-        copy(source, target)
+    def slow(*arguments: Any) -> Any:
+        content = read(*arguments)
         os.utime(root / "wide.onnx_adapter", (1, 1))
+        return content
 
-    monkeypatch.setattr(shutil, "copyfileobj", slow)
+    monkeypatch.setattr(np, "fromfile", slow)
     with pytest.raises(ServingError, match=r"wide.onnx_adapter was changed while it was read"):
         copied(root, "wide.onnx_adapter", made, tmp_path)

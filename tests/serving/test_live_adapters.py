@@ -167,7 +167,7 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "place", [(AdapterRoot, "convert"), (AdapterTrial, "__call__"), (adapter_slots, "write_adapter")]
+    "place", [(AdapterRoot, "source"), (AdapterTrial, "__call__"), (adapter_slots, "write_adapter")]
 )
 def test_requests_are_answered_while_an_adapter_is_loaded(
     data_service: TestClient, made: Made, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]

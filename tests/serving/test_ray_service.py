@@ -25,7 +25,7 @@ import psutil
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
-from served_exports import chat_tokenizer, decoders, greedy
+from served_exports import CACHED, END, adapted, chat_tokenizer, greedy
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
@@ -35,7 +35,7 @@ from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
 from gralora_fx.exporters import export_onnx
 
-ROWS, WAITING = 2, 12
+ROWS, WAITING, CONTEXT = 2, 12, 512
 GONE = "the replica that ran the request has ended; try again"
 
 
@@ -132,8 +132,11 @@ def _command(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
-    paths, oracles = decoders(tmp_path_factory.mktemp("replicas"), "data")
-    return paths["data"], oracles
+    folder = tmp_path_factory.mktemp("replicas")
+    sizes = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": CONTEXT}
+    model, oracles = adapted("llama", folder, CACHED, **sizes)
+    export_onnx(model, folder / "data", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    return folder / "data", oracles
 
 
 @contextmanager
@@ -195,7 +198,7 @@ def test_errors_are_openais(service: Replicated) -> None:
     status, message = service.ask("other")
     assert status == "404"
     assert message.startswith("no model 'other'; there is data, peft, small, wide, and those of the adapter root")
-    assert "beyond the context" in service.ask("wide", tokens=64)[1]
+    assert "beyond the context" in service.ask("wide", tokens=CONTEXT)[1]
     with pytest.raises(openai.NotFoundError, match="no model 'x'"):
         service.client.models.retrieve("x")
     with pytest.raises(openai.BadRequestError, match="not JSON"):
@@ -243,6 +246,42 @@ def test_what_a_request_loads_is_in_every_replica(service: Replicated, texts: di
     assert {status for status, _ in answers()} == {"404"}
     assert change("load", lora_name="live", lora_path="wide")[0] == "text"
     assert answers() == {("text", texts["wide"])}
+
+
+def test_what_is_not_pinned_is_loaded_where_a_request_names_it(service: Replicated, texts: dict[str, str]) -> None:
+    load: Any = {"lora_name": "loose", "lora_path": "wide", "pin": False}
+    assert service.client.post("/load_lora_adapter", body=load, cast_to=str).startswith("Success")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(service.ask, ["loose"] * 16)) == {("text", texts["wide"])}
+    service.client.post("/unload_lora_adapter", body={"lora_name": "loose"}, cast_to=str)
+    assert service.ask("loose")[0] == "404"
+
+
+def test_tools_and_responses(service: Replicated) -> None:
+    city: Any = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    tool: Any = {"type": "function", "function": {"name": "get", "parameters": city}}
+    asked: Any = {"model": "wide", "messages": [{"role": "user", "content": "a"}], "tools": [tool]}
+    asked |= {"tool_choice": "required", "parallel_tool_calls": False}
+    call = service.client.chat.completions.create(**asked).choices[0].message.tool_calls[0].function
+    chunks = [chunk.choices[0].delta for chunk in service.client.chat.completions.create(**asked, stream=True)]
+    parts = [delta.tool_calls[0].function for delta in chunks if delta.tool_calls]
+    for name, arguments in ((call.name, call.arguments), (parts[0].name, "".join(part.arguments for part in parts))):
+        assert name == "get"
+        assert json.loads(arguments)["city"] in ("Paris", "Rome")
+    own: Any = [{"type": "function", **tool["function"]}]
+    response = service.client.responses.create(model="small", input="a", tools=own, tool_choice="required")
+    assert response.output[0].type == "function_call"
+    with service.client.responses.stream(model="small", input="a", max_output_tokens=3) as stream:
+        assert [event.type for event in stream][-1] == "response.incomplete"
+
+
+def test_what_a_gateway_reads_is_of_all_replicas(service: Replicated) -> None:
+    families = text_string_to_metric_families(service.root.get("/metrics", cast_to=str))
+    found = {family.name: family.samples for family in families if family.name.startswith("vllm:")}
+    assert [sample.value for sample in found["vllm:num_requests_running"]] == [0]
+    assert [sample.value for sample in found["vllm:kv_cache_usage_perc"]] == [0]
+    (adapters,) = found["vllm:lora_requests_info"]
+    assert {"peft", "small", "wide"} <= {*adapters.labels["running_lora_adapters"].split(",")}
 
 
 def test_a_full_queue_answers_at_once(service: Replicated, texts: dict[str, str]) -> None:
@@ -343,7 +382,7 @@ def test_a_killed_replica_of_a_classifier(tmp_path: Path) -> None:
             time.sleep(0.1)  # so that clients of short answers leave the processor to the replica that starts
             return (label, *service.classify())
 
-        kill_under_load(service, ask, 2 * ROWS)
+        kill_under_load(service, ask, 2 * ROWS, rounds=1)
 
 
 def error(*arguments: str) -> GraloraError:

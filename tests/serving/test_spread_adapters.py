@@ -47,10 +47,12 @@ class Handle:
         self.replicas: list[Replica] = []
         self.ended: Exception | None = None
 
-    def broadcast(self, method: str, *arguments: object) -> Any:
+    def broadcast(self, method: str, step: str, *arguments: object) -> Any:
+        assert method == "change"
+
         async def results(*, return_exceptions: bool) -> list[Any]:
             assert return_exceptions
-            found = [await getattr(replica.adapters, method)(*arguments) for replica in self.replicas]
+            found = [await getattr(replica.adapters, step)(*arguments) for replica in self.replicas]
             return found + ([] if self.ended is None else [self.ended])
 
         return SimpleNamespace(results_async=results)

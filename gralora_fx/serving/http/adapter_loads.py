@@ -85,10 +85,11 @@ def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
     """
     with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
         adapters: dict[str, Path] = {}
+        manifest = read_manifest(settings.directory, ServingError)
         for name, path in settings.adapters.items():
             with _named(name):
                 check_name(name, ServingError)
-                check_takes_adapters(read_manifest(settings.directory, ServingError), settings.base_name, ServingError)
+                check_takes_adapters(manifest, settings.base_name, ServingError)
                 adapters[name] = adapter_as_data(adapter_path(path), settings.directory, Path(folder), name)
         yield replace(settings, adapters=adapters)
 

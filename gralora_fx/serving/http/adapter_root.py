@@ -6,16 +6,16 @@ A file is copied before it is read: what is checked is what runs, whatever happe
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, shown
 from gralora_fx.runtime.adapter_file import AdapterInMemory
@@ -121,55 +121,46 @@ class AdapterRoot:
         copy = self._copied(text, folder)
         return adapter_as_data(copy, onnx_dir, copy, name)
 
-    def convert(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterInMemory:
-        """What a directory that PEFT saved holds, as data of an export; arguments and errors as of `copy`."""
+    def source(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterContent | AdapterInMemory:
+        """What an adapter's files hold, read once; of a directory that PEFT saved, as data of an export.
+
+        Arguments and errors as of `copy`, and the export's manifest.
+        """
+        is_directory, contents = self._contents(text)
+        if not is_directory:
+            (file, content), (_, record) = contents.items()
+            return AdapterContent(Path(file), content, record.tobytes())
         with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
             try:
-                return in_memory(self._copied(text, Path(folder)), onnx_dir, name, manifest)
+                return in_memory(_written(contents, Path(folder, Path(text).name)), onnx_dir, name, manifest)
             except GraloraError as error:  # the copy's place means nothing
                 raise type(error)(str(error).replace(f"{folder}/", "")) from error
 
     def _copied(self, text: str, folder: Path) -> Path:
         """What is at a path, copied into a folder."""
+        is_directory, contents = self._contents(text)
+        name = Path(text).name
+        return _written(contents, folder / name) if is_directory else _written(contents, folder) / name
+
+    def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
+        """Whether there is a directory at a path, and the bytes of its files, or of a file and its record, by name."""
         path = self._within(text)
         try:
             is_directory = self._resolved(path, text).is_dir()
             check_adapter_kind(path, is_directory, shown(text))
-            copy = folder / path.name
-            if is_directory:
-                copy.mkdir()
-                self._copy_all([path / file for file in _PEFT], [copy / file for file in _PEFT])
-            else:
-                self._copy_all([path, record_path(path)], [copy, record_path(copy)])
-        except OSError as error:
-            raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
-        return copy
-
-    def read(self, text: str) -> AdapterContent | None:
-        """What an `.onnx_adapter` file and its record hold, read once; None of a directory.
-
-        Args:
-            text: As of `copy`.
-
-        Raises:
-            AdapterNotFoundError: There is nothing at the path.
-            ServingError: The path leads out of the root, or to something else than regular files of an adapter.
-        """
-        path = self._within(text)
-        try:
-            is_directory = self._resolved(path, text).is_dir()
-            check_adapter_kind(path, is_directory, shown(text))
-            if is_directory:
-                return None
+            sources = [path / file for file in _PEFT] if is_directory else [path, record_path(path)]
             with ExitStack() as stack:
-                files = [stack.enter_context(self._opened(source)) for source in (path, record_path(path))]
+                files = [stack.enter_context(self._opened(source)) for source in sources]
                 before = [_identity(file) for file in files]
-                content = np.fromfile(files[0], np.uint8)
-                found = AdapterContent(Path(path.name), content, files[1].read())
-                self._check_unchanged([path, record_path(path)], before, files)
-                return found
+                contents = {
+                    source.name: np.fromfile(file, np.uint8) for source, file in zip(sources, files, strict=True)
+                }
+                for source, facts, file in zip(sources, before, files, strict=True):
+                    if facts != _identity(file):
+                        raise ServingError(f"{source.name} was changed while it was read; ask again when it is whole")
         except OSError as error:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
+        return is_directory, contents
 
     def _within(self, text: str) -> Path:
         """A path below the root by its letters alone."""
@@ -194,31 +185,6 @@ class AdapterRoot:
         if not resolved.is_relative_to(self.path):
             raise ServingError(f"{shown(text)} is a link out of the adapter root; copy the file itself into it")
         return resolved
-
-    def _copy_all(self, sources: Sequence[Path], targets: Sequence[Path]) -> None:
-        """Copy files that belong together.
-
-        Raises:
-            ServingError: One is not a regular file of one name, is too large, or was changed meanwhile.
-        """
-        with ExitStack() as stack:
-            files = [stack.enter_context(self._opened(source)) for source in sources]
-            before = [_identity(file) for file in files]
-            for file, target in zip(files, targets, strict=True):
-                with target.open("wb") as copy:
-                    shutil.copyfileobj(file, copy)
-            self._check_unchanged(sources, before, files)
-
-    @staticmethod
-    def _check_unchanged(sources: Sequence[Path], before: Sequence[Facts | None], files: Sequence[BinaryIO]) -> None:
-        """Check that files are as they were before they were read.
-
-        Raises:
-            ServingError: One was changed.
-        """
-        for source, facts, file in zip(sources, before, files, strict=True):
-            if facts != _identity(file):
-                raise ServingError(f"{source.name} was changed while it was read; ask again when it is whole")
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[BinaryIO]:
@@ -245,6 +211,14 @@ class AdapterRoot:
             if facts.st_size > _MOST_BYTES:
                 raise ServingError(f"{shown(text)} has {facts.st_size:,} bytes, more than {_MOST_BYTES:,}")
             yield file
+
+
+def _written(contents: Mapping[str, NDArray[np.uint8]], folder: Path) -> Path:
+    """A folder, which may be new, with files."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        content.tofile(folder / name)
+    return folder
 
 
 def _identity(file: BinaryIO) -> Facts | None:

@@ -115,7 +115,7 @@ class RootAdapters:
             self._withdrawn.add(name)
 
     def _source(self, path: str, name: str) -> AdapterSource:
-        return self._root.read(path) or self._root.convert(path, name, self._onnx_dir, self._engine.manifest)
+        return self._root.source(path, name, self._onnx_dir, self._engine.manifest)
 
 
 class OwnChanges:

@@ -50,29 +50,15 @@ class ModelReplica:
         self._app = create_app(settings)
         self._engine, adapters = self._app.state.engine, self._app.state.root_adapters
         self._adapters = None if adapters is None else ReplicaAdapters(self._engine, adapters, folder)
-        await self.settle()
+        if self._adapters is not None:
+            await self._adapters.settle()
         self._lifespan = AsyncExitStack()
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
 
-    async def prepare(self, name: str, file: str, may_replace: bool, pin: bool) -> GraloraError | None:
-        """As of `ReplicaAdapters`, like the next three."""
-        assert self._adapters is not None
-        return await self._adapters.prepare(name, file, may_replace, pin)
-
-    async def discard(self) -> None:
-        """Give up what was prepared."""
-        assert self._adapters is not None
-        await self._adapters.discard()
-
-    async def check_there(self, name: str) -> GraloraError | None:
-        """Say what is wrong with taking a name away."""
-        assert self._adapters is not None
-        return await self._adapters.check_there(name)
-
-    async def settle(self) -> None:
-        """Do what the record of adapters says."""
-        if self._adapters is not None:
-            await self._adapters.settle()
+    async def change(self, step: str, *arguments: object) -> GraloraError | None:
+        """Take a step of a change of adapters, a method of `ReplicaAdapters`; returns what is wrong with it."""
+        problem: GraloraError | None = await getattr(self._adapters, step)(*arguments)
+        return problem
 
     async def measured(self) -> list[Metric]:
         """What is measured when it is asked for."""
@@ -85,7 +71,8 @@ class ModelReplica:
 
     async def answer(self, request: AsgiRequest) -> AsyncIterator[Message]:
         """The messages that answer a request."""
-        await self.settle()
+        if self._adapters is not None:
+            await self._adapters.settle()
         name = serve.get_multiplexed_model_id()
         if name and self._engine.models.knows(name):
             await self.adapter(name)

@@ -131,10 +131,10 @@ class SpreadChanges:
         for file in {*old.values()} - {*shared.loaded.values()}:
             shutil.rmtree(self._folder / Path(file).parts[0], ignore_errors=True)
 
-    async def _spread(self, method: str, *arguments: object, is_sure: bool = True) -> None:
-        """Call a method of every replica, and raise what one of them says is wrong, if that is asked for."""
+    async def _spread(self, step: str, *arguments: object, is_sure: bool = True) -> None:
+        """Let every replica take a step of a change, and raise what one of them says is wrong, if that is asked for."""
         try:
-            answers = await self._replicas.broadcast(method, *arguments).results_async(return_exceptions=True)
+            answers = await self._replicas.broadcast("change", step, *arguments).results_async(return_exceptions=True)
         except RayServeException as error:
             answers = [error]
         problems = [answer for answer in answers if isinstance(answer, Exception)]

@@ -9,11 +9,10 @@ from pydantic import Field, model_validator
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.answer_form import GivenForms
-from gralora_fx.serving.call_grammar import ToolUse
 from gralora_fx.serving.http.openai.messages import History
 from gralora_fx.serving.http.openai.requests import SamplingFields, StreamOptions, Whole
 from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel, wrong_field
-from gralora_fx.serving.http.openai.tool_requests import FunctionFields, Mode, ToolCaller, chosen_tools
+from gralora_fx.serving.http.openai.tool_requests import FunctionFields, Mode, ToolCaller, ToolChoice
 
 _LOGPROBS = "message.output_text.logprobs"
 _NEEDED = {
@@ -83,19 +82,27 @@ class ResponseTool(FunctionFields, _Function):
     """A function as a tool."""
 
 
-class NamedFunction(StrictModel):
+class NamedFunction(ToolChoice):
     """A tool by its name."""
 
     type: Literal["function"]
     name: str
 
+    def named(self) -> tuple[Literal["named"], dict[str, str]]:
+        """The one tool, which is called."""
+        return "named", {"name": self.name}
 
-class AllowedFunctions(StrictModel):
+
+class AllowedFunctions(ToolChoice):
     """Some of the tools, and whether one of them must be called."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=128, fail_fast=True)]
+
+    def named(self) -> tuple[Literal["auto", "required"], dict[str, str]]:
+        """The tools, and what their mode says."""
+        return self.mode, {f"tools.{index}.name": tool.name for index, tool in enumerate(self.tools)}
 
 
 class TextFormat(StrictModel):
@@ -196,11 +203,6 @@ class ResponseRequest(SamplingFields, ToolCaller):
         """The tools by the names of their fields."""
         return {f"tools.{index}": tool for index, tool in enumerate(self.tools or ())}
 
-    @property
-    def calls_none(self) -> bool:
-        """Whether the request says that the answer may call no tool."""
-        return self.tool_choice == "none"
-
     def most_tokens(self, left: int) -> int:
         """The most tokens to add to a prompt after which there is room for some."""
         return max(left, 1) if self.max_output_tokens is None else self.max_output_tokens
@@ -213,20 +215,6 @@ class ResponseRequest(SamplingFields, ToolCaller):
         if given.schema_ is None:
             return {"text.format": ("json", {"type": "object"})}
         return {"text.format.schema": ("json", given.schema_)}
-
-    def tool_use(self) -> ToolUse | None:
-        """The tools that the answer may call; None if it calls none.
-
-        Raises:
-            FormError: A tool's arguments are no schema, two have one name, or a choice names none of them.
-        """
-        functions, choice, is_parallel = self.functions(), self.tool_choice, self.is_parallel
-        if isinstance(choice, NamedFunction):
-            return chosen_tools(functions, "named", {"tool_choice.name": choice.name}, is_parallel=False)
-        if isinstance(choice, AllowedFunctions):
-            named = {f"tool_choice.tools.{index}.name": tool.name for index, tool in enumerate(choice.tools)}
-            return chosen_tools(functions, choice.mode, named, is_parallel=is_parallel)
-        return chosen_tools(functions, choice or "auto", {}, is_parallel=is_parallel)
 
     def echoed(self) -> Iterator[tuple[str, Any]]:
         """The fields of the request that its response has again."""

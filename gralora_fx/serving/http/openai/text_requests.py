@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -16,77 +16,19 @@ from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.serving.answer_form import GivenForms, one_form
 from gralora_fx.serving.answer_grammar import AnswerGrammar
-from gralora_fx.serving.call_grammar import ToolUse, call_grammar
+from gralora_fx.serving.call_grammar import call_grammar
 from gralora_fx.serving.call_reader import CallReader
 from gralora_fx.serving.completion import TextRequest, seeded
 from gralora_fx.serving.http.engines import TextEngine
-from gralora_fx.serving.http.openai.requests import StreamOptions
+from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
+from gralora_fx.serving.http.openai.response_requests import ResponseRequest
 from gralora_fx.serving.http.replies import TextAnswers, timeout_of
 from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.prompts import stop_strings
-from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.tool_template import with_text_arguments
 
+Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
 _COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
-
-
-class Asked(Protocol):
-    """A request for text."""
-
-    @property
-    def model(self) -> str:
-        """The adapter, or the base."""
-
-    @property
-    def stream(self) -> bool | None:
-        """Whether the answer is a stream."""
-
-    @property
-    def stream_options(self) -> StreamOptions | None:
-        """What a stream holds beside text."""
-
-    @property
-    def prompts(self) -> Sequence[Any]:
-        """What to answer: texts, token ids or chats."""
-
-    @property
-    def n(self) -> int:
-        """How many answers to each."""
-
-    @property
-    def stop(self) -> str | list[str] | None:
-        """Strings that end an answer."""
-
-    @property
-    def cache_salt(self) -> str | None:
-        """What keeps its prompts apart from those of others."""
-
-    @property
-    def echo(self) -> bool:
-        """Whether an answer begins with its prompt."""
-
-    @property
-    def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
-
-    def sampling(self, ends: frozenset[int]) -> Sampling:
-        """How tokens are chosen, where some end an answer by default."""
-
-    def most_tokens(self, left: int) -> int:
-        """The most tokens to add to a prompt after which there is room for some."""
-
-    def forms(self) -> GivenForms:
-        """The forms that an answer may have, by the fields that say them."""
-
-    @property
-    def has_tools(self) -> bool:
-        """Whether it has tools, whose schemas are to be checked."""
-
-    def template_tools(self) -> list[dict[str, Any]]:
-        """The tools that a chat's template describes."""
-
-    def tool_use(self) -> ToolUse | None:
-        """The tools that an answer may call."""
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,23 @@ class FunctionName(StrictModel):
     name: str
 
 
-class NamedTool(StrictModel):
+class ToolChoice(StrictModel):
+    """Which tools an answer may call."""
+
+    @abstractmethod
+    def named(self) -> tuple[Literal["auto", "required", "named"], dict[str, str]]:
+        """Whether it must call one, and the names of the tools by the fields that name them."""
+
+
+class NamedTool(ToolChoice):
     """A tool by its name."""
 
     type: Literal["function"]
     function: FunctionName
+
+    def named(self) -> tuple[Literal["named"], dict[str, str]]:
+        """The one tool, which is called."""
+        return "named", {"function.name": self.function.name}
 
 
 class AllowedTools(StrictModel):
@@ -54,26 +66,28 @@ class AllowedTools(StrictModel):
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=_MOST, fail_fast=True)]
 
 
-class AllowedToolsChoice(StrictModel):
+class AllowedToolsChoice(ToolChoice):
     """A choice of some of the tools."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
+    def named(self) -> tuple[Literal["auto", "required"], dict[str, str]]:
+        """The tools, and what their mode says."""
+        allowed = self.allowed_tools
+        tools = {f"allowed_tools.tools.{n}.function.name": tool.function.name for n, tool in enumerate(allowed.tools)}
+        return allowed.mode, tools
+
 
 class ToolCaller(StrictModel):
     """What chats and responses share: tools that an answer may call, and no answer begins with its prompt."""
 
+    tool_choice: Mode | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @abstractmethod
     def functions(self) -> dict[str, FunctionFields]:
         """The tools by the names of their fields."""
-
-    @property
-    @abstractmethod
-    def calls_none(self) -> bool:
-        """Whether the request says that the answer may call no tool."""
 
     @property
     def echo(self) -> bool:
@@ -92,7 +106,18 @@ class ToolCaller(StrictModel):
 
     def template_tools(self) -> list[dict[str, Any]]:
         """The tools as templates of chats take them; none if the answer may call none."""
-        return [] if self.calls_none else [template_tool(function) for function in self.functions().values()]
+        return [] if self.tool_choice == "none" else [template_tool(function) for function in self.functions().values()]
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that the answer may call; None if it calls none.
+
+        Raises:
+            FormError: A tool's arguments are no schema, two have one name, or a choice names none of them.
+        """
+        choice = self.tool_choice
+        mode, named = choice.named() if isinstance(choice, ToolChoice) else (choice or "auto", dict[str, str]())
+        named = {f"tool_choice.{field}": name for field, name in named.items()}
+        return chosen_tools(self.functions(), mode, named, is_parallel=self.is_parallel and mode != "named")
 
 
 class ToolFields(ToolCaller):
@@ -104,30 +129,6 @@ class ToolFields(ToolCaller):
     def functions(self) -> dict[str, FunctionFields]:
         """The tools by the names of their fields."""
         return {f"tools.{index}.function": tool.function for index, tool in enumerate(self.tools or ())}
-
-    @property
-    def calls_none(self) -> bool:
-        """Whether the request says that the answer may call no tool."""
-        return self.tool_choice == "none"
-
-    def tool_use(self) -> ToolUse | None:
-        """The tools that the answer may call; None if it calls none.
-
-        Raises:
-            FormError: A tool's arguments are no schema, two have one name, or a choice names none of them.
-        """
-        functions, choice = self.functions(), self.tool_choice
-        if isinstance(choice, NamedTool):
-            named = {"tool_choice.function.name": choice.function.name}
-            return chosen_tools(functions, "named", named, is_parallel=False)
-        if isinstance(choice, AllowedToolsChoice):
-            fields = "tool_choice.allowed_tools.tools"
-            named = {
-                f"{fields}.{index}.function.name": tool.function.name
-                for index, tool in enumerate(choice.allowed_tools.tools)
-            }
-            return chosen_tools(functions, choice.allowed_tools.mode, named, is_parallel=self.is_parallel)
-        return chosen_tools(functions, choice or "auto", {}, is_parallel=self.is_parallel)
 
 
 def template_tool(function: FunctionFields) -> dict[str, Any]:
