@@ -22,7 +22,7 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
         name: What the names of values in the loop begin with.
     """
     hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
-    size, k = fixed_dim(hidden, 1), fixed_dim(experts.index, 1)
+    size, k = width_of(experts), fixed_dim(experts.index, 1)
     chosen = build("Reshape", experts.index, build.ints(-1))
     order = _order(build, chosen)
     unique = build.node("Unique", [chosen], num_outputs=4, axis=0)
@@ -42,6 +42,11 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
     parts = loop(build, build("Squeeze", build("Shape", found), build.ints(0)), part, dtype, name)
     outputs = build("Gather", build("ConcatFromSequence", parts, axis=0), _order(build, order), axis=0)
     return weighted(build, outputs, experts, k, size)
+
+
+def width_of(experts: ExpertsNode) -> int:
+    """The width of a token, as the second products give it."""
+    return fixed_dim(experts.down, 2 if experts.is_transposed else 1)
 
 
 def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, size: int) -> ir.Value:

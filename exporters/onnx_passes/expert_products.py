@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim
-from gralora_fx.exporters.onnx_passes.expert_loop import loop_over_experts, weighted
+from gralora_fx.exporters.onnx_passes.expert_loop import loop_over_experts, weighted, width_of
 from gralora_fx.exporters.reports import ExpertsReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import ExpertsNode
@@ -137,7 +137,7 @@ def _problem(experts: ExpertsNode) -> str | None:
 def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], node: ir.Node) -> ir.Value:
     """The operator with the tokens' rows, and their sums."""
     hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
-    count, size, k = (fixed_dim(value, axis) for value, axis in ((experts.up, 0), (hidden, 1), (experts.index, 1)))
+    count, k, size = fixed_dim(experts.up, 0), fixed_dim(experts.index, 1), width_of(experts)
     for name, value in _operands(experts).items():
         _arrange(value, experts, is_up=name.startswith("up"), is_bias=name.endswith("bias"))
     chosen = build("Reshape", experts.index, build.ints(-1))

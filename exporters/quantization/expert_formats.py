@@ -12,6 +12,9 @@ from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.operators.experts import Experts
 from gralora_fx.tracing.traced_model import TracedModel
 
+# by wider blocks ONNX Runtime computes a token alone with other last digits than beside others of its expert
+_WIDEST = {4: 32, 8: 64}
+
 
 def with_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
     """A plan that has a format of its own for experts' matrices that cannot have the default.
@@ -47,7 +50,7 @@ def expert_matrices(traced: TracedModel, experts: Experts) -> dict[str, Tensor]:
 def _format(default: Format, widths: list[int]) -> Blocks | None:
     """The format of matrices of some numbers of inputs; None where no size of blocks divides all."""
     form = default if isinstance(default, Blocks) else Blocks(8)
-    size = form.block_size
+    size = min(form.block_size, _WIDEST[form.bits])
     while size > LEAST_BLOCK and any(width % size for width in widths):
         size //= 2
     return None if any(width % size for width in widths) else dataclasses.replace(form, block_size=size)

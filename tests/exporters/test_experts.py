@@ -1,0 +1,151 @@
+"""Experts in exports: one operator a layer or a loop, every kind of gate, blocks of every kind, any router."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gralora_fx import trace
+from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.folding.expert_weights import expert_weights
+from gralora_fx.exporters.onnx_passes.expert_products import arranged, as_modelled, moe_attributes
+from gralora_fx.operators.experts import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate, Experts
+from gralora_fx.runtime.session import open_session
+
+SILU = ExpertGate("silu", HALVES)
+BOUNDED = ExpertGate("silu", INTERLEAVED, alpha=1.702, offset=1.0, limit=0.5)  # as gpt-oss has, whose limit is 7
+GATES = {
+    "silu of a half": SILU,
+    "bounded silu of neighbours": BOUNDED,
+    "relu of a half": ExpertGate("relu", HALVES),
+    "squared relu": ExpertGate("relu2", NO_GATE),
+    "gelu": ExpertGate("gelu_tanh", NO_GATE),
+}
+IN_A_LOOP = {
+    "gelu of a half": (ExpertGate("gelu", HALVES), "no gelu of a gate"),
+    "gelu of neighbours within bounds": (
+        ExpertGate("gelu_tanh", INTERLEAVED, offset=1.0, limit=0.5),
+        "no gelu_tanh of",
+    ),
+    "gelu without a gate": (ExpertGate("gelu", NO_GATE), "no gelu,"),
+}
+
+
+class Mixture(nn.Module):
+    """A layer of four experts, of which each token has two, with weights of both signs."""
+
+    def __init__(
+        self, gate: ExpertGate, *, has_bias: bool = False, is_transposed: bool = False, size: int = 32
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        width, outputs = 48, 48 if gate.layout == NO_GATE else 96
+        self.gate, self.is_transposed = gate, is_transposed
+        self.router = nn.Linear(size, 4)
+        shapes = [(4, outputs, size), (4, size, width)]
+        up, down = (torch.randn(shape) * 0.3 for shape in shapes)
+        self.up = nn.Parameter(up.transpose(1, 2).contiguous() if is_transposed else up)
+        self.down = nn.Parameter(down.transpose(1, 2).contiguous() if is_transposed else down)
+        self.up_bias = nn.Parameter(torch.randn(4, outputs)) if has_bias else None
+        self.down_bias = nn.Parameter(torch.randn(4, size)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, index = self.router(x).topk(2)
+        options = {"is_transposed": self.is_transposed, **dataclasses.asdict(self.gate)}
+        biases = {"up_bias": self.up_bias, "down_bias": self.down_bias}
+        return Experts.compute(hidden=x, index=index, weights=scores, up=self.up, down=self.down, **biases, **options)
+
+
+def exported(model: nn.Module, directory: Path, **options: Any) -> tuple[Any, list[str]]:
+    """The report of a verified export, and its operators."""
+    size = model.router.in_features
+    report = export_onnx(trace(model.eval(), (torch.randn(7, size),)), directory, **options)
+    return report, [node.op_type for node in ir.load(directory / "model.onnx").graph.all_nodes()]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_each_gate_is_one_operator_whatever_the_layout(tmp_path: Path, name: str) -> None:
+    is_other = GATES[name].layout == INTERLEAVED
+    report, operators = exported(Mixture(GATES[name], has_bias=is_other, is_transposed=is_other), tmp_path / "onnx")
+    assert (operators.count("MoE"), "Loop" in operators) == (1, False)
+    assert (report.experts.fused, report.experts.plain) == (1, {})
+    assert report.verification.tensors[0].max_abs_error < 1e-4
+
+
+@pytest.mark.parametrize("name", IN_A_LOOP)
+def test_what_the_operator_does_not_compute_is_a_loop_with_the_reason(tmp_path: Path, name: str) -> None:
+    gate, why = IN_A_LOOP[name]
+    report, operators = exported(Mixture(gate, has_bias=True, is_transposed=True), tmp_path / "onnx", quantize="int8")
+    assert operators.count("Loop") == 1
+    assert report.experts.fused == 0
+    (reason,) = report.experts.plain.values()
+    assert reason.startswith(f"ONNX Runtime's operator has {why}")
+    assert reason.endswith("its experts are computed in a loop, in floats")
+    assert f"  {next(iter(report.experts.plain))}: {reason}" in str(report)
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int8", "int8-dynamic"])
+@pytest.mark.parametrize("name", ["silu of a half", "bounded silu of neighbours", "squared relu"])
+def test_blocks_are_verified_and_rows_do_not_depend_on_each_other(tmp_path: Path, name: str, quantize: str) -> None:
+    is_other = GATES[name].layout == INTERLEAVED
+    model = Mixture(GATES[name], has_bias=is_other, is_transposed=is_other)
+    report, operators = exported(model, tmp_path / "onnx", quantize=quantize)
+    assert operators.count("QMoE") == 1
+    assert report.verification.passed
+    assert report.quantization.values == 4 * 32 + sum(
+        weight.in_features * weight.out_features
+        for weight in expert_weights(ir.load(tmp_path / "onnx" / "model.onnx").graph).values()
+    )
+    session, x = open_session(tmp_path / "onnx"), np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    together = session.run(None, {"x": x})[0]
+    alone = np.concatenate([session.run(None, {"x": row[None]})[0] for row in x])
+    assert np.array_equal(together, alone)
+
+
+def test_the_size_of_blocks_divides_both_widths_or_experts_stay_float_by_name(tmp_path: Path) -> None:
+    report, operators = exported(Mixture(SILU), tmp_path / "small", quantize="int8")  # widths of 32 and 48
+    assert report.quantization.layers["up"].form == "int8 in blocks of 16"
+    report, operators = exported(Mixture(SILU, size=40), tmp_path / "none", quantize="int8")
+    assert operators.count("MoE") == 1
+    assert {name: report.quantization.layers[name].form for name in ("up", "down")} == {
+        "up": "float",
+        "down": "float",
+    }
+    assert any(
+        "no size of blocks divides their widths" in skip.reason for entry in report.passes for skip in entry.skipped
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_holds(tmp_path: Path, precision: str) -> None:
+    report, operators = exported(Mixture(BOUNDED, has_bias=True), tmp_path / "onnx", precision=precision)
+    assert operators.count("MoE") == 1
+    assert report.verification.passed
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("gate", [SILU, BOUNDED, ExpertGate("relu2", NO_GATE), ExpertGate("silu", NO_GATE)], ids=str)
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("is_up", [False, True])
+def test_the_models_order_of_rows_comes_back(gate: ExpertGate, is_transposed: bool, is_up: bool) -> None:
+    matrix = np.random.default_rng(0).normal(size=(8, 6))
+    stored = arranged(matrix, gate, is_up=is_up, is_transposed=is_transposed)
+    assert np.array_equal(as_modelled(stored, gate, is_up=is_up, is_transposed=is_transposed), matrix)
+
+
+@pytest.mark.quick
+def test_every_activation_has_a_form_or_a_reason() -> None:
+    forms = {
+        (name, layout): moe_attributes(ExpertGate(name, layout)) for name in ACTIVATIONS for layout in (HALVES, NO_GATE)
+    }
+    fused = {key for key, form in forms.items() if isinstance(form, dict)}
+    ungated = {(name, NO_GATE) for name in ("silu", "gelu_tanh", "relu", "relu2", "identity")}
+    assert fused == {("silu", HALVES), ("relu", HALVES), *ungated}
+    assert all("ONNX Runtime's operator has no" in form for form in forms.values() if isinstance(form, str))
