@@ -15,6 +15,7 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_pas
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.export_graphs import step_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
+from gralora_fx.exporters.fx_passes.note_experts import note_experts
 from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
@@ -75,6 +76,7 @@ def decoder_models(conversion: Conversion) -> Models:
         match_rms_norms,
         match_rotary,
         match_attention,
+        note_experts,
         first=[casts],  # casts are seen before anything is simplified
         log=log,
     )

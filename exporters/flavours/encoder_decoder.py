@@ -12,6 +12,7 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_pas
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate, split
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
+from gralora_fx.exporters.fx_passes.note_experts import note_experts
 from gralora_fx.exporters.onnx_passes.block_products import tables_of_heads
 from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
@@ -71,7 +72,9 @@ def encoder_decoder_models(conversion: Conversion) -> Models:
 
 def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule, cast: CastGraph) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=conversion.log, name=name)
+    model = translate(
+        graph_module, match_rms_norms, match_attention, note_experts, first=first, log=conversion.log, name=name
+    )
     return translated_pipeline(conversion, name).run(model, conversion.log)
 
 

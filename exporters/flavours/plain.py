@@ -24,6 +24,7 @@ from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_pas
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
+from gralora_fx.exporters.fx_passes.note_experts import note_experts
 from gralora_fx.exporters.onnx_passes.clean_up import (
     deduplicate_constants,
     drop_stack_traces,
@@ -57,7 +58,7 @@ def plain_models(conversion: Conversion) -> Models:
     log = conversion.log
     graph_module, outputs = _with_flat_outputs(graph_to_translate(conversion.traced))
     first = [CastGraph(conversion.options.precision)]  # casts are seen before anything is simplified
-    model = translate(graph_module, match_rms_norms, match_attention, first=first, log=log)
+    model = translate(graph_module, match_rms_norms, match_attention, note_experts, first=first, log=log)
     model = plain_pipeline(conversion, outputs).run(model, log)
     copy = copied(model) if conversion.options.adapters == DATA else None
     model = finishing_pipeline(conversion, "plain").run(model, log)

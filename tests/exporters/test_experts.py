@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
@@ -149,3 +150,28 @@ def test_every_activation_has_a_form_or_a_reason() -> None:
     ungated = {(name, NO_GATE) for name in ("silu", "gelu_tanh", "relu", "relu2", "identity")}
     assert fused == {("silu", HALVES), ("relu", HALVES), *ungated}
     assert all("ONNX Runtime's operator has no" in form for form in forms.values() if isinstance(form, str))
+
+
+def test_experts_without_the_operator_are_named(tmp_path: Path) -> None:
+    class Cubed(MixtralExperts):
+        def _apply_gate(self, gate_up: Tensor) -> Tensor:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return gate**3 * up
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = MixtralConfig(hidden_size=32, intermediate_size=32, num_local_experts=4)
+            config._experts_implementation = "grouped_mm"
+            self.router, self.experts = nn.Linear(32, 4), Cubed(config)
+            for parameter in self.experts.parameters():
+                nn.init.normal_(parameter, std=0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores, index = self.router(x).topk(2)
+            return self.experts(x, index, scores)
+
+    report, operators = exported(Layer(), tmp_path / "onnx")
+    assert "MoE" not in operators
+    assert list(report.experts.plain) == ["experts"]
+    assert "experts: 0 layers with one operator each, 1 without\n  experts: between its products" in str(report)
