@@ -134,6 +134,7 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "inputs": {**names, **{f"past_{kind}_names": f"{PAST_PREFIX}%d.{kind}" for kind in kinds}},
         "outputs": {"logits": "logits", **{f"present_{kind}_names": f"{PRESENT_PREFIX}%d.{kind}" for kind in kinds}},
+        **_kinds_of_layers(text, pasts),
     }
     if KINDS["recurrent"].name not in kinds and KINDS["conv"].name in kinds:  # onnxruntime-genai asks for both then
         states = {slot.layer: value for slot, value in pasts.items() if slot.kind is KINDS["conv"]}
@@ -170,6 +171,16 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
     shapes = (value.shape for slot, value in pasts.items() if slot.kind is KINDS["key"])
     shape = next(shapes, None)
     return (1, 1) if shape is None else (int(shape[1]), int(shape[3]))  # type: ignore[arg-type]
+
+
+def _kinds_of_layers(config: PreTrainedConfig, pasts: Mapping[CacheSlot, ir.Value]) -> dict[str, Any]:
+    """What onnxruntime-genai asks of a model that keeps states beside the names: its layers, and sizes of states."""
+    if not keeps_state(pasts):
+        return {}
+    sizes = {value.shape[2] for slot, value in pasts.items() if slot.kind is KINDS["conv"] and value.shape is not None}
+    kinds = getattr(config, "layer_types", None)
+    layers = {} if kinds is None else {"layer_types": list(kinds)}
+    return {**layers, **({"conv_cache_size": int(*sizes)} if len(sizes) == 1 else {})}  # type: ignore[call-overload]
 
 
 def _model_type(config: PreTrainedConfig) -> str:
