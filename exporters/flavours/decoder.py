@@ -70,7 +70,7 @@ def decoder_models(conversion: Conversion) -> Models:
         ExportError: The graph cannot be expressed in ONNX.
     """
     options, log = conversion.options, conversion.log
-    casts = CastGraph(options.precision, len(cached_slots(conversion.traced.example_inputs)))
+    casts = CastGraph(options.precision, tuple(slot.kind for slot in cached_slots(conversion.traced.example_inputs)))
     model = translate(
         step_to_translate(conversion.traced),
         match_rms_norms,

@@ -29,6 +29,7 @@ from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND, FLAG
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.tracing.inputs.cache import CacheLayout
+from gralora_fx.tracing.inputs.cache_slots import KINDS
 
 _EVERYTHING = 2**63 - 1
 
@@ -53,7 +54,8 @@ def encoder_decoder_models(conversion: Conversion) -> Models:
     precision, log = conversion.options.precision, conversion.log
     parts = split(graph_to_translate(conversion.traced))
     encoder = _translated(conversion, "encoder", parts.encoder, CastGraph(precision))
-    decoder = _translated(conversion, "decoder", parts.decoder, CastGraph(precision, len(parts.outputs) - 1))
+    kinds = (KINDS["key"],) * (len(parts.outputs) - 1)
+    decoder = _translated(conversion, "decoder", parts.decoder, CastGraph(precision, kinds))
     encoder.graph.outputs[0].name = "last_hidden_state"
     pasts = [value for value in decoder.graph.inputs if str(value.name).startswith("past_key_values")]
     for index, value in enumerate(pasts):

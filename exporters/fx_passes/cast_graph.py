@@ -21,9 +21,11 @@ from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
+from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, StateKind
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+_PAST = PAST_PREFIX.removesuffix(".")
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
 _LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another tensor
@@ -59,15 +61,16 @@ class CastGraph:
 
     What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
     nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
-    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model.
+    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. What
+    a recurrence sums up over a text stays in float32 from step to step.
 
     Attributes:
         precision: `"fp32"`, `"fp16"` or `"bf16"`.
-        num_cache_outputs: How many outputs, from the second on, have the model's precision: those of a cache.
+        cache: Kinds of the tensors of its cache: its last inputs, and its outputs from the second on.
     """
 
     precision: str
-    num_cache_outputs: int = 0
+    cache: tuple[StateKind, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Give a graph over new parameters, which are on the meta device until they are read.
@@ -84,7 +87,7 @@ class CastGraph:
         assert graph_module is not None
         if {self.precision, precision_of(graph_module)} == {"fp32"}:
             return PassResult(0)
-        change = _GraphCast(graph_module, DTYPES[self.precision], self.num_cache_outputs)
+        change = _GraphCast(graph_module, DTYPES[self.precision], self.cache)
         changed = change.run()
         return PassResult(len(change.kinds), graph=changed.graph)
 
@@ -143,11 +146,11 @@ def precision_of(graph_module: fx.GraphModule) -> str:
 class _GraphCast:
     """One cast of a graph to another precision."""
 
-    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, num_cache_outputs: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, cache: tuple[StateKind, ...]) -> None:
         self.source = graph_module
         self.dtype = dtype
         self.before = DTYPES[precision_of(graph_module)]
-        self.num_cache_outputs = num_cache_outputs
+        self.cache = cache
         self.graph = copy_graph(graph_module)
         self.kinds: dict[fx.Node, _Kind] = {}
         self.raised: dict[fx.Node, fx.Node] = {}
@@ -156,10 +159,12 @@ class _GraphCast:
 
     def run(self) -> fx.GraphModule:
         """The graph in the other precision."""
+        pasts = [node for node in self.graph.find_nodes(op="placeholder") if str(node.target).startswith(_PAST)]
+        summed = {node for node, kind in zip(pasts, self.cache, strict=False) if kind.is_float32}
         for node in list(self.graph.nodes):
             if node.op == "placeholder":
                 if _is_float(node):
-                    self._note(node, _Kind.OWN)
+                    self._note(node, _Kind.RAISED if node in summed else _Kind.OWN)
             elif node.op == "get_attr":
                 self._take_attribute(node)
             elif node.op == "output":
@@ -183,7 +188,8 @@ class _GraphCast:
     def _give_outputs(self, node: fx.Node) -> None:
         """Cast outputs to float32, except those of a cache."""
         outputs = [arg for arg in node.all_input_nodes if arg in self.kinds]
-        cache_outputs = set(outputs[1 : 1 + self.num_cache_outputs])
+        kinds = zip(outputs[1:], self.cache, strict=False)
+        cache_outputs = {arg for arg, kind in kinds if not kind.is_float32}
         for arg in dict.fromkeys(outputs):
             dtype = self.dtype if arg in cache_outputs else torch.float32
             self._use(node, arg, dtype)

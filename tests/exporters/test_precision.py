@@ -22,6 +22,7 @@ from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.serving import load
+from gralora_fx.tracing.inputs.cache_slots import KINDS
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -44,7 +45,7 @@ def dtypes(graph: fx.Graph) -> list[torch.dtype]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_what_stays_float32_is_what_the_half_precision_model_computes_so(name: str) -> None:
-    changed = CastGraph("fp16", num_cache_outputs=4)(fresh_trace(name, task=CACHED).graph_module.graph).graph
+    changed = CastGraph("fp16", (KINDS["key"],) * 4)(fresh_trace(name, task=CACHED).graph_module.graph).graph
     assert changed is not None
     half = fresh_trace(name, task=CACHED, dtype=torch.float16).graph_module.graph
     ours, models = dtypes(changed), dtypes(half)

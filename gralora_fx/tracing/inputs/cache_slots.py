@@ -23,12 +23,14 @@ class StateKind:
         grows: The axis of positions, which a step makes longer; None of a state whose size is fixed, of which a step
             gives the next. Such a state is zeros before the first step.
         axes: What an export calls its axes, the last of which may have fixed sizes.
+        is_float32: Whether exports in half precision keep it in float32, since rounding would add up over a text.
     """
 
     name: str
     attribute: str
     grows: int | None = None
     axes: tuple[str, ...] = ("batch_size",)
+    is_float32: bool = False
 
     def shape(self, like: Sequence[Any], batch: int, length: int) -> tuple[int, ...]:
         """The shape of one for a number of rows and positions.
@@ -53,7 +55,8 @@ KINDS = {
         # [batch, positions, size], by which sparse attention chooses its keys
         StateKind("indexer", "indexer_keys", grows=1, axes=("batch_size", "past_sequence_length", "index_size")),
         StateKind("conv", "conv_states"),  # [batch, channels, kernel - 1], the last inputs of a causal convolution
-        StateKind("recurrent", "recurrent_states"),  # [batch, heads, ...], what a recurrence has summed up
+        # [batch, heads, ...], what a recurrence has summed up
+        StateKind("recurrent", "recurrent_states", is_float32=True),
     )
 }
 
