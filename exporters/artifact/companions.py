@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from gralora_fx.engine.limits import UNLIMITED, context_length
 from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.onnx_passes.builder import fixed_dim
 from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
 from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
@@ -177,10 +178,10 @@ def _kinds_of_layers(config: PreTrainedConfig, pasts: Mapping[CacheSlot, ir.Valu
     """What onnxruntime-genai asks of a model that keeps states beside the names: its layers, and sizes of states."""
     if not keeps_state(pasts):
         return {}
-    sizes = {value.shape[2] for slot, value in pasts.items() if slot.kind is KINDS["conv"] and value.shape is not None}
+    sizes = {fixed_dim(value, 2) for slot, value in pasts.items() if slot.kind is KINDS["conv"]}
     kinds = getattr(config, "layer_types", None)
     layers = {} if kinds is None else {"layer_types": list(kinds)}
-    return {**layers, **({"conv_cache_size": int(*sizes)} if len(sizes) == 1 else {})}  # type: ignore[call-overload]
+    return {**layers, **({"conv_cache_size": min(sizes)} if len(sizes) == 1 else {})}
 
 
 def _model_type(config: PreTrainedConfig) -> str:
