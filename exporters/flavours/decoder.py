@@ -12,7 +12,7 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.companions import write_genai_config
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, marking_passes, with_rows
-from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.exporters.fx_passes.export_graphs import step_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.note_experts import note_experts
@@ -22,6 +22,7 @@ from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, 
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
 from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
+from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention

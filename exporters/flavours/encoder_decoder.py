@@ -9,13 +9,14 @@ from torch import fx
 
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, note_rows, translated_passes
-from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate, split
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.note_experts import note_experts
 from gralora_fx.exporters.onnx_passes.block_products import tables_of_heads
 from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
+from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_pipeline import OnnxPipeline

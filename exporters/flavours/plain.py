@@ -21,7 +21,7 @@ from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.errors import listed
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, translated_passes, with_rows
-from gralora_fx.exporters.fx_passes.cast_graph import CastGraph, float32_inputs
+from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.note_experts import note_experts
@@ -30,6 +30,7 @@ from gralora_fx.exporters.onnx_passes.clean_up import (
     drop_stack_traces,
 )
 from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
+from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
@@ -19,7 +18,6 @@ from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
-from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, StateKind
 
@@ -98,35 +96,6 @@ def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
     owner = graph_module if graph is None else graph.owning_module
     assert owner is not None
     return owner
-
-
-def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Make every half-precision input float32 and cast it inside the model; cache and adapters keep their dtype.
-
-    Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
-    After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
-
-    Args:
-        model: The model, its inputs named; it is changed in place.
-
-    Returns:
-        How many inputs there were of another precision.
-    """
-    count = 0
-    for value in model.graph.inputs:
-        dtype = value.dtype
-        keeps_dtype = str(value.name).startswith("past_key_values") or is_adapter_tensor(str(value.name))
-        if dtype not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or keeps_dtype:
-            continue
-        cast = ir.node("Cast", [value], attributes={"to": dtype})
-        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), value.shape
-        value.replace_all_uses_with(cast.outputs[0])
-        cast.replace_input_with(0, value)
-        # a new one: others may share the old, which setting dtype would change
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.insert_before(model.graph[0], cast)
-        count += 1
-    return PassResult(count)
 
 
 def precision_of(graph_module: fx.GraphModule) -> str:
