@@ -26,6 +26,7 @@ from gralora_fx.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs, tensors_of
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
+from gralora_fx.tracing.patches.block_sparse_attention import BLOCK_SPARSE_ATTENTION
 from gralora_fx.tracing.patches.cached_states import fresh_states
 from gralora_fx.tracing.patches.decoder_operators import decoder_operators
 from gralora_fx.tracing.patches.expert_layers import experts_as_operators
@@ -183,4 +184,4 @@ SAME_PADDING = (
     Recognised("mobilenet_v1.modeling_mobilenet_v1:apply_tf_padding", _pad),  # without dilations: all of its are one
     Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", _pad),
 )
-IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING, *RECURRENCES, *STATE_SPACES, *GATED_NORMS)
+IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING, *RECURRENCES, *STATE_SPACES, *GATED_NORMS, *BLOCK_SPARSE_ATTENTION)

@@ -31,6 +31,12 @@ def test_the_reason_is_told(name: str, why: str) -> None:
         trace(tiny_decoder(name), task=STEP)
 
 
+def test_states_that_do_not_begin_with_zeros_are_refused() -> None:
+    fields = {"ple_layer_ids": [1], "ple_embed_dim": 32, "heads_per_ngram": 2, "ngram_vocab_size_base": 50}
+    with pytest.raises(TraceError, match=r"Qwen4ExpForCausalLM has no step .*: its embeddings of n-grams"):
+        trace(tiny_decoder("Qwen4ExpForCausalLM", **fields, eos_token_id=2), task=STEP)
+
+
 def test_an_input_that_a_step_does_not_take_is_not_left_out_in_silence() -> None:
     model = tiny_decoder("LlamaForCausalLM", num_hidden_layers=1)
     inputs = cached_inputs(model)

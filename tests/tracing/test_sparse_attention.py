@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from gralora_fx import TracedModel, trace
 from gralora_fx.tracing.inputs.cache import PAST, own_inputs, tensors_of
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs
+from gralora_fx.tracing.inputs.indexer_positions import known_positions
 from gralora_fx.tracing.patches.sparse_attention import only_chosen
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -65,3 +66,37 @@ def test_not_all_keys_are_read() -> None:
     with torch.no_grad():
         sparse, whole = (model(**own_inputs(inputs), use_cache=True).logits for model in models)
     assert relative_error(sparse, whole) > 1e-3
+
+
+@pytest.mark.parametrize(("batch", "past", "length"), [(2, 0, 17), (2, 9, 2)])
+def test_blocks_of_keys_are_those_that_the_models_own_loop_chooses(batch: int, past: int, length: int) -> None:
+    model = model_of_blocks()
+    inputs = cached_inputs(model, batch=batch, past=past, length=length)
+    with torch.no_grad(), known_positions(model):
+        expected = model(**own_inputs(inputs), use_cache=True)
+    with torch.no_grad():
+        actual = traced_blocks()(**own_inputs(inputs))
+    assert relative_error(actual.logits, expected.logits) < 1e-5
+
+
+def test_not_all_blocks_are_read() -> None:
+    inputs = cached_inputs(model_of_blocks(), batch=1, past=0, length=17)
+    with torch.no_grad():
+        few, all_of_them = (
+            m(**own_inputs(inputs), use_cache=True).logits for m in (model_of_blocks(), tiny_blocks(64))
+        )
+    assert relative_error(few, all_of_them) > 1e-3
+
+
+def tiny_blocks(budget: int) -> PreTrainedModel:
+    return tiny_decoder("Qwen4ExpForCausalLM", indexer_n_heads=16, indexer_budget=budget)
+
+
+@functools.cache
+def model_of_blocks() -> PreTrainedModel:
+    return tiny_blocks(8)
+
+
+@functools.cache
+def traced_blocks() -> TracedModel:
+    return trace(model_of_blocks(), task="text-generation-with-past")

@@ -36,6 +36,9 @@ def check_has_step(model: PreTrainedModel) -> None:
     Raises:
         TraceError: It is one of those whose step does not.
     """
-    if (refused := _REFUSED.get(model.config.model_type)) is not None:
+    refused = _REFUSED.get(model.config.model_type)
+    if getattr(model.config.get_text_config(), "ple_layer_ids", None):
+        refused = "its embeddings of n-grams (ple_layer_ids) begin with end tokens, and states with zeros", _NOTHING
+    if refused is not None:
         why, remedy = refused
         raise TraceError(f"{type(model).__name__} has no step with a cache that a graph can hold: {why}; {remedy}")

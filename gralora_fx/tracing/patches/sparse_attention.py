@@ -42,11 +42,12 @@ def symbolic_counts(model: nn.Module) -> Iterator[None]:
     owners = {type(part).__module__ for part in model.modules() if type(part).__name__.endswith(_ENDING)}
     with ExitStack() as changed:
         for owner in sorted(owners):
-            changed.enter_context(patch.object(sys.modules[owner], "min", _smaller, create=True))
+            changed.enter_context(patch.object(sys.modules[owner], "min", smaller, create=True))
         yield
 
 
-def _smaller(*values: Any, **options: Any) -> Any:
+def smaller(*values: Any, **options: Any) -> Any:
+    """Python's `min`, which of two sizes of a graph is an operation and not a comparison."""
     if len(values) == 2 and any(isinstance(value, torch.SymInt) for value in values):
         return torch.sym_min(*values)  # type: ignore[no-untyped-call]
     return builtins.min(*values, **options)
