@@ -95,6 +95,7 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
         for site in traced.sites
         if site.in_features % K == 0 == site.out_features % K
         and model.get_submodule(site.path) is not head
+        and site.calls  # a layer whose weight alone is read has an adapter without effect, as in PEFT
         and not site.tied_with  # adapters of two layers cannot be merged into one weight
     }
     config = GraloraConfig(r=4, gralora_k=K, target_modules=paths, init_weights=False, fan_in_fan_out=is_conv1d)

@@ -142,7 +142,7 @@ def _mamba(
         norms = module.dt_layernorm, module.b_layernorm, module.c_layernorm
         parts = [norm(part) for norm, part in zip(norms, parts, strict=True)]
     step, key, query = parts
-    step = nn.functional.linear(step, module.dt_proj.weight, module.dt_proj.bias)
+    step = (module.dt_proj.weight @ step.transpose(1, 2)).transpose(1, 2) + module.dt_proj.bias
     return _selected(module, cache, attention_mask, mixed, gate, step, key.unsqueeze(2), query.unsqueeze(2))
 
 
