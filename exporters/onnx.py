@@ -103,8 +103,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             (`loading.load_streamed`), which cannot be run.
         overwrite: Whether an earlier export of another base or task, or with more adapters, may be replaced.
         texts: Texts on which a quantized export is compared with the float32 model (`ExportReport.quality`); they need
-            a tokenizer. Of int4, every second one, from the first, chooses bits instead. None for texts that a decoder
-            draws itself, and for random inputs of other models. Not for an encoder-decoder with a cache.
+            a tokenizer. Of int4 and int8-dynamic every second one, from the first, chooses bits instead. None for texts
+            that a decoder draws itself, and for random inputs of other models. Not for an encoder-decoder with a cache.
         dump: A directory to write the graph to after each pass, as text; None for that of the environment variable
             `GRALORA_FX_DUMP`, or none.
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gralora_fx.methods import AdapterMethod
 
 LEVELS = ("quick", "full")
+_CHOOSING = ("int4", DYNAMIC)  # kinds whose bits are chosen by what a model computes
 
 
 def _tokenizer_problem(value: Any) -> str | None:
@@ -156,14 +157,14 @@ class ExportOptions:
                 "texts=... does not go with precision='bf16', which ONNX Runtime's CPU provider does not run; leave "
                 "one of them out"
             )
-        if self.quantize == "int4" and self.level is not None and len(self.texts or ()) == 1:
+        if self.quantize in _CHOOSING and self.level is not None and len(self.texts or ()) == 1:
             raise ExportError(
-                "texts=... has one text, and int4 needs two: every second one chooses bits, and the export is compared "
-                "on the others; give more, or leave it out"
+                f"texts=... has one text, and {self.quantize} needs two: every second one chooses bits, and the export "
+                "is compared on the others; give more, or leave it out"
             )
         if self.tokenizer is None:
             raise ExportError("texts=... needs tokenizer=...; give it too, or leave texts=... out")
-        if self.level is None and self.quantize != "int4":
+        if self.level is None and self.quantize not in _CHOOSING:
             raise ExportError(
                 "texts=... has no effect with verify=False, which compares nothing; leave one of them out"
             )
@@ -211,15 +212,15 @@ class ExportOptions:
 
     @property
     def choosing_texts(self) -> Sequence[str] | None:
-        """The texts by which int4 chooses bits: every second of those that are given, or all if none is compared."""
-        if self.texts is None or self.quantize != "int4":
+        """The texts by which bits are chosen: every second of those that are given, or all if none is compared."""
+        if self.texts is None or self.quantize not in _CHOOSING:
             return None
         return self.texts if self.level is None else self.texts[::2]
 
     @property
     def compared_texts(self) -> Sequence[str] | None:
         """The texts on which a quantized export is compared: those that chose nothing."""
-        return self.texts[1::2] if self.texts is not None and self.quantize == "int4" else self.texts
+        return self.texts[1::2] if self.texts is not None and self.quantize in _CHOOSING else self.texts
 
     @property
     def level(self) -> Literal["quick", "full"] | None:

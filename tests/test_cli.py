@@ -527,7 +527,7 @@ def test_export_streams_quantizes_and_is_verified_afterwards(tmp_path: Path) -> 
 def test_an_int8_export_is_compared_on_the_texts_of_a_file(decoder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts").write_text("rates rose again\n\nthe match was lost\n")
     named = ("--model", decoder / "base", "--task", "text-generation", "--output", tmp_path / "onnx")
-    result = run("export", *named, "--quantize", "int8-dynamic", "--texts", tmp_path / "texts")
+    result = run("export", *named, "--quantize", "int8", "--texts", tmp_path / "texts")
     assert "compared with the float32 model on 2 given texts:\n  logits: argmax equal in " in result.stdout
     assert json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["quality"]["inputs"] == "2 given texts"
 

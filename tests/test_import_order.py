@@ -51,6 +51,7 @@ ORDER = [
     "exporters.folding",
     "exporters.artifact",
     "exporters.verification",
+    "exporters.quantization.calibration",
     "exporters.quantization.choice",
     "exporters.flavours",
     "exporters.verify",

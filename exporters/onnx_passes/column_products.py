@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_initializer, static_dim
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, replace_product
 from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
-from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, quantize_columns
+from gralora_fx.exporters.quantization.column_arrays import ROW_LARGEST, ROW_TINY, ColumnInputs, quantize_columns
 from gralora_fx.exporters.quantization.formats import Columns
 from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
@@ -48,13 +48,12 @@ class ColumnProducts:
     Attributes:
         graph: The model's graph, which gets the initializers.
         form: How they are stored.
-        factors_of: Factors of what the products of a matrix read, `[K]`, by the names of its parameters; None for
-            those that have none.
+        inputs_of: What is known of the inputs of a matrix's products, by the names of its parameters; None for nothing.
     """
 
     graph: ir.Graph
     form: Columns
-    factors_of: Callable[[Sequence[str]], NDArray[np.float32] | None] = lambda names: None
+    inputs_of: Callable[[Sequence[str]], ColumnInputs | None] = lambda names: None
     _stored: dict[ConstantMatrix, StoredColumns] = field(default_factory=dict, init=False)
     _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
     _all_factors: dict[bytes, ir.Value] = field(default_factory=dict, init=False)
@@ -105,7 +104,10 @@ class ColumnProducts:
 
     def _columns(self, matrix: ConstantMatrix) -> StoredColumns:
         if matrix not in self._stored:
-            self._stored[matrix] = _initializers(self.graph, matrix, self._factors(matrix))
+            inputs = self.inputs_of(matrix.names)
+            if inputs is not None and len(inputs.rest) != matrix.sizes[0]:
+                inputs = None  # of a parameter that is multiplied by the other way too
+            self._stored[matrix] = _initializers(self.graph, matrix, self._factors(matrix, inputs), inputs)
         return self._stored[matrix]
 
     def _round(self, build: _Named, source: ir.Value, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
@@ -135,10 +137,10 @@ class ColumnProducts:
             self.graph, ir.tensor(np.asarray(number), name=label)
         )
 
-    def _factors(self, matrix: ConstantMatrix) -> ir.Value | None:
+    def _factors(self, matrix: ConstantMatrix, inputs: ColumnInputs | None) -> ir.Value | None:
         """The factors of what the products of a matrix read; one initializer for all products of one tensor."""
-        factors = self.factors_of(matrix.names)
-        if factors is None or len(factors) != matrix.sizes[0]:  # of a parameter that is multiplied by the other way too
+        factors = None if inputs is None else inputs.factors
+        if factors is None:
             return None
         key = factors.tobytes()
         if key not in self._all_factors:
@@ -163,7 +165,7 @@ class _Named(Builder):
 
 
 def _quantized(
-    matrix: ConstantMatrix, factors: NDArray[np.float32] | None
+    matrix: ConstantMatrix, factors: NDArray[np.float32] | None, known: ColumnInputs | None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """A matrix's integers `[K, N]` and scales `[N]`."""
     inputs, outputs = matrix.sizes
@@ -171,17 +173,19 @@ def _quantized(
     end = 0
     for columns in matrix.column_groups():
         begin, end = end, end + columns.shape[1]
-        values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(matrix.value.name), factors)
+        values[:, begin:end], scales[begin:end] = quantize_columns(columns, str(matrix.value.name), factors, known)
     return values, scales
 
 
-def _initializers(graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | None) -> StoredColumns:
+def _initializers(
+    graph: ir.Graph, matrix: ConstantMatrix, factors: ir.Value | None, known: ColumnInputs | None
+) -> StoredColumns:
     """Add initializers for a matrix's integers and scales."""
     (inputs, outputs), name = matrix.sizes, matrix.free_name(graph, "_quantized")
     numbers = None if factors is None or factors.const_value is None else factors.const_value.numpy()
 
     def quantized() -> tuple[LazyTensor, LazyTensor]:
-        computed = ComputedTogether(functools.partial(_quantized, matrix, numbers))
+        computed = ComputedTogether(functools.partial(_quantized, matrix, numbers, known))
         parts = [
             (f"{name}_quantized", ir.DataType.INT8, (inputs, outputs)),
             (f"{name}_scale", ir.DataType.FLOAT, (outputs,)),

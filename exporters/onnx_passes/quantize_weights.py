@@ -119,7 +119,7 @@ class _Products:
             self.writers[form] = (
                 BlockProducts(self.graph, form, self.plan.blocks_of)
                 if isinstance(form, Blocks)
-                else ColumnProducts(self.graph, form, self.plan.factors_of)
+                else ColumnProducts(self.graph, form, self.plan.inputs_of)
             )
         return self.writers[form]
 

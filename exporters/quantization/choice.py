@@ -1,83 +1,76 @@
-"""The choice of an int4 export's formats: 8 bits go where they save most, by measured error, within a budget."""
+"""The choice of an export's formats by measured error: more bits go where they save most, within a budget."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.artifact.companions import loaded_tokenizer
-from gralora_fx.exporters.conversion import Conversion, base_trace
-from gralora_fx.exporters.fx_passes.cast_graph import precision_of
-from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.errors import first_line
+from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantization.block_search import BlockArrays
+from gralora_fx.exporters.quantization.calibration import Calibration, calibrate
 from gralora_fx.exporters.quantization.formats import Blocks, Columns
 from gralora_fx.exporters.quantization.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantization.row_errors import plan_rows
-from gralora_fx.exporters.quantization.sensitivity import Sensitivities, measure_sensitivities
+from gralora_fx.exporters.quantization.sensitivity import Sensitivities
 from gralora_fx.exporters.quantization.sequential import round_in_order
 from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.compared_tensors import step_inputs
-from gralora_fx.exporters.verification.fresh_inputs import text_cases
-from gralora_fx.exporters.verification.greedy_tokens import ModelSteps
-from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
-from gralora_fx.exporters.verification.token_quality import draw_tokens, drawn_texts, user_texts
+from gralora_fx.exporters.verification.reference_models import evaluating
+from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.sources.lazy_tensors import values_of
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, empty_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
-_DRAWN, _FEW, _MANY = 64, 16, 64  # tokens of a text that the model draws; texts that measure; that round too
-_TOGETHER = 4  # texts that are run at once
 _ROWS = 1024  # output features of a matrix whose errors stand for all
-# Blocks of eight bits, which lose little with fewer scales. By those of 128 ONNX Runtime multiplies one row with other
-# last digits than several, so that a token would depend on how many are read with it.
-_WIDER = (64,)
-_LEAST_POSITIONS = 16
-_TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
-
-_Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
+# Values of a wide block. By 8-bit blocks of 128 ONNX Runtime multiplies one row with other last digits than several, so
+# that a token would depend on how many are read with it.
+_WIDE = 64
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A matrix that can have more bits.
+    """A matrix of an int4 export, and what it loses in several formats.
 
     Attributes:
         names: Names of the parameter.
+        source: Name of the node that its layer reads.
         values: Number of its values.
-        form: The format with more bits.
-        gain: How much less is lost in it.
-        loss: What is lost in four bits.
-        relative: The squared error of the weights in four bits, relative to their squares.
+        forms: Four bits in the blocks of the default, four in wider ones and eight in these; the second is the first
+            where there are none.
+        losses: What is lost in each.
+        stored: Bits of the matrix in each, with scales and zero points.
+        relative: The squared error of the weights in the first, relative to their squares.
         is_measured: Whether losses are divergences of the outputs; else they are relative errors.
     """
 
     names: tuple[str, ...]
+    source: str
     values: int
-    form: Blocks
-    gain: float
-    loss: float
+    forms: tuple[Blocks, Blocks, Blocks]
+    losses: tuple[float, float, float]
+    stored: tuple[int, int, int]
     relative: float
     is_measured: bool
 
+    @property
+    def gain(self) -> float:
+        """How much less is lost in eight bits."""
+        return self.losses[0] - self.losses[2]
+
 
 def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
-    """The plan of an export: for int4 by measured error, for other kinds of quantization as it is.
+    """The plan of an export: for int4 and int8-dynamic by measured error, for int8 as it is.
 
-    Each layer's rounding error is weighed by what it costs the model's outputs (see `sensitivity`); 8 bits go to the
-    layers where they save most for each bit more, until the mean reaches the budget. The float model is run on every
-    second of a user's texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed
-    model cannot be run: there the relative errors of the weights themselves count, as for layers that were not measured
-    in others.
+    Each layer's rounding error is weighed by what it costs the model's outputs (see `sensitivity`). In int4 8 bits go
+    to the layers where they save most for each bit more, until the mean reaches the budget; in int8-dynamic 16 bits go
+    to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a user's
+    texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed model cannot be run:
+    there the relative errors of the weights themselves count, as for layers that were not measured in others.
 
     Args:
         conversion: What is converted.
@@ -86,32 +79,28 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     Raises:
         ExportError: The texts are too short, or do not fit the model, or it is streamed; or a weight is not finite.
     """
-    plan, options = conversion.plan, conversion.options
-    if plan is not None and isinstance(plan.default, Columns):
-        return _with_rows(plan, conversion, verification)
-    if plan is None or not isinstance(plan.default, Blocks) or plan.default.bits != 4:
+    plan, traced = conversion.plan, conversion.traced
+    if plan is None or (isinstance(plan.default, Blocks) and plan.default.bits != 4):
         return plan
-    traced = conversion.traced
-    run, measured, chosen_by = _measured(conversion, verification)
-    wider = _WIDER if options.block_size is None else ()
+    run = calibrate(conversion, verification)
+    if isinstance(plan.default, Columns):
+        return _with_rows(plan, conversion, run)
     names = {site.path: weight_names(traced, site) for site in traced.sites}
     sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
     tied = other_readers(traced.graph_module, sites)
+    has_wide = conversion.options.block_size is None
     candidates = [
         _candidate(
-            site,
-            names[site.path],
-            plan.default,
-            measured,
-            [size for size in wider if not site.in_features % size or not tied[site.path]],  # rows of whole blocks
+            traced, site, names[site.path], _forms(plan.default, site, bool(tied[site.path]), has_wide), run.measured
         )
         for site in sites
     ]
-    taken = _within(_comparable(candidates), options.mean_bits)
-    own = {name: one.form for one in taken for name in one.names}
-    gains = {name: one.gain for one in taken for name in one.names}
+    own, gains = _within(_comparable(candidates), conversion.options.mean_bits)
+    chosen_by = run.inputs
+    if run.problem:
+        chosen_by = f"the errors of the weights themselves, as {run.problem}"
     try:
-        rounded = {} if run is None or not run.cases else _rounded(conversion, run, plan.default, own, names)
+        rounded = _rounded(conversion, run, plan.default, own, names) if run.cases else {}
     except (RuntimeError, NotImplementedError) as error:
         rounded, chosen_by = {}, f"{chosen_by}; weights rounded for inputs that count alike ({first_line(error)})"
     return QuantizationPlan(plan.default, own, gains, chosen_by, rounded)
@@ -119,12 +108,13 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
 
 def _rounded(
     conversion: Conversion,
-    run: _Run,
+    run: Calibration,
     default: Blocks,
     own: Mapping[str, Blocks],
     names: Mapping[str, tuple[str, ...]],
 ) -> dict[str, BlockArrays]:
     """Blocks of the weights whose rounding is searched, by all names of each, which are given by the layers' paths."""
+    assert run.model is not None
     chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items()}
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
     with evaluating(conversion.model, run.model):
@@ -132,55 +122,76 @@ def _rounded(
     return {name: arrays for path, arrays in blocks.items() for name in names[path]}
 
 
-def _with_rows(plan: QuantizationPlan, conversion: Conversion, verification: Verification) -> QuantizationPlan:
+def _with_rows(plan: QuantizationPlan, conversion: Conversion, run: Calibration) -> QuantizationPlan:
     """The plan of an export whose activations are rounded; without figures where the model cannot be run."""
-    if _is_streamed(conversion):
-        return dataclasses.replace(plan, chosen_by="nothing, as a streamed model is not run")
-    traced = _runnable(conversion)
-    with evaluating(conversion.model, traced):
+    if run.model is None or not run.cases:
+        return dataclasses.replace(plan, chosen_by=f"nothing, as {run.problem}")
+    chosen_by = (
+        f"the errors of the layers' own outputs on {run.inputs}, as {run.problem}" if run.problem else run.inputs
+    )
+    with evaluating(conversion.model, run.model):
         try:
-            cases, inputs = _cases(traced, None, verification, _FEW)
-            return plan_rows(plan, traced, cases, inputs)
-        except (RuntimeError, NotImplementedError) as error:
-            return dataclasses.replace(plan, chosen_by=f"nothing, as the model was not measured ({first_line(error)})")
-
-
-def _is_streamed(conversion: Conversion) -> bool:
-    return any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values())
-
-
-def _runnable(conversion: Conversion) -> TracedModel:
-    """The adapter-free model in float32, its weights in memory: itself, or a copy."""
-    model, traced = conversion.model, conversion.traced
-    is_ready = traced is model or traced is base_trace(model)
-    if is_ready and precision_of(traced.graph_module) == "fp32":
-        return traced
-    return float32_model(traced, "fp32")
+            plan = plan_rows(plan, run.model, run.cases, run.measured)
+        except RuntimeError as error:
+            chosen_by = f"nothing, as the model was not measured ({first_line(error)})"
+    return dataclasses.replace(plan, chosen_by=chosen_by)
 
 
 def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Those not measured with gains as of the others: a relative error costs what it costs there in the median."""
-    costs = [one.loss / one.relative for one in candidates if one.is_measured and one.relative > 0]
+    """Those not measured with losses as of the others: a relative error costs what it costs there in the median."""
+    costs = [one.losses[0] / one.relative for one in candidates if one.is_measured and one.relative > 0]
     cost = float(np.median(costs)) if costs else 1.0
-    return [one if one.is_measured else dataclasses.replace(one, gain=cost * one.gain) for one in candidates]
+
+    def scaled(one: _Candidate) -> _Candidate:
+        four, wide, eight = one.losses
+        return dataclasses.replace(one, losses=(cost * four, cost * wide, cost * eight))
+
+    return [one if one.is_measured else scaled(one) for one in candidates]
 
 
-def _within(candidates: Sequence[_Candidate], bits: float) -> list[_Candidate]:
-    """Those that save most for each bit more, as many as the mean number of bits allows."""
+def _within(candidates: Sequence[_Candidate], bits: float) -> tuple[dict[str, Blocks], dict[str, float]]:
+    """Formats of their own, and what each saves, by all names of a matrix.
+
+    Eight bits go where they save most for each stored bit more, as far as the mean number of bits allows. What the last
+    of them saves is the price of a stored bit: where narrow blocks of four bits save less, matrices have wide ones.
+    Those that read one input have the same, as they are multiplied at once.
+    """
     room = (bits - 4) * sum(one.values for one in candidates)
-    taken = []
-    for one in sorted(candidates, key=lambda one: one.gain / one.values, reverse=True):
-        cost = one.values * (one.form.bits - 4)
+    taken, price = [], 0.0
+    rest: dict[str, list[_Candidate]] = {}
+    for one in sorted(candidates, key=lambda one: one.gain / (one.stored[2] - one.stored[0]), reverse=True):
+        cost = one.values * (one.forms[2].bits - 4)
         if one.gain > 0 and cost <= room:
             taken.append(one)
             room -= cost
-    return taken
+            price = one.gain / (one.stored[2] - one.stored[0])
+        else:
+            rest.setdefault(one.source, []).append(one)
+    own = {name: one.forms[2] for one in taken for name in one.names}
+    for alike in rest.values():
+        lost = sum(one.losses[1] - one.losses[0] for one in alike)
+        if lost < price * sum(one.stored[0] - one.stored[1] for one in alike):
+            own |= {name: one.forms[1] for one in alike for name in one.names}
+    return own, {name: one.gain for one in taken for name in one.names}
+
+
+def _forms(form: Blocks, site: LinearSite, is_table: bool, has_wide: bool) -> tuple[Blocks, Blocks, Blocks]:
+    """The formats that a layer's weight may have (see `_Candidate`); a table is looked up by rows of whole blocks."""
+    fits = site.in_features >= _WIDE and (not is_table or site.in_features % _WIDE == 0)
+    wide = dataclasses.replace(form, block_size=_WIDE) if has_wide and fits else form
+    return form, wide, dataclasses.replace(wide, bits=8, rounding="nearest")
 
 
 def _candidate(
-    site: LinearSite, names: tuple[str, ...], form: Blocks, measured: Sensitivities | None, wider: Sequence[int]
+    traced: TracedModel,
+    site: LinearSite,
+    names: tuple[str, ...],
+    forms: tuple[Blocks, Blocks, Blocks],
+    measured: Sensitivities | None,
 ) -> _Candidate:
-    """What eight bits would save at a layer: the widest blocks that lose at most a hundredth more than narrow ones."""
+    """What a layer's weight loses in several formats."""
+    node = next(node for node in traced.graph_module.graph.nodes if node.name == site.calls[0])
+    source = next((call.input.name for call in calls_at(node, site.path)), site.path)
     weight = values_of(site.weight, names[0]).detach().float()
     matrix = weight.t() if site.kind == "conv1d" else weight  # [out, in]
     rows = torch.arange(0, len(matrix), max(1, len(matrix) // _ROWS))
@@ -188,132 +199,22 @@ def _candidate(
     known = measured if measured is not None and measured.has_gradients(site.path) else None
     layer = None if known is None else known.layers.get(site.path)
     squares = None if layer is None or not layer.reads else layer.squares
-
-    def losses(of: Blocks) -> tuple[float, float]:
+    losses, relative = dict[Blocks, float](), 0.0
+    for of in dict.fromkeys(forms):
         blocks = quantize_blocks(np.ascontiguousarray(sample.T), of, squares, names[0])
         change = dequantize_blocks(blocks, of.bits, sample.shape[1]) - sample
         error = float(np.square(change).sum() / max(np.square(sample).sum(), 1e-30))
-        return error if known is None else known.loss(site.path, torch.from_numpy(change), rows), error
-
-    four, relative = losses(form)
-    best = narrow = dataclasses.replace(form, bits=8, rounding="nearest")
-    least = losses(narrow)[0]
-    for size in wider:
-        other = dataclasses.replace(narrow, block_size=size)
-        if size > form.block_size and site.in_features >= size and (found := losses(other)[0]) <= least + four / 100:
-            best, least = other, found
-            break
-    return _Candidate(names, site.weight.numel(), best, four - least, four, relative, known is not None)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A float32 model in memory, and inputs that it is run on."""
-
-    model: TracedModel
-    cases: Sequence[Mapping[str, Any]]
-
-
-def _measured(conversion: Conversion, verification: Verification) -> tuple[_Run | None, Sensitivities | None, str]:
-    """What was run, what rounding costs the model, and what it was measured on."""
-    if _is_streamed(conversion):
-        if conversion.options.choosing_texts is not None:
-            raise ExportError(
-                "texts=... choose bits by what the model computes of them, and a streamed model is not run: leave them "
-                "out, or load the model whole"
-            )
-        return None, None, "the errors of the weights themselves, as a streamed model is not run"
-    given = _given(conversion.traced, conversion.options)  # what is wrong with them is said before a copy is made
-    traced = _runnable(conversion)
-    with evaluating(conversion.model, traced):
-        cases: list[Mapping[str, Any]] = []
-        try:
-            cases, inputs = _cases(traced, given, verification, _MANY)
-            is_drawn = given is None and traced.cache_layout is CacheLayout.DECODER
-            few = cases[: _FEW // _TOGETHER] if is_drawn else cases
-            return _Run(traced, cases), measure_sensitivities(traced, few), inputs
-        except (RuntimeError, NotImplementedError) as error:
-            reason = f"the errors of the weights themselves, as the model gives no gradients ({first_line(error)})"
-        try:
-            measured = measure_sensitivities(traced, cases, gradients=False) if cases else None
-            return _Run(traced, cases), measured, reason
-        except (RuntimeError, NotImplementedError):
-            return None, None, reason
-
-
-def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
-    """The texts that choose bits as inputs of one row each; None where none are given."""
-    texts = options.choosing_texts
-    if texts is None:
-        return None
-    texts = texts[:: max(1, -(-len(texts) // _TEXTS))]
-    if traced.cache_layout is CacheLayout.DECODER:
-        read = user_texts(texts, loaded_tokenizer(options.tokenizer), traced).rows
-        rows: list[_Row] = [{"input_ids": torch.tensor([row])} for row in read]
-    else:
-        cases = text_cases(texts, options.tokenizer, traced, batch=1, longest=_LONGEST)
-        rows = [{name: value for name, value in case.items() if name not in traced.constants} for _, case in cases]
-    _check_long(sum(map(_positions, rows)))
-    return rows
-
-
-def _cases(
-    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification, count: int
-) -> tuple[list[Mapping[str, Any]], str]:
-    """Inputs on which the model is run, and what measures: of the texts that a decoder draws, the first sixteen."""
-    is_decoder = traced.cache_layout is CacheLayout.DECODER
-    if given is not None:
-        batches = list(_batches(given))
-        cases = [
-            _step(traced, batch["input_ids"]) if is_decoder else {**traced.constants, **batch} for batch in batches
-        ]
-        return cases, f"{len(given)} of the given texts"
-    if not is_decoder:
-        return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
-    rows = _drawn(traced, count)
-    return [_step(traced, part) for part in torch.split(rows, _TOGETHER)], (
-        f"{_FEW} texts of {rows.shape[1]} tokens that the model drew"
+        losses[of] = error if known is None else known.loss(site.path, torch.from_numpy(change), rows)
+        relative = error if of is forms[0] else relative
+    four, more, eight = (losses[of] for of in forms)
+    sizes = [of.stored_bits(site.in_features, site.out_features) for of in forms]
+    return _Candidate(
+        names,
+        source,
+        site.weight.numel(),
+        forms,
+        (four, more, eight),
+        (sizes[0], sizes[1], sizes[2]),
+        relative,
+        known is not None,
     )
-
-
-def _check_long(positions: int) -> None:
-    if positions < _LEAST_POSITIONS:
-        raise ExportError(
-            f"texts=... has {positions} tokens in every second text, by which int4 chooses bits, and they are too few: "
-            f"give texts with {_LEAST_POSITIONS} at least, or leave them out"
-        )
-
-
-def _positions(row: _Row) -> int:
-    return int(row["attention_mask"].sum()) if "attention_mask" in row else max(map(Tensor.numel, row.values()))
-
-
-def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
-    """Texts of one length together, some at a time: padding would count as what layers read."""
-
-    def sizes(row: _Row) -> list[tuple[int, ...]]:
-        return [tuple(value.shape) for value in row.values()]
-
-    for _, group in groupby(sorted(rows, key=sizes), key=sizes):
-        alike = list(group)
-        for start in range(0, len(alike), _TOGETHER):
-            part = alike[start : start + _TOGETHER]
-            yield {name: torch.cat([row[name] for row in part]) for name in part[0]}
-
-
-def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
-    """What a decoder takes to read texts from their beginning."""
-    inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
-    return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
-
-
-@torch.no_grad()
-def _drawn(traced: TracedModel, count: int) -> Tensor:
-    """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
-    texts = drawn_texts(traced, 1, _DRAWN, count)
-    ids = torch.tensor(texts.rows)
-    steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
-    for length in range(1, texts.drawn + 1):
-        logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
-        ids = torch.cat([ids, draw_tokens(logits.float(), texts.end, generator)[:, None]], dim=1)
-    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,22 @@ LARGEST = 127
 ROW_LARGEST = 127  # integers of a row's largest value, less the zero point
 ROW_TINY = 1e-30  # what a row of zeros is divided by
 _ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of the median of those that are not zero
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnInputs:
+    """What is known of the rows that a matrix is multiplied by.
+
+    Attributes:
+        factors: What their channels are multiplied by before they are rounded, `[K]` (see `input_factors`); None for
+            nothing.
+        directions: `[K, r]`, those of most length: `directions @ directions.T` is that part of their second moments.
+        rest: Mean squares of the channels beside it, `[K]`.
+    """
+
+    factors: NDArray[np.float32] | None
+    directions: NDArray[np.float32]
+    rest: NDArray[np.float32]
 
 
 def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.float32]:
@@ -38,7 +55,7 @@ def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.f
 
 
 def quantize_columns(
-    matrix: NDArray[Any], name: str, factors: NDArray[np.float32] | None = None
+    matrix: NDArray[Any], name: str, factors: NDArray[np.float32] | None = None, inputs: ColumnInputs | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """A matrix as integers between -127 and 127 with a scale a column, symmetric.
 
@@ -46,6 +63,8 @@ def quantize_columns(
         matrix: `[K, N]`.
         name: Its name in error messages.
         factors: Those of what is multiplied by it, `[K]`, which it takes back; None where there are none.
+        inputs: What is known of what is multiplied by it, by which one integer makes up for the errors of others; None
+            for the nearest integers.
 
     Returns:
         Integers `[K, N]` and scales `[N]`; their product, times the factors, is close to the matrix.
@@ -60,7 +79,33 @@ def quantize_columns(
         raise ExportError(f"{name} holds values that are not finite, which int8 cannot express; mend the weights")
     scales = (largest / LARGEST).astype(np.float32)
     scales[scales < np.finfo(np.float32).tiny] = 1.0
-    return np.clip((matrix / scales).round(), -LARGEST, LARGEST).astype(np.int8), scales
+    steps = matrix / scales
+    rounded = steps.round() if inputs is None else _made_up_for(steps, factors, inputs)
+    return np.clip(rounded, -LARGEST, LARGEST).astype(np.int8), scales
+
+
+def _made_up_for(
+    steps: NDArray[np.float32], factors: NDArray[np.float32] | None, inputs: ColumnInputs
+) -> NDArray[np.float32]:
+    """Integers on either side of numbers `[K, N]`, for which the errors of products with known inputs are least.
+
+    With the errors `e` so far along the directions `P`, the change of the numbers that follow that costs least is
+    `-(p_j / v_j) (I + sum p_j p_j' / v_j)^-1 e`: `v` is what is left beside `P`. That is GPTQ (arXiv:2210.17323) with
+    second moments of low rank.
+    """
+    scale = np.ones(len(steps), np.float32) if factors is None else factors
+    directions, rest = inputs.directions * scale[:, None], inputs.rest * np.square(scale)
+    shares = directions / rest[:, None]
+    following = np.cumsum((shares[:, :, None] * directions[:, None, :])[::-1], axis=0, dtype=np.float64)[::-1]
+    gains = np.linalg.solve(following + np.eye(directions.shape[1]), shares[..., None])[..., 0].astype(np.float32)
+    rounded = np.floor(steps)
+    errors = np.zeros((directions.shape[1], steps.shape[1]), np.float32)
+    for index, row in enumerate(steps):
+        low = rounded[index].copy()
+        rounded[index] += (row - gains[index] @ errors) - low >= 0.5
+        np.clip(rounded[index], -LARGEST, LARGEST, out=rounded[index])
+        errors += np.outer(directions[index], rounded[index] - row)
+    return rounded
 
 
 def dequantize_columns(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gralora_fx.exporters.quantization.block_search import BlockArrays
+from gralora_fx.exporters.quantization.column_arrays import ColumnInputs
 from gralora_fx.exporters.quantization.formats import DYNAMIC, Blocks, Format
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
@@ -30,8 +30,7 @@ class QuantizationPlan:
         chosen_by: What the formats were chosen by, in words; None where all have the default.
         rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
             others are rounded when they are written.
-        factors: Factors of the inputs of a matrix, `[in]`, before they are rounded, by the same names (see
-            `input_factors`).
+        inputs: What is known of the inputs of a matrix that is stored in columns, by the same names.
     """
 
     default: Format
@@ -39,7 +38,7 @@ class QuantizationPlan:
     gains: Mapping[str, float] = field(default_factory=dict)
     chosen_by: str | None = None
     rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
-    factors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, compare=False, repr=False)
+    inputs: Mapping[str, ColumnInputs] = field(default_factory=dict, compare=False, repr=False)
 
     def format_of(self, names: Iterable[str]) -> Format | None:
         """The format of a matrix, or None for one that stays float.
@@ -71,13 +70,13 @@ class QuantizationPlan:
             np.concatenate(zero_points) if zero_points else None,
         )
 
-    def factors_of(self, names: Iterable[str]) -> NDArray[np.float32] | None:
-        """Factors of the inputs, `[in]`, or None where there are none.
+    def inputs_of(self, names: Iterable[str]) -> ColumnInputs | None:
+        """What is known of the inputs of a matrix; None for nothing.
 
         Args:
-            names: Names of the parameters that a matrix holds side by side, which read the same input.
+            names: Names of the parameters that it holds side by side, which read the same input.
         """
-        return next((self.factors[name] for name in names if name in self.factors), None)
+        return next((self.inputs[name] for name in names if name in self.inputs), None)
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:

@@ -1,9 +1,8 @@
-"""What rounding the rows that a layer reads costs its output, beside what rounding its weight costs.
+"""What rounding the rows that a layer reads costs the model's outputs, beside what rounding its weight costs.
 
 Channels of a row differ, by a hundred times in some models, and a row has one step for all. Factors bring them nearer
-to each other first (see `input_factors`), as near as costs the layer's output least. Where the error of the rounded
-rows is several times that of the rounded weight all the same, a layer gets activations of 16 bits, whose error is
-negligible.
+to each other first (see `input_factors`), as near as costs the outputs least. Where rounded rows cost most all the
+same, a layer gets activations of 16 bits, whose error is negligible.
 """
 
 from __future__ import annotations
@@ -21,21 +20,26 @@ from torch import Tensor, fx
 from gralora_fx.exporters.quantization.column_arrays import (
     ROW_LARGEST,
     ROW_TINY,
+    ColumnInputs,
     dequantize_columns,
     input_factors,
     quantize_columns,
 )
 from gralora_fx.exporters.quantization.formats import Columns
 from gralora_fx.exporters.quantization.plan import QuantizationPlan, weight_names
+from gralora_fx.exporters.quantization.sensitivity import Sensitivities
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.tracing.inputs.cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of factors, tried in this order
-_MOST = 3.0  # times the weights' squared error that the rounded rows' may be, in 8 bits
+_MORE = 5.0  # what 16 bits save for a value of a matrix, over what its rounding costs at least in the mean of all
+_PIECE = 64  # tokens that are read at once, of which a decoder's head multiplies one
 _SAMPLE, _OUTPUTS = 256, 256  # rows, and output features, that stand for all
-_AT_ONCE = 32  # rows that are taken of a run
+_AT_ONCE = 64  # rows that are taken of a run
+_DIRECTIONS, _DAMPING = 16, 0.05  # in which rows are largest; what every channel counts beside, of the mean of all
 
 
 @dataclass(eq=False)
@@ -53,6 +57,7 @@ class ReadRows:
     count: int = 0
     sample: list[Tensor] = field(default_factory=list)
     is_vector: bool = False
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     __name__ = "read_rows"
 
     def __call__(self, value: Tensor) -> None:
@@ -62,18 +67,63 @@ class ReadRows:
         self.squares += rows.square().sum(0)
         self.count += len(rows)
         if sum(map(len, self.sample)) < _SAMPLE:
-            self.sample.append(rows[:: max(1, len(rows) // _AT_ONCE)].clone())
+            self.sample.append(rows[torch.randperm(len(rows), generator=self._generator)[:_AT_ONCE]])
 
     @property
     def mean_squares(self) -> NDArray[np.float32]:
         """Mean squares of the channels, `[in]`."""
         return (self.squares / max(1, self.count)).numpy()
 
+    def inputs(self, factors: NDArray[np.float32] | None) -> ColumnInputs:
+        """What rounding a matrix asks of it."""
+        rows = torch.cat(self.sample)[:_SAMPLE].double()
+        _, vectors = torch.linalg.eigh(rows @ rows.t())
+        directions = rows.t() @ vectors[:, -_DIRECTIONS:] / len(rows) ** 0.5
+        squares = rows.square().mean(0)
+        rest = squares - directions.square().sum(1) + _DAMPING * squares.mean().clamp(min=ROW_TINY)
+        return ColumnInputs(factors, directions.float().numpy(), rest.float().numpy())
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What some layers read, and what rounding costs there.
+
+    Attributes:
+        names: Names of the layers' weights.
+        values: Values of these weights.
+        multiplied: How many of them a token is multiplied by.
+        is_vector: Whether it is read by itself, without an axis of rows.
+        factors: Those that were tried.
+        errors: Of each, what rounded rows cost and what rounded weights do, `[factors, 2]`.
+    """
+
+    names: list[str]
+    values: int
+    multiplied: float
+    is_vector: bool
+    factors: Sequence[NDArray[np.float32]]
+    errors: NDArray[np.float64]
+
+    @property
+    def best(self) -> int:
+        """The factors for which both together cost least."""
+        return int(self.errors.sum(1).argmin())
+
+    @property
+    def finest(self) -> int:
+        """The factors for which rounded weights cost least, which are left where rows have 16 bits."""
+        return int(self.errors[:, 1].argmin())
+
+    @property
+    def saved(self) -> float:
+        """How much less is lost with 16 bits."""
+        return float(self.errors[self.best].sum() - self.errors[self.finest, 1])
+
 
 def plan_rows(
-    plan: QuantizationPlan, traced: TracedModel, cases: Iterable[Mapping[str, Any]], inputs: str
+    plan: QuantizationPlan, traced: TracedModel, cases: Iterable[Mapping[str, Any]], measured: Sensitivities | None
 ) -> QuantizationPlan:
-    """A plan with factors of what each matrix is multiplied by, and 16 bits where 8 lose most.
+    """A plan with factors of what each matrix is multiplied by, and 16 bits where 8 cost most for a multiplication.
 
     Layers that read one tensor have one format, as they share its rounding.
 
@@ -81,31 +131,46 @@ def plan_rows(
         plan: The plan, of `Columns` by default.
         traced: The float32 model in evaluation mode, its weights in memory.
         cases: Inputs that it is run on.
-        inputs: What they are, in words.
+        measured: What the layers' outputs cost the model's; None where that is not known, and the errors of the layers'
+            own outputs count.
 
     Raises:
         RuntimeError: The model cannot be run, or its values are not finite.
     """
-    groups = _run(traced, cases)
+    groups = [(sites, read) for sites, read in _run(traced, cases) if read.count]
     if not all(bool(read.squares.isfinite().all()) for _, read in groups):
         raise RuntimeError("its values are not finite")
-    by_matrix, gains, factors = dict(plan.by_matrix), dict(plan.gains), dict(plan.factors)
+    if measured is None or not all(measured.has_gradients(site.path) for sites, _ in groups for site in sites):
+        measured = None
+    inputs, head = [], _head(traced)
     for sites, read in groups:
-        if not read.count:
-            continue
-        names = [name for site in sites for name in weight_names(traced, site)]
         tried = [input_factors(read.mean_squares, exponent) for exponent in _EXPONENTS]
-        errors = np.sum([_errors(site, read, tried) for site in sites], axis=0)
-        best = int((errors[:, 0] + errors[:, 1]).argmin())
-        rows, weights, whole = (float(error) for error in errors[best])
-        if rows > _MOST * weights and not read.is_vector:  # of 16 bits both parts are joined along the first axis
-            by_matrix |= dict.fromkeys(names, Columns(16))
-            gains |= dict.fromkeys(names, rows / max(whole, 1e-30))
-            best = int(errors[:, 1].argmin())
-        if _EXPONENTS[best]:
-            factors |= dict.fromkeys(names, tried[best])
-    chosen_by = f"the rounded rows' errors at each layer, on {inputs}"
-    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, chosen_by=chosen_by, factors=factors)
+        errors = np.sum([_errors(site, read, tried, measured) for site in sites], axis=0)
+        names = [name for site in sites for name in weight_names(traced, site)]
+        values = sum(site.weight.numel() for site in sites)
+        multiplied = values / (_PIECE if head in [site.path for site in sites] else 1)
+        inputs.append(_Input(names, values, multiplied, read.is_vector, tried, errors))
+    by_matrix, gains, known = dict(plan.by_matrix), dict(plan.gains), dict[str, ColumnInputs]()
+    least = sum(float(one.errors[one.finest, 1]) for one in inputs) / max(1, sum(one.values for one in inputs))
+    for one, (_, read) in zip(inputs, groups, strict=True):
+        best = one.best
+        if (
+            one.saved > _MORE * least * one.multiplied and not one.is_vector
+        ):  # both parts are joined along the first axis
+            by_matrix |= dict.fromkeys(one.names, Columns(16))
+            gains |= dict.fromkeys(one.names, one.saved)
+            best = one.finest
+        known |= dict.fromkeys(one.names, read.inputs(one.factors[best] if _EXPONENTS[best] else None))
+    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, inputs=known)
+
+
+def _head(traced: TracedModel) -> str | None:
+    """The layer that a decoder calls last, for the last token of a piece alone; None for other models."""
+    if traced.cache_layout is not CacheLayout.DECODER:
+        return None
+    order = {node.name: index for index, node in enumerate(traced.graph_module.graph.nodes)}
+    called = [(order[name], site.path) for site in traced.sites for name in site.calls]
+    return max(called)[1] if called else None
 
 
 def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[list[LinearSite], ReadRows]]:
@@ -129,21 +194,30 @@ def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[
     return list(groups.values())
 
 
-def _errors(site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Squared errors of a layer's output by rounded rows and by rounded weights, and its squares, each row alike.
+def _errors(
+    site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32]], measured: Sensitivities | None
+) -> NDArray[np.float64]:
+    """What rounded rows and rounded weights of a layer cost.
 
     Args:
         site: The layer.
         read: What it reads.
         tried: Factors of what it reads.
+        measured: What its outputs cost; None for squared errors relative to their squares.
 
     Returns:
-        `[factors, 3]`.
+        `[factors, 2]`.
     """
+    every = max(1, site.out_features // _OUTPUTS)
     weight = site.weight.detach().float()
-    matrix = (weight if site.kind == "conv1d" else weight.t())[:, :: max(1, site.out_features // _OUTPUTS)].numpy()
+    matrix = np.ascontiguousarray((weight if site.kind == "conv1d" else weight.t())[:, ::every].numpy())
     rows = torch.cat(read.sample)[:_SAMPLE].numpy()
-    whole = np.square(rows @ matrix).sum(1, dtype=np.float64)
+    if measured is None:
+        costs = np.full(matrix.shape[1], 1 / max(float(np.square(rows @ matrix).mean(0).sum()), 1e-30))
+    else:
+        outputs = measured.layers[site.path].outputs
+        share = float(outputs.sum()) / max(float(outputs[::every].sum()), 1e-30)
+        costs = outputs[::every].double().numpy() * (share / 2 / measured.positions)
     errors = []
     for factors in tried:
         rounded = dequantize_columns(*quantize_columns(matrix, f"{site.path}.weight", factors), factors)
@@ -151,6 +225,5 @@ def _errors(site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32
         step = np.maximum(np.abs(scaled).max(1, keepdims=True), ROW_TINY) / ROW_LARGEST
         change = ((scaled / step).round() * step - scaled) / factors
         products = change @ matrix, rows @ (rounded - matrix)
-        squares = [*(np.square(product).sum(1, dtype=np.float64) for product in products), whole]
-        errors.append([float((square[whole > 0] / whole[whole > 0]).sum()) for square in squares])
+        errors.append([float(np.square(product).mean(0, dtype=np.float64) @ costs) for product in products])
     return np.array(errors)

@@ -86,7 +86,7 @@ class Sensitivities:
     Attributes:
         layers: Of each linear layer that was run, by its path.
         tables: Of each layer whose weight is looked up too, that of the lookups, by its path.
-        positions: Positions of the output, over which gradients are sums; none where only inputs were measured.
+        positions: Positions of the output, over which gradients are sums.
     """
 
     layers: Mapping[str, Sensitivity]
@@ -111,31 +111,26 @@ class Sensitivities:
         return sum(sensitivity.loss(change, self.positions, rows) for sensitivity in both)
 
 
-def measure_sensitivities(
-    model: TracedModel, cases: Iterable[Mapping[str, Any]], *, gradients: bool = True
-) -> Sensitivities:
+def measure_sensitivities(model: TracedModel, cases: Iterable[Mapping[str, Any]]) -> Sensitivities:
     """Run a model forward and backward on inputs; its parameters and their gradients stay as they are.
 
     Args:
         model: A float32 model in evaluation mode, whose weights are in memory.
         cases: Inputs by name.
-        gradients: Whether it is run backward; else only the layers' inputs are measured.
 
     Raises:
         RuntimeError: The model cannot be run, has no gradients, or its values or gradients are not finite.
     """
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
-    tapped = _tapped(model, layers, tables, gradients)
+    tapped = _tapped(model, layers, tables)
     generator = torch.Generator().manual_seed(0)
     positions = 0
     for case in cases:
-        with torch.set_grad_enabled(gradients):
-            outputs = tapped(**case)
-            if gradients:
-                loss, count = _loss(outputs, case.get("attention_mask"), generator)
-                loss.backward()  # type: ignore[no-untyped-call]
-                positions += count
+        with torch.enable_grad():
+            loss, count = _loss(tapped(**case), case.get("attention_mask"), generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+        positions += count
     squares = [squares for layer in layers.values() for squares in (layer.inputs, layer.outputs)]
     squares += [table.gradients for table in tables.values()]
     if not all(bool(values.isfinite().all()) for values in squares):
@@ -143,9 +138,7 @@ def measure_sensitivities(
     return Sensitivities(layers, tables, positions)
 
 
-def _tapped(
-    model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity], gradients: bool
-) -> TracedModel:
+def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity]) -> TracedModel:
     """A copy whose layers note their inputs and the gradients of their outputs; no parameter needs a gradient."""
     root = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "TappedGraph")
     readers = other_readers(root, model.sites)
@@ -159,10 +152,9 @@ def _tapped(
         for call in calls:
             with root.graph.inserting_before(call.node):
                 root.graph.call_function(_Tap(layers[site.path]), (call.input,))
-            if gradients:
-                _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
+            _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
         lookups = [nodes[name] for name in readers[site.path] if nodes[name].target is _aten.embedding.default]
-        for node in lookups if gradients else ():
+        for node in lookups:
             zeros = TableSensitivity(torch.zeros(site.out_features), torch.zeros(site.in_features))
             _insert(node, _TableTap(tables.setdefault(site.path, zeros)), node, node.args[1])
     root.recompile()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -57,7 +58,9 @@ class QuantizedWeights:
             lines[0] += f" in {self.bits:.2f} bits, {self.stored_bits:.2f} with scales and zero points"
         lines[0] += "" if self.chosen_by is None else f"; chosen by {self.chosen_by}"
         for name, layer in self.layers.items():
-            lines.append(f"  {name}: {layer.form}" + ("" if layer.gain is None else f" (saves {layer.gain:.2e})"))
+            lines += [] if layer.gain is None else [f"  {name}: {layer.form} (saves {layer.gain:.2e})"]
+        others = Counter(layer.form for layer in self.layers.values() if layer.gain is None)
+        lines += [f"  others: {count} in {form}" for form, count in sorted(others.items())]
         return "\n".join(lines)
 
 

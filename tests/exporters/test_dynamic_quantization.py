@@ -45,6 +45,7 @@ DYNAMIC: Any = "int8-dynamic"
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
 TEXTS = ["rates rose again", "the match was lost", "a"]
+TWICE = [text for text in TEXTS for _ in range(2)]  # every second one chooses bits
 
 
 def exported(module: nn.Module, example: tuple[Tensor, ...], path: Path, **options: Any) -> ExportReport:
@@ -74,7 +75,7 @@ def classifier() -> GraloraModel:
 @pytest.fixture(scope="module")
 def report(classifier: GraloraModel, tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     path = tmp_path_factory.mktemp("classifier") / "onnx"
-    return export_onnx(classifier, path, quantize=DYNAMIC, tokenizer=tiny_tokenizer(), texts=TEXTS)
+    return export_onnx(classifier, path, quantize=DYNAMIC, tokenizer=tiny_tokenizer(), texts=TWICE)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,8 @@ def optimized(directory: Path, tmp_path: Path) -> Counter[str]:
 
 def test_onnxruntime_fuses_every_product(report: ExportReport, tmp_path: Path) -> None:
     counts = optimized(report.output_dir, tmp_path)
-    assert counts["DequantizeLinear"] == 0
+    assert report.quantization is not None
+    assert counts["DequantizeLinear"] <= len(report.quantization.layers)  # 16 bits round what is left once more
     assert counts["MatMulIntegerToFloat"] == len(quantized_products(ir.load(report.output_dir / "model.onnx"))) == 14
 
 
@@ -150,7 +152,7 @@ def test_a_table_tied_to_a_head_is_looked_up_in_its_columns(tmp_path: Path) -> N
     assert not [name for name in graph.initializers if name in ("lm_head.weight", "transformer.wte.weight")]
     (lookup,) = (node for node in graph if node.op_type == "Gather" and node.inputs[0].dtype == ir.DataType.INT8)
     assert {use.node.op_type for use in lookup.inputs[0].uses()} == {"DequantizeLinear", "Gather"}
-    assert optimized(tmp_path / "onnx", tmp_path)["DequantizeLinear"] == 0
+    assert optimized(tmp_path / "onnx", tmp_path)["DequantizeLinear"] <= len(report.quantization.layers)
 
 
 LOUD = 1000.0
@@ -401,6 +403,7 @@ def test_what_is_not_quantized_is_named_with_its_reason(kind: Any, tmp_path: Pat
 
 def test_the_manifest_says_how_weights_are_quantized(report: ExportReport, classifier: GraloraModel) -> None:
     found = json.loads((report.output_dir / "gralora_export.json").read_text())
+    assert {layer["form"] for layer in found["quantization"].pop("layers").values()} <= {str(Columns(16))}
     assert found["quantization"] == {
         "kind": "int8-dynamic",
         "block_size": None,
@@ -412,8 +415,7 @@ def test_the_manifest_says_how_weights_are_quantized(report: ExportReport, class
         "bits": 8,
         "stored_bits": 8
         + 32 * sum(s.out_features for s in classifier.sites) / sum(s.weight.numel() for s in classifier.sites),
-        "chosen_by": "the rounded rows' errors at each layer, on random inputs",
-        "layers": {},
+        "chosen_by": "3 of the given texts",
     }
     assert read_manifest(report.output_dir).quality == report.quality
 
@@ -452,7 +454,7 @@ def encoder() -> TracedModel:
 
 @pytest.mark.parametrize("kind", ["int8-dynamic", "int4", "int8"])
 def test_features_are_compared_by_their_direction(encoder: TracedModel, kind: Any, tmp_path: Path) -> None:
-    texts = [text for text in TEXTS for _ in range(2 if kind == "int4" else 1)]  # every second one chooses bits
+    texts = TEXTS if kind == "int8" else TWICE
     report = export_onnx(encoder, tmp_path / "onnx", quantize=kind, tokenizer=tiny_tokenizer(), texts=texts)
     assert report.quality is not None
     hidden, pooled = report.quality.outputs
@@ -477,7 +479,11 @@ def test_features_are_compared_by_their_direction(encoder: TracedModel, kind: An
         ({"texts": []}, "texts is empty; give at least one text"),
         ({"texts": TEXTS}, r"texts=\.\.\. needs tokenizer=\.\.\.; give it too"),
         ({"texts": TEXTS, "quantize": None}, r"texts=\.\.\. has no effect without quantize=\.\.\."),
-        ({"texts": TEXTS, "tokenizer": ".", "verify": False}, r"texts=\.\.\. has no effect with verify=False"),
+        (
+            {"texts": TEXTS, "tokenizer": ".", "verify": False, "quantize": "int8"},
+            r"texts=\.\.\. has no effect with verify=False",
+        ),
+        ({"texts": TEXTS[:1], "tokenizer": "."}, r"texts=\.\.\. has one text, and int8-dynamic needs two"),
         ({"texts": TEXTS, "tokenizer": "."}, "the model takes input, but the tokenizer gives no input for a text"),
     ],
 )

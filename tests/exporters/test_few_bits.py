@@ -75,9 +75,19 @@ def test_bits_go_where_rounding_costs_most(tmp_path: Path) -> None:
     assert spent is not None
     assert spent == read_manifest(tmp_path / "onnx").quantization
     assert (spent.bits, spent.chosen_by) == (6, "random inputs")
-    assert spent.stored_bits == (4 + 1 + 1 / 8 + 8 + 1 / 2 + 1 / 8) / 2  # four bits in blocks of 32, eight in one of 64
-    assert list(spent.layers) == ["loud.weight"]
+    assert spent.stored_bits == (4 + 1 / 2 + 1 / 8 + 8 + 1 / 2 + 1 / 8) / 2  # of which a scale is as dear as it saves
+    assert {name: layer.form for name, layer in spent.layers.items()} == {
+        "loud.weight": "int8 in blocks of 64",
+        "quiet.weight": "int4 in blocks of 64",
+    }
     assert f"loud.weight: int8 in blocks of 64 (saves {spent.layers['loud.weight'].gain:.2e})" in str(report)
+    assert "others: 1 in int4 in blocks of 64" in str(report)
+
+
+def test_without_bits_to_spend_blocks_stay_narrow(tmp_path: Path) -> None:
+    report = export_onnx(trace(Loud(), (torch.randn(2, 64),)), tmp_path / "onnx", quantize="int4", bits=4)
+    assert report.quantization is not None
+    assert (report.quantization.stored_bits, report.quantization.layers) == (4 + 1 + 1 / 8, {})
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, {4}), (4.5, {4}), (8, {8})])
