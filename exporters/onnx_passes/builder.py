@@ -134,7 +134,7 @@ def static_dim(value: ir.Value | None, axis: int) -> int | None:
 
 
 def fixed_dim(value: ir.Value, axis: int) -> int:
-    """The size of an axis that attention needs to be fixed.
+    """The size of an axis that an operator needs to be fixed.
 
     Raises:
         ExportError: It is symbolic or unknown.
@@ -142,7 +142,7 @@ def fixed_dim(value: ir.Value, axis: int) -> int:
     size = static_dim(value, axis)
     if size is None:
         raise ExportError(
-            f"axis {axis} of {value.name} has shape {value.shape}, but attention needs a fixed size there"
+            f"axis {axis} of {value.name} has shape {value.shape}, but its operator needs a fixed size there"
         )
     return size
 
