@@ -1,4 +1,4 @@
-"""Decoders with a state beside transformers' eager code: a prompt in one call, and a token after it.
+"""Decoders with a state beside transformers' eager code and onnxruntime-genai: a prompt in one call, a token after it.
 
 Mamba2 at 130M's widths, with random weights: the state does not depend on what is in it. Both sides run in one process,
 in turns, on two threads. What the prompt and the token are made of is read off ONNX Runtime's own profile; the floor is
@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel
 
+from benchmarks import hybrids_genai
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
@@ -42,6 +43,7 @@ def run(iterations: int = 5) -> Report:
         progress("hybrids, export")
         export_onnx(trace(model, task="text-generation-with-past"), Path(folder) / "onnx", verify=False)
         compare(report, "Mamba2", model, Path(folder) / "onnx" / "model.onnx", iterations)
+    hybrids_genai.compare(report)
     return report
 
 
