@@ -82,7 +82,7 @@ def _warn_of_idle(adapter: ModelAdapter) -> None:
     if idle:
         warn_caller(
             f"{text} {listed(idle, _MOST)}: it is zero there. Experts get none while no token of a batch is routed to "
-            "them; elsewhere a value that the layer's output is multiplied by is zero",
+            "them; elsewhere the layer's output is multiplied by zero, or gradients are too small for half precision",
             also=("torch",),
         )
 

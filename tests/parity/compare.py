@@ -153,9 +153,12 @@ def step(pair: Pair) -> str:
         trained = list({id(p): p for p in parameters.values()}.values())
         if pair.case.optimizer == "AdamW":
             # a small epsilon would turn the sign of a gradient that is nearly zero into a whole step
-            torch.optim.AdamW(trained, lr=1e-2, eps=1e-3 * LOSS_SCALE).step()
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, lr=1e-2, eps=1e-3 * LOSS_SCALE)
         else:
-            torch.optim.SGD(trained, lr=0.1 / LOSS_SCALE).step()
+            optimizer = torch.optim.SGD(trained, lr=0.1 / LOSS_SCALE)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "in the first step")  # in half precision gradients may be zero
+            optimizer.step()
     is_moved = any(not torch.equal(parameter, before[1][key]) for key, parameter in theirs.items())
     problem = _far(mine, theirs, pair.tolerance.step) if is_moved else "the step moves nothing"
     with torch.no_grad():
