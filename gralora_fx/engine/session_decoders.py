@@ -26,8 +26,9 @@ from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import adapter_dtype, as_past
-from gralora_fx.tracing.inputs.cache_slots import past_slots
+from gralora_fx.tracing.inputs.cache_slots import KINDS, past_slots
 
+_MOST_PADDED = 64  # positions of padding that a recurrence computes rather than run the model once more
 _STATES = "layers of the model keep states"
 _SEVERAL = 2  # tokens of a row from which attention has the kernel of several
 _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
@@ -66,6 +67,7 @@ class RowsDecoder(Decoder):
         self._is_opened = ATTENTION_SEQLENS in inputs
         problem = None if self._is_opened else "the graph of its rows gives logits after the last token of each alone"
         self._states = [slot.past for slot in past_slots(session.get_inputs()) if slot.kind.grows is None]
+        self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in past_slots(session.get_inputs()))
         if self._states:
             self.unshared = f"{_STATES}, which do not tell what they were after fewer tokens"
             problem = f"{_STATES}, which cannot be set back"
@@ -132,10 +134,24 @@ class RowsDecoder(Decoder):
         most |= {row: array for row, array in read.items() if self._row_adapters[row] is None}
         logits: dict[int, NDArray[Any]] = {}
         before = dict(self._lengths)
-        for part, stack in zip(parts, self._stacks, strict=True):
-            logits |= self._run_together(part, last, stack, before) if part else {}
-            before |= {row: before[row] + len(array) for row, array in part.items()}  # idle from then on
+        runs = [(run, stack) for part, stack in zip(parts, self._stacks, strict=True) for run in self._runs(part)]
+        for run, stack in runs:
+            logits |= self._run_together(run, last, stack, before)
+            before |= {row: before[row] + len(array) for row, array in run.items()}  # idle from then on
         return logits
+
+    def _runs(self, read: Mapping[int, NDArray[np.int64]]) -> list[Mapping[int, NDArray[np.int64]]]:
+        """Rows that read tokens, in runs: all in one, or those with several tokens apart where padding costs more.
+
+        A recurrence takes the time of the longest row for every row that is given, those between others included.
+        """
+        if not read:
+            return []
+        positions = (max(read) - min(read) + 1) * max(map(len, read.values()))
+        if not self._is_recurrent or positions - sum(map(len, read.values())) <= _MOST_PADDED:
+            return [read]
+        single = {row: array for row, array in read.items() if len(array) == 1}
+        return [*([single] if single else []), *({row: array} for row, array in read.items() if len(array) > 1)]
 
     def _run_together(
         self,

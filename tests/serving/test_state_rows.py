@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
+from gralora_fx.engine import session_decoders
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import OrtModel, load
@@ -54,8 +55,12 @@ def alone(model: OrtModel, adapter: str | None, text: list[int], parts: list[int
     return given
 
 
-def test_rows_side_by_side_are_each_as_alone(model: OrtModel) -> None:
-    """A row is closed and opened again before, so that what it was of before shows."""
+@pytest.mark.parametrize("most_padded", [64, 0])
+def test_rows_side_by_side_are_each_as_alone(
+    model: OrtModel, most_padded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one run, or with rows of several tokens apart; of rows that were closed and opened again before."""
+    monkeypatch.setattr(session_decoders, "_MOST_PADDED", most_padded)
     decoder: Any = model.decoder(rows=4, capacity=32, chunk=8)
     for row in [decoder.open() for _ in range(4)]:
         decoder.step({row: [7, 8, 9]})
