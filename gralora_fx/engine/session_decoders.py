@@ -72,6 +72,8 @@ class RowsDecoder(Decoder):
             self.unshared = f"{_STATES}, which do not tell what they were after fewer tokens"
             problem = f"{_STATES}, which cannot be set back"
         super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem)
+        if self._states:
+            self.alone = self.chunk  # the last bits of what a state sums up may depend on the pieces
         self._adapters = adapters
         self._row_stacks = None
         if ADAPTER_IDS in inputs:
