@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
@@ -35,6 +36,7 @@ def run(iterations: int = 60) -> Report:
         iterations: Steps of each side.
     """
     report = Report("answer_grammars", "grammars of answers: SmolLM2-135M, 8 rows")
+    torch.set_num_threads(1)  # as in the service
     for precision, directory in smollm2.exports(RUNS):
         _compare(report, directory, precision, iterations)
     return report

@@ -187,7 +187,7 @@ class OccurrencePenalty:
 
 
 class _SortedTopP:
-    """transformers' warper of `top_p`, given scores in the order in which it sorts them: in a tenth of the time.
+    """transformers' warper of `top_p`, given scores in the order in which it sorts them: in half of the time.
 
     numpy sorts them in the processor's vectors, and torch only finds that they are sorted. Which of equal scores is
     left out at the edge is open there, too.
@@ -198,7 +198,11 @@ class _SortedTopP:
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[1, vocabulary]`, minus infinity for those that are left out."""
-        order = torch.from_numpy(np.argsort(scores[0].numpy()))
+        row = scores[0].numpy()
+        if np.isneginf(row).sum() > len(row) // 2:  # a grammar leaves them out; equal ones are soon sorted
+            warped: torch.Tensor = self._warp(input_ids, scores)
+            return warped
+        order = torch.from_numpy(np.argsort(row))
         warped = torch.empty_like(scores)
         warped[0, order] = self._warp(input_ids, scores[:, order])[0]
         return warped

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from types import FrameType
 from typing import TextIO
 
+import torch
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -203,6 +204,7 @@ def run(
     """
     # the thread that runs batches must not wait for the one that reads requests, or processors would idle
     sys.setswitchinterval(_SWITCH)
+    torch.set_num_threads(1)  # tokens are chosen by it, and more threads wait for each other where cores are busy
     log: Callable[[ASGIApp], ASGIApp] | None = None
     if access_log is not None:
         log = partial(AccessLogMiddleware, file=access_log)

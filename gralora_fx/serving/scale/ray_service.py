@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
+import torch
 from prometheus_client import Metric
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -47,6 +48,7 @@ class ModelReplica:
             settings: What to serve.
             folder: Of the adapters that requests load.
         """
+        torch.set_num_threads(1)  # as of `server.run`
         self._app = create_app(settings)
         self._engine, adapters = self._app.state.engine, self._app.state.root_adapters
         self._adapters = None if adapters is None else ReplicaAdapters(self._engine, adapters, folder)
