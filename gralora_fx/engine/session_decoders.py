@@ -236,6 +236,8 @@ class SequentialDecoder(Decoder):
             ServingError: As of `Decoder`.
         """
         super().__init__(limits, size, gives_all=gives_all(session))
+        if not takes_buffers:
+            self.alone = self.chunk  # as of rows with states
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
