@@ -112,3 +112,19 @@ def test_generation_is_that_of_the_model(model: OrtModel) -> None:
     together = model.generate(prompts, max_new_tokens=6, adapter=["gralora", None, "lora"])
     for prompt, name, tokens in zip(prompts, NAMES, together, strict=True):
         assert model.generate(prompt, max_new_tokens=6, adapter=name) == tokens
+
+
+def test_a_call_takes_and_gives_states(model: OrtModel) -> None:
+    ids = np.random.default_rng(4).integers(3, 90, (2, 9))
+    whole = model(input_ids=ids)
+    first = model(input_ids=ids[:, :8])
+    past = {name.replace("present", "past_key_values"): value for name, value in first.items() if name != "logits"}
+    states = [name for name in past if "conv" in name or "recurrent" in name]
+    second = model(input_ids=ids[:, 8:], **past)
+    assert np.allclose(second.logits, whole.logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ServingError, match=rf"input '{states[0]}' has shape \[.*\], but the model takes"):
+        model(input_ids=ids[:, 8:], **{**past, states[0]: past[states[0]][..., :1]})
+    with pytest.raises(ServingError, match="has batch_size 1, but"):
+        model(input_ids=ids[:, 8:], **{**past, states[0]: past[states[0]][:1]})
+    with pytest.raises(ServingError, match=f"input '{states[0]}' is missing"):
+        model(input_ids=ids[:, 8:], **{name: value for name, value in past.items() if name != states[0]})
