@@ -98,7 +98,8 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
         and site.calls  # a layer whose weight alone is read has an adapter without effect, as in PEFT
         and not site.tied_with  # adapters of two layers cannot be merged into one weight
     }
-    config = GraloraConfig(r=4, gralora_k=K, target_modules=paths, init_weights=False, fan_in_fan_out=is_conv1d)
+    options = {"target_modules": paths, "fan_in_fan_out": is_conv1d, "init_weights": False}
+    config = GraloraConfig(r=4, alpha=8, gralora_k=K, **options)  # larger updates magnify what float32 rounds
     adapted = rewrite(traced, config)
     report = export_onnx(adapted, directory, verify="full")
     merged = merge(adapted).tree.parameters

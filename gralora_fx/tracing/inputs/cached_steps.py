@@ -97,9 +97,12 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
     try:
         with torch.no_grad(), quiet(), _noted_widths() as widths:
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
-        tensors = tensors_of(cache)
+        tensors = {} if cache is None else tensors_of(cache)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    if cache is None:
+        why = "it returns no `Cache` of transformers: what it keeps is in a list, or in its modules"
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
     if not tensors:
         raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
     longer = {slot: t[..., 1:] for slot, t in tensors.items() if _has_unread_input(model, t, widths)}
