@@ -251,7 +251,8 @@ def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[s
         yield "another row", tree_map(_with_another_row, dict(sample))
     text = [name for name in TEXT_INPUTS if _is_sequence(sample.get(name))]
     if text:
-        longer = {name: torch.cat([v, v[:, :3]], dim=1) if name in text else v for name, v in sample.items()}
+        # in front, where a mask that ends or begins with padding gets no gap
+        longer = {name: torch.cat([v[:, :3], v], dim=1) if name in text else v for name, v in sample.items()}
         yield "a longer sequence", longer
     elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
         yield "a longer sequence", tree_map(_with_another_position, dict(sample))

@@ -33,8 +33,8 @@ def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
     transformers keeps as many inputs as the kernel has, one more than are read; a cache of either width stays as wide.
 
     Args:
-        module: The layer, with `conv1d`, `activation`, `act` and `layer_idx`.
-        x: `[batch, length, channels]`.
+        module: The layer, with `in_proj`, `conv1d`, `activation`, `act` and `layer_idx`.
+        x: `[batch, length, channels]`, of `in_proj`, which has read zeros at padding.
         cache: The model's cache, or None.
         mask: `[batch, length or more]`, zero at padding, or None.
 
@@ -42,7 +42,8 @@ def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
         As `x`.
     """
     before, read = _state(cache, module.layer_idx, "conv_states"), module.conv1d.kernel_size[0] - 1
-    inputs = shown(x, mask).transpose(1, 2)
+    # a projection without a bias gives zeros at padding
+    inputs = (x if module.in_proj.bias is None else shown(x, mask)).transpose(1, 2)
     is_silu = module.activation in _SILU
     y, state = CausalConv.compute_with_state(
         x=inputs,
@@ -58,7 +59,7 @@ def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
             state = last[..., last.shape[-1] - kept.shape[-1] :]
         _keep(cache, module.layer_idx, "conv_states", state)
     y = y.transpose(1, 2)
-    return y if is_silu else module.act(y)
+    return shown(y if is_silu else module.act(y), mask)
 
 
 def _state(cache: Any, layer: int, kind: str) -> Tensor | None:
@@ -100,6 +101,7 @@ def _mamba2(
     Queries are its C, keys its B, values its x times a time step, and the decay is its A times the time step.
     """
     heads, groups, width = module.num_heads, module.n_groups, module.n_groups * module.ssm_state_size
+    hidden_states = shown(hidden_states, attention_mask)
     if hasattr(module, "mup_vector"):  # Falcon-H1's multipliers
         projected = module.in_proj(hidden_states * module.ssm_in_multiplier) * module.mup_vector
     else:
@@ -135,7 +137,7 @@ def _mamba(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     """A layer of Mamba, https://arxiv.org/abs/2312.00752, of FalconMamba and of Jamba."""
-    mixed, gate = module.in_proj(hidden_states).chunk(2, dim=-1)
+    mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).chunk(2, dim=-1)
     mixed = convolve(module, mixed, cache, attention_mask)
     parts = module.x_proj(mixed).split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
     if hasattr(module, "dt_layernorm"):
@@ -150,7 +152,7 @@ def _zamba(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     """A layer of Zamba: Mamba's with several heads, each with weights of its own."""
-    mixed, gate = module.in_proj(hidden_states).unflatten(-1, (-1, 2)).unbind(dim=-1)
+    mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).unflatten(-1, (-1, 2)).unbind(dim=-1)
     mixed = convolve(module, mixed, cache, attention_mask)
     by_head = _heads(mixed, module.n_mamba_heads).unsqueeze(-2)
     parts = (by_head @ module.x_proj_weight.transpose(1, 2)).squeeze(-2)
