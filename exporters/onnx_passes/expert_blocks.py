@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from gralora_fx.graph.pipeline import Skip
 QMOE = "QMoE"
 # which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
 MATRICES = {MOE: ((2, 2), (4, 4)), QMOE: ((2, 11), (5, 12))}
+_ROWS = 2048  # of a matrix that are rounded at once: a search holds several copies
 OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_level")
 _UP, _DOWN = (at for at, _ in MATRICES[MOE])
 
@@ -109,13 +109,15 @@ def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Va
 def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> list[NDArray[Any]]:
     """The arrays of all experts, of which one is float at a time."""
 
-    def of(matrix: NDArray[Any]) -> Iterator[NDArray[Any]]:
-        columns = np.ascontiguousarray(matrix.T)
+    def of(matrix: NDArray[Any]) -> list[NDArray[Any]]:
+        groups = [some(matrix[start : start + _ROWS]) for start in range(0, len(matrix), _ROWS)]
+        return [np.concatenate(arrays) for arrays in zip(*groups, strict=True)]
+
+    def some(rows: NDArray[Any]) -> list[NDArray[Any]]:
+        columns = np.ascontiguousarray(rows.T)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
         blocks = quantize_blocks(columns, form, None, name)
-        yield blocks.packed.reshape(len(blocks.packed), -1)
-        yield blocks.scales.astype(tensor.dtype.numpy())
-        if blocks.zero_points is not None:
-            yield blocks.zero_points.reshape(len(blocks.packed), -1)
+        arrays = [blocks.packed, blocks.scales.astype(tensor.dtype.numpy()), blocks.zero_points]
+        return [array.reshape(len(rows), -1) for array in arrays if array is not None]
 
     return [np.stack(arrays) for arrays in zip(*map(of, entries_of(tensor)), strict=True)]
