@@ -66,6 +66,15 @@ def test_the_table_of_options_is_that_of_their_declarations() -> None:
     assert table["with_table"](page) == page
 
 
+def test_the_page_of_decoders_is_what_the_survey_found() -> None:
+    from tests.architectures.tiny_decoders import decoder_classes  # it imports transformers
+
+    table = runpy.run_path(str(ROOT / "docs" / "decoder_table.py"))
+    page = (ROOT / "docs" / "decoders.md").read_text(encoding="utf-8")
+    assert table["with_tables"](page) == page
+    assert sorted(re.findall(r"`(\w+(?:Model|LMHead|Decoder|For\w+))`(?= \||,|\.\n)", page)) == list(decoder_classes())
+
+
 def test_every_option_of_the_service_is_described() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     options = {

@@ -15,6 +15,10 @@ _NOTHING = "no task traces it"
 _REFUSED = {
     "blt": ("it reads patches of bytes, whose lengths the entropies of another model decide", _NOTHING),
     "cpmant": ("every step is given the whole text, before which it puts a prompt of its own", _NOTHING),
+    "deepseek_v4": (
+        "its layers keep averages of windows of tokens, and what the last window lacks",
+        "use transformers",
+    ),
     "gemma4_assistant": ("it reads the keys and values of the model that it drafts for, and keeps none", _NOTHING),
     "gemma4_unified_assistant": ("it reads the keys and values of the model that it drafts for", _NOTHING),
     "musicgen_decoder": ("each text of it is several rows of codes of sound, which are embedded as one", _NOTHING),

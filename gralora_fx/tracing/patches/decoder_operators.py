@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -145,9 +146,18 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """The operator behind transformers' attention interface."""
+    if options.get("sinks") is not None:  # one of each query, as Inkling 2's: the operator has one of each head
+        own: tuple[Tensor, None] = sys.modules[type(module).__module__].eager_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        return own
     scale, chosen = options.get("scaling"), options.get("indices")
+    if attention_mask is None and getattr(module, "is_causal", True) is False:  # every query sees every key
+        attention_mask = query.new_zeros(query.shape[0], 1, query.shape[2], key.shape[2])
     if chosen is not None and attention_mask is not None:
         attention_mask = only_chosen(attention_mask, chosen)
+    if (bias := options.get("position_bias")) is not None:  # of each head, as Inkling's
+        attention_mask = bias if attention_mask is None else attention_mask + bias
     result = Attention.compute(
         query=query,
         key=key,
