@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig
 
 from gralora_fx.engine.limits import UNLIMITED, context_length
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.onnx_passes.builder import fixed_dim
 from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
 from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
@@ -135,7 +134,6 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "inputs": {**names, **{f"past_{kind}_names": f"{PAST_PREFIX}%d.{kind}" for kind in kinds}},
         "outputs": {"logits": "logits", **{f"present_{kind}_names": f"{PRESENT_PREFIX}%d.{kind}" for kind in kinds}},
-        **_kinds_of_layers(text, pasts),
     }
     if KINDS["recurrent"].name not in kinds and KINDS["conv"].name in kinds:  # onnxruntime-genai asks for both then
         states = {slot.layer: value for slot, value in pasts.items() if slot.kind is KINDS["conv"]}
@@ -172,16 +170,6 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
     shapes = (value.shape for slot, value in pasts.items() if slot.kind is KINDS["key"])
     shape = next(shapes, None)
     return (1, 1) if shape is None else (int(shape[1]), int(shape[3]))  # type: ignore[arg-type]
-
-
-def _kinds_of_layers(config: PreTrainedConfig, pasts: Mapping[CacheSlot, ir.Value]) -> dict[str, Any]:
-    """What onnxruntime-genai asks of a model that keeps states beside the names: its layers, and sizes of states."""
-    if not keeps_state(pasts):
-        return {}
-    sizes = {fixed_dim(value, 2) for slot, value in pasts.items() if slot.kind is KINDS["conv"]}
-    kinds = getattr(config, "layer_types", None)
-    layers = {} if kinds is None else {"layer_types": list(kinds)}
-    return {**layers, **({"conv_cache_size": min(sizes)} if len(sizes) == 1 else {})}
 
 
 def _model_type(config: PreTrainedConfig) -> str:
