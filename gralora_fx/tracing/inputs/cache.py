@@ -173,8 +173,9 @@ def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
 
 def cached_length(cache: Cache) -> int | None:
     """How many positions a cache holds; None of one with states alone, which do not tell."""
-    lengths = (t.shape[slot.kind.grows] for slot, t in tensors_of(cache).items() if slot.kind.grows is not None)
-    return next(lengths, None)
+    tensors = tensors_of(cache)
+    lengths = (t.shape[slot.kind.grows] for slot, t in tensors.items() if slot.kind.grows is not None)
+    return next(lengths, None) if tensors else 0
 
 
 def cached_slots(inputs: Mapping[str, Any]) -> list[CacheSlot]:
