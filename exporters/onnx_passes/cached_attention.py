@@ -108,6 +108,8 @@ def _unfit(node: ir.Node) -> str | None:
     """Why the operator does not support a layer, or None if it does."""
     attention = AttentionNode.read(node)
     query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
+    if static_dim(query, 1) is None and _as_many_heads(query, key):
+        return "its number of heads is not fixed"
     if mask is None or mask.shape is None or len(mask.shape) != 2:
         return "its mask is more than padding and a window"
     for name, cached in (("keys", key), ("values", value)):
@@ -123,6 +125,12 @@ def _unfit(node: ir.Node) -> str | None:
     if size is not None and size % _HEAD_MULTIPLE:
         return f"its head size is {size}, and the operator supports multiples of {_HEAD_MULTIPLE}"
     return None
+
+
+def _as_many_heads(query: ir.Value, key: ir.Value) -> bool:
+    """Whether queries and keys have equally many heads: a number, or a size that varies, such as that of the tokens."""
+    sizes = [None if value.shape is None else value.shape[1] for value in (query, key)]
+    return sizes[0] == sizes[1] and str(sizes[0]) != "None"
 
 
 def _lengths_and_bias(
@@ -206,7 +214,9 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     Before: `y = Attention(query, key, value, mask, sinks)`
     After:  `y = Transpose(MatMul(Softmax(scale * MatMul(query, Transpose(key)) + mask), value))`
 
-    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied.
+    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied. Only
+    then, and with sinks, does their number have to be known: Inkling 2's attention over blocks has a head for each
+    token.
 
     Args:
         graph: The graph of the node; it is changed in place.
@@ -214,16 +224,17 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
         masks: Additive masks created so far, by padding mask and window; gains that of this layer.
 
     Raises:
-        ExportError: The number of heads is unknown.
+        ExportError: A number of heads that has to be known is not.
     """
     attention = AttentionNode.read(node)
     query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks
-    heads, key_heads = fixed_dim(query, 1), fixed_dim(key, 1)
+    shared, heads, key_heads = not _as_many_heads(query, key), 0, 0
+    if shared or sinks is not None:
+        heads, key_heads = fixed_dim(query, 1), fixed_dim(key, 1)
     size, value_size = fixed_dim(query, 3), fixed_dim(value, 3)
     dtype = query.dtype or ir.DataType.FLOAT
     build = Builder(graph)
     bias = _bias(graph, node, attention, masks)
-    shared = heads != key_heads
     if shared:  # [batch, key heads, heads / key heads, length, size] and [batch, key heads, 1, total, size]
         query = build("Reshape", query, build.ints(0, key_heads, heads // key_heads, -1, size))
         key, value = (build("Unsqueeze", part, build.ints(2)) for part in (key, value))

@@ -29,7 +29,13 @@ from gralora_fx.compat.torch_graphs import (
 )
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators import attention, layers  # noqa: F401  # a record may name any operator, in a process that traced nothing
+from gralora_fx.operators import (  # noqa: F401  # a record may name any operator, in a process that traced nothing
+    attention,
+    experts,
+    layers,
+    linear_attention,
+    state_spaces,
+)
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled

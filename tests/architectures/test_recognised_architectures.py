@@ -20,7 +20,7 @@ from torch import nn
 from gralora_fx.tracing.capture import DROP_PATH
 from gralora_fx.tracing.patches.decoder_operators import ANGLES_OF_GRIDS, ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
 from gralora_fx.tracing.patches.recognised import Recognised
-from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE
+from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE, LIGHTNING
 from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
 
 NORMS = """
@@ -69,6 +69,7 @@ CAUSAL_CONVS = """
 DELTA_RULES = """
     bailing_hybrid glm5_next kimi_linear lara_mini olmo_hybrid qwen3_5 qwen3_5_moe qwen3_next qwen4_exp
 """
+LIGHTNING_ATTENTION = "minimax"
 SELECTIVE_SCANS = "falcon_mamba jamba mamba zamba"
 STATE_SPACE_DUALITIES = "bamba falcon_h1 granitemoehybrid mamba2 nemotron_h zamba2"
 GATED_NORMALISATIONS = """
@@ -124,6 +125,7 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
         (ATTENTION, ATTENTIONS),
         (CAUSAL_CONVS, [CAUSAL_CONV]),
         (DELTA_RULES, [DELTA_RULE, KIMI_RULE]),
+        (LIGHTNING_ATTENTION, [LIGHTNING]),
         (STATE_SPACE_DUALITIES, STATE_SPACES[:2]),
         (SELECTIVE_SCANS, STATE_SPACES[2:]),
         (GATED_NORMALISATIONS, GATED_NORMS),
@@ -136,6 +138,7 @@ def is_in(module: ModuleType, table: Sequence[Recognised]) -> bool:
         "attention of a model's own",
         "causal convolution",
         "delta rule",
+        "lightning attention",
         "state space duality",
         "selective scan",
         "norm with a gate",

@@ -82,6 +82,23 @@ def test_a_mask_of_a_models_own_is_added(tmp_path: Path, mask_heads: int) -> Non
     assert not torch.allclose(actual, module(*values[:3], padding()), atol=1e-2)
 
 
+def test_as_many_heads_as_a_text_has_tokens(tmp_path: Path) -> None:
+    class OfOneSize(Attention):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+            query, key, value = (part.reshape(*part.shape[:3], SIZE) for part in (query, key, value))
+            return super().forward(query, key, value, mask)
+
+    module, zeros = OfOneSize(), torch.zeros(BATCH, 1, LENGTH, TOTAL)
+    model = translate(trace(module, inputs(4, 4, SIZE, zeros)).graph_module)
+    (node,) = (node for node in model.graph if node.domain == DOMAIN)
+    assert not isinstance(node.inputs[0].shape[1], int)
+    decompose_attention(model.graph, node, {})
+    model.graph.opset_imports[""] = OPSET
+    model.graph.opset_imports.pop(DOMAIN)
+    values = inputs(7, 7, SIZE, zeros)
+    assert torch.allclose(run(model, tmp_path, values), module(*values), atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [0, 3])
 def test_a_mask_that_a_model_reads_itself_is_made(tmp_path: Path, window: int) -> None:
     class Mask(nn.Module):

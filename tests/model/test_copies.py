@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 from traces import inputs_of, main_output, traced
 
-from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, operators, rewrite, trace
 from gralora_fx.errors import MergeError, RewriteError, TraceError
+from gralora_fx.tracing import graph_record
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -241,3 +243,8 @@ def test_a_fresh_process_loads_runs_and_exports_it(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "onnx" / "model.onnx").is_file()
+
+
+def test_a_fresh_process_knows_every_operator() -> None:
+    defining = {module.name for module in pkgutil.iter_modules(operators.__path__)} - {"call"}
+    assert defining <= vars(graph_record).keys()

@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from gralora_fx import trace
 from gralora_fx.operators.state_spaces import CausalConv
-from gralora_fx.tracing.inputs.cache import returned_cache
+from gralora_fx.tracing.inputs.cache import PAST, returned_cache, tensors_of
+from gralora_fx.tracing.inputs.cache_slots import KINDS
 from gralora_fx.tracing.patches.decoder_operators import IN_DECODERS
 from gralora_fx.tracing.patches.recognised import replaced
 from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE, RECURRENCES
@@ -65,3 +67,25 @@ def test_a_text_without_images_has_one_angle_a_position() -> None:
         with replaced(model, IN_DECODERS):
             assert "forward" in vars(rotary)
             torch.testing.assert_close(rotary(x, given), expected)
+
+
+def test_lightning_attention_keeps_its_state_in_the_models_own_cache() -> None:
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    model = tiny_decoder("MiniMaxForCausalLM", num_hidden_layers=3, layer_types=layers, block_size=4)
+    traced = trace(model, task="text-generation-with-past")
+    places = ["1.key", "1.value", "0.recurrent", "2.recurrent"]
+    assert [slot.place for slot in tensors_of(traced.example_inputs[PAST])] == places
+    ids = torch.randint(3, 90, (2, 13), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids).logits
+        own = model(ids[:, :7], use_cache=True).cache
+    torch.testing.assert_close(traced(input_ids=ids).logits, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(traced(input_ids=ids, cache=DynamicCache()).logits, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(traced(input_ids=ids[:, 7:], cache=own).logits, whole[:, 7:], atol=1e-5, rtol=1e-5)
+
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0  # behind the second text, where transformers lets the state decay
+    padded = tensors_of(traced(input_ids=ids, attention_mask=mask).cache)
+    alone = tensors_of(traced(input_ids=ids[1:, :9]).cache)
+    for slot in (slot for slot in padded if slot.kind is KINDS["recurrent"]):
+        torch.testing.assert_close(padded[slot][1], alone[slot][0])

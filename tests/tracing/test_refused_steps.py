@@ -24,6 +24,7 @@ STEP = "text-generation-with-past"
         ("ProphetNetForCausalLM", "after a cache it reads one token at a time"),
         ("ReformerModelWithLMHead", "random hashes sort into buckets"),
         ("XLNetLMHeadModel", "its memory is hidden states"),
+        ("xLSTMForCausalLM", "its states are in a cache of its own"),
     ],
 )
 def test_the_reason_is_told(name: str, why: str) -> None:

@@ -22,6 +22,7 @@ from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.cache_slots import KINDS, PAST_PREFIX, CacheSlot, keeps_state
 
 PAST = PAST_PREFIX.removesuffix(".")
+_BESIDE = "linear_cache"  # where MiniMax's cache keeps the states of lightning attention, beside its layers
 OF_MORE_THAN_KEYS = (LinearAttentionLayer, DynamicIndexedLayer)  # layers with tensors beside keys and values
 
 
@@ -72,7 +73,8 @@ def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
             numbered = held.items() if isinstance(held, dict) else [(0, held)]
             part = "decoder" if is_pair else ""
             tensors |= {CacheSlot(index, kind, n, part): t for n, t in numbered if isinstance(t, Tensor)}
-    return tensors
+    beside = enumerate(getattr(cache, _BESIDE, ()))
+    return tensors | {CacheSlot(index, KINDS["recurrent"]): t for index, t in beside if isinstance(t, Tensor)}
 
 
 def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
@@ -83,13 +85,14 @@ def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
         tensors: A tensor for each of its slots.
     """
     source = like.self_attention_cache if isinstance(like, EncoderDecoderCache) else like
-    cache = DynamicCache()
+    cache = type(source)() if (keeps_beside := hasattr(source, _BESIDE)) else DynamicCache()
     by_layer: dict[int, dict[CacheSlot, Tensor]] = {}
     for slot, tensor in tensors.items():
         by_layer.setdefault(slot.layer, {})[slot] = tensor
-    for index, layer in enumerate(source.layers):
+    for index in range(len(source)):
         own = by_layer.get(index, {})
-        fresh = fresh_layer(layer)
+        has_own_layer = not keeps_beside or any(slot.kind.grows is not None for slot in own)
+        fresh = fresh_layer(source.layers[index]) if has_own_layer else LinearAttentionLayer()
         pair = [tensor for slot, tensor in own.items() if slot.kind.attribute in ("keys", "values")]
         if pair:
             fresh.update(*pair)
@@ -97,6 +100,8 @@ def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
             if slot.kind is KINDS["indexer"]:
                 fresh.update_indexer(tensor)
                 fresh.indexer_dtype = None  # so that a run in another precision has the same form
+            elif keeps_beside and slot.kind.grows is None:
+                cache.set_linear_cache(index, tensor.clone())
             elif slot.kind.grows is None:
                 _set_state(fresh, slot, tensor.clone())
         cache.layers.append(fresh)
@@ -147,7 +152,8 @@ def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
     Raises:
         TraceError: It is of another model, or of other rows.
     """
-    if cache.__class__ is not example.__class__ or not keeps_state(tensors_of(example)):
+    are_decoders = isinstance(cache, DynamicCache) and isinstance(example, DynamicCache)
+    if not are_decoders or not keeps_state(tensors_of(example)):
         return cache
     given, wanted = tensors_of(cache), tensors_of(example)
     if not given:

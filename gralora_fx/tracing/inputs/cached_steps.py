@@ -6,6 +6,7 @@ Of an encoder-decoder they are the encoder's inputs too.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,14 @@ def cached_inputs(
 
 
 def _first_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache as a model without states has it, of layers that keep every position; or one with states."""
+    """An empty cache as a model without states has it, of layers that keep every position; or one with states.
+
+    Of a model with a class for its cache, such as MiniMax, it is one of that class.
+    """
+    kinds = vars(sys.modules[type(model.base_model).__module__]).values()
+    caches = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DynamicCache))
+    if (own := next((kind for kind in caches if kind is not DynamicCache), None)) is not None:
+        return own()
     try:
         cache = DynamicCache(config=model.config)
     except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know

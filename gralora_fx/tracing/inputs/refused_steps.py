@@ -27,6 +27,7 @@ _REFUSED = {
     "prophetnet": ("after a cache it reads one token at a time, by another computation than a prompt's", _WITHOUT),
     "reformer": ("its cache is of hidden states, which random hashes sort into buckets", _NOTHING),
     "xlm": ("it generates at a mask token behind the text, and returns no cache", _WITHOUT),
+    "xlstm": ("its states are in a cache of its own, which it writes over, and it reads prompts in chunks", _NOTHING),
     "xlnet": ("it generates at a mask token behind the text, and its memory is hidden states (mems)", _WITHOUT),
 }
 

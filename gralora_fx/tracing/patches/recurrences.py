@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from gralora_fx.operators.layers import RmsNorm
@@ -17,6 +17,7 @@ from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv
 from gralora_fx.tracing.patches.cached_states import conv_read
 from gralora_fx.tracing.patches.recognised import Recognised
+from gralora_fx.tracing.patches.state_space_layers import shown
 
 _SILU = ("silu", "swish")
 _L2_EPS = 1e-6  # what transformers adds to a sum of squares
@@ -75,7 +76,41 @@ def _unit(x: Tensor) -> Tensor:
     return RmsNorm.compute(x=x, weight=weight, eps=_L2_EPS / size)
 
 
+def _lightning(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    attention_mask: Tensor | None,
+    cache: Any = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """MiniMax's lightning attention, https://arxiv.org/abs/2401.04658: each head's state decays by a constant.
+
+    transformers lets it decay at padding too; here padding leaves it as it is.
+    """
+    states = shown(module.act_fn(module.qkv_proj(hidden_states)), attention_mask)
+    heads = torch.unflatten(states, -1, (module.num_attention_heads, 3 * module.head_dim))
+    query, key, value = torch.split(heads, module.head_dim, dim=-1)
+    decay = -module.slope_rate.flatten().expand(*heads.shape[:3])
+    y, state = LinearAttention.compute_with_state(
+        query=query,
+        key=key,
+        value=value,
+        decay=shown(decay, attention_mask),
+        beta=None,
+        state=None if cache is None else cache.get_linear_cache(module.layer_idx),
+        scale=1.0,
+    )
+    if cache is not None:
+        cache.set_linear_cache(module.layer_idx, state)
+    gate = nn.functional.sigmoid(module.output_gate(hidden_states))
+    return module.out_proj(gate * module.norm(y.flatten(2))), state
+
+
 CAUSAL_CONV = Recognised("qwen3_next.modeling_qwen3_next:causal_conv1d_fn", _convolve)
 DELTA_RULE = Recognised("qwen3_next.modeling_qwen3_next:torch_chunk_gated_delta_rule", _delta_rule, beside=("l2norm",))
 KIMI_RULE = Recognised("kimi_linear.modeling_kimi_linear:chunk_kimi_delta_attention", _delta_rule, beside=("l2norm",))
-RECURRENCES = (CAUSAL_CONV, DELTA_RULE, KIMI_RULE)
+LIGHTNING = Recognised(
+    "minimax.modeling_minimax:MiniMaxLightningAttention.forward", _lightning, ending="LightningAttention"
+)
+RECURRENCES = (CAUSAL_CONV, DELTA_RULE, KIMI_RULE, LIGHTNING)
