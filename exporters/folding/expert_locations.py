@@ -16,10 +16,10 @@ from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, MergeError, bulleted
 from gralora_fx.exporters.folding.edits import NOT_FINITE, check_finite
 from gralora_fx.exporters.folding.initializers import initializers
-from gralora_fx.exporters.onnx_passes.expert_products import MOE, arranged, as_modelled, gate_noted_at
+from gralora_fx.exporters.onnx_passes.expert_rows import MOE, arranged, as_modelled, gate_noted_at
 from gralora_fx.methods.fold import fold_region
 from gralora_fx.methods.method import Update
-from gralora_fx.operators.experts import NO_GATE, ExpertGate
+from gralora_fx.operators.expert_gate import NO_GATE, ExpertGate
 from gralora_fx.sources.rewriting import RowEdit
 
 _KEPT = 4  # updates of parameters that are in memory at once

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, Storage
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
 from gralora_fx.exporters.onnx_passes.expert_blocks import MATRICES, QMOE
-from gralora_fx.exporters.onnx_passes.expert_products import MOE
+from gralora_fx.exporters.onnx_passes.expert_rows import MOE
 
 
 def expert_weights(graph: ir.Graph) -> dict[str, ProductWeight]:

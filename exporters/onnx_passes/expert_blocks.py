@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
-from gralora_fx.exporters.onnx_passes.expert_products import MOE
+from gralora_fx.exporters.onnx_passes.expert_rows import MOE
 from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
 from gralora_fx.exporters.quantization.formats import Blocks, Format
 from gralora_fx.exporters.quantization.plan import QuantizationPlan

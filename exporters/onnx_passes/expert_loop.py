@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import Builder, fixed_dim, loop
 from gralora_fx.exporters.translation.operators import ExpertsNode
-from gralora_fx.operators.experts import HALVES, NO_GATE, ExpertGate
+from gralora_fx.operators.expert_gate import HALVES, NO_GATE, ExpertGate
 
 
 def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Value:

@@ -7,24 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim
 from gralora_fx.exporters.onnx_passes.expert_loop import loop_over_experts, weighted, width_of
+from gralora_fx.exporters.onnx_passes.expert_rows import GATE, MOE, arranged, is_read_twice
 from gralora_fx.exporters.reports import ExpertsReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import ExpertsNode
 from gralora_fx.exporters.translation.weights import StackedTensor, derived, entries_of
 from gralora_fx.graph.pipeline import PassResult, Skip
-from gralora_fx.operators.experts import HALVES, NO_GATE, ExpertGate
+from gralora_fx.operators.expert_gate import HALVES, NO_GATE, ExpertGate
 
-MOE = "MoE"
 _STEP = 1e20  # times a number it is so far from 0 that its sigmoid is 0 or 1
 _UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names
 _ARRANGED = "gralora_experts"  # key in the metadata of a value: how it was arranged
-_GATE = "gralora_gate"  # key in the metadata of a node: the gate by which rows are arranged
 
 
 @dataclass(frozen=True)
@@ -76,48 +74,6 @@ def moe_attributes(gate: ExpertGate) -> dict[str, Any] | str:
     return attributes | ({"swiglu_limit": gate.limit} if gate.limit else {})
 
 
-def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
-    """One expert's matrix `[out, in]` or bias `[out]`, with the rows in the order of the operator.
-
-    Args:
-        matrix: As the model has it.
-        gate: What is computed of a first product.
-        is_up: Whether it is of the first product; the second has no gates.
-        is_transposed: Whether the model has `[in, out]`.
-    """
-    matrix = matrix.T if is_transposed else matrix
-    if is_up and gate.layout == HALVES:
-        return np.stack(np.split(matrix, 2), axis=1).reshape(matrix.shape)
-    return matrix.repeat(2, axis=0) if is_up and _is_read_twice(gate) else matrix
-
-
-def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
-    """One expert's matrix with the rows in the model's order: `arranged`, inverted.
-
-    Args:
-        matrix: As the operator reads it.
-        gate: As of `arranged`.
-        is_up: Likewise.
-        is_transposed: Likewise.
-    """
-    if is_up and gate.layout == HALVES:
-        matrix = np.concatenate([matrix[::2], matrix[1::2]])
-    elif is_up and _is_read_twice(gate):
-        matrix = matrix[::2]
-    return matrix.T if is_transposed else matrix
-
-
-def gate_noted_at(node: ir.Node) -> ExpertGate | None:
-    """The gate by which the rows of an operator's first product are arranged; None where it is not noted."""
-    activation, _, layout = node.metadata_props.get(_GATE, "").partition(" ")
-    return ExpertGate(activation, layout) if layout else None
-
-
-def _is_read_twice(gate: ExpertGate) -> bool:
-    """Whether the rows of a first product are both gates and linear parts."""
-    return gate.layout == NO_GATE and gate.activation == "relu2"
-
-
 def _operands(experts: ExpertsNode) -> dict[str, ir.Value]:
     """Weights and biases, those that there are."""
     values = {name: getattr(experts, name) for name in ("up", "up_bias", "down", "down_bias")}
@@ -148,7 +104,7 @@ def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], no
         rows = build("Reshape", each, build.ints(-1, size))
     operands = [rows, scores, experts.up, experts.up_bias, experts.down, experts.down_bias]
     product = build.node(MOE, operands, domain=MICROSOFT, k=1, normalize_routing_weights=1, **attributes)
-    product.metadata_props.update({**node.metadata_props, _GATE: f"{experts.gate.activation} {experts.gate.layout}"})
+    product.metadata_props.update({**node.metadata_props, GATE: f"{experts.gate.activation} {experts.gate.layout}"})
     product.outputs[0].type = hidden.type
     return weighted(build, product.outputs[0], experts, k, size)
 
@@ -158,7 +114,7 @@ def _arrange(value: ir.Value, experts: ExpertsNode, *, is_up: bool, is_bias: boo
     tensor, gate = value.const_value, experts.gate
     is_transposed = bool(experts.is_transposed) and not is_bias
     key = (gate, is_up, is_transposed)
-    is_same = not is_transposed and not (is_up and (gate.layout == HALVES or _is_read_twice(gate)))
+    is_same = not is_transposed and not (is_up and (gate.layout == HALVES or is_read_twice(gate)))
     if is_same or value.meta.get(_ARRANGED) == key:
         return
     assert tensor is not None
@@ -169,7 +125,7 @@ def _arrange(value: ir.Value, experts: ExpertsNode, *, is_up: bool, is_bias: boo
     sizes = [int(size) for size in tensor.shape.numpy()]
     if is_transposed:
         sizes[1:] = sizes[:0:-1]
-    sizes[1] *= 2 if is_up and _is_read_twice(gate) else 1
+    sizes[1] *= 2 if is_up and is_read_twice(gate) else 1
     make = functools.partial(StackedTensor, value.name, tensor.dtype, ir.Shape(sizes), entries)
     value.const_value = derived([tensor], ("experts", *key), make)
     value.shape, value.meta[_ARRANGED] = value.const_value.shape, key

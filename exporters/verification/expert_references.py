@@ -17,7 +17,7 @@ from gralora_fx.exporters.folding.requantize import stored_values
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.expert_blocks import MATRICES, OF_BLOCKS, QMOE
-from gralora_fx.exporters.onnx_passes.expert_products import MOE, arranged, as_modelled
+from gralora_fx.exporters.onnx_passes.expert_rows import MOE, arranged, as_modelled
 from gralora_fx.exporters.quantization.expert_formats import expert_matrices
 from gralora_fx.exporters.translation.weights import StackedTensor, derived
 from gralora_fx.operators.experts import Experts

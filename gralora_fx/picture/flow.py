@@ -10,8 +10,7 @@ import torch
 from torch import fx, nn
 
 from gralora_fx.graph.module_tree import is_within, module_stack
-from gralora_fx.graph.sites import other_readers
-from gralora_fx.graph.weight_views import tensor_at
+from gralora_fx.graph.weight_views import readers, tensor_at
 from gralora_fx.picture.blocks import BlockMap
 from gralora_fx.picture.facts import ModelFacts
 
@@ -86,10 +85,11 @@ class _Owners:
         self._graph_module = facts.traced.graph_module
         self._site_paths, self._whole = set(facts.sites), list(facts.trained_whole)
         self._calls: dict[str, list[str]] = {}
+        nodes = {node.name: node for node in self._graph_module.graph.nodes}
         for path, entry in facts.sites.items():
             names = entry.site.calls
-            if not names and entry.site.weight.ndim > 2:
-                names = other_readers(self._graph_module, [entry.site])[entry.site.path]
+            if entry.site.kind == "parameter":  # its calls read it
+                names = tuple(reader.name for name in names for reader in readers(nodes[name]))
             for name in names:
                 self._calls.setdefault(name, []).append(path)
 

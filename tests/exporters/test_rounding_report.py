@@ -27,7 +27,7 @@ from gralora_fx.tracing.inputs.cache import empty_cache
 CACHED = "text-generation-with-past"
 CONFIG = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=16, target_modules="all-linear", init_weights=False)
 TEXTS = ["rates rose again", "the match", "a new phone is on sale"]
-GIVEN = [text for text in TEXTS for _ in range(2)]  # every second one chooses bits
+GIVEN = [text for text in TEXTS for _ in range(2)]  # every second one chooses formats
 
 
 def adapted(name: str = "llama") -> GraloraModel:
@@ -60,7 +60,7 @@ def by_hand(model: Any, directory: Path, rows: list[list[int]], greedy: int) -> 
 def test_figures_are_those_of_transformers_model_and_the_served_export(kind: Any, tmp_path: Path) -> None:
     model, traced = fresh("llama", task=CACHED)
     model.generation_config.eos_token_id = None
-    tokenizer, texts = tiny_tokenizer(), GIVEN if kind == "int4" else TEXTS
+    tokenizer, texts = tiny_tokenizer(), TEXTS if kind == "int8" else GIVEN
     report = export_onnx(traced, tmp_path / "onnx", quantize=kind, logits="all", tokenizer=tokenizer, texts=texts)
     found = figures(report)
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]

@@ -240,8 +240,8 @@ def test_logits_of_every_token(tmp_path: Path) -> None:
     ("tokens", "message"),
     [
         ({1: [5]}, "row 1 is not open"),
-        ({0: []}, "row 0 is given 0 tokens, and reads 1 to 4 in a step"),
-        ({0: [5] * 5}, "row 0 is given 5 tokens, and reads 1 to 4 in a step"),
+        ({0: []}, "row 0 is given 0 tokens, and reads 1 to 8 in a step"),
+        ({0: [5] * 9}, "row 0 is given 9 tokens, and reads 1 to 8 in a step"),
         ({0: [101]}, "row 0 is given token 101, outside the vocabulary of 101 tokens"),
         ({0: [-1]}, "row 0 is given token -1"),
         ({0: [0.5]}, "give a list of token ids"),

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.operators.experts import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate, Experts
+from gralora_fx.operators.expert_gate import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate
+from gralora_fx.operators.experts import Experts
 
 _LOOP = "eager"
 _PRODUCTS = "grouped_mm"  # transformers' own default for most models

@@ -14,7 +14,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.operators.experts import HALVES, ExpertGate, Experts
+from gralora_fx.operators.expert_gate import HALVES, ExpertGate
+from gralora_fx.operators.experts import Experts
 from gralora_fx.tracing.patches.expert_layers import ungated
 from gralora_fx.tracing.patches.recognised import Recognised
 
