@@ -27,7 +27,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForSequenceClassification, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app, main
@@ -378,12 +378,12 @@ def test_help_lists_tasks_and_choices(command: str) -> None:
     )
 
 
-def test_a_decoder_without_keys_and_values_is_named(tmp_path: Path) -> None:
-    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=101, state_size=4)
-    MambaForCausalLM(config).save_pretrained(tmp_path / "base")
+def test_a_decoder_without_a_cache_is_named(tmp_path: Path) -> None:
+    config = OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=101, n_positions=64)
+    OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "base")
     result = CliRunner().invoke(app, ["export", "--model", str(tmp_path / "base"), "--output", str(tmp_path / "onnx")])
     assert isinstance(result.exception, TraceError)
-    assert "MambaForCausalLM keeps no cache of keys and values" in str(result.exception)
+    assert "OpenAIGPTLMHeadModel" in str(result.exception)
     assert "take task='text-generation' for an export without a cache" in str(result.exception)
     assert not (tmp_path / "onnx").exists()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -32,33 +32,40 @@ def watch_first_step(owner: HasAdapters, name: str) -> None:
         owner: What owns the adapter; it is not kept alive.
         name: The adapter.
     """
-    hook = _Watch(name)
-    handle = register_optimizer_step_pre_hook(hook)
-    hook.find = weakref.ref(owner, lambda _: handle.remove())
-    hook.stop = handle.remove
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+    _watches.add(_Watch(owner, name))
 
 
 class _Watch:
-    """Called before every step until the first one of an adapter."""
+    """An adapter that no optimizer has trained yet."""
 
-    find: Callable[[], Any]
-    stop: Callable[[], None]
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, owner: HasAdapters, name: str) -> None:
         self.name = name
+        self._owner = weakref.ref(owner, lambda _: _watches.discard(self))
 
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        owner = self.find()
+    def is_over(self, optimizer: Optimizer) -> bool:
+        """Whether the adapter is gone, or this is its first step, of which the user is told."""
+        owner = self._owner()
         adapter = None if owner is None else owner.adapters.get(self.name)
         if adapter is None:
-            self.stop()
-            return
+            return True
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if any(id(parameter) in trained for parameter in adapter.parameters()):
-            self.stop()
+        is_first = any(id(parameter) in trained for parameter in adapter.parameters())
+        if is_first:
             _warn_of_idle(adapter)
+        return is_first
+
+
+_watches: set[_Watch] = set()
+_hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if _watches and not torch.compiler.is_compiling():
+        for watch in list(_watches):
+            if watch.is_over(optimizer):
+                _watches.discard(watch)
 
 
 def _warn_of_idle(adapter: ModelAdapter) -> None:

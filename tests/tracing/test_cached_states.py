@@ -53,6 +53,18 @@ def test_a_state_holds_the_inputs_that_are_read_again() -> None:
     assert [slot.place for slot in cached_slots(traced().example_inputs)] == list(slots)
 
 
+def test_a_recurrent_state_of_the_shape_of_a_convolutions_is_kept_whole() -> None:
+    model = tiny_decoder("MambaForCausalLM", state_size=4, conv_kernel=4)
+    slots = {slot.place: tuple(t.shape) for slot, t in tensors_of(cached_inputs(model)[PAST]).items()}
+    assert slots["0.conv"] == (2, slots["0.recurrent"][1], 3)
+    assert slots["0.recurrent"][2] == 4
+    graph = trace(model, task="text-generation-with-past")
+    ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(1))
+    cache = run(graph, input_ids=ids[:, :5])[PAST]
+    step = run(graph, input_ids=ids[:, 5:], **{PAST: cache})
+    assert relative_error(step.logits, run(model, input_ids=ids).logits[:, 5:]) < 1e-5
+
+
 @pytest.mark.parametrize(("batch", "past", "length"), [(1, 0, 1), (1, 9, 1), (3, 0, 6), (2, 5, 4), (4, 7, 1)])
 def test_steps_of_every_size_equal_the_eager_model(batch: int, past: int, length: int) -> None:
     inputs = cached_inputs(source(), batch=batch, past=past, length=length)

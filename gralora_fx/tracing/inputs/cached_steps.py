@@ -30,7 +30,7 @@ from gralora_fx.tracing.inputs.cache import (
     tensors_of,
     with_tensors,
 )
-from gralora_fx.tracing.inputs.cache_slots import by_own_names
+from gralora_fx.tracing.inputs.cache_slots import KINDS, by_own_names
 from gralora_fx.tracing.inputs.refused_steps import check_has_step
 
 if TYPE_CHECKING:  # imports much that serving does not need
@@ -113,7 +113,8 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
     if not tensors:
         raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
-    longer = {slot: t[..., 1:] for slot, t in tensors.items() if _has_unread_input(model, t, widths)}
+    states = {slot: tensor for slot, tensor in tensors.items() if slot.kind is KINDS["conv"]}
+    longer = {slot: state[..., 1:] for slot, state in states.items() if _has_unread_input(model, state, widths)}
     return with_tensors(cache, {**tensors, **longer}) if longer else cache
 
 
@@ -133,7 +134,7 @@ def _noted_widths() -> Iterator[set[int]]:
 
 
 def _has_unread_input(model: nn.Module, state: Tensor, widths: Collection[int]) -> bool:
-    """Whether a cached tensor holds as many inputs of a convolution as its kernel: the first is never read again."""
+    """Whether a convolution's state holds as many inputs as its kernel: the first is never read again."""
     if state.ndim != 3 or state.shape[2] not in widths:
         return False
     convolutions = (part for part in model.modules() if isinstance(part, nn.Conv1d) and part.dilation == (1,))
