@@ -222,7 +222,9 @@ def test_an_answer_that_cannot_go_on_is_an_error_of_its_request(
     events = [line.removeprefix("data: ") for line in found.text.splitlines() if line and "[DONE]" not in line]
     error = json.loads(events[-1])["error"]
     assert (error["code"], error["type"]) == (400, "invalid_request_error")
-    assert error["message"].startswith("no token can go on with the grammar of the answer (lexer error: too many")
+    assert error["message"].startswith(
+        "guided_regex: no token can go on with the grammar of the answer (lexer error: too many"
+    )
     assert "choosing a token failed: no token" in caplog.text
     assert "Traceback" not in caplog.text
 
