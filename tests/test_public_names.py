@@ -105,6 +105,7 @@ def test_fields() -> None:
         "alpha_pattern",
         "gralora_k_pattern",
         "base_quantization",
+        "target_parameters",
     ]
 
 

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gralora_fx.compat.transformers_models import grouped_product
 from gralora_fx.operators.call import Call, V, operator
-from gralora_fx.operators.expert_gate import ExpertGate
+from gralora_fx.operators.expert_gate import HALVES, NO_GATE, ExpertGate
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda x: nn.functional.relu(x).square(),
+    "identity": lambda x: x,
+}
+
+
+def gated(gate: ExpertGate, x: Tensor) -> Tensor:
+    """The second product's input, `[..., width]`, of the first one's output.
+
+    Args:
+        gate: What is computed.
+        x: `[..., outputs]`.
+    """
+    if gate.layout == NO_GATE:
+        return _activated(gate, x)
+    part, linear = x.chunk(2, dim=-1) if gate.layout == HALVES else (x[..., ::2], x[..., 1::2])
+    if gate.limit:
+        part, linear = part.clamp(max=gate.limit), linear.clamp(-gate.limit, gate.limit)
+    return _activated(gate, part) * (linear + gate.offset if gate.offset else linear)
+
+
+def _activated(gate: ExpertGate, x: Tensor) -> Tensor:
+    if gate.activation == "silu" and gate.alpha != 1:
+        return x * torch.sigmoid(x * gate.alpha)
+    return ACTIVATIONS[gate.activation](x)
 
 
 @operator("experts")
@@ -57,7 +89,7 @@ class Experts(Call[V]):
         experts, order = torch.sort(chosen, stable=True)
         ends = torch.searchsorted(experts, torch.arange(self.up.shape[0], device=experts.device), right=True)
         x = self.hidden[order // self.index.shape[1]]
-        inner = self.gate(self._product(x, self.up, self.up_bias, experts, ends))
+        inner = gated(self.gate, self._product(x, self.up, self.up_bias, experts, ends))
         outer = self._product(inner, self.down, self.down_bias, experts, ends)
         outer = outer[torch.argsort(order)].reshape(*self.index.shape, -1)
         return (outer * self.weights.unsqueeze(-1)).sum(1).to(self.hidden.dtype)
