@@ -225,7 +225,7 @@ def test_an_answer_that_cannot_go_on_is_an_error_of_its_request(
     assert error["message"].startswith(
         "guided_regex: no token can go on with the grammar of the answer (lexer error: too many"
     )
-    assert "choosing a token failed: no token" in caplog.text
+    assert "choosing a token failed: guided_regex: no token" in caplog.text
     assert "Traceback" not in caplog.text
 
 
