@@ -17,12 +17,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
-from benchmarks.streaming import GIB, peak_memory
+from benchmarks.streaming import GIB, peak_memory, write_shards
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
@@ -105,8 +104,8 @@ def _write(directory: Path) -> int:
     directory.mkdir()
     config.save_pretrained(directory)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in MixtralForCausalLM(config).named_parameters()}
-    generator, count, places = torch.Generator().manual_seed(0), 0, {}
+        shapes = {name: tuple(p.shape) for name, p in MixtralForCausalLM(config).named_parameters()}
+    groups = []
     for name, shape in shapes.items():
         parts = {name: shape}
         layer, experts, kind = name.partition(".mlp.experts.")
@@ -117,15 +116,8 @@ def _write(directory: Path) -> int:
                 for index in range(shape[0])
                 for part in kinds
             }
-        parts = {key.replace(".mlp.gate.", ".block_sparse_moe.gate."): size for key, size in parts.items()}
-        tensors = {key: (torch.randn(size, generator=generator) * 0.02).bfloat16() for key, size in parts.items()}
-        file = f"{len(set(places.values())):05}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-        count += sum(tensor.numel() for tensor in tensors.values())
-    index = {"metadata": {"total_size": 2 * count}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return count
+        groups.append({key.replace(".mlp.gate.", ".block_sparse_moe.gate."): size for key, size in parts.items()})
+    return write_shards(directory, groups)
 
 
 def _model(sizes: dict[str, int]) -> PreTrainedModel:

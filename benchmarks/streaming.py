@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,13 +159,25 @@ def write_model(directory: Path, kind: Kind) -> int:
     config = kind.config()
     directory.mkdir(parents=True)
     config.save_pretrained(directory)
-    generator = torch.Generator().manual_seed(0)
-    places: dict[str, str] = {}
-    count = 0
     groups: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in kind.shapes().items():
         groups.setdefault(next((part for part in key.split(".") if part.isdigit()), "ends"), {})[key] = shape
-    for number, shapes in enumerate(groups.values()):
+    return write_shards(directory, groups.values())
+
+
+def write_shards(directory: Path, groups: Iterable[Mapping[str, tuple[int, ...]]]) -> int:
+    """Write random bfloat16 tensors and their index as transformers saves a model.
+
+    Args:
+        directory: The model's directory.
+        groups: The shapes of the tensors of each file, by key.
+
+    Returns:
+        The number of values.
+    """
+    generator, count = torch.Generator().manual_seed(0), 0
+    places: dict[str, str] = {}
+    for number, shapes in enumerate(groups):
         name = f"model-{number:05}.safetensors"
         tensors = {key: _values(shape, generator) for key, shape in shapes.items()}
         save_file(tensors, directory / name, metadata={"format": "pt"})

@@ -48,8 +48,8 @@ from gralora_fx.exporters.verification.fresh_inputs import decoder_inputs, rando
 from gralora_fx.exporters.verification.greedy_tokens import compare_decoder
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
-from gralora_fx.tracing.inputs.cache import CacheLayout, cached_slots
-from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, CacheSlot
+from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cached_slots
+from gralora_fx.tracing.inputs.cache_slots import CacheSlot
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -120,9 +120,8 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
         (
             *marking_passes(conversion),  # first: weights have their own names
             fold_transposes,
-            FuseAttention(
-                tables, has_attention=any(slot.kind.grows for slot in slots)
-            ),  # absorbs the rotary embeddings before it where it can
+            # absorbs the rotary embeddings before it where it can
+            FuseAttention(tables, has_attention=any(slot.kind.grows for slot in slots)),
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             lower_state_operators,
@@ -177,7 +176,7 @@ class NameCache:
         Raises:
             ExportError: The graph does not take or give these tensors.
         """
-        pasts = [value for value in model.graph.inputs if str(value.name).startswith(PAST_PREFIX.rstrip("."))]
+        pasts = [value for value in model.graph.inputs if str(value.name).startswith(PAST)]
         logits, *presents = model.graph.outputs
         if not len(pasts) == len(presents) == len(self.slots):
             counts = f"{len(pasts)} cached tensors and returns {len(presents)}"

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, attributes_of
 from gralora_fx.exporters.onnx_passes.quantized_products import columns_of, factors_of
 from gralora_fx.sources.rewriting import StoredBytes
 
@@ -232,7 +232,7 @@ def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> It
 
 def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _Product | None:
     """How a node multiplies by a matrix; None if it does something else with it."""
-    flags = {name: attribute.value for name, attribute in node.attributes.items()}
+    flags = attributes_of(node)
     is_float = value.const_value is not None and value.const_value.dtype in _FLOATS
     if index != 1:
         return None

@@ -19,11 +19,11 @@ from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
-from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, StateKind
+from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.cache_slots import StateKind
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_PAST = PAST_PREFIX.removesuffix(".")
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
 _LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another tensor
@@ -128,7 +128,7 @@ class _GraphCast:
 
     def run(self) -> fx.GraphModule:
         """The graph in the other precision."""
-        pasts = [node for node in self.graph.find_nodes(op="placeholder") if str(node.target).startswith(_PAST)]
+        pasts = [node for node in self.graph.find_nodes(op="placeholder") if str(node.target).startswith(PAST)]
         summed = {node for node, kind in zip(pasts, self.cache, strict=False) if kind.is_float32}
         for node in list(self.graph.nodes):
             if node.op == "placeholder":

@@ -119,6 +119,20 @@ def replace_value(new: ir.Value, old: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """The values of a node's attributes, by name."""
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def swaps_last_axes(node: ir.Node) -> bool:
+    """Whether a node gives its input with the last two axes in the other order, and the others as they are."""
+    if node.op_type != "Transpose" or "perm" not in node.attributes:
+        return False
+    axes = list(node.attributes["perm"].as_ints())
+    rank = len(axes)
+    return rank > 1 and axes == [*range(rank - 2), rank - 1, rank - 2]
+
+
 def const_ints(value: ir.Value | None) -> list[int] | None:
     """The integers of a small constant vector, or None for anything else."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
@@ -162,7 +176,7 @@ def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value)
     for _, _, output in (then, otherwise):
         output.shape, output.type = like.shape, like.type
     branches = {
-        key: _named_graph([], [output], nodes, name)
+        key: named_graph([], [output], nodes, name)
         for key, (name, nodes, output) in (("then_branch", then), ("else_branch", otherwise))
     }
     node = ir.node("If", [condition], attributes=branches)
@@ -170,10 +184,17 @@ def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value)
     return node
 
 
-def _named_graph(
+def named_graph(
     inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node], name: str
 ) -> ir.Graph:
-    """A graph within a node; its values have names that none outside it has."""
+    """A graph within a node; its values have names that none outside it has.
+
+    Args:
+        inputs: Its inputs.
+        outputs: Its outputs.
+        nodes: Its nodes, in order.
+        name: Its name, with which the names of its values begin.
+    """
     for index, node in enumerate(nodes):
         node.name = f"{name}.{index}"
         for place, value in enumerate(node.outputs):
@@ -204,7 +225,7 @@ def loop(
     longer = inner("SequenceInsert", inputs[2], part(inner, inputs[0]))
     goes_on = inner("Identity", inputs[1])
     goes_on.type, goes_on.shape, longer.type = inputs[1].type, inputs[1].shape, kind
-    body = _named_graph(inputs, [goes_on, longer], inner.take(), name)
+    body = named_graph(inputs, [goes_on, longer], inner.take(), name)
     return build("Loop", count, build("Constant", value=ir.tensor(np.asarray(True))), empty, body=body)
 
 

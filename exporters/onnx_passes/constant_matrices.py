@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.builder import Builder, attributes_of, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.pack_qkv import concat_initializers
 from gralora_fx.exporters.onnx_passes.quantized_products import columns_of
 from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES, FOLDED_TRANSPOSES, OWN_WEIGHTS
@@ -177,7 +177,7 @@ def _constant(value: ir.Value) -> ir.TensorProtocol | None:
 
 def _is_scaled(node: ir.Node) -> bool:
     """Whether a `Gemm` does more than to multiply and add."""
-    numbers = {name: attribute.value for name, attribute in node.attributes.items()}
+    numbers = attributes_of(node)
     return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0
 
 

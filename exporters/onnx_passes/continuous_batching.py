@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.errors import listed
-from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, replace_value
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, attributes_of, replace_value
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
@@ -29,11 +29,11 @@ from gralora_fx.exporters.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATT
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX
 
 GQA = "GroupQueryAttention"
 # positions of its inputs
 _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
-_PAST = "past_key_values."
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
 # a concatenation is of a convolution's state and inputs, and a reshape of a state whose values are single numbers
 _READS_CACHE = {GQA, "Concat", "Reshape", *STATE_OPERATORS}
@@ -90,7 +90,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     for node in states:
         row_states.rewrite(node)
     for value in graph.outputs[1:]:
-        past_value = inputs[str(value.name).replace("present.", _PAST)]
+        past_value = inputs[str(value.name).replace(PRESENT_PREFIX, PAST_PREFIX)]
         value.shape = past_value.shape
     remove_unused_nodes(model)
     _check_readers(inputs)
@@ -108,8 +108,7 @@ def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
             new_inputs[index] = tokens.to_rows(before, value)
     new_inputs[_LENGTHS], new_inputs[_TOTAL], new_inputs[_BIAS] = tokens.cached, tokens.total, None
     new_inputs[_QUERY_LENGTHS] = tokens.query
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    new = before.node(GQA, new_inputs, domain=node.domain, num_outputs=3, **attributes)
+    new = before.node(GQA, new_inputs, domain=node.domain, num_outputs=3, **attributes_of(node))
     new.metadata_props.update(node.metadata_props)
     output = tokens.of_rows(before, new.outputs[0])
     old_shape = node.outputs[0].shape
@@ -125,7 +124,7 @@ def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
     """Let nodes that take the number of rows from a mask or a cache take it from the tokens, which are one row."""
     for name, value in inputs.items():
         for usage in list(value.uses()) if name != "input_ids" else ():
-            limits = {key: attribute.value for key, attribute in usage.node.attributes.items()}
+            limits = attributes_of(usage.node)
             if usage.node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1):
                 usage.node.replace_input_with(0, ids)
 
@@ -139,7 +138,8 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
         f"{batch}*{length}": tokens,
         f"{length}*{batch}": tokens,
     }
-    states = {value for value in graph.inputs if str(value.name).startswith(_PAST)}  # and what is one of each row too
+    # those of the cache, and what is one of each row too
+    states = {value for value in graph.inputs if str(value.name).startswith(PAST_PREFIX)}
     for node in graph:
         if node.op_type in STATE_OPERATORS:
             states.add(node.outputs[1])
@@ -156,7 +156,7 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
 
 def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
     known = ("input_ids", "attention_mask", "position_ids")
-    others = [name for name in inputs if name not in known and not name.startswith(_PAST)]
+    others = [name for name in inputs if name not in known and not name.startswith(PAST_PREFIX)]
     if others or "input_ids" not in inputs:
         what = f"also takes {listed(others)}" if others else "takes no input_ids"
         raise RowsError(f"rows of their own lengths are for a decoder of input_ids alone, and this one {what}")
@@ -196,7 +196,7 @@ def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
     problems = []
     for name, value in inputs.items():
         for usage in value.uses():
-            is_cache = name.startswith(_PAST) and usage.node.op_type in _READS_CACHE
+            is_cache = name.startswith(PAST_PREFIX) and usage.node.op_type in _READS_CACHE
             if not is_cache and name != "input_ids":
                 problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
     if problems:

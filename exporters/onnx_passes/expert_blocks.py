@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.expert_rows import MOE
 from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
@@ -73,7 +73,7 @@ def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.
     operands = [*node.inputs[:2], up, up_scales, up_bias, down, down_scales, down_bias]
     if up_zeros:
         operands += [None, None, None, *up_zeros, *down_zeros]
-    attributes: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes = attributes_of(node)
     attributes |= {"expert_weight_bits": form.bits, "block_size": form.block_size, "weights_prepacked": 0}
     if form.accuracy_level:
         attributes["accuracy_level"] = form.accuracy_level

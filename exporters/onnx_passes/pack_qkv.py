@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_initializer, const_ints, static_dim
+from gralora_fx.exporters.onnx_passes.builder import (
+    MICROSOFT,
+    Builder,
+    add_initializer,
+    attributes_of,
+    const_ints,
+    static_dim,
+)
 from gralora_fx.exporters.onnx_passes.rotary import RotaryTables, rotated
 from gralora_fx.exporters.onnx_passes.site_marks import mark_concat
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
@@ -53,17 +60,13 @@ def _unswapped(build: Builder, tensor: ir.Value | None) -> ir.Value | None:
     before = _unswapped(build, node.inputs[0])
     if before is None:
         return None
-    result = build.node(node.op_type, [before, *node.inputs[1:]], domain=node.domain, **_attributes(node)).outputs[0]
+    result = build.node(node.op_type, [before, *node.inputs[1:]], domain=node.domain, **attributes_of(node)).outputs[0]
     result.shape, result.type = ir.Shape([tensor.shape[axis] for axis in SWAP]), tensor.type
     return result
 
 
 def _slices_last_axis(node: ir.Node) -> bool:
     return node.op_type == "Slice" and len(node.inputs) > 3 and const_ints(node.inputs[3]) in ([3], [-1])
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def pack_qkv(

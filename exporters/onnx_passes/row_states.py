@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim, replace_value
+from gralora_fx.exporters.onnx_passes.builder import (
+    MICROSOFT,
+    Builder,
+    attributes_of,
+    fixed_dim,
+    replace_value,
+    swaps_last_axes,
+)
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError, RowTokens, longest_row
 from gralora_fx.exporters.translation.names import layer_of
 
@@ -58,7 +65,7 @@ class RowStates:
         channels, kept = fixed_dim(state, 1), fixed_dim(state, 2)
         x = build("Transpose", rows.to_rows(build, _transposed(build, x)), perm=_CHANNELS_LAST)
         operands = [x, weight, bias, state]
-        fused = build.node("CausalConvWithState", operands, domain=MICROSOFT, num_outputs=2, **_attributes(node))
+        fused = build.node("CausalConvWithState", operands, domain=MICROSOFT, num_outputs=2, **attributes_of(node))
         y = rows.of_rows(build, build("Transpose", fused.outputs[0], perm=_CHANNELS_LAST))
         replace_value(build("Transpose", y, perm=_CHANNELS_LAST), node.outputs[0])
         if ("last", channels, kept) not in self._shared:
@@ -84,7 +91,7 @@ class RowStates:
                 by_row.type = operand.type
             taken.append(by_row)
         operands = [*taken[:3], state, *taken[3:]]
-        fused = build.node("LinearAttention", operands, domain=MICROSOFT, num_outputs=2, **_attributes(node))
+        fused = build.node("LinearAttention", operands, domain=MICROSOFT, num_outputs=2, **attributes_of(node))
         replace_value(rows.of_rows(build, fused.outputs[0]), node.outputs[0])
         replace_value(fused.outputs[1], node.outputs[1])
 
@@ -136,12 +143,5 @@ def _last_inputs(build: Builder, query: ir.Value, channels: int, kept: int) -> i
 def _transposed(build: Builder, x: ir.Value) -> ir.Value:
     """`[1, tokens, channels]` of `[1, channels, tokens]`: what it was transposed of, if that is known."""
     producer = x.producer()
-    if producer is not None and producer.op_type == "Transpose":
-        perm = producer.attributes["perm"].as_ints() if "perm" in producer.attributes else None
-        if perm is not None and list(perm) == _CHANNELS_LAST and producer.inputs[0] is not None:
-            return producer.inputs[0]
-    return build("Transpose", x, perm=_CHANNELS_LAST)
-
-
-def _attributes(node: ir.Node) -> dict[str, object]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}
+    source = producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
+    return build("Transpose", x, perm=_CHANNELS_LAST) if source is None else source

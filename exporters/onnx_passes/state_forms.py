@@ -9,7 +9,14 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.builder import (
+    MICROSOFT,
+    Builder,
+    named_graph,
+    replace_value,
+    static_dim,
+    swaps_last_axes,
+)
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.graph.pipeline import PassResult, Skip
 
@@ -55,7 +62,7 @@ def _convolve(build: Builder, node: ir.Node) -> bool:
     channels, width = static_dim(weight, 0), static_dim(weight, 2)
     if source is None or state is None or weight is None or not channels or channels % _BLOCK or not width:
         return False
-    if node.outputs[0].is_graph_output() or not readers or not all(map(_is_transpose, readers)):
+    if node.outputs[0].is_graph_output() or not readers or not all(map(swaps_last_axes, readers)):
         return False
     kept = build.ints(2)
     joined = build("Concat", build("Transpose", state, perm=_CHANNELS_LAST), source, axis=1)
@@ -75,11 +82,7 @@ def _convolve(build: Builder, node: ir.Node) -> bool:
 def _transposed(value: ir.Value) -> ir.Value | None:
     """What a value is with its last two axes in the other order."""
     producer = value.producer()
-    return producer.inputs[0] if producer is not None and _is_transpose(producer) else None
-
-
-def _is_transpose(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == _CHANNELS_LAST
+    return producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
 
 
 def _scan(build: Builder, node: ir.Node) -> bool:
@@ -108,11 +111,9 @@ def _scan(build: Builder, node: ir.Node) -> bool:
     scale = node.attributes["scale"].as_float()
     y = y if scale == 1.0 else inner("Mul", y, inner.tensor(scale, dtype))
     y = inner("Reshape", y, inner.ints(0, heads))
-    for number, part in enumerate(inner.nodes):
-        part.outputs[0].name = f"scan.{number}"
     for output in (after, y):
         output.type = ir.TensorType(dtype)
-    body = ir.Graph([carried, *parts.values()], [after, y], nodes=inner.take(), name="scan")
+    body = named_graph([carried, *parts.values()], [after, y], inner.take(), "scan")
     loop = build.node(
         "Scan",
         [build("Reshape", state, build.ints(*apart)), query, key, value, decay],

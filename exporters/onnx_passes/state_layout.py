@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from gralora_fx.exporters.onnx_passes.builder import swaps_last_axes
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import TRANSPOSED_STATES
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, past_slots
@@ -47,7 +48,7 @@ def _after(value: ir.Value) -> ir.Value | None:
     node = uses[0].node
     if _keeps_shape(node):
         return _after(node.outputs[0])
-    return node.outputs[0] if _swaps(node) else None
+    return node.outputs[0] if swaps_last_axes(node) else None
 
 
 def _before(value: ir.Value) -> ir.Value | None:
@@ -57,7 +58,7 @@ def _before(value: ir.Value) -> ir.Value | None:
         return None
     if _keeps_shape(node):
         return _before(node.inputs[0])
-    return node.inputs[0] if _swaps(node) else None
+    return node.inputs[0] if swaps_last_axes(node) else None
 
 
 def _keeps_shape(node: ir.Node) -> bool:
@@ -67,9 +68,3 @@ def _keeps_shape(node: ir.Node) -> bool:
         return False
     one, other = (tuple(shape)[1:] for shape in shapes)
     return one == other and all(isinstance(size, int) for size in one)
-
-
-def _swaps(node: ir.Node) -> bool:
-    axes = node.attributes["perm"].as_ints() if node.op_type == "Transpose" and "perm" in node.attributes else ()
-    rank = len(axes)
-    return rank > 1 and list(axes) == [*range(rank - 2), rank - 1, rank - 2]

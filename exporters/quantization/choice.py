@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import fx
 
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.conversion import Conversion
@@ -24,7 +25,6 @@ from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.sites import LinearSite, other_readers
 from gralora_fx.sources.lazy_tensors import values_of
-from gralora_fx.tracing.traced_model import TracedModel
 
 _ROWS = 1024  # output features of a matrix whose errors stand for all
 # Values of a wide block. By 8-bit blocks of 128 ONNX Runtime multiplies one row with other last digits than several, so
@@ -89,11 +89,10 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
     tied = other_readers(traced.graph_module, sites)
     has_wide = conversion.options.block_size is None
+    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
+    forms = {site.path: _forms(plan.default, site, bool(tied[site.path]), has_wide) for site in sites}
     candidates = [
-        _candidate(
-            traced, site, names[site.path], _forms(plan.default, site, bool(tied[site.path]), has_wide), run.measured
-        )
-        for site in sites
+        _candidate(nodes[site.calls[0]], site, names[site.path], forms[site.path], run.measured) for site in sites
     ]
     own, gains = _within(_comparable(candidates), conversion.options.mean_bits)
     chosen_by = run.inputs
@@ -183,14 +182,13 @@ def _forms(form: Blocks, site: LinearSite, is_table: bool, has_wide: bool) -> tu
 
 
 def _candidate(
-    traced: TracedModel,
+    node: fx.Node,
     site: LinearSite,
     names: tuple[str, ...],
     forms: tuple[Blocks, Blocks, Blocks],
     measured: Sensitivities | None,
 ) -> _Candidate:
-    """What a layer's weight loses in several formats."""
-    node = next(node for node in traced.graph_module.graph.nodes if node.name == site.calls[0])
+    """What a layer's weight loses in several formats; the node is a call of the layer."""
     source = next((call.input.name for call in calls_at(node, site.path)), site.path)
     weight = values_of(site.weight, names[0]).detach().float()
     matrix = weight.t() if site.kind == "conv1d" else weight  # [out, in]

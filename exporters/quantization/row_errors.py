@@ -154,9 +154,7 @@ def plan_rows(
     least = sum(float(one.errors[one.finest, 1]) for one in inputs) / max(1, sum(one.values for one in inputs))
     for one, (_, read) in zip(inputs, groups, strict=True):
         best = one.best
-        if (
-            one.saved > _MORE * least * one.multiplied and not one.is_vector
-        ):  # both parts are joined along the first axis
+        if one.saved > _MORE * least * one.multiplied and not one.is_vector:  # both parts are joined along the rows
             by_matrix |= dict.fromkeys(one.names, Columns(16))
             gains |= dict.fromkeys(one.names, one.saved)
             best = one.finest

@@ -78,9 +78,9 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
 
     def counted(name: str, value: Tensor) -> Tensor:
         slot = slot_of(name)
-        if slot is not None and slot.kind.grows is None:
-            return value
-        if slot is not None and slot.kind.grows is not None:
+        if slot is not None:
+            if slot.kind.grows is None:
+                return value
             by_position = value.movedim(slot.kind.grows, 1)
             return by_position[mask.bool()] if ".encoder." in name or not has_encoder else value
         if has_cache and not has_encoder:

@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gralora_fx.exporters.folding.expert_weights import expert_weights
-from gralora_fx.exporters.folding.initializers import ProductWeight
+from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, Storage
 from gralora_fx.exporters.folding.requantize import stored_values
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.expert_blocks import MATRICES, OF_BLOCKS, QMOE
 from gralora_fx.exporters.onnx_passes.expert_rows import MOE, arranged, as_modelled
@@ -76,7 +75,7 @@ def experts_in_floats(model: ir.Model) -> None:
         for at, _ in MATRICES[QMOE]:
             name, weight = weights[str(getattr(inputs[at], "name", None))]
             operands += [_floats(model.graph, name, weight), inputs[at + 2]]
-        attributes = {name: attribute.value for name, attribute in node.attributes.items() if name not in OF_BLOCKS}
+        attributes = {name: value for name, value in attributes_of(node).items() if name not in OF_BLOCKS}
         new = ir.node(MOE, operands, attributes, domain=MICROSOFT, version=1)
         replace_value(new.outputs[0], node.outputs[0])
         graph.insert_before(node, new)
@@ -100,3 +99,39 @@ def _floats(graph: ir.Graph, name: str, weight: ProductWeight) -> ir.Value:
     shape = ir.Shape([experts, outputs, weight.in_features])
     made = derived([tensor], "floats of experts", lambda: StackedTensor(name, dtype, shape, entries))
     return graph.initializers.get(name) or add_initializer(graph, made)
+
+
+def expert_weights(graph: ir.Graph) -> dict[str, ProductWeight]:
+    """The matrices of the experts of a graph, by the names of the parameters that they were.
+
+    A stack `[experts, out, in]` is a weight of `experts * out` output features, rows in the order in which the operator
+    reads them (see `arranged` and `as_modelled`).
+
+    Args:
+        graph: A model's graph; weights are not read.
+    """
+    weights: dict[str, ProductWeight] = {}
+    for node in graph.all_nodes():
+        if node.domain == MICROSOFT and node.op_type in MATRICES:
+            for place in MATRICES[node.op_type]:
+                weight = _weight(node, *place)
+                if weight is not None:
+                    weights.setdefault(weight.name.removesuffix(f"_Q{weight.bits}"), weight)
+    return weights
+
+
+def _weight(node: ir.Node, at: int, zeros: int) -> ProductWeight | None:
+    inputs = [*node.inputs, *[None] * (zeros + 1 - len(node.inputs))]
+    value, scales, zero_points = inputs[at], None, None
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    experts, outputs, width = (int(size) for size in value.const_value.shape.numpy())
+    bits = block_size = 0
+    if node.op_type == QMOE:
+        bits, block_size = (node.attributes[name].as_int() for name in ("expert_weight_bits", "block_size"))
+        width, scales, zero_points = width * 8 // bits, inputs[at + 1], inputs[zeros]
+    storage: Storage = "float" if node.op_type == MOE else "blocks"
+    readers = (Reader(node, at),)
+    return ProductWeight(
+        value, storage, False, width, experts * outputs, readers, (), scales, zero_points, block_size, bits
+    )

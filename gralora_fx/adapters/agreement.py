@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from gralora_fx.adapters.parameter_keys import names_parameter
+from gralora_fx.adapters.parameter_keys import is_named, names_parameter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import SAVED_MODULE, match, pattern_key, within
 from gralora_fx.errors import CheckpointError, bulleted, listed, shown, warn_caller
@@ -108,7 +108,7 @@ def disagreements(
     problems = [
         f"target_parameters names {shown(name)}, and no parameter of that name has tensors"
         for name in config.target_parameters or ()
-        if sites and not any(ends_with(path, name) or ends_with(f"{path}.weight", name) for path in sites)
+        if sites and not any(is_named(path, name) for path in sites)
     ]
     sites = [path for path in sites if not names_parameter(config, path)]
     if rule is None or not sites:

@@ -38,7 +38,12 @@ def parameter_keys(names: Iterable[str], *, nests: bool) -> dict[str, str]:
 
 def names_parameter(config: AdapterConfig, path: str) -> bool:
     """Whether `target_parameters` names a parameter, or the weight of a layer, at a path."""
-    return any(ends_with(path, name) or ends_with(f"{path}.{_WEIGHT}", name) for name in config.target_parameters or ())
+    return any(is_named(path, name) for name in config.target_parameters or ())
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a name of `target_parameters` is that of a parameter at a path, or of the weight of a layer there."""
+    return ends_with(path, name) or ends_with(f"{path}.{_WEIGHT}", name)
 
 
 def parameters_in(paths: Iterable[str], config: AdapterConfig) -> dict[str, list[str]]:

@@ -66,8 +66,9 @@ class RowsDecoder(Decoder):
         inputs = {value.name for value in session.get_inputs()}
         self._is_opened = ATTENTION_SEQLENS in inputs
         problem = None if self._is_opened else "the graph of its rows gives logits after the last token of each alone"
-        self._states = [slot.past for slot in past_slots(session.get_inputs()) if slot.kind.grows is None]
-        self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in past_slots(session.get_inputs()))
+        slots = past_slots(session.get_inputs())
+        self._states = [slot.past for slot in slots if slot.kind.grows is None]
+        self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in slots)
         if self._states:
             self.unshared = f"{_STATES}, which do not tell what they were after fewer tokens"
             problem = f"{_STATES}, which cannot be set back"

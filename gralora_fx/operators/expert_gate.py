@@ -11,7 +11,8 @@ NO_GATE, HALVES, INTERLEAVED = "none", "halves", "interleaved"  # how the output
 class ExpertGate:
     """What an expert computes between its two products: of a gate `g` and a linear part `l`, or of `g` alone.
 
-    `act(min(g, limit)) * (clamp(l, -limit, limit) + offset)`, where `silu` is `g * sigmoid(alpha * g)`.
+    `act(min(g, limit)) * (clamp(l, -limit, limit) + offset)`, where `silu` is `g * sigmoid(alpha * g)`. The fields are
+    arguments of the operator `experts`, of the same names.
 
     Attributes:
         activation: One of `operators.experts.ACTIVATIONS`.

@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from gralora_fx.operators.call import Call, V, operator
 
-_CHUNK, _CHUNK_PER_KEY, _CHUNK_OF_NUMBERS = (
-    64,
-    16,
-    32,
-)  # positions that are computed at once; a decay for each key takes memory for each
+# positions that are computed at once; a decay for each key takes memory for each
+_CHUNK, _CHUNK_PER_KEY, _CHUNK_OF_NUMBERS = 64, 16, 32
 
 
 @operator("linear_attention")

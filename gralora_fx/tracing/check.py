@@ -276,11 +276,8 @@ def _with_another_position(value: Any) -> Any:
 
 def _other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
-    count = 2 if limits_prompts_alone(model) else 1
-    yield (
-        f"one row and {('one position', 'two positions')[count - 1]}",
-        cached_inputs(model, batch=1, past=9, length=count),
-    )
+    count, words = (2, "two positions") if limits_prompts_alone(model) else (1, "one position")
+    yield f"one row and {words}", cached_inputs(model, batch=1, past=9, length=count)
     yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)
 
 

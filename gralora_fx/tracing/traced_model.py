@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +110,7 @@ class TracedModel:
         """The example inputs without the constants that are part of the graph."""
         return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
 
-    @property
+    @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:
         """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
         return parameter_sites(self.graph_module, self.tree, self.sites)

@@ -15,9 +15,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralE
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.folding.expert_weights import expert_weights
 from gralora_fx.exporters.onnx_passes.expert_products import moe_attributes
 from gralora_fx.exporters.onnx_passes.expert_rows import arranged, as_modelled
+from gralora_fx.exporters.verification.expert_references import expert_weights
 from gralora_fx.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.operators.experts import ACTIVATIONS, Experts
 from gralora_fx.runtime.session import open_session

@@ -65,11 +65,7 @@ def _compute(
         up_bias=(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         is_transposed=module.is_transposed,
-        activation=gate.activation,
-        layout=gate.layout,
-        alpha=gate.alpha,
-        offset=gate.offset,
-        limit=gate.limit,
+        **vars(gate),
     )
 
 

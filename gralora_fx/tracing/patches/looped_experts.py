@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -47,11 +48,7 @@ def _compute(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: T
         up_bias=None,
         down_bias=None,
         is_transposed=False,
-        activation=gate.activation,
-        layout=HALVES,
-        alpha=gate.alpha,
-        offset=0.0,
-        limit=0.0,
+        **vars(replace(gate, layout=HALVES)),
     )
 
 

@@ -17,9 +17,8 @@ from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv
 from gralora_fx.tracing.patches.cached_states import conv_read
 from gralora_fx.tracing.patches.recognised import Recognised
-from gralora_fx.tracing.patches.state_space_layers import shown
+from gralora_fx.tracing.patches.state_space_layers import SILU, shown
 
-_SILU = ("silu", "swish")
 _L2_EPS = 1e-6  # what transformers adds to a sum of squares
 
 
@@ -38,11 +37,11 @@ def _convolve(
         weight=weight.unsqueeze(1),
         bias=bias,
         state=None if read is None else read.kept,
-        silu=activation in _SILU,
+        silu=activation in SILU,
     )
     if read is not None:
         read.keep(state)
-    return y if activation is None or activation in _SILU else ACT2FN[activation](y)
+    return y if activation is None or activation in SILU else ACT2FN[activation](y)
 
 
 def _delta_rule(

@@ -17,7 +17,7 @@ from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
 from gralora_fx.tracing.patches.recognised import Recognised
 
-_SILU = ("silu", "swish")
+SILU = ("silu", "swish")  # its names in configurations
 
 
 def shown(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -44,7 +44,7 @@ def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
     before, read = _state(cache, module.layer_idx, "conv_states"), module.conv1d.kernel_size[0] - 1
     # a projection without a bias gives zeros at padding
     inputs = (x if module.in_proj.bias is None else shown(x, mask)).transpose(1, 2)
-    is_silu = module.activation in _SILU
+    is_silu = module.activation in SILU
     y, state = CausalConv.compute_with_state(
         x=inputs,
         weight=module.conv1d.weight,
@@ -202,12 +202,12 @@ def _gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
         weight=module.weight,
         gate=gate,
         eps=module.variance_epsilon,
-        silu=module.activation in _SILU,
+        silu=module.activation in SILU,
     )
 
 
 def _has_gate(norm: Any) -> bool:
-    return norm.activation in (*_SILU, "sigmoid")
+    return norm.activation in (*SILU, "sigmoid")
 
 
 _MIXERS = ("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "FalconMambaMixer", "HybridMambaLayer")
