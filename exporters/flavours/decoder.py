@@ -26,6 +26,7 @@ from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
+from gralora_fx.exporters.onnx_passes.prompt_clamps import lower_prompt_clamps
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
@@ -145,6 +146,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
         (
             *positions,
             LowerNorms(),
+            lower_prompt_clamps,
             fast_state_forms,
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,

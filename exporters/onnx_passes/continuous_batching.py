@@ -16,6 +16,7 @@ from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, attribu
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
+from gralora_fx.exporters.onnx_passes.prompt_clamps import clamp_rows
 from gralora_fx.exporters.onnx_passes.row_states import STATE_OPERATORS, RowStates, drop_padding_mask
 from gralora_fx.exporters.onnx_passes.row_tokens import (
     NUM_TOKENS,
@@ -86,6 +87,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     _count_one_row(inputs, tokens.ids)
     for node in layers:
         _by_rows(graph, node, tokens)
+    clamp_rows(model, tokens)
     row_states = RowStates(graph, tokens)
     for node in states:
         row_states.rewrite(node)

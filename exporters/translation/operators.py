@@ -19,7 +19,7 @@ from gralora_fx.operators.call import Call
 from gralora_fx.operators.experts import Experts
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.operators.linear_attention import LinearAttention
-from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
+from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 
 DOMAIN = "gralora"
 
@@ -117,6 +117,12 @@ class GatedRmsNormNode(DomainNode, GatedRmsNorm[ir.Value]):
     """`GatedRMSNorm`: as `gralora::gated_rms_norm`; `silu` is 0 or 1."""
 
     op_type = "GatedRMSNorm"
+
+
+class PromptClampNode(DomainNode, PromptClamp[ir.Value]):
+    """`PromptClamp`: as `gralora::prompt_clamp`."""
+
+    op_type = "PromptClamp"
 
 
 def _as_node(kind: type[DomainNode]) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from gralora_fx.errors import ServingError, first_line, shown
 Source = Mapping[str, NDArray[Any]]
 
 _ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
+LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
 _QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
 
 
@@ -35,6 +36,8 @@ class Decoder(ABC):
         rows: How many rows there are.
         chunk: The most tokens that a row may read in a step beside others.
         alone: The most tokens that a row may read in a step by itself, when nobody waits for it.
+        chosen: The most tokens of an answer to read in a step, which a grammar may force: one where a model computes
+            tokens of a prompt otherwise, which are those that it reads with others, and the first one.
         gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
         unshared: Why rows cannot share what they have read; empty if they can.
         draft_problem: Why rows cannot verify draft tokens: a step cannot give the logits after several tokens of a row,
@@ -50,6 +53,7 @@ class Decoder(ABC):
         *,
         gives_all: bool = False,
         draft_problem: str | None = "its rows run one after the other",
+        is_apart: bool = False,
     ) -> None:
         """Make room for rows.
 
@@ -58,9 +62,10 @@ class Decoder(ABC):
             size: How much room to make.
             gives_all: Whether a step gives the logits after each token.
             draft_problem: Why rows cannot verify draft tokens; None if they can.
+            is_apart: Whether a token that is read by itself counts as one of an answer (see `reads_tokens_apart`).
 
         Raises:
-            ServingError: The capacity is above the model's context.
+            ServingError: The capacity is above the model's context, or a prompt would be read as an answer is.
             PrefixCacheError: Rows cannot share what they read, and are to.
         """
         if size.prefix_cache is not None and self.unshared:
@@ -69,6 +74,12 @@ class Decoder(ABC):
         self.rows = size.rows
         self.chunk = min(size.chunk, self.limits.context)  # a row has room for no more
         self.alone = self.chunk if gives_all else min(max(size.chunk, _ALONE), self.limits.context)
+        self.chosen = 1 if is_apart else self.chunk
+        if is_apart and self.chunk < min(LEAST_CHUNK, self.limits.context):
+            raise ServingError(
+                f"chunk={size.chunk} would have a token of a prompt read by itself, which this model computes as one "
+                f"of an answer; give at least {LEAST_CHUNK}"
+            )
         self.gives_all, self.draft_problem = gives_all, draft_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
         self._shared: SharedRows | None = None  # of a decoder whose rows share what they read

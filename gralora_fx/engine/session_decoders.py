@@ -25,7 +25,7 @@ from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import QUIET_RUN
-from gralora_fx.runtime.session_views import adapter_dtype, as_past
+from gralora_fx.runtime.session_views import adapter_dtype, as_past, reads_tokens_apart
 from gralora_fx.tracing.inputs.cache_slots import KINDS, past_slots
 
 _MOST_PADDED = 64  # positions of padding that a recurrence computes rather than run the model once more
@@ -72,7 +72,8 @@ class RowsDecoder(Decoder):
         if self._states:
             self.unshared = f"{_STATES}, which do not tell what they were after fewer tokens"
             problem = f"{_STATES}, which cannot be set back"
-        super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem)
+        apart = reads_tokens_apart(session)
+        super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem, is_apart=apart)
         if self._states:
             self.alone = self.chunk  # the last bits of what a state sums up may depend on the pieces
         self._adapters = adapters
@@ -236,7 +237,7 @@ class SequentialDecoder(Decoder):
         Raises:
             ServingError: As of `Decoder`.
         """
-        super().__init__(limits, size, gives_all=gives_all(session))
+        super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))
         if not takes_buffers:
             self.alone = self.chunk  # as of rows with states
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers

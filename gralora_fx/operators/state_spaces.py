@@ -1,4 +1,4 @@
-"""What state space models have beside their recurrence: a causal convolution with a state, and a norm with a gate."""
+"""What state space models have beside their recurrence: a convolution with a state, a norm with a gate, limits."""
 
 from __future__ import annotations
 
@@ -75,5 +75,35 @@ class GatedRmsNorm(Call[V]):
         return (normed.to(wide) * activation(self.gate.to(wide))).to(self.x.dtype)
 
     def shape_only(self: GatedRmsNorm[Tensor]) -> Tensor:
+        """The shape."""
+        return torch.empty_like(self.x)
+
+
+@operator("prompt_clamp")
+class PromptClamp(Call[V]):
+    """`gralora::prompt_clamp`: numbers within limits where a row reads a prompt, as they are where it reads one token.
+
+    transformers limits the time steps of Mamba2's layers so: those of several tokens, and that of a single one with no
+    state before it.
+
+    Attributes:
+        x: `[batch, length, size]`.
+        state: `[batch, ...]`, what a recurrence has summed up of earlier tokens; zeros for none.
+        least: The lower limit.
+        largest: The upper limit.
+    """
+
+    x: V
+    state: V
+    least: float
+    largest: float
+
+    def result(self: PromptClamp[Tensor]) -> Tensor:
+        """The reference, in PyTorch's own operators."""
+        is_several = self.x.new_ones(self.x.shape[1]).sum() > 1  # no branch, so that the length may be any
+        is_prompt = is_several | (self.state == 0).flatten(1).all(1)
+        return torch.where(is_prompt[:, None, None], self.x.clamp(self.least, self.largest), self.x)
+
+    def shape_only(self: PromptClamp[Tensor]) -> Tensor:
         """The shape."""
         return torch.empty_like(self.x)

@@ -12,7 +12,7 @@ from onnxruntime import OrtValue
 
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.export_directory import FLAG, TRANSPOSED_STATES
+from gralora_fx.runtime.export_directory import FLAG, TOKENS_APART, TRANSPOSED_STATES
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX, past_slots
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -144,12 +144,26 @@ def transposed_states(session: Any) -> frozenset[str]:
     Args:
         session: A session, or a view of one.
     """
+    places = _metadata(session).get(TRANSPOSED_STATES, "").split()
+    return frozenset(prefix + place for place in places for prefix in (PAST, PRESENT))
+
+
+def reads_tokens_apart(session: Any) -> bool:
+    """Whether a model computes a token that it reads by itself, after others, otherwise than one of several.
+
+    Args:
+        session: A session, or a view of one.
+    """
+    return TOKENS_APART in _metadata(session)
+
+
+def _metadata(session: Any) -> Mapping[str, str]:
     while isinstance(session, SessionView):
         session = session.session
     if isinstance(session, EncoderDecoderSession):
-        return frozenset()
-    places = session.get_modelmeta().custom_metadata_map.get(TRANSPOSED_STATES, "").split()
-    return frozenset(prefix + place for place in places for prefix in (PAST, PRESENT))
+        return {}
+    metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return metadata
 
 
 class SessionView:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
 from gralora_fx.engine.adapters import names_of_rows
-from gralora_fx.engine.decoder import part_length
+from gralora_fx.engine.decoder import LEAST_CHUNK, part_length
 from gralora_fx.engine.limits import DecoderSize
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.serving.answer_grammar import AnswerGrammar
@@ -134,7 +134,7 @@ class _Rows:
         capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
         choosers = [request.chooser(ends) for request in requests]
         self._most = SPECULATIVE_TOKENS if most_drafted is None else most_drafted
-        several = max(_FORCED if requests[0].grammar is not None else 1, 1 + self._most)
+        several = max(_FORCED if requests[0].grammar is not None else LEAST_CHUNK, 1 + self._most)
         self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))
         self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
@@ -155,7 +155,7 @@ class _Rows:
         waiting = {row: self._answers[row] for row in going if self._answers[row].unread}
         self._speculation.propose(list(waiting.values()), self._chunk, self._most)
         while waiting:
-            tokens = {row: each.next_tokens(self._chunk) for row, each in waiting.items()}
+            tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in waiting.items()}
             wanted = {row: each.wanted(len(tokens[row])) for row, each in waiting.items()}
             started = time.perf_counter()
             self._read(tokens, {row: count for row, count in wanted.items() if count is not None})

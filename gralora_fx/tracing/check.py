@@ -24,7 +24,6 @@ from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
 from gralora_fx.tracing.inputs.input_trees import leaf_paths, same_value, shown
 from gralora_fx.tracing.inputs.samples import TEXT_INPUTS
 from gralora_fx.tracing.inputs.signature import default_input
-from gralora_fx.tracing.patches.state_space_layers import limits_prompts_alone
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -276,8 +275,7 @@ def _with_another_position(value: Any) -> Any:
 
 def _other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
-    count, words = (2, "two positions") if limits_prompts_alone(model) else (1, "one position")
-    yield f"one row and {words}", cached_inputs(model, batch=1, past=9, length=count)
+    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)
     yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)
 
 

@@ -102,8 +102,8 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         "its cache forgets what is before a window, and its mask does not: texts are within the window",
     ),
     "NemotronHForCausalLM": (
-        {"n_groups": 1, "time_step_min": 1e-9},
-        "groups have to divide its heads, and transformers limits the time steps of prompts alone",
+        {"n_groups": 1},
+        "groups have to divide its heads",
     ),
     "Qwen4ExpForCausalLM": (
         {
@@ -128,9 +128,8 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
             "mamba_headdim": 16,
             "attention_hidden_size": 64,
             "attention_head_dim": 16,
-            "time_step_min": 1e-9,
         },
-        "its widths are products, and transformers limits the time steps of prompts alone",
+        "its widths are products",
     ),
     "ZambaForCausalLM": (
         {

@@ -22,7 +22,7 @@ from gralora_fx.operators.call import Call, named_arguments, operator_for
 from gralora_fx.operators.experts import Experts
 from gralora_fx.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.operators.linear_attention import LinearAttention
-from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
+from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 
 for module in pkgutil.iter_modules(gralora_fx.operators.__path__):
     importlib.import_module(f"gralora_fx.operators.{module.name}")
@@ -194,6 +194,11 @@ CASES = {
         lambda b, n: {"x": random(b, n, 8), "weight": random(8), "gate": random(b, n, 8)},
         {"eps": 1e-6, "silu": False},
     ),
+    "prompt_clamp": Case(
+        PromptClamp,
+        lambda b, n: {"x": random(b, n, 8), "state": random(b, 4, 6)},
+        {"least": -0.5, "largest": 0.5},
+    ),
     "drop_path": Case(DropPath, lambda b, n: {"x": random(b, n, 8)}, {"p": 0.5, "train": True}),
     "reshape": Case(Reshape, lambda b, n: {"x": random(b, n, 8)}, {"shape": [0, -1, 4]}),
     "slice": Case(Slice, lambda b, n: {"x": random(b, n, 8)}, {"axis": 2, "start": 1, "stop": 6, "step": 2}),
@@ -270,7 +275,7 @@ def test_what_a_traced_model_calls_often_has_a_rule_for_its_shape() -> None:
     with FakeTensorMode():
         fake = torch.empty(1)
     ruled = {operator for operator in OPERATORS if operator_for(operator.target, fake) is not operator.target}
-    assert ruled == {Attention, CausalConv, Experts, GatedRmsNorm, LinearAttention, Mask, RmsNorm, Rotate}
+    assert ruled == {Attention, CausalConv, Experts, GatedRmsNorm, LinearAttention, Mask, PromptClamp, RmsNorm, Rotate}
     for operator in ruled:
         assert schema_names(operator_for(operator.target, fake)) == schema_names(operator.target)
 

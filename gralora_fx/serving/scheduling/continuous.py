@@ -202,11 +202,11 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     budget -= len(tokens[row])
                 is_earliest = False
             else:
-                tokens[row] = job.next_tokens(self._decoder.chunk)
+                tokens[row] = job.next_tokens(self._decoder.chosen)
         answering, chunk = self._answering(tokens), self._decoder.chunk
         if len(answering) == len(tokens):  # no prompt, which drafts would hold up
             self._speculation.propose(list(answering.values()), chunk, self._most_drafted)
-            tokens = {row: each.next_tokens(chunk) for row, each in answering.items()}
+            tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in answering.items()}
         return tokens
 
     def _answering(self, tokens: Mapping[int, list[int]]) -> dict[int, AnswerRow]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gralora_fx.operators.layers import RmsNorm
 from gralora_fx.operators.linear_attention import LinearAttention
-from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
+from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 from gralora_fx.tracing.patches.recognised import Recognised
 
 SILU = ("silu", "swish")  # its names in configurations
@@ -73,19 +73,35 @@ def _keep(cache: Any, layer: int, kind: str, state: Tensor) -> None:
     getattr(held, f"is_{kind}_initialized")[0] = held.has_previous_state[0] = True
 
 
-def _scan(module: Any, cache: Any, query: Tensor, key: Tensor, value: Tensor, decay: Tensor) -> Tensor:
-    """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`."""
-    heads, size = value.shape[2:]
-    before, is_number = _state(cache, module.layer_idx, "recurrent_states"), size == 1
-    if before is not None:
-        before = before.reshape(before.shape[0], heads, -1, 1) if is_number else before.transpose(2, 3)
+def _scan(
+    module: Any, cache: Any, before: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
+) -> Tensor:
+    """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`.
+
+    Args:
+        module: The layer.
+        cache: The model's cache, or None.
+        before: The state, as `_before` gives it.
+        query: As of `LinearAttention`, and so is what follows.
+        key: See there.
+        value: See there.
+        decay: See there.
+    """
     y, state = LinearAttention.compute_with_state(
         query=query, key=key, value=value, decay=decay, beta=None, state=before, scale=1.0
     )
     if cache is not None:
-        state = state.reshape(state.shape[0], *module.A_log.shape) if is_number else state.transpose(2, 3)
+        state = state.reshape(state.shape[0], *module.A_log.shape) if value.shape[3] == 1 else state.transpose(2, 3)
         _keep(cache, module.layer_idx, "recurrent_states", state)
     return y
+
+
+def _before(module: Any, cache: Any, heads: int) -> Tensor | None:
+    """A layer's recurrent state as `LinearAttention` takes it, or None; each channel may be a head of width 1."""
+    state = _state(cache, module.layer_idx, "recurrent_states")
+    if state is None:
+        return None
+    return state.transpose(2, 3) if module.A_log.ndim == 1 else state.reshape(state.shape[0], heads, -1, 1)
 
 
 def _heads(x: Tensor, count: int) -> Tensor:
@@ -110,12 +126,13 @@ def _mamba2(
     mixed = convolve(module, mixed, cache, attention_mask)
     x, key, query = torch.split(mixed, [module.intermediate_size, width, width], dim=-1)
     step = nn.functional.softplus(step + module.dt_bias)
-    limits = _limits(module)
-    step = shown(step if limits is None else step.clamp(*limits), attention_mask)
+    before = _before(module, cache, heads)
+    step = shown(_limited(module, step, before), attention_mask)
     x = _heads(x, heads)
     y = _scan(
         module,
         cache,
+        before,
         query=_heads(query, groups),
         key=_heads(key, groups),
         value=x * step.unsqueeze(-1),
@@ -127,10 +144,14 @@ def _mamba2(
     return result
 
 
-def _limits(module: Any) -> tuple[float, float] | None:
-    """The limits of a layer's time steps, if they are other than those of softplus."""
-    least, largest = getattr(module, "time_step_limit", None) or (0.0, math.inf)
-    return (least, largest) if least > 0 or largest < math.inf else None
+def _limited(module: Any, step: Tensor, before: Tensor | None) -> Tensor:
+    """Time steps within a layer's limits: transformers limits those of prompts, not of single tokens."""
+    least, largest = module.time_step_limit
+    if least <= 0 and largest == math.inf:  # those of softplus
+        return step
+    if before is None:
+        return step.clamp(least, largest)
+    return PromptClamp.compute(x=step, state=before, least=least, largest=largest)
 
 
 def _mamba(
@@ -178,7 +199,8 @@ def _selected(
     """
     step = shown(nn.functional.softplus(step), mask)
     decay = -torch.exp(module.A_log.float()).reshape(-1, module.ssm_state_size)
-    y = _scan(module, cache, query, key, (x * step).unsqueeze(-1), step.unsqueeze(-1) * decay)
+    before = _before(module, cache, x.shape[-1])
+    y = _scan(module, cache, before, query, key, (x * step).unsqueeze(-1), step.unsqueeze(-1) * decay)
     y = (y.squeeze(-1) + x * module.D.flatten()) * nn.functional.silu(gate)
     result: Tensor = module.out_proj(y.to(x.dtype))
     return result
@@ -233,8 +255,3 @@ GATED_NORMS = (
 def forgets_before_prompts(model: nn.Module) -> bool:
     """Whether transformers' code of a model reads several tokens as if none came before: selective scans do."""
     return any(code.replaces_in(part) for part in model.modules() for code in _SCANS)
-
-
-def limits_prompts_alone(model: nn.Module) -> bool:
-    """Whether transformers' code of a model limits time steps of several tokens, and not that of a single one."""
-    return any(hasattr(part, "A_log") and _limits(part) is not None for part in model.modules())
