@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim
 from gralora_fx.exporters.onnx_passes.expert_loop import loop_over_experts, weighted, width_of
-from gralora_fx.exporters.onnx_passes.expert_rows import GATE, MOE, arranged, is_read_twice
+from gralora_fx.exporters.onnx_passes.expert_rows import MOE, arranged, is_read_twice
 from gralora_fx.exporters.reports import ExpertsReport
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import ExpertsNode
 from gralora_fx.exporters.translation.weights import StackedTensor, derived, entries_of
 from gralora_fx.graph.pipeline import PassResult, Skip
-from gralora_fx.operators.expert_gate import HALVES, NO_GATE, ExpertGate
+from gralora_fx.operators.expert_gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
 
 _STEP = 1e20  # times a number it is so far from 0 that its sigmoid is 0 or 1
 _UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names
@@ -104,7 +104,9 @@ def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], no
         rows = build("Reshape", each, build.ints(-1, size))
     operands = [rows, scores, experts.up, experts.up_bias, experts.down, experts.down_bias]
     product = build.node(MOE, operands, domain=MICROSOFT, k=1, normalize_routing_weights=1, **attributes)
-    product.metadata_props.update({**node.metadata_props, GATE: f"{experts.gate.activation} {experts.gate.layout}"})
+    product.metadata_props.update(
+        {**node.metadata_props, GATE_NOTE: f"{experts.gate.activation} {experts.gate.layout}"}
+    )
     product.outputs[0].type = hidden.type
     return weighted(build, product.outputs[0], experts, k, size)
 

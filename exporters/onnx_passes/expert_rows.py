@@ -8,10 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.operators.expert_gate import HALVES, NO_GATE, ExpertGate
+from gralora_fx.operators.expert_gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
 
 MOE = "MoE"
-GATE = "gralora_gate"  # key in the metadata of a node: the gate by which rows are arranged
 
 
 def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
@@ -47,7 +46,7 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
 
 def gate_noted_at(node: ir.Node) -> ExpertGate | None:
     """The gate by which the rows of an operator's first product are arranged; None where it is not noted."""
-    activation, _, layout = node.metadata_props.get(GATE, "").partition(" ")
+    activation, _, layout = node.metadata_props.get(GATE_NOTE, "").partition(" ")
     return ExpertGate(activation, layout) if layout else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NO_GATE, HALVES, INTERLEAVED = "none", "halves", "interleaved"  # how the outputs of a first product hold gates
+GATE_NOTE = "gralora_gate"  # key in the metadata of an exported operator: `<activation> <layout>` of its gate
 
 
 @dataclass(frozen=True)

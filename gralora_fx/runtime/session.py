@@ -16,12 +16,15 @@ from onnx import TensorProto, helper
 from gralora_fx.compat.onnxruntime import NoKernel
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
+from gralora_fx.runtime.opened_experts import open_experts
 from gralora_fx.runtime.plugins import Device
 from gralora_fx.runtime.session_views import EncoderDecoderSession
 from gralora_fx.sources.paths import usable_path
 
 CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 QUIET_RUN = onnxruntime.RunOptions()  # leaves errors of a run to exceptions
 QUIET_RUN.log_severity_level = FATAL
@@ -73,7 +76,7 @@ def open_session(
         runtime: How to run it; None for the CPU.
         name: The file of the model, where it is one.
         change: Changes its graph, in place, before it is opened, and says whether it did; weights are not read. None
-            for a model as it is.
+            for no more than what fits how it is run (see `open_experts`).
         error: The error type to raise.
 
     Raises:
@@ -95,13 +98,17 @@ def _open(
 ) -> Any:
     if not path.is_file():
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")
-    check_external_data(path, error)
+    model = check_external_data(path, error)
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
-    change = _take_defaults if runtime.devices else change
+    is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
+    changes = (_take_defaults if runtime.devices else change, open_experts if is_cpu else None)
     try:
+        changed = [change(model) for change in changes if change is not None]
+        if any(changed):  # bytes of a model do not say where its weights are
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
         session = onnxruntime.InferenceSession(
-            str(path) if change is None else _changed(path, change, options),
+            model.SerializeToString() if any(changed) else str(path),
             options,
             providers=providers or None,
             enable_fallback=0,
@@ -123,25 +130,6 @@ def _open(
     return session
 
 
-def _changed(path: Path, change: Callable[[onnx.ModelProto], bool], options: onnxruntime.SessionOptions) -> str | bytes:
-    """A model after a change.
-
-    Args:
-        path: The model.
-        change: As of `open_session`.
-        options: The options that it is opened with, which learn where its weights are.
-
-    Returns:
-        Its bytes; the path where nothing was changed.
-    """
-    model = onnx.load(str(path), load_external_data=False)
-    if not change(model):
-        return str(path)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    data: bytes = model.SerializeToString()
-    return data
-
-
 def _take_defaults(model: onnx.ModelProto) -> bool:
     """Take the values of initializers that may be overridden, which are inputs then: OpenVINO's provider needs that."""
     inputs = {value.name for value in model.graph.input}
@@ -160,11 +148,14 @@ def _reason(failure: Exception) -> str:
     return telling[0] if telling and telling[0] is not lines[0] else first_line(failure)
 
 
-def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> None:
+def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> onnx.ModelProto:
     """Check that a model reads no files outside its directory.
 
     ONNX Runtime follows hard links to external data, so a crafted model could read any file of the machine; some
     execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
+
+    Returns:
+        The model, without the weights of other files.
 
     Raises:
         GraloraError: Of the given type, naming the outside file.
@@ -185,6 +176,7 @@ def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> 
     }
     for location in sorted(locations):
         _check_location(path, location, error)
+    return model
 
 
 def _check_location(path: Path, location: str, error: type[GraloraError]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from gralora_fx.exporters.onnx_passes.expert_rows import arranged, as_modelled
 from gralora_fx.exporters.verification.expert_references import expert_weights
 from gralora_fx.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.operators.experts import ACTIVATIONS, Experts
+from gralora_fx.runtime import opened_experts
+from gralora_fx.runtime.opened_experts import open_experts
 from gralora_fx.runtime.session import open_session
 
 SILU = ExpertGate("silu", HALVES)
@@ -80,6 +84,30 @@ def test_each_gate_is_one_operator_whatever_the_layout(tmp_path: Path, name: str
     assert (operators.count("MoE"), "Loop" in operators) == (1, False)
     assert (report.experts.fused, report.experts.plain) == (1, {})
     assert report.verification.tensors[0].max_abs_error < 1e-4
+    path, x = tmp_path / "onnx" / "model.onnx", np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    opened, operator = open_session(path.parent), onnxruntime.InferenceSession(path)
+    together = opened.run(None, {"x": x})[0]
+    np.testing.assert_allclose(together, operator.run(None, {"x": x})[0], rtol=1e-5, atol=2e-5)
+    alone = np.concatenate([opened.run(None, {"x": row[None]})[0] for row in x])
+    assert np.array_equal(together, alone)  # the operator multiplies a row alone in another order
+
+
+def test_experts_are_opened_as_products_where_they_are_floats_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(**options: Any) -> list[str]:
+        exported(Mixture(SILU), tmp_path / "onnx", overwrite=True, verify=False, **options)
+        model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+        operators = [node.op_type for node in model.graph.node]
+        assert open_experts(model) == ([node.op_type for node in model.graph.node] != operators)
+        return [node.op_type for node in model.graph.node if node.op_type in ("MoE", "QMoE", "Gemm")]
+
+    router = ["Gemm"]
+    assert opened() == [*router, *["Gemm"] * 12]  # gates, linear parts, and their products' second factors
+    assert opened(quantize="int8")[-1] == "QMoE"
+    assert opened(precision="fp16")[-1] == "MoE"
+    monkeypatch.setattr(opened_experts, "MOST_BYTES", 4 * 4 * 3 * 48 * 32 - 1)
+    assert opened() == [*router, "MoE"]
 
 
 @pytest.mark.parametrize("name", IN_A_LOOP)
