@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import Self
 
 
 class GraloraError(Exception):
@@ -13,6 +14,11 @@ class GraloraError(Exception):
     """
 
     field: str | None = None
+
+    def about(self, field: str) -> Self:
+        """The same error, of an option or field."""
+        self.field = field
+        return self
 
 
 class ConfigError(GraloraError, ValueError):

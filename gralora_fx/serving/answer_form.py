@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -11,7 +13,14 @@ from gralora_fx.serving.json_schema import check_size, schema_text
 
 FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "calls"]
 GivenForms: TypeAlias = Mapping[str, tuple[FormKind, Any]]  # by a name: the kind, and a value or None
+# as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_CHOICES = 1024
+_GBNF = re.compile(r"^\s*[^\s:]+\s*::=", re.MULTILINE)
+# pieces of a Lark grammar: strings, expressions and comments, in which nothing is meant; where a schema begins
+_PIECE = re.compile(
+    r"""(?s:"(?:\\.|[^"\\])*"|/(?!/)(?:\\.|[^/\\])+/)|(?://|#)[^\n]*|(?P<schema>%json\s*)|(?P<idle>temperature\s*=)"""
+)
 _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while it is compiled
 
 
@@ -55,7 +64,7 @@ class AnswerForm:
             kind: Of which kind it is.
             value: A schema as an object or JSON text, a regular expression in the syntax of Rust's `regex` that the
                 whole answer matches, a list of texts of which the answer is one, or a grammar in llguidance's variant
-                of Lark or in GBNF.
+                of Lark or in GBNF. JSON schemas within Lark, after `%json`, are checked as others are.
             field: The option or field that asks for it.
 
         Raises:
@@ -80,7 +89,44 @@ def _checked(kind: FormKind, value: Any) -> str | tuple[str, ...]:
         raise ServingError(f"it has more than {_MOST_RULES} rules; ask for a simpler answer")
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         raise ServingError("it has a lone surrogate, which no text has")
-    return tuple(texts) if kind == "choice" else str(texts[0])
+    if kind == "choice":
+        return tuple(texts)
+    return with_checked_schemas(texts[0]) if kind == "grammar" and not is_gbnf(texts[0]) else str(texts[0])
+
+
+def is_gbnf(grammar: str) -> bool:
+    """Whether a grammar is in GBNF, whose rules have `::=`; if not, it is in Lark."""
+    return _GBNF.search(grammar) is not None
+
+
+def with_checked_schemas(grammar: str) -> str:
+    """A grammar in Lark whose JSON schemas are checked, and written as those of other forms are.
+
+    Before:  `start: %json {"type": "string", "format": "path"}`
+    After:   `start: %json {"x-guidance": {"whitespace_flexible": false, ...}, "type": "string"}`
+
+    Raises:
+        ServingError: The grammar is JSON itself, a rule has a temperature, or a schema cannot be followed.
+    """
+    if grammar.lstrip().startswith("{"):  # llguidance's own form, in which schemas would not be checked
+        raise ServingError("it is JSON; give rules in Lark or GBNF")
+    kept, begin, at = list[str](), 0, 0
+    while (piece := _PIECE.search(grammar, at)) is not None:
+        at = piece.end()
+        if piece["idle"]:
+            raise ServingError("a rule's temperature is not supported; give that of the whole answer")
+        if piece["schema"]:
+            try:
+                schema, end = json.JSONDecoder().raw_decode(grammar, at)
+            except (ValueError, RecursionError) as error:
+                raise ServingError(f"the schema after %json is not JSON ({error})") from error
+            own = schema.pop("x-guidance", {}) if isinstance(schema, dict) else {}
+            checked = json.loads(schema_text(schema))
+            if isinstance(own, dict):  # else the compiler refuses it
+                own = {**JSON_STYLE, **own}
+            kept += [grammar[begin:at], json.dumps({"x-guidance": own, **checked})]
+            begin = at = end
+    return "".join([*kept, grammar[begin:]])
 
 
 def one_form(given: GivenForms) -> AnswerForm | None:

@@ -12,11 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.serving.answer_form import AnswerForm, FormError, GivenForms, one_form
+from gralora_fx.serving.answer_form import JSON_STYLE, AnswerForm, FormError, GivenForms, is_gbnf, one_form
 from gralora_fx.serving.row_grammar import RowGrammar, problem_of
 
-# as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever
-_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # a state takes 1 to 2 kB, and the units of work of a step about 10 ms in all, in which other threads wait
 _LIMITS: Any = {
     "max_lexer_states": 20_000,
@@ -202,7 +200,8 @@ def _source(form: AnswerForm) -> str:
     text = json.dumps(form.value) if form.kind == "choice" else str(form.value)
     try:
         if form.kind == "json":
-            return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON))
-        return str(llguidance.grammar_from(form.kind, text))
+            return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_STYLE))
+        kind = form.kind if form.kind != "grammar" else "gbnf" if is_gbnf(text) else "lark"
+        return str(llguidance.grammar_from(kind, text))
     except ValueError as error:
         raise FormError(form.field, f"it cannot be compiled ({first_line(error)})") from error

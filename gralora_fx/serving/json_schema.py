@@ -143,6 +143,13 @@ class _Walk:
             self._properties += len(inner) if isinstance(inner := schema.get(name), dict) else 0
         if self._properties > _MOST_PROPERTIES:
             raise ServingError(f"the schema has more than {_MOST_PROPERTIES} properties; ask for a simpler answer")
+        least, required = schema.get("minProperties"), schema.get("required", [])
+        is_free = schema.get("additionalProperties") is not False or bool(schema.get("patternProperties"))
+        if is_free and isinstance(least, int) and isinstance(required, list) and least > len({*map(str, required)}) + 1:
+            raise ServingError(
+                f"minProperties {least} of the schema is not supported where names are free, since one may come twice; "
+                "name the members in properties, with additionalProperties false"
+            )
 
     def _referred(self, reference: Any) -> Any:
         """What a reference names within the schema."""
@@ -175,6 +182,8 @@ class _Walk:
                 break
             left = rest
         if id(self._root) not in ending:
+            if not self._targets:
+                raise ServingError("no answer meets the schema, in which a list of types or choices is empty; fill it")
             raise ServingError("the schema refers to itself without end: no answer that meets it is finite")
 
     def _ends(self, schema: Mapping[str, Any], ending: set[int]) -> bool:

@@ -88,11 +88,6 @@ class Sampling:
         given = self.eos_token_id
         return None if given is None else frozenset(given if isinstance(given, Sequence) else [given])
 
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Every token id that an option names."""
-        return (*(self.logit_bias or ()), *(self.ends or ()))
-
     def new_tokens(
         self, prompts: Sequence[Sequence[int]], limits: DecoderLimits, defaults: Sequence[int | None] = ()
     ) -> list[int]:
@@ -138,8 +133,11 @@ class Sampling:
         Raises:
             ServingError: One is not in a decoder's vocabulary.
         """
-        if (wrong := limits.outside(self.tokens)) is not None:
-            raise ServingError(f"an option names token {wrong}, outside the vocabulary of {limits.vocabulary} tokens")
+        outside = f"outside the vocabulary of {limits.vocabulary} tokens"
+        if (wrong := limits.outside([*(self.logit_bias or ())])) is not None:
+            raise ServingError(f"logit_bias names token {wrong}, {outside}").about("logit_bias")
+        if (wrong := limits.outside([*(self.ends or ())])) is not None:
+            raise ServingError(f"the tokens that end the answer hold {wrong}, {outside}").about("stop_token_ids")
 
     def _check_numbers(self) -> None:
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):

@@ -191,6 +191,16 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars,
         ("grammar", "start: <|unknown|>", "unknown special token"),
         ("grammar", "words", "cannot be compiled"),
         ("grammar", 'start: "a"' + "\na: start" * 2000, "more than 2000 rules"),
+        ("grammar", 'start: "%json" // %json\ns: %json {"maxLenght": 2}', "the keyword 'maxLenght' of the schema"),
+        (
+            "grammar",
+            'start: "a" s\ns: %lark {\n start: %json {"$ref": "http://a"}\n}',
+            "the schema refers to 'http://a'",
+        ),
+        ("grammar", 'start: %json {"$ref": "#"}', "refers to itself without end"),
+        ("grammar", "start: %json {", "the schema after %json is not JSON"),
+        ("grammar", ' {"grammars": [{"json_schema": {"maxLenght": 2}}]}', "it is JSON; give rules"),
+        ("grammar", "start[temperature=0.5]: /a/", "a rule's temperature is not supported"),
         ("regex", "a{1000000}", "too many expressions"),
     ],
 )
@@ -207,6 +217,10 @@ def test_expressions_choices_and_grammars(model: Any) -> None:
         choices = ["yes", "yes, but", 'no "/" \\ or é']
         assert model.generate("a", choice=choices, seed=seed, **options) in choices
         assert re.fullmatch("x+y", model.generate("a", grammar='start: "x"~1..9 "y"', seed=seed, **options))
+        schema = '{"x-guidance": {"item_separator": ","}, "enum": [[1, 2], "%json {"]} /[{]/'
+        assert {*model.generate("a", grammar="start[max_tokens=9]: /x*/", seed=seed, **options)} <= {"x"}
+        answer = model.generate("a", grammar=f'start: "a: " %json {schema}', seed=seed, **options)
+        assert answer in ("a: [1,2]{", 'a: "%json {"{')
         assert re.fullmatch("(ab){1,9}c", model.generate("a", grammar='root ::= ("ab"){1,9} "c"', seed=seed, **options))
 
 

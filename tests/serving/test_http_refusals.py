@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,36 @@ def test_answers_are_counted_not_prompts(decoder: TestClient) -> None:
 
 
 def test_fields_without_effect_are_taken(decoder: TestClient, ranker: TestClient) -> None:
-    request = {**CHAT, "logprobs": False, "top_logprobs": 0}
+    request = {**CHAT, "logprobs": False, "top_logprobs": 0, "verbosity": "medium", "reasoning_effort": "none"}
     assert (
         decoder.post("/v1/chat/completions", json=request).raise_for_status().json()["choices"][0]["logprobs"] is None
     )
     request = {"query": "a", "documents": ["b"], "user": "me", "return_documents": None, "top_n": None}
     ranker.post("/v1/rerank", json=request).raise_for_status()
     ranker.post("/classify", json={"input": "a", "user": "me"}).raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"stop": [""]}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids"),
+        ({"min_tokens": 2}, "min_tokens"),
+        ({"n": 100}, "n"),
+        ({"max_tokens": 99999}, "messages"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+    ],
+)
+def test_what_is_wrong_beside_the_types_of_fields_is_named_too(
+    decoder: TestClient, fields: dict[str, Any], field: str
+) -> None:
+    body = json.dumps({**CHAT, **fields})
+    headers = {"Content-Type": "application/json"}
+    assert refusal(decoder, "/v1/chat/completions", content=body, headers=headers)[0] == field
 
 
 def test_a_key_has_its_own_letters_and_the_scheme_any(decoder: TestClient) -> None:

@@ -70,6 +70,10 @@ class ChatMessage(StrictModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
 class History:
     """A chat as templates take it, which know a developer as the system, and arguments of calls as objects.
 
@@ -106,7 +110,7 @@ class History:
             FormError: The arguments are not a JSON object.
         """
         try:
-            given = json.loads(arguments or "{}")
+            given = json.loads(arguments or "{}", parse_constant=_refused)
         except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict):

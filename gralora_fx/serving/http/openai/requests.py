@@ -107,7 +107,8 @@ class SamplingFields(StrictModel):
     def _bias(self) -> dict[int, float] | None:
         names = self.logit_bias or {}
         if wrong := [name for name in names if not (name.isascii() and name.isdecimal() and len(name) < 11)]:
-            raise ServingError(f"logit_bias names {shown(wrong[0])}, which is not the id of a token")
+            problem = f"logit_bias names {shown(wrong[0])}, which is not the id of a token"
+            raise ServingError(problem).about("logit_bias")
         return {int(name): value for name, value in names.items()} or None
 
     def _ends(self, ends: frozenset[int]) -> list[int] | None:
@@ -125,6 +126,7 @@ class _TextFields(SamplingFields, AnswerFormat):
         "metadata": None,
         "safety_identifier": None,
         "prompt_cache_key": None,
+        "prompt_cache_retention": None,
         "store": (False,),
         "service_tier": ("auto", "default"),
         "functions": ([],),
@@ -152,6 +154,8 @@ class CompletionRequest(_TextFields):
         "tools": ([],),
         "tool_choice": ("none", "auto"),
     }
+
+    prompt_field: ClassVar[str] = "prompt"
 
     prompt: Texts
     max_tokens: _Count | None = None
@@ -191,12 +195,20 @@ class CompletionRequest(_TextFields):
             ServingError: They are none, and the prompt is not asked for either.
         """
         if self.max_tokens == 0 and not self.echo:
-            raise ServingError("max_tokens is 0, which leaves nothing to answer; give at least 1, or echo")
+            problem = "max_tokens is 0, which leaves nothing to answer; give at least 1, or echo"
+            raise ServingError(problem).about("max_tokens")
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
 class ChatRequest(_TextFields, ToolFields):
     """A request of `/v1/chat/completions`."""
+
+    without_effect: ClassVar[Idle] = {
+        **_TextFields.without_effect,
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+    }
+    prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     logprobs: bool | None = None
@@ -221,7 +233,8 @@ class ChatRequest(_TextFields, ToolFields):
             ServingError: `top_logprobs` is above 0 without `logprobs`.
         """
         if self.top_logprobs and not self.logprobs:  # 0 asks for none, as some clients do by default
-            raise ServingError("top_logprobs has no effect without logprobs; give logprobs too, or leave it out")
+            problem = "top_logprobs has no effect without logprobs; give logprobs too, or leave it out"
+            raise ServingError(problem).about("top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self, left: int) -> int:

@@ -147,8 +147,10 @@ class ResponseRequest(SamplingFields, ToolCaller):
         "truncation": ("disabled",),
         "service_tier": ("auto", "default"),
         "max_tool_calls": None,
+        "prompt_cache_retention": None,
         "user": None,
     }
+    prompt_field: ClassVar[str] = "input"
 
     input: str | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)]
     instructions: str | None = None
@@ -196,7 +198,8 @@ class ResponseRequest(SamplingFields, ToolCaller):
         if _LOGPROBS in (self.include or ()):
             return self.top_logprobs or 0
         if self.top_logprobs:
-            raise ServingError(f"top_logprobs has no effect unless include has {_LOGPROBS!r}; give it too")
+            problem = f"top_logprobs has no effect unless include has {_LOGPROBS!r}; give it too"
+            raise ServingError(problem).about("top_logprobs")
         return None
 
     def functions(self) -> dict[str, FunctionFields]:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.serving.answer_form import GivenForms, one_form
@@ -74,30 +75,43 @@ class QuestionReader:
         """
         engine, seconds, begun = self._engine, timeout_of(request), time.monotonic()
         if asked.stream_options is not None and not asked.stream:
-            raise ServingError("stream_options has no effect without stream; give stream too, or leave it out")
+            problem = "stream_options has no effect without stream; give stream too, or leave it out"
+            raise ServingError(problem).about("stream_options")
         async with engine.models.ready(asked.model, seconds) as adapter:
             note_model(request.scope, asked.model, adapter)
-            asks = await self._read(asked, adapter)
-            answers = TextAnswers(engine.queue, asks.requests, asks.prompt_tokens, seconds, begun, each=asked.n)
+            try:
+                asks = await self._read(asked, adapter)
+                answers = TextAnswers(engine.queue, asks.requests, asks.prompt_tokens, seconds, begun, each=asked.n)
+            except ServingError as error:
+                if error.field is None and type(error) in (ServingError, TooLargeError):
+                    error.about(asked.prompt_field)
+                raise
         return asks, answers
 
     async def _read(self, asked: Asked, adapter: str | None) -> TextQuestions:
         """What a request asks for, with an adapter by its key; None for the base."""
         engine, queue, prompts = self._engine, self._engine.queue, asked.prompts
-        queue.check_count(len(prompts) * asked.n)
+        try:
+            queue.check_count(len(prompts) * asked.n)
+        except ServingError as error:
+            error.about("n" if asked.n > 1 else asked.prompt_field)
+            raise
         if engine.inputs is not None:
             engine.inputs.check_texts(prompts)
             if asked.echo:
-                raise ServingError(
-                    "echo has no effect: an encoder-decoder does not go on from its prompt; leave it out"
-                )
+                problem = "echo has no effect: an encoder-decoder does not go on from its prompt; leave it out"
+                raise ServingError(problem).about("echo")
         scores_prompt = asked.echo and asked.top_scores is not None
         if scores_prompt and not queue.scores_prompts:
             raise ServingError(
                 "echo with logprobs needs the logits of every position, and the export gives those of the last; export "
                 "the model with logits='all', or leave one of them out"
-            )
-        stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
+            ).about("echo")
+        try:
+            stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
+        except ServingError as error:
+            error.about("stop")
+            raise
         sampling = asked.sampling(queue.limits.ends)
         grammar, calls_tools = await self._grammar(asked)
         shown = engine.tools.shown if calls_tools else frozenset[int]()
@@ -108,9 +122,8 @@ class QuestionReader:
             prompt = tuple(ids) if source is None else (source.rules.start,)
             most = asked.most_tokens(queue.limits.context - len(prompt))
             if sampling.min_new_tokens > most:
-                raise ServingError(
-                    f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
-                )
+                problem = f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
+                raise ServingError(problem).about("min_tokens")
             for _ in range(asked.n):
                 own = seeded(sampling, len(requests))
                 fields = prompt, most, own, stop, adapter, scores_prompt, source, grammar, asked.cache_salt, shown
