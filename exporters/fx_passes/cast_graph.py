@@ -91,10 +91,18 @@ class CastGraph:
 
 
 def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
-    """A model's graph in a precision, itself where it has that (see `CastGraph`)."""
+    """A model's graph in a precision, itself where it has that (see `CastGraph`); it takes inputs of any."""
     graph = CastGraph(precision)(graph_module.graph).graph
-    owner = graph_module if graph is None else graph.owning_module
+    if graph is None:
+        return graph_module
+    for node in filter(_is_float, graph.find_nodes(op="placeholder")):
+        with graph.inserting_after(node):
+            cast = graph.call_function(_aten.to.dtype, (node, DTYPES[precision]))
+        cast.meta = dict(node.meta)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    owner = graph.owning_module
     assert owner is not None
+    owner.recompile()
     return owner
 
 

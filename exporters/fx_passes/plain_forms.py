@@ -15,6 +15,7 @@ from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.graph.surgery import module_of
 from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
+from gralora_fx.operators.call import STANDS_FOR, without_values
 from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.progress.stages import quiet
 
@@ -56,8 +57,12 @@ def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
     if not count:  # it runs the whole graph, which takes seconds
         return PassResult(0)
     module = module_of(graph)
+    for node in graph.nodes:
+        node.target = without_values(node.target)  # computing a recurrence of any length would take seconds more
     with quiet():
         torch_onnx.promote_types(module)
+    for node in module.graph.nodes:
+        node.target = STANDS_FOR.get(node.target, node.target)
     return PassResult(count, graph=module.graph)
 
 

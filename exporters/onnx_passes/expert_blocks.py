@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,13 @@ from gralora_fx.exporters.onnx_passes.expert_rows import MOE
 from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
 from gralora_fx.exporters.quantization.formats import Blocks, Format
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
-from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived, entries_of
+from gralora_fx.exporters.translation.weights import StackedTensor, StackedTogether, derived, entries_of
 from gralora_fx.graph.pipeline import Skip
 
 QMOE = "QMoE"
 # which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
 MATRICES = {MOE: ((2, 2), (4, 4)), QMOE: ((2, 11), (5, 12))}
-_ROWS = 2048  # of a matrix that are rounded at once: a search holds several copies
+_ROWS = 512  # of a matrix that are rounded at once: a search holds several copies
 OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_level")
 _UP, _DOWN = (at for at, _ in MATRICES[MOE])
 
@@ -95,10 +96,10 @@ def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Va
     if form.zero_points:
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (experts, outputs, -(-count * bits // 8))))
 
-    def quantized() -> list[LazyTensor]:
-        computed = ComputedTogether(functools.partial(_quantized, tensor, form, name))
+    def quantized() -> list[StackedTensor]:
+        stacks = StackedTogether(functools.partial(_quantized, tensor, form, name))
         return [
-            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
+            StackedTensor(label, kind, ir.Shape(shape), functools.partial(stacks.entries, index))
             for index, (label, kind, shape) in enumerate(parts)
         ]
 
@@ -106,18 +107,16 @@ def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Va
     return [graph.initializers.get(str(part.name)) or add_initializer(graph, part) for part in tensors]
 
 
-def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> list[NDArray[Any]]:
-    """The arrays of all experts, of which one is float at a time."""
+def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[list[NDArray[Any]]]:
+    """The arrays of one expert after the other, each of which is float when its turn comes."""
 
-    def of(matrix: NDArray[Any]) -> list[NDArray[Any]]:
-        groups = [some(matrix[start : start + _ROWS]) for start in range(0, len(matrix), _ROWS)]
-        return [np.concatenate(arrays) for arrays in zip(*groups, strict=True)]
-
-    def some(rows: NDArray[Any]) -> list[NDArray[Any]]:
+    def of(rows: NDArray[Any]) -> list[NDArray[Any]]:
         columns = np.ascontiguousarray(rows.T)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
         blocks = quantize_blocks(columns, form, None, name)
         arrays = [blocks.packed, blocks.scales.astype(tensor.dtype.numpy()), blocks.zero_points]
         return [array.reshape(len(rows), -1) for array in arrays if array is not None]
 
-    return [np.stack(arrays) for arrays in zip(*map(of, entries_of(tensor)), strict=True)]
+    for matrix in entries_of(tensor):
+        groups = [of(matrix[start : start + _ROWS]) for start in range(0, len(matrix), _ROWS)]
+        yield [np.concatenate(arrays) for arrays in zip(*groups, strict=True)]

@@ -12,21 +12,24 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.quantization.block_search import BlockArrays, packed, searched_blocks
+from gralora_fx.exporters.quantization.block_search import BlockArrays, InputProducts, packed, searched_blocks
 from gralora_fx.exporters.quantization.formats import Blocks
 
 _FARTHEST = 8.0  # square of a column's error over that of integers that are rounded to the nearest, `scale^2 / 12`
 
 
 def quantize_blocks(
-    matrix: NDArray[Any], form: Blocks, moments: torch.Tensor | None = None, name: str = "a matrix"
+    matrix: NDArray[Any],
+    form: Blocks,
+    inputs: InputProducts | torch.Tensor | None = None,
+    name: str = "a matrix",
 ) -> BlockArrays:
     """A matrix as blocks.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
-        moments: What is known of the inputs, for a search (see `searched_blocks`); None for nothing.
+        inputs: What is known of the inputs, for a search (see `searched_blocks`); None for nothing.
         name: Its name in error messages.
 
     Returns:
@@ -40,8 +43,8 @@ def quantize_blocks(
             f"{name} holds values that are not finite, which int{form.bits} cannot express; mend the weights"
         )
     if form.rounding == "searched":
-        blocks = searched_blocks(matrix, form, moments)
-        return blocks if moments is None else _nearer(matrix, blocks, form)
+        blocks = searched_blocks(matrix, form, inputs)
+        return blocks if inputs is None else _nearer(matrix, blocks, form)
     integers, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
     return BlockArrays(integers, scales, zero_points if form.zero_points else None)
 

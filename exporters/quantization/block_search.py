@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +35,35 @@ class BlockArrays(NamedTuple):
     zero_points: NDArray[np.uint8] | None
 
 
-def searched_blocks(matrix: NDArray[Any], form: Blocks, moments: Tensor | None) -> BlockArrays:
+@dataclass(frozen=True, eq=False)
+class InputProducts:
+    """Mean products of neighbouring inputs, for layers that read the same: what follows of them is computed once.
+
+    Attributes:
+        means: `[windows, width, width]`. Windows are of whole blocks; products with inputs beyond the last are zero.
+    """
+
+    means: Tensor
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """What the square of an error at each input counts, `[windows * width]`."""
+        return self._damped.diagonal(dim1=1, dim2=2).flatten()
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """Upper Cholesky factors of the inverses, with a diagonal of one: what an error adds to the later weights."""
+        inverses = torch.cholesky_inverse(torch.linalg.cholesky(self._damped.double()))
+        factors: Tensor = torch.linalg.cholesky(inverses, upper=True)
+        return (factors / factors.diagonal(dim1=1, dim2=2)[..., None]).float()
+
+    @property
+    def _damped(self) -> Tensor:
+        mean = self.means.diagonal(dim1=1, dim2=2).mean().clamp(min=_TINY)
+        return self.means + _DAMPING * torch.eye(self.means.shape[1]) * mean
+
+
+def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | Tensor | None) -> BlockArrays:
     """A matrix as blocks with the scales and zero points that a search finds best.
 
     Where products of inputs are known, an error of one integer is made up for by those after it in its window: the
@@ -43,22 +73,20 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, moments: Tensor | None) 
     Args:
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
-        moments: `[windows, width, width]`, mean products of inputs; `[K]`, their mean squares alone, which say how much
-            an error at each counts; None for inputs that count alike.
+        inputs: What is known of the inputs: mean products, in windows of whole blocks; mean squares alone, `[K]`, which
+            say how much an error at each counts; or None for inputs that count alike.
 
     Returns:
         The blocks, scales in the matrix's dtype.
     """
-    size, (inputs, outputs) = form.block_size, matrix.shape
-    count = -(-inputs // size)
+    size, (height, outputs) = form.block_size, matrix.shape
+    count = -(-height // size)
     factors, width = None, size
-    if moments is not None and moments.ndim == 3:
-        width = max(size, moments.shape[1])
-        products = _fitted(moments, -(-count * size // width), width)
-        factors, weights = _factors(products), products.diagonal(dim1=1, dim2=2).flatten()
+    if isinstance(inputs, InputProducts):
+        factors, weights, width = inputs.factors, inputs.squares, inputs.means.shape[1]
     else:
-        squares = torch.ones(inputs) if moments is None else moments + _LEAST * moments.mean().clamp(min=_TINY)
-        weights = torch.nn.functional.pad(squares, (0, count * size - inputs))
+        squares = torch.ones(height) if inputs is None else inputs + _LEAST * inputs.mean().clamp(min=_TINY)
+        weights = torch.nn.functional.pad(squares, (0, count * size - height))
     windows = len(weights) // width
     weights = weights.reshape(windows, -1, size).permute(1, 2, 0)[..., None]  # [blocks, size, windows, 1]
     parts = []
@@ -66,34 +94,16 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, moments: Tensor | None) 
     for start in range(0, outputs, step):
         columns = matrix[:, start : start + step]
         values = np.zeros((windows * width, columns.shape[1]), np.float32)
-        values[:inputs] = columns
+        values[:height] = columns
         blocks = torch.from_numpy(values).reshape(windows, -1, size, columns.shape[1]).permute(1, 2, 0, 3).contiguous()
-        found = _search(blocks, weights, factors, form, matrix.dtype)
+        whole, scale, zero = _search(blocks, weights, factors, form, matrix.dtype)
+        found = whole.to(torch.uint8), scale, zero.to(torch.uint8)  # a matrix of floats would take much memory
         parts.append(
             [part.permute(3, 2, 0, 1).reshape(len(part[0, 0, 0]), -1, part.shape[1])[:, :count] for part in found]
         )
     integers, scales, zeros = (torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True))
-    zeros = np.pad(zeros[..., 0].astype(np.uint8), ((0, 0), (0, -count % (8 // form.bits))))
-    stored = scales[..., 0].astype(matrix.dtype)
-    return BlockArrays(packed(integers.astype(np.uint8), form.bits), stored, packed(zeros, form.bits))
-
-
-def _fitted(moments: Tensor, windows: int, width: int) -> Tensor:
-    """Moments as windows of a width that is theirs or, for large blocks, a multiple of it."""
-    own = moments.shape[1]
-    fitted = torch.zeros(windows, width, width)
-    for index, part in enumerate(moments):
-        window, begin = divmod(index * own, width)
-        fitted[window, begin : begin + own, begin : begin + own] = part
-    return fitted + _DAMPING * torch.eye(width) * fitted.diagonal(dim1=1, dim2=2).mean().clamp(min=_TINY)
-
-
-def _factors(products: Tensor) -> Tensor:
-    """Upper Cholesky factors of the inverses, scaled to a diagonal of one: what an error adds to the later weights."""
-    inverses = torch.cholesky_inverse(torch.linalg.cholesky(products.double()))
-    factors = torch.linalg.cholesky(inverses, upper=True)
-    scaled: Tensor = factors / factors.diagonal(dim1=1, dim2=2)[..., None]
-    return scaled.float()
+    padded = np.pad(zeros[..., 0], ((0, 0), (0, -count % (8 // form.bits))))
+    return BlockArrays(packed(integers, form.bits), scales[..., 0].astype(matrix.dtype), packed(padded, form.bits))
 
 
 def _search(
@@ -104,7 +114,7 @@ def _search(
     Args:
         blocks: The values, `[blocks, size, windows, N]`; they are changed.
         weights: What the squares of their errors count, `[blocks, size, windows, 1]`.
-        factors: What an error adds to the values after it (see `_factors`); None for nothing.
+        factors: What an error adds to the values after it (see `InputProducts`); None for nothing.
         form: How they are stored.
         dtype: Dtype of the scales.
     """

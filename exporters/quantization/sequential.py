@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
-from gralora_fx.exporters.quantization.block_search import BlockArrays
+from gralora_fx.exporters.quantization.block_search import BlockArrays, InputProducts
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.graph.linear_calls import LinearCall, calls_at
 from gralora_fx.graph.sites import LinearSite
@@ -28,15 +29,17 @@ _SILENT = 1e-20  # mean square of inputs that are all but zero
 
 @dataclass
 class Moments:
-    """Sums over positions of products of neighbouring inputs: of those within a window.
+    """Sums over positions of products of neighbouring inputs, of those within a window, for layers that read the same.
 
     Attributes:
         windows: `[windows, width, width]`, those of inputs beyond the last being zero.
         reads: Positions that were read.
+        read: The nodes whose values were.
     """
 
     windows: Tensor
     reads: int = 0
+    read: set[fx.Node] = field(default_factory=set)
 
     @classmethod
     def of(cls, inputs: int, block_size: int) -> Moments:
@@ -52,11 +55,11 @@ class Moments:
         parts = padded.reshape(len(rows), count, size).transpose(0, 1)  # [windows, positions, size]
         self.windows.baddbmm_(parts.transpose(1, 2), parts)
 
-    @property
-    def means(self) -> Tensor | None:
-        """Mean products, `[windows, width, width]`; None where no input was read but zeros."""
+    @cached_property
+    def products(self) -> InputProducts | None:
+        """Their means, once all positions were added; None where no input was read but zeros."""
         means = self.windows / max(1, self.reads)
-        return means if float(means.diagonal(dim1=1, dim2=2).mean()) > _SILENT else None
+        return InputProducts(means) if float(means.diagonal(dim1=1, dim2=2).mean()) > _SILENT else None
 
 
 @dataclass
@@ -67,14 +70,14 @@ class _Layer:
     name: str
     form: Blocks
     moments: Moments
-    calls: list[LinearCall] = field(default_factory=list)
+    calls: list[LinearCall]
 
     def round(self) -> tuple[BlockArrays, Tensor]:
         """The blocks of its weight, and the weight that they stand for."""
         weight = self.site.weight.detach().float()
         is_transposed = self.site.kind == "conv1d"
         matrix = np.ascontiguousarray((weight if is_transposed else weight.t()).numpy())  # [in, out]
-        blocks = quantize_blocks(matrix, self.form, self.moments.means, self.name)
+        blocks = quantize_blocks(matrix, self.form, self.moments.products, self.name)
         values = torch.from_numpy(dequantize_blocks(blocks, self.form.bits, len(matrix)))
         return blocks, values.t().contiguous() if is_transposed else values
 
@@ -103,9 +106,11 @@ def round_in_order(
     runs = [_run(model, case) for case in cases]
     for node in model.graph_module.graph.nodes:
         for layer, call in layers.pop(node, ()):
-            for run in runs:
-                rows = run.env[call.input]
-                layer.moments.add(rows.reshape(-1, rows.shape[-1]))
+            if call.input not in layer.moments.read:
+                layer.moments.read.add(call.input)
+                for run in runs:
+                    rows = run.env[call.input]
+                    layer.moments.add(rows.reshape(-1, rows.shape[-1]))
             layer.calls.remove(call)
             if not layer.calls:
                 rounded[layer.site.path], values = layer.round()
@@ -127,12 +132,15 @@ def _layers(
     """The layers to round and their calls, by the nodes of these; not those in branches or of parts of a weight."""
     nodes = {node.name: node for node in model.graph_module.graph.nodes}
     found: dict[fx.Node, list[tuple[_Layer, LinearCall]]] = {}
+    shared: dict[Any, Moments] = {}
     for site in model.sites:
         calls = [call for name in site.calls for call in calls_at(nodes[name], site.path)]
         calls = [call for call in calls if call.operand is None and call.rows is None and call.weight.op == "get_attr"]
         if site.path in forms and calls:
             name, form = forms[site.path]
-            layer = _Layer(site, name, form, Moments.of(site.in_features, form.block_size), calls)
+            inputs = tuple(call.input for call in calls)
+            fresh = Moments.of(site.in_features, form.block_size)
+            layer = _Layer(site, name, form, shared.setdefault((inputs, fresh.windows.shape), fresh), calls)
             for call in calls:
                 found.setdefault(call.node, []).append((layer, call))
     return found

@@ -150,6 +150,36 @@ class StackedTensor(LazyTensor):
                 file.write(np.ascontiguousarray(entry).view(np.uint8).data)
 
 
+@dataclass
+class StackedTogether:
+    """Stacks whose entries are computed together, one entry of all after the other, by whichever is written first.
+
+    That one is not kept, the others are until they are written: so the largest comes first, where memory counts.
+
+    Attributes:
+        compute: Computes of each entry, in order, its arrays in all stacks.
+    """
+
+    compute: Callable[[], Iterable[Sequence[NDArray[Any]]]]
+    _kept: dict[int, list[NDArray[Any]]] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def entries(self, index: int) -> Iterator[NDArray[Any]]:
+        """The entries of one of them, by its place; threads that ask for another wait until all were read."""
+        with self._lock:
+            if index in self._kept:
+                yield from self._kept.pop(index)
+                return
+            self._kept.clear()
+            kept: dict[int, list[NDArray[Any]]] = {}
+            for arrays in self.compute():
+                for place, array in enumerate(arrays):
+                    if place != index:
+                        kept.setdefault(place, []).append(array)
+                yield arrays[index]
+            self._kept = kept
+
+
 def entries_of(tensor: ir.TensorProtocol) -> Iterator[NDArray[Any]]:
     """The entries of a tensor along its first axis, one after the other where they are computed so."""
     return tensor.entries() if isinstance(tensor, StackedTensor) else iter(tensor.numpy())

@@ -256,7 +256,8 @@ def _tokens_of_export(run: TokenRun, source: Mapping[str, Tensor], start: Tensor
         decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(len(start)), Encodings())
         last: dict[int, list[int]] = {}
         for row, token in enumerate(start):
-            source_of_row = {name: value[row : row + 1].numpy() for name, value in source.items()}
+            of_row = {name: value[row : row + 1] for name, value in source.items()}
+            source_of_row = {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in of_row.items()}
             last[decoder.open(source=source_of_row)] = [int(token)]
         for _ in range(steps):
             last = {row: [int(logits.argmax())] for row, logits in decoder.step(last).items()}

@@ -36,7 +36,7 @@ class MeasuredTexts:
         rows: Token ids by text, at least one each.
         drawn: Tokens that the float32 model draws after each row; they belong to the text.
         continued: Greedy tokens after each text.
-        end: Tokens that end a text, which are not drawn.
+        end: Tokens that end a text or pad it, which are not drawn.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -64,14 +64,14 @@ def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count:
     vocabulary = vocabulary_of(traced) or 4
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
-    begins = _special_tokens(traced, "bos_token_id", vocabulary)
+    begins, ends, pads = (_special_tokens(traced, f"{name}_token_id", vocabulary) for name in ("bos", "eos", "pad"))
     room = context_of(traced) or _DRAWN + _CONTINUED
     length = min(length, max(1, room // 2))
     return MeasuredTexts(
         rows=tuple((begins[0] if begins else token,) for token in first),
         drawn=length - 1,
         continued=max(1, min(_CONTINUED, room - length)),
-        end=_special_tokens(traced, "eos_token_id", vocabulary)[: vocabulary - 1],
+        end=tuple(dict.fromkeys((*ends, *pads)))[: vocabulary - 1],
     )
 
 
@@ -175,11 +175,11 @@ def _steps(
 
 
 def draw_tokens(logits: Tensor, end: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A token of every row by its probability, but none that ends the text.
+    """A token of every row by its probability, but none that is left out.
 
     Args:
         logits: `[batch, vocabulary]`.
-        end: Tokens that end a text.
+        end: Tokens that are left out.
         generator: Draws them.
     """
     kept = logits.double()

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Variant:
         directory: The export directory.
         name: The adapter; None for the base, or for an export whose adapters are folded.
         tensors: The adapter's tensors in the export, by name; empty without one.
+        rounded: Gives the model with the export's rounded weights, of adapters as data the base; one for all states.
     """
 
     session: Any
@@ -54,6 +55,7 @@ class Variant:
     directory: Path
     name: str | None
     tensors: Arrays
+    rounded: Callable[[], TracedModel | GraloraModel]
 
     def active(self) -> AbstractContextManager[None]:
         """The model in that state within a block."""
@@ -64,9 +66,9 @@ class Variant:
     @cached_property
     def reference(self) -> TracedModel | GraloraModel:
         """What the export is compared with: the model, or one with the export's rounded weights."""
+        base = self.rounded()
         if self.manifest.adapter_inputs is None or not isinstance(self.model, GraloraModel):
-            return reference_model(self.model, self.manifest, self.directory)
-        base = reference_model(self.model.traced, self.manifest, self.directory)
+            return base
         if base is self.model.traced:
             return self.model
         assert isinstance(base, TracedModel)
@@ -100,8 +102,10 @@ def variants(
     if adapter_name is not None:
         _check_named(adapter_name, model, inputs, directory)
     taken = None if rows is None else AdaptersAsTaken(directory, manifest, rows)
+    compared = model if inputs is None or not isinstance(model, GraloraModel) else model.traced
+    rounded = cache(partial(reference_model, compared, manifest, directory))
     if inputs is None:
-        yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, directory, None, {})
+        yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, directory, None, {}, rounded)
         return
     names = model.active_adapters if isinstance(model, GraloraModel) else []
     there = {name: adapter_name or name for name in names}
@@ -110,7 +114,8 @@ def variants(
     for name in (None, *names):
         tensors: Arrays = {} if name is None else adapters[name]
         by_row = _rows_with(rows, taken, None if name is None else there[name], list(there.values()))
-        yield Variant(_session_with(session, inputs, tensors), by_row, model, manifest, directory, name, tensors)
+        own = _session_with(session, inputs, tensors)
+        yield Variant(own, by_row, model, manifest, directory, name, tensors, rounded)
 
 
 def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:

@@ -193,6 +193,11 @@ def operator_for(target: Any, tensor: Tensor) -> Any:
     return _shape_only.get(target, target) if is_shape_only(tensor) else target
 
 
+def without_values(target: Any) -> Any:
+    """What gives the shapes of an operator of this project alone, for a run on fake tensors; else the target itself."""
+    return _shape_only.get(target, target) if getattr(target, "namespace", None) == NAMESPACE else target
+
+
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of a node that calls an operator, by its name in the schema; the default where none is given.
 

@@ -60,7 +60,7 @@ class LinearAttention(Call[V]):
         query = self.query.repeat_interleave(max(1, heads // self.query.shape[2]), 2)
         query = query.reshape(*query.shape[:2], heads, shared, query.shape[3])
         key = self.key.repeat_interleave(heads // self.key.shape[2], 2)
-        size = _CHUNK_PER_KEY if self.decay is not None and self.decay.ndim == 4 else _CHUNK
+        size = _chunk_size(length, _CHUNK_PER_KEY if self.decay is not None and self.decay.ndim == 4 else _CHUNK)
         chunks = max(1, int((length + size - 1) // size))
         queries, keys, values = (_in_chunks(x, chunks, size) for x in (query, key, self.value))
         decays = None if self.decay is None else _in_chunks(self.decay, chunks, size).cumsum(3)
@@ -83,7 +83,7 @@ class LinearAttention(Call[V]):
         Chunks are computed beside each other, step by step, each from a state of zeros; then what was before each.
         """
         heads, length = self.value.shape[2], self.value.shape[1]
-        size = min(length, _CHUNK_OF_NUMBERS) if isinstance(length, int) else _CHUNK_OF_NUMBERS
+        size = _chunk_size(length, _CHUNK_OF_NUMBERS)
         chunks = max(1, int((length + size - 1) // size))
         written = self.key.repeat_interleave(heads // self.key.shape[2], 2) * self.value
         # `[chunks, batch, heads, size, key size]`
@@ -115,6 +115,11 @@ class LinearAttention(Call[V]):
             return self.state.to(dtype)
         batch, _, heads, size = self.value.shape
         return self.value.new_zeros(batch, heads, self.key.shape[-1], size, dtype=dtype)
+
+
+def _chunk_size(length: int | torch.SymInt, most: int) -> int:
+    """Positions of a chunk: no more than there are, so that a token does not cost a chunk."""
+    return max(1, min(length, most)) if isinstance(length, int) else most
 
 
 def _in_chunks(x: Tensor, chunks: int, size: int) -> Tensor:

@@ -22,6 +22,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantization.block_search import InputProducts
 from gralora_fx.exporters.quantization.formats import Blocks, Format
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.exporters.quantization.sensitivity import measure_sensitivities
@@ -148,15 +149,15 @@ def test_a_search_rounds_better_than_the_nearest_and_than_onnxruntimes_k_quant()
         change = values - matrix.T
         return float(np.square(inputs @ change.T if of_inputs else change).mean())
 
-    def blocks(rounding: Any, moments: Any = None) -> Any:
-        return dequantize_blocks(quantize_blocks(matrix, Blocks(4, rounding=rounding), moments), 4, 128)
+    def blocks(rounding: Any, known: Any = None) -> Any:
+        return dequantize_blocks(quantize_blocks(matrix, Blocks(4, rounding=rounding), known), 4, 128)
 
     integers, scales, zeros = quant_tensor_k_quant_cpu(matrix.T.reshape(-1, 32), 4, 32)
     theirs = ((integers - zeros) * scales).reshape(300, 128)
     assert error(blocks("searched")) < 0.95 * min(error(theirs), error(blocks("nearest")))
     squares = blocks("searched", products[0].diagonal()[:128])
     assert error(squares, True) < 0.9 * error(blocks("searched"), True)
-    assert error(blocks("searched", products), True) < 0.9 * error(squares, True)
+    assert error(blocks("searched", InputProducts(products)), True) < 0.9 * error(squares, True)
 
 
 def test_zeros_and_one_value_a_block_are_kept(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from damaged_exports import shift_weight
 from genai_client import genai_tokens
+from tiny_images import IMAGE_MODELS
 from tiny_models import tiny_model
+from tiny_speech import tiny_whisper
 from torch import Tensor, fx, nn
 from traces import fresh_trace
 
@@ -111,6 +113,20 @@ def test_a_model_of_half_precision_exports_in_its_own_or_another(dtype: str, pre
     report = export_onnx(model, tmp_path / "onnx", precision=precision)
     assert report.verification is not None
     assert report.verification.passed
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("float16", {}), ("bfloat16", {"quantize": "int8"})])
+def test_a_model_of_half_precision_takes_images_and_sound_of_its_own(
+    dtype: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    tasks = {"vit": None, "whisper": "automatic-speech-recognition-with-past"}
+    for name, source in (("vit", IMAGE_MODELS["vit"]()), ("whisper", tiny_whisper())):
+        traced = trace(source.to(getattr(torch, dtype)), task=tasks[name])
+        report = export_onnx(traced, tmp_path / name, **options)
+        assert report.verification is not None
+        assert report.verification.passed, name
+        assert report.quality is not None or not options or name == "whisper"
 
 
 def test_verification_sees_wrong_weights_of_half_precision(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gralora_fx import trace
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantization.block_search import InputProducts
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.exporters.quantization.sequential import round_in_order
 
@@ -29,9 +30,9 @@ class Twice(nn.Module):
 
 def rounded(layer: nn.Linear, inputs: Tensor) -> Tensor:
     """A layer's weight, rounded for inputs `[positions, in]`."""
-    moments = (inputs.T @ inputs / len(inputs))[None]
+    products = InputProducts((inputs.T @ inputs / len(inputs))[None])
     matrix = np.ascontiguousarray(layer.weight.detach().T.numpy())
-    return torch.from_numpy(dequantize_blocks(quantize_blocks(matrix, FORM, moments), 4, len(matrix)))
+    return torch.from_numpy(dequantize_blocks(quantize_blocks(matrix, FORM, products), 4, len(matrix)))
 
 
 @pytest.mark.quick
