@@ -12,8 +12,8 @@ import numpy as np
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.folding.checkpoint_names import Names
-from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
-from gralora_fx.exporters.folding.expert_changes import ExpertEdit, ExpertFolds
+from gralora_fx.exporters.folding.edits import ExpertEdit, LayerEdit, MatrixEdit, ValuesEdit
+from gralora_fx.exporters.folding.expert_changes import ExpertFolds
 from gralora_fx.sources.four_bits import FourBitTensor
 from gralora_fx.sources.rewriting import Kept, bytes_of
 from gralora_fx.sources.rounded_weights import RoundedTensor

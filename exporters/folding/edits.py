@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +21,8 @@ NOT_FINITE = (
     "the folded weight of {name} is not finite in {dtype}; the adapter is damaged or too large for this precision, and "
     "nothing was written"
 )
+
+_KEPT = 4  # updates of parameters that are in memory at once, since the parts of a parameter lie close together
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,64 @@ class MatrixEdit:
                     apply(rows[start - first : stop - first], outputs, slice(0, self.in_features))
 
         return change
+
+
+@dataclass(frozen=True)
+class ExpertEdit:
+    """Updates added to matrices of experts, of which a tensor holds one, or some of its rows, or those of all.
+
+    Attributes:
+        name: The tensor, for messages.
+        update: Reads the update of all experts.
+        shape: `[out, in]` of an expert's whole matrix.
+        stored: Shape of a matrix as it is stored, where a stored row of the tensor is one; None for rows of a matrix.
+        expert: The expert whose rows those are.
+        start: The first of them in the expert's matrix.
+        as_modelled: Gives `[out, in]` of a stored matrix; it may be a view.
+        as_stored: Undoes that.
+        not_finite: Text of the error, as of `LayerEdit.prepare`.
+    """
+
+    name: str
+    update: Callable[[], Update]
+    shape: tuple[int, int]
+    stored: tuple[int, ...] | None = None
+    expert: int = 0
+    start: int = 0
+    as_modelled: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
+    as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
+    not_finite: str = NOT_FINITE
+    takes_rows: bool = field(default=True, init=False)
+
+    def prepare(self) -> RowEdit:
+        """Read the update; the result changes stored rows in place."""
+        update = self.update()
+
+        def change(rows: NDArray[Any], first: int) -> None:
+            if self.stored is None:
+                own = update if update.experts is None else update.of_expert(self.expert)
+                self._fold(rows, own, self.start + first)
+            for index, row in enumerate(() if self.stored is None else rows, first):
+                stored = row.reshape(self.stored)
+                matrix = self.as_modelled(stored)
+                self._fold(matrix, update.of_expert(index), 0)
+                stored[...] = self.as_stored(matrix)
+            check_finite(rows, self.name, self.not_finite)
+
+        return change
+
+    def _fold(self, part: NDArray[Any], update: Update, first: int) -> None:
+        """Fold into rows of a matrix, counted from its first."""
+        fold_region(part, [update], slice(first, first + part.shape[0]), slice(0, self.shape[1]), self.shape)
+
+
+def kept_updates(adapter: StoredAdapter) -> Callable[[str], Update]:
+    """Reads the updates of an adapter's parameters by their paths, and keeps the last ones for their other parts.
+
+    Args:
+        adapter: The adapter, open until all is written.
+    """
+    return lru_cache(_KEPT)(adapter.update)
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,24 @@
-"""Where an adapter's parameters lie in an export, and its updates folded into stacked experts there, one at a time."""
+"""Where an adapter's parameters lie in an export."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from gralora_fx.adapters.parameter_keys import names_parameter, parameters_in
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, MergeError, bulleted
-from gralora_fx.exporters.folding.edits import NOT_FINITE, check_finite
+from gralora_fx.exporters.folding.edits import ExpertEdit
 from gralora_fx.exporters.folding.initializers import initializers
 from gralora_fx.exporters.onnx_passes.expert_rows import MOE, arranged, as_modelled, gate_noted_at
-from gralora_fx.methods.fold import fold_region
 from gralora_fx.methods.method import Update
 from gralora_fx.operators.expert_gate import NO_GATE, ExpertGate
-from gralora_fx.sources.rewriting import RowEdit
 
-_KEPT = 4  # updates of parameters that are in memory at once
 _NOT_FOUND = (
     "no initializer of floats has the name of its parameter; export the model with the adapter merged, which quantizes "
     "afterwards (export_onnx with the adapter)"
@@ -52,38 +48,23 @@ class ExpertLocation:
     gate: ExpertGate = _PLAIN
     is_up: bool = False
 
+    def edit(self, update: Callable[[], Update]) -> ExpertEdit:
+        """An update of all experts added to the matrices.
 
-@dataclass(frozen=True)
-class StackEdit:
-    """Updates added to the matrices of an initializer, a stored row for each expert.
-
-    Attributes:
-        location: Where they are.
-        update: Reads the update of all experts.
-    """
-
-    location: ExpertLocation
-    update: Callable[[], Update]
-    takes_rows: bool = True
-
-    def prepare(self) -> RowEdit:
-        """Read the update; the result changes stored rows in place."""
-        at, update = self.location, self.update()
-        value_shape = at.value.shape
-        assert value_shape is not None
-        stored_shape = [int(size) for size in value_shape.numpy()][1:]
-        options: dict[str, Any] = {"is_up": at.is_up, "is_transposed": False}
-
-        def change(rows: NDArray[Any], first: int) -> None:
-            for index, row in enumerate(rows):
-                stored = row.reshape(stored_shape)
-                matrix = np.array(stored.T if at.is_transposed else as_modelled(stored, at.gate, **options))
-                everything = slice(0, at.shape[0]), slice(0, at.shape[1])
-                fold_region(matrix, [update.of_expert(first + index)], *everything, at.shape)
-                stored[...] = matrix.T if at.is_transposed else arranged(matrix, at.gate, **options)
-            check_finite(rows, at.path, NOT_FINITE)
-
-        return change
+        Args:
+            update: Reads it.
+        """
+        assert self.value.shape is not None
+        _, *stored = (int(size) for size in self.value.shape.numpy())
+        options: dict[str, Any] = {"gate": self.gate, "is_up": self.is_up, "is_transposed": self.is_transposed}
+        return ExpertEdit(
+            self.path,
+            update,
+            self.shape,
+            tuple(stored),
+            as_modelled=functools.partial(as_modelled, **options),
+            as_stored=functools.partial(arranged, **options),
+        )
 
 
 def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> StoredAdapter:
@@ -142,14 +123,6 @@ def find_experts(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list
     if problems:
         raise MergeError(f"{adapter.directory} cannot be folded into this export:\n{bulleted(problems)}")
     return found
-
-
-def stack_edits(
-    locations: Sequence[ExpertLocation], adapter: StoredAdapter
-) -> Iterator[tuple[ExpertLocation, StackEdit]]:
-    """What happens at each location; the adapter is open until all is written."""
-    update = functools.lru_cache(_KEPT)(adapter.update)
-    yield from ((at, StackEdit(at, functools.partial(update, at.path))) for at in locations)
 
 
 def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterator[ExpertLocation]:

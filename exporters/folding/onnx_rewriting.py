@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
-from gralora_fx.exporters.folding.edits import LayerEdit, MatrixEdit, ValuesEdit
-from gralora_fx.exporters.folding.expert_locations import ExpertLocation, StackEdit, stack_edits
+from gralora_fx.exporters.folding.edits import ExpertEdit, LayerEdit, MatrixEdit, ValuesEdit, kept_updates
+from gralora_fx.exporters.folding.expert_locations import ExpertLocation
 from gralora_fx.exporters.folding.initializers import (
     ProductWeight,
     Reader,
@@ -87,7 +88,7 @@ class OnnxRewriting:
         else:
             self._edit(file, value, edit, (location.name, location.start))
 
-    def fold_experts(self, location: ExpertLocation, edit: StackEdit) -> None:
+    def fold_experts(self, location: ExpertLocation, edit: ExpertEdit) -> None:
         """Fold into the matrices of a parameter's experts."""
         self._edit(location.file, location.value, edit, (location.path, location.gate, location.is_transposed))
 
@@ -214,8 +215,9 @@ def plan_rewriting(
         else:
             quantized.append(QuantizedEdit(weights[key], tuple(edits), None if export.base is None else base_weight))
             rewriting.fold_quantized(key[0], quantized[-1])
-    for at, stack in stack_edits(experts, adapter):
-        rewriting.fold_experts(at, stack)
+    update = kept_updates(adapter)
+    for at in experts:
+        rewriting.fold_experts(at, at.edit(functools.partial(update, at.path)))
     for value_location, values in replacements.values:
         rewriting.replace(value_location, values)
     return rewriting, quantized
