@@ -234,7 +234,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         inputs = self.inputs()
         check_name(name, ServingError)
         if isinstance(path, AdapterInMemory):
-            check_rank(name, path.record, self._max_rank)
+            check_rank("the adapter", path.record, self._max_rank)
             return self._add(LoadedAdapter(name, path.record, path.tensors), exist_ok=exist_ok)
         content = path if isinstance(path, AdapterContent) else None
         file = path.path if isinstance(path, AdapterContent) else _file(path)

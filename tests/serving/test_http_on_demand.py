@@ -88,6 +88,7 @@ def test_what_leads_out_or_is_not_there_is_refused(made: tuple[Path, Any], root:
     (root / "out").symlink_to(made[0] / "wide")
     (root / "file.onnx_adapter").symlink_to(made[0] / "files" / "wide.onnx_adapter")
     (root / "inside").symlink_to("peft")
+    (root / "data").symlink_to("peft")  # the base's name
     with service(made, root / ".." / "root") as client:
         assert ids(client, loaded=False) == ["data", "inside", "lora", "peft", "small", "wide"]
         for name in ("..", "../wide", "a/b", "/etc", "", "nobody", "wide.json"):
@@ -100,6 +101,9 @@ def test_what_leads_out_or_is_not_there_is_refused(made: tuple[Path, Any], root:
             assert f"the adapter '{name}' cannot be loaded" in message
             assert "is a link out of the adapter root" in message
         assert complete(client, "inside", PROMPT) == expected(made[1]["wide"], PROMPT)
+        assert unload(client, "data").status_code == 404
+        shutil.rmtree(root / "peft")
+        assert refused(client, "inside")[1].startswith("no model 'inside'; there is data, and")
 
 
 def test_a_damaged_file_is_read_once_until_it_changes(

@@ -96,8 +96,8 @@ class RootAdapters:
         Raises:
             UnknownAdapterError: There is none of the name.
         """
-        loaded = self._engine.models.adapters
-        if name not in loaded and self.state_of(name) is None:
+        loaded, is_base = self._engine.models.adapters, name == self._engine.models.base
+        if is_base or (name not in loaded and self.state_of(name) is None):
             raise UnknownAdapterError(f"no adapter {shown(name)} is loaded; loaded is {listed(loaded) or 'none'}")
 
     def withdraw(self, name: str) -> None:

@@ -115,7 +115,8 @@ class ServedModels:
     def unknown(self, model: str) -> UnknownModelError:
         """The error of a request that names a model which is not there."""
         others = "" if self.loader is None else ", and those of the adapter root, which /v1/models lists"
-        return UnknownModelError(f"no model {shown(model)}; there is {listed((self.base, *self.adapters))}{others}")
+        names = [self.base, *(name for name in self.adapters if name != model)]  # it may be one whose files are gone
+        return UnknownModelError(f"no model {shown(model)}; there is {listed(names)}{others}")
 
     @contextmanager
     def held(self, model: str) -> Iterator[str | None]:
