@@ -86,6 +86,7 @@ class FoldReport:
         seconds: Seconds that each stage took.
         adapters: Names of all adapters that the result holds, in the order of folding; empty without a manifest.
         base: What was compared of the adapter's base and the export's.
+        unread: Layers of the adapter that the export leaves out, since no output depends on them.
     """
 
     output_dir: Path
@@ -98,6 +99,7 @@ class FoldReport:
     seconds: dict[str, float] = field(default_factory=dict)
     adapters: tuple[str, ...] = ()
     base: BaseComparison | None = None
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """What was written, what was found how, and what is left of the update where it was rounded."""
@@ -111,6 +113,8 @@ class FoldReport:
             lines.append(f"now holds {len(self.adapters)} adapters: {', '.join(self.adapters)}")
         if self.replaced:
             lines.append(f"replaced {', '.join(self.replaced)}")
+        if self.unread:
+            lines.append(f"left out {', '.join(self.unread)}, on which no output depends")
         if self.adapter_name is None:
             lines.append("no manifest, since the export has none: compare the result with the merged model")
         if self.survival is not None:
@@ -186,6 +190,9 @@ def fold_onnx(
                     check_replaced(output_dir, task=manifest.task, fingerprint=manifest.base_fingerprint)
             warn_of_lost_adapters(output_dir, ())
             compared.settle(adapter_dir, strict=strict_base, error=CheckpointError)
+            unread = () if manifest is None else tuple(site.path for site in manifest.sites if not site.is_read)
+            left_out = tuple(path for path in unread if path in adapter.sites)
+            adapter = adapter.without(unread)
             export = Export(graphs, manifest, None if base is None else _base_weights(base, manifest))
             locations = find_locations(export, adapter)
             experts = find_experts(graphs, adapter)
@@ -215,6 +222,7 @@ def fold_onnx(
         seconds,
         adapters=() if manifest is None or name is None else (*manifest.adapters, name),
         base=compared,
+        unread=left_out,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gralora_fx.exporters.conversion import Conversion, base_trace
 from gralora_fx.exporters.folding.matching_weights import weight_entries
 from gralora_fx.exporters.quantization.plan import quantized_weights
 from gralora_fx.exporters.reports import attention_report
+from gralora_fx.graph.sites import other_readers
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
@@ -53,7 +54,7 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         position_offset=position_offset(traced),
         adapters=describe_adapters(model) if conversion.adapters is None else {},
         base_fingerprint=conversion.fingerprint,
-        sites=tuple(SiteEntry(site.path, site.kind, site.in_features, site.out_features) for site in traced.sites),
+        sites=tuple(_sites(traced)),
         inputs=_by_file({name: _shapes(graph.inputs) for name, graph in described.items()}),
         outputs=_by_file({name: _shapes(graph.outputs) for name, graph in described.items()}),
         packages={name: found for name in ("gralora-fx", *_PACKAGES) if (found := installed_version(name))},
@@ -66,6 +67,13 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         rows=next(iter(log.summaries(RowsEntry)), None),
         flavour=flavour,
     )
+
+
+def _sites(traced: TracedModel) -> Iterator[SiteEntry]:
+    readers = other_readers(traced.graph_module, traced.sites)
+    for site in traced.sites:
+        is_read = bool(site.calls or readers[site.path]) or site.path in traced.out_of_reach
+        yield SiteEntry(site.path, site.kind, site.in_features, site.out_features, is_read)
 
 
 def _base(traced: TracedModel) -> BaseEntry | None:

@@ -20,6 +20,7 @@ from gralora_fx.exporters.quantization.block_search import BlockArrays, InputPro
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.graph.linear_calls import LinearCall, calls_at
 from gralora_fx.graph.sites import LinearSite
+from gralora_fx.tracing.normalize.regions import LEAVE
 from gralora_fx.tracing.traced_model import TracedModel
 
 WINDOW = 2048  # neighbouring inputs whose errors make up for each other: memory grows with its square
@@ -118,6 +119,8 @@ def round_in_order(
                     run.env[call.weight] = values
         if not layers:
             break
+        if node.target in LEAVE or node.target in LEAVE.values():  # no gradients are computed, and no casts exported
+            continue
         for run in runs:
             if node not in run.env:
                 run.env[node] = run.run_node(node)

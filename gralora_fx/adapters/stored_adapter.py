@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,6 +119,13 @@ class StoredAdapter:
                 sites[_path_of(name, site)] = site
         _check(self.directory, problems)
         return replace(self, sites=dict(sorted(sites.items())), unnamed={})
+
+    def without(self, paths: Container[str]) -> StoredAdapter:
+        """The same adapter without what it has at some layers: their updates and their trained parameters."""
+        sites = {path: site for path, site in self.sites.items() if path not in paths}
+        copies = {name: tensor for name, tensor in self.copies.items() if name.rpartition(".")[0] not in paths}
+        repeats = {name: tensor for name, tensor in self.repeats.items() if name.rpartition(".")[0] not in paths}
+        return replace(self, sites=sites, copies=copies, repeats=repeats)
 
     def check_no_parameters(self, purpose: str, error: type[Exception]) -> None:
         """Check that it is at linear layers only.

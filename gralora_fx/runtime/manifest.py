@@ -77,12 +77,13 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class SiteEntry:
-    """A linear layer of the model that was exported (see `LinearSite`)."""
+    """A linear layer of the model that was exported (see `LinearSite`), and whether any output depends on it."""
 
     path: str
     kind: str
     in_features: int
     out_features: int
+    is_read: bool = True
 
 
 @dataclass(frozen=True)

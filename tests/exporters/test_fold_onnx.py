@@ -243,6 +243,33 @@ def test_saved_modules_and_biases_are_written(options: Any, tmp_path: Path) -> N
     assert verify_onnx(case.out, case.model, "quick").passed
 
 
+class UnreadHead(nn.Module):
+    """A layer that is called, but on which no output depends, as the pooling of a vision model's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.unread = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.inner(x))
+        self.unread(y)
+        return y
+
+
+def test_a_layer_on_which_no_output_depends_is_left_out(tmp_path: Path) -> None:
+    x = torch.randn(2, 16)
+    case = Case(tmp_path, trace(UnreadHead().eval(), (x,)), gralora("all-linear", bias="all"))
+    report = case.fold()
+    assert report.unread == ("unread",)
+    assert "left out unread, on which no output depends" in str(report)
+    assert {site.path for site in report.sites} == {"inner"}
+    assert "unread.bias" not in report.replaced
+    expected = case.model(x)
+    assert torch.allclose(load(case.out)(x=x)[0], expected, atol=1e-5)
+    export_onnx(case.model, tmp_path / "data", adapters="data")
+    assert torch.allclose(load(tmp_path / "data")(x=x, adapter="default")[0], expected, atol=1e-5)
+
+
 def test_a_trained_embedding_leaves_the_tied_head_alone(tmp_path: Path) -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     config = gralora(["q_proj"], modules_to_save=["embed_tokens"])

@@ -57,3 +57,24 @@ def test_a_weight_is_rounded_for_what_the_rounded_ones_before_it_give() -> None:
     assert torch.allclose(values["first"], first)
     assert float((~torch.isclose(values["again"], again)).float().mean()) < 0.01  # a sum's order decides some integers
     assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+
+
+class UnderAutocast(nn.Module):
+    """Its last layer runs in another precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.last(x).float()
+
+
+def test_rounding_leaves_autocast_as_it_was() -> None:
+    """Rounding ends at the last layer, before the end of its region."""
+    x = torch.randn(4, 32)
+    traced = trace(UnderAutocast().eval(), (x,))
+    round_in_order(traced, [{"x": x}, {"x": x}], {name: (f"{name}.weight", FORM) for name in ("first", "last")})
+    assert not torch.is_autocast_enabled("cpu")

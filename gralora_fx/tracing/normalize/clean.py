@@ -125,7 +125,7 @@ def _only_writes(node: fx.Node) -> bool:
 
 
 def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Erase what a sentence encoder computes and does not read, such as the output of BERT's pooler."""
+    """Erase what a model computes and no output reads, such as BERT's pooler in a sentence encoder."""
     changed = 0
     for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
         if node.op == "call_function" and not node.users and not node.is_impure():
@@ -226,7 +226,7 @@ def normalize(draft: Captured) -> Captured:
         restore_aten,
         without_empty_blocks,
         padding_as_argument,
-        *((drop_unread_calls,) if draft.sentence is not None else ()),
+        drop_unread_calls,
         AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace has no argument on in both
         evaluate,
     )
