@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import TraceError
+from gralora_fx.tracing.inputs import cached_steps
 from gralora_fx.tracing.inputs.cache import PAST, cached_slots, own_inputs, tensors_of
 from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, slot_of
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs
@@ -63,6 +64,22 @@ def test_a_recurrent_state_of_the_shape_of_a_convolutions_is_kept_whole() -> Non
     cache = run(graph, input_ids=ids[:, :5])[PAST]
     step = run(graph, input_ids=ids[:, 5:], **{PAST: cache})
     assert relative_error(step.logits, run(model, input_ids=ids).logits[:, 5:]) < 1e-5
+
+
+def test_a_state_of_the_shape_of_another_layers_kernel_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dilated convolution that reads four inputs again, beside one whose kernel is four wide, of as many channels."""
+    monkeypatch.setattr(cached_steps, "check_has_step", lambda _: None)  # the model is refused for another reason
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 1, "linear_conv_kernel_dim": 4}
+    dilated = {"ple_layer_ids": [1], "ngram_size": 2, "ple_conv_kernel_size": 3, "ple_embed_dim": 16}
+    ngrams = {"heads_per_ngram": 2, "split_ngram_parts": 1, "ngram_vocab_size_base": 64}
+    model = tiny_decoder(
+        "Qwen4ExpForCausalLM",
+        **{**linear, **dilated, **ngrams, "linear_key_head_dim": 32, "linear_value_head_dim": 64, "hc_count": 4},
+        make_ngram_vocab_size_divisible_by=2,
+        eos_token_id=2,
+    )
+    slots = {slot.place: tuple(t.shape[1:]) for slot, t in tensors_of(cached_inputs(model)[PAST]).items()}
+    assert (slots["0.conv"], slots["0.conv.1"]) == ((128, 3), (128, 4))
 
 
 @pytest.mark.parametrize(("batch", "past", "length"), [(1, 0, 1), (1, 9, 1), (3, 0, 6), (2, 5, 4), (4, 7, 1)])

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from gralora_fx.compat.transformers_caches import LinearAttentionLayer
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.inputs.cache import (
@@ -103,7 +102,7 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
         TraceError: It has no such cache.
     """
     try:
-        with torch.no_grad(), quiet(), _noted_widths() as widths:
+        with torch.no_grad(), quiet(), _noted_convolutions(model) as longer_by_one:
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
         tensors = {} if cache is None else tensors_of(cache)
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -114,31 +113,40 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
     if not tensors:
         raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
     states = {slot: tensor for slot, tensor in tensors.items() if slot.kind is KINDS["conv"]}
-    longer = {slot: state[..., 1:] for slot, state in states.items() if _has_unread_input(model, state, widths)}
+    longer = {slot: state[..., 1:] for slot, state in states.items() if (slot.layer, slot.number) in longer_by_one}
     return with_tensors(cache, {**tensors, **longer}) if longer else cache
 
 
 @contextmanager
-def _noted_widths() -> Iterator[set[int]]:
-    """The widths of the convolutions whose states a model keeps within the block."""
-    widths: set[int] = set()
-    update = LinearAttentionLayer.update_conv_state
+def _noted_convolutions(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
+    """The states that are kept within the block and hold as many inputs as a kernel, so that the first is not read again.
 
-    def noted(layer: Any, states: Tensor, *args: Any, conv_kernel_size: int | None = None, **options: Any) -> Tensor:
-        widths.update(() if conv_kernel_size is None else (conv_kernel_size,))
-        kept: Tensor = update(layer, states, *args, conv_kernel_size=conv_kernel_size, **options)
+    Such a state is kept by a module with a single convolution, of that width.
+
+    Yields:
+        The layer and the number of each.
+    """
+    longer: set[tuple[int, int]] = set()
+    running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
+    update = DynamicCache.update_conv_state
+
+    def noted(cache: Any, states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
+        width, convolution = options.get("conv_kernel_size"), running[-1] if running else None
+        if convolution is not None and convolution.kernel_size == (width,) and convolution.dilation == (1,):
+            longer.add((layer_idx, state_idx))
+        kept: Tensor = update(cache, states, layer_idx, state_idx=state_idx, **options)
         return kept
 
-    with patch.object(LinearAttentionLayer, "update_conv_state", noted):
-        yield widths
-
-
-def _has_unread_input(model: nn.Module, state: Tensor, widths: Collection[int]) -> bool:
-    """Whether a convolution's state holds as many inputs as its kernel: the first is never read again."""
-    if state.ndim != 3 or state.shape[2] not in widths:
-        return False
-    convolutions = (part for part in model.modules() if isinstance(part, nn.Conv1d) and part.dilation == (1,))
-    return any((part.in_channels, *part.kernel_size) == tuple(state.shape[1:]) for part in convolutions)
+    with ExitStack() as undone:
+        undone.enter_context(patch.object(DynamicCache, "update_conv_state", noted))
+        for module in model.modules():
+            own = [part for part in module.children() if isinstance(part, nn.Conv1d)]
+            if len(own) == 1:
+                before = module.register_forward_pre_hook(lambda *_, own=own: running.extend(own))
+                after = module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
+                undone.callback(before.remove)
+                undone.callback(after.remove)
+        yield longer
 
 
 def decoder_step(
