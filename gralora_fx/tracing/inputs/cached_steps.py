@@ -119,7 +119,7 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
 
 @contextmanager
 def _noted_convolutions(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
-    """The states that are kept within the block and hold as many inputs as a kernel, so that the first is not read again.
+    """States that are kept within the block and hold as many inputs as a kernel: the first is not read again.
 
     Such a state is kept by a module with a single convolution, of that width.
 
