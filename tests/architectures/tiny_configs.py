@@ -21,7 +21,7 @@ _CAPS: tuple[tuple[str, int], ...] = (
     (r"original_max_position_embeddings", 64),
     (r".*sliding_window|sliding_window_size|window_size|local_attention|attention_window_size|.*window_len", 4),
     (r".*chunk_size(?<!feed_forward)(?<!lm_head)|attention_chunk_size|.*chunk_length", 4),
-    (r"index_topk", 64),  # no fewer than a text has: which of several equal scores is chosen is nobody's promise
+    (r"index_topk", 64),  # no fewer than a text has: few heads give equal scores, of which any may be chosen
     (r".*(num_)?experts_per_tok(en)?|.*top_?k|moe_k", 2),
     (r"n_group|topk_group|num_expert_group", 1),
     (r"n_shared_experts|(moe_)?num_shared_experts|zero_expert_num", 1),
