@@ -24,7 +24,6 @@ from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.site_marks import MarkSites
 from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip
 from gralora_fx.runtime.export_directory import MODEL, ROWS, ROWS_NAME
@@ -121,7 +120,7 @@ class Flavour:
         verification: What is compared with the model.
         write_files: Writes what other programs read beside the models.
         has_last_logits: Whether it can return the last position's logits alone.
-        takes_texts: Whether what weights in blocks change can be measured on texts.
+        takes_texts: Whether what quantization changes can be measured on texts.
         shares_weights: Whether its models have their weights in one file.
     """
 
@@ -157,5 +156,4 @@ class Flavour:
 
     def measures_quality(self, options: ExportOptions) -> bool:
         """Whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
-        is_measured = options.quantize == DYNAMIC or (options.quantize is not None and self.takes_texts)
-        return is_measured and options.precision != "bf16"
+        return options.quantize is not None and options.precision != "bf16"

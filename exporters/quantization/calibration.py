@@ -18,7 +18,7 @@ from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.sensitivity import Sensitivities, measure_sensitivities
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.compared_tensors import step_inputs
-from gralora_fx.exporters.verification.fresh_inputs import text_cases
+from gralora_fx.exporters.verification.fresh_inputs import random_answers, text_cases
 from gralora_fx.exporters.verification.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
 from gralora_fx.exporters.verification.token_quality import draw_tokens, drawn_texts, user_texts
@@ -124,6 +124,8 @@ def _cases(
             _step(traced, batch["input_ids"]) if is_decoder else {**traced.constants, **batch} for batch in batches
         ]
         return cases, f"{len(given)} of the given texts"
+    if traced.cache_layout is CacheLayout.ENCODER_DECODER:
+        return [case for _, case in random_answers(traced, seed=1)], "random inputs"
     if not is_decoder:
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
     rows = _drawn(traced, count)

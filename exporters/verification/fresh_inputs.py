@@ -44,6 +44,7 @@ _STEPS = (
     (1, 6, 5, ""),
 )
 _QUICK_STEPS = ((1, 0, 1, ""), (3, 0, 9, "right"), (1, 6, 5, ""))  # left padding and single steps: see `_QUICK_PROMPTS`
+_ANSWER = 24  # tokens of an encoder-decoder's answer that is measured
 _USER_STEPS = 16  # tokens that are compared after a user's own prompts
 _LONG = 1000  # positions of the longest prompt, if the model has as many
 # lengths of the prompts of one batch, padding side, and number of tokens to compare
@@ -291,6 +292,28 @@ def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedM
                 f"{context}; shorten it"
             )
     return pad_prompts(rows, steps=_USER_STEPS, label="given prompt")
+
+
+def random_answers(model: TracedModel, seed: int) -> list[Case]:
+    """What an encoder-decoder is measured on: 16 random texts, or 4 other inputs, each with an answer from its start.
+
+    None is padded, and there are no keys and values but those that the model computes.
+
+    Args:
+        model: The traced model.
+        seed: Seed of the random tokens.
+    """
+    generator, length = torch.Generator().manual_seed(seed), min(_ANSWER, longest_text(model))
+    example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+    cases: list[Case] = []
+    for number in range(1, 5 if any(is_text(name) and not name.startswith("decoder_") for name in example) else 2):
+        case = {name: text_like(name, value, model, 4, length, generator) for name, value in example.items()}
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            case["decoder_input_ids"][:, 0] = start
+        empty = empty_cache(model.example_inputs[PAST], 4)
+        cases.append((f"4 random inputs, part {number}", {**model.constants, **case, PAST: empty}))
+    return cases
 
 
 def encoder_decoder_inputs(

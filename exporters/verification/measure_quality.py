@@ -16,7 +16,7 @@ from gralora_fx.exporters.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.verification.cases import Case, Verification
 from gralora_fx.exporters.verification.compared_tensors import check_finite
-from gralora_fx.exporters.verification.fresh_inputs import text_cases
+from gralora_fx.exporters.verification.fresh_inputs import random_answers, text_cases
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
 from gralora_fx.exporters.verification.token_quality import drawn_texts, token_quality, user_texts
@@ -64,7 +64,9 @@ def measure_quality(
         return Quality(str(chosen), (), tuple(tokens))
     base = next(states)  # without adapters that are data
     cases: Iterable[Case]
-    if texts is None:
+    if traced.cache_layout is CacheLayout.ENCODER_DECODER:
+        cases, inputs = random_answers(traced, seed=0), "random inputs"
+    elif texts is None:
         cases, inputs = verification.cases(traced, seed=0, quick=True), "random inputs"
     else:
         cases, inputs = text_cases(texts, tokenizer, traced), f"{len(texts)} given text{'s' * (len(texts) > 1)}"

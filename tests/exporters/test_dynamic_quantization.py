@@ -103,6 +103,7 @@ def test_every_kind_of_export_is_verified_and_measured(name: str, task: str | No
     (logits,) = (output for output in report.quality.outputs if output.name == "logits")
     assert logits.probability_change is not None
     assert 0 < logits.probability_change < 0.2
+    assert all(output.min_cosine is None or output.min_cosine > 0.98 for output in report.quality.outputs)
 
 
 def test_values_are_those_of_onnxruntimes_quantizer(tmp_path: Path) -> None:

@@ -163,6 +163,16 @@ def test_a_text_longer_than_the_context_is_cut(tmp_path: Path) -> None:
     assert found.positions > 1
 
 
+def test_an_encoder_decoder_is_measured_on_answers_without_padding(tmp_path: Path) -> None:
+    traced = fresh_trace("t5", task="text2text-generation-with-past")
+    quality = export_onnx(traced, tmp_path / "onnx", quantize="int4").quality
+    assert quality is not None
+    logits, features = quality.outputs
+    assert (logits.name, logits.rows, features.rows) == ("logits", 384, 384)
+    assert (logits.argmax_agreement or 0) > 0.6
+    assert (features.min_cosine or 0) > 0.9
+
+
 def test_what_cannot_be_measured_is_refused_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"texts=\.\.\. is for decoders and models without a cache, and the task .*is an encoder-"
