@@ -47,6 +47,7 @@ class LowerExperts:
             graph = node.graph
             assert isinstance(graph, ir.Graph)
             build, attributes = Builder(graph), moe_attributes(experts.gate)
+            experts = _with_weights_of_none(build, experts)
             reason = attributes if isinstance(attributes, str) else _problem(experts)
             if isinstance(attributes, str) or reason is not None:
                 skipped.append(Skip(layer_of(node), f"{reason}, so its experts are computed in a loop, in floats"))
@@ -72,6 +73,23 @@ def moe_attributes(gate: ExpertGate) -> dict[str, Any] | str:
         "activation_beta": gate.offset,
     }
     return attributes | ({"swiglu_limit": gate.limit} if gate.limit else {})
+
+
+def _with_weights_of_none(build: Builder, experts: ExpertsNode) -> ExpertsNode:
+    """Experts of which a token has only known ones: what stands for none is the last one, with a weight of 0.
+
+    A router that chooses the largest of one score for each expert knows no others.
+    """
+    count, choice = fixed_dim(experts.up, 0), experts.index.producer()
+    scores = None if choice is None or choice.op_type != "TopK" else choice.inputs[0]
+    if scores is not None and scores.shape is not None and scores.shape[-1] == count:
+        return experts
+    weights, dtype = experts.weights, experts.weights.dtype or ir.DataType.FLOAT
+    kept = build("Where", build("Less", experts.index, build.scalar(count)), weights, build.tensor(0, dtype))
+    kept.type, kept.shape = weights.type, weights.shape
+    index = build("Min", experts.index, build.scalar(count - 1))
+    index.type, index.shape = experts.index.type, experts.index.shape
+    return ExpertsNode(**{**vars(experts), "index": index, "weights": kept})
 
 
 def _operands(experts: ExpertsNode) -> dict[str, ir.Value]:

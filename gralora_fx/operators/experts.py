@@ -50,7 +50,7 @@ class Experts(Call[V]):
 
     Attributes:
         hidden: `[tokens, size]`.
-        index: `[tokens, k]`, the experts of each token.
+        index: `[tokens, k]`, the experts of each token; their number stands for none, as in transformers.
         weights: `[tokens, k]`, what the output of each is multiplied by.
         up: `[experts, outputs, size]`; outputs are twice the width where there is a gate.
         down: `[experts, size, width]`.
@@ -85,14 +85,15 @@ class Experts(Call[V]):
 
     def result(self: Experts[Tensor]) -> Tensor:
         """The reference: tokens in the order of their experts, and a product for each expert that some token has."""
-        chosen = self.index.reshape(-1)
-        experts, order = torch.sort(chosen, stable=True)
+        last = self.up.shape[0] - 1
+        weights = self.weights.masked_fill(self.index > last, 0)
+        experts, order = torch.sort(self.index.clamp(max=last).reshape(-1), stable=True)
         ends = torch.searchsorted(experts, torch.arange(self.up.shape[0], device=experts.device), right=True)
         x = self.hidden[order // self.index.shape[1]]
         inner = gated(self.gate, self._product(x, self.up, self.up_bias, experts, ends))
         outer = self._product(inner, self.down, self.down_bias, experts, ends)
         outer = outer[torch.argsort(order)].reshape(*self.index.shape, -1)
-        return (outer * self.weights.unsqueeze(-1)).sum(1).to(self.hidden.dtype)
+        return (outer * weights.unsqueeze(-1)).sum(1).to(self.hidden.dtype)
 
     def _product(
         self: Experts[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, experts: Tensor, ends: Tensor

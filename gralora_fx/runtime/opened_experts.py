@@ -64,7 +64,8 @@ def _is_replaced(node: onnx.NodeProto, makers: dict[str, Any], stacks: dict[str,
         return False
     weights = [stacks.get(name) for name in node.input[2:] if name]
     is_float = all(weight is not None and weight.data_type == TensorProto.FLOAT for weight in weights)
-    return is_float and _attributes(node).get("k") == 1 and makers[node.input[1]].op_type == "OneHot"
+    scores = makers.get(node.input[1])
+    return is_float and _attributes(node).get("k") == 1 and scores is not None and scores.op_type == "OneHot"
 
 
 def _entries(stack: TensorProto) -> Iterator[TensorProto]:

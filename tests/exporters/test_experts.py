@@ -182,6 +182,38 @@ def test_every_activation_has_a_form_or_a_reason() -> None:
     assert all("ONNX Runtime's operator has no" in form for form in forms.values() if isinstance(form, str))
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])  # one operator, and a loop
+def test_a_router_with_a_capacity_drops_tokens(tmp_path: Path, activation: str) -> None:
+    """The experts of transformers take their number for none, which the samples of a trace need not have."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = MixtralConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, hidden_act=activation)
+            config._experts_implementation = "eager"
+            self.router, self.experts = nn.Linear(32, 4), MixtralExperts(config)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, index = self.router(x).softmax(-1).topk(1)
+            chosen = nn.functional.one_hot(index[:, 0], 4)
+            place = (chosen.cumsum(0) * chosen).sum(-1, keepdim=True)
+            return self.experts(x, torch.where(place > 3, 4, index), weights)
+
+    torch.manual_seed(0)
+    model = Layer().eval()
+    traced = trace(model, (torch.randn(7, 32),))
+    export_onnx(traced, tmp_path / "onnx")
+    x = torch.randn(1, 32).repeat(5, 1)
+    with torch.no_grad():
+        expected = model(x)
+        assert expected[3:].abs().max() == 0 < expected[:3].abs().min()
+        torch.testing.assert_close(traced.graph_module(x), expected)
+    for session in (open_session(tmp_path / "onnx"), onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")):
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), expected)
+
+
 def test_experts_without_the_operator_are_named(tmp_path: Path) -> None:
     class Cubed(MixtralExperts):
         def _apply_gate(self, gate_up: Tensor) -> Tensor:
