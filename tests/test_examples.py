@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from gralora_fx.demo import news_writer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -45,3 +48,18 @@ def test_two_adapters_one_base(
     assert [name for name, _ in differences] == ["formal", "brief", "formal"]
     assert all(float(difference) < 1e-4 for _, difference in differences)
     assert "loaded: brief, formal" in output
+
+
+def test_hybrid_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    news = news_writer.load_news(0)
+    few = dataclasses.replace(news, train=news.train[:32], test=news.test[:16])
+    monkeypatch.setattr(news_writer, "load_news", lambda _: few)
+    monkeypatch.setattr(news_writer, "_HELD_OUT", 8)
+    arguments = ["hybrid_decoder.py", "--output", str(tmp_path), "--steps", "4", "--adapter-steps", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(EXAMPLES / "hybrid_decoder.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert output.count("attention: 1 layers fused, 0 not; verified: True") == 2
+    before, after = re.findall(r"sports: (\S+) bits a character, (\S+) with the adapter", output)[0]
+    assert float(after) < float(before)
+    assert re.search(r"^base: England.*^sports: England", output, re.MULTILINE | re.DOTALL)

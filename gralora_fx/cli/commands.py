@@ -202,7 +202,7 @@ def export_triton(
 
 @command()
 def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, seed: opt.Seed = 0) -> None:
-    """Train MiniLM to sort BBC news with GraLoRA, merge, export, verify and classify on ONNX Runtime."""
+    """Train MiniLM to sort BBC news with GraLoRA, and a small hybrid to write them; export, verify, and ask both."""
     with Heartbeat(Console(file=sys.stdout, highlight=False)) as heartbeat:
         heartbeat.begin("import")
         from gralora_fx.demo import run

@@ -1,4 +1,4 @@
-"""The demonstration: MiniLM learns to sort BBC news with GraLoRA, and answers on ONNX Runtime."""
+"""The demonstration: MiniLM learns to sort BBC news, and a small hybrid to write them; both answer on ONNX Runtime."""
 
 from gralora_fx.demo.run import run
 

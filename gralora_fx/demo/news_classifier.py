@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.demo.training import fit
 from gralora_fx.errors import GraloraError
 from gralora_fx.model.gralora_model import GraloraModel
 
@@ -88,38 +87,25 @@ def batches(examples: Examples, tokenizer: PreTrainedTokenizerBase, size: int = 
 def train(
     model: GraloraModel, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, epochs: int, seed: int
 ) -> list[float]:
-    """Train the adapter with AdamW and a linear schedule, showing the progress.
+    """Train the adapter on shuffled batches.
 
     Returns:
         The loss of every step.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(examples) // _BATCH)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=0.01)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
-    losses: list[float] = []
-    model.train()
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=steps, loss=float("nan"))
+
+    def shuffled() -> Iterator[dict[str, Any]]:
         for _ in range(epochs):
             order = torch.randperm(len(examples), generator=generator).tolist()
-            for batch in batches([examples[index] for index in order], tokenizer):
-                loss = model(**batch).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                losses.append(loss.item())
-                progress.update(bar, advance=1, loss=fmean(losses[-20:]))
+            yield from batches([examples[index] for index in order], tokenizer)
+
+    def loss_of(batch: dict[str, Any]) -> torch.Tensor:
+        loss: torch.Tensor = model(**batch).loss
+        return loss
+
+    model.train()
+    steps = epochs * -(-len(examples) // _BATCH)
+    losses = fit(model.parameters(), shuffled(), loss_of, steps=steps, rate=_LEARNING_RATE)
     model.eval()
     return losses
 

@@ -1,0 +1,66 @@
+"""The loop that trains the demonstration's models and their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
+
+_WEIGHT_DECAY = 0.01
+
+
+def fit(
+    parameters: Iterable[torch.nn.Parameter],
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    steps: int,
+    rate: float,
+) -> list[float]:
+    """Train by AdamW, whose rate rises for a tenth of the steps and then falls to zero, showing the progress.
+
+    Args:
+        parameters: The parameters of the model; those that require gradients train. Matrices decay, vectors do not.
+        batches: As many batches as steps.
+        loss_of: The loss of a batch, a scalar.
+        steps: How many steps there are.
+        rate: The largest learning rate.
+
+    Returns:
+        The loss of every step.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": _WEIGHT_DECAY},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    losses: list[float] = []
+    with Progress(*_columns()) as progress:
+        bar = progress.add_task("training", total=steps, loss=float("nan"))
+        for batch in batches:
+            loss = loss_of(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            progress.update(bar, advance=1, loss=fmean(losses[-20:]))
+    return losses
+
+
+def _columns() -> Sequence[Any]:
+    return (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
