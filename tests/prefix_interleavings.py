@@ -187,4 +187,4 @@ class Interleavings:
         return self._known[key]
 
     def _tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(3, 97) for _ in range(count)]
+        return [self._random.randrange(3, 96) for _ in range(count)]

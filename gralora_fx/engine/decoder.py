@@ -222,19 +222,40 @@ class Decoder(ABC):
             if not read:
                 return {}
             last = self._last(last or {}, read)
-            try:
-                logits = self._run(read, last)
-            except ServingError:
+            logits: dict[int, NDArray[Any]] = {}
+            while read:
+                first = self._cut(read)
+                for number, given in self._read(first, last).items():
+                    is_rest = self.gives_all and number in logits
+                    logits[number] = np.concatenate([logits[number], given]) if is_rest else given
+                read = {n: array[len(first.get(n, ())) :] for n, array in read.items()}
+                read = {n: array for n, array in read.items() if len(array)}
+        return logits
+
+    def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
+        """What is read first: all, or what some rows read up to where others may take over from them."""
+        if self._shared is None or not self._shared.cache.keeps_states:
+            return read
+        counts = {row: self._shared.cut(row, self._lengths[row], len(array)) for row, array in read.items()}
+        return {row: read[row][:count] for row, count in counts.items() if count} or read
+
+    def _read(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens in one go, and take note of them."""
+        try:
+            logits = self._run(read, last)
+        except Exception as failure:  # ONNX Runtime raises types of its own
+            if self._shared is not None:
+                self._shared.lose(read)
+            if isinstance(failure, ServingError):
                 raise
-            except Exception as failure:  # ONNX Runtime raises types of its own
-                sizes = [len(array) for array in read.values()]
-                raise ServingError(f"ONNX Runtime fails on rows of {sizes} tokens: {first_line(failure)}") from failure
-            for number, array in read.items():
-                if self._shared is not None:
-                    is_several = len(array) > 1 or number in last
-                    drafts = last.get(number, 1) - 1
-                    self._shared.read(number, self._lengths[number], array.tolist(), drafts, is_several=is_several)
-                self._lengths[number] += len(array)
+            sizes = [len(array) for array in read.values()]
+            raise ServingError(f"ONNX Runtime fails on rows of {sizes} tokens: {first_line(failure)}") from failure
+        for number, array in read.items():
+            if self._shared is not None:
+                is_several = len(array) > 1 or number in last
+                drafts = last.get(number, 1) - 1
+                self._shared.read(number, self._lengths[number], array.tolist(), drafts, is_several=is_several)
+            self._lengths[number] += len(array)
         return logits
 
     def _nearest(self) -> int:

@@ -3,87 +3,82 @@
 Blocks are the nodes of a radix tree. Each has up to `BLOCK` tokens, which follow those of the blocks above it, and the
 keys and values of these tokens at their positions. Every version of an adapter, and every salt, has a tree of its own:
 what one adapter computed is never found by another, nor by a later adapter of the same name.
+
+Layers that keep states, such as those of Mamba, cannot tell what they were after fewer tokens. Of such a model a block
+may have a snapshot of the states after its last token, and a text goes on from a snapshot alone. Where snapshots are
+taken follows Marconi (Pan et al., 2024, https://arxiv.org/abs/2411.19379): where a text ends, and where two texts part.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Container, Iterator, Sequence
+from itertools import chain
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from gralora_fx.engine.prefix_blocks import (
+    BLOCK,
+    OF_TOKEN,
+    OVERHEAD,
+    Kind,
+    Root,
+    TokenBlock,
+    common,
+    length_of,
+    unpacked,
+    upwards,
+)
 from gralora_fx.errors import ServingError
-
-BLOCK = 64  # most tokens of a block
-_OVERHEAD, _OF_TOKEN = 2048, 40  # bytes of a block, and of each of its tokens, beside keys and values
-_ALIGNMENT = 16  # bytes
-_Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
 
 
 class PrefixCacheError(ServingError):
     """Rows of a decoder cannot share what they read, or there is too little memory for it."""
 
 
-class _Block:
-    """Tokens that follow those of the blocks above.
-
-    Attributes:
-        tokens: The tokens; none of a root.
-        values: Their keys and values, one tensor of the model's cache after the other.
-        above: What they follow; None of a root.
-        below: The blocks that follow, by their first token.
-        root: Of a root, what its tree is of.
-    """
-
-    __slots__ = ("above", "below", "root", "tokens", "values")
-
-    def __init__(
-        self, tokens: tuple[int, ...], values: Tensor, above: _Block | None, root: _Root = (None, None)
-    ) -> None:
-        self.tokens, self.values, self.above, self.root = tokens, values, above, root
-        self.below: dict[int, _Block] = {}
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return _OVERHEAD + _OF_TOKEN * len(self.tokens) + self.values.nbytes
-
-
 class PrefixCache:
     """Blocks within a bound of bytes; for a new one those go that were not used for longest.
 
-    Keys and values are copied in and out, so a row never shares memory with a block. Any thread may use it.
+    Of a model with states the snapshots go, first those that were taken on the chance that a text may go on from them
+    and that none has; a block goes with the last snapshot that it leads to.
+
+    Keys, values and states are copied in and out, so a row never shares memory with a block. Any thread may use it.
 
     Attributes:
         limit: The most bytes.
-        evictions: How many blocks made room for others.
+        evictions: How many blocks, or snapshots, made room for others.
     """
 
-    def __init__(self, limit: int, like: Sequence[Tensor]) -> None:
+    def __init__(self, limit: int, like: Sequence[Tensor], states: Sequence[Tensor] = ()) -> None:
         """Begin without blocks.
 
         Args:
             limit: The most bytes.
-            like: What a row's cache is, tensors `[heads, positions, size]` on the CPU.
+            like: What a row's keys and values are, tensors `[heads, positions, size]` on the CPU.
+            states: What its states are; none of a model that has none.
 
         Raises:
             PrefixCacheError: There is no room for one block.
         """
         self._like = [(tensor.shape[0], tensor.shape[2], tensor.dtype) for tensor in like]
-        block = _OVERHEAD + BLOCK * _OF_TOKEN + self._bytes(BLOCK)
+        self._states: list[Kind] = [(tuple(tensor.shape), tensor.dtype) for tensor in states]
+        block = OVERHEAD + BLOCK * OF_TOKEN + length_of(self._kinds(BLOCK)) + length_of(self._states)
         if limit < block:
+            what = f"{BLOCK} tokens and the states after it" if states else f"{BLOCK} tokens"
             raise PrefixCacheError(
-                f"prefix_cache={limit} has no room for a block of {BLOCK} tokens, which takes {block} bytes of this "
-                "model; give more, or none"
+                f"prefix_cache={limit} has no room for a block of {what}, which takes {block} bytes of this model; "
+                "give more, or none"
             )
         self.limit, self.evictions = limit, 0
-        self._bytes_used = 0
-        self._roots: dict[_Root, _Block] = {}
-        self._recent: OrderedDict[_Block, None] = OrderedDict()  # the last used at the end, each after those below it
+        self._bytes_used = self._count = 0
+        self._roots: dict[Root, TokenBlock] = {}
+        # where a text may go on, the last used at the end: blocks, each after those below it, or those with a snapshot
+        self._recent: OrderedDict[TokenBlock, None] = OrderedDict()
+        self._chances: OrderedDict[TokenBlock, None] = OrderedDict()  # with a snapshot from which none has gone on yet
         self._gone: WeakSet[Any] = WeakSet()  # versions of adapters
         self._lock = threading.Lock()
 
@@ -94,57 +89,104 @@ class PrefixCache:
 
     def __len__(self) -> int:
         """How many blocks there are."""
-        return len(self._recent)
+        return self._count
 
-    def fill(self, root: _Root, tokens: Sequence[int], start: int, row: Sequence[Tensor]) -> int:
+    @property
+    def snapshots(self) -> int:
+        """How many snapshots of states there are."""
+        return len(self._recent) + len(self._chances) if self._states else 0
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether texts go on from snapshots of states alone."""
+        return bool(self._states)
+
+    def known(self, root: Root, tokens: Sequence[int]) -> int:
+        """How many tokens of a text are those of another one, whether or not a text can go on from there.
+
+        Args:
+            root: The version of the row's adapter, and the salt.
+            tokens: The text.
+        """
+        with self._lock:
+            return sum(count for _, count in self._path(root, tokens))
+
+    def fill(
+        self, root: Root, tokens: Sequence[int], start: int, row: Sequence[Tensor], states: Sequence[Tensor] = ()
+    ) -> int:
         """Copy what is known of a text into the cache of a row, from a position on.
 
         Args:
             root: The version of the row's adapter, and the salt.
             tokens: The text, up to the last token that may be filled in.
             start: How many of the tokens the row has already.
-            row: The row's cache, `[heads, positions, size]`.
+            row: The row's keys and values, `[heads, positions, size]`.
+            states: Its states, which become those of a snapshot if there is one after `start`.
 
         Returns:
             How many of the tokens the row has now.
         """
         with self._lock:
-            at, last = 0, None
-            for block, count in self._path(root, tokens):
+            path = list(self._path(root, tokens))
+            while self._states and path and (path[-1][0].states is None or path[-1][1] < len(path[-1][0].tokens)):
+                path.pop()
+            at, last = 0, path[-1][0] if path else None
+            for block, count in path:
                 if at + count > start:
                     skip = max(start - at, 0)
-                    for own, known in zip(row, self._tensors(block.values, len(block.tokens)), strict=True):
+                    for own, known in zip(row, self._tensors(block), strict=True):
                         own[:, at + skip : at + count].copy_(known[:, skip:count])
-                at, last = at + count, block
+                at += count
+            if at > start and last is not None and last.states is not None:
+                for own, known in zip(states, unpacked(last.states, self._states), strict=True):
+                    own.copy_(known)
+                self._keep(last)
             self._use(last)
             return max(at, start)
 
-    def store(self, root: _Root, tokens: Sequence[int], row: Sequence[Tensor]) -> None:
-        """Keep what a row has read, as far as there is room.
+    def store(
+        self,
+        root: Root,
+        tokens: Sequence[int],
+        row: Sequence[Tensor],
+        states: Sequence[Tensor] = (),
+        *,
+        is_chance: bool = False,
+    ) -> None:
+        """Keep what a row has read: of a model with states all or nothing, else as far as there is room.
 
         Args:
             root: The version of the row's adapter, and the salt; nothing is kept for a version that is gone.
             tokens: Its text.
-            row: Its cache, `[heads, positions, size]`.
+            row: Its keys and values, `[heads, positions, size]`.
+            states: Its states, after the text.
+            is_chance: Whether no text is known to go on from there, so that nothing else makes room for it than what
+                is a chance, too.
         """
         with self._lock:
             if root[0] is not None and root[0] in self._gone:
                 return
-            top = self._roots.get(root) or _Block((), torch.empty(0), None, root)
+            if self._states and length_of(self._kinds(len(tokens))) + length_of(self._states) > self.limit:
+                return
+            top = self._roots.get(root) or TokenBlock((), torch.empty(0), None, root)
             block, at = top, 0
             while at < len(tokens):
                 below = block.below.get(tokens[at])
                 if below is None:
-                    below = self._add(block, tuple(tokens[at : at + BLOCK]), at, row)
+                    below = self._add(block, tuple(tokens[at : at + BLOCK]), at, row, is_chance=is_chance)
                     if below is None:
                         break
                 else:
-                    count = _common(below.tokens, tokens[at : at + BLOCK])
-                    if count < len(below.tokens) and at + count < len(tokens):
-                        self._split(below, count)
+                    count = common(below.tokens, tokens[at : at + BLOCK])
+                    if count < len(below.tokens) and (self._states or at + count < len(tokens)):
+                        below = self._split(below, count)
                 block, at = below, at + len(below.tokens)
+            if self._states:
+                if at == len(tokens):
+                    self._take(block, states, is_chance=is_chance)
+                self._prune(block)
             self._use(block)
-            self._make_room(0, block)  # that a block in two parts takes
+            self._make_room(0, None if self._states else block)  # that a block in two parts takes
             if top.below:
                 self._roots[root] = top
 
@@ -162,107 +204,130 @@ class PrefixCache:
                     block = blocks.pop()
                     blocks += block.below.values()
                     if block.above is not None:
-                        del self._recent[block]
+                        self._recent.pop(block, None)
+                        self._chances.pop(block, None)
                         self._bytes_used -= block.size
+                        self._count -= 1
 
-    def _path(self, root: _Root, tokens: Sequence[int]) -> Iterator[tuple[_Block, int]]:
+    def _path(self, root: Root, tokens: Sequence[int]) -> Iterator[tuple[TokenBlock, int]]:
         """The blocks that a text begins with, and how many tokens of each it has: all, but maybe of the last."""
         block, at = self._roots.get(root), 0
         while block is not None and at < len(tokens):
             block = block.below.get(tokens[at])
             if block is not None:
-                count = _common(block.tokens, tokens[at : at + BLOCK])
+                count = common(block.tokens, tokens[at : at + BLOCK])
                 yield block, count
                 if count < len(block.tokens):
                     return
                 at += count
 
-    def _add(self, above: _Block, tokens: tuple[int, ...], at: int, row: Sequence[Tensor]) -> _Block | None:
+    def _add(
+        self, above: TokenBlock, tokens: tuple[int, ...], at: int, row: Sequence[Tensor], *, is_chance: bool
+    ) -> TokenBlock | None:
         """A new block below another; None if there is no room beside those above it."""
-        length = self._bytes(len(tokens))
+        kinds = self._kinds(len(tokens))
         self._use(above)
-        if not self._make_room(_OVERHEAD + _OF_TOKEN * len(tokens) + length, above):
+        values = self._memory(kinds, above, OVERHEAD + OF_TOKEN * len(tokens), is_chance=is_chance)
+        if values is None:
             return None
-        try:
-            values = torch.empty(length, dtype=torch.uint8)
-        except (MemoryError, RuntimeError):  # torch's own error for the same
-            return None
-        for known, own in zip(self._tensors(values, len(tokens)), row, strict=True):
+        for known, own in zip(unpacked(values, kinds), row, strict=True):
             known.copy_(own[:, at : at + len(tokens)])
-        block = above.below[tokens[0]] = _Block(tokens, values, above)
-        self._recent[block] = None
+        block = above.below[tokens[0]] = TokenBlock(tokens, values, above)
+        self._count += 1
         self._bytes_used += block.size
+        if not self._states:
+            self._recent[block] = None
         self._use(above)
         return block
 
-    def _split(self, block: _Block, count: int) -> None:
-        """Let a block have its first tokens alone, and a new one below it the others."""
+    def _take(self, block: TokenBlock, states: Sequence[Tensor], *, is_chance: bool) -> None:
+        """Let a block have a snapshot, if there is room."""
+        if block.states is None:
+            block.states = self._memory(self._states, block, 0, is_chance=is_chance)
+            if block.states is None:
+                return
+            self._bytes_used += block.states.nbytes
+            self._chances[block] = None
+            for known, own in zip(unpacked(block.states, self._states), states, strict=True):
+                known.copy_(own)
+        if not is_chance:
+            self._keep(block)
+
+    def _keep(self, block: TokenBlock) -> None:
+        """A text goes on from a block's snapshot, or ends there."""
+        self._chances.pop(block, None)
+        self._recent[block] = None
+        self._recent.move_to_end(block)
+
+    def _memory(self, kinds: Sequence[Kind], last: TokenBlock, more: int, *, is_chance: bool) -> Tensor | None:
+        """Room for tensors and some more bytes, beside the path to a block; None if there is none."""
+        length = length_of(kinds)
+        if not self._make_room(length + more, last, is_chance=is_chance):
+            return None
+        try:
+            return torch.empty(length, dtype=torch.uint8)
+        except (MemoryError, RuntimeError):  # torch's own error for the same
+            return None
+
+    def _split(self, block: TokenBlock, count: int) -> TokenBlock:
+        """Let a block have its last tokens alone, and a new one above it, which is returned, the first."""
+        assert block.above is not None
         parts: list[tuple[tuple[int, ...], Tensor]] = []
         for tokens in (block.tokens[:count], block.tokens[count:]):
-            values = torch.empty(self._bytes(len(tokens)), dtype=torch.uint8)
-            start = len(parts) * count
-            whole = self._tensors(block.values, len(block.tokens))
-            for part, known in zip(self._tensors(values, len(tokens)), whole, strict=True):
+            kinds, start = self._kinds(len(tokens)), len(parts) * count
+            values = torch.empty(length_of(kinds), dtype=torch.uint8)
+            for part, known in zip(unpacked(values, kinds), self._tensors(block), strict=True):
                 part.copy_(known[:, start : start + len(tokens)])
             parts.append((tokens, values))
         self._bytes_used -= block.size
-        rest = _Block(*parts[1], block)
-        rest.below, block.below = block.below, {rest.tokens[0]: rest}
-        for below in rest.below.values():
-            below.above = rest
-        block.tokens, block.values = parts[0]
-        self._bytes_used += block.size + rest.size
-        self._recent[rest] = None
-        self._use(rest)
+        first = block.above.below[block.tokens[0]] = TokenBlock(*parts[0], block.above)
+        block.tokens, block.values = parts[1]
+        block.above, first.below = first, {block.tokens[0]: block}
+        self._bytes_used += first.size + block.size
+        self._count += 1
+        if not self._states:
+            self._recent[first] = None
+            self._use(first)
+        return first
 
-    def _use(self, block: _Block | None) -> None:
-        """A block and all above it were used now."""
-        while block is not None and block.above is not None:
+    def _use(self, block: TokenBlock | None) -> None:
+        """A block and all above it were used now; of a model with states that is said of the snapshot alone."""
+        while not self._states and block is not None and block.above is not None:
             self._recent.move_to_end(block)
             block = block.above
 
-    def _make_room(self, size: int, last: _Block) -> bool:
+    def _make_room(self, size: int, last: TokenBlock | None, *, is_chance: bool = False) -> bool:
         """Let blocks go until there is room; returns whether there is, beside the path to one that was just used."""
         while self._bytes_used + size > self.limit:
-            oldest = next(iter(self._recent), None)
-            if oldest is None or any(oldest is block for block in _upwards(last)):
+            oldest = next(chain(self._chances, () if is_chance else self._recent), None)
+            path = set(upwards(last))
+            if oldest is None or (oldest in path and oldest.states is None):
                 return False
-            assert oldest.above is not None
-            assert not oldest.below
-            del self._recent[oldest]
-            del oldest.above.below[oldest.tokens[0]]
-            self._bytes_used -= oldest.size
+            self._recent.pop(oldest, None)
+            self._chances.pop(oldest, None)
+            if oldest.states is not None:
+                self._bytes_used -= oldest.states.nbytes
+                oldest.states = None
             self.evictions += 1
-            if oldest.above.above is None and not oldest.above.below:
-                self._roots.pop(oldest.above.root, None)
+            self._prune(oldest, path)
         return True
 
-    def _bytes(self, count: int) -> int:
-        """Bytes of the keys and values of some tokens."""
-        return sum(_aligned(heads * count * size * dtype.itemsize) for heads, size, dtype in self._like)
+    def _prune(self, block: TokenBlock, path: Container[TokenBlock] = ()) -> None:
+        """Let a block go, and those above it, as long as no text can go on from it nor is below it."""
+        kept: tuple[Container[TokenBlock], ...] = (self._recent, self._chances, path)
+        while block.above is not None and not block.below and not any(block in some for some in kept):
+            above = block.above
+            del above.below[block.tokens[0]]
+            self._bytes_used -= block.size
+            self._count -= 1
+            if above.above is None and not above.below:
+                self._roots.pop(above.root, None)
+            block = above
 
-    def _tensors(self, values: Tensor, count: int) -> Iterator[Tensor]:
-        """The tensors of a block of some tokens, `[heads, count, size]`."""
-        at = 0
-        for heads, size, dtype in self._like:
-            length = heads * count * size * dtype.itemsize
-            yield values[at : at + length].view(dtype).view(heads, count, size)
-            at += _aligned(length)
+    def _kinds(self, count: int) -> list[Kind]:
+        """The keys and values of some tokens."""
+        return [((heads, count, size), dtype) for heads, size, dtype in self._like]
 
-
-def _aligned(length: int) -> int:
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
-
-
-def _upwards(block: _Block | None) -> Iterator[_Block]:
-    while block is not None:
-        yield block
-        block = block.above
-
-
-def _common(known: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    if known == tuple(tokens):
-        return len(known)
-    pairs = enumerate(zip(known, tokens, strict=False))
-    return next((index for index, (one, other) in pairs if one != other), min(len(known), len(tokens)))
+    def _tensors(self, block: TokenBlock) -> Iterator[Tensor]:
+        """The keys and values of a block, `[heads, tokens, size]`."""
+        return unpacked(block.values, self._kinds(len(block.tokens)))

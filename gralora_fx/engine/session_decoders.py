@@ -70,12 +70,9 @@ class RowsDecoder(Decoder):
         self._states = [slot.past for slot in slots if slot.kind.grows is None]
         self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in slots)
         if self._states:
-            self.unshared = f"{_STATES}, which do not tell what they were after fewer tokens"
             problem = f"{_STATES}, which cannot be set back"
         apart = reads_tokens_apart(session)
         super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem, is_apart=apart)
-        if self._states:
-            self.alone = self.chunk  # the last bits of what a state sums up may depend on the pieces
         self._adapters = adapters
         self._row_stacks = None
         if ADAPTER_IDS in inputs:
@@ -96,10 +93,16 @@ class RowsDecoder(Decoder):
                 raise PrefixCacheError(
                     f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"
                 )
-            caches = [as_tensor(value) for value in self._steps.caches.values()]
-            cache = PrefixCache(size.prefix_cache, [cache[0] for cache in caches])
+            caches = {name: as_tensor(value) for name, value in self._steps.caches.items()}
+            states = [caches.pop(name) for name in self._states]
+            cache = PrefixCache(size.prefix_cache, [each[0] for each in caches.values()], [each[0] for each in states])
             adapters.tell(cache)
-            self._shared = SharedRows(cache, lambda row: [cache[row] for cache in caches], is_float32=is_float32)
+            self._shared = SharedRows(
+                cache,
+                lambda row: [each[row] for each in caches.values()],
+                lambda row: [each[row] for each in states],
+                is_float32=is_float32 and not apart,  # apart, what an answer computes is not what a prompt does
+            )
 
     def cached(self, row: int) -> dict[str, Tensor]:
         """What is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
@@ -239,7 +242,7 @@ class SequentialDecoder(Decoder):
         """
         super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))
         if not takes_buffers:
-            self.alone = self.chunk  # as of rows with states
+            self.alone = self.chunk  # the last bits of its attention may depend on the pieces
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]

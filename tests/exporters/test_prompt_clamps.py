@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraModel, LoraConfig, rewrite, trace
+from gralora_fx.engine.decoder import part_length
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
@@ -81,3 +82,22 @@ def test_steps_that_would_read_a_prompt_as_an_answer_are_refused(served: OrtMode
     assert served.decoder(chunk=8).chosen == 1
     with pytest.raises(ServingError, match=r"chunk=2 would have a token of a prompt read by itself.*at least 3"):
         served.decoder(chunk=2)
+
+
+def test_the_next_turn_of_a_chat_reads_the_answer_again(served: OrtModel) -> None:
+    """As a part of its prompt, whose numbers are others; the prompt before is taken over."""
+    decoder, text, read = served.decoder(rows=1, chunk=8, capacity=64, prefix_cache=2**24), list(PROMPTS[2]), 0
+    for _ in range(3):
+        row = decoder.open()
+        found = at = decoder.fill(row, text)
+        assert found == read
+        while at < len(text):
+            count = part_length(len(text) - at, 8)
+            logits, at = decoder.step({row: text[at : at + count]})[row], at + count
+        read = len(text)
+        expected = served.generate(text, max_new_tokens=ANSWER)
+        for token in expected:
+            assert int(logits.argmax()) == token
+            logits = decoder.step({row: [token]})[row]
+        decoder.close(row)
+        text += [*expected, 9]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
+from prefix_interleavings import Interleavings
 from running_service import post, running
 from served_exports import CACHED, chat_tokenizer
 
@@ -20,7 +24,7 @@ from gralora_fx.serving.http.app import create_app
 from tests.architectures.tiny_decoders import tiny_decoder
 
 ADAPTERS = [f"adapter{number}" for number in range(8)]
-FIELDS = {"mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+FIELDS = {"mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "max_position_embeddings": 192}
 PROMPTS = [[5 + (7 * n + 3 * place) % 80 for place in range(1 + 5 * n % 23)] for n in range(16)]
 
 
@@ -57,12 +61,56 @@ def test_each_answer_is_that_of_its_own_single_run(export: Path, caplog: pytest.
 
         with ThreadPoolExecutor(16) as pool:
             assert list(pool.map(answer, range(16))) == alone
-    assert "no prefix cache: prefix_cache has no effect, since layers of the model keep states" in caplog.text
+    assert "prefix cache: at most 512.0 MiB" in caplog.text
     assert "no speculation: layers of the model keep states, which cannot be set back" in caplog.text
 
 
+def test_prompts_that_begin_alike_read_their_beginning_once(export: Path) -> None:
+    """The second of two prompts finds a snapshot that a step left in the first, the third one where the two part."""
+    settings = ServiceSettings(export, max_batch=6, chunk=32, prefix_cache="64MiB")
+    shared = [5 + (3 * place) % 80 for place in range(90)]
+    with running(settings) as (url, _):
+
+        def complete(prompt: list[int], **fields: Any) -> tuple[list[str], int]:
+            body = {"model": "adapter1", "prompt": prompt, "max_tokens": 6, "temperature": 0, **fields}
+            answer = post(f"{url}v1/completions", body)
+            return (
+                [choice["text"] for choice in answer["choices"]],
+                answer["usage"]["prompt_tokens_details"]["cached_tokens"],
+            )
+
+        found = [complete([*shared, 7 + number, *range(30, 40)]) for number in range(3)]
+        assert [cached for _, cached in found] == [0, 64, 90]
+        for salt, expected in (("a", 0), ("a", 64)):
+            assert complete([*shared, 7, 8], cache_salt=salt)[1] == expected
+        assert complete([*shared, 7, 8], model="adapter2")[1] == 0
+        several, cached = complete(shared[::-1], n=4)
+        assert (len(set(several)), cached) == (1, 0)
+        with urlopen(f"{url}metrics") as response:
+            measured = response.read().decode()
+    assert re.search(r"^gralora_fx_prefix_cache_snapshots 1\d\.0$", measured, re.MULTILINE)
+    read = int(float(re.findall(r'^gralora_fx_tokens_total{kind="prompt"} (\S+)$', measured, re.MULTILINE)[0]))
+    # a prompt each, without what was found; of four answers the others read two tokens of theirs
+    assert read == 3 * 101 - 64 - 90 + 2 * 92 - 64 + 92 + 90 + 3 * 2
+    model = load(export, threads=1)
+    for number, (texts, _) in enumerate(found):
+        answer = model.generate([*shared, 7 + number, *range(30, 40)], max_new_tokens=6, adapter="adapter1")
+        assert texts == [chat_tokenizer().decode(answer, skip_special_tokens=True)]
+
+
+def test_interleavings_with_snapshots_are_each_as_alone(export: Path) -> None:
+    """Adapters are replaced meanwhile, requests given up, and the bound is too small for all snapshots."""
+    files = [[export / "adapters" / f"adapter{(n + version) % 8}.onnx_adapter" for version in (0, 1)] for n in range(8)]
+    found = Interleavings(export, files, seed=4, limit=100_000)
+    for _ in range(12):
+        found.run()
+    assert found.wrong == 0
+    assert found.answers > 30
+    assert min(found.given_up, found.reloads, found.cache.evictions, found.counts.found) > 0
+    assert found.most <= found.cache.limit
+    assert found.counts.failures == 0
+
+
 def test_what_such_a_model_cannot_do_is_refused_where_it_is_asked_for(export: Path) -> None:
-    with pytest.raises(ServingError, match="prefix_cache has no effect, since layers of the model keep states"):
-        create_app(ServiceSettings(export, prefix_cache="64MiB"))
     with pytest.raises(ServingError, match="speculative_tokens has no effect: layers of the model keep states"):
         create_app(ServiceSettings(export, speculative_tokens=4))

@@ -46,16 +46,22 @@ class Text:
         key = sums.float()[None, :, None].expand(2, -1, 3)
         self.tokens, self.row = tokens, [key, (key[:1, :, :1] / 2**20).half()]
 
+    @property
+    def states(self) -> list[torch.Tensor]:
+        """States that say all tokens."""
+        return [self.row[0][0, -1].repeat(400), self.row[1][:, -1:]]
+
 
 class Version:
     """A version of an adapter."""
 
 
 @pytest.mark.quick
-def test_what_is_found_is_what_was_stored_within_the_bound() -> None:
+@pytest.mark.parametrize("has_states", [False, True])
+def test_what_is_found_is_what_was_stored_within_the_bound(*, has_states: bool) -> None:
     numbers = random.Random(0)
     like = Text([1]).row
-    cache = PrefixCache(60_000, like)
+    cache = PrefixCache(*((800_000, like, Text([1]).states) if has_states else (60_000, like)))
     versions: list[Any] = [None, Version(), Version()]
     texts = [[numbers.randrange(3) for _ in range(numbers.randrange(1, 200))] for _ in range(8)]
     kept: dict[Any, list[list[int]]] = {}
@@ -65,12 +71,17 @@ def test_what_is_found_is_what_was_stored_within_the_bound() -> None:
         root = numbers.choice(versions), numbers.choice([None, "salt"])
         if numbers.random() < 0.02 and root[0] is not None:
             cache.drop(root[0])
-            cache.store(root, text, Text(text).row)  # of a row that was open
+            cache.store(root, text, Text(text).row, Text(text).states)  # of a row that was open
             versions[versions.index(root[0])] = Version()
             continue
         start = numbers.randrange(0, len(text))
         row = [torch.full((t.shape[0], 256, t.shape[2]), -1, dtype=t.dtype) for t in like]
-        count = cache.fill(root, text, start, row)
+        states = [torch.full_like(tensor, -1) for tensor in Text(text).states]
+        count = cache.fill(root, text, start, row, states)
+        if has_states:
+            expected = Text(text[:count]).states if count > start else [torch.full_like(each, -1) for each in states]
+            assert all(torch.equal(own, known) for own, known in zip(states, expected, strict=True))
+            assert count == start or cache.known(root, text) >= count
         common = max((_common(text, other) for other in kept.get(root, [])), default=0)
         assert start <= count <= max(common, start)
         for own, known in zip(row, Text(text).row, strict=True):
@@ -78,7 +89,7 @@ def test_what_is_found_is_what_was_stored_within_the_bound() -> None:
             assert bool((own[:, count:] == -1).all())
             assert bool((own[:, :start] == -1).all())
         found += count > start
-        cache.store(root, text, Text(text).row)
+        cache.store(root, text, Text(text).row, Text(text).states, is_chance=numbers.random() < 0.3)
         kept.setdefault(root, []).append(text)
         assert 0 <= cache.size <= cache.limit
     assert found > 100
@@ -86,7 +97,13 @@ def test_what_is_found_is_what_was_stored_within_the_bound() -> None:
     for version in versions[1:]:
         cache.drop(version)
     assert {root[0] for root in cache._roots} <= {None}
-    assert cache.size == sum(block.size for block in cache._recent)
+    blocks = [block for top in cache._roots.values() for block in top.below.values()]
+    for block in blocks:
+        blocks += block.below.values()  # while they are walked through
+    assert (len(cache), cache.size) == (len(blocks), sum(block.size for block in blocks))
+    if has_states:
+        assert cache.snapshots == sum(block.states is not None for block in blocks) > 0
+        assert all(block.below or block.states is not None for block in blocks)
 
 
 def _common(one: list[int], other: list[int]) -> int:

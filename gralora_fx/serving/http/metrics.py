@@ -177,7 +177,10 @@ class Metrics:
         self._now.watch("prefix_cache_bytes", "Memory of the prefix cache.", lambda: cache.size)
         self._now.watch("prefix_cache_limit_bytes", "The most memory of the prefix cache.", lambda: cache.limit)
         self._now.watch("prefix_cache_blocks", "Blocks of tokens in the prefix cache.", lambda: len(cache))
-        self._now.watch("prefix_cache_evictions", "Blocks that made room for others.", lambda: cache.evictions)
+        if cache.keeps_states:
+            self._now.watch("prefix_cache_snapshots", "Snapshots of states among them.", lambda: cache.snapshots)
+        made_room = "Blocks, or snapshots, that made room for others."
+        self._now.watch("prefix_cache_evictions", made_room, lambda: cache.evictions)
 
     def measure_drafts(self) -> None:
         """Measure tokens that are proposed and verified, too, also by the names that vLLM has for them."""

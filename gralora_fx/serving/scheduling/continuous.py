@@ -136,6 +136,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
             try:
                 job.begin(verifies=self._verifies)  # before a row is taken
                 row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt)
+                if not job.request.scores_prompt:  # every position's logits are wanted then
+                    job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read
             except Exception as error:  # noqa: BLE001  # it is told and logged
                 self._fail(job, error, "a request cannot be run")
                 self._leave(job)
@@ -193,7 +195,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         is_awaited = any(job.is_answering for job in self._rows.values())
         for row, job in self._rows.items():
             if not job.is_answering:
-                if not job.request.scores_prompt:  # every position's logits are wanted then
+                if not job.request.scores_prompt:
                     job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
                 if is_earliest and not is_awaited and job.unread > budget:
                     return {row: job.next_tokens(self._decoder.alone)}

@@ -1,0 +1,78 @@
+"""Blocks of tokens in the tree of a prefix cache, and tensors that lie in bytes one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # most tokens of a block
+OVERHEAD, OF_TOKEN = 2048, 40  # bytes of a block, and of each of its tokens, beside keys, values and states
+_ALIGNMENT = 16  # bytes
+Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its shape and its numbers
+Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
+
+
+class TokenBlock:
+    """Tokens that follow those of the blocks above.
+
+    Attributes:
+        tokens: The tokens; none of a root.
+        values: Their keys and values, one tensor of the model's cache after the other.
+        states: The states after them, likewise; None without a snapshot.
+        above: What they follow; None of a root.
+        below: The blocks that follow, by their first token.
+        root: Of a root, what its tree is of.
+    """
+
+    __slots__ = ("above", "below", "root", "states", "tokens", "values")
+
+    def __init__(
+        self, tokens: tuple[int, ...], values: Tensor, above: TokenBlock | None, root: Root = (None, None)
+    ) -> None:
+        """Begin without blocks below."""
+        self.tokens, self.values, self.above, self.root = tokens, values, above, root
+        self.below: dict[int, TokenBlock] = {}
+        self.states: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        states = 0 if self.states is None else self.states.nbytes
+        return OVERHEAD + OF_TOKEN * len(self.tokens) + self.values.nbytes + states
+
+
+def length_of(kinds: Iterable[Kind]) -> int:
+    """Bytes of some tensors, one after the other."""
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in kinds)
+
+
+def unpacked(values: Tensor, kinds: Iterable[Kind]) -> Iterator[Tensor]:
+    """The tensors that bytes hold, one after the other."""
+    at = 0
+    for shape, dtype in kinds:
+        length = math.prod(shape) * dtype.itemsize
+        yield values[at : at + length].view(dtype).view(shape)
+        at += _aligned(length)
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def upwards(block: TokenBlock | None) -> Iterator[TokenBlock]:
+    """A block and those above it."""
+    while block is not None:
+        yield block
+        block = block.above
+
+
+def common(known: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    if known == tuple(tokens):
+        return len(known)
+    pairs = enumerate(zip(known, tokens, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(known), len(tokens)))
