@@ -59,16 +59,16 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
         raise TargetError(_joined(problems))
     warn_of_gaps(rule, config, traced, selected, chosen.gaps)
     biases = _trained_biases(config, traced, selected)
-    copied = {id(p): p for path in saved for p in _parameters_under(traced, path).values()}
+    copied = [p for path in saved for p in {id(p): p for p in _parameters_under(traced, path).values()}.values()]
     trained = {id(p): p for name in biases if (p := traced.tree.parameters[name]) is not None}
     return RewritePlan(
         config=config.changed(fan_in_fan_out=stores_transposed(selected)),
         selected=selected,
         rejected=tuple(rejected),
         saved_modules=saved,
-        saved_parameters=sum(p.numel() for p in copied.values()),
+        saved_parameters=sum(p.numel() for p in copied),
         trained_biases=biases,
-        bias_parameters=sum(p.numel() for key, p in trained.items() if key not in copied),
+        bias_parameters=sum(p.numel() for key, p in trained.items() if key not in {id(p) for p in copied}),
         base_parameters=traced.tree.parameter_count,
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft_oracle import saved_by_peft
+from peft_oracle import peft_model, perturb_saved_modules, saved_by_peft
 from tiny_models import TINY, tiny_model
 from torch import Tensor
 from traces import fresh_trace, inputs_of, relative_error, run, traced
@@ -240,6 +241,20 @@ def test_a_trained_copy_of_a_tied_module_stays_its_own(name: str, module: str, s
     assert relative_error(run(merge(model), inputs), expected) < 1e-5
     model.merge_adapter()
     assert relative_error(run(model, inputs), expected) < 1e-5
+
+
+def test_both_modules_of_a_tied_weight_train_copies_of_their_own(tmp_path: Path) -> None:
+    """As in PEFT, which copies each module by itself."""
+    fields = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
+    wrapped = peft_model(tiny_model("llama", tie_word_embeddings=True), method="LORA", **fields)
+    perturb_saved_modules(wrapped)
+    wrapped.save_pretrained(str(tmp_path))
+    inputs = inputs_of("llama")
+    expected = run(wrapped, inputs)
+    model = GraloraModel.from_pretrained(fresh_trace("llama", tie_word_embeddings=True), tmp_path)
+    assert model.get_nb_trainable_parameters()[0] == wrapped.get_nb_trainable_parameters()[0]
+    for result in (model, merge(model)):
+        assert relative_error(run(result, inputs), expected) < 1e-5
 
 
 def test_folding_a_tied_copy_into_the_base_itself_is_refused() -> None:
