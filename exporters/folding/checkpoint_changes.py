@@ -28,8 +28,8 @@ from gralora_fx.sources.safetensors_files import (
 from gralora_fx.sources.saved_weights import SavedWeights
 
 _NOT_FINITE = (
-    "{name} would hold values that are not finite in {dtype}; nothing was written. Merge into a copy of the base in "
-    "float32"
+    "{name} would hold values that are not finite in {dtype}; nothing was written. The adapter is damaged, or too "
+    "large for this dtype (merge into a copy of the base in float32), or is a DoRA adapter of zeros, without a norm"
 )
 
 

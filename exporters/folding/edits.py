@@ -18,8 +18,8 @@ from gralora_fx.sources.rewriting import RowEdit
 from gralora_fx.sources.safetensors_files import extremes_are_finite
 
 NOT_FINITE = (
-    "the folded weight of {name} is not finite in {dtype}; the adapter is damaged or too large for this precision, and "
-    "nothing was written"
+    "the folded weight of {name} is not finite in {dtype}; the adapter is damaged or too large for this precision, or "
+    "is a DoRA adapter of a row of zeros, which has no norm; nothing was written"
 )
 
 _KEPT = 4  # updates of parameters that are in memory at once, since the parts of a parameter lie close together

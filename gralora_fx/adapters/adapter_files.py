@@ -50,8 +50,14 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
             `target_modules` names.
     """
     path, config, tensors = read_files(directory, Layout.mapped, revision=revision)
+    tensors = {current_key(key): tensor for key, tensor in tensors.items()}
     check_target_names(config, sites_of(tensors, config), path, trained=modules_of(tensors))
     return config, tensors
+
+
+def current_key(key: str) -> str:
+    """The key that PEFT gives a tensor when it saves one; it reads another one of DoRA's magnitudes too."""
+    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
 
 
 def read_files(

@@ -211,7 +211,8 @@ def _check_finite(weights: Mapping[str, Tensor]) -> None:
     bad = [path for path, weight in weights.items() if not _is_finite(weight)]
     if bad:
         raise MergeError(
-            f"the merged weight of {', '.join(bad)} is not finite; the adapter is damaged, nothing was changed"
+            f"the merged weight of {', '.join(bad)} is not finite; the adapter is damaged, or is a DoRA adapter of a "
+            "row of zeros, which has no norm; nothing was changed"
         )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from gralora_fx.adapters.adapter_files import (
     KEY_PREFIX,
     SAVED_COPY,
+    current_key,
     modules_of,
     read_files,
     recorded_parameters,
@@ -183,6 +184,8 @@ def open_adapter(directory: str | Path, *, revision: str | None = None) -> Itera
     ]
     _check(path, problems)
     _check_kinds(path, layout.tensors)
+    keys = {key: current_key(key) for key in layout.tensors}
+    layout = replace(layout, tensors={new: replace(layout.tensors[key], key=new) for key, new in keys.items()})
     with layout.opened() as opened:
         found, others = _by_site(opened.tensors, method)
         names: dict[str, str | None] = {}

@@ -111,14 +111,15 @@ def row_norms(matrix: Array) -> Array:
 def without_gradients(function: F) -> F:
     """A function that records no gradients of tensors; numpy's arrays have none.
 
-    numpy is as silent about an overflow as torch: whoever writes the values checks that they are finite.
+    numpy is as silent about an overflow or a division by zero as torch: whoever writes the values checks that they are
+    finite.
     """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         import sys
 
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if "torch" not in sys.modules:  # so there is no tensor either
                 return function(*args, **kwargs)
             import torch

@@ -18,7 +18,7 @@ import pytest
 import torch
 from fold_cases import CACHED, Case, assert_same_weights
 from peft_oracle import peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import text_batch, tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from torch import nn
@@ -239,6 +239,28 @@ def test_the_plan_says_what_it_trains() -> None:
     model = adapted()
     assert "r=4 and magnitudes" in str(model.plans["default"])
     assert "default (active): r=4 and magnitudes, 4 sites" in repr(model)
+
+
+def test_magnitudes_are_read_by_the_names_that_peft_reads(tmp_path: Path) -> None:
+    """PEFT saves `lora_magnitude_vector`, and loads `lora_magnitude_vector.weight` too."""
+    case = Case(
+        tmp_path, fresh_trace("llama", task=CACHED), DoraConfig(r=4, target_modules=BOTH, init_lora_weights=False)
+    )
+    file = case.adapter / "adapter_model.safetensors"
+    saved = load_file(file)
+    save_file({f"{key}.weight" if key.endswith("_vector") else key: tensor for key, tensor in saved.items()}, file)
+    again = GraloraModel.from_pretrained(case.model.traced, case.adapter)
+    assert torch.equal(again.factors(QUERY).magnitude, case.model.factors(QUERY).magnitude)
+    case.fold()
+    assert verify_onnx(case.out, again, "quick").passed
+
+
+def test_a_row_without_a_norm_is_named() -> None:
+    network = nn.Sequential(nn.Linear(8, 8))
+    with torch.no_grad():
+        network[0].weight[3] = 0
+    with pytest.raises(MergeError, match=r"0 is not finite; .* is a DoRA adapter of a row of zeros, which has no norm"):
+        merge(rewrite(trace(network, (torch.randn(2, 8),)), DoraConfig(r=2, target_modules=["0"])))
 
 
 def test_a_missing_magnitude_is_named(tmp_path: Path) -> None:
