@@ -16,6 +16,7 @@ from gralora_fx.errors import TraceError
 from gralora_fx.operators.attention import Attention
 from gralora_fx.tracing.inputs.cache import PAST, own_inputs
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs
+from tests.architectures.tiny_decoders import tiny_decoder
 
 DECODERS = ("llama", "mistral", "qwen3", "gemma3", "phi3", "mixtral", "gpt2", "opt")
 TASK = "text-generation-with-past"
@@ -115,6 +116,12 @@ def test_a_model_without_such_a_cache_is_refused() -> None:
         trace(tiny_model("bert"), task="text2text-generation-with-past")
     with pytest.raises(TraceError, match=r"takes input_features or .*, but T5ForConditionalGeneration takes input_ids"):
         trace(tiny_model("t5"), task="automatic-speech-recognition-with-past")
+
+
+def test_a_model_that_fails_itself_says_so() -> None:
+    model = tiny_decoder("MixtralForCausalLM", num_local_experts=2, num_experts_per_tok=3)
+    with pytest.raises(TraceError, match=r"itself fails when it is called with use_cache=True \(.*k out of range\)"):
+        trace(model, task=TASK)
 
 
 def test_a_cache_of_ones_own_size_may_be_the_example() -> None:

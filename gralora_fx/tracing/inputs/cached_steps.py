@@ -99,14 +99,19 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
     """The cache that a model returns for some inputs, its convolution states as long as the operators' are.
 
     Raises:
-        TraceError: It has no such cache.
+        TraceError: It has no such cache, or the model fails.
     """
     try:
         with torch.no_grad(), quiet(), _noted_convolutions(model) as longer_by_one:
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
         tensors = {} if cache is None else tensors_of(cache)
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError) as error:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise TraceError(
+            f"{type(model).__name__} itself fails when it is called with use_cache=True ({first_line(error)}); correct "
+            "its configuration, or trace it for a task without a cache"
+        ) from error
     if cache is None:
         why = "it returns no `Cache` of transformers: what it keeps is in a list, or in its modules"
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
