@@ -111,18 +111,26 @@ export function textPanel(kind, info, model, asksForKey) {
     setRunning(controller);
     const started = performance.now();
     const seen = { tokens: 0, first: null, last: started, stopped: false, ending: null, usage: null };
+    const pieces = []; // of the answer, written once a frame: each writing lays out the page, and tokens come faster
+    let frame = null;
+    const write = () => {
+      frame = null;
+      shown.answer.append(pieces.splice(0).join(""));
+      shown.answer.normalize();
+      shown.note.textContent = described(body.model, seen, started);
+      log.scrollTop = log.scrollHeight;
+    };
     try {
       for await (const event of events(form.path, body, controller.signal)) {
         const text = event.choices.length ? form.text(event.choices[0]) : null;
         if (event.usage) [seen.tokens, seen.usage] = [event.usage.completion_tokens, event.usage];
         seen.ending = event.choices[0]?.finish_reason ?? seen.ending;
         if (!text) continue;
-        shown.answer.append(text);
+        pieces.push(text);
         seen.last = performance.now();
         seen.first ??= seen.last - started;
         seen.tokens += 1;
-        shown.note.textContent = described(body.model, seen, started);
-        log.scrollTop = log.scrollHeight;
+        frame ??= requestAnimationFrame(write);
       }
     } catch (error) {
       seen.stopped = error.name === "AbortError";
@@ -134,9 +142,10 @@ export function textPanel(kind, info, model, asksForKey) {
         return;
       }
     } finally {
+      cancelAnimationFrame(frame);
       setRunning(null);
     }
-    shown.note.textContent = described(body.model, seen, started);
+    write();
     entry.answer = shown.answer.textContent;
     if (log.contains(shown.item)) entries = asked;
     writeCommand(); // of the chat as it is now
