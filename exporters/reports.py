@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,6 +194,8 @@ class VerifyReport:
         lines.append(f"{verdict}: {len(self.cases)} cases ({cases}), tolerance {self.tolerance:g}{least}")
         if {self.weights, self.arithmetic} != {"fp32"}:
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
+        if self.weights == "fp16" and not math.isfinite(self.max_abs_error):
+            lines.append("the model computes numbers above 65504, where float16 ends; take precision='fp32'")
         lines += [] if self.provider is None else [f"run on {self.provider}"]
         lines.append(f"{self.level} verification, compared with {self.reference}")
         for name, report in self.adapters.items():

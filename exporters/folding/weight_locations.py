@@ -163,7 +163,7 @@ def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLoc
         locations = recorded_locations(export, path)
         if not locations:
             raise MergeError(
-                "its weight is not one that the exported graph multiplies by"
+                "its weight is not one that the exported graph multiplies by; leave the layer out (exclude_modules)"
                 if path in export.widths
                 else "the export has no such layer"
             )

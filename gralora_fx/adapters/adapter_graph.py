@@ -162,10 +162,10 @@ class AdapterGraph(CurrentGraph):
         with self._lock:
             state, chosen = self.state, self.mergeable(names)
             merged = (*state.merged, *chosen)
-            sites = [entry.site for entry in self.updates(merged)]
-            check_foldable(self.traced.graph_module, sites)
+            work = self.updates(merged)
+            check_foldable(self.traced.graph_module, [entry.site for entry in work])
             if not untie:
-                check_not_shared(self.traced.graph_module, [s for s in sites if s.path not in state.weights])
+                check_not_shared(self.traced.graph_module, [e for e in work if e.site.path not in state.weights])
             weights = self._folded(merged, safe=safe)
             self._make(merged=merged, weights=weights, unties=untie or state.unties)
             self._spare = {}

@@ -48,7 +48,7 @@ def folded_weights(
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
     if not untie:
-        check_not_shared(graph_module, [entry.site for entry in work])
+        check_not_shared(graph_module, work)
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
@@ -74,7 +74,7 @@ def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> di
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
-    check_not_shared(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, work)
     return {entry.site.path: _lazy_weight(entry) for entry in work}
 
 
@@ -115,7 +115,7 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
-    check_not_shared(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, work)
     in_place = [entry for entry in work if is_writable(entry.site.weight)]
     with torch.no_grad():
         if safe:
@@ -192,14 +192,34 @@ def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -
     return {site.path: shared[name] for site in sites if (name := names[id(site.weight)]) in shared}
 
 
-def check_not_shared(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
-    """Check that nothing else reads the weights of sites, since folding would change its result."""
-    shared = [f"{path} ({why})" for path, why in shared_sites(graph_module, sites).items()]
-    if shared:
+def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> None:
+    """Check that nothing else reads the weights of sites, since folding would change its result.
+
+    A layer that is never called, such as Mamba's `dt_proj`, may have an update that changes nothing: no training gives
+    it another, since its adapter gets no gradient.
+
+    Raises:
+        MergeError: Something else reads a weight; the error names the layers.
+    """
+    entries = {entry.site.path: entry for entry in work}
+    shared = shared_sites(graph_module, [entry.site for entry in entries.values()])
+    unused = {path for path in shared if not entries[path].site.calls and not entries[path].site.tied_with}
+    if changed := [f"{path} ({shared[path]})" for path in sorted(unused) if _changes(entries[path])]:
         raise MergeError(
-            f"the weight of {'; '.join(shared)} is shared, so folding into it would change more than the layer; "
+            f"the model reads the weight of {'; '.join(changed)} and never calls the layer, so that an adapter there "
+            "does nothing, while folding it would change results, as it does in PEFT; leave it out (exclude_modules)"
+        )
+    if tied := [f"{path} ({why})" for path, why in shared.items() if path not in unused]:
+        raise MergeError(
+            f"the weight of {'; '.join(tied)} is shared, so folding into it would change more than the layer; "
             "merge with untie=True to give the layer a weight of its own, or leave it out (exclude_modules)"
         )
+
+
+def _changes(entry: SiteUpdate) -> bool:
+    """Whether folding gives other values than the weight has."""
+    values = raw_values_of(entry.site.weight, entry.site.path)
+    return not torch.equal(fold(values, entry.updates, transposed=entry.site.is_transposed), values)
 
 
 def _is_finite(weight: Tensor) -> bool:

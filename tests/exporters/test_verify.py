@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,13 @@ def test_layers_are_shown_by_their_largest() -> None:
 
 
 # -- another base ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_says_why_float16_gives_no_numbers() -> None:
+    report = VerifyReport(False, 1e-2, ("1 x 1",), (TensorCheck("logits", math.inf, math.inf, 0.0),), weights="fp16")
+    assert "the model computes numbers above 65504, where float16 ends; take precision='fp32'" in str(report)
+    finite = dataclasses.replace(report, tensors=(TensorCheck("logits", 3.0, 1.0, 0.0),))
+    assert "65504" not in str(finite)
 
 
 def test_an_export_of_another_base_is_refused(export: Path, model: GraloraModel) -> None:

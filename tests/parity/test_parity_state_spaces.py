@@ -12,7 +12,8 @@ from peft_oracle import peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from gralora_fx import GraloraModel, TracedModel, trace
+from gralora_fx import GraloraModel, TracedModel, merge, trace
+from gralora_fx.errors import MergeError
 from tests.architectures.tiny_decoders import tiny_decoder
 
 CLASSES = ("MambaForCausalLM", "Mamba2ForCausalLM", "BambaForCausalLM")
@@ -52,3 +53,26 @@ def test_logits_with_an_adapter_are_pefts(name: str, method: str, fields: dict, 
     largest = expected.abs().max()
     assert (actual - expected).abs().max() <= 1e-5 * largest
     assert (base - expected).abs().max() > 1e-2 * largest
+
+
+def test_a_layer_that_is_not_called_takes_the_update_that_training_leaves_it_and_no_other(tmp_path: Path) -> None:
+    """Mamba reads the weight of `dt_proj`: an adapter there has no effect and no gradient, until PEFT merges it."""
+    model, traced = model_and_trace("MambaForCausalLM")
+    wrapped = peft_model(copy.deepcopy(model), method="LORA", r=4, target_modules=["dt_proj", "in_proj"])
+    inputs = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    wrapped.save_pretrained(str(tmp_path / "drawn"))
+    with torch.no_grad():
+        for path, parameter in wrapped.named_parameters():
+            if "dt_proj.lora_B" in path:
+                parameter.zero_()
+        expected = wrapped(**inputs).logits
+    wrapped.save_pretrained(str(tmp_path / "trained"))
+    drawn, trained = (GraloraModel.from_pretrained(traced, tmp_path / name).eval() for name in ("drawn", "trained"))
+    with torch.no_grad():
+        for ours in (drawn, trained, merge(trained)):
+            assert (ours(**inputs).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+        trained.merge_adapter()
+        assert (trained(**inputs).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for fold in (merge, GraloraModel.merge_adapter):
+        with pytest.raises(MergeError, match=r"reads the weight of .*dt_proj .* and never calls the layer, .*leave it"):
+            fold(drawn)

@@ -13,7 +13,7 @@ import torch
 from traces import relative_error
 from transformers import PreTrainedModel
 
-from gralora_fx import GraloraConfig, LoraConfig, TracedModel, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, TracedModel, rewrite, trace
 from tests.architectures.tiny_decoders import tiny_decoder
 
 CLASSES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -57,3 +57,22 @@ def test_logits_and_gradients_are_pefts(name: str, method: str, tmp_path: Path) 
     given = [p.grad for key, p in sorted(ours.named_parameters()) if p.requires_grad]
     assert len(wanted) == len(given) > 0
     assert sum(g.norm() for g in given) == pytest.approx(float(sum(g.norm() for g in wanted)), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_as_close_to_float64_as_pefts(method: str, tmp_path: Path) -> None:
+    """At PEFT's default scales random updates may be ten times the weights, so that an ulp of one moves logits by 1e-4."""
+    model, traced = source("Qwen3_5ForCausalLM")
+    config, _, options = METHODS[method]
+    defaults = {name: value for name, value in options.items() if "alpha" not in name}
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config(target_modules="all-linear", **defaults)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GraloraModel.from_pretrained(traced, tmp_path).eval()
+    ids = torch.randint(3, 90, (2, 30), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        found, expected = ours(**inputs).logits, theirs(**inputs).logits
+        exact = theirs.double()(**inputs).logits
+    assert (found - exact).abs().max() < 1.5 * (expected - exact).abs().max()
+    assert (found - expected).abs().max() < 1.5 * (expected - exact).abs().max()
