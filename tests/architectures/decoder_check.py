@@ -99,7 +99,7 @@ def check_decoder(model: PreTrainedModel, directory: Path) -> Checked:
         and not site.tied_with  # adapters of two layers cannot be merged into one weight
     }
     options = {"target_modules": paths, "fan_in_fan_out": is_conv1d, "init_weights": False}
-    # at PEFT's default of 64 such updates are ten times the weights: the logits of PEFT's own Qwen3.5 then change by 3e-4
+    # at PEFT's default of 64 such updates are ten times the weights: logits of PEFT's own Qwen3.5 then change by 3e-4
     # between a row alone and the same one in a batch (see `test_recurrent_layers.py`)
     config = GraloraConfig(r=4, alpha=8, gralora_k=K, **options)
     adapted = rewrite(traced, config)

@@ -61,7 +61,7 @@ def test_logits_and_gradients_are_pefts(name: str, method: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_as_close_to_float64_as_pefts(method: str, tmp_path: Path) -> None:
-    """At PEFT's default scales random updates may be ten times the weights, so that an ulp of one moves logits by 1e-4."""
+    """At PEFT's default scales random updates may be ten times the weights, whose ulps move logits by 1e-4 then."""
     model, traced = source("Qwen3_5ForCausalLM")
     config, _, options = METHODS[method]
     defaults = {name: value for name, value in options.items() if "alpha" not in name}
