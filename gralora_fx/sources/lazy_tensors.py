@@ -93,7 +93,9 @@ def sampled_values(tensor: Tensor, name: str, count: int) -> Tensor:
     if not isinstance(getattr(tensor, _SOURCE, None), EntrySource):
         return raw_values_of(tensor, name).reshape(-1)[::step][:count]
     size = tensor[0].numel()
-    parts = [entry.reshape(-1)[-index * size % step :: step] for index, entry in enumerate(raw_entries(tensor, name))]
+    parts = [  # copies: a view would keep its entry
+        entry.reshape(-1)[-index * size % step :: step].clone() for index, entry in enumerate(raw_entries(tensor, name))
+    ]
     return torch.cat(parts)[:count]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -20,7 +22,7 @@ from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.loading.models import load_model, load_streamed
 from gralora_fx.sources import safetensors_files as shards
-from gralora_fx.sources.lazy_tensors import lazy_parameter, value_entries, values_of
+from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, sampled_values, value_entries, values_of
 
 CACHED = "text-generation-with-past"
 FILES = ("model.onnx", "model.onnx_data", "gralora_export.json", "genai_config.json", "config.json")
@@ -207,6 +209,24 @@ def test_experts_of_a_matrix_each_are_read_one_by_one(tmp_path: Path) -> None:
     parameter, own = streamed.get_parameter(name), model.get_parameter(name)
     assert [entry.shape for entry in value_entries(parameter, name)] == [own.shape[1:]] * len(own)
     assert torch.equal(values_of(parameter, name), own)
+
+
+def test_a_sample_of_experts_keeps_none_of_them() -> None:
+    arrays: list[weakref.ref[Any]] = []
+    most = 0
+
+    def entries() -> Iterator[torch.Tensor]:
+        nonlocal most
+        for index in range(4):
+            array = np.full((8, 8), index, np.float32)
+            arrays.append(weakref.ref(array))
+            yield torch.from_numpy(array)
+            del array
+            most = max(most, sum(ref() is not None for ref in arrays))
+
+    stack = lazy_parameter(EntrySource(entries), torch.Size((4, 8, 8)), torch.float32)
+    assert sampled_values(stack, "experts", 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert most <= 2
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
