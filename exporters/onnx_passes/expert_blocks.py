@@ -119,4 +119,5 @@ def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[l
 
     for matrix in entries_of(tensor):
         groups = [of(matrix[start : start + _ROWS]) for start in range(0, len(matrix), _ROWS)]
+        del matrix  # before the next is computed
         yield [np.concatenate(arrays) for arrays in zip(*groups, strict=True)]

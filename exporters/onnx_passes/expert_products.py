@@ -140,7 +140,8 @@ def _arrange(value: ir.Value, experts: ExpertsNode, *, is_up: bool, is_bias: boo
     assert tensor is not None
 
     def entries() -> Iterator[NDArray[Any]]:
-        return (arranged(matrix, gate, is_up=is_up, is_transposed=is_transposed) for matrix in entries_of(tensor))
+        one = functools.partial(arranged, gate=gate, is_up=is_up, is_transposed=is_transposed)
+        return map(one, entries_of(tensor))  # which keeps no matrix while it reads the next, as a generator would
 
     sizes = [int(size) for size in tensor.shape.numpy()]
     if is_transposed:

@@ -33,10 +33,12 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
     if tensor.ndim == 3:
-        return StackedTensor(
-            name, dtype, shape, lambda: (TorchTensor(entry).numpy() for entry in value_entries(tensor, name))
-        )
+        return StackedTensor(name, dtype, shape, lambda: map(_array, value_entries(tensor, name)))
     return LazyTensor(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return TorchTensor(tensor).numpy()
 
 
 def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[[], Made]) -> Made:
@@ -148,14 +150,15 @@ class StackedTensor(LazyTensor):
         with torch.no_grad():
             for entry in self.entries():
                 file.write(np.ascontiguousarray(entry).view(np.uint8).data)
+                del entry  # before the next is computed
 
 
 @dataclass
 class StackedTogether:
     """Stacks whose entries are computed together, one entry of all after the other, by whichever is written first.
 
-    That one is not kept, the others are until they are written: so the largest comes first, where memory counts. Threads
-    compute one after the other, since the entries that they compute from are floats.
+    That one is not kept, the others are until they are written: so the largest comes first, where memory counts.
+    Threads compute one after the other, since the entries that they compute from are floats.
 
     Attributes:
         compute: Computes of each entry, in order, its arrays in all stacks.

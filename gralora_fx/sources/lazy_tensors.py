@@ -5,6 +5,7 @@ A weight that is folded, cast, or read from a file only when it is written takes
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -70,12 +71,12 @@ def raw_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
     """
     source = getattr(tensor, _SOURCE, None)
     entries = source.entries() if isinstance(source, EntrySource) else raw_values_of(tensor, name)
-    return (entry.detach() for entry in entries)
+    return map(Tensor.detach, entries)  # which keeps no entry while it reads the next, as a generator would
 
 
 def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
     """The same in the tensor's dtype."""
-    return (entry.to(tensor.dtype) for entry in raw_entries(tensor, name))
+    return map(operator.methodcaller("to", tensor.dtype), raw_entries(tensor, name))
 
 
 def sampled_values(tensor: Tensor, name: str, count: int) -> Tensor:
