@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -39,6 +40,42 @@ def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
     before = len(graph.nodes)
     fix_for_onnx(module_of(graph))
     return PassResult(abs(len(graph.nodes) - before))
+
+
+def bfloat16_in_float32(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Compute in float32, and round, what a model of another precision computes in bfloat16 between its casts.
+
+    ONNX Runtime's CPU provider has casts of bfloat16 and no other kernels. Falcon computes ALiBi's biases like that.
+
+    Before: `y: bfloat16 = mul(slopes, positions)`
+    After:  `y = to(mul(to(slopes, float32), to(positions, float32)), bfloat16)`
+
+    Args:
+        graph: A graph with the values that tracing noted; it is changed in place, and nodes that it adds have none.
+    """
+    if any(_is_bfloat16(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")):
+        return PassResult(0)  # a model of bfloat16
+    changed = [node for node in graph.nodes if _is_bfloat16(node) and torch.Tag.pointwise in _tags(node)]
+    for node in changed:
+        with graph.inserting_before(node):
+            for source in [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]:
+                rounded = graph.call_function(aten._to_copy.default, (source,), {"dtype": torch.bfloat16})
+                wide = graph.call_function(aten._to_copy.default, (rounded,), {"dtype": torch.float32})
+                node.replace_input_with(source, wide)
+        del node.meta["val"]
+        with graph.inserting_after(node):
+            result = graph.call_function(aten._to_copy.default, (node,), {"dtype": torch.bfloat16})
+        node.replace_all_uses_with(result, delete_user_cb=lambda user, result=result: user is not result)
+    return PassResult(len(changed))
+
+
+def _is_bfloat16(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype is torch.bfloat16
+
+
+def _tags(node: fx.Node) -> Sequence[torch.Tag]:
+    return getattr(node.target, "tags", ())
 
 
 @contract(needs={NOTED_VALUES}, leaves={ONE_SPELLING})

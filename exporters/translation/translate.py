@@ -26,6 +26,7 @@ from gralora_fx.compat.torch_onnx import (
 from gralora_fx.compat.transformers_exporters import onnx_translations
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.fx_passes.plain_forms import (
+    bfloat16_in_float32,
     eliminate_common_subexpressions,
     fix_calls,
     plain_sizes,
@@ -134,6 +135,7 @@ def _translate_into(
             simplify,
             addmm_to_matmul,
             fix_calls,  # transformers' own
+            bfloat16_in_float32,
             note_values,  # of the nodes it added
             eliminate_common_subexpressions,
             *passes,

@@ -172,6 +172,29 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class RoundedBiases(torch.nn.Module):
+    """Biases in bfloat16 within a model of float32, as Falcon's ALiBi."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        slopes = torch.tensor([0.3, 0.7], device=x.device).bfloat16()
+        biases = slopes[:, None] * torch.arange(300, 308, device=x.device)
+        return self.linear(x) + biases.to(x.dtype).sum(0)
+
+
+def test_what_is_computed_in_bfloat16_is_computed_and_rounded_in_float32(tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    module = RoundedBiases().eval()
+    report = export_onnx(trace(module, (x,)), tmp_path / "onnx")
+    assert report.verification is not None
+    assert report.verification.passed
+    exact = module.linear(x) + torch.arange(300, 308)
+    assert not torch.allclose(load(tmp_path / "onnx")(x=x)[0], exact, atol=1e-2)
+
+
 def test_weights_of_several_precisions_are_refused() -> None:
     with pytest.raises(ExportError, match="holds float32, float64 weights; cast it to one of"):
         CastGraph("fp16")(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())).graph)
