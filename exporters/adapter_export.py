@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
-from gralora_fx.errors import CheckpointError, ExportError
+from gralora_fx.errors import CheckpointError, ExportError, listed, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
 from gralora_fx.runtime.adapter_file import AdapterInMemory, record_in_memory
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
-from gralora_fx.runtime.export_directory import ADAPTERS
+from gralora_fx.runtime.export_directory import ADAPTERS, DECODER_KIND
 from gralora_fx.runtime.export_files import base_of_export, layers_of_export
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.sources.same_base import BaseComparison, compare_bases
@@ -128,6 +128,7 @@ def _changes(
         base = compare_bases(stored.config.made_for, base_of_export(onnx_dir, manifest))
         base.settle(adapter_dir, strict=strict_base, error=CheckpointError)
         updates = {path: stored.update(path) for path in stored.sites}
+        _warn_of_parts_left_out(adapter_dir, updates, manifest)
         copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}
         changes = Changes(updates)
         if copies:
@@ -136,3 +137,14 @@ def _changes(
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())
     return changes, fields, base
+
+
+def _warn_of_parts_left_out(adapter_dir: str | Path, paths: Iterable[str], manifest: Manifest) -> None:
+    """Warn of layers that the decoder does not run, such as those that read images: the export has nothing of them."""
+    uncalled = () if manifest.adapter_inputs is None else manifest.adapter_inputs.uncalled
+    left = [path for path in paths if path in uncalled]
+    if left and manifest.flavour == DECODER_KIND:
+        warn_caller(
+            f"{adapter_dir} changes {listed(left, 3)} too, which the decoder of the export does not run; it has "
+            "nothing of the adapter there"
+        )

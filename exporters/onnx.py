@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol
 
 from gralora_fx.config.option import by_keywords
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, listed, warn_caller
 from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
@@ -22,7 +22,7 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.conversion import check_found, conversion_of
+from gralora_fx.exporters.conversion import Conversion, check_found, conversion_of
 from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
@@ -37,6 +37,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.session import Runtime, check_integer_sums
+from gralora_fx.tracing.inputs.cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 Keywords = ParamSpec("Keywords")
@@ -127,6 +128,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         flavour = flavour_of(conversion.traced)
         flavour.check(options)
         check_exportable(conversion.traced, verify=options.level is not None)
+        _warn_of_parts_left_out(model, conversion)
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
@@ -180,3 +182,18 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         manifest.rows,
         manifest.quantization,
     )
+
+
+def _warn_of_parts_left_out(model: TracedModel | GraloraModel, conversion: Conversion) -> None:
+    """Warn where an adapter changes layers that a decoder's step does not run, such as those that read images."""
+    if not isinstance(model, GraloraModel) or conversion.traced.cache_layout is not CacheLayout.DECODER:
+        return
+    for name in model.active_adapters if conversion.adapters is None else model.configs:
+        adapter = model.adapter(name)
+        sites = [planned.site for planned in adapter.plan.selected]
+        paths = [site.path for site in sites if not site.calls and not adapter.factors[site.path].is_zero]
+        if paths:
+            warn_caller(
+                f"adapter {name!r} changes {listed(paths, 3)} too, which the decoder that is exported does not run; "
+                "the export has nothing of it there: keep it where that part of the model runs, such as in PyTorch"
+            )

@@ -140,11 +140,12 @@ def product_weights(graph: ir.Graph) -> list[ProductWeight]:
 
 
 def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
-    """The initializers that the nodes of a graph read, those of branches included, each once."""
+    """The initializers that the nodes of a graph read and no caller overrides, those of branches too, each once."""
     seen: set[int] = set()
     for node in graph.all_nodes():
         for value in node.inputs:
-            if value is not None and value.is_initializer() and id(value) not in seen:
+            is_own = value is not None and value.is_initializer() and not value.is_graph_input()
+            if value is not None and is_own and id(value) not in seen:
                 seen.add(id(value))
                 yield value
 

@@ -31,6 +31,7 @@ from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, takes_image_inputs
 
 GQA = "GroupQueryAttention"
 # positions of its inputs
@@ -84,6 +85,11 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     for name, value in (("input_ids", tokens.ids), ("position_ids", tokens.positions)):
         for usage in readers.get(name, []):
             usage.node.replace_input_with(usage.idx, value)
+    for name in IMAGE_INPUTS.keys() & inputs.keys():
+        image_tokens = tokens.of_input(build, inputs[name], IMAGE_INPUTS[name].axis)
+        build.insert_before(next(node for node in graph if node in {usage.node for usage in readers[name]}))
+        for usage in readers[name]:
+            usage.node.replace_input_with(usage.idx, image_tokens)
     _count_one_row(inputs, tokens.ids)
     for node in layers:
         _by_rows(graph, node, tokens)
@@ -157,7 +163,7 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
 
 
 def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
-    known = ("input_ids", "attention_mask", "position_ids")
+    known = ("input_ids", "attention_mask", "position_ids", *(IMAGE_INPUTS if takes_image_inputs(inputs) else ()))
     others = [name for name in inputs if name not in known and not name.startswith(PAST_PREFIX)]
     if others or "input_ids" not in inputs:
         what = f"also takes {listed(others)}" if others else "takes no input_ids"
@@ -199,7 +205,7 @@ def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
     for name, value in inputs.items():
         for usage in value.uses():
             is_cache = name.startswith(PAST_PREFIX) and usage.node.op_type in _READS_CACHE
-            if not is_cache and name != "input_ids":
+            if not is_cache and name != "input_ids" and name not in IMAGE_INPUTS:
                 problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
     if problems:
         raise RowsError(f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}")

@@ -54,6 +54,22 @@ class RowTokens:
         """`[1, tokens, width]` of `[batch, length, width]`."""
         return _flat_tokens(build, value, self.tokens)
 
+    def of_input(self, build: Builder, value: ir.Value, axis: int) -> ir.Value:
+        """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`.
+
+        Args:
+            build: Makes the nodes.
+            value: The input.
+            axis: Its axis of the batch.
+        """
+        assert value.shape is not None
+        sizes = list(value.shape)
+        flat = build("Reshape", value, build.ints(*sizes[:axis], -1, *sizes[axis + 2 :]))
+        taken = build("Gather", flat, self.tokens, axis=axis)
+        taken.type = value.type
+        taken.shape = ir.Shape([*sizes[:axis], 1, ir.SymbolicDim(NUM_TOKENS), *sizes[axis + 2 :]])
+        return taken
+
     def is_read(self, build: Builder) -> ir.Value:
         """`[batch, length, 1]`: whether there is a token at each position that counts."""
         length = build("Squeeze", build("Shape", self.token_at, start=1, end=2), build.ints(0))

@@ -12,6 +12,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import PAST_SEQLENS
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, slot_of
+from gralora_fx.tracing.inputs.image_inputs import IDS, IMAGE_INPUTS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")
@@ -31,6 +32,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "frames"),
 }
+# inputs of a step that have its earlier positions too
+_OVER_ALL = {"attention_mask", *(each.name for each in IMAGE_INPUTS.values() if each.follows != IDS)}
 _NOWHERE = "_empty_nn_module_stack"  # what torch.export says of a node that no module made
 
 
@@ -95,7 +98,7 @@ def _axis_name(name: str, axis: int, taken: Collection[str], cache: Mapping[str,
     if cache is not None and slot is not None:
         named = slot.kind.axes[axis] if axis < len(slot.kind.axes) else None
         return cache.get(named, named) if named is not None else f"{slot.kind.name}_axis_{axis}"
-    if cache is not None and name == "attention_mask" and axis == 1:
+    if cache is not None and axis == 1 and name in _OVER_ALL:
         return "total_sequence_length"
     own = f"{name}_axis_{axis}"
     if name not in AXES:  # another symbol: it may have another number of rows

@@ -26,8 +26,10 @@ from gralora_fx.exporters.verification.cases import (
     text_like,
     vocabulary_of,
 )
+from gralora_fx.exporters.verification.fresh_images import images_beside
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.tracing.inputs.cache import PAST, empty_cache, positions, returned_cache, tensors_of, with_tensors
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
 from gralora_fx.tracing.inputs.input_trees import path_of
 from gralora_fx.tracing.traced_model import TracedModel
@@ -202,7 +204,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
         case = {
             name: text_like(name, value, model, batch, length, generator)
             for name, value in model.example_inputs.items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and name not in IMAGE_INPUTS
         }
         mask = torch.ones(batch, past + length, dtype=torch.long)
         for row in range(1, batch) if side else ():
@@ -221,7 +223,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
             with torch.no_grad():
                 cache = returned_cache(model(**model.constants, **first)) or cache
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
-        yield name, {**case, PAST: cache}
+        yield name, {**case, **images_beside(model, case, generator), PAST: cache}
 
 
 def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[PromptBatch]:

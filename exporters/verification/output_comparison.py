@@ -25,7 +25,7 @@ from gralora_fx.exporters.verification.compared_tensors import (
 from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.export_directory import ROWS_NAME
-from gralora_fx.runtime.ort_values import as_tensor, run_values
+from gralora_fx.runtime.ort_values import as_tensor, image_arguments, run_values
 from gralora_fx.runtime.session_views import transposed_states
 from gralora_fx.tracing.inputs.cache import own_inputs
 from gralora_fx.tracing.traced_model import TracedModel
@@ -83,6 +83,7 @@ class OutputComparison:
             ExportError: The model or the export cannot run, or they give other outputs than each other.
         """
         values, names = flat(case), [value.name for value in self.session.get_inputs()]
+        names += [value.name for value in image_arguments(self.session)]
         try:
             with torch.no_grad():
                 expected = self._outputs(self.model, case)

@@ -11,6 +11,7 @@ import typer
 import gralora_fx.cli.options as opt
 from gralora_fx.cli.values import file_name, model_names, utf8
 from gralora_fx.config.option import MODEL
+from gralora_fx.config.tasks import DECODERS
 from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.loading.adapter_facts import base_name, needed_quantization
@@ -112,7 +113,7 @@ def verify(
         exported = manifest.task
         if exported is not None and task not in (None, exported):
             raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
-        if prompt and exported != "text-generation-with-past":
+        if prompt and exported not in DECODERS:
             raise ExportError(
                 f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out"
             )

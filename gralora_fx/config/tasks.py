@@ -18,6 +18,8 @@ TASKS = (
     "question-answering",
     "text-generation",
     "text-generation-with-past",
+    "image-text-to-text",
+    "image-text-to-text-with-past",
     "text2text-generation",
     "text2text-generation-with-past",
     "automatic-speech-recognition",
@@ -26,7 +28,9 @@ TASKS = (
 )
 # tasks of an encoder and a decoder with a cache, which are two graphs
 ENCODER_DECODERS = ("text2text-generation-with-past", "automatic-speech-recognition-with-past")
-GENERATING = ("text-generation-with-past", *ENCODER_DECODERS)
+# those of a decoder, which is one graph: of ids, and of ids with embeddings of images beside them
+DECODERS = ("text-generation-with-past", "image-text-to-text-with-past")
+GENERATING = (*DECODERS, *ENCODER_DECODERS)
 
 
 _PEFT_TASKS = {
@@ -40,10 +44,11 @@ _PEFT_TASKS = {
 # other tasks for which an adapter of a task type may be used
 _ALIKE = {
     "SEQ_CLS": ("image-classification",),
+    "CAUSAL_LM": ("image-text-to-text",),
     "SEQ_2_SEQ_LM": ("automatic-speech-recognition",),
     "FEATURE_EXTRACTION": ("sentence-similarity",),
 }
-_WITH_CACHE = ("text-generation", "text2text-generation", "automatic-speech-recognition")
+_WITH_CACHE = tuple(task.removesuffix("-with-past") for task in GENERATING)
 
 
 def check_task(task: str | None) -> None:

@@ -117,7 +117,8 @@ class Decoder(ABC):
 
         Args:
             adapter: Its adapter; None for the base.
-            source: What an encoder-decoder's encoder reads, by name; None for a decoder.
+            source: What an encoder-decoder's encoder reads, by name; of a decoder what images put in the place of the
+                row's first tokens (see `ImageRows.begin`), or None.
             salt: Rows share what they read with those of the same salt alone.
 
         Returns:
@@ -134,6 +135,8 @@ class Decoder(ABC):
             self._lengths[number] = 0
             if self._shared is not None:
                 self._shared.begin(number, version, salt)
+                if source is not None:  # no token tells what images are in its place
+                    self._shared.lose([number])
             return number
 
     def fill(self, row: int, tokens: Sequence[int]) -> int:

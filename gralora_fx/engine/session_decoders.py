@@ -15,6 +15,7 @@ from gralora_fx.engine.adapter_slots import RowStacks
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.buffered_steps import BufferedSteps
 from gralora_fx.engine.decoder import Decoder, Source, gives_all
+from gralora_fx.engine.image_rows import ImageRows
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
 from gralora_fx.engine.shared_rows import SharedRows
@@ -73,7 +74,7 @@ class RowsDecoder(Decoder):
             problem = f"{_STATES}, which cannot be set back"
         apart = reads_tokens_apart(session)
         super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem, is_apart=apart)
-        self._adapters = adapters
+        self._adapters, self._images = adapters, ImageRows(session)
         self._row_stacks = None
         if ADAPTER_IDS in inputs:
             tensors = replace(adapters.inputs(), dtype=adapter_dtype(session))
@@ -116,8 +117,7 @@ class RowsDecoder(Decoder):
         return {name: as_tensor(value)[row] for name, value in self._steps.caches.items()}
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> LoadedAdapter | None:
-        if source is not None:
-            raise ServingError("a decoder has no encoder to read a source; leave it out")
+        self._images.begin(row, source)
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
         for name in self._states:  # those of the text that the row was of before
             as_tensor(self._steps.caches[name])[row].zero_()
@@ -125,6 +125,7 @@ class RowsDecoder(Decoder):
         return self._row_adapters[row]
 
     def _end(self, row: int) -> None:
+        self._images.begin(row, None)
         del self._row_adapters[row]
         self._stacks = ()
 
@@ -181,6 +182,7 @@ class RowsDecoder(Decoder):
             attended[row - rows.start] = max(len(array), _SEVERAL if is_several else 1)
         before = np.array([lengths.get(row, 0) for row in rows], dtype=np.int32)
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
+        feed |= self._images.arrays(read, lengths, rows, ids)
         if self._row_stacks is not None:
             feed[ADAPTER_IDS] = numbers
         if self._is_opened:
@@ -244,35 +246,37 @@ class SequentialDecoder(Decoder):
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
+        self._images = ImageRows(session)
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._open: dict[int, _Row] = {}
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
-        if source is not None:
-            raise ServingError("a decoder has no encoder to read a source; leave it out")
+        self._images.begin(row, source)
         values = self._adapters.tensors_for(adapter, self._session)
         steps = BufferedSteps(self._session, rows=1, length=self.capacity) if self._takes_buffers else None
         self._open[row] = _Row(values, steps, {} if steps is not None else empty_values(self._session, 1))
 
     def _end(self, row: int) -> None:
+        self._images.begin(row, None)
         del self._open[row]
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        stepped = {row: self._step(self._open[row], tokens, self._lengths[row]) for row, tokens in read.items()}
+        stepped = {row: self._step(row, tokens, self._lengths[row]) for row, tokens in read.items()}
         for row, (cache, _) in stepped.items():
             self._open[row].cache = cache
         return {row: logits for row, (_, logits) in stepped.items()}
 
-    def _step(self, row: _Row, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
+    def _step(self, number: int, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
         """The cache after a row has read tokens, where that is another one, and the logits."""
-        total = past + len(tokens)
+        row, total, ids = self._open[number], past + len(tokens), tokens[None].copy()
         inputs = {
-            "input_ids": tokens[None],
+            "input_ids": ids,
             "attention_mask": np.ones((1, total), dtype=np.int64),
             "position_ids": np.arange(past, total, dtype=np.int64)[None],
         }
         feed = {name: array for name, array in inputs.items() if name in self._inputs}
+        feed |= self._images.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
         cache: Mapping[str, Any] = {}
         if row.steps is not None:
             logits = row.steps(feed, row.values)

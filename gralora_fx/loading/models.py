@@ -11,7 +11,11 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+)
 
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import GraloraError, TraceError, first_line, warn_caller
@@ -41,6 +45,7 @@ _AUTO_CLASSES = {
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
     "text-generation": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
     "text2text-generation": "AutoModelForSeq2SeqLM",
     "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
     "image-classification": "AutoModelForImageClassification",
@@ -62,13 +67,24 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
     if task == SENTENCE_TASK:
         return _encoder_class(config)
     if task is not None:
-        return getattr(transformers, _AUTO_CLASSES[task.removesuffix("-with-past")])
+        return getattr(transformers, _auto_class(config, task.removesuffix("-with-past")))
     name = _saved_class(config)
     if name is None:
         return transformers.AutoModel
     if not hasattr(transformers, name):
         raise TraceError(f"the checkpoint is a {name}, which transformers does not have; give its task")
     return getattr(transformers, name)
+
+
+def _auto_class(config: PreTrainedConfig, task: str) -> str:
+    """The auto class of a task: a decoder of texts may be a part of a model that reads images, or be alone."""
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if task == "image-text-to-text" and not reads_images:
+        task = "text-generation"
+    if task == "text-generation" and reads_images and not is_decoder:
+        task = "image-text-to-text"
+    return _AUTO_CLASSES[task]
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:

@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.tracing.inputs.cache_slots import past_slots
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
 
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
@@ -49,7 +50,7 @@ def run_values(
     Raises:
         GraloraError: Of the given type: ONNX Runtime fails.
     """
-    kinds = {value.name: value.type for value in session.get_inputs()}
+    kinds = {value.name: value.type for value in (*session.get_inputs(), *image_arguments(session))}
     if unknown := [name for name in feed if name not in kinds]:
         raise error(f"{description}: the session takes no {', '.join(unknown)}")
     values = {
@@ -61,6 +62,12 @@ def run_values(
     except Exception as failure:  # ONNX Runtime raises types of its own
         raise error(f"ONNX Runtime fails on {description}: {first_line(failure)}") from failure
     return dict(zip(names, results, strict=True))
+
+
+def image_arguments(session: Any) -> list[Any]:
+    """What a decoder's session takes of images, which a text leaves out (see `IMAGE_INPUTS`)."""
+    optional: list[Any] = getattr(session, "get_overridable_initializers", list)()
+    return [value for value in optional if value.name in IMAGE_INPUTS]
 
 
 def as_value(tensor: Tensor, kind: str) -> Any:

@@ -182,6 +182,10 @@ class SessionView:
         outputs: list[Any] = self.session.get_outputs()
         return outputs
 
+    def get_overridable_initializers(self) -> list[Any]:
+        """The inputs that may be left out, without those for an adapter."""
+        return [value for value in self.session.get_overridable_initializers() if not is_adapter_tensor(value.name)]
+
     def get_providers(self) -> list[str]:
         """The execution providers."""
         providers: list[str] = self.session.get_providers()

@@ -17,6 +17,7 @@ from gralora_fx.runtime.ort_values import as_array, plain_array
 from gralora_fx.runtime.session_views import empty_past
 from gralora_fx.tracing.inputs.cache import PAST, cache_of
 from gralora_fx.tracing.inputs.cache_slots import past_slots
+from gralora_fx.tracing.inputs.image_inputs import GIVEN, IDS, IMAGE_INPUTS, takes_image_inputs
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.signature import default_input
 
@@ -72,7 +73,8 @@ class CallInputs:
         self._check_ids(arrays)
         pasts = [name for name in self.inputs if name.startswith(f"{PAST}.")]
         if arrays and not any(name in arrays for name in pasts):
-            batch = next((array.shape[0] for array in arrays.values() if array.ndim), 1)
+            axes = {name: IMAGE_INPUTS[name].axis for name in self._images - {IDS}}
+            batch = next((array.shape[axes.get(name, 0)] for name, array in arrays.items() if array.ndim), 1)
             arrays |= empty_past(tuple(self.inputs.values()), batch)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if not self.is_encoder_decoder and pasts:
@@ -80,14 +82,20 @@ class CallInputs:
             if all(name in arrays for name in growing):
                 tensors[PAST] = cache_of([[tensors[name] for name in growing]] if growing else [])
         for name in self.inputs:
-            if name not in arrays:
+            if name not in arrays and name not in self._images - {IDS}:
                 default = default_input(name, tensors)
                 if default is None:
                     raise ServingError(f"input {name!r} is missing; {takes}")
+                tensors[name] = default
                 arrays[name] = default.contiguous().numpy()
         self._check_equal_axes(arrays)
         self._check_length(arrays)
         return arrays
+
+    @property
+    def _images(self) -> frozenset[str]:
+        """What a decoder takes of images, which a text leaves out; -1 there, and in the ids, says what is read."""
+        return frozenset((IDS, *IMAGE_INPUTS) if takes_image_inputs(self.inputs) else ())
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
         if name == IMAGES and self.image_sizes is not None:
@@ -121,7 +129,7 @@ class CallInputs:
                 raise ServingError(f"input {name!r} must be 1 where a position counts and 0 where it is padding")
             if not name.endswith("_ids") or not array.size:
                 continue
-            if array.min() < 0:
+            if array.min() < (GIVEN if name in self._images else 0):
                 raise ServingError(f"input {name!r} holds {array.min()}, but ids are 0 or more; mask padding instead")
             if name.endswith("input_ids") and isinstance(vocabulary, int) and array.max() >= vocabulary:
                 raise ServingError(

@@ -38,6 +38,7 @@ class TextRequest:
         grammar: What the answer's tokens may be; None for any.
         salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
         shown: Special tokens that are part of the answer's text.
+        images: What images put in the place of a decoder's first tokens, by name; None of text alone.
     """
 
     prompt: tuple[int, ...]
@@ -50,11 +51,12 @@ class TextRequest:
     grammar: AnswerGrammar | None = None
     salt: str | None = None
     shown: frozenset[int] = frozenset()
+    images: Source | None = None
 
     @property
     def arrays(self) -> Source | None:
-        """What an encoder-decoder's encoder reads, by name; None of a decoder."""
-        return None if self.source is None else self.source.arrays
+        """What a row is opened with: what an encoder reads, or what images put in the place of a decoder's tokens."""
+        return self.images if self.source is None else self.source.arrays
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
         """What chooses its tokens.

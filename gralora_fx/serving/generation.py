@@ -15,10 +15,11 @@ from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
-from gralora_fx.serving.prompts import GenerateInputs, Prompts
+from gralora_fx.serving.prompts import GenerateInputs, Prompts, with_images
 from gralora_fx.serving.recordings import is_recording, recording
 from gralora_fx.serving.speculation import Speculation
 from gralora_fx.serving.speech_prompt import SpeechPrompt
+from gralora_fx.tracing.inputs.image_inputs import EMBEDS
 
 _FEATURES, _MASK = "input_features", "attention_mask"
 Adapter: TypeAlias = str | Sequence[str | None] | None
@@ -55,7 +56,8 @@ class Generation:
         if reader is None:
             reason = "the model is a decoder, without an encoder"
             inputs.check_unused(reason, _FEATURES, "language", "task", "forced_bos_token_id")
-            return inputs.read(tokenizer)
+            return with_images(inputs.read(tokenizer), inputs.inputs_embeds)
+        inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
         return (
             self._of_texts(reader, inputs, tokenizer)
             if reader.takes_text

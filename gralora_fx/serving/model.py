@@ -15,6 +15,7 @@ from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
+from gralora_fx.runtime.ort_values import image_arguments
 from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
@@ -85,7 +86,8 @@ class OrtModel(OpenExport):
     @cached_property
     def call_inputs(self) -> CallInputs:
         """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
-        inputs = {value.name: value for value in self._called.get_inputs() if not is_adapter_input(value.name)}
+        taken = (*self._called.get_inputs(), *image_arguments(self._called))
+        inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
         is_pair = isinstance(self._called, EncoderDecoderSession)
         return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
 
@@ -202,6 +204,7 @@ class OrtModel(OpenExport):
         input_ids: Any = None,
         attention_mask: Any = None,
         input_features: Any = None,
+        inputs_embeds: Any = None,
         language: str | None = None,
         task: str | None = None,
         forced_bos_token_id: int | None = None,
@@ -228,6 +231,10 @@ class OrtModel(OpenExport):
             input_ids: Instead of prompts, a tokenizer's result: `generate(**tokenizer(texts, padding=True))`.
             attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
             input_features: Instead of prompts, a feature extractor's result.
+            inputs_embeds: Of an export with embeddings beside ids (`task="image-text-to-text-with-past"`): those of all
+                tokens of a prompt, `[tokens, hidden]`, as the model merges them of its text and images; or a dict with
+                them and what the model takes beside them, such as `grid_position_ids [3, tokens]`. Of a list of prompts
+                a list, None for one of text alone. The ids stay what penalties read.
             language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or that which
                 it hears.
             task: `"transcribe"`, or `"translate"` into English; None for the model's default.
@@ -266,7 +273,9 @@ class OrtModel(OpenExport):
             raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {most!r:.80}")
         tokenizer = self.tokenizer_or_none
         stops = stop_strings(stop, tokenizer)
-        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id)
+        inputs = GenerateInputs(
+            prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id, inputs_embeds
+        )
         parsed = generation.read(inputs, adapter, tokenizer)
         forms: GivenForms = {
             "json_schema": ("json", json_schema),

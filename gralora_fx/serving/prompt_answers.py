@@ -72,7 +72,16 @@ class Completions(Iterator[Any]):
         names = names_of_rows(adapter, len(prompts.rows))
         sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
         self._requests = [
-            TextRequest(tuple(row), new, seeded(sampling, index), tuple(stop), name, source=source, grammar=grammar)
+            TextRequest(
+                tuple(row),
+                new,
+                seeded(sampling, index),
+                tuple(stop),
+                name,
+                source=source,
+                grammar=grammar,
+                images=prompts.images[index] if prompts.images else None,
+            )
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]
         self._prompts = prompts

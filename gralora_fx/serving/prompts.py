@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.engine.decoder import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
+from gralora_fx.runtime.ort_values import plain_array
 from gralora_fx.serving.encoder_inputs import EncoderInput
+from gralora_fx.tracing.inputs.image_inputs import EMBEDS, IMAGE_INPUTS
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -27,12 +31,14 @@ class Prompts:
         is_single: Whether one prompt was given, rather than a list.
         gives_text: Whether the answers are texts, rather than ids.
         sources: Of an encoder-decoder what the encoder reads of each; none of a decoder.
+        images: Of a decoder what images put in the place of each one's tokens, by name; none of texts alone.
     """
 
     rows: list[list[int]]
     is_single: bool
     gives_text: bool
     sources: Sequence[EncoderInput] = ()
+    images: Sequence[Source | None] = ()
 
     @property
     def new_tokens(self) -> list[int | None]:
@@ -52,6 +58,7 @@ class GenerateInputs:
         language: The language of recordings.
         task: What is done with recordings.
         forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with.
+        inputs_embeds: What images put in the place of a decoder's tokens, of a prompt or of each.
     """
 
     prompts: Any = None
@@ -61,6 +68,7 @@ class GenerateInputs:
     language: str | None = None
     task: str | None = None
     forced_bos_token_id: int | None = None
+    inputs_embeds: Any = None
 
     def check_unused(self, reason: str, *names: str) -> None:
         """Check that some options are not given.
@@ -147,6 +155,42 @@ def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
         [token for token, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)
     ]
     return Prompts(unpadded, is_single and bool(ids), gives_text=False)
+
+
+def with_images(prompts: Prompts, embeds: Any) -> Prompts:
+    """Prompts with what images put in the place of their tokens.
+
+    Args:
+        prompts: The prompts.
+        embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each; None
+            of texts alone.
+
+    Raises:
+        ServingError: There are not as many, or not of as many tokens, as the prompts have.
+    """
+    if embeds is None:
+        return prompts
+    given = [embeds] if prompts.is_single else list(embeds) if isinstance(embeds, (list, tuple)) else None
+    if given is None or len(given) != len(prompts.rows):
+        raise ServingError(
+            f"inputs_embeds has to be a list of {len(prompts.rows)}, one for each prompt, None for one of text alone"
+        )
+    images: list[Source | None] = []
+    for index, each in enumerate(given):
+        named = each if isinstance(each, Mapping) or each is None else {EMBEDS: each}
+        arrays = {} if named is None else {name: plain_array(name, value) for name, value in named.items()}
+        images.append(None if named is None else {name: _of_one_row(name, array) for name, array in arrays.items()})
+        count, wanted = len(arrays[EMBEDS]) if EMBEDS in arrays else None, len(prompts.rows[index])
+        if count is not None and count != wanted:
+            raise ServingError(
+                f"prompt {index} has {wanted} tokens and inputs_embeds {count}; give embeddings of all of its tokens"
+            )
+    return replace(prompts, images=images)
+
+
+def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    axis = IMAGE_INPUTS[name].axis if name in IMAGE_INPUTS else 0
+    return np.expand_dims(array, min(axis, array.ndim))
 
 
 def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:

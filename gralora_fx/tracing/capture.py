@@ -25,6 +25,7 @@ from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs, tensors_of
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.tracing.inputs.image_sizes import IMAGES
 from gralora_fx.tracing.patches.block_sparse_attention import BLOCK_SPARSE_ATTENTION
 from gralora_fx.tracing.patches.cached_states import fresh_states
@@ -104,6 +105,9 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
     shapes = auto_dynamic_shapes(inputs)
     if IMAGES in shapes and axes is not Axes.IMAGES:
         shapes[IMAGES] = {0: torch.export.Dim.AUTO}
+    for name in IMAGE_INPUTS.keys() & shapes.keys() if PAST in shapes else ():
+        batch = IMAGE_INPUTS[name].axis
+        shapes[name] = {batch: torch.export.Dim.AUTO, batch + 1: torch.export.Dim.AUTO}
     if PAST in shapes:
         kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
         shapes[PAST] = [dict.fromkeys((0, k.grows) if k.grows else (0,), torch.export.Dim.AUTO) for k in kinds]

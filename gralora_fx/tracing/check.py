@@ -21,6 +21,7 @@ from gralora_fx.tracing.eager_calls import call_eager
 from gralora_fx.tracing.failures import where, where_defined
 from gralora_fx.tracing.inputs.cache import PAST, own_inputs
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
+from gralora_fx.tracing.inputs.image_inputs import EMBEDS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths, same_value, shown
 from gralora_fx.tracing.inputs.samples import TEXT_INPUTS
 from gralora_fx.tracing.inputs.signature import default_input
@@ -242,7 +243,7 @@ def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[s
     """
     if PAST in sample and isinstance(model, PreTrainedModel):
         encodes = model.config.is_encoder_decoder
-        yield from _other_step_sizes(model, sample) if encodes else _other_cached_sizes(model)
+        yield from _other_step_sizes(model, sample) if encodes else _other_cached_sizes(model, images=EMBEDS in sample)
         return
     tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
     if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
@@ -273,10 +274,10 @@ def _with_another_position(value: Any) -> Any:
     return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
 
 
-def _other_cached_sizes(model: PreTrainedModel) -> Iterator[tuple[str, dict[str, Any]]]:
+def _other_cached_sizes(model: PreTrainedModel, *, images: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
-    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1)
-    yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5)
+    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, images=images)
+    yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, images=images)
 
 
 def _other_step_sizes(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

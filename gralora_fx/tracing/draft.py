@@ -22,6 +22,7 @@ from gralora_fx.graph.pipeline import PassReport
 from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
 from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.given_embeddings import given_embeddings
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes, at_image_size
 from gralora_fx.tracing.inputs.indexer_positions import known_positions
 from gralora_fx.tracing.inputs.samples import check_head, distinct, infer_task, inputs_for_task, widen
@@ -157,6 +158,7 @@ def called_as(draft: Draft) -> Iterator[None]:
         _every_layer_runs_once(model),
         _texts_alone(model),
         known_positions(model),
+        given_embeddings(model, draft.sample),
         _restored(model),
     ):
         yield

@@ -41,6 +41,7 @@ def test_states_that_do_not_begin_with_zeros_are_refused() -> None:
 def test_an_input_that_a_step_does_not_take_is_not_left_out_in_silence() -> None:
     model = tiny_decoder("LlamaForCausalLM", num_hidden_layers=1)
     inputs = cached_inputs(model)
-    ids = inputs.pop("input_ids")
-    with pytest.raises(TraceError, match=r"input_ids.* alone, and the example has inputs_embeds too"):
-        trace(model, {**inputs, "inputs_embeds": torch.zeros(*ids.shape, 32)}, task=STEP)
+    with pytest.raises(
+        TraceError, match=r"input_ids.* alone, and the example has output_mask too; .*images come in as"
+    ):
+        trace(model, {**inputs, "output_mask": torch.zeros(2, 3)}, task=STEP)

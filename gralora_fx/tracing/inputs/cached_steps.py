@@ -30,6 +30,7 @@ from gralora_fx.tracing.inputs.cache import (
     with_tensors,
 )
 from gralora_fx.tracing.inputs.cache_slots import KINDS, by_own_names
+from gralora_fx.tracing.inputs.image_inputs import image_inputs
 from gralora_fx.tracing.inputs.refused_steps import check_has_step
 
 if TYPE_CHECKING:  # imports much that serving does not need
@@ -39,7 +40,7 @@ _BATCH, _PAST, _LENGTH = 2, 6, 3
 
 
 def cached_inputs(
-    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH
+    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH, images: bool = False
 ) -> dict[str, Any]:
     """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
 
@@ -48,11 +49,12 @@ def cached_inputs(
         batch: Number of rows.
         past: Number of cached positions; 0 for an empty cache.
         length: Number of new positions.
+        images: Whether the new positions have images.
 
     Returns:
         `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
         model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
-        `[batch, key heads, past, size]` or states.
+        `[batch, key heads, past, size]` or states; and what images put beside the ids (see `IMAGE_INPUTS`).
 
     Raises:
         TraceError: The model has no such cache.
@@ -73,6 +75,9 @@ def cached_inputs(
     skip = cached - past  # an empty cache is made from one of one position
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
+    if images:
+        step["input_ids"], beside = image_inputs(model, step["input_ids"], step["attention_mask"])
+        step |= beside
     return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from gralora_fx.compat.torch_graphs import tree_leaves, tree_map, tree_map_only
-from gralora_fx.config.tasks import check_task
+from gralora_fx.config.tasks import DECODERS, check_task
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
+from gralora_fx.tracing.inputs.image_inputs import EMBEDS, reads_images
 
 _HEADS = {
     "ForSequenceClassification": "text-classification",
@@ -38,7 +39,7 @@ _MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 _FRAMES = 20  # of speech
 _SAMPLES = 4000  # a quarter of a second of speech
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", EMBEDS)
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 
@@ -58,6 +59,8 @@ def infer_task(model: PreTrainedModel) -> str:
     task = task_of_class(type(model).__name__)
     if task == "text2text-generation" and main_input(model) == "input_features":
         return "automatic-speech-recognition"
+    if task == "text2text-generation" and reads_images(model):
+        return "image-text-to-text"
     return task
 
 
@@ -105,11 +108,11 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
         TraceError: The task is unknown, needs a cache, or does not fit the model.
     """
     check_task(task)
-    if task == "text-generation-with-past" and model.main_input_name == "input_ids":
-        return cached_inputs(model)
+    if task in DECODERS and main_input(model) == "input_ids":
+        return cached_inputs(model, images=task != DECODERS[0])
     main = main_input(model)
     with_past = task.endswith("-with-past")
-    if with_past and (task == "text-generation-with-past" or not model.config.is_encoder_decoder):
+    if with_past and (task in DECODERS or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
     _check_main_input(model, task)
     generator = torch.Generator().manual_seed(0)
@@ -216,11 +219,14 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if PAST in sample and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
             return _widen_step(model, sample)
-        step = cached_inputs(model)  # the values do not matter, and the sizes would have to be changed consistently
+        step = cached_inputs(
+            model, images=EMBEDS in sample
+        )  # the values do not matter, and the sizes would have to be changed consistently
         if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
             raise TraceError(
                 f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
-                "trace it without them, or for a task without a cache"
+                f"trace it without them (images come in as {EMBEDS}, with task={DECODERS[1]!r}), or for a task "
+                "without a cache"
             )
         return step
     if isinstance(model, PreTrainedModel):

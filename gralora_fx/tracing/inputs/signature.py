@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from gralora_fx.errors import TraceError
 from gralora_fx.tracing.inputs.cache import PAST, batch_of, cached_length, positions, tensors_of
+from gralora_fx.tracing.inputs.image_inputs import EMBEDS, GIVEN, IDS, IMAGE_INPUTS, takes_image_inputs
 from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
 from gralora_fx.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
 
@@ -83,7 +84,7 @@ class CallSignature:
         inputs = {name: arguments.get(name) for name in self.inputs if name in arguments or name not in self.optional}
         for name in inputs:
             if inputs[name] is None and not (name in examples and examples[name] is None):
-                inputs[name] = self._filled(name, inputs)
+                inputs[name] = self._filled(name, inputs, examples)
             if name == IMAGES and self.image_sizes is not None:
                 self._check_images(inputs[name])
             if self.has_form and name in examples:
@@ -149,10 +150,12 @@ class CallSignature:
             if problem is not None:
                 raise TraceError(f"input {IMAGES!r} {problem}")
 
-    def _filled(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _filled(self, name: str, inputs: Mapping[str, Any], examples: Mapping[str, Any]) -> torch.Tensor:
         known = {other: value for other, value in inputs.items() if value is not None}
         value = None
-        if name in self.fillable:
+        if name in IMAGE_INPUTS and takes_image_inputs(examples) and IDS in known:
+            return IMAGE_INPUTS[name].of_text(examples[name], known)
+        if name in self.fillable or (name == IDS and takes_image_inputs(examples)):
             value = default_input(name, known, counts_padding=self.counts_padding)
         if value is None:
             default_note = (
@@ -235,6 +238,8 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
         inputs: The inputs given, whose token ids determine the shape.
         counts_padding: Whether the positions of a step count the padding before them.
     """
+    if name == IDS and isinstance(inputs.get(EMBEDS), torch.Tensor):  # all of them are given
+        return torch.full(inputs[EMBEDS].shape[:2], GIVEN, device=inputs[EMBEDS].device)
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
     if not isinstance(ids, torch.Tensor):
         return None

@@ -1,0 +1,49 @@
+"""What images put beside the ids of a decoder's step, as inputs that a step of text alone leaves out."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from gralora_fx.exporters.onnx_passes.builder import Builder
+from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, takes_image_inputs
+
+
+def optional_image_inputs(model: ir.Model) -> PassResult[ir.Model]:
+    """Give each of `IMAGE_INPUTS` the values of text as an initializer, which a caller may override.
+
+    Before: `x = Where(input_ids < 0, inputs_embeds, embeddings)`, `inputs_embeds [batch, length, hidden]`
+    After:  `x = Where(input_ids < 0, Expand(inputs_embeds, ...), embeddings)`, `inputs_embeds = zeros [1, 1, hidden]`
+            where it is not given
+
+    So programs that know no images, such as onnxruntime-genai, run texts as before.
+
+    Args:
+        model: A decoder whose inputs have their names; it is changed in place.
+
+    Returns:
+        The number of inputs.
+    """
+    graph = model.graph
+    inputs = {str(value.name): value for value in graph.inputs}
+    optional = [name for name in IMAGE_INPUTS if name in inputs] if takes_image_inputs(inputs) else []
+    build = Builder(graph)
+    for name in optional:
+        value, spec = inputs[name], IMAGE_INPUTS[name]
+        assert value.shape is not None
+        assert value.dtype is not None
+        own, place = [dim if isinstance(dim, int) else 1 for dim in value.shape], spec.axis
+        sizes = [build("Shape", inputs[spec.follows], start=0, end=2)]
+        sizes = [*([build.ints(*own[:place])] if place else []), *sizes]
+        sizes += [build.ints(*own[place + 2 :])] if own[place + 2 :] else []
+        expanded = build("Expand", value, sizes[0] if len(sizes) == 1 else build("Concat", *sizes, axis=0))
+        expanded.shape, expanded.type = value.shape, value.type
+        for usage in [use for use in value.uses() if use.node is not expanded.producer()]:
+            usage.node.replace_input_with(usage.idx, expanded)
+        array = np.full(own, spec.absent, value.dtype.numpy())
+        value.const_value = ir.tensor(array, dtype=value.dtype, name=name)
+        graph.initializers[name] = value
+    if optional:
+        build.insert_before(graph[0])
+    return PassResult(len(optional))

@@ -1,0 +1,110 @@
+"""Prompts of an image and a text for tiny random models, and what a model itself puts in the place of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gralora_fx.tracing.inputs.image_inputs import GIVEN
+from tests.architectures.tiny_decoders import tiny_decoder
+
+IMAGE, _BEFORE, _AFTER = 90, [5, 6], [7, 8, 9]  # the token of an image, and the text around it
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_SMALL = {"patch_size": 8, "image_size": 32}
+# fields of the text model, the vision model and both beside those that every tiny model has
+_FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "Gemma3ForConditionalGeneration": ({}, _SMALL, {"mm_tokens_per_image": 4}),
+    "Gemma4ForConditionalGeneration": ({}, {}, {}),
+    "Idefics3ForConditionalGeneration": ({}, _SMALL, {}),
+    "InternVLForConditionalGeneration": ({}, {"patch_size": [8, 8], "image_size": [32, 32]}, {}),
+    "Qwen2VLForConditionalGeneration": (_MROPE, {"hidden_size": 32}, {}),
+    "Qwen2_5_VLForConditionalGeneration": (_MROPE, {"window_size": 112, "out_hidden_size": 32}, {}),
+    "Qwen3VLForConditionalGeneration": (
+        _MROPE,
+        {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16, "out_hidden_size": 32},
+        {},
+    ),
+    "Qwen3_5ForConditionalGeneration": (_MROPE, {"num_position_embeddings": 16, "out_hidden_size": 32}, {}),
+    "SmolVLMForConditionalGeneration": ({}, _SMALL, {}),
+}
+
+
+def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
+    """A tiny random model that reads images beside a text.
+
+    Args:
+        name: Its class.
+        **fields: Fields of its text model and of its vision model, where they have them, to set besides.
+    """
+    default = tiny_decoder(name).config
+    text, vision, both = _FIELDS.get(name, ({}, {}, {}))
+    parts: dict[str, Any] = {}
+    for part, own in (("text_config", text), ("vision_config", vision)):
+        known = getattr(default, part).to_dict()
+        parts[part] = {**known, **own, **{field: value for field, value in fields.items() if field in known}}
+    model = tiny_decoder(name, image_token_id=IMAGE, **parts, **both)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # Gemma's projection, with which all images are zeros
+                parameter.normal_()
+    return model
+
+
+def image_prompt(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Inputs of a model: a prompt of two tokens, an image and three tokens, and the image's pixels."""
+    torch.manual_seed(2)
+    vision = model.config.vision_config
+    if hasattr(vision, "spatial_merge_size"):  # Qwen's: patches one after the other
+        width = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
+        side = 2 * vision.spatial_merge_size
+        pixels = {"pixel_values": torch.randn(side * side, width), "image_grid_thw": torch.tensor([[1, side, side]])}
+        count = side * side // vision.spatial_merge_size**2
+    else:
+        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        images = (1, 1) if model.config.model_type in ("idefics3", "smolvlm") else (1,)
+        pixels = {"pixel_values": torch.randn(*images, 3, size, size)}
+        with torch.no_grad():
+            features = model.model.get_image_features(**pixels, return_dict=True).pooler_output
+        features = torch.cat(list(features)) if not isinstance(features, Tensor) else features
+        count = features.numel() // model.config.get_text_config().hidden_size
+    ids = torch.tensor([[*_BEFORE, *[IMAGE] * count, *_AFTER]])
+    types = (ids == IMAGE).long()
+    beside = {"token_type_ids": types} if model.config.model_type == "gemma3" else {}
+    if "image_grid_thw" in pixels:
+        beside = {"mm_token_type_ids": types}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels, **beside}
+
+
+def image_inputs_of(model: PreTrainedModel, prompt: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A model's logits of a prompt, and what an export takes of the same prompt.
+
+    What the model's own code hands to its decoder of texts is noted, which is all that it knows of the image.
+    """
+    noted: dict[str, Any] = {}
+    text = next(part for name in ("language_model", "text_model") if (part := getattr(model.model, name, None)))
+    handle = text.register_forward_pre_hook(lambda _, args, options: noted.update(options), with_kwargs=True)
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(**prompt).logits
+    finally:
+        handle.remove()
+    ids, embeds = prompt["input_ids"], noted["inputs_embeds"]
+    given = ids == IMAGE
+    inputs = {
+        "input_ids": ids.masked_fill(given, GIVEN),
+        "attention_mask": prompt["attention_mask"],
+        "inputs_embeds": embeds,
+    }
+    places = noted.get("position_ids")
+    if places is not None and places.ndim == 3:
+        inputs["grid_position_ids"] = places[-3:]
+    if (features := noted.get("deepstack_visual_embeds")) is not None:
+        dense = torch.zeros(len(features), *embeds.shape)
+        for layer, values in zip(dense, features, strict=True):
+            layer[given] = values
+        inputs["deepstack_embeds"] = dense
+    return logits, inputs | {name: prompt[name] for name in ("token_type_ids",) if name in prompt}
