@@ -18,8 +18,11 @@ _LIMITS = ("required", "minProperties", "maxProperties", "minItems", "maxItems",
 _VALUES = ("type", "const", "enum", "pattern", "format", "multipleOf", "$ref")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _CONTENTS = ("contentMediaType", "contentEncoding", "contentSchema")
-_NOTES = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", *_CONTENTS)
+_TEXTS = ("title", "description", "default", "examples", "example", "$comment")
+_NOTES = (*_TEXTS, "deprecated", "readOnly", "writeOnly", *_CONTENTS)
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # are followed
+# values of other keywords that every answer meets, as tools write them
+_IDLE: dict[str, Any] = {"propertyNames": (True, {}, {"type": "string"}), "uniqueItems": (False,)}
 _HEAD = ("$schema", "$id")  # of the whole schema
 _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, *_NOTES))
 
@@ -98,9 +101,12 @@ class _Walk:
         self._check_end()
 
     def _simplify(self, schema: dict[str, Any]) -> None:
-        """Leave out an unknown format, and write choices with a discriminator as `anyOf`."""
+        """Leave out an unknown format and what every value meets, and write choices with a discriminator as `anyOf`."""
         if isinstance(form := schema.get("format"), str) and form not in _FORMATS:
             del schema["format"]
+        for keyword, values in _IDLE.items():
+            if schema.get(keyword) in values:
+                del schema[keyword]
         told, choices = schema.get("discriminator"), schema.get("oneOf")
         if not isinstance(told, dict) or not isinstance(choices, list) or "anyOf" in schema:
             return
