@@ -1,8 +1,9 @@
 """The prefix cache: first tokens, a chat of ten turns, what copying costs, and answers beside cold ones.
 
-Times are of SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, on two threads: prompts, of whose tokens
-1,000 are known or none, go through the scheduler of the service. A thousand random interleavings of requests are those
-of a tiny Llama with eight adapters, which are replaced meanwhile.
+Times are of SmolLM2-135M with a GraLoRA adapter folded in, float32 and int4, and of a random Mamba2 of 130M's widths,
+on two threads: prompts, of whose tokens 1,000 are known or none, go through the scheduler of the service. A thousand
+random interleavings of requests are those of a tiny Llama with eight adapters, which are replaced meanwhile, and of a
+tiny Falcon-H1.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ import queue
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoTokenizer
 
-from benchmarks import smollm2
+from benchmarks import hybrids, smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx import trace
+from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import Decoder, OrtModel, load
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import Observer
+from gralora_fx.sources.model_files import EXPORT_FILE
 
 RUNS, TINY, TESTS = Path("runs/generation"), Path("runs/prefix_cache"), Path(__file__).parents[1] / "tests"
 THREADS, CHUNK, LIMIT = 2, 64, 2**29
@@ -41,13 +47,23 @@ def run(iterations: int = 7, interleavings: int = 1000) -> Report:
         interleavings: How many there are.
     """
     report = Report("prefix_cache", "prefix cache: SmolLM2-135M, and a tiny Llama with eight adapters")
-    for precision, directory in smollm2.exports(RUNS):
+    for precision, directory in chain(smollm2.exports(RUNS), _mamba2()):
         model = load(directory, threads=THREADS)
         _compare_first_tokens(report, model, precision, iterations)
         _count_a_chat(report, model, precision)
         _time_steps(report, model, precision)
     _compare_answers(report, interleavings)
     return report
+
+
+def _mamba2() -> Iterator[tuple[str, Path]]:
+    directory = TINY / "mamba2"
+    if not (directory / EXPORT_FILE).is_file():
+        progress("export, Mamba2")
+        tokenizer = AutoTokenizer.from_pretrained(RUNS / "base")
+        traced = trace(hybrids.mamba2(), task="text-generation-with-past")
+        export_onnx(traced, directory, verify=False, tokenizer=tokenizer)
+    yield "fp32, Mamba2", directory
 
 
 class _Service(Observer):
@@ -89,16 +105,18 @@ def _compare_first_tokens(report: Report, model: OrtModel, precision: str, itera
     numbers, service = np.random.default_rng(0), _Service(model)
     seconds: dict[str, list[float]] = {COLD: [], WARM: []}
     most = 0
+    assert service.decoder.prefix_cache is not None
     for iteration in range(-1, iterations):
         progress(f"{precision}, prompt {iteration + 2} of {iterations + 1}")
         shared = numbers.integers(10, 40000, SHARED).tolist()
         for side in seconds:
+            if side == WARM and service.decoder.prefix_cache.keeps_states:
+                service.answer([*shared, 5, 6, 7, 8], 1)  # leaves a snapshot where it parts from the first
             prompt = shared + numbers.integers(10, 40000, OWN).tolist()
             first, _, known = service.answer(prompt, 1)
             assert known == (0 if side == COLD else SHARED)
             if iteration >= 0:
                 seconds[side].append(first)
-        assert service.decoder.prefix_cache is not None
         most = max(most, service.decoder.prefix_cache.size)
     service.stop()
     rows: list[Mapping[str, Any]] = [
@@ -130,7 +148,7 @@ def _count_a_chat(report: Report, model: OrtModel, precision: str) -> None:
     report.claims.append(
         Claim(f"{precision}, tokens of prompts that are read over the last prompt's", of_prompts, at_most=1.0)
     )
-    if precision == "fp32":  # elsewhere an answer is read once more, as a part of the next prompt
+    if precision.startswith("fp32"):  # elsewhere an answer is read once more, as a part of the next prompt
         once = (service.prompt_tokens + decoded) / (len(text) - 1)
         report.claims.append(Claim(f"{precision}, all tokens that are read over those of the chat", once, at_most=1.0))
 
@@ -194,7 +212,7 @@ class _Rows:
         tensors = shared._tensors(self._rows[0])
         root = (None, f"timed {time.perf_counter()}")
         started = time.perf_counter()
-        cache.store(root, self._texts[0], tensors)
+        cache.store(root, self._texts[0], tensors, shared._states(self._rows[0]))
         return time.perf_counter() - started
 
     def fill(self) -> float:
@@ -202,7 +220,8 @@ class _Rows:
         cache, shared = self._decoder.prefix_cache, self._decoder._shared
         assert cache is not None
         assert shared is not None
-        cache.store((None, None), self._texts[0], shared._tensors(self._rows[0]))
+        states = shared._states(self._rows[0])
+        cache.store((None, None), self._texts[0], shared._tensors(self._rows[0]), states)
         row = self._decoder.open()
         started = time.perf_counter()
         known = self._decoder.fill(row, [*self._texts[0], 1, 2])
@@ -214,14 +233,18 @@ class _Rows:
 
 def _compare_answers(report: Report, count: int) -> None:
     sys.path.append(str(TESTS))  # whose helpers import each other by their names
-    from tests.prefix_interleavings import Interleavings, made
+    from tests.prefix_interleavings import Interleavings, made, made_hybrid
 
-    progress("a tiny Llama and sixteen versions of its eight adapters")
-    TINY.mkdir(parents=True, exist_ok=True)
-    found = Interleavings(*made(TINY))
+    for name, make in {"Llama": made, "Falcon-H1": made_hybrid}.items():
+        progress(f"a tiny {name} and sixteen versions of its eight adapters")
+        (TINY / name).mkdir(parents=True, exist_ok=True)
+        _interleave(report, name, Interleavings(*make(TINY / name)), count)
+
+
+def _interleave(report: Report, name: str, found: Any, count: int) -> None:
     for done in range(count):
         if done % 100 == 0:
-            progress(f"interleaving {done + 1} of {count}")
+            progress(f"{name}, interleaving {done + 1} of {count}")
         found.run()
     row = {
         "interleavings": count,
@@ -234,8 +257,8 @@ def _compare_answers(report: Report, count: int) -> None:
         "most bytes": found.most,
         "bound": found.cache.limit,
     }
-    report.tables.append(Table("random interleavings of 8 adapters", [row]))
-    report.claims.append(Claim("interleavings, answers that differ from the cold one", float(found.wrong), at_most=0.0))
-    report.claims.append(
-        Claim("interleavings, memory of the cache over its bound", found.most / found.cache.limit, at_most=1.0)
-    )
+    report.tables.append(Table(f"{name}: random interleavings of 8 adapters", [row]))
+    what = f"{name}, interleavings"
+    report.claims.append(Claim(f"{what}, answers that differ from the cold one", float(found.wrong), at_most=0.0))
+    memory = found.most / found.cache.limit
+    report.claims.append(Claim(f"{what}, memory of the cache over its bound", memory, at_most=1.0))

@@ -9,10 +9,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft_oracle import peft_model
 from served_exports import CACHED, END, adapted, chat_tokenizer
 from tiny_models import tiny_model
 
+from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.engine.decoder import part_length
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
@@ -22,9 +24,11 @@ from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import Observer
 from gralora_fx.serving.scheduling.served_models import ServedModels
+from tests.architectures.tiny_decoders import tiny_decoder
 
 ADAPTERS, VERSIONS, CONTEXT, CHUNK = 8, 2, 192, 16
 LIMIT = 200_000  # bytes, about nine blocks
+HYBRID_ADAPTERS = [f"adapter{number}" for number in range(ADAPTERS)]
 SIZES: dict[str, Any] = {
     "eos_token_id": END,
     "bos_token_id": 1,
@@ -48,6 +52,30 @@ def made(folder: Path) -> tuple[Path, list[list[Path]]]:
             )
             files[-1].append(convert_adapter(folder / name, folder / "onnx", folder, name))
     return folder / "onnx", files
+
+
+def made_hybrid(folder: Path) -> tuple[Path, list[list[Path]]]:
+    """An export of a tiny Falcon-H1, with states beside keys and values, and for each adapter the files of versions."""
+    sizes = {"mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    model = tiny_decoder("FalconH1ForCausalLM", eos_token_id=END, max_position_embeddings=CONTEXT, **sizes)
+    traced = trace(model, task=CACHED)
+    found = sorted(
+        {site.path for site in traced.sites if site.path.split(".")[-1] in ("in_proj", "q_proj", "out_proj")}
+    )
+    torch.manual_seed(0)
+    config = GraloraConfig(r=4, gralora_k=2, target_modules=found, init_weights=False)
+    rewritten = rewrite(traced, config, adapter_name=HYBRID_ADAPTERS[0])
+    for name in HYBRID_ADAPTERS[1:]:
+        rewritten.add_adapter(name, LoraConfig(r=4, target_modules=found, init_lora_weights=False, lora_alpha=16))
+    rewritten.set_adapter(HYBRID_ADAPTERS)
+    export_onnx(rewritten, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    return folder / "onnx", hybrid_files(folder / "onnx")
+
+
+def hybrid_files(export: Path) -> list[list[Path]]:
+    """Of each adapter of `made_hybrid`, its file and that of the next, which replaces it."""
+    files = [export / "adapters" / f"{name}.onnx_adapter" for name in HYBRID_ADAPTERS]
+    return [[file, files[number - 1]] for number, file in enumerate(files)]
 
 
 class Counts(Observer):

@@ -10,39 +10,22 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-import torch
-from prefix_interleavings import Interleavings
+from prefix_interleavings import HYBRID_ADAPTERS, Interleavings, hybrid_files, made_hybrid
 from running_service import post, running
-from served_exports import CACHED, chat_tokenizer
+from served_exports import chat_tokenizer
 
-from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
-from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load
 from gralora_fx.serving.http.app import create_app
-from tests.architectures.tiny_decoders import tiny_decoder
 
-ADAPTERS = [f"adapter{number}" for number in range(8)]
-FIELDS = {"mamba_d_state": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "max_position_embeddings": 192}
+ADAPTERS = HYBRID_ADAPTERS
 PROMPTS = [[5 + (7 * n + 3 * place) % 80 for place in range(1 + 5 * n % 23)] for n in range(16)]
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hybrid") / "onnx"
-    traced = trace(tiny_decoder("FalconH1ForCausalLM", eos_token_id=2, **FIELDS), task=CACHED)
-    found = sorted(
-        {site.path for site in traced.sites if site.path.split(".")[-1] in ("in_proj", "q_proj", "out_proj")}
-    )
-    torch.manual_seed(0)
-    config = GraloraConfig(r=4, gralora_k=2, target_modules=found, init_weights=False)
-    model = rewrite(traced, config, adapter_name=ADAPTERS[0])
-    for name in ADAPTERS[1:]:
-        model.add_adapter(name, LoraConfig(r=4, target_modules=found, init_lora_weights=False, lora_alpha=16))
-    model.set_adapter(ADAPTERS)
-    export_onnx(model, folder, adapters="data", verify=False, tokenizer=chat_tokenizer())
-    return folder
+    return made_hybrid(tmp_path_factory.mktemp("hybrid"))[0]
 
 
 def test_each_answer_is_that_of_its_own_single_run(export: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -100,8 +83,7 @@ def test_prompts_that_begin_alike_read_their_beginning_once(export: Path) -> Non
 
 def test_interleavings_with_snapshots_are_each_as_alone(export: Path) -> None:
     """Adapters are replaced meanwhile, requests given up, and the bound is too small for all snapshots."""
-    files = [[export / "adapters" / f"adapter{(n + version) % 8}.onnx_adapter" for version in (0, 1)] for n in range(8)]
-    found = Interleavings(export, files, seed=4, limit=100_000)
+    found = Interleavings(export, hybrid_files(export), seed=4, limit=100_000)
     for _ in range(12):
         found.run()
     assert found.wrong == 0

@@ -93,6 +93,21 @@ def test_rows_side_by_side_are_each_as_alone(
             assert own.argmax() == single.argmax()
 
 
+def test_a_row_begins_anew_while_others_go_on(model: OrtModel) -> None:
+    numbers, decoder = np.random.default_rng(8), model.decoder(rows=2, capacity=32, chunk=8)
+    going, other = decoder.open("gralora"), decoder.open("lora")
+    text, before, after = (numbers.integers(3, 90, 8).tolist() for _ in range(3))
+    given = [decoder.step({going: text[:6], other: before})[going].copy()]
+    decoder.close(other)
+    other = decoder.open("lora")
+    logits = decoder.step({going: text[6:7], other: after[:5]})
+    given.append(logits[going].copy())
+    logits = decoder.step({going: text[7:], other: after[5:]})
+    pairs = zip([*given, logits[going]], alone(model, "gralora", text, [6, 1, 1]), strict=True)
+    for own, single in [*pairs, (logits[other], alone(model, "lora", after, [5, 3])[-1])]:
+        assert np.allclose(own, single, rtol=1e-4, atol=1e-5)
+
+
 def test_a_prompt_in_pieces_of_any_length_is_the_prompt_at_once(model: OrtModel) -> None:
     text = np.random.default_rng(3).integers(3, 90, 8).tolist()
     (whole,) = alone(model, "gralora", text, [8])
@@ -234,3 +249,20 @@ def test_a_call_takes_and_gives_states(model: OrtModel) -> None:
         model(input_ids=ids[:, 8:], **{**past, states[0]: past[states[0]][:1]})
     with pytest.raises(ServingError, match=f"input '{states[0]}' is missing"):
         model(input_ids=ids[:, 8:], **{name: value for name, value in past.items() if name != states[0]})
+    with pytest.raises(ServingError, match=r"unknown input past_key_values\.9\.conv"):  # another model's cache
+        model(input_ids=ids[:, 8:], **past, **{"past_key_values.9.conv": past[states[0]]})
+
+
+def test_a_row_of_a_call_begins_anew_with_states_of_zeros(model: OrtModel) -> None:
+    ids = np.random.default_rng(9).integers(3, 90, (2, 7))
+    first = model(input_ids=ids[:, :6])
+    given = {name.replace("present", "past_key_values"): value for name, value in first.items() if name != "logits"}
+    for name in given:
+        if "conv" in name or "recurrent" in name:
+            given[name][1] = 0
+    given["attention_mask"] = np.array([[1] * 7, [0] * 6 + [1]])
+    if "position_ids" in {value.name for value in model.session.get_inputs()}:
+        given["position_ids"] = np.array([[6], [0]])
+    second = model(input_ids=ids[:, 6:], **given)
+    for row, text in enumerate((ids[:1], ids[1:, 6:])):
+        assert np.allclose(second.logits[row, -1], model(input_ids=text).logits[0, -1], rtol=1e-4, atol=1e-5)
