@@ -13,6 +13,7 @@ from gralora_fx.operators.call import Call, V, operator
 
 # positions that are computed at once; a decay for each key takes memory for each
 _CHUNK, _CHUNK_PER_KEY, _CHUNK_OF_NUMBERS = 64, 16, 32
+_LEAST = -70.0  # e ** -70 is 4e-31, and float32's least normal number 1e-38
 
 
 @operator("linear_attention")
@@ -146,20 +147,25 @@ def _chunk(
     left = None  # of what a position wrote, at another position: [batch, heads, length, length, 1 or key size]
     if decay is not None:
         left = decay.unsqueeze(3) - decay.unsqueeze(2)
-        left = left.masked_fill(later.unsqueeze(-1), float("-inf")).exp()
-    before = key if decay is None else key * decay.exp()  # what reads the state before the chunk
+        left = _share(left.masked_fill(later.unsqueeze(-1), float("-inf")))
+    before = key if decay is None else key * _share(decay)  # what reads the state before the chunk
     written = value
     if beta is not None:
         predicted = beta * _products(key, key, left, later)
         known = beta * (value - before @ state)
         written = torch.linalg.solve_triangular(predicted, known, upper=False, unitriangular=True)
     seen = _products(query, key.unsqueeze(2), None if left is None else left.unsqueeze(2), later)
-    reading = query if decay is None else query * decay.exp().unsqueeze(2)
+    reading = query if decay is None else query * _share(decay).unsqueeze(2)
     y = seen @ written.unsqueeze(2) + reading @ state.unsqueeze(2)
     if decay is None:
         return y, state + key.transpose(-1, -2) @ written
     end = decay[:, :, -1:]
-    return y, state * end.exp().transpose(-1, -2) + (key * (end - decay).exp()).transpose(-1, -2) @ written
+    return y, state * _share(end).transpose(-1, -2) + (key * _share(end - decay)).transpose(-1, -2) @ written
+
+
+def _share(decay: Tensor) -> Tensor:
+    """`exp(decay)`, and zero below `_LEAST`: products would be denormal numbers there, which take processors long."""
+    return decay.masked_fill(decay < _LEAST, float("-inf")).exp()
 
 
 def _products(one: Tensor, key: Tensor, left: Tensor | None, later: Tensor) -> Tensor:

@@ -103,3 +103,16 @@ def test_a_state_that_is_not_given_is_zeros_in_float32() -> None:
     given |= {"beta": None, "state": None, "scale": 1.0}
     y, state = LinearAttention.compute_with_state(**given)
     assert (y.dtype, state.dtype) == (torch.float16, torch.float32)
+
+
+def test_what_is_forgotten_is_zero_rather_than_a_denormal_number() -> None:
+    """Processors take long for denormal numbers, of which a state that decays fast would be full."""
+    one = torch.ones(1, 50, 1, 1)
+    value = torch.where(torch.arange(50).view(1, 50, 1, 1) == 0, one, 0 * one)  # written at the first position alone
+    y, _ = LinearAttention.compute_with_state(
+        query=one, key=one, value=value, decay=-2 * one.squeeze(-1), beta=None, state=None, scale=1.0
+    )
+    decays = torch.arange(0.0, -100, -2)
+    torch.testing.assert_close(y.flatten()[:36], decays[:36].exp())
+    assert decays[36:].exp().all()  # denormal numbers
+    assert not y.flatten()[36:].any()
