@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     traced = trace(model, task="text-generation-with-past")
     print(traced)
     train(traced, model.parameters(), texts, steps=options.steps, rate=BASE_RATE, seed=0)
-    print(f"four topics: {bits_per_character(traced, texts):.3f} bits a character of text that is held out")
+    print(f"four topics: {bits_per_character(traced, texts):.3f} bits per character of held-out text")
 
     # 3. Train an adapter of every linear layer, those of Mamba2 too.
     config = GraloraConfig(r=16, gralora_k=2, alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     before = bits_per_character(gralora, sports)
     train(gralora, gralora.parameters(), sports, steps=options.adapter_steps, rate=ADAPTER_RATE, seed=0)
     gralora.print_trainable_parameters()
-    print(f"sports: {before:.3f} bits a character, {bits_per_character(gralora, sports):.3f} with the adapter")
+    print(f"sports: {before:.3f} bits per character, {bits_per_character(gralora, sports):.3f} with the adapter")
 
     # 4. Export the base with the adapter as data, and a second time merged. Each is compared with PyTorch.
     for name, adapters in (("onnx", "data"), ("merged", "merged")):
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             pieces.append(piece)
         assert "".join(pieces) == answers[row]
         print()
-    print(f"over HTTP: gralora-fx serve --onnx {options.output}/onnx")
+    print(f"over HTTP: gralora-fx serve --onnx {options.output}/onnx  (pip install '.[serve]')")
 
 
 if __name__ == "__main__":

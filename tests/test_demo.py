@@ -56,8 +56,8 @@ def test_demo_writes_adapter_export_and_report(
     served = load(tmp_path / "demo" / "onnx")
     assert served.config["id2label"]["4"] == "tech"
     assert served(**dict(served.tokenizer(["Goal!"], return_tensors="np"))).logits.shape == (1, 5)
-    assert "bits a character, sports, merged, ONNX Runtime" in report
-    assert re.search(r"answers equal to those alone +│ 4 of 4", output)
+    assert "bits per character, sports, merged, ONNX Runtime" in report
+    assert re.search(r"answers in one batch equal to those alone +│ 4 of 4", output)
     assert peft.GraloraConfig.from_pretrained(str(tmp_path / "demo" / "hybrid" / "adapter" / "sports")).r == 16
     answers_in_the_service(tmp_path / "demo" / "hybrid" / "onnx")
 

@@ -60,6 +60,6 @@ def test_hybrid_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     runpy.run_path(str(EXAMPLES / "hybrid_decoder.py"), run_name="__main__")
     output = capsys.readouterr().out
     assert output.count("attention: 1 layers fused, 0 not; verified: True") == 2
-    before, after = re.findall(r"sports: (\S+) bits a character, (\S+) with the adapter", output)[0]
+    before, after = re.findall(r"sports: (\S+) bits per character, (\S+) with the adapter", output)[0]
     assert float(after) < float(before)
     assert re.search(r"^base: England.*^sports: England", output, re.MULTILINE | re.DOTALL)

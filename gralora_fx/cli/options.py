@@ -185,5 +185,5 @@ TritonThreads = Annotated[
 ReplaceModel = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier model of the name.")]
 # of demo
 DemoOutput = Annotated[Path, typer.Option(metavar="DIR", help="Where to write.", callback=utf8)]
-Epochs = Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the training texts.")]
+Epochs = Annotated[int, typer.Option(min=1, metavar="N", help="Passes of MiniLM over the training texts.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of the split, the initial values and the batches.")]

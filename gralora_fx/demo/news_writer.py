@@ -141,7 +141,7 @@ def train(
 
 
 def bits_per_character(model: Callable[..., Any], texts: Texts) -> float:
-    """How many bits a model needs for a character of held-out text: its loss in bits a token, over a token's length.
+    """Bits per character of held-out text: the loss of a token in bits, over the mean length of a token.
 
     Args:
         model: A PyTorch or an ONNX Runtime model that gives the logits of all positions.
