@@ -85,7 +85,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     for name, value in (("input_ids", tokens.ids), ("position_ids", tokens.positions)):
         for usage in readers.get(name, []):
             usage.node.replace_input_with(usage.idx, value)
-    for name in IMAGE_INPUTS.keys() & inputs.keys():
+    for name in filter(inputs.__contains__, IMAGE_INPUTS):
         image_tokens = tokens.of_input(build, inputs[name], IMAGE_INPUTS[name].axis)
         build.insert_before(next(node for node in graph if node in {usage.node for usage in readers[name]}))
         for usage in readers[name]:

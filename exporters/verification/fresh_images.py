@@ -29,7 +29,7 @@ def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: tor
         return {}
     given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES
     drawn: dict[str, Tensor] = {IDS: torch.where(given, GIVEN, case[IDS])}
-    for name in IMAGE_INPUTS.keys() & examples.keys():
+    for name in filter(examples.__contains__, IMAGE_INPUTS):
         spec, example = IMAGE_INPUTS[name], examples[name]
         drawn[name] = spec.of_text(example, case)
         if example.is_floating_point():

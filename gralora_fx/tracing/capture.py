@@ -105,7 +105,7 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
     shapes = auto_dynamic_shapes(inputs)
     if IMAGES in shapes and axes is not Axes.IMAGES:
         shapes[IMAGES] = {0: torch.export.Dim.AUTO}
-    for name in IMAGE_INPUTS.keys() & shapes.keys() if PAST in shapes else ():
+    for name in filter(shapes.__contains__, IMAGE_INPUTS) if PAST in shapes else ():
         batch = IMAGE_INPUTS[name].axis
         shapes[name] = {batch: torch.export.Dim.AUTO, batch + 1: torch.export.Dim.AUTO}
     if PAST in shapes:
