@@ -122,6 +122,11 @@ def first_draft(
             task = infer_task(model)
         check_head(model, task)
     if arguments is None:
+        if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
+            raise TraceError(
+                f"the {type(model).__name__} has PEFT's own adapters in it; save them (save_pretrained), trace the "
+                "base model as it is without them, and load them with GraloraModel.from_pretrained"
+            )
         if not isinstance(model, PreTrainedModel):
             raise TraceError(
                 f"example_inputs are missing; {type(model).__name__} is not a transformers model, so give them"

@@ -285,7 +285,7 @@ def test_experts_that_do_not_match_are_an_error(tmp_path: Path) -> None:
 
 def test_experts_cannot_be_data_of_an_export(tmp_path: Path) -> None:
     ours = rewrite(traced("mixtral"), LoraConfig(r=2, target_modules=[], target_parameters=[*UP_AND_DOWN]))
-    with pytest.raises(ExportError, match=r"gate_up_proj.* is a parameter of the model's own code.*adapters='merged'"):
+    with pytest.raises(ExportError, match=r"parameters of the model's own code.*gate_up_proj.*adapters='merged'"):
         export_onnx(ours, tmp_path / "export", adapters="swappable")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -402,6 +403,12 @@ def test_a_trace_that_computes_something_else_is_refused() -> None:
 def test_wrong_example_inputs(model: Any, inputs: Any, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         trace(model, inputs)
+
+
+def test_a_model_with_pefts_adapters_is_refused() -> None:
+    wrapped = peft.get_peft_model(tiny_model("bert"), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(TraceError, match=r"the PeftModel has PEFT's own adapters in it; save them .*from_pretrained"):
+        trace(wrapped)
 
 
 @pytest.mark.parametrize(
