@@ -14,7 +14,7 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
 
     Before: `y = gralora.Experts(x, index, weights, up, down)`
     After:  `order = <rows of tokens by expert>; parts = Loop { Gemm(act(Gemm(x[rows], up[expert])), down[expert]) }`
-            `y = ReduceSum(weights * Gather(Concat(parts), <order, inverted>), axis=1)`
+            `y = weights @ Gather(Concat(parts), <order, inverted>)`, for each token
 
     Args:
         build: Makes the nodes.
@@ -65,8 +65,8 @@ def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, si
     if k == 1:
         return build("Mul", outputs, weights)
     each = build("Reshape", outputs, build.ints(-1, k, size))
-    products = build("Mul", each, build("Unsqueeze", weights, build.ints(2)))
-    return build("ReduceSum", products, build.ints(1), keepdims=0)
+    # a product of each token sums in one order, and a `ReduceSum` of one token in another than of several
+    return build("Squeeze", build("MatMul", build("Unsqueeze", weights, build.ints(1)), each), build.ints(1))
 
 
 def _order(build: Builder, keys: ir.Value) -> ir.Value:

@@ -30,7 +30,7 @@ class LowerExperts:
     """Compute the experts of each layer by ONNX Runtime's operator, where that computes the same.
 
     Before: `y = gralora.Experts(x, index, weights, up, down)`
-    After:  `y = ReduceSum(weights * MoE(<x once for each of its experts>, OneHot(index), up, down, k=1), axis=1)`
+    After:  `y = weights @ MoE(<x once for each of its experts>, OneHot(index), up, down, k=1)`, for each token
 
     Each token is a row for each of its experts, and each row has one expert, whose weight is 1 whatever the operator
     makes of scores. So routers of every kind are exact: the model's own nodes choose and weigh.
