@@ -73,7 +73,7 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
 def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
     rows = open_session(directory, runtime, name=ROWS_NAME) if is_known and manifest.has_rows else None
-    session = open_session(directory, runtime)
+    session = open_session(directory, runtime, as_stored=True)  # what others open; rows as they are served
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
     return Comparable(session, rows, precision)

@@ -67,6 +67,7 @@ def open_session(
     *,
     name: str = MODEL_NAME,
     change: Callable[[onnx.ModelProto], bool] | None = None,
+    as_stored: bool = False,
     error: type[GraloraError] = ExportError,
 ) -> Any:
     """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
@@ -77,6 +78,7 @@ def open_session(
         name: The file of the model, where it is one.
         change: Changes its graph, in place, before it is opened, and says whether it did; weights are not read. None
             for no more than what fits how it is run (see `open_experts`).
+        as_stored: Open the file as other programs do, without what fits how it is run.
         error: The error type to raise.
 
     Raises:
@@ -85,16 +87,17 @@ def open_session(
     """
     folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
-        parts = [_open(folder / f"{name}.onnx", runtime, error) for name in (ENCODER, DECODER)]
+        parts = [_open(folder / f"{name}.onnx", runtime, error, None, as_stored) for name in (ENCODER, DECODER)]
         return EncoderDecoderSession(*parts)
-    return _open(folder / name, runtime, error, change)
+    return _open(folder / name, runtime, error, change, as_stored)
 
 
 def _open(
     path: Path,
     runtime: Runtime,
     error: type[GraloraError],
-    change: Callable[[onnx.ModelProto], bool] | None = None,
+    change: Callable[[onnx.ModelProto], bool] | None,
+    as_stored: bool,
 ) -> Any:
     if not path.is_file():
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")
@@ -102,7 +105,7 @@ def _open(
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
-    changes = (_take_defaults if runtime.devices else change, open_experts if is_cpu else None)
+    changes = (_take_defaults if runtime.devices else change, open_experts if is_cpu and not as_stored else None)
     try:
         changed = [change(model) for change in changes if change is not None]
         if any(changed):  # bytes of a model do not say where its weights are

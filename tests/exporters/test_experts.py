@@ -23,6 +23,7 @@ from gralora_fx.exporters.verification.expert_references import expert_weights
 from gralora_fx.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.operators.experts import ACTIVATIONS, Experts
 from gralora_fx.runtime import opened_experts
+from gralora_fx.runtime import session as opening
 from gralora_fx.runtime.opened_experts import open_experts
 from gralora_fx.runtime.session import open_session
 
@@ -108,6 +109,19 @@ def test_experts_are_opened_as_products_where_they_are_floats_on_the_cpu(
     assert opened(precision="fp16")[-1] == "MoE"
     monkeypatch.setattr(opened_experts, "MOST_BYTES", 4 * 4 * 3 * 48 * 32 - 1)
     assert opened() == [*router, "MoE"]
+
+
+def test_verification_compares_the_file_as_other_programs_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed: list[onnx.ModelProto] = []
+    monkeypatch.setattr(opening, "open_experts", changed.append)
+    report, operators = exported(Mixture(SILU), tmp_path / "onnx")
+    assert report.verification.passed
+    assert "MoE" in operators
+    assert not changed
+    open_session(tmp_path / "onnx")
+    assert changed
 
 
 @pytest.mark.parametrize("name", IN_A_LOOP)

@@ -114,7 +114,7 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
     except (LookupError, ValueError, RuntimeError) as error:
         raise TraceError(
-            f"{type(model).__name__} itself fails when it is called with use_cache=True ({first_line(error)}); correct "
+            f"{type(model).__name__} itself fails when it is called with a cache ({first_line(error)}); correct "
             "its configuration, or trace it for a task without a cache"
         ) from error
     if cache is None:
