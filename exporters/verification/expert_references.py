@@ -35,11 +35,12 @@ def rounded_experts(directory: Path, reference: TracedModel) -> tuple[dict[int, 
     Returns:
         The rounded parameters by the ids of those in the model's graph, and how many values are in blocks.
     """
+    layers = list(Experts.all_in(reference.graph_module.graph))
     weights: dict[str, ProductWeight] = {}
-    for path in sorted(directory.glob("*.onnx")):
+    for path in sorted(directory.glob("*.onnx")) if layers else ():
         weights |= {name: w for name, w in expert_weights(ir.load(path).graph).items() if w.storage == "blocks"}
     rounded: dict[int, nn.Parameter] = {}
-    for _, experts in Experts.all_in(reference.graph_module.graph):
+    for _, experts in layers:
         for (name, own), is_up in zip(expert_matrices(reference, experts).items(), (True, False), strict=False):
             if name not in weights:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,10 +84,11 @@ def reference_model(
             "weights; export with verify=False and judge the export by its results"
         )
     weights = {site.path: _rounded(site, stored[site.path]) for site in reference.sites if site.path in stored}
+    readers = other_readers(reference.graph_module, reference.sites) if quantized.lookups else {}
     shared = [
         site
         for site in reference.sites
-        if quantized.lookups and site.path in stored and _is_shared(reference, site, stored[site.path].weight)
+        if quantized.lookups and site.path in stored and _is_shared(site, readers[site.path], stored[site.path].weight)
     ]
     tables = {id(site.weight): weights.pop(site.path) for site in shared}
     return _with_parameters(replace_weights(reference, weights), tables | experts)
@@ -145,10 +146,9 @@ def float32_model(traced: TracedModel, precision: str) -> TracedModel:
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).eval()
 
 
-def _is_shared(traced: TracedModel, site: LinearSite, weight: ProductWeight) -> bool:
-    """Whether a weight with other readers is quantized for all of them."""
-    is_read = bool(site.tied_with) or bool(other_readers(traced.graph_module, [site])[site.path])
-    return is_read and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
+def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -> bool:
+    """Whether a weight is quantized for others that read it too."""
+    return bool(site.tied_with or others) and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
 
 
 def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:
