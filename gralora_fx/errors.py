@@ -16,7 +16,11 @@ class GraloraError(Exception):
     field: str | None = None
 
     def about(self, field: str) -> Self:
-        """The same error, of an option or field."""
+        """The same error, with what it is about.
+
+        Args:
+            field: The name of an option, or of a field of a request.
+        """
         self.field = field
         return self
 

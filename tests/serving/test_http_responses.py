@@ -206,7 +206,7 @@ BAD: dict[str, tuple[dict[str, Any], str | None]] = {
     "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity"),
     "response_format": ({"response_format": {"type": "text"}}, "response_format"),
     "tokens": ({"max_output_tokens": 0}, "max_output_tokens"),
-    "scores": ({"top_logprobs": 2}, None),
+    "scores": ({"top_logprobs": 2}, "top_logprobs"),
 }
 
 
