@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import fx
 
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.conversion import Conversion
@@ -22,14 +21,11 @@ from gralora_fx.exporters.quantization.sensitivity import Sensitivities
 from gralora_fx.exporters.quantization.sequential import round_in_order
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.reference_models import evaluating
-from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.sites import LinearSite, other_readers
+from gralora_fx.runtime.quantized_weights import WIDEST_EXACT
 from gralora_fx.sources.lazy_tensors import values_of
 
 _ROWS = 1024  # output features of a matrix whose errors stand for all
-# Values of a wide block. By 8-bit blocks of 128 ONNX Runtime multiplies one row with other last digits than several, so
-# that a token would depend on how many are read with it.
-_WIDE = 64
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,8 @@ class _Candidate:
 
     Attributes:
         names: Names of the parameter.
-        source: Name of the node that its layer reads.
         values: Number of its values.
-        forms: Four bits in the blocks of the default, four in wider ones and eight in these; the second is the first
-            where there are none.
+        forms: Four bits and eight.
         losses: What is lost in each.
         stored: Bits of the matrix in each, with scales and zero points.
         relative: The squared error of the weights in the first, relative to their squares.
@@ -49,18 +43,17 @@ class _Candidate:
     """
 
     names: tuple[str, ...]
-    source: str
     values: int
-    forms: tuple[Blocks, Blocks, Blocks]
-    losses: tuple[float, float, float]
-    stored: tuple[int, int, int]
+    forms: tuple[Blocks, Blocks]
+    losses: tuple[float, float]
+    stored: tuple[int, int]
     relative: float
     is_measured: bool
 
     @property
     def gain(self) -> float:
         """How much less is lost in eight bits."""
-        return self.losses[0] - self.losses[2]
+        return self.losses[0] - self.losses[1]
 
 
 def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
@@ -88,12 +81,9 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     names = {site.path: weight_names(traced, site) for site in traced.sites}
     sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
     tied = other_readers(traced.graph_module, sites)
-    has_wide = conversion.options.block_size is None
-    nodes = {node.name: node for node in traced.graph_module.graph.nodes}
-    forms = {site.path: _forms(plan.default, site, bool(tied[site.path]), has_wide) for site in sites}
-    candidates = [
-        _candidate(nodes[site.calls[0]], site, names[site.path], forms[site.path], run.measured) for site in sites
-    ]
+    has_own = conversion.options.block_size is None
+    forms = {site.path: _forms(plan.default, site, bool(tied[site.path]), has_own) for site in sites}
+    candidates = [_candidate(site, names[site.path], forms[site.path], run.measured) for site in sites]
     own, gains = _within(_comparable(candidates), conversion.options.mean_bits)
     chosen_by = run.inputs
     if run.problem:
@@ -142,8 +132,8 @@ def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     cost = float(np.median(costs)) if costs else 1.0
 
     def scaled(one: _Candidate) -> _Candidate:
-        four, wide, eight = one.losses
-        return dataclasses.replace(one, losses=(cost * four, cost * wide, cost * eight))
+        four, eight = one.losses
+        return dataclasses.replace(one, losses=(cost * four, cost * eight))
 
     return [one if one.is_measured else scaled(one) for one in candidates]
 
@@ -151,45 +141,30 @@ def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
 def _within(candidates: Sequence[_Candidate], bits: float) -> tuple[dict[str, Blocks], dict[str, float]]:
     """Formats of their own, and what each saves, by all names of a matrix.
 
-    Eight bits go where they save most for each stored bit more, as far as the mean number of bits allows. What the last
-    of them saves is the price of a stored bit: where narrow blocks of four bits save less, matrices have wide ones.
-    Those that read one input have the same, as they are multiplied at once.
+    Eight bits go where they save most for each stored bit more, as far as the mean number of bits allows.
     """
     room = (bits - 4) * sum(one.values for one in candidates)
-    taken, price = [], 0.0
-    rest: dict[str, list[_Candidate]] = {}
-    for one in sorted(candidates, key=lambda one: one.gain / (one.stored[2] - one.stored[0]), reverse=True):
-        cost = one.values * (one.forms[2].bits - 4)
+    taken = []
+    for one in sorted(candidates, key=lambda one: one.gain / (one.stored[1] - one.stored[0]), reverse=True):
+        cost = one.values * (one.forms[1].bits - 4)
         if one.gain > 0 and cost <= room:
             taken.append(one)
             room -= cost
-            price = one.gain / (one.stored[2] - one.stored[0])
-        else:
-            rest.setdefault(one.source, []).append(one)
-    own = {name: one.forms[2] for one in taken for name in one.names}
-    for alike in rest.values():
-        lost = sum(one.losses[1] - one.losses[0] for one in alike)
-        if lost < price * sum(one.stored[0] - one.stored[1] for one in alike):
-            own |= {name: one.forms[1] for one in alike for name in one.names}
+    own = {name: one.forms[1] for one in taken for name in one.names}
     return own, {name: one.gain for one in taken for name in one.names}
 
 
-def _forms(form: Blocks, site: LinearSite, is_table: bool, has_wide: bool) -> tuple[Blocks, Blocks, Blocks]:
+def _forms(form: Blocks, site: LinearSite, is_table: bool, has_own: bool) -> tuple[Blocks, Blocks]:
     """The formats that a layer's weight may have (see `_Candidate`); a table is looked up by rows of whole blocks."""
-    fits = site.in_features >= _WIDE and (not is_table or site.in_features % _WIDE == 0)
-    wide = dataclasses.replace(form, block_size=_WIDE) if has_wide and fits else form
-    return form, wide, dataclasses.replace(wide, bits=8, rounding="nearest")
+    fits = site.in_features >= WIDEST_EXACT[8] and (not is_table or site.in_features % WIDEST_EXACT[8] == 0)
+    size = WIDEST_EXACT[8] if has_own and fits else form.block_size
+    return form, dataclasses.replace(form, bits=8, block_size=size, rounding="nearest")
 
 
 def _candidate(
-    node: fx.Node,
-    site: LinearSite,
-    names: tuple[str, ...],
-    forms: tuple[Blocks, Blocks, Blocks],
-    measured: Sensitivities | None,
+    site: LinearSite, names: tuple[str, ...], forms: tuple[Blocks, Blocks], measured: Sensitivities | None
 ) -> _Candidate:
-    """What a layer's weight loses in several formats; the node is a call of the layer."""
-    source = next((call.input.name for call in calls_at(node, site.path)), site.path)
+    """What a layer's weight loses in several formats."""
     weight = values_of(site.weight, names[0]).detach().float()
     matrix = weight.t() if site.kind == "conv1d" else weight  # [out, in]
     rows = torch.arange(0, len(matrix), max(1, len(matrix) // _ROWS))
@@ -204,15 +179,14 @@ def _candidate(
         error = float(np.square(change).sum() / max(np.square(sample).sum(), 1e-30))
         losses[of] = error if known is None else known.loss(site.path, torch.from_numpy(change), rows)
         relative = error if of is forms[0] else relative
-    four, more, eight = (losses[of] for of in forms)
+    four, eight = (losses[of] for of in forms)
     sizes = [of.stored_bits(site.in_features, site.out_features) for of in forms]
     return _Candidate(
         names,
-        source,
         site.weight.numel(),
         forms,
-        (four, more, eight),
-        (sizes[0], sizes[1], sizes[2]),
+        (four, eight),
+        (sizes[0], sizes[1]),
         relative,
         known is not None,
     )

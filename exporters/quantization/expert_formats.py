@@ -10,10 +10,8 @@ from gralora_fx.exporters.quantization.formats import LEAST_BLOCK, Blocks, Forma
 from gralora_fx.exporters.quantization.plan import QuantizationPlan
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.operators.experts import Experts
+from gralora_fx.runtime.quantized_weights import WIDEST_EXACT
 from gralora_fx.tracing.traced_model import TracedModel
-
-# by wider blocks ONNX Runtime computes a token alone with other last digits than beside others of its expert
-_WIDEST = {4: 32, 8: 64}
 
 
 def with_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
@@ -50,7 +48,7 @@ def expert_matrices(traced: TracedModel, experts: Experts) -> dict[str, Tensor]:
 def _format(default: Format, widths: list[int]) -> Blocks | None:
     """The format of matrices of some numbers of inputs; None where no size of blocks divides all."""
     form = default if isinstance(default, Blocks) else Blocks(8)
-    size = min(form.block_size, _WIDEST[form.bits])
+    size = min(form.block_size, WIDEST_EXACT[form.bits])
     while size > LEAST_BLOCK and any(width % size for width in widths):
         size //= 2
     return None if any(width % size for width in widths) else dataclasses.replace(form, block_size=size)

@@ -21,6 +21,10 @@ class LayerFormat:
     gain: float | None = None
 
 
+# The widest blocks, by their bits, by which ONNX Runtime multiplies one row in the order in which it multiplies several
+WIDEST_EXACT = {4: 32, 8: 64}
+
+
 @dataclass(frozen=True)
 class QuantizedWeights:
     """How an export's matrices are quantized, and how much of it is.
@@ -61,6 +65,11 @@ class QuantizedWeights:
             lines += [] if layer.gain is None else [f"  {name}: {layer.form} (saves {layer.gain:.2e})"]
         others = Counter(layer.form for layer in self.layers.values() if layer.gain is None)
         lines += [f"  others: {count} in {form}" for form, count in sorted(others.items())]
+        if self.block_size is not None and self.block_size > (widest := WIDEST_EXACT[int(self.kind[3])]):
+            lines.append(
+                f"  in blocks of {self.block_size} the last digits of a token depend on how many are read with it; "
+                f"in those of {widest} they do not"
+            )
         return "\n".join(lines)
 
 

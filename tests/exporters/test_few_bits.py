@@ -76,13 +76,19 @@ def test_bits_go_where_rounding_costs_most(tmp_path: Path) -> None:
     assert spent is not None
     assert spent == read_manifest(tmp_path / "onnx").quantization
     assert (spent.bits, spent.chosen_by) == (6, "random inputs")
-    assert spent.stored_bits == (4 + 1 / 2 + 1 / 8 + 8 + 1 / 2 + 1 / 8) / 2  # of which a scale is as dear as it saves
+    assert spent.stored_bits == (4 + 1 + 1 / 8 + 8 + 1 / 2 + 1 / 8) / 2
     assert {name: layer.form for name, layer in spent.layers.items()} == {
         "loud.weight": "int8 in blocks of 64",
-        "quiet.weight": "int4 in blocks of 64",
     }
     assert f"loud.weight: int8 in blocks of 64 (saves {spent.layers['loud.weight'].gain:.2e})" in str(report)
-    assert "others: 1 in int4 in blocks of 64" in str(report)
+    assert "depend on how many" not in str(report)
+
+
+def test_blocks_by_which_tokens_depend_on_others_are_named(tmp_path: Path) -> None:
+    traced = trace(Loud(), (torch.randn(2, 64),))
+    for kind, size, is_named in (("int4", 64, True), ("int8", 64, False), ("int8", 128, True)):
+        report = export_onnx(traced, tmp_path / "onnx", quantize=kind, block_size=size, overwrite=True, verify=False)
+        assert ("the last digits of a token depend on how many" in str(report)) == is_named
 
 
 def test_without_bits_to_spend_blocks_stay_narrow(tmp_path: Path) -> None:
