@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, warn_caller
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
@@ -72,6 +72,9 @@ IMAGE_INPUTS = {
     )
 }
 
+# by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
+_COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
+_COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
 _TEXT_ALONE = 'task="text-generation-with-past" exports the decoder of its texts'
 # by the configuration's `model_type`: why embeddings in the place of ids are not all that a text has of its images
 _REFUSED = {
@@ -159,6 +162,11 @@ def _check_is_known(model: PreTrainedModel) -> None:
     why = _REFUSED.get(model.config.model_type)
     if why is not None:
         raise TraceError(f"{type(model).__name__} takes no embeddings in the place of ids: {why}; {_TEXT_ALONE}")
+    if reads_images(model) and model.config.model_type not in _COMPARED:
+        warn_caller(
+            f"images of {type(model).__name__} were not tried: it is not known whether its text has more of them than "
+            "embeddings in the place of ids; compare logits for an image with those of the model itself"
+        )
 
 
 def has_grid_positions(model: PreTrainedModel) -> bool:
