@@ -120,7 +120,7 @@ def test_a_model_without_such_a_cache_is_refused() -> None:
 
 def test_a_model_that_fails_itself_says_so() -> None:
     model = tiny_decoder("MixtralForCausalLM", num_local_experts=2, num_experts_per_tok=3)
-    with pytest.raises(TraceError, match=r"itself fails when it is called with use_cache=True \(.*k out of range\)"):
+    with pytest.raises(TraceError, match=r"itself fails when it is called with a cache \(.*k out of range\)"):
         trace(model, task=TASK)
 
 
