@@ -83,8 +83,8 @@ def _qwen3_5(directory: Path) -> tuple[Path, Path]:
 
 
 def _save(model: PreTrainedModel, directory: Path) -> None:
-    model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(smollm2.base(RUNS / "base")).save_pretrained(directory)
+    model.save_pretrained(directory)  # the last, as it tells that the directory is whole
 
 
 def _export(model: Path, output: Path, precision: str) -> Path:
