@@ -2,7 +2,8 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -23,6 +24,20 @@ class GraloraError(Exception):
         """
         self.field = field
         return self
+
+
+@contextmanager
+def concerning(field: str) -> Iterator[None]:
+    """Let errors of this package that name no field, within the block, be about one.
+
+    Args:
+        field: The name of an option, or of a field of a request.
+    """
+    try:
+        yield
+    except GraloraError as error:
+        error.field = error.field or field
+        raise
 
 
 class ConfigError(GraloraError, ValueError):

@@ -214,5 +214,13 @@ class Interleavings:
             self._known[key] = ids
         return self._known[key]
 
+    def check(self, answers: int) -> None:
+        """Every answer was as alone, more than so many were given, and all that may disturb one has happened."""
+        assert self.wrong == 0
+        assert self.answers > answers
+        assert min(self.reloads, self.given_up, self.cache.evictions, self.counts.found) > 0
+        assert self.most <= self.cache.limit
+        assert self.counts.failures == 0
+
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(3, 96) for _ in range(count)]

@@ -154,11 +154,12 @@ class ExpertEdit:
             if self.stored is None:
                 own = update if update.experts is None else update.of_expert(self.expert)
                 self._fold(rows, own, self.start + first)
-            for index, row in enumerate(() if self.stored is None else rows, first):
-                stored = row.reshape(self.stored)
-                matrix = self.as_modelled(stored)
-                self._fold(matrix, update.of_expert(index), 0)
-                stored[...] = self.as_stored(matrix)
+            else:
+                for index, row in enumerate(rows, first):
+                    stored = row.reshape(self.stored)
+                    matrix = self.as_modelled(stored)
+                    self._fold(matrix, update.of_expert(index), 0)
+                    stored[...] = self.as_stored(matrix)
             check_finite(rows, self.name, self.not_finite)
 
         return change

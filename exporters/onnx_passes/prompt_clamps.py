@@ -53,8 +53,8 @@ def clamp_rows(model: ir.Model, tokens: RowTokens) -> None:
             of_row = build("Or", build("Greater", tokens.query, one), build("Equal", tokens.cached, zero))
             by_place = build("And", tokens.is_read(build), build("Unsqueeze", of_row, build.ints(1, 2)))
             is_prompt = tokens.of_rows(build, by_place)  # [1, tokens, 1]
+            model.metadata_props[TOKENS_APART] = "1"
         _clamp(build, node, taken, is_prompt)
-        model.metadata_props[TOKENS_APART] = "1"
 
 
 def _clamp(build: Builder, node: ir.Node, taken: PromptClampNode, is_prompt: ir.Value) -> None:

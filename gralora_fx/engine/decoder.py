@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
-from gralora_fx.engine.shared_rows import SharedRows
+from gralora_fx.engine.shared_rows import QUERIES, SharedRows
 from gralora_fx.errors import ServingError, first_line, shown
 
 Source = Mapping[str, NDArray[Any]]
 
 _ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
 LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
-_QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
 
 
 class Decoder(ABC):
@@ -328,7 +327,7 @@ def part_length(left: int, most: int) -> int:
         most: The most that a step reads.
     """
     part = min(left, most)
-    while part > 2 and 1 in (left - part, part % _QUERIES):
+    while part > 2 and 1 in (left - part, part % QUERIES):
         part -= 1
     return part
 

@@ -298,9 +298,9 @@ class PrefixCache:
 
     def _make_room(self, size: int, last: TokenBlock | None, *, is_chance: bool = False) -> bool:
         """Let blocks go until there is room; returns whether there is, beside the path to one that was just used."""
+        path = set(upwards(last)) if self._bytes_used + size > self.limit else set[TokenBlock]()
         while self._bytes_used + size > self.limit:
             oldest = next(chain(self._chances, () if is_chance else self._recent), None)
-            path = set(upwards(last))
             if oldest is None or (oldest in path and oldest.states is None):
                 return False
             self._recent.pop(oldest, None)

@@ -14,7 +14,7 @@ from gralora_fx.engine.prefix_cache import PrefixCache
 _LEFT = 2  # tokens that a row reads itself, at least
 _WORTH = 16  # tokens that a later text is spared, for which a step is cut in two
 _APART = 32  # tokens from one snapshot to the next that is taken on a chance
-_QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
+QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
 
 
 @dataclass
@@ -147,7 +147,7 @@ class SharedRows:
             if stop - shared.kept < _WORTH:
                 continue
             part = (stop - length) // 2 * 2  # products of few bits take tokens in pairs
-            while part and (count - part) % _QUERIES == 1:
+            while part and (count - part) % QUERIES == 1:
                 part -= 2
             if part:
                 if stop in shared.stops:

@@ -61,6 +61,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     biases = _trained_biases(config, traced, selected)
     copied = [p for path in saved for p in {id(p): p for p in _parameters_under(traced, path).values()}.values()]
     trained = {id(p): p for name in biases if (p := traced.tree.parameters[name]) is not None}
+    twice = {id(p) for p in copied}
     return RewritePlan(
         config=config.changed(fan_in_fan_out=stores_transposed(selected)),
         selected=selected,
@@ -68,7 +69,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
         saved_modules=saved,
         saved_parameters=sum(p.numel() for p in copied),
         trained_biases=biases,
-        bias_parameters=sum(p.numel() for key, p in trained.items() if key not in {id(p) for p in copied}),
+        bias_parameters=sum(p.numel() for key, p in trained.items() if key not in twice),
         base_parameters=traced.tree.parameter_count,
     )
 

@@ -41,16 +41,18 @@ def open_experts(model: onnx.ModelProto) -> bool:
         where they take more than `MOST_BYTES`.
     """
     graph = model.graph
+    if all(node.op_type != "MoE" for node in graph.node):
+        return False
     makers = {name: node for node in graph.node for name in node.output}
     stacks = {tensor.name: tensor for tensor in graph.initializer}
-    layers = [node for node in graph.node if _is_replaced(node, makers, stacks)]
-    names = {name for node in layers for name in node.input[2:] if name}
+    layers = {node.output[0]: node for node in graph.node if _is_replaced(node, makers, stacks)}
+    names = {name for node in layers.values() for name in node.input[2:] if name}
     if not layers or sum(_FLOAT * math.prod(stacks[name].dims) for name in names) > MOST_BYTES:
         return False
     parts = {name: list(_entries(stacks[name])) for name in names}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        nodes += _Layer(node, makers, parts).nodes if node in layers else [node]
+        nodes += _Layer(node, makers, parts).nodes if node.output[0] in layers else [node]
     read = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name not in names or tensor.name in read]
     del graph.node[:], graph.initializer[:]

@@ -19,6 +19,7 @@ from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.serving import load
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.tracing.inputs.samples import inputs_for_task
 from tests.architectures.image_prompts import image_inputs_of, image_prompt, tiny_image_model
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -169,6 +170,12 @@ def test_adapters_of_the_part_that_reads_images_are_named(tmp_path: Path) -> Non
         expected = adapted(**inputs)["logits"][:, -1]
     folded = load(tmp_path / "folded", threads=1)(**inputs).logits[:, -1]
     torch.testing.assert_close(folded, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_that_were_not_compared_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="images of VipLlavaForConditionalGeneration were not tried"):
+        inputs = inputs_for_task(tiny_image_model("VipLlavaForConditionalGeneration"), TASK)
+    assert (inputs["input_ids"] < 0).any()
 
 
 @pytest.mark.quick

@@ -219,9 +219,8 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if PAST in sample and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
             return _widen_step(model, sample)
-        step = cached_inputs(
-            model, images=EMBEDS in sample
-        )  # the values do not matter, and the sizes would have to be changed consistently
+        # the values do not matter, and the sizes would have to be changed consistently
+        step = cached_inputs(model, images=EMBEDS in sample)
         if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
             raise TraceError(
                 f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "

@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.engine.limits import TooLargeError
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, concerning
 from gralora_fx.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.serving.answer_form import GivenForms, one_form
 from gralora_fx.serving.answer_grammar import AnswerGrammar
@@ -91,11 +91,8 @@ class QuestionReader:
     async def _read(self, asked: Asked, adapter: str | None) -> TextQuestions:
         """What a request asks for, with an adapter by its key; None for the base."""
         engine, queue, prompts = self._engine, self._engine.queue, asked.prompts
-        try:
+        with concerning("n" if asked.n > 1 else asked.prompt_field):
             queue.check_count(len(prompts) * asked.n)
-        except ServingError as error:
-            error.about("n" if asked.n > 1 else asked.prompt_field)
-            raise
         if engine.inputs is not None:
             engine.inputs.check_texts(prompts)
             if asked.echo:
@@ -107,11 +104,8 @@ class QuestionReader:
                 "echo with logprobs needs the logits of every position, and the export gives those of the last; export "
                 "the model with logits='all', or leave one of them out"
             ).about("echo")
-        try:
+        with concerning("stop"):
             stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
-        except ServingError as error:
-            error.about("stop")
-            raise
         sampling = asked.sampling(queue.limits.ends)
         grammar, calls_tools = await self._grammar(asked)
         shown = engine.tools.shown if calls_tools else frozenset[int]()
