@@ -34,6 +34,7 @@ from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.state_forms import fast_state_forms
 from gralora_fx.exporters.onnx_passes.state_layout import keep_state_layout
 from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
+from gralora_fx.exporters.onnx_passes.whole_vectors import fill_vectors
 from gralora_fx.exporters.onnx_pipeline import (
     FOLDED_TRANSPOSES,
     FUSED_CACHED_ATTENTION,
@@ -153,6 +154,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             merge_matmuls,
             FoldConstants(unless_weight),
             remove_unused_nodes,
+            fill_vectors,
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache

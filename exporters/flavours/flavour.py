@@ -23,6 +23,7 @@ from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAtten
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.site_marks import MarkSites
 from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
+from gralora_fx.exporters.onnx_passes.whole_vectors import fill_vectors
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip
@@ -70,6 +71,7 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
         FoldConstants(may_fold),
         remove_unused_nodes,  # so that none of them counts as a reader of tokens
         FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
+        fill_vectors,
     )
 
 
