@@ -150,10 +150,16 @@ def _exports(model: PreTrainedModel, root: Path) -> dict[str, Callable[[], Calla
     steps = {}
     for name, (source, option) in options.items():
         export_onnx(source, root / name, verify=False, **option)
-        runtime = Runtime(session_options=quiet_options(torch.get_num_threads()))
-        steps[name] = _session_steps(open_session(root / name, runtime))
-    own = onnxruntime.InferenceSession(root / OURS / MODEL_NAME, quiet_options(torch.get_num_threads()))
+        steps[name] = _session_steps(open_session(root / name, Runtime(session_options=_options())))
+    own = onnxruntime.InferenceSession(root / OURS / MODEL_NAME, _options())
     return {**steps, OPERATOR: _session_steps(own)}
+
+
+def _options() -> onnxruntime.SessionOptions:
+    """Options by which a session leaves the cores to the other sessions of this process as soon as it is done."""
+    options = quiet_options(torch.get_num_threads())
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _session_steps(session: Any) -> Callable[[], Callable[[Tensor], object]]:

@@ -108,9 +108,9 @@ def _claims(found: Mapping[str, Mapping[str, Any]]) -> list[Claim]:
 def _bits_for(stored: float, usual: float) -> float:
     """Mean bits whose stored bits are at most some, from those of 4.5.
 
-    A matrix of 8 bits has 4 more in its integers, and 3.5 more in all, as its blocks are twice as wide.
+    A matrix of 8 bits has 4 more in its integers, and 3.75 more in all, as its blocks are twice as wide.
     """
-    return round(4.5 + (stored - usual) / (3.5 / 4), 2)
+    return round(4.5 + (stored - usual) / (3.75 / 4), 2)
 
 
 @torch.no_grad()

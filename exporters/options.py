@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,8 +203,10 @@ class ExportOptions:
             return Columns()
         block_size = Blocks.block_size if self.block_size is None else self.block_size
         level = Blocks.accuracy_level if self.accuracy_level is None else self.accuracy_level
-        rounding: Literal["nearest", "searched"] = "searched" if self.quantize == "int4" else "nearest"
-        return Blocks(BLOCK_BITS[self.quantize], block_size, level, rounding=rounding)
+        blocks = Blocks(BLOCK_BITS[self.quantize], block_size, level)
+        if self.quantize != "int4":
+            return blocks
+        return dataclasses.replace(blocks, rounding="searched", scale_bits=16)  # every bit counts
 
     @property
     def mean_bits(self) -> float:

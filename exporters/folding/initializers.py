@@ -98,6 +98,7 @@ class ProductWeight:
         readers: The inputs that products read it by, of a transpose or a cast before them too.
         others: Other inputs that read it, such as a lookup's.
         scales: The scales of blocks `[out, in/block]` or of columns `[out]`; None for floats.
+        is_widened: Whether scales are stored in fewer bits than the floats that they are cast to.
         zero_points: The packed zero points of blocks `[out, bytes]`; None where they have none.
         block_size: Values of a block; 0 for other storage.
         bits: Bits of a quantized value; 0 for floats.
@@ -113,6 +114,7 @@ class ProductWeight:
     readers: tuple[Reader, ...]
     others: tuple[Reader, ...]
     scales: ir.Value | None = None
+    is_widened: bool = False
     zero_points: ir.Value | None = None
     block_size: int = 0
     bits: int = 0
@@ -189,9 +191,10 @@ def _described(
         ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
         block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
         problem = problem or _why_not_apart(readers, others)
+        scales = stored_scales(node.inputs[2])
         return ProductWeight(
-            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), node.inputs[2],
-            _input(node, 3), block_size, bits, problem=problem,
+            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), scales,
+            scales is not node.inputs[2], _input(node, 3), block_size, bits, problem=problem,
         )  # fmt: skip
     if len(sizes) != 2:
         return None
@@ -261,7 +264,7 @@ def _why_not_blocks(node: ir.Node) -> str:
     bits = node.attributes.get("bits")
     if bits is not None and bits.as_int() not in (4, 8):
         return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
-    scales, zero_points = _input(node, 2), _input(node, 3)
+    scales, zero_points = stored_scales(_input(node, 2)), _input(node, 3)
     if scales is None or not scales.is_initializer():
         return "its scales are not an initializer"
     if zero_points is None:
@@ -271,6 +274,14 @@ def _why_not_blocks(node: ir.Node) -> str:
     assert zero_points.const_value is not None
     is_packed = zero_points.const_value.dtype == ir.DataType.UINT8
     return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
+
+
+def stored_scales(value: ir.Value | None) -> ir.Value | None:
+    """The initializer of scales, behind the cast that widens them where they are stored in bfloat16."""
+    cast = None if value is None else value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    is_stored = source is not None and source.is_initializer() and source.dtype == ir.DataType.BFLOAT16
+    return source if is_stored else value
 
 
 def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:

@@ -30,6 +30,7 @@ from gralora_fx.exporters.folding.initializers import (
 from gralora_fx.exporters.folding.replaced_parameters import Replacements, ValueLocation
 from gralora_fx.exporters.folding.requantize import QuantizedEdit
 from gralora_fx.exporters.folding.weight_locations import Export, WeightLocation
+from gralora_fx.exporters.onnx_passes.builder import attributes_of
 from gralora_fx.sources.rewriting import Edit, NewFile, Part, StoredBytes
 
 _ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files into memory
@@ -77,6 +78,8 @@ class OnnxRewriting:
         endings = (f"_Q{weight.bits}", "_scales", "_zero_points") if is_blocks else ("_quantized", "_scale")
         for index, (value, part) in enumerate(zip(weight.parts, edit.parts, strict=True)):
             readers = [Reader(reader.node, reader.position + index) for reader in weight.readers]
+            if value is weight.scales and weight.is_widened:
+                readers = [_widening(reader) for reader in readers]
             self._add(file, value, f"{name}{endings[index]}", part, readers)
         self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")
 
@@ -221,6 +224,19 @@ def plan_rewriting(
     for value_location, values in replacements.values:
         rewriting.replace(value_location, values)
     return rewriting, quantized
+
+
+def _widening(reader: Reader) -> Reader:
+    """The input of a cast of its own, for a node that reads a cast that others read too."""
+    node, position = reader
+    shared = node.inputs[position]
+    cast = None if shared is None else shared.producer()
+    assert cast is not None
+    assert isinstance(node.graph, ir.Graph)
+    own = ir.node("Cast", list(cast.inputs), attributes_of(cast))
+    node.graph.insert_before(node, own)
+    node.replace_input_with(position, own.outputs[0])
+    return Reader(own, 0)
 
 
 def _with_copies(path: Path, changed: Iterable[Part]) -> Iterator[Part]:

@@ -171,7 +171,12 @@ class _StoredBlocks:
     @property
     def form(self) -> Blocks:
         """How they are stored; as far as they tell."""
-        return Blocks(self.weight.bits, self.weight.block_size, zero_points=self.all_zero_points is not None)
+        return Blocks(
+            self.weight.bits,
+            self.weight.block_size,
+            zero_points=self.all_zero_points is not None,
+            scale_bits=16 if self.weight.is_widened else 32,
+        )
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Whether the stored values are as near to others as rounding puts them: each row's error tells."""
@@ -196,14 +201,15 @@ class _StoredBlocks:
         """
         from gralora_fx.exporters.quantization.block_arrays import quantize_blocks, with_scales
 
-        dtype = self.all_scales.dtype
+        stored = self.all_scales.dtype
+        dtype = np.dtype(np.float32) if self.weight.is_widened else stored
         rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
         columns = np.ascontiguousarray(rounded.T)
         blocks = quantize_blocks(columns, self.form, name=path)
         if is_near:
             blocks = with_scales(columns, blocks, self._arrays(outputs), self.form)
         self.integers[outputs] = blocks.packed.reshape(len(blocks.packed), -1)
-        self.all_scales[outputs] = blocks.scales.astype(dtype)
+        self.all_scales[outputs] = blocks.scales.astype(stored)
         if self.all_zero_points is not None:
             self.all_zero_points[outputs] = blocks.zero_points
         check_finite(self.all_scales[outputs], path)

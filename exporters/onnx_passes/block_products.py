@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, replace_value
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, matrix_of, replace_product
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantization.block_search import BlockArrays
@@ -27,7 +27,7 @@ class BlockValues(NamedTuple):
 
     Attributes:
         packed: `[N, K/block, block * bits / 8]`, uint8.
-        scales: `[N, K/block]`.
+        scales: `[N, K/block]`; those that are stored in fewer bits after the cast that widens them.
         zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
     """
 
@@ -50,7 +50,8 @@ class BlockProducts:
             bias added behind it; `e = GatherBlockQuantized(table_Q4, ids, table_scales, table_zero_points)` for a table
             that is tied to a head
 
-    A matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
+    Scales of fewer bits than a float have a `Cast` behind them, which ONNX Runtime computes when it opens the model. A
+    matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
     in onnxruntime-genai.
 
     Attributes:
@@ -112,7 +113,7 @@ def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> li
         return stored(quantize_blocks(columns, form, None, str(matrix.value.name)))
 
     def stored(blocks: BlockArrays) -> list[NDArray[Any]]:
-        scales = blocks.scales.astype(matrix.tensor.dtype.numpy())
+        scales = blocks.scales.astype(stored_as(form, matrix.tensor.dtype).numpy())
         return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
 
     rounded = blocks_of(matrix.names, matrix.sizes, form)
@@ -139,7 +140,7 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_
     name = matrix.free_name(graph, f"_Q{bits}")
     parts = [
         (f"{name}_Q{bits}", ir.DataType.UINT8, (outputs, count, form.block_size * bits // 8)),
-        (f"{name}_scales", dtype, (outputs, count)),
+        (f"{name}_scales", stored_as(form, dtype), (outputs, count)),
     ]
     if form.zero_points:
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
@@ -153,7 +154,30 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_
 
     tensors = derived([matrix.tensor], ("blocks", name, matrix.is_transposed, form), quantized)
     packed, scales, *zero_points = [add_initializer(graph, part) for part in tensors]
-    return BlockValues(packed, scales, zero_points[0] if zero_points else None)
+    return BlockValues(packed, widened(graph, scales, dtype), zero_points[0] if zero_points else None)
+
+
+def stored_as(form: Blocks, dtype: ir.DataType) -> ir.DataType:
+    """The dtype of the scales of a matrix of some dtype."""
+    is_short = form.scale_bits == 16 and dtype == ir.DataType.FLOAT
+    return ir.DataType.BFLOAT16 if is_short else dtype
+
+
+def widened(graph: ir.Graph, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value of an initializer of scales in the dtype that products take.
+
+    Args:
+        graph: The graph that the initializer belongs to, which has nodes.
+        scales: The initializer.
+        dtype: The dtype.
+    """
+    if scales.dtype == dtype:
+        return scales
+    build = Builder(graph)
+    value = build("Cast", scales, to=int(dtype))
+    value.shape, value.type = scales.shape, ir.TensorType(dtype)
+    build.insert_before(graph[0])
+    return value
 
 
 def _gather(table: ir.Value, blocks: BlockValues, form: Blocks) -> int:

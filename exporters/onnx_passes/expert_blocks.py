@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.exporters.onnx_passes.block_products import stored_as, widened
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.expert_rows import MOE
@@ -22,7 +23,7 @@ from gralora_fx.graph.pipeline import Skip
 QMOE = "QMoE"
 # which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
 MATRICES = {MOE: ((2, 2), (4, 4)), QMOE: ((2, 11), (5, 12))}
-_ROWS = 512  # of a matrix that are rounded at once: a search holds several copies
+_ROWS = 128  # of a matrix that are rounded at once: a search holds several copies
 OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_level")
 _UP, _DOWN = (at for at, _ in MATRICES[MOE])
 
@@ -91,7 +92,7 @@ def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Va
     count, bits = inputs // form.block_size, form.bits
     parts = [
         (f"{name}_Q{bits}", ir.DataType.UINT8, (experts, outputs, inputs * bits // 8)),
-        (f"{name}_scales", tensor.dtype, (experts, outputs, count)),
+        (f"{name}_scales", stored_as(form, tensor.dtype), (experts, outputs, count)),
     ]
     if form.zero_points:
         parts.append((f"{name}_zero_points", ir.DataType.UINT8, (experts, outputs, -(-count * bits // 8))))
@@ -104,7 +105,10 @@ def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Va
         ]
 
     tensors = derived([tensor], ("blocks of experts", name, form), quantized)
-    return [graph.initializers.get(str(part.name)) or add_initializer(graph, part) for part in tensors]
+    packed, scales, *zeros = [
+        graph.initializers.get(str(part.name)) or add_initializer(graph, part) for part in tensors
+    ]
+    return [packed, widened(graph, scales, tensor.dtype), *zeros]
 
 
 def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[list[NDArray[Any]]]:
@@ -114,7 +118,8 @@ def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[l
         columns = np.ascontiguousarray(rows.T)
         columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
         blocks = quantize_blocks(columns, form, None, name)
-        arrays = [blocks.packed, blocks.scales.astype(tensor.dtype.numpy()), blocks.zero_points]
+        scales = blocks.scales.astype(stored_as(form, tensor.dtype).numpy())
+        arrays = [blocks.packed, scales, blocks.zero_points]
         return [array.reshape(len(rows), -1) for array in arrays if array is not None]
 
     for matrix in entries_of(tensor):

@@ -12,7 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.quantization.block_search import BlockArrays, InputProducts, packed, searched_blocks
+from gralora_fx.exporters.quantization.block_search import (
+    BlockArrays,
+    InputProducts,
+    packed,
+    scale_dtype,
+    searched_blocks,
+)
 from gralora_fx.exporters.quantization.formats import Blocks
 
 _FARTHEST = 8.0  # square of a column's error over that of integers that are rounded to the nearest, `scale^2 / 12`
@@ -33,7 +39,7 @@ def quantize_blocks(
         name: Its name in error messages.
 
     Returns:
-        The blocks, scales in the matrix's dtype.
+        The blocks, scales in the matrix's dtype, rounded as they are stored.
 
     Raises:
         ExportError: A value is not finite.
@@ -46,7 +52,10 @@ def quantize_blocks(
         blocks = searched_blocks(matrix, form, inputs)
         return blocks if inputs is None else _nearer(matrix, blocks, form)
     integers, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
-    return BlockArrays(integers, scales, zero_points if form.zero_points else None)
+    blocks = BlockArrays(integers, scales, zero_points if form.zero_points else None)
+    if scale_dtype(form, matrix.dtype) == matrix.dtype:
+        return blocks
+    return _on_grid(matrix, blocks._replace(scales=_rounded_up(scales)), form)
 
 
 def _nearer(matrix: NDArray[Any], blocks: BlockArrays, form: Blocks) -> BlockArrays:
@@ -88,17 +97,10 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
         earlier: Blocks of the same shapes, scales in float32.
         form: How both are stored.
     """
-    size, largest = form.block_size, 2**form.bits - 1
-    count = blocks.packed.shape[1]
-    rows = np.zeros((matrix.shape[1], count * size), np.float32)
-    rows[:, : len(matrix)] = matrix.T
-    values = rows.reshape(len(rows), count, size)
-    zeros = _zeros_of(earlier, form.bits)
-    scales = np.where(earlier.scales == 0, 1, earlier.scales)[..., None]
-    integers = (values / scales + zeros).round().clip(0, largest)
-    kept = BlockArrays(packed(integers.astype(np.uint8), form.bits), earlier.scales, earlier.zero_points)
+    count, values = blocks.packed.shape[1], _in_blocks(matrix, form)
+    kept, zeros = _on_grid(matrix, earlier, form), _zeros_of(earlier, form.bits)
     fresh = blocks._replace(scales=blocks.scales.astype(np.float32))
-    both = [dequantize_blocks(of, form.bits, count * size) for of in (kept, fresh)]
+    both = [dequantize_blocks(of, form.bits, count * form.block_size) for of in (kept, fresh)]
     errors = [np.square(of.reshape(values.shape) - values).sum(-1) for of in both]
     is_kept = errors[0] <= errors[1]
     zero_points = None
@@ -110,6 +112,27 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
         np.where(is_kept, kept.scales, blocks.scales).astype(blocks.scales.dtype),
         zero_points,
     )
+
+
+def _on_grid(matrix: NDArray[Any], grid: BlockArrays, form: Blocks) -> BlockArrays:
+    """Blocks of a matrix with the scales and zero points of others."""
+    scales = np.where(grid.scales == 0, 1, grid.scales)[..., None]
+    integers = _in_blocks(matrix, form) / scales + _zeros_of(grid, form.bits)
+    whole = integers.round().clip(0, 2**form.bits - 1).astype(np.uint8)
+    return grid._replace(packed=packed(whole, form.bits))
+
+
+def _in_blocks(matrix: NDArray[Any], form: Blocks) -> NDArray[np.float32]:
+    """The values of a matrix `[K, N]` as `[N, K/block, block]`, the last block padded with zeros."""
+    count = -(-len(matrix) // form.block_size)
+    rows = np.zeros((matrix.shape[1], count * form.block_size), np.float32)
+    rows[:, : len(matrix)] = matrix.T
+    return rows.reshape(len(rows), count, form.block_size)
+
+
+def _rounded_up(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The next scales that bfloat16 holds, away from zero, so that no value of a block lies beyond its integers."""
+    return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:

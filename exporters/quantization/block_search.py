@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
             say how much an error at each counts; or None for inputs that count alike.
 
     Returns:
-        The blocks, scales in the matrix's dtype.
+        The blocks, scales in the matrix's dtype, rounded as they are stored.
     """
     size, (height, outputs) = form.block_size, matrix.shape
     count = -(-height // size)
@@ -96,7 +97,7 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
         values = np.zeros((windows * width, columns.shape[1]), np.float32)
         values[:height] = columns
         blocks = torch.from_numpy(values).reshape(windows, -1, size, columns.shape[1]).permute(1, 2, 0, 3).contiguous()
-        whole, scale, zero = _search(blocks, weights, factors, form, matrix.dtype)
+        whole, scale, zero = _search(blocks, weights, factors, form, scale_dtype(form, matrix.dtype))
         found = whole.to(torch.uint8), scale, zero.to(torch.uint8)  # a matrix of floats would take much memory
         parts.append(
             [part.permute(3, 2, 0, 1).reshape(len(part[0, 0, 0]), -1, part.shape[1])[:, :count] for part in found]
@@ -116,7 +117,7 @@ def _search(
         weights: What the squares of their errors count, `[blocks, size, windows, 1]`.
         factors: What an error adds to the values after it (see `InputProducts`); None for nothing.
         form: How they are stored.
-        dtype: Dtype of the scales.
+        dtype: Dtype of the stored scales.
     """
     count, size = blocks.shape[:2]
     largest = 2**form.bits - 1
@@ -168,6 +169,16 @@ def _parameters(block: Tensor, weights: Tensor, largest: int) -> tuple[Tensor, T
         scales = torch.where(is_better, numerator / denominator, scales)
         zeros = torch.where(is_better, zero, zeros)
     return scales, zeros
+
+
+def scale_dtype(form: Blocks, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which the scales of a matrix's blocks are stored.
+
+    Args:
+        form: How the matrix is stored.
+        dtype: Its dtype before.
+    """
+    return np.dtype(ml_dtypes.bfloat16) if form.scale_bits == 16 and dtype == np.float32 else dtype
 
 
 def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -24,6 +24,8 @@ class Blocks:
         zero_points: Whether a block has a zero point too; without one, zero is half of the integers' range.
         rounding: `"nearest"`, ONNX Runtime's own by a block's smallest and largest value, or `"searched"`: the scale
             and the zero point of those tried for which the squared error is least.
+        scale_bits: Bits of a stored scale of a float32 matrix: 32, or 16, bfloat16 that is widened when an export is
+            opened. A matrix in half precision has scales of its own dtype.
     """
 
     bits: int
@@ -31,6 +33,7 @@ class Blocks:
     accuracy_level: int = 4
     zero_points: bool = True
     rounding: Literal["nearest", "searched"] = "nearest"
+    scale_bits: Literal[16, 32] = 32
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -44,9 +47,15 @@ class Blocks:
         if problem is not None:
             raise ExportError(problem)
 
-    def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
-        """Bits of a matrix `[inputs, outputs]` with its scales, its zero points and what pads its last blocks."""
-        blocks = -(-inputs // self.block_size)
+    def stored_bits(self, inputs: int, outputs: int, float_bits: int = 32) -> int:
+        """Bits of a matrix `[inputs, outputs]` with its scales, its zero points and what pads its last blocks.
+
+        Args:
+            inputs: Its inputs.
+            outputs: Its outputs.
+            float_bits: Bits of a value before it is quantized.
+        """
+        blocks, scale_bits = -(-inputs // self.block_size), min(self.scale_bits, float_bits)
         zero_points = -(-blocks * self.bits // 8) * 8 if self.zero_points else 0
         return outputs * (blocks * (self.block_size * self.bits + scale_bits) + zero_points)
 
@@ -75,9 +84,9 @@ class Columns:
         if self.activation_bits not in (8, 16):
             raise ExportError(f"activations of {self.activation_bits!r} bits are not multiplied; take 8 or 16")
 
-    def stored_bits(self, inputs: int, outputs: int, scale_bits: int = 32) -> int:
-        """Bits of a matrix `[inputs, outputs]` with its scales."""
-        return outputs * (inputs * self.bits + scale_bits)
+    def stored_bits(self, inputs: int, outputs: int, float_bits: int = 32) -> int:
+        """Bits of a matrix `[inputs, outputs]` with its scales, of as many bits as a value before it is quantized."""
+        return outputs * (inputs * self.bits + float_bits)
 
     def __str__(self) -> str:
         """The integers and the activations, in words."""

@@ -108,12 +108,12 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, matrices: Iterable[tuple[Format, int, int, int]]) -> Counts:
-        """Count matrices by format, inputs, outputs and bits of a scale; no nodes."""
+        """Count matrices by format, inputs, outputs and bits of a value before; no nodes."""
         values = integers = stored = 0
-        for form, inputs, outputs, scale_bits in matrices:
+        for form, inputs, outputs, float_bits in matrices:
             values += inputs * outputs
             integers += inputs * outputs * form.bits
-            stored += form.stored_bits(inputs, outputs, scale_bits)
+            stored += form.stored_bits(inputs, outputs, float_bits)
         return cls(0, 0, values, integers, stored)
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, Storage
+from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, Storage, stored_scales
 from gralora_fx.exporters.folding.requantize import stored_values
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
@@ -89,7 +89,8 @@ def _floats(graph: ir.Graph, name: str, weight: ProductWeight) -> ir.Value:
     tensor, scales = weight.value.const_value, weight.scales
     assert tensor is not None
     assert scales is not None
-    dtype, experts = scales.dtype or ir.DataType.FLOAT, int(tensor.shape.numpy()[0])
+    dtype = ir.DataType.FLOAT if weight.is_widened or scales.dtype is None else scales.dtype
+    experts = int(tensor.shape.numpy()[0])
     outputs = weight.out_features // experts
 
     def entries() -> Iterator[NDArray[np.float32]]:
@@ -123,16 +124,18 @@ def expert_weights(graph: ir.Graph) -> dict[str, ProductWeight]:
 
 def _weight(node: ir.Node, at: int, zeros: int) -> ProductWeight | None:
     inputs = [*node.inputs, *[None] * (zeros + 1 - len(node.inputs))]
-    value, scales, zero_points = inputs[at], None, None
+    value, scales, zero_points, is_widened = inputs[at], None, None, False
     if value is None or not value.is_initializer() or value.const_value is None:
         return None
     experts, outputs, width = (int(size) for size in value.const_value.shape.numpy())
     bits = block_size = 0
     if node.op_type == QMOE:
         bits, block_size = (node.attributes[name].as_int() for name in ("expert_weight_bits", "block_size"))
-        width, scales, zero_points = width * 8 // bits, inputs[at + 1], inputs[zeros]
+        width, scales, zero_points = width * 8 // bits, stored_scales(inputs[at + 1]), inputs[zeros]
+        is_widened = scales is not inputs[at + 1]
     storage: Storage = "float" if node.op_type == MOE else "blocks"
     readers = (Reader(node, at),)
     return ProductWeight(
-        value, storage, False, width, experts * outputs, readers, (), scales, zero_points, block_size, bits
-    )
+        value, storage, False, width, experts * outputs, readers, (), scales, is_widened, zero_points, block_size,
+        bits,
+    )  # fmt: skip

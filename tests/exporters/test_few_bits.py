@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
@@ -76,7 +78,7 @@ def test_bits_go_where_rounding_costs_most(tmp_path: Path) -> None:
     assert spent is not None
     assert spent == read_manifest(tmp_path / "onnx").quantization
     assert (spent.bits, spent.chosen_by) == (6, "random inputs")
-    assert spent.stored_bits == (4 + 1 + 1 / 8 + 8 + 1 / 2 + 1 / 8) / 2
+    assert spent.stored_bits == (4 + 1 / 2 + 1 / 8 + 8 + 1 / 4 + 1 / 8) / 2
     assert {name: layer.form for name, layer in spent.layers.items()} == {
         "loud.weight": "int8 in blocks of 64",
     }
@@ -94,7 +96,7 @@ def test_blocks_by_which_tokens_depend_on_others_are_named(tmp_path: Path) -> No
 def test_without_bits_to_spend_blocks_stay_narrow(tmp_path: Path) -> None:
     report = export_onnx(trace(Loud(), (torch.randn(2, 64),)), tmp_path / "onnx", quantize="int4", bits=4)
     assert report.quantization is not None
-    assert (report.quantization.stored_bits, report.quantization.layers) == (4 + 1 + 1 / 8, {})
+    assert (report.quantization.stored_bits, report.quantization.layers) == (4 + 1 / 2 + 1 / 8, {})
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, {4}), (4.5, {4}), (8, {8})])
@@ -243,6 +245,44 @@ def test_stored_bits_are_those_of_the_file(tmp_path: Path) -> None:
     assert report.quantization is not None
     assert report.quantization.stored_bits == 8 * stored / (96 * 32)
     assert dataclasses.replace(report.quantization, stored_bits=None).bits == 4
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "searched"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_of_half_the_bits_lose_nothing(bits: int, rounding: Any) -> None:
+    """Of any magnitude: bfloat16 has the range of float32, and integers are rounded for the scale as it is stored."""
+    matrix = np.random.default_rng(0).standard_normal((128, 24)).astype(np.float32)
+    matrix *= np.logspace(-12, 12, 24, dtype=np.float32)
+    matrix[:, 3] = 0
+    errors = []
+    for scale_bits in (16, 32):
+        form = Blocks(bits, rounding=rounding, scale_bits=scale_bits)  # type: ignore[arg-type]
+        blocks = quantize_blocks(matrix, form)
+        if scale_bits == 16:
+            assert np.array_equal(blocks.scales, blocks.scales.astype(ml_dtypes.bfloat16).astype(np.float32))
+        change = dequantize_blocks(blocks, bits, 128) - matrix.T
+        errors.append(np.linalg.norm(change, axis=1) / np.maximum(np.linalg.norm(matrix, axis=0), 1e-30))
+    assert (errors[0] <= 1.2 * errors[1]).all()
+    assert errors[0].mean() <= 1.05 * errors[1].mean()
+    assert errors[0][3] == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_scales_are_widened_when_the_model_is_opened(precision: Any, tmp_path: Path) -> None:
+    traced = fresh_trace("llama", task=CACHED)
+    export_onnx(traced, tmp_path / "onnx", quantize="int4", precision=precision, verify=False)
+    graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    scales = {value.dtype for name, value in graph.initializers.items() if name.endswith("_scales")}
+    casts = [node for node in graph if node.op_type == "Cast" and str(node.inputs[0].name).endswith("_scales")]  # type: ignore[union-attr]
+    assert scales == {ir.DataType.BFLOAT16 if precision == "fp32" else ir.DataType.FLOAT16}
+    assert bool(casts) == (precision == "fp32")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), options)
+    opened = ir.load(tmp_path / "opened.onnx").graph
+    products = [node for node in opened if node.op_type == "MatMulNBits"]
+    assert products
+    assert all(node.inputs[2].is_initializer() for node in products)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
