@@ -1,13 +1,14 @@
 """Qwen3.5 and LFM2 beside onnxruntime-genai's own builder: seconds of a prompt and of a token, float32 and int4.
 
 Random weights at the widths of LFM2-350M and Qwen3.5-0.8B, with fewer layers and a smaller vocabulary. Both graphs are
-driven by onnxruntime-genai, in turns, in one process, with the same threads, loaded anew for every prompt.
+driven by onnxruntime-genai, in turns, in one process, with the same threads, loaded anew for every prompt. In int4
+genai's builder gives every matrix four bits; ours is measured with as many, and with its default, 4.5 in the mean.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.sources.model_files import EXPORT_FILE
 
 RUNS = Path("runs/hybrids_genai")
-OURS, GENAI = "ours", "genai's builder"
+OURS, OURS_4, GENAI = "ours", "ours, bits=4", "genai's builder"
 THREADS, CONTEXT, STEPS, LAYERS, VOCABULARY = 2, 1000, 32, 8, 49152
 _SHARED = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -45,10 +46,11 @@ def compare(report: Report, iterations: int = 6) -> None:
     for name, make in (("LFM2", _lfm2), ("Qwen3.5", _qwen3_5)):
         ours, theirs = make(RUNS / name)
         for precision in ("fp32", "int4"):
-            graphs = {
-                OURS: _export(ours, RUNS / name / f"ours_{precision}", precision),
-                GENAI: _built(theirs, RUNS / name / f"genai_{precision}", precision),
-            }
+            options = [] if precision == "fp32" else ["--quantize", precision]
+            graphs = {OURS: _export(ours, RUNS / name / f"ours_{precision}", options)}
+            if precision == "int4":
+                graphs[OURS_4] = _export(ours, RUNS / name / "ours_4", [*options, "--bits", "4"])
+            graphs[GENAI] = _built(theirs, RUNS / name / f"genai_{precision}", precision)
             _compare_speed(report, f"{name}, {precision}", graphs, iterations)
 
 
@@ -87,13 +89,11 @@ def _save(model: PreTrainedModel, directory: Path) -> None:
     model.save_pretrained(directory)  # the last, as it tells that the directory is whole
 
 
-def _export(model: Path, output: Path, precision: str) -> Path:
+def _export(model: Path, output: Path, options: Sequence[str]) -> Path:
     if not (output / EXPORT_FILE).is_file():
         progress(f"export of {output}")
         command = ["export", "--model", model, "--task", "text-generation-with-past", "--output", output, "--no-verify"]
-        run_process(
-            ["-m", "gralora_fx.cli", *command, *([] if precision == "fp32" else ["--quantize", precision])], output
-        )
+        run_process(["-m", "gralora_fx.cli", *command, *options], output)
     return output
 
 
@@ -137,7 +137,8 @@ def _compare_speed(report: Report, title: str, graphs: Mapping[str, Path], itera
     rows: list[Mapping[str, Any]] = []
     for what, times in ((f"prompt of {CONTEXT}", prompt), ("token", token)):
         rows += [{"what": what, "graph": name, "ms": 1e3 * statistics.median(series)} for name, series in times.items()]
-        ratio = Ratio.between(times[OURS], times[GENAI])
-        text = f"{title}, {what} over genai's graph (pairwise {ratio.median_of_pairs:.2f})"
-        report.claims.append(Claim(text, ratio.of_medians, at_most=1.0))
+        for name in (name for name in graphs if name != GENAI):
+            ratio = Ratio.between(times[name], times[GENAI])
+            text = f"{title}, {name}, {what} over genai's graph (pairwise {ratio.median_of_pairs:.2f})"
+            report.claims.append(Claim(text, ratio.of_medians, at_most=1.0))
     report.tables.append(Table(f"{title}: {CONTEXT} tokens, then {STEPS} more, {THREADS} threads", rows))

@@ -15,6 +15,7 @@ from gralora_fx.errors import ExportError
 LARGEST = 127
 ROW_LARGEST = 127  # integers of a row's largest value, less the zero point
 ROW_TINY = 1e-30  # what a row of zeros is divided by
+_TOGETHER = 32  # rows of a matrix that are rounded between two updates of the errors so far
 _ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of the median of those that are not zero
 
 
@@ -95,17 +96,33 @@ def _made_up_for(
     """
     scale = np.ones(len(steps), np.float32) if factors is None else factors
     directions, rest = inputs.directions * scale[:, None], inputs.rest * np.square(scale)
-    shares = directions / rest[:, None]
-    following = np.cumsum((shares[:, :, None] * directions[:, None, :])[::-1], axis=0, dtype=np.float64)[::-1]
-    gains = np.linalg.solve(following + np.eye(directions.shape[1]), shares[..., None])[..., 0].astype(np.float32)
-    rounded = np.floor(steps)
+    gains = _gains(directions.astype(np.float64), rest.astype(np.float64)).astype(np.float32)
+    rounded, left = np.floor(steps), np.empty_like(steps)
     errors = np.zeros((directions.shape[1], steps.shape[1]), np.float32)
-    for index, row in enumerate(steps):
-        low = rounded[index].copy()
-        rounded[index] += (row - gains[index] @ errors) - low >= 0.5
-        np.clip(rounded[index], -LARGEST, LARGEST, out=rounded[index])
-        errors += np.outer(directions[index], rounded[index] - row)
+    for begin in range(0, len(steps), _TOGETHER):  # the errors before it are one product for all numbers of a part
+        part = slice(begin, begin + _TOGETHER)
+        change, among = gains[part] @ errors, gains[part] @ directions[part].T
+        for place, index in enumerate(range(*part.indices(len(steps)))):
+            wanted = steps[index] - change[place] - among[place, :place] @ left[begin:index]
+            rounded[index] += wanted - rounded[index] >= 0.5
+            np.clip(rounded[index], -LARGEST, LARGEST, out=rounded[index])
+            left[index] = rounded[index] - steps[index]
+        errors += directions[part].T @ left[part]
     return rounded
+
+
+def _gains(directions: NDArray[np.float64], rest: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much an error along each direction changes each number, `[K, r]`: `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`.
+
+    The sum is of the number and those after it, so from the last on each adds a term to a matrix whose inverse is
+    known (Sherman-Morrison).
+    """
+    inverse, gains = np.eye(directions.shape[1]), np.empty_like(directions)
+    for index in reversed(range(len(directions))):
+        own = inverse @ directions[index]
+        inverse -= np.outer(own, own) / (rest[index] + directions[index] @ own)
+        gains[index] = inverse @ directions[index] / rest[index]
+    return gains
 
 
 def dequantize_columns(

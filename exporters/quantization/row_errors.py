@@ -37,9 +37,10 @@ from gralora_fx.tracing.traced_model import TracedModel
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of factors, tried in this order
 _MORE = 5.0  # what 16 bits save for a value of a matrix, over what its rounding costs at least in the mean of all
 _PIECE = 64  # tokens that are read at once, of which a decoder's head multiplies one
-_SAMPLE, _OUTPUTS = 256, 256  # rows, and output features, that stand for all
+_SAMPLE, _FEWEST, _KEPT = 1024, 256, 2**20  # rows that stand for all: at most, at least, and values of them between
+_TRIED, _OUTPUTS = 256, 256  # rows, and output features, on which errors are measured
 _AT_ONCE = 64  # rows that are taken of a run
-_DIRECTIONS, _DAMPING = 16, 0.05  # in which rows are largest; what every channel counts beside, of the mean of all
+_DIRECTIONS, _DAMPING = 128, 0.01  # in which rows are largest; what every channel counts beside, of the mean of all
 
 
 @dataclass(eq=False)
@@ -66,7 +67,7 @@ class ReadRows:
         self.is_vector = self.is_vector or value.ndim < 2
         self.squares += rows.square().sum(0)
         self.count += len(rows)
-        if sum(map(len, self.sample)) < _SAMPLE:
+        if sum(map(len, self.sample)) < min(_SAMPLE, max(_FEWEST, _KEPT // rows.shape[1])):
             self.sample.append(rows[torch.randperm(len(rows), generator=self._generator)[:_AT_ONCE]])
 
     @property
@@ -76,9 +77,10 @@ class ReadRows:
 
     def inputs(self, factors: NDArray[np.float32] | None) -> ColumnInputs:
         """What rounding a matrix asks of it."""
-        rows = torch.cat(self.sample)[:_SAMPLE].double()
-        _, vectors = torch.linalg.eigh(rows @ rows.t())
-        directions = rows.t() @ vectors[:, -_DIRECTIONS:] / len(rows) ** 0.5
+        rows = torch.cat(self.sample).double()
+        _, _, vectors = torch.linalg.svd(rows, full_matrices=False)
+        own = vectors[:_DIRECTIONS].t()
+        directions = own * (rows @ own).square().mean(0).sqrt()
         squares = rows.square().mean(0)
         rest = squares - directions.square().sum(1) + _DAMPING * squares.mean().clamp(min=ROW_TINY)
         return ColumnInputs(factors, directions.float().numpy(), rest.float().numpy())
@@ -209,7 +211,8 @@ def _errors(
     every = max(1, site.out_features // _OUTPUTS)
     weight = site.weight.detach().float()
     matrix = np.ascontiguousarray((weight if site.kind == "conv1d" else weight.t())[:, ::every].numpy())
-    rows = torch.cat(read.sample)[:_SAMPLE].numpy()
+    sample = torch.cat(read.sample)
+    rows = sample[:: max(1, len(sample) // _TRIED)].numpy()
     if measured is None:
         costs = np.full(matrix.shape[1], 1 / max(float(np.square(rows @ matrix).mean(0).sum()), 1e-30))
     else:

@@ -14,12 +14,14 @@ from typer.main import get_command
 
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.help import name_of
+from gralora_fx.cli.huge_pages import use_huge_pages
 from gralora_fx.cli.wording import Wording, notes
 from gralora_fx.errors import GraloraError
 
 _shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
 _CLOSED = 141  # its status for SIGPIPE
+_DECODING = ("serve", "generate")  # commands that read all weights for each token
 _MISUSED = 2  # the shell's status for wrong arguments
 _UsageError: Any = typer.BadParameter.__base__  # what typer raises for them, under a name of its own in some versions
 
@@ -32,6 +34,8 @@ def main() -> None:
     """
     program: Any = get_command(app)
     running = next((argument for argument in sys.argv[1:] if argument in program.commands), None)
+    if running in _DECODING:
+        use_huge_pages()
     wording = Wording(program.commands, running)
     signal.signal(signal.SIGTERM, _terminate)
 

@@ -1,0 +1,37 @@
+"""Memory in huge pages, for which a process has to ask its allocator before it starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+_OLDEST = (2, 35)  # glibc that knows it
+_KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def use_huge_pages() -> None:
+    """Start the program over with memory in huge pages, where the kernel gives them to programs that ask.
+
+    A token reads all weights, and in pages of 4 KiB the processor spends 3 to 9 % of it on finding them. Most Linux
+    systems give pages of 2 MiB on request (`madvise`), and glibc requests them if a variable says so when a program
+    starts: so it is set, and the program replaced by itself, with the same process id. Nothing happens on other
+    systems, where the variable says something already, or in a program that was not started by its arguments.
+    """
+    tunables = os.environ.get(VARIABLE, "")
+    own = sys.argv[1:]
+    if TUNABLE in tunables or sys.orig_argv[len(sys.orig_argv) - len(own) :] != own or not _on_request():
+        return
+    os.environ[VARIABLE] = ":".join([*([tunables] if tunables else []), f"{TUNABLE}=1"])
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def _on_request() -> bool:
+    """Whether the kernel gives huge pages on request, and the allocator can request them."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        is_known = name == "glibc" and tuple(map(int, version.split(".")[:2])) >= _OLDEST
+        return is_known and "[madvise]" in _KERNEL.read_text(encoding="ascii")
+    except (AttributeError, OSError, ValueError):  # no such system
+        return False

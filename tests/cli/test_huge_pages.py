@@ -1,0 +1,73 @@
+"""Programs that start over with their memory in huge pages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gralora_fx.cli import huge_pages
+
+ARGUMENTS = ["serve", "--onnx", "there"]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """A program started by arguments on a system with huge pages; what replaces it."""
+    replaced: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(huge_pages, "_on_request", lambda: True)
+    monkeypatch.setattr(huge_pages.os, "execv", lambda *call: replaced.append(call))
+    monkeypatch.setattr(sys, "argv", ["gralora-fx", *ARGUMENTS])
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "gralora_fx.cli", *ARGUMENTS])
+    monkeypatch.delenv(huge_pages.VARIABLE, raising=False)
+    return replaced
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("glibc.malloc.check=0", "glibc.malloc.check=0:")])
+def test_the_program_is_replaced_by_itself(
+    started: list[tuple[str, list[str]]], before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(huge_pages.VARIABLE, before)
+    huge_pages.use_huge_pages()
+    assert started == [(sys.executable, ["python3", "-m", "gralora_fx.cli", *ARGUMENTS])]
+    assert huge_pages.os.environ[huge_pages.VARIABLE] == f"{after}{huge_pages.TUNABLE}=1"
+    huge_pages.use_huge_pages()
+    assert len(started) == 1  # once
+
+
+def test_what_a_user_says_is_left(started: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(huge_pages.VARIABLE, f"{huge_pages.TUNABLE}=0")
+    huge_pages.use_huge_pages()
+    assert started == []
+
+
+def test_a_program_that_gives_arguments_itself_goes_on(
+    started: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "pytest", "tests"])
+    huge_pages.use_huge_pages()
+    assert started == []
+
+
+@pytest.mark.parametrize("text", ["always madvise [never]", "[always] madvise never", None])
+def test_without_pages_on_request_there_is_nothing_to_ask_for(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = tmp_path / "enabled"
+    if text is not None:
+        kernel.write_text(text)
+    monkeypatch.setattr(huge_pages, "_KERNEL", kernel)
+    assert not huge_pages._on_request()
+
+
+@pytest.mark.skipif(not huge_pages._on_request(), reason="the system gives no huge pages on request")
+def test_a_command_that_decodes_runs_with_them() -> None:
+    code = (
+        "import os, sys; from gralora_fx.cli import huge_pages\n"
+        "huge_pages.use_huge_pages(); print(os.environ[huge_pages.VARIABLE], os.getpid(), *sys.argv[1:])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, "serve", "x y"], stdout=subprocess.PIPE, text=True) as process:
+        text, _ = process.communicate()
+    assert text.split() == [f"{huge_pages.TUNABLE}=1", str(process.pid), "serve", "x", "y"]
