@@ -45,6 +45,7 @@ NAMES = (
     "structure",
     "hybrids",
     "experts",
+    "huge-pages",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"

@@ -9,6 +9,7 @@ runs, which costs it a little more.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -110,7 +111,7 @@ def _bits_for(stored: float, usual: float) -> float:
 
     A matrix of 8 bits has 4 more in its integers, and 3.75 more in all, as its blocks are twice as wide.
     """
-    return round(4.5 + (stored - usual) / (3.75 / 4), 2)
+    return math.floor(100 * (4.5 + (stored - usual) / (3.75 / 4))) / 100
 
 
 @torch.no_grad()

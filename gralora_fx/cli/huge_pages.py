@@ -14,10 +14,11 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def use_huge_pages() -> None:
     """Start the program over with memory in huge pages, where the kernel gives them to programs that ask.
 
-    A token reads all weights, and in pages of 4 KiB the processor spends 3 to 9 % of it on finding them. Most Linux
-    systems give pages of 2 MiB on request (`madvise`), and glibc requests them if a variable says so when a program
-    starts: so it is set, and the program replaced by itself, with the same process id. Nothing happens on other
-    systems, where the variable says something already, or in a program that was not started by its arguments.
+    A token reads all weights, and the processor finds them sooner in pages of 2 MiB than in those of 4 KiB. Most Linux
+    systems give them on request (`madvise`), and glibc requests them if a variable says so when a program starts: so it
+    is set, and the program replaced by itself, with the same process id. A program's first use of memory takes longer
+    then, so this is for one that runs long. Nothing happens on other systems, where the variable says something
+    already, or in a program that was not started by its arguments.
     """
     tunables = os.environ.get(VARIABLE, "")
     own = sys.argv[1:]

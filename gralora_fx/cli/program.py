@@ -21,7 +21,6 @@ from gralora_fx.errors import GraloraError
 _shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
 _CLOSED = 141  # its status for SIGPIPE
-_DECODING = ("serve", "generate")  # commands that read all weights for each token
 _MISUSED = 2  # the shell's status for wrong arguments
 _UsageError: Any = typer.BadParameter.__base__  # what typer raises for them, under a name of its own in some versions
 
@@ -34,7 +33,7 @@ def main() -> None:
     """
     program: Any = get_command(app)
     running = next((argument for argument in sys.argv[1:] if argument in program.commands), None)
-    if running in _DECODING:
+    if running == "serve":
         use_huge_pages()
     wording = Wording(program.commands, running)
     signal.signal(signal.SIGTERM, _terminate)

@@ -112,6 +112,8 @@ def test_metadata_and_health(service: Service) -> None:
     assert client.get("/v2/models/wide/ready").json() == {"name": "wide", "ready": True}
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
+    for path in ("/health", "/v2/health/live", "/v2/health/ready"):
+        assert (client.head(path).status_code, client.head(path).content) == (200, b"")
     for path in ("/v2/models/other", "/v2/models/other/ready"):
         assert client.get(path).json() == {"error": "no model 'other'; there is base, small, wide"}
 

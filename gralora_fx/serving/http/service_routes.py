@@ -51,10 +51,13 @@ def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
     """
     router = APIRouter()
 
+    @router.head("/v2/health/live", include_in_schema=False)  # some load balancers ask so
     @router.get("/v2/health/live")
     async def live() -> dict[str, Any]:
         return {"live": True}
 
+    @router.head("/health", include_in_schema=False)
+    @router.head("/v2/health/ready", include_in_schema=False)
     @router.get("/health")
     @router.get("/v2/health/ready")
     async def ready() -> JSONResponse:
