@@ -51,6 +51,13 @@ def test_a_program_that_gives_arguments_itself_goes_on(
     assert started == []
 
 
+def test_a_program_that_cannot_be_started_anew_goes_on(
+    started: list[tuple[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huge_pages.os, "execv", lambda *_: (tmp_path / "missing").read_text())
+    huge_pages.use_huge_pages()
+
+
 @pytest.mark.parametrize("text", ["always madvise [never]", "[always] madvise never", None])
 def test_without_pages_on_request_there_is_nothing_to_ask_for(
     text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -61,4 +61,4 @@ def test_options_say_what_they_mean() -> None:
         None,
     ]
     assert ExportOptions().format is None
-    assert ExportOptions(quantize="int4", block_size=64).format == Blocks(4, 64, rounding="searched")
+    assert ExportOptions(quantize="int4", block_size=64).format == Blocks(4, 64, rounding="searched", scale_bits=16)
