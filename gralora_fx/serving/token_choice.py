@@ -146,8 +146,14 @@ class TokenChooser:
             scores = self._within(self._grammar, scores, logits)
         if self._generator is None:
             return int(scores.argmax())
-        scores = self._warpers(ids, scores)
+        scores = self._warpers(ids, scores) if self._grammar is None else self._warped_apart(ids, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+    def _warped_apart(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The warped scores of the tokens that the grammar allows, often a few of all, which soon are sorted."""
+        allowed = (scores[0] > -math.inf).nonzero()[:, 0]
+        warped = self._warpers(ids, scores[:, allowed])
+        return torch.full_like(scores, -math.inf).index_copy_(1, allowed, warped)
 
     def _within(self, grammar: RowGrammar, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
         """Scores of the tokens that a grammar allows; before any rule, where the rules leave none of them."""
@@ -199,7 +205,7 @@ class _SortedTopP:
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
         """The scores `[1, vocabulary]`, minus infinity for those that are left out."""
         row = scores[0].numpy()
-        if np.isneginf(row).sum() > len(row) // 2:  # a grammar leaves them out; equal ones are soon sorted
+        if np.isneginf(row).sum() > len(row) // 2:  # top_k leaves them out; equal ones are soon sorted
             warped: torch.Tensor = self._warp(input_ids, scores)
             return warped
         order = torch.from_numpy(np.argsort(row))

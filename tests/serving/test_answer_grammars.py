@@ -13,9 +13,17 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from peft_oracle import peft_model
 from served_exports import CACHED, adapted, chat_tokenizer
 from tiny_models import tiny_model
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
@@ -263,6 +271,33 @@ def test_neighbours_in_a_step_have_the_tokens_that_they_have_alone(model: Any) -
     together = tokens_of(list(range(len(adapters))))
     assert together == {row: tokens_of([row])[row] for row in range(len(adapters))}
     assert len({tuple(tokens) for tokens in together.values()}) > 6
+
+
+@pytest.mark.parametrize(
+    ("options", "warpers"),
+    [
+        ({"top_k": 0, "top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+        ({"top_k": 7}, [TopKLogitsWarper(7)]),
+        ({"top_k": 50, "top_p": 0.9}, [TopKLogitsWarper(50), TopPLogitsWarper(0.9)]),
+        ({"top_k": 0, "min_p": 0.2, "temperature": 1.7}, [TemperatureLogitsWarper(1.7), MinPLogitsWarper(0.2)]),
+    ],
+)
+def test_a_draw_is_that_of_transformers_warpers_over_all_tokens(
+    model: Any, options: dict[str, Any], warpers: list[Any]
+) -> None:
+    decoder = model.decoder(rows=1, capacity=8)
+    width = len(decoder.step({decoder.open(): [5]})[0])
+    compiled = model.grammars.compiled(AnswerForm.of("regex", "[a-m]{30}"))
+    ours, theirs = (compiled.begin(frozenset([2]), 40) for _ in range(2))
+    chooser = TokenChooser(Sampling(do_sample=True, seed=11, **options), [5], frozenset([2]), (), ours)
+    generator, numbers = torch.Generator().manual_seed(11), np.random.default_rng(0)
+    for _ in range(20):
+        logits = numbers.standard_normal(width).astype(np.float32) * 3
+        scores = torch.from_numpy(np.where(theirs.allowed(width), logits, np.float32(-np.inf)))[None]
+        scores = LogitsProcessorList(warpers)(torch.tensor([[5]]), scores)
+        token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+        assert chooser(logits).token == token
+        theirs.take(token)
 
 
 def test_forced_tokens_are_read_in_one_step_and_are_those_of_single_steps(
