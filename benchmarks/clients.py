@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.harness import Claim, Report, Table, progress
+from benchmarks.harness import Claim, Report, Table, progress, yielding_options
 from benchmarks.http_clients import Load, ask, served
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
@@ -70,10 +70,7 @@ def _loops(
     directory: Path, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Callable[[int], object]]:
     """What runs a batch of texts in a bare loop, by name; a batch is given by its number."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # an idle loop leaves the cores to the other
-    session = onnxruntime.InferenceSession(directory / "model.onnx", options)
+    session = onnxruntime.InferenceSession(directory / "model.onnx", yielding_options(THREADS))
     names = [value.name for value in session.get_inputs()]
 
     def tokens(index: int) -> dict[str, Any]:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress, yielding_options
 from benchmarks.streaming import GIB, peak_memory, write_shards
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
 from gralora_fx.runtime.export_directory import MODEL_NAME
-from gralora_fx.runtime.session import Runtime, open_session, quiet_options
+from gralora_fx.runtime.session import Runtime, open_session
 from gralora_fx.tracing.patches import expert_layers
 
 TASK = "text-generation-with-past"
@@ -147,19 +147,12 @@ def _exports(model: PreTrainedModel, root: Path) -> dict[str, Callable[[], Calla
         INT8: (traced, {"quantize": "int8"}),
         INT4: (traced, {"quantize": "int4"}),
     }
-    steps = {}
+    steps, threads = {}, torch.get_num_threads()
     for name, (source, option) in options.items():
         export_onnx(source, root / name, verify=False, **option)
-        steps[name] = _session_steps(open_session(root / name, Runtime(session_options=_options())))
-    own = onnxruntime.InferenceSession(root / OURS / MODEL_NAME, _options())
+        steps[name] = _session_steps(open_session(root / name, Runtime(session_options=yielding_options(threads))))
+    own = onnxruntime.InferenceSession(root / OURS / MODEL_NAME, yielding_options(threads))
     return {**steps, OPERATOR: _session_steps(own)}
-
-
-def _options() -> onnxruntime.SessionOptions:
-    """Options by which a session leaves the cores to the other sessions of this process as soon as it is done."""
-    options = quiet_options(torch.get_num_threads())
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 def _session_steps(session: Any) -> Callable[[], Callable[[Tensor], object]]:

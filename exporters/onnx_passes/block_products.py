@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import ConstantMatrix, matrix_of, replace_product
 from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
-from gralora_fx.exporters.quantization.block_search import BlockArrays
+from gralora_fx.exporters.quantization.block_search import BlockArrays, scale_dtype
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
@@ -158,9 +158,8 @@ def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_
 
 
 def stored_as(form: Blocks, dtype: ir.DataType) -> ir.DataType:
-    """The dtype of the scales of a matrix of some dtype."""
-    is_short = form.scale_bits == 16 and dtype == ir.DataType.FLOAT
-    return ir.DataType.BFLOAT16 if is_short else dtype
+    """The dtype in which the scales of a matrix of some dtype are stored (see `scale_dtype`)."""
+    return ir.DataType.from_numpy(scale_dtype(form, dtype.numpy()))
 
 
 def widened(graph: ir.Graph, scales: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Operators that ONNX Runtime computes four values at a time, on rows that are no multiple of four values."""
+"""Padding of elementwise operators whose last digits depend on where a value lies in its tensor."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def quantize_blocks(
     blocks = BlockArrays(integers, scales, zero_points if form.zero_points else None)
     if scale_dtype(form, matrix.dtype) == matrix.dtype:
         return blocks
-    return _on_grid(matrix, blocks._replace(scales=_rounded_up(scales)), form)
+    return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales)), form)
 
 
 def _nearer(matrix: NDArray[Any], blocks: BlockArrays, form: Blocks) -> BlockArrays:
@@ -98,7 +98,7 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
         form: How both are stored.
     """
     count, values = blocks.packed.shape[1], _in_blocks(matrix, form)
-    kept, zeros = _on_grid(matrix, earlier, form), _zeros_of(earlier, form.bits)
+    kept, zeros = _on_grid(values, earlier, form), _zeros_of(earlier, form.bits)
     fresh = blocks._replace(scales=blocks.scales.astype(np.float32))
     both = [dequantize_blocks(of, form.bits, count * form.block_size) for of in (kept, fresh)]
     errors = [np.square(of.reshape(values.shape) - values).sum(-1) for of in both]
@@ -114,10 +114,10 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
     )
 
 
-def _on_grid(matrix: NDArray[Any], grid: BlockArrays, form: Blocks) -> BlockArrays:
-    """Blocks of a matrix with the scales and zero points of others."""
+def _on_grid(values: NDArray[np.float32], grid: BlockArrays, form: Blocks) -> BlockArrays:
+    """Blocks of values `[N, K/block, block]` with the scales and zero points of others."""
     scales = np.where(grid.scales == 0, 1, grid.scales)[..., None]
-    integers = _in_blocks(matrix, form) / scales + _zeros_of(grid, form.bits)
+    integers = values / scales + _zeros_of(grid, form.bits)
     whole = integers.round().clip(0, 2**form.bits - 1).astype(np.uint8)
     return grid._replace(packed=packed(whole, form.bits))
 

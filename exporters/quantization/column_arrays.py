@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ _ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of 
 
 @dataclass(frozen=True, eq=False)
 class ColumnInputs:
-    """What is known of the rows that a matrix is multiplied by.
+    """What is known of the rows that a matrix is multiplied by; what follows of it is computed once for all columns.
 
     Attributes:
         factors: What their channels are multiplied by before they are rounded, `[K]` (see `input_factors`); None for
@@ -33,6 +34,27 @@ class ColumnInputs:
     factors: NDArray[np.float32] | None
     directions: NDArray[np.float32]
     rest: NDArray[np.float32]
+
+    @cached_property
+    def scaled(self) -> NDArray[np.float32]:
+        """The directions of rows that are multiplied by the factors, `[K, r]`."""
+        return self.directions if self.factors is None else self.directions * self.factors[:, None]
+
+    @cached_property
+    def gains(self) -> NDArray[np.float32]:
+        """How much an error along each direction changes each number, `[K, r]` (see `_made_up_for`).
+
+        It is `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`. The sum is of the number and those after it, so from the last on
+        each adds a term to a matrix whose inverse is known (Sherman-Morrison).
+        """
+        directions = self.scaled.astype(np.float64)
+        rest = (self.rest if self.factors is None else self.rest * np.square(self.factors)).astype(np.float64)
+        inverse, gains = np.eye(directions.shape[1]), np.empty_like(directions)
+        for index in reversed(range(len(directions))):
+            own = inverse @ directions[index]
+            inverse -= np.outer(own, own) / (rest[index] + directions[index] @ own)
+            gains[index] = inverse @ directions[index] / rest[index]
+        return gains.astype(np.float32)
 
 
 def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.float32]:
@@ -64,8 +86,8 @@ def quantize_columns(
         matrix: `[K, N]`.
         name: Its name in error messages.
         factors: Those of what is multiplied by it, `[K]`, which it takes back; None where there are none.
-        inputs: What is known of what is multiplied by it, by which one integer makes up for the errors of others; None
-            for the nearest integers.
+        inputs: What is known of what is multiplied by it, with the same factors, by which one integer makes up for the
+            errors of others; None for the nearest integers.
 
     Returns:
         Integers `[K, N]` and scales `[N]`; their product, times the factors, is close to the matrix.
@@ -81,22 +103,18 @@ def quantize_columns(
     scales = (largest / LARGEST).astype(np.float32)
     scales[scales < np.finfo(np.float32).tiny] = 1.0
     steps = matrix / scales
-    rounded = steps.round() if inputs is None else _made_up_for(steps, factors, inputs)
+    rounded = steps.round() if inputs is None else _made_up_for(steps, inputs)
     return np.clip(rounded, -LARGEST, LARGEST).astype(np.int8), scales
 
 
-def _made_up_for(
-    steps: NDArray[np.float32], factors: NDArray[np.float32] | None, inputs: ColumnInputs
-) -> NDArray[np.float32]:
+def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np.float32]:
     """Integers on either side of numbers `[K, N]`, for which the errors of products with known inputs are least.
 
     With the errors `e` so far along the directions `P`, the change of the numbers that follow that costs least is
     `-(p_j / v_j) (I + sum p_j p_j' / v_j)^-1 e`: `v` is what is left beside `P`. That is GPTQ (arXiv:2210.17323) with
     second moments of low rank.
     """
-    scale = np.ones(len(steps), np.float32) if factors is None else factors
-    directions, rest = inputs.directions * scale[:, None], inputs.rest * np.square(scale)
-    gains = _gains(directions.astype(np.float64), rest.astype(np.float64)).astype(np.float32)
+    directions, gains = inputs.scaled, inputs.gains
     rounded, left = np.floor(steps), np.empty_like(steps)
     errors = np.zeros((directions.shape[1], steps.shape[1]), np.float32)
     for begin in range(0, len(steps), _TOGETHER):  # the errors before it are one product for all numbers of a part
@@ -109,20 +127,6 @@ def _made_up_for(
             left[index] = rounded[index] - steps[index]
         errors += directions[part].T @ left[part]
     return rounded
-
-
-def _gains(directions: NDArray[np.float64], rest: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How much an error along each direction changes each number, `[K, r]`: `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`.
-
-    The sum is of the number and those after it, so from the last on each adds a term to a matrix whose inverse is
-    known (Sherman-Morrison).
-    """
-    inverse, gains = np.eye(directions.shape[1]), np.empty_like(directions)
-    for index in reversed(range(len(directions))):
-        own = inverse @ directions[index]
-        inverse -= np.outer(own, own) / (rest[index] + directions[index] @ own)
-        gains[index] = inverse @ directions[index] / rest[index]
-    return gains
 
 
 def dequantize_columns(

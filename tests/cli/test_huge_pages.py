@@ -54,8 +54,14 @@ def test_a_program_that_gives_arguments_itself_goes_on(
 def test_a_program_that_cannot_be_started_anew_goes_on(
     started: list[tuple[str, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huge_pages.os, "execv", lambda *_: (tmp_path / "missing").read_text())
+    def refused(*call: object) -> None:
+        tried.append(call)
+        (tmp_path / "missing").read_text()
+
+    tried: list[object] = []
+    monkeypatch.setattr(huge_pages.os, "execv", refused)
     huge_pages.use_huge_pages()
+    assert (len(tried), started) == (1, [])
 
 
 @pytest.mark.parametrize("text", ["always madvise [never]", "[always] madvise never", None])
