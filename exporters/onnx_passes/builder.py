@@ -133,6 +133,23 @@ def swaps_last_axes(node: ir.Node) -> bool:
     return rank > 1 and axes == [*range(rank - 2), rank - 1, rank - 2]
 
 
+def channels_last(build: Builder, value: ir.Value) -> ir.Value:
+    """`[batch, length, channels]` of `[batch, channels, length]`: what it is the transpose of, if that is known."""
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
+    return build("Transpose", value, perm=[0, 2, 1]) if source is None else source
+
+
+def replace_channels_first(build: Builder, new: ir.Value, old: ir.Value) -> None:
+    """Replace all uses of `[batch, channels, length]` by `[batch, length, channels]`, without what transposes it."""
+    for usage in list(old.uses()):
+        if swaps_last_axes(usage.node):
+            replace_value(new, usage.node.outputs[0])
+            build.graph.remove(usage.node, safe=True)
+    if old.uses() or old.is_graph_output():
+        replace_value(build("Transpose", new, perm=[0, 2, 1]), old)
+
+
 def const_ints(value: ir.Value | None) -> list[int] | None:
     """The integers of a small constant vector, or None for anything else."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)

@@ -37,8 +37,9 @@ GQA = "GroupQueryAttention"
 # positions of its inputs
 _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
-# a concatenation is of a convolution's state and inputs, and a reshape of a state whose values are single numbers
-_READS_CACHE = {GQA, "Concat", "Reshape", *STATE_OPERATORS}
+_OF_STATES = {"Reshape", "Transpose"}  # a state whose values are single numbers, or one whose channels come last
+# a concatenation is of a convolution's state and inputs
+_READS_CACHE = {GQA, "Concat", *_OF_STATES, *STATE_OPERATORS}
 _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
 
 
@@ -151,7 +152,7 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
     for node in graph:
         if node.op_type in STATE_OPERATORS:
             states.add(node.outputs[1])
-        elif node.op_type == "Reshape" and node.inputs[0] in states:
+        elif node.op_type in _OF_STATES and node.inputs[0] in states:
             states.add(node.outputs[0])
         for value in node.outputs:
             if value.shape is None or value in states:

@@ -14,9 +14,10 @@ from gralora_fx.exporters.onnx_passes.builder import (
     MICROSOFT,
     Builder,
     attributes_of,
+    channels_last,
     fixed_dim,
+    replace_channels_first,
     replace_value,
-    swaps_last_axes,
 )
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError, RowTokens, longest_row
 from gralora_fx.exporters.translation.names import layer_of
@@ -55,7 +56,7 @@ class RowStates:
 
         Before: `y, next = CausalConvWithState(x, weight, bias, state)`
         After:  `y = CausalConvWithState(rows(x), weight, bias, state)` of the tokens, and
-                `next = GatherElements(Concat(state, rows(x)), query_seqlens + (0, 1, ...))`
+                `next = GatherElements(Concat(state, rows(x)), query_seqlens + (0, 1, ...))`, channels last
         """
         rows, (x, weight, bias, state) = self._rows, (*node.inputs, None, None)[:4]
         assert rows is not None
@@ -63,15 +64,16 @@ class RowStates:
         if state is None:
             raise RowsError(f"{layer_of(node)} has a convolution without a state of its own")
         channels, kept = fixed_dim(state, 1), fixed_dim(state, 2)
-        x = build("Transpose", rows.to_rows(build, _transposed(build, x)), perm=_CHANNELS_LAST)
-        operands = [x, weight, bias, state]
+        by_row = rows.to_rows(build, channels_last(build, x))
+        joined = build("Concat", channels_last(build, state), by_row, axis=1)
+        operands = [build("Transpose", by_row, perm=_CHANNELS_LAST), weight, bias, state]
         fused = build.node("CausalConvWithState", operands, domain=MICROSOFT, num_outputs=2, **attributes_of(node))
         y = rows.of_rows(build, build("Transpose", fused.outputs[0], perm=_CHANNELS_LAST))
-        replace_value(build("Transpose", y, perm=_CHANNELS_LAST), node.outputs[0])
+        replace_channels_first(build, y, node.outputs[0])
         if ("last", channels, kept) not in self._shared:
             self._shared["last", channels, kept] = _last_inputs(build, rows.query, channels, kept)
-        joined = build("Concat", state, x, axis=2)
-        replace_value(build("GatherElements", joined, self._shared["last", channels, kept], axis=2), node.outputs[1])
+        last = build("GatherElements", joined, self._shared["last", channels, kept], axis=1)
+        replace_channels_first(build, last, node.outputs[1])
 
     def _attend(self, build: Builder, node: ir.Node) -> None:
         """Linear attention, to which a position that does not count has key 0, decay 0 and beta 0.
@@ -133,15 +135,8 @@ def _products(mask: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
 
 
 def _last_inputs(build: Builder, query: ir.Value, channels: int, kept: int) -> ir.Value:
-    """`[batch, channels, kept]`: where a convolution's next state is in its state and inputs, one after the other."""
-    counts = build("Unsqueeze", build("Cast", query, to=ir.DataType.INT64), build.ints(1, 2))
-    index = build("Add", counts, build.ints(*range(kept)))
+    """`[batch, kept, channels]`: where a convolution's next state is in its state and inputs, one after the other."""
+    counts = build("Unsqueeze", build("Cast", query, to=ir.DataType.INT64), build.ints(1))
+    index = build("Unsqueeze", build("Add", counts, build.ints(*range(kept))), build.ints(2))
     rows = build("Shape", query)
-    return build("Expand", index, build("Concat", rows, build.ints(channels, kept), axis=0))
-
-
-def _transposed(build: Builder, x: ir.Value) -> ir.Value:
-    """`[1, tokens, channels]` of `[1, channels, tokens]`: what it was transposed of, if that is known."""
-    producer = x.producer()
-    source = producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
-    return build("Transpose", x, perm=_CHANNELS_LAST) if source is None else source
+    return build("Expand", index, build("Concat", rows, build.ints(kept, channels), axis=0))

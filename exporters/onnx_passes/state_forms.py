@@ -12,7 +12,9 @@ import onnx_ir as ir
 from gralora_fx.exporters.onnx_passes.builder import (
     MICROSOFT,
     Builder,
+    channels_last,
     named_graph,
+    replace_channels_first,
     replace_value,
     static_dim,
     swaps_last_axes,
@@ -21,7 +23,6 @@ from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.graph.pipeline import PassResult, Skip
 
 _BLOCK = 16  # channels that ONNX Runtime's convolution computes at once; with others left it has no fast form
-_CHANNELS_LAST = [0, 2, 1]
 
 
 def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:
@@ -57,32 +58,34 @@ def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:
 def _convolve(build: Builder, node: ir.Node) -> bool:
     """Make a convolution whose channels come last, as the layers around it have them; False if it does not fit."""
     x, weight, bias, state = (*node.inputs, None, None)[:4]
-    source = None if x is None else _transposed(x)
-    readers = [usage.node for usage in node.outputs[0].uses()]
-    channels, width = static_dim(weight, 0), static_dim(weight, 2)
-    if source is None or state is None or weight is None or not channels or channels % _BLOCK or not width:
+    width = static_dim(weight, 2)
+    if not fits_convolution(node) or x is None or weight is None or state is None or width is None:
         return False
-    if node.outputs[0].is_graph_output() or not readers or not all(map(swaps_last_axes, readers)):
-        return False
-    kept = build.ints(2)
-    joined = build("Concat", build("Transpose", state, perm=_CHANNELS_LAST), source, axis=1)
+    kept, parts = build.ints(2), [channels_last(build, value) for value in (state, x)]
+    known = [usage.node for usage in parts[0].uses() if usage.node.op_type == "Concat"]
+    known = [concat for concat in known if list(concat.inputs) == parts]  # for the next state of rows
+    joined = known[0].outputs[0] if known else build("Concat", *parts, axis=1)
     rows = build("Transpose", build("Unsqueeze", joined, kept), perm=[0, 3, 1, 2])  # [batch, channels, positions, 1]
-    y = build("Conv", rows, build("Unsqueeze", weight, build.ints(3)), bias, group=channels)
+    y = build("Conv", rows, build("Unsqueeze", weight, build.ints(3)), bias, group=static_dim(weight, 0))
     y = build("Squeeze", build("Transpose", y, perm=[0, 2, 3, 1]), kept)
     if node.attributes["activation"].as_string() == "silu":
         y = build("QuickGelu", y, domain=MICROSOFT, alpha=1.0)
-    for reader in readers:
-        replace_value(y, reader.outputs[0])
     last = build("Slice", joined, build.ints(1 - width), build.ints(1 << 62), build.ints(1))
-    replace_value(build("Transpose", last, perm=_CHANNELS_LAST), node.outputs[1])
-    build.graph.remove(readers, safe=True)
+    for new, old in ((y, node.outputs[0]), (last, node.outputs[1])):
+        replace_channels_first(build, new, old)
     return True
 
 
-def _transposed(value: ir.Value) -> ir.Value | None:
-    """What a value is with its last two axes in the other order."""
-    producer = value.producer()
-    return producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
+def fits_convolution(node: ir.Node) -> bool:
+    """Whether a node is a causal convolution with a state among channels that come last, which they do around it."""
+    if node.domain != MICROSOFT or node.op_type != "CausalConvWithState":
+        return False
+    x, weight, _, state = (*node.inputs, None, None)[:4]
+    readers = [usage.node for usage in node.outputs[0].uses()]
+    channels, width, producer = static_dim(weight, 0), static_dim(weight, 2), None if x is None else x.producer()
+    if state is None or not channels or channels % _BLOCK or not width or node.outputs[0].is_graph_output():
+        return False
+    return producer is not None and bool(readers) and all(map(swaps_last_axes, [producer, *readers]))
 
 
 def _scan(build: Builder, node: ir.Node) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import swaps_last_axes
+from gralora_fx.exporters.onnx_passes.builder import Builder, attributes_of, replace_readers, swaps_last_axes
+from gralora_fx.exporters.onnx_passes.row_states import STATE
+from gralora_fx.exporters.onnx_passes.state_forms import fits_convolution
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import TRANSPOSED_STATES
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, past_slots
@@ -16,6 +18,9 @@ def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
     Before: `y, next = LinearAttention(..., Transpose(past), ...); present = Transpose(next)`
     After:  `y, present = LinearAttention(..., past, ...)`, `past` and `present` of the other shape
 
+    Likewise the states of a convolution among channels that come last, which comes last itself (see
+    `fast_state_forms`).
+
     The model's metadata name them, since their shapes do not always tell.
 
     Args:
@@ -24,6 +29,9 @@ def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
     Returns:
         The number of states.
     """
+    for node in list(model.graph):
+        if fits_convolution(node):
+            _turn_state(model.graph, node)
     outputs = {str(value.name): value for value in model.graph.outputs}
     changed: list[str] = []
     for slot, past in past_slots(model.graph.inputs).items():
@@ -40,12 +48,43 @@ def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(len(changed))
 
 
+def _turn_state(graph: ir.Graph, node: ir.Node) -> None:
+    """Transpose a state of the cache twice before an operator and twice behind it, so that either pair can be parted.
+
+    Before: `y, present = CausalConvWithState(x, weight, bias, past)`
+    After:  `y, next = CausalConvWithState(x, weight, bias, T(T(past)))`, `present = T(T(next))`
+    """
+    past, present = node.inputs[STATE], node.outputs[1]
+    if past is None or not past.is_graph_input() or len(_readers(past)) != 1 or not present.is_graph_output():
+        return
+    for value in (past, present):
+        build = Builder(graph)
+        turned = build("Transpose", value, perm=[0, 2, 1])
+        back = build("Transpose", turned, perm=[0, 2, 1])
+        if value.shape is not None:
+            turned.shape, turned.type = ir.Shape([value.shape[axis] for axis in (0, 2, 1)]), value.type
+        if value is past:
+            back.shape, back.type = value.shape, value.type
+            node.replace_input_with(STATE, back)
+            build.insert_before(node)
+        else:
+            replace_readers(value, back, build.take())
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """What reads a state, but for its number of rows."""
+    nodes = [usage.node for usage in value.uses()]
+    limits = [attributes_of(node) if node.op_type == "Shape" else {} for node in nodes]
+    rows = [(of.get("start", 0), of.get("end")) == (0, 1) for of in limits]
+    return [node for node, is_size in zip(nodes, rows, strict=True) if not is_size]
+
+
 def _after(value: ir.Value) -> ir.Value | None:
     """The value with its last two axes swapped, where that is all that is read of it."""
-    uses = list(value.uses())
-    if len(uses) != 1:
+    readers = _readers(value)
+    if len(readers) != 1:
         return None
-    node = uses[0].node
+    (node,) = readers
     if _keeps_shape(node):
         return _after(node.outputs[0])
     return node.outputs[0] if swaps_last_axes(node) else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim, replace_value
+from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim, replace_value, static_dim
+from gralora_fx.exporters.onnx_passes.joined_slices import join_slices
 from gralora_fx.exporters.translation.operators import CausalConvNode, DomainNode, GatedRmsNormNode, LinearAttentionNode
 from gralora_fx.graph.pipeline import PassResult
 
@@ -40,6 +41,7 @@ def lower_state_operators(model: ir.Model) -> PassResult[ir.Model]:
                 replace_value(new, old)
             build.insert_before(node)
             model.graph.remove(node, safe=True)
+            _drop_views(model.graph, results[0])
             changed += 1
     return PassResult(changed)
 
@@ -48,7 +50,8 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
     heads, size = (fixed_dim(taken.value, axis) for axis in (2, 3))
     queries = fixed_dim(taken.query, 2)
     packed = [_packed(build, value) for value in (taken.query, taken.key, taken.value)]
-    decay, beta = (_cast(build, value, taken.query) for value in (taken.decay, taken.beta))
+    gates = _gates(build, taken.decay, taken.beta)
+    decay, beta = (_cast(build, value, taken.query) for value in gates)
     if decay is not None and len(decay.shape or ()) == 4:
         decay = _packed(build, decay)
     fused = build.node(
@@ -62,10 +65,48 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
         scale=taken.scale,
     )
     y, state = fused.outputs
+    y.shape, y.type = ir.Shape([*list(taken.value.shape or ())[:2], max(queries, heads) * size]), taken.value.type
     return build("Reshape", y, build.ints(0, 0, max(queries, heads), size)), state
 
 
+def _gates(build: Builder, decay: ir.Value | None, beta: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
+    """Decay and beta as one operator gives both, where a model computes them as the gated delta rule does.
+
+    Before: `decay = Mul(scale, Softplus(Add(a, bias))); beta = Sigmoid(b)`
+    After:  `decay, beta = LinearAttentionGate(a, bias, scale, b)`
+    """
+    product, gate = (None if value is None else value.producer() for value in (decay, beta))
+    if decay is None or product is None or gate is None or product.op_type != "Mul" or gate.op_type != "Sigmoid":
+        return decay, beta
+    scale, softplus = _vector_first(product)
+    chain = None if softplus is None else softplus.producer()
+    total = chain.inputs[0] if chain is not None and chain.op_type == "Softplus" else None
+    addition = None if total is None else total.producer()
+    if addition is None or addition.op_type != "Add":
+        return decay, beta
+    bias, a = _vector_first(addition)
+    operands = [a, bias, scale, gate.inputs[0]]
+    if any(value is None or value.dtype != ir.DataType.FLOAT for value in operands):
+        return decay, beta
+    fused = build.node("LinearAttentionGate", operands, domain=MICROSOFT, num_outputs=2)
+    for new, old in zip(fused.outputs, (decay, beta), strict=True):
+        new.shape, new.type = None if old is None else old.shape, decay.type
+    return fused.outputs[0], fused.outputs[1]
+
+
+def _vector_first(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The operands of a node, that with one axis before that with three; None and None where they have others."""
+    ranks = {len(value.shape): value for value in node.inputs if value is not None and value.shape is not None}
+    vector, rows = ranks.get(1), ranks.get(3)
+    return (vector, rows) if vector is not None and static_dim(vector, 0) == static_dim(rows, 2) else (None, None)
+
+
 def _causal_conv(build: Builder, taken: CausalConvNode) -> tuple[ir.Value, ...]:
+    gate = taken.x.producer()
+    for value in () if gate is None else gate.inputs:
+        cut = None if value is None else value.producer()
+        if cut is not None and cut.op_type == "Slice" and cut.inputs[0] is not None:
+            join_slices(build.graph, cut.inputs[0])
     inputs = [taken.x, taken.weight, taken.bias, taken.state]
     activation = "silu" if taken.silu else "none"
     fused = build.node("CausalConvWithState", inputs, domain=MICROSOFT, num_outputs=2, activation=activation)
@@ -73,8 +114,46 @@ def _causal_conv(build: Builder, taken: CausalConvNode) -> tuple[ir.Value, ...]:
 
 
 def _gated_norm(build: Builder, taken: GatedRmsNormNode) -> tuple[ir.Value, ...]:
-    inputs, activation = (taken.x, taken.weight, taken.gate), "silu" if taken.silu else "sigmoid"
-    return (build("GatedRMSNorm", *inputs, domain=MICROSOFT, epsilon=taken.eps, activation=activation),)
+    """A norm of groups that lie side by side in the last axis, so that no tensor needs another shape for it.
+
+    Before: `y = Reshape(GatedRMSNorm(Reshape(x, [-1, size]), weight, Reshape(gate, [-1, size])), shape of x)`
+    After:  `y = GatedRMSNorm(x, weight, gate)`
+    """
+    size, activation = fixed_dim(taken.weight, 0), "silu" if taken.silu else "sigmoid"
+    x, gate = taken.x, taken.gate
+    for wide, beside in ((a, b) for a in _views(taken.x) for b in _views(taken.gate)):
+        if wide.shape is not None and wide.shape == beside.shape and not (static_dim(wide, -1) or 1) % size:
+            x, gate = wide, beside  # the last are views of nothing
+    y = build("GatedRMSNorm", x, taken.weight, gate, domain=MICROSOFT, epsilon=taken.eps, activation=activation)
+    y.shape, y.type = x.shape, x.type
+    return (y if x is taken.x else build("Reshape", y, build.ints(*_sizes(taken.x, x))),)
+
+
+def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
+    """A shape as `Reshape` of a value takes it: 0 for an axis as the value's own, -1 for one to be inferred."""
+    before = list(source.shape or ())
+    return [
+        size if isinstance(size, int) else 0 if axis < len(before) and before[axis] == size else -1
+        for axis, size in enumerate(value.shape or ())
+    ]
+
+
+def _views(value: ir.Value) -> Iterator[ir.Value]:
+    """A value, what it is a view of, what that is a view of, and so on."""
+    yield value
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None:
+        yield from _views(producer.inputs[0])
+
+
+def _drop_views(graph: ir.Graph, value: ir.Value) -> None:
+    """Let what reads a value in a shape that one of its sources has read that one."""
+    for reader in [usage.node for usage in value.uses()]:
+        result = reader.outputs[0]
+        same = [source for source in _views(value) if source.shape is not None and source.shape == result.shape]
+        if reader.op_type == "Reshape" and same and not result.is_graph_output():
+            ir.convenience.replace_all_uses_with(result, same[0])
+            graph.remove(reader, safe=True)
 
 
 def _packed(build: Builder, value: ir.Value) -> ir.Value:

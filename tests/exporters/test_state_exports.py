@@ -29,13 +29,13 @@ def inputs_of(path: Path) -> dict[str, tuple[Any, ...]]:
     return {value.name: (value.type, *value.shape[1:]) for value in session.get_inputs() if "past_key" in value.name}
 
 
-def test_a_recurrent_state_is_float32_and_in_its_operators_layout_in_half_precision(tmp_path: Path) -> None:
+def test_states_are_in_their_operators_layout_in_half_precision_and_recurrent_ones_float32(tmp_path: Path) -> None:
     model = trace(tiny_decoder("Mamba2ForCausalLM", **MAMBA2), task=TASK)
     report = export_onnx(model, tmp_path / "export", precision="fp16")
     assert "model_rows.onnx: greedy tokens" in str(report)
     for name in ("model.onnx", "model_rows.onnx"):
         assert inputs_of(tmp_path / "export" / name) == {
-            "past_key_values.0.conv": ("tensor(float16)", 80, 3),
+            "past_key_values.0.conv": ("tensor(float16)", 3, 80),  # transformers': 80, 3
             "past_key_values.0.recurrent": ("tensor(float)", 4, 8, 16),  # transformers': 16, 8
         }
 

@@ -9,7 +9,10 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from gralora_fx.exporters.onnx_passes.builder import Builder
+from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.onnx_pipeline import import_domains
 from gralora_fx.exporters.translation.operators import (
@@ -96,3 +99,87 @@ def assert_results(
     actual = session.run(None, {name: value.numpy() for name, value in tensors.items()})
     for one, other in zip(expected, actual, strict=True):
         torch.testing.assert_close(torch.from_numpy(other), one, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gated_norm_of_heads_needs_no_other_shape() -> None:
+    torch.manual_seed(0)
+    heads, size = 4, 6
+    weight = torch.randn(size)
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    x, gate = (ir.Value(name=n, shape=ir.Shape(["batch", "length", heads * size]), type=floats) for n in ("x", "gate"))
+    graph = ir.Graph([x, gate], [], nodes=[], opset_imports={"": OPSET}, name="one")
+    graph.register_initializer(initializer("weight", weight))
+    build = Builder(graph)
+
+    def viewed(value: ir.Value, sizes: list[int], shape: list[Any]) -> ir.Value:
+        view = build("Reshape", value, build.ints(*sizes))
+        view.shape, view.type = ir.Shape(shape), floats
+        return view
+
+    by_head = [viewed(value, [0, 0, heads, size], ["batch", "length", heads, size]) for value in (x, gate)]
+    rows = [viewed(value, [-1, size], ["rows", size]) for value in by_head]
+    node = GatedRmsNormNode(rows[0], graph.initializers["weight"], rows[1], 1e-5, True).node()
+    node.outputs[0].shape, node.outputs[0].type = ir.Shape(["rows", size]), floats
+    build.nodes.append(node)
+    back = build("Concat", build("Shape", x, end=2), build.ints(-1), axis=0)
+    y = build("Reshape", node.outputs[0], back)
+    y.shape, y.type, y.name = x.shape, floats, "y"
+    product = build("Mul", y, x)
+    product.name, product.type = "product", floats
+    graph.extend(build.take())
+    graph.outputs.append(product)
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    lower_state_operators(model)
+    remove_unused_nodes(model)
+    assert "Reshape" not in {each.op_type for each in model.graph}
+    tensors = {"x": torch.randn(2, 3, heads * size), "gate": torch.randn(2, 3, heads * size)}
+    parts = {name: value.reshape(-1, size) for name, value in tensors.items()}
+    expected = GatedRmsNorm(**parts, weight=weight, eps=1e-5, silu=True).result().reshape(2, 3, -1)
+    import_domains(model)
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    assert_results(session, tensors, (expected * tensors["x"],))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_decay_and_beta_of_the_gated_delta_rule_are_one_operator(swapped: bool) -> None:
+    torch.manual_seed(0)
+    heads = 3  # no multiple of 4, of which other operators compute the rest in another way
+    bias, scale = torch.randn(heads), -torch.rand(heads)
+    given = {name: torch.randn(2, 5, heads, 4) for name in ("query", "key", "value")}
+    gates = {name: torch.randn(2, 5, heads) for name in ("decay", "beta")}
+    state = torch.randn(2, heads, 4, 4)
+    model = model_of(LinearAttentionNode, {**given, **gates, "state": state, "scale": 0.5})
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    build = Builder(model.graph)
+    for name, tensor in (("bias", bias), ("factor", scale)):
+        model.graph.register_initializer(initializer(name, tensor))
+    weights = model.graph.initializers
+    total = build("Add", *(inputs["decay"], weights["bias"])[:: -1 if swapped else 1])
+    rate = build("Softplus", total)
+    decay = build("Mul", *(rate, weights["factor"])[:: -1 if swapped else 1])
+    beta = build("Sigmoid", inputs["beta"])
+    for value in (total, rate, decay, beta):
+        value.shape, value.type = inputs["decay"].shape, inputs["decay"].type
+    node = next(node for node in model.graph if node.domain)
+    for new, old in ((decay, inputs["decay"]), (beta, inputs["beta"])):
+        node.replace_input_with(list(node.inputs).index(old), new)
+    build.insert_before(node)
+    lower_state_operators(model)
+    remove_unused_nodes(model)
+    assert {each.op_type for each in model.graph if each.domain} == {"LinearAttention", "LinearAttentionGate"}
+    assert not {"Softplus", "Sigmoid", "Mul"} & {each.op_type for each in model.graph}
+    import_domains(model)
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    computed = {"decay": scale * functional.softplus(gates["decay"] + bias), "beta": gates["beta"].sigmoid()}
+    expected = LinearAttention(**given, **computed, state=state, scale=0.5).result()
+    tensors = {**given, **gates, "state": state}
+    assert_results(session, tensors, expected)
+    together = session.run(None, {name: value.numpy() for name, value in tensors.items()})
+    alone = session.run(None, {name: value[1:].numpy() for name, value in tensors.items()})
+    assert all((one[1:] == other).all() for one, other in zip(together, alone, strict=True))
+
+
+def initializer(name: str, value: Tensor) -> ir.Value:
+    """A weight of a model."""
+    tensor = ir.tensor(value.numpy(), name=name)
+    return ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
