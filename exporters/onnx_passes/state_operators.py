@@ -73,30 +73,29 @@ def _gates(build: Builder, decay: ir.Value | None, beta: ir.Value | None) -> tup
     """Decay and beta as one operator gives both, where a model computes them as the gated delta rule does.
 
     Before: `decay = Mul(scale, Softplus(Add(a, bias))); beta = Sigmoid(b)`
-    After:  `decay, beta = LinearAttentionGate(a, bias, scale, b)`
+    After:  `decay, beta = LinearAttentionGate(a, bias, scale, b)`, or `decay` alone where beta is something else
     """
-    product, gate = (None if value is None else value.producer() for value in (decay, beta))
-    if decay is None or product is None or gate is None or product.op_type != "Mul" or gate.op_type != "Sigmoid":
+    scale, softplus = _vector_first(decay, "Mul")
+    rate = None if softplus is None else softplus.producer()
+    if decay is None or rate is None or rate.op_type != "Softplus" or len(rate.outputs[0].uses()) > 1:
         return decay, beta
-    scale, softplus = _vector_first(product)
-    chain = None if softplus is None else softplus.producer()
-    total = chain.inputs[0] if chain is not None and chain.op_type == "Softplus" else None
-    addition = None if total is None else total.producer()
-    if addition is None or addition.op_type != "Add":
+    bias, a = _vector_first(rate.inputs[0], "Add")
+    gate = None if beta is None else beta.producer()
+    b = gate.inputs[0] if gate is not None and gate.op_type == "Sigmoid" else None
+    if any(value is None or value.dtype != ir.DataType.FLOAT for value in (a, bias, scale, decay if b is None else b)):
         return decay, beta
-    bias, a = _vector_first(addition)
-    operands = [a, bias, scale, gate.inputs[0]]
-    if any(value is None or value.dtype != ir.DataType.FLOAT for value in operands):
-        return decay, beta
-    fused = build.node("LinearAttentionGate", operands, domain=MICROSOFT, num_outputs=2)
-    for new, old in zip(fused.outputs, (decay, beta), strict=True):
-        new.shape, new.type = None if old is None else old.shape, decay.type
-    return fused.outputs[0], fused.outputs[1]
+    old = [decay] if b is None or beta is None else [decay, beta]
+    fused = build.node("LinearAttentionGate", [a, bias, scale, b], domain=MICROSOFT, num_outputs=len(old))
+    for new, value in zip(fused.outputs, old, strict=True):
+        new.shape, new.type = value.shape, value.type
+    return fused.outputs[0], fused.outputs[1] if len(old) > 1 else beta
 
 
-def _vector_first(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """The operands of a node, that with one axis before that with three; None and None where they have others."""
-    ranks = {len(value.shape): value for value in node.inputs if value is not None and value.shape is not None}
+def _vector_first(value: ir.Value | None, op_type: str) -> tuple[ir.Value | None, ir.Value | None]:
+    """The operands of an operator, that with one axis before that with three; None and None of anything else."""
+    node = None if value is None else value.producer()
+    operands = () if node is None or node.op_type != op_type else node.inputs
+    ranks = {len(each.shape): each for each in operands if each is not None and each.shape is not None}
     vector, rows = ranks.get(1), ranks.get(3)
     return (vector, rows) if vector is not None and static_dim(vector, 0) == static_dim(rows, 2) else (None, None)
 
@@ -122,7 +121,8 @@ def _gated_norm(build: Builder, taken: GatedRmsNormNode) -> tuple[ir.Value, ...]
     size, activation = fixed_dim(taken.weight, 0), "silu" if taken.silu else "sigmoid"
     x, gate = taken.x, taken.gate
     for wide, beside in ((a, b) for a in _views(taken.x) for b in _views(taken.gate)):
-        if wide.shape is not None and wide.shape == beside.shape and not (static_dim(wide, -1) or 1) % size:
+        fits = _alike(wide, beside) and static_dim(wide, -1) is not None and fixed_dim(wide, -1) % size == 0
+        if fits and _sizes(taken.x, wide).count(-1) <= 1:
             x, gate = wide, beside  # the last are views of nothing
     y = build("GatedRMSNorm", x, taken.weight, gate, domain=MICROSOFT, epsilon=taken.eps, activation=activation)
     y.shape, y.type = x.shape, x.type
@@ -138,6 +138,11 @@ def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
     ]
 
 
+def _alike(one: ir.Value, other: ir.Value) -> bool:
+    """Whether two values are known to have one shape."""
+    return one.shape is not None and one.shape == other.shape and not one.shape.has_unknown_dim()
+
+
 def _views(value: ir.Value) -> Iterator[ir.Value]:
     """A value, what it is a view of, what that is a view of, and so on."""
     yield value
@@ -150,7 +155,7 @@ def _drop_views(graph: ir.Graph, value: ir.Value) -> None:
     """Let what reads a value in a shape that one of its sources has read that one."""
     for reader in [usage.node for usage in value.uses()]:
         result = reader.outputs[0]
-        same = [source for source in _views(value) if source.shape is not None and source.shape == result.shape]
+        same = [source for source in _views(value) if _alike(source, result)]
         if reader.op_type == "Reshape" and same and not result.is_graph_output():
             ir.convenience.replace_all_uses_with(result, same[0])
             graph.remove(reader, safe=True)

@@ -140,8 +140,9 @@ def test_a_gated_norm_of_heads_needs_no_other_shape() -> None:
     assert_results(session, tensors, (expected * tensors["x"],))
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0], ids=["beta of the rule", "beta up to 2"])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_decay_and_beta_of_the_gated_delta_rule_are_one_operator(swapped: bool) -> None:
+def test_decay_and_beta_of_the_gated_delta_rule_are_one_operator(swapped: bool, factor: float) -> None:
     torch.manual_seed(0)
     heads = 3  # no multiple of 4, of which other operators compute the rest in another way
     bias, scale = torch.randn(heads), -torch.rand(heads)
@@ -157,8 +158,10 @@ def test_decay_and_beta_of_the_gated_delta_rule_are_one_operator(swapped: bool) 
     total = build("Add", *(inputs["decay"], weights["bias"])[:: -1 if swapped else 1])
     rate = build("Softplus", total)
     decay = build("Mul", *(rate, weights["factor"])[:: -1 if swapped else 1])
-    beta = build("Sigmoid", inputs["beta"])
-    for value in (total, rate, decay, beta):
+    beta = gate = build("Sigmoid", inputs["beta"])
+    if factor != 1.0:  # OLMo-Hybrid's
+        beta = build("Mul", gate, build.tensor(factor, ir.DataType.FLOAT))
+    for value in (total, rate, decay, gate, beta):
         value.shape, value.type = inputs["decay"].shape, inputs["decay"].type
     node = next(node for node in model.graph if node.domain)
     for new, old in ((decay, inputs["decay"]), (beta, inputs["beta"])):
@@ -167,10 +170,11 @@ def test_decay_and_beta_of_the_gated_delta_rule_are_one_operator(swapped: bool) 
     lower_state_operators(model)
     remove_unused_nodes(model)
     assert {each.op_type for each in model.graph if each.domain} == {"LinearAttention", "LinearAttentionGate"}
-    assert not {"Softplus", "Sigmoid", "Mul"} & {each.op_type for each in model.graph}
+    apart = {"Softplus", "Sigmoid", "Mul", "Add"} & {each.op_type for each in model.graph}
+    assert apart == (set() if factor == 1.0 else {"Sigmoid", "Mul"})
     import_domains(model)
     session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
-    computed = {"decay": scale * functional.softplus(gates["decay"] + bias), "beta": gates["beta"].sigmoid()}
+    computed = {"decay": scale * functional.softplus(gates["decay"] + bias), "beta": factor * gates["beta"].sigmoid()}
     expected = LinearAttention(**given, **computed, state=state, scale=0.5).result()
     tensors = {**given, **gates, "state": state}
     assert_results(session, tensors, expected)
