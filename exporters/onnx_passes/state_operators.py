@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from gralora_fx.exporters.onnx_passes.builder import MICROSOFT, Builder, fixed_dim, replace_value, static_dim
 from gralora_fx.exporters.onnx_passes.joined_slices import join_slices
+from gralora_fx.exporters.onnx_passes.site_marks import SITES
 from gralora_fx.exporters.translation.operators import CausalConvNode, DomainNode, GatedRmsNormNode, LinearAttentionNode
 from gralora_fx.graph.pipeline import PassResult
 
@@ -82,8 +83,13 @@ def _gates(build: Builder, decay: ir.Value | None, beta: ir.Value | None) -> tup
     bias, a = _vector_first(rate.inputs[0], "Add")
     gate = None if beta is None else beta.producer()
     b = gate.inputs[0] if gate is not None and gate.op_type == "Sigmoid" else None
-    if any(value is None or value.dtype != ir.DataType.FLOAT for value in (a, bias, scale, decay if b is None else b)):
+    floats = [
+        value is not None and value.dtype == ir.DataType.FLOAT for value in (bias, scale, decay if b is None else b)
+    ]
+    if a is None or rate.inputs[0] is None or a.dtype != ir.DataType.FLOAT or not all(floats):
         return decay, beta
+    if SITES in rate.inputs[0].meta:
+        a.meta[SITES] = rate.inputs[0].meta[SITES]  # adapters are added before the bias
     old = [decay] if b is None or beta is None else [decay, beta]
     fused = build.node("LinearAttentionGate", [a, bias, scale, b], domain=MICROSOFT, num_outputs=len(old))
     for new, value in zip(fused.outputs, old, strict=True):
