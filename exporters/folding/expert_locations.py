@@ -20,8 +20,8 @@ from gralora_fx.methods.method import Update
 from gralora_fx.operators.expert_gate import NO_GATE, ExpertGate
 
 _NOT_FOUND = (
-    "no initializer of floats has the name of its parameter; export the model with the adapter merged, which quantizes "
-    "afterwards (export_onnx with the adapter)"
+    "no initializer of floats has the name of its parameter, as in an export whose experts are quantized; export the "
+    "model with the adapter merged, which quantizes afterwards (export_onnx with the adapter)"
 )
 _PLAIN = ExpertGate("identity", NO_GATE)
 

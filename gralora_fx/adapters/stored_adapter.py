@@ -135,11 +135,13 @@ class StoredAdapter:
             purpose: What needs that, such as "an adapter as data of an export".
             error: The error to raise.
         """
-        if names := [*self.unnamed, *self.parameters]:
+        if self.unnamed or self.parameters:  # keys of a file may say the module alone, the configuration names them
+            names = self.parameters if not self.unnamed else self.config.target_parameters or list(self.unnamed)
             raise error(
-                f"{self.directory} adapts parameters of the model's own code ({listed(names, 2)}), such as stacked "
-                f"experts, and {purpose} is for linear layers; merge it (export the model merged, adapters='merged', "
-                "or write its files with merge_checkpoint), or train without target_parameters"
+                f"{self.directory} adapts parameters of the model's own code ({listed(list(names), 2)}), such as "
+                f"stacked experts, and {purpose} is for linear layers; merge it (export the model merged, "
+                "adapters='merged', or write its files with merge_checkpoint), or train without target_parameters, "
+                "which PEFT itself fills for target_modules='all-linear' of a mixture of experts"
             )
 
     def update(self, path: str) -> Update:

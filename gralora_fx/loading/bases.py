@@ -26,6 +26,7 @@ from gralora_fx.sources.model_files import check_model_files
 from gralora_fx.sources.same_base import SAME, BaseSource, compare_bases
 from gralora_fx.sources.sentence_modules import find_sentence_directory, score_function
 from gralora_fx.tracing.inputs.image_sizes import ImageSize
+from gralora_fx.tracing.inputs.refused_steps import NoStepError
 from gralora_fx.tracing.inputs.samples import infer_task
 from gralora_fx.tracing.sentence_encoder import SENTENCE_TASK
 from gralora_fx.tracing.trace import trace
@@ -257,6 +258,8 @@ def trace_base(
     with timed("trace"):
         try:
             traced = trace(base.model, task=task, sentence_modules=base.modules, image_size=image_size)
+        except NoStepError:
+            raise
         except TraceError as error:
             if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")

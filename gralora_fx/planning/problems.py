@@ -8,7 +8,7 @@ import torch
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.config.expressions import pattern_key
-from gralora_fx.errors import warn_caller
+from gralora_fx.errors import listed, warn_caller
 from gralora_fx.graph.module_tree import is_within
 from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.methods import method_of
@@ -24,6 +24,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 # where a user finds the names: a plan that takes every layer can be made of any model with linear layers
 TABLE = "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers"
+_MOST_UNMATCHED = 3  # names that get a warning each, with those that are nearest
 
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:
@@ -206,7 +207,10 @@ def warn_of_gaps(
     paths = _paths(traced)
     gaps = []
     if config.target_modules is not None:
-        gaps += [_no_match(name, paths) for name in unmatched_names(rule.names, paths)]
+        unmatched = list(unmatched_names(rule.names, paths))
+        gaps += [_no_match(name, paths) for name in unmatched[:_MOST_UNMATCHED]]
+        if more := unmatched[_MOST_UNMATCHED:]:
+            gaps.append(f"{len(more)} more names of target_modules match no module: {listed(more, 4)}")
     if rule.indices is not None:
         existing = _existing_layers(rule, [path for path in paths if rule.is_named(path)])
         if missing := sorted(rule.indices - existing):

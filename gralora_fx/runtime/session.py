@@ -109,7 +109,7 @@ def _open(
     try:
         changed = [change(model) for change in changes if change is not None]
         if any(changed):  # bytes of a model do not say where its weights are
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+            _read_weights_in(path.parent, options)
         session = onnxruntime.InferenceSession(
             model.SerializeToString() if any(changed) else str(path),
             options,
@@ -131,6 +131,16 @@ def _open(
             f"{', '.join(session.get_providers())}; install what the provider needs, or leave it out"
         )
     return session
+
+
+def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
+    """Say where the weights of a model are that is opened of bytes; ONNX Runtime warns where an entry is set twice."""
+    try:
+        known = options.get_session_config_entry(_WEIGHTS_FOLDER)
+    except RuntimeError:  # there is none
+        known = None
+    if known != str(folder):
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
 
 
 def _take_defaults(model: onnx.ModelProto) -> bool:

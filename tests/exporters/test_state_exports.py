@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import onnxruntime_genai
 import pytest
 import torch
 
-from gralora_fx import trace
+from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
+from gralora_fx.config import AdapterConfig
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
 from gralora_fx.exporters.onnx_passes.row_states import RowStates
@@ -22,6 +24,7 @@ from tests.architectures.tiny_decoders import tiny_decoder
 LFM2: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
 MAMBA2: dict[str, Any] = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 1, "num_hidden_layers": 1}
 TASK = "text-generation-with-past"
+GRALORA = GraloraConfig(r=2, gralora_k=2, target_modules="all-linear", init_weights=False)
 
 
 def inputs_of(path: Path) -> dict[str, tuple[Any, ...]]:
@@ -130,3 +133,28 @@ def test_each_row_of_state_operators_is_bit_for_bit_as_alone() -> None:
         found = (y[:, at : at + count], conv[row : row + 1], a[:, at : at + count], state[row : row + 1])
         assert all(np.array_equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
         at += count
+
+
+@pytest.mark.parametrize("name", ["Qwen3_5ForCausalLM", "OlmoHybridForCausalLM", "Qwen3NextForCausalLM"])
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), GRALORA],
+    ids=["LoRA", "GraLoRA"],
+)
+def test_adapters_of_a_delta_rules_gates_are_data(name: str, config: AdapterConfig, tmp_path: Path) -> None:
+    fields = {"mlp_only_layers": [0, 1]} if name == "Qwen3NextForCausalLM" else {}  # its gate has one output
+    adapted = rewrite(trace(tiny_decoder(name, **fields), task=TASK), config)
+    report = export_onnx(adapted, tmp_path / "export", adapters="data")  # verified with the adapter
+    assert "model_rows.onnx: greedy tokens" in str(report)
+    model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)
+    assert {"LinearAttentionGate", "LinearAttention", "GatedRMSNorm"} <= {node.op_type for node in model.graph.node}
+
+
+def test_every_convolution_keeps_its_state_as_the_layers_around_it(tmp_path: Path) -> None:
+    kinds = ["linear_attention", "linear_attention", "full_attention"]  # the batch's size is read from one of them
+    model = tiny_decoder("Qwen3_5ForCausalLM", num_hidden_layers=3, layer_types=kinds)
+    export_onnx(trace(model, task=TASK), tmp_path / "export")
+    for name in ("model.onnx", "model_rows.onnx"):
+        states = {key: shape for key, (_, *shape) in inputs_of(tmp_path / "export" / name).items() if "conv" in key}
+        assert len(states) == 2
+        assert all(positions == 3 and channels > 3 for positions, channels in states.values())

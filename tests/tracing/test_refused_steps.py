@@ -22,6 +22,8 @@ STEP = "text-generation-with-past"
         ("MusicgenForCausalLM", "several rows of codes of sound"),
         ("OpenAIGPTLMHeadModel", 'its forward takes no cache.*; task="text-generation" traces it without a cache'),
         ("ProphetNetForCausalLM", "after a cache it reads one token at a time"),
+        ("RecurrentGemmaForCausalLM", "in its modules.*; trace\\(task=.text-generation., dynamic=False\\) traces it"),
+        ("RwkvForCausalLM", "a list of its own.* for texts of one length"),
         ("ReformerModelWithLMHead", "random hashes sort into buckets"),
         ("XLNetLMHeadModel", "its memory is hidden states"),
         ("xLSTMForCausalLM", "its states are in a cache of its own"),

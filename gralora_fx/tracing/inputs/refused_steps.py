@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
 
 _WITHOUT = 'task="text-generation" traces it without a cache'
+_ONE_LENGTH = 'trace(task="text-generation", dynamic=False) traces it without a cache, for texts of one length'
 _NOTHING = "no task traces it"
 # by the configuration's `model_type`: why, and what to do
 _REFUSED = {
@@ -25,11 +26,17 @@ _REFUSED = {
     "musicgen_melody_decoder": ("each text of it is several rows of codes of sound, embedded as one", _NOTHING),
     "openai-gpt": ("its forward takes no cache, so that every step reads the whole text", _WITHOUT),
     "prophetnet": ("after a cache it reads one token at a time, by another computation than a prompt's", _WITHOUT),
+    "recurrent_gemma": ("what it keeps of a text is in its modules, and prompts have another computation", _ONE_LENGTH),
     "reformer": ("its cache is of hidden states, which random hashes sort into buckets", _NOTHING),
+    "rwkv": ("its states are a list of its own, and its forward loops over tokens", _ONE_LENGTH),
     "xlm": ("it generates at a mask token behind the text, and returns no cache", _WITHOUT),
     "xlstm": ("its states are in a cache of its own, which it writes over, and it reads prompts in chunks", _NOTHING),
     "xlnet": ("it generates at a mask token behind the text, and its memory is hidden states (mems)", _WITHOUT),
 }
+
+
+class NoStepError(TraceError):
+    """A decoder has no step that a graph can hold; the message says what traces it, if anything does."""
 
 
 def check_has_step(model: PreTrainedModel) -> None:
@@ -39,11 +46,11 @@ def check_has_step(model: PreTrainedModel) -> None:
         model: A decoder, of which such a step is to be traced.
 
     Raises:
-        TraceError: It is one of those whose step does not.
+        NoStepError: It is one of those whose step does not.
     """
     refused = _REFUSED.get(model.config.model_type)
     if getattr(model.config.get_text_config(), "ple_layer_ids", None):
         refused = "its embeddings of n-grams (ple_layer_ids) begin with end tokens, and states with zeros", _NOTHING
     if refused is not None:
         why, remedy = refused
-        raise TraceError(f"{type(model).__name__} has no step with a cache that a graph can hold: {why}; {remedy}")
+        raise NoStepError(f"{type(model).__name__} has no step with a cache that a graph can hold: {why}; {remedy}")
