@@ -51,7 +51,7 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
     heads, size = (fixed_dim(taken.value, axis) for axis in (2, 3))
     queries = fixed_dim(taken.query, 2)
     packed = [_packed(build, value) for value in (taken.query, taken.key, taken.value)]
-    gates = _gates(build, taken.decay, taken.beta)
+    gates = _decay(build, taken.decay), _beta(build, taken.beta)
     decay, beta = (_cast(build, value, taken.query) for value in gates)
     if decay is not None and len(decay.shape or ()) == 4:
         decay = _packed(build, decay)
@@ -70,31 +70,51 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
     return build("Reshape", y, build.ints(0, 0, max(queries, heads), size)), state
 
 
-def _gates(build: Builder, decay: ir.Value | None, beta: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
-    """Decay and beta as one operator gives both, where a model computes them as the gated delta rule does.
+def _decay(build: Builder, decay: ir.Value | None) -> ir.Value | None:
+    """A decay as one operator, where a model computes it as the gated delta rule does.
 
-    Before: `decay = Mul(scale, Softplus(Add(a, bias))); beta = Sigmoid(b)`
-    After:  `decay, beta = LinearAttentionGate(a, bias, scale, b)`, or `decay` alone where beta is something else
+    Before: `decay = Mul(scale, Softplus(Add(a, bias)))`
+    After:  `decay = LinearAttentionGate(a, bias, scale)`
+
+    The operator gives a beta as well, of which it rounds what `_beta` does not.
     """
     scale, softplus = _vector_first(decay, "Mul")
     rate = None if softplus is None else softplus.producer()
     if decay is None or rate is None or rate.op_type != "Softplus" or len(rate.outputs[0].uses()) > 1:
-        return decay, beta
-    bias, a = _vector_first(rate.inputs[0], "Add")
-    gate = None if beta is None else beta.producer()
-    b = gate.inputs[0] if gate is not None and gate.op_type == "Sigmoid" else None
-    floats = [
-        value is not None and value.dtype == ir.DataType.FLOAT for value in (bias, scale, decay if b is None else b)
-    ]
-    if a is None or rate.inputs[0] is None or a.dtype != ir.DataType.FLOAT or not all(floats):
-        return decay, beta
-    if SITES in rate.inputs[0].meta:
-        a.meta[SITES] = rate.inputs[0].meta[SITES]  # adapters are added before the bias
-    old = [decay] if b is None or beta is None else [decay, beta]
-    fused = build.node("LinearAttentionGate", [a, bias, scale, b], domain=MICROSOFT, num_outputs=len(old))
-    for new, value in zip(fused.outputs, old, strict=True):
-        new.shape, new.type = value.shape, value.type
-    return fused.outputs[0], fused.outputs[1] if len(old) > 1 else beta
+        return decay
+    total = rate.inputs[0]
+    bias, a = _vector_first(total, "Add")
+    if total is None or a is None or any(v is None or v.dtype != ir.DataType.FLOAT for v in (a, bias, scale)):
+        return decay
+    if SITES in total.meta:
+        a.meta[SITES] = total.meta[SITES]  # adapters are added before the bias
+    fused = build("LinearAttentionGate", a, bias, scale, domain=MICROSOFT)
+    fused.shape, fused.type = decay.shape, decay.type
+    return fused
+
+
+def _beta(build: Builder, beta: ir.Value | None) -> ir.Value | None:
+    """A beta whose small values are exact, in place.
+
+    Before: `beta = Sigmoid(b)`, or `Mul(Sigmoid(b), 2)`
+    After:  `beta = Reciprocal(Add(Exp(Neg(b)), 1))`, or its double
+
+    ONNX Runtime's `Sigmoid` is off by 6e-8, a rounding error of 1, however small the result is. Of heads that are written
+    with a beta of 1e-5 that is a hundredth, and the norm behind them magnifies it by up to `1 / sqrt(eps)`.
+    """
+    node = None if beta is None else beta.producer()
+    nodes = (
+        [] if node is None else [node, *(v.producer() for v in node.inputs if v is not None and node.op_type == "Mul")]
+    )
+    for sigmoid in nodes:
+        if sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.outputs[0].dtype != ir.DataType.FLOAT:
+            continue
+        powers = Builder(build.graph)
+        inverse = powers("Add", powers("Exp", powers("Neg", sigmoid.inputs[0])), powers.tensor(1.0, ir.DataType.FLOAT))
+        result = powers("Reciprocal", inverse)
+        powers.replace(sigmoid, result)
+        return result if sigmoid is node else beta
+    return beta
 
 
 def _vector_first(value: ir.Value | None, op_type: str) -> tuple[ir.Value | None, ir.Value | None]:
