@@ -51,7 +51,7 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
     heads, size = (fixed_dim(taken.value, axis) for axis in (2, 3))
     queries = fixed_dim(taken.query, 2)
     packed = [_packed(build, value) for value in (taken.query, taken.key, taken.value)]
-    gates = _decay(build, taken.decay), _beta(build, taken.beta)
+    gates = _decay(build, taken.decay), _beta(build.graph, taken.beta)
     decay, beta = (_cast(build, value, taken.query) for value in gates)
     if decay is not None and len(decay.shape or ()) == 4:
         decay = _packed(build, decay)
@@ -93,27 +93,25 @@ def _decay(build: Builder, decay: ir.Value | None) -> ir.Value | None:
     return fused
 
 
-def _beta(build: Builder, beta: ir.Value | None) -> ir.Value | None:
-    """A beta whose small values are exact, in place.
+def _beta(graph: ir.Graph, beta: ir.Value | None) -> ir.Value | None:
+    """A beta whose small values are exact; the graph is changed in place.
 
     Before: `beta = Sigmoid(b)`, or `Mul(Sigmoid(b), 2)`
     After:  `beta = Reciprocal(Add(Exp(Neg(b)), 1))`, or its double
 
-    ONNX Runtime's `Sigmoid` is off by 6e-8, a rounding error of 1, however small the result is. Of heads that are written
+    ONNX Runtime's `Sigmoid` is off by 6e-8, a rounding error of 1, however small the result. Of heads that are written
     with a beta of 1e-5 that is a hundredth, and the norm behind them magnifies it by up to `1 / sqrt(eps)`.
     """
     node = None if beta is None else beta.producer()
-    nodes = (
-        [] if node is None else [node, *(v.producer() for v in node.inputs if v is not None and node.op_type == "Mul")]
-    )
-    for sigmoid in nodes:
+    factors = () if node is None or node.op_type != "Mul" else node.inputs
+    for sigmoid in (node, *(value.producer() for value in factors if value is not None)):
         if sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.outputs[0].dtype != ir.DataType.FLOAT:
             continue
-        powers = Builder(build.graph)
-        inverse = powers("Add", powers("Exp", powers("Neg", sigmoid.inputs[0])), powers.tensor(1.0, ir.DataType.FLOAT))
-        result = powers("Reciprocal", inverse)
-        powers.replace(sigmoid, result)
-        return result if sigmoid is node else beta
+        build = Builder(graph)
+        inverse = build("Add", build("Exp", build("Neg", sigmoid.inputs[0])), build.tensor(1.0, ir.DataType.FLOAT))
+        exact = build("Reciprocal", inverse)
+        build.replace(sigmoid, exact)
+        return exact if sigmoid is node else beta
     return beta
 
 
