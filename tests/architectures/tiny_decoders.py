@@ -92,7 +92,10 @@ _EXCEPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         "its kinds of layers are periods",
     ),
-    "Lfm2ForCausalLM": ({"layer_types": ["conv", "full_attention"]}, "its default is of attention alone"),
+    "Lfm2ForCausalLM": (
+        {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+        "its default is of attention alone",
+    ),
     "Lfm2MoeForCausalLM": ({"layer_types": ["conv", "full_attention"]}, "its default has no kinds of layers"),
     "Mamba2ForCausalLM": (
         {"head_dim": 16, "num_heads": 4, "n_groups": 2},
