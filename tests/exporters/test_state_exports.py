@@ -25,6 +25,7 @@ LFM2: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_at
 MAMBA2: dict[str, Any] = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "n_groups": 1, "num_hidden_layers": 1}
 TASK = "text-generation-with-past"
 GRALORA = GraloraConfig(r=2, gralora_k=2, target_modules="all-linear", init_weights=False)
+LORA = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 
 
 def inputs_of(path: Path) -> dict[str, tuple[Any, ...]]:
@@ -135,15 +136,13 @@ def test_each_row_of_state_operators_is_bit_for_bit_as_alone() -> None:
         at += count
 
 
-@pytest.mark.parametrize("name", ["Qwen3_5ForCausalLM", "OlmoHybridForCausalLM", "Qwen3NextForCausalLM"])
 @pytest.mark.parametrize(
-    "config",
-    [LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), GRALORA],
-    ids=["LoRA", "GraLoRA"],
+    ("name", "config"),
+    [("Qwen3_5ForCausalLM", GRALORA), ("OlmoHybridForCausalLM", GRALORA), ("Qwen3NextForCausalLM", LORA)],
+    ids=["Qwen3.5 GraLoRA", "OLMo-Hybrid GraLoRA", "Qwen3-Next LoRA"],
 )
 def test_adapters_of_a_delta_rules_gates_are_data(name: str, config: AdapterConfig, tmp_path: Path) -> None:
-    fields = {"mlp_only_layers": [0, 1]} if name == "Qwen3NextForCausalLM" else {}  # its gate has one output
-    adapted = rewrite(trace(tiny_decoder(name, **fields), task=TASK), config)
+    adapted = rewrite(trace(tiny_decoder(name), task=TASK), config)
     report = export_onnx(adapted, tmp_path / "export", adapters="data")  # verified with the adapter
     assert "model_rows.onnx: greedy tokens" in str(report)
     model = onnx.load(tmp_path / "export" / "model.onnx", load_external_data=False)

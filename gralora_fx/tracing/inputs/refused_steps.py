@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
 
 _WITHOUT = 'task="text-generation" traces it without a cache'
-_ONE_LENGTH = 'trace(task="text-generation", dynamic=False) traces it without a cache, for texts of one length'
+_ONE_LENGTH = 'task="text-generation" traces it for texts of one length, from Python with dynamic=False'
 _NOTHING = "no task traces it"
 # by the configuration's `model_type`: why, and what to do
 _REFUSED = {
