@@ -133,6 +133,12 @@ def swaps_last_axes(node: ir.Node) -> bool:
     return rank > 1 and axes == [*range(rank - 2), rank - 1, rank - 2]
 
 
+def takes_row_count(node: ir.Node) -> bool:
+    """Whether a node takes the size of a value's first axis, and nothing else of it."""
+    limits = attributes_of(node)
+    return node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1)
+
+
 def channels_last(build: Builder, value: ir.Value) -> ir.Value:
     """`[batch, length, channels]` of `[batch, channels, length]`: what it is the transpose of, if that is known."""
     producer = value.producer()

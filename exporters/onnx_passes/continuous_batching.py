@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.errors import listed
-from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, attributes_of, replace_value
+from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, attributes_of, replace_value, takes_row_count
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
@@ -133,8 +133,7 @@ def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
     """Let nodes that take the number of rows from a mask or a cache take it from the tokens, which are one row."""
     for name, value in inputs.items():
         for usage in list(value.uses()) if name != "input_ids" else ():
-            limits = attributes_of(usage.node)
-            if usage.node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1):
+            if takes_row_count(usage.node):
                 usage.node.replace_input_with(0, ids)
 
 

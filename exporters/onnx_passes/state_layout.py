@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.onnx_passes.builder import Builder, attributes_of, replace_readers, swaps_last_axes
+from gralora_fx.exporters.onnx_passes.builder import Builder, replace_readers, swaps_last_axes, takes_row_count
 from gralora_fx.exporters.onnx_passes.row_states import STATE
 from gralora_fx.exporters.onnx_passes.state_forms import fits_convolution
 from gralora_fx.graph.pipeline import PassResult
@@ -18,8 +18,8 @@ def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
     Before: `y, next = LinearAttention(..., Transpose(past), ...); present = Transpose(next)`
     After:  `y, present = LinearAttention(..., past, ...)`, `past` and `present` of the other shape
 
-    Likewise the states of a convolution among channels that come last, which comes last itself (see
-    `fast_state_forms`).
+    Likewise the state of a convolution whose inputs and results have their channels last: the state has them last too
+    (see `fast_state_forms`).
 
     The model's metadata name them, since their shapes do not always tell.
 
@@ -73,10 +73,7 @@ def _turn_state(graph: ir.Graph, node: ir.Node) -> None:
 
 def _readers(value: ir.Value) -> list[ir.Node]:
     """What reads a state, but for its number of rows."""
-    nodes = [usage.node for usage in value.uses()]
-    limits = [attributes_of(node) if node.op_type == "Shape" else {} for node in nodes]
-    rows = [(of.get("start", 0), of.get("end")) == (0, 1) for of in limits]
-    return [node for node, is_size in zip(nodes, rows, strict=True) if not is_size]
+    return [usage.node for usage in value.uses() if not takes_row_count(usage.node)]
 
 
 def _after(value: ir.Value) -> ir.Value | None:
