@@ -1,4 +1,4 @@
-"""How large the source is, and how far a reader walks through it: a trace, an export, a request to its first token.
+"""How large the source is, what a job loads of it, and how far a reader walks: a trace, an export, a request.
 
 A walk is the package's functions in the order in which they are first called; to read one is to open its file. A
 return is a next function in a file that was opened before and left. A climb is a file that is opened for the first time
@@ -37,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks import loaded_files
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
@@ -56,13 +57,15 @@ _MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str | None]] = {
     "BERT": (lambda: BertForSequenceClassification(BertConfig(**_SIZES)), None),
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, pad_token_id=0)), "text-generation-with-past"),
 }
-_LINES, _FILES, _MEDIAN, _RETURNS, _CLIMBS, _REQUEST = 42_000, 320, 120, 30, 20, 22  # what the source aims at
+_LINES, _FILES, _MEDIAN, _RETURNS, _CLIMBS = 64_000, 360, 120, 30, 20  # what the source aims at
+_OPENED = {"trace": 30, "export": 80, "request": 22}  # files of a walk
 
 
 def run() -> Report:
     """Count the source's lines and files, and walk through two traces, two exports and a request."""
     report = Report("structure", "structure: the size of the source, and walks through it")
     _count_lines(report)
+    loaded_files.add_to(report)
     order = runpy.run_path(str(_ROOT / "tests" / "test_import_order.py"))
     rows: list[dict[str, Any]] = []
     for label, (make, task) in _MODELS.items():
@@ -73,6 +76,7 @@ def run() -> Report:
         with walk.recorded():
             trace(model, task=task)
         rows.append(walk.row(f"trace, {label}", order))
+        report.claims.append(walk.opened("trace", label))
         report.claims.append(Claim(f"trace, {label}: returns", walk.returns, at_most=_RETURNS))
         adapted = rewrite(traced, GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False))
         with tempfile.TemporaryDirectory() as folder:
@@ -167,6 +171,15 @@ class Walk:
         opened = [at for at, file in enumerate(self.files) if at and file not in self.files[:at]]
         return sum(stages[at] > stages[at - 1] for at in opened)
 
+    def opened(self, kind: str, label: str) -> Claim:
+        """Return the claim of how many files it opens.
+
+        Args:
+            kind: A key of `_OPENED`.
+            label: What was walked.
+        """
+        return Claim(f"{kind}, {label}: files", len(set(self.files)), at_most=_OPENED[kind])
+
     def row(self, name: str, order: dict[str, Any]) -> dict[str, Any]:
         """Its row in the table."""
         return {
@@ -199,6 +212,7 @@ def _walk_exports(
             export_onnx(model, folder / mode, adapters=mode, tokenizer=_tokenizer())  # type: ignore[arg-type]
         if mode == "merged":
             report.claims.append(Claim(f"export_onnx, {label}: climbs", walk.climbs(order), at_most=_CLIMBS))
+            report.claims.append(walk.opened("export", label))
         yield walk.row(f"export_onnx, {label}, {mode}", order)
 
 
@@ -220,7 +234,7 @@ def _walk_request(report: Report, directory: Path, order: dict[str, Any]) -> dic
             response.read()
             connection.close()
             time.sleep(0.2)  # until what follows an answer has ended
-    report.claims.append(Claim(f"request, {directory.name}: files", len(set(walk.files)), at_most=_REQUEST))
+    report.claims.append(walk.opened("request", directory.name))
     return walk.row(f"request, {directory.name}", order)
 
 
