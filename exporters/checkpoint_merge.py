@@ -15,6 +15,7 @@ from gralora_fx.exporters.folding.checkpoint_changes import find_changes
 from gralora_fx.exporters.folding.checkpoint_files import edited_config, write_other_files
 from gralora_fx.exporters.folding.checkpoint_names import in_layers, names_in_files, names_of
 from gralora_fx.loading.adapter_facts import head_classes
+from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import timed
 from gralora_fx.sources.base_quantization import BaseQuantization, check_not_packed
 from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, read_json_object, resolve_directory
@@ -65,6 +66,7 @@ class MergeReport:
         return "\n".join(lines)
 
 
+@with_progress
 def merge_checkpoint(
     model_dir: str | Path,
     adapter_dir: str | Path,
@@ -122,7 +124,7 @@ def merge_checkpoint(
         at_parameters = set(adapter.parameters)
         needed = [*(p if p in at_parameters else f"{p}.weight" for p in adapter.sites), *adapter.copies]
         task = task_of(adapter.config, None, str(adapter_dir))
-        with weights.opened() as base, timed("merge"):
+        with weights.opened() as base, timed("merging"):
             is_packed = base.quantization is not None
             known = None if is_packed or asked else names_in_files(base, adapter)
             names = known or names_of(base, needed, task, num_labels)

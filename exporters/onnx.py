@@ -34,6 +34,7 @@ from gralora_fx.exporters.reports import ExportReport, attention_report, experts
 from gralora_fx.exporters.verification.measure_quality import measure_quality
 from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.session import Runtime, check_integer_sums
@@ -63,6 +64,7 @@ def _by_keywords(
 
 
 @_by_keywords(ExportOptions)
+@with_progress
 def export_onnx(  # noqa: D417  # the options are documented by name
     model: TracedModel | GraloraModel, output_dir: str | Path, options: ExportOptions
 ) -> ExportReport:
@@ -123,7 +125,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
     if options.dump is not None:
         check_folder(options.dump)
     seconds: dict[str, float] = {}
-    with timed("fold", seconds):
+    with timed("fold", seconds, "preparing"):
         conversion = conversion_of(model, options)
         flavour = flavour_of(conversion.traced)
         flavour.check(options)
@@ -133,17 +135,17 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     if conversion.plan is not None:
-        with timed("choose", seconds):
+        with timed("choose", seconds, "quantizing"):
             plan = choose_formats(conversion, flavour.verification)
             conversion = dataclasses.replace(
                 conversion, plan=None if plan is None else with_experts(plan, conversion.traced)
             )
-    with timed("convert", seconds), gc_pause():
+    with timed("convert", seconds, "converting"), gc_pause():
         models = flavour.convert(conversion)
         if conversion.adapters is not None:
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
-        with timed("write", seconds):
+        with timed("write", seconds, "writing"):
             save_models(models, stage, output_dir, shared=flavour.shares_weights)
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_companions(stage, conversion.traced, options.tokenizer)
@@ -154,14 +156,14 @@ def export_onnx(  # noqa: D417  # the options are documented by name
                 write_active_adapters(stage, model, manifest)
         verification = quality = None
         if options.level is not None:
-            with timed("verify", seconds):
+            with timed("verify", seconds, "comparing"):
                 verification = verify_onnx(stage, model, options.level)
             if not verification.passed:
                 raise ExportError(
                     f"the export's results differ from the model's, so it was not written:\n{verification}"
                 )
             if flavour.measures_quality(options):
-                with timed("quality", seconds):
+                with timed("quality", seconds, "measuring"):
                     quality = measure_quality(
                         stage, model, flavour.verification, texts=options.compared_texts, tokenizer=options.tokenizer
                     )

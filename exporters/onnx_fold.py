@@ -38,6 +38,7 @@ from gralora_fx.exporters.folding.source_export import (
 )
 from gralora_fx.exporters.folding.weight_locations import BY_NAME, Export, WeightLocation, find_locations
 from gralora_fx.loading.adapter_facts import needed_quantization
+from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
@@ -126,6 +127,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
+@with_progress
 def fold_onnx(
     onnx_dir: str | Path,
     adapter_dir: str | Path,
@@ -174,7 +176,7 @@ def fold_onnx(
     """
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        with timed("find", seconds):
+        with timed("find", seconds, "finding weights"):
             check_output(output_dir)  # before anything is loaded
             source = open_export(onnx_dir)
             _check_apart(source, onnx_dir, output_dir)
@@ -198,7 +200,7 @@ def fold_onnx(
             experts = find_experts(graphs, adapter)
             replacements = find_replacements(export, adapter, locations)
             _check_quantized(export, locations, replacements, requantize=requantize)
-        with timed("fold", seconds), staged(output_dir) as stage:
+        with timed("fold", seconds, "folding"), staged(output_dir) as stage:
             rewriting, quantized = plan_rewriting(source.models, export, adapter, locations, replacements, experts)
             files = rewriting.files(source.data)
             require_space(output_dir, sum(file.nbytes for file in files))

@@ -106,7 +106,7 @@ def export_triton(
     output = usable_directory(repository, ExportError, remedy="give a model repository") / name
     check = functools.partial(check_converted, sources=[source], marker=_CONFIG, overwrite=overwrite)
     check(output)
-    with timed("write"), staged(output, check) as stage:
+    with timed("writing"), staged(output, check) as stage:
         folder = stage / _VERSION
         folder.mkdir()
         ids = _write_model(source, manifest, adapters or {}, folder, output)

@@ -25,6 +25,7 @@ from gralora_fx.exporters.verification.same_model import check_inputs, check_sam
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verification.variants import Variant, variants
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.console import with_progress
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
@@ -34,6 +35,7 @@ from gralora_fx.runtime.session import CPU, Runtime
 from gralora_fx.tracing.traced_model import TracedModel
 
 
+@with_progress
 def verify_onnx(
     output_dir: str | Path,
     model: TracedModel | GraloraModel,

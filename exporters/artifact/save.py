@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from gralora_fx.exporters.artifact.staging import require_space
+from gralora_fx.progress.stages import counting
 
 _WRITERS, _IN_FLIGHT = 2, 2**28  # threads that write weights, and the most bytes they hold at once
 _INLINE = 1024  # bytes of the largest tensor that is written into the model itself
@@ -49,14 +51,18 @@ def _save(model: ir.Model, stage: Path, name: str, written: dict[Hashable, ir.Ex
             if identities.get(id(tensor)) in written:
                 value.const_value = None  # which is passed over
         if not written or any(value.const_value is not None and id(tensor) in identities for value, tensor in weights):
-            ir.external_data.unload_from_model(
-                model,
-                stage,
-                f"{name}.onnx_data",
-                size_threshold_bytes=_INLINE,
-                max_workers=_WRITERS,
-                max_in_flight_bytes=_IN_FLIGHT,
-            )
+            new = sum(value.const_value is not None and id(tensor) in identities for value, tensor in weights)
+            done = itertools.count(1)
+            with counting("writing weights", new, "tensors") as count:
+                ir.external_data.unload_from_model(
+                    model,
+                    stage,
+                    f"{name}.onnx_data",
+                    size_threshold_bytes=_INLINE,
+                    callback=lambda *_: count(next(done)),
+                    max_workers=_WRITERS,
+                    max_in_flight_bytes=_IN_FLIGHT,
+                )
         for value, tensor in weights:
             identity = identities.get(id(tensor))
             if value.const_value is None:

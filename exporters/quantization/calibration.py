@@ -22,6 +22,7 @@ from gralora_fx.exporters.verification.fresh_inputs import random_answers, text_
 from gralora_fx.exporters.verification.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
 from gralora_fx.exporters.verification.token_quality import draw_tokens, drawn_texts, user_texts
+from gralora_fx.progress.stages import counted
 from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, empty_cache
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -171,7 +172,7 @@ def _drawn(traced: TracedModel, count: int) -> Tensor:
     texts = drawn_texts(traced, 1, _DRAWN, count)
     ids = torch.tensor(texts.rows)
     steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
-    for length in range(1, texts.drawn + 1):
+    for length in counted(range(1, texts.drawn + 1), "drawing texts", "tokens"):
         logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
         ids = torch.cat([ids, draw_tokens(logits.float(), texts.end, generator)[:, None]], dim=1)
     return ids

@@ -22,6 +22,7 @@ from gralora_fx.exporters.quantization.sequential import round_in_order
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.graph.sites import LinearSite, other_readers
+from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.quantized_weights import WIDEST_EXACT
 from gralora_fx.sources.lazy_tensors import values_of
 
@@ -83,7 +84,10 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     tied = other_readers(traced.graph_module, sites)
     has_own = conversion.options.block_size is None
     forms = {site.path: _forms(plan.default, site, bool(tied[site.path]), has_own) for site in sites}
-    candidates = [_candidate(site, names[site.path], forms[site.path], run.measured) for site in sites]
+    candidates = [
+        _candidate(site, names[site.path], forms[site.path], run.measured)
+        for site in counted(sites, "choosing bits", "matrices")
+    ]
     own, gains = _within(_comparable(candidates), conversion.options.mean_bits)
     chosen_by = run.inputs
     if run.problem:

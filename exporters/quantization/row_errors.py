@@ -8,7 +8,7 @@ same, a layer gets activations of 16 bits, whose error is negligible.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from gralora_fx.exporters.quantization.sensitivity import Sensitivities
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.progress.stages import counted
 from gralora_fx.tracing.inputs.cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -123,7 +124,7 @@ class _Input:
 
 
 def plan_rows(
-    plan: QuantizationPlan, traced: TracedModel, cases: Iterable[Mapping[str, Any]], measured: Sensitivities | None
+    plan: QuantizationPlan, traced: TracedModel, cases: Sequence[Mapping[str, Any]], measured: Sensitivities | None
 ) -> QuantizationPlan:
     """A plan with factors of what each matrix is multiplied by, and 16 bits where 8 cost most for a multiplication.
 
@@ -145,7 +146,7 @@ def plan_rows(
     if measured is None or not all(measured.has_gradients(site.path) for sites, _ in groups for site in sites):
         measured = None
     inputs, head = [], _head(traced)
-    for sites, read in groups:
+    for sites, read in counted(groups, "choosing bits", "inputs of layers"):
         tried = [input_factors(read.mean_squares, exponent) for exponent in _EXPONENTS]
         errors = np.sum([_errors(site, read, tried, measured) for site in sites], axis=0)
         names = [name for site in sites for name in weight_names(traced, site)]
@@ -173,7 +174,7 @@ def _head(traced: TracedModel) -> str | None:
     return max(called)[1] if called else None
 
 
-def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[list[LinearSite], ReadRows]]:
+def _run(traced: TracedModel, cases: Sequence[Mapping[str, Any]]) -> list[tuple[list[LinearSite], ReadRows]]:
     """The layers that read each tensor, and what they read."""
     root = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ReadGraph")
     nodes = {node.name: node for node in root.graph.nodes}
@@ -189,7 +190,7 @@ def _run(traced: TracedModel, cases: Iterable[Mapping[str, Any]]) -> list[tuple[
     root.recompile()
     model = dataclasses.replace(traced, graph_module=root)
     with torch.no_grad():
-        for case in cases:
+        for case in counted(cases, "reading the layers' inputs", "inputs"):
             model(**case)
     return list(groups.values())
 

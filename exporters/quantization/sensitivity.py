@@ -10,7 +10,7 @@ logits it is half the mean square change of their values.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import other_readers
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.progress.stages import counted
 from gralora_fx.tracing.traced_model import TracedModel
 
 _aten = torch.ops.aten
@@ -111,7 +112,7 @@ class Sensitivities:
         return sum(sensitivity.loss(change, self.positions, rows) for sensitivity in both)
 
 
-def measure_sensitivities(model: TracedModel, cases: Iterable[Mapping[str, Any]]) -> Sensitivities:
+def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]) -> Sensitivities:
     """Run a model forward and backward on inputs; its parameters and their gradients stay as they are.
 
     Args:
@@ -126,7 +127,7 @@ def measure_sensitivities(model: TracedModel, cases: Iterable[Mapping[str, Any]]
     tapped = _tapped(model, layers, tables)
     generator = torch.Generator().manual_seed(0)
     positions = 0
-    for case in cases:
+    for case in counted(cases, "measuring what rounding costs", "inputs"):
         with torch.enable_grad():
             loss, count = _loss(tapped(**case), case.get("attention_mask"), generator)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from gralora_fx.exporters.quantization.block_search import BlockArrays, InputPro
 from gralora_fx.exporters.quantization.formats import Blocks
 from gralora_fx.graph.linear_calls import LinearCall, calls_at
 from gralora_fx.graph.sites import LinearSite
+from gralora_fx.progress.stages import counted
 from gralora_fx.tracing.normalize.regions import LEAVE
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -105,7 +106,7 @@ def round_in_order(
     """
     layers, rounded = _layers(model, forms), dict[str, BlockArrays]()
     runs = [_run(model, case) for case in cases]
-    for node in model.graph_module.graph.nodes:
+    for node in counted(list(model.graph_module.graph.nodes), "rounding", "operations"):
         for layer, call in layers.pop(node, ()):
             if call.input not in layer.moments.read:
                 layer.moments.read.add(call.input)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from gralora_fx.exporters.verification.compared_tensors import largest_gap, larg
 from gralora_fx.exporters.verification.mixed_rows import engine_errors
 from gralora_fx.exporters.verification.tolerances import ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session_views import as_past
 from gralora_fx.tracing.inputs.cache import PAST, empty_cache, returned_cache
@@ -124,7 +125,7 @@ def reader(session: Any) -> Reader:
 def compare_greedy(
     readers: Mapping[str, Reader],
     model: TracedModel | GraloraModel,
-    cases: Iterable[PromptBatch],
+    cases: Collection[PromptBatch],
     tolerance_check: ToleranceCheck,
 ) -> list[TokenCheck]:
     """Compare logits and the likeliest token of several graphs with one run of the model; all continue with its token.
@@ -141,7 +142,7 @@ def compare_greedy(
         ExportError: The model or the export cannot run.
     """
     tallies = {label: _Tally(label) for label in readers}
-    for prompts in cases:
+    for prompts in counted(cases, "comparing tokens", "prompts"):
         labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
         for label in labels:
             tallies[label].cases.append(prompts.description)

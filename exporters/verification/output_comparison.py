@@ -24,6 +24,7 @@ from gralora_fx.exporters.verification.compared_tensors import (
 )
 from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, image_arguments, run_values
 from gralora_fx.runtime.session_views import transposed_states
@@ -57,7 +58,7 @@ class OutputComparison:
         """
         differences: dict[str, list[tuple[float, float, float | None]]] = {}
         passed = True
-        for description, case in cases:
+        for description, case in counted(cases, "comparing outputs", "inputs"):
             expected, actual = (without_padding(outputs, case) for outputs in self.both(case, description))
             in_float64 = cache(partial(self._counted, case))  # by model: each runs once
             for index, (name, value) in enumerate(expected.items()):

@@ -19,6 +19,7 @@ from gralora_fx.exporters.verification.compared_tensors import check_finite
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps, Step
 from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.quantized_weights import TokenQuality
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -160,7 +161,8 @@ def _steps(
     """Read texts and their continuations token by token, so that every logit is one that the export serves."""
     lengths = torch.tensor([len(row) + texts.drawn for row in rows])
     ids = torch.tensor([[row[0]] for row in rows])
-    for position in range(int(lengths.max()) + texts.continued - 1):
+    positions = range(int(lengths.max()) + texts.continued - 1)
+    for position in counted(positions, "comparing with float32", "tokens"):
         mask = torch.ones(len(rows), position + 1, dtype=torch.long)
         expected, actual = (read(ids, mask)[:, -1].float() for read in (own, export))
         yield _Step(position + 1 - lengths, expected, actual)

@@ -15,12 +15,15 @@ from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command
 from gralora_fx.cli.serve import serve
-from gralora_fx.cli.values import export_directory, read_adapters
+from gralora_fx.cli.values import check_rounding, export_directory, read_adapters
 from gralora_fx.cli.verify import verify
 from gralora_fx.cli.wording import notes
+from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.checks import check_integer
+from gralora_fx.errors import GraloraError
 from gralora_fx.exporters.artifact.staging import check_file
+from gralora_fx.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.progress.console import Heartbeat, StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.sources.base_quantization import RECORD
@@ -96,7 +99,7 @@ def export_adapter(
     strict_base: opt.StrictBase = False,
 ) -> None:
     """Add a PEFT adapter to an export that takes adapters as data, without loading a model."""
-    with StageProgress(), timed("export adapter"):
+    with StageProgress(), timed("converting"):
         from gralora_fx.exporters import export_adapter as write
 
         path = write(adapter, onnx, name, overwrite=overwrite, strict_base=strict_base)
@@ -116,7 +119,7 @@ def fold(
 ) -> None:
     """Fold an adapter into an exported model by changing its weights alone; needs no model."""
     with StageProgress(), gc_pause():
-        with timed("import"):
+        with timed("importing"):
             from gralora_fx.exporters import fold_onnx
         given: dict[str, Any] = {"base": base, "requantize": requantize, "force": force, "overwrite": overwrite}
         report = fold_onnx(onnx, adapter, output, strict_base=strict_base, **given)
@@ -139,7 +142,7 @@ def to_lora(
     """
     if rank is not None:
         check_integer("--rank", rank, 1)
-    with StageProgress(), timed("convert"):
+    with StageProgress(), timed("converting"):
         from gralora_fx.exporters.lora_form import to_lora as convert
 
         report = convert(adapter, output, rank=rank, overwrite=overwrite)
@@ -156,14 +159,14 @@ def merge(
     strict_base: opt.StrictBase = False,
 ) -> None:
     """Fold an adapter into the safetensors files of its base, one tensor at a time, and copy the other files."""
+    name = base_name(model, adapter)
+    how: Any = base_quantization
+    if how is None and model is None:
+        how = needed_quantization(config_fields(adapter)[0].get(RECORD), name)
+    check_rounding(how)
     with StageProgress():
-        with timed("import"):
+        with timed("importing"):
             from gralora_fx.exporters.checkpoint_merge import merge_checkpoint
-            from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-        name = base_name(model, adapter)
-        how: Any = base_quantization
-        if how is None and model is None:
-            how = needed_quantization(config_fields(adapter)[0].get(RECORD), name)
         options: dict[str, Any] = {"overwrite": overwrite, "strict_base": strict_base, "base_quantization": how}
         report = merge_checkpoint(name, adapter, output, **options)
     print(report)
@@ -186,7 +189,7 @@ def export_triton(
 ) -> None:
     """Write an export into a Triton model repository, for Triton's ONNX Runtime backend."""
     with StageProgress():
-        with timed("import"):
+        with timed("importing"):
             from gralora_fx.exporters import export_triton as write
         report = write(
             export_directory(onnx, directory),
@@ -203,8 +206,9 @@ def export_triton(
 @command()
 def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, seed: opt.Seed = 0) -> None:
     """Train MiniLM to sort BBC news with GraLoRA, and a small hybrid to write them; export, verify, and ask both."""
+    require_extra("demo", "the demo", GraloraError)
     with Heartbeat(Console(file=sys.stdout, highlight=False)) as heartbeat:
-        heartbeat.begin("import")
+        heartbeat.begin("importing")
         from gralora_fx.demo import run
 
     run(output, epochs=epochs, seed=seed)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import gralora_fx.cli.options as opt
-from gralora_fx.cli.values import Declared, graph_name, read_image_size, read_texts, takes, utf8
+from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_image_size, read_texts, takes, utf8
 from gralora_fx.cli.wording import notes
 from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
@@ -23,7 +23,7 @@ from gralora_fx.exporters.artifact.staging import (
     check_replaced,
 )
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.loading.adapter_facts import base_name
+from gralora_fx.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed
@@ -129,7 +129,7 @@ def export(
         base_quantization=base_quantization,
     )
     with StageProgress(), gc_pause():
-        with timed("import"):
+        with timed("importing"):
             from gralora_fx.config.checks import check_adapter_name
             from gralora_fx.exporters import export_onnx
             from gralora_fx.loading.bases import load_traced
@@ -272,6 +272,8 @@ def check_base(
     if base_quantization is not None and directory is not None:
         asked = BaseQuantization.of(base_quantization)
         check_not_packed(read_json_object(directory / MODEL_FILE, TraceError), base, asked, TraceError)
+    recorded = None if model or fields is None else fields.get(RECORD)
+    check_rounding(base_quantization or needed_quantization(recorded, base))
     return base
 
 

@@ -13,6 +13,7 @@ import typer
 
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import export_directory, read_adapter, utf8
+from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.tasks import GENERATING
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.progress.console import StageProgress
@@ -104,16 +105,16 @@ def generate(
     _check_input(path, manifest, prompt, audio, language, chat=chat)
     name, source = _read_adapter(path, manifest, adapter)
     sampling = _sampling(temperature, top_p, seed)
-    data = _read_file(audio) if audio is not None else None
+    data = _read_audio(audio) if audio is not None else None
     text = _read_stdin() if prompt == _STDIN else str(utf8(prompt or ""))
     if data is None and not text:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
     with ExitStack() as stack:
         with StageProgress():
-            with timed("import"):
+            with timed("importing"):
                 from gralora_fx.serving import load
                 from gralora_fx.serving.open_export import adapter_as_data
-            with timed("open"):
+            with timed("opening"):
                 model = load(path, threads=threads)
                 has_template = getattr(model.tokenizer, "chat_template", None) is not None
                 if chat and not has_template:
@@ -122,7 +123,7 @@ def generate(
                     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gralora-fx-"))
                     model.load_adapter(name, adapter_as_data(source, path, Path(folder), name))
             given: Any = [{"role": "user", "content": text}] if chat else text
-            with timed("read the prompt"):
+            with timed("reading the prompt"):
                 if data is not None:
                     given, sampling["language"] = _recording(model, data), language
                 pieces = model.generate(given, stream=True, adapter=name, max_new_tokens=max_new_tokens, **sampling)
@@ -173,16 +174,19 @@ def _check_input(
         raise ConfigError("--language is of --audio, and has no effect; leave it out")
 
 
-def _read_file(path: str) -> bytes:
-    """The content of a file.
+def _read_audio(path: str) -> bytes:
+    """The content of an audio file.
 
     Raises:
-        ConfigError: It cannot be read.
+        ConfigError: It cannot be read, or its format needs a package that is not installed.
     """
     try:
-        return usable_path(path, ConfigError).read_bytes()
+        data = usable_path(path, ConfigError).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of an audio file") from error
+    if not data.startswith((b"RIFF", b"RF64")):  # as WAV does
+        require_extra("audio", f"{path}, which is not WAV,", ConfigError)
+    return data
 
 
 def _recording(model: Any, data: bytes) -> dict[str, Any]:

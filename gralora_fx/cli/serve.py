@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
 
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
+from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
+from gralora_fx.config.span_variables import warn_of_missing_spans
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.progress.console import StageProgress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.manifest import read_manifest
 
 _ENGINES = ("uvicorn", "ray")
-_EXTRAS = {  # by the packages
-    **dict.fromkeys(("fastapi", "uvicorn", "httptools", "orjson", "prometheus_client", "fastapi_swagger"), "serve"),
-    "ray": "scale",
-}
 _REPLICAS, _LIMITS = 2, ConnectionLimits()
 
 Adapters = Annotated[
@@ -94,7 +92,11 @@ def serve(
     settings = ServiceSettings(path, adapters=read_adapters(adapter), adapter_root=adapter_root, **options)
     if engine not in _ENGINES:
         raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
-    if engine != "ray":
+    require_extra("serve", "serve", ServingError)
+    warn_of_missing_spans()
+    if engine == "ray":
+        require_extra("scale", "--engine ray", ServingError)
+    else:
         _check_idle("has no effect without --engine ray", {"--replicas": replicas})
     read_manifest(path, ServingError)  # before anything slow is imported
     if engine == "ray":
@@ -106,11 +108,11 @@ def serve(
         return
     with ExitStack() as stack:
         with StageProgress():
-            with timed("import"), _named_packages():
+            with timed("importing"):
                 from gralora_fx.serving.http.app import create_app
                 from gralora_fx.serving.http.server import bind, run
             sockets = [stack.enter_context(bound) for bound in bind(host, port)]
-            with timed("open and warm up"):
+            with timed("opening"):
                 app = create_app(settings)
         limits = ConnectionLimits(max_connections or _LIMITS.connections, read_timeout or _LIMITS.read_timeout)
         run(app, sockets, limits, sys.stdout if access_log else None)
@@ -129,29 +131,15 @@ def _check_idle(reason: str, options: Mapping[str, object]) -> None:
 def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: int, *, has_access_log: bool) -> None:
     with ExitStack() as stack:
         with StageProgress():
-            with timed("import"), _named_packages():
+            with timed("importing"):
                 from gralora_fx.serving.scale import prepare
 
                 prepare()
                 from gralora_fx.serving.http.adapter_loads import converted
                 from gralora_fx.serving.scale.ray_service import check, run_replicas
-            with timed("open and warm up"):
+            with timed("opening"):
                 settings = stack.enter_context(converted(settings))
                 adapters, at_a_time = check(settings)
         run_replicas(
             settings, adapters, at_a_time, replicas=replicas, host=host, port=port, has_access_log=has_access_log
         )
-
-
-@contextmanager
-def _named_packages() -> Iterator[None]:
-    """Say which package is not installed, if it is one of an extra."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name or "")
-        if extra is None:
-            raise
-        raise ServingError(
-            f"serve needs {error.name}, which is not installed; pip install 'gralora-fx[{extra}]'"
-        ) from error

@@ -10,12 +10,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.checks import check_adapter_letters
 from gralora_fx.config.option import DeclaredOption, declared_options
 from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import ConfigError, first_line, shown
 from gralora_fx.runtime.adapter_paths import check_name
-from gralora_fx.sources.base_quantization import BaseQuantization
+from gralora_fx.sources.base_quantization import RECORD, BaseQuantization
 from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
 
 _ARGUMENT = re.compile(r"\b([a-z_]+)=\.\.\.")  # as a text of the library names one
@@ -68,6 +69,19 @@ def task_name(task: str | None) -> str | None:
 def quantization_words(words: str | None) -> str | None:
     """Check the words that say how a base is rounded."""
     return words if words is None else str(BaseQuantization.of(utf8(words)))
+
+
+def check_rounding(quantization: object | None) -> None:
+    """Check that a base can be rounded before anything slow is imported.
+
+    Args:
+        quantization: How it is rounded, or None.
+
+    Raises:
+        ConfigError: The package that rounds it is not installed.
+    """
+    if quantization is not None:
+        require_extra("nf4", f"{RECORD}={str(quantization)!r}", ConfigError)
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import gralora_fx.cli.options as opt
-from gralora_fx.cli.values import file_name, model_names, utf8
+from gralora_fx.cli.values import check_rounding, file_name, model_names, utf8
 from gralora_fx.config.option import MODEL
 from gralora_fx.config.tasks import DECODERS
 from gralora_fx.errors import ConfigError, ExportError
@@ -102,30 +102,27 @@ def verify(
         from gralora_fx.runtime.run_options import runtime_of
 
         runtime_of(provider, of_provider, None, None)
-    manifest = read_manifest(onnx)  # before anything slow is imported
+    manifest, given = read_manifest(onnx), adapter or []  # all of this before anything slow is imported
+    exported = manifest.task
+    if exported is not None and task not in (None, exported):
+        raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
+    if prompt and exported not in DECODERS:
+        raise ExportError(f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out")
+    if adapter_name is not None and not given:
+        raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
+    named = _exported_name(onnx, manifest, adapter_name)
+    rounding = base_quantization or _recorded(manifest, model, given)
+    check_rounding(rounding)
     with StageProgress(), gc_pause():
-        with timed("import"):
+        with timed("importing"):
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.verification.same_model import check_exported_adapters
             from gralora_fx.loading.bases import load_traced
             from gralora_fx.model.model_class import without_trainer
             from gralora_fx.runtime.export_files import check_files
-        exported = manifest.task
-        if exported is not None and task not in (None, exported):
-            raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
-        if prompt and exported not in DECODERS:
-            raise ExportError(
-                f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out"
-            )
-        given = adapter or []
-        if adapter_name is not None and not given:
-            raise ConfigError(
-                f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out"
-            )
         check_exported_adapters(manifest, str(onnx), given)
-        named = _exported_name(onnx, manifest, adapter_name)
         if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
-            with timed("files"):
+            with timed("reading files"):
                 check_files(onnx, manifest, digests=True)
         with without_trainer():
             loaded = load_traced(
@@ -136,9 +133,9 @@ def verify(
                 image_size=manifest.image_size,
                 strict_base=strict_base,
                 others=given[1:],
-                base_quantization=base_quantization or _recorded(manifest, model, given),
+                base_quantization=rounding,
             )
-        with timed("verify"):
+        with timed("comparing"):
             options: dict[str, Any] = {"level": level or "full", "prompts": prompt or None, "check": False}
             options |= {"providers": provider, "provider_options": of_provider}
             options["adapter_name"] = named if given else None  # a base alone has no adapter to look for
@@ -160,7 +157,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
-    with StageProgress(), timed("verify files"):
+    with StageProgress(), timed("reading files"):
         count = check_files(output, read_manifest(output), digests=True)
     print(f"{count} files of {output} are what was exported")
 

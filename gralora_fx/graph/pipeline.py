@@ -11,6 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import fx
 
 from gralora_fx.errors import GraloraError, RewriteError, first_line
+from gralora_fx.progress.stages import counted
 
 Graph = TypeVar("Graph")
 Summary = TypeVar("Summary")
@@ -173,7 +174,7 @@ class Pipeline(Generic[Graph]):
             GraloraError: Of the pipeline's type: a pass failed, or left a graph that does not lint; the message names
                 it.
         """
-        for graph_pass in self.passes:
+        for graph_pass in counted(self.passes, "changing the graph", "passes"):
             name = name_of(graph_pass)
             try:
                 result = graph_pass(graph)

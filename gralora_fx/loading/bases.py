@@ -162,7 +162,7 @@ def load_base(
     num_labels: int | None = None
     supplied: set[str] = set()
     is_asked = task is not None
-    with timed("load"):
+    with timed("loading"):
         for each in () if adapter is None else (adapter, *others):
             configs[each], tensors = read_adapter(each)
             task = task_of(configs[each], task, each)
@@ -255,7 +255,7 @@ def trace_base(
     task = base.task or infer_task(base.model)
     if with_cache and not base.is_asked:
         task = with_past(task)
-    with timed("trace"):
+    with timed("tracing"):
         try:
             traced = trace(base.model, task=task, sentence_modules=base.modules, image_size=image_size)
         except NoStepError:
@@ -270,7 +270,7 @@ def trace_base(
         return traced
     if base.strict_base and base.config is not None:
         settled_base(base.config, traced, base.adapter, strict=True)
-    with timed("rewrite"):
+    with timed("adding adapters"):
         try:
             rewritten = GraloraModel.from_pretrained(traced, base.adapter, adapter_name=adapter_name)
         except (TargetError, CheckpointError) as error:

@@ -1,34 +1,107 @@
-"""Progress on a console: stages from log records, live on a terminal and as plain lines elsewhere."""
+"""Progress on a console: stages live on a terminal, and as a line now and then elsewhere."""
 
 from __future__ import annotations
 
-import logging
+import functools
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-SILENCE = 5.0  # seconds; half of the longest that a log should stay silent, as a busy interpreter is late
+from gralora_fx.progress.stages import displayed_by, is_displayed
+
+FIRST, SILENCE = 5.0, 15.0  # seconds of work before the first line of a log, and between its lines
+SILENCED = "GRALORA_FX_PROGRESS"  # the environment variable that is 0 where nothing is to be shown
+_POLL = 0.5  # seconds until a log asks again whether there is news
+_LEAST = 1.0  # seconds of a stage that say how long it will take
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def is_silenced() -> bool:
+    """Return whether the environment asks for no progress."""
+    return os.environ.get(SILENCED, "").strip().lower() in ("0", "off", "no", "false")
+
+
+def time_left(seconds: float) -> str:
+    """The time that is left, in words such as `about 20 s left`.
+
+    Args:
+        seconds: An estimate.
+    """
+    if seconds >= 90:
+        return f"about {round(seconds / 60)} min left"
+    step = 1 if seconds < 10 else 5
+    return f"about {max(step, round(seconds / step) * step)} s left"
+
+
+@dataclass
+class _Stage:
+    """A stage that is running.
+
+    Attributes:
+        name: Its name.
+        began: When it did, by the clock.
+        done: How many things are done.
+        total: How many there are; 0 where they are not counted.
+        unit: What they are.
+        detail: What else is news.
+        has_news: Whether something was not shown yet.
+    """
+
+    name: str
+    began: float
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    detail: str = ""
+    has_news: bool = True
+
+    def counts(self, now: float) -> str:
+        """How far it is, and how long it will take."""
+        parts = [f"{self.done}/{self.total} {self.unit}".rstrip()]
+        parts += [self.detail] if self.detail else []
+        elapsed = now - self.began
+        if self.done and elapsed >= _LEAST:
+            parts.append(time_left(elapsed / self.done * (self.total - self.done)))
+        return ", ".join(parts)
+
+    def line(self, now: float) -> str:
+        """What a log says of it."""
+        return f"{self.name}: {self.counts(now)}" if self.total else f"{self.name} ..."
 
 
 class Heartbeat:
-    """Prints which stage is running, and for how long, whenever a console that is not a terminal has been silent.
+    """Prints now and then what is going on, to a console that is not a terminal: one line at a time, with news alone.
 
-    A context manager: lines come while the block runs. On a terminal it prints nothing, as live displays do that there.
+    A context manager and a display of stages (`progress.stages`): lines come while the block runs, the first after a
+    few seconds. On a terminal it prints nothing, as live displays do that there.
     """
 
     def __init__(
-        self, console: Console, *, silence: float | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        *,
+        first: float | None = None,
+        silence: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin in the stage `working`.
+        """Begin outside any stage.
 
         Args:
             console: Where to print.
-            silence: Seconds without a line after which one is due; None for `SILENCE`.
+            first: Seconds until the first line may come; None for `FIRST`.
+            silence: The least seconds between two lines; None for `SILENCE`.
             clock: Gives the time in seconds.
         """
         self._console, self._clock = console, clock
@@ -36,18 +109,22 @@ class Heartbeat:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stages: list[tuple[str, float]] = [("working", clock())]
-        self._last = clock()
+        self._stages: list[_Stage] = []
+        self._due = clock() + (FIRST if first is None else first)
+        self._shown: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Heartbeat:
-        """Start, unless the console is a terminal."""
+        """Show the stages of this thread, unless the console is a terminal."""
         if not self._console.is_terminal:
+            self._shown = displayed_by(self)
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
+        self._shown.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop."""
+        self._shown.__exit__(None, None, None)
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -55,98 +132,90 @@ class Heartbeat:
     def begin(self, stage: str) -> None:
         """Enter a stage, within the one that is running."""
         with self._lock:
-            self._stages.append((stage, self._clock()))
+            self._stages.append(_Stage(stage, self._clock()))
 
     def end(self, stage: str) -> None:
         """Leave a stage, and those within it that an error ended."""
         with self._lock:
-            names = [name for name, _ in self._stages]
-            if stage in names[1:]:
+            names = [running.name for running in self._stages]
+            if stage in names:
                 del self._stages[len(names) - 1 - names[::-1].index(stage) :]
+
+    def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
+        """Note how far a stage is (see `progress.stages.Display`)."""
+        with self._lock:
+            for running in self._stages:
+                if running.name == stage:
+                    is_new = done > running.done or not running.total
+                    running.done, running.total, running.unit, running.detail = done, total, unit, detail
+                    running.has_news = running.has_news or is_new
 
     def shown(self) -> None:
         """Note that something else was just printed."""
         with self._lock:
-            self._last = self._clock()
+            self._due = self._clock() + self._silence
 
     def beat(self) -> float:
-        """Print a line if one is due; returns the seconds until the next can be."""
+        """Print a line if one is due and there is news; returns the seconds until the next can be."""
         with self._lock:
             now = self._clock()
-            due = self._last + self._silence - now
-            if due > 0:
-                return due
-            stage, begin = self._stages[-1]
-            self._last = now
-        self._console.print(f"{stage:<12}{now - begin:>8.1f} s so far", markup=False)
+            if self._due > now:
+                return self._due - now
+            if not self._stages or not self._stages[-1].has_news:
+                return min(_POLL, self._silence)
+            self._stages[-1].has_news = False
+            line = self._stages[-1].line(now)
+            self._due = now + self._silence
+        self._console.print(line, markup=False)
         return self._silence
 
     def _run(self) -> None:
-        wait = self._silence
+        wait = self.beat()
         while not self._ended.wait(wait):
             wait = self.beat()
 
 
-class StageProgress(logging.Handler):
-    """Shows each stage with its time on stderr, and the total at the end; other log records as they come.
+class _LiveStages:
+    """Stages on a terminal: each with its time, the counts of the running one, and the total at the end."""
 
-    Where stderr is not a terminal, a stage that takes long shows its time so far every few seconds.
-
-    A context manager: it listens to the package's log while the block runs.
-    """
-
-    def __init__(self) -> None:
-        """Begin to count the time."""
-        super().__init__(logging.INFO)
-        # the current stderr, so that the display goes on while the libraries' output is suppressed
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    def __init__(self, console: Console) -> None:
+        self._console = console
         self._begin = time.perf_counter()
-        self._has_stages = False
-        self._heartbeat = Heartbeat(self._console)
-        self._tasks: dict[str, TaskID] = {}
-        columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds())
-        self._live = Progress(*columns, console=self._console, redirect_stdout=False)
+        self._tasks: list[tuple[_Stage, TaskID]] = []
+        columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds(), _Bar(), _Count())
+        self._live = Progress(*columns, console=console, redirect_stdout=False)
+        self._shown = displayed_by(self)
 
-    def __enter__(self) -> StageProgress:
-        """Listen."""
-        logger = logging.getLogger("gralora_fx")
-        logger.addHandler(self)
-        logger.setLevel(logging.INFO)
-        self._heartbeat.__enter__()
-        return self
+    def __enter__(self) -> None:
+        self._shown.__enter__()
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Stop listening, and show the total unless an error ended the work."""
-        logging.getLogger("gralora_fx").removeHandler(self)
-        self._heartbeat.__exit__()
-        if self._console.is_terminal:
-            self._live.stop()
-        if self._has_stages and kind is None:
-            self._console.print(f"{'  total' if self._console.is_terminal else 'total':<12}{self._elapsed():>8.1f} s")
+        self._shown.__exit__(None, None, None)
+        self._live.stop()
+        if self._live.tasks and kind is None:
+            self._console.print(f"{'  total':<12}{time.perf_counter() - self._begin:>8.1f} s")
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show a record."""
-        name, seconds = getattr(record, "stage", None), getattr(record, "seconds", None)
-        if name is None:
-            self._console.print(record.getMessage(), markup=False)
-            self._heartbeat.shown()
+    def begin(self, stage: str) -> None:
+        self._live.start()
+        running = _Stage(stage, time.monotonic())
+        self._tasks.append((running, self._live.add_task(stage, total=None, running=running)))
+
+    def end(self, stage: str) -> None:
+        names = [running.name for running, _ in self._tasks]
+        if stage not in names:
             return
-        self._has_stages = True
-        if not self._console.is_terminal:
-            if seconds is None:
-                self._heartbeat.begin(name)
+        first = len(names) - 1 - names[::-1].index(stage)
+        for running, task in self._tasks[first:]:
+            if running.total:  # its time is part of the stage's around it
+                self._live.remove_task(task)
             else:
-                self._heartbeat.end(name)
-                self._console.print(f"{name:<12}{seconds:>8.1f} s")
-                self._heartbeat.shown()
-        elif seconds is None:
-            self._live.start()
-            self._tasks[name] = self._live.add_task(name, total=1)
-        elif (task := self._tasks.pop(name, None)) is not None:
-            self._live.update(task, completed=1)
+                self._live.update(task, total=1, completed=1)
+        del self._tasks[first:]
 
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._begin
+    def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
+        for running, _ in self._tasks:
+            if running.name == stage:
+                running.done, running.total, running.unit, running.detail = done, total, unit, detail
 
 
 class _Seconds(ProgressColumn):
@@ -155,3 +224,51 @@ class _Seconds(ProgressColumn):
     def render(self, task: Task) -> Text:
         seconds = task.finished_time if task.finished else task.elapsed
         return Text(f"{seconds or 0.0:>8.1f} s")
+
+
+class _Bar(ProgressColumn):
+    """How far a counted stage is, as a bar."""
+
+    def render(self, task: Task) -> ProgressBar | Text:
+        stage: _Stage = task.fields["running"]
+        return ProgressBar(stage.total, stage.done, width=10) if stage.total else Text("")
+
+
+class _Count(ProgressColumn):
+    """How far a counted stage is, in words."""
+
+    def render(self, task: Task) -> Text:
+        stage: _Stage = task.fields["running"]
+        return Text(stage.counts(time.monotonic()) if stage.total else "")
+
+
+class StageProgress:
+    """Shows stages on stderr: live on a terminal, and elsewhere as a line now and then.
+
+    A context manager. It shows nothing where the stages are shown already, or where the environment silences it.
+    """
+
+    def __enter__(self) -> None:
+        """Show the stages of this thread."""
+        self._display: AbstractContextManager[object] = nullcontext()
+        if not is_displayed() and not is_silenced():
+            # the current stderr, so that the display goes on while the libraries' output is suppressed; in a notebook
+            # it is a stream like any other
+            console = Console(file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
+            self._display = _LiveStages(console) if console.is_terminal else Heartbeat(console)
+        self._display.__enter__()
+
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        """Stop, and show the total on a terminal unless an error ended the work."""
+        self._display.__exit__(kind, None, None)  # type: ignore[arg-type]
+
+
+def with_progress(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Let a public function show the stages of its work, unless its caller shows them."""
+
+    @functools.wraps(function)
+    def shown(*args: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        with StageProgress():
+            return function(*args, **options)
+
+    return shown

@@ -1,4 +1,4 @@
-"""Stages of long work: timed in the log, the libraries underneath silenced, the garbage collector at rest."""
+"""Stages of long work: timed and counted for a display, the libraries underneath silenced, the collector at rest."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
 
 _log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
 _OBJECTS = 200_000  # allocations before a garbage collection; the default is 700
 
 
@@ -25,23 +28,107 @@ class _Quiet:
 _quiet = _Quiet()
 
 
-@contextmanager
-def timed(name: str, seconds: MutableMapping[str, float] | None = None) -> Iterator[None]:
-    """Log a stage's begin and end at level INFO, and record its time if it ends without an error.
+class Display(Protocol):
+    """Shows a user what long work is doing; stages may lie within each other."""
 
-    The records carry `stage` (its name) and `seconds` (None at its begin), for a handler that shows progress.
+    def begin(self, stage: str) -> None:
+        """Enter a stage."""
+
+    def end(self, stage: str) -> None:
+        """Leave a stage, and those within it that an error ended."""
+
+    def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
+        """Note how far a stage is.
+
+        Args:
+            stage: A stage that was entered.
+            done: How many things are done.
+            total: How many there are.
+            unit: What they are, as a plural such as `matrices`; empty where the stage says it.
+            detail: What else is news, such as `loss 0.41`.
+        """
+
+
+_display: ContextVar[Display | None] = ContextVar("display", default=None)
+
+
+def is_displayed() -> bool:
+    """Return whether a display shows the stages of this thread."""
+    return _display.get() is not None
+
+
+@contextmanager
+def displayed_by(display: Display) -> Iterator[None]:
+    """Let a display show the stages of this thread within the block.
+
+    Args:
+        display: The display.
+    """
+    token = _display.set(display)
+    try:
+        yield
+    finally:
+        _display.reset(token)
+
+
+@contextmanager
+def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: str = "") -> Iterator[None]:
+    """Show a stage, log its begin and end at level INFO, and record its time if it ends without an error.
 
     Args:
         name: Name of the stage, such as `trace`.
         seconds: Receives the stage's time under its name.
+        shown: What a display calls it; empty for its name.
     """
-    _log.info("%s ...", name, extra={"stage": name, "seconds": None})
+    display = _display.get()
+    _log.info("%s ...", name)
+    if display is not None:
+        display.begin(shown or name)
     begin = time.perf_counter()
-    yield
+    try:
+        yield
+    finally:
+        if display is not None:
+            display.end(shown or name)
     elapsed = time.perf_counter() - begin
     if seconds is not None:
         seconds[name] = elapsed
-    _log.info("%s: %.1f s", name, elapsed, extra={"stage": name, "seconds": elapsed})
+    _log.info("%s: %.1f s", name, elapsed)
+
+
+@contextmanager
+def counting(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Show how far the block is, as in `choosing bits: 120/210 matrices`: it calls what it gets with how many are done.
+
+    Args:
+        stage: What is done with the things that are counted.
+        total: How many there are.
+        unit: What they are, as a plural.
+    """
+    display = _display.get()
+    if display is None:
+        yield lambda done: None
+        return
+    display.begin(stage)
+    try:
+        display.count(stage, 0, total, unit)
+        yield lambda done: display.count(stage, done, total, unit)
+    finally:
+        display.end(stage)
+
+
+def counted(items: Collection[_Item], stage: str, unit: str) -> Iterator[_Item]:
+    """Yield items, and show how many are done (see `counting`).
+
+    Args:
+        items: The items.
+        stage: What is done with them.
+        unit: What they are, as a plural.
+    """
+    with counting(stage, len(items), unit) as count:
+        for done, item in enumerate(items):
+            count(done)
+            yield item
 
 
 @contextmanager

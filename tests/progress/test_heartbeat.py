@@ -1,4 +1,4 @@
-"""A log of long work has a line every few seconds; a terminal has its live display and nothing more."""
+"""A log of long work has a line now and then, if there is news; a terminal has its live display and nothing more."""
 
 from __future__ import annotations
 
@@ -13,10 +13,19 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from terminals import in_terminal, plain_lines
 
 from gralora_fx.progress import console as module
-from gralora_fx.progress.console import SILENCE, Heartbeat, StageProgress
-from gralora_fx.progress.stages import quiet, timed
+from gralora_fx.progress.console import (
+    FIRST,
+    SILENCE,
+    SILENCED,
+    Heartbeat,
+    StageProgress,
+    time_left,
+    with_progress,
+)
+from gralora_fx.progress.stages import counted, is_displayed, quiet, timed
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,76 +38,141 @@ class Clock:
         return self.now
 
 
+def heartbeat(clock: Clock, **options: float) -> tuple[Heartbeat, io.StringIO]:
+    sink = io.StringIO()
+    return Heartbeat(Console(file=sink, width=200), clock=clock, **options), sink
+
+
 @pytest.mark.quick
-def test_no_ten_seconds_are_silent() -> None:
-    sink, clock = io.StringIO(), Clock()
-    heartbeat = Heartbeat(Console(file=sink), clock=clock)
-    last, gaps = 0.0, []
-    heartbeat.begin("trace")
-    for step in range(1, 601):  # a minute, in tenths of a second
+def test_a_log_has_a_line_every_fifteen_seconds_as_long_as_there_is_news() -> None:
+    clock = Clock()
+    beating, sink = heartbeat(clock)
+    beating.begin("trace")
+    times = []
+    for step in range(1, 1201):  # two minutes, in tenths of a second
         clock.now = step / 10
         if step == 222:
-            heartbeat.end("trace")
-            heartbeat.begin("write")
+            beating.end("trace")
+            beating.begin("choosing bits")
+        if step >= 222:
+            beating.count("choosing bits", (step - 222) // 4, 240, "matrices")
         before = sink.tell()
-        heartbeat.beat()
-        if sink.tell() > before:
-            gaps.append(clock.now - last)
-            last = clock.now
-    assert max(gaps) <= SILENCE + 0.2 < 10
+        beating.beat()
+        times += [clock.now] if sink.tell() > before else []
+    assert times == [FIRST, 22.2, *(22.2 + SILENCE * index for index in range(1, 7))]
     lines = sink.getvalue().splitlines()
-    assert lines[:2] == ["trace            5.0 s so far", "trace           10.0 s so far"]
-    assert lines[4] == "write            2.8 s so far"
+    assert lines[:2] == ["trace ...", "choosing bits: 0/240 matrices"]
+    assert lines[3] == "choosing bits: 75/240 matrices, about 65 s left"
+
+
+def test_nothing_is_printed_without_news() -> None:
+    clock = Clock()
+    beating, sink = heartbeat(clock)
+    beating.begin("trace")
+    for clock.now in range(300):
+        beating.beat()
+    assert sink.getvalue() == "trace ...\n"
+    beating.count("trace", 1, 3, detail="loss 0.41")
+    beating.beat()
+    beating.count("trace", 1, 3, detail="loss 0.41")
+    clock.now = 400
+    beating.beat()
+    assert sink.getvalue().splitlines()[1:] == ["trace: 1/3, loss 0.41, about 10 min left"]
 
 
 def test_other_lines_put_it_off() -> None:
-    sink, clock = io.StringIO(), Clock()
-    heartbeat = Heartbeat(Console(file=sink), clock=clock, silence=5)
+    clock = Clock()
+    beating, sink = heartbeat(clock, first=5, silence=5)
+    beating.begin("trace")
     clock.now = 4.0
-    heartbeat.shown()
+    beating.shown()
     clock.now = 8.0
-    assert heartbeat.beat() == 1.0
+    assert beating.beat() == 1.0
     assert not sink.getvalue()
     clock.now = 9.0
-    assert heartbeat.beat() == 5.0
-    assert sink.getvalue() == "working          9.0 s so far\n"
+    assert beating.beat() == 5.0
+    assert sink.getvalue() == "trace ...\n"
 
 
 def test_a_stage_that_an_error_ended_is_left_with_the_one_around_it() -> None:
-    sink, clock = io.StringIO(), Clock()
-    heartbeat = Heartbeat(Console(file=sink), clock=clock)
-    for stage in ("export", "write"):
-        heartbeat.begin(stage)
-    heartbeat.end("export")
-    heartbeat.end("never begun")
+    clock = Clock()
+    beating, sink = heartbeat(clock)
+    for stage in ("working", "export", "write"):
+        beating.begin(stage)
+    beating.end("export")
+    beating.end("never begun")
     clock.now = 6.0
-    heartbeat.beat()
-    assert sink.getvalue().startswith("working")
+    beating.beat()
+    assert sink.getvalue() == "working ...\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "about 1 s left"), (8.4, "about 8 s left"), (23, "about 25 s left"), (200, "about 3 min left")],
+)
+def test_the_time_that_is_left_is_rounded(seconds: float, words: str) -> None:
+    assert time_left(seconds) == words
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_it_beats_in_a_log_alone(is_terminal: bool) -> None:
     sink = io.StringIO()
-    with Heartbeat(Console(file=sink, force_terminal=is_terminal), silence=0.01):
+    with Heartbeat(Console(file=sink, force_terminal=is_terminal), first=0, silence=0.01):
         deadline = time.monotonic() + (0.1 if is_terminal else 10)
-        while time.monotonic() < deadline and sink.getvalue().count("so far") < 2:
-            time.sleep(0.01)
-    lines = sink.getvalue().count("so far")
+        while time.monotonic() < deadline and sink.getvalue().count("reading") < 2:
+            for _ in counted(range(3), "reading", "files"):
+                time.sleep(0.01)
+    lines = sink.getvalue().count("reading")
     assert lines == 0 if is_terminal else lines >= 2
     ended = sink.getvalue()
     time.sleep(0.05)
     assert sink.getvalue() == ended
 
 
-def test_stages_beat_while_the_libraries_are_silenced(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@with_progress
+def work() -> None:
+    with timed("convert", shown="converting"), quiet():
+        for _ in counted(range(10), "choosing bits", "matrices"):
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SILENCED)
+    monkeypatch.setattr(module, "FIRST", 0.01)
+    monkeypatch.setattr(module, "SILENCE", 0.03)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_function_shows_its_stages_while_the_libraries_are_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+    work()
+    shown = capsys.readouterr()
+    assert re.search(r"^choosing bits: \d/10 matrices\n", shown.err, re.MULTILINE)
+    assert shown.out == ""
+    assert not is_displayed()
+    with StageProgress():
+        work()  # which its caller shows already
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(set(lines)) >= 2
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("value", ["0", "off"])
+def test_the_environment_silences_it(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "SILENCE", 0.02)
-    with StageProgress(), timed("convert"), quiet():
-        time.sleep(0.5)
-    shown = capsys.readouterr().err
-    assert re.search(r"convert +\d+\.\d s so far\n", shown)
-    assert re.search(r"convert +\d+\.\d s\ntotal +\d+\.\d s\n$", shown)
+    monkeypatch.setenv(SILENCED, value)
+    work()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_a_terminal_has_every_stage_with_its_time_and_bars_while_it_counts(columns: int) -> None:
+    code = "from test_heartbeat import work; work()"
+    lines = plain_lines(in_terminal([sys.executable, "-c", code], columns, GRALORA_FX_PROGRESS="1"))
+    assert any(re.search(r"choosing bits .*\d/10 matrices", line) for line in lines)
+    assert max(map(len, lines)) <= columns
+    assert [line.split()[0] for line in lines if line][-2:] == ["converting", "total"]
 
 
 def test_make_says_that_an_installation_goes_on(tmp_path: Path) -> None:
