@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.compat.extras import installation
 from gralora_fx.demo.training import fit
 from gralora_fx.errors import GraloraError
 from gralora_fx.model.gralora_model import GraloraModel
@@ -71,7 +72,7 @@ def package_folder(name: str) -> Path:
     """
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise GraloraError(f"package {name!r} is not installed; install gralora-fx[demo]")
+        raise GraloraError(f"the demo needs {name}, which is not installed: {installation('demo')}")
     return Path(spec.origin).parent
 
 

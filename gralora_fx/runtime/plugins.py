@@ -12,6 +12,7 @@ from typing import Any
 
 import onnxruntime
 
+from gralora_fx.compat.extras import installation
 from gralora_fx.errors import ServingError, first_line
 
 _PREFIX = "onnxruntime_ep_"  # of the modules of plug-in packages
@@ -21,7 +22,7 @@ _MODULES = {  # of known providers
     "QNNExecutionProvider": "onnxruntime_qnn",
 }
 _INSTALL = {  # how to get a provider that the onnxruntime package itself does not have
-    "OpenVINOExecutionProvider": "pip install 'gralora-fx[openvino]' (onnxruntime-ep-openvino)",
+    "OpenVINOExecutionProvider": installation("openvino"),
     "WebGpuExecutionProvider": "pip install onnxruntime-ep-webgpu",
     "QNNExecutionProvider": "pip install onnxruntime-qnn",
     "CUDAExecutionProvider": "pip install onnxruntime-gpu in place of onnxruntime",

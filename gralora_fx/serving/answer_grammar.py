@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.compat.extras import installation
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.serving.answer_form import JSON_STYLE, AnswerForm, FormError, GivenForms, is_gbnf, one_form
@@ -168,9 +169,7 @@ def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> An
     try:
         from llguidance.hf import from_tokenizer
     except ImportError as error:
-        raise ServingError(
-            "an answer in a form needs the package llguidance; pip install 'gralora-fx[serve]'"
-        ) from error
+        raise ServingError(f"an answer in a form needs llguidance ({error}): {installation('serve')}") from error
     own = None  # the tokenizer's
     if tokenizer.eos_token_id is None:  # for which llguidance takes the token 0
         own = sorted(end for end in ends if end < len(tokenizer))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.compat.extras import installation
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import PREPROCESSOR, load_feature_extractor
@@ -173,7 +174,7 @@ def _by_soundfile(data: bytes, most_seconds: float, *, is_wav: bool) -> Audio:
         what = "WAV of a coding other than PCM and floats" if is_wav else "not WAV"
         raise ServingError(
             f"the audio file is {what} (it begins with {shown(data[:4])}); send WAV of PCM, or let the service read "
-            "FLAC, Ogg and MP3 too: pip install 'gralora-fx[audio]'"
+            f"FLAC, Ogg and MP3 too: {installation('audio')}"
         ) from error
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:

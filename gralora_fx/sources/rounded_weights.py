@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.compat.extras import installation
 from gralora_fx.errors import ConfigError
 from gralora_fx.progress.stages import quiet
 from gralora_fx.sources.base_quantization import RECORD, BaseQuantization
@@ -40,7 +41,7 @@ def rounded_to_four_bits(weight: NDArray[Any], quantization: BaseQuantization) -
     except ImportError as error:
         raise ConfigError(
             f"{RECORD}={str(quantization)!r} needs bitsandbytes, which rounds the base as it did for the adapter "
-            f"({error}); pip install 'gralora-fx[nf4]'. A base that it saved in four bits is read without it"
+            f"({error}): {installation('nf4')}. A base that it saved in four bits is read without it"
         ) from error
     values = torch.from_numpy(np.array(weight, np.float32, order="C"))
     codes, state = quantize_4bit(

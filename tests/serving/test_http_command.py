@@ -16,14 +16,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import openai
 import pytest
 from served_exports import chat_tokenizer, decoders, greedy
 from typer.testing import CliRunner
 
-import gralora_fx.serving
 from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, ServingError
 
@@ -166,10 +164,3 @@ def test_errors_before_serving(tmp_path: Path) -> None:
     manifest = {"schema_version": 1, "task": None, "precision": "fp32", "sites": []}
     (tmp_path / "gralora_export.json").write_text(json.dumps(manifest))
     assert isinstance(error(str(tmp_path), "--adapter-root", str(tmp_path / "none")), ConfigError)
-    # the package keeps the modules that it has: what is imported here is of this block alone
-    with patch.dict(sys.modules, {"fastapi": None}), patch.object(gralora_fx.serving, "http", create=True):
-        for name in [name for name in sys.modules if name.startswith("gralora_fx.serving.http")]:
-            del sys.modules[name]
-        found = error(str(tmp_path))
-    assert isinstance(found, ServingError)
-    assert str(found) == "serve needs fastapi, which is not installed; pip install 'gralora-fx[serve]'"

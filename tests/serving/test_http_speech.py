@@ -172,9 +172,3 @@ def test_without_a_processor_nothing_is_served(tmp_path: Path) -> None:
         create_app(ServiceSettings(tmp_path / "half"))
     with pytest.raises(ServingError, match="chunk has no effect"):
         create_app(ServiceSettings(tmp_path / "half", chunk=8))
-
-
-def test_what_reads_forms_is_asked_for_at_the_start(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gralora_fx.serving.http.openai.speech.find_spec", lambda name: None)
-    with pytest.raises(ServingError, match=r"forms need the package python-multipart; pip install"):
-        create_app(ServiceSettings(export))

@@ -84,7 +84,10 @@ def test_a_plugin_that_is_not_installed_is_named(exported: Path, monkeypatch: py
     monkeypatch.setattr(plugins.pkgutil, "iter_modules", lambda: iter(()))
     monkeypatch.setattr(plugins, "registered_devices", lambda _: ())
     monkeypatch.setattr(plugins.onnxruntime, "get_available_providers", lambda: [CPU])
-    for provider, package in ((OPENVINO, "onnxruntime-ep-openvino"), ("WebGpuExecutionProvider", "-ep-webgpu brings")):
+    for provider, package in (
+        (OPENVINO, r"gralora-fx\[openvino\]' .*brings"),
+        ("WebGpuExecutionProvider", "-ep-webgpu brings"),
+    ):
         with pytest.raises(
             ServingError, match=f"{provider} is not installed; there are {CPU}; pip install .*{package}"
         ):

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import openai
 import psutil
@@ -29,7 +28,6 @@ from served_exports import CACHED, END, adapted, chat_tokenizer, greedy
 from tiny_models import tiny_model
 from typer.testing import CliRunner
 
-import gralora_fx.serving
 from gralora_fx import trace
 from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
@@ -395,14 +393,6 @@ def test_errors_before_serving(tmp_path: Path) -> None:
     assert isinstance(error(str(tmp_path), "--replicas", "2"), ConfigError)
     assert "--engine is uvicorn or ray, but got 'x'" in str(error(str(tmp_path), "--engine", "x"))
     assert "gralora_export.json" in str(error(str(tmp_path), "--engine", "ray"))
-    manifest = {"schema_version": 1, "task": None, "precision": "fp32", "sites": []}
-    (tmp_path / "gralora_export.json").write_text(json.dumps(manifest))
-    # the package keeps the modules that it has: what is imported here is of this block alone
-    with patch.dict(sys.modules, {"ray": None}), patch.object(gralora_fx.serving, "scale", create=True):
-        for name in [name for name in sys.modules if name.startswith("gralora_fx.serving.scale")]:
-            del sys.modules[name]
-        missing = error(str(tmp_path), "--engine", "ray")
-    assert str(missing) == "serve needs ray, which is not installed; pip install 'gralora-fx[scale]'"
 
 
 def test_a_port_in_use(exported: tuple[Path, dict[str | None, Any]]) -> None:

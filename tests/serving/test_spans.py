@@ -254,6 +254,6 @@ def test_no_exporter_no_spans(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert tracing_of_environment() is None
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk", None)
     with pytest.warns(UserWarning, match=r"OTEL_EXPORTER_OTLP_ENDPOINT is set, but .*pip install 'gralora-fx\[otel\]'"):
         assert tracing_of_environment() is None

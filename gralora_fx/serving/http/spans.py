@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gralora_fx.errors import ServingError, listed, shown, warn_caller
+from gralora_fx.config.span_variables import EXPORTER, span_exporters, warn_of_missing_spans
+from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.serving.http.service_routes import OPEN_PATHS
 from gralora_fx.serving.scheduling.text_jobs import TextJob
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _MODEL, _ANSWERS = "gralora_fx.model", "gralora_fx.answers"
 _UNTRACED = frozenset((*OPEN_PATHS, "/metrics"))
-_EXPORTER, _ENDPOINTS = "OTEL_TRACES_EXPORTER", ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
 _GROUP = "opentelemetry_traces_exporter"  # of entry points; packages of exporters add theirs
@@ -83,8 +83,6 @@ def tracing_of_environment() -> Tracing | None:
     Raises:
         ServingError: They name an exporter that is not installed, or one that does not take them.
     """
-    names = [name for text in os.environ.get(_EXPORTER, "").split(",") if (name := text.strip())]
-    asked = _EXPORTER if names else next((each for each in _ENDPOINTS if os.environ.get(each)), None)
     if "opentelemetry.sdk.trace" in sys.modules:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.trace import get_tracer_provider
@@ -92,17 +90,11 @@ def tracing_of_environment() -> Tracing | None:
         provider = get_tracer_provider()
         if isinstance(provider, TracerProvider):
             return Tracing(_tracer(provider), "the provider that is there already", provider.force_flush)
-    if asked is None or "none" in names or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+    names = span_exporters()
+    if not names or warn_of_missing_spans():
         return None
-    try:
-        provider = _provider(names or ["otlp"])
-    except ModuleNotFoundError as error:
-        warn_caller(
-            f"{asked} is set, but requests are not traced, since {error.name} is not installed; "
-            "pip install 'gralora-fx[otel]'"
-        )
-        return None
-    return Tracing(_tracer(provider), ", ".join(names or ["otlp"]), provider.shutdown)
+    provider = _provider(names)
+    return Tracing(_tracer(provider), ", ".join(names), provider.shutdown)
 
 
 def _tracer(provider: TracerProvider) -> Tracer:
@@ -124,7 +116,7 @@ def _provider(names: list[str]) -> TracerProvider:
         if exporter is None:
             what = f"{name} over {protocol}" if name == "otlp" else shown(name)
             there = listed(sorted(found)) or "none"
-            raise ServingError(f"{_EXPORTER} asks for the exporter {what}, which is not installed; there is {there}")
+            raise ServingError(f"{EXPORTER} asks for the exporter {what}, which is not installed; there is {there}")
         try:
             provider.add_span_processor(BatchSpanProcessor(exporter.load()()))
         except ValueError as error:

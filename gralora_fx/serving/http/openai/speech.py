@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request
@@ -161,13 +160,7 @@ def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
 
 
 def speech_routes(engine: TextEngine) -> APIRouter:
-    """The routes of a model of speech.
-
-    Raises:
-        ServingError: What reads forms is not installed.
-    """
-    if find_spec("python_multipart") is None:  # starlette's parser of forms, which asks for it at the first request
-        raise ServingError("forms need the package python-multipart; pip install 'gralora-fx[serve]'")
+    """The routes of a model of speech."""
     router, inputs = APIRouter(), engine.inputs
     assert inputs is not None
 
