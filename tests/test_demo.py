@@ -95,5 +95,5 @@ def test_training_that_shows_nothing_is_an_error(tmp_path: Path, monkeypatch: py
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(news_module, "find_spec", lambda _: None)
-    with pytest.raises(news_module.GraloraError, match=r"install gralora-fx\[demo\]"):
+    with pytest.raises(news_module.GraloraError, match=r"install 'gralora-fx\[demo\]'"):
         load_news(0)
