@@ -34,38 +34,28 @@ def watch_first_step(owner: HasAdapters, name: str) -> None:
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))
-    _watches.add(_Watch(owner, name))
+    _untrained.setdefault(owner, set()).add(name)
 
 
-class _Watch:
-    """An adapter that no optimizer has trained yet."""
-
-    def __init__(self, owner: HasAdapters, name: str) -> None:
-        self.name = name
-        self._owner = weakref.ref(owner, lambda _: _watches.discard(self))
-
-    def is_over(self, optimizer: Optimizer) -> bool:
-        """Whether the adapter is gone, or this is its first step, of which the user is told."""
-        owner = self._owner()
-        adapter = None if owner is None else owner.adapters.get(self.name)
-        if adapter is None:
-            return True
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        is_first = any(id(parameter) in trained for parameter in adapter.parameters())
-        if is_first:
-            _warn_of_idle(adapter)
-        return is_first
-
-
-_watches: set[_Watch] = set()
+# the adapters that no optimizer has trained yet, by owner; it forgets an owner that is gone, at the interpreter's end too
+_untrained: weakref.WeakKeyDictionary[HasAdapters, set[str]] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
 
 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    if _watches and not torch.compiler.is_compiling():
-        for watch in list(_watches):
-            if watch.is_over(optimizer):
-                _watches.discard(watch)
+    if not _untrained or torch.compiler.is_compiling():
+        return
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for owner, names in list(_untrained.items()):
+        for name in list(names):
+            adapter = owner.adapters.get(name)
+            is_first = adapter is not None and any(id(parameter) in trained for parameter in adapter.parameters())
+            if adapter is None or is_first:
+                names.discard(name)
+            if adapter is not None and is_first:
+                _warn_of_idle(adapter)
+        if not names:
+            _untrained.pop(owner, None)
 
 
 def _warn_of_idle(adapter: ModelAdapter) -> None:

@@ -5,6 +5,7 @@ The last functions are what transformers and PEFT ask about recomputation of act
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora_fx.errors import RewriteError
+from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.losses import label_names
 from gralora_fx.tracing.source_model import class_name, with_signature
 from gralora_fx.tracing.traced_model import TracedModel
@@ -49,8 +51,13 @@ def _peft_model() -> type[nn.Module] | None:
     """PEFT's model class, for which alone Trainer writes and reads adapter files; None if it is not installed."""
     if not _is_for_trainer.get():
         return None
-    from transformers import trainer_utils
+    return _imported_peft_model()
 
+
+@functools.cache
+def _imported_peft_model() -> type[nn.Module] | None:
+    with quiet():  # what PEFT imports, such as bitsandbytes, logs which of its own kernels are not installed
+        from transformers import trainer_utils
     return getattr(trainer_utils, "PeftModel", None)
 
 

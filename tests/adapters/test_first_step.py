@@ -1,0 +1,54 @@
+"""Nothing is printed when the interpreter ends, whatever was trained and left untrained before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+# a model that is still alive when the interpreter takes the package's modules apart, as in a crowded process
+_SCRIPT = """
+import ctypes, sys, types
+holder = sys.modules["holder"] = types.ModuleType("holder")
+import torch
+from torch import nn
+from gralora_fx import rewrite, trace
+from gralora_fx.adapters import first_step
+from gralora_fx.methods import METHODS
+
+for module in (holder, first_step):
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
+network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+traced = trace(network, (torch.randn(1, 8),))
+models = holder.models = [rewrite(traced, method.config(r=4, target_modules=["0"])) for method in METHODS]
+for model, method in zip(models, METHODS):
+    model.add_adapter("untrained", method.config(r=4, target_modules=["2"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+print(len(models))
+"""
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def test_a_model_that_outlives_the_packages_modules_prints_nothing() -> None:
+    ended = _run("-c", _SCRIPT)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("3\n", "", 0)
+
+
+def test_an_error_after_training_is_all_that_is_printed() -> None:
+    ended = _run("-c", f"{_SCRIPT}\nraise SystemExit('stopped')")
+    assert (ended.stderr, ended.returncode) == ("stopped\n", 1)
+
+
+@pytest.mark.quick
+def test_an_example_prints_nothing_beside_its_output() -> None:
+    ended = _run(str(EXAMPLES / "quickstart.py"))
+    assert (ended.stderr, ended.returncode) == ("", 0)
