@@ -37,7 +37,7 @@ def watch_first_step(owner: HasAdapters, name: str) -> None:
     _untrained.setdefault(owner, set()).add(name)
 
 
-# the adapters that no optimizer has trained yet, by owner; it forgets an owner that is gone, at the interpreter's end too
+# the adapters that no optimizer has trained yet, by owner, which is forgotten when it is gone
 _untrained: weakref.WeakKeyDictionary[HasAdapters, set[str]] = weakref.WeakKeyDictionary()
 _hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
 

@@ -19,8 +19,8 @@ from gralora_fx.cli.values import check_rounding, export_directory, read_adapter
 from gralora_fx.cli.verify import verify
 from gralora_fx.cli.wording import notes
 from gralora_fx.compat.extras import require_extra
-from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.checks import check_integer
+from gralora_fx.config.reading import config_fields
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters.artifact.staging import check_file
 from gralora_fx.loading.adapter_facts import base_name, needed_quantization

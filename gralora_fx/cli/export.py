@@ -12,8 +12,8 @@ import typer
 import gralora_fx.cli.options as opt
 from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_image_size, read_texts, takes, utf8
 from gralora_fx.cli.wording import notes
-from gralora_fx.config.adapter_config import config_fields
 from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
+from gralora_fx.config.reading import config_fields
 from gralora_fx.config.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
 from gralora_fx.errors import ConfigError, ExportError, TraceError
 from gralora_fx.exporters.artifact.staging import (

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from gralora_fx.config.checks import check_integer, check_names, check_parameters
-from gralora_fx.config.expressions import CONTAINER, END_OF_PATH, SAVED_MODULE, check_expression, check_expressions
-from gralora_fx.config.reading import ALL_LINEAR, as_peft_reads, peft_fields, read_fields, warn_of_unknown
+from gralora_fx.config.expressions import CONTAINER, SAVED_MODULE, check_expression, check_expressions, check_pattern
+from gralora_fx.config.foreign_fields import check_keywords, check_known
+from gralora_fx.config.reading import ALL_LINEAR, CONFIG_NAME, as_peft_reads, config_fields, peft_fields
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources.atomic_save import read_together, save_together
+from gralora_fx.sources.atomic_save import save_together
 from gralora_fx.sources.base_quantization import BaseQuantization
-from gralora_fx.sources.model_files import ADAPTER_FILE, resolve_directory
 from gralora_fx.sources.same_base import BaseSource
 
-CONFIG_NAME = ADAPTER_FILE
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # What PEFT adds to `modules_to_save` for a task: the head that such a model trains.
@@ -75,6 +74,25 @@ class AdapterConfig(ABC):
     base_quantization: Any = None  # a field only of methods that list it
     target_parameters: list[str] | None = None  # likewise
 
+    def __new__(cls, *_: Any, **fields: Any) -> Self:
+        """Create an object of the class that the fields ask for.
+
+        Raises:
+            ConfigError: The class has no such field.
+        """
+        form = cls.form_of(fields)
+        check_keywords(fields, [entry.name for entry in dataclasses.fields(form)], form.__name__)  # type: ignore[arg-type]
+        return super().__new__(form)
+
+    @classmethod
+    def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
+        """The class that fields ask for: this one, or a subclass where PEFT has one class for several.
+
+        Args:
+            fields: Arguments by name.
+        """
+        return cls
+
     def __post_init__(self) -> None:
         """Convert collections to the types of PEFT's file, then check every field."""
         for name in ("target_modules", "exclude_modules"):
@@ -95,7 +113,7 @@ class AdapterConfig(ABC):
         self._check_targets()
         self._check_layers()
         for name, check_value in self.PATTERNS.items():
-            self._check_pattern(name, check_value)
+            check_pattern(name, getattr(self, name), check_value)
 
     @property
     def made_for(self) -> BaseSource:
@@ -253,7 +271,7 @@ class AdapterConfig(ABC):
             )
         values = cls.translate(fields, origin)
         known = {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        warn_of_unknown(values, known, origin, cls.TITLE)
+        check_known(values, known, origin, cls.TITLE)
         known -= {name for name in cls.BEYOND_PEFT if values.get(name) is None}
         values = {name: value for name, value in values.items() if name in known}
         accepted, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
@@ -324,27 +342,3 @@ class AdapterConfig(ABC):
                 f"layers_to_transform={shown(layers)} does not go with target_modules={shown(self.target_modules)}: a "
                 "regular expression selects layers itself; write the indices into it, or give a list of names"
             )
-
-    def _check_pattern(self, field_name: str, check_value: Callable[[str, Any], None]) -> None:
-        """Check a dict from module names (or regular expressions) to values."""
-        value = getattr(self, field_name)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{field_name} must be a dict from module names to values, but got {shown(value)}")
-        check_names(field_name, value)
-        check_expressions(field_name, value, END_OF_PATH)
-        for key, entry in value.items():
-            check_value(f"{field_name}[{shown(key)}]", entry)
-
-
-def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: There is no such file, or it is not a JSON object.
-    """
-    path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
-    return read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME)

@@ -6,10 +6,12 @@ import functools
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import regex
 
+from gralora_fx.config.checks import check_names
 from gralora_fx.errors import ConfigError, shown
 
 # templates into which PEFT's rules insert a name of the configuration, unescaped
@@ -62,6 +64,25 @@ def check_expressions(field: str, names: Iterable[str], template: str) -> None:
             raise ConfigError(
                 f"{field} holds {shown(name)}, which is not a valid name ({error}); name modules"
             ) from error
+
+
+def check_pattern(field: str, value: object, check_value: Callable[[str, Any], None]) -> None:
+    """Check a dict from module names (or regular expressions) to values.
+
+    Args:
+        field: Name of the field.
+        value: Its value.
+        check_value: Checks a value of the dict, by a name for messages.
+
+    Raises:
+        ConfigError: It is not a dict, a key cannot be used, or a value is invalid.
+    """
+    if not isinstance(value, dict):
+        raise ConfigError(f"{field} must be a dict from module names to values, but got {shown(value)}")
+    check_names(field, value)
+    check_expressions(field, value, END_OF_PATH)
+    for key, entry in value.items():
+        check_value(f"{field}[{shown(key)}]", entry)
 
 
 def fullmatch(expression: str, text: str) -> bool:

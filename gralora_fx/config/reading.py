@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gralora_fx.config.checks import check_integer, is_number
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources.model_files import described
+from gralora_fx.sources.atomic_save import read_together
+from gralora_fx.sources.model_files import ADAPTER_FILE, described, resolve_directory
 
+CONFIG_NAME = ADAPTER_FILE
 ALL_LINEAR = "all-linear"
 
-# PEFT's bookkeeping, which says nothing about the adapter
-_BOOKKEEPING = ("peft_type", "peft_version", "auto_mapping")
+
+def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
+    """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: There is no such file, or it is not a JSON object.
+    """
+    path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
+    return read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -67,27 +79,6 @@ def peft_fields(peft_config: Any, wanted: str) -> tuple[dict[str, Any], str]:
     fields = {name: getattr(value, "value", value) for name, value in vars(peft_config).items() if name[:1] != "_"}
     fields = {"peft_type": getattr(peft_config.peft_type, "value", peft_config.peft_type), **fields}
     return fields, f"the given {type(peft_config).__name__}"
-
-
-def warn_of_unknown(fields: Mapping[str, Any], known: Collection[str], origin: str, method: str) -> None:
-    """Warn about unknown keys by name, since they have no effect.
-
-    Args:
-        fields: The fields of a file.
-        known: The fields that are read.
-        origin: Where the fields come from.
-        method: The method's name, for the message.
-    """
-    unknown = sorted(name for name in fields if name not in known and name not in _BOOKKEEPING)
-    if not unknown:
-        return
-    parts = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-        key = name if name.isidentifier() and len(name) < 60 else shown(name)
-        parts.append(f"{key}={shown(fields[name])}" + (f" (is {near[0]} meant?)" if near else ""))
-    verb = "are not known fields" if len(unknown) > 1 else "is not a known field"
-    warn_caller(f"{origin}: {', '.join(parts)} {verb} of a {method} configuration, so nothing is done about it")
 
 
 def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:

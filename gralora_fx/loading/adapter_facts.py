@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gralora_fx.config.adapter_config import config_fields
+from gralora_fx.config.reading import config_fields
 from gralora_fx.errors import ConfigError, TraceError, shown
 from gralora_fx.sources.base_quantization import BaseQuantization, packed_quantization
 from gralora_fx.sources.same_base import BaseSource, read_config_fields

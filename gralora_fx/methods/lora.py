@@ -4,12 +4,11 @@
 
 with the scale `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA (Kalajdzievski, 2023, "A Rank Stabilization
 Scaling Factor for Fine-Tuning with LoRA"). DoRA is in `dora.py`. The other forms that
-PEFT's `LoraConfig` has compute something else and are refused by name.
+PEFT's `LoraConfig` has compute something else and are refused by name (`config/foreign_fields.py`).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,31 +24,6 @@ from gralora_fx.methods.method import LayerCall, SummableMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Fields of PEFT's LoraConfig that change what is computed or trained: what each one is.
-_OTHER_FORMS = {
-    "use_qalora": "QA-LoRA, which pools the input",
-    "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
-    "lora_bias": "a bias of lora_B",
-    "alora_invocation_tokens": "activated LoRA, which acts after certain tokens only",
-    "layer_replication": "layer replication, which changes the base model",
-    "trainable_token_indices": "trained embeddings of single tokens",
-    "arrow_config": "Arrow, which routes between adapters",
-    "kasa_config": "KaSA, which also trains singular values",
-    "velora_config": "VeLoRA, which compresses activations in training",
-    "monteclora_config": "MonteCLoRA, which samples its factors",
-    "megatron_config": "parallel layers of Megatron",
-    "ensure_weight_tying": "adapters that stay tied as the weights are",
-}
-# They set up a fresh adapter, or tune how PEFT runs; a saved adapter computes the same without them.
-_WITHOUT_EFFECT = (
-    "runtime_config",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-)
 # Ways to draw a fresh adapter: those that leave the base alone, and those that take part of its weights away.
 _INITIAL = (True, False, "gaussian")
 _LEAVE_THE_BASE = ("eva", "orthogonal", "mica")
@@ -142,10 +116,15 @@ class LoraConfig(AdapterConfig):
         if asked_for_by is not None:
             LoraConfig._FORMS[asked_for_by] = cls
 
-    def __new__(cls, *_: Any, **fields: Any) -> Self:
-        """An object of the form that the fields ask for, since PEFT has one class for all forms."""
-        form = next((form for name, form in cls._FORMS.items() if fields.get(name) is True), cls)
-        return super().__new__(form if issubclass(form, cls) else cls)
+    @classmethod
+    def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
+        """The form that the fields ask for, since PEFT has one class for all forms.
+
+        Args:
+            fields: Arguments by name.
+        """
+        form: type[Any] = next((form for name, form in cls._FORMS.items() if fields.get(name) is True), cls)
+        return form if issubclass(form, cls) else cls
 
     @property
     def scale(self) -> float:
@@ -185,23 +164,16 @@ class LoraConfig(AdapterConfig):
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """The fields without those that do not concern a saved adapter.
+        """The fields with PEFT's other ways of saying the same, and of drawing a fresh adapter, as they are here.
 
         Args:
             fields: The fields.
             origin: Where they come from, for messages.
 
         Raises:
-            ConfigError: A field asks for another form of LoRA.
+            ConfigError: Fresh tensors were drawn from the base's weights, which then changed.
         """
-        forms = [f"{name}={shown(fields[name])} ({what})" for name, what in _OTHER_FORMS.items() if fields.get(name)]
-        if forms:
-            raise ConfigError(
-                f"{origin}: {', '.join(forms)} is not supported, only plain LoRA, rsLoRA and DoRA are; merge the "
-                "adapter with PEFT (merge_and_unload) and use the merged model, or train without it"
-            )
-        kept = {name: v for name, v in fields.items() if name not in (*_OTHER_FORMS, *_WITHOUT_EFFECT)}
-        kept |= {name: {} for name in cls.PATTERNS if kept.get(name, {}) is None}
+        kept = {**fields, **{name: {} for name in cls.PATTERNS if fields.get(name, {}) is None}}
         initial = kept.get("init_lora_weights", True)
         if isinstance(initial, str):
             if initial.lower().startswith(_CHANGE_THE_BASE):
@@ -218,9 +190,6 @@ class LoraConfig(AdapterConfig):
             elif initial.lower() == "gaussian":
                 kept["init_lora_weights"] = "gaussian"
         return {**kept, "use_dora": bool(kept.get("use_dora"))}
-
-
-LoraConfig.__new__.__signature__ = inspect.signature(LoraConfig.__init__)  # type: ignore[attr-defined]  # for editors
 
 
 class LoraSizes(NamedTuple):

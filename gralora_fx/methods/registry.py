@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.config.adapter_config import AdapterConfig, config_fields
-from gralora_fx.config.reading import peft_fields
+from gralora_fx.config.adapter_config import AdapterConfig
+from gralora_fx.config.reading import config_fields, peft_fields
 from gralora_fx.errors import ConfigError, shown
 from gralora_fx.methods.dora import Dora
 from gralora_fx.methods.gralora import Gralora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from typing import Any
 import peft
 import pytest
 
-from gralora_fx import GraloraConfig
+from gralora_fx import GraloraConfig, LoraConfig
+from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ConfigError, GraloraError
+from gralora_fx.methods import DoraConfig
 
 pytestmark = pytest.mark.quick
 
@@ -169,11 +172,6 @@ def test_a_bad_field_is_named_with_its_value_and_a_remedy(fields: dict[str, Any]
 def test_an_integer_of_thousands_of_digits_is_refused(field: str, sign: int) -> None:
     with pytest.raises(ConfigError, match=f"{field} must be .*but got a value of type int, too large to show"):
         GraloraConfig(**{field: sign * 10**5000})
-
-
-def test_an_unknown_field_is_not_an_argument() -> None:
-    with pytest.raises(TypeError, match="rank"):
-        GraloraConfig(rank=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -375,9 +373,44 @@ def test_places_without_a_configuration(tmp_path: Path) -> None:
         GraloraConfig.from_pretrained("owner/absent")
 
 
-def test_unknown_fields_of_a_later_peft_are_left_out(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="novelty=True is not a known field"):
-        assert GraloraConfig.from_pretrained(write(tmp_path, r=8, peft_version="9.9", novelty=True)).r == 8
+def test_fields_of_a_later_peft_are_refused_where_they_are_used(tmp_path: Path) -> None:
+    assert GraloraConfig.from_pretrained(write(tmp_path, r=8, peft_version="9.9", novelty=False)).r == 8
+    with pytest.raises(ConfigError, match="novelty=True is not a field"):
+        GraloraConfig.from_pretrained(write(tmp_path, r=8, peft_version="9.9", novelty=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "remedy"),
+    [
+        (GraloraConfig, "lora_alpha", "use alpha"),
+        (GraloraConfig, "gralora_alpha", "use alpha"),
+        (GraloraConfig, "lora_dropout", "use gralora_dropout"),
+        (GraloraConfig, "dropout", "use gralora_dropout"),
+        (GraloraConfig, "rank", "use r"),
+        (GraloraConfig, "k", "use gralora_k"),
+        (GraloraConfig, "init_lora_weights", "use init_weights"),
+        (GraloraConfig, "target_module", "use target_modules"),
+        (GraloraConfig, "use_rslora", "it is rsLoRA, which LoraConfig has"),
+        (LoraConfig, "alpha", "use lora_alpha"),
+        (LoraConfig, "gralora_dropout", "use lora_dropout"),
+        (LoraConfig, "gralora_k", "it is GraLoRA's number of blocks, which GraloraConfig has"),
+        (LoraConfig, "k", "it is GraLoRA's number of blocks, which GraloraConfig has"),
+        (LoraConfig, "velocity", "its fields are r, target_modules, .*, target_parameters"),
+        (DoraConfig, "alpha", "use lora_alpha"),
+        (DoraConfig, "hybrid_r", "it is the LoRA beside GraLoRA's blocks, which GraloraConfig has"),
+    ],
+)
+def test_a_field_of_a_neighbouring_configuration_is_refused_with_the_one_to_use(
+    config: type[AdapterConfig], field: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{config.__name__} has no field {field}[:;] {remedy}$"):
+        config(**{field: 16})
+
+
+@pytest.mark.parametrize("config", [GraloraConfig, LoraConfig, DoraConfig])
+def test_the_signature_of_a_configuration_lists_its_fields(config: type[AdapterConfig]) -> None:
+    fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    assert list(inspect.signature(config).parameters) == fields
 
 
 def test_a_live_object_of_another_method() -> None:

@@ -1,4 +1,4 @@
-"""Files of other hands: each ends in PEFT's meaning, a warning that names what is not done, or one clear error."""
+"""Files of other hands: each ends in PEFT's meaning, a warning that names what is ignored, or one clear error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from peft_oracle import peft_model, saved_by_peft
 from tiny_models import tiny_model
+from torch import nn
 from traces import inputs_of, relative_error, run, traced
 
-from gralora_fx import GraloraConfig, GraloraModel, rewrite
+from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import ConfigError, TargetError
+from gralora_fx.exporters import to_lora
+from gralora_fx.methods import METHODS, AdapterMethod, read_config
 
 NAME = "adapter_config.json"
+TINY = trace(nn.Sequential(nn.Linear(8, 8)), (torch.randn(2, 8),))
 
 
 def write(directory: Path, **fields: Any) -> Path:
@@ -28,24 +34,49 @@ def write(directory: Path, **fields: Any) -> Path:
 # -- keys that are not known --------------------------------------------------------------------------------------
 
 
-def test_every_unknown_key_is_named_with_its_value_and_its_neighbour(tmp_path: Path) -> None:
+def test_every_unknown_key_is_refused_with_its_value_and_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path, r=8, rank_patern={"q": 4}, use_dora=True, lora_alpha=16, module_to_save=["score"])
-    with pytest.warns(UserWarning, match="not known fields of a GraLoRA configuration") as caught:
-        config = GraloraConfig.from_pretrained(tmp_path)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    text = str(caught[0].message)
+    with pytest.raises(ConfigError, match="are not fields of a GraLoRA configuration here") as caught:
+        GraloraConfig.from_pretrained(tmp_path)
+    text = str(caught.value)
     assert str(tmp_path) in text
     assert "rank_patern={'q': 4} (is rank_pattern meant?)" in text
     assert "module_to_save=['score'] (is modules_to_save meant?)" in text
-    assert "lora_alpha=16" in text
-    assert "use_dora=True" in text
-    assert (config.r, config.alpha, config.rank_pattern, config.modules_to_save) == (8, 64, {}, None)
+    assert "lora_alpha=16 (is alpha meant?)" in text
+    assert "use_dora=True (DoRA, which LoraConfig has)" in text
 
 
-def test_one_unknown_key(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="use_dora=False is not a known field of a GraLoRA configuration"):
-        GraloraConfig.from_pretrained(write(tmp_path, use_dora=False))
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.config.TITLE)
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}], ids=repr)
+def test_an_unknown_key_that_says_nothing_is_read(method: AdapterMethod, value: Any, tmp_path: Path) -> None:
+    config = method.config(target_modules=["q"])
+    (tmp_path / NAME).write_text(json.dumps({**json.loads(config.to_json()), "a_later_form": value}))
+    assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.config.TITLE)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("alora_invocation_tokens", [1, 2]), ("layer_replication", [[0, 1]]), ("a_later_form", {"size": 4})],
+)
+def test_a_key_that_may_change_what_is_computed_is_refused_by_every_way_of_reading(
+    method: AdapterMethod, field: str, value: Any, tmp_path: Path
+) -> None:
+    model = rewrite(TINY, method.config(r=4, target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    fields = {**json.loads((tmp_path / NAME).read_text()), field: value}
+    (tmp_path / NAME).write_text(json.dumps(fields))
+    message = rf"{NAME}: {field}=.* is not a field of a {method.config.TITLE} configuration here"
+    for read in (
+        lambda: read_config(tmp_path),
+        lambda: GraloraModel.from_pretrained(TINY, tmp_path),
+        lambda: model.load_adapter(tmp_path, "other"),
+        lambda: open_adapter(tmp_path).__enter__(),  # as fold, merge, export-adapter and the service do
+        lambda: to_lora(tmp_path, tmp_path / "lora"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read()
+    assert list(model.configs) == ["default"]
 
 
 def test_what_peft_writes_for_itself_is_silent(tmp_path: Path) -> None:
@@ -62,13 +93,13 @@ def test_what_peft_writes_for_itself_is_silent(tmp_path: Path) -> None:
 def test_an_unknown_field_of_a_live_object_is_named() -> None:
     peers = peft.GraloraConfig(r=8, target_modules=["q"])
     peers.use_dora = True
-    with pytest.warns(UserWarning, match="the given GraloraConfig: use_dora=True is not a known field"):
+    with pytest.raises(ConfigError, match=r"the given GraloraConfig: use_dora=True \(DoRA, .*\) is not a field"):
         GraloraConfig.from_peft(peers)
 
 
 def test_both_alphas_are_not_the_papers_format(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"gralora_alpha=3 .*is not a known field"):
-        assert GraloraConfig.from_pretrained(write(tmp_path, alpha=16, gralora_alpha=3)).alpha == 16
+    with pytest.raises(ConfigError, match=r"gralora_alpha=3 .*is not a field"):
+        GraloraConfig.from_pretrained(write(tmp_path, alpha=16, gralora_alpha=3))
 
 
 # -- what PEFT takes and construction refuses ---------------------------------------------------------------------
@@ -139,7 +170,7 @@ VALUES: list[Any] = [True, 2**70, 8.0, 1e308, "(", "((((", [[]], [{}], {"a": []}
 
 
 @pytest.mark.filterwarnings("ignore:.*is in the format of the paper")
-@pytest.mark.filterwarnings("ignore:.*(is ignored|is read as 0|subtracts|is not a known field)")
+@pytest.mark.filterwarnings("ignore:.*(is ignored|is read as 0|subtracts)")
 @pytest.mark.parametrize("field", FIELDS)
 def test_any_value_of_a_field_is_read_or_refused_with_the_file(field: str, tmp_path: Path) -> None:
     refused = []
