@@ -25,7 +25,7 @@ from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
-from gralora_fx.exporters.onnx_passes.optional_inputs import optional_image_inputs
+from gralora_fx.exporters.onnx_passes.optional_inputs import optional_draft_inputs, optional_image_inputs
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.prompt_clamps import lower_prompt_clamps
 from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
@@ -159,6 +159,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
             optional_image_inputs,  # nothing is folded any more
+            optional_draft_inputs,
             *insertion_passes(conversion),  # what was packed stays packed
             *quantization_passes(conversion.plan),
         ),

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from gralora_fx.errors import listed
 from gralora_fx.exporters.onnx_passes.builder import Builder, add_input, attributes_of, replace_value, takes_row_count
 from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
-from gralora_fx.exporters.onnx_passes.keep_last_position import head_of
+from gralora_fx.exporters.onnx_passes.keep_last_position import Head, head_of
 from gralora_fx.exporters.onnx_passes.plain_attention import ATTENTION
 from gralora_fx.exporters.onnx_passes.prompt_clamps import clamp_rows
 from gralora_fx.exporters.onnx_passes.row_states import STATE_OPERATORS, RowStates, drop_padding_mask
@@ -26,16 +26,24 @@ from gralora_fx.exporters.onnx_passes.row_tokens import (
     row_tokens,
     take_tokens,
 )
+from gralora_fx.exporters.onnx_passes.site_marks import sites_in
 from gralora_fx.exporters.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATTENTION
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.graph.pipeline import PassResult, contract
-from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.runtime.export_directory import (
+    ATTENTION_SEQLENS,
+    LOGITS_INDICES,
+    PAST_SEQLENS,
+    QUERY_SEQLENS,
+    ROWS_FORM,
+)
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX
 from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, takes_image_inputs
 
 GQA = "GroupQueryAttention"
 # positions of its inputs
 _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
+_NUM_LOGITS = "num_logits"
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
 _OF_STATES = {"Reshape", "Transpose"}  # a state whose values are single numbers, or one whose channels come last
 # a concatenation is of a convolution's state and inputs
@@ -48,12 +56,16 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     """Let each row of a decoder's step read as many tokens as `query_seqlens` says, after `past_seqlens` cached ones.
 
     Before: `y, present... = GroupQueryAttention(f(input_ids, position_ids), past..., lengths, total, bias)`
-    After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, query_seqlens)`
+    After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, attended)`
 
     `tokens [1, tokens]` are those ids that count, `rows` puts what was computed for each into its place in
     `[batch, length]`, and what attention gives is `[1, tokens]` again. Mask and positions are not inputs any more: both
     follow from the lengths. Where the caches are one buffer for input and output, those of an idle row stay as they
     are.
+
+    `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime has another kernel for the attention of one
+    token than for several, with other last bits, so rows that verify drafts ask for that of several. A model that keeps
+    states has no such input, since its rows cannot be set back.
 
     Args:
         model: A decoder whose attention is fused and whose cache has its names; it is changed in place.
@@ -81,7 +93,10 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     query, past = (add_input(graph, name, ir.DataType.INT32, [batch]) for name in (QUERY_SEQLENS, PAST_SEQLENS))
     build = Builder(graph)
     readers = {name: list(value.uses()) for name, value in inputs.items()}
-    tokens = row_tokens(build, ids, query, past)
+    attended = query
+    if not states:
+        attended = build("Max", query, add_input(graph, ATTENTION_SEQLENS, ir.DataType.INT32, [batch]))
+    tokens = row_tokens(build, ids, query, past, attended)
     build.insert_before(graph[0])
     for name, value in (("input_ids", tokens.ids), ("position_ids", tokens.positions)):
         for usage in readers.get(name, []):
@@ -104,6 +119,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     remove_unused_nodes(model)
     _check_readers(inputs)
     graph.inputs[:] = [value for value in graph.inputs if value.name not in ("attention_mask", "position_ids")]
+    model.metadata_props[ROWS_FORM] = "2"
     return PassResult(len(layers) + len(states))
 
 
@@ -116,7 +132,7 @@ def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
         if value is not None:
             new_inputs[index] = tokens.to_rows(before, value)
     new_inputs[_LENGTHS], new_inputs[_TOTAL], new_inputs[_BIAS] = tokens.cached, tokens.total, None
-    new_inputs[_QUERY_LENGTHS] = tokens.query
+    new_inputs[_QUERY_LENGTHS] = tokens.attended
     new = before.node(GQA, new_inputs, domain=node.domain, num_outputs=3, **attributes_of(node))
     new.metadata_props.update(node.metadata_props)
     output = tokens.of_rows(before, new.outputs[0])
@@ -214,12 +230,14 @@ def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
 @contract(needs={APART_ADDITIONS})
 @dataclass(frozen=True)
 class LogitsOfRows:
-    """Give logits of rows: of the last token of each, or of every position.
+    """Give logits of rows: of chosen tokens, or of every position.
 
     Before: `logits = MatMul(x, head)`, of the tokens that count
-    After:  `logits = MatMul(Gather(x, last), head)`, or `logits = rows(MatMul(x, head))`
+    After:  `logits = MatMul(Gather(x, logits_indices or last), head)`, or `logits = rows(MatMul(x, head))`
 
-    An idle row's logits mean nothing, and so do those of positions that do not count.
+    Tokens are chosen by an input, `logits_indices`; where it is empty, they are the last of each row. A head that reads
+    more than the tokens, such as the adapter of each row, and a model that keeps states, have no such input. An idle
+    row's logits mean nothing, and so do those of positions that do not count.
 
     Attributes:
         logits: `"last"` or `"all"`.
@@ -239,7 +257,11 @@ class LogitsOfRows:
         if self.logits == "last":
             head = head_of(model)
             assert ids.shape is not None
-            head.read(build, take_tokens(build, head.hidden, last_tokens(build, query), (ids.shape[0], 1)))
+            index, count = last_tokens(build, query), ids.shape[0]
+            if ATTENTION_SEQLENS in inputs and _reads_tokens_alone(head):
+                chosen = add_input(model.graph, LOGITS_INDICES, ir.DataType.INT64, [_NUM_LOGITS])
+                index, count = _chosen_or(build, chosen, index), ir.SymbolicDim(_NUM_LOGITS)
+            head.read(build, take_tokens(build, head.hidden, index, (count, 1)))
             return PassResult(1)
         logits = model.graph.outputs[0]
         rows = row_tokens(build, ids, query, inputs[PAST_SEQLENS]).to_rows(build, logits)
@@ -247,3 +269,31 @@ class LogitsOfRows:
         rows.name, logits.name = logits.name, f"{logits.name}.tokens"
         model.graph.outputs[0] = rows
         return PassResult(1)
+
+
+def _chosen_or(build: Builder, chosen: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """`[num_logits, 1]`: chosen tokens `[num_logits]`, or others `[batch, 1]` where none are chosen."""
+    number = build("Shape", chosen)
+    end = build("Where", build("Cast", number, to=ir.DataType.BOOL), number, build("Shape", otherwise, end=1))
+    both = build("Concat", build("Unsqueeze", chosen, build.ints(1)), otherwise, axis=0)
+    return build("Slice", both, build.ints(0), end, build.ints(0))
+
+
+def _reads_tokens_alone(head: Head) -> bool:
+    """Return whether the logits of a token depend on nothing but the token: no row's adapter, no other input."""
+    members = {head.hidden, *head.chain}
+    if any(sites_in(value) for value in members - {head.hidden}):
+        return False
+    waiting = [value for member in head.chain for value in _read_for(member) if value not in members]
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_input() and value.const_value is None:
+            return False
+        waiting += _read_for(value)
+    return True
+
+
+def _read_for(value: ir.Value) -> list[ir.Value]:
+    """Return what the node reads that computes a value."""
+    node = value.producer()
+    return [] if node is None else [read for read in node.inputs if read is not None]

@@ -33,7 +33,9 @@ class RowTokens:
         tokens: `[1, tokens]`, the index of each among all `batch * length`.
         token_at: `[batch, length]`, the token at each position; any at positions that do not count.
         query: `[batch]` int32, how many tokens of each row count.
-        cached: `[batch]` int32, the index of the last position that is cached afterwards.
+        attended: `[batch]` int32, how many tokens of each row attention reads: those that count, and padding after
+            them where another kernel is wanted.
+        cached: `[batch]` int32, the index of the last position that attention writes.
         total: `[1]` int32, the most positions that a row has cached afterwards.
     """
 
@@ -43,6 +45,7 @@ class RowTokens:
     tokens: ir.Value
     token_at: ir.Value
     query: ir.Value
+    attended: ir.Value
     cached: ir.Value
     total: ir.Value
 
@@ -115,7 +118,9 @@ def _flat_tokens(build: Builder, value: ir.Value, index: ir.Value) -> ir.Value:
     return build("Gather", build("Flatten", value, axis=2), index, axis=0)
 
 
-def row_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Value) -> RowTokens:
+def row_tokens(
+    build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Value, attended: ir.Value | None = None
+) -> RowTokens:
     """What tells tokens of rows that are padded on the right.
 
     Args:
@@ -123,7 +128,9 @@ def row_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Va
         input_ids: `[batch, length]`.
         query: `[batch]` int32, how many tokens of each row count.
         past: `[batch]` int32, how many were read before.
+        attended: `[batch]` int32, how many attention reads; None for those that count.
     """
+    attended = query if attended is None else attended
     lengths = _Lengths(build, input_ids, query)
     order = build("Sub", build("CumSum", build("Cast", lengths.flat, to=ir.DataType.INT64), lengths.zero), lengths.one)
     token_at = build("Reshape", build("Max", order, lengths.zero), build("Shape", input_ids))
@@ -135,11 +142,11 @@ def row_tokens(build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Va
     for value in (ids, positions):
         value.shape, value.type = ir.Shape([1, ir.SymbolicDim(NUM_TOKENS)]), ir.TensorType(ir.DataType.INT64)
     zero, one = (build.tensor(number, ir.DataType.INT32) for number in (0, 1))
-    cached = build("Max", build("Sub", build("Add", past, query), one), zero)  # 0 for a row that has read nothing
+    cached = build("Max", build("Sub", build("Add", past, attended), one), zero)  # 0 for a row that has read nothing
     most = build("Add", build("ReduceMax", cached, keepdims=1), one)
     total = build("Max", most, build("Cast", build("Shape", input_ids, start=1, end=2), to=ir.DataType.INT32))
     assert input_ids.shape is not None
-    return RowTokens(tuple(input_ids.shape), ids, positions, lengths.tokens, token_at, query, cached, total)
+    return RowTokens(tuple(input_ids.shape), ids, positions, lengths.tokens, token_at, query, attended, cached, total)
 
 
 def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
@@ -217,7 +224,7 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     counts, ids = either(total, lengths.counts), either(highest, ids)
     number = build("Squeeze", total, build.ints(0))
     length = build("Where", is_one, number, lengths.length)
-    size = build("Where", is_one, number, build("Min", lengths.length, build.scalar(TILE)))
+    size = _at_least_two(build, build("Where", is_one, number, build("Min", lengths.length, build.scalar(TILE))))
 
     def number_of(tokens: ir.Value) -> ir.Value:
         return build("Div", build("Add", tokens, build("Sub", size, one)), size)
@@ -261,7 +268,8 @@ def tokens_of_adapters(
     own = build("Gather", ids, build("Div", indices, lengths.length))  # [tokens]
     column = build("Unsqueeze", own, build.ints(1))
     hits = build("Cast", build("Equal", column, build("Range", zero, adapters, one)), to=ir.DataType.INT64)
-    most = build("ReduceMax", build("ReduceSum", hits, build.ints(0), keepdims=0), keepdims=0)
+    counts = build("ReduceSum", hits, build.ints(0), keepdims=0)
+    most = _at_least_two(build, build("ReduceMax", counts, keepdims=0))
     before = build("ReduceSum", build("Mul", build("CumSum", hits, zero), hits), build.ints(1), keepdims=0)
     slots = build("Add", build("Mul", own, most), build("Sub", before, one))
     shape = build("Concat", *(build("Unsqueeze", size, build.ints(0)) for size in (adapters, most)), axis=0)
@@ -272,6 +280,14 @@ def tokens_of_adapters(
     is_used = build("LessOrEqual", room, build("Add", build("Mul", number, build.scalar(_COPY)), one))
     groups = TokenGroups(None, tokens, build("Unsqueeze", slots, build.ints(0)))
     return groups, build("And", is_short, is_used)
+
+
+def _at_least_two(build: Builder, size: ir.Value) -> ir.Value:
+    """Return the size of a group with room for two tokens, the second of which may be any.
+
+    ONNX Runtime multiplies a lone token by an adapter in another order than several, with other last bits.
+    """
+    return build("Max", size, build.scalar(2))
 
 
 class _Lengths:

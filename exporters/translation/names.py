@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.runtime.export_directory import PAST_SEQLENS
+from gralora_fx.runtime.export_directory import LOGITS_INDICES, PAST_SEQLENS
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, slot_of
 from gralora_fx.tracing.inputs.image_inputs import IDS, IMAGE_INPUTS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
@@ -31,6 +31,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "encoder_attention_mask": _ENCODED,
     "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "frames"),
+    LOGITS_INDICES: ("num_logits",),
 }
 # inputs of a step that have its earlier positions too
 _OVER_ALL = {"attention_mask", *(each.name for each in IMAGE_INPUTS.values() if each.follows != IDS)}

@@ -22,8 +22,7 @@ from gralora_fx.engine.shared_rows import SharedRows
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.adapter_arrays import BASE
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
-from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS
-from gralora_fx.runtime.opened_rows import ATTENTION_SEQLENS, LOGITS_INDICES
+from gralora_fx.runtime.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import adapter_dtype, as_past, reads_tokens_apart
@@ -64,9 +63,10 @@ class RowsDecoder(Decoder):
             ServingError: As of `Decoder`.
             PrefixCacheError: The prefix cache has no room for a block, or steps are too short to share what they read.
         """
-        inputs = {value.name for value in session.get_inputs()}
-        self._is_opened = ATTENTION_SEQLENS in inputs
-        problem = None if self._is_opened else "the graph of its rows gives logits after the last token of each alone"
+        inputs = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+        self._pads_attention, self._chooses_logits = ATTENTION_SEQLENS in inputs, LOGITS_INDICES in inputs
+        can_verify = self._pads_attention and (self._chooses_logits or gives_all(session))
+        problem = None if can_verify else "the graph of its rows gives logits after the last token of each alone"
         slots = past_slots(session.get_inputs())
         self._states = [slot.past for slot in slots if slot.kind.grows is None]
         self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in slots)
@@ -185,16 +185,16 @@ class RowsDecoder(Decoder):
         feed |= self._images.arrays(read, lengths, rows, ids)
         if self._row_stacks is not None:
             feed[ADAPTER_IDS] = numbers
-        if self._is_opened:
+        if self._pads_attention:
             feed[ATTENTION_SEQLENS] = attended
         counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
-        if self._is_opened and not self.gives_all:
+        if self._chooses_logits:
             ends = dict(zip(read, np.cumsum([*map(len, read.values())]), strict=True))
             feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
         logits: NDArray[Any] = self._steps(feed, stack.values, rows).float().numpy()
         if self.gives_all:
             return {row: logits[row - rows.start, len(read[row]) - counts[row] : len(read[row])] for row in read}
-        if not self._is_opened:
+        if not self._chooses_logits:
             return {row: logits[row - rows.start, 0] for row in read}
         of_rows = zip(read, np.split(logits[:, 0], np.cumsum(list(counts.values()))[:-1]), strict=True)
         return {row: array if row in last else array[-1] for row, array in of_rows}

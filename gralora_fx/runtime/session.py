@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,6 @@ def open_session(
     runtime: Runtime | None = None,
     *,
     name: str = MODEL_NAME,
-    change: Callable[[onnx.ModelProto], bool] | None = None,
     as_stored: bool = False,
     error: type[GraloraError] = ExportError,
 ) -> Any:
@@ -76,9 +75,7 @@ def open_session(
         directory: An export directory.
         runtime: How to run it; None for the CPU.
         name: The file of the model, where it is one.
-        change: Changes its graph, in place, before it is opened, and says whether it did; weights are not read. None
-            for no more than what fits how it is run (see `open_experts`).
-        as_stored: Open the file as other programs do, without what fits how it is run.
+        as_stored: Open the file as other programs do, without what fits how it is run (see `open_experts`).
         error: The error type to raise.
 
     Raises:
@@ -87,16 +84,15 @@ def open_session(
     """
     folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
-        parts = [_open(folder / f"{name}.onnx", runtime, error, None, as_stored) for name in (ENCODER, DECODER)]
+        parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored) for name in (ENCODER, DECODER)]
         return EncoderDecoderSession(*parts)
-    return _open(folder / name, runtime, error, change, as_stored)
+    return _open(folder / name, runtime, error, as_stored)
 
 
 def _open(
     path: Path,
     runtime: Runtime,
     error: type[GraloraError],
-    change: Callable[[onnx.ModelProto], bool] | None,
     as_stored: bool,
 ) -> Any:
     if not path.is_file():
@@ -105,7 +101,7 @@ def _open(
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
-    changes = (_take_defaults if runtime.devices else change, open_experts if is_cpu and not as_stored else None)
+    changes = (_take_defaults if runtime.devices else None, open_experts if is_cpu and not as_stored else None)
     try:
         changed = [change(model) for change in changes if change is not None]
         if any(changed):  # bytes of a model do not say where its weights are

@@ -12,7 +12,7 @@ from onnxruntime import OrtValue
 
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.export_directory import FLAG, TOKENS_APART, TRANSPOSED_STATES
+from gralora_fx.runtime.export_directory import FLAG, ROWS_FORM, TOKENS_APART, TRANSPOSED_STATES
 from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX, past_slots
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -155,6 +155,15 @@ def reads_tokens_apart(session: Any) -> bool:
         session: A session, or a view of one.
     """
     return TOKENS_APART in _metadata(session)
+
+
+def is_current_form(session: Any) -> bool:
+    """Return whether a graph of rows is of the form that this version writes (see `batch_continuously`).
+
+    Args:
+        session: A session over `model_rows.onnx`, or a view of one.
+    """
+    return _metadata(session).get(ROWS_FORM) == "2"
 
 
 def _metadata(session: Any) -> Mapping[str, str]:

@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import onnx
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import Adapters
@@ -19,7 +18,7 @@ from gralora_fx.engine.buffered_steps import takes_buffers
 from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.engine.session_decoders import RowsDecoder, SequentialDecoder
-from gralora_fx.errors import ServingError, listed
+from gralora_fx.errors import ServingError, listed, warn_caller
 from gralora_fx.loading.tokenizers import load_tokenizer
 from gralora_fx.runtime.adapter_file import AdapterInMemory
 from gralora_fx.runtime.adapter_paths import own_adapters
@@ -33,7 +32,6 @@ from gralora_fx.runtime.export_directory import (
 )
 from gralora_fx.runtime.export_files import check_files, check_requirements
 from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.opened_rows import open_rows
 from gralora_fx.runtime.placement import (
     Placement,
     describe_placement,
@@ -42,6 +40,7 @@ from gralora_fx.runtime.placement import (
     warn_of_idle,
 )
 from gralora_fx.runtime.session import CPU, Runtime, check_integer_sums, open_session
+from gralora_fx.runtime.session_views import is_current_form
 from gralora_fx.serving.answer_grammar import Grammars
 from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.generation import Generation
@@ -59,14 +58,12 @@ class Reading:
             the CPU runs all of it, and whether every call names an adapter for each row.
         calls_rows: Whether calls run `model_rows.onnx` where they name an adapter for each row.
         generation: How an open export generates; it raises a `ServingError` where it does not.
-        changes_rows: Changes the graph of `model_rows.onnx` before it is opened (see `open_session`), or None.
     """
 
     name: str
     opens_rows: Callable[[bool, bool], bool]
     calls_rows: bool
     generation: Callable[[OpenExport], Generation]
-    changes_rows: Callable[[onnx.ModelProto], bool] | None = None
 
 
 class OpenExport:
@@ -210,8 +207,7 @@ class OpenExport:
         return self._open(name)
 
     def _open(self, name: str) -> Any:
-        change = self.reading.changes_rows if name == ROWS_NAME else None
-        return open_session(self.directory, self._runtime, name=name, change=change, error=ServingError)
+        return open_session(self.directory, self._runtime, name=name, error=ServingError)
 
     def _check_unchanged(self) -> None:
         """Check that the directory was not moved or replaced by another export since it was opened.
@@ -268,6 +264,12 @@ def _decoder_generation(export: OpenExport) -> Generation:
     limits = _limits(export)
     if export.first_is_rows:
         manifest = export.manifest
+        if not is_current_form(export.first_session):
+            warn_caller(
+                f"{export.directory / ROWS_NAME} was written by an earlier version: drafts are not verified by it, and "
+                "the last digits of an adapter's answer may depend on the rows beside it; export the model again "
+                "(gralora-fx export --overwrite)"
+            )
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None
         weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))
         make = partial(RowsDecoder, export.first_session, export.adapters, limits)
@@ -300,7 +302,6 @@ READINGS = {
             lambda is_on_cpu, by_row: is_on_cpu,
             calls_rows=False,
             generation=_decoder_generation,
-            changes_rows=open_rows,
         ),
         Reading(
             ENCODER_DECODER_KIND,

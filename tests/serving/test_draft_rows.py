@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from damaged_exports import forget_digests
 from numpy.typing import NDArray
 from served_exports import CACHED, adapted
 from traces import fresh_trace
@@ -15,6 +18,7 @@ from traces import fresh_trace
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.serving import OrtModel, load
 
 PROMPT, TEXT = [5, 9, 33, 71, 8], [12, 40, 3, 3, 88, 61, 5, 9]
@@ -148,3 +152,43 @@ def test_rows_that_run_one_after_the_other_say_so(data: OrtModel) -> None:
     with pytest.raises(ServingError, match="its rows run one after the other"):
         decoder.step({row: [3, 4]}, {row: 2})
     assert decoder.length(row) == len(PROMPT)
+
+
+def test_a_plain_session_may_leave_the_inputs_of_drafts_out(tmp_path: Path) -> None:
+    export_onnx(fresh_trace("llama", task=CACHED), tmp_path / "onnx", verify=False)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / ROWS_NAME)
+    chosen = session.get_overridable_initializers()
+    assert sorted((value.name, tuple(value.shape)) for value in chosen) == [
+        ("attention_seqlens", ("batch_size",)),
+        ("logits_indices", ("num_logits",)),
+    ]
+    caches = {
+        value.name: np.zeros((2, value.shape[1], 16, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+    lengths = {"query_seqlens": np.array([3, 5], np.int32), "past_seqlens": np.zeros(2, np.int32)}
+    feed = {"input_ids": np.array([[5, 9, 33, 0, 0], [71, 8, 12, 40, 3]]), **lengths, **caches}
+    (last,) = session.run(["logits"], feed)
+    every = np.arange(8)
+    (each,) = session.run(["logits"], {**feed, "logits_indices": every, "attention_seqlens": np.full(2, 2, np.int32)})
+    assert last.shape[:2] == (2, 1)
+    assert each.shape[:2] == (8, 1)
+    assert np.array_equal(last, each[[2, 7]])
+
+
+def test_a_graph_of_rows_of_an_earlier_version_answers_without_drafts(tmp_path: Path) -> None:
+    export_onnx(fresh_trace("llama", task=CACHED), tmp_path / "onnx", verify=False)
+    answer = load(tmp_path / "onnx", threads=1).generate(PROMPT, max_new_tokens=9)
+    path = tmp_path / "onnx" / ROWS_NAME
+    model = onnx.load(path, load_external_data=False)
+    for name in ("attention_seqlens", "logits_indices"):
+        model.graph.input.remove(next(value for value in model.graph.input if value.name == name))
+    model.metadata_props.remove(next(entry for entry in model.metadata_props if entry.key == "gralora_rows_form"))
+    path.write_bytes(model.SerializeToString())
+    forget_digests(tmp_path / "onnx")
+    with pytest.warns(UserWarning, match=r"model_rows.onnx was written by an earlier version: .*--overwrite"):
+        decoder = load(tmp_path / "onnx", threads=1).decoder(rows=1, capacity=24)
+    assert decoder.draft_problem == "the graph of its rows gives logits after the last token of each alone"
+    with pytest.warns(UserWarning, match="earlier version"):
+        assert load(tmp_path / "onnx", threads=1).generate(PROMPT, max_new_tokens=9) == answer
