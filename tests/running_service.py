@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import pytest
 import uvicorn
 
 from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
@@ -44,6 +46,18 @@ def running(settings: ServiceSettings) -> Iterator[tuple[str, Any]]:
     app = create_app(settings)
     with serving(app) as (host, port):
         yield f"http://{host}:{port}/", app
+
+
+def permitted(url: str, origin: str) -> tuple[Any, Any]:
+    """The origins that may ask and read, as a service tells a browser: before a request without a key, and after."""
+    question = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    with urlopen(Request(url, headers=question, method="OPTIONS"), timeout=30) as before:
+        asked = before.headers.get_all("Access-Control-Allow-Origin")
+    with pytest.raises(HTTPError) as answered:
+        urlopen(Request(url, b"{}", {"Origin": origin}), timeout=30)
+    with answered.value as after:
+        read = after.headers.get_all("Access-Control-Allow-Origin")
+    return asked, read
 
 
 def post(url: str, body: Any) -> Any:

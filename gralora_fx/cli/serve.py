@@ -49,6 +49,14 @@ ReadTimeout = Annotated[
         help=f"Time in which a request must arrive, its body too.  [default: {_LIMITS.read_timeout:g}]",
     ),
 ]
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ORIGIN",
+        help="An origin whose pages may use the service, such as https://example.org; * for any; may be repeated.",
+        callback=utf8,
+    ),
+]
 AccessLog = Annotated[
     bool,
     typer.Option(
@@ -79,6 +87,7 @@ def serve(
     *,
     max_connections: MaxConnections = None,
     read_timeout: ReadTimeout = None,
+    allow_origin: AllowOrigin = None,
     access_log: AccessLog = False,
     engine: Engine = "uvicorn",
     replicas: Replicas = None,
@@ -89,7 +98,8 @@ def serve(
     A request chooses its adapter by the name of its model.
     """
     path = export_directory(onnx, directory)
-    settings = ServiceSettings(path, adapters=read_adapters(adapter), adapter_root=adapter_root, **options)
+    options |= {"adapters": read_adapters(adapter), "adapter_root": adapter_root}
+    settings = ServiceSettings(path, allow_origin=tuple(allow_origin or ()), **options)
     if engine not in _ENGINES:
         raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
     require_extra("serve", "serve", ServingError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from gralora_fx.errors import ConfigError, shown
 
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
 SPECULATIVE_TOKENS = 16  # most tokens of a draft, where nothing else is said
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
 _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 
 
@@ -28,6 +30,18 @@ def _key_problem(value: str) -> str | None:
     if value.isascii() and value.isprintable() and value:
         return None
     return "the API key must be one or more visible characters of ASCII; leave it out for none"
+
+
+def _origin_problem(value: Any) -> str | None:
+    if isinstance(value, str):
+        return f"allow_origin is a sequence of origins, but got {shown(value)}"
+    wrong = next((one for one in value if one != "*" and _ORIGIN.fullmatch(one) is None), None)
+    if wrong is None:
+        return None
+    return (
+        f"allow_origin must be * or an origin as browsers name it, such as https://example.org or "
+        f"http://localhost:5173, in lower case and without a path, but got {shown(wrong)}"
+    )
 
 
 def _cache_problem(value: Any) -> str | None:
@@ -60,6 +74,7 @@ class ServiceSettings:
         threads: Threads of an operator; None for one on each core that the process may use.
         api_key: The key that requests must give; None for none.
         max_body: The most bytes of a request's body, also once it is decompressed.
+        allow_origin: Origins whose pages may use the service in a browser, such as `https://example.org`; `*` for any.
     """
 
     directory: Path
@@ -160,12 +175,13 @@ class ServiceSettings:
         int,
         Option("Most bytes of a request's body, also once it is decompressed.", metavar="BYTES", least=1),
     ] = 16 * 2**20
+    allow_origin: Annotated[tuple[str, ...], Option(problem=_origin_problem)] = ()
 
     def __post_init__(self) -> None:
         """Check the counts and the key.
 
         Raises:
-            ConfigError: A count is not a whole number of at least 1, or the key is empty or not ASCII.
+            ConfigError: A count is not a whole number of at least 1, the key is not ASCII, or an origin is none.
         """
         check_options(self, ConfigError)
 

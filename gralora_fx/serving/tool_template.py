@@ -1,4 +1,4 @@
-"""What a tokenizer's template of chats does with tools, and chats for templates that do not know of them."""
+"""What a tokenizer's template of chats does with tools and reasoning, and chats for one that does not know tools."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ _INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON sche
 {tools}
 To call one, answer with nothing but its name and arguments in this form:
 {example}"""
+_REASONING = ("think", "reasoning")  # as in enable_thinking, </think> and reasoning_content
 _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "its value"}}
 
 
 @dataclass(frozen=True)
 class ToolTemplate:
-    """What a tokenizer's template of chats does with tools.
+    """What a tokenizer's template of chats does with tools, and whether it has reasoning.
 
     Attributes:
         format: The form of calls.
         has_tools: Whether the template describes tools to the model, and writes calls and their results.
         is_known: Whether its own form of calls is one of those above.
         shown: Tokens that are part of the form, whatever a tokenizer leaves out of texts.
+        reasons: Whether the template writes what a model thinks before it answers.
     """
 
     format: CallFormat
     has_tools: bool
     is_known: bool
     shown: frozenset[int]
+    reasons: bool
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:
@@ -48,7 +51,8 @@ class ToolTemplate:
         fits = [known for known in FORMATS if known.fits(text)]
         found = fits[0] if fits else GENERAL
         shown = frozenset(found.special_tokens(tokenizer).values())
-        return cls(found, has_tools="tools" in text, is_known=bool(fits), shown=shown)
+        reasons = any(mark in text.lower() for mark in _REASONING)
+        return cls(found, has_tools="tools" in text, is_known=bool(fits), shown=shown, reasons=reasons)
 
     def __str__(self) -> str:
         """What is said at the start."""

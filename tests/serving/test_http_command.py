@@ -19,11 +19,14 @@ from typing import Any
 
 import openai
 import pytest
+from running_service import permitted
 from served_exports import chat_tokenizer, decoders, greedy
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, ServingError
+
+ORIGINS = ("https://a.example.org", "http://localhost:5173")
 
 
 class Server:
@@ -32,6 +35,7 @@ class Server:
     def __init__(self, path: Path) -> None:
         command = [sys.executable, "-m", "gralora_fx.cli", "serve", str(path), "--port", "0", "--threads", "1"]
         command += ["--adapter-root", str(path.parent), "--access-log", "--adapter", f"peft={path.parent / 'wide'}"]
+        command += [part for origin in ORIGINS for part in ("--allow-origin", origin)]
         environment = {**os.environ, "GRALORA_FX_API_KEY": "secret"}
         self.access_log = path.parent / "access.log"
         with self.access_log.open("w") as stdout:
@@ -120,6 +124,11 @@ def test_openais_client(server: Server, exported: tuple[Path, dict[str | None, A
         ("POST /v1/chat/completions", "200"): 2,
     }
     assert not any(word in line for line in lines for word in ("Hello", "secret", "Bearer", "wrong"))
+
+
+def test_pages_of_each_origin_may_ask(server: Server) -> None:
+    for origin in ORIGINS:
+        assert permitted(f"{server.url}/completions", origin) == ([origin], [origin])
 
 
 def test_adapters_are_loaded_by_requests(server: Server, exported: tuple[Path, dict[str | None, Any]]) -> None:

@@ -119,8 +119,7 @@ def test_what_clients_send_by_default_changes_nothing(client: openai.OpenAI, ser
     answer = plain.choices[0].message.model_dump()  # goes back as it came
     client.chat.completions.create(model="wide", messages=[*messages, answer, messages[1]], **ALL_OPTIONS)
     for wrong in (
-        {"reasoning_effort": "low"},
-        {"store": True},
+        {"verbosity": "low"},
         {"modalities": ["audio"]},
     ):
         with pytest.raises(openai.BadRequestError, match=f"{next(iter(wrong))} is not supported; leave it out"):

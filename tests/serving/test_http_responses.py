@@ -179,13 +179,12 @@ def test_a_stream_that_fails(
 
 BAD: dict[str, tuple[dict[str, Any], str | None]] = {
     "previous": ({"previous_response_id": "resp_1"}, "previous_response_id"),
-    "store": ({"store": True}, "store"),
     "background": ({"background": True}, "background"),
     "conversation": ({"conversation": "conv_1"}, "conversation"),
     "prompt": ({"prompt": {"id": "pmpt_1"}}, "prompt"),
     "truncation": ({"truncation": "auto"}, "truncation"),
-    "reasoning": ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
-    "include": ({"include": ["file_search_call.results"]}, "include.0"),
+    "reasoning": ({"reasoning": {"mode": "pro"}}, "reasoning.mode"),
+    "include": ({"include": ["output_text.annotations"]}, "include.0"),
     "messages": ({"messages": []}, "messages"),
     "no input": ({"input": None}, "input"),
     "item": ({"input": [{"type": "reasoning", "summary": []}]}, "input.0.type"),

@@ -173,7 +173,7 @@ def test_models_are_listed(service: tuple[TestClient, str, dict[str | None, Any]
         ({"stop_token_ids": [101]}, 400, "the tokens that end the answer hold 101"),
         ({"min_tokens": 2}, 400, "min_tokens=2 is above the 1 tokens that are asked for"),
         ({"suffix": "b"}, 400, "suffix is not supported; leave it out"),
-        ({"store": True}, 400, "store is not supported; leave it out"),
+        ({"best_of": 2}, 400, "best_of is not supported; leave it out"),
     ],
 )
 def test_bad_requests(one_service: TestClient, change: dict[str, Any], status: int, message: str) -> None:

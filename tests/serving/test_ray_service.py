@@ -24,6 +24,7 @@ import psutil
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
+from running_service import permitted
 from served_exports import CACHED, END, adapted, chat_tokenizer, greedy
 from tiny_models import tiny_model
 from typer.testing import CliRunner
@@ -33,6 +34,7 @@ from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
 from gralora_fx.exporters import export_onnx
 
+ORIGIN = "https://chat.example.org"
 ROWS, WAITING, CONTEXT = 2, 12, 512
 GONE = "the replica that ran the request has ended; try again"
 
@@ -158,6 +160,7 @@ def service(exported: tuple[Path, dict[str | None, Any]]) -> Iterator[Replicated
     """A decoder, with an adapter that PEFT saved beside those of the export, and a log of its requests."""
     path = exported[0]
     root = ("--adapter-root", str(path.parent))
+    root += ("--allow-origin", ORIGIN)
     with replicated(path, "--access-log", "--adapter", f"peft={path.parent / 'wide'}", *root) as running:
         yield running
 
@@ -205,6 +208,10 @@ def test_errors_are_openais(service: Replicated) -> None:
         service.client.copy(api_key="wrong").models.list()
     with pytest.raises(openai.NotFoundError):
         service.root.get("/other", cast_to=object)
+
+
+def test_pages_of_an_origin_may_ask(service: Replicated) -> None:
+    assert permitted(f"{service.client.base_url}completions", ORIGIN) == ([ORIGIN], [ORIGIN])
 
 
 def test_health_needs_no_key(service: Replicated) -> None:

@@ -23,6 +23,7 @@ from gralora_fx.serving.scheduling.adapter_versions import (
 )
 from gralora_fx.serving.scheduling.queue import AnswerError, DeadlineError, QueueFullError, RunError, StoppedError
 
+FAILED = "the request failed; the server's log says why"
 _RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long
 _HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
@@ -98,7 +99,7 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _failed(request: Request, error: Exception) -> JSONResponse:
         _logger.error("a request failed", exc_info=error)
-        return error_response(request.url.path, 500, "the request failed; the server's log says why")
+        return error_response(request.url.path, 500, FAILED)
 
 
 def _described(request: Request, error: HTTPException) -> str:

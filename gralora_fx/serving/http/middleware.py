@@ -1,4 +1,4 @@
-"""What every request passes: the access log, counting, the API key, and the reading of its body."""
+"""What every request passes: the access log, other origins, counting, the API key, and the reading of its body."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.errors import first_line, shown
+from gralora_fx.serving.http.cors import CorsMiddleware
 from gralora_fx.serving.http.error_responses import error_response
 from gralora_fx.serving.http.metrics import Metrics
 from gralora_fx.serving.http.service_routes import OPEN_PATHS
@@ -90,11 +91,13 @@ def _request(scope: Scope, began: datetime) -> str:
 
 
 def add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
-    """Let requests pass what counts them, asks for the key, and reads their bodies, in this order."""
+    """Let requests pass what lets other origins in, counts, asks for the key, and reads bodies, in this order."""
     app.add_middleware(BodyMiddleware, max_body=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     app.add_middleware(CountingMiddleware, metrics=metrics)
+    if settings.allow_origin:
+        app.add_middleware(CorsMiddleware, origins=settings.allow_origin)
 
 
 class ApiKeyMiddleware:

@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.runtime.adapter_paths import is_name
 from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.error_responses import add_handlers, error_body, error_response
+from gralora_fx.serving.http.error_responses import FAILED, add_handlers, error_body, error_response
 from gralora_fx.serving.http.metrics import Metrics, mark_counted
 from gralora_fx.serving.http.middleware import AccessLogMiddleware, add_middleware
 from gralora_fx.serving.http.openai.models import adapter_routes
@@ -135,7 +135,7 @@ class Forwarding:
             if sender.is_complete:
                 return
             _logger.error("a replica's answer to %s %s has no end", scope["method"], request.path)
-            problem = 500, "the request failed; the server's log says why"
+            problem = 500, FAILED
         scope.pop("route", None)  # that of everything says nothing
         if sender.has_begun:
             await sender.end_with(*problem)
@@ -189,4 +189,4 @@ def _described(error: Exception) -> tuple[int, str]:
     if isinstance(error, DeploymentUnavailableError):
         return 503, "no replica takes requests; try again"
     _logger.error("a request failed", exc_info=error)
-    return 500, "the request failed; the server's log says why"
+    return 500, FAILED

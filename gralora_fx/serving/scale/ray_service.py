@@ -146,7 +146,8 @@ def run_replicas(
         model, frontend = _deployments(settings, replicas, at_a_time, metrics)
         try:
             try:
-                handle = serve.run(model.bind(settings, loads), name=APPLICATION, route_prefix=None)
+                behind = replace(settings, allow_origin=())  # it is the frontend that browsers ask
+                handle = serve.run(model.bind(behind, loads), name=APPLICATION, route_prefix=None)
                 access_log = Path(logs, "access.log") if has_access_log else None
                 serve.run(frontend.bind(handle, settings, adapters, metrics, access_log, loads), name=_FRONTEND)
             except RuntimeError as error:

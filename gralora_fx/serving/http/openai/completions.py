@@ -16,6 +16,7 @@ from gralora_fx.serving.detokenizer import TokenBytes
 from gralora_fx.serving.http.engines import TextEngine
 from gralora_fx.serving.http.openai.choices import ChoiceWriter
 from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
+from gralora_fx.serving.http.openai.strict_model import with_ignored
 from gralora_fx.serving.http.openai.text_requests import QuestionReader
 from gralora_fx.serving.http.replies import EventStream, TextAnswers
 from gralora_fx.serving.scheduling.text_jobs import Piece
@@ -61,8 +62,9 @@ async def _answer(
     name = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
     head = {"id": name, "object": kind, "created": int(time.time()), "model": asked.model}
     if asked.stream:
-        return EventStream(answers, _chunks(answers, head, choices, includes_usage=asked.includes_usage))
-    return await answers.respond(request, partial(_whole, answers, head, choices))
+        chunks = _chunks(answers, head, choices, includes_usage=asked.includes_usage)
+        return with_ignored(EventStream(answers, chunks), asked)
+    return with_ignored(await answers.respond(request, partial(_whole, answers, head, choices)), asked)
 
 
 def _echoes(engine: TextEngine, asked: CompletionRequest | ChatRequest) -> list[str]:

@@ -27,6 +27,7 @@ from gralora_fx.serving.http.openai.requests import (
     EmbeddingRequest,
     RerankRequest,
 )
+from gralora_fx.serving.http.openai.strict_model import with_ignored
 from gralora_fx.serving.http.replies import timeout_of, unless_disconnected
 from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.http.text_reader import Tokens
@@ -117,8 +118,14 @@ def encoder_routes(engine: EncoderEngine) -> APIRouter:
 
 
 def _add_embeddings(router: APIRouter, engine: EncoderEngine) -> None:
+    size = engine.encoder.outputs[SENTENCE].shape[-1]
+
     @router.post("/v1/embeddings", response_model=EmbeddingResponse)
     async def embed(asked: EmbeddingRequest, request: Request) -> Response:
+        if asked.dimensions not in (None, size):
+            problem = f"dimensions={asked.dimensions}: the model's embeddings have {size}; give that, or leave it out"
+            raise ServingError(problem).about("dimensions")
+
         def embedding(index: int, output: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
             vector: Any = finite(output[SENTENCE]).astype("<f4")
             if asked.encoding_format == "base64":
@@ -128,7 +135,8 @@ def _add_embeddings(router: APIRouter, engine: EncoderEngine) -> None:
         def body(outputs: Outputs) -> dict[str, Any]:
             return {"object": "list", "data": [embedding(*pair) for pair in enumerate(outputs)], "model": asked.model}
 
-        return await _answer(engine, request, asked.model, engine.encoder.reader.texts, asked.texts, body)
+        answer = await _answer(engine, request, asked.model, engine.encoder.reader.texts, asked.texts, body)
+        return with_ignored(answer, asked)
 
 
 def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
@@ -147,7 +155,8 @@ def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
             return {**head, "data": [classes(*pair) for pair in enumerate(outputs)]}
 
         model = engine.models.base if asked.model is None else asked.model
-        return await _answer(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
+        answer = await _answer(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
+        return with_ignored(answer, asked)
 
 
 def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
@@ -163,7 +172,8 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
             return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results}
 
         model, texts = engine.models.base if asked.model is None else asked.model, asked.texts
-        return await _answer(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
+        answer = await _answer(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
+        return with_ignored(answer, asked)
 
     for path in ("/v1/rerank", "/rerank"):
         router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)

@@ -9,11 +9,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from gralora_fx.serving.answer_form import FormError
-from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel, wrong_field
+from gralora_fx.serving.http.openai.idle_fields import MESSAGE, TEXT_PART, TOOL_CALL, Idle
+from gralora_fx.serving.http.openai.strict_model import ListOf, StrictModel, wrong_field
 
 
 class TextPart(StrictModel):
     """A part of a message."""
+
+    without_effect: ClassVar[Idle] = TEXT_PART
 
     type: Literal["text"]
     text: str
@@ -29,7 +32,7 @@ class CalledFunction(StrictModel):
 class ToolCall(StrictModel):
     """A call of the history."""
 
-    without_effect: ClassVar[Idle] = {"index": None}
+    without_effect: ClassVar[Idle] = TOOL_CALL
 
     id: str
     type: Literal["function"] = "function"
@@ -39,10 +42,7 @@ class ToolCall(StrictModel):
 class ChatMessage(StrictModel):
     """A message of a chat: what was said, calls of an assistant, or the result of one."""
 
-    without_effect: ClassVar[Idle] = {
-        "annotations": ([],),
-        "tool_calls": ([],),
-    }  # as answers hold them, which clients send back
+    without_effect: ClassVar[Idle] = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | ListOf[TextPart] | None = None

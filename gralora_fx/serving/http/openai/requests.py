@@ -11,8 +11,9 @@ from pydantic_core import PydanticCustomError
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.call_grammar import ToolUse
 from gralora_fx.serving.http.openai.answer_format import AnswerFormat
+from gralora_fx.serving.http.openai.idle_fields import CHAT, COMPLETION, EVERYWHERE, STREAM_OPTIONS, Idle
 from gralora_fx.serving.http.openai.messages import ChatMessage, template_messages
-from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel
+from gralora_fx.serving.http.openai.strict_model import ListOf, StrictModel
 from gralora_fx.serving.http.openai.tool_requests import ToolFields
 from gralora_fx.serving.sampling import Sampling
 
@@ -44,7 +45,7 @@ def _few(tokens: Any) -> Any:
 class StreamOptions(StrictModel):
     """What a stream holds beside text."""
 
-    without_effect: ClassVar[Idle] = {"include_obfuscation": (False,)}
+    without_effect: ClassVar[Idle] = STREAM_OPTIONS
 
     include_usage: bool = False
 
@@ -121,21 +122,6 @@ class SamplingFields(StrictModel):
 class _TextFields(SamplingFields, AnswerFormat):
     """What completions and chats share."""
 
-    without_effect: ClassVar[Idle] = {
-        "user": None,
-        "metadata": None,
-        "safety_identifier": None,
-        "prompt_cache_key": None,
-        "prompt_cache_retention": None,
-        "store": (False,),
-        "service_tier": ("auto", "default"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "modalities": (["text"],),
-        "best_of": (1,),
-        "suffix": ("",),
-    }
-
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream_options: StreamOptions | None = None
 
@@ -148,13 +134,7 @@ class _TextFields(SamplingFields, AnswerFormat):
 class CompletionRequest(_TextFields):
     """A request of `/v1/completions`."""
 
-    without_effect: ClassVar[Idle] = {
-        **_TextFields.without_effect,
-        "parallel_tool_calls": None,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-    }
-
+    without_effect: ClassVar[Idle] = COMPLETION
     prompt_field: ClassVar[str] = "prompt"
 
     prompt: Texts
@@ -203,11 +183,7 @@ class CompletionRequest(_TextFields):
 class ChatRequest(_TextFields, ToolFields):
     """A request of `/v1/chat/completions`."""
 
-    without_effect: ClassVar[Idle] = {
-        **_TextFields.without_effect,
-        "reasoning_effort": ("none",),
-        "verbosity": ("medium",),
-    }
+    without_effect: ClassVar[Idle] = CHAT
     prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
@@ -248,13 +224,9 @@ class ChatRequest(_TextFields, ToolFields):
 
 
 class _EncoderFields(StrictModel):
-    """What requests for texts through an encoder share.
+    """What requests for texts through an encoder share."""
 
-    Attributes:
-        user: Taken, and not used.
-    """
-
-    user: str | None = None
+    without_effect: ClassVar[Idle] = EVERYWHERE
 
 
 class EmbeddingRequest(_EncoderFields):
@@ -263,6 +235,7 @@ class EmbeddingRequest(_EncoderFields):
     model: str
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Whole | None = None
 
     @property
     def texts(self) -> list[str | list[int]]:

@@ -9,9 +9,18 @@ from pydantic import Field, model_validator
 
 from gralora_fx.errors import ServingError
 from gralora_fx.serving.answer_form import GivenForms
+from gralora_fx.serving.http.openai.idle_fields import (
+    INPUT_ITEM,
+    INPUT_TEXT,
+    REASONING,
+    RESPONSE,
+    TEXT_OPTIONS,
+    Idle,
+    IdleInclude,
+)
 from gralora_fx.serving.http.openai.messages import History
 from gralora_fx.serving.http.openai.requests import SamplingFields, StreamOptions, Whole
-from gralora_fx.serving.http.openai.strict_model import Idle, ListOf, StrictModel, wrong_field
+from gralora_fx.serving.http.openai.strict_model import ListOf, StrictModel, wrong_field
 from gralora_fx.serving.http.openai.tool_requests import FunctionFields, Mode, ToolCaller, ToolChoice
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -25,7 +34,7 @@ _NEEDED = {
 class InputText(StrictModel):
     """A part of a message."""
 
-    without_effect: ClassVar[Idle] = {"annotations": ([],), "logprobs": None}  # as answers hold them
+    without_effect: ClassVar[Idle] = INPUT_TEXT
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -34,9 +43,9 @@ class InputText(StrictModel):
 class InputItem(StrictModel):
     """A message, a call of a tool, or the result of one."""
 
-    without_effect: ClassVar[Idle] = {"id": None, "status": None, "phase": None}  # as answers hold them
+    without_effect: ClassVar[Idle] = INPUT_ITEM
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "item_reference"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | ListOf[InputText] | None = None
     call_id: str | None = None
@@ -46,6 +55,11 @@ class InputItem(StrictModel):
 
     @model_validator(mode="after")
     def _fits(self) -> InputItem:
+        if self.type == "item_reference":
+            problem = (
+                "it names an item of an earlier response, and none is kept; send the item itself, with store false"
+            )
+            raise wrong_field("type", "reference", problem)
         needed = _NEEDED[self.type]
         for name in ("role", "content", "call_id", "name", "arguments", "output"):
             if name in needed and getattr(self, name) is None:
@@ -127,29 +141,21 @@ class TextFormat(StrictModel):
 class TextConfig(StrictModel):
     """How the text is to be."""
 
-    without_effect: ClassVar[Idle] = {"verbosity": ("medium",)}
+    without_effect: ClassVar[Idle] = TEXT_OPTIONS
 
     format: TextFormat | None = None
 
 
-class NoReasoning(StrictModel):
-    """Options of reasoning, which no model here has."""
+class Reasoning(StrictModel):
+    """Options of reasoning."""
 
-    without_effect: ClassVar[Idle] = {"effort": ("none",)}
+    without_effect: ClassVar[Idle] = REASONING
 
 
 class ResponseRequest(SamplingFields, ToolCaller):
-    """A request of `/v1/responses`; `store` is taken as false where it is left out."""
+    """A request of `/v1/responses`, which is kept no longer than until it is answered, whatever `store` says."""
 
-    without_effect: ClassVar[Idle] = {
-        "store": (False,),
-        "background": (False,),
-        "truncation": ("disabled",),
-        "service_tier": ("auto", "default"),
-        "max_tool_calls": None,
-        "prompt_cache_retention": None,
-        "user": None,
-    }
+    without_effect: ClassVar[Idle] = RESPONSE
     prompt_field: ClassVar[str] = "input"
 
     input: str | Annotated[list[InputItem], Field(min_length=1, fail_fast=True)]
@@ -158,9 +164,9 @@ class ResponseRequest(SamplingFields, ToolCaller):
     tools: Annotated[list[ResponseTool] | None, Field(max_length=128, fail_fast=True)] = None
     tool_choice: Mode | NamedFunction | AllowedFunctions | None = None
     text: TextConfig | None = None
-    include: ListOf[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: ListOf[Literal["message.output_text.logprobs"] | IdleInclude] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    reasoning: NoReasoning | None = None
+    reasoning: Reasoning | None = None
     stream_options: StreamOptions | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
@@ -201,6 +207,12 @@ class ResponseRequest(SamplingFields, ToolCaller):
             problem = f"top_logprobs has no effect unless include has {_LOGPROBS!r}; give it too"
             raise ServingError(problem).about("top_logprobs")
         return None
+
+    def ignored(self) -> Iterator[str]:
+        """The fields that are accepted and have no effect."""
+        yield from super().ignored()
+        if {*(self.include or ())} - {_LOGPROBS}:
+            yield "include"
 
     def functions(self) -> dict[str, FunctionFields]:
         """The tools by the names of their fields."""

@@ -13,6 +13,7 @@ from gralora_fx.serving.http.error_responses import status_of
 from gralora_fx.serving.http.openai.choices import LogprobWriter
 from gralora_fx.serving.http.openai.response_requests import ResponseRequest
 from gralora_fx.serving.http.openai.response_writer import ResponseWriter
+from gralora_fx.serving.http.openai.strict_model import with_ignored
 from gralora_fx.serving.http.openai.text_requests import QuestionReader
 from gralora_fx.serving.http.replies import EventStream, TextAnswers
 from gralora_fx.serving.scheduling.queue import DeadlineError, RunError
@@ -33,7 +34,7 @@ def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
         scores = None if asked.top_scores is None else LogprobWriter(texts, is_chat=True)
         writer = ResponseWriter(asked, asks.reader(engine), scores)
         if asked.stream:
-            return EventStream(answers, _events(answers, writer), is_typed=True)
+            return with_ignored(EventStream(answers, _events(answers, writer), is_typed=True), asked)
 
         async def whole() -> Response:
             async for _, piece in answers.pieces():
@@ -41,7 +42,7 @@ def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
                     pass
             return JSONResponse(writer.whole(answers.usage()))
 
-        return await answers.respond(request, whole)
+        return with_ignored(await answers.respond(request, whole), asked)
 
     return router
 

@@ -20,8 +20,9 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.serving.http.engines import TextEngine
+from gralora_fx.serving.http.openai.idle_fields import EVERYWHERE, Idle
 from gralora_fx.serving.http.openai.requests import Seed, Temperature, Whole
-from gralora_fx.serving.http.openai.strict_model import Idle, StrictModel
+from gralora_fx.serving.http.openai.strict_model import StrictModel, with_ignored
 from gralora_fx.serving.http.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.serving.http.spans import note_model
 from gralora_fx.serving.recordings import Audio, read_audio
@@ -50,7 +51,7 @@ class TranslationRequest(StrictModel):
     """
 
     model_config = ConfigDict(extra="forbid", strict=False)  # a form's values are texts
-    without_effect: ClassVar[Idle] = {"user": None}
+    without_effect: ClassVar[Idle] = EVERYWHERE
 
     model: str
     prompt: str | None = None
@@ -210,8 +211,8 @@ async def _answer(
         left = None if seconds is None else max(seconds - (time.monotonic() - begun), 0.0)
         answers = TextAnswers(engine.queue, [question], len(prompt), left)
     if asked.streams:
-        return EventStream(answers, _deltas(answers, audio))
-    return await answers.respond(request, partial(_whole, answers, asked, audio))
+        return with_ignored(EventStream(answers, _deltas(answers, audio)), asked)
+    return with_ignored(await answers.respond(request, partial(_whole, answers, asked, audio)), asked)
 
 
 def _source(inputs: EncoderInputs, content: bytes) -> tuple[Audio, EncoderInput]:

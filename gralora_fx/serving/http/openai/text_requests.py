@@ -21,6 +21,7 @@ from gralora_fx.serving.call_grammar import call_grammar
 from gralora_fx.serving.call_reader import CallReader
 from gralora_fx.serving.completion import TextRequest, seeded
 from gralora_fx.serving.http.engines import TextEngine
+from gralora_fx.serving.http.openai.idle_fields import OF_REASONING
 from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.serving.http.openai.response_requests import ResponseRequest
 from gralora_fx.serving.http.replies import TextAnswers, timeout_of
@@ -93,6 +94,9 @@ class QuestionReader:
         engine, queue, prompts = self._engine, self._engine.queue, asked.prompts
         with concerning("n" if asked.n > 1 else asked.prompt_field):
             queue.check_count(len(prompts) * asked.n)
+        if engine.tools.reasons and (wrong := [name for name in asked.ignored() if name in OF_REASONING]):
+            problem = f"{wrong[0]} is not supported for this model, which reasons as its template says; leave it out"
+            raise ServingError(problem).about(wrong[0])
         if engine.inputs is not None:
             engine.inputs.check_texts(prompts)
             if asked.echo:
