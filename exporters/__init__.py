@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gralora_fx.exporters.adapter_export import export_adapter
     from gralora_fx.exporters.checkpoint_merge import MergeReport, merge_checkpoint
+    from gralora_fx.exporters.folding.fold_report import FoldReport
     from gralora_fx.exporters.lora_form import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
-    from gralora_fx.exporters.onnx_fold import FoldReport, fold_onnx
-    from gralora_fx.exporters.reports import ExportReport, VerifyReport
+    from gralora_fx.exporters.onnx_fold import fold_onnx
+    from gralora_fx.exporters.reports import ExportReport
     from gralora_fx.exporters.triton import TritonReport, export_triton
     from gralora_fx.exporters.verify import verify_onnx
+    from gralora_fx.exporters.verify_report import VerifyReport
 
 __all__ = [
     "ExportReport",
@@ -33,11 +35,11 @@ __all__ = [
 # name of a function in it: as a submodule it would take the function's place in this package.
 _HOMES = {
     "ExportReport": "reports",
-    "FoldReport": "onnx_fold",
+    "FoldReport": "folding.fold_report",
     "LoraReport": "lora_form",
     "MergeReport": "checkpoint_merge",
     "TritonReport": "triton",
-    "VerifyReport": "reports",
+    "VerifyReport": "verify_report",
     "export_adapter": "adapter_export",
     "export_onnx": "onnx",
     "export_triton": "triton",

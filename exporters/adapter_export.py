@@ -3,20 +3,67 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, listed, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
-from gralora_fx.runtime.adapter_file import AdapterInMemory, record_in_memory
+from gralora_fx.progress.report import Invocation, Report, Summary, size_of
+from gralora_fx.runtime.adapter_file import AdapterInMemory, AdapterRecord, read_record, record_in_memory
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.runtime.export_directory import ADAPTERS, DECODER_KIND
 from gralora_fx.runtime.export_files import base_of_export, layers_of_export
+from gralora_fx.runtime.export_usage import comparison_of, usage_of
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.sources.same_base import BaseComparison, compare_bases
+
+
+@dataclass(frozen=True)
+class AdapterReport(Report):
+    """What was added to an export.
+
+    Attributes:
+        path: The file of the adapter.
+        record: What it holds.
+        usage: How the export is called with it, in Python and as a command.
+    """
+
+    path: Path
+    record: AdapterRecord
+    usage: Invocation
+
+    @property
+    def summary(self) -> Summary:
+        """What was added, what was written, and how it is used."""
+        record, directory = self.record, self.path.parent.parent
+        method = str(record.config.get("peft_type"))
+        return Summary(
+            f"added {record.name!r} ({method}) at {len(record.sites)} layers",
+            f"wrote {self.path}: {size_of(record.size)}, beside it {self.path.with_suffix('.json').name}",
+            self.usage,
+            comparison=comparison_of(directory),
+        )
+
+    @property
+    def details(self) -> str:
+        """The tensors of the adapter with their shapes."""
+        return "\n".join(f"{name} {list(shape)}" for name, shape in self.record.shapes.items())
+
+
+def report_of(path: Path, onnx_dir: str | Path) -> AdapterReport:
+    """Report an adapter that was added to an export.
+
+    Args:
+        path: What `export_adapter` returned.
+        onnx_dir: The export.
+    """
+    manifest, record = read_manifest(onnx_dir), read_record(path)
+    usage = usage_of(onnx_dir, manifest.task, os.listdir(onnx_dir), adapter=record.name)
+    return AdapterReport(path, record, usage)
 
 
 def export_adapter(

@@ -9,17 +9,17 @@ from typing import Any
 
 from gralora_fx.adapters.stored_adapter import open_adapter
 from gralora_fx.config.tasks import task_of
-from gralora_fx.errors import CheckpointError
+from gralora_fx.errors import CheckpointError, listed
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.folding.checkpoint_changes import find_changes
 from gralora_fx.exporters.folding.checkpoint_files import edited_config, write_other_files
 from gralora_fx.exporters.folding.checkpoint_names import in_layers, names_in_files, names_of
 from gralora_fx.loading.adapter_facts import head_classes
 from gralora_fx.progress.console import with_progress
+from gralora_fx.progress.report import Invocation, Report, Summary, written, written_lines
 from gralora_fx.progress.stages import timed
 from gralora_fx.sources.base_quantization import BaseQuantization, check_not_packed
 from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, read_json_object, resolve_directory
-from gralora_fx.sources.paths import written_lines
 from gralora_fx.sources.rewriting import write_files
 from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
 from gralora_fx.sources.saved_weights import read_weights
@@ -32,7 +32,7 @@ _DOWNLOADED = (
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Report):
     """The result of `merge_checkpoint`.
 
     Attributes:
@@ -55,7 +55,21 @@ class MergeReport:
     left_out: tuple[str, ...] = ()
     base: BaseComparison | None = None
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> Summary:
+        """What was merged, what was written, how it is used, and what else changed."""
+        replaced = f", replaced {len(self.replaced)} tensors" if self.replaced else ""
+        result = f"merged {len(self.merged)} weight{'s' * (len(self.merged) > 1)}{replaced}; every value is finite"
+        place = str(self.output_dir)
+        python = f"from transformers import AutoModel; AutoModel.from_pretrained({place!r})"
+        usage = Invocation(python, "gralora-fx export", {"model": place, "output": f"{place}-onnx"})
+        notes = [f"{MODEL_FILE}: {change}" for change in self.config_changes]
+        notes += [f"added {listed(self.added, 2)}"] if self.added else []
+        notes += [f"{len(self.left_out)} files of the base not copied"] if self.left_out else []
+        return Summary(result, written(self.output_dir, self.files), usage, notes)
+
+    @property
+    def details(self) -> str:
         """The files, what changed in them, and what was left out."""
         lines = written_lines(self.output_dir, self.files, (40, 16))
         lines.append(f"{len(self.merged)} weights merged, {len(self.replaced)} tensors replaced")

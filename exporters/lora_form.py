@@ -26,7 +26,7 @@ from gralora_fx.methods.forms import Truncated, truncate, update_norm
 from gralora_fx.methods.lora import Lora, LoraConfig
 from gralora_fx.methods.method import Update
 from gralora_fx.planning.targets import rule_of
-from gralora_fx.sources.paths import written_lines
+from gralora_fx.progress.report import Invocation, Report, Summary, written, written_lines
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class LoraSite:
 
 
 @dataclass(frozen=True)
-class LoraReport:
+class LoraReport(Report):
     """The result of `to_lora`.
 
     Attributes:
@@ -88,18 +88,38 @@ class LoraReport:
         """The relative error at each site, by path."""
         return {site.path: site.error for site in self.sites}
 
-    def __str__(self) -> str:
-        """The files and the ranks; where something was cut off, the error at each site too."""
-        lines = written_lines(self.output_dir, self.files)
+    @property
+    def summary(self) -> Summary:
+        """What was lost, what was written, and how it is used."""
+        place = str(self.output_dir)
+        result = f"exact: a LoRA with the adapter's own updates, {self._sizes}"
+        if not self._is_exact:
+            site = max(self.sites, key=lambda one: one.error)
+            result = f"truncated to {self._sizes}: {self.error:.1e} of the update lost, {site.error:.1e} at {site.path}"
+        usage = Invocation(f"from peft import PeftModel; PeftModel.from_pretrained(model, {place!r})")
+        return Summary(result, written(self.output_dir, self.files), usage)
+
+    @property
+    def _is_exact(self) -> bool:
+        return all(site.rank == site.exact_rank for site in self.sites)
+
+    @property
+    def _sizes(self) -> str:
         ranks = sorted(set(self.ranks.values()))
         shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-        lines.append(f"{len(self.sites)} sites, {shown}, {self.dtype_name}, scale 1")
-        if all(site.rank == site.exact_rank for site in self.sites):
+        return f"{shown} at {len(self.sites)} layers, {self.dtype_name}"
+
+    @property
+    def details(self) -> str:
+        """The files and the ranks; where something was cut off, the error at each layer too."""
+        lines = written_lines(self.output_dir, self.files)
+        lines.append(f"{self._sizes}, scale 1")
+        if self._is_exact:
             return "\n".join([*lines, "exact: the updates are those of the adapter"])
         width = max(len(site.path) for site in self.sites)
-        lines.append(f"{'site':<{width}}{'exact rank':>12}{'rank':>6}{'error':>10}")
+        lines.append(f"{'layer':<{width}}{'exact rank':>12}{'rank':>6}{'error':>10}")
         lines += [f"{s.path:<{width}}{s.exact_rank:>12}{s.rank:>6}{s.error:>10.2e}" for s in self.sites]
-        return "\n".join([*lines, f"error over all sites, relative: {self.error:.2e}"])
+        return "\n".join([*lines, f"error over all layers, relative: {self.error:.2e}"])
 
 
 def to_lora(

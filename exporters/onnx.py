@@ -37,6 +37,8 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.export_files import describe_files, file_names
+from gralora_fx.runtime.export_usage import usage_of
+from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session import Runtime, check_integer_sums
 from gralora_fx.tracing.inputs.cache import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
@@ -73,7 +75,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
     An encoder-decoder with a cache becomes `encoder_model.onnx` and `decoder_model_merged.onnx`, optimum's layout.
 
     The directory is written whole or not at all: an earlier export at the same place is replaced, after an error it
-    is as it was. The model keeps its state.
+    is as it was. The model keeps its state. Long work shows its progress on stderr, unless the environment variable
+    `GRALORA_FX_PROGRESS` is 0.
 
     Args:
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
@@ -152,7 +155,9 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             flavour.write_files(stage, conversion.traced, models)
             manifest = describe(conversion, models, flavour=flavour.name, logits=flavour.logits(options))
             write_manifest(stage, manifest)
+            active: list[str] = []
             if isinstance(model, GraloraModel) and conversion.adapters is not None:
+                active = model.active_adapters
                 write_active_adapters(stage, model, manifest)
         verification = quality = None
         if options.level is not None:
@@ -160,7 +165,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
                 verification = verify_onnx(stage, model, options.level)
             if not verification.passed:
                 raise ExportError(
-                    f"the export's results differ from the model's, so it was not written:\n{verification}"
+                    f"the export's results differ from the model's, so it was not written:\n{verification.details}"
                 )
             if flavour.measures_quality(options):
                 with timed("quality", seconds, "measuring"):
@@ -183,7 +188,13 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         manifest.adapter_inputs,
         manifest.rows,
         manifest.quantization,
+        usage_of(output_dir, manifest.task, files, _input_names(manifest), next(iter(active), None)),
     )
+
+
+def _input_names(manifest: Manifest) -> list[str]:
+    """The inputs of an export of one graph; none where there are several."""
+    return [name for name, shape in manifest.inputs.items() if isinstance(shape, list)]
 
 
 def _warn_of_parts_left_out(model: TracedModel | GraloraModel, conversion: Conversion) -> None:

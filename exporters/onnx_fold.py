@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,6 +23,7 @@ from gralora_fx.exporters.artifact.staging import (
     warn_of_lost_adapters,
 )
 from gralora_fx.exporters.folding.expert_locations import ExpertLocation, find_experts, named_by_export
+from gralora_fx.exporters.folding.fold_report import FoldedSite, FoldReport
 from gralora_fx.exporters.folding.matching_weights import BaseWeights
 from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
 from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
@@ -42,89 +41,10 @@ from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
 from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
+from gralora_fx.runtime.export_usage import usage_of
 from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
-from gralora_fx.sources.paths import written_lines
 from gralora_fx.sources.rewriting import NewFile, write_files
 from gralora_fx.sources.same_base import BaseComparison, compare_bases
-
-
-@dataclass(frozen=True)
-class FoldedSite:
-    """A layer that an adapter was folded into.
-
-    Attributes:
-        path: The layer.
-        file: The ONNX file.
-        initializer: The initializer that holds its weight now.
-        start: First of its output features there.
-        stop: End of them.
-        how: How the weight was found: `"as recorded"`, `"by name"` or `"by value"`.
-        survival: Of a quantized weight, the share of the update that is left after rounding,
-            `<after - before, dW> / <dW, dW>`; None of a float one.
-    """
-
-    path: str
-    file: str
-    initializer: str
-    start: int
-    stop: int
-    how: str
-    survival: float | None = None
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """The result of `fold_onnx`.
-
-    Attributes:
-        output_dir: The directory written.
-        adapter_name: The adapter's name in the manifest; None where there is no manifest.
-        sites: Every layer and where its weight was found; a layer of several files is there several times.
-        replaced: Parameters that the adapter trained and that were written as a whole.
-        bytes_changed: Bytes of weights that were computed anew.
-        survival: The share of the whole update that is left after rounding; None if nothing is quantized.
-        files: Files of the directory with their sizes in bytes.
-        seconds: Seconds that each stage took.
-        adapters: Names of all adapters that the result holds, in the order of folding; empty without a manifest.
-        base: What was compared of the adapter's base and the export's.
-        unread: Layers of the adapter that the export leaves out, since no output depends on them.
-    """
-
-    output_dir: Path
-    adapter_name: str | None
-    sites: tuple[FoldedSite, ...]
-    replaced: tuple[str, ...]
-    bytes_changed: int
-    survival: float | None
-    files: dict[str, int]
-    seconds: dict[str, float] = field(default_factory=dict)
-    adapters: tuple[str, ...] = ()
-    base: BaseComparison | None = None
-    unread: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """What was written, what was found how, and what is left of the update where it was rounded."""
-        lines = written_lines(self.output_dir, self.files)
-        lines.append("  " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
-        ways = Counter(how for _, how in dict.fromkeys((site.path, site.how) for site in self.sites))
-        found = ", ".join(f"{count} {how}" for how, count in ways.items())
-        count = len({site.path for site in self.sites})
-        lines.append(f"folded {count} layers ({found}), {self.bytes_changed:,} bytes of weights changed")
-        if len(self.adapters) > 1:
-            lines.append(f"now holds {len(self.adapters)} adapters: {', '.join(self.adapters)}")
-        if self.replaced:
-            lines.append(f"replaced {', '.join(self.replaced)}")
-        if self.unread:
-            lines.append(f"left out {', '.join(self.unread)}, on which no output depends")
-        if self.adapter_name is None:
-            lines.append("no manifest, since the export has none: compare the result with the merged model")
-        if self.survival is not None:
-            shares = sorted((site.survival, site.path) for site in self.sites if site.survival is not None)
-            least, path = shares[0]
-            lines.append(
-                f"rounding leaves {100 * self.survival:.0f} % of the update, at least {100 * least:.0f} % ({path})"
-            )
-        return "\n".join(lines)
 
 
 @with_progress
@@ -225,6 +145,7 @@ def fold_onnx(
         adapters=() if manifest is None or name is None else (*manifest.adapters, name),
         base=compared,
         unread=left_out,
+        usage=usage_of(output_dir, None if manifest is None else manifest.task, file_sizes(output_dir)),
     )
 
 

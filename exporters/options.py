@@ -50,24 +50,26 @@ class ExportOptions:
     adapters: Annotated[
         Literal["merged", "data", "inputs"],
         Option(
-            "Fold the adapter into the weights (merged), or keep adapters apart as data that every run chooses: "
-            "these need adapter=..., at whose layers the export then takes others too.",
+            "Merge the adapter into the weights, or keep adapters as data or as inputs, of which each call chooses one "
+            "and others can be added; both need adapter=....",
             ADAPTERS,
         ),
     ] = "merged"
-    precision: Annotated[Literal["fp32", "fp16", "bf16"], Option("Precision of weights and cache.", NUMBERS)] = "fp32"
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"], Option("Store weights and cache in this precision.", NUMBERS)
+    ] = "fp32"
     quantize: Annotated[
         Literal["int4", "int8", "int8-dynamic"] | None,
         Option(
-            "Store matrices as blocks of small integers; int8-dynamic: multiply in int8, activations rounded too. "
-            "Left out: none.",
+            "Store weights as small integers: int8 is closest to floats, int4 smallest, and int8-dynamic reads prompts "
+            "fastest, as it rounds activations too. Left out, they stay floats.",
             NUMBERS,
         ),
     ] = None
     bits: Annotated[
         float | None,
         Option(
-            "Of int4, the mean bits of an integer, from 4 to 8: layers where most is lost have 8, the others 4.",
+            "Spend this many bits on a weight of int4 in the mean, from 4 to 8: more where rounding costs most.",
             NUMBERS,
             metavar="BITS",
             left_out="4.5",
@@ -77,7 +79,7 @@ class ExportOptions:
     block_size: Annotated[
         int | None,
         Option(
-            "Values of int8 or int4 that share a scale: a power of two, 16 or more.",
+            "Let this many values of int8 or int4 share a scale: a power of two, 16 or more.",
             NUMBERS,
             metavar="N",
             left_out="32",
@@ -87,8 +89,8 @@ class ExportOptions:
     accuracy_level: Annotated[
         int | None,
         Option(
-            "How int8 or int4 weights multiply: 0 the runtime's choice, 1 float32, 2 float16, 3 bfloat16, 4 int8, "
-            "the fastest.",
+            "Multiply weights of int8 or int4 so: 0 as the runtime chooses, 1 in float32, 2 in float16, 3 in bfloat16, "
+            "4 in int8, the fastest.",
             NUMBERS,
             metavar="[0|1|2|3|4]",
             left_out="4",
@@ -96,22 +98,24 @@ class ExportOptions:
         ),
     ] = None
     logits: Annotated[
-        Literal["last", "all"], Option("Of a model with a cache: logits of the last position, or all.", NUMBERS)
+        Literal["last", "all"],
+        Option("Return the logits of the last position or of all, for a model that generates.", NUMBERS),
     ] = "last"
     keep_padding: Annotated[
-        bool, Option("Of an encoder, compute positions of padding too; else they are zero.", NUMBERS)
+        bool, Option("Compute positions of padding too, for an encoder; else they are zero.", NUMBERS)
     ] = False
     tokenizer: Annotated[Any, Option(problem=_tokenizer_problem)] = None
     verify: Annotated[
         bool | Literal["quick", "full"],
-        Option("How thoroughly to compare with PyTorch.", COMPARISON, left_out="quick"),
+        Option("Compare with PyTorch on few inputs, or on many and long ones.", COMPARISON, left_out="quick"),
     ] = True
     overwrite: Annotated[
-        bool, Option("Replace an earlier export of another base or task, or with more adapters.", WRITTEN)
+        bool, Option("Replace an earlier export, even one of another base or task, or with more adapters.", WRITTEN)
     ] = False
     texts: Annotated[Sequence[str] | None, Option(problem=_texts_problem)] = None
     dump: Annotated[
-        str | Path | None, Option("Write the graph to this directory after each pass.", WRITTEN, metavar="DIR")
+        str | Path | None,
+        Option("Write the graph to this directory after each step of the conversion.", WRITTEN, metavar="DIR"),
     ] = None
 
     def __post_init__(self) -> None:

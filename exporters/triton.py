@@ -19,6 +19,7 @@ from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, r
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
 from gralora_fx.exporters.folding.initializers import external_tensors
 from gralora_fx.exporters.onnx_passes.adapter_groups import ConstantAdapters
+from gralora_fx.progress.report import Invocation, Report, Summary, written, written_lines
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_arrays import BASE, as_arrays, stacked
 from gralora_fx.runtime.adapter_file import read_record, read_tensors
@@ -28,7 +29,7 @@ from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data, open_session
-from gralora_fx.sources.paths import usable_directory, usable_path, written_lines
+from gralora_fx.sources.paths import usable_directory, usable_path
 
 _CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
 _CLASSIFICATIONS = ("text-classification", "image-classification")
@@ -36,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
-class TritonReport:
+class TritonReport(Report):
     """The result of `export_triton`.
 
     Attributes:
@@ -53,7 +54,19 @@ class TritonReport:
     adapters: Mapping[str, int]
     notes: tuple[str, ...]
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> Summary:
+        """Whether requests run together, what was written, how it is used, and what Triton does not do."""
+        most = self.config.max_batch
+        rows = f"in batches of up to {most} rows" if most else "one request at a time"
+        repository = str(self.output_dir.parent)
+        python = f"start tritonserver with the model repository {repository!r}"
+        usage = Invocation(python, "tritonserver", {"model_repository": repository})
+        notes = [f"{len(self.notes)} limits of Triton, which the details list"]
+        return Summary(f"Triton runs it {rows}", written(self.output_dir, self.files), usage, notes)
+
+    @property
+    def details(self) -> str:
         """The files, what a request gives, and what Triton does not do."""
         lines = written_lines(self.output_dir, self.files, (40, 16))
         given = [tensor.name for tensor in self.config.inputs if not is_adapter_tensor(tensor.name)]

@@ -15,7 +15,6 @@ from gralora_fx.exporters.conversion import base_trace, check_runnable
 from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantization.formats import DYNAMIC
-from gralora_fx.exporters.reports import ProviderRun, TensorCheck, VerifyReport
 from gralora_fx.exporters.verification.cases import TokenRun
 from gralora_fx.exporters.verification.comparable import PRODUCT_TOLERANCE, compare_products, open_comparable
 from gralora_fx.exporters.verification.fresh_inputs import user_prompts
@@ -24,6 +23,7 @@ from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.exporters.verification.same_model import check_inputs, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verification.variants import Variant, variants
+from gralora_fx.exporters.verify_report import ProviderRun, TensorCheck, VerifyReport
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.console import with_progress
 from gralora_fx.runtime.adapter_inputs import is_adapter_input

@@ -42,6 +42,7 @@ ORDER = [
     "engine",
     "exporters.quantization",
     "exporters.options",
+    "exporters.verify_report",
     "exporters.reports",
     "exporters.onnx_pipeline",
     "exporters.conversion",

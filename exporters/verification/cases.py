@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.limits import context_length
-from gralora_fx.exporters.reports import TensorCheck, TokenCheck
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verification.tolerances import ToleranceCheck
+from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.tracing.traced_model import TracedModel
 

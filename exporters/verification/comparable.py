@@ -17,11 +17,11 @@ from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_value
 from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
 from gralora_fx.exporters.onnx_passes.quantized_products import QuantizedProduct, quantized_products
-from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.translation.translate import OPSET
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.exporters.verification.expert_references import experts_in_floats
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
+from gralora_fx.exporters.verify_report import TensorCheck
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.ort_values import as_tensor, run_values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,13 +13,13 @@ from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.conversion import base_trace
-from gralora_fx.exporters.reports import TensorCheck, TokenCheck
 from gralora_fx.exporters.verification.cases import PromptBatch, TokenResult, TokenRun
 from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
 from gralora_fx.exporters.verification.mixed_rows import engine_errors
 from gralora_fx.exporters.verification.tolerances import ToleranceCheck
+from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.progress.stages import counted
+from gralora_fx.progress.stages import counting
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session_views import as_past
 from gralora_fx.tracing.inputs.cache import PAST, empty_cache, returned_cache
@@ -142,13 +143,16 @@ def compare_greedy(
         ExportError: The model or the export cannot run.
     """
     tallies = {label: _Tally(label) for label in readers}
-    for prompts in counted(cases, "comparing tokens", "prompts"):
-        labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
-        for label in labels:
-            tallies[label].cases.append(prompts.description)
-        for index, step in enumerate(_steps([readers[label] for label in labels], model, prompts)):
-            for label, actual in zip(labels, step.actual, strict=True):
-                tallies[label].add(index, step, actual, tolerance_check, prompts.description)
+    done = itertools.count(1)
+    with counting("comparing tokens", sum(prompts.steps for prompts in cases), "tokens") as count:
+        for prompts in cases:
+            labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
+            for label in labels:
+                tallies[label].cases.append(prompts.description)
+            for index, step in enumerate(_steps([readers[label] for label in labels], model, prompts)):
+                for label, actual in zip(labels, step.actual, strict=True):
+                    tallies[label].add(index, step, actual, tolerance_check, prompts.description)
+                count(next(done))
     return [tally.result() for tally in tallies.values()]
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.reports import TensorCheck
 from gralora_fx.exporters.verification.cases import Case, TokenResult, TokenRun
 from gralora_fx.exporters.verification.compared_tensors import (
     flat,
@@ -23,6 +22,7 @@ from gralora_fx.exporters.verification.compared_tensors import (
     without_padding,
 )
 from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
+from gralora_fx.exporters.verify_report import TensorCheck
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.export_directory import ROWS_NAME

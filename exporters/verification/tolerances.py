@@ -12,8 +12,8 @@ from transformers import Cache
 from gralora_fx.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.conversion import base_trace
-from gralora_fx.exporters.reports import RoundingCheck
 from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
+from gralora_fx.exporters.verify_report import RoundingCheck
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from rich.console import Console
 import gralora_fx.cli.options as opt
 from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
-from gralora_fx.cli.help import Command
+from gralora_fx.cli.help import Command, Group
 from gralora_fx.cli.serve import serve
 from gralora_fx.cli.values import check_rounding, export_directory, read_adapters
 from gralora_fx.cli.verify import verify
-from gralora_fx.cli.wording import notes
+from gralora_fx.cli.wording import notes, show
 from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.checks import check_integer
 from gralora_fx.config.reading import config_fields
@@ -30,14 +30,19 @@ from gralora_fx.sources.base_quantization import RECORD
 
 app = typer.Typer(
     name="gralora-fx",
-    help="Rewrite traced models with GraLoRA, LoRA or DoRA adapters, export them to ONNX and check the result.",
+    cls=Group,
+    help="Turn a model with a GraLoRA, LoRA or DoRA adapter into a checked ONNX model, and run it.",
+    epilog="gralora-fx export --model BASE --adapter ADAPTER --output onnx",
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-command = partial(app.command, cls=Command)
+
+def command(name: str | None = None, *, example: str) -> Callable[[Any], Any]:
+    """Add a command, whose help leads with an example."""
+    return app.command(name, cls=Command, epilog=f"gralora-fx {example}")
 
 
 @app.callback()
@@ -48,7 +53,7 @@ def _program(context: typer.Context, _: opt.Version = False) -> None:
         raise typer.Exit(2)
 
 
-@command()
+@command(example="inspect --model BASE --adapter ADAPTER --html graph.html")
 def inspect(
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -59,7 +64,11 @@ def inspect(
     base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
 ) -> None:
-    """Trace a model and print its linear call sites, or what an adapter does at each of them."""
+    """Show a model's layers and what an adapter changes.
+
+    Without --adapter it lists the linear layers, which an adapter can change; with one, also what it does at each, and
+    why it leaves out the others.
+    """
     check_base(model, adapter, task, None if adapter is None else config_fields(adapter)[0], base_quantization)
     for path in filter(None, (html, svg)):
         check_file(path)
@@ -87,26 +96,35 @@ def inspect(
     print(f"{len(traced.sites)} sites; parameters: {traced.tree.parameter_count:,}")
 
 
-command()(export)
+command(example="export --model BASE --adapter ADAPTER --output onnx")(export)
+command(example="verify --onnx onnx --model BASE --adapter ADAPTER")(verify)
+command(example="generate --onnx onnx --prompt 'The capital of France is'")(generate)
+command(example="serve --onnx onnx --port 8000")(serve)
 
 
-@command("export-adapter")
+@command("export-adapter", example="export-adapter --onnx onnx --adapter ADAPTER --adapter-name news")
 def export_adapter(
     onnx: opt.Onnx,
     adapter: opt.LoraFormAdapter,
     name: opt.AdapterName = "default",
     overwrite: opt.OverwriteAdapter = False,
     strict_base: opt.StrictBase = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Add a PEFT adapter to an export that takes adapters as data, without loading a model."""
+    """Add an adapter to an ONNX export.
+
+    The export was made with --adapters data or inputs, so that each call chooses its adapter. No model is loaded.
+    """
     with StageProgress(), timed("converting"):
         from gralora_fx.exporters import export_adapter as write
+        from gralora_fx.exporters.adapter_export import report_of
 
         path = write(adapter, onnx, name, overwrite=overwrite, strict_base=strict_base)
-    print(f"wrote {path} ({path.stat().st_size:,} bytes) and {path.with_suffix('.json').name}")
+        report = report_of(path, onnx)
+    show(report, verbose=verbose, adapter=adapter, adapter_name=None if name == "default" else name)
 
 
-@command()
+@command(example="fold --onnx onnx --adapter ADAPTER --output folded")
 def fold(
     onnx: opt.OnnxOrFile,
     adapter: opt.SavedAdapter,
@@ -116,29 +134,32 @@ def fold(
     force: opt.Force = False,
     overwrite: opt.Overwrite = False,
     strict_base: opt.StrictBase = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Fold an adapter into an exported model by changing its weights alone; needs no model."""
+    """Merge an adapter into an ONNX export, without PyTorch.
+
+    Weights alone change, in a copy of the export; no model is loaded. verify compares the result with the model.
+    """
     with StageProgress(), gc_pause():
         with timed("importing"):
             from gralora_fx.exporters import fold_onnx
         given: dict[str, Any] = {"base": base, "requantize": requantize, "force": force, "overwrite": overwrite}
         report = fold_onnx(onnx, adapter, output, strict_base=strict_base, **given)
-    print(report)
-    if report.adapter_name is not None:
-        each = " with --adapter for each of them" if len(report.adapters) > 1 else ""
-        notes.print(f"not compared with PyTorch, which needs the model; run gralora-fx verify{each}")
+    others = ["DIR"] * (len(report.adapters) - 1)  # of the adapters that were folded in before
+    show(report, verbose=verbose, model=base, adapter=[adapter, *others])
 
 
-command()(verify)
-
-
-@command()
+@command(example="to-lora --adapter ADAPTER --output lora")
 def to_lora(
-    adapter: opt.LoraFormAdapter, output: opt.Result, rank: opt.Rank = None, overwrite: opt.Replace = False
+    adapter: opt.LoraFormAdapter,
+    output: opt.Result,
+    rank: opt.Rank = None,
+    overwrite: opt.Replace = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Write a GraLoRA adapter as the exact plain LoRA checkpoint, for PEFT and whatever serves LoRA.
+    """Write a GraLoRA adapter as an equal LoRA adapter.
 
-    With --rank also a smaller one: the nearest of that rank, with what it loses.
+    PEFT and whatever serves LoRA read it. With --rank it is a smaller one, the nearest of that rank.
     """
     if rank is not None:
         check_integer("--rank", rank, 1)
@@ -146,10 +167,10 @@ def to_lora(
         from gralora_fx.exporters.lora_form import to_lora as convert
 
         report = convert(adapter, output, rank=rank, overwrite=overwrite)
-    print(report)
+    show(report, verbose=verbose)
 
 
-@command()
+@command(example="merge --model BASE --adapter ADAPTER --output merged")
 def merge(
     adapter: opt.SavedAdapter,
     output: opt.Result,
@@ -157,8 +178,12 @@ def merge(
     overwrite: opt.Replace = False,
     base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Fold an adapter into the safetensors files of its base, one tensor at a time, and copy the other files."""
+    """Merge an adapter into a model's safetensors files.
+
+    The result is a checkpoint of transformers, with the base's other files. Memory holds one tensor at a time.
+    """
     name = base_name(model, adapter)
     how: Any = base_quantization
     if how is None and model is None:
@@ -169,14 +194,10 @@ def merge(
             from gralora_fx.exporters.checkpoint_merge import merge_checkpoint
         options: dict[str, Any] = {"overwrite": overwrite, "strict_base": strict_base, "base_quantization": how}
         report = merge_checkpoint(name, adapter, output, **options)
-    print(report)
+    show(report, verbose=verbose)
 
 
-command()(serve)
-command()(generate)
-
-
-@command("export-triton")
+@command("export-triton", example="export-triton --onnx onnx --output models")
 def export_triton(
     output: opt.Repository,
     onnx: opt.OnnxToRun = None,
@@ -186,8 +207,12 @@ def export_triton(
     max_batch: opt.TritonBatch = 8,
     threads: opt.TritonThreads = None,
     overwrite: opt.ReplaceModel = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Write an export into a Triton model repository, for Triton's ONNX Runtime backend."""
+    """Write an export for NVIDIA's Triton server.
+
+    It becomes a model of a model repository, for Triton's ONNX Runtime backend.
+    """
     with StageProgress():
         with timed("importing"):
             from gralora_fx.exporters import export_triton as write
@@ -200,12 +225,15 @@ def export_triton(
             threads=threads,
             overwrite=overwrite,
         )
-    print(report)
+    show(report, verbose=verbose)
 
 
-@command()
+@command(example="demo --output runs/demo")
 def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, seed: opt.Seed = 0) -> None:
-    """Train MiniLM to sort BBC news with GraLoRA, and a small hybrid to write them; export, verify, and ask both."""
+    """Train two small models on news, export and ask them.
+
+    MiniLM learns to sort BBC news with a GraLoRA adapter, and a small hybrid to write them.
+    """
     require_extra("demo", "the demo", GraloraError)
     with Heartbeat(Console(file=sys.stdout, highlight=False)) as heartbeat:
         heartbeat.begin("importing")

@@ -11,7 +11,7 @@ import typer
 
 import gralora_fx.cli.options as opt
 from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_image_size, read_texts, takes, utf8
-from gralora_fx.cli.wording import notes
+from gralora_fx.cli.wording import show
 from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
 from gralora_fx.config.reading import config_fields
 from gralora_fx.config.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
@@ -38,7 +38,7 @@ ExportedName = Annotated[
     typer.Option(
         "--adapter-name",
         metavar="NAME",
-        help="Name of --adapter in the export.  [default: default]",
+        help="Give the adapter this name in the export.  [default: default]",
         callback=graph_name,
         rich_help_panel=ADAPTERS,
     ),
@@ -48,7 +48,7 @@ ImageSizeText = Annotated[
     typer.Option(
         "--image-size",
         metavar="[HxW|dynamic]",
-        help="Images of one size, or of any.  [default: of any where the model takes them as it is, else of its own]",
+        help="Take images of this size, or of any (dynamic).  [default: any where the model allows it, else its own]",
         rich_help_panel=MODEL,
     ),
 ]
@@ -56,27 +56,27 @@ RandomHead = Annotated[
     bool,
     typer.Option(
         "--allow-random-head",
-        help="Export a head that the checkpoint lacks, with random values.",
+        help="Export a last layer that the checkpoint lacks, with random values.",
         rich_help_panel=MODEL,
     ),
 ]
 NoTokenizer = Annotated[
-    bool, typer.Option("--no-tokenizer", help="Leave the base's tokenizer out.", rich_help_panel=WRITTEN)
+    bool, typer.Option("--no-tokenizer", help="Leave the base's tokenizer out of the export.", rich_help_panel=WRITTEN)
 ]
 Stream = Annotated[
     bool,
     typer.Option(
-        "--stream", help="Read weights one by one while writing; nothing is compared.", rich_help_panel=WRITTEN
+        "--stream", help="Read weights one by one, to need less memory; nothing is compared.", rich_help_panel=WRITTEN
     ),
 ]
 NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Leave the comparison with PyTorch out.", rich_help_panel=COMPARISON)
+    bool, typer.Option("--no-verify", help="Skip the comparison with PyTorch.", rich_help_panel=COMPARISON)
 ]
 Texts = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Compare a quantized export with the model on texts, one on each line.",
+        help="Measure what quantization costs on the texts of this file, one on each line.",
         callback=utf8,
         rich_help_panel=COMPARISON,
     ),
@@ -102,13 +102,15 @@ def export(
     verify: Declared = None,
     no_verify: NoVerify = False,
     texts: Texts = None,
+    verbose: opt.Verbose = False,
     **options: Any,
 ) -> None:
-    """Export a model to ONNX, an adapter folded into it or as data beside it, and compare it with PyTorch.
+    """Write a model as ONNX and compare it with PyTorch.
 
-    A causal language model is exported with a cache, so that it generates; --task text-generation leaves it out.
-    An export that holds adapters as data takes others later, with export-adapter: at the layers of --adapter, and
-    with its gralora_k where the export has GraLoRA's blocks, which is printed.
+    An adapter is merged into the weights, or kept as data beside them (--adapters data). An export with adapters as
+    data takes others later, by export-adapter: at the layers of --adapter, and with its gralora_k if -v prints that
+    the export fixes it. A language model is exported with a key-value cache, so that it can generate;
+    --task text-generation leaves the cache out.
     """
     without = [name for name, is_given in (("--no-verify", no_verify), ("--stream", stream)) if is_given]
     _check_together(options, verify, without, texts, no_tokenizer=no_tokenizer)
@@ -156,9 +158,7 @@ def export(
             )
         gc.freeze()
         report = export_onnx(loaded, output, tokenizer=tokenizer, **options)
-    print(report)
-    if stream and not no_verify:
-        notes.print("not compared with PyTorch, since the weights were streamed; run gralora-fx verify")
+    show(report, verbose=verbose, model=model, adapter=adapter)
 
 
 def _check_together(

@@ -29,18 +29,18 @@ Prompt = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help="The text to go on from, or to answer (--chat, encoder-decoders); - reads it from stdin.",
+        help="Continue this text, or answer it where --chat is given; - reads it from stdin.",
     ),
 ]
 Audio = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Of a model of speech, the recording to write down: a WAV file.", callback=utf8),
+    typer.Option(metavar="FILE", help="Write this recording down, a WAV file, with a model of speech.", callback=utf8),
 ]
 Language = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Language of --audio, as en or English.  [default: that which the model hears]",
+        help="Expect this language in --audio, such as en or English.  [default: the one that the model hears]",
         callback=utf8,
     ),
 ]
@@ -49,33 +49,43 @@ Chosen = Annotated[
     typer.Option(
         "--adapter",
         metavar="NAME[=PATH]",
-        help="Adapter to answer with: the name of one in the export, or a name and an .onnx_adapter file or a "
-        "directory that PEFT saved. Left out: the base, or what was merged into it.",
+        help="Answer with this adapter: the name of one in the export, or a name and an .onnx_adapter file or a "
+        "directory that PEFT saved.  [default: none but what was merged]",
         callback=utf8,
     ),
 ]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Most tokens of the answer.  [default: 64, or fewer if the context ends]"),
+    typer.Option(
+        min=1, metavar="N", help="Write at most this many tokens.  [default: 64, or fewer if the context ends]"
+    ),
 ]
 Temperature = Annotated[
     float | None,
     typer.Option(
-        metavar="X", help="Draw tokens, from logits divided by this.  [default: the likeliest token is taken]"
+        metavar="X", help="Draw tokens at random, the more freely the higher this is.  [default: take the likeliest]"
     ),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Draw from the likeliest tokens that have this share of the probability together."),
+    typer.Option(metavar="X", help="Draw from the likeliest tokens alone, which have this probability together."),
 ]
 DrawSeed = Annotated[
-    int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of the draws.  [default: another in every run]")
+    int | None,
+    typer.Option(
+        "--seed", min=0, metavar="N", help="Draw the same tokens for the same seed.  [default: another in every run]"
+    ),
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Ask the prompt as a message of a chat, by the tokenizer's template.")
+]
 RunThreads = Annotated[
     int | None,
     typer.Option(
-        "--threads", min=1, metavar="N", help="Threads of an operator.  [default: one on each core that may be used]"
+        "--threads",
+        min=1,
+        metavar="N",
+        help="Compute on this many threads.  [default: one on each core that may be used]",
     ),
 ]
 
@@ -94,10 +104,11 @@ def generate(
     seed: DrawSeed = None,
     threads: RunThreads = None,
 ) -> None:
-    """Answer one prompt with an export that generates, and write the answer to stdout as it comes.
+    """Answer one prompt with an exported model.
 
-    A decoder goes on from the prompt, an encoder-decoder answers it, and a model of speech writes --audio down. The
-    likeliest token is taken, unless --temperature, --top-p or --seed asks for draws. Only the answer goes to stdout.
+    The answer goes to stdout as it comes, and nothing else does. A language model continues the prompt, an
+    encoder-decoder answers it, and a model of speech writes --audio down. The likeliest token is taken, unless
+    --temperature, --top-p or --seed asks for draws.
     """
     path = export_directory(onnx, directory)
     manifest = read_manifest(path, ServingError)

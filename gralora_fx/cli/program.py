@@ -15,7 +15,7 @@ from typer.main import get_command
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.help import name_of
 from gralora_fx.cli.huge_pages import use_huge_pages
-from gralora_fx.cli.wording import Wording, notes
+from gralora_fx.cli.wording import Wording, notes, use_wording
 from gralora_fx.errors import GraloraError
 
 _shown: set[str] = set()  # warnings shown already
@@ -36,6 +36,7 @@ def main() -> None:
     if running == "serve":
         use_huge_pages()
     wording = Wording(program.commands, running)
+    use_wording(wording)
     signal.signal(signal.SIGTERM, _terminate)
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

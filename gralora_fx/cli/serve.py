@@ -27,18 +27,18 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="NAME=PATH",
-        help="An .onnx_adapter file or a directory that PEFT saved, beside the export's adapters; may be repeated.",
+        help="Serve this adapter too, an .onnx_adapter file or a directory that PEFT saved; may be repeated.",
         callback=utf8,
     ),
 ]
-Host = Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.", callback=utf8)]
-Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 for a free one.")]
+Host = Annotated[str, typer.Option(metavar="HOST", help="Listen on this address.", callback=utf8)]
+Port = Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Listen on this port; 0 takes a free one.")]
 MaxConnections = Annotated[
     int | None,
     typer.Option(
         metavar="N",
         min=1,
-        help=f"Most connections that are served; on others it is 503.  [default: {_LIMITS.connections}]",
+        help=f"Serve at most this many connections; others get status 503.  [default: {_LIMITS.connections}]",
     ),
 ]
 ReadTimeout = Annotated[
@@ -46,7 +46,7 @@ ReadTimeout = Annotated[
     typer.Option(
         min=0.1,
         metavar="SECONDS",
-        help=f"Time in which a request must arrive, its body too.  [default: {_LIMITS.read_timeout:g}]",
+        help=f"Wait at most this long for a request to arrive whole.  [default: {_LIMITS.read_timeout:g}]",
     ),
 ]
 AllowOrigin = Annotated[
@@ -61,18 +61,21 @@ AccessLog = Annotated[
     bool,
     typer.Option(
         "--access-log",
-        help="Log each request on stdout: client, time, method, path, status, bytes, seconds; no prompts, no keys.",
+        help="Log each request on stdout: client, time, path, status, bytes and seconds, but no prompts and no keys.",
     ),
 ]
 Engine = Annotated[
     str,
     typer.Option(
-        metavar=f"[{'|'.join(_ENGINES)}]", help="What runs the service: this process, or Ray Serve with replicas of it."
+        metavar=f"[{'|'.join(_ENGINES)}]",
+        help="Serve from this process (uvicorn), or from several that Ray Serve starts (ray).",
     ),
 ]
 Replicas = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help=f"Of --engine ray, processes that have the model.  [default: {_REPLICAS}]"),
+    typer.Option(
+        metavar="N", min=1, help=f"Start this many processes with the model, for --engine ray.  [default: {_REPLICAS}]"
+    ),
 ]
 
 
@@ -93,9 +96,10 @@ def serve(
     replicas: Replicas = None,
     **options: Any,
 ) -> None:
-    """Serve an export over HTTP: text by OpenAI's protocol, tensors by the Open Inference Protocol.
+    """Serve an export over HTTP, as OpenAI's API does.
 
-    A request chooses its adapter by the name of its model.
+    Texts are answered by OpenAI's protocol, tensors by the Open Inference Protocol. A request chooses its adapter by
+    the name of its model. The page at / of the service is for trying it.
     """
     path = export_directory(onnx, directory)
     options |= {"adapters": read_adapters(adapter), "adapter_root": adapter_root}

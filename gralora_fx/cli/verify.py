@@ -10,6 +10,7 @@ import typer
 
 import gralora_fx.cli.options as opt
 from gralora_fx.cli.values import check_rounding, file_name, model_names, utf8
+from gralora_fx.cli.wording import show
 from gralora_fx.config.option import MODEL
 from gralora_fx.config.tasks import DECODERS
 from gralora_fx.errors import ConfigError, ExportError
@@ -26,49 +27,61 @@ FoldedAdapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="DIR|ID",
-        help="PEFT-format GraLoRA, LoRA or DoRA adapter: a local directory or a hub id; repeated for each that is "
-        "folded in.",
+        help="Compare with this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a hub id; given "
+        "once for each that is in the export.",
         callback=model_names,
         rich_help_panel=MODEL,
     ),
 ]
 Verified = Annotated[
-    Path, typer.Option("--onnx", "--output", metavar="DIR", help="The directory of the export.", callback=utf8)
+    Path, typer.Option("--onnx", "--output", metavar="DIR", help="Compare the export in this directory.", callback=utf8)
 ]
 VerifiedName = Annotated[
     str | None,
     typer.Option(
         "--adapter-name",
         metavar="NAME",
-        help="Of an export that holds adapters as data, the name of --adapter there.  [default: that of the only "
-        "one, or default]",
+        help="Compare with the adapter that has this name in the export.  [default: the only one, or default]",
         callback=file_name,
         rich_help_panel=MODEL,
     ),
 ]
 ExportedHead = Annotated[
-    bool, typer.Option("--allow-random-head", help="For an export that was made with it.", rich_help_panel=MODEL)
+    bool,
+    typer.Option(
+        "--allow-random-head",
+        help="Accept a last layer of random values, as the export was made with.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Level = Annotated[
     str | None,
-    typer.Option("--verify", metavar=f"[{'|'.join(LEVELS)}]", help="How thoroughly to compare.  [default: full]"),
+    typer.Option(
+        "--verify",
+        metavar=f"[{'|'.join(LEVELS)}]",
+        help="Compare on few inputs, or on many and long ones.  [default: full]",
+    ),
 ]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="TEXT", help="A prompt of your own, for an export that generates; may be repeated.", callback=utf8
+        metavar="TEXT", help="Compare on this prompt too, for an export that generates; may be repeated.", callback=utf8
     ),
 ]
 Files = Annotated[
-    bool, typer.Option("--files", help="Only compare every file with its size and digest; needs no model.")
+    bool, typer.Option("--files", help="Compare the files with their recorded digests alone, without the model.")
 ]
 Provider = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Execution provider to run on.  [default: the CPU provider]", callback=utf8),
+    typer.Option(
+        metavar="NAME",
+        help="Run the export on this execution provider of ONNX Runtime.  [default: the CPU]",
+        callback=utf8,
+    ),
 ]
 ProviderOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="An option of the provider; may be repeated.", callback=utf8),
+    typer.Option(metavar="KEY=VALUE", help="Set an option of the provider; may be repeated.", callback=utf8),
 ]
 
 
@@ -86,10 +99,12 @@ def verify(
     files: Files = False,
     base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
+    verbose: opt.Verbose = False,
 ) -> None:
-    """Compare an export's files with their digests, then with the PyTorch model on fresh inputs.
+    """Compare an ONNX export with its PyTorch model.
 
-    One that generates is compared by its greedy tokens too. --provider runs the export as it will be served.
+    The files are compared with their digests, then the outputs on new inputs, and the tokens of a model that
+    generates. --provider runs the export as it will be served.
     """
     check_choice("verify", level or "full", LEVELS)
     of_provider = _provider_options(provider, provider_option)
@@ -140,7 +155,7 @@ def verify(
             options |= {"providers": provider, "provider_options": of_provider}
             options["adapter_name"] = named if given else None  # a base alone has no adapter to look for
             report = verify_onnx(onnx, loaded, **options)
-    print(report)
+    show(report, verbose=verbose)
     if not report.passed:
         raise typer.Exit(1)
 

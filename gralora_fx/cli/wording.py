@@ -10,10 +10,14 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
+
+from gralora_fx.progress.report import DETAILS, Invocation, Report
+from gralora_fx.runtime.export_usage import COMPARING
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)  # where what is not a result is printed
 _VALUES = r"""'[^']*'|"[^"]*"|True|False|None|\.{3}|-?\d[\d.]*|\([^()]*\)|\[[^\[\]]*\]"""
@@ -24,6 +28,7 @@ _KEYWORD = re.compile(
 _MODEL_TO_EXPORT = re.compile(r"export_onnx\(trace\(AutoModel\.from_pretrained\(('[^']*'|\"[^\"]*\")\)\), output_dir\)")
 # what is not an argument of a command's own function, and functions; longest first
 PHRASES: Mapping[str, str] = {
+    DETAILS: "-v",
     "verify=False": "--no-verify",
     "verify=True": "--verify quick",
     "tokenizer=...": "--model with a tokenizer, and no --no-tokenizer",
@@ -93,6 +98,48 @@ class Wording:
             return f"{option} {param.metavar}"
         others = re.sub(r"'([^']*)'", r"\1", found["others"])
         return f"{option} {_shell(first)}{others}"
+
+
+_wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
+
+
+def use_wording(wording: Wording) -> None:
+    """Let what this process prints be in the words of a command.
+
+    Args:
+        wording: Those of the running command.
+    """
+    _wording.set(wording)
+
+
+def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None) -> None:
+    """Print a report to stdout: three lines, or all of it.
+
+    Args:
+        report: The report.
+        verbose: Whether to print all of it.
+        sources: What named the model, by the argument of each option; what was not given is None.
+    """
+
+    def words(usage: Invocation) -> str:
+        return _command(usage, sources if usage.command == COMPARING else {}) if usage.command else usage.python
+
+    texts = [report.summary.text(words), *([report.details] if verbose else [])]
+    print(_wording.get()("\n\n".join(texts)))
+
+
+def _command(usage: Invocation, more: Mapping[str, str | Sequence[str] | None]) -> str:
+    """A usage as a line of the shell.
+
+    Args:
+        usage: The usage.
+        more: What else its options are given; None for those that are left out.
+    """
+    parts = [usage.command]
+    for name, given in {**usage.arguments, **more}.items():
+        values = [given] if isinstance(given, str) else given or ()
+        parts += [f"--{name.replace('_', '-')} {shlex.quote(value)}" for value in values]
+    return " ".join(parts)
 
 
 def _shell(literal: str) -> str:

@@ -82,41 +82,47 @@ class ServiceSettings:
     adapter_root: Annotated[
         Path | None,
         Option(
-            "Let requests name, load and unload adapters of this directory: .onnx_adapter files, PEFT's directories.",
+            "Let requests name, load and unload adapters in this directory: .onnx_adapter files, PEFT's directories.",
             metavar="DIR",
         ),
     ] = None
     max_adapters: Annotated[
         int | None,
         Option(
-            "Most adapters in memory; those of the root that no request holds go, the least recently used first.",
+            "Keep at most this many adapters in memory; those of the root go first, the least recently used one first.",
             metavar="N",
             left_out="64, or those given at the start if they are more",
             least=1,
         ),
     ] = None
     max_adapter_rank: Annotated[
-        int | None, Option("Largest rank of an adapter.", metavar="N", left_out="no limit", least=1)
+        int | None, Option("Refuse adapters of a larger rank.", metavar="N", left_out="no limit", least=1)
     ] = None
     max_adapter_memory: Annotated[
         str | None,
         Option(
-            "Most memory of all adapters, such as 512MiB.",
+            "Keep adapters in at most this much memory, such as 512MiB.",
             metavar="SIZE",
             left_out="no limit",
             problem=partial(size_problem, "max_adapter_memory"),
         ),
     ] = None
     max_batch: Annotated[
-        int | None, Option("Most rows that run together.", metavar="N", left_out="16; 8 for an encoder", least=1)
+        int | None,
+        Option(
+            "Run at most this many rows, such as answers, together.",
+            metavar="N",
+            left_out="16; 8 for an encoder",
+            least=1,
+        ),
     ] = None
     max_queue: Annotated[
-        int, Option("Most requests that wait; others are answered with 429.", metavar="N", least=1)
+        int, Option("Let at most this many requests wait; others get status 429.", metavar="N", least=1)
     ] = 64
     max_context: Annotated[
         int | None,
         Option(
-            "Of a decoder, most tokens of a prompt with its answer.",
+            "Allow at most this many tokens of a prompt with its answer, for a model that generates.",
             metavar="N",
             left_out="the model's context",
             least=1,
@@ -125,7 +131,7 @@ class ServiceSettings:
     chunk: Annotated[
         int | None,
         Option(
-            "Of a decoder, most tokens of prompts that a step reads beside answers.",
+            "Read at most this many tokens of new prompts in a step beside answers, for a model that generates.",
             metavar="N",
             left_out="64",
             least=1,
@@ -134,7 +140,7 @@ class ServiceSettings:
     prefix_cache: Annotated[
         str | None,
         Option(
-            "Of a decoder, memory for what prompts that begin alike share, such as 2GB; 0 or none for nothing.",
+            "Keep what prompts that begin alike share in this much memory, such as 2GB; 0 or none keeps nothing.",
             metavar="SIZE",
             left_out="512MiB",
             problem=_cache_problem,
@@ -143,7 +149,7 @@ class ServiceSettings:
     speculative_tokens: Annotated[
         int | None,
         Option(
-            "Of a decoder, most tokens that a step verifies of what an answer repeats of its text; 0 for none.",
+            "Guess at most this many tokens of an answer from its text, and check them in one step; 0 guesses none.",
             metavar="N",
             left_out="as many as pay, up to 16",
             least=0,
@@ -152,7 +158,7 @@ class ServiceSettings:
     timeout: Annotated[
         float | None,
         Option(
-            "Seconds after which a request is given up, and answered with 504.",
+            "Give a request up after this many seconds, with status 504.",
             metavar="SECONDS",
             left_out="no limit",
             problem=_timeout_problem,
@@ -160,12 +166,12 @@ class ServiceSettings:
     ] = None
     threads: Annotated[
         int | None,
-        Option("Threads of an operator.", metavar="N", left_out="one on each core that may be used", least=1),
+        Option("Compute on this many threads.", metavar="N", left_out="one on each core that may be used", least=1),
     ] = None
     api_key: Annotated[
         str | None,
         Option(
-            "Key that requests must give as Authorization: Bearer KEY.",
+            "Ask every request for this key, as Authorization: Bearer KEY.",
             metavar="KEY",
             environment="GRALORA_FX_API_KEY",
             problem=_key_problem,
@@ -173,7 +179,11 @@ class ServiceSettings:
     ] = field(default=None, repr=False)
     max_body: Annotated[
         int,
-        Option("Most bytes of a request's body, also once it is decompressed.", metavar="BYTES", least=1),
+        Option(
+            "Refuse a request whose body has more bytes than this, also once it is decompressed.",
+            metavar="BYTES",
+            least=1,
+        ),
     ] = 16 * 2**20
     allow_origin: Annotated[tuple[str, ...], Option(problem=_origin_problem)] = ()
 

@@ -151,6 +151,19 @@ class Quality:
     outputs: tuple[OutputQuality, ...] = ()
     tokens: tuple[TokenQuality, ...] = ()
 
+    @property
+    def outcome(self) -> str:
+        """What is left of the float32 model's answers, in a few words after what the quantization is called."""
+        if self.tokens:
+            least = min(self.tokens, key=lambda found: found.argmax_agreement)
+            share = f"{100 * least.argmax_agreement:.1f} % of positions"
+            return f"keeps float32's next token at {share}, KL divergence {least.kl_divergence:.4f}"
+        agreements = [found.argmax_agreement for found in self.outputs if found.argmax_agreement is not None]
+        if agreements:
+            return f"keeps {100 * min(agreements):.1f} % of float32's answers"
+        cosines = [found.min_cosine for found in self.outputs if found.min_cosine is not None]
+        return f"differs from float32 by a cosine of {min(cosines):.4f} at least" if cosines else "was compared"
+
     def __str__(self) -> str:
         """The inputs, and a line for each output or adapter."""
         lines = [f"quantized, compared with the float32 model on {self.inputs}:"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from gralora_fx.errors import GraloraError, first_line, shown
@@ -102,16 +101,3 @@ def _exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-def written_lines(directory: Path, files: Mapping[str, int], widths: tuple[int, int] = (28, 14)) -> list[str]:
-    """What a report says of a directory that was written: its path, and a line for each file.
-
-    Args:
-        directory: The directory.
-        files: Its files with their sizes in bytes.
-        widths: Columns of a name and of a size.
-    """
-    name_width, size_width = widths
-    lines = [f"  {name:<{name_width}}{size:>{size_width},} bytes" for name, size in files.items()]
-    return [f"wrote {directory}", *lines]

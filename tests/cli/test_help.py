@@ -1,17 +1,28 @@
-"""Help: what is required first, a placeholder for each value, one name for one thing in every command."""
+"""Help: an example first, whole sentences, what is required, a placeholder for each value, one name for one thing."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from typing import Any
 
 import pytest
+import typer
 from running import run
+from terminals import in_terminal, plain_lines
 from typer.main import get_command
 
 from gralora_fx.cli import app
 
 COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+LONGEST = 55  # letters of a command's sentence
+JARGON = re.compile(r"\b(fold|site|trace|tensor|provider|decoder|hybrid|digest|quantiz)", re.IGNORECASE)
+VERBS = re.compile(  # with which the help of an option begins
+    "(Accept|Add|Allow|Answer|Apply|Ask|Compare|Compute|Continue|Draw|Expect|Export|Give|Guess|Keep|Leave|Let|Listen|Log"
+    "|Merge|Measure|Multiply|Print|Put|Read|Refuse|Replace|Return|Round|Run|Serve|Set|Shorten|Show|Skip|Spend|Start"
+    "|Store|Take|Train|Use|Wait|Write) .*[.]",
+)
 every_command = pytest.mark.parametrize("command", COMMANDS)
 
 
@@ -20,7 +31,7 @@ every_command = pytest.mark.parametrize("command", COMMANDS)
 def test_required_options_are_in_the_usage_and_come_first(command: str) -> None:
     text = run(command, "--help").stdout
     required = [param for param in COMMANDS[command].params if param.required]
-    usage, _, rest = text.partition("\n")
+    usage, _, rest = text[text.index("Usage: ") :].partition("\n")
     assert all(f"{param.opts[0]} {param.metavar}" in usage for param in required)
     sections = re.findall(r"^(\w[\w ]*):$", rest, re.MULTILINE)
     assert not required or sections[0] == "Required"
@@ -46,7 +57,7 @@ def test_a_thing_has_one_name(command: str) -> None:
     assert ("--output" in params) == (command in writes)
     assert not {"--base", "--name", "--directory"} & set(params) or command == "export-triton"
     text = run(command, "--help").stdout
-    older = {name for param in params.values() for name in param.opts[1:]}
+    older = {name for param in params.values() for name in param.opts[1:] if name.startswith("--")}
     assert not [name for name in older if re.search(rf"{name}\b(?!-)", text) and name not in params]
 
 
@@ -87,8 +98,48 @@ def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], message: str) 
     assert message in printed.error
 
 
-def test_the_program_alone_lists_its_commands() -> None:
-    assert all(f"  {command} " in run().stdout for command in COMMANDS)
+def test_the_program_alone_lists_its_commands_each_with_a_whole_sentence() -> None:
+    text = run().stdout
+    for command in COMMANDS:
+        summary = COMMANDS[command].help.partition("\n")[0]
+        assert f"  {command:<16}{summary}\n" in text
+        assert re.fullmatch(r"[A-Z][^.]*\.", summary)
+        assert len(summary) <= LONGEST
+        assert not JARGON.search(summary)
+    assert "..." not in text
+
+
+@every_command
+def test_the_help_leads_with_an_example_that_the_command_takes(command: str) -> None:
+    first = run(command, "--help").stdout.splitlines()[0]
+    program, name, *arguments = shlex.split(first.removeprefix("Example: "))
+    assert (program, name) == ("gralora-fx", command)
+    given, rest, _ = COMMANDS[command].make_parser(typer.Context(COMMANDS[command])).parse_args(args=arguments)
+    assert rest == []
+    required = {param.name for param in COMMANDS[command].params if param.required}
+    assert required <= set(given)
+
+
+@every_command
+def test_the_help_of_an_option_is_a_whole_sentence(command: str) -> None:
+    text = " ".join(run(command, "--help").stdout.split())
+    for param in COMMANDS[command].params:
+        if param.param_type_name != "option" or param.hidden:
+            continue
+        sentence = param.help.partition("  [default: ")[0].strip()
+        assert VERBS.fullmatch(sentence), f"{param.name}: begin with a verb, and end the sentence: {sentence}"
+        assert " ".join(param.help.split()) in text, (param.name, text)
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_terminal_cuts_nothing_and_breaks_no_name(columns: int) -> None:
+    """In a narrow one lines are wrapped, between words."""
+    for arguments in ((), ("serve", "--help")):
+        code = "import sys; from gralora_fx.cli import main; sys.argv = ['gralora-fx', *sys.argv[1:]]; main()"
+        shown = in_terminal([sys.executable, "-c", code, *(arguments or ("--help",))], columns)
+        assert max(map(len, plain_lines(shown)[1:])) <= columns  # the example is there to be pasted
+        wide = run(*arguments).stdout
+        assert shown.split() == wide.split()
 
 
 SINGLE = [

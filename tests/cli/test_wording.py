@@ -46,6 +46,7 @@ PYTHON = (
     "graph",
     "model",
     "picture.facts",
+    "runtime.export_usage",  # calls, beside the command of each
     "tracing.as_transformers",
     "tracing.inputs.arguments",
     "tracing.inputs.input_trees",

@@ -48,9 +48,9 @@ def test_the_rule(configs: list[Any], in_float: bool, quantized: bool) -> None:
 def test_the_report_says_which(tmp_path: Path) -> None:
     model = rewrite(fresh_trace("bert"), gralora(8, 2))
     report = export_onnx(model, tmp_path / "blocks", adapters="data", verify=False)
-    assert "(data): GraLoRA of gralora_k=2, which this export fixes, or LoRA" in str(report)
+    assert "(data): GraLoRA of gralora_k=2, which this export fixes, or LoRA" in report.details
     report = export_onnx(model, tmp_path / "lora", adapters="data", quantize="int4", verify=False)
-    assert "(data): LoRA, or GraLoRA of any gralora_k as the LoRA that it equals" in str(report)
+    assert "(data): LoRA, or GraLoRA of any gralora_k as the LoRA that it equals" in report.details
 
 
 def test_adapters_of_several_blocks_share_an_export(tmp_path: Path) -> None:

@@ -445,7 +445,7 @@ def test_figures_are_those_of_the_served_export(report: ExportReport, classifier
     change = float((served.softmax(-1) - expected.softmax(-1)).abs().max())
     assert logits.probability_change == pytest.approx(change, abs=1e-6)
     assert change > 0
-    assert f"compared with the float32 model on 3 given texts:\n  {logits}" in str(report)
+    assert f"compared with the float32 model on 3 given texts:\n  {logits}" in report.details
 
 
 @pytest.fixture(scope="module")

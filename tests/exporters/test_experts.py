@@ -133,7 +133,7 @@ def test_what_the_operator_does_not_compute_is_a_loop_with_the_reason(tmp_path: 
     (reason,) = report.experts.plain.values()
     assert reason.startswith(f"ONNX Runtime's operator has {why}")
     assert reason.endswith("its experts are computed in a loop, in floats")
-    assert f"  {next(iter(report.experts.plain))}: {reason}" in str(report)
+    assert f"  {next(iter(report.experts.plain))}: {reason}" in report.details
 
 
 @pytest.mark.parametrize("quantize", ["int4", "int8", "int8-dynamic"])
@@ -250,4 +250,4 @@ def test_experts_without_the_operator_are_named(tmp_path: Path) -> None:
     report, operators = exported(Layer(), tmp_path / "onnx")
     assert "MoE" not in operators
     assert list(report.experts.plain) == ["experts"]
-    assert "experts: 0 layers with one operator each, 1 without\n  experts: between its products" in str(report)
+    assert "experts: 0 layers with one operator each, 1 without\n  experts: between its products" in report.details

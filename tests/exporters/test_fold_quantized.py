@@ -178,7 +178,7 @@ def test_an_update_that_rounding_takes_away_is_refused_unless_forced(quantize: A
     report = case.fold(requantize=True, force=True)
     assert report.survival is not None
     assert report.survival < 0.5
-    assert "% of the update" in str(report)
+    assert "% of the update" in report.details
 
 
 @pytest.mark.parametrize("zero_points", [True, False])

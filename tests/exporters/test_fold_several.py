@@ -62,8 +62,8 @@ def test_a_second_adapter_is_said_and_the_command_verifies_both_in_any_order(roo
     printed = run("fold", "--onnx", root / "onnx", "--adapter", root / "gralora", "--output", tmp_path / "one")
     assert "now holds" not in printed.stdout
     printed = run("fold", "--onnx", tmp_path / "one", "--adapter", root / "lora", "--output", tmp_path / "two")
-    assert "now holds 2 adapters: default, default_2" in printed.stdout
-    assert "run gralora-fx verify with --adapter for each of them" in printed.stderr
+    assert "now holds 2 adapters, and a comparison needs each: default, default_2" in printed.stdout
+    assert f"gralora-fx verify --onnx {tmp_path / 'two'} --adapter {root / 'lora'} --adapter DIR\n" in printed.stdout
     assert list(read_manifest(tmp_path / "two").adapters) == ["default", "default_2"]
     export_onnx(both(root, "gralora", "lora"), tmp_path / "fresh", verify=False)
     assert_same_weights(tmp_path / "two", tmp_path / "fresh")
@@ -90,7 +90,7 @@ def test_three_adapters_in_python(root: Path, tmp_path: Path) -> None:
         report = fold_onnx(source, root / name, tmp_path / str(index), adapter_name=name)
         source = tmp_path / str(index)
     assert report.adapters == tuple(ADAPTERS)
-    assert "now holds 3 adapters: gralora, lora, rslora" in str(report)
+    assert "now holds 3 adapters: gralora, lora, rslora" in report.details
     assert verify_onnx(source, both(root, "rslora", "gralora", "lora")).passed
     with pytest.raises(ExportError, match="the given model has"):
         verify_onnx(source, both(root, "gralora", "lora"))

@@ -199,7 +199,7 @@ def test_a_tied_weight_is_untied(
     directory = adapter(base, tmp_path, **{**GRALORA, **fields})
     report = merge_checkpoint(base, directory, tmp_path / "merged")
     assert report.added == added
-    assert "tie_word_embeddings is false" in str(report)
+    assert "tie_word_embeddings is false" in report.details
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
     adapted = peft.PeftModel.from_pretrained(loaded(base), str(directory)).eval()
     result = loaded(tmp_path / "merged")
@@ -245,7 +245,7 @@ def test_other_files_are_copied_and_weights_in_other_formats_are_named(tmp_path:
     assert sorted(report.left_out) == sorted(dropped)
     assert all((tmp_path / "merged" / name).read_text() == name for name in kept)
     assert not any((tmp_path / "merged" / name).exists() for name in dropped)
-    assert "pytorch_model.bin" in str(report)
+    assert "pytorch_model.bin" in report.details
 
 
 def _plain(directory: Path) -> Path:

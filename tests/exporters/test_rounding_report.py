@@ -84,7 +84,7 @@ def test_a_decoder_draws_texts_and_the_manifest_and_the_print_have_the_figures(t
     assert report.quality.inputs == "16 texts of 24 tokens that it drew"
     assert (found.texts, found.positions, found.greedy_tokens) == (16, 16 * 24, 24)
     assert read_manifest(tmp_path / "onnx").quality == report.quality
-    assert f"16 texts of 24 tokens that it drew:\n  {found}" in str(report)
+    assert f"16 texts of 24 tokens that it drew:\n  {found}" in report.details
     assert "nats a token" in str(found)
     again = export_onnx(adapted(), tmp_path / "onnx", quantize="int4")
     assert figures(again) == found
@@ -131,7 +131,7 @@ def test_a_float_adapter_over_a_quantized_base_is_measured_with_the_adapter(
     assert report.quality is not None
     base, with_adapter = report.quality.tokens
     assert (base.adapter, with_adapter.adapter) == (None, "default")
-    assert "with the adapter 'default': likeliest token equal" in str(report)
+    assert "with the adapter 'default': likeliest token equal" in report.details
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     adapter = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "onnx" / "adapters" / "default.onnx_adapter"))
     tensors = {name: value.numpy() for name, value in adapter.get_parameters().items()}

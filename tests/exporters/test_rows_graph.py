@@ -115,11 +115,11 @@ def test_rows_of_unequal_length_answer_as_transformers_does(name: str, logits: A
     report = export_onnx(traced, tmp_path / "onnx", logits=logits)
     assert answers(tmp_path / "onnx", PROMPTS) == [generated(model, prompt) for prompt in PROMPTS]
     assert report.rows == read_manifest(tmp_path / "onnx").rows
-    assert "model_rows.onnx is for batches whose rows differ" in str(report)
+    assert "model_rows.onnx is for batches whose rows differ" in report.details
     assert report.verification is not None
     assert report.verification.rows is not None
     assert report.verification.rows.equal == report.verification.rows.compared > 0
-    assert f"{ROWS_NAME}: greedy tokens: 8 of 8 equal" in str(report)
+    assert f"{ROWS_NAME}: greedy tokens: 8 of 8 equal" in report.details
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma3", "mixtral", "phi3", "qwen3"])
@@ -278,9 +278,9 @@ def test_a_model_without_such_a_graph_is_exported_and_the_reason_said(
     assert report.rows.file is None
     assert report.rows == read_manifest(tmp_path / "onnx").rows
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(str(report))
-    assert "no model_rows.onnx: " in str(report)
-    assert "adapters='data'" not in str(report)  # which it is
+        raise AssertionError(report.details)
+    assert "no model_rows.onnx: " in report.details
+    assert "adapters='data'" not in report.details  # which it is
     assert not (tmp_path / "onnx" / ROWS_NAME).exists()
     assert any(skip.place == ROWS_NAME for entry in report.passes for skip in entry.skipped)
     assert report.verification is not None
@@ -378,7 +378,7 @@ def test_a_fold_changes_both_graphs(quantize: Any, tmp_path: Path) -> None:
         tmp_path / "base", tmp_path / "adapter", tmp_path / "out", requantize=quantize is not None, force=True
     )
     assert stored(tmp_path / "out" / ROWS_NAME) == stored(tmp_path / "out" / "model.onnx")
-    assert "folded 14 layers (14 as recorded)" in str(report)
+    assert "folded 14 layers (14 as recorded)" in report.details
     found = verify_onnx(tmp_path / "out", model, "quick")
     assert found.rows is not None
     if quantize is None:

@@ -149,7 +149,7 @@ def test_truncation_loses_what_it_says(method: str, tmp_path: Path) -> None:
         norm.append(exact.norm())
     assert abs(report.error - torch.stack(lost).norm() / torch.stack(norm).norm()) < 1e-5
     assert 0 < report.error < 1
-    assert f"{report.error:.2e}" in str(report)
+    assert f"{report.error:.2e}" in report.details
 
 
 def test_truncation_to_the_exact_rank_loses_nothing(tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ def test_adapters_are_optional_inputs_of_an_export_whose_rows_cannot_differ(
     del manifest["files"]["model_rows.onnx"]
     (tmp_path / "data" / "gralora_export.json").write_text(json.dumps(manifest))
     report = export_triton(tmp_path / "data", tmp_path / "repository")
-    assert "no requests run together, and each gives its adapter's tensors" in str(report)
-    assert "no model_rows.onnx: of this test" in str(report)
+    assert "no requests run together, and each gives its adapter's tensors" in report.details
+    assert "no model_rows.onnx: of this test" in report.details
     given = folder / "data" / "adapters" / "small.onnx_adapter"
     with pytest.raises(ExportError, match=r"no adapter can become a part of .*: it has no model_rows\.onnx: of this"):
         export_triton(tmp_path / "data", tmp_path / "repository", adapters={"more": given})
@@ -190,7 +190,7 @@ def test_the_command(exported: tuple[Path, dict[str | None, Any]], tmp_path: Pat
     folder, oracles = exported
     again = folder / "data" / "adapters" / "wide.onnx_adapter"
     arguments = ["export-triton", str(folder / "data"), "--output", str(tmp_path), "--name", "news"]
-    arguments += ["--adapter", f"again={again}", "--max-batch", "5", "--threads", "2"]
+    arguments += ["--adapter", f"again={again}", "--max-batch", "5", "--threads", "2", "-v"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert "adapter_ids: 0 the base, 1 small, 2 wide, 3 again" in done.stdout
@@ -212,7 +212,7 @@ def test_a_model_without_a_free_batch(tmp_path: Path) -> None:
     report = export_triton(tmp_path / "fixed", tmp_path / "repository")
     triton = Triton(tmp_path / "repository" / "fixed")
     assert triton.config.max_batch_size == 0
-    assert "no requests run together, since not every input and output has a batch" in str(report)
+    assert "no requests run together, since not every input and output has a batch" in report.details
     (name,) = [entry.name for entry in triton.config.input]
     (found,) = triton.infer(**{name: np.ones((2, 4), np.float32)}).values()
     assert np.abs(found - net(torch.ones(2, 4)).numpy(force=True)).max() <= 1e-6

@@ -22,12 +22,12 @@ from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
-from gralora_fx.exporters.reports import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.exporters.verification import same_model
 from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value
 from gralora_fx.exporters.verification.fresh_inputs import pad_prompts, random_prompts
 from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, reader
 from gralora_fx.exporters.verification.tolerances import ToleranceCheck, tolerance_of
+from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.model.rewrite import merge_lazily
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.session import open_session
@@ -202,7 +202,7 @@ def test_a_quick_verification_runs_a_tenth_of_the_tokens(export: Path, model: Gr
         hook.remove()
         assert report.passed
         assert report.level == level
-        assert f"{level} verification, compared with the PyTorch model with 'default' active" in str(report)
+        assert f"{level} verification, compared with the PyTorch model with 'default' active" in report.details
         seen[level] = len(ids)
     assert 6 * seen["quick"] <= seen["full"]
 
@@ -236,8 +236,8 @@ def test_a_wrong_weight_is_seen(export: Path, model: GraloraModel, tmp_path: Pat
     assert report.tokens is not None
     assert report.tokens.equal < report.tokens.compared
     assert report.tokens.first_difference is not None
-    assert "first difference: 1 prompt of 12 tokens: row 0, token " in str(report)
-    assert "FAILED" in str(report)
+    assert "first difference: 1 prompt of 12 tokens: row 0, token " in report.details
+    assert "FAILED" in report.details
 
 
 def test_a_cache_that_is_given_back_wrong_is_seen_by_its_tokens(
@@ -313,7 +313,7 @@ def test_layers_are_shown_by_their_largest() -> None:
     tensors = tuple(TensorCheck(f"present.{layer}.key", 1.0 + layer, 0.5 - layer / 10, None) for layer in range(3))
     tokens = TokenCheck(("one",), 4, 3, 1, "one: row 0, token 2 is 5 instead of 6 (a near tie)", (1e-6, 2e-6))
     report = VerifyReport(True, 1e-4, ("1 x 1",), tensors, tokens)
-    text = str(report)
+    text = report.details
     assert "present.*.key                   3.00e+00    5.00e-01" in text
     assert "greedy tokens: 3 of 4 equal (75.0 %), 1 near ties; 1 cases (one)" in text
     assert report.to_dict()["tokens"] == dataclasses.asdict(tokens)
@@ -324,7 +324,7 @@ def test_layers_are_shown_by_their_largest() -> None:
 
 def test_a_report_says_why_float16_gives_no_numbers() -> None:
     report = VerifyReport(False, 1e-2, ("1 x 1",), (TensorCheck("logits", math.inf, math.inf, 0.0),), weights="fp16")
-    assert "the model computes numbers above 65504, where float16 ends; take precision='fp32'" in str(report)
+    assert "the model computes numbers above 65504, where float16 ends; take precision='fp32'" in report.details
     finite = dataclasses.replace(report, tensors=(TensorCheck("logits", 3.0, 1.0, 0.0),))
     assert "65504" not in str(finite)
 

@@ -42,13 +42,13 @@ def test_the_report_names_the_provider_and_its_nodes(export: Path, model: Traced
     assert verify_onnx(export, model).provider is None
     alone = verify_onnx(export, model, providers=CPU)
     assert alone.passed
-    assert f"run on {CPU} {onnxruntime.__version__} on CPU\n" in str(alone)
+    assert f"run on {CPU} {onnxruntime.__version__} on CPU\n" in alone.details
     report = verify_onnx(export, model, providers=[AZURE, CPU])
     assert (report.passed, report.tolerance, report.arithmetic) == (True, 1e-4, "fp32")
     assert report.provider is not None
     assert (report.provider.name, report.provider.version) == (AZURE, onnxruntime.__version__)
     assert (report.provider.nodes[AZURE], report.provider.nodes[CPU]["LayerNormalization"]) == ({}, 5)
-    assert f"run on {AZURE} {onnxruntime.__version__}; nodes: {AZURE} 0, {CPU} " in str(report)
+    assert f"run on {AZURE} {onnxruntime.__version__}; nodes: {AZURE} 0, {CPU} " in report.details
     assert report.to_dict()["provider"]["nodes"][CPU]["LayerNormalization"] == 5
 
 
@@ -150,8 +150,8 @@ def test_openvino_is_compared_in_its_precision(
 ) -> None:
     report = verify_onnx(export, model, providers=(OPENVINO, options))
     assert (report.passed, report.arithmetic, report.tolerance) == (True, arithmetic, tolerance)
-    assert ("tolerance 0.08 of the largest value, and 0.004\n" in str(report)) == (arithmetic == "bf16")
-    assert f"run on {OPENVINO} {openvino.version} on CPU ({openvino.name}); nodes: {OPENVINO} " in str(report)
+    assert ("tolerance 0.08 of the largest value, and 0.004\n" in report.details) == (arithmetic == "bf16")
+    assert f"run on {OPENVINO} {openvino.version} on CPU ({openvino.name}); nodes: {OPENVINO} " in report.details
 
 
 @pytest.mark.parametrize("options", [F32, BF16])

@@ -228,7 +228,7 @@ def test_an_attention_that_cannot_be_fused_is_plain_and_named(tmp_path: Path) ->
     plain = {"model.layers.0.self_attn": "its keys are not the cached ones and the new ones"}
     assert report.attention.plain == plain
     assert read_manifest(tmp_path / "onnx").attention == {"fused": 1, "plain": plain}
-    assert "attention: 1 layers fused, 1 not\n  model.layers.0.self_attn: its keys are not" in str(report)
+    assert "attention: 1 layers fused, 1 not\n  model.layers.0.self_attn: its keys are not" in report.details
     assert len(load(tmp_path / "onnx").generate([[5, 9, 12], [7]], max_new_tokens=6)) == 2  # a cache that grows
 
 

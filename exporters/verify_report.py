@@ -1,0 +1,302 @@
+"""What verification found: an export's values and tokens beside the model's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gralora_fx.errors import listed
+from gralora_fx.progress.report import Report, Summary
+from gralora_fx.runtime.export_directory import ROWS_NAME
+from gralora_fx.runtime.placement import describe_placement
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """How one output of ONNX Runtime compares with PyTorch's, over all cases.
+
+    Attributes:
+        name: Name of the output.
+        max_abs_error: Largest difference of a value.
+        max_rel_error: The same, relative to PyTorch's largest value in that case.
+        argmax_agreement: Share of rows whose largest value has the same index, or None for other outputs.
+    """
+
+    name: str
+    max_abs_error: float
+    max_rel_error: float
+    argmax_agreement: float | None
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """How the greedy tokens of an export compare with PyTorch's; both continue with PyTorch's token.
+
+    Attributes:
+        cases: The prompts.
+        compared: How many tokens were compared.
+        equal: How many are equal.
+        near_ties: How many differ where PyTorch's logits of the two tokens are within the tolerance.
+        first_difference: Where the first token differs, or None.
+        step_errors: Largest difference of the last position's logits at each step, that of the prompt first, relative
+            to the largest logit or to 1 where that is smaller.
+        passed: Whether the logits of every step are close enough.
+    """
+
+    cases: tuple[str, ...]
+    compared: int
+    equal: int
+    near_ties: int
+    first_difference: str | None
+    step_errors: tuple[float, ...]
+    passed: bool = True
+
+    @property
+    def agreement(self) -> float:
+        """Share of equal tokens."""
+        return self.equal / self.compared if self.compared else 1.0
+
+    def __str__(self) -> str:
+        """The tokens, the logits by step, and where they differ first."""
+        largest = max(self.step_errors, default=0.0)
+        lines = [
+            f"{self.equal} of {self.compared} equal ({100 * self.agreement:.1f} %), "
+            f"{self.near_ties} near ties; {len(self.cases)} cases ({'; '.join(self.cases)})",
+            f"logits by step, largest {largest:.1e}: {' '.join(f'{error:.0e}' for error in self.step_errors)}",
+        ]
+        return "\n".join([*lines, f"first difference: {self.first_difference}"] if self.first_difference else lines)
+
+
+@dataclass(frozen=True)
+class RoundingCheck:
+    """A difference above the tolerance, compared with the rounding error of float32 itself.
+
+    Attributes:
+        where: The case and the output or token.
+        difference: Difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller.
+        rounding: The rounding error of float32 there, likewise (see `tolerances`); 0 if it could not be
+            determined.
+        why_not: Why it could not be determined.
+    """
+
+    where: str
+    difference: float
+    rounding: float
+    why_not: str = ""
+
+    def __str__(self) -> str:
+        """Both numbers."""
+        return f"{self.where}: {self.difference:.1e}, {self.why_not or f'float32 itself rounds {self.rounding:.1e}'}"
+
+
+@dataclass(frozen=True)
+class ProviderRun:
+    """The execution provider that an export was run on.
+
+    Attributes:
+        name: The provider.
+        version: Its version; for one that is part of ONNX Runtime, ONNX Runtime's.
+        device: The device, as far as it is known.
+        nodes: How many nodes of each operator every provider ran; empty where the CPU is alone.
+    """
+
+    name: str
+    version: str
+    device: str
+    nodes: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """The provider with version and device, and the nodes that each provider ran."""
+        device = f" on {self.device}" if self.device else ""
+        nodes = f"; nodes: {describe_placement(self.nodes)}" if self.nodes else ""
+        return f"{self.name} {self.version}{device}{nodes}"
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """The result of `verify_onnx`.
+
+    Attributes:
+        passed: Whether every output is close enough in every case, and the logits of every greedy step: within the
+            tolerance, or no more than four times as far off as float32 itself is from float64.
+        tolerance: Largest difference allowed, relative to the largest value or to `least_scale` where that is smaller.
+        cases: The inputs that were compared.
+        tensors: One entry for each output.
+        tokens: Greedy tokens, for an export that generates.
+        weights: Precision of the export's weights, such as `fp16` or `int4`.
+        arithmetic: Precision in which it was run.
+        rounding: The differences above the tolerance, which were compared with a float64 run.
+        level: `"quick"` or `"full"`: how many inputs were compared.
+        reference: What the export was compared with.
+        provider: Where it was run, if a provider was asked for; None for the CPU provider.
+        least_scale: The least value that a difference is relative to: 1, or less for a provider whose arithmetic is
+            less exact than float32.
+        adapters: Of an export that takes adapters as data, the comparison with each; the rest is that of the base.
+        rows: Greedy tokens of a decoder's graph whose rows have lengths of their own, all adapters in one batch; None
+            where there is none, or it was not compared.
+    """
+
+    passed: bool
+    tolerance: float
+    cases: tuple[str, ...]
+    tensors: tuple[TensorCheck, ...]
+    tokens: TokenCheck | None = None
+    weights: str = "fp32"
+    arithmetic: str = "fp32"
+    rounding: tuple[RoundingCheck, ...] = ()
+    level: str = "full"
+    reference: str = "the PyTorch model"
+    provider: ProviderRun | None = None
+    least_scale: float = 1.0
+    adapters: Mapping[str, VerifyReport] = field(default_factory=dict)
+    rows: TokenCheck | None = None
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest difference of any value."""
+        others = (report.max_abs_error for report in self.adapters.values())
+        return max((*(tensor.max_abs_error for tensor in self.tensors), *others), default=0.0)
+
+    def with_adapter(self, name: str, report: VerifyReport) -> VerifyReport:
+        """The same report with the comparison of one adapter more.
+
+        Args:
+            name: The adapter's name.
+            report: What was measured with it.
+        """
+        adapters = {**self.adapters, name: report}
+        return dataclasses.replace(self, passed=self.passed and report.passed, adapters=adapters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, as `gralora_export.json` holds it."""
+        return dataclasses.asdict(self)
+
+    @property
+    def states(self) -> Mapping[str, VerifyReport]:
+        """The comparisons by what the report calls them: an empty name for the base, else ` with 'name'`."""
+        return {"": self, **{f" with {name!r}": report for name, report in self.adapters.items()}}
+
+    @property
+    def tokens_compared(self) -> tuple[TokenCheck, ...]:
+        """The greedy tokens of both graphs, of the base and each adapter."""
+        found = (check for report in self.states.values() for check in (report.tokens, report.rows))
+        return tuple(check for check in found if check is not None)
+
+    @property
+    def outcome(self) -> str:
+        """Whether it passed and by how much, in a line."""
+        if not self.passed:
+            return f"FAILED: {self._worst}"
+        tensors = [tensor for report in self.states.values() for tensor in report.tensors]
+        largest = max((tensor.max_rel_error for tensor in tensors), default=0.0)
+        same = "" if self.weights == "fp32" else f" with the same {self.weights.partition(',')[0]} weights"
+        found = f"passed: {len(self.cases)} inputs as in PyTorch{same}, largest difference {largest:.1e}"
+        equal, compared = (sum(getattr(one, kind) for one in self.tokens_compared) for kind in ("equal", "compared"))
+        return f"{found}; {equal} of {compared} greedy tokens equal" if compared else found
+
+    @property
+    def notes(self) -> list[str]:
+        """What a passed comparison says that must not be missed."""
+        explained = sum(len(report.rounding) for report in self.states.values()) if self.passed else 0
+        found = []
+        if explained:
+            plural = "s" * (explained > 1)
+            found.append(f"{explained} difference{plural} above {self.tolerance:g}, which float32's rounding explains")
+        if self.arithmetic != "fp32":
+            found.append(f"run in {self.arithmetic} arithmetic")
+        return [*found, *self._overflow]
+
+    @property
+    def _overflow(self) -> list[str]:
+        if self.weights != "fp16" or math.isfinite(self.max_abs_error):
+            return []
+        return ["the model computes numbers above 65504, where float16 ends; take precision='fp32'"]
+
+    @property
+    def summary(self) -> Summary:
+        """Whether it passed, what was compared, and where every figure is."""
+        names = listed(map(repr, self.adapters), 3)
+        adapters = f", then with {names}" if names else ""
+        provider = "" if self.provider is None else f", on {self.provider.name}"
+        compared = f"compared with {self.reference}{adapters}{provider}"
+        return Summary(
+            self.outcome, f"{compared}: {self.level} verification, tolerance {self.tolerance:g}", notes=self.notes
+        )
+
+    @property
+    def _worst(self) -> str:
+        """The largest difference that nothing explains, and how many there are."""
+        found = [(one.difference, one, state) for state, report in self.states.items() for one in report.rounding]
+        if found:
+            _, check, state = max(found, key=lambda each: each[0])
+            return f"{len(found)} of the compared values differ, most of all {check}{state}"
+        differing = [check.first_difference for check in self.tokens_compared if check.first_difference]
+        return differing[0] if differing else "the outputs differ"
+
+    @property
+    def details(self) -> str:
+        """A table of every output, a cache's over all layers, and of every adapter; tokens and cases below it."""
+        lines = [f"{'output':<28}{'max abs':>12}{'max rel':>12}{'argmax equal':>14}"]
+        tables = {state: _layers_as_one(report.tensors) for state, report in self.states.items()}
+        for check in tables[""].values():
+            lines += [_row(table[check.name], state) for state, table in tables.items() if check.name in table]
+        states = self.states.items()
+        lines += _token_lines("greedy tokens", {state: report.tokens for state, report in states})
+        lines += _token_lines(f"{ROWS_NAME}: greedy tokens", {state: report.rows for state, report in states})
+        for state, report in self.states.items():
+            lines += [f"above the tolerance{state}: {check}" for check in report.rounding]
+        lines += _verdict(self)
+        if {self.weights, self.arithmetic} != {"fp32"}:
+            lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
+        lines += self._overflow
+        lines += [] if self.provider is None else [f"run on {self.provider}"]
+        references = ", then ".join(dict.fromkeys(report.reference for report in self.states.values()))
+        lines.append(f"{self.level} verification, compared with {references}")
+        return "\n".join(lines)
+
+
+def _token_lines(title: str, checks: Mapping[str, TokenCheck | None]) -> Iterator[str]:
+    """The tokens of the base, and a line for each adapter."""
+    for state, check in checks.items():
+        if check is None:
+            continue
+        if not state:
+            yield f"{title}: {check}"
+            continue
+        equal, largest = f"{check.equal} of {check.compared} equal", max(check.step_errors, default=0.0)
+        yield f" {state}: {equal}, {check.near_ties} near ties, logits within {largest:.1e}"
+        if check.first_difference:
+            yield f"  first difference: {check.first_difference}"
+
+
+def _row(check: TensorCheck, state: str) -> str:
+    """A line of the table of outputs."""
+    name = f" {state}" if state else check.name
+    agreement = "" if check.argmax_agreement is None else f"{100 * check.argmax_agreement:.1f} %"
+    return f"{name:<28}{check.max_abs_error:>12.2e}{check.max_rel_error:>12.2e}{agreement:>14}"
+
+
+def _verdict(report: VerifyReport) -> list[str]:
+    """Whether all passed, or which did not; the cases, once where they are the same."""
+    least = "" if report.least_scale == 1 else f" of the largest value, and {report.tolerance * report.least_scale:g}"
+    failed = listed(state.strip() for state, one in report.states.items() if state and not one.passed)
+    words = "passed" if report.passed else f"FAILED {failed}".rstrip()
+    cases = "; ".join(report.cases)
+    return [f"{words}: {len(report.cases)} cases ({cases}), tolerance {report.tolerance:g}{least}"]
+
+
+def _layers_as_one(checks: Sequence[TensorCheck]) -> dict[str, TensorCheck]:
+    """Merge the checks of a cache's tensors over its layers, into one for keys and one for values."""
+    merged: dict[str, TensorCheck] = {}
+    for check in checks:
+        name = re.sub(r"^present\.\d+\.", "present.*.", check.name)
+        other = merged.get(name)
+        absolute, relative = (
+            max(getattr(c, kind) for c in (check, other or check)) for kind in ("max_abs_error", "max_rel_error")
+        )
+        merged[name] = TensorCheck(name, absolute, relative, check.argmax_agreement)
+    return merged

@@ -1,0 +1,134 @@
+"""Reports of finished work: three lines on what came of it, what was written and how to use it; the rest on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+
+DETAILS = "print(report.details)"  # of which the command line makes its own option
+_LONG = 5.0  # seconds of work whose longest part is named
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """How what was written is used.
+
+    Attributes:
+        python: In Python, as a line that can be pasted.
+        command: In a shell, the words of a command; empty where Python alone does.
+        arguments: What the command is given, by the Python names of its options.
+    """
+
+    python: str
+    command: str = ""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a report says before anybody asks for more.
+
+    Attributes:
+        result: What came of it: whether it passed, and by how much.
+        written: What was written, and how large it is; of what writes nothing, what was looked at.
+        usage: How it is used; None where that is not known.
+        notes: What must not be missed, in a few words each.
+        slowest: What took longest, and how to leave it out; empty for short work.
+        comparison: What compares it with the model; None where that was done, or is not possible.
+    """
+
+    result: str
+    written: str
+    usage: Invocation | None = None
+    notes: Sequence[str] = ()
+    slowest: str = ""
+    comparison: Invocation | None = None
+
+    def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> str:
+        """The lines.
+
+        Args:
+            words: Gives the words of a usage: Python's, or the command line's.
+        """
+        result = self.result
+        if self.comparison is not None:
+            result += f"; not compared with PyTorch, to do so: {words(self.comparison)}"
+        if self.usage is None:
+            lines = [result, self.written, f"every figure: {DETAILS}"]
+        else:
+            lines = [result, f"{self.written} (every figure: {DETAILS})", f"use it: {words(self.usage)}"]
+        if self.notes:
+            lines.append(f"note: {'; '.join(self.notes)}")
+        return "\n".join([*lines, self.slowest] if self.slowest else lines)
+
+
+class Report:
+    """A report that prints as three lines, and the rest as `details`."""
+
+    @property
+    def summary(self) -> Summary:
+        """The lines, in parts."""
+        raise NotImplementedError
+
+    @property
+    def details(self) -> str:
+        """Everything that the report holds, as text."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """What came of it, what was written, how to use it, and what must not be missed."""
+        return self.summary.text()
+
+
+def size_of(count: int) -> str:
+    """A number of bytes in words, such as `86.2 MB`."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
+
+
+def written(directory: Path, files: Mapping[str, int]) -> str:
+    """Say what was written, in a line.
+
+    Args:
+        directory: The directory.
+        files: Its files with their sizes in bytes.
+    """
+    return f"wrote {directory}: {size_of(sum(files.values()))} in {len(files)} file{'s' * (len(files) > 1)}"
+
+
+def written_lines(directory: Path, files: Mapping[str, int], widths: tuple[int, int] = (28, 14)) -> list[str]:
+    """Say what was written: the path of the directory, and a line for each file.
+
+    Args:
+        directory: The directory.
+        files: Its files with their sizes in bytes.
+        widths: Columns of a name and of a size.
+    """
+    name_width, size_width = widths
+    lines = [f"  {name:<{name_width}}{size:>{size_width},} bytes" for name, size in files.items()]
+    return [f"wrote {directory}", *lines]
+
+
+def times(seconds: Mapping[str, float]) -> str:
+    """The time of every stage, in a line."""
+    return ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
+
+
+def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> str:
+    """Say which stage took longest, and how to leave it out; nothing of work that took less than a few seconds.
+
+    Args:
+        seconds: Seconds of each stage.
+        stages: What the stages are called, with a remedy after a colon where there is one.
+        least: Seconds of work from which on it is said.
+    """
+    total = sum(seconds.values())
+    if not seconds or total < least:
+        return ""
+    stage = max(seconds, key=seconds.__getitem__)
+    name, colon, remedy = stages.get(stage, stage).partition(": ")
+    return f"{name} took {seconds[stage]:.0f} s of {total:.0f} s{colon}{remedy}"
