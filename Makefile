@@ -8,9 +8,9 @@ PYTHON_NEWEST ?= python3.13
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-# What depends on versions, unless TESTS names other files: all but the grid of parity, browsers, JavaScript, replicas, demo
+# What depends on versions, unless TESTS names other files: all but the grid of parity, browsers, other clients, JavaScript, replicas, demo
 TESTS ?= tests $(patsubst %,--ignore-glob=tests/%,parity/test_parity_* serving/test_http_page_browser.py \
-	serving/test_ray_service.py exporters/test_transformers_js.py exporters/test_onnxruntime_web.py test_demo.py)
+	serving/test_http_clients.py serving/test_ray_service.py exporters/test_transformers_js.py exporters/test_onnxruntime_web.py test_demo.py)
 comma := ,
 
 .PHONY: demo quick test test-all test-lowest test-newest check docs dist bench format constraints clean

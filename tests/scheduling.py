@@ -90,6 +90,7 @@ GROUPS = {
 # The files that take longest, longest first: what is left for the end is short, so that no worker waits for another.
 LONG = (
     "serving/test_ray_service.py",
+    "serving/test_http_clients.py",
     "model/test_trainer.py",
     "tracing/test_image_sizes.py",
     "architectures/test_decoder_architectures.py",

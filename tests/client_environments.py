@@ -1,0 +1,53 @@
+"""Clients of the HTTP service, each in an environment of its own: the pins of one concern nobody else."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS, BUILD = ROOT / "tests" / "clients", ROOT / "build" / "clients"
+
+
+def environment(client: str) -> Path:
+    """The interpreter of a client's environment, made once for each state of its lock file, by one process at a time.
+
+    Args:
+        client: The client, as its lock file is called.
+    """
+    place, wanted = BUILD / client, (SCRIPTS / f"{client}.txt").read_text()
+    python, installed = place / "bin" / "python", place / "installed.txt"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / f"{client}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not installed.is_file() or installed.read_text() != wanted:
+            shutil.rmtree(place, ignore_errors=True)
+            _run([sys.executable, "-m", "venv", "--without-pip", str(place)])
+            pip = [sys.executable, "-m", "pip", "--python", str(place), "install", "--quiet", "--no-deps"]
+            _run([*pip, "--no-compile", "--requirement", str(SCRIPTS / f"{client}.txt")])
+            installed.write_text(wanted)
+    return python
+
+
+def run_client(client: str, *arguments: str) -> Any:
+    """What a client's script prints last, as JSON.
+
+    Args:
+        client: The client.
+        arguments: The script's arguments.
+    """
+    script = SCRIPTS / f"{client}_client.py"
+    return json.loads(_run([str(environment(client)), "-W", "ignore", str(script), *arguments]).splitlines()[-1])
+
+
+def _run(command: list[str]) -> str:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "PYTHON"))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own, timeout=600)
+    assert done.returncode == 0, f"{command[0]} failed: {done.stderr[-3000:]}"
+    return done.stdout
