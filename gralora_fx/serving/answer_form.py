@@ -9,17 +9,24 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.character_classes import portable
 from gralora_fx.serving.json_schema import check_size, schema_text
 
 FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "calls"]
 GivenForms: TypeAlias = Mapping[str, tuple[FormKind, Any]]  # by a name: the kind, and a value or None
-# as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever
-JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever; without \\uXXXX,
+# which could write the name of a member a second time
+JSON_STYLE: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
 _MOST_CHOICES = 1024
 _GBNF = re.compile(r"^\s*[^\s:]+\s*::=", re.MULTILINE)
-# pieces of a Lark grammar: strings, expressions and comments, in which nothing is meant; where a schema begins
+# pieces of a Lark grammar: strings and comments, in which nothing is meant; expressions; where a schema begins
 _PIECE = re.compile(
-    r"""(?s:"(?:\\.|[^"\\])*"|/(?!/)(?:\\.|[^/\\])+/)|(?://|#)[^\n]*|(?P<schema>%json\s*)|(?P<idle>temperature\s*=)"""
+    r"""(?s:"(?:\\.|[^"\\])*"|(?P<expression>/(?!/)(?:\\.|[^/\\])+/))|(?://|#)[^\n]*|(?P<schema>%json\s*)|(?P<idle>temperature\s*=)"""
 )
 _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while it is compiled
 
@@ -64,7 +71,8 @@ class AnswerForm:
             kind: Of which kind it is.
             value: A schema as an object or JSON text, a regular expression in the syntax of Rust's `regex` that the
                 whole answer matches, a list of texts of which the answer is one, or a grammar in llguidance's variant
-                of Lark or in GBNF. JSON schemas within Lark, after `%json`, are checked as others are.
+                of Lark or in GBNF. JSON schemas within Lark, after `%json`, are checked as others are. Classes of
+                characters are those of `character_classes`.
             field: The option or field that asks for it.
 
         Raises:
@@ -91,7 +99,9 @@ def _checked(kind: FormKind, value: Any) -> str | tuple[str, ...]:
         raise ServingError("it has a lone surrogate, which no text has")
     if kind == "choice":
         return tuple(texts)
-    return with_checked_schemas(texts[0]) if kind == "grammar" and not is_gbnf(texts[0]) else str(texts[0])
+    if kind == "regex":
+        return portable(texts[0])
+    return str(texts[0]) if is_gbnf(texts[0]) else with_checked_parts(texts[0])
 
 
 def is_gbnf(grammar: str) -> bool:
@@ -99,11 +109,11 @@ def is_gbnf(grammar: str) -> bool:
     return _GBNF.search(grammar) is not None
 
 
-def with_checked_schemas(grammar: str) -> str:
-    """A grammar in Lark whose JSON schemas are checked, and written as those of other forms are.
+def with_checked_parts(grammar: str) -> str:
+    r"""A grammar in Lark whose expressions and JSON schemas are written as those of other forms are, and checked.
 
-    Before:  `start: %json {"type": "string", "format": "path"}`
-    After:   `start: %json {"x-guidance": {"whitespace_flexible": false, ...}, "type": "string"}`
+    Before:  `start: /\d/ %json {"type": "string", "format": "path"}`
+    After:   `start: /[0-9]/ %json {"x-guidance": {"whitespace_flexible": false, ...}, "type": "string"}`
 
     Raises:
         ServingError: The grammar is JSON itself, a rule has a temperature, or a schema cannot be followed.
@@ -115,6 +125,9 @@ def with_checked_schemas(grammar: str) -> str:
         at = piece.end()
         if piece["idle"]:
             raise ServingError("a rule's temperature is not supported; give that of the whole answer")
+        if expression := piece["expression"]:
+            kept += [grammar[begin : piece.start()], portable(expression)]
+            begin = at
         if piece["schema"]:
             try:
                 schema, end = json.JSONDecoder().raw_decode(grammar, at)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.serving.character_classes import portable
 
 LARGEST = 64 * 1024  # bytes of a form
 _MOST_PROPERTIES = 1000  # of a schema: the time to compile it, here 0.1 s, grows with their square
@@ -23,6 +25,8 @@ _NOTES = (*_TEXTS, "deprecated", "readOnly", "writeOnly", *_CONTENTS)
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # are followed
 # values of other keywords that every answer meets, as tools write them
 _IDLE: dict[str, Any] = {"propertyNames": (True, {}, {"type": "string"}), "uniqueItems": (False,)}
+# within JSON, a control character that has no escape of its own
+_CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(?:\\u00(?:[01][0-9a-f]|7f)|\x7f)")
 _HEAD = ("$schema", "$id")  # of the whole schema
 _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, *_NOTES))
 
@@ -30,8 +34,8 @@ _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, 
 def schema_text(schema: Any) -> str:
     """A schema as JSON, after a check that a grammar can say all of it and that some answer meets it.
 
-    Formats that no grammar knows, which are notes, are left out, and choices that a `discriminator` tells apart by a
-    member are written as `anyOf`.
+    Formats that no grammar knows, which are notes, are left out, classes of characters in a pattern are written out
+    (see `character_classes`), and choices that a `discriminator` tells apart by a member are written as `anyOf`.
 
     Args:
         schema: The schema as an object, or as JSON text.
@@ -101,12 +105,14 @@ class _Walk:
         self._check_end()
 
     def _simplify(self, schema: dict[str, Any]) -> None:
-        """Leave out an unknown format and what every value meets, and write choices with a discriminator as `anyOf`."""
+        """Leave out what every value meets, and write plainly a pattern's classes and choices with a discriminator."""
         if isinstance(form := schema.get("format"), str) and form not in _FORMATS:
             del schema["format"]
         for keyword, values in _IDLE.items():
             if schema.get(keyword) in values:
                 del schema[keyword]
+        if isinstance(pattern := schema.get("pattern"), str):
+            schema["pattern"] = portable(pattern)
         told, choices = schema.get("discriminator"), schema.get("oneOf")
         if not isinstance(told, dict) or not isinstance(choices, list) or "anyOf" in schema:
             return
@@ -145,6 +151,9 @@ class _Walk:
         for name in schema:
             if name not in _KEYWORDS and not (schema is self._root and name in _HEAD):
                 raise ServingError(f"the keyword {shown(name)} of the schema is not supported; leave it out")
+        for name in ("const", "enum"):
+            if _CONTROL.search(json.dumps(schema.get(name), ensure_ascii=False)):
+                raise ServingError(f"{name} of the schema has a control character, which no answer has; leave it out")
         for name in ("properties", "patternProperties"):
             self._properties += len(inner) if isinstance(inner := schema.get(name), dict) else 0
         if self._properties > _MOST_PROPERTIES:

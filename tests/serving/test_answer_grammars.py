@@ -135,6 +135,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "the schema is not JSON"),
     "no schema": ([1], "a schema is an object of keywords, but got [1]"),
     "no schema within": ({"properties": {"a": 3}}, "but got 3 within it"),
+    "a control character": ({"enum": ["a", {"b": "\x01"}]}, "enum of the schema has a control character"),
     "not a number": ({"const": float("nan")}, "cannot be written as JSON"),
 }
 
