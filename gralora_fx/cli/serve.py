@@ -53,7 +53,7 @@ AllowOrigin = Annotated[
     list[str] | None,
     typer.Option(
         metavar="ORIGIN",
-        help="An origin whose pages may use the service, such as https://example.org; * for any; may be repeated.",
+        help="Let pages of this origin use the service, such as https://example.org, or * for any; may be repeated.",
         callback=utf8,
     ),
 ]
