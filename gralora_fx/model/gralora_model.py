@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
-import torch
 from torch import fx, nn
-from transformers import GenerationConfig
 
 from gralora_fx.adapters.adapter import ModelAdapter
 from gralora_fx.adapters.adapter_files import read_adapter
@@ -19,36 +15,21 @@ from gralora_fx.adapters.checkpoint import load_tensors, settled_base
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
+from gralora_fx.model.conversions import check_conversion
 from gralora_fx.model.inspection import Inspection
 from gralora_fx.model.merging import Merging
-from gralora_fx.model.model_class import class_for, do_nothing, is_on, refuse
+from gralora_fx.model.model_class import class_for
 from gralora_fx.model.saved_adapters import AdapterFiles
+from gralora_fx.model.trainable import Trainable, check_arguments
 from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.as_transformers import TransformersView, view_of
 from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
 
 _TREE = "graph_module"  # names of parameters begin with it
 
 
-def _of_base_model(
-    method: Callable[Concatenate[Any, _Arguments], _Result],
-) -> Callable[Concatenate[Any, _Arguments], _Result]:
-    """A method that calls that of the model as transformers sees it, with its signature and documentation."""
-
-    @functools.wraps(method)
-    def delegated(self: Any, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        result: _Result = getattr(self.base_model, method.__name__)(*args, **kwargs)
-        return result
-
-    return delegated
-
-
-class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
+class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
     """A traced model with adapters (GraLoRA, LoRA, DoRA) in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -197,70 +178,6 @@ class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
         """
         save(html_of(self, full=full), path)
 
-    # -- the model as transformers sees it --------------------------------------------------------------------------
-
-    generate = _of_base_model(TransformersView.generate)
-    get_input_embeddings = _of_base_model(TransformersView.get_input_embeddings)
-    get_output_embeddings = _of_base_model(TransformersView.get_output_embeddings)
-    prepare_decoder_input_ids_from_labels = _of_base_model(TransformersView.prepare_decoder_input_ids_from_labels)
-
-    activation_checkpointing_enable = gradient_checkpointing_enable = enable_input_require_grads = refuse
-    activation_checkpointing_disable = gradient_checkpointing_disable = do_nothing
-    disable_input_require_grads = do_nothing
-    is_activation_checkpointing = is_gradient_checkpointing = is_on
-
-    @property
-    def base_model(self) -> TransformersView:
-        """The model as a transformers model, adapters included, as in PEFT."""
-        parameters = dict(self.traced.tree.parameters)
-        for name in self.active_adapters:
-            for copies in self.adapter(name).copies.values():
-                parameters |= copies
-        assign = functools.partial(setattr, self, "generation_config")
-        return view_of(self.traced, self.forward, parameters, labels=True, assign=assign)
-
-    def get_base_model(self) -> TransformersView:
-        """The model as a transformers model, adapters included, as in PEFT; `traced` is the base without them."""
-        return self.base_model
-
-    def can_generate(self) -> bool:
-        """Whether the model generates."""
-        return self.traced.can_generate()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return self.base_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the base model's parameters."""
-        return self.base_model.dtype
-
-    @property
-    def main_input_name(self) -> str:
-        """Name of the main input."""
-        return self.traced.main_input_name
-
-    @property
-    def loss_type(self) -> str | None:
-        """Name of the loss in transformers."""
-        return self.base_model.loss_type
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the loss takes `num_items_in_batch`."""
-        return self.base_model.accepts_loss_kwargs
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        """The generation configuration; None if the model does not generate."""
-        return self.traced.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        self._state.base.traced = dataclasses.replace(self.traced, generation_config=value)
-
     # -- running and training ---------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -277,8 +194,10 @@ class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
 
         Raises:
             TraceError: An input is missing or was not part of the trace.
-            RewriteError: Labels were given, and the model has no loss for them.
+            RewriteError: Labels were given, and the model has no loss for them; or an argument is one of TRL's for
+                its own head or for packed rows.
         """
+        check_arguments(kwargs)
         traced = self._state.base.traced
         inputs, labels = split_labels(kwargs, traced.input_names)
         item_count = inputs.pop(ITEM_COUNT, None)
@@ -311,8 +230,14 @@ class GraloraModel(AdapterFiles, Merging, Inspection, nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
-        """Convert or move every tensor, as `to()`, `half()` and `to_empty()` do, and fold merged weights again."""
+        """Move every tensor, as `to(device)` and `to_empty()` do, and fold merged weights again.
+
+        Raises:
+            RewriteError: It would convert to another dtype, or move to a device that the graph does not follow to;
+                nothing has changed.
+        """
         with self._state.writing():
+            check_conversion(fn, self._state.traced)
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._state.keep_up()
         return self

@@ -1,7 +1,4 @@
-"""The class created for a rewritten model: its `forward` signature lists the inputs, and it is a `PeftModel`.
-
-The last functions are what transformers and PEFT ask about recomputation of activations (gradient checkpointing).
-"""
+"""The class created for a rewritten model: its `forward` signature lists the inputs, and it is a `PeftModel`."""
 
 from __future__ import annotations
 
@@ -108,26 +105,3 @@ def _refusal(name: str) -> Callable[..., Any]:
         raise RewriteError(f"a GraloraModel has no {name}: PEFT's works on the modules that a graph does not have")
 
     return refuse
-
-
-def refuse(self: Any, *_: Any, **__: Any) -> None:
-    """Not supported: a graph has no blocks to recompute.
-
-    Raises:
-        RewriteError: Always.
-    """
-    raise RewriteError(
-        "gradient checkpointing is not supported: a graph has no blocks to recompute; leave "
-        "gradient_checkpointing=True out, and save memory with a smaller per_device_train_batch_size and more "
-        "gradient_accumulation_steps"
-    )
-
-
-def do_nothing(self: Any) -> None:
-    """Do nothing: it is never on."""
-
-
-@property  # type: ignore[misc]  # of the class that takes it over
-def is_on(self: Any) -> bool:
-    """Never."""
-    return False

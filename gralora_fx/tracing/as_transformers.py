@@ -33,8 +33,12 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         run: Runs the graph; called like the model.
         parameters: The parameters that `run` reads, by the names of the source model.
         assign: Takes a generation configuration that is assigned to the view, for the model that it is a view of.
+
+    Attributes:
+        model_tags: Tags for the model's card on the hub.
     """
 
+    model_tags: list[str] | None = None
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False

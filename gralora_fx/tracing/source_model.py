@@ -98,8 +98,8 @@ class _NotCalled(nn.Module):
             TraceError: Always.
         """
         raise TraceError(
-            "the graph does not call this module, so a hook on it would never run (NEFTune needs one, for example); "
-            "edit the graph with add_pass instead"
+            "the graph does not call this module, so a hook on it would never run; leave out what needs one "
+            "(neftune_noise_alpha, for example), or edit the graph with add_pass"
         )
 
     register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook

@@ -246,6 +246,19 @@ class TracedModel:
         """Switch to evaluation mode."""
         return self.train(False)
 
+    def to(self, *_: Any, **__: Any) -> Any:
+        """Refuse: the parameters are the source model's, and the graph names their dtype and device.
+
+        Raises:
+            TraceError: Always.
+        """
+        raise TraceError(
+            "a trace shares the parameters of its model, and computes in their dtype and on their device; convert or "
+            "move the model before it is traced, as in trace(model.to(torch.bfloat16))"
+        )
+
+    float = double = half = bfloat16 = cpu = cuda = to
+
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
         """The same model with another graph, such as one with folded weights.
 

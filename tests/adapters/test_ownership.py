@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
-from gralora_fx.errors import GraloraError, MergeError, RewriteError
+from gralora_fx.errors import GraloraError, MergeError, RewriteError, TraceError
+from gralora_fx.model.conversions import check_conversion
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -97,49 +100,74 @@ def test_a_state_dict_is_the_same_merged_and_unmerged() -> None:
         assert all(after[name].data_ptr() == at and torch.equal(after[name], was) for name, (at, was) in before.items())
 
 
-CONVERSIONS: dict[str, Callable[[GraloraModel], Any]] = {
-    "double": lambda model: model.double(),
-    "bfloat16": lambda model: model.to(torch.bfloat16),
-    "half": lambda model: model.half(),
+CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "float64": lambda model: model.double(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "float16": lambda model: model.half(),
+    "complex64": lambda model: model.type(torch.complex64),
+    "torch.bfloat16": lambda model: model.to(torch.bfloat16),
+    "torch.float16": lambda model: model.to("cpu", torch.float16),
+    "torch.float64": lambda model: nn.Sequential(model).to(device="cpu", dtype=torch.float64),
 }
 
 
 @pytest.mark.parametrize("when", ["active", "merged", "disabled"])
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_converting_gives_the_converted_model(name: str, when: str, tmp_path: Path) -> None:
-    model, expected = adapted(), CONVERSIONS[name](adapted())
-    if when == "merged":
-        model.merge_adapter()
-        merged = CONVERSIONS[name](model)(X.to(model.dtype))
-        model.unmerge_adapter()
-        model.merge_adapter()
-        assert torch.equal(model(X.to(model.dtype)), merged)
-        model.unmerge_adapter()
-    elif when == "disabled":
-        with model.disable_adapter():
+def test_converting_to_another_dtype_is_refused_and_changes_nothing(name: str, when: str, tmp_path: Path) -> None:
+    model = adapted()
+    expected = outputs(adapted(), tmp_path / "a")
+    dtype = name.removeprefix("torch.")
+    message = rf"traced in float32 .* cannot be converted to {dtype}; .* trace\(model\.to\(torch\.{dtype}\)\)"
+    with model.disable_adapter() if when == "disabled" else nullcontext():
+        if when == "merged":
+            model.merge_adapter()
+        with pytest.raises(RewriteError, match=message):
             CONVERSIONS[name](model)
-    else:
-        CONVERSIONS[name](model)
-    assert_same(outputs(expected, tmp_path / "a"), outputs(model, tmp_path / "b"))
+        if when == "merged":
+            model.unmerge_adapter()
+    assert_same(expected, outputs(model, tmp_path / "b"))
 
 
-def test_a_float32_adapter_follows_its_layer_to_half_precision_and_back() -> None:
+def test_converting_to_the_dtype_and_device_that_it_has_is_none(tmp_path: Path) -> None:
     model = adapted(dtype=torch.bfloat16)
-    assert model.factors("first").A.dtype == torch.float32
-    model.float()
-    again = adapted(dtype=torch.bfloat16)
-    again.half().float()
-    for other in (model, again):
-        assert other(X).dtype == torch.float32
-        assert torch.allclose(other(X), merge(other)(X), atol=1e-5)
+    expected = outputs(adapted(dtype=torch.bfloat16), tmp_path / "a")
+    assert model.bfloat16().to("cpu").to(torch.bfloat16).to(torch.device("cpu"), torch.bfloat16) is model
+    assert model.factors("first").A.dtype == torch.bfloat16  # an adapter follows, as in any module
+    assert outputs(model, tmp_path / "b").keys() == expected.keys()
 
 
-def test_a_conversion_that_makes_new_parameters(tmp_path: Path) -> None:
-    model, expected = adapted(), adapted().double()
+@pytest.mark.parametrize("name", ["to", "float", "double", "half", "bfloat16", "cpu", "cuda"])
+def test_a_trace_is_not_converted_or_moved(name: str) -> None:
+    with pytest.raises(TraceError, match=r"convert or move the model before it is traced, as in trace\(model.to\("):
+        getattr(adapted().traced, name)(*([torch.float16] if name == "to" else []))
+
+
+class Positions(nn.Module):
+    """A layer that adds positions, which it makes on the device of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + torch.arange(8, device=x.device))
+
+
+def test_a_graph_that_makes_tensors_on_its_device_is_not_moved_to_another() -> None:
+    config = GraloraConfig(r=4, target_modules=["layer"])
+    model = rewrite(trace(Positions(), (X,)), config)
+    other = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:1"), is_meta=False)
+    with pytest.raises(RewriteError, match=r"makes tensors on cpu.*to cuda:1; .* trace\(model.to\('cuda:1'\)\)"):
+        check_conversion(lambda _: other, model.traced)  # type: ignore[arg-type,return-value]
+    check_conversion(lambda _: other, adapted().traced)  # type: ignore[arg-type,return-value]
+
+
+def test_a_move_that_makes_new_parameters_is_followed(tmp_path: Path) -> None:
+    model, expected = adapted(), adapted()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        model.double()
+        model._apply(torch.clone)
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
     assert_same(outputs(expected, tmp_path / "a"), outputs(model, tmp_path / "b"))

@@ -322,7 +322,7 @@ def _replaced(model: GraloraModel) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: model.to(torch.float64).to(torch.float32),
+        lambda model: model._apply(torch.clone),  # as `.to(device)` does
         lambda model: model.load_state_dict(
             {k: torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True
         ),

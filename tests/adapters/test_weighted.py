@@ -36,7 +36,7 @@ OTHER_K: list[dict[str, Any]] = [
 
 
 def with_adapters(
-    configs: list[dict[str, Any]], name: str = "bert", sizes: dict[str, int] | None = None
+    configs: list[dict[str, Any]], name: str = "bert", sizes: dict[str, Any] | None = None
 ) -> GraloraModel:
     torch.manual_seed(3)
     first, *others = [GraloraConfig(**{"init_weights": False, **fields}) for fields in configs]
@@ -65,7 +65,7 @@ def test_the_update_is_the_weighted_sum_at_every_site(configs: list[dict[str, An
 
 @pytest.mark.parametrize("configs", [SAME_K, OTHER_TARGETS, OTHER_K], ids=["same k", "other targets", "other k"])
 def test_with_weights_of_one_it_is_the_active_sum(configs: list[dict[str, Any]]) -> None:
-    model, inputs = with_adapters(configs, sizes={"num_hidden_layers": 2}).double(), inputs_of("bert")
+    model, inputs = with_adapters(configs, sizes={"num_hidden_layers": 2, "dtype": torch.float64}), inputs_of("bert")
     names = [f"a{index}" for index in range(len(configs))]
     model.set_adapter(names)
     expected = run(model, inputs)  # in float64: the logits are small, and float32 rounds them apart on some processors
