@@ -232,7 +232,7 @@ def export_triton(
 def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, seed: opt.Seed = 0) -> None:
     """Train two small models on news, export and ask them.
 
-    MiniLM learns to sort BBC news with a GraLoRA adapter, and a small hybrid to write them.
+    MiniLM learns to sort BBC news with a GraLoRA adapter, and a small language model to write them.
     """
     require_extra("demo", "the demo", GraloraError)
     with Heartbeat(Console(file=sys.stdout, highlight=False)) as heartbeat:

@@ -24,7 +24,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|ID",
-        help="Take this base model: a local directory or a hub id.  [default: the one that the adapter names]",
+        help="Take this base model: a local directory or a Hugging Face hub id.  [default: the one that the adapter "
+        "names]",
         callback=model_name,
         rich_help_panel=MODEL,
     ),
@@ -33,7 +34,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="DIR|ID",
-        help="Take this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a hub id.",
+        help="Take this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a Hugging Face hub id.",
         callback=model_name,
         rich_help_panel=MODEL,
     ),
@@ -110,7 +111,7 @@ SavedAdapter = Annotated[
     typer.Option(
         "--adapter",
         metavar="DIR|ID",
-        help="Take this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a hub id.",
+        help="Take this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a Hugging Face hub id.",
         callback=model_name,
     ),
 ]
@@ -119,7 +120,7 @@ LoraFormAdapter = Annotated[  # DoRA's update is not that of a plain LoRA
     typer.Option(
         "--adapter",
         metavar="DIR|ID",
-        help="Take this GraLoRA or LoRA adapter, as PEFT saves it: a local directory or a hub id.",
+        help="Take this GraLoRA or LoRA adapter, as PEFT saves it: a local directory or a Hugging Face hub id.",
         callback=model_name,
     ),
 ]
@@ -136,8 +137,8 @@ Base = Annotated[
         "--model",
         "--base",
         metavar="DIR|ID",
-        help="Read the base model too, a local directory or a hub id: it finds weights that have no known name, checks "
-        "the others, and is what --requantize rounds.",
+        help="Read the base model too, a local directory or a Hugging Face hub id: it finds weights that have no known "
+        "name, checks the others, and is what --requantize rounds.",
         callback=model_name,
     ),
 ]

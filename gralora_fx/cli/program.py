@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 import warnings
@@ -21,6 +22,8 @@ from gralora_fx.errors import GraloraError
 _shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
 _CLOSED = 141  # its status for SIGPIPE
+_EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)")  # in the parser's words
+_PARSER = re.compile("Input should be")  # in those of what checks types
 _MISUSED = 2  # the shell's status for wrong arguments
 _UsageError: Any = typer.BadParameter.__base__  # what typer raises for them, under a name of its own in some versions
 
@@ -54,7 +57,8 @@ def main() -> None:
         notes.print(f"error: {wording(str(error))}", markup=False)
         sys.exit(1)
     except _UsageError as error:
-        notes.print(f"error: {_misuse(error)}; {_help(error)}", markup=False)
+        command = program if running is None else program.commands[running]
+        notes.print(f"error: {_misuse(error, command)}; {_help(running)}", markup=False)
         sys.exit(_MISUSED)
     except SystemExit as end:
         if end.code in _ENDS:
@@ -67,24 +71,26 @@ def main() -> None:
         (gc.unfreeze if "triton" in sys.modules else gc.freeze)()
 
 
-def _misuse(error: Any) -> str:
-    """What is wrong with the arguments, on one line."""
+def _misuse(error: Any, command: Any) -> str:
+    """What is wrong with the arguments, on one line; the example of the command, if something is missing."""
     param = getattr(error, "param", None)
-    if type(error).__name__ == "MissingParameter" and param is not None:
-        return f"missing {name_of(param)}"
     text = " ".join(str(error.message).split()).rstrip(".").removeprefix("Value error, ")
-    if param is not None:
-        return f"{param.opts[0]}: {text}"
-    similar = getattr(error, "possibilities", None)
-    return f"{text}, did you mean {' or '.join(sorted(similar))}?" if similar else text
+    if type(error).__name__ == "MissingParameter" and param is not None:
+        text = f"missing {name_of(param)}"
+    elif param is not None:
+        text = f"{param.opts[0]}: {_PARSER.sub('it must be', text)}"
+    elif extra := _EXTRA.fullmatch(text):
+        text = f"unexpected argument {extra[1]}"
+    elif similar := getattr(error, "possibilities", None):
+        text += f", did you mean {' or '.join(sorted(similar))}?"
+    return f"{text}; for example: {command.epilog}" if text.startswith("missing ") else text
 
 
-def _help(error: Any) -> str:
+def _help(running: str | None) -> str:
     """Where the right arguments are listed."""
-    context = getattr(error, "ctx", None)
-    if context is None or context.parent is None:
+    if running is None:
         return "gralora-fx --help lists the commands"
-    return f"{context.command_path} --help lists the options"
+    return f"gralora-fx {running} --help lists the options"
 
 
 def _flush(end: SystemExit) -> None:

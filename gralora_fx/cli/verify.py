@@ -27,8 +27,8 @@ FoldedAdapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="DIR|ID",
-        help="Compare with this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a hub id; given "
-        "once for each that is in the export.",
+        help="Compare with this GraLoRA, LoRA or DoRA adapter, as PEFT saves it: a local directory or a Hugging Face "
+        "hub id; given once for each that is in the export.",
         callback=model_names,
         rich_help_panel=MODEL,
     ),
@@ -69,7 +69,7 @@ Prompts = Annotated[
     ),
 ]
 Files = Annotated[
-    bool, typer.Option("--files", help="Compare the files with their recorded digests alone, without the model.")
+    bool, typer.Option("--files", help="Compare the files with their recorded checksums alone, without the model.")
 ]
 Provider = Annotated[
     str | None,
@@ -103,7 +103,7 @@ def verify(
 ) -> None:
     """Compare an ONNX export with its PyTorch model.
 
-    The files are compared with their digests, then the outputs on new inputs, and the tokens of a model that
+    The files are compared with their checksums, then the outputs on new inputs, and the tokens of a model that
     generates. --provider runs the export as it will be served.
     """
     check_choice("verify", level or "full", LEVELS)

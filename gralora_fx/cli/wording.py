@@ -25,6 +25,7 @@ _VALUES = r"""'[^']*'|"[^"]*"|True|False|None|\.{3}|-?\d[\d.]*|\([^()]*\)|\[[^\[
 _KEYWORD = re.compile(
     rf"(?<![\w.\-/=])(?<!\w\()(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUES})(?P<others>(?:(?:,| or| and) '[^']*')*)"
 )
+_SUBJECT = re.compile(r"\A[a-z_]+(?= must be )")  # a value that is refused, by the name of its argument
 _MODEL_TO_EXPORT = re.compile(r"export_onnx\(trace\(AutoModel\.from_pretrained\(('[^']*'|\"[^\"]*\")\)\), output_dir\)")
 # what is not an argument of a command's own function, and functions; longest first
 PHRASES: Mapping[str, str] = {
@@ -79,6 +80,9 @@ class Wording:
 
     def __call__(self, text: str) -> str:
         """The text with every remedy that has a form on the command line in that form."""
+        text = _SUBJECT.sub(
+            lambda found: self.options[found[0]].opts[0] if found[0] in self.options else found[0], text
+        )
         text = _MODEL_TO_EXPORT.sub(lambda found: f"gralora-fx export --model {_shell(found[1])} --output DIR", text)
         return _KEYWORD.sub(self._option, _PHRASE.sub(lambda found: PHRASES[found[0]], text))
 

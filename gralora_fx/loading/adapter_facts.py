@@ -26,7 +26,9 @@ def base_name(model: str | None, adapter: str | None, fields: Mapping[str, objec
         ConfigError: Neither names one.
     """
     if model is None and adapter is None:
-        raise ConfigError("no model was named; give model=..., or adapter=... with a base_model_name_or_path")
+        raise ConfigError(
+            "no model was named; give model=..., or an adapter=... whose base_model_name_or_path names it"
+        )
     if fields is None:
         fields = {} if model else config_fields(adapter or "")[0]
     name = model or fields.get("base_model_name_or_path")

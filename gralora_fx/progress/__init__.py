@@ -1,1 +1,1 @@
-"""Progress of long work: stages and their times, a console, silence for the libraries underneath."""
+"""What a user sees of long work: stages, counts and times, reports, silence for the libraries underneath."""

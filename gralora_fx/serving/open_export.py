@@ -267,8 +267,8 @@ def _decoder_generation(export: OpenExport) -> Generation:
         if not is_current_form(export.first_session):
             warn_caller(
                 f"{export.directory / ROWS_NAME} was written by an earlier version: drafts are not verified by it, and "
-                "the last digits of an adapter's answer may depend on the rows beside it; export the model again "
-                "(gralora-fx export --overwrite)"
+                "the last digits of an adapter's answer may depend on the rows beside it; export the model again, with "
+                "overwrite=True"
             )
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None
         weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))

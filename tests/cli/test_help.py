@@ -81,14 +81,20 @@ def test_older_names_go_on_working(tmp_path: Any, arguments: tuple[str, ...], me
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("verify",), "missing --onnx DIR; gralora-fx verify --help lists the options"),
-        (("serve",), "missing --onnx DIR, the directory of an export; gralora-fx serve --help lists the options"),
+        (
+            ("verify",),
+            "missing --onnx DIR; for example: gralora-fx verify --onnx onnx --model BASE --adapter ADAPTER; ",
+        ),
+        (
+            ("serve",),
+            "missing --onnx DIR, the directory of an export; for example: gralora-fx serve --onnx onnx --port 8000; ",
+        ),
         (("serve", "a", "--onnx", "b"), "give --onnx b or a; gralora-fx serve --help lists the options"),
-        (("serve", "a", "b"), "Got unexpected extra argument"),
+        (("serve", "a", "b"), "unexpected argument b; gralora-fx serve --help lists the options"),
         (("export", "--modle", "x"), "did you mean --model?; gralora-fx export --help lists"),
-        (("serve", "a", "--port", "x"), "--port: "),
+        (("serve", "a", "--port", "x"), "--port: it must be a valid integer"),
         (("serve", "a", "--port", "70000"), "--port: "),
-        (("serve", "a", "--port"), "Option '--port' requires an argument"),
+        (("serve", "a", "--port"), "Option '--port' requires an argument; gralora-fx serve --help lists"),
         (("exprot",), "No such command 'exprot'"),
     ],
 )
