@@ -26,7 +26,7 @@ from gralora_fx.runtime.adapter_file import read_record, read_tensors
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
-from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.export_files import check_files, weight_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data, open_session
 from gralora_fx.sources.paths import usable_directory, usable_path
@@ -168,7 +168,7 @@ def _write_model(
     """Write the model and its weights; the ids of the adapters that became a part of it."""
     has_rows = _has_rows(manifest)
     path = source / (ROWS_NAME if has_rows else MODEL_NAME)
-    check_external_data(path)
+    check_external_data(path, weights=weight_files(manifest))
     model = ir.load(path)
     if not has_rows or manifest.adapter_inputs is None:
         data = {Path(tensor.path) for _, tensor in external_tensors(model)}

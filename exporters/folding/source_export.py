@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from gralora_fx.exporters.folding.initializers import external_tensors, stored_b
 from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.planning.targets import rule_of, trains_whole_at
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, not_an_export
-from gralora_fx.runtime.export_files import check_files
+from gralora_fx.runtime.export_files import check_files, weight_files
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data
 from gralora_fx.sources.model_files import described
@@ -75,7 +75,8 @@ def open_export(onnx_dir: str | Path) -> SourceExport:
                 f"{directory} holds its adapters apart ({manifest.adapters_mode}), to be loaded when it is served; "
                 "fold into an export with adapters='merged'"
             )
-    models = {path.name: _load(path) for path in files}
+    weights = None if manifest is None else weight_files(manifest)
+    models = {path.name: _load(path, weights) for path in files}
     data = {Path(tensor.path) for model in models.values() for _, tensor in external_tensors(model)}
     known = {*files, *data, directory / MANIFEST_NAME}
     others = [path for path in _others(directory, file) if path not in known and not path.is_dir()]
@@ -107,8 +108,8 @@ def _others(directory: Path, file: Path | None) -> Iterator[Path]:
         yield from sorted({path for pattern in _BESIDE for path in directory.glob(pattern)})
 
 
-def _load(path: Path) -> ir.Model:
-    check_external_data(path)
+def _load(path: Path, weights: Container[str] | None) -> ir.Model:
+    check_external_data(path, weights=weights)
     try:
         model = ir.load(path)
     except Exception as failure:  # protobuf and onnx_ir raise types of their own

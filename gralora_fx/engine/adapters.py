@@ -27,7 +27,7 @@ from gralora_fx.runtime.adapter_file import (
 )
 from gralora_fx.runtime.adapter_format import AdapterContent
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs
-from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters, own_adapters
+from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session_views import adapter_values, empty_adapter
 from gralora_fx.sources.paths import usable_path
@@ -103,7 +103,7 @@ def names_of_rows(adapter: object, batch: int) -> list[Any]:
 
 
 class Adapters(Mapping[str, LoadedAdapter]):
-    """The adapters of a served model, by name; any thread may load and unload some while others run.
+    """The adapters that a call can name; any thread may load and unload some while others run.
 
     Those in the export's own directory are loaded when they are first asked for.
     """
@@ -140,16 +140,25 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return self.load(name, path, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the adapters that are loaded."""
-        return iter(sorted(self._loaded))
+        """Names of the adapters that a call can name (see `available`)."""
+        return iter(self.available())
 
     def __len__(self) -> int:
-        """How many are loaded."""
-        return len(self._loaded)
+        """How many a call can name."""
+        return len(self.available())
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a call can name an adapter, without loading it."""
+        return name in self.available()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the adapters that are in memory."""
+        return tuple(sorted(self._loaded))
 
     def available(self) -> list[str]:
         """Names of the adapters that are loaded, and of those that the export's own directory holds."""
-        return sorted({*self._loaded, *own_adapters(self._directory, ServingError)})
+        return sorted({*self._loaded, *filter(is_name, own_adapters(self._directory, ServingError))})
 
     def to_bind(self, name: str | None) -> dict[str, Any]:
         """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.

@@ -17,6 +17,7 @@ MANIFEST_NAME = EXPORT_FILE
 PLAIN_KIND, DECODER_KIND, ENCODER_DECODER_KIND = "plain", "decoder", "encoder-decoder"  # kinds of export
 MODEL, ROWS = "model", "model_rows"  # files without their suffix: of most exports, and beside it for rows that differ
 MODEL_NAME, ROWS_NAME = f"{MODEL}.onnx", f"{ROWS}.onnx"
+DATA_SUFFIX = ".onnx_data"  # of a file with the weights of one model or several
 GENAI_CONFIG = "genai_config.json"
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # files of an encoder-decoder, without their suffix
 FLAG = "use_cache_branch"  # input of its decoder: whether the step has a past

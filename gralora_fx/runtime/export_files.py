@@ -12,7 +12,15 @@ from packaging.version import InvalidVersion, Version
 
 from gralora_fx.adapters.agreement import KnownLayers
 from gralora_fx.errors import ExportError, GraloraError, ServingError
-from gralora_fx.runtime.export_directory import ADAPTERS, MANIFEST_NAME
+from gralora_fx.runtime.export_directory import (
+    ADAPTERS,
+    DATA_SUFFIX,
+    DECODER,
+    ENCODER,
+    MANIFEST_NAME,
+    MODEL,
+    ROWS,
+)
 from gralora_fx.runtime.manifest import FileEntry, Manifest
 from gralora_fx.sources.same_base import BaseSource, read_config_fields
 
@@ -66,6 +74,13 @@ def check_files(
     if problems:
         raise error(f"{folder} is not what was exported: {'; '.join(problems)}. Copy the directory or export it again")
     return len(files)
+
+
+def weight_files(manifest: Manifest) -> set[str]:
+    """Names of the files that an export's models may keep their weights in; of a manifest without files, the usual."""
+    if manifest.files is None:
+        return {f"{name}{DATA_SUFFIX}" for name in (MODEL, ROWS, ENCODER, DECODER)}
+    return {name for name in manifest.files if name.endswith(DATA_SUFFIX)}
 
 
 def _differences(folder: Path, name: str, entry: FileEntry, digests: bool) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def open_session(
     *,
     name: str = MODEL_NAME,
     as_stored: bool = False,
+    weights: Container[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> Any:
     """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
@@ -76,17 +77,18 @@ def open_session(
         runtime: How to run it; None for the CPU.
         name: The file of the model, where it is one.
         as_stored: Open the file as other programs do, without what fits how it is run (see `open_experts`).
+        weights: Names of the files that the export keeps its weights in; None for any of the directory.
         error: The error type to raise.
 
     Raises:
-        GraloraError: Of the given type, when there is no model, its weights are outside the directory, or ONNX Runtime
-            cannot load it.
+        GraloraError: Of the given type, when there is no model, its weights are outside the directory or in another
+            file than the export's, or ONNX Runtime cannot load it.
     """
     folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
-        parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored) for name in (ENCODER, DECODER)]
+        parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored, weights) for name in (ENCODER, DECODER)]
         return EncoderDecoderSession(*parts)
-    return _open(folder / name, runtime, error, as_stored)
+    return _open(folder / name, runtime, error, as_stored, weights)
 
 
 def _open(
@@ -94,10 +96,11 @@ def _open(
     runtime: Runtime,
     error: type[GraloraError],
     as_stored: bool,
+    weights: Container[str] | None,
 ) -> Any:
     if not path.is_file():
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")
-    model = check_external_data(path, error)
+    model = check_external_data(path, error, weights)
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
@@ -157,17 +160,24 @@ def _reason(failure: Exception) -> str:
     return telling[0] if telling and telling[0] is not lines[0] else first_line(failure)
 
 
-def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> onnx.ModelProto:
+def check_external_data(
+    path: Path, error: type[GraloraError] = ExportError, weights: Container[str] | None = None
+) -> onnx.ModelProto:
     """Check that a model reads no files outside its directory.
 
     ONNX Runtime follows hard links to external data, so a crafted model could read any file of the machine; some
     execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
 
+    Args:
+        path: The model.
+        error: The error type to raise.
+        weights: Names of the files that may hold its weights; None for any of its directory.
+
     Returns:
         The model, without the weights of other files.
 
     Raises:
-        GraloraError: Of the given type, naming the outside file.
+        GraloraError: Of the given type, naming the other file.
     """
     check_own_file(path, error)
     try:
@@ -185,6 +195,11 @@ def check_external_data(path: Path, error: type[GraloraError] = ExportError) -> 
     }
     for location in sorted(locations):
         _check_location(path, location, error)
+        if weights is not None and location not in weights:
+            raise error(
+                f"{path} takes its weights from {location}, which is not a file of the export's weights; copy the "
+                "export directory again, or export the model again"
+            )
     return model
 
 

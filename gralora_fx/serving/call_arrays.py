@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.engine.limits import context_length
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.ort_values import as_array, plain_array
+from gralora_fx.runtime.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.runtime.session_views import empty_past
 from gralora_fx.tracing.inputs.cache import PAST, cache_of
 from gralora_fx.tracing.inputs.cache_slots import past_slots
@@ -62,7 +62,7 @@ class CallInputs:
 
         Raises:
             ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
-                of range.
+                of range; or a cache has another dtype than the model's, or holds a value that is not finite.
         """
         shown = [name for name in self.inputs if not name.startswith(f"{PAST}.")]
         cache = [f"{PAST}..."] if len(shown) < len(self.inputs) else []
@@ -104,6 +104,8 @@ class CallInputs:
             problem = self.image_sizes.problem(shape, channels if isinstance(channels, int) else None)
             if problem is not None and 0 not in shape:  # an empty one is named below
                 raise ServingError(f"input {name!r} {problem}")
+        if name.startswith(f"{PAST}."):
+            _check_cached(name, value, DTYPES.get(self.inputs[name].type))
         return as_array(name, value, self.inputs[name])
 
     def _parts(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -177,6 +179,21 @@ class CallInputs:
                     f"input {name!r} has {length - cached} positions{after}, more than the context of {limit}; shorten "
                     "it, as a tokenizer does with truncation=True and max_length"
                 )
+
+
+def _check_cached(name: str, value: Any, dtype: np.dtype[Any] | None) -> None:
+    """Check that what a caller gives of a cache has the dtype of the model's own, which is None if numpy has none.
+
+    Raises:
+        ServingError: It has another, or holds a value that is not finite.
+    """
+    array = plain_array(name, value)
+    if dtype is not None and hasattr(value, "dtype") and array.dtype != dtype:
+        raise ServingError(
+            f"input {name!r} is {array.dtype}, but the model keeps its cache in {dtype}; give what a call returned"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ServingError(f"input {name!r} holds a value that is not finite; give what a call returned")
 
 
 def _text_field(config: Mapping[str, Any], name: str) -> Any:

@@ -154,14 +154,14 @@ class OrtModel(OpenExport):
                 whose export has `model_rows.onnx`.
             **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
                 a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
-                Integers and floats are cast to the graph's dtypes.
+                Integers and floats are cast to the graph's dtypes, those of a cache excepted.
 
         Returns:
             Outputs by name or index: tensors if any input was a tensor, else arrays.
 
         Raises:
             ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
-                of range.
+                of range; or a cache holds a value that is not finite.
         """
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")

@@ -30,7 +30,7 @@ from gralora_fx.runtime.export_directory import (
     ROWS_NAME,
     check_own_file,
 )
-from gralora_fx.runtime.export_files import check_files, check_requirements
+from gralora_fx.runtime.export_files import check_files, check_requirements, weight_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.placement import (
     Placement,
@@ -207,7 +207,8 @@ class OpenExport:
         return self._open(name)
 
     def _open(self, name: str) -> Any:
-        return open_session(self.directory, self._runtime, name=name, error=ServingError)
+        weights = weight_files(self.manifest)
+        return open_session(self.directory, self._runtime, name=name, weights=weights, error=ServingError)
 
     def _check_unchanged(self) -> None:
         """Check that the directory was not moved or replaced by another export since it was opened.

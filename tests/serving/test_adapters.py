@@ -67,7 +67,7 @@ def assert_is(model: OrtModel, two: Two, adapter: str | None, expected: str | No
 
 
 def test_calls_choose_an_adapter_or_none(served: OrtModel, two: Two) -> None:
-    assert list(served.adapters) == ["brief", "formal"]
+    assert list(served.adapters.loaded) == ["brief", "formal"]
     for name in ("formal", None, "brief", "formal", None):
         assert_is(served, two, name, name)
     assert relative_error(two.expected["formal"], two.expected["brief"]) > 1e-2
@@ -75,7 +75,7 @@ def test_calls_choose_an_adapter_or_none(served: OrtModel, two: Two) -> None:
 
 def test_an_unloaded_adapter_is_gone_and_its_name_is_free(served: OrtModel, two: Two) -> None:
     served.unload_adapter("formal")
-    assert list(served.adapters) == ["brief"]
+    assert list(served.adapters.loaded) == ["brief"]
     with pytest.raises(ServingError, match="no adapter 'formal'; there is brief, default: load it with load_adapter"):
         served(adapter="formal", input_ids=[PROMPT])
     with pytest.raises(ServingError, match="no adapter 'formal' is loaded; loaded is brief"):
@@ -95,14 +95,17 @@ def test_a_name_is_taken_once(served: OrtModel, two: Two) -> None:
 def test_a_name_is_letters_digits_dots_dashes_and_underscores(served: OrtModel, two: Two, name: Any) -> None:
     with pytest.raises(ServingError, match="is not a name for an adapter: take letters, digits"):
         served.load_adapter(name, two.file("brief"))
-    assert list(served.adapters) == ["brief", "formal"]
+    assert list(served.adapters.loaded) == ["brief", "formal"]
 
 
 def test_adapters_of_the_export_itself_need_no_loading(two: Two) -> None:
     model = load(two.export)
-    assert list(model.adapters) == []
+    assert list(model.adapters) == ["default"]  # what a call can name
+    assert "default" in model.adapters
+    assert "formal" not in model.adapters
+    assert list(model.adapters.loaded) == []
     assert_is(model, two, "default", None)  # it was exported untrained, so that it changes nothing
-    assert list(model.adapters) == ["default"]
+    assert list(model.adapters.loaded) == ["default"]
 
 
 @pytest.mark.parametrize("adapter", [["formal", "brief"], ("formal",), 3])
@@ -119,7 +122,7 @@ def test_a_rank_above_the_limit_is_refused(two: Two, limit: int | None, is_taken
     else:
         with pytest.raises(ServingError, match=rf"has rank 8, above the limit of {limit} \(max_rank\)"):
             model.load_adapter("formal", two.file("formal"))
-    assert list(model.adapters) == (["formal"] if is_taken else [])
+    assert list(model.adapters.loaded) == (["formal"] if is_taken else [])
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "8"])
@@ -174,7 +177,7 @@ def test_an_adapter_is_bound(exports: Exports, two: Two, mode: str) -> None:
         with pytest.raises(ServingError, match="no adapter 'other'"):
             model.bind_adapter(binding, "other")
     finally:
-        for name in list(model.adapters):
+        for name in list(model.adapters.loaded):
             model.unload_adapter(name)
 
 
@@ -256,7 +259,7 @@ def test_adapters_come_and_go_while_others_run(served: OrtModel, two: Two) -> No
         changes = [pool.submit(lambda i=index: list(load_and_unload(i))) for index in range(4)]
         for future in (*runs, *changes):
             future.result()
-    assert list(served.adapters) == ["brief", "formal"]
+    assert list(served.adapters.loaded) == ["brief", "formal"]
 
 
 def test_one_of_many_threads_that_load_a_name_gets_it(two: Two) -> None:

@@ -110,7 +110,7 @@ def test_a_row_runs_with_an_adapter_that_was_unloaded_before_its_first_step(mode
     logits = decoder.step({row: [3, 4], other: [5]})
     assert gap(logits[row], exports[1]["small"], [3, 4]) <= 1e-4
     assert gap(logits[other], exports[1]["wide"], [5]) <= 1e-4
-    assert "small" not in list(model.adapters)
+    assert "small" not in list(model.adapters.loaded)
 
 
 def test_the_memory_of_adapters_that_are_gone_is_freed(exports: Exports) -> None:

@@ -162,7 +162,7 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: p
     settle(service)
     gc.collect()
     assert old() is None
-    assert len(model.adapters) == len(served.adapters)
+    assert len(model.adapters.loaded) == len(served.adapters)
     unload(service, "live")
 
 

@@ -251,6 +251,22 @@ def test_a_call_takes_and_gives_states(model: OrtModel) -> None:
         model(input_ids=ids[:, 8:], **past, **{"past_key_values.9.conv": past[states[0]]})
 
 
+def test_a_cache_of_another_dtype_or_with_values_that_are_not_finite_is_refused_by_name(model: OrtModel) -> None:
+    ids = np.random.default_rng(4).integers(3, 90, (2, 9))
+    first = model(input_ids=ids[:, :8])
+    past = {name.replace("present", "past_key_values"): value for name, value in first.items() if name != "logits"}
+    for name in {name.rpartition(".")[2]: name for name in past}.values():  # conv, recurrent, key, value
+        for given in (past[name].astype(np.float16), torch.from_numpy(past[name]).double()):
+            message = f"input '{name}' is float(16|64), but the model keeps its cache in float32; give what a call"
+            with pytest.raises(ServingError, match=message):
+                model(input_ids=ids[:, 8:], **{**past, name: given})
+        for value in (np.nan, np.inf):
+            given = past[name].copy()
+            given.flat[-1] = value
+            with pytest.raises(ServingError, match=f"input '{name}' holds a value that is not finite"):
+                model(input_ids=ids[:, 8:], **{**past, name: given})
+
+
 def test_a_row_of_a_call_begins_anew_with_states_of_zeros(model: OrtModel) -> None:
     ids = np.random.default_rng(9).integers(3, 90, (2, 7))
     first = model(input_ids=ids[:, :6])

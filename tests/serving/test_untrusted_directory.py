@@ -11,8 +11,9 @@ from damaged_exports import forget_digests
 from tiny_models import tiny_model
 
 from gralora_fx import trace
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.folding.source_export import open_export
 from gralora_fx.runtime.export_files import check_files
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
@@ -41,6 +42,24 @@ def test_a_model_that_is_a_link_is_refused(folder: Path, tmp_path: Path, name: s
     (folder / name).symlink_to(tmp_path / name)
     with pytest.raises(ServingError, match="is a link; copy the file itself"):
         load(folder)
+
+
+@pytest.mark.parametrize("records_files", [True, False])
+@pytest.mark.parametrize("name", ["model.onnx", "model_rows.onnx"])
+def test_a_model_over_another_file_of_weights_than_the_exports_is_refused(
+    exported: Path, tmp_path: Path, name: str, records_files: bool
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "onnx"))
+    other = "other.onnx_data"  # as long as the export's own, so that no size differs
+    shutil.copyfile(folder / "model.onnx_data", folder / other)
+    (folder / name).write_bytes((folder / name).read_bytes().replace(b"model.onnx_data", other.encode()))
+    if not records_files:
+        forget_digests(folder)
+    message = f"{name} takes its weights from {other}, which is not a file of the export's weights"
+    with pytest.raises(ServingError, match=message):
+        load(folder)(input_ids=[[3, 4]]) if name == "model.onnx" else load(folder)
+    with pytest.raises(ExportError, match=message):
+        open_export(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
