@@ -187,7 +187,7 @@ def test_a_graph_of_rows_of_an_earlier_version_answers_without_drafts(tmp_path: 
     model.metadata_props.remove(next(entry for entry in model.metadata_props if entry.key == "gralora_rows_form"))
     path.write_bytes(model.SerializeToString())
     forget_digests(tmp_path / "onnx")
-    with pytest.warns(UserWarning, match=r"model_rows.onnx was written by an earlier version: .*--overwrite"):
+    with pytest.warns(UserWarning, match=r"model_rows.onnx was written by an earlier version: .*overwrite=True"):
         decoder = load(tmp_path / "onnx", threads=1).decoder(rows=1, capacity=24)
     assert decoder.draft_problem == "the graph of its rows gives logits after the last token of each alone"
     with pytest.warns(UserWarning, match="earlier version"):
