@@ -17,7 +17,9 @@ import pytest
 from packaging.requirements import Requirement
 from peft_oracle import saved_by_peft
 from tiny_models import tiny_model
+from traces import fresh_trace
 
+from gralora_fx import GraloraConfig, rewrite
 from gralora_fx.compat.extras import EXTRAS, installation, missing_packages, require_extra
 from gralora_fx.errors import ServingError
 
@@ -65,6 +67,16 @@ def test_a_message_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
         "serve needs fastapi, orjson, which are not installed: pip install 'gralora-fx[serve]' "
         "(in a clone: pip install -e '.[serve]')"
     )
+
+
+def test_a_model_is_made_without_what_trainer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT cannot be imported without accelerate, which Trainer alone asks for, and names itself."""
+    from peft import PeftModel
+
+    config = GraloraConfig(r=4, target_modules=["query"])
+    assert isinstance(rewrite(fresh_trace("bert"), config), PeftModel)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert not isinstance(rewrite(fresh_trace("bert"), config), PeftModel)
 
 
 PROGRAM = """

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from gralora_fx.compat.extras import missing_packages
 from gralora_fx.errors import RewriteError
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.losses import label_names
@@ -45,8 +46,11 @@ def without_trainer() -> Iterator[None]:
 
 
 def _peft_model() -> type[nn.Module] | None:
-    """PEFT's model class, for which alone Trainer writes and reads adapter files; None if it is not installed."""
-    if not _is_for_trainer.get():
+    """PEFT's model class, for which alone Trainer writes and reads adapter files; None where there is no Trainer.
+
+    It needs accelerate, without which PEFT cannot be imported either.
+    """
+    if not _is_for_trainer.get() or missing_packages("train"):
         return None
     return _imported_peft_model()
 
