@@ -16,7 +16,7 @@ from gralora_fx.exporters.conversion import base_trace
 from gralora_fx.exporters.verification.cases import PromptBatch, TokenResult, TokenRun
 from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
 from gralora_fx.exporters.verification.mixed_rows import engine_errors
-from gralora_fx.exporters.verification.tolerances import ToleranceCheck
+from gralora_fx.exporters.verification.tolerances import Float64Model, ToleranceCheck
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import counting
@@ -149,21 +149,23 @@ def compare_greedy(
             labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
             for label in labels:
                 tallies[label].cases.append(prompts.description)
+            in_float64 = _StepsInFloat64(prompts.ids.shape[0])
             for index, step in enumerate(_steps([readers[label] for label in labels], model, prompts)):
+                in_float64.taken.append((step.ids, step.mask))
                 for label, actual in zip(labels, step.actual, strict=True):
-                    tallies[label].add(index, step, actual, tolerance_check, prompts.description)
+                    tallies[label].add(index, step, actual, tolerance_check, prompts.description, in_float64)
                 count(next(done))
     return [tally.result() for tally in tallies.values()]
 
 
 class _Step(NamedTuple):
-    """The logits of all for one token, and the tokens read until then.
+    """The logits of all for one token, and the tokens that the step reads.
 
     Attributes:
         expected: Logits of the model, `[batch, vocabulary]`.
         actual: Those of each graph.
-        ids: `[batch, length]`, from the prompt's first token on.
-        mask: As `ids`.
+        ids: `[batch, new]`: the prompt, then a token.
+        mask: `[batch, all]`, over the tokens that were read before too.
     """
 
     expected: Tensor
@@ -174,7 +176,7 @@ class _Step(NamedTuple):
 
 def _steps(readers: Sequence[Reader], model: TracedModel | GraloraModel, prompts: PromptBatch) -> Iterator[_Step]:
     """The last position's logits of model and export, step by step."""
-    ids, mask, history = prompts.ids, prompts.mask, prompts.ids
+    ids, mask = prompts.ids, prompts.mask
     own = ModelSteps(model, ids.shape[0], prompts.description)
     steps: list[Step] = [own, *(reader(prompts) for reader in readers)]
     for _ in range(prompts.steps):
@@ -182,10 +184,30 @@ def _steps(readers: Sequence[Reader], model: TracedModel | GraloraModel, prompts
             logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
             for logits in (read(ids, mask).float() for read in steps)
         )
-        yield _Step(expected[:, -1], tuple(logits[:, -1] for logits in actual), history, mask)
+        yield _Step(expected[:, -1], tuple(logits[:, -1] for logits in actual), ids, mask)
         ids = expected[:, -1].argmax(-1, keepdim=True)
-        history = torch.cat([history, ids], dim=1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+
+class _StepsInFloat64:
+    """The steps of a batch in float64, each model with a cache of its own; none is run before it is needed.
+
+    Attributes:
+        taken: The new ids and the mask of every step until now.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.taken: list[tuple[Tensor, Tensor]] = []
+        self._batch = batch
+        self._read: dict[Float64Model, Step] = {}
+        self._logits: dict[Float64Model, list[Tensor]] = {}
+
+    def __call__(self, model: Float64Model) -> Tensor:
+        """Return the logits of the last step, `[batch, vocabulary]`, after those before it."""
+        read = self._read.setdefault(model, model.steps(self._batch))
+        logits = self._logits.setdefault(model, [])
+        logits += [read(ids, mask) for ids, mask in self.taken[len(logits) :]]
+        return logits[-1]
 
 
 class _Tally:
@@ -199,12 +221,18 @@ class _Tally:
         self._errors: dict[int, float] = {}
         self._passed = True
 
-    def add(self, index: int, step: _Step, actual: Tensor, tolerance_check: ToleranceCheck, case: str) -> None:
+    def add(
+        self,
+        index: int,
+        step: _Step,
+        actual: Tensor,
+        tolerance_check: ToleranceCheck,
+        case: str,
+        in_float64: _StepsInFloat64,
+    ) -> None:
         """Count one step of every row."""
         expected = step.expected
-        self._passed &= tolerance_check.accepts(
-            f"{self._label}{case}, token {index}", expected, actual, lambda model: model.after(step.ids, step.mask)
-        )
+        self._passed &= tolerance_check.accepts(f"{self._label}{case}, token {index}", expected, actual, in_float64)
         scale = max(tolerance_check.least_scale, largest_value(expected))
         self._errors[index] = max(self._errors.get(index, 0.0), largest_gap(expected, actual) / scale)
         wanted, got = expected.argmax(-1), actual.argmax(-1)

@@ -198,6 +198,7 @@ class RowSteps:
 
 
 def _chunk(tokens: list[int], row: int, part: int) -> list[int]:
-    """What a row reads of its new tokens in the first step or the second."""
-    first = (len(tokens), len(tokens) // 2, 0)[row % 3]
+    """What a row reads of new tokens in the first step or the second; of two, none by itself (see `PromptClamp`)."""
+    half = len(tokens) // 2 if len(tokens) > 2 else 0
+    first = (len(tokens), half, 0)[row % 3]
     return tokens[first:] if part else tokens[:first]

@@ -20,7 +20,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.openvino import arithmetic, is_openvino
 from gralora_fx.runtime.session import Runtime
-from gralora_fx.tracing.inputs.cache import PAST, empty_cache, tensors_of, with_tensors
+from gralora_fx.tracing.inputs.cache import PAST, empty_cache, returned_cache, tensors_of, with_tensors
 from gralora_fx.tracing.traced_model import TracedModel
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
@@ -179,17 +179,29 @@ class Float64Model:
         finally:
             torch.set_default_dtype(before)
 
-    def after(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits `[batch, vocabulary]` after a text, computed at once with an empty cache.
+    def steps(self, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Begin a text with an empty cache; what is returned reads new tokens, as the model does in the same steps.
+
+        Some models compute a token that is read by itself differently from one of several (see `PromptClamp`), so a
+        text at once is no reference for one that is read in steps.
 
         Args:
-            ids: `[batch, length]`.
-            mask: As `ids`, 0 where a position is padding.
+            batch: Number of rows.
+
+        Returns:
+            From new ids `[batch, new]` and the mask of all positions to the logits after each row's last token,
+            `[batch, vocabulary]`.
         """
         traced = base_trace(self._model)
-        inputs = step_inputs(ids, mask, traced.input_names)
-        cache = empty_cache(traced.example_inputs[PAST], ids.shape[0])
-        return last_logits(self(**inputs, past_key_values=cache)["logits"], mask)[:, -1]
+        cache: Any = empty_cache(traced.example_inputs[PAST], batch)
+
+        def read(ids: Tensor, mask: Tensor) -> Tensor:
+            nonlocal cache
+            outputs = self(**step_inputs(ids, mask, traced.input_names), past_key_values=cache)
+            cache = returned_cache(outputs)
+            return last_logits(outputs["logits"], mask)[:, -1]
+
+        return read
 
 
 class _RoundingNoise:

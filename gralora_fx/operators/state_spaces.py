@@ -100,7 +100,8 @@ class PromptClamp(Call[V]):
 
     def result(self: PromptClamp[Tensor]) -> Tensor:
         """The reference, in PyTorch's own operators."""
-        is_several = self.x.new_ones(self.x.shape[1]).sum() > 1  # no branch, so that the length may be any
+        # no branch, so that the length may be any; integers, to which a verification adds no rounding noise
+        is_several = self.x.new_ones(self.x.shape[1], dtype=torch.int64).sum() > 1
         is_prompt = is_several | (self.state == 0).flatten(1).all(1)
         return torch.where(is_prompt[:, None, None], self.x.clamp(self.least, self.largest), self.x)
 
