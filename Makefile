@@ -55,11 +55,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# $(call saying,what,command): runs a command that shows nothing, and says in a log every few seconds that it goes on
+# $(call saying,what,command): runs a command that shows nothing, and says in a log now and then that it goes on
 define saying
 @if [ -t 1 ]; then $(2); else \
 	echo "$(1) ..."; begin=$$(date +%s); \
-	(while sleep 5; do echo "$(1): $$(($$(date +%s) - begin)) s so far"; done) & alive=$$!; \
+	(while sleep 15; do echo "$(1): $$(($$(date +%s) - begin)) s so far"; done) & alive=$$!; \
 	trap 'kill $$alive 2>/dev/null' EXIT; trap 'exit 1' INT TERM; \
 	$(2); fi
 endef

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
+import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,13 +17,15 @@ from running_service import post, running
 
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.demo import news_classifier as news_module
-from gralora_fx.demo import news_writer, writing
+from gralora_fx.demo import news_writer, timed_stages, writing
 from gralora_fx.demo import run as run_demo
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.demo.timed_stages import Stages
 from gralora_fx.errors import GraloraError
-from gralora_fx.progress import console
+from gralora_fx.progress.console import SILENCED, Heartbeat
 from gralora_fx.serving import load
+
+run_module = importlib.import_module("gralora_fx.demo.run")  # the package's own name is the function
 
 
 def test_news_split_is_seeded_and_covers_every_text() -> None:
@@ -36,20 +40,20 @@ def test_news_split_is_seeded_and_covers_every_text() -> None:
 def test_demo_writes_adapter_export_and_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import importlib
-
-    run_module = importlib.import_module("gralora_fx.demo.run")
     few_texts(monkeypatch, run_module, news_writer)
-    monkeypatch.setattr(console, "FIRST", 0.01)
-    monkeypatch.setattr(console, "SILENCE", 0.01)
-    run_demo(tmp_path / "demo", epochs=1, seed=0, steps=4)
+    monkeypatch.setattr(timed_stages, "SILENCE", 0.02)
+    monkeypatch.setenv(SILENCED, "1")
+    run_demo(tmp_path / "demo", epochs=2, seed=0, steps=4)
     output = capsys.readouterr().out
-    assert "37 of 38 sites adapted" in output
-    assert {"trace", "train", "comparing"} <= set(re.findall(r"^(.+?) \.\.\.$", output, re.MULTILINE))
+    check_lines(output)
+    for path in re.findall(r"^wrote (\S+): ", output, re.MULTILINE):
+        assert Path(path).exists(), path
     assert "test accuracy after, ONNX Runtime" in output
     report = (tmp_path / "demo" / "report.md").read_text()
     assert "largest logit difference" in report
-    assert (tmp_path / "demo" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    pictures = re.findall(r"^!\[loss\]\((.*)\)$", report, re.MULTILINE)
+    assert pictures == ["loss.png", "hybrid/loss.png"]
+    assert all((tmp_path / "demo" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     config = peft.GraloraConfig.from_pretrained(str(tmp_path / "demo" / "adapter"))
     assert config.task_type == "SEQ_CLS"
     served = load(tmp_path / "demo" / "onnx")
@@ -59,6 +63,56 @@ def test_demo_writes_adapter_export_and_report(
     assert re.search(r"answers in one batch equal to those alone +│ 4 of 4", output)
     assert peft.GraloraConfig.from_pretrained(str(tmp_path / "demo" / "hybrid" / "adapter" / "sports")).r == 16
     answers_in_the_service(tmp_path / "demo" / "hybrid" / "onnx")
+
+
+def check_lines(output: str) -> None:
+    """A log has each stage, steps with loss and time left, the plan as one line, and no line twice without news."""
+    assert {"trace ...", "train adapter ...", "train base ..."} <= set(output.splitlines())
+    steps = re.findall(r"^train: \d+/\d+(?:, loss \d+\.\d\d)?(?:, about \d+ s left)?$", output, re.MULTILINE)
+    assert any("loss" in line for line in steps)
+    assert len(steps) == output.count("\ntrain: ")
+    assert len(re.findall(r"^37 of 38 sites adapted; .*$", output, re.MULTILINE)) == 1
+    assert "attention.self.query" not in output
+    assert "so far" not in output
+    named = [line for line in output.splitlines() if line.endswith(" ...")]
+    assert all(before != after for before, after in itertools.pairwise(named))
+
+
+def test_after_the_first_part_there_is_something_to_look_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    few_texts(monkeypatch, run_module)
+    monkeypatch.setattr(run_module, "write_news", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, epochs=1, seed=0)
+    there = {path.name for path in tmp_path.iterdir()}
+    assert there == {"plan.txt", "loss.png", "graph.html", "adapter", "onnx", "report.md"}
+    output = capsys.readouterr().out
+    assert there == {Path(path).name for path in re.findall(r"^wrote (\S+): ", output, re.MULTILINE)}
+    assert "classifier" in (tmp_path / "plan.txt").read_text()
+    assert "| held-out text | class |" in (tmp_path / "report.md").read_text()
+
+
+def test_steps_come_at_least_every_fifteen_seconds() -> None:
+    """With five seconds for a step, which a slow machine takes."""
+    sink, now = io.StringIO(), [0.0]
+    silence = timed_stages.SILENCE
+    beating = Heartbeat(Console(file=sink), first=silence, silence=silence, clock=lambda: now[0])
+    beating.begin("train")
+    beating.count("train", 0, 45)
+    times = [0.0]
+    for tenth in range(1, 2250):
+        now[0] = tenth / 10
+        if tenth % 50 == 0:
+            beating.count("train", tenth // 50, 45, detail="loss 0.41")
+        before = sink.tell()
+        beating.beat()
+        times += [now[0]] if sink.tell() > before else []
+    assert max(after - before for before, after in itertools.pairwise(times)) <= 15
+    assert sink.getvalue().splitlines()[-3] == "train: 40/45, loss 0.41, about 25 s left"
 
 
 def answers_in_the_service(export: Path) -> None:
@@ -87,10 +141,10 @@ def few_texts(monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
 def test_training_that_shows_nothing_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_texts(monkeypatch, news_writer)
     monkeypatch.setattr(writing, "trace", lambda model, **_: model)
-    monkeypatch.setattr(writing, "train", lambda *_, **__: None)
+    monkeypatch.setattr(writing, "train", lambda *_, **__: [])
     silent = Console(file=io.StringIO())
     with pytest.raises(GraloraError, match="training makes held-out text no likelier"):
-        writing.write_news(tmp_path, Stages(silent, console.Heartbeat(silent)), steps=4, seed=0)
+        writing.write_news(tmp_path, Stages(silent), steps=4, seed=0)
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

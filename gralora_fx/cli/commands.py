@@ -24,8 +24,8 @@ from gralora_fx.config.reading import config_fields
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters.artifact.staging import check_file
 from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import Heartbeat, StageProgress
-from gralora_fx.progress.stages import gc_pause, timed
+from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.stages import gc_pause, quiet, timed
 from gralora_fx.sources.base_quantization import RECORD
 
 app = typer.Typer(
@@ -235,8 +235,7 @@ def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, see
     MiniLM learns to sort BBC news with a GraLoRA adapter, and a small language model to write them.
     """
     require_extra("demo", "the demo", GraloraError)
-    with Heartbeat(Console(file=sys.stdout, highlight=False)) as heartbeat:
-        heartbeat.begin("importing")
+    with StageProgress(Console(file=sys.stdout, highlight=False), silence=0.5), timed("importing"), quiet():
         from gralora_fx.demo import run
 
     run(output, epochs=epochs, seed=seed)

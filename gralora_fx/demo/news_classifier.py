@@ -19,8 +19,9 @@ from gralora_fx.demo.training import fit
 from gralora_fx.errors import GraloraError
 from gralora_fx.model.gralora_model import GraloraModel
 
+TEXTS, TEST_TEXTS = 560, 200  # that it reads of those there are, so that two slow cores train it in a minute
+LENGTH = 32  # tokens of a text that are read: its headline and a sentence
 _TEST_SHARE = 0.2
-LENGTH = 96
 _BATCH = 16
 _LEARNING_RATE = 2e-3
 

@@ -25,10 +25,10 @@ from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.demo.training import fit
 
 TOPIC = "sports"  # the adapter's
-LENGTH = 128  # tokens of a text that are read at once
+LENGTH = 96  # tokens of a text that are read at once
 BASE_STEPS, ADAPTER_STEPS = 120, 40
-BASE_RATE, ADAPTER_RATE = 1e-2, 1e-2
-_BATCH = 8
+BASE_RATE, ADAPTER_RATE = 1.2e-2, 1e-2
+_BATCH = 6
 _HELD_OUT = 64  # pieces of `LENGTH` tokens
 _VOCABULARY, _END = 1024, "<|endoftext|>"
 _WIDTH, _HEADS = 128, 8

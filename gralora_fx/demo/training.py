@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
+from gralora_fx.progress.console import with_progress
+from gralora_fx.progress.stages import counting
+
 _WEIGHT_DECAY = 0.01
+_WINDOW = 10  # steps whose mean loss is shown
 
 
+@with_progress
 def fit(
     parameters: Iterable[torch.nn.Parameter],
     batches: Iterable[Any],
@@ -22,7 +26,7 @@ def fit(
     steps: int,
     rate: float,
 ) -> list[float]:
-    """Train by AdamW, whose rate rises for a tenth of the steps and then falls to zero, showing the progress.
+    """Train by AdamW, whose rate rises for a tenth of the steps and then falls to zero; show steps, loss and time left.
 
     Args:
         parameters: The parameters of the model; those that require gradients train. Matrices decay, vectors do not.
@@ -42,8 +46,7 @@ def fit(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     losses: list[float] = []
-    with Progress(*_columns()) as progress:
-        bar = progress.add_task("training", total=steps, loss=float("nan"))
+    with counting("train", steps, "") as count:
         for batch in batches:
             loss = loss_of(batch)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -52,15 +55,5 @@ def fit(
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            progress.update(bar, advance=1, loss=fmean(losses[-20:]))
+            count(len(losses), f"loss {fmean(losses[-_WINDOW:]):.2f}")
     return losses
-
-
-def _columns() -> Sequence[Any]:
-    return (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from gralora_fx.config import GraloraConfig
+from gralora_fx.demo.figures import Part, draw_losses
 from gralora_fx.demo.news_writer import (
     ADAPTER_RATE,
     ADAPTER_STEPS,
@@ -19,14 +18,15 @@ from gralora_fx.demo.news_writer import (
     read_texts,
     train,
 )
-from gralora_fx.demo.timed_stages import Rows, Stages, table
+from gralora_fx.demo.timed_stages import Stages
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.model.rewrite import rewrite
+from gralora_fx.progress.stages import quiet
 from gralora_fx.serving import load
 from gralora_fx.tracing.trace import trace
 
-WRITER = "A hybrid of Mamba2 and attention on BBC news, with GraLoRA"
+_TITLE = "A hybrid of Mamba2 and attention on BBC news, with GraLoRA"
 _DATA, _MERGED = "onnx", "merged"
 _PROMPTS = ("The government", "England")
 _CLOSE = 1e-3  # bits per character, by which ONNX Runtime may differ from PyTorch
@@ -41,17 +41,17 @@ def exports_of(output: Path) -> tuple[Path, Path]:
     return output / _DATA, output / _MERGED
 
 
-def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Rows:
+def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Part:
     """Train a base and an adapter, export them twice, verify, and let base and adapter answer side by side.
 
     Args:
-        output: Gets `base/`, `adapter/`, `onnx/` with the adapter as data, and `merged/`.
+        output: Gets `loss.png`, `base/`, `adapter/`, `onnx/` with the adapter as data, and `merged/`.
         stages: Where stages are named and timed.
         steps: Batches that the base reads; the adapter reads `ADAPTER_STEPS / BASE_STEPS` of them.
         seed: Seed of the split, the initial values and the batches.
 
     Returns:
-        The rows of the table that is printed at the end.
+        What came of it.
 
     Raises:
         GraloraError: A package is missing, or what the demo shows does not hold.
@@ -65,7 +65,10 @@ def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Rows:
     with stage("score untrained"):
         untrained = bits_per_character(traced, texts)
     with stage("train base"):  # the trace's parameters are the model's own
-        train(traced, source.parameters(), texts, steps=steps, rate=BASE_RATE, seed=seed)
+        losses = train(traced, source.parameters(), texts, steps=steps, rate=BASE_RATE, seed=seed)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_losses(losses, output / "loss.png")
+    stages.wrote(output / "loss.png", "the loss of every step of the base")
     with stage("score base"):
         trained, before = bits_per_character(traced, texts), bits_per_character(traced, topic)
     console.print(f"bits per character of held-out text: {untrained:.2f} untrained, {trained:.2f} trained")
@@ -79,23 +82,23 @@ def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Rows:
         after = bits_per_character(model, topic)
     console.print(f"the same of {TOPIC}, which the base has not read: {before:.2f}, {after:.2f} with the adapter")
     _check(after < before, f"the adapter makes held-out {TOPIC} no likelier")
-    with stage("save base and adapter"):
+    with stage("save base and adapter"), quiet():
         source.save_pretrained(output / "base")
         tokenizer.save_pretrained(output / "base")
         model.save_pretrained(output / "adapter")
+    stages.wrote(output / "base", "the base, as transformers writes it")
+    stages.wrote(output / "adapter", "the adapter, as PEFT writes it")
     data, merged = exports_of(output)
     with stage("export with the adapter as data"):
-        console.print(str(export_onnx(model, data, adapters="data", tokenizer=tokenizer, overwrite=True)))
+        report = export_onnx(model, data, adapters="data", tokenizer=tokenizer, overwrite=True)
+    console.print(str(report), markup=False)
     with stage("export merged"):
-        console.print(str(export_onnx(model, merged, logits="all", tokenizer=tokenizer, overwrite=True)))
+        report = export_onnx(model, merged, logits="all", tokenizer=tokenizer, overwrite=True)
+    console.print(str(report), markup=False)
     with stage("score on ONNX Runtime"):
         served = bits_per_character(load(merged), topic)
     with stage("answer side by side"):
         answers, alone = _answers(data)
-    shown = Table("prompt", "base", TOPIC, title="Base and adapter in one batch on ONNX Runtime")
-    for prompt, *pair in zip(_PROMPTS, answers[::2], answers[1::2], strict=True):
-        shown.add_row(prompt, *(" ".join(answer.split()) for answer in pair))
-    console.print(shown)
     trainable, total = model.get_nb_trainable_parameters()
     rows = [
         ("bits per character, four topics, untrained", f"{untrained:.3f}"),
@@ -107,10 +110,19 @@ def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Rows:
         ("trainable share", f"{100 * trainable / total:.2f} % ({trainable:,} of {total:,})"),
         *stages.rows(),
     ]
-    console.print(table(WRITER, rows))
     _check(abs(served - after) < _CLOSE, "bits per character of the merged export are not PyTorch's")
     _check(answers == alone, "an answer depends on those beside it")
-    return rows
+    return Part(
+        _TITLE,
+        rows,
+        "Base and adapter in one batch on ONNX Runtime",
+        ("prompt", "base", TOPIC),
+        [
+            (prompt, *(" ".join(answer.split()) for answer in pair))
+            for prompt, *pair in zip(_PROMPTS, answers[::2], answers[1::2], strict=True)
+        ],
+        output / "loss.png",
+    )
 
 
 def _answers(export: Path) -> tuple[list[str], list[str]]:

@@ -109,7 +109,7 @@ class RewritePlan:
 
     def __repr__(self) -> str:
         """One line; `print(plan)` shows the table."""
-        return f"RewritePlan({type(self.config).__name__}, {self._totals()})"
+        return f"RewritePlan({type(self.config).__name__}, {self.totals})"
 
     def __str__(self) -> str:
         """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
@@ -125,9 +125,11 @@ class RewritePlan:
         table = site_table(
             [*(p.site for p in self.selected), *(r.site for r in self.rejected)], {"adapter": adapted | reasons}
         )
-        return "\n".join([table, *(f"trains a copy of {path}" for path in self.saved_modules), self._totals()])
+        return "\n".join([table, *(f"trains a copy of {path}" for path in self.saved_modules), self.totals])
 
-    def _totals(self) -> str:
+    @property
+    def totals(self) -> str:
+        """How many sites get an adapter, and how many values train; one line."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         return (
             f"{len(self.selected)} of {len(self.selected) + len(self.rejected)} sites adapted; trainable parameters: "

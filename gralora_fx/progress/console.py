@@ -176,11 +176,12 @@ class Heartbeat:
 
 
 class _LiveStages:
-    """Stages on a terminal: each with its time, the counts of the running one, and the total at the end."""
+    """Stages on a terminal: each with its time, the counts of the running one, and the total of several at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._begin = time.perf_counter()
+        self._outermost = 0
         self._tasks: list[tuple[_Stage, TaskID]] = []
         columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds(), _Bar(), _Count())
         self._live = Progress(*columns, console=console, redirect_stdout=False)
@@ -192,11 +193,12 @@ class _LiveStages:
     def __exit__(self, kind: object, *_: object) -> None:
         self._shown.__exit__(None, None, None)
         self._live.stop()
-        if self._live.tasks and kind is None:
+        if self._outermost > 1 and kind is None:
             self._console.print(f"{'  total':<12}{time.perf_counter() - self._begin:>8.1f} s")
 
     def begin(self, stage: str) -> None:
         self._live.start()
+        self._outermost += not self._tasks
         running = _Stage(stage, time.monotonic())
         self._tasks.append((running, self._live.add_task(stage, total=None, running=running)))
 
@@ -243,10 +245,19 @@ class _Count(ProgressColumn):
 
 
 class StageProgress:
-    """Shows stages on stderr: live on a terminal, and elsewhere as a line now and then.
+    """Shows stages: live on a terminal, and elsewhere as a line now and then.
 
     A context manager. It shows nothing where the stages are shown already, or where the environment silences it.
     """
+
+    def __init__(self, console: Console | None = None, *, silence: float | None = None) -> None:
+        """Choose where and how often stages are shown.
+
+        Args:
+            console: Where to show them; None for stderr.
+            silence: Seconds until the first line of a log, and the least between two; None for `FIRST` and `SILENCE`.
+        """
+        self._console, self._silence = console, silence
 
     def __enter__(self) -> None:
         """Show the stages of this thread."""
@@ -254,12 +265,13 @@ class StageProgress:
         if not is_displayed() and not is_silenced():
             # the current stderr, so that the display goes on while the libraries' output is suppressed; in a notebook
             # it is a stream like any other
-            console = Console(file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
-            self._display = _LiveStages(console) if console.is_terminal else Heartbeat(console)
+            console = self._console or Console(file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
+            beats = Heartbeat(console, first=self._silence, silence=self._silence)
+            self._display = _LiveStages(console) if console.is_terminal else beats
         self._display.__enter__()
 
     def __exit__(self, kind: object = None, *_: object) -> None:
-        """Stop, and show the total on a terminal unless an error ended the work."""
+        """Stop, and show the total of several stages on a terminal unless an error ended the work."""
         self._display.__exit__(kind, None, None)  # type: ignore[arg-type]
 
 

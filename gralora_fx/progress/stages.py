@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
@@ -45,6 +45,18 @@ class Display(Protocol):
             done: How many things are done.
             total: How many there are.
             unit: What they are, as a plural such as `matrices`; empty where the stage says it.
+            detail: What else is news, such as `loss 0.41`.
+        """
+
+
+class Count(Protocol):
+    """Notes how far a counted stage is."""
+
+    def __call__(self, done: int, detail: str = "") -> None:
+        """Note it.
+
+        Args:
+            done: How many things are done.
             detail: What else is news, such as `loss 0.41`.
         """
 
@@ -97,22 +109,22 @@ def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: s
 
 
 @contextmanager
-def counting(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def counting(stage: str, total: int, unit: str) -> Iterator[Count]:
     """Show how far the block is, as in `choosing bits: 120/210 matrices`: it calls what it gets with how many are done.
 
     Args:
         stage: What is done with the things that are counted.
         total: How many there are.
-        unit: What they are, as a plural.
+        unit: What they are, as a plural; empty where the stage says it.
     """
     display = _display.get()
     if display is None:
-        yield lambda done: None
+        yield lambda done, detail="": None
         return
     display.begin(stage)
     try:
         display.count(stage, 0, total, unit)
-        yield lambda done: display.count(stage, done, total, unit)
+        yield lambda done, detail="": display.count(stage, done, total, unit, detail)
     finally:
         display.end(stage)
 

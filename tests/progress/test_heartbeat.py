@@ -172,7 +172,16 @@ def test_a_terminal_has_every_stage_with_its_time_and_bars_while_it_counts(colum
     lines = plain_lines(in_terminal([sys.executable, "-c", code], columns, GRALORA_FX_PROGRESS="1"))
     assert any(re.search(r"choosing bits .*\d/10 matrices", line) for line in lines)
     assert max(map(len, lines)) <= columns
-    assert [line.split()[0] for line in lines if line][-2:] == ["converting", "total"]
+    assert [line.split()[0] for line in lines if line][-1] == "converting"  # whose time is the total
+
+
+def test_a_terminal_has_the_total_of_several_stages() -> None:
+    code = (
+        "from gralora_fx.progress.console import StageProgress; from gralora_fx.progress.stages import timed\n"
+        "with StageProgress():\n    for name in ('open', 'read'):\n        with timed(name): pass"
+    )
+    lines = plain_lines(in_terminal([sys.executable, "-c", code], 80, GRALORA_FX_PROGRESS="1"))
+    assert [line.split()[0] for line in lines if line][-3:] == ["open", "read", "total"]
 
 
 def test_make_says_that_an_installation_goes_on(tmp_path: Path) -> None:
@@ -182,7 +191,7 @@ def test_make_says_that_an_installation_goes_on(tmp_path: Path) -> None:
     rules = (
         "ok:\n\t$(call saying,installing [x],sleep 1)\n\t@echo done\nbad:\n\t$(call saying,failing,false)\n\t@echo no\n"
     )
-    (tmp_path / "Makefile").write_text(saying.replace("sleep 5", "sleep 0.2") + f"\n{rules}")
+    (tmp_path / "Makefile").write_text(saying.replace("sleep 15", "sleep 0.2") + f"\n{rules}")
     make = ["make", "--no-print-directory"]  # the tests themselves may run under make
     ran = subprocess.run([*make, "ok"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "installing [x] ..." in ran.stdout
