@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,11 @@ def with_sentence_settings(
 
 
 def prompt_ids(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase | None, error: type[GraloraError], tools: Sequence[Any] = ()
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    error: type[GraloraError],
+    tools: Sequence[Any] = (),
+    check: Callable[[str, PreTrainedTokenizerBase], None] | None = None,
 ) -> list[int]:
     """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are.
 
@@ -184,6 +189,7 @@ def prompt_ids(
         tokenizer: For texts and chats, or None.
         error: The error type to raise.
         tools: Of a chat, the tools that its template describes, as OpenAI's clients send them.
+        check: Is given the text, as the template has it, before it is tokenized, and raises an error if it is too long.
 
     Raises:
         GraloraError: Of the given type: it needs a tokenizer and there is none, or it is not a prompt.
@@ -201,15 +207,28 @@ def prompt_ids(
         raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
     if not isinstance(prompt, str) and getattr(tokenizer, "chat_template", "") is None:
         raise error("the tokenizer has no chat template; give the prompt as text, over HTTP to /v1/completions")
+    with _refusals_as(error, prompt):
+        text = prompt if isinstance(prompt, str) else _written_chat(prompt, tokenizer, tools)
+        text.encode()  # a lone surrogate is not text, which the tokenizers' own error does not say
+    if check is not None:
+        check(text, tokenizer)
+    with _refusals_as(error, prompt):  # a template has the special tokens that a text is to begin with
+        return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+@contextmanager
+def _refusals_as(error: type[GraloraError], prompt: Any) -> Iterator[None]:
+    """Name the prompt that a tokenizer, or a template of chats, does not take; they raise types of their own."""
     try:
-        if isinstance(prompt, str):
-            prompt.encode()  # a lone surrogate is not text, which the tokenizers' own error does not say
-            return list(tokenizer(prompt)["input_ids"])
-        described = list(tools) or None
-        text = tokenizer.apply_chat_template(list(prompt), described, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception as failure:  # tokenizers and the templates of chats raise types of their own
+        yield
+    except Exception as failure:
         raise error(f"the tokenizer does not take the prompt {prompt!r:.80} ({first_line(failure)})") from failure
+
+
+def _written_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
+    """A chat as its template writes it, up to where the assistant goes on."""
+    described = list(tools) or None
+    return str(tokenizer.apply_chat_template(list(messages), described, add_generation_prompt=True, tokenize=False))
 
 
 def is_chat(prompt: Any) -> bool:

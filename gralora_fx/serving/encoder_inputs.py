@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.engine.decoder import Source
-from gralora_fx.engine.limits import DecoderLimits, TooLargeError, context_length
+from gralora_fx.engine.limits import DecoderLimits, context_length
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.ort_values import as_array
 from gralora_fx.runtime.session_views import EncoderDecoderSession
 from gralora_fx.serving.generation_rules import GenerationRules
+from gralora_fx.serving.prompt_limit import PromptLimit
 from gralora_fx.serving.recordings import Audio, SpeechReader
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.speech_prompt import SpeechPrompt
@@ -53,6 +54,7 @@ class EncoderInputs:
         rules: The rules of the model's answers.
         takes_text: Whether its encoder reads tokens, rather than features of sound.
         limit: The most tokens of a source; None for no limit.
+        sources: The same, for a check of a source.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class EncoderInputs:
             SpeechPrompt(self.rules)  # says now what is wrong with its languages and tasks
         limit = context_length(config, _IDS) if self.takes_text else None
         self.limit = None if limit is None else limit - position_offset
+        self.sources = PromptLimit.of_source(self.limit)
 
     @cached_property
     def speech(self) -> SpeechReader:
@@ -118,10 +121,7 @@ class EncoderInputs:
         wrong = next((token for token in ids if token < 0 or (isinstance(most, int) and token >= most)), None)
         if wrong is not None:
             raise ServingError(f"the source holds token {shown(wrong)}, outside the vocabulary of {most} tokens")
-        if self.limit is not None and len(ids) > self.limit:
-            raise TooLargeError(
-                f"the source has {len(ids)} tokens, more than the encoder's {self.limit} positions; shorten it"
-            )
+        self.sources.check_tokens(ids)
         array = np.array([list(ids)], dtype=np.int64)
         known = {_IDS: array, _MASK: np.ones_like(array)}
         return EncoderInput(self._checked(known), self.rules, tuple(int(token) for token in ids), forced_first)

@@ -15,6 +15,7 @@ from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.encoder_inputs import EncoderInput, EncoderInputs
+from gralora_fx.serving.prompt_limit import PromptLimit
 from gralora_fx.serving.prompts import GenerateInputs, Prompts, with_images
 from gralora_fx.serving.recordings import is_recording, recording
 from gralora_fx.serving.speculation import Speculation
@@ -56,7 +57,8 @@ class Generation:
         if reader is None:
             reason = "the model is a decoder, without an encoder"
             inputs.check_unused(reason, _FEATURES, "language", "task", "forced_bos_token_id")
-            return with_images(inputs.read(tokenizer), inputs.inputs_embeds)
+            texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
+            return with_images(texts, inputs.inputs_embeds)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
         return (
             self._of_texts(reader, inputs, tokenizer)
@@ -78,7 +80,7 @@ class Generation:
         if is_recording(inputs.prompts):
             raise ServingError("the model reads text, not sound; give a text or token ids")
         reader.check_texts(inputs.prompts)
-        texts = inputs.read(tokenizer)
+        texts = inputs.read(tokenizer, reader.sources)
         if not texts.rows:
             raise ServingError("there is no prompt; give at least one")
         sources = [reader.of_ids(row, None if first is None else int(first)) for row in texts.rows]

@@ -17,6 +17,7 @@ from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.runtime.ort_values import plain_array
 from gralora_fx.serving.encoder_inputs import EncoderInput
+from gralora_fx.serving.prompt_limit import PromptLimit
 from gralora_fx.tracing.inputs.image_inputs import EMBEDS, IMAGE_INPUTS
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -83,33 +84,37 @@ class GenerateInputs:
         if unused := [name for name in names if getattr(self, name) is not None]:
             raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
 
-    def read(self, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+    def read(self, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
         """Prompts, or a tokenizer's result, as token ids.
 
         Args:
             tokenizer: For texts and chats, or None.
+            limit: The most tokens of each; None for any.
 
         Raises:
             ServingError: Neither or both are given, or they are not prompts.
+            TooLargeError: A text surely has more tokens.
         """
         if self.input_ids is None:
             if self.prompts is None or self.attention_mask is not None:
                 raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
-            return read_prompts(self.prompts, tokenizer)
+            return read_prompts(self.prompts, tokenizer, limit)
         if self.prompts is not None:
             raise ServingError("prompts and input_ids are both given; give one of them")
         return read_tokenized(self.input_ids, self.attention_mask)
 
 
-def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
     """Convert the prompts of `generate` to token ids.
 
     Args:
         prompts: One prompt, or several of them.
         tokenizer: For texts and chats, or None.
+        limit: The most tokens of each; None for any.
 
     Raises:
         ServingError: They are not prompts, or need a tokenizer and there is none.
+        TooLargeError: A text surely has more tokens.
     """
     if isinstance(prompts, Mapping):
         raise ServingError("pass a tokenizer's result by name: generate(**tokenizer(...))")
@@ -122,7 +127,8 @@ def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> Pro
         )
     else:
         items = list(_rows(prompts))
-    rows = [prompt_ids(prompt, tokenizer, ServingError) for prompt in items]
+    check = None if limit is None else limit.check_text
+    rows = [prompt_ids(prompt, tokenizer, ServingError, check=check) for prompt in items]
     return Prompts(rows, is_single, gives_text=not any(is_ids(prompt) for prompt in items))
 
 

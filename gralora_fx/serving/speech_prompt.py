@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.loading.token_bounds import TokenBound
 from gralora_fx.serving.generation_rules import GenerationRules
 from gralora_fx.sources.model_files import GENERATION_CONFIG
 
 TRANSCRIBE, TRANSLATE = "transcribe", "translate"
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 _REPAIR = f"repair {GENERATION_CONFIG}, or export the model again"
 
 
@@ -148,12 +152,21 @@ def earlier_text(tokenizer: PreTrainedTokenizerBase, text: str, positions: int) 
     Raises:
         ServingError: The tokenizer has no tokens for earlier text, or the text names special tokens.
     """
-    read = getattr(tokenizer, "get_prompt_ids", None)
+    read, most = getattr(tokenizer, "get_prompt_ids", None), max(positions // 2 - 1, 1)
     if read is None:
         raise ServingError("prompt has no effect: the model's tokenizer takes no earlier text; leave it out")
     try:
-        first, *others = (int(token) for token in read(text, return_tensors="np"))
+        first, *others = (int(token) for token in read(_end(text, most, tokenizer), return_tensors="np"))
     except Exception as error:  # transformers and tokenizers raise types of their own
         raise ServingError(f"the tokenizer does not take the prompt ({first_line(error)})") from error
-    most = max(positions // 2 - 1, 1)
     return (first, *others[-most:])
+
+
+def _end(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The end of a text that has some tokens at least, cut between two words, where no token goes across."""
+    bound = TokenBound.of(tokenizer)
+    least = sys.maxsize if bound is None else tokens * bound.longest
+    found = (
+        None if len(text) <= least else _BETWEEN_WORDS.search(text, max(len(text) - 2 * least, 0), len(text) - least)
+    )
+    return text if found is None else text[found.end() :]

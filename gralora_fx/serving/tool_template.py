@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ _INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON sche
 {tools}
 To call one, answer with nothing but its name and arguments in this form:
 {example}"""
+_UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}  # of a function
 _REASONING = ("think", "reasoning")  # as in enable_thinking, </think> and reasoning_content
 _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "its value"}}
 
@@ -95,6 +96,29 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> 
             plain.append({**kept, "content": "\n".join(filter(None, parts))})
         was_result = is_result
     return plain
+
+
+def attempts(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
+    """A chat and its tools as they are, and then as a template may need them that does not take them so.
+
+    Some templates need every field of a function, and some the arguments of calls as text.
+
+    Args:
+        messages: The messages of the chat.
+        tools: The tools.
+    """
+    yield messages, tools
+    whole = [{**tool, "function": tool["function"] | _without(_UNSAID, tool["function"])} for tool in tools]
+    if whole != [*tools]:
+        yield messages, whole
+    if any("tool_calls" in message for message in messages):
+        yield with_text_arguments(messages), whole
+
+
+def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

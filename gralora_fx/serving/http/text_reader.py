@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.engine.limits import TooLargeError, context_length
+from gralora_fx.engine.limits import context_length
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.loading.tokenizers import is_ids
+from gralora_fx.serving.prompt_limit import PromptLimit
 
 _IDS, _TYPES, _MASK = "input_ids", "token_type_ids", "attention_mask"
 
@@ -56,6 +57,7 @@ class TextReader:
         context = context_length(config)
         most = tokenizer.model_max_length
         self.limit = most if context is None else min(most, context - position_offset)
+        self._lengths = PromptLimit(self.limit, "a text", f"more than the model's {self.limit}")
         self._vocabulary = config.get("vocab_size")
 
     @property
@@ -113,6 +115,7 @@ class TextReader:
     def _encoded(self, firsts: Sequence[Any], seconds: Sequence[str] | None) -> list[Tokens]:
         for text in (*firsts[:1], *(seconds or firsts)):
             _check_text(text)
+            self._lengths.check_text(text, self._tokenizer)
         try:
             encoding = self._tokenizer(list(firsts), None if seconds is None else list(seconds))
         except Exception as error:  # tokenizers raise types of their own
@@ -124,8 +127,7 @@ class TextReader:
         ids = tokens.ids
         if not ids:
             raise ServingError("a text has no tokens; give at least one")
-        if len(ids) > self.limit:
-            raise TooLargeError(f"a text has {len(ids)} tokens, more than the model's {self.limit}; shorten it")
+        self._lengths.check_tokens(ids)
         if min(ids) < 0 or (self._vocabulary is not None and max(ids) >= self._vocabulary):
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ServingError(f"a text holds token {wrong}, outside the vocabulary of {self._vocabulary} tokens")

@@ -39,6 +39,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     without_effect: ClassVar[Idle] = {}
     _ignored: tuple[str, ...] = PrivateAttr(())
+    _given: tuple[str, ...] = PrivateAttr(())
 
     @model_validator(mode="wrap")
     @classmethod
@@ -53,8 +54,13 @@ class StrictModel(BaseModel):
         for name in [name for name in fields if name not in known][1:]:
             del fields[name]
         made = handler(fields)
-        made._ignored = ignored
+        made._given, made._ignored = tuple(fields), ignored
         return made
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The fields that are given, in their order."""
+        return self._given
 
     def ignored(self) -> Iterator[str]:
         """The fields that are accepted and have no effect, those of options too, as `text.verbosity`."""

@@ -26,8 +26,9 @@ from gralora_fx.serving.http.openai.requests import ChatRequest, CompletionReque
 from gralora_fx.serving.http.openai.response_requests import ResponseRequest
 from gralora_fx.serving.http.replies import TextAnswers, timeout_of
 from gralora_fx.serving.http.spans import note_model
+from gralora_fx.serving.prompt_limit import PromptLimit
 from gralora_fx.serving.prompts import stop_strings
-from gralora_fx.serving.tool_template import with_text_arguments
+from gralora_fx.serving.tool_template import attempts
 
 Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
 _COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
@@ -143,17 +144,27 @@ class QuestionReader:
         return call_grammar(grammars, self._engine.tools.format, use, one_form(forms)), True
 
     def _rows(self, prompts: Sequence[Any], tools: list[dict[str, Any]]) -> list[list[int]]:
-        """The tokens of prompts; a chat may hold calls and results also where its answer may call none."""
+        """The tokens of prompts."""
+        inputs = self._engine.inputs
+        limit = PromptLimit.of_context(self._engine.queue.limits) if inputs is None else inputs.sources
+        rows = []
+        for prompt in prompts:
+            rows.append(self._row(prompt, tools, limit))
+            limit.check_tokens(rows[-1])  # so that of long prompts no more are tokenized than the first
+        return rows
+
+    def _row(self, prompt: Any, tools: list[dict[str, Any]], limit: PromptLimit) -> list[int]:
+        """The tokens of a prompt; a chat may hold calls and results also where its answer may call none."""
         template, tokenizer = self._engine.tools, self._engine.tokenizer
-        given = tools if template.has_tools else ()
-
-        def row(prompt: Any) -> list[int]:
-            chat = template.messages(prompt, tools) if is_chat(prompt) else prompt
+        if not is_chat(prompt):
+            return prompt_ids(prompt, tokenizer, ServingError, check=limit.check_text)
+        problem: ServingError | None = None
+        for chat, described in attempts(template.messages(prompt, tools), tools if template.has_tools else ()):
             try:
-                return prompt_ids(chat, tokenizer, ServingError, given)
-            except ServingError:
-                if not is_chat(chat) or not any("tool_calls" in message for message in chat):
-                    raise
-                return prompt_ids(with_text_arguments(chat), tokenizer, ServingError, given)
-
-        return [row(prompt) for prompt in prompts]
+                return prompt_ids(chat, tokenizer, ServingError, described, limit.check_text)
+            except TooLargeError:
+                raise
+            except ServingError as error:
+                problem = problem or error
+        assert problem is not None  # there is one attempt at least
+        raise problem

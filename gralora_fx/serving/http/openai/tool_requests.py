@@ -14,6 +14,7 @@ from gralora_fx.serving.call_grammar import Tool, ToolUse
 from gralora_fx.serving.http.openai.strict_model import StrictModel
 
 _MOST = 128  # OpenAI's
+_DESCRIBED = ("name", "description", "parameters")  # what a model is told of a function
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 Mode: TypeAlias = Literal["none", "auto", "required"]
 
@@ -132,12 +133,8 @@ class ToolFields(ToolCaller):
 
 
 def template_tool(function: FunctionFields) -> dict[str, Any]:
-    """A function as templates of chats take it."""
-    fields = {
-        "name": function.name,
-        "description": function.description or "",
-        "parameters": function.parameters or {"type": "object", "properties": {}},
-    }
+    """A function as templates of chats take it: what is given of it, since they write all of that."""
+    fields = {name: getattr(function, name) for name in function.given if name in _DESCRIBED}
     return {"type": "function", "function": fields}
 
 
