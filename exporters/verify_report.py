@@ -65,7 +65,7 @@ class TokenCheck:
         largest = max(self.step_errors, default=0.0)
         lines = [
             f"{self.equal} of {self.compared} equal ({100 * self.agreement:.1f} %), "
-            f"{self.near_ties} near ties; {len(self.cases)} cases ({'; '.join(self.cases)})",
+            f"{self.near_ties} near ties; {_cases(self.cases)}",
             f"logits by step, largest {largest:.1e}: {' '.join(f'{error:.0e}' for error in self.step_errors)}",
         ]
         return "\n".join([*lines, f"first difference: {self.first_difference}"] if self.first_difference else lines)
@@ -193,8 +193,8 @@ class VerifyReport(Report):
             return f"FAILED: {self._worst}"
         tensors = [tensor for report in self.states.values() for tensor in report.tensors]
         largest = max((tensor.max_rel_error for tensor in tensors), default=0.0)
-        same = "" if self.weights == "fp32" else f" with the same {self.weights.partition(',')[0]} weights"
-        found = f"passed: {len(self.cases)} inputs as in PyTorch{same}, largest difference {largest:.1e}"
+        same = "" if self.weights == "fp32" else f" (the same {self.weights.partition(',')[0]} weights)"
+        found = f"passed: {len(self.cases)} inputs compared with PyTorch{same}, largest difference {largest:.1e}"
         equal, compared = (sum(getattr(one, kind) for one in self.tokens_compared) for kind in ("equal", "compared"))
         return f"{found}; {equal} of {compared} greedy tokens equal" if compared else found
 
@@ -206,7 +206,7 @@ class VerifyReport(Report):
         if explained:
             plural = "s" * (explained > 1)
             found.append(f"{explained} difference{plural} above {self.tolerance:g}, which float32's rounding explains")
-        if self.arithmetic != "fp32":
+        if self.arithmetic not in ("fp32", self.weights):
             found.append(f"run in {self.arithmetic} arithmetic")
         return [*found, *self._overflow]
 
@@ -219,13 +219,15 @@ class VerifyReport(Report):
     @property
     def summary(self) -> Summary:
         """Whether it passed, what was compared, and where every figure is."""
-        names = listed(map(repr, self.adapters), 3)
-        adapters = f", then with {names}" if names else ""
         provider = "" if self.provider is None else f", on {self.provider.name}"
-        compared = f"compared with {self.reference}{adapters}{provider}"
-        return Summary(
-            self.outcome, f"{compared}: {self.level} verification, tolerance {self.tolerance:g}", notes=self.notes
-        )
+        compared = f"{self._compared}{provider}, tolerance {self.tolerance:g}"
+        return Summary(self.outcome, compared, notes=self.notes)
+
+    @property
+    def _compared(self) -> str:
+        names = listed(map(repr, self.adapters), 10)
+        adapters = f", then with {names}" if names else ""
+        return f"{self.level} verification, compared with {self.reference}{adapters}"
 
     @property
     def _worst(self) -> str:
@@ -254,9 +256,11 @@ class VerifyReport(Report):
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
         lines += self._overflow
         lines += [] if self.provider is None else [f"run on {self.provider}"]
-        references = ", then ".join(dict.fromkeys(report.reference for report in self.states.values()))
-        lines.append(f"{self.level} verification, compared with {references}")
-        return "\n".join(lines)
+        return "\n".join([*lines, self._compared])
+
+
+def _cases(cases: Sequence[str]) -> str:
+    return f"{len(cases)} case{'s' * (len(cases) != 1)} ({'; '.join(cases)})"
 
 
 def _token_lines(title: str, checks: Mapping[str, TokenCheck | None]) -> Iterator[str]:
@@ -285,8 +289,7 @@ def _verdict(report: VerifyReport) -> list[str]:
     least = "" if report.least_scale == 1 else f" of the largest value, and {report.tolerance * report.least_scale:g}"
     failed = listed(state.strip() for state, one in report.states.items() if state and not one.passed)
     words = "passed" if report.passed else f"FAILED {failed}".rstrip()
-    cases = "; ".join(report.cases)
-    return [f"{words}: {len(report.cases)} cases ({cases}), tolerance {report.tolerance:g}{least}"]
+    return [f"{words}: {_cases(report.cases)}, tolerance {report.tolerance:g}{least}"]
 
 
 def _layers_as_one(checks: Sequence[TensorCheck]) -> dict[str, TensorCheck]:

@@ -96,7 +96,7 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
     # the base has no head of its own: its size comes from the adapter's copy of it
     arguments = ("--model", checkpoint / "base", "--adapter", checkpoint / "adapter", "--output", tmp_path / "onnx")
     result = run("export", *arguments, "-v")
-    assert result.stdout.startswith("passed: 4 inputs as in PyTorch, largest difference ")
+    assert result.stdout.startswith("passed: 4 inputs compared with PyTorch, largest difference ")
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     assert "quick verification, compared with the PyTorch model with 'default' active" in result.stdout
     verified = run("verify", *arguments, "--provider", "CPUExecutionProvider", "--verbose").stdout
@@ -658,11 +658,13 @@ def test_verify_takes_every_name_that_export_adapter_does(decoder: Path, as_data
         file.unlink()
     given = ("--model", decoder / "base", "--adapter", adapter, "--onnx", onnx, "--verify", "quick")
     printed = run("verify", *given, "-v").stdout  # the only one
-    assert "then with 'v1.2': quick verification" in printed
-    assert "then the PyTorch model with 'v1.2' active" in printed
+    assert "quick verification, compared with the PyTorch model, then with 'v1.2'" in printed
     for name in ("class", "half"):
         run("export-adapter", "--adapter", adapter, "--onnx", onnx, "--name", name)
-        assert f"then with {name!r}: full verification" in run("verify", *given, "--adapter-name", name).stdout
+        assert (
+            f"compared with the PyTorch model, then with {name!r}, tolerance"
+            in run("verify", *given, "--adapter-name", name).stdout
+        )
     assert "the model's adapter 'v2' is not in" in run("verify", *given, "--adapter-name", "v2", expect=1).stderr
     alone = ("--model", decoder / "base", "--onnx", onnx, "--adapter-name", "v1.2")
     assert "--adapter-name v1.2 has no effect without --adapter" in run("verify", *alone, expect=1).stderr

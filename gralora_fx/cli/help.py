@@ -56,6 +56,7 @@ class Group(_Help, TyperGroup):
             formatter.write_dl(rows)
         formatter.write_paragraph()
         formatter.write_text(_unbroken("gralora-fx COMMAND --help shows an example of a command, and its options."))
+        formatter.write_text("GRALORA_FX_PROGRESS=0 in the environment hides the progress of long work.")
 
 
 class Command(_Help, TyperCommand):

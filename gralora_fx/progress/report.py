@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 
 DETAILS = "print(report.details)"  # of which the command line makes its own option
-_LONG = 5.0  # seconds of work whose longest part is named
+_LONG = 10.0  # seconds of work whose longest part is named
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def times(seconds: Mapping[str, float]) -> str:
 
 
 def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> str:
-    """Say which stage took longest, and how to leave it out; nothing of work that took less than a few seconds.
+    """Say which stage took longest, and how to leave it out; nothing of short work.
 
     Args:
         seconds: Seconds of each stage.

@@ -43,16 +43,18 @@ def usage_of(
     """
     place, chosen = str(directory), "" if adapter is None else f", adapter={adapter!r}"
     given = {"onnx": place} | ({} if adapter is None else {"adapter": adapter})
-    loaded, has_tokenizer = f"{_LOAD}load({place!r})", _TOKENIZER in files
+    loaded, has_tokenizer = f"load({place!r})", _TOKENIZER in files
     if task == "automatic-speech-recognition-with-past":
-        call = f"{loaded}.generate({{'array': samples, 'sampling_rate': 16000}}{chosen})"
+        call = f"{_LOAD}print({loaded}.generate({{'array': samples, 'sampling_rate': 16000}}{chosen}))"
         return Invocation(call, _GENERATING, {**given, "audio": "FILE.wav"})
     if task in GENERATING and has_tokenizer:
-        return Invocation(f"{loaded}.generate({_PROMPT!r}{chosen})", _GENERATING, {**given, "prompt": _PROMPT})
+        return Invocation(
+            f"{_LOAD}print({loaded}.generate({_PROMPT!r}{chosen}))", _GENERATING, {**given, "prompt": _PROMPT}
+        )
     if task in GENERATING:
-        return Invocation(f"{loaded}.generate([[1, 2, 3]]{chosen})")
+        return Invocation(f"{_LOAD}print({loaded}.generate([[1, 2, 3]]{chosen}))")
     if has_tokenizer:
-        call = f"model = load({place!r}); model(**model.tokenizer(['A text'], return_tensors='np'){chosen})"
+        call = f"model = {loaded}; model(**model.tokenizer(['A text'], return_tensors='np'){chosen})"
         return Invocation(_LOAD + call, _SERVING, {"onnx": place})
     values = ", ".join(f"{name}=..." for name in inputs) or "..."
-    return Invocation(f"{loaded}({values}{chosen})", _SERVING, {"onnx": place})
+    return Invocation(f"{_LOAD}{loaded}({values}{chosen})", _SERVING, {"onnx": place})

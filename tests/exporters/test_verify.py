@@ -68,7 +68,7 @@ def test_greedy_tokens_are_in_the_manifest(export: Path) -> None:
 
 
 def test_a_report_is_read_at_a_glance(export: Path, model: GraloraModel) -> None:
-    text = str(verify_onnx(export, model))
+    text = verify_onnx(export, model).details
     assert "greedy tokens: 96 of 96 equal (100.0 %), 0 near ties; 4 cases (1 prompt of 12 tokens; 4 prompts" in text
     assert "logits by step, largest " in text
     assert [line.split()[0] for line in text.splitlines()[:4]] == [
@@ -315,7 +315,7 @@ def test_layers_are_shown_by_their_largest() -> None:
     report = VerifyReport(True, 1e-4, ("1 x 1",), tensors, tokens)
     text = report.details
     assert "present.*.key                   3.00e+00    5.00e-01" in text
-    assert "greedy tokens: 3 of 4 equal (75.0 %), 1 near ties; 1 cases (one)" in text
+    assert "greedy tokens: 3 of 4 equal (75.0 %), 1 near ties; 1 case (one)" in text
     assert report.to_dict()["tokens"] == dataclasses.asdict(tokens)
 
 
