@@ -15,7 +15,7 @@ _WINDOW = 10  # steps whose mean is drawn
 
 
 @dataclass(frozen=True)
-class Part:
+class DemoPart:
     """What came of one model.
 
     Attributes:
@@ -43,7 +43,7 @@ class Part:
         return answers, figures
 
 
-def write_report(parts: Sequence[Part], path: Path) -> None:
+def write_report(parts: Sequence[DemoPart], path: Path) -> None:
     """Write figures, answers and pictures as Markdown.
 
     Args:

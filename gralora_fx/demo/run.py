@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from gralora_fx.config import GraloraConfig
-from gralora_fx.demo.figures import Part, draw_losses, write_report
+from gralora_fx.demo.figures import DemoPart, draw_losses, write_report
 from gralora_fx.demo.news_classifier import TEST_TEXTS, TEXTS, accuracy, load_news, logits_of, package_folder, train
 from gralora_fx.demo.news_writer import BASE_STEPS, TOPIC
 from gralora_fx.demo.timed_stages import Stages
@@ -64,7 +64,7 @@ def run(output: Path, *, epochs: int, seed: int, steps: int = BASE_STEPS) -> Non
     )
 
 
-def _report(parts: Sequence[Part], path: Path, console: Console) -> None:
+def _report(parts: Sequence[DemoPart], path: Path, console: Console) -> None:
     """Show the last part, and write all of them."""
     for table in parts[-1].tables():
         console.print(table)
@@ -72,7 +72,7 @@ def _report(parts: Sequence[Part], path: Path, console: Console) -> None:
     console.print(f"wrote {path}: these answers and figures, part {len(parts)} of {_PARTS}", markup=False)
 
 
-def _classify(output: Path, stages: Stages, *, epochs: int, seed: int) -> Part:
+def _classify(output: Path, stages: Stages, *, epochs: int, seed: int) -> DemoPart:
     """Trace, plan, rewrite, train, save, merge, export, verify and classify."""
     console, stage = stages.console, stages.stage
     news = load_news(seed)
@@ -131,7 +131,7 @@ def _classify(output: Path, stages: Stages, *, epochs: int, seed: int) -> Part:
         ("trainable share", f"{100 * trainable / total:.2f} % ({trainable:,} of {total:,})"),
         *stages.rows(),
     ]
-    return Part(
+    return DemoPart(
         _TITLE,
         rows,
         "Answers on ONNX Runtime",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.config import GraloraConfig
-from gralora_fx.demo.figures import Part, draw_losses
+from gralora_fx.demo.figures import DemoPart, draw_losses
 from gralora_fx.demo.news_writer import (
     ADAPTER_RATE,
     ADAPTER_STEPS,
@@ -41,7 +41,7 @@ def exports_of(output: Path) -> tuple[Path, Path]:
     return output / _DATA, output / _MERGED
 
 
-def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Part:
+def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> DemoPart:
     """Train a base and an adapter, export them twice, verify, and let base and adapter answer side by side.
 
     Args:
@@ -112,7 +112,7 @@ def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> Part:
     ]
     _check(abs(served - after) < _CLOSE, "bits per character of the merged export are not PyTorch's")
     _check(answers == alone, "an answer depends on those beside it")
-    return Part(
+    return DemoPart(
         _TITLE,
         rows,
         "Base and adapter in one batch on ONNX Runtime",
