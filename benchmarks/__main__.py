@@ -42,6 +42,7 @@ NAMES = (
     "traces",
     "many-adapters",
     "batch-lengths",
+    "long-prompts",
     "structure",
     "hybrids",
     "experts",

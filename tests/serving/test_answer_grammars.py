@@ -214,6 +214,8 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars,
         ("grammar", ' {"grammars": [{"json_schema": {"maxLenght": 2}}]}', "it is JSON; give rules"),
         ("grammar", "start[temperature=0.5]: /a/", "a rule's temperature is not supported"),
         ("regex", "a{1000000}", "too many expressions"),
+        ("regex", r"\ba", "lookarounds not supported"),
+        ("grammar", r"root ::= [\d]", "Invalid escape sequence"),
     ],
 )
 def test_so_is_any_other_form(grammars: Grammars, kind: Any, value: Any, message: str) -> None:
