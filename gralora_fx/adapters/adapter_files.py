@@ -22,6 +22,7 @@ from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.methods.arrays import Array, to_numpy
 from gralora_fx.sources.atomic_save import Writer, read_together
 from gralora_fx.sources.model_files import resolve_directory
+from gralora_fx.sources.other_formats import of_adapter_pickle
 from gralora_fx.sources.safetensors_files import Layout, header_bytes, read_layout
 
 if TYPE_CHECKING:
@@ -151,10 +152,7 @@ def _check_weights_file(path: Path) -> None:
     """
     if not path.is_file():
         if (path.parent / _PICKLE_NAME).is_file():
-            raise CheckpointError(
-                f"{path.parent} holds {_PICKLE_NAME}, a pickle, which can run code when it is read; "
-                f"save the adapter again with PEFT to get {WEIGHTS_NAME}"
-            )
+            raise CheckpointError(of_adapter_pickle(path.parent))
         raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
 
 

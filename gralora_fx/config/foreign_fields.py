@@ -68,11 +68,11 @@ def check_known(fields: Mapping[str, Any], known: Collection[str], origin: str, 
     ignored = {name: value for name, value in fields.items() if name not in known and name not in _WITHOUT_EFFECT}
     said = [f"{_key(name)}={shown(value)}{_hint(name, known)}" for name, value in sorted(ignored.items()) if value]
     if said:
-        verb = "are not fields" if len(said) > 1 else "is not a field"
+        verb = "are" if len(said) > 1 else "is"
         raise ConfigError(
-            f"{origin}: {listed(said)} {verb} of a {method} configuration here, so the adapter might compute something "
-            "other than what it was trained for; merge it with the program that wrote it and use the merged model, or "
-            "train without it. What changes no output can be removed from the file"
+            f"{origin}: {listed(said)} {verb} not supported in a {method} configuration: the adapter might compute "
+            "something other than what it was trained for; merge it with the program that wrote it and use the merged "
+            "model, or train without it. What changes no output can be removed from the file"
         )
 
 

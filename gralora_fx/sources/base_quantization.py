@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gralora_fx.errors import ConfigError, GraloraError, shown
+from gralora_fx.sources.other_formats import of_quantized
 
 KINDS = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
@@ -175,10 +176,10 @@ def packed_quantization(
             return BaseQuantization.of(config)
         except ConfigError as failure:
             raise error(f"{origin}: its {_FIELD} cannot be read ({failure}); save the model again") from failure
+    title = _TITLES.get(method, method.upper() if len(method) < 5 else method)
     raise error(
-        f"{origin} is quantized by {_TITLES.get(method, method.upper() if len(method) < 5 else method)}, which is not "
-        "read; give the float checkpoint that it was made from, or what transformers saves of it after "
-        "model.dequantize(). Of quantized bases, those of bitsandbytes' four bits are read (NF4)"
+        f"{origin} is quantized by {title}, which is not read (of quantized bases, NF4 of bitsandbytes is); "
+        f"{of_quantized(origin, method, fields)}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from gralora_fx.errors import GraloraError, shown
 from gralora_fx.sources.base_quantization import packed_quantization
+from gralora_fx.sources.other_formats import gguf_file, of_gguf, pickle_file
 from gralora_fx.sources.paths import usable_path
 
 ADAPTER_FILE, MODEL_FILE, EXPORT_FILE = "adapter_config.json", "config.json", "gralora_export.json"
@@ -41,6 +42,8 @@ def described(directory: str | Path) -> str:
             return "is a model"
         if any(path.glob("*.onnx")):
             return f"holds an ONNX model of another program, without {EXPORT_FILE}"
+        if (weights := gguf_file(path) or pickle_file(path)) is not None:
+            return f"holds {weights}, without {MODEL_FILE}"
         return "holds something else" if any(path.iterdir()) else "is empty"
     except (OSError, ValueError) as error:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
@@ -101,7 +104,7 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
 
     Raises:
         GraloraError: Of the given type: the directory does not exist, has no `config.json`, or a configuration file is
-            damaged, or the weights are quantized in a form that is not read.
+            damaged, or the weights are in a GGUF file or quantized in a form that is not read.
     """
     if named_by is not None:
         try:
@@ -111,6 +114,8 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
             raise error(
                 f"{reason}; it is the base that {named_by} names, so give where it is as model=..."
             ) from problem
+    if str(name).endswith(".gguf") and Path(name).is_file():
+        raise error(of_gguf(Path(name).parent, Path(name).name))
     directory = local_directory(name, error)
     if directory is None:
         if Path(name).is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
@@ -118,6 +123,8 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
                 f"no model can be loaded from {name} (there is no such directory); give a directory or a hub id"
             )
         return None
+    if (file := gguf_file(directory)) is not None:
+        raise error(of_gguf(directory, file))
     if not (directory / _CONFIG_FILES[0]).is_file():
         raise error(
             f"no {_CONFIG_FILES[0]} in {directory}, which {described(directory)}; give the directory of a saved model"

@@ -13,6 +13,7 @@ from gralora_fx.errors import CheckpointError
 from gralora_fx.sources.base_quantization import BaseQuantization, packed_quantization
 from gralora_fx.sources.four_bits import decoded, four_bit_tensors
 from gralora_fx.sources.model_files import MODEL_FILE, read_json_object
+from gralora_fx.sources.other_formats import of_pickle, pickle_file
 from gralora_fx.sources.safetensors_files import Layout, StoredTensor, read_layout
 
 SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
@@ -92,6 +93,10 @@ def read_weights(directory: Path) -> SavedWeights:
     if single.is_file():  # which transformers prefers too
         return SavedWeights(directory, (read_layout(single),), has_index=False)
     if not index.is_file():
+        if (file := pickle_file(directory)) is not None:
+            config = directory / MODEL_FILE
+            fields = read_json_object(config, CheckpointError) if config.is_file() else {}
+            raise CheckpointError(of_pickle(directory, file, fields))
         raise CheckpointError(
             f"{directory} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
             "save the model with transformers, as safetensors"

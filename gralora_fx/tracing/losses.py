@@ -8,16 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification
 
 from gralora_fx.errors import RewriteError
+from gralora_fx.progress.stages import quiet
 
 LABELS = ("labels", "start_positions", "end_positions")
 ITEM_COUNT = "num_items_in_batch"
 
 # These pass the count on to the cross entropy through their keyword arguments.
 _COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification)
+
+
+def loss_function_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """The loss function that transformers has for a model; None where it has none."""
+    with quiet():  # of a class that is not named after its loss, transformers logs that its configuration names none
+        found: Callable[..., Tensor] | None = getattr(model, "loss_function", None)
+    return found
 
 
 def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from gralora_fx.tracing.draft import Captured, called_as, first_draft
 from gralora_fx.tracing.image_trace import trace_images
 from gralora_fx.tracing.inputs.arguments import example_arguments
 from gralora_fx.tracing.inputs.image_sizes import ImageSize, takes_images
+from gralora_fx.tracing.losses import loss_function_of
 from gralora_fx.tracing.patches.expert_layers import experts_as_operators
 from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
 from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
@@ -121,7 +122,7 @@ def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> Traced
         config=config,
         generation_config=getattr(model, "generation_config", None) if config is not None else None,
         tokenizer_source=getattr(config, "_name_or_path", None) or None,
-        loss_function=getattr(model, "loss_function", None) if config is not None else None,
+        loss_function=loss_function_of(model) if isinstance(model, PreTrainedModel) else None,
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
         sentence=draft.sentence,
         passes=draft.passes,

@@ -355,7 +355,7 @@ def test_a_pickle_is_refused(damaged: Path, model: GraloraModel) -> None:
     (damaged / WEIGHTS_NAME).unlink()
     torch.save(tensors, damaged / "adapter_model.bin")
     before = state(model)
-    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, a pickle.*save the adapter again"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, a pickle.*: python -c"):
         model.load_adapter(damaged, "fresh")
     assert_same_state(model, before)
 

@@ -34,6 +34,10 @@ UNREACHABLE = (
     "model(input_ids=...), or model(**tokenizer(...))",
     "generate(**tokenizer(...))",
     "save_pretrained(..., path_initial_model_for_weight_conversion=...)",  # of PEFT
+    "; dequantize_model(",  # in commands of other programs, which convert a checkpoint
+    "dequantize=True",
+    'map_location="cpu"',
+    "weights_only=True",
     "an if, a while, int(), range() or a size",  # no remedy: what a model may not do
 )
 FIELDS = {field.name for config in (GraloraConfig, LoraConfig) for field in dataclasses.fields(config)}

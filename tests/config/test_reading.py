@@ -36,7 +36,7 @@ def write(directory: Path, **fields: Any) -> Path:
 
 def test_every_unknown_key_is_refused_with_its_value_and_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path, r=8, rank_patern={"q": 4}, use_dora=True, lora_alpha=16, module_to_save=["score"])
-    with pytest.raises(ConfigError, match="are not fields of a GraLoRA configuration here") as caught:
+    with pytest.raises(ConfigError, match="are not supported in a GraLoRA configuration") as caught:
         GraloraConfig.from_pretrained(tmp_path)
     text = str(caught.value)
     assert str(tmp_path) in text
@@ -66,7 +66,7 @@ def test_a_key_that_may_change_what_is_computed_is_refused_by_every_way_of_readi
     model.save_pretrained(tmp_path)
     fields = {**json.loads((tmp_path / NAME).read_text()), field: value}
     (tmp_path / NAME).write_text(json.dumps(fields))
-    message = rf"{NAME}: {field}=.* is not a field of a {method.config.TITLE} configuration here"
+    message = rf"{NAME}: {field}=.* is not supported in a {method.config.TITLE} configuration"
     for read in (
         lambda: read_config(tmp_path),
         lambda: GraloraModel.from_pretrained(TINY, tmp_path),
@@ -93,12 +93,12 @@ def test_what_peft_writes_for_itself_is_silent(tmp_path: Path) -> None:
 def test_an_unknown_field_of_a_live_object_is_named() -> None:
     peers = peft.GraloraConfig(r=8, target_modules=["q"])
     peers.use_dora = True
-    with pytest.raises(ConfigError, match=r"the given GraloraConfig: use_dora=True \(DoRA, .*\) is not a field"):
+    with pytest.raises(ConfigError, match=r"the given GraloraConfig: use_dora=True \(DoRA, .*\) is not supported"):
         GraloraConfig.from_peft(peers)
 
 
 def test_both_alphas_are_not_the_papers_format(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gralora_alpha=3 .*is not a field"):
+    with pytest.raises(ConfigError, match=r"gralora_alpha=3 .*is not supported"):
         GraloraConfig.from_pretrained(write(tmp_path, alpha=16, gralora_alpha=3))
 
 

@@ -231,7 +231,7 @@ def test_what_no_configuration_of_dora_is() -> None:
         LoraConfig(use_dora=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a file: use_dora must be True, but got False; take LoraConfig"):
         DoraConfig.from_fields({"peft_type": "LORA"}, "a file")
-    with pytest.raises(ConfigError, match=r"lora_bias=True \(a bias of lora_B\) is not a field of a DoRA"):
+    with pytest.raises(ConfigError, match=r"lora_bias=True \(a bias of lora_B\) is not supported in a DoRA"):
         DoraConfig.from_fields({**fields, "lora_bias": True}, "a file")
 
 

@@ -78,7 +78,7 @@ OTHER_FORMS = {
 def test_another_form_of_lora_is_refused_by_name(name: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=BOTH, task_type="CAUSAL_LM")
     setattr(config, name, OTHER_FORMS[name])
-    with pytest.raises(ConfigError, match=rf"{name}=.*\(.*\) is not a field of a LoRA configuration here"):
+    with pytest.raises(ConfigError, match=rf"{name}=.*\(.*\) is not supported in a LoRA configuration"):
         LoraConfig.from_peft(config)
     config = peft.LoraConfig(r=4, target_modules=BOTH)
     config.save_pretrained(str(tmp_path))

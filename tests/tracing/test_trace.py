@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import os
 import subprocess
 import sys
@@ -590,3 +591,15 @@ def test_the_patches_of_the_exporter_are_as_they_were() -> None:
     trace(tiny_model("llama", num_hidden_layers=1))
     assert exporter_utils._PATCHES["dynamo"] == before
     assert any("models.sam3" in path for path, *_ in before)
+
+
+def test_what_transformers_logs_about_its_own_losses_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("gpt2")  # whose class is not named after its loss
+    transformers.utils.logging.warning_once.cache_clear()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        assert trace(model).loss_function is not None
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "loss_type" not in caplog.text
