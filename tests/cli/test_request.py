@@ -13,7 +13,7 @@ import pytest
 
 from gralora_fx.cli import main
 from gralora_fx.cli.export import check_request
-from gralora_fx.config import adapter_config
+from gralora_fx.config import reading
 from gralora_fx.exporters.options import ExportOptions
 
 # arguments beside --model and --output, and what the only line of the error has
@@ -143,7 +143,7 @@ def test_the_configuration_of_an_adapter_is_read_once(tmp_path: Path, monkeypatc
         read.append(directory)
         return Path(directory)
 
-    monkeypatch.setattr(adapter_config, "resolve_directory", resolved)
+    monkeypatch.setattr(reading, "resolve_directory", resolved)
     none: dict[str, Any] = {"model": None, "adapter_name": None, "task": None, "image_size": None}
     adapter = str(tmp_path / "named")
     base = check_request(ExportOptions(), tmp_path / "output", adapter=adapter, **none)
