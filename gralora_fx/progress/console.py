@@ -194,7 +194,7 @@ class _LiveStages:
         self._shown.__exit__(None, None, None)
         self._live.stop()
         if self._outermost > 1 and kind is None:
-            width = max(10, *(len(task.description) for task in self._live.tasks))
+            width = max([10, *(len(task.description) for task in self._live.tasks)])
             self._console.print(f"  {'total':<{width}} {time.perf_counter() - self._begin:>8.1f} s")
 
     def begin(self, stage: str) -> None:

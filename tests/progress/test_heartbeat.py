@@ -166,6 +166,15 @@ def test_the_environment_silences_it(
     assert capsys.readouterr().err == ""
 
 
+def test_a_terminal_may_have_counts_alone() -> None:
+    code = (
+        "from gralora_fx.progress.console import StageProgress; from gralora_fx.progress.stages import counted\n"
+        "with StageProgress(): [list(counted([1, 2], name, 'files')) for name in ('reading', 'writing')]"
+    )
+    shown = plain_lines(in_terminal([sys.executable, "-c", code], 60, GRALORA_FX_PROGRESS="1"))
+    assert [line.split()[0] for line in shown if line][-1] == "total"
+
+
 @pytest.mark.parametrize("columns", [60, 100])
 def test_a_terminal_has_every_stage_with_its_time_and_bars_while_it_counts(columns: int) -> None:
     code = "from test_heartbeat import work; work()"
