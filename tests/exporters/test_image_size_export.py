@@ -102,7 +102,7 @@ def test_the_command_line_takes_an_image_size(tmp_path: Path) -> None:
     result = runner.invoke(app, ["export", *arguments, "--image-size", "dynamic"])
     assert result.exit_code == 0, result.output
     assert read_manifest(tmp_path / "onnx").image_sizes == ImageSizes(least=(8, 8))
-    verified = runner.invoke(app, ["verify", *arguments])
+    verified = runner.invoke(app, ["verify", *arguments, "-v"])
     assert verified.exit_code == 0, verified.output
     assert "images of" in verified.output
     result = runner.invoke(app, ["export", *arguments, "--image-size", "48x16"])
