@@ -14,7 +14,8 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.expert_formats import with_experts
+from gralora_fx.exporters.quantization.plan import QuantizationPlan, plan_of_layers
 from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
@@ -95,10 +96,12 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         if options.level is not None:
             check_runnable(model)
     log = export_log(options.dump)
-    plan = None if options.format is None else QuantizationPlan(options.format)
     if options.adapters == "merged" or not isinstance(model, GraloraModel):
-        return Conversion(model, fold_adapters(model), options, log, plan=plan)
-    return Conversion(model, model.traced, options, log, data_sites(model, options), plan)
+        traced, adapters = fold_adapters(model), None
+    else:
+        traced, adapters = model.traced, data_sites(model, options)
+    plan = None if options.format is None else with_experts(plan_of_layers(options.format, traced), traced)
+    return Conversion(model, traced, options, log, adapters, plan)
 
 
 def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:

@@ -28,7 +28,6 @@ from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantization.choice import choose_formats
-from gralora_fx.exporters.quantization.expert_formats import with_experts
 from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, attention_report, experts_report
 from gralora_fx.exporters.verification.measure_quality import measure_quality
@@ -139,10 +138,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     if conversion.plan is not None:
         with timed("choose", seconds, "quantizing"):
-            plan = choose_formats(conversion, flavour.verification)
-            conversion = dataclasses.replace(
-                conversion, plan=None if plan is None else with_experts(plan, conversion.traced)
-            )
+            conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds, "converting"), gc_pause():
         models = flavour.convert(conversion)
         if conversion.adapters is not None:

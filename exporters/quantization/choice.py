@@ -96,7 +96,8 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
         rounded = _rounded(conversion, run, plan.default, own, names) if run.cases else {}
     except (RuntimeError, NotImplementedError) as error:
         rounded, chosen_by = {}, f"{chosen_by}; weights rounded for inputs that count alike ({first_line(error)})"
-    return QuantizationPlan(plan.default, own, gains, chosen_by, rounded)
+    by_matrix = {**plan.by_matrix, **own}
+    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, chosen_by=chosen_by, rounded=rounded)
 
 
 def _rounded(

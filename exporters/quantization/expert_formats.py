@@ -15,7 +15,7 @@ from gralora_fx.tracing.traced_model import TracedModel
 
 
 def with_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
-    """A plan that has a format of its own for experts' matrices that cannot have the default.
+    """A plan of experts' matrices too, with formats of their own where they cannot have the default.
 
     Experts whose activations would be rounded in `int8-dynamic` have blocks of eight bits, whose activations ONNX
     Runtime rounds block by block.
@@ -25,12 +25,14 @@ def with_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPla
         traced: The model.
     """
     own: dict[str, Format | None] = {}
+    names = set[str]()
     for _, experts in Experts.all_in(traced.graph_module.graph):
         weights = expert_matrices(traced, experts)
+        names |= {name for weight in weights.values() for name in traced.tree.names_of(weight)} | set(weights)
         form = _format(plan.default, [weight.shape[1 if experts.is_transposed else 2] for weight in weights.values()])
         if form != plan.default:
             own |= {name: form for weight in weights.values() for name in traced.tree.names_of(weight)}
-    return dataclasses.replace(plan, by_matrix={**plan.by_matrix, **own}) if own else plan
+    return dataclasses.replace(plan, by_matrix={**plan.by_matrix, **own}, layers=names.union(plan.layers or ()))
 
 
 def expert_matrices(traced: TracedModel, experts: Experts) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ class QuantizationPlan:
         rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
             others are rounded when they are written.
         inputs: What is known of the inputs of a matrix that is stored in columns, by the same names.
+        layers: Names of the weights of linear layers and experts, which alone are quantized: a router that multiplies in
+            float32 whatever the model's precision is neither. None for every constant matrix.
     """
 
     default: Format
@@ -39,13 +41,16 @@ class QuantizationPlan:
     chosen_by: str | None = None
     rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
     inputs: Mapping[str, ColumnInputs] = field(default_factory=dict, compare=False, repr=False)
+    layers: Set[str] | None = field(default=None, repr=False)
 
-    def format_of(self, names: Iterable[str]) -> Format | None:
+    def format_of(self, names: Collection[str]) -> Format | None:
         """The format of a matrix, or None for one that stays float.
 
         Args:
             names: Names of the parameters that it holds side by side, which have one format.
         """
+        if self.layers is not None and self.layers.isdisjoint(names):
+            return None
         return next((self.by_matrix[name] for name in names if name in self.by_matrix), self.default)
 
     def blocks_of(self, names: Iterable[str], sizes: tuple[int, int], form: Blocks) -> BlockArrays | None:
@@ -77,6 +82,17 @@ class QuantizationPlan:
             names: Names of the parameters that it holds side by side, which read the same input.
         """
         return next((self.inputs[name] for name in names if name in self.inputs), None)
+
+
+def plan_of_layers(default: Format, traced: TracedModel) -> QuantizationPlan:
+    """The plan of a model's linear layers, all in one format.
+
+    Args:
+        default: The format.
+        traced: The model.
+    """
+    names = {name for site in traced.sites for name in (*weight_names(traced, site), f"{site.path}.weight")}
+    return QuantizationPlan(default, layers=names)
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:

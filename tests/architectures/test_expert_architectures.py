@@ -30,3 +30,14 @@ def test_experts_are_one_operator_a_layer(tmp_path: Path, name: str) -> None:
     assert report.verification.tokens is not None
     assert report.verification.tokens.agreement == 1
     assert report.verification.tensors[0].max_rel_error < 1e-4
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_linear_layers_and_experts_alone_are_quantized(tmp_path: Path, name: str, quantize: Any) -> None:
+    """Routers that multiply in float32 whatever the precision, as those of DeepSeek-V3 and Nemotron-H, stay float."""
+    model = tiny_decoder(name, **MIXTURES[name])
+    traced = trace(model, task="text-generation-with-past")
+    report = export_onnx(traced, tmp_path / "onnx", quantize=quantize)
+    assert report.verification is not None
+    assert report.verification.passed

@@ -357,7 +357,11 @@ def test_what_accelerate_gives_when_it_saves(pair_of: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"gradient_checkpointing": True}, RewriteError, "gradient checkpointing is not supported.*Set gradient_checkpointing=False"),
+        (
+            {"gradient_checkpointing": True},
+            RewriteError,
+            "gradient checkpointing is not supported.*Set gradient_checkpointing=False",
+        ),
         ({"neftune_noise_alpha": 5.0}, TraceError, "a hook on it would never run; .*neftune_noise_alpha"),
     ],
 )
