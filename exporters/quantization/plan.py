@@ -31,8 +31,8 @@ class QuantizationPlan:
         rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
             others are rounded when they are written.
         inputs: What is known of the inputs of a matrix that is stored in columns, by the same names.
-        layers: Names of the weights of linear layers and experts, which alone are quantized: a router that multiplies in
-            float32 whatever the model's precision is neither. None for every constant matrix.
+        layers: Names of the weights of linear layers and experts, which alone are quantized; a router that multiplies
+            in float32 whatever the model's precision is neither. None for every constant matrix.
     """
 
     default: Format
