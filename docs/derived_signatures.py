@@ -19,7 +19,8 @@ class BaseModelMethods(griffe.Extension):
         """Replace the attributes, now that the classes whose methods they are made of are loaded."""
         for module in _modules(pkg):
             for cls in (found for found in module.classes.values() if not found.is_alias):
-                for name, attribute in list(cls.attributes.items()):
+                own = (item for item in cls.members.items() if not item[1].is_alias and item[1].is_attribute)
+                for name, attribute in list(own):
                     value = attribute.value
                     if isinstance(value, griffe.ExprCall) and value.canonical_path.endswith("._of_base_model"):
                         view, method = str(value.arguments[0]).rsplit(".", 1)
