@@ -24,7 +24,7 @@ from gralora_fx.config.reading import config_fields
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters.artifact.staging import check_file
 from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.console import CommandProgress
 from gralora_fx.progress.stages import gc_pause, quiet, timed
 from gralora_fx.sources.base_quantization import RECORD
 
@@ -77,7 +77,7 @@ def inspect(
     from gralora_fx.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
-    with StageProgress():
+    with CommandProgress():
         base = load_base(model, adapter, task, strict_base=strict_base, base_quantization=base_quantization)
         loaded = trace_base(base)
         written = [save(draw(loaded, full=full), path) for draw, path in ((html_of, html), (svg_of, svg)) if path]
@@ -115,7 +115,7 @@ def export_adapter(
 
     The export was made with --adapters data or inputs, so that each call chooses its adapter. No model is loaded.
     """
-    with StageProgress(), timed("converting"):
+    with CommandProgress(), timed("converting"):
         from gralora_fx.exporters import export_adapter as write
         from gralora_fx.exporters.adapter_export import report_of
 
@@ -140,7 +140,7 @@ def fold(
 
     Weights alone change, in a copy of the export; no model is loaded. verify compares the result with the model.
     """
-    with StageProgress(), gc_pause():
+    with CommandProgress(), gc_pause():
         with timed("importing"):
             from gralora_fx.exporters import fold_onnx
         given: dict[str, Any] = {"base": base, "requantize": requantize, "force": force, "overwrite": overwrite}
@@ -163,7 +163,7 @@ def to_lora(
     """
     if rank is not None:
         check_integer("--rank", rank, 1)
-    with StageProgress(), timed("converting"):
+    with CommandProgress(), timed("converting"):
         from gralora_fx.exporters.lora_form import to_lora as convert
 
         report = convert(adapter, output, rank=rank, overwrite=overwrite)
@@ -189,7 +189,7 @@ def merge(
     if how is None and model is None:
         how = needed_quantization(config_fields(adapter)[0].get(RECORD), name)
     check_rounding(how)
-    with StageProgress():
+    with CommandProgress():
         with timed("importing"):
             from gralora_fx.exporters.checkpoint_merge import merge_checkpoint
         options: dict[str, Any] = {"overwrite": overwrite, "strict_base": strict_base, "base_quantization": how}
@@ -213,7 +213,7 @@ def export_triton(
 
     It becomes a model of a model repository, for Triton's ONNX Runtime backend.
     """
-    with StageProgress():
+    with CommandProgress():
         with timed("importing"):
             from gralora_fx.exporters import export_triton as write
         report = write(
@@ -235,7 +235,7 @@ def demo(output: opt.DemoOutput = Path("runs/demo"), epochs: opt.Epochs = 1, see
     MiniLM learns to sort BBC news with a GraLoRA adapter, and a small language model to write them.
     """
     require_extra("demo", "the demo", GraloraError)
-    with StageProgress(Console(file=sys.stdout, highlight=False), silence=0.5), timed("importing"), quiet():
+    with CommandProgress(Console(file=sys.stdout, highlight=False), silence=0.5), timed("importing"), quiet():
         from gralora_fx.demo import run
 
     run(output, epochs=epochs, seed=seed)

@@ -24,7 +24,7 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.console import CommandProgress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed
 from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, local_directory, read_json_object
@@ -130,7 +130,7 @@ def export(
         image_size=size,
         base_quantization=base_quantization,
     )
-    with StageProgress(), gc_pause():
+    with CommandProgress(), gc_pause():
         with timed("importing"):
             from gralora_fx.config.checks import check_adapter_name
             from gralora_fx.exporters import export_onnx

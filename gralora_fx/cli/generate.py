@@ -16,7 +16,7 @@ from gralora_fx.cli.values import export_directory, read_adapter, utf8
 from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.tasks import GENERATING
 from gralora_fx.errors import ConfigError, ServingError, listed
-from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.console import CommandProgress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest
@@ -121,7 +121,7 @@ def generate(
     if data is None and not text:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
     with ExitStack() as stack:
-        with StageProgress():
+        with CommandProgress():
             with timed("importing"):
                 from gralora_fx.serving import load
                 from gralora_fx.serving.open_export import adapter_as_data

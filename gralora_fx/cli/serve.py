@@ -15,7 +15,7 @@ from gralora_fx.compat.extras import require_extra
 from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
 from gralora_fx.config.span_variables import warn_of_missing_spans
 from gralora_fx.errors import ConfigError, ServingError, shown
-from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.console import CommandProgress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.manifest import read_manifest
 
@@ -121,7 +121,7 @@ def serve(
         _serve_replicas(settings, replicas or _REPLICAS, host, port, has_access_log=access_log)
         return
     with ExitStack() as stack:
-        with StageProgress():
+        with CommandProgress():
             with timed("importing"):
                 from gralora_fx.serving.http.app import create_app
                 from gralora_fx.serving.http.server import bind, run
@@ -144,7 +144,7 @@ def _check_idle(reason: str, options: Mapping[str, object]) -> None:
 
 def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: int, *, has_access_log: bool) -> None:
     with ExitStack() as stack:
-        with StageProgress():
+        with CommandProgress():
             with timed("importing"):
                 from gralora_fx.serving.scale import prepare
 

@@ -16,7 +16,7 @@ from gralora_fx.config.tasks import DECODERS
 from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import StageProgress
+from gralora_fx.progress.console import CommandProgress
 from gralora_fx.progress.stages import gc_pause, timed
 from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.manifest import Manifest, read_manifest
@@ -128,7 +128,7 @@ def verify(
     named = _exported_name(onnx, manifest, adapter_name)
     rounding = base_quantization or _recorded(manifest, model, given)
     check_rounding(rounding)
-    with StageProgress(), gc_pause():
+    with CommandProgress(), gc_pause():
         with timed("importing"):
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.verification.same_model import check_exported_adapters
@@ -172,7 +172,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")
-    with StageProgress(), timed("reading files"):
+    with CommandProgress(), timed("reading files"):
         count = check_files(output, read_manifest(output), digests=True)
     print(f"{count} files of {output} are what was exported")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID,
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from gralora_fx.progress import stages
 from gralora_fx.progress.stages import displayed_by, is_displayed
 
 FIRST, SILENCE = 5.0, 15.0  # seconds of work before the first line of a log, and between its lines
@@ -274,6 +276,34 @@ class StageProgress:
     def __exit__(self, kind: object = None, *_: object) -> None:
         """Stop, and show the total of several stages on a terminal unless an error ended the work."""
         self._display.__exit__(kind, None, None)  # type: ignore[arg-type]
+
+
+class CommandProgress(StageProgress):
+    """Shows the stages of a command, and what else the package logs, as it comes."""
+
+    def __enter__(self) -> None:
+        """Show the stages of this thread, and the package's log."""
+        super().__enter__()
+        self._records = _Records()
+        logger = logging.getLogger("gralora_fx")
+        logger.addHandler(self._records)
+        logger.setLevel(logging.INFO)
+
+    def __exit__(self, kind: object = None, *rest: object) -> None:
+        """Stop, as `StageProgress` does."""
+        logging.getLogger("gralora_fx").removeHandler(self._records)
+        super().__exit__(kind, *rest)
+
+
+class _Records(logging.Handler):
+    """Prints the package's log records to stderr, but for those of stages, which are shown otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.addFilter(lambda record: record.name != stages.__name__)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
 
 
 def with_progress(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:

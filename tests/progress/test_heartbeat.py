@@ -20,6 +20,7 @@ from gralora_fx.progress.console import (
     FIRST,
     SILENCE,
     SILENCED,
+    CommandProgress,
     Heartbeat,
     StageProgress,
     time_left,
@@ -223,3 +224,11 @@ def test_quiet_blocks_of_several_threads_leave_the_process_as_it_was() -> None:
     assert logging.root.manager.disable == logging.CRITICAL
     second.__exit__(None, None, None)
     assert (logging.root.manager.disable, sys.stdout, sys.stderr, warnings.filters) == before
+
+
+def test_a_command_shows_what_the_package_logs_beside_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    with CommandProgress(), timed("opening"):
+        logging.getLogger("gralora_fx.serving.http.engines").info("no prefix cache: steps are too short")
+    shown = capsys.readouterr().err
+    assert shown.splitlines().count("no prefix cache: steps are too short") == 1
+    assert "opening: 0.0 s" not in shown
