@@ -26,7 +26,7 @@ def test_peft_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["peft_to_onnx.py", "--output", str(tmp_path / "onnx")])
     runpy.run_path(str(EXAMPLES / "peft_to_onnx.py"), run_name="__main__")
     output = capsys.readouterr().out
-    assert "passed: 4 cases" in output
+    assert "passed: 4 inputs compared" in output
     assert "ONNX Runtime and PyTorch differ by" in output
 
 
