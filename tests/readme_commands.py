@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import shlex
+import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from gralora_fx.cli import main
 
 README = Path(__file__).parent.parent / "README.md"
 _SHELL = ("", "sh", "bash", "shell", "console")
@@ -31,6 +40,24 @@ def commands(text: str) -> list[list[str]]:
             replaced = [_VARIABLE.sub(lambda match: variables[match[1]], word) for word in words[1:]]
             found.append([word for word in replaced if word != "&"])
     return found
+
+
+def answers(text: str) -> list[str]:
+    """What the comments behind a page's `gralora-fx generate` say that it answers."""
+    lines = [line for line in _lines(text) if line.startswith("gralora-fx generate ")]
+    return [line.partition("  # ")[2] for line in lines]
+
+
+def run(command: list[str]) -> str:
+    """Run a command in this process; what it printed on stderr has passed by `capfd`."""
+    handler = signal.getsignal(signal.SIGTERM)
+    argv = patch.object(sys, "argv", ["gralora-fx", *command])
+    with argv, warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code, command
+    signal.signal(signal.SIGTERM, handler)
+    gc.unfreeze()
+    return command[0]
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -116,7 +116,6 @@ LONG = (
 )
 # Tests of many models, sizes or moments that take long: `make test` runs every n-th of each, `make test-all` all.
 SAMPLED = {
-    "adapters/test_ownership.py::test_converting_gives_the_converted_model": 2,
     "architectures/test_decoder_architectures.py::test_tokens_are_the_models_and_every_layer_is_fused": 4,
     "architectures/test_encoder_architectures.py::test_the_export_gives_the_models_values_and_every_layer_is_fused": 4,
     "exporters/test_adapter_contract.py::test_other_precisions_pass_verification": 3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import runpy
@@ -10,19 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-from unittest.mock import patch
 
 import peft
 import pytest
 import torch
-from readme_commands import README, commands, inputs
+from readme_commands import README, answers, commands, inputs, run
 from transformers import AutoModelForCausalLM
 
-from gralora_fx.cli import main
-
-COMMANDS = commands(README.read_text(encoding="utf-8"))
+TEXT = README.read_text(encoding="utf-8")
+COMMANDS, ANSWERS = commands(TEXT), answers(TEXT)
 EXAMPLES = README.parent / "examples"
 CHATTER = re.compile(r"FutureWarning|DeprecationWarning|UserWarning|\[transformers\]|Loading weights|it/s\]|Traceback")
 
@@ -44,18 +40,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         peft.get_peft_model(base, config).save_pretrained(folder / name)
     return folder
-
-
-def run(command: list[str]) -> str:
-    """Run a command in this process; what it printed on stderr has passed by `capfd`."""
-    handler = signal.getsignal(signal.SIGTERM)
-    argv = patch.object(sys, "argv", ["gralora-fx", *command])
-    with argv, warnings.catch_warnings(), pytest.raises(SystemExit) as end:
-        main()
-    assert not end.value.code, command
-    signal.signal(signal.SIGTERM, handler)
-    gc.unfreeze()
-    return command[0]
 
 
 def serve(command: list[str]) -> str:
@@ -94,9 +78,13 @@ def test_every_command_runs(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """With one method after the other in the same directory, as a user who tries a second adapter."""
+    """With one method after the other in the same directory, as a user who tries a second adapter.
+
+    GraLoRA's is the adapter that the README's own checkpoint has, so its answers are those that the README shows.
+    """
     monkeypatch.chdir(tmp_path)
     given: set[Path] = set()
+    told: list[str] = []
     for method in methods:
         for command in COMMANDS:
             if command[0] == "demo":  # tests/test_demo.py
@@ -111,6 +99,9 @@ def test_every_command_runs(
             (serve if command[0] == "serve" else run)(command)
             printed = capfd.readouterr()
             assert not CHATTER.search(printed.err + printed.out), printed.err
+            if command[0] == "generate" and method == "GraLoRA":
+                told.append(printed.out.strip())
+        assert told == (ANSWERS if method == "GraLoRA" else [])
         if "--html" in (words := [word for command in COMMANDS for word in command]):
             assert "<svg" in Path(words[words.index("--html") + 1]).read_text(encoding="utf-8")
 
@@ -122,6 +113,7 @@ pip install x
 A=one/two   # a comment
 gralora-fx export --model $BASE \\
     --adapter "${A}" --output out  # more
+gralora-fx generate --onnx out --prompt "so it"  # goes on
 python x.py && gralora-fx no
 ```
 ```python
@@ -134,9 +126,12 @@ $ gralora-fx serve out --adapter name=$A &
     found = commands(page)
     assert found == [
         ["export", "--model", "base", "--adapter", "one/two", "--output", "out"],
+        ["generate", "--onnx", "out", "--prompt", "so it"],
         ["serve", "out", "--adapter", "name=one/two"],
     ]
     assert [list(inputs(command)) for command in found] == [
         [("base", "base"), ("one/two", "adapter")],
+        [],
         [("one/two", "adapter")],
     ]
+    assert answers(page) == ["goes on"]

@@ -176,7 +176,11 @@ def test_encoder_decoders_answer_texts_and_recordings(pairs: Path) -> None:
         ("t5", ("--audio", "{folder}/a.wav"), "give --prompt TEXT and leave --audio out"),
         ("t5", (), "there is nothing to answer; give --prompt TEXT"),
         ("t5", ("--prompt", "a", "--language", "de"), "--language is of --audio, and has no effect"),
-        ("t5", ("--prompt", "a", "--chat"), "has no chat template; leave --chat out"),
+        (
+            "t5",
+            ("--prompt", "a", "--chat"),
+            "{folder}/t5 has no chat template: write one to chat_template.jinja",
+        ),
         ("whisper", ("--prompt", "a"), "give --audio FILE and leave --prompt out"),
         ("whisper", (), "there is nothing to answer; give --audio FILE"),
         ("whisper", ("--audio", "{folder}/a.wav", "--chat"), "give --audio FILE and leave --chat out"),
@@ -194,6 +198,8 @@ def test_what_encoder_decoders_do_not_take_is_one_line(
     assert printed.status == 1
     *stages, error = printed.stderr.splitlines()
     assert error.startswith("error: ")
-    assert message in error or ("is not WAV" in message and "is not audio that can be read" in error)
+    assert message.format(folder=pairs) in error or (
+        "is not WAV" in message and "is not audio that can be read" in error
+    )
     assert all(line.startswith(("import", "open", "read")) for line in stages)
     assert printed.stdout == ""

@@ -279,7 +279,7 @@ def test_what_the_tokenizer_does_not_take_is_named(speaking: OrtModel, prompt: A
 
 
 def test_a_chat_needs_a_template_and_is_not_repeated(speaking: OrtModel) -> None:
-    with pytest.raises(ServingError, match=r"no chat template; .*/v1/completions") as error:
+    with pytest.raises(ServingError, match=r"no chat template: .*/v1/completions") as error:
         speaking.generate([{"role": "user", "content": "a secret"}])
     assert "secret" not in str(error.value)
 
