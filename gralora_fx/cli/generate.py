@@ -130,8 +130,8 @@ def generate(
                 has_template = getattr(model.tokenizer, "chat_template", None) is not None
                 if chat and not has_template:
                     raise ConfigError(
-                        f"the tokenizer of {path} has no chat template: write one to chat_template.jinja in the tokenizer's "
-                        "directory and export the model again, or leave --chat out"
+                        f"the tokenizer of {path} has no chat template: write one to chat_template.jinja in the "
+                        "tokenizer's directory and export the model again, or leave --chat out"
                     )
                 if name is not None and source is not None:
                     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gralora-fx-"))

@@ -207,8 +207,8 @@ def prompt_ids(
         raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
     if not isinstance(prompt, str) and getattr(tokenizer, "chat_template", "") is None:
         raise error(
-            "the tokenizer has no chat template: write one to chat_template.jinja in the tokenizer's directory and export "
-            "the model again, or give the prompt as text, over HTTP to /v1/completions"
+            "the tokenizer has no chat template: write one to chat_template.jinja in the tokenizer's directory and "
+            "export the model again, or give the prompt as text, over HTTP to /v1/completions"
         )
     with _refusals_as(error, prompt):
         text = prompt if isinstance(prompt, str) else _written_chat(prompt, tokenizer, tools)
