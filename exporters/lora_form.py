@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.adapter_files import KEY_PREFIX, adapter_writers
+from gralora_fx.adapters.adapter_files import adapter_writers
 from gralora_fx.adapters.parameter_keys import names_parameter, parameter_keys
 from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.checks import check_integer
 from gralora_fx.config.expressions import fullmatch
+from gralora_fx.config.reading import KEY_PREFIX
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
 from gralora_fx.methods.arrays import to_numpy

@@ -39,7 +39,7 @@ from gralora_fx.runtime.export_files import describe_files, file_names
 from gralora_fx.runtime.export_usage import usage_of
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.session import Runtime, check_integer_sums
-from gralora_fx.tracing.inputs.cache import CacheLayout
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 Keywords = ParamSpec("Keywords")

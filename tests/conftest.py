@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))  # xdist's controller 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
 os.environ["GRALORA_FX_PROGRESS"] = "0"  # which depends on how fast a machine is; tests of it set it otherwise
 
-collect_ignore_glob = ["clients/*.py"]  # scripts that run in environments of their own
-
 import pytest
 import torch
 from scheduling import GroupScheduling, rank, sampled
+
+collect_ignore_glob = ["clients/*.py"]  # scripts that run in environments of their own
 
 # pytest listens to loggers that pass nothing on, and torch describes every step of a trace to whoever listens: a sixth
 # of the time of tests that trace

@@ -15,16 +15,8 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
 from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.sources.sentence_modules import SETTINGS_NAME
-from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.cache_slots import (
-    KINDS,
-    PAST_PREFIX,
-    PRESENT_PREFIX,
-    CacheSlot,
-    keeps_state,
-    past_slots,
-    slot_of,
-)
+from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
+from gralora_fx.tracing.inputs.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -51,8 +51,10 @@ from gralora_fx.exporters.verification.fresh_inputs import decoder_inputs, rando
 from gralora_fx.exporters.verification.greedy_tokens import compare_decoder
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.runtime.export_directory import DECODER_KIND, MODEL
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cached_slots
+from gralora_fx.tracing.inputs.cache import cached_slots
 from gralora_fx.tracing.inputs.cache_slots import CacheSlot
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 

@@ -29,8 +29,8 @@ from gralora_fx.exporters.verification.greedy_tokens import compare_encoder_deco
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND, FLAG
 from gralora_fx.runtime.manifest import RowsEntry
-from gralora_fx.tracing.inputs.cache import CacheLayout
 from gralora_fx.tracing.inputs.cache_slots import KINDS
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 
 _EVERYTHING = 2**63 - 1
 

@@ -19,8 +19,8 @@ from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
-from gralora_fx.tracing.inputs.cache import PAST
 from gralora_fx.tracing.inputs.cache_slots import StateKind
+from gralora_fx.tracing.inputs.input_names import PAST
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -15,7 +15,8 @@ from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.fx_passes.cast_graph import precision_of
 from gralora_fx.exporters.fx_passes.matching import is_size
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.tracing.inputs.cache import PAST, returned_cache
+from gralora_fx.tracing.inputs.cache import returned_cache
+from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.tracing.ready_graphs import is_operator_graph, recapture

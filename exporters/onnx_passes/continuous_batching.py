@@ -37,8 +37,8 @@ from gralora_fx.runtime.export_directory import (
     QUERY_SEQLENS,
     ROWS_FORM,
 )
-from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, takes_image_inputs
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import PAST_PREFIX, PRESENT_PREFIX, takes_image_inputs
 
 GQA = "GroupQueryAttention"
 # positions of its inputs

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.onnx_passes.builder import Builder
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, takes_image_inputs
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import takes_image_inputs
 
 
 def optional_image_inputs(model: ir.Model) -> PassResult[ir.Model]:

@@ -9,7 +9,8 @@ from gralora_fx.exporters.onnx_passes.row_states import STATE
 from gralora_fx.exporters.onnx_passes.state_forms import fits_convolution
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import TRANSPOSED_STATES
-from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, past_slots
+from gralora_fx.tracing.inputs.cache_slots import past_slots
+from gralora_fx.tracing.inputs.input_names import PAST_PREFIX
 
 
 def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:

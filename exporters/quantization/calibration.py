@@ -23,7 +23,9 @@ from gralora_fx.exporters.verification.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verification.reference_models import evaluating, float32_model
 from gralora_fx.exporters.verification.token_quality import draw_tokens, drawn_texts, user_texts
 from gralora_fx.progress.stages import counted
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, empty_cache
+from gralora_fx.tracing.inputs.cache import empty_cache
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 _DRAWN, _FEW, _MANY = 64, 16, 64  # tokens of a text that the model draws; texts that measure; that round too

@@ -32,7 +32,7 @@ from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.progress.stages import counted
-from gralora_fx.tracing.inputs.cache import CacheLayout
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of factors, tried in this order

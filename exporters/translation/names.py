@@ -11,8 +11,9 @@ from torch import Tensor
 from gralora_fx.errors import ExportError
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.runtime.export_directory import LOGITS_INDICES, PAST_SEQLENS
-from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, slot_of
-from gralora_fx.tracing.inputs.image_inputs import IDS, IMAGE_INPUTS
+from gralora_fx.tracing.inputs.cache_slots import slot_of
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import IDS, PAST_PREFIX
 from gralora_fx.tracing.inputs.input_trees import leaf_paths
 
 _TEXT = ("batch_size", "sequence_length")

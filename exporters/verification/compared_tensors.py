@@ -12,7 +12,8 @@ from transformers import Cache, EncoderDecoderCache
 
 from gralora_fx.errors import ExportError
 from gralora_fx.tracing.inputs.cache import positions, returned_cache, tensors_of
-from gralora_fx.tracing.inputs.cache_slots import PRESENT_PREFIX, slot_of
+from gralora_fx.tracing.inputs.cache_slots import slot_of
+from gralora_fx.tracing.inputs.input_names import PRESENT_PREFIX
 from gralora_fx.tracing.inputs.input_trees import tensor_paths
 
 

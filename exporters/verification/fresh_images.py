@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS, GIVEN, IDS, IMAGE_INPUTS, takes_image_inputs
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import EMBEDS, GIVEN, IDS, takes_image_inputs
 from gralora_fx.tracing.traced_model import TracedModel
 
 _IMAGES = 0.4  # the share of positions that have an image

@@ -28,15 +28,15 @@ from gralora_fx.exporters.verification.cases import (
 )
 from gralora_fx.exporters.verification.fresh_images import images_beside
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.tracing.inputs.cache import PAST, empty_cache, positions, returned_cache, tensors_of, with_tensors
+from gralora_fx.tracing.inputs.cache import empty_cache, positions, returned_cache, tensors_of, with_tensors
 from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
-from gralora_fx.tracing.inputs.image_sizes import IMAGES, pixels
+from gralora_fx.tracing.inputs.image_sizes import pixels
+from gralora_fx.tracing.inputs.input_names import IMAGES, PAST
 from gralora_fx.tracing.inputs.input_trees import path_of
 from gralora_fx.tracing.traced_model import TracedModel
 
 _BATCH = 16  # a user's texts that are compared at once
-# rows, positions before, new positions, side of the padding
-_STEPS = (
+_STEPS = (  # rows, positions before, new positions, side of the padding
     (1, 0, 1, ""),
     (1, 0, 24, ""),
     (3, 0, 11, "left"),

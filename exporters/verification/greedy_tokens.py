@@ -22,7 +22,8 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.stages import counting
 from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.runtime.session_views import as_past
-from gralora_fx.tracing.inputs.cache import PAST, empty_cache, returned_cache
+from gralora_fx.tracing.inputs.cache import empty_cache, returned_cache
+from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.traced_model import TracedModel
 
 Step = Callable[[Tensor, Tensor], Tensor]  # from new ids and the mask of all positions to logits

@@ -25,7 +25,7 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quantized_weights import OutputQuality, Quality, TokenQuality
 from gralora_fx.runtime.session import open_session
-from gralora_fx.tracing.inputs.cache import CacheLayout
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
 

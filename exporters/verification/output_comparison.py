@@ -28,7 +28,7 @@ from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.ort_values import as_tensor, image_arguments, run_values
 from gralora_fx.runtime.session_views import transposed_states
-from gralora_fx.tracing.inputs.cache import own_inputs
+from gralora_fx.tracing.inputs.input_trees import own_inputs
 from gralora_fx.tracing.traced_model import TracedModel
 
 

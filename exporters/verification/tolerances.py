@@ -20,7 +20,8 @@ from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import Manifest
 from gralora_fx.runtime.openvino import arithmetic, is_openvino
 from gralora_fx.runtime.session import Runtime
-from gralora_fx.tracing.inputs.cache import PAST, empty_cache, returned_cache, tensors_of, with_tensors
+from gralora_fx.tracing.inputs.cache import empty_cache, returned_cache, tensors_of, with_tensors
+from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.traced_model import TracedModel
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.passes.other_parameters import RedirectParameters
 from gralora_fx.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.sources.lazy_tensors import values_of
-from gralora_fx.sources.same_base import BaseComparison
+
+if TYPE_CHECKING:
+    from gralora_fx.sources.same_base import BaseComparison
 
 _Entry = TypeVar("_Entry")
 _HALF = (torch.float16, torch.bfloat16)

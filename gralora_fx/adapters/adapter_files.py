@@ -16,7 +16,7 @@ from safetensors.numpy import save, save_file
 
 from gralora_fx.adapters.agreement import check_target_names
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.config.reading import read_fields
+from gralora_fx.config.reading import KEY_PREFIX, read_fields
 from gralora_fx.errors import CheckpointError, shown
 from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.methods.arrays import Array, to_numpy
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."  # of every key of PEFT's file
 SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
 _PICKLE_NAME = "adapter_model.bin"
 _READ_AT_ONCE = 2**20  # bytes

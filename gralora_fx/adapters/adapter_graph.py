@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -26,7 +27,9 @@ from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 from gralora_fx.graph.pipeline import GraphPass
 from gralora_fx.methods import AdapterTensors
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.sources.same_base import BaseComparison
+
+if TYPE_CHECKING:
+    from gralora_fx.sources.same_base import BaseComparison
 
 
 class AdapterGraph(CurrentGraph):

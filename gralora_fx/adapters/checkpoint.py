@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.adapters.adapter import ModelAdapter
-from gralora_fx.adapters.adapter_files import (
-    KEY_PREFIX,
-    SAVED_COPY,
-    adapter_writers,
-)
-from gralora_fx.adapters.parameter_keys import parameter_keys
+from gralora_fx.adapters.adapter_files import SAVED_COPY, adapter_writers
+from gralora_fx.adapters.peft_keys import checkpoint_parameters
 from gralora_fx.config import AdapterConfig
+from gralora_fx.config.reading import KEY_PREFIX
 from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
-from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.sources.atomic_save import Writer, save_together
 from gralora_fx.sources.base_quantization import RECORD
@@ -184,27 +180,6 @@ def _adapted_modules(adapter: ModelAdapter) -> list[str]:
 def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
     """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
     return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
-
-
-def checkpoint_parameters(adapter: ModelAdapter) -> dict[str, Tensor]:
-    """An adapter's trainable tensors by the keys of PEFT's file."""
-    parameters: dict[str, Tensor] = {}
-    keys = parameter_keys(parameters_of(adapter), nests=adapter.method.NESTS_PARAMETERS)
-    for site_path, factors in adapter.factors.items():
-        for field, tensor in factors._asdict().items():
-            if tensor is not None:
-                parameters[f"{KEY_PREFIX}{keys.get(site_path, site_path)}.{adapter.method.keys[field]}"] = tensor
-    for module, owned in adapter.copies.items():
-        for base, parameter in owned.items():
-            is_layers_own = module in adapter.factors and base == f"{module}.bias"
-            name = f"{module}.base_layer.bias" if is_layers_own else base
-            parameters[f"{KEY_PREFIX}{name}"] = parameter
-    return parameters
-
-
-def parameters_of(adapter: ModelAdapter) -> tuple[str, ...]:
-    """Names of the parameters that an adapter is at and that are no layer's weight, in the order of their modules."""
-    return tuple(p.site.path for p in adapter.plan.selected if isinstance(p.site, ParameterSite))
 
 
 def _match_keys(

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from gralora_fx.adapters.adapter import ModelAdapter
-from gralora_fx.adapters.adapter_files import tensors_digest
-from gralora_fx.adapters.checkpoint import checkpoint_parameters, saved_config
+from gralora_fx.adapters.peft_keys import checkpoint_parameters
 from gralora_fx.errors import warn_caller
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -51,6 +50,9 @@ class _Folded:
         return cls(adapter, traced, tensors, _versions(tensors))
 
     def described(self) -> dict[str, Any]:
+        from gralora_fx.adapters.adapter_files import tensors_digest
+        from gralora_fx.adapters.checkpoint import saved_config
+
         config = saved_config(self.adapter, self.traced)
         digest: str | None = tensors_digest(self.tensors, config)
         if self.versions != _versions(self.tensors):

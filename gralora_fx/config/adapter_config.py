@@ -8,16 +8,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gralora_fx.config.checks import check_integer, check_names, check_parameters
 from gralora_fx.config.expressions import CONTAINER, SAVED_MODULE, check_expression, check_expressions, check_pattern
 from gralora_fx.config.foreign_fields import check_keywords, check_known
 from gralora_fx.config.reading import ALL_LINEAR, CONFIG_NAME, as_peft_reads, config_fields, peft_fields
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources.atomic_save import save_together
-from gralora_fx.sources.base_quantization import BaseQuantization
-from gralora_fx.sources.same_base import BaseSource
+
+if TYPE_CHECKING:
+    from gralora_fx.sources.same_base import BaseSource
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -107,6 +107,8 @@ class AdapterConfig(ABC):
             if isinstance(names := getattr(self, name), (tuple, set, frozenset)):
                 object.__setattr__(self, name, sorted(names))
         if self.base_quantization is not None:
+            from gralora_fx.sources.base_quantization import BaseQuantization
+
             object.__setattr__(self, "base_quantization", BaseQuantization.of(self.base_quantization).to_dict())
         self.check_sizes()
         self._check_choices()
@@ -118,6 +120,8 @@ class AdapterConfig(ABC):
     @property
     def made_for(self) -> BaseSource:
         """The base that the adapter was made for, as far as it is named."""
+        from gralora_fx.sources.same_base import BaseSource
+
         return BaseSource(self.base_model_name_or_path, self.revision, record=self.base_quantization)
 
     @abstractmethod
@@ -208,6 +212,8 @@ class AdapterConfig(ABC):
         Raises:
             ConfigError: It cannot be written.
         """
+        from gralora_fx.sources.atomic_save import save_together
+
         save_together(directory, {"": {CONFIG_NAME: self.write_json}}, ConfigError)
 
     def write_json(self, path: Path) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 
 from gralora_fx.config.checks import check_integer, is_number
 from gralora_fx.errors import ConfigError, shown, warn_caller
-from gralora_fx.sources.atomic_save import read_together
-from gralora_fx.sources.model_files import ADAPTER_FILE, described, resolve_directory
 
-CONFIG_NAME = ADAPTER_FILE
+CONFIG_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
+KEY_PREFIX = "base_model.model."  # of every key of an adapter's tensors
 
 
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
@@ -26,6 +25,9 @@ def config_fields(directory: str | Path, *, revision: str | None = None) -> tupl
     Raises:
         ConfigError: There is no such file, or it is not a JSON object.
     """
+    from gralora_fx.sources.atomic_save import read_together
+    from gralora_fx.sources.model_files import resolve_directory
+
     path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
     return read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME)
 
@@ -41,6 +43,8 @@ def read_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from error
     if data is None:
+        from gralora_fx.sources.model_files import described
+
         raise ConfigError(
             f"no {path.name} in {path.parent}, which {described(path.parent)}; give the directory of a saved adapter"
         )

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.ort_values import DTYPES, as_array, image_arguments
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS, GIVEN, IDS, IMAGE_INPUTS
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import EMBEDS, GIVEN, IDS
 
 _GRID = "grid_position_ids"
 

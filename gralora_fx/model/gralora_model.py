@@ -9,9 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from gralora_fx.adapters.adapter import ModelAdapter
-from gralora_fx.adapters.adapter_files import read_adapter
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.checkpoint import load_tensors, settled_base
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
@@ -21,7 +19,6 @@ from gralora_fx.model.merging import Merging
 from gralora_fx.model.model_class import class_for
 from gralora_fx.model.saved_adapters import AdapterFiles
 from gralora_fx.model.trainable import Trainable, check_arguments
-from gralora_fx.picture import html_of, save, svg_of
 from gralora_fx.planning.rewrite_plan import RewritePlan
 from gralora_fx.tracing.losses import ITEM_COUNT, decoder_inputs, model_loss, split_labels
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
@@ -84,6 +81,9 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             RewriteError: `traced` is not a traced model.
         """
         check_traced(traced, RewriteError, "load an adapter into")
+        from gralora_fx.adapters.adapter_files import read_adapter
+        from gralora_fx.adapters.checkpoint import load_tensors, settled_base
+
         config, tensors = read_adapter(directory, revision=revision)
         base = settled_base(config, traced, directory, strict=strict_base)
         model = cls(traced)
@@ -164,6 +164,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         Raises:
             RewriteError: It cannot be drawn or written.
         """
+        from gralora_fx.picture import save, svg_of
+
         save(svg_of(self, full=full), path)
 
     def to_html(self, path: str | Path, *, full: bool = False) -> None:
@@ -176,6 +178,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         Raises:
             RewriteError: It cannot be drawn or written.
         """
+        from gralora_fx.picture import html_of, save
+
         save(html_of(self, full=full), path)
 
     # -- running and training ---------------------------------------------------------------------------------------

@@ -13,8 +13,6 @@ from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import annotation_of
 from gralora_fx.methods import AdapterTensors, Update
-from gralora_fx.methods.fold import delta_weight
-from gralora_fx.methods.forms import block_norms, summed
 from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.sources.lazy_tensors import values_of
 
@@ -135,6 +133,8 @@ class Inspection:
             TargetError: The site does not exist.
             RewriteError: The adapter does not exist, or none adapts the site.
         """
+        from gralora_fx.methods.fold import delta_weight
+
         site, updates = self.site(path), self._updates(path, adapter_name)
         transposed = site.is_transposed
         if len(updates) > 1 and updates[0].experts is not None:
@@ -160,6 +160,8 @@ class Inspection:
             TargetError: The site does not exist.
             RewriteError: The adapter does not exist, or none adapts the site.
         """
+        from gralora_fx.methods.forms import block_norms
+
         updates = self._updates(path, adapter_name)
         if updates[0].experts is not None or not all(update.is_low_rank for update in updates):
             norm: Tensor = torch.linalg.vector_norm(self.delta_weight(path, adapter_name).double())
@@ -209,4 +211,6 @@ class Inspection:
 
 
 def _sum(updates: Sequence[Update]) -> Update:
+    from gralora_fx.methods.forms import summed
+
     return updates[0] if len(updates) == 1 else Update(summed(updates), 1.0)

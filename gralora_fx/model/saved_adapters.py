@@ -9,9 +9,7 @@ from torch import Tensor
 
 from gralora_fx.adapters.adapter import ModelAdapter
 from gralora_fx.adapters.adapter import adapter_names as as_names
-from gralora_fx.adapters.adapter_files import read_adapter
 from gralora_fx.adapters.adapter_graph import AdapterGraph
-from gralora_fx.adapters.checkpoint import check_state_dict, load_tensors, settled_base, write_adapters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 from gralora_fx.model.switching import Switching, planned_for
 from gralora_fx.planning.rewrite_plan import RewritePlan
@@ -61,6 +59,8 @@ class AdapterFiles(Switching):
             raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
         if adapter_names is not None and selected_adapters is not None:
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
+        from gralora_fx.adapters.checkpoint import check_state_dict, write_adapters
+
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)
         adapters = {"" if name == "default" else name: self._state[name] for name in names}
@@ -93,6 +93,9 @@ class AdapterFiles(Switching):
             CheckpointError: The tensors do not fit the model or their configuration, or the base is another one.
                 Nothing has changed, after any error.
         """
+        from gralora_fx.adapters.adapter_files import read_adapter
+        from gralora_fx.adapters.checkpoint import load_tensors, settled_base
+
         config, tensors = read_adapter(directory, revision=revision)
         base = settled_base(config, self._state.traced, directory, strict=strict_base)
         if adapter_name in self._state.adapters:

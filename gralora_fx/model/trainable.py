@@ -5,33 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Container
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.errors import RewriteError
-from gralora_fx.tracing.as_transformers import TransformersView, view_of
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+if TYPE_CHECKING:
+    from gralora_fx.tracing.as_transformers import TransformersView
 
 _FUSED_HEAD = "fused_lm_head"  # TRL's argument of a forward that it has replaced
 _PACKED = "cu_seq_lens_q"  # where the texts of a row begin, of collators that pack
-
-
-def _of_base_model(
-    method: Callable[Concatenate[Any, _Arguments], _Result],
-) -> Callable[Concatenate[Any, _Arguments], _Result]:
-    """A method that calls that of the model as transformers sees it, with its signature and documentation."""
-
-    @functools.wraps(method)
-    def delegated(self: Any, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        result: _Result = getattr(self.base_model, method.__name__)(*args, **kwargs)
-        return result
-
-    return delegated
 
 
 class Trainable:
@@ -46,14 +33,51 @@ class Trainable:
     forward: Callable[..., Any]
     model_tags: list[str] | None = None
 
-    generate = _of_base_model(TransformersView.generate)
-    get_input_embeddings = _of_base_model(TransformersView.get_input_embeddings)
-    get_output_embeddings = _of_base_model(TransformersView.get_output_embeddings)
-    prepare_decoder_input_ids_from_labels = _of_base_model(TransformersView.prepare_decoder_input_ids_from_labels)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' own loop, with the active adapters, in the model's current mode.
+
+        Args:
+            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+                `streamer`, `generation_config` and the others.
+
+        Returns:
+            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
+
+        Raises:
+            TraceError: The model does not generate, or an option is not supported over a trace.
+        """
+        return self.base_model.generate(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings, as a module over the parameter that the graph reads.
+
+        Raises:
+            TraceError: The model has none, or the module is more than a table.
+        """
+        return self.base_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the language-model head, as a module over the parameters that the graph reads; None without one.
+
+        Raises:
+            TraceError: It is more than a linear layer.
+        """
+        return self.base_model.get_output_embeddings()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Shift labels right, for collators that feed an encoder-decoder's decoder.
+
+        Args:
+            labels: Token ids `[batch, length]`, -100 where the loss leaves one out.
+        """
+        return self.base_model.prepare_decoder_input_ids_from_labels(labels)
 
     @property
     def base_model(self) -> TransformersView:
         """The model as a transformers model, adapters included, as in PEFT."""
+        from gralora_fx.tracing.as_transformers import view_of
+
         traced, adapters = self._state.traced, self._state
         parameters = dict(traced.tree.parameters)
         for name in adapters.state.active:

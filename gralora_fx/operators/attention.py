@@ -49,7 +49,7 @@ class DotProducts(Call[V]):
         )
 
 
-@operator("attention")
+@operator("attention", dropout="dropout")
 class Attention(DotProducts[V]):
     """`gralora::attention`: causal attention over a cache, as transformers' models compute it.
 

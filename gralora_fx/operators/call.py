@@ -46,6 +46,10 @@ _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyp
 _shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
 STANDS_FOR: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
 _shape_only: dict[Any, Any] = {}  # the other way round
+# operators that compute otherwise in training: the position of the argument that says so, or of a probability that
+# evaluation sets to zero
+TRAIN_FLAGS: dict[Any, int] = {}
+DROPOUTS: dict[Any, int] = {}
 
 
 class Call(Generic[V]):
@@ -136,7 +140,9 @@ C = TypeVar("C", bound=Call[Any])
 
 
 @dataclass_transform(frozen_default=True)
-def operator(name: str, *, tags: tuple[torch.Tag, ...] = ()) -> Callable[[type[C]], type[C]]:
+def operator(
+    name: str, *, tags: tuple[torch.Tag, ...] = (), train: str | None = None, dropout: str | None = None
+) -> Callable[[type[C]], type[C]]:
     """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
 
     PyTorch takes the operator's gradients, its shape of fake tensors and its decomposition from the class's `result`.
@@ -144,6 +150,8 @@ def operator(name: str, *, tags: tuple[torch.Tag, ...] = ()) -> Callable[[type[C
     Args:
         name: The operator's name.
         tags: PyTorch's tags, such as of operators that draw random numbers.
+        train: The argument that says whether the operator is in training, if it has one.
+        dropout: The argument that is a probability of dropout, which evaluation sets to zero, if it has one.
     """
 
     def define(kind: type[C]) -> type[C]:
@@ -155,6 +163,10 @@ def operator(name: str, *, tags: tuple[torch.Tag, ...] = ()) -> Callable[[type[C
         _library.define(schema, tags=tags)
         _library.impl(name, lambda *args, **named: call(*args, **named).result(), "CompositeImplicitAutograd")
         call.target = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if train is not None:
+            TRAIN_FLAGS[call.target] = call.position(train)
+        if dropout is not None:
+            DROPOUTS[call.target] = call.position(dropout)
         call.tensors = tuple(field for field in call.names() if hints[field] in (V, V | None, V | int))
         if hasattr(kind, "shape_only"):
             define_shape_only(schema, lambda *args, **named: call(*args, **named).shape_only(), call.target)

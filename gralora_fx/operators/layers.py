@@ -99,7 +99,7 @@ class Rotary(Call[V]):
         return torch.cat([rotated, rest], dim=-1)
 
 
-@operator("drop_path", tags=(torch.Tag.nondeterministic_seeded,))
+@operator("drop_path", tags=(torch.Tag.nondeterministic_seeded,), train="train")
 class DropPath(Call[V]):
     """`gralora::drop_path`: stochastic depth. Samples are zeroed at random in training, and the others scaled.
 

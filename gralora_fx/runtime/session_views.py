@@ -13,7 +13,8 @@ from onnxruntime import OrtValue
 from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
 from gralora_fx.runtime.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.runtime.export_directory import FLAG, ROWS_FORM, TOKENS_APART, TRANSPOSED_STATES
-from gralora_fx.tracing.inputs.cache_slots import PAST_PREFIX, PRESENT_PREFIX, past_slots
+from gralora_fx.tracing.inputs.cache_slots import past_slots
+from gralora_fx.tracing.inputs.input_names import PAST_PREFIX, PRESENT_PREFIX
 
 Arrays = Mapping[str, NDArray[Any]]
 Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name

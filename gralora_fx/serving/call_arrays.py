@@ -15,10 +15,11 @@ from gralora_fx.engine.limits import context_length
 from gralora_fx.errors import ServingError
 from gralora_fx.runtime.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.runtime.session_views import empty_past
-from gralora_fx.tracing.inputs.cache import PAST, cache_of
+from gralora_fx.tracing.inputs.cache import cache_of
 from gralora_fx.tracing.inputs.cache_slots import past_slots
-from gralora_fx.tracing.inputs.image_inputs import GIVEN, IDS, IMAGE_INPUTS, takes_image_inputs
-from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.image_sizes import ImageSizes
+from gralora_fx.tracing.inputs.input_names import GIVEN, IDS, IMAGES, PAST, takes_image_inputs
 from gralora_fx.tracing.inputs.signature import default_input
 
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"

@@ -20,7 +20,7 @@ from gralora_fx.serving.prompts import GenerateInputs, Prompts, with_images
 from gralora_fx.serving.recordings import is_recording, recording
 from gralora_fx.serving.speculation import Speculation
 from gralora_fx.serving.speech_prompt import SpeechPrompt
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS
+from gralora_fx.tracing.inputs.input_names import EMBEDS
 
 _FEATURES, _MASK = "input_features", "attention_mask"
 Adapter: TypeAlias = str | Sequence[str | None] | None

@@ -18,7 +18,8 @@ from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.runtime.ort_values import plain_array
 from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.prompt_limit import PromptLimit
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS, IMAGE_INPUTS
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import EMBEDS
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

@@ -13,7 +13,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.tracing.inputs.cache import PAST, cached_length, own_cache
+from gralora_fx.tracing.inputs.cache import cached_length, own_cache
+from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.losses import counts_items, decoder_inputs, label_names
 from gralora_fx.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
 
@@ -128,19 +129,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate by transformers' own loop, with the active adapters, in the model's current mode.
-
-        Args:
-            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
-            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
-                `streamer`, `generation_config` and the others.
-
-        Returns:
-            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
-
-        Raises:
-            TraceError: The model does not generate, or an option is not supported over a trace.
-        """
+        """Generate by transformers' own loop (see `GraloraModel.generate`)."""
         name = class_name(self.traced)
         if not self.traced.can_generate():
             raise TraceError(f"{name} does not generate; trace a model with a language-model head")
@@ -157,7 +146,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return super().generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings, as a module over the parameter that the graph reads.
+        """Return the token embeddings, as a module over the parameter that the graph reads.
 
         Raises:
             TraceError: The model has none, or the module is more than a table.
@@ -168,7 +157,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return module_at(self.traced.tree, path, self._read)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The language-model head, as a module over the parameters that the graph reads; None where there is none.
+        """Return the language-model head, as a module over the parameters that the graph reads; None without one.
 
         Raises:
             TraceError: It is more than a linear layer.
@@ -189,7 +178,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return {}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The labels shifted right, for collators that feed an encoder-decoder's decoder.
+        """Shift labels right, for collators that feed an encoder-decoder's decoder.
 
         Args:
             labels: Token ids `[batch, length]`, -100 where the loss leaves one out.

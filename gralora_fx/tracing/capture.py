@@ -9,32 +9,25 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
 from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.operators.layers import DropPath
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.tracing.failures import reason, where
-from gralora_fx.tracing.inputs.cache import PAST, CacheLayout, cache_layout, own_inputs, tensors_of
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
-from gralora_fx.tracing.inputs.image_sizes import IMAGES
-from gralora_fx.tracing.patches.block_sparse_attention import BLOCK_SPARSE_ATTENTION
-from gralora_fx.tracing.patches.cached_states import fresh_states
-from gralora_fx.tracing.patches.decoder_operators import decoder_operators
-from gralora_fx.tracing.patches.expert_layers import experts_as_operators
-from gralora_fx.tracing.patches.looped_experts import looped_experts_as_operators
-from gralora_fx.tracing.patches.recognised import Recognised, replaced
-from gralora_fx.tracing.patches.recurrences import RECURRENCES
-from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
+from gralora_fx.tracing.inputs.input_names import IMAGES, PAST
+from gralora_fx.tracing.inputs.input_trees import own_inputs
+from gralora_fx.tracing.inputs.layouts import CacheLayout, cache_layout
+from gralora_fx.tracing.patches.known_code import IN_EVERY_MODEL, has_experts
+from gralora_fx.tracing.patches.recognised import replaced
 
 
 def capture(draft: Draft) -> Captured:
@@ -48,8 +41,7 @@ def capture(draft: Draft) -> Captured:
         with (
             quiet(),
             replaced(model, IN_EVERY_MODEL),
-            experts_as_operators(model),
-            looped_experts_as_operators(model),
+            _experts(model),
             traceable_modes() as checkpoints,
         ):
             if isinstance(model, PreTrainedModel):
@@ -82,13 +74,34 @@ def export_transformers_model(
     shapes, own, forward = dynamic_axes(inputs, axes), own_inputs(inputs), model.forward
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=PAST in inputs)
-    is_decoder = cache_layout(inputs) is CacheLayout.DECODER
-    with (
-        patch.object(model, "forward", forward),
-        decoder_operators(model, inputs) if is_decoder else nullcontext(),
-        fresh_states(),
-    ):
+    with patch.object(model, "forward", forward), _steps(model, inputs):
         return export_program(model, own, shapes, dynamic=axes is not Axes.NONE)
+
+
+@contextmanager
+def _experts(model: nn.Module) -> Iterator[None]:
+    """Let a model's experts be one node a layer, if it has any."""
+    with ExitStack() as changed:
+        if has_experts(model):
+            from gralora_fx.tracing.patches.expert_layers import experts_as_operators
+            from gralora_fx.tracing.patches.looped_experts import looped_experts_as_operators
+
+            changed.enter_context(experts_as_operators(model))
+            changed.enter_context(looped_experts_as_operators(model))
+        yield
+
+
+@contextmanager
+def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let the layers of a decoder's step be one node each, if the inputs are those of one."""
+    with ExitStack() as changed:
+        if cache_layout(inputs) is CacheLayout.DECODER:
+            from gralora_fx.tracing.patches.cached_states import fresh_states
+            from gralora_fx.tracing.patches.decoder_operators import decoder_operators
+
+            changed.enter_context(decoder_operators(model, inputs))
+            changed.enter_context(fresh_states())
+        yield
 
 
 def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict[str, Any] | None:
@@ -105,12 +118,11 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
     shapes = auto_dynamic_shapes(inputs)
     if IMAGES in shapes and axes is not Axes.IMAGES:
         shapes[IMAGES] = {0: torch.export.Dim.AUTO}
-    for name in filter(shapes.__contains__, IMAGE_INPUTS) if PAST in shapes else ():
-        batch = IMAGE_INPUTS[name].axis
-        shapes[name] = {batch: torch.export.Dim.AUTO, batch + 1: torch.export.Dim.AUTO}
     if PAST in shapes:
-        kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
-        shapes[PAST] = [dict.fromkeys((0, k.grows) if k.grows else (0,), torch.export.Dim.AUTO) for k in kinds]
+        from gralora_fx.tracing.inputs.cached_steps import varying_axes
+
+        varying = varying_axes(inputs)
+        shapes |= {name: varying[name] for name in shapes if name in varying}
     return shapes
 
 
@@ -152,40 +164,3 @@ def traceable_modes() -> Iterator[list[str]]:
     direct = patch.multiple(checkpoint, CheckpointFunction=Direct, _checkpoint_without_reentrant_generator=noted)
     with direct, inference:
         yield used
-
-
-def _drop(module: Any, hidden_states: Tensor) -> Tensor:
-    """Stochastic depth, which `train()` and `eval()` switch in the graph like any dropout."""
-    return DropPath.compute(x=hidden_states, p=module.drop_prob, train=module.training)
-
-
-def _pad(features: Tensor, conv_layer: nn.Conv2d) -> Tensor:
-    """TensorFlow's padding, by arithmetic on sizes where MobileNets branch on them.
-
-    Zeros around features so that a convolution gives `ceil(size / stride)` values on an axis.
-    """
-    amounts: list[Any] = []
-    for axis in (1, 0):  # the last axis first
-        size, stride, kernel = features.shape[2 + axis], conv_layer.stride[axis], conv_layer.kernel_size[axis]
-        total: Any = kernel - stride
-        if stride > 1:  # else every layer would add a term that is always zero
-            total = total + (size + stride - 1) // stride * stride - size
-        if kernel < stride:
-            total = torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
-        before = total // 2
-        dilation = conv_layer.dilation[axis]
-        amounts += [before * dilation, (total - before) * dilation]
-    return nn.functional.pad(features, amounts, "constant", 0.0)
-
-
-DROP_PATH = Recognised(
-    "swin.modeling_swin:SwinDropPath.forward",
-    _drop,
-    ending="DropPath",
-    fits=lambda module: isinstance(module.drop_prob, float),
-)
-SAME_PADDING = (
-    Recognised("mobilenet_v1.modeling_mobilenet_v1:apply_tf_padding", _pad),  # without dilations: all of its are one
-    Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", _pad),
-)
-IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING, *RECURRENCES, *STATE_SPACES, *GATED_NORMS, *BLOCK_SPARSE_ATTENTION)

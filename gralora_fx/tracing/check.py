@@ -19,11 +19,8 @@ from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.eager_calls import call_eager
 from gralora_fx.tracing.failures import where, where_defined
-from gralora_fx.tracing.inputs.cache import PAST, own_inputs
-from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS
-from gralora_fx.tracing.inputs.input_trees import leaf_paths, same_value, shown
-from gralora_fx.tracing.inputs.samples import TEXT_INPUTS
+from gralora_fx.tracing.inputs.input_names import PAST, TEXT_INPUTS
+from gralora_fx.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
 from gralora_fx.tracing.inputs.signature import default_input
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
@@ -242,8 +239,9 @@ def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[s
         sample: The inputs that it was traced with.
     """
     if PAST in sample and isinstance(model, PreTrainedModel):
-        encodes = model.config.is_encoder_decoder
-        yield from _other_step_sizes(model, sample) if encodes else _other_cached_sizes(model, images=EMBEDS in sample)
+        from gralora_fx.tracing.inputs.cached_steps import other_steps
+
+        yield from other_steps(model, sample)
         return
     tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
     if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
@@ -272,26 +270,3 @@ def _with_another_row(value: Any) -> Any:
 
 def _with_another_position(value: Any) -> Any:
     return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
-
-
-def _other_cached_sizes(model: PreTrainedModel, *, images: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Steps of other sizes: one row and one position after a long past, and a prompt after an empty one."""
-    yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, images=images)
-    yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, images=images)
-
-
-def _other_step_sizes(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Calls of other sizes: one row and one position after a long past, and a longer source with an empty cache.
-
-    Args:
-        model: An encoder-decoder.
-        sample: The inputs it was traced with.
-    """
-    source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
-    first = {name: value[:1] for name, value in source.items()}
-    yield "one row and one position", decoder_step(model, first, past=9, length=1)
-    longer = {
-        name: torch.cat([value, value[:, :2]], dim=1) if value.ndim == 2 else value for name, value in source.items()
-    }
-    more = {name: torch.cat([value, value[:1]]) for name, value in longer.items()}
-    yield "an empty cache", decoder_step(model, more, past=0, length=5)

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
@@ -19,14 +19,15 @@ from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.graph.pipeline import PassReport
-from gralora_fx.sources.sentence_modules import SentenceModules
 from gralora_fx.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
-from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.given_embeddings import given_embeddings
-from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes, at_image_size
-from gralora_fx.tracing.inputs.indexer_positions import known_positions
-from gralora_fx.tracing.inputs.samples import check_head, distinct, infer_task, inputs_for_task, widen
+from gralora_fx.tracing.inputs.input_names import PAST, takes_image_inputs
 from gralora_fx.tracing.inputs.signature import CallSignature, signature_of
+from gralora_fx.tracing.inputs.widened import distinct, widen
+from gralora_fx.tracing.patches.known_code import has_key_indexer
+
+if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
+    from gralora_fx.sources.sentence_modules import SentenceModules
+    from gralora_fx.tracing.inputs.image_sizes import ImageSize, ImageSizes
 
 NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -116,6 +117,8 @@ def first_draft(
         TraceError: The task does not fit the model, or inputs are missing or do not fit.
     """
     if isinstance(model, PreTrainedModel):
+        from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task
+
         if task:
             check_task(task)
         else:
@@ -134,8 +137,10 @@ def first_draft(
         arguments = (), inputs_for_task(model, task or "")
     tensors, constants = split_constants(model, named_arguments(model, *arguments))
     if image_size is not None:
+        from gralora_fx.tracing.inputs.image_sizes import at_image_size
+
         tensors, constants = at_image_size(model, tensors, constants, image_size)
-    sample = distinct(widen(model, tensors) if dynamic else tensors)
+    sample = distinct(_enlarged(model, tensors) if dynamic else tensors)
     return Draft(
         model,
         sample,
@@ -147,6 +152,15 @@ def first_draft(
         has_values=has_values,
         axes=Axes.SEQUENCES if dynamic else Axes.NONE,
     )
+
+
+def _enlarged(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Enlarge a user's inputs so that no axis is fixed."""
+    if inputs.get(PAST) is None or not isinstance(model, PreTrainedModel):
+        return widen(model, inputs)
+    from gralora_fx.tracing.inputs.cached_steps import widened_step
+
+    return widened_step(model, {name: value for name, value in inputs.items() if value is not None})
 
 
 @contextmanager
@@ -162,8 +176,7 @@ def called_as(draft: Draft) -> Iterator[None]:
         configured_cache(model, use_cache=PAST in draft.sample),
         _every_layer_runs_once(model),
         _texts_alone(model),
-        known_positions(model),
-        given_embeddings(model, draft.sample),
+        _of_decoders(model, draft.sample),
         _restored(model),
     ):
         yield
@@ -252,6 +265,21 @@ def _texts_alone(model: nn.Module) -> Iterator[None]:
         for part in model.modules():
             if isinstance(getattr(part, "image_patch_tokens", None), int):
                 changed.enter_context(patch.object(part, "image_patch_tokens", 0))
+        yield
+
+
+@contextmanager
+def _of_decoders(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[None]:
+    """Let a decoder take embeddings beside ids, and its indexer of keys know all positions, where it has these."""
+    with ExitStack() as changed:
+        if has_key_indexer(model):
+            from gralora_fx.tracing.inputs.indexer_positions import known_positions
+
+            changed.enter_context(known_positions(model))
+        if takes_image_inputs(sample) and isinstance(model, PreTrainedModel):
+            from gralora_fx.tracing.inputs.given_embeddings import given_embeddings
+
+            changed.enter_context(given_embeddings(model, sample))
         yield
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gralora_fx.tracing.inputs.cache import PAST, cached_length, own_inputs, returned_cache
-from gralora_fx.tracing.inputs.cache_slots import by_own_names
-from gralora_fx.tracing.patches.state_space_layers import forgets_before_prompts
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.input_trees import own_inputs
+from gralora_fx.tracing.inputs.layouts import by_own_names
+from gralora_fx.tracing.patches.known_code import forgets_before_prompts
 
 
 def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
@@ -36,6 +37,8 @@ def _by_token(model: nn.Module, inputs: dict[str, Any]) -> Any:
         model: A decoder whose code is right for single tokens alone.
         inputs: Inputs of the step, by the names of its forward.
     """
+    from gralora_fx.tracing.inputs.cache import cached_length, returned_cache
+
     tokens = {name: inputs.pop(name) for name in ("input_ids", "position_ids") if name in inputs}
     mask, cache = inputs.pop("attention_mask", None), inputs.pop("cache", inputs.pop(PAST, None))
     count, logits = tokens["input_ids"].shape[1], []

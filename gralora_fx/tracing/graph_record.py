@@ -29,13 +29,8 @@ from gralora_fx.compat.torch_graphs import (
 )
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators import (  # noqa: F401  # a record may name any operator, in a process that traced nothing
-    attention,
-    experts,
-    layers,
-    linear_attention,
-    state_spaces,
-)
+from gralora_fx.operators import FILES
+from gralora_fx.operators.call import NAMESPACE
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
 _KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled
@@ -254,6 +249,9 @@ def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
 
 
 def _operator_at(operator: _Operator) -> Any:
+    if operator.path[0] == NAMESPACE:  # in a process that traced nothing
+        for name in FILES:
+            importlib.import_module(f"gralora_fx.operators.{name}")
     target: Any = torch.ops
     try:
         for part in operator.path:

@@ -16,16 +16,8 @@ from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.tracing.both_modes import trace_both_modes
 from gralora_fx.tracing.check import difference, eager_failure, fixed_axes
 from gralora_fx.tracing.draft import Axes, Captured, Draft
-from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.image_sizes import (
-    DYNAMIC,
-    IMAGES,
-    INTERPOLATE,
-    ImageSizes,
-    may_interpolate,
-    pixels,
-    resized,
-)
+from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, INTERPOLATE, ImageSizes, may_interpolate, pixels, resized
+from gralora_fx.tracing.inputs.input_names import IMAGES, PAST
 
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _STRIDE = 32  # of most models from an image to their last features

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -18,15 +18,15 @@ from gralora_fx.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.progress.stages import gc_pause
 from gralora_fx.tracing.both_modes import trace_both_modes
 from gralora_fx.tracing.check import with_call_signature
-from gralora_fx.tracing.draft import Captured, called_as, first_draft
-from gralora_fx.tracing.image_trace import trace_images
+from gralora_fx.tracing.draft import Captured, Draft, called_as, first_draft
 from gralora_fx.tracing.inputs.arguments import example_arguments
-from gralora_fx.tracing.inputs.image_sizes import ImageSize, takes_images
-from gralora_fx.tracing.losses import loss_function_of
-from gralora_fx.tracing.patches.expert_layers import experts_as_operators
-from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
-from gralora_fx.tracing.sentence_encoder import followed_by, sentence_modules_of
+from gralora_fx.tracing.inputs.input_names import takes_images
+from gralora_fx.tracing.patches.known_code import has_experts
 from gralora_fx.tracing.traced_model import TracedModel
+
+if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
+    from gralora_fx.sources.sentence_modules import SentenceModules
+    from gralora_fx.tracing.inputs.image_sizes import ImageSize
 
 
 def trace(
@@ -68,12 +68,14 @@ def trace(
             asked for, or inputs are missing or do not fit.
     """
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
-    sentence = sentence_modules_of(model, task, sentence_modules)
+    sentence = _sentence_modules(model, task, sentence_modules)
     if isinstance(model, (fx.GraphModule, torch.export.ExportedProgram)):
         if image_size is not None:
             raise TraceError(
                 "image_size has no effect on a graph, which was traced for the sizes that it takes; leave it out"
             )
+        from gralora_fx.tracing.ready_graphs import trace_ready_graph, tree_of
+
         draft = trace_ready_graph(model, arguments, task)
         return _with_layers(draft, tree_of(draft), training=not draft.evaluates)
     if isinstance(model, TracedModel) or isinstance(getattr(model, "traced", None), TracedModel):
@@ -87,31 +89,59 @@ def trace(
             f"the {type(model).__name__} holds weights that bitsandbytes quantized, whose products cannot be traced; "
             "load it with gralora_fx.loading.models.load_model, which takes their values, or trace model.dequantize()"
         )
-    with followed_by(model, sentence) if sentence is not None else nullcontext():
-        with placeholder_parameters(model) as originals, gc_pause():
-            with experts_as_operators(model) if originals else nullcontext():  # grouped products take no placeholders
-                first = first_draft(
-                    model,
-                    arguments,
-                    task=task,
-                    dynamic=dynamic,
-                    sentence=sentence,
-                    image_size=image_size,
-                    has_values=not originals,
-                )
-            with called_as(first):
-                draft = trace_images(first) if takes_images(first.sample) else trace_both_modes(first)
-                draft = with_call_signature(draft)
-            if originals:
-                restore_parameters(draft.graph_module, originals)
+    with ExitStack() as changed:
+        if sentence is not None:
+            from gralora_fx.tracing.sentence_encoder import followed_by
+
+            changed.enter_context(followed_by(model, sentence))
+        originals = changed.enter_context(placeholder_parameters(model))
+        changed.enter_context(gc_pause())
+        if originals and has_experts(model):  # grouped products take no placeholders
+            from gralora_fx.tracing.patches.expert_layers import experts_as_operators
+
+            changed.enter_context(experts_as_operators(model))
+        first = first_draft(
+            model,
+            arguments,
+            task=task,
+            dynamic=dynamic,
+            sentence=sentence,
+            image_size=image_size,
+            has_values=not originals,
+        )
+        with called_as(first):
+            draft = with_call_signature(_checked(first))
+        if originals:
+            restore_parameters(draft.graph_module, originals)
         # the modules of a sentence encoder are still among the model's
         return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
 
 
+def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
+    """Return the modules after a transformer that make a sentence encoder of it; None for another task."""
+    if task is None and source is None:
+        return None
+    from gralora_fx.tracing.sentence_encoder import sentence_modules_of
+
+    return sentence_modules_of(model, task, source)
+
+
+def _checked(draft: Draft) -> Captured:
+    """Capture and check a model for both modes, of images for the sizes that it takes."""
+    if not takes_images(draft.sample):
+        return trace_both_modes(draft)
+    from gralora_fx.tracing.image_trace import trace_images
+
+    return trace_images(draft)
+
+
 def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> TracedModel:
     """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
-    model = draft.model
-    config = getattr(model, "config", None) if isinstance(model, PreTrainedModel) else None
+    model, config, loss = draft.model, None, None
+    if isinstance(model, PreTrainedModel):
+        from gralora_fx.tracing.losses import loss_function_of
+
+        config, loss = model.config, loss_function_of(model)
     traced = TracedModel(
         draft.graph_module,
         tree=tree,
@@ -122,7 +152,7 @@ def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> Traced
         config=config,
         generation_config=getattr(model, "generation_config", None) if config is not None else None,
         tokenizer_source=getattr(config, "_name_or_path", None) or None,
-        loss_function=loss_function_of(model) if isinstance(model, PreTrainedModel) else None,
+        loss_function=loss,
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
         sentence=draft.sentence,
         passes=draft.passes,

@@ -8,7 +8,7 @@ import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -17,26 +17,21 @@ from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTraine
 from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.graph.out_of_reach import layers_of
-from gralora_fx.graph.parameter_sites import ParameterSite, parameter_sites
 from gralora_fx.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
-from gralora_fx.sources.sentence_modules import SentenceModules
-from gralora_fx.tracing.as_transformers import TransformersView, view_of
 from gralora_fx.tracing.graph_record import deep_copy, pack_module, unpack_module
-from gralora_fx.tracing.inputs.cache import (
-    PAST,
-    CacheLayout,
-    batch_of,
-    cache_layout,
-    empty_cache,
-    fitted_cache,
-    own_cache,
-)
-from gralora_fx.tracing.inputs.signature import CallSignature, check_step_shapes, with_cache_name
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
+from gralora_fx.tracing.inputs.signature import CallSignature, with_cache_name
 from gralora_fx.tracing.normalize.modes import set_mode
 from gralora_fx.tracing.source_model import main_input
+
+if TYPE_CHECKING:
+    from gralora_fx.graph.parameter_sites import ParameterSite
+    from gralora_fx.sources.sentence_modules import SentenceModules
+    from gralora_fx.tracing.as_transformers import TransformersView
 
 CALL_TRACE = "trace it first: call trace() with the model,"
 
@@ -113,6 +108,8 @@ class TracedModel:
     @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:
         """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
+        from gralora_fx.graph.parameter_sites import parameter_sites
+
         return parameter_sites(self.graph_module, self.tree, self.sites)
 
     @property
@@ -200,6 +197,8 @@ class TracedModel:
         return self._view().dtype
 
     def _view(self) -> TransformersView:
+        from gralora_fx.tracing.as_transformers import view_of
+
         return view_of(self, self.__call__, self.tree.parameters, labels=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,14 +214,18 @@ class TracedModel:
                 value.
         """
         kwargs = with_cache_name(self.input_names, kwargs)
-        example = self.example_inputs.get(PAST)
-        if (
-            isinstance(example, Cache)
-            and kwargs.get(PAST) is None
-            and PAST not in self.signature.positional[: len(args)]
-        ):
+        if isinstance(self.example_inputs.get(PAST), Cache):
+            return self._bind_step(args, kwargs)
+        return self.signature.bind(args, kwargs, self.example_inputs)
+
+    def _bind_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Bind the inputs of a step; a cache that is left out is empty, and another is as the graph takes it."""
+        from gralora_fx.tracing.inputs.cache import check_step_shapes, empty_cache, fitted_cache, own_cache
+
+        example = self.example_inputs[PAST]
+        if kwargs.get(PAST) is None and PAST not in self.signature.positional[: len(args)]:
             kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
-        if isinstance(example, Cache) and isinstance(given := kwargs.get(PAST), Cache):
+        if isinstance(given := kwargs.get(PAST), Cache):
             others = (value for name, value in kwargs.items() if name != PAST)
             kwargs = {**kwargs, PAST: fitted_cache(given, example, batch_of((*args, *others)))}
         inputs = self.signature.bind(args, kwargs, self.example_inputs)

@@ -17,11 +17,20 @@ import pytest
 import transformers.models
 from torch import nn
 
-from gralora_fx.tracing.capture import DROP_PATH
-from gralora_fx.tracing.patches.decoder_operators import ANGLES_OF_GRIDS, ATTENTIONS, RMS_NORM, ROTARY_EMBEDDING
+from gralora_fx.tracing.patches.known_code import (
+    ANGLES_OF_GRIDS,
+    ATTENTIONS,
+    CAUSAL_CONV,
+    DELTA_RULE,
+    DROP_PATH,
+    GATED_NORMS,
+    KIMI_RULE,
+    LIGHTNING,
+    RMS_NORM,
+    ROTARY_EMBEDDING,
+    STATE_SPACES,
+)
 from gralora_fx.tracing.patches.recognised import Recognised
-from gralora_fx.tracing.patches.recurrences import CAUSAL_CONV, DELTA_RULE, KIMI_RULE, LIGHTNING
-from gralora_fx.tracing.patches.state_space_layers import GATED_NORMS, STATE_SPACES
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe

@@ -32,7 +32,8 @@ from gralora_fx.exporters.verification.compared_tensors import step_inputs
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.serving import load
-from gralora_fx.tracing.inputs.cache import PAST, empty_cache
+from gralora_fx.tracing.inputs.cache import empty_cache
+from gralora_fx.tracing.inputs.input_names import PAST
 
 CACHED = "text-generation-with-past"
 LORA = GraloraConfig(r=4, gralora_k=2, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_weights=False)

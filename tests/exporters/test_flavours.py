@@ -26,7 +26,7 @@ from gralora_fx.exporters.verification.fresh_inputs import plain_inputs
 from gralora_fx.graph.pipeline import PassResult
 from gralora_fx.serving import load
 from gralora_fx.serving import open_export as readings
-from gralora_fx.tracing.inputs.cache import CacheLayout
+from gralora_fx.tracing.inputs.layouts import CacheLayout
 
 CACHED = "text-generation-with-past"
 

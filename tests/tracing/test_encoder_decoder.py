@@ -14,8 +14,9 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST, own_inputs
 from gralora_fx.tracing.inputs.cached_steps import decoder_step
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.input_trees import own_inputs
 
 NAMES = ("t5", "bart", "whisper")
 ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}

@@ -24,8 +24,8 @@ from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.capture import SAME_PADDING
 from gralora_fx.tracing.inputs.image_sizes import ImageSizes
+from gralora_fx.tracing.patches.known_code import SAME_PADDING
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **IMAGE_MODELS,

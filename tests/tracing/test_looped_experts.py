@@ -10,8 +10,8 @@ from traces import relative_error
 
 from gralora_fx import trace
 from gralora_fx.operators.experts import Experts
-from gralora_fx.tracing.inputs.cache import own_inputs
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs
+from gralora_fx.tracing.inputs.input_trees import own_inputs
 from gralora_fx.tracing.patches.looped_experts import looped_experts_as_operators
 from tests.architectures.tiny_decoders import tiny_decoder
 

@@ -10,9 +10,11 @@ from traces import relative_error
 from transformers import PreTrainedModel
 
 from gralora_fx import TracedModel, trace
-from gralora_fx.tracing.inputs.cache import PAST, own_inputs, tensors_of
+from gralora_fx.tracing.inputs.cache import tensors_of
 from gralora_fx.tracing.inputs.cached_steps import cached_inputs
 from gralora_fx.tracing.inputs.indexer_positions import known_positions
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.input_trees import own_inputs
 from gralora_fx.tracing.patches.sparse_attention import only_chosen
 from tests.architectures.tiny_decoders import tiny_decoder
 

@@ -18,7 +18,7 @@ from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.serving.http.encoder import Encoder
 from gralora_fx.serving.http.inference.tensors import datatype_of
 from gralora_fx.serving.model import OrtModel
-from gralora_fx.tracing.inputs.image_sizes import IMAGES
+from gralora_fx.tracing.inputs.input_names import IMAGES
 from gralora_fx.tracing.inputs.signature import default_input
 
 Run = Callable[[str | None], Sequence[NDArray[Any]]]

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from gralora_fx.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST
+from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.inputs.input_trees import has_tensor, leaf_paths
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from gralora_fx.compat.torch_graphs import tree_map_only
 from gralora_fx.compat.transformers_caches import (
     DummyLayer,
     DynamicIndexedLayer,
@@ -19,33 +17,12 @@ from gralora_fx.compat.transformers_caches import (
     LinearAttentionLayer,
 )
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache_slots import KINDS, PAST_PREFIX, CacheSlot, keeps_state
+from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, keeps_state
+from gralora_fx.tracing.inputs.input_names import PAST
+from gralora_fx.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
 
-PAST = PAST_PREFIX.removesuffix(".")
 _BESIDE = "linear_cache"  # where MiniMax's cache keeps the states of lightning attention, beside its layers
 OF_MORE_THAN_KEYS = (LinearAttentionLayer, DynamicIndexedLayer)  # layers with tensors beside keys and values
-
-
-class CacheLayout(Enum):
-    """What a model keeps between its steps.
-
-    Attributes:
-        NONE: Nothing.
-        DECODER: What a decoder keeps of its positions, by layer: keys and values, or states.
-        ENCODER_DECODER: Those of the decoder's positions, and those of the encoder's output.
-    """
-
-    NONE = "none"
-    DECODER = "decoder"
-    ENCODER_DECODER = "encoder-decoder"
-
-
-def cache_layout(inputs: Mapping[str, Any]) -> CacheLayout:
-    """The layout of the cache among some inputs."""
-    cache = inputs.get(PAST)
-    if isinstance(cache, EncoderDecoderCache):
-        return CacheLayout.ENCODER_DECODER
-    return CacheLayout.DECODER if isinstance(cache, DynamicCache) else CacheLayout.NONE
 
 
 def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
@@ -189,11 +166,6 @@ def cached_slots(inputs: Mapping[str, Any]) -> list[CacheSlot]:
     return list(tensors_of(inputs[PAST])) if cache_layout(inputs) is CacheLayout.DECODER else []
 
 
-def batch_of(values: Iterable[Any]) -> int:
-    """The number of rows of the first tensor."""
-    return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
-
-
 def positions(mask: Tensor, length: int | None = None) -> Tensor:
     """Position of each of the last `length` positions in its row, padding not counted.
 
@@ -205,16 +177,46 @@ def positions(mask: Tensor, length: int | None = None) -> Tensor:
     return counted if length is None else counted[:, counted.shape[1] - length :]
 
 
-def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the inputs, for a run that may modify them: a model appends to the cache it gets.
+def default_of_step(name: str, ids: Tensor, inputs: Mapping[str, Any], *, counts_padding: bool) -> Tensor | None:
+    """Return the default mask or positions of a decoder's step; None for another input.
 
     Args:
-        inputs: Inputs by name.
+        name: Name of the input.
+        ids: `[batch, length]`.
+        inputs: The inputs given, a cache among them.
+        counts_padding: Whether positions count the padding before them.
     """
-    own = {
-        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
-        for name, value in inputs.items()
-    }
-    if isinstance(cache := own.get(PAST), Cache):
-        own[PAST] = own_cache(cache)
-    return own
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = ids.new_ones(ids.shape[0], (cached_length(inputs[PAST]) or 0) + ids.shape[1])
+    counted = positions(torch.ones_like(mask) if counts_padding else mask, ids.shape[1])
+    return {"attention_mask": mask, "position_ids": counted}.get(name)
+
+
+def check_step_shapes(inputs: Mapping[str, Any]) -> None:
+    """Check that a decoder step's mask and cache fit its tokens, since the graph's own error would be obscure.
+
+    Args:
+        inputs: All inputs of one call.
+
+    Raises:
+        TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.
+    """
+    ids, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", PAST))
+    if not (isinstance(ids, Tensor) and isinstance(mask, Tensor) and isinstance(cache, DynamicCache)):
+        return
+    if ids.ndim != 2:
+        raise TraceError(f"input_ids has shape {list(ids.shape)}, but a step takes [batch, length]")
+    tensors = tensors_of(cache)
+    if not tensors:
+        raise TraceError(f"{PAST} has no layers; leave it out for an empty cache, or give one that the model returned")
+    past, rows, (batch, length) = cached_length(cache), batch_of(tensors.values()), ids.shape
+    if rows != batch:
+        raise TraceError(f"{PAST} has {rows} rows, but input_ids has shape {list(ids.shape)}; give one of it")
+    if past is None:  # states alone, which do not tell how many positions they are of
+        past = max(mask.shape[-1] - length, 0)
+    if tuple(mask.shape) != (batch, past + length):
+        raise TraceError(
+            f"attention_mask has shape {list(mask.shape)}, but {past} cached and {length} new positions of {batch} "
+            f"rows need {[batch, past + length]}; give a mask over all of them"
+        )

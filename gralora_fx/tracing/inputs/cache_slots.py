@@ -5,12 +5,11 @@ A new kind of state is a line of `KINDS`.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
+from gralora_fx.tracing.inputs.input_names import PAST_PREFIX, PRESENT_PREFIX
 
 
 @dataclass(frozen=True)
@@ -122,19 +121,3 @@ def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
 def keeps_state(slots: Iterable[CacheSlot]) -> bool:
     """Whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
     return any(slot.kind.grows is None for slot in slots)
-
-
-def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Inputs of a step by the names of a forward's own arguments.
-
-    transformers' newer name of the cache is `cache`. Most models take the older one too; Mamba would not see it.
-
-    Args:
-        forward: The forward.
-        inputs: Inputs by name, the cache by its older one.
-    """
-    taken = inspect.signature(forward).parameters
-    older = PAST_PREFIX.removesuffix(".")
-    if older not in inputs or older in taken or "cache" not in taken:
-        return inputs
-    return {"cache" if name == older else name: value for name, value in inputs.items()}

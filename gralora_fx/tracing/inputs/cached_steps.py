@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
+from gralora_fx.config.tasks import DECODERS
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.inputs.cache import (
     OF_MORE_THAN_KEYS,
-    PAST,
     empty_cache,
     fresh_layer,
     own_cache,
@@ -29,9 +29,12 @@ from gralora_fx.tracing.inputs.cache import (
     tensors_of,
     with_tensors,
 )
-from gralora_fx.tracing.inputs.cache_slots import KINDS, by_own_names
-from gralora_fx.tracing.inputs.image_inputs import image_inputs
+from gralora_fx.tracing.inputs.cache_slots import KINDS
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, image_inputs
+from gralora_fx.tracing.inputs.input_names import DECODER_INPUTS, EMBEDS, PAST
+from gralora_fx.tracing.inputs.layouts import by_own_names
 from gralora_fx.tracing.inputs.refused_steps import check_has_step
+from gralora_fx.tracing.inputs.widened import widen
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
@@ -189,3 +192,65 @@ def decoder_step(
         raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
     cut = {slot: tensor[:, :, :past].contiguous() for slot, tensor in tensors_of(cache).items()}
     return {**source, "decoder_input_ids": ids[:, cached:], PAST: with_tensors(cache, cut)}
+
+
+def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a step with the inputs of a user's example, its sizes such that no axis is fixed.
+
+    Of a decoder the example's values do not matter, and its sizes would have to be changed consistently.
+
+    Args:
+        model: A decoder or an encoder-decoder.
+        sample: Inputs by name, a cache among them.
+
+    Raises:
+        TraceError: A decoder's example has inputs that its step does not take.
+    """
+    if model.config.is_encoder_decoder:
+        source = {name: value for name, value in sample.items() if name not in (*DECODER_INPUTS, PAST)}
+        return decoder_step(model, widen(model, source))
+    step = cached_inputs(model, images=EMBEDS in sample)
+    if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
+        raise TraceError(
+            f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
+            f"trace it without them (images come in as {EMBEDS}, with task={DECODERS[1]!r}), or for a task "
+            "without a cache"
+        )
+    return step
+
+
+def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield steps of other sizes, each with its description: one position after a long past, more after none.
+
+    Args:
+        model: A decoder or an encoder-decoder.
+        sample: The step that it was traced with.
+    """
+    if not model.config.is_encoder_decoder:
+        images = EMBEDS in sample
+        yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, images=images)
+        yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, images=images)
+        return
+    source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
+    first = {name: value[:1] for name, value in source.items()}
+    yield "one row and one position", decoder_step(model, first, past=9, length=1)
+    longer = {
+        name: torch.cat([value, value[:, :2]], dim=1) if value.ndim == 2 else value for name, value in source.items()
+    }
+    more = {name: torch.cat([value, value[:1]]) for name, value in longer.items()}
+    yield "an empty cache", decoder_step(model, more, past=0, length=5)
+
+
+def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which axes of a step's cache and of what images put beside its ids may vary, for `torch.export`.
+
+    Args:
+        inputs: The inputs of a step.
+    """
+    auto = torch.export.Dim.AUTO
+    varying: dict[str, Any] = {
+        name: {each.axis: auto, each.axis + 1: auto} for name, each in IMAGE_INPUTS.items() if name in inputs
+    }
+    kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
+    varying[PAST] = [dict.fromkeys((0, kind.grows) if kind.grows else (0,), auto) for kind in kinds]
+    return varying

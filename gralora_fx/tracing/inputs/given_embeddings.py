@@ -10,24 +10,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_fx.tracing.inputs.cache import positions
-from gralora_fx.tracing.inputs.image_inputs import (
-    EMBEDS,
-    IDS,
-    IMAGE_INPUTS,
-    deepstack_part,
-    embedding_of,
-    takes_image_inputs,
-)
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS, deepstack_part, embedding_of
+from gralora_fx.tracing.inputs.input_names import EMBEDS, IDS
 
 _GRID, _FEATURES = "grid_position_ids", "deepstack_embeds"
 
 
 @contextmanager
-def given_embeddings(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+def given_embeddings(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
     """Let a decoder take what images put in the place of its tokens beside their ids, within the block.
 
     Whatever else reads ids, such as the embeddings that layers of Gemma 4 have of their own, reads that of padding
@@ -35,11 +29,8 @@ def given_embeddings(model: nn.Module, names: Collection[str]) -> Iterator[None]
 
     Args:
         model: The model; its forward is restored when the block ends.
-        names: The inputs of its steps (see `IMAGE_INPUTS`); without embeddings beside ids it stays as it is.
+        names: The inputs of its steps, embeddings beside ids among them (see `IMAGE_INPUTS`).
     """
-    if not isinstance(model, PreTrainedModel) or not takes_image_inputs(names):
-        yield
-        return
     forward, embedding = model.forward, embedding_of(model)
 
     @functools.wraps(forward)

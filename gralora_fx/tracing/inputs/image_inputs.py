@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.tracing.inputs.input_names import EMBEDS, GIVEN, IDS
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
-
-IDS, EMBEDS = "input_ids", "inputs_embeds"
-GIVEN = -1  # the id of a token whose embedding is given
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,6 @@ _REFUSED = {
     "qwen4_exp": "its layers read ids of images (ple_input_ids)",
     "unlimited_ocr": "its prompts are read by an encoder whose masks tell images from queries",
 }
-
-
-def takes_image_inputs(inputs: Collection[str]) -> bool:
-    """Whether a step takes embeddings beside ids.
-
-    Args:
-        inputs: Names of its inputs.
-    """
-    return EMBEDS in inputs and IDS in inputs
 
 
 def image_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from gralora_fx.errors import TraceError, shown
+from gralora_fx.tracing.inputs.input_names import IMAGES, takes_images
 
 if TYPE_CHECKING:  # the command line reads sizes before torch is loaded
     from torch import nn
 
-IMAGES = "pixel_values"
 DYNAMIC: Final = "dynamic"
 INTERPOLATE = "interpolate_pos_encoding"  # transformers' argument of models with a table of positions
 ImageSize = tuple[int, int] | Literal["dynamic"] | None
@@ -127,11 +127,6 @@ def at_image_size(
     if may_interpolate(model) and (image_size == DYNAMIC or tuple(image_size) != _own_size(model)):
         constants = {INTERPOLATE: True, **constants}
     return inputs, constants
-
-
-def takes_images(inputs: Mapping[str, Any]) -> bool:
-    """Whether images `[batch, channels, height, width]` are among the inputs."""
-    return getattr(inputs.get(IMAGES), "ndim", 0) == 4
 
 
 def may_interpolate(model: nn.Module) -> bool:

@@ -10,9 +10,8 @@ from unittest.mock import patch
 
 from torch import nn
 
-from gralora_fx.tracing.inputs.cache import PAST, positions
-
-_ENDING = "QSAIndexer"  # of the names of such classes
+from gralora_fx.tracing.inputs.cache import positions
+from gralora_fx.tracing.inputs.input_names import PAST
 
 
 @contextmanager
@@ -22,11 +21,8 @@ def known_positions(model: nn.Module) -> Iterator[None]:
     They are counted from it, so that they need no place in the cache.
 
     Args:
-        model: The model; its forward is restored when the block ends.
+        model: A decoder with such an indexer (see `has_key_indexer`); its forward is restored when the block ends.
     """
-    if not any(type(part).__name__.endswith(_ENDING) for part in model.modules()):
-        yield
-        return
     forward = model.forward
 
     @functools.wraps(forward)

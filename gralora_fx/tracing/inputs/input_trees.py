@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -15,8 +16,10 @@ from gralora_fx.compat.torch_graphs import (
     SequenceKey,
     tree_flatten_with_path,
     tree_leaves,
+    tree_map_only,
 )
 from gralora_fx.errors import TraceError
+from gralora_fx.tracing.inputs.input_names import PAST
 
 FixedAxes = Mapping[str, tuple[int | None, ...]]
 
@@ -179,3 +182,20 @@ def _kind(value: Any) -> str:
         return f"a numpy {type(value).__name__}"
     name = type(value).__name__
     return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the inputs for a run that may modify them: a model appends to the cache it gets.
+
+    Args:
+        inputs: Inputs by name.
+    """
+    own = {
+        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
+        for name, value in inputs.items()
+    }
+    if isinstance(cache := own.get(PAST), Cache):
+        from gralora_fx.tracing.inputs.cache import own_cache
+
+        own[PAST] = own_cache(cache)
+    return own

@@ -1,22 +1,17 @@
-"""Example inputs for a trace: made for a task from the model's configuration, and enlarged so that no axis is fixed."""
+"""Example inputs of transformers' models: made for a task from the model's configuration."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gralora_fx.compat.torch_graphs import tree_leaves, tree_map, tree_map_only
 from gralora_fx.config.tasks import DECODERS, check_task
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError
 from gralora_fx.graph.module_tree import kept_modes
-from gralora_fx.tracing.inputs.cache import PAST
-from gralora_fx.tracing.inputs.cached_steps import cached_inputs, decoder_step
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS, reads_images
+from gralora_fx.tracing.inputs.widened import padded
 
 _HEADS = {
     "ForSequenceClassification": "text-classification",
@@ -39,9 +34,6 @@ _MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
 _BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 _FRAMES = 20  # of speech
 _SAMPLES = 4000  # a quarter of a second of speech
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", EMBEDS)
-_DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
-_MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 
 
 def main_input(model: PreTrainedModel) -> str:
@@ -59,8 +51,10 @@ def infer_task(model: PreTrainedModel) -> str:
     task = task_of_class(type(model).__name__)
     if task == "text2text-generation" and main_input(model) == "input_features":
         return "automatic-speech-recognition"
-    if task == "text2text-generation" and reads_images(model):
-        return "image-text-to-text"
+    if task == "text2text-generation":
+        from gralora_fx.tracing.inputs.image_inputs import reads_images
+
+        return "image-text-to-text" if reads_images(model) else task
     return task
 
 
@@ -109,6 +103,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     """
     check_task(task)
     if task in DECODERS and main_input(model) == "input_ids":
+        from gralora_fx.tracing.inputs.cached_steps import cached_inputs
+
         return cached_inputs(model, images=task != DECODERS[0])
     main = main_input(model)
     with_past = task.endswith("-with-past")
@@ -124,6 +120,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
         if "token_type_ids" in accepted and _has_token_types(model, task):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
     if with_past:
+        from gralora_fx.tracing.inputs.cached_steps import decoder_step
+
         return decoder_step(model, padded(inputs))
     feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
     if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
@@ -204,87 +202,3 @@ def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) 
     if isinstance(end, int) and end < size:  # models that pool at the end token need one in every row
         ids[:, -1] = end
     return ids
-
-
-def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Enlarge inputs to at least two rows, three positions and one padded row, so that no axis is fixed.
-
-    `torch.export` treats an axis of size 1 as constant, and drops a mask that masks nothing.
-
-    Args:
-        model: The model to run.
-        inputs: A user's inputs, a single text included.
-    """
-    sample = {name: value for name, value in inputs.items() if value is not None}
-    if PAST in sample and isinstance(model, PreTrainedModel):
-        if model.config.is_encoder_decoder:
-            return _widen_step(model, sample)
-        # the values do not matter, and the sizes would have to be changed consistently
-        step = cached_inputs(model, images=EMBEDS in sample)
-        if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
-            raise TraceError(
-                f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
-                f"trace it without them (images come in as {EMBEDS}, with task={DECODERS[1]!r}), or for a task "
-                "without a cache"
-            )
-        return step
-    if isinstance(model, PreTrainedModel):
-        accepted = inspect.signature(model.forward).parameters
-        for mask, ids in _MASKS.items():
-            if mask == "attention_mask" and ids in sample and mask in accepted and mask not in sample:
-                sample[mask] = torch.ones_like(sample[ids])
-        for group in (TEXT_INPUTS, _DECODER_INPUTS):
-            sample = _with_positions(sample, group)
-    tensors = [leaf for leaf in tree_leaves(sample) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
-    if tensors and all(leaf.shape[0] == 1 for leaf in tensors):
-        sample = tree_map(_with_two_rows, sample)
-    for name, value in sample.items():
-        if isinstance(value, torch.Tensor) and value.ndim == 3 and value.shape[1] == 1:
-            warn_caller(
-                f"axis 1 of the example input {name!r} has size 1 and stays fixed; a longer example lets it vary"
-            )
-    return padded(sample)
-
-
-def _widen_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
-    source = {name: value for name, value in sample.items() if name not in (*_DECODER_INPUTS, PAST)}
-    return decoder_step(model, widen(model, source))
-
-
-def _with_positions(sample: dict[str, Any], group: tuple[str, ...]) -> dict[str, Any]:
-    present = [name for name in group if isinstance(sample.get(name), torch.Tensor) and sample[name].ndim >= 2]
-    if not present or any(sample[name].shape[1] >= 3 for name in present):
-        return sample
-    return {name: torch.cat([value] * 4, dim=1) if name in present else value for name, value in sample.items()}
-
-
-def _with_two_rows(value: Any) -> Any:
-    return torch.cat([value, value]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
-
-
-def padded(sample: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with a padded row in each mask that masks nothing; changed in place."""
-    for mask in _MASKS:
-        value = sample.get(mask)
-        if isinstance(value, torch.Tensor) and value.ndim == 2 and bool(value.all()) and value.shape[1] > 1:
-            value = value.clone()
-            value[-1, -1] = 0
-            sample[mask] = value
-    return sample
-
-
-def distinct(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs without repeated tensors, since `torch.export` makes a tensor passed twice a single input.
-
-    Args:
-        inputs: Inputs by name.
-    """
-    seen: set[int] = set()
-
-    def unshared(tensor: Tensor) -> Tensor:
-        is_first = id(tensor) not in seen
-        seen.add(id(tensor))
-        return tensor if is_first else tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-    result: dict[str, Any] = tree_map_only(Tensor, unshared, dict(inputs), is_leaf=lambda part: isinstance(part, Cache))
-    return result

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cache import PAST, batch_of, cached_length, positions, tensors_of
-from gralora_fx.tracing.inputs.image_inputs import EMBEDS, GIVEN, IDS, IMAGE_INPUTS, takes_image_inputs
-from gralora_fx.tracing.inputs.image_sizes import IMAGES, ImageSizes
+from gralora_fx.tracing.inputs.input_names import EMBEDS, GIVEN, IDS, IMAGES, PAST, takes_image_inputs
 from gralora_fx.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
+from gralora_fx.tracing.inputs.layouts import CacheLayout, cache_layout
+
+if TYPE_CHECKING:  # of a model that takes images alone
+    from gralora_fx.tracing.inputs.image_sizes import ImageSizes
 
 _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
 
@@ -153,8 +154,11 @@ class CallSignature:
     def _filled(self, name: str, inputs: Mapping[str, Any], examples: Mapping[str, Any]) -> torch.Tensor:
         known = {other: value for other, value in inputs.items() if value is not None}
         value = None
-        if name in IMAGE_INPUTS and takes_image_inputs(examples) and IDS in known:
-            return IMAGE_INPUTS[name].of_text(examples[name], known)
+        if takes_image_inputs(examples) and IDS in known:
+            from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+
+            if name in IMAGE_INPUTS:
+                return IMAGE_INPUTS[name].of_text(examples[name], known)
         if name in self.fillable or (name == IDS and takes_image_inputs(examples)):
             value = default_input(name, known, counts_padding=self.counts_padding)
         if value is None:
@@ -243,12 +247,10 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")
     if not isinstance(ids, torch.Tensor):
         return None
-    if isinstance(cache := inputs.get(PAST), DynamicCache):
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            mask = ids.new_ones(ids.shape[0], (cached_length(cache) or 0) + ids.shape[1])
-        counted = positions(torch.ones_like(mask) if counts_padding else mask, ids.shape[1])
-        return {"attention_mask": mask, "position_ids": counted}.get(name)
+    if cache_layout(inputs) is CacheLayout.DECODER:
+        from gralora_fx.tracing.inputs.cache import default_of_step
+
+        return default_of_step(name, ids, inputs, counts_padding=counts_padding)
     if name in ("attention_mask", "decoder_attention_mask"):
         return torch.ones_like(ids)
     if name == "token_type_ids":
@@ -256,32 +258,3 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
     if name == "position_ids":
         return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     return None
-
-
-def check_step_shapes(inputs: Mapping[str, Any]) -> None:
-    """Check that a decoder step's mask and cache fit its tokens, since the graph's own error would be obscure.
-
-    Args:
-        inputs: All inputs of one call.
-
-    Raises:
-        TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.
-    """
-    ids, mask, cache = (inputs.get(name) for name in ("input_ids", "attention_mask", PAST))
-    if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor) and isinstance(cache, DynamicCache)):
-        return
-    if ids.ndim != 2:
-        raise TraceError(f"input_ids has shape {list(ids.shape)}, but a step takes [batch, length]")
-    tensors = tensors_of(cache)
-    if not tensors:
-        raise TraceError(f"{PAST} has no layers; leave it out for an empty cache, or give one that the model returned")
-    past, rows, (batch, length) = cached_length(cache), batch_of(tensors.values()), ids.shape
-    if rows != batch:
-        raise TraceError(f"{PAST} has {rows} rows, but input_ids has shape {list(ids.shape)}; give one of it")
-    if past is None:  # states alone, which do not tell how many positions they are of
-        past = max(mask.shape[-1] - length, 0)
-    if tuple(mask.shape) != (batch, past + length):
-        raise TraceError(
-            f"attention_mask has shape {list(mask.shape)}, but {past} cached and {length} new positions of {batch} "
-            f"rows need {[batch, past + length]}; give a mask over all of them"
-        )

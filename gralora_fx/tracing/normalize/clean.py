@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,21 +12,14 @@ from gralora_fx.compat.torch_graphs import is_mutable
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Pipeline, contract
 from gralora_fx.graph.surgery import copy_graph, erase_unused
-from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
 from gralora_fx.operators.call import COMPUTING, STANDS_FOR
 from gralora_fx.tracing.draft import Captured
+from gralora_fx.tracing.inputs.layouts import CacheLayout, cache_layout
 from gralora_fx.tracing.normalize.inline import inline_subgraphs
 from gralora_fx.tracing.normalize.modes import AnnotateModes, evaluate, find_rng_op, updated_buffers
 from gralora_fx.tracing.normalize.regions import INLINED, drop_idle_grad_regions, leave_after_errors
 
 _UNGUARDED = "there are no guards"
-_ONE_MASK = "a mask has one form"
-_CASTS = (
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.to.device,
-    torch.ops.aten.to.dtype_layout,
-    torch.ops.aten._to_copy.default,
-)
 _ASSERTIONS = {
     torch.ops.aten._assert_tensor_metadata.default,
     torch.ops.aten._assert_scalar.default,
@@ -152,59 +143,6 @@ def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(changed)
 
 
-@contract(needs={COMPUTING}, leaves={_ONE_MASK})
-def without_empty_blocks(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Keep one of the two masks: the plain one if no position is in a block.
-
-    Before: `blocks = full(size, -1); m = mask_of_blocks(blocks, mask(padding, ...), whole)`
-    After:  `m = mask(padding, ...)`
-
-    Args:
-        graph: A fresh trace; it is changed in place.
-    """
-    masks = list(MaskOfBlocks.all_in(graph))
-    for node, mask in masks:
-        node.replace_all_uses_with(mask.plain if _holds_only(mask.blocks, -1) else mask.whole)
-        erase_unused(graph, node)
-    return PassResult(len(masks))
-
-
-def _holds_only(node: Any, number: int) -> bool:
-    """Whether a tensor is filled with one number, judging by the operators that create it."""
-    while isinstance(node, fx.Node) and node.target in _CASTS:
-        node = node.args[0]
-    if not isinstance(node, fx.Node):
-        return False
-    if node.target is torch.ops.aten.pad.default:
-        return node.args[2:] == ("constant", number) and _holds_only(node.args[0], number)
-    return node.target is torch.ops.aten.full.default and node.args[1:] == (number,)
-
-
-@contract(needs={COMPUTING, _ONE_MASK})
-def padding_as_argument(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace attention's causal mask by the padding mask and the window that it was computed from.
-
-    Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
-    After:  `y = attention(query, key, value, padding, window=4)`
-
-    A mask with other readers, such as an addition to it, stays for those.
-
-    Args:
-        graph: A fresh trace; it is changed in place.
-    """
-    changed = 0
-    for node, attention in Attention.all_in(graph):
-        mask = Mask.of(attention.mask)
-        if mask is not None and attention.mask is not None:
-            padding: Any = mask.padding
-            while padding.target in _CASTS:
-                padding = padding.args[0]
-            replace(attention, mask=padding, window=mask.window).write(node)
-            erase_unused(graph, attention.mask)
-            changed += 1
-    return PassResult(changed)
-
-
 INLINING: tuple[Pass[fx.Graph], ...] = (
     inline_subgraphs,
     drop_idle_grad_regions,  # some of those that were inlined
@@ -224,8 +162,7 @@ def normalize(draft: Captured) -> Captured:
     passes: tuple[Pass[fx.Graph], ...] = (
         *CLEANING,
         restore_aten,
-        without_empty_blocks,
-        padding_as_argument,
+        *_masks(draft),
         drop_unread_calls,
         AnnotateModes(in_training=False if draft.evaluates else None),  # a training trace has no argument on in both
         evaluate,
@@ -233,6 +170,15 @@ def normalize(draft: Captured) -> Captured:
     draft = run_passes(draft, passes)
     graph = draft.graph_module.graph
     return dataclasses.replace(draft, drawn=find_rng_op(graph), updated=updated_buffers(draft.graph_module))
+
+
+def _masks(draft: Captured) -> tuple[Pass[fx.Graph], ...]:
+    """Return the passes for the masks of a decoder's step, which the operators of its attention read."""
+    if cache_layout(draft.sample) is not CacheLayout.DECODER:
+        return ()
+    from gralora_fx.tracing.normalize.masks import padding_as_argument, without_empty_blocks
+
+    return without_empty_blocks, padding_as_argument
 
 
 def run_passes(draft: Captured, passes: tuple[Pass[fx.Graph], ...]) -> Captured:

@@ -11,16 +11,14 @@ from torch import fx
 
 from gralora_fx.compat.torch_graphs import schema_of
 from gralora_fx.graph.pipeline import PassResult, contract
-from gralora_fx.operators.attention import Attention
-from gralora_fx.operators.call import COMPUTING
-from gralora_fx.operators.layers import DropPath
+from gralora_fx.operators.call import COMPUTING, DROPOUTS, TRAIN_FLAGS
 from gralora_fx.tracing.failures import line_of
 
 MODES = "modes are annotated"
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 
-# operator: position of its `train` flag
+# PyTorch's operators: position of the `train` flag
 _FLAGS: dict[Any, int] = {
     _aten.dropout.default: 2,
     _aten.feature_dropout.default: 2,
@@ -28,7 +26,6 @@ _FLAGS: dict[Any, int] = {
     _aten.feature_alpha_dropout.default: 2,
     _aten.dropout_.default: 2,
     _aten.native_dropout.default: 2,
-    DropPath.target: DropPath.position("train"),
     _aten.rrelu.default: 3,
     _aten.batch_norm.default: 5,
     _aten.lstm.input: 6,
@@ -36,10 +33,9 @@ _FLAGS: dict[Any, int] = {
     _aten.rnn_tanh.input: 6,
     _aten.rnn_relu.input: 6,
 }
-# operator: position of its dropout probability, which evaluation sets to zero
+# PyTorch's operators: position of the dropout probability, which evaluation sets to zero
 _PROBABILITIES: dict[Any, int] = {
     _aten.scaled_dot_product_attention.default: 4,
-    Attention.target: Attention.position("dropout"),
 }
 _FUNCTIONAL = {
     torch.nn.functional.dropout,
@@ -143,8 +139,8 @@ def mode_argument(node: fx.Node) -> int | str | None:
     Args:
         node: A node of a trace in either mode.
     """
-    if node.op == "call_function" and node.target in _PROBABILITIES:
-        return _PROBABILITIES[node.target]
+    if node.op == "call_function" and (position := _probability(node.target)) is not None:
+        return position
     switch = _mode_argument_values(node)
     return None if switch is None else switch[0]
 
@@ -168,12 +164,11 @@ def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:
     """A node's mode-dependent argument with its values in training and in evaluation."""
     if node.op != "call_function":
         return None
-    if node.target in _FLAGS:
-        return _FLAGS[node.target], True, False
+    if (flag := _FLAGS.get(node.target, TRAIN_FLAGS.get(node.target))) is not None:
+        return flag, True, False
     if node.target in _FUNCTIONAL and "training" in node.kwargs:
         return "training", True, False
-    if node.target in _PROBABILITIES:
-        position = _PROBABILITIES[node.target]
+    if (position := _probability(node.target)) is not None:
         probability = _read(node, position)
         return (position, probability, 0.0) if probability else None
     if node.target is _aten.add_.Tensor and isinstance(counter := node.args[0], fx.Node):
@@ -181,6 +176,11 @@ def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:
         if counter.op == "get_attr" and str(counter.target).endswith("num_batches_tracked"):
             return 1, 1, 0
     return None
+
+
+def _probability(target: Any) -> int | None:
+    """Return the position of an operator's dropout probability, or None."""
+    return _PROBABILITIES.get(target, DROPOUTS.get(target))
 
 
 def _read(node: fx.Node, argument: int | str) -> Any:

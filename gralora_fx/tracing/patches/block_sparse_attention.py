@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.tracing.patches.recognised import Recognised
 from gralora_fx.tracing.patches.sparse_attention import smaller
 
 
-def _chosen(
+def chosen(
     module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor, cache: Any
 ) -> Tensor:
     """Which keys each query attends to, `[batch, 1, length, total]`: those of the best whole blocks, and the rest's.
@@ -59,13 +58,3 @@ def _chosen(
 def _rotation(module: Any) -> Any:
     """The rotary embedding of a module's Python module."""
     return importlib.import_module(type(module).__module__).apply_rotary_pos_emb
-
-
-BLOCK_SPARSE_ATTENTION = (
-    Recognised(
-        "qwen4_exp.modeling_qwen4_exp:Qwen4ExpTextQSAIndexer.forward",
-        _chosen,
-        ending="QSAIndexer",
-        fits=lambda module: module.index_kv_heads == 1,
-    ),
-)

@@ -34,8 +34,10 @@ from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
 from gralora_fx.operators.call import NAMESPACE, define_shape_only, is_shape_only
 from gralora_fx.operators.layers import RmsNorm, Rotate
 from gralora_fx.tracing.inputs.cache import tensors_of
-from gralora_fx.tracing.inputs.cache_slots import StateKind, by_own_names
-from gralora_fx.tracing.patches.recognised import Recognised, replaced
+from gralora_fx.tracing.inputs.cache_slots import StateKind
+from gralora_fx.tracing.inputs.layouts import by_own_names
+from gralora_fx.tracing.patches.known_code import ATTENTIONS, IN_DECODERS
+from gralora_fx.tracing.patches.recognised import replaced
 from gralora_fx.tracing.patches.sparse_attention import only_chosen, symbolic_counts
 
 _Axis = tuple[int, int]  # a tensor among a step's, and one of its axes
@@ -229,16 +231,18 @@ def _is_same(one: Any, other: Any) -> bool:
     return one.__code__ is other.__code__ and _is_same(_closure_values(one), _closure_values(other))
 
 
-def _norm(module: Any, hidden_states: Tensor) -> Tensor:
+def norm(module: Any, hidden_states: Tensor) -> Tensor:
+    """Normalise by the root mean square, in float32."""
     return RmsNorm.compute(x=hidden_states, weight=module.weight, eps=module.variance_epsilon)
 
 
-def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions."""
     query, key = (Rotate.compute(x=x, cos=cos, sin=sin, axis=unsqueeze_dim) for x in (q, k))
     return query, key
 
 
-def _angles(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def angles_of_grids(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions in time, height and width, which are the same of a text without images."""
     if position_ids.stride(0):  # positions of their own
         result: tuple[Tensor, Tensor] = type(module).forward(module, x, position_ids)
@@ -249,19 +253,7 @@ def _angles(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tenso
     return cos.to(x.dtype), sin.to(x.dtype)
 
 
-RMS_NORM = Recognised("llama.modeling_llama:LlamaRMSNorm.forward", _norm)
-ROTARY_EMBEDDING = Recognised("llama.modeling_llama:apply_rotary_pos_emb", _rotate_both, beside=("rotate_half",))
-ANGLES_OF_GRIDS = Recognised(
-    "qwen3_5.modeling_qwen3_5:Qwen3_5TextRotaryEmbedding.forward",
-    _angles,
-    ending="RotaryEmbedding",
-    beside=("recomposition_frequencies",),  # which leaves equal angles as they are
-    fits=lambda module: "dynamic" not in module.rope_type and module.rope_type != "longrope",
-)
-IN_DECODERS = (RMS_NORM, ROTARY_EMBEDDING, ANGLES_OF_GRIDS)
-
-
-def _falcon(
+def falcon(
     module: Any,
     hidden_states: Tensor,
     alibi: None,
@@ -273,22 +265,11 @@ def _falcon(
     """Falcon's attention with rotary embeddings; it has no dropout."""
     parts = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (part.transpose(1, 2) for part in parts)
-    query, key = ROTARY_EMBEDDING.replacement(query, key, *position_embeddings)
+    query, key = rotate_both(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
     attended, _none = _attend(module, query, key, value, attention_mask)
     return module.dense(attended.flatten(2)), None
-
-
-# attention that models compute by themselves, not through transformers' interface
-ATTENTIONS = (
-    Recognised(
-        "falcon.modeling_falcon:FalconAttention.forward",
-        _falcon,
-        ending="FalconAttention",
-        fits=lambda module: not module.config.alibi,  # a bias for each head is more than a mask
-    ),
-)
 
 
 def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

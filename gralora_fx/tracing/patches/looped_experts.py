@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gralora_fx.operators.expert_gate import HALVES, ExpertGate
 from gralora_fx.operators.experts import Experts
 from gralora_fx.tracing.patches.expert_layers import ungated
-from gralora_fx.tracing.patches.recognised import Recognised
+from gralora_fx.tracing.patches.known_code import LOOPED_EXPERTS
 
 
 @contextmanager
@@ -30,10 +30,12 @@ def looped_experts_as_operators(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as changed:
         for part in model.modules():
-            code = next((code for code in _ACTIVATIONS if code.replaces_in(part)), None)
-            gate = None if code is None else ungated(_ACTIVATIONS[code](part))
-            if code is not None and gate is not None:
-                changed.enter_context(patch.object(part, "forward", functools.partial(code.replacement, part, gate)))
+            for code in LOOPED_EXPERTS:
+                if code.replaces_in(part):
+                    compute = code.load()
+                    gate = ungated(_ACTIVATIONS[compute](part))
+                    if gate is not None:
+                        changed.enter_context(patch.object(part, "forward", functools.partial(compute, part, gate)))
         yield
 
 
@@ -52,7 +54,7 @@ def _compute(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: T
     )
 
 
-def _dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """DBRX's, whose matrices are those of all experts one below the other."""
     parts = (module.mlp.w1, module.mlp.v1, module.mlp.w2)
     w1, v1, w2 = (part.view(module.num_experts, module.ffn_hidden_size, -1) for part in parts)
@@ -61,9 +63,7 @@ def _dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Ten
     return _compute(x, top_k_index, top_k_weights, up, down, gate).view(hidden_states.shape)
 
 
-def _longcat(
-    module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def longcat(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """LongCat's, some of which give a token as it is and have no matrices."""
     count = module.num_routed_experts
     is_own = top_k_index < count
@@ -74,15 +74,8 @@ def _longcat(
     return y + _compute(hidden_states, index, weights.to(hidden_states.dtype), up, down, gate)
 
 
-# loops by their code, each with the activation of its experts
-_ACTIVATIONS: Mapping[Recognised, Callable[[Any], Any]] = {
-    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", _dbrx, ending="DbrxExperts"): lambda experts: (
-        experts.mlp.activation_fn
-    ),
-    Recognised(
-        "longcat_flash.modeling_longcat_flash:LongcatFlashExperts.forward",
-        _longcat,
-        ending="FlashExperts",
-        fits=lambda experts: experts.num_routed_experts > 0,
-    ): lambda experts: experts.act_fn,
+# the activation of the experts of each
+_ACTIVATIONS: Mapping[Callable[..., Any], Callable[[Any], Any]] = {
+    dbrx: lambda experts: experts.mlp.activation_fn,
+    longcat: lambda experts: experts.act_fn,
 }

@@ -21,6 +21,7 @@ from unittest.mock import patch
 from torch import nn
 
 _MODELS = "transformers.models"
+_PATCHES = "gralora_fx.tracing.patches"
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class Recognised:
     Attributes:
         place: A method or a function by its path below `transformers.models`, as in
             `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
-        replacement: Takes the same arguments and gives the same results; a method's takes the module first.
+        replacement: A function by its path below `gralora_fx.tracing.patches`, as `"recurrences:delta_rule"`. It takes
+            the same arguments and gives the same results; a method's takes the module first. It is imported once a
+            model has the code.
         ending: How the names of the classes end whose method may be it, or several such endings.
         beside: Functions or methods that must be of the same code too, since it calls them.
         fits: Whether a module with the method is one that the replacement is for.
     """
 
     place: str
-    replacement: Callable[..., Any]
+    replacement: str
     ending: str | tuple[str, ...] = ""
     beside: tuple[str, ...] = ()
     fits: Callable[[Any], bool] = lambda _: True
@@ -66,15 +69,21 @@ class Recognised:
         """Whether a module has the method, and is one that the replacement is for."""
         return self.path[-1] not in vars(module) and self.is_method_of(type(module)) and self.fits(module)
 
+    def load(self) -> Callable[..., Any]:
+        """Import the replacement."""
+        file, _, name = self.replacement.partition(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{_PATCHES}.{file}"), name)
+        return function
+
     def replaced_in(self, model: nn.Module, changed: ExitStack) -> None:
         """Replace it wherever a model has it, until the stack is closed."""
         name = self.path[-1]
         for module in model.modules():
             if self.replaces_in(module):
-                changed.enter_context(patch.object(module, name, functools.partial(self.replacement, module)))
+                changed.enter_context(patch.object(module, name, functools.partial(self.load(), module)))
         for owner in sorted({type(module).__module__ for module in model.modules()} & sys.modules.keys()):
             if self.is_function_of(sys.modules[owner]):
-                changed.enter_context(patch.object(sys.modules[owner], name, self.replacement))
+                changed.enter_context(patch.object(sys.modules[owner], name, self.load()))
 
     def _module(self) -> ModuleType:
         return importlib.import_module(f"{_MODELS}.{self.place.partition(':')[0]}")

@@ -16,13 +16,13 @@ from gralora_fx.operators.layers import RmsNorm
 from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv
 from gralora_fx.tracing.patches.cached_states import conv_read
-from gralora_fx.tracing.patches.recognised import Recognised
-from gralora_fx.tracing.patches.state_space_layers import SILU, shown
+from gralora_fx.tracing.patches.known_code import SILU
+from gralora_fx.tracing.patches.state_space_layers import shown
 
 _L2_EPS = 1e-6  # what transformers adds to a sum of squares
 
 
-def _convolve(
+def convolve(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
 ) -> Tensor:
     """A causal convolution of each channel, `[batch, channels, length]`, with its activation.
@@ -44,7 +44,7 @@ def _convolve(
     return y if activation is None or activation in SILU else ACT2FN[activation](y)
 
 
-def _delta_rule(
+def delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,7 +75,7 @@ def _unit(x: Tensor) -> Tensor:
     return RmsNorm.compute(x=x, weight=weight, eps=_L2_EPS / size)
 
 
-def _lightning(
+def lightning(
     module: Any,
     hidden_states: Tensor,
     position_embeddings: Any,
@@ -104,12 +104,3 @@ def _lightning(
         cache.set_linear_cache(module.layer_idx, state)
     gate = nn.functional.sigmoid(module.output_gate(hidden_states))
     return module.out_proj(gate * module.norm(y.flatten(2))), state
-
-
-CAUSAL_CONV = Recognised("qwen3_next.modeling_qwen3_next:causal_conv1d_fn", _convolve)
-DELTA_RULE = Recognised("qwen3_next.modeling_qwen3_next:torch_chunk_gated_delta_rule", _delta_rule, beside=("l2norm",))
-KIMI_RULE = Recognised("kimi_linear.modeling_kimi_linear:chunk_kimi_delta_attention", _delta_rule, beside=("l2norm",))
-LIGHTNING = Recognised(
-    "minimax.modeling_minimax:MiniMaxLightningAttention.forward", _lightning, ending="LightningAttention"
-)
-RECURRENCES = (CAUSAL_CONV, DELTA_RULE, KIMI_RULE, LIGHTNING)

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from gralora_fx.operators.layers import RmsNorm
 from gralora_fx.operators.linear_attention import LinearAttention
 from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
-from gralora_fx.tracing.patches.recognised import Recognised
-
-SILU = ("silu", "swish")  # its names in configurations
+from gralora_fx.tracing.patches.known_code import SILU
 
 
 def shown(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -109,7 +107,7 @@ def _heads(x: Tensor, count: int) -> Tensor:
     return torch.unflatten(x, -1, (count, x.shape[-1] // count))
 
 
-def _mamba2(
+def mamba2(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     """A layer of Mamba2: state space duality, of "Transformers are SSMs", https://arxiv.org/abs/2405.21060.
@@ -154,7 +152,7 @@ def _limited(module: Any, step: Tensor, before: Tensor | None) -> Tensor:
     return PromptClamp.compute(x=step, state=before, least=least, largest=largest)
 
 
-def _mamba(
+def mamba(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     """A layer of Mamba, https://arxiv.org/abs/2312.00752, of FalconMamba and of Jamba."""
@@ -169,7 +167,7 @@ def _mamba(
     return _selected(module, cache, attention_mask, mixed, gate, step, key.unsqueeze(2), query.unsqueeze(2))
 
 
-def _zamba(
+def zamba(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     """A layer of Zamba: Mamba's with several heads, each with weights of its own."""
@@ -206,7 +204,7 @@ def _selected(
     return result
 
 
-def _norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+def norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
     """Mamba2's norm: of groups of what is gated."""
     wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     wide = wide if gate is None else wide * nn.functional.silu(gate.to(wide.dtype))
@@ -217,7 +215,7 @@ def _norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = Non
     return (normed if groups == 1 else module.weight * normed.flatten(-2)).to(hidden_states.dtype)
 
 
-def _gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+def gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """The norm of delta rules, whose gate, by SiLU or by the sigmoid, comes after."""
     return GatedRmsNorm.compute(
         x=hidden_states,
@@ -226,32 +224,3 @@ def _gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
         eps=module.variance_epsilon,
         silu=module.activation in SILU,
     )
-
-
-def _has_gate(norm: Any) -> bool:
-    return norm.activation in (*SILU, "sigmoid")
-
-
-_MIXERS = ("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "FalconMambaMixer", "HybridMambaLayer")
-_GATED = "RMSNormGated"
-STATE_SPACES = (
-    Recognised("mamba2.modeling_mamba2:Mamba2Mixer.forward", _mamba2, _MIXERS),
-    Recognised("falcon_h1.modeling_falcon_h1:FalconH1Mixer.forward", _mamba2, _MIXERS),
-    Recognised("mamba.modeling_mamba:MambaMixer.forward", _mamba, _MIXERS),
-    Recognised("falcon_mamba.modeling_falcon_mamba:FalconMambaMixer.forward", _mamba, _MIXERS),
-    Recognised("jamba.modeling_jamba:JambaMambaMixer.forward", _mamba, _MIXERS),
-    Recognised("zamba.modeling_zamba:ZambaMambaMixer.forward", _zamba, _MIXERS),
-)
-_SCANS = STATE_SPACES[2:]
-GATED_NORMS = (
-    Recognised("mamba2.modeling_mamba2:MambaRMSNormGated.forward", _norm_of_gated, _GATED),
-    Recognised("qwen3_next.modeling_qwen3_next:Qwen3NextRMSNormGated.forward", _gate_of_normed, _GATED, fits=_has_gate),
-    Recognised(
-        "kimi_linear.modeling_kimi_linear:KimiLinearRMSNormGated.forward", _gate_of_normed, _GATED, fits=_has_gate
-    ),
-)
-
-
-def forgets_before_prompts(model: nn.Module) -> bool:
-    """Whether transformers' code of a model reads several tokens as if none came before: selective scans do."""
-    return any(code.replaces_in(part) for part in model.modules() for code in _SCANS)

@@ -1,0 +1,28 @@
+"""The names of inputs that more than one stage knows, as transformers and exports have them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+IDS, EMBEDS = "input_ids", "inputs_embeds"
+GIVEN = -1  # the id of a token whose embedding is given
+IMAGES = "pixel_values"
+PAST = "past_key_values"
+PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cache in an export
+TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
+
+
+def takes_images(inputs: Mapping[str, Any]) -> bool:
+    """Return whether images `[batch, channels, height, width]` are among the inputs."""
+    return getattr(inputs.get(IMAGES), "ndim", 0) == 4
+
+
+def takes_image_inputs(inputs: Collection[str]) -> bool:
+    """Return whether a decoder's step takes embeddings beside ids.
+
+    Args:
+        inputs: Names of its inputs.
+    """
+    return EMBEDS in inputs and IDS in inputs
