@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.overlay import copy_in_mode, parameter_tree
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.tracing.graph_record import pack_module, unpack_module
 from gralora_fx.tracing.traced_model import TracedModel
 
 
@@ -61,10 +60,14 @@ class Base:
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle writes."""
+        from gralora_fx.tracing.graph_record import pack_module
+
         return {"tree": pack_module(self.tree), "traced": self.traced, "trainable": self.trainable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Find the parameters in the tree again."""
+        from gralora_fx.tracing.graph_record import unpack_module
+
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
         self.trainable = state["trainable"]
         self._slots = self._find_slots(self.traced)

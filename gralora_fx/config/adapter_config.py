@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gralora_fx.config.checks import check_integer, check_names, check_parameters
 from gralora_fx.config.expressions import CONTAINER, SAVED_MODULE, check_expression, check_expressions, check_pattern
-from gralora_fx.config.foreign_fields import check_keywords, check_known
-from gralora_fx.config.reading import ALL_LINEAR, CONFIG_NAME, as_peft_reads, config_fields, peft_fields
+from gralora_fx.config.reading import ALL_LINEAR, CONFIG_NAME, as_peft_reads, config_fields, known_fields, peft_fields
 from gralora_fx.errors import ConfigError, shown, warn_caller
 
 if TYPE_CHECKING:
@@ -81,7 +80,11 @@ class AdapterConfig(ABC):
             ConfigError: The class has no such field.
         """
         form = cls.form_of(fields)
-        check_keywords(fields, [entry.name for entry in dataclasses.fields(form)], form.__name__)  # type: ignore[arg-type]
+        known = [entry.name for entry in dataclasses.fields(form)]  # type: ignore[arg-type]
+        if not fields.keys() <= set(known):
+            from gralora_fx.config.foreign_fields import check_keywords
+
+            check_keywords(fields, known, form.__name__)
         return super().__new__(form)
 
     @classmethod
@@ -275,11 +278,8 @@ class AdapterConfig(ABC):
             raise ConfigError(
                 f"{origin}: peft_type is {shown(peft_type)}, not {cls.PEFT_TYPE!r}; give a {cls.TITLE} adapter"
             )
-        values = cls.translate(fields, origin)
-        known = {entry.name for entry in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        check_known(values, known, origin, cls.TITLE)
-        known -= {name for name in cls.BEYOND_PEFT if values.get(name) is None}
-        values = {name: value for name, value in values.items() if name in known}
+        known = [entry.name for entry in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        values = known_fields(cls.translate(fields, origin), known, cls.BEYOND_PEFT, origin, cls.TITLE)
         accepted, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
         for note in notes:
             warn_caller(f"{origin}: {note}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,28 @@ def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     )
     others = {name: value for name, value in values.items() if name != "gralora_alpha"}
     return {**others, "r": total - hybrid, "hybrid_r": hybrid, "alpha": alpha}
+
+
+def known_fields(
+    values: Mapping[str, Any], known: Sequence[str], optional: Sequence[str], origin: str, method: str
+) -> dict[str, Any]:
+    """Return the fields of a file that a configuration has, without the optional ones that are null.
+
+    Args:
+        values: The fields.
+        known: The fields of the configuration.
+        optional: Those of them that a file may have as null.
+        origin: Where they come from, for messages.
+        method: The method's name, for messages.
+
+    Raises:
+        ConfigError: Another field says something that would be ignored.
+    """
+    from gralora_fx.config.foreign_fields import check_known
+
+    check_known(values, known, origin, method)
+    left_out = {name for name in optional if values.get(name) is None}
+    return {name: value for name, value in values.items() if name in known and name not in left_out}
 
 
 def as_peft_reads(

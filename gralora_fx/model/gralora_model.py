@@ -13,7 +13,6 @@ from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
 from gralora_fx.graph.sites import LinearSite
-from gralora_fx.model.conversions import check_conversion
 from gralora_fx.model.inspection import Inspection
 from gralora_fx.model.merging import Merging
 from gralora_fx.model.model_class import class_for
@@ -240,6 +239,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             RewriteError: It would convert to another dtype, or move to a device that the graph does not follow to;
                 nothing has changed.
         """
+        from gralora_fx.model.conversions import check_conversion
+
         with self._state.writing():
             check_conversion(fn, self._state.traced)
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

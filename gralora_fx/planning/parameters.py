@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.planning.problems import out_of_reach, trains_whole
+from gralora_fx.planning.rewrite_plan import ChosenParameters
 from gralora_fx.planning.targets import TargetRule, ends_with, nearest_names
 from gralora_fx.tracing.traced_model import TracedModel
-
-UNNAMED = "it is a parameter with one matrix for each expert, which target_parameters does not name"
-
-
-@dataclass(frozen=True)
-class ChosenParameters:
-    """What `target_parameters` selects of a model.
-
-    Attributes:
-        sites: The sites by the names of the parameters, in the order of the model's modules; one whose parameter is the
-            weight of a linear layer is that layer.
-        reasons: Why one cannot have an adapter, by path of the site.
-        problems: What cannot be met, a sentence each.
-        gaps: What to warn of: names that match nothing while others do, fields that do not concern parameters.
-    """
-
-    sites: Mapping[str, LinearSite] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    gaps: tuple[str, ...] = ()
 
 
 def chosen_parameters(
@@ -50,8 +30,6 @@ def chosen_parameters(
         saved: Paths of the modules that train as a whole.
     """
     names = config.target_parameters or []
-    if not names:
-        return ChosenParameters()
     parameters = {site.path: site for site in others}
     layers = {id(site.weight): site for site in traced.sites}
     sites: dict[str, LinearSite] = {}

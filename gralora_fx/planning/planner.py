@@ -13,9 +13,15 @@ from gralora_fx.errors import TargetError
 from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.sites import LinearSite, names_of_site
 from gralora_fx.methods import method_of, not_a_config
-from gralora_fx.planning.parameters import UNNAMED, chosen_parameters
-from gralora_fx.planning.problems import out_of_reach, problems_of, stores_transposed, trains_whole, warn_of_gaps
-from gralora_fx.planning.rewrite_plan import PlannedSite, RejectedSite, RewritePlan
+from gralora_fx.planning.problems import (
+    UNNAMED,
+    out_of_reach,
+    problems_of,
+    stores_transposed,
+    trains_whole,
+    warn_of_gaps,
+)
+from gralora_fx.planning.rewrite_plan import ChosenParameters, PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.planning.targets import TargetRule, resolve_targets, saved_modules
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
 
@@ -42,7 +48,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     sites = {site.path: site for site in traced.sites}
     saved = saved_modules(config, traced.tree)
     others = traced.parameter_sites
-    chosen = chosen_parameters(config, rule, traced, others, saved)
+    chosen = _chosen_parameters(config, rule, traced, saved)
     by_name = {site.path: name for name, site in chosen.sites.items()}
     reasons = {
         path: _reason_against(s, rule, saved, traced, config) for path, s in sites.items() if path not in by_name
@@ -72,6 +78,17 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
         bias_parameters=sum(p.numel() for key, p in trained.items() if key not in twice),
         base_parameters=traced.tree.parameter_count,
     )
+
+
+def _chosen_parameters(
+    config: AdapterConfig, rule: TargetRule, traced: TracedModel, saved: Iterable[str]
+) -> ChosenParameters:
+    """Choose the parameters that `target_parameters` names; none without it."""
+    if not config.target_parameters:
+        return ChosenParameters()
+    from gralora_fx.planning.parameters import chosen_parameters
+
+    return chosen_parameters(config, rule, traced, traced.parameter_sites, saved)
 
 
 def _reason_against(

@@ -26,6 +26,8 @@ from gralora_fx.tracing.traced_model import TracedModel
 TABLE = "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers"
 _MOST_UNMATCHED = 3  # names that get a warning each, with those that are nearest
 
+UNNAMED = "it is a parameter with one matrix for each expert, which target_parameters does not name"
+
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:
     """Why a site inside a saved module gets no adapter; `modules_to_save` matches the end of a path."""

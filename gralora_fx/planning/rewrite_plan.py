@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import RewriteError
@@ -49,6 +49,24 @@ class PlannedSite:
     def hybrid_r(self) -> int:
         """Rank of the plain LoRA beside GraLoRA's blocks."""
         return getattr(self.sizes, "hybrid_r", 0)
+
+
+@dataclass(frozen=True)
+class ChosenParameters:
+    """What `target_parameters` selects of a model.
+
+    Attributes:
+        sites: The sites by the names of the parameters, in the order of the model's modules; one whose parameter is the
+            weight of a linear layer is that layer.
+        reasons: Why one cannot have an adapter, by path of the site.
+        problems: What cannot be met, a sentence each.
+        gaps: What to warn of: names that match nothing while others do, fields that do not concern parameters.
+    """
+
+    sites: Mapping[str, LinearSite] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

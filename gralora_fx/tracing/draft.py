@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.config.tasks import check_task
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.graph.module_tree import kept_modes
 from gralora_fx.graph.pipeline import PassReport
@@ -117,6 +116,7 @@ def first_draft(
         TraceError: The task does not fit the model, or inputs are missing or do not fit.
     """
     if isinstance(model, PreTrainedModel):
+        from gralora_fx.config.tasks import check_task
         from gralora_fx.tracing.inputs.samples import check_head, infer_task, inputs_for_task
 
         if task:

@@ -21,7 +21,6 @@ from gralora_fx.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
-from gralora_fx.tracing.graph_record import deep_copy, pack_module, unpack_module
 from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
 from gralora_fx.tracing.inputs.signature import CallSignature, with_cache_name
@@ -278,6 +277,8 @@ class TracedModel:
         Raises:
             TraceError: The graph calls a function that cannot be found by its name, or weights are left in their files.
         """
+        from gralora_fx.tracing.graph_record import pack_module
+
         if streamed := [name for name, parameter in self.tree.parameters.items() if is_lazy(parameter)]:
             raise TraceError(
                 f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
@@ -287,10 +288,14 @@ class TracedModel:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the graph from its record."""
+        from gralora_fx.tracing.graph_record import unpack_module
+
         self.__dict__.update(state, graph_module=unpack_module(state["graph_module"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
         """A copy with its own parameters, tied as in the original."""
+        from gralora_fx.tracing.graph_record import deep_copy
+
         other = object.__new__(type(self))
         memo[id(self)] = other
         for parameter in self.tree.parameters.values():
