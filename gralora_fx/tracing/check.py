@@ -94,7 +94,7 @@ def with_call_signature(draft: Captured) -> Captured:
 
 
 def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
-    """Inputs that may be left out of a call, because the value of `default_input` equals the eager model's default.
+    """Inputs that may be left out of a call, because `default_input` gives the eager model's default.
 
     Returns:
         Their names, and whether default positions count the padding before them.
@@ -110,14 +110,30 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
                 expected = call_eager(model, rest)
             except Exception:  # noqa: BLE001  # it has a default but is required
                 continue
-            for counts in (True, False) if name == "position_ids" and PAST in sample else (True,):
-                value = default_input(name, rest, counts_padding=counts)
+            for counts, value in _defaults(name, rest):
                 torch.manual_seed(0)
-                if value is not None and _gap(expected, call_eager(model, {**rest, name: value})) is None:
+                if _gap(expected, call_eager(model, {**rest, name: value})) is None:
                     fillable.add(name)
                     counts_padding |= counts and name == "position_ids"
                     break
     return frozenset(fillable), counts_padding
+
+
+def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor]]:
+    """Yield values that a model may take for an input that is left out, and whether positions count padding there.
+
+    Some models count the positions of a step from zero, whatever is cached (Bamba). Theirs go on after the cache, as in
+    other models and as `generate` gives them.
+    """
+    value = default_input(name, rest, counts_padding=True)
+    if value is None:
+        return
+    yield True, value
+    if name == "position_ids" and PAST in rest:
+        mask_alone = default_input(name, rest)
+        assert mask_alone is not None
+        yield False, mask_alone
+        yield True, value - value[:, :1]
 
 
 def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:

@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, rewrite, trace
 from gralora_fx.errors import TraceError
+from tests.architectures.tiny_decoders import tiny_decoder
 
 
 def module(forward: Callable[..., Any]) -> nn.Module:
@@ -168,6 +169,22 @@ def test_positions_that_are_left_out_are_those_of_the_model() -> None:
         ours, theirs = result(**inputs).logits, model(**inputs).logits
     real = inputs["attention_mask"].bool()
     assert relative_error(ours[real], theirs[real]) < 1e-5
+
+
+def test_positions_that_are_left_out_go_on_after_a_cache_where_a_model_begins_anew() -> None:
+    """Bamba counts the positions of every call from zero; `generate` gives them."""
+    model = tiny_decoder("BambaForCausalLM")
+    result = trace(model, task="text-generation-with-past").eval()
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, cache, logits = model(input_ids=ids).logits, None, []
+        for part in (ids[:, :5], ids[:, 5:8], ids[:, 8:]):
+            step = result(input_ids=part, past_key_values=cache)
+            cache = step["past_key_values"]
+            logits.append(step["logits"])
+        wrong = model(input_ids=ids[:, 5:], cache=model(input_ids=ids[:, :5], use_cache=True).cache).logits
+    assert relative_error(torch.cat(logits, dim=1), whole) < 1e-5
+    assert relative_error(wrong, whole[:, 5:]) > 1e-3
 
 
 def test_flags_of_transformers_may_be_traced() -> None:

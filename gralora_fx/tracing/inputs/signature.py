@@ -63,8 +63,8 @@ class CallSignature:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], examples: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, in the graph's order.
 
-        A mask that was traced but not given is all ones, token types are zeros, positions count from zero, if these are
-        the source's defaults.
+        A mask that was traced but not given is all ones, token types are zeros, and positions count from zero, or go on
+        after a cache, if these are the source's defaults.
 
         Args:
             args: Positional arguments of the call.
