@@ -40,7 +40,7 @@ from gralora_fx.loading.adapter_facts import needed_quantization
 from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
-from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files, layers_of_export
+from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files
 from gralora_fx.runtime.export_usage import usage_of
 from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
 from gralora_fx.sources.rewriting import NewFile, write_files
@@ -166,13 +166,13 @@ def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | P
 
 
 def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | None) -> BaseComparison:
-    """How an adapter's base compares with the export's, whose layers it has to agree with.
+    """How an adapter's base compares with the export's, whose layers and parameters it has to agree with.
 
     Raises:
         CheckpointError: It adapts others than its configuration selects.
     """
-    if source.manifest is not None:
-        adapter.check_layers(layers_of_export(source.directory, source.manifest))
+    if (known := source.layers) is not None:
+        adapter.check_layers(known)
     return compare_bases(adapter.config.made_for, base_of_export(source.directory, source.manifest, base))
 
 

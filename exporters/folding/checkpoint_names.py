@@ -66,7 +66,7 @@ class Names:
 
     @property
     def layers(self) -> KnownLayers | None:
-        """The model's linear layers; None without a model."""
+        """The model's linear layers and parameters; None without a model."""
         if self.model is None:
             return None
         from torch import nn
@@ -74,7 +74,8 @@ class Names:
 
         modules = self.model.named_modules()
         paths = [path for path, module in modules if isinstance(module, (nn.Linear, Conv1D))]
-        return KnownLayers(paths, self.model.config.model_type)
+        parameters = [name for name, _ in self.model.named_parameters()]  # of tied ones the first
+        return KnownLayers(paths, self.model.config.model_type, parameters=parameters)
 
     @functools.cached_property
     def _groups(self) -> dict[int, list[str]]:

@@ -14,7 +14,7 @@ from gralora_fx.adapters.parameter_keys import names_parameter, parameters_in
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, MergeError, bulleted
 from gralora_fx.exporters.folding.edits import ExpertEdit
-from gralora_fx.exporters.folding.initializers import initializers
+from gralora_fx.exporters.folding.initializers import initializer_names, initializers
 from gralora_fx.exporters.onnx_passes.expert_rows import MOE, arranged, as_modelled, gate_noted_at
 from gralora_fx.methods.method import Update
 from gralora_fx.operators.expert_gate import NO_GATE, ExpertGate
@@ -77,7 +77,7 @@ def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> S
     Raises:
         MergeError: Parameters of one module have the same widths, or the export has no such parameters.
     """
-    names = list(dict.fromkeys(str(value.name) for graph in graphs.values() for value in initializers(graph)))
+    names = initializer_names(graphs.values())
     shapes = {name: found for graph in graphs.values() for name in names if (found := _possible_features(graph, name))}
     order: list[str] = []
     for module, paths in parameters_in(adapter.unnamed, adapter.config).items():

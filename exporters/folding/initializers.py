@@ -141,6 +141,11 @@ def product_weights(graph: ir.Graph) -> list[ProductWeight]:
     return [weight for value in initializers(graph) if (weight := _product_weight(value)) is not None]
 
 
+def initializer_names(graphs: Iterable[ir.Graph]) -> list[str]:
+    """The names of the initializers of several graphs, each once."""
+    return list(dict.fromkeys(str(value.name) for graph in graphs for value in initializers(graph)))
+
+
 def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
     """The initializers that the nodes of a graph read and no caller overrides, those of branches too, each once."""
     seen: set[int] = set()

@@ -11,14 +11,15 @@ from pathlib import Path
 import onnx_ir as ir
 
 from gralora_fx.adapters.adapter_files import adapter_digest
+from gralora_fx.adapters.agreement import KnownLayers
 from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.config import AdapterConfig
 from gralora_fx.errors import ExportError, MergeError, first_line, listed, warn_caller
-from gralora_fx.exporters.folding.initializers import external_tensors, stored_bytes
+from gralora_fx.exporters.folding.initializers import external_tensors, initializer_names, stored_bytes
 from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.planning.targets import rule_of, trains_whole_at
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, not_an_export
-from gralora_fx.runtime.export_files import check_files, weight_files
+from gralora_fx.runtime.export_files import check_files, layers_of_export, weight_files
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data
 from gralora_fx.sources.model_files import described
@@ -48,6 +49,14 @@ class SourceExport:
     companions: tuple[str, ...]
     data: tuple[Path, ...]
     is_lone_file: bool
+
+    @property
+    def layers(self) -> KnownLayers | None:
+        """Its linear layers and parameters; None of other exporters' directories, which do not say."""
+        if self.manifest is None:
+            return None
+        names = initializer_names(model.graph for model in self.models.values())
+        return replace(layers_of_export(self.directory, self.manifest), parameters=names)
 
 
 def open_export(onnx_dir: str | Path) -> SourceExport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from gralora_fx.adapters.parameter_keys import is_named, names_parameter
+from gralora_fx.adapters.parameter_keys import WEIGHT_END, is_named, names_parameter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.config.expressions import SAVED_MODULE, match, pattern_key, within
 from gralora_fx.errors import CheckpointError, bulleted, listed, shown, warn_caller
@@ -16,17 +16,19 @@ _MOST = 3  # layers that a message names
 
 @dataclass(frozen=True)
 class KnownLayers:
-    """The linear layers of a model, as an export or a model's class tells them.
+    """The linear layers and the parameters of a model, as an export or a model's class tells them.
 
     Attributes:
         paths: Paths of its linear layers.
         model_type: transformers' type of the model, or None.
         functional: Paths of functional calls, which PEFT has no adapter at, and whose weights have other names.
+        parameters: Names of its parameters, stacks of experts among them.
     """
 
     paths: Collection[str]
     model_type: str | None = None
     functional: Collection[str] = ()
+    parameters: Collection[str] = ()
 
 
 def check_agreement(
@@ -91,14 +93,14 @@ def disagreements(
     """What a configuration says of layers that the tensors do not, or the other way round.
 
     Every layer that has tensors must be one that the configuration selects, and every name of `target_modules` and
-    every key of a pattern must be of a layer that has some. Where the layers of the model are known, each that the
-    configuration selects must have tensors too. Names that other fields leave out, and layers that only the model
-    would tell, are not judged.
+    every key of a pattern must be of a layer that has some. Where the layers and parameters of the model are known,
+    each that the configuration selects must have tensors too. Names that other fields leave out, and layers that only
+    the model would tell, are not judged.
 
     Args:
         config: The configuration.
         sites: Paths of the layers that have tensors.
-        known: The layers of the model; None where they are not known.
+        known: The layers and parameters of the model; None where they are not known.
         trained: Paths of the modules that have copies of parameters in the file: names of these are not missing.
 
     Returns:
@@ -110,7 +112,10 @@ def disagreements(
         for name in config.target_parameters or ()
         if sites and not any(is_named(path, name) for path in sites)
     ]
-    sites = [path for path in sites if not names_parameter(config, path)]
+    at_parameters = {path for path in sites if names_parameter(config, path)}
+    if known is not None and not problems:
+        problems += _parameters_without_tensors(config, at_parameters, known)
+    sites = [path for path in sites if path not in at_parameters]
     if rule is None or not sites:
         return problems
     problems += [*_not_selected(config, rule, sites), *_unmet_names(config, rule, {*sites, *trained})]
@@ -187,7 +192,24 @@ def _without_tensors(
         if path not in own and rule.rejection(path) is None and not trains_whole_at(path, config.saved_module_names)
     ]
     if missing and not (rule.all_linear and len(missing) == 1):
-        yield f"there are no tensors of {_named(missing)}, which the configuration selects"
+        yield _missing(missing)
+
+
+def _parameters_without_tensors(config: AdapterConfig, own: Collection[str], known: KnownLayers) -> Iterator[str]:
+    """Parameters of the model that the configuration selects and that have no tensors; none if others are unknown."""
+    named = [
+        (name, name.removesuffix(WEIGHT_END))
+        for name in known.parameters
+        if any(ends_with(name, target) for target in config.target_parameters or ())
+        and not trains_whole_at(name, config.saved_module_names)
+    ]
+    missing = [name for name, layer in named if name not in own and layer not in own]
+    if missing and set(own) <= {path for pair in named for path in pair}:
+        yield _missing(missing)
+
+
+def _missing(paths: Iterable[str]) -> str:
+    return f"there are no tensors of {_named(paths)}, which the configuration selects"
 
 
 def _unused_keys(config: AdapterConfig, sites: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from gralora_fx.config import AdapterConfig
 from gralora_fx.planning.targets import ends_with, rule_of
 
+WEIGHT_END = ".weight"  # of the name of a layer's weight, behind the layer's path
 _WRAPPED = ".base_layer"
-_WEIGHT = "weight"
 
 
 def parameter_keys(names: Iterable[str], *, nests: bool) -> dict[str, str]:
@@ -43,7 +43,7 @@ def names_parameter(config: AdapterConfig, path: str) -> bool:
 
 def is_named(path: str, name: str) -> bool:
     """Whether a name of `target_parameters` is that of a parameter at a path, or of the weight of a layer there."""
-    return ends_with(path, name) or ends_with(f"{path}.{_WEIGHT}", name)
+    return ends_with(path, name) or ends_with(f"{path}{WEIGHT_END}", name)
 
 
 def parameters_in(paths: Iterable[str], config: AdapterConfig) -> dict[str, list[str]]:

@@ -31,7 +31,8 @@ _SIZES = (
     *("num_decoder_layers", "num_encoder_layers"),
     *("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim"),
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
-    *("num_key_value_heads", "head_dim", "d_kv", "num_experts", "num_local_experts", "moe_intermediate_size"),
+    *("num_key_value_heads", "head_dim", "d_kv"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size"),
     *("patch_size", "num_channels", "num_mel_bins", "hidden_sizes", "depths"),
 )
 

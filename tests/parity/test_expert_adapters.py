@@ -283,6 +283,22 @@ def test_experts_that_do_not_match_are_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_an_adapter_of_a_base_with_fewer_layers_is_refused_as_that_of_linear_layers_is(tmp_path: Path) -> None:
+    model = tiny_decoder("MixtralForCausalLM", num_hidden_layers=base("mixtral").config.num_hidden_layers + 1)
+    model.save_pretrained(tmp_path / "base")
+    export_onnx(trace(model), tmp_path / "export", verify=False)
+    linear = {"target_modules": ["q_proj"], "target_parameters": None}
+    for name, fields in {"self_attn.q_proj": linear, "mlp.experts.down_proj": {}}.items():
+        adapter = tmp_path / name
+        saved_by_peft("mixtral", adapter, **fields)
+        text = rf"there are no tensors of model\.layers\.2\.{name}.*, which the configuration selects"
+        with pytest.raises(CheckpointError, match=text):
+            merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged")
+        with pytest.raises(CheckpointError, match=text):
+            fold_onnx(tmp_path / "export", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_experts_cannot_be_data_of_an_export(tmp_path: Path) -> None:
     ours = rewrite(traced("mixtral"), LoraConfig(r=2, target_modules=[], target_parameters=[*UP_AND_DOWN]))
     with pytest.raises(ExportError, match=r"parameters of the model's own code.*gate_up_proj.*adapters='merged'"):

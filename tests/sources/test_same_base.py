@@ -67,6 +67,13 @@ def test_names_that_end_alike_are_told_apart_by_architecture_sizes_and_weights(b
     assert "weights have other values" in reasons[2]
 
 
+@pytest.mark.parametrize("field", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
+def test_numbers_of_experts_tell_bases_apart(field: str) -> None:
+    """As the families of transformers call them: Qwen, Mixtral, DeepSeek and ERNIE."""
+    own, other = (BaseSource(name, None, {"hidden_size": 8, field: count}) for name, count in (("a", 4), ("b", 8)))
+    assert (compare_bases(own, other).outcome, compare_bases(own, other).reason) == (DIFFERENT, f"{field} 4 and 8")
+
+
 def test_one_directory_by_other_words_is_the_same(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = bases / "qwen3" / "base"
     (tmp_path / "link").symlink_to(own)
