@@ -52,8 +52,9 @@ async def main():
             "streamed": await deltas(likeliest),
             "tools": [item.type for item in called.new_items],
             "result": called.new_items[1].output,
+            "answer": called.final_output,
             "form": (await Runner.run(Agent(**own, output_type=Weather), "Hello")).final_output.model_dump(),
-            "kept": type((await Runner.run(Agent(**own, model_settings=kept), "Hello")).final_output).__name__,
+            "kept": (await Runner.run(Agent(**own, model_settings=kept), "Hello")).final_output,
         }
     await client.close()
     print(json.dumps(found))

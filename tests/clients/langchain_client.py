@@ -28,7 +28,7 @@ def tool_loop(model):
     call = model.bind_tools([get_weather], tool_choice="any").invoke(ASKED)
     results = [ToolMessage(get_weather.invoke(each["args"]), tool_call_id=each["id"]) for each in call.tool_calls]
     answer = model.bind_tools([get_weather]).invoke([*ASKED, call, *results])
-    return [each["name"] for each in call.tool_calls][:1], isinstance(answer.text, str)
+    return [each["name"] for each in call.tool_calls][:1], answer.text
 
 
 def streamed_call(model):

@@ -29,7 +29,7 @@ def tool_loop(model):
         for each in call.tool_calls
     ]
     answer = ask(model, messages=[*ASKED, call, *results], tools=TOOLS)
-    return call.tool_calls[0].function.name, type(answer.choices[0].message.content).__name__
+    return call.tool_calls[0].function.name, answer.choices[0].message.content
 
 
 def ask(model, **options):
@@ -47,7 +47,7 @@ for provider in ("openai", "hosted_vllm"):
         "form": Weather.model_validate_json(
             ask(model, response_format=Weather).choices[0].message.content
         ).model_dump(),
-        "idle": type(ask(model, user="me", store=True, service_tier="flex").choices[0].message.content).__name__,
+        "idle": ask(model, user="me", store=True, service_tier="flex").choices[0].message.content,
     }
     vectors = litellm.embedding(model=f"{provider}/onnx", api_base=embedding_url, api_key="none", input=["a", "b c"])
     found[provider]["embeddings"] = [each["embedding"] for each in vectors.data]

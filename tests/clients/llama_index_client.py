@@ -46,8 +46,8 @@ found = {
         "forms": [type(model.as_structured_llm(Weather).complete("Hello").raw).__name__ for model in (chat, schemas)],
     },
     "responses": {
-        "whole": type(responses.chat(ASKED).message.content).__name__,
-        "streamed": type("".join(chunk.delta for chunk in responses.stream_chat(ASKED))).__name__,
+        "whole": responses.chat(ASKED).message.content,
+        "streamed": "".join(chunk.delta for chunk in responses.stream_chat(ASKED)),
         "tools": responses.predict_and_call(tools, user_msg="Hello", tool_required=True).response,
     },
     "completion": {

@@ -6,7 +6,7 @@ import sys
 from typing import Literal
 
 from pydantic import BaseModel
-from pydantic_ai import Agent, Embedder, NativeOutput
+from pydantic_ai import Agent, Embedder, NativeOutput, Tool
 from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -24,6 +24,16 @@ def get_weather(city: Literal["Rome", "Paris"]) -> str:
     return f"sunny in {city}"
 
 
+async def at_first(context, definition):
+    """A tool that the first step of a run alone may call, so that the next one answers."""
+    return definition if context.run_step == 1 else None
+
+
+def results(run):
+    parts = [part for message in run.new_messages() for part in message.parts]
+    return [part.content for part in parts if part.part_kind == "tool-return" and part.tool_name == "get_weather"]
+
+
 async def streamed(agent):
     async with agent.run_stream("Hello") as run:
         return "".join([delta async for delta in run.stream_text(delta=True, debounce_by=None)])
@@ -34,13 +44,14 @@ async def main():
     for name, kind in {"chat": OpenAIChatModel, "responses": OpenAIResponsesModel}.items():
         model = kind("base", provider=OpenAIProvider(base_url=text_url, api_key="none"))
         likeliest = Agent(model, instructions="Be brief.", model_settings={"temperature": 0, "max_tokens": 8})
-        called = Agent(model, output_type=Weather, tools=[get_weather])
+        called = Agent(model, output_type=Weather, tools=[Tool(get_weather, prepare=at_first)])
         first = await called.run("Hello")
         again = await called.run("And now?", message_history=first.all_messages())
         found[name] = {
             "whole": (await likeliest.run("Hello")).output,
             "streamed": await streamed(likeliest),
             "tools": [type(run.output).__name__ for run in (first, again)],
+            "results": [*results(first), *results(again)],
             "form": (await Agent(model, output_type=NativeOutput(Weather)).run("Hello")).output.model_dump(),
         }
     embedder = Embedder(OpenAIEmbeddingModel("onnx", provider=OpenAIProvider(base_url=embedding_url, api_key="none")))

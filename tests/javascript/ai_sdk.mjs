@@ -43,6 +43,7 @@ async function checked(model, completion, embedding) {
     whole: (await generateText({ ...asked, model, temperature: 0, maxOutputTokens: 8 })).text,
     streamed: await streamed(model),
     tools: loop.steps[0].toolResults.map((result) => result.output),
+    answer: loop.text,
     forms: [first.output, second.output],
     completion: (await generateText({ model: completion, prompt: 'Hello', temperature: 0, maxOutputTokens: 8 })).text,
     embeddings: (await embedMany({ model: embedding, values: ['a', 'b c'] })).embeddings,
@@ -69,7 +70,7 @@ async function all() {
     compatible: await checked(compatible('base'), compatible.completionModel('base'), embeddings.compatible.embeddingModel('onnx')),
     responses: await checked(openai('base'), openai.completion('base'), embeddings.openai.embedding('onnx')),
     chat: await checked(openai.chat('base'), openai.completion('base'), embeddings.openai.embedding('onnx')),
-    reasoned: typeof reasoned.text,
+    reasoned: reasoned.text,
   };
 }
 

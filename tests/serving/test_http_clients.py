@@ -1,7 +1,7 @@
 """Clients of OpenAI's protocol as they are, each in an environment of its own: whatever they send by default is taken.
 
-A random model answers, so that what is checked is the form: likeliest answers streamed as whole, calls of tools whose
-results go back, forms that are met, embeddings.
+The model greets, and fills whatever form it is given: answers streamed as whole, calls of tools whose results go back,
+forms that are met, embeddings.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 from client_environments import run_client
+from greeting_model import GREETING, greeting_model
 from javascript_project import installed_project, needs_node, run_script
-from running_service import post, serving
+from running_service import serving
 from sentence_encoders import encoded, save_encoder
-from served_exports import CACHED, adapted
+from served_exports import CACHED, END
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from tool_tokenizers import FAMILIES, byte_tokenizer
+from tool_tokenizers import family_tokenizer
 
+from gralora_fx import trace
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving.http.app import create_app
 
-ENDS = {f"<|end{number}|>": True for number in range(24)}  # so many that an answer ends soon
 MODES = {"chat": "/v1/chat/completions", "responses": "/v1/responses"}
 WEATHER = {"city", "is_warm"}
 
@@ -70,22 +71,13 @@ class Services:
         """The fields without effect that were sent since then."""
         return {field for _, _, fields in self.watched[0].answers for field in fields.split(", ") if field}
 
-    def likeliest(self, system: str | None = "Be brief.") -> str:
-        """The likeliest eight tokens of an answer to a greeting."""
-        messages = [{"role": "system", "content": system}] if system else []
-        body = {"model": "base", "messages": [*messages, {"role": "user", "content": "Hello"}], "temperature": 0}
-        found = post(f"{self.urls[0]}/chat/completions", {**body, "max_tokens": 8})
-        return str(found["choices"][0]["message"]["content"])
-
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     folder = tmp_path_factory.mktemp("clients")
-    tokenizer = byte_tokenizer(FAMILIES["hermes"][0], ENDS)
-    ends = [2, *tokenizer.convert_tokens_to_ids([*ENDS])]
-    sizes = {"eos_token_id": ends, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 4096}
-    model, _ = adapted("llama", folder, CACHED, **sizes, vocab_size=len(tokenizer))
-    export_onnx(model, folder / "base", adapters="data", verify=False, tokenizer=tokenizer)
+    tokenizer = family_tokenizer("hermes")
+    model = greeting_model(tokenizer, eos_token_id=END, bos_token_id=1, pad_token_id=0, max_position_embeddings=4096)
+    export_onnx(trace(model, task=CACHED), folder / "base", verify=False, tokenizer=tokenizer)
     encoder = save_encoder("bert", folder, "mean")
     export_onnx(load_traced(str(encoder), None, None), folder / "onnx", tokenizer=str(encoder), verify=False)
     text, embedding = (Watched(create_app(ServiceSettings(folder / name))) for name in ("base", "onnx"))
@@ -100,14 +92,13 @@ def check_vectors(found: list[list[float]], expected: list[list[float]]) -> None
 
 def test_langchain(services: Services) -> None:
     found = services.ask("langchain")
-    expected = services.likeliest()
     for name in MODES:
         own = found[name]
-        assert own["whole"] == own["streamed"] == expected
-        assert own["tools"] == [["get_weather"], True]
+        assert own["whole"] == own["streamed"] == GREETING
+        assert own["tools"] == [["get_weather"], GREETING]
         assert own["streamed call"]
         assert own["forms"] == ["Weather", "Weather"]
-    assert found["completion"]["whole"] == found["completion"]["streamed"]
+    assert found["completion"]["whole"] == found["completion"]["streamed"] == GREETING
     check_vectors(found["embeddings"], services.vectors)
 
 
@@ -117,20 +108,20 @@ def test_openai_agents(services: Services) -> None:
     assert {"store", "metadata"} <= services.ignored
     for name in MODES:
         own = found[name]
-        assert own["whole"] == own["streamed"]
+        assert own["whole"] == own["streamed"] == own["kept"] == GREETING
         assert own["tools"] == ["tool_call_item", "tool_call_output_item", "message_output_item"]
         assert own["result"].startswith("sunny in")
+        assert own["answer"] == GREETING
         assert own["form"].keys() == WEATHER
-        assert own["kept"] == "str"
 
 
 def test_llama_index(services: Services) -> None:
     found = services.ask("llama_index")
-    assert found["chat"]["whole"] == found["chat"]["streamed"] == services.likeliest()
     assert found["chat"]["forms"] == ["Weather", "Weather"]
-    assert found["completion"]["whole"] == found["completion"]["streamed"]
+    assert found["completion"]["whole"] == found["completion"]["streamed"] == GREETING
     assert "truncation" in services.ignored
     for name in MODES:
+        assert found[name]["whole"] == found[name]["streamed"] == GREETING
         assert found[name]["tools"].startswith("sunny in")
     check_vectors(found["embeddings"], services.vectors)
 
@@ -139,12 +130,12 @@ def test_litellm(services: Services) -> None:
     found = services.ask("litellm")
     for name in ("openai", "hosted_vllm"):
         own = found[name]
-        assert own["whole"] == own["streamed"] == services.likeliest()
-        assert own["tools"] == ["get_weather", "str"]
+        assert own["whole"] == own["streamed"] == own["idle"] == GREETING
+        assert own["tools"] == ["get_weather", GREETING]
         assert own["form"].keys() == WEATHER
-        assert own["idle"] == "str"
         check_vectors(own["embeddings"], services.vectors[1:])
     assert found["responses"] == {"status": "completed", "streamed": "response.completed"}
+    assert found["completion"]["whole"] == GREETING
     assert {"store", "service_tier"} <= services.ignored
 
 
@@ -152,8 +143,9 @@ def test_pydantic_ai(services: Services) -> None:
     found = services.ask("pydantic_ai")
     for name in MODES:
         own = found[name]
-        assert own["whole"] == own["streamed"] == services.likeliest()
+        assert own["whole"] == own["streamed"] == GREETING
         assert own["tools"] == ["Weather", "Weather"]
+        assert [result[:8] for result in own["results"]] == ["sunny in", "sunny in"]
         assert own["form"].keys() == WEATHER
     check_vectors(found["embeddings"], services.vectors[1:])
 
@@ -169,11 +161,12 @@ def test_vercels_ai_sdk(services: Services) -> None:
     found = services.ask("ai_sdk.mjs")
     for name in ("compatible", "responses", "chat"):
         own = found[name]
-        assert own["whole"] == own["streamed"] == services.likeliest()
+        assert own["whole"] == own["streamed"] == own["answer"] == GREETING
         assert own["tools"][0].startswith("sunny in")
         assert all(form.keys() == WEATHER for form in own["forms"])
         check_vectors(own["embeddings"], services.vectors[1:])
-    assert found["compatible"]["completion"] == found["responses"]["completion"]
+        assert own["completion"] == GREETING
+    assert found["reasoned"] == GREETING
     assert "reasoning.effort" in services.ignored
 
 
