@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
@@ -21,13 +20,11 @@ from gralora_fx.exporters.quantization.block_search import (
 )
 from gralora_fx.exporters.quantization.formats import Blocks
 
-_FARTHEST = 8.0  # square of a column's error over that of integers that are rounded to the nearest, `scale^2 / 12`
-
 
 def quantize_blocks(
     matrix: NDArray[Any],
     form: Blocks,
-    inputs: InputProducts | torch.Tensor | None = None,
+    inputs: InputProducts | None = None,
     name: str = "a matrix",
 ) -> BlockArrays:
     """A matrix as blocks.
@@ -49,30 +46,12 @@ def quantize_blocks(
             f"{name} holds values that are not finite, which int{form.bits} cannot express; mend the weights"
         )
     if form.rounding == "searched":
-        blocks = searched_blocks(matrix, form, inputs)
-        return blocks if inputs is None else _nearer(matrix, blocks, form)
+        return searched_blocks(matrix, form, inputs)
     integers, scales, zero_points = _quantizer(form.bits, form.block_size, form.zero_points)(matrix)
     blocks = BlockArrays(integers, scales, zero_points if form.zero_points else None)
     if scale_dtype(form, matrix.dtype) == matrix.dtype:
         return blocks
     return _on_grid(_in_blocks(matrix, form), blocks._replace(scales=_rounded_up(scales)), form)
-
-
-def _nearer(matrix: NDArray[Any], blocks: BlockArrays, form: Blocks) -> BlockArrays:
-    """Blocks that inputs shaped, but plain ones in columns that would be far from the matrix.
-
-    Few or much alike inputs would let weights drift that other inputs read.
-    """
-    scales = blocks.scales.astype(np.float32)
-    change = dequantize_blocks(blocks._replace(scales=scales), form.bits, len(matrix)) - matrix.T
-    usual = np.square(scales).sum(1, dtype=np.float64) * (form.block_size / 12)
-    is_far = np.square(change).sum(1, dtype=np.float64) > _FARTHEST * usual
-    if is_far.any():
-        plain = searched_blocks(np.ascontiguousarray(matrix[:, is_far]), form, None)
-        for part, other in zip(blocks, plain, strict=True):
-            if part is not None and other is not None:
-                part[is_far] = other
-    return blocks
 
 
 def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:

@@ -28,8 +28,8 @@ from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
-_DRAWN, _FEW, _MANY = 64, 16, 64  # tokens of a text that the model draws; texts that measure; that round too
-_TOGETHER = 4  # texts that are run at once
+_DRAWN, _COUNT = 32, 48  # tokens of a text that the model draws, and texts
+_TOGETHER = 512  # positions that are run at once, and about as many measure what rounding costs
 _LEAST_POSITIONS = 16
 _TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
 
@@ -78,11 +78,8 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
         cases: list[Mapping[str, Any]] = []
         inputs = ""
         try:
-            is_drawn = given is None and traced.cache_layout is CacheLayout.DECODER
-            rounds = conversion.options.quantize == "int4"  # by more inputs than measure
-            cases, inputs = _cases(traced, given, verification, _MANY if rounds else _FEW)
-            few = cases[: _FEW // _TOGETHER] if is_drawn else cases
-            return Calibration(traced, cases, measure_sensitivities(traced, few), inputs)
+            cases, inputs = _cases(traced, given, verification)
+            return Calibration(traced, cases, measure_sensitivities(traced, _some(cases)), inputs)
         except (RuntimeError, NotImplementedError) as error:
             return Calibration(traced, cases, None, inputs, f"the model gives no gradients ({first_line(error)})")
 
@@ -117,9 +114,9 @@ def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
 
 
 def _cases(
-    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification, count: int
+    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification
 ) -> tuple[list[Mapping[str, Any]], str]:
-    """Inputs on which the model is run, and what measures: of the texts that a decoder draws, the first sixteen."""
+    """Inputs on which the model is run, and what they are, in words."""
     is_decoder = traced.cache_layout is CacheLayout.DECODER
     if given is not None:
         batches = list(_batches(given))
@@ -131,10 +128,15 @@ def _cases(
         return [case for _, case in random_answers(traced, seed=1)], "random inputs"
     if not is_decoder:
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
-    rows = _drawn(traced, count)
-    return [_step(traced, part) for part in torch.split(rows, _TOGETHER)], (
-        f"{_FEW} texts of {rows.shape[1]} tokens that the model drew"
-    )
+    rows = _drawn(traced)
+    parts = torch.split(rows, max(1, _TOGETHER // rows.shape[1]))
+    return [_step(traced, part) for part in parts], f"{_COUNT} texts of {rows.shape[1]} tokens that the model drew"
+
+
+def _some(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Those of many texts that measure: squares need fewer than the products that weights are rounded by."""
+    positions = sum(case["input_ids"].numel() for case in cases if "input_ids" in case)
+    return cases[:: max(1, positions // _TOGETHER)]
 
 
 def _check_long(positions: int) -> None:
@@ -157,8 +159,9 @@ def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
 
     for _, group in groupby(sorted(rows, key=sizes), key=sizes):
         alike = list(group)
-        for start in range(0, len(alike), _TOGETHER):
-            part = alike[start : start + _TOGETHER]
+        count = max(1, _TOGETHER // _positions(alike[0]))
+        for start in range(0, len(alike), count):
+            part = alike[start : start + count]
             yield {name: torch.cat([row[name] for row in part]) for name in part[0]}
 
 
@@ -169,9 +172,9 @@ def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
 
 
 @torch.no_grad()
-def _drawn(traced: TracedModel, count: int) -> Tensor:
+def _drawn(traced: TracedModel) -> Tensor:
     """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
-    texts = drawn_texts(traced, 1, _DRAWN, count)
+    texts = drawn_texts(traced, 1, _DRAWN, _COUNT)
     ids = torch.tensor(texts.rows)
     steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
     for length in counted(range(1, texts.drawn + 1), "drawing texts", "tokens"):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantization.block_search import BlockArrays
 from gralora_fx.exporters.quantization.calibration import Calibration, calibrate
 from gralora_fx.exporters.quantization.formats import Blocks, Columns
@@ -26,7 +26,7 @@ from gralora_fx.progress.stages import counted
 from gralora_fx.runtime.quantized_weights import WIDEST_EXACT
 from gralora_fx.sources.lazy_tensors import values_of
 
-_ROWS = 1024  # output features of a matrix whose errors stand for all
+_ROWS = 4096  # output features of a matrix whose errors stand for all
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Candidate:
         forms: Four bits and eight.
         losses: What is lost in each.
         stored: Bits of the matrix in each, with scales and zero points.
-        relative: The squared error of the weights in the first, relative to their squares.
+        relative: The expected squared error of the weights in the first, relative to their squares.
         is_measured: Whether losses are divergences of the outputs; else they are relative errors.
     """
 
@@ -170,28 +170,31 @@ def _candidate(
     site: LinearSite, names: tuple[str, ...], forms: tuple[Blocks, Blocks], measured: Sensitivities | None
 ) -> _Candidate:
     """What a layer's weight loses in several formats."""
-    weight = values_of(site.weight, names[0]).detach().float()
-    matrix = weight.t() if site.kind == "conv1d" else weight  # [out, in]
-    rows = torch.arange(0, len(matrix), max(1, len(matrix) // _ROWS))
-    sample = np.ascontiguousarray(matrix[rows].numpy())
+    values = values_of(site.weight, names[0]).detach()
+    weight = values.t() if site.kind == "conv1d" else values  # [out, in]
+    rows = torch.arange(0, len(weight), max(1, len(weight) // _ROWS))
+    sample = weight[rows].float()
     known = measured if measured is not None and measured.has_gradients(site.path) else None
-    layer = None if known is None else known.layers.get(site.path)
-    squares = None if layer is None or not layer.reads else layer.squares
-    losses, relative = dict[Blocks, float](), 0.0
-    for of in dict.fromkeys(forms):
-        blocks = quantize_blocks(np.ascontiguousarray(sample.T), of, squares, names[0])
-        change = dequantize_blocks(blocks, of.bits, sample.shape[1]) - sample
-        error = float(np.square(change).sum() / max(np.square(sample).sum(), 1e-30))
-        losses[of] = error if known is None else known.loss(site.path, torch.from_numpy(change), rows)
-        relative = error if of is forms[0] else relative
-    four, eight = (losses[of] for of in forms)
+    errors = {of: _expected_errors(sample, of) for of in dict.fromkeys(forms)}
+    relative = {of: float(error.sum() / sample.square().sum().clamp(min=1e-30)) for of, error in errors.items()}
+    losses = relative if known is None else {of: known.loss(site.path, error, rows) for of, error in errors.items()}
     sizes = [of.stored_bits(site.in_features, site.out_features) for of in forms]
     return _Candidate(
         names,
         site.weight.numel(),
         forms,
-        (four, eight),
+        (losses[forms[0]], losses[forms[1]]),
         (sizes[0], sizes[1]),
-        relative,
+        relative[forms[0]],
         known is not None,
     )
+
+
+def _expected_errors(weight: Tensor, form: Blocks) -> Tensor:
+    """The expected squares of errors of a weight `[out, in]`: in a block a twelfth of the square of its step."""
+    inputs = weight.shape[1]
+    padded = torch.nn.functional.pad(weight, (0, -inputs % form.block_size))
+    blocks = padded.reshape(len(weight), -1, form.block_size)
+    steps = (blocks.amax(2, keepdim=True).clamp(min=0) - blocks.amin(2, keepdim=True).clamp(max=0)) / (2**form.bits - 1)
+    errors: Tensor = (steps.square() / 12).expand_as(blocks).reshape(padded.shape)[:, :inputs]
+    return errors

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.compat.torch_graphs import tree_leaves
+from gralora_fx.exporters.quantization.draws import draw
 from gralora_fx.graph.linear_calls import calls_at
 from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.sites import other_readers
@@ -47,9 +48,9 @@ class Sensitivity:
         """Mean squares of its inputs, `[in]`."""
         return self.inputs / max(1, self.reads)
 
-    def loss(self, change: Tensor, positions: int, rows: Tensor | None = None) -> float:
-        """The expected divergence of a change (see `Sensitivities.loss`)."""
-        return _loss_of(change, self.squares, self.outputs, positions, rows)
+    def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
+        """The expected divergence of errors (see `Sensitivities.loss`)."""
+        return _loss_of(errors, self.squares, self.outputs, positions, rows)
 
 
 @dataclass
@@ -64,15 +65,15 @@ class TableSensitivity:
     lookups: Tensor
     gradients: Tensor
 
-    def loss(self, change: Tensor, positions: int, rows: Tensor | None = None) -> float:
-        """The expected divergence of a change (see `Sensitivities.loss`)."""
+    def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
+        """The expected divergence of errors (see `Sensitivities.loss`)."""
         mean = self.gradients / self.lookups.sum().clamp(min=1)
-        return _loss_of(change, mean, self.lookups, positions, rows)
+        return _loss_of(errors, mean, self.lookups, positions, rows)
 
 
-def _loss_of(change: Tensor, inputs: Tensor, outputs: Tensor, positions: int, rows: Tensor | None) -> float:
-    """`1/2 sum_ij outputs_i inputs_j change_ij^2` a position; the rows of the change stand for all."""
-    weighted = change.square() @ inputs
+def _loss_of(errors: Tensor, inputs: Tensor, outputs: Tensor, positions: int, rows: Tensor | None) -> float:
+    """`1/2 sum_ij outputs_i inputs_j errors_ij` a position; the rows of the errors stand for all."""
+    weighted = errors @ inputs
     if rows is None:
         return 0.5 * float(outputs @ weighted) / max(1, positions)
     share = float(outputs[rows].sum())
@@ -99,17 +100,17 @@ class Sensitivities:
         layer = self.layers.get(path)
         return self.positions > 0 and (path in self.tables or (layer is not None and layer.reads > 0))
 
-    def loss(self, path: str, change: Tensor, rows: Tensor | None = None) -> float:
-        """The expected divergence, in nats a position, of a change of a layer's weight; zero for one that was not run.
+    def loss(self, path: str, errors: Tensor, rows: Tensor | None = None) -> float:
+        """The expected divergence, in nats a position, of errors of a layer's weight; zero for one that was not run.
 
         Args:
             path: The layer.
-            change: `[out, in]`, or some of its rows.
+            errors: Their squares, `[out, in]`, or some rows of them.
             rows: Which rows these are, that stand for all; None for all.
         """
         layer, table = self.layers.get(path), self.tables.get(path)
         both = [sensitivity for sensitivity in (layer, table) if sensitivity is not None]
-        return sum(sensitivity.loss(change, self.positions, rows) for sensitivity in both)
+        return sum(sensitivity.loss(errors, self.positions, rows) for sensitivity in both)
 
 
 def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]) -> Sensitivities:
@@ -232,7 +233,7 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
         if mask is not None and value.ndim > 1 and mask.shape == value.shape[:-1]:
             rows = rows[mask.flatten().bool()]
         if logits:
-            labels = torch.multinomial(rows.detach().softmax(-1), 1, generator=generator).flatten()
+            labels = draw(rows.detach().softmax(-1), generator)
             total = total + nn.functional.cross_entropy(rows, labels, reduction="sum")
         else:
             total = total + (rows * torch.randn(rows.shape, generator=generator)).sum()

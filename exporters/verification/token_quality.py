@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.quantization.draws import draw
 from gralora_fx.exporters.verification.cases import context_of, vocabulary_of
 from gralora_fx.exporters.verification.compared_tensors import check_finite
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps, Step
@@ -186,7 +187,7 @@ def draw_tokens(logits: Tensor, end: Sequence[int], generator: torch.Generator) 
     """
     kept = logits.double()
     kept[:, list(end)] = float("-inf")
-    return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
+    return draw(kept.softmax(-1), generator)
 
 
 class _Tally:

@@ -136,7 +136,7 @@ def test_the_measure_is_the_divergence_that_a_change_brings() -> None:
             changed = log_probabilities()
             site.weight.copy_(weight)
             direct[site.path] = float((base.exp() * (base - changed)).sum(-1).mean())
-            expected[site.path] = measured.loss(site.path, change)
+            expected[site.path] = measured.loss(site.path, change.square())
     assert set(measured.tables) == {"lm_head"}
     for path, value in direct.items():
         assert 0.3 < expected[path] / value < 3, path
@@ -164,9 +164,7 @@ def test_a_search_rounds_better_than_the_nearest_and_than_onnxruntimes_k_quant()
     integers, scales, zeros = quant_tensor_k_quant_cpu(matrix.T.reshape(-1, 32), 4, 32)
     theirs = ((integers - zeros) * scales).reshape(300, 128)
     assert error(blocks("searched")) < 0.95 * min(error(theirs), error(blocks("nearest")))
-    squares = blocks("searched", products[0].diagonal()[:128])
-    assert error(squares, True) < 0.9 * error(blocks("searched"), True)
-    assert error(blocks("searched", InputProducts(products)), True) < 0.9 * error(squares, True)
+    assert error(blocks("searched", InputProducts(products)), True) < 0.6 * error(blocks("searched"), True)
 
 
 def test_zeros_and_one_value_a_block_are_kept(tmp_path: Path) -> None:
@@ -299,7 +297,7 @@ def test_scales_are_widened_when_the_model_is_opened(precision: Any, tmp_path: P
 def test_every_kind_of_model_is_run_to_choose(name: str, task: str | None, tmp_path: Path) -> None:
     report = export_onnx(fresh_trace(name, task=task), tmp_path / "onnx", quantize="int4", bits=6, block_size=16)
     assert report.quantization is not None
-    assert report.quantization.chosen_by in ("random inputs", "16 texts of 31 tokens that the model drew")
+    assert report.quantization.chosen_by in ("random inputs", "48 texts of 31 tokens that the model drew")
     assert report.quantization.layers
     assert report.quantization.bits is not None
     assert report.quantization.bits <= 6
