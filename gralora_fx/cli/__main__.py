@@ -1,6 +1,6 @@
 """`python -m gralora_fx.cli`."""
 
-from gralora_fx.cli.program import main
+from gralora_fx.cli import main
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,6 @@ from typer.main import get_command
 
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.help import name_of
-from gralora_fx.cli.huge_pages import use_huge_pages
 from gralora_fx.cli.wording import Wording, notes, use_wording
 from gralora_fx.errors import GraloraError
 
@@ -36,8 +35,6 @@ def main() -> None:
     """
     program: Any = get_command(app)
     running = next((argument for argument in sys.argv[1:] if argument in program.commands), None)
-    if running == "serve":
-        use_huge_pages()
     wording = Wording(program.commands, running)
     use_wording(wording)
     signal.signal(signal.SIGTERM, _terminate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,14 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, 
 
 from gralora_fx.errors import CheckpointError, GraloraError, first_line
 from gralora_fx.progress.stages import quiet
-from gralora_fx.sources.model_files import check_json_objects, local_directory
+from gralora_fx.sources.model_files import MODEL_FILE, check_json_objects, local_directory
 from gralora_fx.sources.sentence_modules import SentenceModules
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "tokenizer_config.json"
 _EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")
 _JSON = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -55,7 +56,7 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
         GraloraError: Of the given type: the tokenizer's files are damaged or cannot be loaded.
     """
     return _load_pretrained(
-        AutoTokenizer.from_pretrained,
+        _auto_tokenizer,
         name,
         error,
         what="tokenizer",
@@ -84,6 +85,23 @@ def load_feature_extractor(name: str | Path, error: type[GraloraError] = Checkpo
         configs=_EXTRACTOR_FILES,
         remedy="repair these files",
     )
+
+
+def _auto_tokenizer(name: str | Path, **options: Any) -> Any:
+    """Load a tokenizer without the class of the model's configuration, where its own file names the tokenizer's class.
+
+    transformers would import that class, and with it what models are loaded with: a second, and 60 MB.
+    """
+    directory = Path(name)
+    if all((directory / file).is_file() for file in (MODEL_FILE, TOKENIZER_CONFIG)):
+        own, model = (json.loads((directory / file).read_bytes()) for file in (TOKENIZER_CONFIG, MODEL_FILE))
+        if own.get("tokenizer_class") and "auto_map" not in own and isinstance(model.get("model_type"), str):
+            config = PreTrainedConfig(name_or_path=str(name))
+            for field in ("model_type", "model_name", "tokenizer_class"):
+                if field in model:
+                    setattr(config, field, model[field])
+            options["config"] = config
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 def _load_pretrained(

@@ -84,3 +84,17 @@ def test_a_command_that_decodes_runs_with_them() -> None:
     with subprocess.Popen([sys.executable, "-c", code, "serve", "x y"], stdout=subprocess.PIPE, text=True) as process:
         text, _ = process.communicate()
     assert text.split() == [f"{huge_pages.TUNABLE}=1", str(process.pid), "serve", "x", "y"]
+
+
+def test_the_program_is_replaced_before_it_imports_its_commands() -> None:
+    code = (
+        "import sys; from gralora_fx import cli\n"
+        "cli.use_huge_pages = lambda: sys.exit([name for name in ('typer', 'gralora_fx.cli.commands') "
+        "if name in sys.modules])\n"
+        "cli.main()"
+    )
+    command = [sys.executable, "-c", code, *ARGUMENTS]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.strip()) == (1, "[]")
+    help_shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert (help_shown.returncode, "Usage" in help_shown.stdout) == (0, True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from traces import fresh_trace
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
@@ -79,3 +83,29 @@ def test_an_export_with_a_damaged_tokenizer_writes_nothing(base: Path, tmp_path:
     result = CliRunner().invoke(app, [*arguments, "--no-tokenizer"])
     assert result.exit_code == 0, result.output
     assert not (tmp_path / "onnx" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("named", ["TokenizersBackend", "BertTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", None])
+def test_its_class_is_that_which_transformers_takes(base: Path, tmp_path: Path, model: str, named: str | None) -> None:
+    path = shutil.copytree(base, tmp_path / "base")
+    tiny_model(model).config.save_pretrained(path)
+    settings = json.loads((path / "tokenizer_config.json").read_bytes())
+    settings.pop("tokenizer_class")
+    settings |= {} if named is None else {"tokenizer_class": named}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    found, expected = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
+    assert type(found) is type(expected)
+    assert found is not None
+    assert found.get_vocab() == expected.get_vocab()
+    assert found.init_kwargs == expected.init_kwargs
+
+
+def test_a_tokenizer_loads_without_what_models_need(base: Path) -> None:
+    code = (
+        "import sys; from gralora_fx.loading.tokenizers import load_tokenizer; load_tokenizer(sys.argv[1])\n"
+        "print([name for name in ('transformers.models.bert', 'transformers.core_model_loading', 'sympy') "
+        "if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(base)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"

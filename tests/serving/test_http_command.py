@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ from served_exports import chat_tokenizer, decoders, greedy
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
+from gralora_fx.cli.serve import _no_collections
 from gralora_fx.errors import ConfigError, ServingError
 
 ORIGINS = ("https://a.example.org", "http://localhost:5173")
@@ -173,3 +175,12 @@ def test_errors_before_serving(tmp_path: Path) -> None:
     manifest = {"schema_version": 1, "task": None, "precision": "fp32", "sites": []}
     (tmp_path / "gralora_export.json").write_text(json.dumps(manifest))
     assert isinstance(error(str(tmp_path), "--adapter-root", str(tmp_path / "none")), ConfigError)
+
+
+def test_what_a_service_is_made_of_is_left_out_of_collections() -> None:
+    gc.unfreeze()
+    with _no_collections():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
