@@ -34,6 +34,7 @@ NAMES = (
     "batched",
     "forms",
     "service",
+    "service-memory",
     "providers",
     "threads",
     "rounding",

@@ -19,6 +19,7 @@ from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.buffered_steps import BufferedSteps
+from gralora_fx.engine.cache_buffers import CacheBuffers
 from gralora_fx.exporters import export_onnx
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME
@@ -153,7 +154,7 @@ class _Rows:
         self.stack = loaded.stack_of([loaded[name] for name in NAMES])
         self.ids = np.array([self.stack.ids[loaded[name]] for name in NAMES], dtype=np.int64)
         session = open_session(path, Runtime(session_options=quiet_options(THREADS)), name=ROWS_NAME)
-        self.steps = BufferedSteps(session, rows=ROWS, length=4 * PROMPT + 2 * CHUNK)
+        self.steps = BufferedSteps(session, CacheBuffers(session, ROWS, 4 * PROMPT + 2 * CHUNK))
         self.past = np.zeros(ROWS, dtype=np.int32)
         self.step(prompts, np.full(ROWS, prompts.shape[1]))
         self.past += prompts.shape[1]

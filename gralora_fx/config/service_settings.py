@@ -68,6 +68,8 @@ class ServiceSettings:
         chunk: Of a decoder, the most tokens of prompts that a step reads beside answers; None for 64.
         prefix_cache: Of a decoder, the most bytes of what prompts that begin alike share, such as `2GB`; `0` or `none`
             for nothing, None for 512 MiB if the export's rows can share anything.
+        max_memory: Of a decoder, the most bytes of the caches of rows, the copies of their adapters, and what prompts
+            share, such as `2GB`; None for no bound.
         speculative_tokens: Of a decoder, the most tokens of an answer that are proposed for a step, as they followed
             before in its text; 0 for none, None for 16.
         timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
@@ -146,6 +148,15 @@ class ServiceSettings:
             problem=_cache_problem,
         ),
     ] = None
+    max_memory: Annotated[
+        str | None,
+        Option(
+            "Keep all caches in at most this much memory: of rows, of what prompts share, of adapters that rows use.",
+            metavar="SIZE",
+            left_out="no bound",
+            problem=partial(size_problem, "max_memory"),
+        ),
+    ] = None
     speculative_tokens: Annotated[
         int | None,
         Option(
@@ -194,6 +205,11 @@ class ServiceSettings:
             ConfigError: A count is not a whole number of at least 1, the key is not ASCII, or an origin is none.
         """
         check_options(self, ConfigError)
+        if self.max_memory is not None and (read_size(self.prefix_cache) or 0) > (self.memory_bytes or 0):
+            raise ConfigError(
+                f"prefix_cache={self.prefix_cache} is more than max_memory={self.max_memory}, of which it is a part; "
+                "give less, or leave it out"
+            )
 
     @property
     def adapter_bytes(self) -> int | None:
@@ -221,9 +237,17 @@ class ServiceSettings:
         return SPECULATIVE_TOKENS if self.speculative_tokens is None else self.speculative_tokens
 
     @property
+    def memory_bytes(self) -> int | None:
+        """The most bytes of all caches; None for no bound."""
+        return read_size(self.max_memory)
+
+    @property
     def prefix_bytes(self) -> int | None:
         """The most bytes of the prefix cache, where there is one; None for none."""
-        return None if self.prefix_cache in _NO_CACHE else read_size(self.prefix_cache or _PREFIX_CACHE)
+        if self.prefix_cache in _NO_CACHE:
+            return None
+        size = read_size(self.prefix_cache or _PREFIX_CACHE)
+        return size if size is None or self.memory_bytes is None else min(size, self.memory_bytes)
 
     @property
     def base_name(self) -> str:

@@ -20,6 +20,7 @@ from gralora_fx.runtime.adapter_arrays import (
     empty_stack,
     largest_ranks,
     ranks_of,
+    slot_size,
     write_adapter,
 )
 from gralora_fx.runtime.adapter_inputs import AdapterInputs
@@ -68,9 +69,20 @@ class AdapterSlots:
             self._values[last] = {name: as_ort_value(array[: last + 1]) for name, array in self._arrays.items()}
         return Stack(ids, self._values[last])
 
+    def size(self, used: Sequence[LoadedAdapter]) -> int:
+        """How many bytes a stack of some adapters takes.
+
+        Args:
+            used: The adapters, each once.
+        """
+        return (1 + len(used)) * slot_size(self._needed(used), self._inputs)
+
+    def _needed(self, used: Sequence[LoadedAdapter]) -> Ranks:
+        return largest_ranks([ranks_of(adapter.tensors, self._inputs) for adapter in used], self._inputs)
+
     def _make_room(self, used: Sequence[LoadedAdapter]) -> None:
         """Make other buffers where these are too narrow, or much too wide."""
-        needed = largest_ranks([ranks_of(adapter.tensors, self._inputs) for adapter in used], self._inputs)
+        needed = self._needed(used)
         if self._arrays:
             if not used:
                 return
@@ -94,8 +106,8 @@ class RowStacks:
             rows: How many rows there are.
             weights: Bytes of the model's weights, which each run reads.
         """
-        self._slots = AdapterSlots(inputs, rows), AdapterSlots(inputs, rows)
-        self._weights = weights
+        self._inputs, self._count, self._weights = inputs, rows, weights
+        self.clear()
 
     def of(self, used: Sequence[LoadedAdapter | None]) -> list[Stack]:
         """The stacks for a step; every adapter is in one of them, and the base in all.
@@ -103,10 +115,26 @@ class RowStacks:
         Args:
             used: The adapter of each open row.
         """
+        return [slots.stack_of(part) for slots, part in self._parts(used)]
+
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._slots = tuple(AdapterSlots(self._inputs, self._count) for _ in range(2))
+
+    def size(self, used: Sequence[LoadedAdapter | None]) -> int:
+        """How many bytes the stacks for a step take.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        return sum(slots.size(part) for slots, part in self._parts(used) if part)
+
+    def _parts(self, used: Sequence[LoadedAdapter | None]) -> list[tuple[AdapterSlots, list[LoadedAdapter]]]:
+        """Buffers, each with the adapters that go into them."""
         adapters = sorted({each for each in used if each is not None}, key=lambda each: (each.size, each.name))
         small = _small([adapter.size for adapter in adapters], self._weights)
         parts = [part for part in (adapters[:small], adapters[small:]) if part]
-        return [slots.stack_of(part) for slots, part in zip(self._slots, parts or [[]], strict=False)]
+        return list(zip(self._slots, parts or [[]], strict=False))
 
 
 def _small(sizes: Sequence[int], weights: int) -> int:

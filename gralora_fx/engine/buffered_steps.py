@@ -13,7 +13,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gralora_fx.runtime.ort_values import as_tensor, as_value, empty_values
+from gralora_fx.engine.cache_buffers import CacheBuffers
+from gralora_fx.runtime.ort_values import as_tensor, as_value
 from gralora_fx.runtime.session import CPU, QUIET_RUN
 from gralora_fx.runtime.session_views import PAST, PRESENT
 
@@ -30,21 +31,17 @@ _BOUND = 4  # stacks of adapters that stay bound
 class BufferedSteps:
     """A session over a decoder, with the caches of its rows and what else stays bound from step to step.
 
-    Attributes:
-        caches: The buffers by the names of the inputs: keys and values `[rows, heads, length, size]`, and states, each
-            of which a step reads and writes over.
+    A step reads the buffers and writes over them.
     """
 
-    def __init__(self, session: Any, *, rows: int, length: int) -> None:
-        """Make the buffers, on the CPU.
+    def __init__(self, session: Any, buffers: CacheBuffers) -> None:
+        """Take the buffers.
 
         Args:
             session: The session.
-            rows: How many rows there are.
-            length: How many positions a row has room for.
+            buffers: The caches of its rows.
         """
-        self._session, self._rows = session, rows
-        self.caches: dict[str, Any] = empty_values(session, rows, length)
+        self._session, self._rows, self._caches = session, buffers.rows, buffers.values
         self._kinds = {value.name: value.type for value in session.get_inputs()}
         self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
         self._windows: list[tuple[Mapping[str, Any], dict[range, _Window]]] = []  # by adapters, those of late first
@@ -66,10 +63,15 @@ class BufferedSteps:
         window = self._window(rows, adapters)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         _bind(window.binding, {**values, **window.caches} if self._copies else values)
-        window.binding.bind_output("logits")
         self._session.run_with_iobinding(window.binding, QUIET_RUN)
         outputs = window.binding.get_outputs_as_ortvaluevector()  # `get_outputs` would wrap every cache
-        return as_tensor(outputs[len(outputs) - 1])  # the last that was bound
+        logits = as_tensor(outputs[len(outputs) - 1])  # the last that was bound
+        window.binding.bind_output("logits")  # it would keep these
+        return logits
+
+    def forget(self) -> None:
+        """Let go of adapters that are bound."""
+        self._windows = []
 
     def _window(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
         """Some rows, with adapters."""
@@ -81,15 +83,16 @@ class BufferedSteps:
         return windows[rows]
 
     def _bound(self, rows: range, adapters: Mapping[str, Any]) -> _Window:
-        caches = dict(self.caches)
+        caches = dict(self._caches)
         if len(rows) < self._rows:
-            for name, value in self.caches.items():
+            for name, value in self._caches.items():
                 caches[name] = as_value(as_tensor(value)[rows.start : rows.stop], self._kinds[name])
         binding = self._session.io_binding()
         for name, value in caches.items():
             binding.bind_ortvalue_output(name.replace(PAST, PRESENT, 1), value)
         _bind(binding, caches)
         _bind(binding, adapters)
+        binding.bind_output("logits")
         return _Window(binding, caches)
 
 

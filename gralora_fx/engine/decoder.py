@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.engine.bounded_rows import BoundedRows, Source
+from gralora_fx.engine.cache_memory import CacheMemory, NoRoomError
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
 from gralora_fx.engine.shared_rows import QUERIES, SharedRows
 from gralora_fx.errors import ServingError, first_line, shown
 
-Source = Mapping[str, NDArray[Any]]
-
 _ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
 LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
 
 
-class Decoder(ABC):
+class Decoder(BoundedRows):
     """A decoder with room for some rows.
 
     A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
@@ -81,6 +81,7 @@ class Decoder(ABC):
             )
         self.gives_all, self.draft_problem = gives_all, draft_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
+        self.memory = CacheMemory(size.max_memory)
         self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
         self._lock = threading.Lock()
 
@@ -111,7 +112,14 @@ class Decoder(ABC):
         self._check_open(row)
         return self._lengths[row]
 
-    def open(self, adapter: str | None = None, source: Source | None = None, *, salt: str | None = None) -> int:
+    def open(
+        self,
+        adapter: str | None = None,
+        source: Source | None = None,
+        *,
+        salt: str | None = None,
+        most: int | None = None,
+    ) -> int:
         """Take a free row.
 
         Args:
@@ -119,19 +127,24 @@ class Decoder(ABC):
             source: What an encoder-decoder's encoder reads, by name; of a decoder what images put in the place of the
                 row's first tokens (see `ImageRows.begin`), or None.
             salt: Rows share what they read with those of the same salt alone.
+            most: The most tokens that it reads, where memory is bounded; None for its capacity.
 
         Returns:
             The row's number.
 
         Raises:
             ServingError: No row is free, there is no such adapter, or the source is not what the model takes.
+            NoRoomError: The bound of memory has no room for it now.
         """
         with self._lock:
             if not self.free:
                 raise ServingError(f"all {self.rows} rows are in use; close one first, or make more with rows=")
+            if not self.has_room(most, adapter, source):
+                raise NoRoomError("max_memory has no room for one more row now; close one first, or give more memory")
             number = self._nearest()
             version = self._begin(number, adapter, source)
             self._lengths[number] = 0
+            self._take_room(number, most, source)
             if self._shared is not None:
                 self._shared.begin(number, version, salt)
                 if source is not None:  # no token tells what images are in its place
@@ -154,9 +167,11 @@ class Decoder(ABC):
         """
         with self._lock:
             self._check_open(row)
-            if self._shared is None:
+            tokens = tokens[: self.capacity - self._lengths[row]]
+            self._expect(row, self._lengths[row] + len(tokens))
+            if self._shared is None or not self.reserve(row, len(tokens)):
                 return 0
-            count = self._shared.fill(row, self._lengths[row], tokens[: self.capacity - self._lengths[row]])
+            count = self._shared.fill(row, self._lengths[row], tokens)
             self._lengths[row] += count
             return count
 
@@ -175,6 +190,7 @@ class Decoder(ABC):
             if self._shared is not None:
                 self._shared.end(row, length)
             self._end(row)
+            self.memory.close(row, self._copies_size())
 
     def rewind(self, row: int, length: int) -> None:
         """Set a row back, so that it goes on as if it had not read its last tokens.
@@ -215,6 +231,7 @@ class Decoder(ABC):
             ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),
                 more than it has room for, or outside the vocabulary, more logits are wanted than it reads tokens, it
                 cannot verify drafts, or ONNX Runtime fails; no row has read anything then.
+            NoRoomError: The bound of memory has no room for what a row reads (see `reserve`).
         """
         with self._lock:
             if not isinstance(tokens, Mapping):
@@ -224,6 +241,7 @@ class Decoder(ABC):
             if not read:
                 return {}
             last = self._last(last or {}, read)
+            self._reserve_all(read)
             logits: dict[int, NDArray[Any]] = {}
             while read:
                 first = self._cut(read)
@@ -330,9 +348,3 @@ def part_length(left: int, most: int) -> int:
     while part > 2 and 1 in (left - part, part % QUERIES):
         part -= 1
     return part
-
-
-def gives_all(session: Any) -> bool:
-    """Whether a graph gives the logits of every position, not of the last alone."""
-    logits = next(value for value in session.get_outputs() if value.name == "logits")
-    return bool(logits.shape[1] != 1)

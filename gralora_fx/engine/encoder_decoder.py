@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from gralora_fx.engine.adapters import Adapters
-from gralora_fx.engine.decoder import Decoder, Source
+from gralora_fx.engine.bounded_rows import Source
+from gralora_fx.engine.cache_buffers import CacheSlots
+from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
@@ -25,6 +27,7 @@ from gralora_fx.runtime.ort_values import as_array, as_tensor, empty_values, run
 from gralora_fx.runtime.session_views import EncoderDecoderSession, as_past, with_adapter
 
 _MOST_ENCODINGS = 8  # sources
+_PARTS = "decoder", "encoder"  # of a cache, as the names of its tensors have them
 _OF_SOURCE = ".encoder."  # in the names of the keys and values of the source
 
 
@@ -112,6 +115,14 @@ class EncoderDecoder(Decoder):
         super().__init__(limits, size)
         self._session, self._adapters, self._encodings = session, adapters, encodings
         self._open: dict[int, _Row] = {}
+        self._of_tokens, self._of_source = (CacheSlots(session.decoder.get_inputs(), part) for part in _PARTS)
+
+    def _row_size(self, tokens: int, count: int) -> int:
+        return self._of_tokens.row_size(tokens + count)
+
+    def _source_size(self, source: Source | None) -> int:
+        longest = max((np.shape(value)[-1] for value in (source or {}).values() if np.ndim(value) > 1), default=0)
+        return self._of_source.row_size(longest)  # of ids, or of frames, which an encoder may make fewer of
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         if not source:

@@ -101,12 +101,15 @@ class DecoderSize:
         capacity: How many tokens of each, prompt and answer; None for the model's context.
         chunk: The most tokens that a row may read in a step beside others. A step is as wide as its longest chunk.
         prefix_cache: The most bytes of what rows have read that is kept for others; None for nothing.
+        max_memory: The most bytes of the caches of rows, copies of their adapters and the prefix cache together; None
+            for no bound.
     """
 
     rows: int = 8
     capacity: int | None = None
     chunk: int = 64
     prefix_cache: int | None = None
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         """Check that each is a count.
@@ -115,7 +118,9 @@ class DecoderSize:
             ServingError: One is not.
         """
         for name, value in vars(self).items():
-            if (type(value) is not int or value < 1) and not (name in ("capacity", "prefix_cache") and value is None):
+            if (type(value) is not int or value < 1) and not (
+                name in ("capacity", "prefix_cache", "max_memory") and value is None
+            ):
                 raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
 
 

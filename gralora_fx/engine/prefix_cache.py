@@ -50,6 +50,7 @@ class PrefixCache:
 
     Attributes:
         limit: The most bytes.
+        room: The most bytes now, where rows need the rest.
         evictions: How many blocks, or snapshots, made room for others.
     """
 
@@ -73,7 +74,7 @@ class PrefixCache:
                 f"prefix_cache={limit} has no room for a block of {what}, which takes {block} bytes of this model; "
                 "give more, or none"
             )
-        self.limit, self.evictions = limit, 0
+        self.limit, self.room, self.evictions = limit, limit, 0
         self._bytes_used = self._count = 0
         self._roots: dict[Root, TokenBlock] = {}
         # where a text may go on, the last used at the end: blocks, each after those below it, or those with a snapshot
@@ -131,6 +132,8 @@ class PrefixCache:
             while self._states and path and (path[-1][0].states is None or path[-1][1] < len(path[-1][0].tokens)):
                 path.pop()
             at, last = 0, path[-1][0] if path else None
+            if self._bytes_used > self.room and not self._is_left(last):
+                return start
             for block, count in path:
                 if at + count > start:
                     skip = max(start - at, 0)
@@ -166,7 +169,7 @@ class PrefixCache:
         with self._lock:
             if root[0] is not None and root[0] in self._gone:
                 return
-            if self._states and length_of(self._kinds(len(tokens))) + length_of(self._states) > self.limit:
+            if self._states and length_of(self._kinds(len(tokens))) + length_of(self._states) > self.room:
                 return
             top = self._roots.get(root) or TokenBlock((), torch.empty(0), None, root)
             block, at = top, 0
@@ -189,6 +192,11 @@ class PrefixCache:
             self._make_room(0, None if self._states else block)  # that a block in two parts takes
             if top.below:
                 self._roots[root] = top
+
+    def shrink(self) -> None:
+        """Let blocks go for which there is no room now."""
+        with self._lock:
+            self._make_room(0, None)
 
     def drop(self, version: Any) -> None:
         """Free the blocks of a version of an adapter, for good.
@@ -296,10 +304,18 @@ class PrefixCache:
             self._recent.move_to_end(block)
             block = block.above
 
+    def _is_left(self, last: TokenBlock | None) -> bool:
+        """Make the room that there is now; returns whether the path to a block is left, which is used now."""
+        self._use(last)
+        if last is not None and last.states is not None:
+            self._keep(last)
+        is_whole = self._make_room(0, last)
+        return is_whole and (last is None or not self._states or last.states is not None)
+
     def _make_room(self, size: int, last: TokenBlock | None, *, is_chance: bool = False) -> bool:
         """Let blocks go until there is room; returns whether there is, beside the path to one that was just used."""
-        path = set(upwards(last)) if self._bytes_used + size > self.limit else set[TokenBlock]()
-        while self._bytes_used + size > self.limit:
+        path = set(upwards(last)) if self._bytes_used + size > self.room else set[TokenBlock]()
+        while self._bytes_used + size > self.room:
             oldest = next(chain(self._chances, () if is_chance else self._recent), None)
             if oldest is None or (oldest in path and oldest.states is None):
                 return False

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gralora_fx.engine.adapter_slots import RowStacks
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
+from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.engine.buffered_steps import BufferedSteps
-from gralora_fx.engine.decoder import Decoder, Source, gives_all
+from gralora_fx.engine.cache_buffers import CacheBuffers, CacheSlots
+from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.image_rows import ImageRows
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
@@ -25,7 +27,7 @@ from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
 from gralora_fx.runtime.session import QUIET_RUN
-from gralora_fx.runtime.session_views import adapter_dtype, as_past, reads_tokens_apart
+from gralora_fx.runtime.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
 from gralora_fx.tracing.inputs.cache_slots import KINDS, past_slots
 
 _MOST_PADDED = 64  # positions of padding that a recurrence computes rather than run the model once more
@@ -81,23 +83,27 @@ class RowsDecoder(Decoder):
             self._row_stacks = RowStacks(tensors, self.rows, weights)
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stacks: Sequence[Stack] = ()  # of the rows that are open; none until a step needs them
-        widest = max(self.chunk, _SEVERAL)  # the operator writes a chunk as long as the longest, wherever a row is
+        self._widest = max(
+            self.chunk, _SEVERAL
+        )  # the operator writes a chunk as long as the longest, wherever a row is
         try:
-            self._steps = BufferedSteps(session, rows=self.rows, length=self.capacity + widest)
-        except (MemoryError, OverflowError, ValueError) as failure:
+            self._buffers = CacheBuffers(session, self.rows, self.capacity + self._widest)
+        except (MemoryError, OSError, OverflowError, ValueError) as failure:
             raise ServingError(
                 f"there is no memory for the caches of {self.rows} rows of {self.capacity} tokens; give fewer rows, or "
                 "a smaller capacity"
             ) from failure
+        self._steps = BufferedSteps(session, self._buffers)
         if size.prefix_cache is not None:
             if self.chunk <= 2 and not is_float32:  # the last of three tokens would be read alone
                 raise PrefixCacheError(
                     f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"
                 )
-            caches = {name: as_tensor(value) for name, value in self._steps.caches.items()}
+            caches = {name: as_tensor(value) for name, value in self._buffers.values.items()}
             states = [caches.pop(name) for name in self._states]
             cache = PrefixCache(size.prefix_cache, [each[0] for each in caches.values()], [each[0] for each in states])
             adapters.tell(cache)
+            self.memory.shared = cache
             self._shared = SharedRows(
                 cache,
                 lambda row: [each[row] for each in caches.values()],
@@ -114,20 +120,39 @@ class RowsDecoder(Decoder):
         Returns:
             Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.
         """
-        return {name: as_tensor(value)[row] for name, value in self._steps.caches.items()}
+        return {name: as_tensor(value)[row] for name, value in self._buffers.values.items()}
+
+    def _expect(self, row: int, tokens: int) -> None:
+        self._buffers.expect(row, tokens)
+
+    def _row_size(self, tokens: int, count: int) -> int:
+        return self._buffers.slots.row_size(tokens + max(count, self._widest))
+
+    def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
+        if self._row_stacks is None:
+            return 0
+        more = [] if adapter is None else [self._adapters[adapter]]
+        return self._row_stacks.size([*(() if alone else self._row_adapters.values()), *more])
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> LoadedAdapter | None:
         self._images.begin(row, source)
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
         for name in self._states:  # those of the text that the row was of before
-            as_tensor(self._steps.caches[name])[row].zero_()
+            as_tensor(self._buffers.values[name])[row].zero_()
         self._stacks = ()
         return self._row_adapters[row]
 
     def _end(self, row: int) -> None:
         self._images.begin(row, None)
         del self._row_adapters[row]
+        self._buffers.give_back(row)
         self._stacks = ()
+
+    def rest(self) -> None:
+        """Let go of the copies of adapters that no row has."""
+        if self._row_stacks is not None and not self._row_adapters:
+            self._row_stacks.clear()
+            self._steps.forget()
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
         if not self._stacks:
@@ -176,6 +201,7 @@ class RowsDecoder(Decoder):
         query = np.zeros(len(rows), dtype=np.int32)
         numbers = np.full(len(rows), BASE, dtype=np.int64)
         for row, array in read.items():
+            self._buffers.take(row, lengths[row] + len(array))
             numbers[row - rows.start] = stack.ids[self._row_adapters[row]]
             ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
             is_several = row in last and self._lengths[row] + _SEVERAL <= self.capacity
@@ -246,7 +272,7 @@ class SequentialDecoder(Decoder):
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
-        self._images = ImageRows(session)
+        self._images, self._slots = ImageRows(session), CacheSlots(session.get_inputs())
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._open: dict[int, _Row] = {}
@@ -254,8 +280,14 @@ class SequentialDecoder(Decoder):
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         self._images.begin(row, source)
         values = self._adapters.tensors_for(adapter, self._session)
-        steps = BufferedSteps(self._session, rows=1, length=self.capacity) if self._takes_buffers else None
-        self._open[row] = _Row(values, steps, {} if steps is not None else empty_values(self._session, 1))
+        if self._takes_buffers:
+            steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
+            self._open[row] = _Row(values, steps, {})
+        else:
+            self._open[row] = _Row(values, None, empty_values(self._session, 1))
+
+    def _row_size(self, tokens: int, count: int) -> int:
+        return self._slots.row_size(tokens + count)
 
     def _end(self, row: int) -> None:
         self._images.begin(row, None)

@@ -5,6 +5,7 @@ Rows of a batch choose an adapter of a stack by its id. In a weighted sum the ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,13 +96,22 @@ def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, ND
     Returns:
         `[1 + count, ...]` by name; what nobody has written to takes no memory yet.
     """
-    shapes = {
-        name: shape
+    dtype = DTYPES[inputs.dtype]
+    return {name: np.zeros((1 + count, *shape), dtype) for name, shape in _shapes(ranks, inputs).items()}
+
+
+def slot_size(ranks: Ranks, inputs: AdapterInputs) -> int:
+    """How many bytes an adapter takes in a stack that has room for some ranks."""
+    count = sum(math.prod(shape) for shape in _shapes(ranks, inputs).values())
+    return count * int(DTYPES[inputs.dtype].itemsize)
+
+
+def _shapes(ranks: Ranks, inputs: AdapterInputs) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(map(int, shape))
         for site, (r, general) in zip(inputs.sites, ranks, strict=True)
         for name, shape in site.shapes(inputs.k, r, general).items()
     }
-    dtype = DTYPES[inputs.dtype]
-    return {name: np.zeros((1 + count, *map(int, shape)), dtype) for name, shape in shapes.items()}
 
 
 def write_adapter(stack: Mapping[str, NDArray[Any]], number: int, tensors: Arrays, inputs: AdapterInputs) -> None:

@@ -21,7 +21,7 @@ from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
 DTYPES = {f"tensor({name})": np.dtype(other) for name, other in _NAMES.items()}
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     "tensor(bfloat16)": torch.bfloat16,
     **{kind: getattr(torch, dtype.name) for kind, dtype in DTYPES.items()},
 }
@@ -77,7 +77,7 @@ def as_value(tensor: Tensor, kind: str) -> Any:
         tensor: Any tensor on the CPU.
         kind: The input's type in ONNX Runtime's words, such as `tensor(float16)`.
     """
-    array = tensor.detach().to(_TORCH_DTYPES[kind]).contiguous()
+    array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous()
     if array.dtype == torch.bfloat16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
     return OrtValue.ortvalue_from_numpy(array.numpy())
@@ -90,7 +90,7 @@ def own_value(tensor: Tensor, kind: str) -> Any:
         tensor: Any tensor on the CPU.
         kind: The type in ONNX Runtime's words.
     """
-    array = tensor.detach().to(_TORCH_DTYPES[kind]).contiguous().numpy()
+    array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous().numpy()
     value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
     value.update_inplace(array)
     return value
@@ -106,7 +106,7 @@ def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for slot, value in past_slots(session.get_inputs()).items():
-        shape, dtype = slot.kind.shape(value.shape, batch, length), _TORCH_DTYPES[value.type]
+        shape, dtype = slot.kind.shape(value.shape, batch, length), TORCH_DTYPES[value.type]
         # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
         count = math.prod(shape)
         zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)

@@ -167,6 +167,12 @@ def is_current_form(session: Any) -> bool:
     return _metadata(session).get(ROWS_FORM) == "2"
 
 
+def gives_all(session: Any) -> bool:
+    """Return whether a graph gives the logits of every position, not of the last alone."""
+    logits = next(value for value in session.get_outputs() if value.name == "logits")
+    return bool(logits.shape[1] != 1)
+
+
 def _metadata(session: Any) -> Mapping[str, str]:
     while isinstance(session, SessionView):
         session = session.session

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.engine.limits import DecoderLimits, TooLargeError
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.serving.answer_grammar import AnswerGrammar
@@ -52,6 +52,11 @@ class TextRequest:
     salt: str | None = None
     shown: frozenset[int] = frozenset()
     images: Source | None = None
+
+    @property
+    def most(self) -> int:
+        """The most tokens of its row."""
+        return len(self.prompt) + self.max_new_tokens
 
     @property
     def arrays(self) -> Source | None:

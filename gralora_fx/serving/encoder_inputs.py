@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.engine.limits import DecoderLimits, context_length
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.runtime.adapter_inputs import is_adapter_input

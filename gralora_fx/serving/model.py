@@ -288,7 +288,13 @@ class OrtModel(OpenExport):
         return completions if stream else completions.result()
 
     def decoder(
-        self, *, rows: int = 8, capacity: int | None = None, chunk: int = 64, prefix_cache: int | None = None
+        self,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = 64,
+        prefix_cache: int | None = None,
+        max_memory: int | None = None,
     ) -> Decoder:
         """The model as rows that open, step and close, which a scheduler drives.
 
@@ -301,12 +307,14 @@ class OrtModel(OpenExport):
             chunk: The most tokens that a row may read in a step beside others; by itself it may read 256.
             prefix_cache: The most bytes of what rows have read that is kept for others, which take it over by
                 `Decoder.fill`; None for nothing.
+            max_memory: The most bytes of the caches of rows, copies of their adapters and the prefix cache together;
+                None for no bound. A row that finds no room waits: `Decoder.has_room` and `Decoder.reserve` say so.
 
         Raises:
             ServingError: The export has no cache, a size is not a count, the capacity is above the model's context, or
                 rows cannot share what they read, or not within so few bytes.
         """
-        return self.generation.open_decoder(DecoderSize(rows, capacity, chunk, prefix_cache))
+        return self.generation.open_decoder(DecoderSize(rows, capacity, chunk, prefix_cache, max_memory))
 
     @property
     def limits(self) -> DecoderLimits:

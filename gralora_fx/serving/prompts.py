@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.runtime.ort_values import plain_array

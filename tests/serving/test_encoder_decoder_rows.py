@@ -21,7 +21,8 @@ from traces import fresh
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, LoraConfig, rewrite
-from gralora_fx.engine.decoder import Decoder, Source
+from gralora_fx.engine.bounded_rows import Source
+from gralora_fx.engine.decoder import Decoder
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load

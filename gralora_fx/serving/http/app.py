@@ -69,6 +69,8 @@ def _app(
     metrics.now.register(GatewayMetrics(engine.models, engine.queue))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
+    if isinstance(engine, TextEngine):
+        metrics.measure_memory(engine.queue.memory)
     if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
         metrics.measure_prefixes(engine.queue.prefix_cache)
     if isinstance(engine, TextEngine) and engine.queue.speculates:

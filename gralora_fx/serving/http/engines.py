@@ -146,14 +146,15 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
             or its task is not served.
     """
-    runtime = runtime_of(None, None, None, settings.threads)
+    # an arena would keep for good what the longest prompt has taken
+    runtime = runtime_of(None, None, {"enable_cpu_mem_arena": False}, settings.threads)
     model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
     manifest = model.manifest
     if manifest.task in GENERATING:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
-    for name in ("max_context", "chunk", "prefix_cache", "speculative_tokens"):
+    for name in ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens"):
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
@@ -172,7 +173,7 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     if model.encoder_inputs is not None and settings.chunk is not None:
         raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
     token, source = example_prompt(model)
-    row = decoder.open(None, source)
+    row = decoder.open(None, source, most=1)
     decoder.step({row: [token]})
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
@@ -198,7 +199,11 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
     """The rows that answer requests; without a prefix cache where they can have none, unless that is asked for."""
     open_rows = partial(
-        model.decoder, rows=settings.decoder_rows, capacity=settings.max_context, chunk=settings.prompt_tokens
+        model.decoder,
+        rows=settings.decoder_rows,
+        capacity=settings.max_context,
+        chunk=settings.prompt_tokens,
+        max_memory=settings.memory_bytes,
     )
     try:
         decoder = open_rows(prefix_cache=settings.prefix_bytes)
@@ -206,10 +211,33 @@ def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
         if settings.prefix_cache is not None:
             raise
         _logger.info("no prefix cache: %s", error)
-        return open_rows()
+        decoder = open_rows()
     if decoder.prefix_cache is not None:
         _logger.info("prefix cache: at most %s", shown_size(decoder.prefix_cache.limit))
+    _logger.info("room: %s", _described_room(decoder))
     return decoder
+
+
+def _described_room(decoder: Decoder) -> str:
+    """Of how many rows and tokens caches have room.
+
+    Raises:
+        ServingError: There is none for a row of a token.
+    """
+    rows, capacity, limit = decoder.rows, decoder.capacity, decoder.memory.limit
+    if limit is None:
+        most = shown_size(rows * decoder.most_size(capacity))
+        return (
+            f"{rows} rows of {capacity} tokens, whose caches take up to {most} as they fill (--max-memory bounds them)"
+        )
+    longest, each = decoder.longest(1), decoder.longest(rows)
+    if not longest:
+        raise ServingError(
+            f"max_memory={limit} has no room for a row, whose caches take {decoder.most_size(1)} bytes or more of this "
+            "model; give more"
+        )
+    beside = max(count for count in range(1, rows + 1) if decoder.longest(count) == longest)
+    return f"{rows} rows of {each} tokens, or {beside} of {longest}, within {shown_size(limit)}"
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:

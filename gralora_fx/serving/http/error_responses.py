@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from gralora_fx.engine.cache_memory import NeverRoomError, NoRoomError
 from gralora_fx.errors import GraloraError, shown
 from gralora_fx.serving.http.adapter_root import AdapterNotFoundError
 from gralora_fx.serving.http.metrics import note_rejection
@@ -26,7 +27,8 @@ from gralora_fx.serving.scheduling.queue import AnswerError, DeadlineError, Queu
 FAILED = "the request failed; the server's log says why"
 _RETRY_AFTER = {"Retry-After": "1"}
 # OpenAI's client asks again after 504 too, though the answer would take as long
-_HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: {"X-Should-Retry": "false"}}
+_NO_RETRY = {"X-Should-Retry": "false"}
+_HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: _NO_RETRY}
 _INFERENCE = "/v2"
 _UNREADABLE = "There was an error parsing the body"  # FastAPI's words
 # which of the kinds that a field may be, classes among them, a problem is of: pydantic says it between names of fields
@@ -40,6 +42,7 @@ _STATUS: tuple[tuple[type[GraloraError], int], ...] = (
     (AdaptersInUseError, 429),
     (QueueFullError, 429),
     (StoppedError, 503),
+    (NoRoomError, 503),
     (AnswerError, 400),
     (RunError, 500),
     (DeadlineError, 504),
@@ -84,7 +87,11 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
         note_rejection(request.scope, error)
-        return error_response(request.url.path, status_of(error), str(error), error.field)
+        response = error_response(request.url.path, status_of(error), str(error), error.field)
+        if isinstance(error, NeverRoomError):
+            del response.headers["Retry-After"]
+            response.headers.update(_NO_RETRY)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from gralora_fx.engine.cache_memory import CacheMemory, NoRoomError
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.engine.prefix_cache import PrefixCache
 from gralora_fx.serving.scheduling.served_models import ServedModels
@@ -26,7 +27,7 @@ _BY_STATUS = {
     503: "stopping",
     504: "timeout",
 }
-REASONS = ("invalid", *sorted(set(_BY_STATUS.values())))
+REASONS = ("invalid", "no_memory", *sorted(set(_BY_STATUS.values())))
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -39,8 +40,9 @@ def mark_counted(scope: Scope) -> None:
 
 def note_rejection(scope: Any, error: Exception) -> None:
     """Remember with a request why it is rejected, where its status says less than the error."""
-    if isinstance(error, TooLargeError):
-        scope[_KEY] = "too_large"
+    for kind, reason in ((TooLargeError, "too_large"), (NoRoomError, "no_memory")):
+        if isinstance(error, kind):
+            scope[_KEY] = reason
 
 
 class _Now(Collector):
@@ -166,6 +168,13 @@ class Metrics:
                 buckets=_SECONDS,
                 registry=self.registry,
             )
+
+    def measure_memory(self, memory: CacheMemory) -> None:
+        """Measure the memory of a decoder's caches, too."""
+        text = "Memory of all caches: of rows, of their adapters, of what prompts share."
+        self._now.watch("cache_bytes", text, lambda: memory.held)
+        if memory.limit is not None:
+            self._now.watch("cache_limit_bytes", "The most memory of all caches.", lambda: memory.limit or 0)
 
     def measure_prefixes(self, cache: PrefixCache) -> None:
         """Measure a prefix cache, too; what is asked of it also by the names that vLLM has for it."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gralora_fx.engine.decoder import Source
+from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import prompt_ids
 from gralora_fx.serving.http.encoder import Encoder

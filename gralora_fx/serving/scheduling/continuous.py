@@ -10,8 +10,11 @@ from typing import Any
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from gralora_fx.config.byte_sizes import shown_size
 from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
+from gralora_fx.engine.cache_memory import NoRoomError
 from gralora_fx.engine.decoder import Decoder
+from gralora_fx.runtime.paged_memory import give_back_freed
 from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.answer_row import AnswerRow
 from gralora_fx.serving.completion import Completion, TextRequest
@@ -40,6 +43,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         limits: What the model can take.
         scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
         prefix_cache: What prompts that begin alike share; None if they share nothing.
+        memory: What all caches take.
         speculates: Whether tokens of answers are proposed and verified.
     """
 
@@ -68,9 +72,10 @@ class ContinuousScheduler(JobQueue[TextJob]):
         """
         super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
         self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
-        self.prefix_cache = decoder.prefix_cache
+        self.prefix_cache, self.memory = decoder.prefix_cache, decoder.memory
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}
+        self._is_short = False  # whether the request that waits for longest waits for memory
         self._verifies, self._most_drafted = decoder.draft_problem is None, most_drafted
         self._speculation, self.speculates = Speculation(), self._verifies and most_drafted > 0
 
@@ -81,7 +86,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
 
     @property
     def cache_usage(self) -> float:
-        """The share of the rows' caches that is filled, from 0 to 1."""
+        """The share of the rows' caches, or of the memory that there is for them, that is filled, from 0 to 1."""
+        if self.memory.limit is not None:
+            return min(self.memory.of_rows / self.memory.limit, 1.0)
         filled = sum(job.read + len(job.answer.ids) for job in list(self._rows.values()))
         return min(filled / (self._decoder.rows * self._decoder.capacity), 1.0)
 
@@ -94,11 +101,14 @@ class ContinuousScheduler(JobQueue[TextJob]):
         Raises:
             QueueFullError: There is no room for all of them now.
             StoppedError: The queue is stopping.
+            NoRoomError: There is no memory for one of them ever, or for those that wait now.
             ServingError: One of them cannot be run, or they are more than there is ever room for.
         """
         self.check_count(len(requests))
         for request, _ in requests:
             request.check(self.limits)
+            self._decoder.check_room(request.most, request.adapter, request.arrays)
+        self._check_memory()
         jobs = []
         for request, sink in requests:
             ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
@@ -106,6 +116,24 @@ class ContinuousScheduler(JobQueue[TextJob]):
             jobs.append(TextJob(request, answer, ends, sink))
         self.put(jobs)
         return jobs
+
+    def _check_memory(self) -> None:
+        """Check that those that wait for memory do not need all there is.
+
+        Raises:
+            NoRoomError: They do.
+        """
+        limit = self.memory.limit
+        if limit is None or not self._is_short:
+            return
+        with self._condition:
+            waiting = [job.request for job in self._waiting if not job.is_cancelled]
+        needed = sum(self._decoder.most_size(request.most, request.arrays) for request in waiting)
+        if needed > limit:
+            raise NoRoomError(
+                f"{len(waiting)} requests wait for {shown_size(needed)} of caches, and max_memory has room for "
+                f"{shown_size(limit)} at a time; ask again later, or for fewer tokens"
+            )
 
     def _turn(self) -> None:
         self._free()
@@ -121,6 +149,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 if not job.is_done:
                     job.fail(error)
 
+    def _rest(self) -> None:
+        self._decoder.rest()
+
     def _free(self) -> None:
         """Close the rows of requests that have ended or were given up."""
         for row, job in list(self._rows.items()):
@@ -134,8 +165,14 @@ class ContinuousScheduler(JobQueue[TextJob]):
         while self._decoder.free and (job := self._next()) is not None:
             source = job.request.source
             try:
+                if not self._decoder.has_room(job.request.most, job.adapter, job.request.arrays):
+                    self._is_short = True
+                    with self._condition:
+                        self._waiting.appendleft(job)
+                    return
+                self._is_short = False
                 job.begin(verifies=self._verifies)  # before a row is taken
-                row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt)
+                row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt, most=job.request.most)
                 if not job.request.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read
             except Exception as error:  # noqa: BLE001  # it is told and logged
@@ -181,6 +218,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
         if len(answering) == len(tokens):
             self._speculation.ran(sum(map(len, tokens.values())), drafted, seconds)
         self._advance(tokens, logits)
+        if len(answering) < len(tokens) and all(job.is_answering for job in self._rows.values()):
+            give_back_freed()  # what reading prompts has taken, which answers do not need
         for row, each in answering.items():
             if each.surplus:
                 self._decoder.rewind(row, self._decoder.length(row) - each.surplus)
@@ -189,7 +228,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._observer.drafted(drafted, sum(each.accepted for each in answering.values()))
 
     def _tokens(self) -> dict[int, list[int]]:
-        """What each row reads in the next step; prompts that the budget does not reach rest."""
+        """What each row reads in the next step; prompts that the budget does not reach rest, and rows without room."""
         tokens: dict[int, list[int]] = {}
         budget, is_earliest = self._decoder.chunk, True
         is_awaited = any(job.is_answering for job in self._rows.values())
@@ -197,14 +236,18 @@ class ContinuousScheduler(JobQueue[TextJob]):
             if not job.is_answering:
                 if not job.request.scores_prompt:
                     job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
-                if is_earliest and not is_awaited and job.unread > budget:
-                    return {row: job.next_tokens(self._decoder.alone)}
-                if is_earliest or job.unread <= budget:
-                    tokens[row] = job.next_tokens(budget)
-                    budget -= len(tokens[row])
-                is_earliest = False
+                is_alone = is_earliest and not is_awaited and job.unread > budget
+                part = job.next_tokens(self._decoder.alone if is_alone else budget)
+                if not (is_earliest or job.unread <= budget) or not self._decoder.reserve(row, len(part)):
+                    continue
+                if is_alone:
+                    return {row: part}
+                tokens[row], is_earliest = part, False
+                budget -= len(part)
             else:
-                tokens[row] = job.next_tokens(self._decoder.chosen)
+                part = job.next_tokens(self._decoder.chosen)
+                if self._decoder.reserve(row, len(part)):
+                    tokens[row] = part
         answering, chunk = self._answering(tokens), self._decoder.chunk
         if len(answering) == len(tokens):  # no prompt, which drafts would hold up
             self._speculation.propose(list(answering.values()), chunk, self._most_drafted)

@@ -10,9 +10,12 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
+from gralora_fx.runtime.paged_memory import give_back_freed
 from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.scheduling.adapter_versions import AdapterLoadError
 from gralora_fx.serving.scheduling.served_models import ServedModels
+
+_IDLE = 1.0  # seconds without jobs after which memory is given back
 
 
 class QueueFullError(ServingError):
@@ -204,8 +207,19 @@ class JobQueue(ABC, Generic[_Job]):
 
     def _work(self) -> None:
         while True:
+            if not self._wait(_IDLE):
+                self._rest()
+                give_back_freed()
+                self._wait(None)
             with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self.running or self._is_stopping)
                 if not (self._waiting or self.running):
                     return
             self._turn()
+
+    def _rest(self) -> None:
+        """Let go of memory that is of use while jobs run alone; called in the queue's thread."""
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Wait for jobs, or to be told to stop; returns whether there is either."""
+        with self._condition:
+            return bool(self._condition.wait_for(lambda: self._waiting or self.running or self._is_stopping, seconds))
