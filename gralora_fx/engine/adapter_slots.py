@@ -43,9 +43,11 @@ class AdapterSlots:
         """
         self._inputs, self._count = inputs, count
         self._room: Ranks = ()
+        self._most = 0  # the most adapters that these buffers had at a time
         self._arrays: Mapping[str, NDArray[Any]] = {}
         self._values: dict[int, Mapping[str, Any]] = {}  # by how many adapters they have
         self._ids: WeakKeyDictionary[LoadedAdapter, int] = WeakKeyDictionary()
+        self._ranks: WeakKeyDictionary[LoadedAdapter, Ranks] = WeakKeyDictionary()
 
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
         """A stack of some adapters, which holds until the next one is asked for.
@@ -54,7 +56,7 @@ class AdapterSlots:
             used: The adapters, each once.
         """
         self._make_room(used)
-        last = BASE + len(used)
+        self._most, last = max(self._most, len(used)), BASE + len(used)
         ids: dict[LoadedAdapter | None, int] = {None: BASE}
         ids |= {adapter: number for adapter in used if (number := self._ids.get(adapter, last + 1)) <= last}
         free = iter(sorted({*range(BASE + 1, last + 1)} - {*ids.values()}))
@@ -70,29 +72,50 @@ class AdapterSlots:
         return Stack(ids, self._values[last])
 
     def size(self, used: Sequence[LoadedAdapter]) -> int:
-        """How many bytes a stack of some adapters takes.
+        """Return how many bytes a stack of some adapters takes in buffers that are as large as it needs.
 
         Args:
             used: The adapters, each once.
         """
-        return (1 + len(used)) * slot_size(self._needed(used), self._inputs)
+        return (BASE + 1 + len(used)) * slot_size(self._needed(used), self._inputs) if used else 0
+
+    def spare(self, used: Sequence[LoadedAdapter]) -> int:
+        """Return how many bytes more it takes in these buffers.
+
+        Args:
+            used: The adapters, each once.
+        """
+        if not self._arrays or self.is_misfit(used):
+            return 0
+        count = BASE + 1 + max(self._most, len(used))
+        return count * slot_size(self._room, self._inputs) - self.size(used)
+
+    def is_misfit(self, used: Sequence[LoadedAdapter]) -> bool:
+        """Return whether there are buffers that are too narrow for some adapters, or much too wide.
+
+        Args:
+            used: The adapters, each once.
+        """
+        if not self._arrays or not used:
+            return False
+        needed = self._needed(used)
+        is_wide = all(r <= own and h <= own_h for (r, h), (own, own_h) in zip(needed, self._room, strict=True))
+        return not is_wide or sum(map(sum, self._room)) > _SPARE * max(sum(map(sum, needed)), 1)
 
     def _needed(self, used: Sequence[LoadedAdapter]) -> Ranks:
-        return largest_ranks([ranks_of(adapter.tensors, self._inputs) for adapter in used], self._inputs)
+        for adapter in used:
+            if adapter not in self._ranks:
+                self._ranks[adapter] = ranks_of(adapter.tensors, self._inputs)
+        return largest_ranks([self._ranks[adapter] for adapter in used], self._inputs)
 
     def _make_room(self, used: Sequence[LoadedAdapter]) -> None:
-        """Make other buffers where these are too narrow, or much too wide."""
-        needed = self._needed(used)
-        if self._arrays:
-            if not used:
-                return
-            is_wide = all(r <= own and h <= own_h for (r, h), (own, own_h) in zip(needed, self._room, strict=True))
-            if is_wide and sum(map(sum, self._room)) <= _SPARE * max(sum(map(sum, needed)), 1):
-                return
-        self._room, self._values = needed, {}
+        """Make other buffers where these do not fit."""
+        if self._arrays and not self.is_misfit(used):
+            return
+        self._room, self._values, self._most = self._needed(used), {}, 0
         self._ids.clear()
         self._arrays = {}  # before there are others
-        self._arrays = empty_stack(self._count, needed, self._inputs)
+        self._arrays = empty_stack(self._count, self._room, self._inputs)
 
 
 class RowStacks:
@@ -118,19 +141,36 @@ class RowStacks:
         return [slots.stack_of(part) for slots, part in self._parts(used)]
 
     def clear(self) -> None:
-        """Let go of all buffers."""
+        """Free all buffers."""
         self._slots = tuple(AdapterSlots(self._inputs, self._count) for _ in range(2))
 
     def size(self, used: Sequence[LoadedAdapter | None]) -> int:
-        """How many bytes the stacks for a step take.
+        """Return how many bytes the stacks for a step take in buffers that are as large as they need.
 
         Args:
             used: The adapter of each open row.
         """
-        return sum(slots.size(part) for slots, part in self._parts(used) if part)
+        return sum(slots.size(part) for slots, part in self._parts(used))
+
+    def is_misfit(self, used: Sequence[LoadedAdapter | None]) -> bool:
+        """Return whether they would take the place of others, which are too narrow or much too wide.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        return any(slots.is_misfit(part) for slots, part in self._parts(used))
+
+    def spare(self, used: Sequence[LoadedAdapter | None]) -> int:
+        """Return how many bytes more they take in these buffers.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        parts = dict(self._parts(used))
+        return sum(slots.spare(parts.get(slots, [])) for slots in self._slots)
 
     def _parts(self, used: Sequence[LoadedAdapter | None]) -> list[tuple[AdapterSlots, list[LoadedAdapter]]]:
-        """Buffers, each with the adapters that go into them."""
+        """Return the buffers, each with the adapters that go into them."""
         adapters = sorted({each for each in used if each is not None}, key=lambda each: (each.size, each.name))
         small = _small([adapter.size for adapter in adapters], self._weights)
         parts = [part for part in (adapters[:small], adapters[small:]) if part]

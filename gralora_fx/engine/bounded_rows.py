@@ -1,4 +1,4 @@
-"""Rows whose caches take memory, maybe within a bound: what a decoder can say of it, and grant."""
+"""The rows of a decoder by the memory of their caches, which may be bounded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Source = Mapping[str, NDArray[Any]]
 
 
 class BoundedRows(ABC):
-    """The rows of a decoder, by the memory of their caches.
+    """Rows whose caches take memory as they read.
 
     Attributes:
-        memory: What the caches take.
+        memory: The memory of all caches.
     """
 
     memory: CacheMemory
@@ -32,76 +32,77 @@ class BoundedRows(ABC):
     def length(self, row: int) -> int:
         """How many tokens a row has read."""
 
-    def check_room(self, most: int, adapter: str | None = None, source: Source | None = None) -> None:
-        """Check that the caches of a row ever have room.
+    def check_room(self, max_length: int, adapter: str | None = None, source: Source | None = None) -> None:
+        """Check that a row has room where no other is open.
 
         Args:
-            most: The most tokens that it reads.
-            adapter: As of `open`.
-            source: As of `open`.
+            max_length: The most tokens that it reads.
+            adapter: As of `Decoder.open`.
+            source: As of `Decoder.open`.
 
         Raises:
-            NeverRoomError: The bound of memory is below what they may take.
+            NeverRoomError: Its caches may take more than the bound.
         """
         if self.memory.limit is not None:
-            self.memory.check(self._row_memory(most, source), self._copies_size(adapter, alone=True))
+            self.memory.check(self._row_memory(max_length, source), self._copies_size(adapter, alone=True))
 
-    def has_room(self, most: int | None = None, adapter: str | None = None, source: Source | None = None) -> bool:
-        """Return whether the caches of one more row have room now, so that it and the others can go on to their ends.
+    def has_room(self, max_length: int | None = None, adapter: str | None = None, source: Source | None = None) -> bool:
+        """Return whether one more row has room now, so that it and all others can go on to their ends.
 
         Args:
-            most: The most tokens that it reads; None for its capacity.
-            adapter: As of `open`.
-            source: As of `open`.
+            max_length: The most tokens that it reads; None for the capacity.
+            adapter: As of `Decoder.open`.
+            source: As of `Decoder.open`.
         """
         if self.memory.limit is None:
             return True
-        return self.memory.admits(self._row_memory(most, source), self._copies_size(adapter))
+        return self.memory.admits(self._row_memory(max_length, source), self._copies_size(adapter))
 
     def reserve(self, row: int, count: int) -> bool:
-        """Return whether a row may read so many tokens in the next step; if so, there is room for what they take.
+        """Take the memory of tokens that a row reads next; return whether there is room now.
 
         Args:
-            row: Its number, as `open` gave it.
+            row: Its number, as `Decoder.open` gave it.
             count: How many tokens.
         """
         return self.memory.reserve(row, self._row_size(self.length(row), count))
 
-    def longest(self, rows: int) -> int:
-        """Return of how many tokens each of some rows may be that run together; 0 if there is no room for any.
+    def room(self, rows: int, source: Source | None = None) -> int:
+        """Return how many tokens each of some rows may read within the bound; 0 if there is no room for so many rows.
 
         Args:
-            rows: How many rows.
+            rows: How many rows are open at a time.
+            source: As of `Decoder.open`.
         """
         limit, lengths = self.memory.limit, range(1, self.capacity + 1)
         if limit is None:
             return self.capacity
-        return bisect_right(lengths, limit, key=lambda tokens: rows * self.most_size(tokens))
+        return bisect_right(lengths, limit, key=lambda length: rows * self.row_size(length, source))
 
-    def most_size(self, most: int, source: Source | None = None) -> int:
-        """Return how much memory the caches of a row may come to take.
+    def row_size(self, length: int, source: Source | None = None) -> int:
+        """Return how many bytes the caches of a row may take.
 
         Args:
-            most: The most tokens that it reads.
-            source: As of `open`.
+            length: How many tokens it reads.
+            source: As of `Decoder.open`.
         """
-        return self._row_memory(most, source).most
+        return self._row_memory(length, source).claim
 
-    def rest(self) -> None:  # noqa: B027  # most have nothing to let go
-        """Let go of what the next row would need no more than a moment to make again; none reads for a while."""
+    def trim(self) -> None:  # noqa: B027  # most have nothing to free
+        """Free, while no row is open, what a row would need no more than a moment to make again."""
 
     def _expect(self, row: int, tokens: int) -> None:  # noqa: B027  # it matters to buffers alone
-        """Take note of how many tokens a row is to read at least."""
+        """Take note of how many tokens a row will have read soon, for which there is room."""
 
-    def _take_room(self, row: int, most: int | None, source: Source | None) -> None:
-        """Take the room of a row that is opened."""
-        self.memory.open(row, self._row_memory(most, source), self._copies_size())
+    def _take_room(self, row: int, max_length: int | None, source: Source | None) -> None:
+        """Take the memory of a row that is opened."""
+        self.memory.open(row, self._row_memory(max_length, source), self._copies_size())
 
     def _reserve_all(self, read: Mapping[int, NDArray[Any]]) -> None:
-        """Take the room of what rows read.
+        """Take the memory of what rows read.
 
         Raises:
-            NoRoomError: There is none now.
+            NoRoomError: There is no room now.
         """
         resting = [row for row, array in read.items() if not self.reserve(row, len(array))]
         if resting:
@@ -109,31 +110,31 @@ class BoundedRows(ABC):
                 f"max_memory has no room for what row {resting[0]} would read now; close another row first, or give "
                 "more memory"
             )
-        self.memory.settle()
+        self.memory.shrink_shared()
 
-    def _row_memory(self, most: int | None, source: Source | None) -> RowMemory:
+    def _row_memory(self, max_length: int | None, source: Source | None) -> RowMemory:
         fixed = self._source_size(source)
-        longest = self.capacity if most is None else min(most, self.capacity)
+        longest = self.capacity if max_length is None else min(max_length, self.capacity)
         return RowMemory(fixed + self._row_size(0, 0), fixed + self._row_size(longest, 0), fixed)
 
     @abstractmethod
     def _row_size(self, tokens: int, count: int) -> int:
-        """How much memory the caches of a row take when it reads some tokens, without those of its source.
+        """Return how many bytes the caches of a row take, without those of its source.
 
         Args:
-            tokens: How many it has read before.
-            count: How many it reads.
+            tokens: How many tokens it has read.
+            count: How many it reads next.
         """
 
     def _source_size(self, source: Source | None) -> int:
-        """How much memory the caches of what a row was opened with take."""
+        """Return how many bytes the caches of a row's source take."""
         return 0
 
     def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
-        """How much memory the copies of the adapters take that open rows have, and one more.
+        """Return how many bytes the copies of the adapters of open rows take, and of one more.
 
         Args:
-            adapter: One more; None for none.
-            alone: Whether to leave out those of the open rows.
+            adapter: The one more; None for none.
+            alone: Whether to leave out the open rows.
         """
         return 0

@@ -70,7 +70,7 @@ class BufferedSteps:
         return logits
 
     def forget(self) -> None:
-        """Let go of adapters that are bound."""
+        """Unbind all adapters, whose memory is free then."""
         self._windows = []
 
     def _window(self, rows: range, adapters: Mapping[str, Any]) -> _Window:

@@ -14,17 +14,17 @@ from gralora_fx.runtime.ort_values import TORCH_DTYPES, as_value
 from gralora_fx.runtime.paged_memory import PAGE, PagedBytes, whole_pages
 from gralora_fx.tracing.inputs.cache_slots import past_slots
 
-_LEAST, _RUNS = 4, 16  # pages that a part of a row's cache takes together, and how many times it does so at least
-_AHEAD = 64  # pages that it takes together of a text that is known
+_LEAST, _SHARE = 4, 16  # pages that a part takes at a time: so many at least, or this share of those that it has
+_AHEAD = 64  # pages that it takes at a time of a text that is known
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Parts of a row's cache of one kind, each of which begins a page.
+    """Equal parts of a row's cache, each of which begins a page: a head's keys in a layer, its values, or a state.
 
     Attributes:
-        count: How many there are: a head has one in each layer's keys, and one in its values.
-        width: Bytes of a position in one; of a state all of its bytes.
+        count: How many there are.
+        width: Bytes of a position; of a state, which has none, all of its bytes.
         grows: Whether it has positions.
     """
 
@@ -33,11 +33,11 @@ class _Parts:
     grows: bool
 
 
-class CacheSlots:
-    """How much memory the cache of a row takes.
+class RowLayout:
+    """The parts of a row's cache, and how much memory they take.
 
     Attributes:
-        length: How many positions a row has room for, which are whole pages in every part; None for no limit.
+        length: How many positions a row has room for, which fill whole pages in every part; None for no limit.
     """
 
     def __init__(self, inputs: Iterable[Any], part: str = "decoder", length: int | None = None) -> None:
@@ -62,37 +62,49 @@ class CacheSlots:
         self.length = None if length is None else -(-length // self._step) * self._step
 
     def extent(self, positions: int) -> int:
-        """For how many positions a row takes memory that needs some: for up to a sixteenth more, or a few pages.
+        """Return for how many positions a row takes memory: up to a sixteenth more than it needs, or a few pages.
 
-        The more pages are taken together, the more of them lie together, where the processor finds them sooner.
+        Pages that are taken together lie together in memory, where the processor finds them sooner.
+
+        Args:
+            positions: How many it needs.
         """
         pages = -(-positions // self._step)
-        run = max(1 << (pages // _RUNS).bit_length() >> 1, _LEAST)
+        run = max(1 << (pages // _SHARE).bit_length() >> 1, _LEAST)
         return self._within(-(-pages // run) * run)
 
     def ahead(self, positions: int, known: int) -> int:
-        """For how many positions a row takes memory that needs some, and is known to need others soon."""
+        """Return for how many positions a row takes memory that reads a text.
+
+        Args:
+            positions: How many it needs.
+            known: How many it will need at the end of the text.
+        """
         return self._within(min(-(-known // self._step), -(-positions // self._step) + _AHEAD))
 
     def _within(self, pages: int) -> int:
         return pages * self._step if self.length is None else min(pages * self._step, self.length)
 
     def row_size(self, positions: int) -> int:
-        """How many bytes a row takes that needs some positions."""
+        """Return how many bytes a row takes.
+
+        Args:
+            positions: How many positions it needs.
+        """
         count = self.extent(positions)
         return sum(each.count * whole_pages(each.width * (count if each.grows else 1)) for each in self._parts)
 
 
 class CacheBuffers:
-    """Buffers of rows.
+    """The caches of rows, each tensor of all rows in one buffer.
 
-    A row has a place in each, at which every head has one of its own. These places are whole pages, so a row takes what
-    it has written, rounded up to a page for each head; and gives all of it back when it ends.
+    In a buffer every head of every row has its own part, which is whole pages. So a row takes the memory that it
+    writes, rounded up to pages for each head, and gives all of it back when it ends.
 
     Attributes:
         rows: How many rows there are.
         values: The buffers by the names of the inputs: keys and values `[rows, heads, length, size]`, and states.
-        slots: What they are of.
+        layout: The parts of a row.
     """
 
     def __init__(self, session: Any, rows: int, length: int) -> None:
@@ -107,10 +119,10 @@ class CacheBuffers:
             OSError: There are no addresses for so many.
         """
         inputs = session.get_inputs()
-        self.slots = CacheSlots(inputs, length=length)
-        assert self.slots.length is not None
+        self.layout = RowLayout(inputs, length=length)
+        assert self.layout.length is not None
         self.rows = rows
-        self._length, self._taken, self._known = self.slots.length, [0] * rows, [0] * rows
+        self._length, self._taken, self._known = self.layout.length, [0] * rows, [0] * rows
         self._memory: list[tuple[PagedBytes, int]] = []  # and how many parts with positions a row has in it
         values: dict[str, Any] = {}
         for slot, value in past_slots(inputs).items():
@@ -124,29 +136,30 @@ class CacheBuffers:
         self.values: Mapping[str, Any] = values
 
     def expect(self, row: int, positions: int) -> None:
-        """Take note of how many positions a row is known to need, such as those of its prompt."""
+        """Take note of how many positions a row will need soon, such as those of its prompt."""
         self._known[row] = positions
 
     def take(self, row: int, positions: int) -> None:
-        """Take memory for what a row writes next.
+        """Take the memory of what a row writes next.
 
         Args:
             row: Its number.
-            positions: How many it needs, with those that it has.
+            positions: How many positions it has then.
         """
         before = self._taken[row]
         if positions <= before:
             return
         is_known = positions <= self._known[row]
-        self._taken[row] = self.slots.ahead(positions, self._known[row]) if is_known else self.slots.extent(positions)
+        taken = self.layout.ahead(positions, self._known[row]) if is_known else self.layout.extent(positions)
+        self._taken[row] = taken
         for memory, parts in self._memory:
             for part in range(row * parts, (row + 1) * parts):
                 size = memory.array.nbytes // (self.rows * parts)
                 width = size // self._length
-                memory.take(part * size + before * width, part * size + self._taken[row] * width)
+                memory.take(part * size + before * width, part * size + taken * width)
 
     def give_back(self, row: int) -> None:
-        """Give back what a row has taken; a part of a page that a state shares with that of another row stays."""
+        """Give back what a row has taken, except pages that its states share with those of other rows."""
         self._taken[row] = self._known[row] = 0
         for memory, _ in self._memory:
             size = memory.array.nbytes // self.rows

@@ -118,7 +118,7 @@ class Decoder(BoundedRows):
         source: Source | None = None,
         *,
         salt: str | None = None,
-        most: int | None = None,
+        max_length: int | None = None,
     ) -> int:
         """Take a free row.
 
@@ -127,7 +127,7 @@ class Decoder(BoundedRows):
             source: What an encoder-decoder's encoder reads, by name; of a decoder what images put in the place of the
                 row's first tokens (see `ImageRows.begin`), or None.
             salt: Rows share what they read with those of the same salt alone.
-            most: The most tokens that it reads, where memory is bounded; None for its capacity.
+            max_length: The most tokens that it reads, for a bound of memory; None for its capacity.
 
         Returns:
             The row's number.
@@ -139,12 +139,12 @@ class Decoder(BoundedRows):
         with self._lock:
             if not self.free:
                 raise ServingError(f"all {self.rows} rows are in use; close one first, or make more with rows=")
-            if not self.has_room(most, adapter, source):
+            if not self.has_room(max_length, adapter, source):
                 raise NoRoomError("max_memory has no room for one more row now; close one first, or give more memory")
             number = self._nearest()
             version = self._begin(number, adapter, source)
             self._lengths[number] = 0
-            self._take_room(number, most, source)
+            self._take_room(number, max_length, source)
             if self._shared is not None:
                 self._shared.begin(number, version, salt)
                 if source is not None:  # no token tells what images are in its place
@@ -168,10 +168,10 @@ class Decoder(BoundedRows):
         with self._lock:
             self._check_open(row)
             tokens = tokens[: self.capacity - self._lengths[row]]
-            self._expect(row, self._lengths[row] + len(tokens))
-            if self._shared is None or not self.reserve(row, len(tokens)):
+            if not self.reserve(row, len(tokens)):
                 return 0
-            count = self._shared.fill(row, self._lengths[row], tokens)
+            self._expect(row, self._lengths[row] + len(tokens))
+            count = 0 if self._shared is None else self._shared.fill(row, self._lengths[row], tokens)
             self._lengths[row] += count
             return count
 

@@ -17,7 +17,7 @@ from onnxruntime import OrtValue
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.bounded_rows import Source
-from gralora_fx.engine.cache_buffers import CacheSlots
+from gralora_fx.engine.cache_buffers import RowLayout
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, shown
@@ -115,7 +115,7 @@ class EncoderDecoder(Decoder):
         super().__init__(limits, size)
         self._session, self._adapters, self._encodings = session, adapters, encodings
         self._open: dict[int, _Row] = {}
-        self._of_tokens, self._of_source = (CacheSlots(session.decoder.get_inputs(), part) for part in _PARTS)
+        self._of_tokens, self._of_source = (RowLayout(session.decoder.get_inputs(), part) for part in _PARTS)
 
     def _row_size(self, tokens: int, count: int) -> int:
         return self._of_tokens.row_size(tokens + count)

@@ -50,7 +50,7 @@ class PrefixCache:
 
     Attributes:
         limit: The most bytes.
-        room: The most bytes now, where rows need the rest.
+        room: The most bytes now: rows of a bounded memory need the rest.
         evictions: How many blocks, or snapshots, made room for others.
     """
 
@@ -132,7 +132,7 @@ class PrefixCache:
             while self._states and path and (path[-1][0].states is None or path[-1][1] < len(path[-1][0].tokens)):
                 path.pop()
             at, last = 0, path[-1][0] if path else None
-            if self._bytes_used > self.room and not self._is_left(last):
+            if self._bytes_used > self.room and not self._makes_room_beside(last):
                 return start
             for block, count in path:
                 if at + count > start:
@@ -194,7 +194,7 @@ class PrefixCache:
                 self._roots[root] = top
 
     def shrink(self) -> None:
-        """Let blocks go for which there is no room now."""
+        """Free the blocks for which there is no room now."""
         with self._lock:
             self._make_room(0, None)
 
@@ -304,8 +304,8 @@ class PrefixCache:
             self._recent.move_to_end(block)
             block = block.above
 
-    def _is_left(self, last: TokenBlock | None) -> bool:
-        """Make the room that there is now; returns whether the path to a block is left, which is used now."""
+    def _makes_room_beside(self, last: TokenBlock | None) -> bool:
+        """Free blocks until the others have room; return whether those on the path to a block are left."""
         self._use(last)
         if last is not None and last.states is not None:
             self._keep(last)

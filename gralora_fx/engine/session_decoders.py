@@ -15,7 +15,7 @@ from gralora_fx.engine.adapter_slots import RowStacks
 from gralora_fx.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.engine.buffered_steps import BufferedSteps
-from gralora_fx.engine.cache_buffers import CacheBuffers, CacheSlots
+from gralora_fx.engine.cache_buffers import CacheBuffers, RowLayout
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.image_rows import ImageRows
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
@@ -26,6 +26,7 @@ from gralora_fx.runtime.adapter_arrays import BASE
 from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
 from gralora_fx.runtime.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.runtime.ort_values import as_tensor, empty_values
+from gralora_fx.runtime.paged_memory import kept_reason
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
 from gralora_fx.tracing.inputs.cache_slots import KINDS, past_slots
@@ -83,9 +84,13 @@ class RowsDecoder(Decoder):
             self._row_stacks = RowStacks(tensors, self.rows, weights)
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stacks: Sequence[Stack] = ()  # of the rows that are open; none until a step needs them
-        self._widest = max(
-            self.chunk, _SEVERAL
-        )  # the operator writes a chunk as long as the longest, wherever a row is
+        self._spare = 0  # bytes that they take beyond what these rows need
+        if size.max_memory is not None and (reason := kept_reason()) is not None:
+            raise ServingError(
+                f"max_memory cannot be kept to: {reason}; leave it out, and give fewer rows or a smaller capacity"
+            )
+        # the operator writes a chunk as long as the longest, wherever a row is
+        self._widest = max(self.chunk, _SEVERAL)
         try:
             self._buffers = CacheBuffers(session, self.rows, self.capacity + self._widest)
         except (MemoryError, OSError, OverflowError, ValueError) as failure:
@@ -126,7 +131,7 @@ class RowsDecoder(Decoder):
         self._buffers.expect(row, tokens)
 
     def _row_size(self, tokens: int, count: int) -> int:
-        return self._buffers.slots.row_size(tokens + max(count, self._widest))
+        return self._buffers.layout.row_size(tokens + max(count, self._widest))
 
     def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
         if self._row_stacks is None:
@@ -148,16 +153,28 @@ class RowsDecoder(Decoder):
         self._buffers.give_back(row)
         self._stacks = ()
 
-    def rest(self) -> None:
-        """Let go of the copies of adapters that no row has."""
+    def trim(self) -> None:
+        """Free the copies of adapters."""
         if self._row_stacks is not None and not self._row_adapters:
-            self._row_stacks.clear()
-            self._steps.forget()
+            self._free_copies(self._row_stacks)
+
+    def _free_copies(self, stacks: RowStacks) -> None:
+        stacks.clear()
+        self._steps.forget()
+        self._stacks, self._spare = (), 0
+
+    def _stacks_of(self, stacks: RowStacks) -> Sequence[Stack]:
+        """Return the adapters of the open rows; copies that take more than they need go first where room is short."""
+        used, limit = list(self._row_adapters.values()), self.memory.limit
+        if not self._stacks:
+            self._spare = 0 if limit is None else stacks.spare(used)
+        is_short = limit is not None and self._spare and self.memory.taken + self._spare > limit
+        if is_short or (not self._stacks and stacks.is_misfit(used)):
+            self._free_copies(stacks)  # what is bound would stay
+        return self._stacks or stacks.of(used)
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        if not self._stacks:
-            used = list(self._row_adapters.values())
-            self._stacks = [_NO_STACK] if self._row_stacks is None else self._row_stacks.of(used)
+        self._stacks = [_NO_STACK] if self._row_stacks is None else self._stacks_of(self._row_stacks)
         parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in self._stacks]
         for row, array in read.items():
             adapter = self._row_adapters[row]
@@ -272,7 +289,7 @@ class SequentialDecoder(Decoder):
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
-        self._images, self._slots = ImageRows(session), CacheSlots(session.get_inputs())
+        self._images, self._layout = ImageRows(session), RowLayout(session.get_inputs())
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._open: dict[int, _Row] = {}
@@ -287,7 +304,7 @@ class SequentialDecoder(Decoder):
             self._open[row] = _Row(values, None, empty_values(self._session, 1))
 
     def _row_size(self, tokens: int, count: int) -> int:
-        return self._slots.row_size(tokens + count)
+        return self._layout.row_size(tokens + count)
 
     def _end(self, row: int) -> None:
         self._images.begin(row, None)

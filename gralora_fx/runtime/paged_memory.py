@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import sys
 
@@ -16,8 +17,8 @@ _POPULATE = 23  # MADV_POPULATE_WRITE of Linux since 5.14, for which `mmap` has 
 class PagedBytes:
     """Zeros in pages of the smallest size.
 
-    A large array of numpy's takes memory as it is written, too, but in huge pages: numpy asks the kernel for them, and
-    so does glibc where `GLIBC_TUNABLES` says so. A byte then takes 2 MiB.
+    A large array of numpy takes memory as it is written, too, but in huge pages, which numpy asks the kernel for, as
+    glibc does where `GLIBC_TUNABLES` says so: one byte takes 2 MiB then.
 
     Attributes:
         array: The bytes.
@@ -32,11 +33,7 @@ class PagedBytes:
         Raises:
             OSError: There are no addresses for so many.
         """
-        size = max(count, 1)
-        if sys.platform == "win32":
-            self._map = mmap.mmap(-1, size)
-        else:
-            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map = _mapped(max(count, 1))
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._map.madvise(mmap.MADV_NOHUGEPAGE)
@@ -45,8 +42,8 @@ class PagedBytes:
     def take(self, start: int, stop: int) -> None:
         """Take the pages of some bytes, which are written soon.
 
-        Pages that are taken together mostly lie together, and the processor finds them sooner. Where the system cannot
-        do that, each is taken when it is first written.
+        Pages that are taken together mostly lie together in memory, where the processor finds them sooner. Where the
+        system does not do that, each page is taken when it is first written.
 
         Args:
             start: The first byte, at which a page begins.
@@ -57,26 +54,44 @@ class PagedBytes:
                 self._map.madvise(_POPULATE, start, stop - start)
 
     def give_back(self, start: int, stop: int) -> None:
-        """Give the pages that lie within some bytes back to the system; bytes of these are zeros from then on.
+        """Give back the pages that lie wholly within some bytes, which are zeros from then on.
 
-        Where the system cannot do that, the bytes keep their pages.
+        Where the system does not do that, the bytes stay as they are (see `kept_reason`).
 
         Args:
             start: The first byte.
             stop: The byte after the last.
         """
         first, end = whole_pages(start), stop // PAGE * PAGE
-        if sys.platform == "linux" and first < end:
+        if sys.platform == "linux" and first < end and kept_reason() is None:
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
+def _mapped(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+@functools.cache
+def kept_reason() -> str | None:
+    """Return why pages that were taken are not given back; None if they are."""
+    if sys.platform != "linux":
+        return f"{sys.platform} does not take single pages back"
+    try:
+        _mapped(PAGE).madvise(mmap.MADV_DONTNEED)
+    except OSError as error:
+        return f"the kernel does not take single pages back ({error})"
+    return None
+
+
 def whole_pages(count: int) -> int:
-    """How many bytes the pages have that some bytes take."""
+    """Return how many bytes the pages have that some bytes take."""
     return -(-count // PAGE) * PAGE
 
 
-def give_back_freed() -> None:
-    """Give back memory that was freed and that the allocator keeps for later, where it is glibc's."""
+def trim_heap() -> None:
+    """Give back memory that was freed and that glibc keeps for later; other allocators are left alone."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -54,8 +54,8 @@ class TextRequest:
     images: Source | None = None
 
     @property
-    def most(self) -> int:
-        """The most tokens of its row."""
+    def max_length(self) -> int:
+        """The most tokens of its row: the prompt and the answer."""
         return len(self.prompt) + self.max_new_tokens
 
     @property

@@ -1,12 +1,10 @@
-"""The memory of caches: it grows with what rows hold, is given back, and keeps to a bound, with the same answers."""
+"""The bound of the memory of caches: what waits, rests, is refused or goes, with the same answers."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import queue
 import random
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,20 +17,14 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from prefix_interleavings import SIZES
 from running_service import post, running
-from served_exports import CACHED, adapted, chat_tokenizer
+from served_exports import chat_tokenizer
+from wide_heads import TOKEN, export_wide_heads
 
-from gralora_fx import trace
 from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine import session_decoders
-from gralora_fx.engine.cache_buffers import CacheBuffers
 from gralora_fx.engine.cache_memory import CacheMemory, NeverRoomError, NoRoomError, RowMemory
-from gralora_fx.engine.decoder import part_length
 from gralora_fx.engine.prefix_cache import PrefixCache
 from gralora_fx.errors import ConfigError, ServingError
-from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.paged_memory import PAGE
 from gralora_fx.serving import OrtModel, load
 from gralora_fx.serving.completion import TextRequest
 from gralora_fx.serving.http.app import create_app
@@ -40,20 +32,11 @@ from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.scheduling import queue as queues
 from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving.scheduling.queue import Observer, RunError
-from tests.architectures.tiny_decoders import tiny_decoder
-
-CONTEXT = 2048
-TOKEN = 2 * 2 * 2 * 64 * 4  # bytes of keys and values: layers, key heads, size, float32
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are counted and given back on Linux alone")
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with heads of 64 and adapters, since of heads of 8 a page has a whole context."""
-    folder: Path = tmp_path_factory.mktemp("memory")
-    model, _ = adapted("llama", folder, CACHED, **{**SIZES, "max_position_embeddings": CONTEXT, "head_dim": 64})
-    export_onnx(model, folder / "onnx", adapters="data", verify=False, tokenizer=chat_tokenizer())
-    return folder / "onnx"
+    return export_wide_heads(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture(scope="module")
@@ -78,98 +61,6 @@ class Caller:
         return text
 
 
-def taken(rows: Any) -> int:
-    """How many bytes of the buffers of a decoder's rows are in memory."""
-    buffers = rows if isinstance(rows, CacheBuffers) else rows._buffers
-    mincore, total = ctypes.CDLL(None).mincore, 0
-    for memory, _ in buffers._memory:
-        pages = np.zeros(-(-memory.array.nbytes // PAGE), np.uint8)
-        address = ctypes.c_void_p(memory.array.ctypes.data)
-        assert mincore(address, ctypes.c_size_t(memory.array.nbytes), ctypes.c_void_p(pages.ctypes.data)) == 0
-        total += int((pages & 1).sum()) * PAGE
-    return total
-
-
-def read(decoder: Any, row: int, count: int) -> Any:
-    """The logits after a prompt of so many tokens."""
-    prompt = [3 + token % 90 for token in range(count)]
-    decoder.fill(row, prompt)
-    logits = None
-    while prompt:
-        part = part_length(len(prompt), decoder.chunk)
-        logits = decoder.step({row: prompt[:part]})[row].copy()
-        prompt = prompt[part:]
-    return logits
-
-
-@on_linux
-@pytest.mark.quick
-def test_rows_take_what_they_hold_and_give_it_back(model: OrtModel) -> None:
-    decoder: Any = model.decoder(rows=16)
-    assert taken(decoder) == 0
-    rows = [decoder.open() for _ in range(4)]
-    for row in rows:
-        read(decoder, row, 1000)
-    assert 4 * 1000 * TOKEN <= taken(decoder) <= 1.1 * 4 * 1000 * TOKEN
-    for _ in range(20):
-        decoder.step({row: [5] for row in rows})
-    assert 4 * 1020 * TOKEN <= taken(decoder) <= 1.1 * 4 * 1020 * TOKEN
-    assert taken(decoder) <= decoder.memory.held <= taken(decoder) + 4 * 128 * TOKEN
-    for row in rows[:2]:
-        decoder.close(row)
-    assert 2 * 1020 * TOKEN <= taken(decoder) <= 1.1 * 2 * 1020 * TOKEN
-    for row in rows[2:]:
-        decoder.close(row)
-    assert taken(decoder) == decoder.memory.held == 0
-    row = decoder.open()
-    read(decoder, row, 20)
-    assert taken(decoder) <= 64 * TOKEN
-
-
-@on_linux
-def test_states_are_given_back_too(tmp_path: Path) -> None:
-    tiny = tiny_decoder("FalconH1ForCausalLM", mamba_d_state=64, mamba_d_ssm=256, mamba_n_heads=4, mamba_d_head=64)
-    export_onnx(trace(tiny, task=CACHED), tmp_path / "onnx", verify=False)
-    decoder: Any = load(tmp_path / "onnx", threads=1).decoder(rows=4, capacity=32, chunk=8)
-    rows = [decoder.open() for _ in range(4)]
-    first = decoder.step({row: [5, 6, 7] for row in rows})
-    held = taken(decoder)
-    assert held >= 4 * 2 * 256 * 64 * 4  # layers, width, states, float32
-    for row in rows:
-        decoder.close(row)
-    assert taken(decoder) <= 0.2 * held  # pages that convolutions of two rows share
-    again = [decoder.open() for _ in range(4)]
-    second = decoder.step({row: [5, 6, 7] for row in again})
-    assert all(np.array_equal(first[row], second[row]) for row in rows)
-
-
-@on_linux
-def test_rows_that_run_one_after_the_other_hold_no_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[CacheBuffers] = []
-
-    def noted(*call: Any) -> CacheBuffers:
-        made.append(CacheBuffers(*call))
-        return made[-1]
-
-    monkeypatch.setattr(session_decoders, "CacheBuffers", noted)
-    with pytest.warns(UserWarning, match="takes no node"):
-        elsewhere = load(path, ["AzureExecutionProvider", "CPUExecutionProvider"])
-    decoder: Any = elsewhere.decoder(rows=2)
-    row = decoder.open()
-    decoder.step({row: [5, 6, 7]})
-    assert 0 < taken(made[0]) <= 64 * TOKEN
-
-
-def test_windows_keep_no_logits(model: OrtModel) -> None:
-    decoder: Any = model.decoder(rows=3)
-    rows = [decoder.open() for _ in range(3)]
-    for count in (3, 2, 1):
-        decoder.step({row: [5, 6] for row in rows[:count]})
-    windows = [window for _, windows in decoder._steps._windows for window in windows.values()]
-    outputs = [window.binding.get_outputs_as_ortvaluevector() for window in windows]
-    assert [each[len(each) - 1].has_value() for each in outputs] == [False] * 3
-
-
 def test_rows_grow_only_as_far_as_all_can_end() -> None:
     """Of random requests none ever waits for good, and the bound holds."""
     numbers = random.Random(0)
@@ -191,7 +82,7 @@ def test_rows_grow_only_as_far_as_all_can_end() -> None:
                     row[0], grown = size, grown + 1
                 else:
                     rests += 1
-                assert memory.held == sum(held for held, _ in rows.values()) <= 100
+                assert memory.taken == sum(held for held, _ in rows.values()) <= 100
                 if row[0] == row[1]:
                     del rows[number]
                     memory.close(number, 0)
@@ -208,9 +99,9 @@ def test_what_rows_share_gives_way_to_them() -> None:
     assert shared.size > 60_000
     memory.open(0, RowMemory(10_000, 90_000), 0)
     assert memory.reserve(0, 80_000)
-    memory.settle()
+    memory.shrink_shared()
     assert shared.size <= 20_000
-    assert memory.held <= 100_000
+    assert memory.taken <= 100_000
     memory.close(0, 0)
     assert shared.room == shared.limit
 
@@ -240,6 +131,40 @@ def test_answers_within_a_bound_are_those_without(model: OrtModel, most: int) ->
         assert waited
 
 
+def test_copies_of_adapters_beyond_those_of_rows_go_where_room_is_short(model: OrtModel) -> None:
+    free: Any = model.decoder(rows=4, chunk=16)
+    wide = [model.adapters["wide"]]
+    limit = 3 * free.row_size(40) + free._row_stacks.size(wide)
+    bound: Any = model.decoder(rows=4, chunk=16, max_memory=limit)
+    texts = []
+    for decoder in (free, bound):
+        rows = [decoder.open(name, max_length=40) for name in ("small", "wide")]
+        decoder.step({row: [5, 6, 7] for row in rows})
+        decoder.close(rows[0])
+        rows = [rows[1], *(decoder.open(max_length=40) for _ in range(2))]
+        texts.append([decoder.step({row: [5, 6, 7] for row in rows})[rows[0]].copy() for _ in range(8)])
+    assert free._row_stacks.spare(wide) > 0
+    assert bound._row_stacks.spare(wide) == 0
+    assert bound.memory.taken == limit
+    assert np.array_equal(*texts)
+    assert len(bound._steps._windows) == 1
+
+
+def test_a_request_that_is_given_up_leaves_no_shortage(model: OrtModel) -> None:
+    scheduler = ContinuousScheduler(
+        model.decoder(rows=4, max_memory=330 * TOKEN), chat_tokenizer(), Mock(spec=Observer), max_queue=8
+    )
+    request = TextRequest((5, 6, 7), 250, Sampling(eos_token_id=[]))
+    jobs = [scheduler.submit([(request, Caller().events.put)])[0] for _ in range(2)]
+    scheduler._turn()
+    assert (scheduler.running, scheduler._is_short) == (1, True)
+    jobs[1].cancel()
+    scheduler._turn()
+    assert not scheduler._is_short
+    for _ in range(4):  # which wait, though not for memory yet
+        scheduler.submit([(request, Caller().events.put)])
+
+
 def answers(decoder: Any, requests: Sequence[TextRequest]) -> tuple[list[str], list[int], bool]:
     """The texts, what caches held at each step, and whether a row was ever free while a request waited."""
     held: list[int] = []
@@ -249,7 +174,7 @@ def answers(decoder: Any, requests: Sequence[TextRequest]) -> tuple[list[str], l
     def noted(*call: Any) -> Any:
         nonlocal waited
         found = step(*call)
-        held.append(decoder.memory.held)
+        held.append(decoder.memory.taken)
         waited |= bool(scheduler.waiting and decoder.free) or len(call[0]) < decoder.rows - decoder.free
         return found
 
@@ -268,9 +193,9 @@ def test_a_row_without_room_is_refused_in_python(model: OrtModel) -> None:
     decoder = model.decoder(rows=4, chunk=16, max_memory=3 * unit)
     with pytest.raises(NeverRoomError, match=r"may take 4\.\d MiB, and max_memory has room for 393,216 bytes; ask for"):
         decoder.check_room(2000)
-    rows = [decoder.open(most=most) for most in (100, 16, 170)]
+    rows = [decoder.open(max_length=most) for most in (100, 16, 170)]
     with pytest.raises(NoRoomError, match="no room for one more row now; close one first, or give more memory"):
-        decoder.open(most=16)
+        decoder.open(max_length=16)
     decoder.step({row: [5] * 16 for row in rows})
     decoder.step({rows[0]: [5] * 48})
     assert not decoder.reserve(rows[0], 16)
@@ -278,7 +203,7 @@ def test_a_row_without_room_is_refused_in_python(model: OrtModel) -> None:
         decoder.step({rows[0]: [5] * 16})
     decoder.close(rows[1])
     decoder.step({rows[0]: [5] * 16})
-    assert decoder.memory.held == 3 * unit
+    assert decoder.memory.taken == 3 * unit
     with pytest.raises(ServingError, match="max_memory='1GB' is not a count"):
         model.decoder(max_memory="1GB")  # type: ignore[arg-type]
 
@@ -306,7 +231,7 @@ def test_requests_that_cannot_fit_are_answered_with_503(path: Path) -> None:
             threads.append(threading.Thread(target=post, args=(f"{url}v1/completions", long)))
             threads[-1].start()
             if number == 0:
-                wait_for(lambda: decoder.memory.held > 1_300_000)
+                wait_for(lambda: decoder.memory.taken > 1_300_000)
             elif number < 3:
                 wait_for(lambda: scheduler.waiting == 1)
                 steps.release()
@@ -322,7 +247,7 @@ def test_requests_that_cannot_fit_are_answered_with_503(path: Path) -> None:
         steps.release(10_000)
         for thread in threads:
             thread.join()
-        wait_for(lambda: scheduler.memory.held == 0)
+        wait_for(lambda: scheduler.memory.taken == 0)
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
@@ -346,7 +271,7 @@ def test_the_start_says_what_there_is_room_for(path: Path, caplog: pytest.LogCap
     )
     create_app(ServiceSettings(path, max_batch=4, chunk=16, max_memory="6MiB")).state.engine.models.close()
     assert "room: 4 rows of 752 tokens, or 1 of 2048, within 6.0 MiB" in caplog.text
-    with pytest.raises(ServingError, match=r"max_memory=100000 has no room for a row, whose caches take \d+ bytes"):
+    with pytest.raises(ServingError, match=r"max_memory=100000 has no room for a row, whose caches take 262,144 bytes"):
         create_app(ServiceSettings(path, max_memory="100kB"))
     with pytest.raises(ConfigError, match="prefix_cache=2GB is more than max_memory=1GB, of which it is a part"):
         ServiceSettings(path, prefix_cache="2GB", max_memory="1GB")
@@ -357,7 +282,7 @@ def test_the_start_says_what_there_is_room_for(path: Path, caplog: pytest.LogCap
 def test_a_service_at_rest_keeps_no_copies_of_adapters(model: OrtModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queues, "_IDLE", 0.05)
     given_back: queue.Queue[bool] = queue.Queue()
-    monkeypatch.setattr(queues, "give_back_freed", lambda: given_back.put(True))
+    monkeypatch.setattr(queues, "trim_heap", lambda: given_back.put(True))
     decoder: Any = model.decoder(rows=2)
     scheduler = ContinuousScheduler(decoder, chat_tokenizer(), Mock(spec=Observer), max_queue=2)
     scheduler.start()

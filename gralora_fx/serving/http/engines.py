@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.config.byte_sizes import shown_size
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.config.tasks import GENERATING
+from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.prefix_cache import PrefixCacheError
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
 from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.paged_memory import kept_reason
 from gralora_fx.runtime.run_options import runtime_of
 from gralora_fx.serving.answer_grammar import Grammars
 from gralora_fx.serving.encoder_inputs import EncoderInputs
@@ -173,7 +175,8 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     if model.encoder_inputs is not None and settings.chunk is not None:
         raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
     token, source = example_prompt(model)
-    row = decoder.open(None, source, most=1)
+    _logger.info("room: %s", _described_room(decoder, source))
+    row = decoder.open(None, source, max_length=1)
     decoder.step({row: [token]})
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
@@ -214,30 +217,33 @@ def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
         decoder = open_rows()
     if decoder.prefix_cache is not None:
         _logger.info("prefix cache: at most %s", shown_size(decoder.prefix_cache.limit))
-    _logger.info("room: %s", _described_room(decoder))
     return decoder
 
 
-def _described_room(decoder: Decoder) -> str:
-    """Of how many rows and tokens caches have room.
+def _described_room(decoder: Decoder, source: Source | None) -> str:
+    """Describe how many rows of how many tokens the caches have room for.
+
+    Args:
+        decoder: The decoder.
+        source: What an encoder may read, for each row.
 
     Raises:
-        ServingError: There is none for a row of a token.
+        ServingError: There is no room for a row of one token.
     """
     rows, capacity, limit = decoder.rows, decoder.capacity, decoder.memory.limit
     if limit is None:
-        most = shown_size(rows * decoder.most_size(capacity))
-        return (
-            f"{rows} rows of {capacity} tokens, whose caches take up to {most} as they fill (--max-memory bounds them)"
-        )
-    longest, each = decoder.longest(1), decoder.longest(rows)
-    if not longest:
+        size, reason = shown_size(rows * decoder.row_size(capacity, source)), kept_reason()
+        more = " (--max-memory bounds them)" if reason is None else f", and keep it, since {reason}"
+        return f"{rows} rows of {capacity} tokens, whose caches take up to {size} as they fill{more}"
+    lengths = {count: length for count in range(1, rows + 1) if (length := decoder.room(count, source))}
+    if not lengths:
+        size = shown_size(decoder.row_size(1, source))
         raise ServingError(
-            f"max_memory={limit} has no room for a row, whose caches take {decoder.most_size(1)} bytes or more of this "
-            "model; give more"
+            f"max_memory={limit} has no room for a row, whose caches take {size} or more of this model; give more"
         )
-    beside = max(count for count in range(1, rows + 1) if decoder.longest(count) == longest)
-    return f"{rows} rows of {each} tokens, or {beside} of {longest}, within {shown_size(limit)}"
+    few = max(count for count, length in lengths.items() if length == lengths[1])
+    more = "" if few == len(lengths) else f", or {few} of {lengths[1]}"
+    return f"{len(lengths)} rows of {lengths[len(lengths)]} tokens{more}, within {shown_size(limit)}"
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:

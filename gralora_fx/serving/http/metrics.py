@@ -172,7 +172,7 @@ class Metrics:
     def measure_memory(self, memory: CacheMemory) -> None:
         """Measure the memory of a decoder's caches, too."""
         text = "Memory of all caches: of rows, of their adapters, of what prompts share."
-        self._now.watch("cache_bytes", text, lambda: memory.held)
+        self._now.watch("cache_bytes", text, lambda: memory.taken)
         if memory.limit is not None:
             self._now.watch("cache_limit_bytes", "The most memory of all caches.", lambda: memory.limit or 0)
 

@@ -14,7 +14,7 @@ from gralora_fx.config.byte_sizes import shown_size
 from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
 from gralora_fx.engine.cache_memory import NoRoomError
 from gralora_fx.engine.decoder import Decoder
-from gralora_fx.runtime.paged_memory import give_back_freed
+from gralora_fx.runtime.paged_memory import trim_heap
 from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.answer_row import AnswerRow
 from gralora_fx.serving.completion import Completion, TextRequest
@@ -75,7 +75,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self.prefix_cache, self.memory = decoder.prefix_cache, decoder.memory
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}
-        self._is_short = False  # whether the request that waits for longest waits for memory
+        self._is_short = False  # whether the request that has waited longest waits for memory
         self._verifies, self._most_drafted = decoder.draft_problem is None, most_drafted
         self._speculation, self.speculates = Speculation(), self._verifies and most_drafted > 0
 
@@ -88,7 +88,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
     def cache_usage(self) -> float:
         """The share of the rows' caches, or of the memory that there is for them, that is filled, from 0 to 1."""
         if self.memory.limit is not None:
-            return min(self.memory.of_rows / self.memory.limit, 1.0)
+            return min(self.memory.taken_by_rows / self.memory.limit, 1.0)
         filled = sum(job.read + len(job.answer.ids) for job in list(self._rows.values()))
         return min(filled / (self._decoder.rows * self._decoder.capacity), 1.0)
 
@@ -101,13 +101,13 @@ class ContinuousScheduler(JobQueue[TextJob]):
         Raises:
             QueueFullError: There is no room for all of them now.
             StoppedError: The queue is stopping.
-            NoRoomError: There is no memory for one of them ever, or for those that wait now.
+            NoRoomError: One of them needs more memory than the bound, or those that wait need all of it.
             ServingError: One of them cannot be run, or they are more than there is ever room for.
         """
         self.check_count(len(requests))
         for request, _ in requests:
             request.check(self.limits)
-            self._decoder.check_room(request.most, request.adapter, request.arrays)
+            self._decoder.check_room(request.max_length, request.adapter, request.arrays)
         self._check_memory()
         jobs = []
         for request, sink in requests:
@@ -118,7 +118,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return jobs
 
     def _check_memory(self) -> None:
-        """Check that those that wait for memory do not need all there is.
+        """Check that the requests that wait for memory do not need all of it already.
 
         Raises:
             NoRoomError: They do.
@@ -128,7 +128,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             return
         with self._condition:
             waiting = [job.request for job in self._waiting if not job.is_cancelled]
-        needed = sum(self._decoder.most_size(request.most, request.arrays) for request in waiting)
+        needed = sum(self._decoder.row_size(request.max_length, request.arrays) for request in waiting)
         if needed > limit:
             raise NoRoomError(
                 f"{len(waiting)} requests wait for {shown_size(needed)} of caches, and max_memory has room for "
@@ -149,8 +149,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 if not job.is_done:
                     job.fail(error)
 
-    def _rest(self) -> None:
-        self._decoder.rest()
+    def _trim(self) -> None:
+        self._decoder.trim()
 
     def _free(self) -> None:
         """Close the rows of requests that have ended or were given up."""
@@ -162,17 +162,18 @@ class ContinuousScheduler(JobQueue[TextJob]):
 
     def _admit(self) -> None:
         """Give free rows to requests that wait."""
+        is_short = False
         while self._decoder.free and (job := self._next()) is not None:
             source = job.request.source
             try:
-                if not self._decoder.has_room(job.request.most, job.adapter, job.request.arrays):
-                    self._is_short = True
+                if is_short := not self._decoder.has_room(job.request.max_length, job.adapter, job.request.arrays):
                     with self._condition:
                         self._waiting.appendleft(job)
-                    return
-                self._is_short = False
+                    break
                 job.begin(verifies=self._verifies)  # before a row is taken
-                row = self._decoder.open(job.adapter, job.request.arrays, salt=job.request.salt, most=job.request.most)
+                row = self._decoder.open(
+                    job.adapter, job.request.arrays, salt=job.request.salt, max_length=job.request.max_length
+                )
                 if not job.request.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read
             except Exception as error:  # noqa: BLE001  # it is told and logged
@@ -182,7 +183,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._rows[row] = job
             if source is not None:
                 self._observer.read(len(source.ids or ()))
-                return  # an encoder has run, which the rows that decode have waited for; the next runs after their step
+                break  # an encoder has run, which the rows that decode have waited for; the next runs after their step
+        self._is_short = is_short
 
     def _next(self) -> TextJob | None:
         """The next request that waits for an answer; None if none does."""
@@ -219,7 +221,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._speculation.ran(sum(map(len, tokens.values())), drafted, seconds)
         self._advance(tokens, logits)
         if len(answering) < len(tokens) and all(job.is_answering for job in self._rows.values()):
-            give_back_freed()  # what reading prompts has taken, which answers do not need
+            trim_heap()  # of what reading prompts took, which answers do not need
         for row, each in answering.items():
             if each.surplus:
                 self._decoder.rewind(row, self._decoder.length(row) - each.surplus)

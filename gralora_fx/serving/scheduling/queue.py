@@ -10,12 +10,12 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.engine.limits import TooLargeError
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.paged_memory import give_back_freed
+from gralora_fx.runtime.paged_memory import trim_heap
 from gralora_fx.serving.answer_form import DeadEndError
 from gralora_fx.serving.scheduling.adapter_versions import AdapterLoadError
 from gralora_fx.serving.scheduling.served_models import ServedModels
 
-_IDLE = 1.0  # seconds without jobs after which memory is given back
+_IDLE = 1.0  # seconds without jobs after which memory is freed
 
 
 class QueueFullError(ServingError):
@@ -208,18 +208,18 @@ class JobQueue(ABC, Generic[_Job]):
     def _work(self) -> None:
         while True:
             if not self._wait(_IDLE):
-                self._rest()
-                give_back_freed()
+                self._trim()
+                trim_heap()
                 self._wait(None)
             with self._condition:
                 if not (self._waiting or self.running):
                     return
             self._turn()
 
-    def _rest(self) -> None:
-        """Let go of memory that is of use while jobs run alone; called in the queue's thread."""
+    def _trim(self) -> None:
+        """Free memory that only running jobs need; called in the queue's thread while there are none."""
 
     def _wait(self, seconds: float | None) -> bool:
-        """Wait for jobs, or to be told to stop; returns whether there is either."""
+        """Wait until there are jobs or the queue is to stop, for so many seconds at most; return whether it is so."""
         with self._condition:
             return bool(self._condition.wait_for(lambda: self._waiting or self.running or self._is_stopping, seconds))
