@@ -16,8 +16,8 @@ from gralora_fx.progress.report import Invocation, Report, Summary, size_of
 from gralora_fx.runtime.adapter_file import AdapterInMemory, AdapterRecord, read_record, record_in_memory
 from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.runtime.export_directory import ADAPTERS, DECODER_KIND
-from gralora_fx.runtime.export_files import base_of_export, layers_of_export
 from gralora_fx.runtime.export_usage import comparison_of, usage_of
+from gralora_fx.runtime.exported_base import base_of_export, layers_of_export
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.sources.same_base import BaseComparison, compare_bases
 

@@ -40,8 +40,9 @@ from gralora_fx.loading.adapter_facts import needed_quantization
 from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import timed
 from gralora_fx.runtime.export_directory import MANIFEST_NAME
-from gralora_fx.runtime.export_files import base_of_export, check_files, describe_files
+from gralora_fx.runtime.export_files import check_files, describe_files
 from gralora_fx.runtime.export_usage import usage_of
+from gralora_fx.runtime.exported_base import base_of_export
 from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
 from gralora_fx.sources.rewriting import NewFile, write_files
 from gralora_fx.sources.same_base import BaseComparison, compare_bases

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, is_export
-from gralora_fx.runtime.export_files import base_of_export
+from gralora_fx.runtime.exported_base import base_of_export
 from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.sources.paths import shown_path, usable_directory, usable_file
 from gralora_fx.sources.same_base import BaseSource, compare_bases

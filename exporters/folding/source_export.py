@@ -19,7 +19,8 @@ from gralora_fx.exporters.folding.initializers import external_tensors, initiali
 from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.planning.targets import rule_of, trains_whole_at
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, not_an_export
-from gralora_fx.runtime.export_files import check_files, layers_of_export, weight_files
+from gralora_fx.runtime.export_files import check_files, weight_files
+from gralora_fx.runtime.exported_base import layers_of_export
 from gralora_fx.runtime.manifest import AdapterEntry, Manifest, read_manifest
 from gralora_fx.runtime.session import check_external_data
 from gralora_fx.sources.model_files import described

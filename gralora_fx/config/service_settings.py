@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from gralora_fx.config.byte_sizes import read_size, size_problem
+from gralora_fx.config.amounts import SPECULATIVE_TOKENS, read_size, size_problem
 from gralora_fx.config.option import Option, check_options
 from gralora_fx.errors import ConfigError, shown
 
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
-SPECULATIVE_TOKENS = 16  # most tokens of a draft, where nothing else is said
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
 _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gralora_fx.config.byte_sizes import shown_size
+from gralora_fx.config.amounts import shown_size
 from gralora_fx.engine.prefix_cache import PrefixCache
 from gralora_fx.errors import ServingError
 

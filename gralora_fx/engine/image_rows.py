@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.runtime.ort_values import DTYPES, as_array, image_arguments
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.tracing.inputs.input_names import EMBEDS, GIVEN, IDS
+
+if TYPE_CHECKING:
+    from gralora_fx.tracing.inputs.image_inputs import ImageInput
 
 _GRID = "grid_position_ids"
 
@@ -26,6 +28,11 @@ class ImageRows:
             session: A session over the decoder.
         """
         self._taken = {value.name: value for value in image_arguments(session)}
+        self._specs: dict[str, ImageInput] = {}
+        if self._taken:
+            from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+
+            self._specs = {name: IMAGE_INPUTS[name] for name in self._taken}
         self._rows: dict[int, Mapping[str, NDArray[Any]]] = {}
         self._of_text = {name: self._absent(name, 1, 1) for name in self._taken}
 
@@ -49,7 +56,7 @@ class ImageRows:
                 "the export takes ids alone, so nothing can be put in their place; leave inputs_embeds out, or export "
                 'the model with task="image-text-to-text-with-past"'
             )
-        if blocks := [name for name in self._taken if IMAGE_INPUTS[name].follows != IDS]:
+        if blocks := [name for name in self._taken if self._specs[name].follows != IDS]:
             raise ServingError(
                 f"the tokens of an image see each other in this model, and rows read a prompt in pieces; run the whole "
                 f"prompt in one call instead, with {EMBEDS} and {blocks[0]}"
@@ -59,7 +66,7 @@ class ImageRows:
         if unknown := [str(name) for name in source if name not in self._taken]:
             raise ServingError(f"unknown {', '.join(unknown)}; beside ids the model takes {listed(self._taken)}")
         arrays = {name: as_array(name, value, self._taken[name]) for name, value in source.items()}
-        sizes = {name: array.shape[IMAGE_INPUTS[name].axis :][:2] for name, array in arrays.items()}
+        sizes = {name: array.shape[self._specs[name].axis :][:2] for name, array in arrays.items()}
         rows, count = sizes[EMBEDS]
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
             what = f"{sizes[wrong][0]} rows of {sizes[wrong][1]} tokens"
@@ -98,12 +105,11 @@ class ImageRows:
 
     def _absent(self, name: str, rows: int, length: int) -> NDArray[Any]:
         """What stands for text, in a number of rows and positions."""
-        spec, value = IMAGE_INPUTS[name], self._taken[name]
+        spec, value = self._specs[name], self._taken[name]
         sizes = [*value.shape[: spec.axis], rows, length, *value.shape[spec.axis + 2 :]]
         return np.full(sizes, spec.absent, DTYPES[value.type])
 
-    @staticmethod
-    def _by_position(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    def _by_position(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
         """`[rows, positions, ...]`, in the array's own memory."""
-        axis = IMAGE_INPUTS[name].axis
+        axis = self._specs[name].axis
         return np.moveaxis(array, (axis, axis + 1), (0, 1))

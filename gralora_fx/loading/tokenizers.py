@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, 
 from gralora_fx.errors import CheckpointError, GraloraError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.sources.model_files import MODEL_FILE, check_json_objects, local_directory
-from gralora_fx.sources.sentence_modules import SentenceModules
+
+if TYPE_CHECKING:
+    from gralora_fx.sources.sentence_modules import SentenceModules
 
 PREPROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "tokenizer_config.json"
 _EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")

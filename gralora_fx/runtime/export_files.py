@@ -1,4 +1,4 @@
-"""An export directory compared with its manifest: its files, the packages that run it, and the base that it is of."""
+"""An export directory compared with its manifest: its files, and the packages that run it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 
 from packaging.version import InvalidVersion, Version
 
-from gralora_fx.adapters.agreement import KnownLayers
 from gralora_fx.errors import ExportError, GraloraError, ServingError
 from gralora_fx.runtime.export_directory import (
     ADAPTERS,
@@ -22,7 +21,6 @@ from gralora_fx.runtime.export_directory import (
     ROWS,
 )
 from gralora_fx.runtime.manifest import FileEntry, Manifest
-from gralora_fx.sources.same_base import BaseSource, read_config_fields
 
 # files that serving or a tokenizer reads when they are there, by the names that libraries look for
 _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx_data", "vocab.txt", "merges.txt")
@@ -156,27 +154,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def base_of_export(directory: str | Path, manifest: Manifest | None, given: str | Path | None = None) -> BaseSource:
-    """What is known of the base of an export.
-
-    Args:
-        directory: The export directory, whose `config.json` is the exported model's.
-        manifest: Its manifest; None of another exporter's.
-        given: The base as the caller names it, for an export that does not.
-    """
-    fields = read_config_fields(Path(directory))
-    if manifest is not None and manifest.base is not None:
-        return BaseSource(manifest.base.name, manifest.base.revision, fields, manifest.base.quantization)
-    named = given or (fields or {}).get("_name_or_path")
-    return BaseSource(str(named) if named else None, None, fields)
-
-
-def layers_of_export(directory: str | Path, manifest: Manifest) -> KnownLayers:
-    """The linear layers of an exported model, whether the export takes adapters there or not."""
-    model_type = (read_config_fields(Path(directory)) or {}).get("model_type")
-    linear, functional = (
-        [site.path for site in manifest.sites if (site.kind == "functional") == is_call] for is_call in (False, True)
-    )
-    return KnownLayers(linear, model_type if isinstance(model_type, str) else None, functional)

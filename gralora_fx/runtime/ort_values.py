@@ -16,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.tracing.inputs.cache_slots import past_slots
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import IMAGE_INPUT_NAMES
 
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
@@ -67,7 +67,7 @@ def run_values(
 def image_arguments(session: Any) -> list[Any]:
     """What a decoder's session takes of images, which a text leaves out (see `IMAGE_INPUTS`)."""
     optional: list[Any] = getattr(session, "get_overridable_initializers", list)()
-    return [value for value in optional if value.name in IMAGE_INPUTS]
+    return [value for value in optional if value.name in IMAGE_INPUT_NAMES]
 
 
 def as_value(tensor: Tensor, kind: str) -> Any:

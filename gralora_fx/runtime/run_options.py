@@ -6,16 +6,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
 from gralora_fx.errors import ServingError, first_line, warn_caller
-from gralora_fx.runtime.openvino import complete_options, is_openvino
-from gralora_fx.runtime.placement import record_placement
-from gralora_fx.runtime.plugins import Device, choose_device, devices_of
 from gralora_fx.runtime.session import CPU, Runtime, quiet_options
+
+if TYPE_CHECKING:
+    from gralora_fx.runtime.plugins import Device
 
 Providers = str | Sequence[str | tuple[str, Mapping[str, Any]]]
 Pairs = tuple[tuple[str, Mapping[str, Any]], ...]
@@ -64,8 +64,13 @@ def runtime_of(
 
 def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *, threads_are_given: bool) -> Runtime:
     """Session options that hold the providers, if a plug-in is among them; else providers beside the options."""
-    if [name for name, _ in chosen] != [CPU]:
-        record_placement(options)
+    if [name for name, _ in chosen] == [CPU]:
+        return Runtime(chosen, options, threads=threads)
+    from gralora_fx.runtime.openvino import complete_options, is_openvino
+    from gralora_fx.runtime.placement import record_placement
+    from gralora_fx.runtime.plugins import choose_device, devices_of
+
+    record_placement(options)
     plugins = {name: its_devices for name, _ in chosen if name != CPU and (its_devices := devices_of(name))}
     if not plugins:
         return Runtime(chosen, options, threads=threads)
@@ -115,7 +120,7 @@ def _with_session_options(
     if has_providers and not (providers is None and provider_options is None):
         raise ServingError("the SessionOptions hold providers themselves; leave out providers and provider_options")
     chosen = () if has_providers else _providers(providers, provider_options)
-    if plugin := next((name for name, _ in chosen if name != CPU and devices_of(name)), None):
+    if plugin := next((name for name, _ in chosen if name != CPU and _devices_of(name)), None):
         raise ServingError(
             f"{plugin} would change the given SessionOptions; give a dict of fields, or add its devices to them"
         )
@@ -160,8 +165,15 @@ def _providers(providers: Providers | None, provider_options: ProviderOptions | 
         raise ServingError(f"execution provider {twice} is named twice; name it once")
     for name in names:
         if name != CPU:
-            devices_of(name)  # which raises if it is not installed
+            _devices_of(name)  # which raises if it is not installed
     return tuple((name, _provider_options(name, options)) for name, options in pairs)
+
+
+def _devices_of(provider: str) -> tuple[Device, ...]:
+    """Return the devices of a provider that is a plug-in; none of one that ONNX Runtime has built in."""
+    from gralora_fx.runtime.plugins import devices_of
+
+    return devices_of(provider)
 
 
 def _is_one(providers: str | tuple[Any, ...]) -> bool:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,10 +16,11 @@ from onnx import TensorProto, helper
 from gralora_fx.compat.onnxruntime import NoKernel
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.runtime.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
-from gralora_fx.runtime.opened_experts import open_experts
-from gralora_fx.runtime.plugins import Device
 from gralora_fx.runtime.session_views import EncoderDecoderSession
 from gralora_fx.sources.paths import usable_path
+
+if TYPE_CHECKING:
+    from gralora_fx.runtime.plugins import Device
 
 CPU = "CPUExecutionProvider"
 FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
@@ -104,7 +105,7 @@ def _open(
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
-    changes = (_take_defaults if runtime.devices else None, open_experts if is_cpu and not as_stored else None)
+    changes = (_take_defaults if runtime.devices else None, _open_experts if is_cpu and not as_stored else None)
     try:
         changed = [change(model) for change in changes if change is not None]
         if any(changed):  # bytes of a model do not say where its weights are
@@ -140,6 +141,15 @@ def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
         known = None
     if known != str(folder):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+
+
+def _open_experts(model: onnx.ModelProto) -> bool:
+    """Compute experts by products, in place, if the model has any (see `open_experts`)."""
+    if all(node.op_type != "MoE" for node in model.graph.node):
+        return False
+    from gralora_fx.runtime.opened_experts import open_experts
+
+    return open_experts(model)
 
 
 def _take_defaults(model: onnx.ModelProto) -> bool:

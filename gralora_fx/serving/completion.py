@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.engine.limits import DecoderLimits, TooLargeError
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.serving.answer_grammar import AnswerGrammar
 from gralora_fx.serving.detokenizer import TextStream
-from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.stop_search import StopSearch
 from gralora_fx.serving.token_choice import Choice, TokenChooser, TokenScore, token_scores
+
+if TYPE_CHECKING:
+    from gralora_fx.serving.answer_grammar import AnswerGrammar
+    from gralora_fx.serving.encoder_inputs import EncoderInput
 
 Ending: TypeAlias = Literal["stop", "length"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime
 import torch
@@ -13,19 +13,21 @@ import torch
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.runtime.adapter_file import AdapterSource
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.ort_values import image_arguments
 from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.runtime.session import QUIET_RUN
 from gralora_fx.runtime.session_views import EncoderDecoderSession, with_adapter
-from gralora_fx.serving.answer_form import GivenForms
-from gralora_fx.serving.call_arrays import CallInputs, Outputs
-from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.open_export import OpenExport
 from gralora_fx.serving.prompt_answers import Completions
 from gralora_fx.serving.prompts import GenerateInputs, stop_strings
 from gralora_fx.serving.sampling import Sampling
+
+if TYPE_CHECKING:
+    from gralora_fx.runtime.adapter_file import AdapterSource
+    from gralora_fx.serving.answer_form import GivenForms
+    from gralora_fx.serving.call_arrays import CallInputs, Outputs
+    from gralora_fx.serving.encoder_inputs import EncoderInputs
 
 
 def load(
@@ -86,6 +88,8 @@ class OrtModel(OpenExport):
     @cached_property
     def call_inputs(self) -> CallInputs:
         """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
+        from gralora_fx.serving.call_arrays import CallInputs
+
         taken = (*self._called.get_inputs(), *image_arguments(self._called))
         inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
         is_pair = isinstance(self._called, EncoderDecoderSession)
@@ -174,6 +178,8 @@ class OrtModel(OpenExport):
         except Exception as error:  # ONNX Runtime raises types of its own, without a common base
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
+        from gralora_fx.serving.call_arrays import Outputs
+
         pairs = zip(self.output_names, results, strict=True)
         return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in pairs})
 
@@ -283,7 +289,7 @@ class OrtModel(OpenExport):
             "choice": ("choice", choice),
             "grammar": ("grammar", grammar),
         }
-        compiled = self.grammars.of(forms)
+        compiled = None if all(value is None for _, value in forms.values()) else self.grammars.of(forms)
         completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled, most)
         return completions if stream else completions.result()
 

@@ -9,18 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.engine.adapters import Adapters
 from gralora_fx.engine.buffered_steps import takes_buffers
-from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.engine.session_decoders import RowsDecoder, SequentialDecoder
 from gralora_fx.errors import ServingError, listed, warn_caller
 from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.runtime.adapter_file import AdapterInMemory
 from gralora_fx.runtime.adapter_paths import own_adapters
 from gralora_fx.runtime.export_directory import (
     DECODER_KIND,
@@ -32,20 +30,16 @@ from gralora_fx.runtime.export_directory import (
 )
 from gralora_fx.runtime.export_files import check_files, check_requirements, weight_files
 from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.placement import (
-    Placement,
-    describe_placement,
-    describe_providers,
-    placement_of,
-    warn_of_idle,
-)
 from gralora_fx.runtime.session import CPU, Runtime, check_integer_sums, open_session
 from gralora_fx.runtime.session_views import is_current_form
-from gralora_fx.serving.answer_grammar import Grammars
-from gralora_fx.serving.encoder_inputs import EncoderInputs
 from gralora_fx.serving.generation import Generation
 from gralora_fx.sources.model_files import read_json_object
 from gralora_fx.sources.paths import usable_path
+
+if TYPE_CHECKING:
+    from gralora_fx.runtime.adapter_file import AdapterInMemory
+    from gralora_fx.runtime.placement import Placement
+    from gralora_fx.serving.answer_grammar import Grammars
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,10 @@ class OpenExport:
         is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
         self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
         self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # what is wrong is said now
-        warn_of_idle(self._runtime, self.placement)
+        if not is_on_cpu:
+            from gralora_fx.runtime.placement import warn_of_idle
+
+            warn_of_idle(self._runtime, self.placement)
 
     @cached_property
     def session(self) -> Any:
@@ -146,10 +143,14 @@ class OpenExport:
     @cached_property
     def placement(self) -> Placement | None:
         """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
+        from gralora_fx.runtime.placement import placement_of
+
         return placement_of(self.first_session)
 
     def describe(self) -> str:
         """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
+        from gralora_fx.runtime.placement import describe_placement, describe_providers
+
         kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
         lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
         lines += [
@@ -200,6 +201,8 @@ class OpenExport:
         Raises:
             ServingError: It has no cache, or what its configuration says of answers cannot be followed.
         """
+        from gralora_fx.serving.answer_grammar import Grammars
+
         return Grammars(self.tokenizer_or_none, self.generation.limits)
 
     def _open_later(self, name: str) -> Any:
@@ -283,6 +286,9 @@ def _decoder_generation(export: OpenExport) -> Generation:
 
 def _encoder_decoder_generation(export: OpenExport) -> Generation:
     """A row of an encoder-decoder is opened with what the encoder reads, and rows run one after the other."""
+    from gralora_fx.engine.encoder_decoder import EncoderDecoder, Encodings
+    from gralora_fx.serving.encoder_inputs import EncoderInputs
+
     limits, session = _limits(export), export.first_session
     inputs = EncoderInputs(export.directory, export.config, session, limits, export.manifest.position_offset)
     make = partial(EncoderDecoder, session, export.adapters, limits, encodings=Encodings())

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
+from gralora_fx.config.amounts import SPECULATIVE_TOKENS
 from gralora_fx.engine.adapters import names_of_rows
 from gralora_fx.engine.decoder import LEAST_CHUNK, part_length
 from gralora_fx.engine.limits import DecoderSize
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.serving.answer_grammar import AnswerGrammar
 from gralora_fx.serving.answer_row import AnswerRow
 from gralora_fx.serving.completion import Completion, TextRequest, seeded
-from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.generation import Generation
 from gralora_fx.serving.prompts import Prompts
 from gralora_fx.serving.sampling import Sampling
 from gralora_fx.serving.token_choice import Choice, TokenScore
+
+if TYPE_CHECKING:
+    from gralora_fx.serving.answer_grammar import AnswerGrammar
+    from gralora_fx.serving.encoder_inputs import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
 _FORCED = 32  # tokens that a grammar forces, in a step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from gralora_fx.engine.bounded_rows import Source
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.runtime.ort_values import plain_array
-from gralora_fx.serving.encoder_inputs import EncoderInput
 from gralora_fx.serving.prompt_limit import PromptLimit
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.tracing.inputs.input_names import EMBEDS
+
+if TYPE_CHECKING:
+    from gralora_fx.serving.encoder_inputs import EncoderInput
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -196,6 +197,8 @@ def with_images(prompts: Prompts, embeds: Any) -> Prompts:
 
 
 def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+
     axis = IMAGE_INPUTS[name].axis if name in IMAGE_INPUTS else 0
     return np.expand_dims(array, min(axis, array.ndim))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gralora_fx.serving.row_grammar import RowGrammar
 from gralora_fx.serving.sampling import Sampling
+
+if TYPE_CHECKING:
+    from gralora_fx.serving.row_grammar import RowGrammar
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import GraloraError, shown
-from gralora_fx.sources.base_quantization import packed_quantization
-from gralora_fx.sources.other_formats import gguf_file, of_gguf, pickle_file
 from gralora_fx.sources.paths import usable_path
 
 ADAPTER_FILE, MODEL_FILE, EXPORT_FILE = "adapter_config.json", "config.json", "gralora_export.json"
@@ -28,6 +26,8 @@ def described(directory: str | Path) -> str:
     Args:
         directory: The path.
     """
+    from gralora_fx.sources.other_formats import gguf_file, pickle_file
+
     path = Path(directory)
     try:
         if not path.exists():
@@ -114,6 +114,9 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
             raise error(
                 f"{reason}; it is the base that {named_by} names, so give where it is as model=..."
             ) from problem
+    from gralora_fx.sources.base_quantization import packed_quantization
+    from gralora_fx.sources.other_formats import gguf_file, of_gguf
+
     if str(name).endswith(".gguf") and Path(name).is_file():
         raise error(of_gguf(Path(name).parent, Path(name).name))
     directory = local_directory(name, error)

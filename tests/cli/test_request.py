@@ -13,8 +13,8 @@ import pytest
 
 from gralora_fx.cli import main
 from gralora_fx.cli.export import check_request
-from gralora_fx.config import reading
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.sources import model_files
 
 # arguments beside --model and --output, and what the only line of the error has
 CASES: list[tuple[tuple[str, ...], str]] = [
@@ -143,7 +143,7 @@ def test_the_configuration_of_an_adapter_is_read_once(tmp_path: Path, monkeypatc
         read.append(directory)
         return Path(directory)
 
-    monkeypatch.setattr(reading, "resolve_directory", resolved)
+    monkeypatch.setattr(model_files, "resolve_directory", resolved)
     none: dict[str, Any] = {"model": None, "adapter_name": None, "task": None, "image_size": None}
     adapter = str(tmp_path / "named")
     base = check_request(ExportOptions(), tmp_path / "output", adapter=adapter, **none)

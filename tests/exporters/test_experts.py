@@ -115,7 +115,7 @@ def test_verification_compares_the_file_as_other_programs_open_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed: list[onnx.ModelProto] = []
-    monkeypatch.setattr(opening, "open_experts", changed.append)
+    monkeypatch.setattr(opening, "_open_experts", changed.append)
     report, operators = exported(Mixture(SILU), tmp_path / "onnx")
     assert report.verification.passed
     assert "MoE" in operators

@@ -140,7 +140,7 @@ def as_plugin(monkeypatch: pytest.MonkeyPatch) -> Device:
     handle = next(handle for handle in onnxruntime.get_ep_devices() if handle.ep_name == CPU)
     device = Device(CPU, "CPU", "a processor", "1.0", {}, handle)
     monkeypatch.setattr(run_options, "CPU", "another")
-    monkeypatch.setattr(run_options, "devices_of", lambda name: (device,) if name == CPU else ())
+    monkeypatch.setattr(plugins, "devices_of", lambda name: (device,) if name == CPU else ())
     return device
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.config.byte_sizes import shown_size
+from gralora_fx.config.amounts import shown_size
 from gralora_fx.config.service_settings import ServiceSettings
 from gralora_fx.config.tasks import GENERATING
 from gralora_fx.engine.bounded_rows import Source

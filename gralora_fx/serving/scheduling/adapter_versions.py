@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
-from gralora_fx.config.byte_sizes import shown_size
+from gralora_fx.config.amounts import shown_size
 from gralora_fx.errors import ServingError, shown
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.config.byte_sizes import shown_size
-from gralora_fx.config.service_settings import SPECULATIVE_TOKENS
+from gralora_fx.config.amounts import SPECULATIVE_TOKENS, shown_size
 from gralora_fx.engine.cache_memory import NoRoomError
 from gralora_fx.engine.decoder import Decoder
 from gralora_fx.runtime.paged_memory import trim_heap

@@ -7,6 +7,8 @@ from typing import Any
 
 IDS, EMBEDS = "input_ids", "inputs_embeds"
 GIVEN = -1  # the id of a token whose embedding is given
+# what images put beside the ids of a decoder's step, each described in `IMAGE_INPUTS`
+IMAGE_INPUT_NAMES = (EMBEDS, "grid_position_ids", "deepstack_embeds", "token_type_ids", "mm_token_type_ids")
 IMAGES = "pixel_values"
 PAST = "past_key_values"
 PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cache in an export
