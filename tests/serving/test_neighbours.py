@@ -105,6 +105,16 @@ def test_draws_scores_and_pieces_are_those_of_each_prompt_alone(windowed: Export
         assert [token for piece in pieces for token in piece[row].content] == alone.content
 
 
+def test_scores_of_experts_have_the_digits_of_each_prompt_alone(tmp_path: Path) -> None:
+    """Six experts a token: the sum of their weights is no multiple of what is added at once."""
+    model = tiny_decoder("MixtralForCausalLM", num_local_experts=16, num_experts_per_tok=6)
+    export_onnx(trace(model, task=CACHED), tmp_path / "onnx", verify=False)
+    served = load(tmp_path / "onnx", threads=2)
+    together = served.generate(PROMPTS, max_new_tokens=NEW, logprobs=2)
+    for answer, prompt in zip(together, PROMPTS, strict=True):
+        assert answer.scores == served.generate(prompt, max_new_tokens=NEW, logprobs=2).scores
+
+
 def test_rows_go_on_after_another_has_ended(windowed: Exported) -> None:
     whole = [windowed.answer(prompt, max_new_tokens=NEW) for prompt in PROMPTS]
     ends = [END, whole[0][2], whole[3][5]]
