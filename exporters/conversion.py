@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +15,6 @@ from gralora_fx.config import GraloraConfig
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.onnx_pipeline import export_log
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.expert_formats import with_experts
-from gralora_fx.exporters.quantization.plan import QuantizationPlan, plan_of_layers
 from gralora_fx.graph.parameter_sites import ParameterSite
 from gralora_fx.graph.pipeline import PassLog
 from gralora_fx.graph.sites import LinearSite
@@ -26,6 +25,9 @@ from gralora_fx.planning.rewrite_plan import PlannedSite
 from gralora_fx.runtime.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
 from gralora_fx.sources.lazy_tensors import sampled_values
 from gralora_fx.tracing.traced_model import CALL_TRACE, TracedModel
+
+if TYPE_CHECKING:
+    from gralora_fx.exporters.quantization.plan import QuantizationPlan
 
 _SAMPLES = 64  # of a parameter, for the fingerprint
 
@@ -100,7 +102,11 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         traced, adapters = fold_adapters(model), None
     else:
         traced, adapters = model.traced, data_sites(model, options)
-    plan = None if options.format is None else with_experts(plan_of_layers(options.format, traced), traced)
+    plan = None
+    if options.format is not None:
+        from gralora_fx.exporters.quantization.expert_formats import plan_of_model
+
+        plan = plan_of_model(options.format, traced)
     return Conversion(model, traced, options, log, adapters, plan)
 
 

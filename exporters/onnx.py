@@ -10,7 +10,6 @@ from typing import ParamSpec, Protocol
 
 from gralora_fx.config.option import by_keywords
 from gralora_fx.errors import ExportError, listed, warn_caller
-from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
@@ -27,11 +26,8 @@ from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
 from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.choice import choose_formats
 from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, attention_report, experts_report
-from gralora_fx.exporters.verification.measure_quality import measure_quality
-from gralora_fx.exporters.verify import verify_onnx
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.console import with_progress
 from gralora_fx.progress.stages import gc_pause, timed
@@ -137,6 +133,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     if conversion.plan is not None:
+        from gralora_fx.exporters.quantization.choice import choose_formats
+
         with timed("choose", seconds, "quantizing"):
             conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds, "converting"), gc_pause():
@@ -153,10 +151,14 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             write_manifest(stage, manifest)
             active: list[str] = []
             if isinstance(model, GraloraModel) and conversion.adapters is not None:
+                from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
+
                 active = model.active_adapters
                 write_active_adapters(stage, model, manifest)
         verification = quality = None
         if options.level is not None:
+            from gralora_fx.exporters.verify import verify_onnx
+
             with timed("verify", seconds, "comparing"):
                 verification = verify_onnx(stage, model, options.level)
             if not verification.passed:
@@ -164,6 +166,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
                     f"the export's results differ from the model's, so it was not written:\n{verification.details}"
                 )
             if flavour.measures_quality(options):
+                from gralora_fx.exporters.verification.measure_quality import measure_quality
+
                 with timed("quality", seconds, "measuring"):
                     quality = measure_quality(
                         stage, model, flavour.verification, texts=options.compared_texts, tokenizer=options.tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import onnxruntime
 
@@ -16,23 +16,24 @@ from gralora_fx.exporters.flavours import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantization.formats import DYNAMIC
 from gralora_fx.exporters.verification.cases import TokenRun
-from gralora_fx.exporters.verification.comparable import PRODUCT_TOLERANCE, compare_products, open_comparable
+from gralora_fx.exporters.verification.comparable import open_comparable
 from gralora_fx.exporters.verification.fresh_inputs import user_prompts
 from gralora_fx.exporters.verification.output_comparison import OutputComparison
 from gralora_fx.exporters.verification.reference_models import evaluating
 from gralora_fx.exporters.verification.same_model import check_inputs, check_same_model
 from gralora_fx.exporters.verification.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verification.variants import Variant, variants
-from gralora_fx.exporters.verify_report import ProviderRun, TensorCheck, VerifyReport
+from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.progress.console import with_progress
 from gralora_fx.runtime.adapter_inputs import is_adapter_input
 from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.placement import placement_of
-from gralora_fx.runtime.run_options import ProviderOptions, Providers, runtime_of
+from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.session import CPU, Runtime
 from gralora_fx.tracing.traced_model import TracedModel
+
+if TYPE_CHECKING:
+    from gralora_fx.runtime.run_options import ProviderOptions, Providers
 
 
 @with_progress
@@ -91,8 +92,11 @@ def verify_onnx(
         ServingError: A provider is not installed, has no such device, or an option is unknown.
     """
     check_choice("level", level, LEVELS)
-    is_default = providers is None and provider_options is None
-    runtime = None if is_default else runtime_of(providers, provider_options, None, None)
+    runtime = None
+    if providers is not None or provider_options is not None:
+        from gralora_fx.runtime.run_options import runtime_of
+
+        runtime = runtime_of(providers, provider_options, None, None)
     manifest, quick = read_manifest(output_dir), level == "quick"
     if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
         check_files(output_dir, manifest, digests=True)
@@ -142,21 +146,21 @@ def verify_onnx(
             found = compared(variant)
         report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
     assert report is not None
-    products = _compare_products(Path(output_dir), manifest)
-    is_exact = all(product.max_rel_error <= PRODUCT_TOLERANCE for product in products)
-    return dataclasses.replace(report, passed=report.passed and is_exact, tensors=(*report.tensors, *products))
+    if manifest.quantization is None or manifest.quantization.kind != DYNAMIC:
+        return report
+    from gralora_fx.exporters.verification.int8_products import PRODUCT_TOLERANCE, compare_products
 
-
-def _compare_products(directory: Path, manifest: Manifest) -> list[TensorCheck]:
-    """What int8 products give on this machine, of an export that has some."""
-    is_dynamic = manifest.quantization is not None and manifest.quantization.kind == DYNAMIC
-    return [compare_products(directory)] if is_dynamic else []
+    products = compare_products(Path(output_dir))
+    is_exact = report.passed and products.max_rel_error <= PRODUCT_TOLERANCE
+    return dataclasses.replace(report, passed=is_exact, tensors=(*report.tensors, products))
 
 
 def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
     """Where an export was run: the first provider, its device, and which provider took which nodes."""
     name, _ = runtime.providers[0]
     device = next((device for device in runtime.devices if device.provider == name), None)
+    from gralora_fx.runtime.placement import placement_of
+
     placement = placement_of(session)
     nodes = {} if placement is None else {provider: dict(counts) for provider, counts in placement.items()}
     if device is None:

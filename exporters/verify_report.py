@@ -12,7 +12,6 @@ from typing import Any
 from gralora_fx.errors import listed
 from gralora_fx.progress.report import Report, Summary
 from gralora_fx.runtime.export_directory import ROWS_NAME
-from gralora_fx.runtime.placement import describe_placement
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,11 @@ class ProviderRun:
     def __str__(self) -> str:
         """The provider with version and device, and the nodes that each provider ran."""
         device = f" on {self.device}" if self.device else ""
-        nodes = f"; nodes: {describe_placement(self.nodes)}" if self.nodes else ""
+        nodes = ""
+        if self.nodes:
+            from gralora_fx.runtime.placement import describe_placement
+
+            nodes = f"; nodes: {describe_placement(self.nodes)}"
         return f"{self.name} {self.version}{device}{nodes}"
 
 

@@ -15,14 +15,14 @@ from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.compat.versions import installed_version
 from gralora_fx.engine.limits import context_length
 from gralora_fx.exporters.conversion import Conversion, base_trace
-from gralora_fx.exporters.folding.matching_weights import weight_entries
-from gralora_fx.exporters.quantization.plan import quantized_weights
+from gralora_fx.exporters.folding.weight_names import weight_entries
 from gralora_fx.exporters.reports import attention_report
 from gralora_fx.graph.sites import other_readers
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
 from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.runtime.quantized_weights import QuantizedWeights
 from gralora_fx.sources.base_quantization import RECORD
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -48,7 +48,7 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         schema_version=SCHEMA_VERSION,
         task=traced.task,
         precision=options.precision,
-        quantization=quantized_weights(conversion.plan, log),
+        quantization=_quantization(conversion),
         adapters_mode=options.adapters,
         logits=logits,
         position_offset=position_offset(traced),
@@ -82,6 +82,15 @@ def _base(traced: TracedModel) -> BaseEntry | None:
         return None
     local = None if source.directory is None else str(source.directory)  # whatever directory later commands run in
     return BaseEntry(source.hub_id or local or source.name, source.commit, getattr(traced.config, RECORD, None))
+
+
+def _quantization(conversion: Conversion) -> QuantizedWeights | None:
+    """Return the record of how weights are quantized; None of floats."""
+    if conversion.plan is None:
+        return None
+    from gralora_fx.exporters.quantization.plan import quantized_weights
+
+    return quantized_weights(conversion.plan, conversion.log)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

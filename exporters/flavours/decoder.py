@@ -11,7 +11,17 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.companions import write_genai_config
 from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, marking_passes, with_rows
+from gralora_fx.exporters.flavours.flavour import (
+    STATES,
+    Flavour,
+    Models,
+    calls_any,
+    insertion_passes,
+    lowering_passes,
+    marking_passes,
+    quantizing_passes,
+    with_rows,
+)
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.exporters.fx_passes.export_graphs import step_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
@@ -20,20 +30,14 @@ from gralora_fx.exporters.onnx_passes.cached_attention import FuseAttention
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
 from gralora_fx.exporters.onnx_passes.continuous_batching import LogitsOfRows, batch_continuously
-from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
 from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.onnx_passes.optional_inputs import optional_draft_inputs, optional_image_inputs
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
-from gralora_fx.exporters.onnx_passes.prompt_clamps import lower_prompt_clamps
-from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
-from gralora_fx.exporters.onnx_passes.state_forms import fast_state_forms
-from gralora_fx.exporters.onnx_passes.state_layout import keep_state_layout
-from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.onnx_passes.whole_vectors import fill_vectors
 from gralora_fx.exporters.onnx_pipeline import (
     FOLDED_TRANSPOSES,
@@ -129,10 +133,9 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
             FuseAttention(tables, has_attention=any(slot.kind.grows for slot in slots)),
             LowerRotary(tables),  # those that attention did not absorb
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
-            lower_state_operators,
-            LowerExperts(),
+            *lowering_passes(conversion),
             NameCache(slots),
-            keep_state_layout,
+            *_state_layout(conversion),
         ),
     )
 
@@ -150,8 +153,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
         (
             *positions,
             LowerNorms(),
-            lower_prompt_clamps,
-            fast_state_forms,
+            *_state_forms(conversion),
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
             FoldConstants(unless_weight),
@@ -163,10 +165,29 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             optional_image_inputs,  # nothing is folded any more
             optional_draft_inputs,
             *insertion_passes(conversion),  # what was packed stays packed
-            *quantization_passes(conversion.plan),
+            *quantizing_passes(conversion),
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
     )
+
+
+def _state_layout(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """Return what keeps states as their operators have them, if the trace has any."""
+    if not calls_any(conversion.traced, STATES):
+        return ()
+    from gralora_fx.exporters.onnx_passes.state_layout import keep_state_layout
+
+    return (keep_state_layout,)
+
+
+def _state_forms(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """Return what makes the operators of states fast, if the trace has any."""
+    if not calls_any(conversion.traced, STATES):
+        return ()
+    from gralora_fx.exporters.onnx_passes.prompt_clamps import lower_prompt_clamps
+    from gralora_fx.exporters.onnx_passes.state_forms import fast_state_forms
+
+    return lower_prompt_clamps, fast_state_forms
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,22 @@ import onnx_ir as ir
 from torch import fx
 
 from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, note_rows, translated_passes
+from gralora_fx.exporters.flavours.flavour import (
+    Flavour,
+    Models,
+    insertion_passes,
+    note_rows,
+    quantizing_passes,
+    translated_passes,
+)
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate, split
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
 from gralora_fx.exporters.fx_passes.note_experts import note_experts
-from gralora_fx.exporters.onnx_passes.block_products import tables_of_heads
 from gralora_fx.exporters.onnx_passes.builder import add_initializer
 from gralora_fx.exporters.onnx_passes.clean_up import drop_stack_traces
 from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
@@ -63,7 +68,7 @@ def encoder_decoder_models(conversion: Conversion) -> Models:
         value.name = f"past_key_values.{index // 2}.decoder.{'value' if index % 2 else 'key'}"
     for value, name in zip(decoder.graph.outputs, parts.outputs, strict=True):
         value.name = name
-    tables = frozenset(tables_of_heads(encoder) | tables_of_heads(decoder))
+    tables = _tables(conversion, encoder, decoder)
     for name, model in (("encoder", encoder), ("decoder", decoder)):
         named_pipeline(conversion, name, tables).run(model, log)
     if conversion.adapters is not None:
@@ -97,6 +102,15 @@ def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
     )
 
 
+def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
+    """Return the names of embeddings that are a head's weight in some part, where weights are quantized."""
+    if conversion.plan is None:
+        return frozenset()
+    from gralora_fx.exporters.onnx_passes.block_products import tables_of_heads
+
+    return frozenset().union(*map(tables_of_heads, parts))
+
+
 def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
     """What a part goes through once its inputs and outputs have their names.
 
@@ -114,7 +128,7 @@ def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) ->
             ),  # what was fused stays fused; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
-            *quantization_passes(conversion.plan, tables),  # last: all others look for matrices
+            *quantizing_passes(conversion, tables),  # last: all others look for matrices
         ),
     )
 

@@ -5,32 +5,33 @@ The passes that several kinds have are here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import fx
 
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.onnx_passes.clean_up import FoldConstants, remove_unused_nodes
 from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes
-from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
 from gralora_fx.exporters.onnx_passes.flatten_tokens import FlattenTokens
-from gralora_fx.exporters.onnx_passes.insert_adapters import InsertAdapters
 from gralora_fx.exporters.onnx_passes.normalization import LowerNorms
 from gralora_fx.exporters.onnx_passes.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_passes.site_marks import MarkSites
-from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 from gralora_fx.exporters.onnx_passes.whole_vectors import fill_vectors
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip
+from gralora_fx.operators.call import NAMESPACE
 from gralora_fx.runtime.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.tracing.traced_model import TracedModel
 
+STATES = ("linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp")
+EXPERTS = ("experts",)
 Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
@@ -51,7 +52,55 @@ def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
         conversion: What is converted.
     """
     adapters = conversion.adapters
-    return () if adapters is None else (InsertAdapters(adapters.inputs, conversion.options.quantize is not None),)
+    if adapters is None:
+        return ()
+    from gralora_fx.exporters.onnx_passes.insert_adapters import InsertAdapters
+
+    return (InsertAdapters(adapters.inputs, conversion.options.quantize is not None),)
+
+
+def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """Return what lowers the operators of states and of experts, as far as the trace has any.
+
+    Args:
+        conversion: What is converted.
+    """
+    passes: tuple[Pass[ir.Model], ...] = ()
+    if calls_any(conversion.traced, STATES):
+        from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
+
+        passes += (lower_state_operators,)
+    if calls_any(conversion.traced, EXPERTS):
+        from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
+
+        passes += (LowerExperts(),)
+    return passes
+
+
+def quantizing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
+    """Return what stores matrices as the plan says; nothing without one.
+
+    Args:
+        conversion: What is converted.
+        tables: As of `quantization_passes`.
+    """
+    if conversion.plan is None:
+        return ()
+    from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
+
+    return tuple(quantization_passes(conversion.plan, tables))
+
+
+def calls_any(traced: TracedModel, operators: Collection[str]) -> bool:
+    """Return whether a trace calls one of this project's operators, in a branch or a loop too.
+
+    Args:
+        traced: The trace.
+        operators: Their names, as of `STATES`.
+    """
+    graphs = (part.graph for part in traced.graph_module.modules() if isinstance(part, fx.GraphModule))
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    return not called.isdisjoint(f"{NAMESPACE}.{name}.default" for name in operators)
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
@@ -65,8 +114,7 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
         *marking_passes(conversion),  # first: weights have their own names
         fold_transposes,  # first: constant folding would compute the transposes of weights
         FuseDotProductAttention(),  # before constants are folded: it makes some
-        lower_state_operators,
-        LowerExperts(),
+        *lowering_passes(conversion),
         LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
         FoldConstants(may_fold),
         remove_unused_nodes,  # so that none of them counts as a reader of tokens

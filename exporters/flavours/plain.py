@@ -20,7 +20,14 @@ from gralora_fx.compat.torch_graphs import tree_info, tree_map, tree_unflatten
 from gralora_fx.compat.transformers_exporters import fix_model, leaf_names
 from gralora_fx.errors import listed
 from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.flavours.flavour import Flavour, Models, insertion_passes, translated_passes, with_rows
+from gralora_fx.exporters.flavours.flavour import (
+    Flavour,
+    Models,
+    insertion_passes,
+    quantizing_passes,
+    translated_passes,
+    with_rows,
+)
 from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
 from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
 from gralora_fx.exporters.fx_passes.match_attention import match_attention
@@ -32,7 +39,6 @@ from gralora_fx.exporters.onnx_passes.clean_up import (
 from gralora_fx.exporters.onnx_passes.flatten_tokens import copied
 from gralora_fx.exporters.onnx_passes.float32_inputs import float32_inputs
 from gralora_fx.exporters.onnx_passes.normalization import match_rms_norms
-from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
 from gralora_fx.exporters.onnx_passes.row_tokens import RowsError
 from gralora_fx.exporters.onnx_pipeline import OnnxIrPass, OnnxPipeline
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
@@ -109,7 +115,7 @@ def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
         name,
         (
             *insertion_passes(conversion),  # what was fused stays fused
-            *quantization_passes(conversion.plan),  # last: all others look for matrices
+            *quantizing_passes(conversion),  # last: all others look for matrices
         ),
     )
 

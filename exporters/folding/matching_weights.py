@@ -1,9 +1,7 @@
-"""Which weight of the model an initializer holds: by its name, as manifests record it, or by the base's values."""
+"""Which weight of the model an initializer holds, in other programs' exports too: by its name, or by values."""
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +15,10 @@ from gralora_fx.errors import CheckpointError, MergeError, TraceError
 from gralora_fx.exporters.folding.initializers import (
     ProductWeight,
     dtype_of,
-    product_weights,
     read_rows,
     rows_and_columns,
 )
-from gralora_fx.runtime.manifest import WeightEntry
+from gralora_fx.exporters.folding.weight_names import parameter_names
 from gralora_fx.sources.base_quantization import BaseQuantization
 from gralora_fx.sources.model_files import resolve_directory
 from gralora_fx.sources.rounded_weights import rounded_to_four_bits
@@ -29,10 +26,8 @@ from gralora_fx.sources.same_base import read_config_fields
 from gralora_fx.sources.saved_weights import read_weights
 
 if TYPE_CHECKING:
-    from gralora_fx.tracing.traced_model import TracedModel
+    pass
 
-_QUANTIZED = re.compile(r"(_transposed)?_(Q[48](G\d+)?|quantized)$")
-_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"  # which constants onnxscript computed one from
 # Names that onnxruntime-genai's builder gives to the parts of a path, beside those of transformers.
 _SYNONYMS = {"self_attn": "attn", "self_attention": "attn", "attention": "attn"}
 _FILLERS = ("MatMul", "Gemm")
@@ -42,30 +37,6 @@ _ALIKE = (("k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that ha
 _WEIGHT = ".weight"
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 _READ_AT_ONCE = 2**22  # bytes
-
-
-def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
-    """What parameters an initializer may hold by its name, side by side along its output features.
-
-    `attn.q_proj+k_proj.weight` is `attn.q_proj.weight` and `attn.k_proj.weight`. A name can be read in several ways.
-
-    Args:
-        value: The initializer.
-    """
-    origin = value.metadata_props.get(_FOLDED_FROM)
-    if origin is not None:
-        names = ast.literal_eval(origin)
-        return [(str(names[0]),)] if isinstance(names, list) and len(names) == 1 else []
-    name = _QUANTIZED.sub("", str(value.name))
-    if "+" not in name:
-        return [(name,)]
-    columns = [part.split("+") for part in name.split(".")]
-    count = max(len(column) for column in columns)
-    readings = []
-    if all(len(column) in (1, count) for column in columns):
-        rows = zip(*(column * count if len(column) == 1 else column for column in columns), strict=True)
-        readings.append(tuple(".".join(row) for row in rows))
-    return [*readings, tuple(name.split("+"))]  # the latter is of names with unequal numbers of parts
 
 
 def foreign_names(value: ir.Value) -> list[tuple[str, ...]]:
@@ -125,41 +96,6 @@ def _twins(names: Sequence[str]) -> Mapping[str, str]:
     layers = {name.removesuffix(_WEIGHT).rpartition(".")[2]: name for name in names}
     pairs = [(layers[a], layers[b]) for a, b in _ALIKE if a in layers and b in layers]
     return {one: other for pair in pairs for one, other in (pair, pair[::-1])}
-
-
-def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:
-    """Where the weight of each linear layer lies, by the layer's path.
-
-    Args:
-        traced: The model, whose parameters tell which names are of one tensor.
-        graphs: The exported graphs by the names of their files, without a suffix.
-    """
-    names = {site.path: {f"{site.path}.weight", *traced.tree.names_of(site.weight)} for site in traced.sites}
-    sites: dict[str, list[str]] = {}
-    for path, of_site in names.items():
-        for name in of_site:
-            sites.setdefault(name, []).append(path)
-    widths = {site.path: site.out_features for site in traced.sites}
-    entries: dict[str, list[WeightEntry]] = {}
-    for file, graph in graphs.items():
-        for weight in product_weights(graph):
-            start = 0
-            for part in _parts(weight, sites, widths):
-                stop = start + widths[sites[part][0]]
-                entry = WeightEntry(f"{file}.onnx", weight.name, start, stop, weight.transposed)
-                for path in sites[part]:
-                    entries.setdefault(path, []).append(entry)
-                start = stop
-    return {path: tuple(of_layer) for path, of_layer in entries.items()}
-
-
-def _parts(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:
-    """The parameters that an initializer holds; none if it does not hold weights of layers alone."""
-    for names in parameter_names(weight.value):
-        is_known = all(name in sites for name in names)
-        if is_known and sum(widths[sites[name][0]] for name in names) == weight.out_features:
-            return names
-    return ()
 
 
 class BaseWeights:

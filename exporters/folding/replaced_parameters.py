@@ -14,7 +14,7 @@ from gralora_fx.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted
 from gralora_fx.exporters.folding.edits import LayerEdit, ValuesEdit, constant
 from gralora_fx.exporters.folding.initializers import ProductWeight, Reader, initializers, read_rows, rows_and_columns
-from gralora_fx.exporters.folding.matching_weights import foreign_names, holds, parameter_names, ranges, reduced
+from gralora_fx.exporters.folding.matching_weights import foreign_names, holds, ranges, reduced
 from gralora_fx.exporters.folding.requantize import is_rounding_of
 from gralora_fx.exporters.folding.weight_locations import (
     Export,
@@ -25,6 +25,7 @@ from gralora_fx.exporters.folding.weight_locations import (
     recorded_locations,
     unique,
 )
+from gralora_fx.exporters.folding.weight_names import parameter_names
 
 _WEIGHT = ".weight"
 

@@ -18,10 +18,10 @@ from gralora_fx.exporters.folding.matching_weights import (
     find_values,
     foreign_names,
     holds,
-    parameter_names,
     ranges,
     reduced,
 )
+from gralora_fx.exporters.folding.weight_names import parameter_names
 from gralora_fx.runtime.manifest import Manifest, WeightEntry
 
 RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"

@@ -7,11 +7,21 @@ import dataclasses
 from torch import Tensor
 
 from gralora_fx.exporters.quantization.formats import LEAST_BLOCK, Blocks, Format
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantization.plan import QuantizationPlan, plan_of_layers
 from gralora_fx.graph.weight_views import tensor_at
 from gralora_fx.operators.experts import Experts
 from gralora_fx.runtime.quantized_weights import WIDEST_EXACT
 from gralora_fx.tracing.traced_model import TracedModel
+
+
+def plan_of_model(form: Format, traced: TracedModel) -> QuantizationPlan:
+    """Return the plan that stores every linear layer and every expert in a format, or in one of its own that fits.
+
+    Args:
+        form: The format.
+        traced: The model.
+    """
+    return with_experts(plan_of_layers(form, traced), traced)
 
 
 def with_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:

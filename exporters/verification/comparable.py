@@ -1,39 +1,17 @@
-"""What of an export ONNX Runtime can be compared: the export or a float32 copy of it, and its int8 products alone."""
+"""The export that ONNX Runtime runs to be compared: as it is, or a float32 copy of it."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import onnx_ir as ir
-import torch
-from numpy.typing import NDArray
-
-from gralora_fx.exporters.artifact.save import save_models
-from gralora_fx.exporters.artifact.staging import require_space
-from gralora_fx.exporters.onnx_passes.builder import add_initializer, replace_value
-from gralora_fx.exporters.onnx_passes.constant_matrices import drop_unread
-from gralora_fx.exporters.onnx_passes.quantized_products import QuantizedProduct, quantized_products
-from gralora_fx.exporters.translation.translate import OPSET
-from gralora_fx.exporters.translation.weights import LazyTensor, derived
-from gralora_fx.exporters.verification.expert_references import experts_in_floats
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
-from gralora_fx.exporters.verify_report import TensorCheck
-from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
+from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.ort_values import as_tensor, run_values
-from gralora_fx.runtime.session import CPU, Runtime, check_external_data, open_session
+from gralora_fx.runtime.session import CPU, Runtime, open_session
 
-_IN_FLOAT32 = 1  # the accuracy level
 _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
-# relative: a sum of integers is cast, and three scales are multiplied, each rounded once
-PRODUCT_TOLERANCE = 6 * 2.0**-24
-_STEP, _LARGEST = 2.0**-6, 127  # values whose rounding by their largest is exact
-_ROWS, _COLUMNS = 4, 4096  # of the activations; of a weight at once
-_HALVES = 1  # the row between two steps, where there are 16 bits
 
 
 class Comparable(NamedTuple):
@@ -65,6 +43,8 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision)
+    from gralora_fx.exporters.verification.float32_copy import write_float32_copy
+
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))
         return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32")
@@ -77,229 +57,3 @@ def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precis
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
     return Comparable(session, rows, precision)
-
-
-def write_float32_copy(directory: Path, target: Path) -> None:
-    """Write a copy of an export that computes in float32 instead of bfloat16 or int8, activations not rounded.
-
-    The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
-    attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
-    wrong with the weights. The copy tells whether the graph and the weights are right.
-
-    Args:
-        directory: An export directory.
-        target: Directory to write its models and their data to.
-
-    Raises:
-        ExportError: Weights are outside the directory, or the disk has no room.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    models: dict[str, ir.Model] = {}
-    stored: dict[Hashable, ir.ExternalTensor] = {}  # tensors of several models that are stored once
-    for path in sorted(directory.glob("*.onnx")):
-        check_external_data(path)
-        model = models[path.stem] = ir.load(path)
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                value.const_value = stored.setdefault((tensor.path, tensor.offset, tensor.nbytes), tensor)
-        _in_float32(model)
-    save_models(models, target, target, shared=True)
-
-
-def _in_float32(model: ir.Model) -> None:
-    for value in _values(model):
-        if value.dtype == ir.DataType.BFLOAT16:
-            value.dtype = ir.DataType.FLOAT
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:
-            value.const_value = _as_float32(tensor)
-    for product in quantized_products(model):
-        _multiply_in_float32(model.graph, product)
-    experts_in_floats(model)
-    for node in model.graph.all_nodes():
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOAT32)
-        for name, attribute in list(node.attributes.items()):
-            if name in ("to", "dtype") and attribute.value == ir.DataType.BFLOAT16:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-            elif attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
-                node.attributes[name] = ir.AttrTensor(name, _as_float32(attribute.as_tensor()))
-
-
-def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
-    """Multiply by what int8 weights stand for.
-
-    Before: `y = MatMul(q, DequantizeLinear(w, w_scale)) * s`, with `q` the rounded `x / s` (see `ColumnProducts`)
-    After:  `y = MatMul(x, w * w_scale)`
-    """
-    last = product.nodes[-1]
-    weight, scale = product.weight.const_value, product.scale.const_value
-    assert weight is not None
-    assert scale is not None
-    name = f"{product.weight.name}_float32"
-    if name not in graph.initializers:
-        shape = ir.Shape(weight.shape.numpy())
-
-        def values() -> LazyTensor:
-            return LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(weight.numpy() * scale.numpy()))
-
-        add_initializer(graph, derived([weight, scale], name, values))
-    branch = last.graph
-    assert isinstance(branch, ir.Graph)
-    product_node = ir.node("MatMul", [product.input, graph.initializers[name]])
-    branch.insert_before(last, product_node)
-    replace_value(product_node.outputs[0], product.output)
-    for node in reversed(product.nodes):
-        if not any(value.uses() for value in node.outputs):  # what rounds is read by other products too
-            branch.remove(node, safe=True)
-    drop_unread(graph, [str(product.weight.name), str(product.scale.name)])
-
-
-def _values(model: ir.Model) -> list[ir.Value]:
-    outputs = [value for node in model.graph.all_nodes() for value in node.outputs]
-    return [*model.graph.inputs, *model.graph.initializers.values(), *outputs]
-
-
-def _as_float32(tensor: ir.TensorProtocol) -> LazyTensor:
-    def cast() -> LazyTensor:
-        shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""
-        return LazyTensor(name, ir.DataType.FLOAT, shape, lambda: ir.tensor(tensor.numpy().astype("float32")))
-
-    return derived([tensor], "float32", cast)
-
-
-class _Case(NamedTuple):
-    """A product by itself.
-
-    Attributes:
-        input: Name of its input.
-        output: Name of its output.
-        weight: int8 `[K, N]`.
-        scale: float32 `[N]`.
-        has_rest: Whether activations have 16 bits: what rounding leaves is multiplied too.
-    """
-
-    input: str
-    output: str
-    weight: ir.TensorProtocol
-    scale: ir.TensorProtocol
-    has_rest: bool
-
-
-def compare_products(directory: Path) -> TensorCheck:
-    """Run every quantized product of an export by itself, on activations that its bits hold exactly.
-
-    One row of them is at the upper end of its range: there sums are largest, and a processor that adds in too few bits
-    would saturate. What is left is the rounding of float32 (see `PRODUCT_TOLERANCE`).
-
-    Args:
-        directory: An int8-dynamic export.
-
-    Returns:
-        The largest differences over all products.
-
-    Raises:
-        ExportError: A product is not one that the export writes, cannot run, or the disk has no room for a copy.
-    """
-    differences = [pair for path in _models(directory) for pair in _differences(path)]
-    absolute = max((absolute for absolute, _ in differences), default=0.0)
-    relative = max((relative for _, relative in differences), default=0.0)
-    return TensorCheck("int8 products", absolute, relative, None)
-
-
-def _models(directory: Path) -> list[Path]:
-    """The models of an export; of those with the same products, one."""
-    return [path for path in sorted(directory.glob("*.onnx")) if path.name != ROWS_NAME]
-
-
-def _differences(path: Path) -> Iterator[tuple[float, float]]:
-    """The largest absolute and relative difference of each product of a model."""
-    check_external_data(path)
-    model, cases = _apart(quantized_products(ir.load(path)))
-    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    directory = path.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as copy:
-        require_space(copy, sum(tensor.nbytes for tensor in weights))
-        ir.save(model, Path(copy) / MODEL_NAME, external_data=f"{MODEL_NAME}_data", size_threshold_bytes=1024)
-        session = open_session(copy)
-        inputs = {case.input: _activations(int(case.weight.shape.numpy()[0]), case.has_rest) for case in cases}
-        tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
-        results = run_values(session, tensors, f"the int8 products of {path.name}")
-        for case in cases:
-            yield _difference(case, inputs[case.input], as_tensor(results[case.output]).numpy())
-
-
-def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]:
-    """A model of products with an input and an output each, their nodes as they are in the export."""
-    weights: dict[str, ir.Value] = {}
-    nodes: list[ir.Node] = []
-    inputs: list[ir.Value] = []
-    outputs: list[ir.Value] = []
-    cases: list[_Case] = []
-    for index, product in enumerate(products):
-        weight, scale = product.weight.const_value, product.scale.const_value
-        assert weight is not None
-        assert scale is not None
-        width = int(weight.shape.numpy()[0])
-        source = ir.val(f"x{index}", ir.DataType.FLOAT, [_ROWS, width])
-        values: dict[ir.Value, ir.Value] = {product.input: source}
-        for value in dict.fromkeys(value for node in product.nodes for value in node.inputs):
-            if value is not None and value.is_initializer() and value is not product.input:
-                name = str(value.name)
-                weights.setdefault(
-                    name, ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
-                )
-                values[value] = weights[name]
-        for node in product.nodes:
-            copy = ir.node(
-                node.op_type,
-                [None if value is None else values[value] for value in node.inputs],
-                attributes=dict(node.attributes),
-                num_outputs=len(node.outputs),
-            )
-            values |= dict(zip(node.outputs, copy.outputs, strict=True))
-            nodes.append(copy)
-        result = values[product.output]
-        result.name, result.type = f"y{index}", ir.TensorType(ir.DataType.FLOAT)
-        result.shape = ir.Shape([_ROWS, int(weight.shape.numpy()[1])])
-        inputs.append(source)
-        outputs.append(result)
-        has_rest = any(node.op_type == "Split" for node in product.nodes)
-        cases.append(_Case(f"x{index}", f"y{index}", weight, scale, has_rest))
-    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(weights.values()), opset_imports={"": OPSET})
-    return ir.Model(graph, ir_version=10), cases
-
-
-def _activations(width: int, has_rest: bool) -> NDArray[np.float32]:
-    """Activations `[4, width]`: random ones, all at the upper end, all at the lower.
-
-    Of 16 bits one row is half a step beside what 8 bits hold, which is the most that is left of it.
-    """
-    values = np.random.default_rng(width).integers(-_LARGEST, _LARGEST, (_ROWS, width), endpoint=True).astype(float)
-    values[:, 0] = _LARGEST
-    if has_rest:
-        values[_HALVES] += np.where(values[_HALVES] < _LARGEST, 0.5, 0)
-    values[-2], values[-1] = _LARGEST, -_LARGEST
-    return (values * _STEP).astype(np.float32)
-
-
-def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[np.float32]) -> tuple[float, float]:
-    """The largest difference from the exact product, in itself and relative to each exact value.
-
-    In a row of two parts it is relative to the sum of what is added, as they may cancel.
-    """
-    weight, scale = case.weight.numpy(), case.scale.numpy().astype(np.float64)
-    absolute = relative = 0.0
-    for start in range(0, weight.shape[1], _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        factors = weight[:, columns].astype(np.float64)
-        exact = activations.astype(np.float64) @ factors * scale[columns]
-        gap = np.abs(results[:, columns] - exact)
-        size = np.abs(exact)
-        if case.has_rest:
-            size[_HALVES] = np.abs(activations[_HALVES]).astype(np.float64) @ np.abs(factors) * scale[columns]
-        absolute = max(absolute, float(gap.max()))
-        relative = max(relative, float((gap / np.where(size == 0, np.finfo(np.float32).tiny, size)).max()))
-    return absolute, relative

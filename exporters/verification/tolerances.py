@@ -18,8 +18,7 @@ from gralora_fx.graph.overlay import map_parameters
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.openvino import arithmetic, is_openvino
-from gralora_fx.runtime.session import Runtime
+from gralora_fx.runtime.session import CPU, Runtime
 from gralora_fx.tracing.inputs.cache import empty_cache, returned_cache, tensors_of, with_tensors
 from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.traced_model import TracedModel
@@ -71,6 +70,10 @@ def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = Fals
         `fp32`, `tf32` (float32 numbers multiplied with the bits of float16), `fp16`, `bf16`, or `int8` where
         activations are rounded to that before they are multiplied.
     """
+    if [name for name, _ in runtime.providers] == [CPU]:
+        return precision
+    from gralora_fx.runtime.openvino import arithmetic, is_openvino
+
     devices = {device.provider: device for device in runtime.devices}
     precisions = [precision]
     for name, options in runtime.providers:

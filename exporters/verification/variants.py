@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,23 +9,14 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
-from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
 from gralora_fx.exporters.verification.cases import PromptBatch
 from gralora_fx.exporters.verification.mixed_rows import AdaptersAsTaken, MixedRows, RowSteps
-from gralora_fx.exporters.verification.reference_models import reference_model, with_folded
+from gralora_fx.exporters.verification.reference_models import reference_model
 from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_arrays import as_ort_value, cast
-from gralora_fx.runtime.adapter_file import read_record, read_tensors
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
-from gralora_fx.runtime.adapter_paths import check_name, own_adapters
 from gralora_fx.runtime.export_directory import PAST_SEQLENS
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.session_views import adapter_dtype, adapter_values, with_adapter
 from gralora_fx.tracing.traced_model import TracedModel
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -72,6 +62,8 @@ class Variant:
         if base is self.model.traced:
             return self.model
         assert isinstance(base, TracedModel)
+        from gralora_fx.exporters.verification.adapter_references import with_folded
+
         return with_folded(base, self.tensors, self.manifest.adapter_inputs)
 
 
@@ -100,29 +92,27 @@ def variants(
     """
     inputs = manifest.adapter_inputs
     if adapter_name is not None:
-        _check_named(adapter_name, model, inputs, directory)
+        from gralora_fx.exporters.verification.adapters_as_data import check_named
+
+        check_named(adapter_name, model, inputs, directory)
     taken = None if rows is None else AdaptersAsTaken(directory, manifest, rows)
     compared = model if inputs is None or not isinstance(model, GraloraModel) else model.traced
     rounded = cache(partial(reference_model, compared, manifest, directory))
     if inputs is None:
         yield Variant(session, _rows_with(rows, taken, None, ()), model, manifest, directory, None, {}, rounded)
         return
+    from gralora_fx.exporters.artifact.base_parameters import BaseParameters
+    from gralora_fx.exporters.verification.adapters_as_data import session_with, tensors_of
+
     names = model.active_adapters if isinstance(model, GraloraModel) else []
     there = {name: adapter_name or name for name in names}
     base = BaseParameters(directory, manifest)
-    adapters = {name: _tensors_of(name, exported, model, base) for name, exported in there.items()}
+    adapters = {name: tensors_of(name, exported, model, base) for name, exported in there.items()}
     for name in (None, *names):
         tensors: Arrays = {} if name is None else adapters[name]
         by_row = _rows_with(rows, taken, None if name is None else there[name], list(there.values()))
-        own = _session_with(session, inputs, tensors)
+        own = session_with(session, inputs, tensors)
         yield Variant(own, by_row, model, manifest, directory, name, tensors, rounded)
-
-
-def _session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
-    """A session over `model.onnx` with an adapter."""
-    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
-    values = {name: as_ort_value(cast(array, taken.dtype)) for name, array in tensors.items()}
-    return with_adapter(session, adapter_values(values, taken, session))
 
 
 def _rows_with(
@@ -135,57 +125,6 @@ def _rows_with(
         others = [other for other in (None, *names) if other != name] or [name]
         return partial(RowSteps, session, adapters, name, others)
     return MixedRows(session, adapters, name, names)
-
-
-def _check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:
-    """Check that a name in the export can be that of the model's adapter.
-
-    Raises:
-        ExportError: It cannot.
-    """
-    check_name(name)
-    if inputs is None:
-        raise ExportError(f"{directory} holds no adapters as data; leave adapter_name={name!r} out")
-    active = model.active_adapters if isinstance(model, GraloraModel) else []
-    if len(active) != 1:
-        raise ExportError(
-            f"adapter_name={name!r} is for a model with one active adapter, and this one has {listed(active) or 'none'}"
-            "; leave it out, or make one active"
-        )
-
-
-def _tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base: BaseParameters) -> Arrays:
-    """The tensors of an active adapter as the export, where it may have another name, holds them.
-
-    Raises:
-        ExportError: They are not in the export, or are another's there.
-    """
-    directory, manifest = base.directory, base.manifest
-    inputs = manifest.adapter_inputs
-    assert inputs is not None
-    assert isinstance(model, GraloraModel)
-    there = own_adapters(directory, ExportError)
-    path = there.get(exported)
-    if path is None:
-        names = " or ".join(map(repr, there)) if len(model.active_adapters) == 1 else ""
-        named = f"give adapter_name={names} if it has that name there, " if names else ""
-        raise ExportError(
-            f"the model's adapter {exported!r} is not in {directory}, which has {listed(there) or 'none'}; {named}add "
-            "it with export_adapter, or make another one active"
-        )
-    tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
-    changes = installed_changes(model, name, base)
-    _check_equal(exported, path, tensors, adapter_tensors(name, changes, inputs))
-    return tensors
-
-
-def _check_equal(name: str, path: Path, tensors: Arrays, expected: Arrays) -> None:
-    differing = [key for key in expected if key not in tensors or not np.array_equal(tensors[key], expected[key])]
-    if differing or expected.keys() != tensors.keys():
-        raise ExportError(
-            f"{path} holds another adapter than the model's {name!r}: {listed(differing or ['layers'], 3)} differ; "
-            "export it again with export_adapter"
-        )
 
 
 @contextmanager

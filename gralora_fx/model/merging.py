@@ -11,7 +11,7 @@ from gralora_fx.adapters.adapter import adapter_names as as_names
 from gralora_fx.adapters.adapter_graph import AdapterGraph
 from gralora_fx.adapters.folded_adapters import describe_folded
 from gralora_fx.adapters.folded_weights import SiteUpdate
-from gralora_fx.graph.overlay import copy_in_mode
+from gralora_fx.graph.overlay import copy_in_mode, map_parameters
 from gralora_fx.graph.pipeline import Pipeline
 from gralora_fx.graph.surgery import copy_graph
 from gralora_fx.passes.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights, is_separated, separated_path
@@ -139,3 +139,15 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
         traced.training
     )
+
+
+def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
+    """Copy a model so that its graph reads other parameters.
+
+    Args:
+        model: The model.
+        parameters: The others, by the ids of those that it reads.
+    """
+    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
+    map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
+    return model.with_graph(graph_module, model.tree)

@@ -69,7 +69,7 @@ def bits_of(directory: Path) -> dict[str, int]:
 def choose(monkeypatch: pytest.MonkeyPatch, by_matrix: Mapping[str, Format | None] = MIXED) -> None:
     """Let exports have formats that nothing measured."""
     plan = QuantizationPlan(Blocks(4, rounding="searched"), by_matrix)
-    monkeypatch.setattr("gralora_fx.exporters.onnx.choose_formats", lambda *_: plan)
+    monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", lambda *_: plan)
 
 
 def test_bits_go_where_rounding_costs_most(tmp_path: Path) -> None:

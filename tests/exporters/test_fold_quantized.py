@@ -50,7 +50,7 @@ def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
         is_searched = isinstance(form, Blocks) and form.rounding == "searched"
         return QuantizationPlan(dataclasses.replace(form, rounding="nearest")) if is_searched else conversion.plan  # type: ignore[type-var]
 
-    monkeypatch.setattr("gralora_fx.exporters.onnx.choose_formats", chosen)
+    monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", chosen)
 
 
 def without_zero_points(monkeypatch: pytest.MonkeyPatch, kind: str, block_size: int = 32) -> None:

@@ -16,7 +16,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters import onnx as onnx_module
+from gralora_fx.exporters import verify as verify_module
 from gralora_fx.exporters.verify_report import VerifyReport
 
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -182,7 +182,7 @@ def test_verification_refuses_a_model_of_another_shape(bert_export: Path) -> Non
 def test_failed_verification_leaves_nothing(
     bert: GraloraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_module, "verify_onnx", lambda *_: VerifyReport(False, 1e-4, (), ()))
+    monkeypatch.setattr(verify_module, "verify_onnx", lambda *_: VerifyReport(False, 1e-4, (), ()))
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(bert, tmp_path / "onnx")
     assert list(tmp_path.iterdir()) == []
@@ -193,7 +193,7 @@ def test_failed_export_leaves_an_earlier_one(
 ) -> None:
     export_onnx(bert, tmp_path / "onnx", verify=False)
     before = {path.name: path.read_bytes() for path in (tmp_path / "onnx").iterdir()}
-    monkeypatch.setattr(onnx_module, "verify_onnx", lambda *_: VerifyReport(False, 1e-4, (), ()))
+    monkeypatch.setattr(verify_module, "verify_onnx", lambda *_: VerifyReport(False, 1e-4, (), ()))
     with pytest.raises(ExportError):
         export_onnx(bert, tmp_path / "onnx")
     assert {path.name: path.read_bytes() for path in (tmp_path / "onnx").iterdir()} == before

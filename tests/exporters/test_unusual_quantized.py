@@ -156,7 +156,7 @@ def test_gradients_that_are_not_finite_leave_what_layers_read(tmp_path: Path, mo
         plans.append(choice.choose_formats(*arguments))
         return plans[-1]
 
-    monkeypatch.setattr("gralora_fx.exporters.onnx.choose_formats", noted)
+    monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", noted)
     report = exported(Rooted(), torch.randn(4, 64), tmp_path / "onnx", "int4", bits=4, verify=False)
     assert "its values or gradients are not finite" in chosen_by(report)
     assert report.quantization is not None

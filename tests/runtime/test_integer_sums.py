@@ -49,7 +49,9 @@ def test_an_export_that_cannot_be_compared_here_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "adds_exactly", lambda: False)
-    monkeypatch.setattr("gralora_fx.exporters.onnx.choose_formats", lambda *_: pytest.fail("it is measured"))
+    monkeypatch.setattr(
+        "gralora_fx.exporters.quantization.choice.choose_formats", lambda *_: pytest.fail("it is measured")
+    )
     with pytest.raises(ExportError, match="does not add exactly"):
         export_onnx(trace(nn.Linear(32, 32), (torch.randn(2, 32),)), tmp_path / "onnx", quantize="int8-dynamic")
 
