@@ -39,6 +39,7 @@ NAMES = (
     "threads",
     "rounding",
     "few_bits",
+    "int4-export",
     "clients",
     "traces",
     "many-adapters",

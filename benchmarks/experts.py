@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
-from benchmarks.harness import Case, Claim, Report, Table, measure, progress, yielding_options
+from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from benchmarks.streaming import GIB, peak_memory, write_shards
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
 from gralora_fx.runtime.export_directory import MODEL_NAME
-from gralora_fx.runtime.session import Runtime, open_session
+from gralora_fx.runtime.session import Runtime, open_session, yielding_options
 from gralora_fx.tracing.patches import expert_layers
 
 TASK = "text-generation-with-past"

@@ -24,13 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 from torch.profiler import ProfilerActivity, profile
-
-from gralora_fx.runtime.session import quiet_options
 
 State = TypeVar("State")
 console = Console(width=None if Console().is_terminal else 140)
@@ -267,17 +264,6 @@ class Report:
         content["claims"] = [dataclasses.asdict(claim) | {"holds": claim.holds} for claim in self.claims]
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         return path
-
-
-def yielding_options(threads: int) -> onnxruntime.SessionOptions:
-    """Options of a session that leaves the cores to others once it has run: its threads do not wait for more work.
-
-    Args:
-        threads: Threads of an operator.
-    """
-    options = quiet_options(threads)
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 def environment() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
-_DRAWN, _COUNT = 32, 48  # tokens of a text that the model draws, and texts
+_DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a text that the model draws; texts at least and at most
 _TOGETHER = 512  # positions that are run at once, and about as many measure what rounding costs
 _LEAST_POSITIONS = 16
 _TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
@@ -130,7 +130,7 @@ def _cases(
         return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
     rows = _drawn(traced)
     parts = torch.split(rows, max(1, _TOGETHER // rows.shape[1]))
-    return [_step(traced, part) for part in parts], f"{_COUNT} texts of {rows.shape[1]} tokens that the model drew"
+    return [_step(traced, part) for part in parts], f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
 
 
 def _some(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -174,10 +174,19 @@ def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
 @torch.no_grad()
 def _drawn(traced: TracedModel) -> Tensor:
     """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
-    texts = drawn_texts(traced, 1, _DRAWN, _COUNT)
+    texts = drawn_texts(traced, 1, _DRAWN, _count(traced))
     ids = torch.tensor(texts.rows)
     steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
     for length in counted(range(1, texts.drawn + 1), "drawing texts", "tokens"):
         logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
         ids = torch.cat([ids, draw_tokens(logits.float(), texts.end, generator)[:, None]], dim=1)
     return ids
+
+
+def _count(traced: TracedModel) -> int:
+    """Return how many texts have as many tokens as the widest layer has inputs, within bounds.
+
+    The products of so many inputs are known from about as many positions.
+    """
+    widest = max((site.in_features for site in traced.sites if site.calls), default=0)
+    return min(max(-(-widest // _DRAWN), _FEWEST), _MOST)

@@ -1,34 +1,35 @@
-"""Draws by probabilities."""
+"""Draws by the probabilities of logits."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_TOGETHER = 64  # rows whose sums are in memory at once
 
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a column of every row by its probability; one of `-inf` is never drawn.
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a column of every row by its probability; one without any is never drawn.
-
-    A row takes one random number. `torch.multinomial` takes one for each column, which costs more than the softmax.
+    A row takes one random number, by which its cumulative sums are searched; `torch.multinomial` takes one for each
+    column, which costs more than the softmax. Rows are worked on one at a time, as long as they are in the cache, and
+    by numpy: threads would wait longer for each other than a row takes.
 
     Args:
-        probabilities: `[rows, columns]`; rows need not add up to one.
+        logits: `[rows, columns]`, float32.
         generator: Draws the numbers.
 
     Returns:
         The columns, `[rows]`.
 
     Raises:
-        RuntimeError: A row is not finite.
+        RuntimeError: The probabilities of a row are not finite.
     """
-    numbers = 1 - torch.rand(len(probabilities), 1, dtype=torch.double, generator=generator)
+    numbers = 1 - torch.rand(len(logits), dtype=torch.double, generator=generator)
     drawn = []
-    for part, number in zip(torch.split(probabilities, _TOGETHER), torch.split(numbers, _TOGETHER), strict=True):
-        sums = part.cumsum(-1, dtype=torch.double)
-        totals = sums[:, -1:]
-        if not bool(totals.isfinite().all()):
-            raise RuntimeError("its probabilities are not finite")
-        drawn.append(torch.searchsorted(sums, number * totals)[:, 0])  # no number is 0, which a first sum may be
-    return torch.cat(drawn)
+    with np.errstate(invalid="ignore"):
+        for row, number in zip(logits.numpy(), numbers.tolist(), strict=True):
+            sums = np.exp(row - row.max()).cumsum(dtype=np.float64)
+            if not np.isfinite(sums[-1]):
+                raise RuntimeError("its probabilities are not finite")
+            drawn.append(int(sums.searchsorted(number * sums[-1])))  # no number is 0, which a first sum may be
+    return torch.tensor(drawn, dtype=torch.long)

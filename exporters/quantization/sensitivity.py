@@ -233,7 +233,7 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
         if mask is not None and value.ndim > 1 and mask.shape == value.shape[:-1]:
             rows = rows[mask.flatten().bool()]
         if logits:
-            labels = draw(rows.detach().softmax(-1), generator)
+            labels = draw(rows.detach(), generator)
             total = total + nn.functional.cross_entropy(rows, labels, reduction="sum")
         else:
             total = total + (rows * torch.randn(rows.shape, generator=generator)).sum()

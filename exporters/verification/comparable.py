@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gralora_fx.exporters.verification.tolerances import arithmetic_of
 from gralora_fx.runtime.export_directory import ROWS_NAME
 from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.session import CPU, Runtime, open_session
+from gralora_fx.runtime.session import CPU, Runtime, open_session, yielding_options
 
 _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
 
@@ -52,8 +52,9 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
 
 def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
-    rows = open_session(directory, runtime, name=ROWS_NAME) if is_known and manifest.has_rows else None
-    session = open_session(directory, runtime, as_stored=True)  # what others open; rows as they are served
+    opened = runtime or Runtime(session_options=yielding_options())
+    rows = open_session(directory, opened, name=ROWS_NAME) if is_known and manifest.has_rows else None
+    session = open_session(directory, opened, as_stored=True)  # what others open; rows as they are served
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
     return Comparable(session, rows, precision)

@@ -24,7 +24,7 @@ from gralora_fx.exporters.verification.variants import variants
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.runtime.manifest import read_manifest
 from gralora_fx.runtime.quantized_weights import OutputQuality, Quality, TokenQuality
-from gralora_fx.runtime.session import open_session
+from gralora_fx.runtime.session import Runtime, open_session, yielding_options
 from gralora_fx.tracing.inputs.layouts import CacheLayout
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -54,7 +54,8 @@ def measure_quality(
             are not finite where the model's are.
     """
     traced, manifest = base_trace(model), read_manifest(directory)
-    states = variants(open_session(directory), model, manifest, directory)
+    session = open_session(directory, Runtime(session_options=yielding_options()))
+    states = variants(session, model, manifest, directory)
     if traced.cache_layout is CacheLayout.DECODER:
         chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)
         tokens: list[TokenQuality] = []

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.errors import ExportError
@@ -185,9 +187,9 @@ def draw_tokens(logits: Tensor, end: Sequence[int], generator: torch.Generator) 
         end: Tokens that are left out.
         generator: Draws them.
     """
-    kept = logits.double()
+    kept = logits.clone()
     kept[:, list(end)] = float("-inf")
-    return draw(kept.softmax(-1), generator)
+    return draw(kept, generator)
 
 
 class _Tally:
@@ -227,6 +229,8 @@ class _Tally:
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
     """KL(p || q) of the distributions of two sets of logits, in nats.
 
+    Rows are worked on as in `draw`: one at a time and by numpy.
+
     Args:
         expected: Logits of p, `[rows, vocabulary]`.
         actual: Those of q.
@@ -234,6 +238,16 @@ def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
     Returns:
         `[rows]`, float64.
     """
-    log_p, log_q = (logits.double().log_softmax(-1) for logits in (expected, actual))
-    p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    found = []
+    with np.errstate(invalid="ignore"):
+        for pair in zip(expected.numpy(), actual.numpy(), strict=True):
+            log_p, log_q = (_log_softmax(row.astype(np.float64)) for row in pair)
+            p = np.exp(log_p)
+            found.append(np.where(p > 0, p * (log_p - log_q), 0.0).sum())
+    return torch.tensor(found, dtype=torch.double)
+
+
+def _log_softmax(row: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = row - row.max()
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result

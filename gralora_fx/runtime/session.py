@@ -62,6 +62,20 @@ def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     return options
 
 
+def yielding_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Session options of `quiet_options` whose threads stop as soon as a run has ended, rather than wait for the next.
+
+    Where runs alternate with PyTorch's, waiting threads take the cores from it: each of its operations then takes
+    many times as long.
+
+    Args:
+        threads: Threads of an operator; None for ONNX Runtime's choice.
+    """
+    options = quiet_options(threads)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def open_session(
     directory: str | Path,
     runtime: Runtime | None = None,

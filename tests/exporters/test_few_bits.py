@@ -297,7 +297,7 @@ def test_scales_are_widened_when_the_model_is_opened(precision: Any, tmp_path: P
 def test_every_kind_of_model_is_run_to_choose(name: str, task: str | None, tmp_path: Path) -> None:
     report = export_onnx(fresh_trace(name, task=task), tmp_path / "onnx", quantize="int4", bits=6, block_size=16)
     assert report.quantization is not None
-    assert report.quantization.chosen_by in ("random inputs", "48 texts of 31 tokens that the model drew")
+    assert report.quantization.chosen_by in ("random inputs", "16 texts of 31 tokens that the model drew")
     assert report.quantization.layers
     assert report.quantization.bits is not None
     assert report.quantization.bits <= 6

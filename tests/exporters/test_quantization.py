@@ -117,7 +117,7 @@ def test_a_head_and_the_embedding_tied_to_it_are_stored_once(tmp_path: Path) -> 
         "values": sum(site.weight.numel() for site in traced.sites),
         "bits": pytest.approx(4.5, abs=0.2),
         "stored_bits": pytest.approx(5.1, abs=0.3),
-        "chosen_by": "48 texts of 31 tokens that the model drew",
+        "chosen_by": "16 texts of 31 tokens that the model drew",
         "layers": {name: dataclasses.asdict(layer) for name, layer in report.quantization.layers.items()},
     }
     assert report.verification is not None
