@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from gralora_fx.exporters.quantization.plan import QuantizationPlan
 
 _SAMPLES = 64  # of a parameter, for the fingerprint
-
 _WEIGHT, _BIAS = ".weight", ".bias"
 _SMALL = 16  # the rank of an adapter as plain LoRA, up to which its values take no longer than the nodes of blocks
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
