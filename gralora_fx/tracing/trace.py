@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,27 +94,34 @@ def trace(
             from gralora_fx.tracing.sentence_encoder import followed_by
 
             changed.enter_context(followed_by(model, sentence))
-        originals = changed.enter_context(placeholder_parameters(model))
-        changed.enter_context(gc_pause())
-        if originals and has_experts(model):  # grouped products take no placeholders
-            from gralora_fx.tracing.patches.expert_layers import experts_as_operators
-
-            changed.enter_context(experts_as_operators(model))
-        first = first_draft(
-            model,
-            arguments,
-            task=task,
-            dynamic=dynamic,
-            sentence=sentence,
-            image_size=image_size,
-            has_values=not originals,
-        )
-        with called_as(first):
-            draft = with_call_signature(_checked(first))
-        if originals:
-            restore_parameters(draft.graph_module, originals)
+        with placeholder_parameters(model) as originals, gc_pause(), _experts(model, has_values=not originals):
+            first = first_draft(
+                model,
+                arguments,
+                task=task,
+                dynamic=dynamic,
+                sentence=sentence,
+                image_size=image_size,
+                has_values=not originals,
+            )
+            with called_as(first):
+                draft = with_call_signature(_checked(first))
+            if originals:
+                restore_parameters(draft.graph_module, originals)
         # the modules of a sentence encoder are still among the model's
         return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
+
+
+@contextmanager
+def _experts(model: nn.Module, *, has_values: bool) -> Iterator[None]:
+    """Let experts be operators of parameters without values too, which their grouped products do not take."""
+    if has_values or not has_experts(model):
+        yield
+        return
+    from gralora_fx.tracing.patches.expert_layers import experts_as_operators
+
+    with experts_as_operators(model):
+        yield
 
 
 def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
