@@ -17,9 +17,8 @@ from gralora_fx.adapters.adapter_files import adapter_writers
 from gralora_fx.adapters.parameter_keys import names_parameter, parameter_keys
 from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.config.checks import check_integer
+from gralora_fx.config.checks import KEY_PREFIX, check_integer
 from gralora_fx.config.expressions import fullmatch
-from gralora_fx.config.reading import KEY_PREFIX
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
 from gralora_fx.methods.arrays import to_numpy

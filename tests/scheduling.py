@@ -118,7 +118,7 @@ LONG = (
 SAMPLED = {
     "architectures/test_decoder_architectures.py::test_tokens_are_the_models_and_every_layer_is_fused": 4,
     "architectures/test_encoder_architectures.py::test_the_export_gives_the_models_values_and_every_layer_is_fused": 4,
-    "architectures/test_expert_architectures.py::test_every_family_with_experts_is_exported_in_few_bits": 5,
+    "architectures/test_expert_architectures.py::test_every_family_with_experts_is_exported_in_few_bits": 15,
     "exporters/test_adapter_contract.py::test_other_precisions_pass_verification": 3,
     "exporters/test_adapters_as_data.py::test_one_export_takes_any_adapter": 3,
     "exporters/test_adapters_as_data.py::test_so_do_required_inputs": 2,

@@ -16,7 +16,8 @@ from safetensors.numpy import save, save_file
 
 from gralora_fx.adapters.agreement import check_target_names
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.config.reading import KEY_PREFIX, read_fields
+from gralora_fx.config.checks import KEY_PREFIX
+from gralora_fx.config.reading import read_fields
 from gralora_fx.errors import CheckpointError, shown
 from gralora_fx.methods import config_from_fields, method_of
 from gralora_fx.methods.arrays import Array, to_numpy

@@ -12,7 +12,7 @@ from gralora_fx.adapters.adapter import ModelAdapter
 from gralora_fx.adapters.adapter_files import SAVED_COPY, adapter_writers
 from gralora_fx.adapters.peft_keys import checkpoint_parameters
 from gralora_fx.config import AdapterConfig
-from gralora_fx.config.reading import KEY_PREFIX
+from gralora_fx.config.checks import KEY_PREFIX
 from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 from gralora_fx.graph.module_tree import ModuleTree
 from gralora_fx.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names

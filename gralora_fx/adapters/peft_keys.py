@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gralora_fx.adapters.adapter import ModelAdapter
-from gralora_fx.config.reading import KEY_PREFIX
+from gralora_fx.config.checks import KEY_PREFIX
 
 
 def checkpoint_parameters(adapter: ModelAdapter) -> dict[str, Tensor]:

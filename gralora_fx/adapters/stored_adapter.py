@@ -14,8 +14,8 @@ from gralora_fx.adapters.adapter_files import SAVED_COPY, current_key, modules_o
 from gralora_fx.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
 from gralora_fx.adapters.parameter_keys import names_of_parameters, names_parameter, parameters_in
 from gralora_fx.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.config.checks import KEY_PREFIX
 from gralora_fx.config.expressions import pattern_key
-from gralora_fx.config.reading import KEY_PREFIX
 from gralora_fx.errors import CheckpointError, bulleted, listed
 from gralora_fx.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
 from gralora_fx.methods.arrays import to_torch

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gralora_fx.config.adapter_config import AdapterConfig
+    from gralora_fx.config.checks import CONFIG_NAME
     from gralora_fx.config.gralora_config import GraloraConfig
-    from gralora_fx.config.reading import CONFIG_NAME
 
 __all__ = ["CONFIG_NAME", "AdapterConfig", "GraloraConfig"]
 
 # imported on first use: serving reads settings beside them
-_HOMES = {"AdapterConfig": "adapter_config", "CONFIG_NAME": "reading", "GraloraConfig": "gralora_config"}
+_HOMES = {"AdapterConfig": "adapter_config", "CONFIG_NAME": "checks", "GraloraConfig": "gralora_config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from gralora_fx.config.checks import check_integer, check_names, check_parameters
+from gralora_fx.config.checks import ALL_LINEAR, CONFIG_NAME, check_integer, check_names, check_parameters
 from gralora_fx.config.expressions import CONTAINER, SAVED_MODULE, check_expression, check_expressions, check_pattern
-from gralora_fx.config.reading import ALL_LINEAR, CONFIG_NAME, as_peft_reads, config_fields, known_fields, peft_fields
-from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from gralora_fx.sources.same_base import BaseSource
@@ -248,6 +247,8 @@ class AdapterConfig(ABC):
         Raises:
             ConfigError: There is no such file, it is not a JSON object, or it is a configuration of another method.
         """
+        from gralora_fx.config.reading import config_fields
+
         return cls.from_fields(*config_fields(directory, revision=revision))
 
     @classmethod
@@ -260,6 +261,8 @@ class AdapterConfig(ABC):
         Raises:
             ConfigError: It is a configuration of another method, or of none.
         """
+        from gralora_fx.config.reading import peft_fields
+
         return cls.from_fields(*peft_fields(peft_config, f"a peft.{cls.__name__}"))
 
     @classmethod
@@ -273,20 +276,10 @@ class AdapterConfig(ABC):
         Raises:
             ConfigError: They are a configuration of another method, or cannot be used.
         """
-        peft_type = fields.get("peft_type")
-        if str(peft_type).upper() != cls.PEFT_TYPE:
-            raise ConfigError(
-                f"{origin}: peft_type is {shown(peft_type)}, not {cls.PEFT_TYPE!r}; give a {cls.TITLE} adapter"
-            )
-        known = [entry.name for entry in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        values = known_fields(cls.translate(fields, origin), known, cls.BEYOND_PEFT, origin, cls.TITLE)
-        accepted, only_in_peft, notes = as_peft_reads(values, dropout=cls.DROPOUT, alpha=cls.ALPHA)
-        for note in notes:
-            warn_caller(f"{origin}: {note}")
-        try:
-            return cls(**accepted).changed(**only_in_peft)
-        except ConfigError as error:
-            raise ConfigError(f"{origin}: {error}") from error
+        from gralora_fx.config.reading import read_as
+
+        config: Self = read_as(cls, fields, origin)
+        return config
 
     def changed(self, **changes: Any) -> Self:
         """A copy with some fields changed, unchecked: values that PEFT wrote may be refused by the constructor."""

@@ -1,4 +1,4 @@
-"""Checks of single configuration values, and of adapters' names; each error names the value and a remedy."""
+"""Names that PEFT's files have, and checks of single values and of adapters' names, each with a remedy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 
 from gralora_fx.errors import ConfigError, shown
 
+CONFIG_NAME = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+KEY_PREFIX = "base_model.model."  # of every key of an adapter's tensors in PEFT's file
 LARGEST = 2**24  # no layer is that wide
 
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from gralora_fx.config.adapter_config import AdapterConfig
 from gralora_fx.config.checks import check_alpha, check_dropout, check_flag, check_integer
-from gralora_fx.config.reading import from_paper
 from gralora_fx.errors import ConfigError
 
 
@@ -137,4 +136,6 @@ class GraloraConfig(AdapterConfig):
         """
         if "gralora_alpha" not in fields or "alpha" in fields:
             return fields
+        from gralora_fx.config.reading import from_paper
+
         return from_paper(fields, origin)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.config.checks import check_integer, is_number
+from gralora_fx.config.checks import ALL_LINEAR, CONFIG_NAME, check_integer, is_number
 from gralora_fx.errors import ConfigError, shown, warn_caller
-
-CONFIG_NAME = "adapter_config.json"
-ALL_LINEAR = "all-linear"
-KEY_PREFIX = "base_model.model."  # of every key of an adapter's tensors
 
 
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
@@ -161,3 +158,30 @@ def as_peft_reads(
         only_in_peft["target_modules"] = set() if targets != "" else ""
         del accepted["target_modules"]
     return accepted, only_in_peft, notes
+
+
+def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
+    """Build a configuration of a class from a file's fields (see `AdapterConfig.from_fields`).
+
+    Args:
+        kind: The class of the method's configurations.
+        fields: The fields.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: They are a configuration of another method, or cannot be used.
+    """
+    peft_type = fields.get("peft_type")
+    if str(peft_type).upper() != kind.PEFT_TYPE:
+        raise ConfigError(
+            f"{origin}: peft_type is {shown(peft_type)}, not {kind.PEFT_TYPE!r}; give a {kind.TITLE} adapter"
+        )
+    known = [entry.name for entry in dataclasses.fields(kind)]
+    values = known_fields(kind.translate(fields, origin), known, kind.BEYOND_PEFT, origin, kind.TITLE)
+    accepted, only_in_peft, notes = as_peft_reads(values, dropout=kind.DROPOUT, alpha=kind.ALPHA)
+    for note in notes:
+        warn_caller(f"{origin}: {note}")
+    try:
+        return kind(**accepted).changed(**only_in_peft)
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error

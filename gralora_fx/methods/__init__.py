@@ -1,7 +1,8 @@
 """Adapter mathematics, one method a file, behind one protocol."""
 
-from gralora_fx.methods.dora import DoraConfig
-from gralora_fx.methods.lora import LoraConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from gralora_fx.methods.method import (
     AdapterMethod,
     AdapterTensors,
@@ -14,7 +15,6 @@ from gralora_fx.methods.method import (
     first_tensor,
 )
 from gralora_fx.methods.registry import (
-    METHODS,
     config_from_fields,
     config_from_peft,
     method_described,
@@ -23,6 +23,12 @@ from gralora_fx.methods.registry import (
     read_config,
     register,
 )
+
+if TYPE_CHECKING:
+    from gralora_fx.methods.dora import DoraConfig
+    from gralora_fx.methods.lora import LoraConfig
+
+    METHODS: list[AdapterMethod]
 
 __all__ = [
     "METHODS",
@@ -45,3 +51,12 @@ __all__ = [
     "read_config",
     "register",
 ]
+
+_HOMES = {"DoraConfig": "dora", "LoraConfig": "lora", "METHODS": "registry"}  # loaded on first use
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of a method that is loaded on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gralora_fx.methods' has no attribute {name!r}")
+    return getattr(import_module(f"gralora_fx.methods.{_HOMES[name]}"), name)

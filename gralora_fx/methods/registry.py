@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from gralora_fx.config.adapter_config import AdapterConfig
-from gralora_fx.config.reading import config_fields, peft_fields
 from gralora_fx.errors import ConfigError, shown
-from gralora_fx.methods.dora import Dora
 from gralora_fx.methods.gralora import Gralora
-from gralora_fx.methods.lora import Lora
 from gralora_fx.methods.method import AdapterMethod
 
 GRALORA = Gralora()
-METHODS: list[AdapterMethod] = [
-    GRALORA,  # granular low-rank adaptation: blocks, and a plain LoRA beside them (hybrid)
-    Lora(),  # plain LoRA and rsLoRA
-    Dora(),  # LoRA that trains the norms of the weights' rows too
-]  # a method comes after one of which it is a special case
+# the methods of this package, by the files that define them; a method comes after one of which it is a special case
+_FILES = (
+    ("lora", "Lora"),  # plain LoRA and rsLoRA
+    ("dora", "Dora"),  # LoRA that trains the norms of the weights' rows too
+)
+_registered: list[AdapterMethod] = []
+_loading = threading.Lock()
+
+
+def __getattr__(name: str) -> Any:
+    """Load every method on first use of `METHODS`, the list of all, to which `register` adds.
+
+    GraLoRA, granular low-rank adaptation, comes first: blocks, and a plain LoRA beside them (hybrid).
+    """
+    if name != "METHODS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return known_methods()
+
+
+def known_methods() -> list[AdapterMethod]:
+    """Return the list of all methods, to which `register` adds."""
+    with _loading:
+        if not _registered:
+            kinds = [getattr(import_module(f"gralora_fx.methods.{file}"), kind) for file, kind in _FILES]
+            _registered.extend([GRALORA, *(kind() for kind in kinds)])
+    return _registered
 
 
 def register(method: AdapterMethod) -> AdapterMethod:
@@ -34,11 +54,11 @@ def register(method: AdapterMethod) -> AdapterMethod:
     Raises:
         ConfigError: Another method of the same name (`PEFT_TYPE`) is registered.
     """
-    if any(other.config.PEFT_TYPE == method.config.PEFT_TYPE for other in METHODS):
+    if any(other.config.PEFT_TYPE == method.config.PEFT_TYPE for other in known_methods()):
         raise ConfigError(
             f"a method {method.config.PEFT_TYPE!r} is registered already; give the configuration another PEFT_TYPE"
         )
-    METHODS.append(method)
+    known_methods().append(method)
     return method
 
 
@@ -48,7 +68,9 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
     Raises:
         ConfigError: It is not registered.
     """
-    for method in reversed(METHODS):
+    if type(config) is GRALORA.config:
+        return GRALORA
+    for method in reversed(known_methods()):
         if isinstance(config, method.config) and config.PEFT_TYPE == method.config.PEFT_TYPE:
             return method
     raise _unknown(f"the {type(config).__name__}", getattr(config, "peft_type", None))
@@ -64,7 +86,7 @@ def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
     Raises:
         ConfigError: It is not registered.
     """
-    for method in reversed(METHODS):
+    for method in reversed(known_methods()):
         if method.config.describes(fields):
             return method
     raise _unknown(origin, fields.get("peft_type"))
@@ -93,6 +115,8 @@ def read_config(directory: str | Path, *, revision: str | None = None) -> Adapte
     Raises:
         ConfigError: There is no such file, its method is not registered, or it is invalid.
     """
+    from gralora_fx.config.reading import config_fields
+
     return config_from_fields(*config_fields(directory, revision=revision))
 
 
@@ -102,6 +126,8 @@ def config_from_peft(peft_config: Any) -> AdapterConfig:
     Raises:
         ConfigError: It is not a PEFT configuration, its method is not registered, or it is invalid.
     """
+    from gralora_fx.config.reading import peft_fields
+
     return config_from_fields(*peft_fields(peft_config, "one such as a peft.GraloraConfig or peft.LoraConfig"))
 
 
@@ -111,7 +137,7 @@ def not_a_config(value: object) -> str:
     Args:
         value: The value; one of PEFT's objects has the same name as the class that it is converted to.
     """
-    names = [method.config.__name__ for method in METHODS]
+    names = [method.config.__name__ for method in known_methods()]
     if isinstance(value, type):
         return f"the class {value.__name__}; give an object of it, such as {value.__name__}()"
     kind = type(value)
@@ -119,8 +145,10 @@ def not_a_config(value: object) -> str:
     if name is None:
         return f"a {kind.__name__} ({kind.__module__}); give one of gralora_fx: a {' or a '.join(names)}"
     owner = kind.__module__.partition(".")[0]
+    from gralora_fx.config.reading import peft_fields
+
     fields, _ = peft_fields(value, "")
-    ours = next((method.config for method in reversed(METHODS) if method.config.describes(fields)), None)
+    ours = next((method.config for method in reversed(known_methods()) if method.config.describes(fields)), None)
     if ours is None:
         return f"{owner}'s {kind.__name__}, whose method is not supported; give a {' or a '.join(names)} of gralora_fx"
     return (
@@ -130,7 +158,7 @@ def not_a_config(value: object) -> str:
 
 
 def _unknown(origin: str, name: object) -> ConfigError:
-    known = ", ".join(dict.fromkeys(method.config.PEFT_TYPE for method in METHODS))
+    known = ", ".join(dict.fromkeys(method.config.PEFT_TYPE for method in known_methods()))
     return ConfigError(
         f"{origin}: the method {shown(name)} (peft_type) is not registered; registered are {known}. Give an adapter of "
         "one of these, or add the method with gralora_fx.methods.register"

@@ -14,7 +14,6 @@ from torch import nn
 from gralora_fx.compat.extras import missing_packages
 from gralora_fx.errors import RewriteError
 from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.losses import label_names
 from gralora_fx.tracing.source_model import class_name, with_signature
 from gralora_fx.tracing.traced_model import TracedModel
 
@@ -74,7 +73,12 @@ def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
         traced: The traced model.
     """
     source = class_name(traced) if traced.config is not None else ""
-    return _class(base, source, traced.input_names, label_names(traced.loss_function))
+    labels: tuple[str, ...] = ()
+    if traced.loss_function is not None:
+        from gralora_fx.tracing.losses import label_names
+
+        labels = label_names(traced.loss_function)
+    return _class(base, source, traced.input_names, labels)
 
 
 def restored(base: type[_Model], *description: Any) -> _Model:

@@ -13,7 +13,6 @@ from gralora_fx.graph.module_tree import module_stack
 from gralora_fx.tracing.capture import capture
 from gralora_fx.tracing.check import check, check_other_sizes, difference
 from gralora_fx.tracing.draft import Captured, Draft
-from gralora_fx.tracing.failures import where_defined
 from gralora_fx.tracing.normalize.clean import normalize
 from gralora_fx.tracing.normalize.modes import mode_argument
 
@@ -42,6 +41,8 @@ def _first_right(draft: Draft) -> Captured:
         return trained
     evaluated = _attempt(dataclasses.replace(draft, evaluates=True))
     if evaluated.problem is not None:
+        from gralora_fx.tracing.failures import where_defined
+
         raise TraceError(
             f"the trace of {kind} differs from the model: {evaluated.problem}; check what the "
             f"forward{where_defined(draft.model)} does outside PyTorch or at random"

@@ -22,7 +22,6 @@ from gralora_fx.compat.transformers_exporters import auto_dynamic_shapes, export
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
-from gralora_fx.tracing.failures import reason, where
 from gralora_fx.tracing.inputs.input_names import IMAGES, PAST
 from gralora_fx.tracing.inputs.input_trees import own_inputs
 from gralora_fx.tracing.inputs.layouts import CacheLayout, cache_layout
@@ -52,6 +51,8 @@ def capture(draft: Draft) -> Captured:
                 with torch.enable_grad():
                     program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises errors of every type
+        from gralora_fx.tracing.failures import reason, where
+
         raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason(error)}") from error
     if checkpoints:
         warn_caller(f"{NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")

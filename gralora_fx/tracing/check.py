@@ -18,7 +18,6 @@ from gralora_fx.errors import TraceError, first_line
 from gralora_fx.progress.stages import quiet
 from gralora_fx.tracing.draft import Axes, Captured, Draft
 from gralora_fx.tracing.eager_calls import call_eager
-from gralora_fx.tracing.failures import where, where_defined
 from gralora_fx.tracing.inputs.input_names import PAST, TEXT_INPUTS
 from gralora_fx.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
 from gralora_fx.tracing.inputs.signature import default_input
@@ -57,6 +56,8 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
         try:
             expected = call_eager(model, sample)
         except Exception as error:  # a model raises what it likes
+            from gralora_fx.tracing.failures import where
+
             raise TraceError(
                 f"{type(model).__name__} itself fails on the example inputs{where(model, error)}: {first_line(error)}"
             ) from error
@@ -236,6 +237,8 @@ def check_other_sizes(draft: Captured) -> None:
         except TraceError:  # the model itself does not support this size
             continue
         if problem is not None:
+            from gralora_fx.tracing.failures import where_defined
+
             raise TraceError(
                 f"the trace of {type(model).__name__} is valid for the example's sizes only; with {description} "
                 f"{problem}. "

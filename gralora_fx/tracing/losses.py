@@ -13,9 +13,7 @@ from transformers.loss.loss_utils import ForQuestionAnsweringLoss, ForSequenceCl
 
 from gralora_fx.errors import RewriteError
 from gralora_fx.progress.stages import quiet
-
-LABELS = ("labels", "start_positions", "end_positions")
-ITEM_COUNT = "num_items_in_batch"
+from gralora_fx.tracing.inputs.input_names import ITEM_COUNT, LABELS
 
 # These pass the count on to the cross entropy through their keyword arguments.
 _COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification)

@@ -27,9 +27,10 @@ from transformers import AutoModel
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.demo.news_classifier import package_folder
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters import ExportReport, export_onnx, onnx, verify_onnx
+from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
 from gralora_fx.exporters.onnx_passes.quantized_products import quantized_products
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantization import choice
 from gralora_fx.exporters.quantization.column_arrays import (
     LARGEST,
     dequantize_columns,
@@ -54,7 +55,7 @@ def exported(module: nn.Module, example: tuple[Tensor, ...], path: Path, **optio
 
 def unmeasured() -> Any:
     """Exports whose formats are not chosen by what the model computes."""
-    return mock.patch.object(onnx, "choose_formats", lambda conversion, _: conversion.plan)
+    return mock.patch.object(choice, "choose_formats", lambda conversion, _: conversion.plan)
 
 
 def operators(path: Path) -> Counter[str]:

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gralora_fx import TracedModel, trace
-from gralora_fx.exporters import export_onnx, fold_onnx, onnx
+from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
+from gralora_fx.exporters.quantization import choice
 from gralora_fx.serving import load
 
 DYNAMIC: Any = "int8-dynamic"
@@ -62,7 +63,7 @@ def test_a_layer_whose_rows_lose_most_has_16_bits_and_is_named(tmp_path: Path) -
     assert layer.gain is not None
     assert layer.gain > 0
     assert "spikes.weight: int8 in columns, activations rounded to 16 bits" in str(report.quantization)
-    with mock.patch.object(onnx, "choose_formats", plain_plan):
+    with mock.patch.object(choice, "choose_formats", plain_plan):
         export_onnx(model, tmp_path / "plain", quantize=DYNAMIC)
     x = torch.randn(50, 3, 128)
     assert error(tmp_path / "onnx", module, x) < error(tmp_path / "plain", module, x) * 0.7
@@ -87,7 +88,7 @@ def test_factors_are_those_that_cost_a_layer_least(tmp_path: Path) -> None:
     graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
     (factors,) = (value for name, value in graph.initializers.items() if name.endswith(FACTORS))
     assert factors.name == f"different.weight{FACTORS}"
-    with mock.patch.object(onnx, "choose_formats", plain_plan):
+    with mock.patch.object(choice, "choose_formats", plain_plan):
         export_onnx(trace(module, (torch.randn(8, 64, 128),)), tmp_path / "plain", quantize=DYNAMIC)
     x = torch.randn(50, 3, 128)
     assert error(tmp_path / "onnx", module, x) < error(tmp_path / "plain", module, x) * 0.7
@@ -113,7 +114,7 @@ def test_zeros_give_zeros(tmp_path: Path) -> None:
 def test_an_update_is_folded_into_columns_with_factors(with_factors: bool, tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(128, 64, bias=False)).eval()
     x = torch.randn(40, 128) * torch.linspace(-3, 3, 128).exp()
-    with mock.patch.object(onnx, "choose_formats", onnx.choose_formats if with_factors else plain_plan):
+    with mock.patch.object(choice, "choose_formats", choice.choose_formats if with_factors else plain_plan):
         export_onnx(trace(module, (x,)), tmp_path / "onnx", quantize=DYNAMIC)
     names = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
     assert any(name.endswith(FACTORS) for name in names) == with_factors

@@ -150,10 +150,10 @@ def test_weights_that_are_not_finite_are_refused(kind: Any, value: float, tmp_pa
 
 
 def test_gradients_that_are_not_finite_leave_what_layers_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
+    plans, choose_formats = [], choice.choose_formats
 
     def noted(*arguments: Any) -> Any:
-        plans.append(choice.choose_formats(*arguments))
+        plans.append(choose_formats(*arguments))
         return plans[-1]
 
     monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", noted)

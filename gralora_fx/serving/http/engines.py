@@ -18,7 +18,7 @@ from gralora_fx.engine.prefix_cache import PrefixCacheError
 from gralora_fx.errors import ServingError
 from gralora_fx.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.runtime.export_directory import PLAIN_KIND
-from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.runtime.manifest import Manifest, read_manifest
 from gralora_fx.runtime.paged_memory import kept_reason
 from gralora_fx.runtime.run_options import runtime_of
 from gralora_fx.serving.answer_grammar import Grammars
@@ -148,11 +148,13 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
             or its task is not served.
     """
+    generates = read_manifest(settings.directory, ServingError).task in GENERATING
     # an arena would keep for good what the longest prompt has taken
-    runtime = runtime_of(None, None, {"enable_cpu_mem_arena": False}, settings.threads)
+    options = {"enable_cpu_mem_arena": False} if generates else None
+    runtime = runtime_of(None, None, options, settings.threads)
     model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
     manifest = model.manifest
-    if manifest.task in GENERATING:
+    if generates:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")

@@ -13,6 +13,8 @@ IMAGES = "pixel_values"
 PAST = "past_key_values"
 PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cache in an export
 TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
+LABELS = ("labels", "start_positions", "end_positions")
+ITEM_COUNT = "num_items_in_batch"  # by which a loss over accumulated batches is divided
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 

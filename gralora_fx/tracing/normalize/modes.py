@@ -12,7 +12,6 @@ from torch import fx
 from gralora_fx.compat.torch_graphs import schema_of
 from gralora_fx.graph.pipeline import PassResult, contract
 from gralora_fx.operators.call import COMPUTING, DROPOUTS, TRAIN_FLAGS
-from gralora_fx.tracing.failures import line_of
 
 MODES = "modes are annotated"
 _KEY = "gralora_mode"
@@ -92,6 +91,8 @@ def find_rng_op(graph: fx.Graph) -> str | None:
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
         if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
+            from gralora_fx.tracing.failures import line_of
+
             location = line_of(node.meta.get("stack_trace"))
             return f"{node.target} at {location}" if location else str(node.target)
     return None

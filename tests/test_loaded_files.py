@@ -1,0 +1,39 @@
+"""Work loads the files that it needs, and no more of those that other models, options or requests need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.loaded_files import JOBS, loaded
+
+# the most files that each job may load; lower them with what it loads
+MOST = {
+    "trace, rewrite, merge: two layers": 87,
+    "export: Llama, merged, verified": 236,
+    "load and generate": 65,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The files that each job loads; the last one reads what the one before it wrote."""
+    export = tmp_path_factory.mktemp("loaded") / "export"
+    return {job.name: loaded(job.program, export) for job in JOBS if job.name in MOST}
+
+
+@pytest.mark.parametrize("job", MOST)
+def test_a_job_loads_no_more_files_than_it_did(job: str, files: dict[str, list[Path]]) -> None:
+    assert len(files[job]) <= MOST[job], f"{job} loads {len(files[job])} files; import what it does not need later"
+
+
+def test_a_net_of_two_layers_needs_no_cache_image_expert_picture_or_file(files: dict[str, list[Path]]) -> None:
+    names = {file.relative_to(Path(__file__).resolve().parents[1]).as_posix() for file in files[next(iter(MOST))]}
+    others = ("picture/", "inputs/cache", "image", "expert_layers", "quantiz", "adapter_files", "methods/lora.py")
+    assert [name for name in sorted(names) if any(other in name for other in others)] == []
+
+
+def test_an_export_is_opened_without_torchs_exporter_or_configurations(files: dict[str, list[Path]]) -> None:
+    folders = {file.relative_to(Path(__file__).resolve().parents[1]).parts[1] for file in files["load and generate"]}
+    assert folders.isdisjoint({"adapters", "methods", "model", "planning", "graph", "picture"})
