@@ -70,8 +70,8 @@ def test_the_official_client_is_told_what_the_readme_shows(names: dict[str, Any]
 
 def test_the_checkpoint_becomes_an_answer(names: dict[str, Any]) -> None:
     assert names["report"].verification.passed
-    shown = re.findall(r'max_new_tokens=8\)  # "(.*)"$', README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert [names["answer"]] == shown
+    shown = re.findall(r'max_new_tokens=8\)\)  # "(.*)"$', README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [names["model"].generate("The capital of France is", max_new_tokens=8)] == shown
 
 
 def test_no_answer_of_the_checkpoint_is_near_a_tie(names: dict[str, Any]) -> None:

@@ -12,10 +12,12 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from gralora_fx.config.checks import CONFIG_NAME
 from gralora_fx.progress.report import DETAILS, Invocation, Report
 from gralora_fx.runtime.export_usage import COMPARING
 
@@ -126,10 +128,28 @@ def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None
     """
 
     def words(usage: Invocation) -> str:
-        return _command(usage, sources if usage.command == COMPARING else {}) if usage.command else usage.python
+        return (
+            _command(usage, _with_base(sources) if usage.command == COMPARING else {})
+            if usage.command
+            else usage.python
+        )
 
     texts = [report.summary.text(words), *([report.details] if verbose else [])]
     print(_wording.get()("\n\n".join(texts)))
+
+
+def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str, str | Sequence[str] | None]:
+    """Return what names a model, with a place for its base where a local adapter alone is given and names none."""
+    given = sources.get("adapter")
+    adapters = [given] if isinstance(given, str) else given or ()
+    if sources.get("model") or not any((Path(adapter) / CONFIG_NAME).is_file() for adapter in adapters):
+        return sources
+    from gralora_fx.config.reading import config_fields
+
+    named = any(
+        config_fields(adapter)[0].get("base_model_name_or_path") for adapter in adapters if Path(adapter).is_dir()
+    )
+    return sources if named else {**sources, "model": "BASE"}
 
 
 def _command(usage: Invocation, more: Mapping[str, str | Sequence[str] | None]) -> str:

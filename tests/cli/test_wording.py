@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from typer.main import get_command
 
 from gralora_fx import GraloraConfig, LoraConfig
 from gralora_fx.cli import app
-from gralora_fx.cli.wording import Wording
+from gralora_fx.cli.wording import Wording, show
+from gralora_fx.progress.report import Report, Summary
+from gralora_fx.runtime.export_usage import comparison_of
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 ANY = "x"  # in place of what a message holds
@@ -118,3 +121,27 @@ def test_the_library_names_no_option(file: Path) -> None:
     if within(module_name(file), SERVICE):
         return
     assert [f"{line}: {text}" for line, text in texts(file) if OPTION.search(text)] == []
+
+
+class _Compared(Report):
+    """A report of an export that was not compared."""
+
+    @property
+    def summary(self) -> Summary:
+        """With what compares it."""
+        return Summary("exported", "wrote onnx", comparison=comparison_of("onnx"))
+
+    @property
+    def details(self) -> str:
+        """None."""
+        return ""
+
+
+@pytest.mark.parametrize(("base", "words"), [(None, "--model BASE --adapter"), ("llama", "--onnx onnx --adapter")])
+def test_a_comparison_names_a_base_that_its_adapter_does_not(
+    base: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"peft_type": "GRALORA", "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    show(_Compared(), verbose=False, model=None, adapter=str(tmp_path))
+    assert words in capsys.readouterr().out

@@ -61,7 +61,12 @@ class Replicated:
 
         self.reader = threading.Thread(target=read, daemon=True)
         self.reader.start()
-        url = urls.get(timeout=300)
+        try:
+            url = urls.get(timeout=300)
+        except queue.Empty:  # nothing of it stays behind
+            for process in [*self.processes(), self.process]:
+                process.kill()
+            url = None
         assert url is not None, "".join(self.lines)
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60)
         self.root = openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60)
