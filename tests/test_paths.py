@@ -188,7 +188,8 @@ for check in (usable_path, usable_directory, usable_file, lambda path, _: check_
 
 
 def test_a_directory_that_may_not_be_searched() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are searched by their owner alone
+    # those of pytest, and maybe those of $TMPDIR, are searched by their owner alone
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         locked = Path(folder, "locked")
         locked.mkdir()
         Path(folder).chmod(0o755)
