@@ -63,7 +63,8 @@ def test_a_second_adapter_is_said_and_the_command_verifies_both_in_any_order(roo
     assert "now holds" not in printed.stdout
     printed = run("fold", "--onnx", tmp_path / "one", "--adapter", root / "lora", "--output", tmp_path / "two")
     assert "now holds 2 adapters, and a comparison needs each: default, default_2" in printed.stdout
-    assert f"gralora-fx verify --onnx {tmp_path / 'two'} --adapter {root / 'lora'} --adapter DIR\n" in printed.stdout
+    command = f"gralora-fx verify --onnx {tmp_path / 'two'} --model BASE --adapter {root / 'lora'} --adapter DIR\n"
+    assert command in printed.stdout
     assert list(read_manifest(tmp_path / "two").adapters) == ["default", "default_2"]
     export_onnx(both(root, "gralora", "lora"), tmp_path / "fresh", verify=False)
     assert_same_weights(tmp_path / "two", tmp_path / "fresh")

@@ -156,7 +156,7 @@ def confined() -> Iterator[tuple[Path, list[str]]]:
 
     Its own folder `tmp` is the only place that can be written.
     """
-    folder = Path(tempfile.mkdtemp(prefix="gralora-fx-deploy-"))
+    folder = Path(tempfile.mkdtemp(prefix="gralora-fx-deploy-", dir="/tmp"))
     folder.chmod(0o755)
     (folder / "tmp").mkdir()
     shell = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", CONFINED.format(user=USER), "sh"]
