@@ -45,15 +45,24 @@ Q4_1, Q4_K_M = "llama.cpp Q4_1", "llama.cpp Q4_K_M"
 Logits = Callable[[Tensor], Tensor]  # of token ids `[1, length]`
 
 
-def measure(report: Report) -> None:
-    """Add a table and what is promised of it."""
+def permuted_model() -> tuple[LlamaForCausalLM, Any, TracedModel]:
+    """Load SmolLM2 with permuted channels; return it, its tokenizer and its trace."""
     smollm2.base(BASE)
     source = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     permute_channels(source)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    traced = trace(source, task="text-generation-with-past")
+    return source, AutoTokenizer.from_pretrained(BASE), trace(source, task="text-generation-with-past")
+
+
+def held_out(tokenizer: Any, traced: TracedModel) -> list[Tensor]:
+    """Return the token ids `[1, length]` of each of the held-out texts."""
     texts = [text for text, _ in load_news(0).test[:TEXTS]]
-    rows = [torch.tensor([row]) for row in user_texts(texts, tokenizer, traced).rows]
+    return [torch.tensor([row]) for row in user_texts(texts, tokenizer, traced).rows]
+
+
+def measure(report: Report) -> None:
+    """Add a table and what is promised of it."""
+    source, tokenizer, traced = permuted_model()
+    rows = held_out(tokenizer, traced)
     expected = [_logits(source, ids) for ids in rows]
     found: dict[str, dict[str, Any]] = {}
 

@@ -18,21 +18,17 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import smollm2
+from benchmarks.few_bits_quality import TEXTS, held_out, permuted_model
 from benchmarks.harness import Claim, Report, Table, progress
-from benchmarks.rounding import permute_channels
-from gralora_fx import TracedModel, trace
-from gralora_fx.demo.news_classifier import load_news
+from gralora_fx import TracedModel
 from gralora_fx.exporters import export_onnx, onnx
 from gralora_fx.exporters.quantization import calibration, choice, sequential
 from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
-from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
+from gralora_fx.exporters.verification.token_quality import kl_divergence
 from gralora_fx.runtime.session import open_session
 
-BASE, OUTPUT = Path("runs/generation/base"), Path("runs/int4_export")
-TEXTS = 24  # held-out ones, of at most 128 tokens
+OUTPUT = Path("runs/int4_export")
 STAGES = (
     (calibration, "_drawn", "the model draws texts"),
     (calibration, "measure_sensitivities", "it is run forward and backward"),
@@ -48,13 +44,8 @@ REST = "conversion and the rest"
 def run() -> Report:
     """Measure the CPU time of each stage, and how near the tokens are to float32's."""
     report = Report("int4_export", "int4 export of SmolLM2-135M without verification")
-    smollm2.base(BASE)
-    source = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    permute_channels(source)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    traced = trace(source, task="text-generation-with-past")
-    texts = [text for text, _ in load_news(0).test[:TEXTS]]
-    rows = [torch.tensor([row]) for row in user_texts(texts, tokenizer, traced).rows]
+    source, tokenizer, traced = permuted_model()
+    rows = held_out(tokenizer, traced)
     with torch.no_grad():
         expected = [source(ids, use_cache=False).logits[0] for ids in rows]
     spent = {quantize: _spent(traced, quantize) for quantize in (None, "int4")}

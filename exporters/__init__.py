@@ -1,7 +1,8 @@
 """Export of rewritten models to ONNX, verification of the exports, and conversions of adapters and checkpoints."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from gralora_fx import first_use
 
 if TYPE_CHECKING:
     from gralora_fx.exporters.adapter_export import export_adapter
@@ -49,14 +50,7 @@ _HOMES = {
     "verify_onnx": "verify",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gralora_fx.exporters' has no attribute {name!r}")
-    value = getattr(import_module(f"gralora_fx.exporters.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

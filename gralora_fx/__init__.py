@@ -1,6 +1,8 @@
 """Rewrite traced models with GraLoRA, LoRA or DoRA adapters; train, merge, export to ONNX and serve them."""
 
 import os
+import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +53,26 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gralora_fx' has no attribute {name!r}")
-    value = getattr(import_module(f"gralora_fx.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+def first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make a package's `__getattr__`, which imports each of its names on first use.
+
+    Args:
+        package: Name of the package.
+        homes: The module of each name, relative to the package.
+    """
+
+    def imported(name: str) -> Any:
+        """Import a name on first use."""
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{homes[name]}", package), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return imported
+
+
+__getattr__ = first_use(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

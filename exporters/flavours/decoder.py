@@ -12,10 +12,9 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.companions import write_genai_config
 from gralora_fx.exporters.conversion import Conversion
 from gralora_fx.exporters.flavours.flavour import (
-    STATES,
     Flavour,
     Models,
-    calls_any,
+    has_states,
     insertion_passes,
     lowering_passes,
     marking_passes,
@@ -173,7 +172,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
 
 def _state_layout(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     """Return what keeps states as their operators have them, if the trace has any."""
-    if not calls_any(conversion.traced, STATES):
+    if not has_states(conversion):
         return ()
     from gralora_fx.exporters.onnx_passes.state_layout import keep_state_layout
 
@@ -182,7 +181,7 @@ def _state_layout(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 def _state_forms(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     """Return what makes the operators of states fast, if the trace has any."""
-    if not calls_any(conversion.traced, STATES):
+    if not has_states(conversion):
         return ()
     from gralora_fx.exporters.onnx_passes.prompt_clamps import lower_prompt_clamps
     from gralora_fx.exporters.onnx_passes.state_forms import fast_state_forms

@@ -5,12 +5,11 @@ The passes that several kinds have are here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import fx
 
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.conversion import Conversion
@@ -25,13 +24,11 @@ from gralora_fx.exporters.onnx_passes.whole_vectors import fill_vectors
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.verification.cases import Verification
 from gralora_fx.graph.pipeline import Pass, PassLog, PassResult, Skip
-from gralora_fx.operators.call import NAMESPACE
 from gralora_fx.runtime.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.runtime.manifest import RowsEntry
 from gralora_fx.tracing.traced_model import TracedModel
 
-STATES = ("linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp")
-EXPERTS = ("experts",)
+_STATES = {"linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp"}  # operators of layers that keep one
 Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
@@ -59,6 +56,15 @@ def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     return (InsertAdapters(adapters.inputs, conversion.options.quantize is not None),)
 
 
+def has_states(conversion: Conversion) -> bool:
+    """Return whether a trace has layers that keep a state in place of keys and values.
+
+    Args:
+        conversion: What is converted.
+    """
+    return not conversion.traced.operators.isdisjoint(_STATES)
+
+
 def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     """Return what lowers the operators of states and of experts, as far as the trace has any.
 
@@ -66,11 +72,11 @@ def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
         conversion: What is converted.
     """
     passes: tuple[Pass[ir.Model], ...] = ()
-    if calls_any(conversion.traced, STATES):
+    if has_states(conversion):
         from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
 
         passes += (lower_state_operators,)
-    if calls_any(conversion.traced, EXPERTS):
+    if "experts" in conversion.traced.operators:
         from gralora_fx.exporters.onnx_passes.expert_products import LowerExperts
 
         passes += (LowerExperts(),)
@@ -78,29 +84,17 @@ def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 
 def quantizing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
-    """Return what stores matrices as the plan says; nothing without one.
+    """Return what stores matrices as the plan says, to be run last: all others look for floats; nothing without one.
 
     Args:
         conversion: What is converted.
-        tables: As of `quantization_passes`.
+        tables: Names of embeddings that are a head's weight in another part of the model.
     """
     if conversion.plan is None:
         return ()
-    from gralora_fx.exporters.onnx_passes.quantize_weights import quantization_passes
+    from gralora_fx.exporters.onnx_passes.quantize_weights import QuantizeWeights
 
-    return tuple(quantization_passes(conversion.plan, tables))
-
-
-def calls_any(traced: TracedModel, operators: Collection[str]) -> bool:
-    """Return whether a trace calls one of this project's operators, in a branch or a loop too.
-
-    Args:
-        traced: The trace.
-        operators: Their names, as of `STATES`.
-    """
-    graphs = (part.graph for part in traced.graph_module.modules() if isinstance(part, fx.GraphModule))
-    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
-    return not called.isdisjoint(f"{NAMESPACE}.{name}.default" for name in operators)
+    return (QuantizeWeights(conversion.plan, tables),)
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,9 +24,6 @@ from gralora_fx.sources.model_files import resolve_directory
 from gralora_fx.sources.rounded_weights import rounded_to_four_bits
 from gralora_fx.sources.same_base import read_config_fields
 from gralora_fx.sources.saved_weights import read_weights
-
-if TYPE_CHECKING:
-    pass
 
 # Names that onnxruntime-genai's builder gives to the parts of a path, beside those of transformers.
 _SYNONYMS = {"self_attn": "attn", "self_attention": "attn", "attention": "attn"}

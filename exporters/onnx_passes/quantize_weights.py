@@ -22,7 +22,7 @@ from gralora_fx.exporters.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.quantization.formats import Blocks, Format
 from gralora_fx.exporters.quantization.plan import Counts, QuantizationPlan
 from gralora_fx.exporters.translation.weights import parts_of
-from gralora_fx.graph.pipeline import Pass, PassResult, contract
+from gralora_fx.graph.pipeline import PassResult, contract
 
 
 @contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})
@@ -122,15 +122,3 @@ class _Products:
                 else ColumnProducts(self.graph, form, self.plan.inputs_of)
             )
         return self.writers[form]
-
-
-def quantization_passes(
-    plan: QuantizationPlan | None, tables: frozenset[str] = frozenset()
-) -> tuple[Pass[ir.Model], ...]:
-    """The pass that quantizes a model, to be run last: all others look for float matrices.
-
-    Args:
-        plan: How it is quantized; None for not at all.
-        tables: Names of embeddings that are a head's weight in another part of the model.
-    """
-    return () if plan is None else (QuantizeWeights(plan, tables),)

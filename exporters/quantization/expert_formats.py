@@ -14,26 +14,17 @@ from gralora_fx.runtime.quantized_weights import WIDEST_EXACT
 from gralora_fx.tracing.traced_model import TracedModel
 
 
-def plan_of_model(form: Format, traced: TracedModel) -> QuantizationPlan:
-    """Return the plan that stores every linear layer and every expert in a format, or in one of its own that fits.
-
-    Args:
-        form: The format.
-        traced: The model.
-    """
-    return with_experts(plan_of_layers(form, traced), traced)
-
-
-def with_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
-    """A plan of experts' matrices too, with formats of their own where they cannot have the default.
+def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
+    """Return the plan that stores linear layers and experts in a format, or in one of their own where it does not fit.
 
     Experts whose activations would be rounded in `int8-dynamic` have blocks of eight bits, whose activations ONNX
     Runtime rounds block by block.
 
     Args:
-        plan: The plan.
+        default: The format.
         traced: The model.
     """
+    plan = plan_of_layers(default, traced)
     own: dict[str, Format | None] = {}
     names = set[str]()
     for _, experts in Experts.all_in(traced.graph_module.graph):

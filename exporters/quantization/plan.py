@@ -133,15 +133,13 @@ class Counts(NamedTuple):
         return cls(0, 0, values, integers, stored)
 
 
-def quantized_weights(plan: QuantizationPlan | None, log: PassLog) -> QuantizedWeights | None:
-    """What the manifest says of the quantized weights of all models of an export; None where there are none.
+def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
+    """Describe the quantized weights of all models of an export for its manifest.
 
     Args:
         plan: How they were quantized.
         log: What the passes did, those that quantized among them.
     """
-    if plan is None:
-        return None
     counts = log.summaries(Counts)
     total = Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
     form = plan.default

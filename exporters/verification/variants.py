@@ -62,7 +62,7 @@ class Variant:
         if base is self.model.traced:
             return self.model
         assert isinstance(base, TracedModel)
-        from gralora_fx.exporters.verification.adapter_references import with_folded
+        from gralora_fx.exporters.verification.adapters_as_data import with_folded
 
         return with_folded(base, self.tensors, self.manifest.adapter_inputs)
 

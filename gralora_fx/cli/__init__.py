@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
+from gralora_fx import first_use
 from gralora_fx.cli.huge_pages import use_huge_pages
 
 __all__ = ["app", "main"]
@@ -19,10 +19,4 @@ def main() -> None:
     run()
 
 
-def __getattr__(name: str) -> Any:
-    """Import `app`, which imports every command, when it is first asked for."""
-    if name == "app":
-        from gralora_fx.cli.commands import app
-
-        return app
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = first_use(__name__, {"app": "commands"})  # which imports every command

@@ -128,11 +128,9 @@ def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None
     """
 
     def words(usage: Invocation) -> str:
-        return (
-            _command(usage, _with_base(sources) if usage.command == COMPARING else {})
-            if usage.command
-            else usage.python
-        )
+        if not usage.command:
+            return usage.python
+        return _command(usage, _with_base(sources) if usage.command == COMPARING else {})
 
     texts = [report.summary.text(words), *([report.details] if verbose else [])]
     print(_wording.get()("\n\n".join(texts)))
@@ -142,14 +140,13 @@ def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str
     """Return what names a model, with a place for its base where a local adapter alone is given and names none."""
     given = sources.get("adapter")
     adapters = [given] if isinstance(given, str) else given or ()
-    if sources.get("model") or not any((Path(adapter) / CONFIG_NAME).is_file() for adapter in adapters):
+    local = [adapter for adapter in adapters if (Path(adapter) / CONFIG_NAME).is_file()]
+    if sources.get("model") or not local:
         return sources
     from gralora_fx.config.reading import config_fields
 
-    named = any(
-        config_fields(adapter)[0].get("base_model_name_or_path") for adapter in adapters if Path(adapter).is_dir()
-    )
-    return sources if named else {**sources, "model": "BASE"}
+    is_named = any(config_fields(adapter)[0].get("base_model_name_or_path") for adapter in local)
+    return sources if is_named else {**sources, "model": "BASE"}
 
 
 def _command(usage: Invocation, more: Mapping[str, str | Sequence[str] | None]) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from gralora_fx.errors import ConfigError, shown
+from gralora_fx.sources import ADAPTER_FILE
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME = ADAPTER_FILE
 ALL_LINEAR = "all-linear"
 KEY_PREFIX = "base_model.model."  # of every key of an adapter's tensors in PEFT's file
 LARGEST = 2**24  # no layer is that wide

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,28 +95,6 @@ def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return {**others, "r": total - hybrid, "hybrid_r": hybrid, "alpha": alpha}
 
 
-def known_fields(
-    values: Mapping[str, Any], known: Sequence[str], optional: Sequence[str], origin: str, method: str
-) -> dict[str, Any]:
-    """Return the fields of a file that a configuration has, without the optional ones that are null.
-
-    Args:
-        values: The fields.
-        known: The fields of the configuration.
-        optional: Those of them that a file may have as null.
-        origin: Where they come from, for messages.
-        method: The method's name, for messages.
-
-    Raises:
-        ConfigError: Another field says something that would be ignored.
-    """
-    from gralora_fx.config.foreign_fields import check_known
-
-    check_known(values, known, origin, method)
-    left_out = {name for name in optional if values.get(name) is None}
-    return {name: value for name, value in values.items() if name in known and name not in left_out}
-
-
 def as_peft_reads(
     values: Mapping[str, Any], *, dropout: str, alpha: str
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -171,13 +149,18 @@ def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
     Raises:
         ConfigError: They are a configuration of another method, or cannot be used.
     """
+    from gralora_fx.config.foreign_fields import check_known
+
     peft_type = fields.get("peft_type")
     if str(peft_type).upper() != kind.PEFT_TYPE:
         raise ConfigError(
             f"{origin}: peft_type is {shown(peft_type)}, not {kind.PEFT_TYPE!r}; give a {kind.TITLE} adapter"
         )
-    known = [entry.name for entry in dataclasses.fields(kind)]
-    values = known_fields(kind.translate(fields, origin), known, kind.BEYOND_PEFT, origin, kind.TITLE)
+    values = kind.translate(fields, origin)
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    check_known(values, known, origin, kind.TITLE)
+    known -= {name for name in kind.BEYOND_PEFT if values.get(name) is None}
+    values = {name: value for name, value in values.items() if name in known}
     accepted, only_in_peft, notes = as_peft_reads(values, dropout=kind.DROPOUT, alpha=kind.ALPHA)
     for note in notes:
         warn_caller(f"{origin}: {note}")

@@ -1,8 +1,8 @@
 """Adapter mathematics, one method a file, behind one protocol."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from gralora_fx import first_use
 from gralora_fx.methods.method import (
     AdapterMethod,
     AdapterTensors,
@@ -54,9 +54,4 @@ __all__ = [
 
 _HOMES = {"DoraConfig": "dora", "LoraConfig": "lora", "METHODS": "registry"}  # loaded on first use
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name of a method that is loaded on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gralora_fx.methods' has no attribute {name!r}")
-    return getattr(import_module(f"gralora_fx.methods.{_HOMES[name]}"), name)
+__getattr__ = first_use(__name__, _HOMES)

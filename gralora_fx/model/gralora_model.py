@@ -19,7 +19,7 @@ from gralora_fx.model.model_class import class_for
 from gralora_fx.model.saved_adapters import AdapterFiles
 from gralora_fx.model.trainable import Trainable, check_arguments
 from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.inputs.input_names import ITEM_COUNT, LABELS
+from gralora_fx.tracing.inputs.input_names import ITEM_COUNT, split_labels
 from gralora_fx.tracing.traced_model import TracedModel, check_traced
 
 _TREE = "graph_module"  # names of parameters begin with it
@@ -202,13 +202,12 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         """
         check_arguments(kwargs)
         traced = self._state.base.traced
-        item_count = kwargs.pop(ITEM_COUNT, None)
-        if all(kwargs.get(name) is None or name in traced.input_names for name in LABELS):
-            inputs = {name: value for name, value in kwargs.items() if name in traced.input_names or name not in LABELS}
-            return self._state.run(traced.bind(args, inputs))
-        from gralora_fx.tracing.losses import decoder_inputs, model_loss, split_labels
-
         inputs, labels = split_labels(kwargs, traced.input_names)
+        item_count = inputs.pop(ITEM_COUNT, None)
+        if not labels:
+            return self._state.run(traced.bind(args, inputs))
+        from gralora_fx.tracing.losses import decoder_inputs, model_loss
+
         if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
             inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
         outputs = self._state.run(traced.bind(args, inputs))

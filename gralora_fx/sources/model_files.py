@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.errors import GraloraError, shown
+from gralora_fx.sources import ADAPTER_FILE
 from gralora_fx.sources.paths import usable_path
 
-ADAPTER_FILE, MODEL_FILE, EXPORT_FILE = "adapter_config.json", "config.json", "gralora_export.json"
+MODEL_FILE, EXPORT_FILE = "config.json", "gralora_export.json"
 GENERATION_CONFIG = "generation_config.json"
 _CONFIG_FILES = (MODEL_FILE, GENERATION_CONFIG)
 

@@ -40,7 +40,7 @@ def capture(draft: Draft) -> Captured:
         with (
             quiet(),
             replaced(model, IN_EVERY_MODEL),
-            _experts(model),
+            experts_as_nodes(model),
             traceable_modes() as checkpoints,
         ):
             if isinstance(model, PreTrainedModel):
@@ -80,8 +80,12 @@ def export_transformers_model(
 
 
 @contextmanager
-def _experts(model: nn.Module) -> Iterator[None]:
-    """Let a model's experts be one node a layer, if it has any."""
+def experts_as_nodes(model: nn.Module) -> Iterator[None]:
+    """Let a model's experts be one node a layer within the block, if it has any.
+
+    Args:
+        model: The model; it is restored when the block ends.
+    """
     with ExitStack() as changed:
         if has_experts(model):
             from gralora_fx.tracing.patches.expert_layers import experts_as_operators

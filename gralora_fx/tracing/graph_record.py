@@ -29,7 +29,7 @@ from gralora_fx.compat.torch_graphs import (
 )
 from gralora_fx.errors import TraceError
 from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators import FILES
+from gralora_fx.operators import define_operators
 from gralora_fx.operators.call import NAMESPACE
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -249,9 +249,8 @@ def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
 
 
 def _operator_at(operator: _Operator) -> Any:
-    if operator.path[0] == NAMESPACE:  # in a process that traced nothing
-        for name in FILES:
-            importlib.import_module(f"gralora_fx.operators.{name}")
+    if operator.path[0] == NAMESPACE:
+        define_operators()  # in a process that traced nothing
     target: Any = torch.ops
     try:
         for part in operator.path:

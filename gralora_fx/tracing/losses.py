@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,18 +37,6 @@ def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:
     if loss_function is None:
         return False
     return loss_function in _COUNTING or ITEM_COUNT in inspect.signature(loss_function).parameters
-
-
-def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split inputs into those without labels, and the labels.
-
-    Args:
-        inputs: The inputs of a call, by name.
-        traced: Inputs of the trace; labels among them are the graph's own.
-    """
-    outside = [name for name in LABELS if name not in traced]
-    labels = {name: inputs[name] for name in outside if inputs.get(name) is not None}
-    return {name: value for name, value in inputs.items() if name not in outside}, labels
 
 
 def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:

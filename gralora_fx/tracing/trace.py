@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ from gralora_fx.graph.out_of_reach import layers_of
 from gralora_fx.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.progress.stages import gc_pause
 from gralora_fx.tracing.both_modes import trace_both_modes
+from gralora_fx.tracing.capture import experts_as_nodes
 from gralora_fx.tracing.check import with_call_signature
 from gralora_fx.tracing.draft import Captured, Draft, called_as, first_draft
 from gralora_fx.tracing.inputs.arguments import example_arguments
 from gralora_fx.tracing.inputs.input_names import takes_images
-from gralora_fx.tracing.patches.known_code import has_experts
 from gralora_fx.tracing.traced_model import TracedModel
 
 if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
@@ -94,34 +94,23 @@ def trace(
             from gralora_fx.tracing.sentence_encoder import followed_by
 
             changed.enter_context(followed_by(model, sentence))
-        with placeholder_parameters(model) as originals, gc_pause(), _experts(model, has_values=not originals):
-            first = first_draft(
-                model,
-                arguments,
-                task=task,
-                dynamic=dynamic,
-                sentence=sentence,
-                image_size=image_size,
-                has_values=not originals,
-            )
+        with placeholder_parameters(model) as originals, gc_pause():
+            with experts_as_nodes(model) if originals else nullcontext():  # grouped products take no placeholders
+                first = first_draft(
+                    model,
+                    arguments,
+                    task=task,
+                    dynamic=dynamic,
+                    sentence=sentence,
+                    image_size=image_size,
+                    has_values=not originals,
+                )
             with called_as(first):
                 draft = with_call_signature(_checked(first))
             if originals:
                 restore_parameters(draft.graph_module, originals)
         # the modules of a sentence encoder are still among the model's
         return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
-
-
-@contextmanager
-def _experts(model: nn.Module, *, has_values: bool) -> Iterator[None]:
-    """Let experts be operators of parameters without values too, which their grouped products do not take."""
-    if has_values or not has_experts(model):
-        yield
-        return
-    from gralora_fx.tracing.patches.expert_layers import experts_as_operators
-
-    with experts_as_operators(model):
-        yield
 
 
 def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:

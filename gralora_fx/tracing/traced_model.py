@@ -20,6 +20,7 @@ from gralora_fx.graph.out_of_reach import layers_of
 from gralora_fx.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.graph.sites import LinearSite
 from gralora_fx.graph.surgery import copy_graph
+from gralora_fx.operators.call import NAMESPACE
 from gralora_fx.sources.lazy_tensors import copy_lazy, is_lazy
 from gralora_fx.tracing.inputs.input_names import PAST
 from gralora_fx.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
@@ -103,6 +104,15 @@ class TracedModel:
     def graph_inputs(self) -> dict[str, Any]:
         """The example inputs without the constants that are part of the graph."""
         return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
+
+    @functools.cached_property
+    def operators(self) -> frozenset[str]:
+        """Names of this project's operators that the graph calls, in branches and loops too."""
+        graphs = (part.graph for part in self.graph_module.modules() if isinstance(part, fx.GraphModule))
+        targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+        return frozenset(
+            target.name().partition("::")[2] for target in targets if getattr(target, "namespace", None) == NAMESPACE
+        )
 
     @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:

@@ -19,6 +19,8 @@ from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx
 from gralora_fx.model.gralora_model import GraloraModel
 from gralora_fx.serving import load
 from gralora_fx.serving.model import OrtModel
+from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.tracing.inputs.input_names import IMAGE_INPUT_NAMES
 from gralora_fx.tracing.inputs.samples import inputs_for_task
 from tests.architectures.image_prompts import image_inputs_of, image_prompt, tiny_image_model
 from tests.architectures.tiny_decoders import tiny_decoder
@@ -69,6 +71,10 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     prompt = image_prompt(model)
     logits, inputs = image_inputs_of(model, prompt)
     return Exported(model, load(directory / "onnx", threads=1), directory, prompt, logits, inputs)
+
+
+def test_sessions_know_every_input_by_its_name() -> None:
+    assert tuple(IMAGE_INPUTS) == IMAGE_INPUT_NAMES
 
 
 def test_an_image_is_what_the_model_makes_of_its_pixels(qwen: Exported) -> None:

@@ -30,3 +30,15 @@ def takes_image_inputs(inputs: Collection[str]) -> bool:
         inputs: Names of its inputs.
     """
     return EMBEDS in inputs and IDS in inputs
+
+
+def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split inputs into those without labels, and the labels.
+
+    Args:
+        inputs: The inputs of a call, by name.
+        traced: Inputs of the trace; labels among them are the graph's own.
+    """
+    outside = [name for name in LABELS if name not in traced]
+    labels = {name: inputs[name] for name in outside if inputs.get(name) is not None}
+    return {name: value for name, value in inputs.items() if name not in outside}, labels
