@@ -23,8 +23,8 @@ from benchmarks import smollm2
 from benchmarks.forms import BLOCKS, LORA, in_form
 from benchmarks.genai import build, open_model, run_process, seconds_of, token_times
 from benchmarks.harness import Claim, Report, Table, progress
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import load
 
 RUNS = Path("runs/adapters")

@@ -18,10 +18,10 @@ import torch
 
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
+from gralora_fx.run.generate.answer_form import AnswerForm
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import load
-from gralora_fx.serving.answer_form import AnswerForm
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.token_choice import TokenChooser
 
 RUNS = Path("runs/generation")
 THREADS, ROWS, PROMPT, NEW = 2, 8, 64, 400

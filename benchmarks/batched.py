@@ -17,16 +17,16 @@ from transformers import AutoModelForCausalLM
 from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.engine.adapters import Adapters
-from gralora_fx.engine.buffered_steps import BufferedSteps
-from gralora_fx.engine.cache_buffers import CacheBuffers
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS
-from gralora_fx.runtime.export_directory import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.ort_values import as_tensor, empty_values, run_values
-from gralora_fx.runtime.session import Runtime, open_session, quiet_options
-from gralora_fx.runtime.session_views import as_past, with_adapter
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS
+from gralora_fx.format.export_directory import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.engine.adapters import Adapters
+from gralora_fx.run.engine.buffered_steps import BufferedSteps
+from gralora_fx.run.engine.cache_buffers import CacheBuffers
+from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, run_values
+from gralora_fx.run.sessions.session import Runtime, open_session, quiet_options
+from gralora_fx.run.sessions.session_views import as_past, with_adapter
 
 RUNS = Path("runs/batched")
 ROWS, PROMPT, CHUNK, THREADS = 8, 32, 64, 2

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.harness import Claim, Report, Table, progress
 from benchmarks.http_clients import Load, ask, served
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.session import yielding_options
+from gralora_fx.run.sessions.session import yielding_options
 
 CLIENTS, BATCH, THREADS, WORDS = 64, 8, 2, 80
 ROUNDS = 5

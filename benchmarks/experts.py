@@ -24,11 +24,11 @@ from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, PreTra
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from benchmarks.streaming import GIB, peak_memory, write_shards
 from gralora_fx import trace
+from gralora_fx.core.tracing.patches import expert_layers
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
-from gralora_fx.runtime.export_directory import MODEL_NAME
-from gralora_fx.runtime.session import Runtime, open_session, yielding_options
-from gralora_fx.tracing.patches import expert_layers
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
+from gralora_fx.format.export_directory import MODEL_NAME
+from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
 
 TASK = "text-generation-with-past"
 PROMPT, VOCABULARY = 256, 1000
@@ -93,7 +93,7 @@ def _stream(report: Report) -> None:
 
 def export_streamed() -> None:
     """What the other process runs: a streamed export, then its peak memory in bytes."""
-    from gralora_fx.loading.models import load_streamed
+    from gralora_fx.core.loading.models import load_streamed
 
     base, output, options = sys.argv[1:]
     export_onnx(trace(load_streamed(base, TASK), task=TASK), output, verify=False, **json.loads(options))

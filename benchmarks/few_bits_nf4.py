@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraModel
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.session import Runtime, open_session, quiet_options
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
+from gralora_fx.run.sessions.session import Runtime, open_session, quiet_options
 from gralora_fx.serving import load
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits_nf4")

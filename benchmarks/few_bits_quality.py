@@ -31,10 +31,10 @@ from gralora_fx import TracedModel, trace
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.formats import Blocks
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
-from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
-from gralora_fx.runtime.session import open_session
+from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
+from gralora_fx.exporters.verify.token_quality import kl_divergence, user_texts
+from gralora_fx.run.sessions.session import open_session
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits")
 TEXTS, CHOOSING = 24, 24  # of at most 128 tokens: held-out ones, and others by which bits are chosen

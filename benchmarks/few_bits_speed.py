@@ -21,10 +21,10 @@ from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, Timings, measure, progress
 from benchmarks.models import minilm
 from gralora_fx import trace
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import load_news, package_folder
-from gralora_fx.engine.decoder import part_length
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
+from gralora_fx.run.engine.decoder import part_length
 from gralora_fx.serving import load
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits_speed")

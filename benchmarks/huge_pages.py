@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.cli.huge_pages import TUNABLE, VARIABLE
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import load
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/huge_pages")

@@ -29,7 +29,7 @@ from transformers import (
 from benchmarks import smollm2
 from benchmarks.genai import build, open_model, run_process, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
-from gralora_fx.sources.model_files import EXPORT_FILE
+from gralora_fx.base.sources.model_files import EXPORT_FILE
 
 RUNS = Path("runs/hybrids_genai")
 OURS, OURS_4, GENAI = "ours", "ours, bits=4", "genai's builder"

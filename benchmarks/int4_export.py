@@ -23,10 +23,10 @@ from benchmarks.few_bits_quality import TEXTS, held_out, permuted_model
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import TracedModel
 from gralora_fx.exporters import export_onnx, onnx
-from gralora_fx.exporters.quantization import calibration, choice, sequential
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
-from gralora_fx.exporters.verification.token_quality import kl_divergence
-from gralora_fx.runtime.session import open_session
+from gralora_fx.exporters.quantize import calibration, choice, sequential
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
+from gralora_fx.exporters.verify.token_quality import kl_divergence
+from gralora_fx.run.sessions.session import open_session
 
 OUTPUT = Path("runs/int4_export")
 STAGES = (

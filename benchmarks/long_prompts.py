@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Report, Table, progress
-from gralora_fx.loading.token_bounds import TokenBound, surely_exceeds
+from gralora_fx.core.loading.token_bounds import TokenBound, surely_exceeds
 
 RUNS = Path("runs/generation")
 SIZE, MOST = 10_000_000, 0.1  # bytes of a text; seconds that a refusal may take

@@ -32,18 +32,18 @@ from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from benchmarks.http_clients import HOST, served
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine.adapters import LoadedAdapter
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_file import read_record, record_in_memory, write_tensors
-from gralora_fx.runtime.adapter_format import read_parameters
-from gralora_fx.runtime.adapter_paths import SUFFIX, record_path
-from gralora_fx.runtime.export_directory import ADAPTERS
+from gralora_fx.format.adapter_format import read_parameters
+from gralora_fx.format.adapter_paths import SUFFIX, record_path
+from gralora_fx.format.export_directory import ADAPTERS
+from gralora_fx.run.engine.adapters import LoadedAdapter
+from gralora_fx.run.sessions.adapter_file import read_record, record_in_memory, write_tensors
+from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.engines import open_engine
+from gralora_fx.service.metrics import Metrics
+from gralora_fx.service.root_adapters import RootAdapters
 from gralora_fx.serving import OrtModel, load
-from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.engines import open_engine
-from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.http.root_adapters import RootAdapters
 
 RUNS, NAME = Path("runs/many_adapters"), "adapter"
 RANK, LOADED, PROMPT, NEW = 16, 32, 24, 8

@@ -23,13 +23,13 @@ from transformers import AutoTokenizer
 from benchmarks import hybrids, smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import trace
+from gralora_fx.base.sources.model_files import EXPORT_FILE
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.service.scheduling.continuous import ContinuousScheduler
+from gralora_fx.service.scheduling.queue import Observer
 from gralora_fx.serving import Decoder, OrtModel, load
-from gralora_fx.serving.completion import TextRequest
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import Observer
-from gralora_fx.sources.model_files import EXPORT_FILE
 
 RUNS, TINY, TESTS = Path("runs/generation"), Path("runs/prefix_cache"), Path(__file__).parents[1] / "tests"
 THREADS, CHUNK, LIMIT = 2, 64, 2**29

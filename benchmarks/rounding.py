@@ -25,13 +25,13 @@ from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.flavours.decoder import DECODER
+from gralora_fx.exporters.kinds.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.formats import Blocks
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps
-from gralora_fx.exporters.verification.measure_quality import measure_quality
-from gralora_fx.exporters.verification.token_quality import kl_divergence, user_texts
-from gralora_fx.runtime.session import Runtime, open_session, quiet_options
+from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
+from gralora_fx.exporters.verify.measure_quality import measure_quality
+from gralora_fx.exporters.verify.token_quality import kl_divergence, user_texts
+from gralora_fx.run.sessions.session import Runtime, open_session, quiet_options
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/rounding")
 ALPHA = 20  # of the adapter: large enough to change one token in five

@@ -36,8 +36,8 @@ from benchmarks.genai import open_model, token_times
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_paths import SUFFIX
-from gralora_fx.runtime.export_directory import ADAPTERS
+from gralora_fx.format.adapter_paths import SUFFIX
+from gralora_fx.format.export_directory import ADAPTERS
 
 RUNS = Path("runs/service")
 REQUESTS, ROWS, PROMPT, NEW, THREADS, PIECE = 16, 16, 67, 64, 2, 256  # prompts of about 50 words

@@ -27,12 +27,12 @@ import psutil
 
 from benchmarks import smollm2
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
-from gralora_fx.engine import cache_buffers
-from gralora_fx.engine.decoder import Decoder, part_length
+from gralora_fx.base.sources.model_files import EXPORT_FILE
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
+from gralora_fx.run.engine import cache_buffers
+from gralora_fx.run.engine.decoder import Decoder, part_length
 from gralora_fx.serving import OrtModel, load
-from gralora_fx.sources.model_files import EXPORT_FILE
 
 RUNS = Path("runs/service_memory")
 THREADS, MB = 2, 10**6

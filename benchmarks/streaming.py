@@ -26,8 +26,8 @@ from transformers import PreTrainedConfig
 
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import GraloraConfig
-from gralora_fx.methods.gralora import GraloraSizes
-from gralora_fx.methods.registry import GRALORA
+from gralora_fx.core.methods.gralora import GraloraSizes
+from gralora_fx.core.methods.registry import GRALORA
 
 GIB = 2**30
 TINY_LLAMA: dict[str, Any] = {
@@ -138,8 +138,8 @@ def measure_export(root: Path, task: str, options: dict[str, Any]) -> dict[str, 
 
 def export() -> None:
     """What the other process runs: a streamed export, then its peak memory in bytes."""
+    from gralora_fx.core.loading.bases import load_traced
     from gralora_fx.exporters import export_onnx
-    from gralora_fx.loading.bases import load_traced
 
     base, adapter, output, task, options = sys.argv[1:]
     imports = peak_memory()

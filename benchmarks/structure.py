@@ -40,10 +40,10 @@ from transformers import (
 from benchmarks import loaded_files
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
+from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.server import bind, limited
+from gralora_fx.service.app import create_app
+from gralora_fx.service.server import bind, limited
 
 _ROOT = Path(__file__).parents[1]
 _SIZES = {

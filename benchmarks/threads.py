@@ -15,9 +15,9 @@ import numpy as np
 from benchmarks import smollm2
 from benchmarks.generation import RUNS
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.run_options import available_threads
+from gralora_fx.run.sessions.run_options import available_threads
 from gralora_fx.serving import load
 
 PROMPT, STEPS = 256, 32

@@ -23,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.harness import Claim, Report, Table, progress
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 CONTEXT, ROWS, SPECIAL = 4096, 16, 3
 # by the token's id: so that strings and lists of random letters do not become long

@@ -22,9 +22,9 @@ import httpx2
 
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.spans import SpanMiddleware, tracing_of_environment
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.service.app import create_app
+from gralora_fx.service.spans import SpanMiddleware, tracing_of_environment
 
 RUNS = Path("runs/generation")
 THREADS, CLIENTS, NEW, SHORT = 2, 8, 16, 10  # requests at once and their tokens, and short requests one after the other

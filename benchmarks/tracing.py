@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Case, Report, Table, measure, progress
 from benchmarks.models import minilm, small_llama
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.progress.stages import quiet
-from gralora_fx.tracing.capture import Axes, export_transformers_model
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.tracing.capture import Axes, export_transformers_model
 
 OPTIONS: dict[str, Any] = {"r": 8, "gralora_k": 2, "target_modules": "all-linear"}
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {

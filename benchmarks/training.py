@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from benchmarks.harness import Case, Report, Table, measure, progress
 from benchmarks.models import minilm
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.methods.low_rank import accumulate
+from gralora_fx.core.methods.low_rank import accumulate
 
 BATCH, LENGTH, RANK = 16, 64, 32
 

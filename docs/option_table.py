@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from gralora_fx.config.option import declared_options
+from gralora_fx.core.config.option import declared_options
 from gralora_fx.exporters.options import ExportOptions
 
 PAGE = Path(__file__).parent / "export.md"

@@ -7,13 +7,13 @@ from gralora_fx import first_use
 if TYPE_CHECKING:
     from gralora_fx.exporters.adapter_export import export_adapter
     from gralora_fx.exporters.checkpoint_merge import MergeReport, merge_checkpoint
-    from gralora_fx.exporters.folding.fold_report import FoldReport
+    from gralora_fx.exporters.fold.fold_report import FoldReport
     from gralora_fx.exporters.lora_form import LoraReport, to_lora
     from gralora_fx.exporters.onnx import export_onnx
     from gralora_fx.exporters.onnx_fold import fold_onnx
+    from gralora_fx.exporters.onnx_verify import verify_onnx
     from gralora_fx.exporters.reports import ExportReport
     from gralora_fx.exporters.triton import TritonReport, export_triton
-    from gralora_fx.exporters.verify import verify_onnx
     from gralora_fx.exporters.verify_report import VerifyReport
 
 __all__ = [
@@ -35,19 +35,19 @@ __all__ = [
 # Where each name lives; imported on first use, so that an export's files can be checked without torch. No file has the
 # name of a function in it: as a submodule it would take the function's place in this package.
 _HOMES = {
-    "ExportReport": "reports",
-    "FoldReport": "folding.fold_report",
-    "LoraReport": "lora_form",
-    "MergeReport": "checkpoint_merge",
-    "TritonReport": "triton",
-    "VerifyReport": "verify_report",
-    "export_adapter": "adapter_export",
-    "export_onnx": "onnx",
-    "export_triton": "triton",
-    "fold_onnx": "onnx_fold",
-    "merge_checkpoint": "checkpoint_merge",
-    "to_lora": "lora_form",
-    "verify_onnx": "verify",
+    "ExportReport": "exporters.reports",
+    "FoldReport": "exporters.fold.fold_report",
+    "LoraReport": "exporters.lora_form",
+    "MergeReport": "exporters.checkpoint_merge",
+    "TritonReport": "exporters.triton",
+    "VerifyReport": "exporters.verify_report",
+    "export_adapter": "exporters.adapter_export",
+    "export_onnx": "exporters.onnx",
+    "export_triton": "exporters.triton",
+    "fold_onnx": "exporters.onnx_fold",
+    "merge_checkpoint": "exporters.checkpoint_merge",
+    "to_lora": "exporters.lora_form",
+    "verify_onnx": "exporters.onnx_verify",
 }
 
 __getattr__ = first_use(__name__, _HOMES)

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.adapters.stored_adapter import open_adapter
+from gralora_fx.base.progress.report import Invocation, Report, Summary, size_of
+from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
+from gralora_fx.core.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, listed, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
-from gralora_fx.progress.report import Invocation, Report, Summary, size_of
-from gralora_fx.runtime.adapter_file import AdapterInMemory, AdapterRecord, read_record, record_in_memory
-from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, check_takes_adapters
-from gralora_fx.runtime.export_directory import ADAPTERS, DECODER_KIND
-from gralora_fx.runtime.export_usage import comparison_of, usage_of
-from gralora_fx.runtime.exported_base import base_of_export, layers_of_export
-from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.sources.same_base import BaseComparison, compare_bases
+from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters
+from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND
+from gralora_fx.format.export_usage import comparison_of, usage_of
+from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.run.sessions.adapter_file import AdapterInMemory, AdapterRecord, read_record, record_in_memory
+from gralora_fx.run.sessions.exported_base import base_of_export, layers_of_export
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.adapters.stored_adapter import open_adapter
-from gralora_fx.config.tasks import task_of
+from gralora_fx.base.progress.console import with_progress
+from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
+from gralora_fx.base.progress.stages import timed
+from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed
+from gralora_fx.base.sources.model_files import MODEL_FILE, check_model_files, read_json_object, resolve_directory
+from gralora_fx.base.sources.rewriting import write_files
+from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases
+from gralora_fx.base.sources.saved_weights import read_weights
+from gralora_fx.core.adapters.stored_adapter import open_adapter
+from gralora_fx.core.loading.adapter_facts import head_classes
 from gralora_fx.errors import CheckpointError, listed
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
-from gralora_fx.exporters.folding.checkpoint_changes import find_changes
-from gralora_fx.exporters.folding.checkpoint_files import edited_config, write_other_files
-from gralora_fx.exporters.folding.checkpoint_names import in_layers, names_in_files, names_of
-from gralora_fx.loading.adapter_facts import head_classes
-from gralora_fx.progress.console import with_progress
-from gralora_fx.progress.report import Invocation, Report, Summary, written, written_lines
-from gralora_fx.progress.stages import timed
-from gralora_fx.sources.base_quantization import BaseQuantization, check_not_packed
-from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, read_json_object, resolve_directory
-from gralora_fx.sources.rewriting import write_files
-from gralora_fx.sources.same_base import BaseComparison, BaseSource, compare_bases
-from gralora_fx.sources.saved_weights import read_weights
+from gralora_fx.exporters.fold.checkpoint_changes import find_changes
+from gralora_fx.exporters.fold.checkpoint_files import edited_config, write_other_files
+from gralora_fx.exporters.fold.checkpoint_names import in_layers, names_in_files, names_of
+from gralora_fx.format.tasks import task_of
 
 _WORKERS = 4  # threads, also on fewer cores, since they wait for the disk too
 _DOWNLOADED = (

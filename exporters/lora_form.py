@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.adapter_files import adapter_writers
-from gralora_fx.adapters.parameter_keys import names_parameter, parameter_keys
-from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
-from gralora_fx.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.config.checks import KEY_PREFIX, check_integer
-from gralora_fx.config.expressions import fullmatch
+from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
+from gralora_fx.core.adapters.adapter_files import adapter_writers
+from gralora_fx.core.adapters.parameter_keys import names_parameter, parameter_keys
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
+from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.core.config.checks import KEY_PREFIX, check_integer
+from gralora_fx.core.config.expressions import fullmatch
+from gralora_fx.core.methods.arrays import to_numpy
+from gralora_fx.core.methods.forms import Truncated, truncate, update_norm
+from gralora_fx.core.methods.lora import Lora, LoraConfig
+from gralora_fx.core.methods.method import Update
+from gralora_fx.core.planning.targets import rule_of
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
-from gralora_fx.methods.arrays import to_numpy
-from gralora_fx.methods.forms import Truncated, truncate, update_norm
-from gralora_fx.methods.lora import Lora, LoraConfig
-from gralora_fx.methods.method import Update
-from gralora_fx.planning.targets import rule_of
-from gralora_fx.progress.report import Invocation, Report, Summary, written, written_lines
 
 if TYPE_CHECKING:
     import torch

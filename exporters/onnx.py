@@ -8,7 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, Protocol
 
-from gralora_fx.config.option import by_keywords
+from gralora_fx.base.progress.console import with_progress
+from gralora_fx.base.progress.stages import gc_pause, timed
+from gralora_fx.core.config.option import by_keywords
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed, warn_caller
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
@@ -21,22 +26,17 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.conversion import Conversion, check_found, conversion_of
-from gralora_fx.exporters.flavours import flavour_of
-from gralora_fx.exporters.fx_passes.export_graphs import check_exportable
-from gralora_fx.exporters.onnx_passes.site_marks import MarkedSites
+from gralora_fx.exporters.kinds import flavour_of
+from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.formats import DYNAMIC
+from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, attention_report, experts_report
-from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.progress.console import with_progress
-from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.runtime.export_files import describe_files, file_names
-from gralora_fx.runtime.export_usage import usage_of
-from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.runtime.session import Runtime, check_integer_sums
-from gralora_fx.tracing.inputs.layouts import CacheLayout
-from gralora_fx.tracing.traced_model import TracedModel
+from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
+from gralora_fx.exporters.translation.export_graphs import check_exportable
+from gralora_fx.format.export_files import describe_files, file_names
+from gralora_fx.format.export_usage import usage_of
+from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.sessions.session import Runtime, check_integer_sums
 
 Keywords = ParamSpec("Keywords")
 
@@ -77,7 +77,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         model: A traced model, or a rewritten one, whose active adapters are folded into the exported weights.
         output_dir: The directory to write: new, empty, or an earlier export of the same base and task.
         adapters: How adapters are held: `"merged"` folds the active ones into the weights. All others keep the base and
-            take adapters as data (see `gralora_fx.runtime.adapter_inputs`), at the layers that any adapter of the model
+            take adapters as data (see `gralora_fx.format.adapter_inputs`), at the layers that any adapter of the model
             adapts; the active ones are written to `adapters/`. `"data"`: in `model.onnx` as initializers that may be
             overridden, of rank 0 unless they are, one adapter a run; in `model_rows.onnx` stacked, one adapter a row
             (`ExportReport.rows` says why there is none, where rows cannot be told apart). `"inputs"`: as required
@@ -133,7 +133,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
     if conversion.plan is not None:
-        from gralora_fx.exporters.quantization.choice import choose_formats
+        from gralora_fx.exporters.quantize.choice import choose_formats
 
         with timed("choose", seconds, "quantizing"):
             conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
@@ -157,7 +157,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
                 write_active_adapters(stage, model, manifest)
         verification = quality = None
         if options.level is not None:
-            from gralora_fx.exporters.verify import verify_onnx
+            from gralora_fx.exporters.onnx_verify import verify_onnx
 
             with timed("verify", seconds, "comparing"):
                 verification = verify_onnx(stage, model, options.level)
@@ -166,7 +166,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
                     f"the export's results differ from the model's, so it was not written:\n{verification.details}"
                 )
             if flavour.measures_quality(options):
-                from gralora_fx.exporters.verification.measure_quality import measure_quality
+                from gralora_fx.exporters.verify.measure_quality import measure_quality
 
                 with timed("quality", seconds, "measuring"):
                     quality = measure_quality(

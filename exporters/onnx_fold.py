@@ -12,7 +12,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gralora_fx.adapters.stored_adapter import StoredAdapter, open_adapter
+from gralora_fx.base.progress.console import with_progress
+from gralora_fx.base.progress.stages import timed
+from gralora_fx.base.sources.rewriting import NewFile, write_files
+from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
+from gralora_fx.core.loading.adapter_facts import needed_quantization
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters.artifact.staging import (
     check_output,
@@ -22,30 +27,25 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.folding.expert_locations import ExpertLocation, find_experts, named_by_export
-from gralora_fx.exporters.folding.fold_report import FoldedSite, FoldReport
-from gralora_fx.exporters.folding.matching_weights import BaseWeights
-from gralora_fx.exporters.folding.onnx_rewriting import OnnxRewriting, plan_rewriting
-from gralora_fx.exporters.folding.replaced_parameters import Replacements, find_replacements
-from gralora_fx.exporters.folding.requantize import Survival, check_survival, overall_share, survival_by_layer
-from gralora_fx.exporters.folding.source_export import (
+from gralora_fx.exporters.fold.expert_locations import ExpertLocation, find_experts, named_by_export
+from gralora_fx.exporters.fold.fold_report import FoldedSite, FoldReport
+from gralora_fx.exporters.fold.matching_weights import BaseWeights
+from gralora_fx.exporters.fold.onnx_rewriting import OnnxRewriting, plan_rewriting
+from gralora_fx.exporters.fold.replaced_parameters import Replacements, find_replacements
+from gralora_fx.exporters.fold.requantize import Survival, check_survival, overall_share, survival_by_layer
+from gralora_fx.exporters.fold.source_export import (
     SourceExport,
     check_earlier_adapters,
     digest_of,
     open_export,
     with_adapter,
 )
-from gralora_fx.exporters.folding.weight_locations import BY_NAME, Export, WeightLocation, find_locations
-from gralora_fx.loading.adapter_facts import needed_quantization
-from gralora_fx.progress.console import with_progress
-from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.export_directory import MANIFEST_NAME
-from gralora_fx.runtime.export_files import check_files, describe_files
-from gralora_fx.runtime.export_usage import usage_of
-from gralora_fx.runtime.exported_base import base_of_export
-from gralora_fx.runtime.manifest import FileEntry, Manifest, WeightEntry
-from gralora_fx.sources.rewriting import NewFile, write_files
-from gralora_fx.sources.same_base import BaseComparison, compare_bases
+from gralora_fx.exporters.fold.weight_locations import BY_NAME, Export, WeightLocation, find_locations
+from gralora_fx.format.export_directory import MANIFEST_NAME
+from gralora_fx.format.export_files import check_files, describe_files
+from gralora_fx.format.export_usage import usage_of
+from gralora_fx.format.manifest import FileEntry, Manifest, WeightEntry
+from gralora_fx.run.sessions.exported_base import base_of_export
 
 
 @with_progress

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from gralora_fx.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
-from gralora_fx.config.tasks import ENCODER_DECODERS
+from gralora_fx.core.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.quantization.formats import (
+from gralora_fx.exporters.quantize.formats import (
     BLOCK_BITS,
     DYNAMIC,
     MEAN_BITS,
@@ -22,10 +21,11 @@ from gralora_fx.exporters.quantization.formats import (
     bits_problem,
     block_size_problem,
 )
-from gralora_fx.runtime.adapter_inputs import AS_DATA, EARLIER_MODES
+from gralora_fx.format.adapter_inputs import AS_DATA, EARLIER_MODES
+from gralora_fx.format.tasks import ENCODER_DECODERS
 
 if TYPE_CHECKING:
-    from gralora_fx.methods import AdapterMethod
+    from gralora_fx.core.methods import AdapterMethod
 
 LEVELS = ("quick", "full")
 _CHOOSING = ("int4", DYNAMIC)  # kinds whose bits are chosen by what a model computes

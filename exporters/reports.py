@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from gralora_fx.base.progress.report import Invocation, Report, Summary, slowest, times, written, written_lines
+from gralora_fx.core.graph.pipeline import PassLog, PassReport, Skip
 from gralora_fx.exporters.verify_report import VerifyReport
-from gralora_fx.graph.pipeline import PassLog, PassReport, Skip
-from gralora_fx.progress.report import Invocation, Report, Summary, slowest, times, written, written_lines
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
-from gralora_fx.runtime.export_directory import ROWS_NAME
-from gralora_fx.runtime.export_usage import comparison_of
-from gralora_fx.runtime.manifest import RowsEntry
-from gralora_fx.runtime.quantized_weights import Quality, QuantizedWeights
+from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.export_directory import ROWS_NAME
+from gralora_fx.format.export_usage import comparison_of
+from gralora_fx.format.manifest import RowsEntry
+from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
 
 # what the stages of an export are called, with how each is left out
 _STAGES = {

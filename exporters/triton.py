@@ -13,23 +13,23 @@ from typing import Any
 
 import onnx_ir as ir
 
+from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
+from gralora_fx.base.progress.stages import timed
+from gralora_fx.base.sources.paths import usable_directory, usable_path
 from gralora_fx.errors import ExportError, listed, shown
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
-from gralora_fx.exporters.folding.initializers import external_tensors
-from gralora_fx.exporters.onnx_passes.adapter_groups import ConstantAdapters
-from gralora_fx.progress.report import Invocation, Report, Summary, written, written_lines
-from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.adapter_arrays import BASE, as_arrays, stacked
-from gralora_fx.runtime.adapter_file import read_record, read_tensors
-from gralora_fx.runtime.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
-from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, own_adapters
-from gralora_fx.runtime.export_directory import MODEL_NAME, ROWS_NAME
-from gralora_fx.runtime.export_files import check_files, weight_files
-from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.runtime.session import check_external_data, open_session
-from gralora_fx.sources.paths import usable_directory, usable_path
+from gralora_fx.exporters.fold.initializers import external_tensors
+from gralora_fx.exporters.rules.adapters.adapter_groups import ConstantAdapters
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
+from gralora_fx.format.adapter_paths import SUFFIX, check_name, own_adapters
+from gralora_fx.format.export_directory import MODEL_NAME, ROWS_NAME
+from gralora_fx.format.export_files import check_files, weight_files
+from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.run.sessions.adapter_arrays import BASE, as_arrays, stacked
+from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
+from gralora_fx.run.sessions.session import check_external_data, open_session
 
 _CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
 _CLASSIFICATIONS = ("text-classification", "image-classification")

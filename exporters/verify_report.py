@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gralora_fx.base.progress.report import Report, Summary
 from gralora_fx.errors import listed
-from gralora_fx.progress.report import Report, Summary
-from gralora_fx.runtime.export_directory import ROWS_NAME
+from gralora_fx.format.export_directory import ROWS_NAME
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ProviderRun:
         device = f" on {self.device}" if self.device else ""
         nodes = ""
         if self.nodes:
-            from gralora_fx.runtime.placement import describe_placement
+            from gralora_fx.run.sessions.placement import describe_placement
 
             nodes = f"; nodes: {describe_placement(self.nodes)}"
         return f"{self.name} {self.version}{device}{nodes}"

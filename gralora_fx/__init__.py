@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from gralora_fx.config import GraloraConfig
-    from gralora_fx.graph.sites import LinearSite
-    from gralora_fx.methods.dora import DoraConfig
-    from gralora_fx.methods.lora import LoraConfig
-    from gralora_fx.model.gralora_model import GraloraModel
-    from gralora_fx.model.rewrite import merge, rewrite
-    from gralora_fx.planning.planner import plan
-    from gralora_fx.planning.rewrite_plan import RewritePlan
-    from gralora_fx.tracing.trace import trace
-    from gralora_fx.tracing.traced_model import TracedModel
+    from gralora_fx.core.config import GraloraConfig
+    from gralora_fx.core.graph.sites import LinearSite
+    from gralora_fx.core.methods.dora import DoraConfig
+    from gralora_fx.core.methods.lora import LoraConfig
+    from gralora_fx.core.model.gralora_model import GraloraModel
+    from gralora_fx.core.model.rewrite import merge, rewrite
+    from gralora_fx.core.planning.planner import plan
+    from gralora_fx.core.planning.rewrite_plan import RewritePlan
+    from gralora_fx.core.tracing.trace import trace
+    from gralora_fx.core.tracing.traced_model import TracedModel
 
 __all__ = [
     "DoraConfig",
@@ -39,34 +39,34 @@ __all__ = [
 # Where each name lives. They are imported on first use: torch and transformers take seconds, which a command line that
 # only shows its help, or refuses its options, should not wait for.
 _HOMES = {
-    "DoraConfig": "methods.dora",
-    "GraloraConfig": "config",
-    "GraloraModel": "model.gralora_model",
-    "LinearSite": "graph.sites",
-    "LoraConfig": "methods.lora",
-    "RewritePlan": "planning.rewrite_plan",
-    "TracedModel": "tracing.traced_model",
-    "merge": "model.rewrite",
-    "plan": "planning.planner",
-    "rewrite": "model.rewrite",
-    "trace": "tracing.trace",
+    "DoraConfig": "core.methods.dora",
+    "GraloraConfig": "core.config.gralora_config",
+    "GraloraModel": "core.model.gralora_model",
+    "LinearSite": "core.graph.sites",
+    "LoraConfig": "core.methods.lora",
+    "RewritePlan": "core.planning.rewrite_plan",
+    "TracedModel": "core.tracing.traced_model",
+    "merge": "core.model.rewrite",
+    "plan": "core.planning.planner",
+    "rewrite": "core.model.rewrite",
+    "trace": "core.tracing.trace",
 }
 
 
-def first_use(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make a package's `__getattr__`, which imports each of its names on first use.
+def first_use(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """Make a module's `__getattr__`, which imports each of its names on first use.
 
     Args:
-        package: Name of the package.
-        homes: The module of each name, relative to the package.
+        module: Name of the module or package.
+        homes: The module of each name, relative to `gralora_fx`.
     """
 
     def imported(name: str) -> Any:
         """Import a name on first use."""
         if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{homes[name]}", package), name)
-        setattr(sys.modules[package], name, value)
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(import_module(f"gralora_fx.{homes[name]}"), name)
+        setattr(sys.modules[module], name, value)
         return value
 
     return imported

@@ -57,7 +57,7 @@ def openvino() -> Any:
     """The device of OpenVINO's plug-in; it has none on a processor that is not Intel's."""
     pytest.importorskip("onnxruntime_ep_openvino", reason="pip install 'gralora-fx[openvino]'")
     from gralora_fx.errors import ServingError
-    from gralora_fx.runtime.plugins import devices_of
+    from gralora_fx.run.sessions.plugins import devices_of
 
     try:
         return devices_of("OpenVINOExecutionProvider")[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from gralora_fx.runtime.export_directory import MANIFEST_NAME
+from gralora_fx.format.export_directory import MANIFEST_NAME
 
 
 def shift_weight(directory: Path, name: str) -> None:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.base_quantization import BaseQuantization
 
 VOCABULARY = 101
 # widths are whole numbers of blocks: bitsandbytes' kernel for AVX-512 reads other rows wrong

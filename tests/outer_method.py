@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from gralora_fx.config import AdapterConfig
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.methods import AdapterMethod, LayerCall
 from gralora_fx.errors import ConfigError
-from gralora_fx.methods import AdapterMethod, LayerCall
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from served_exports import CACHED, END, adapted, chat_tokenizer
 from tiny_models import tiny_model
 
 from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
-from gralora_fx.engine.decoder import part_length
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
+from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.service.scheduling.continuous import ContinuousScheduler
+from gralora_fx.service.scheduling.queue import Observer
+from gralora_fx.service.scheduling.served_models import ServedModels
 from gralora_fx.serving import load
-from gralora_fx.serving.completion import TextRequest
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import Observer
-from gralora_fx.serving.scheduling.served_models import ServedModels
 from tests.architectures.tiny_decoders import tiny_decoder
 
 ADAPTERS, VERSIONS, CONTEXT, CHUNK = 8, 2, 192, 16

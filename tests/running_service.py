@@ -14,9 +14,9 @@ from urllib.request import Request, urlopen
 import pytest
 import uvicorn
 
-from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.server import bind, limited
+from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings
+from gralora_fx.service.app import create_app
+from gralora_fx.service.server import bind, limited
 
 
 @contextmanager

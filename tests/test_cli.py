@@ -31,9 +31,9 @@ from transformers import AutoModelForSequenceClassification, OpenAIGPTConfig, Op
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app, main
-from gralora_fx.config.tasks import TASKS
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceError
-from gralora_fx.loading.bases import load_traced
+from gralora_fx.format.tasks import TASKS
 from gralora_fx.serving import load
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from gralora_fx.compat import torch_graphs, torch_onnx
+from gralora_fx.base.compat import torch_graphs, torch_onnx
 
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
+COMPAT = ROOT / "gralora_fx" / "base" / "compat"
 FILES = [
     file
     for folder in ("gralora_fx", "exporters")
@@ -28,9 +29,9 @@ FILES = [
 ATTRIBUTES = {"_codegen", "_schema", "_body_transformer", "_enter_autocast", "_exit_autocast", "_PATCHES"}
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "gralora_fx" / "compat").glob("[a-z]*.py"))])
+@pytest.mark.parametrize("name", sorted(path.stem for path in COMPAT.glob("[a-z]*.py")))
 def test_every_name_is_there(name: str) -> None:
-    module = importlib.import_module(f"gralora_fx.compat.{name}")
+    module = importlib.import_module(f"gralora_fx.base.compat.{name}")
     assert all(hasattr(module, name) for name in getattr(module, "__all__", ()))
 
 

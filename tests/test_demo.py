@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 from running_service import post, running
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.base.progress.console import SILENCED, Heartbeat
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.demo import news_classifier as news_module
 from gralora_fx.demo import news_writer, timed_stages, writing
 from gralora_fx.demo import run as run_demo
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.demo.timed_stages import Stages
 from gralora_fx.errors import GraloraError
-from gralora_fx.progress.console import SILENCED, Heartbeat
 from gralora_fx.serving import load
 
 run_module = importlib.import_module("gralora_fx.demo.run")  # the package's own name is the function

@@ -19,61 +19,63 @@ ROOT = Path(__file__).parent.parent
 # folders, and single files if a folder's own files are on both sides of its subfolders; the longest match counts
 ORDER = [
     "errors",
-    "compat",
-    "progress",
-    "sources",
-    "config",
-    "graph",
+    "base.compat",
+    "base",
+    "core.config",
+    "format",
+    "core.graph",
+    "core.methods",
     "methods",
-    "operators",
-    "tracing.failures",
-    "tracing.inputs",
-    "tracing.patches",
-    "tracing.draft",
-    "tracing.normalize",
-    "tracing",
-    "passes",
-    "planning",
-    "adapters",
+    "core.operators",
+    "core.tracing.failures",
+    "core.tracing.inputs",
+    "core.tracing.patches",
+    "core.tracing.draft",
+    "core.tracing.normalize",
+    "core.tracing",
+    "core.planning",
+    "core.adapters",
     "picture",
-    "model",
+    "core.model",
+    "core.loading",
+    "core",
     "loading",
-    "runtime",
-    "engine",
-    "exporters.quantization",
+    "run.sessions",
+    "run.engine",
+    "exporters.quantize",
     "exporters.options",
     "exporters.verify_report",
     "exporters.reports",
-    "exporters.onnx_pipeline",
-    "exporters.conversion",
-    "exporters.fx_passes",
+    "exporters.rules.onnx_pipeline",
+    "exporters.kinds.conversion",
     "exporters.translation",
-    "exporters.onnx_passes",
-    "exporters.folding",
+    "exporters.rules",
+    "exporters.fold",
     "exporters.artifact",
-    "exporters.verification",
-    "exporters.quantization.calibration",
-    "exporters.quantization.choice",
-    "exporters.flavours",
     "exporters.verify",
+    "exporters.quantize.calibration",
+    "exporters.quantize.choice",
+    "exporters.kinds",
+    "exporters.onnx_verify",
     "exporters",
+    "run",
+    "service.scheduling",
+    "service",
+    "service.scale",
     "serving",
-    "serving.scheduling",
-    "serving.http",
-    "serving.scale",
     "demo",
     "cli",
 ]
+PUBLIC = {"errors", "loading", "methods", "serving"}  # modules of public names alone
 LONGEST = 350  # lines of a file
 # names of several files, of which each folder says at a glance which half or whose it is
 SAME_NAMES = {
     ("cli.options", "exporters.options"): "options of a command line, and of an export",
-    ("cli.verify", "exporters.verify"): "a command, and the function that it calls",
-    ("engine.decoder", "exporters.flavours.decoder"): "how a kind of export is run, and how it is written",
-    ("engine.encoder_decoder", "exporters.flavours.encoder_decoder"): "the same of another kind",
-    ("exporters.artifact.manifest", "runtime.manifest"): "how it is written, and how it is read",
+    ("exporters.kinds.decoder", "run.engine.decoder"): "how a kind of export is run, and how it is written",
+    ("exporters.kinds.encoder_decoder", "run.engine.encoder_decoder"): "the same of another kind",
+    ("exporters.artifact.manifest", "format.manifest"): "how it is written, and how it is read",
 }
-PROTOCOLS = "serving.http"  # each folder in it is a protocol, whose files are named alike
+PROTOCOLS = "service.protocols"  # each folder in it is a protocol, whose files are named alike
 FILES = sorted({file.resolve() for folder in ("gralora_fx", "exporters") for file in (ROOT / folder).rglob("*.py")})
 
 
@@ -146,7 +148,7 @@ def test_every_stage_exists() -> None:
 
 
 def test_the_root_holds_no_other_modules() -> None:
-    assert {path.stem for path in (ROOT / "gralora_fx").glob("*.py")} == {"__init__", "errors"}
+    assert {path.stem for path in (ROOT / "gralora_fx").glob("*.py")} == {"__init__", *PUBLIC}
 
 
 def recurring(names: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -186,8 +188,8 @@ def test_recurring_names_are_seen() -> None:
     assert recurring([("plain", "b.plain"), ("fold", "fold"), ("plain", "a.plain")]) == {
         "plain": ("a.plain", "b.plain")
     }
-    assert is_of_a_protocol("serving.http.openai.routes")
-    assert not is_of_a_protocol("serving.http.app")
+    assert is_of_a_protocol("service.protocols.openai.routes")
+    assert not is_of_a_protocol("service.app")
 
 
 def test_no_file_is_long() -> None:
@@ -206,9 +208,10 @@ def test_no_module_imports_peft(file: Path) -> None:
 def test_serving_needs_no_exporter() -> None:
     """In a fresh interpreter."""
     code = (
-        "import sys, gralora_fx.serving.http.app\n"
+        "import sys, gralora_fx.service.app\n"
         "print(sorted(n for n in sys.modules if n.split('.')[0] == 'onnxscript' or n.startswith("
-        "('torch.onnx', 'gralora_fx.exporters', 'gralora_fx.model', 'transformers.exporters', 'opentelemetry.sdk'))))"
+        "('torch.onnx', 'gralora_fx.exporters', 'gralora_fx.core.model', 'transformers.exporters', "
+        "'opentelemetry.sdk'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

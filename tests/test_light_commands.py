@@ -19,8 +19,8 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import GraloraModel, rewrite
+from gralora_fx.core.methods import METHODS, register
 from gralora_fx.exporters import checkpoint_merge, export_onnx, fold_onnx, merge_checkpoint, to_lora
-from gralora_fx.methods import METHODS, register
 from gralora_fx.serving import load
 
 HEAVY = ("torch", "transformers")

@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_packages_of_the_tree_and_nothing_else(built: Path) 
         names = wheel.namelist()
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(files_of_packages())
     assert {"gralora_fx/py.typed", "gralora_fx/exporters/onnx.py", "gralora_fx/picture/page.html.j2"} <= set(names)
-    assert {"gralora_fx/cli/__main__.py", "gralora_fx/serving/http/page/index.html"} <= set(names)
+    assert {"gralora_fx/cli/__main__.py", "gralora_fx/service/page/index.html"} <= set(names)
     about = {name.split("/", 1)[1] for name in names if ".dist-info/" in name}
     assert about == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.cli import app
+from gralora_fx.core.loading.tokenizers import load_tokenizer
+from gralora_fx.core.methods import read_config
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters import (
     export_adapter,
@@ -28,8 +30,6 @@ from gralora_fx.exporters import (
     to_lora,
     verify_onnx,
 )
-from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.methods import read_config
 from gralora_fx.serving import load
 
 BAD = {
@@ -172,8 +172,8 @@ import os, sys
 from pathlib import Path
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.staging import check_output
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.sources.paths import usable_directory, usable_file, usable_path
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.base.sources.paths import usable_directory, usable_file, usable_path
 
 os.chmod(sys.argv[1], 0)
 if os.geteuid() == 0:

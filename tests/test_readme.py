@@ -16,7 +16,7 @@ from readme_commands import README, commands, run
 from running_service import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 
 EXAMPLE = README.parent / "examples" / "peft_to_onnx.py"
 ADDRESS = "http://127.0.0.1:8000/"

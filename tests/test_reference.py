@@ -109,7 +109,7 @@ def test_methods_of_the_base_model_are_functions_of_the_reference() -> None:
     griffe = pytest.importorskip("griffe", reason="pip install 'gralora-fx[docs]'")
     extensions = griffe.load_extensions(DOCS / "derived_signatures.py")
     package = griffe.load("gralora_fx", search_paths=[DOCS.parent], extensions=extensions)
-    model = package["model.gralora_model.GraloraModel"]
+    model = package["core.model.gralora_model.GraloraModel"]
     for name in ("generate", "get_input_embeddings", "get_output_embeddings", "prepare_decoder_input_ids_from_labels"):
         method = model.all_members[name]
         assert method.is_function, name

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from gralora_fx.compat.versions import TESTED, fenced, installed_version, range_of, warn_of_untested
+from gralora_fx.base.compat.versions import TESTED, fenced, installed_version, range_of, warn_of_untested
 from gralora_fx.errors import VersionError
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_the_warning_is_of_the_users_line_and_not_of_the_import(tmp_path: Path) 
     information.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.16.0.dev2026+cpu\n")
     script = tmp_path / "script.py"
     script.write_text(
-        "import gralora_fx\nprint('imported', flush=True)\ngralora_fx.trace\nimport gralora_fx.serving.model\n"
+        "import gralora_fx\nprint('imported', flush=True)\ngralora_fx.trace\nimport gralora_fx.run.model\n"
     )
     ran = subprocess.run(
         [sys.executable, script],

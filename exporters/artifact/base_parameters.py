@@ -13,19 +13,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.adapters.checkpoint import saved_config
+from gralora_fx.core.adapters.checkpoint import saved_config
+from gralora_fx.core.methods.arrays import to_numpy
+from gralora_fx.core.methods.forms import as_update
+from gralora_fx.core.methods.method import Update
+from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
-from gralora_fx.exporters.folding.initializers import ProductWeight, read_rows
-from gralora_fx.exporters.folding.replaced_parameters import named_values
-from gralora_fx.exporters.folding.requantize import dequantized
-from gralora_fx.exporters.folding.weight_locations import Export
-from gralora_fx.methods.arrays import to_numpy
-from gralora_fx.methods.forms import as_update
-from gralora_fx.methods.method import Update
-from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_inputs import BIAS, WHOLE, AdapterInputs
-from gralora_fx.runtime.manifest import Manifest
+from gralora_fx.exporters.fold.initializers import ProductWeight, read_rows
+from gralora_fx.exporters.fold.replaced_parameters import named_values
+from gralora_fx.exporters.fold.requantize import dequantized
+from gralora_fx.exporters.fold.weight_locations import Export
+from gralora_fx.format.adapter_inputs import BIAS, WHOLE, AdapterInputs
+from gralora_fx.format.manifest import Manifest
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 

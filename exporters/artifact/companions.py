@@ -10,13 +10,13 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.engine.limits import UNLIMITED, context_length
+from gralora_fx.core.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
-from gralora_fx.runtime.export_directory import GENAI_CONFIG, MODEL_NAME
-from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
-from gralora_fx.tracing.inputs.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
-from gralora_fx.tracing.traced_model import TracedModel
+from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
+from gralora_fx.format.export_directory import GENAI_CONFIG, MODEL_NAME
+from gralora_fx.format.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
+from gralora_fx.run.engine.limits import UNLIMITED, context_length
 
 
 def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
@@ -44,7 +44,7 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         traced.generation_config.save_pretrained(stage)
     if traced.sentence is not None and traced.sentence.settings:
         text = json.dumps(traced.sentence.settings, indent=2, sort_keys=True, ensure_ascii=False)
-        from gralora_fx.sources.sentence_modules import SETTINGS_NAME
+        from gralora_fx.base.sources.sentence_modules import SETTINGS_NAME
 
         (stage / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
     if tokenizer is None:

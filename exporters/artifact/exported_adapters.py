@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gralora_fx.base.sources.atomic_save import save_together
+from gralora_fx.base.sources.same_base import BaseComparison
+from gralora_fx.core.methods.arrays import to_numpy
+from gralora_fx.core.methods.forms import as_data
+from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.methods.arrays import to_numpy
-from gralora_fx.methods.forms import as_data
-from gralora_fx.methods.method import Update
-from gralora_fx.runtime.adapter_arrays import cast
-from gralora_fx.runtime.adapter_file import record_of, write_tensors
-from gralora_fx.runtime.adapter_inputs import BIAS, AdapterInputs, AdapterSite
-from gralora_fx.runtime.adapter_paths import SUFFIX, check_name, record_path
-from gralora_fx.runtime.export_directory import ADAPTERS
-from gralora_fx.runtime.manifest import Manifest
-from gralora_fx.sources.atomic_save import save_together
-from gralora_fx.sources.same_base import BaseComparison
+from gralora_fx.format.adapter_inputs import BIAS, AdapterInputs, AdapterSite
+from gralora_fx.format.adapter_paths import SUFFIX, check_name, record_path
+from gralora_fx.format.export_directory import ADAPTERS
+from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.sessions.adapter_arrays import cast
+from gralora_fx.run.sessions.adapter_file import record_of, write_tensors
 
 
 @dataclass(frozen=True)

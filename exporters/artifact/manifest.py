@@ -10,21 +10,21 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from gralora_fx.adapters.checkpoint import base_of
-from gralora_fx.adapters.folded_adapters import describe_folded
-from gralora_fx.compat.versions import installed_version
-from gralora_fx.engine.limits import context_length
-from gralora_fx.exporters.conversion import Conversion, base_trace
-from gralora_fx.exporters.folding.weight_names import weight_entries
+from gralora_fx.base.compat.versions import installed_version
+from gralora_fx.base.sources.base_quantization import RECORD
+from gralora_fx.core.adapters.checkpoint import base_of
+from gralora_fx.core.adapters.folded_adapters import describe_folded
+from gralora_fx.core.graph.sites import other_readers
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.fold.weight_names import weight_entries
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.reports import attention_report
-from gralora_fx.graph.sites import other_readers
-from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.adapter_inputs import is_adapter_tensor
-from gralora_fx.runtime.export_directory import MANIFEST_NAME, ROWS
-from gralora_fx.runtime.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
-from gralora_fx.runtime.quantized_weights import QuantizedWeights
-from gralora_fx.sources.base_quantization import RECORD
-from gralora_fx.tracing.traced_model import TracedModel
+from gralora_fx.format.adapter_inputs import is_adapter_tensor
+from gralora_fx.format.export_directory import MANIFEST_NAME, ROWS
+from gralora_fx.format.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.format.quantized_weights import QuantizedWeights
+from gralora_fx.run.engine.limits import context_length
 
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -88,7 +88,7 @@ def _quantization(conversion: Conversion) -> QuantizedWeights | None:
     """Return the record of how weights are quantized; None of floats."""
     if conversion.plan is None:
         return None
-    from gralora_fx.exporters.quantization.plan import quantized_weights
+    from gralora_fx.exporters.quantize.plan import quantized_weights
 
     return quantized_weights(conversion.plan, conversion.log)
 

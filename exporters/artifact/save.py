@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gralora_fx.base.progress.stages import counting
 from gralora_fx.exporters.artifact.staging import require_space
-from gralora_fx.progress.stages import counting
 
 _WRITERS, _IN_FLIGHT = 2, 2**28  # threads that write weights, and the most bytes they hold at once
 _INLINE = 1024  # bytes of the largest tensor that is written into the model itself

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from gralora_fx.base.sources.paths import shown_path, usable_directory, usable_file
 from gralora_fx.errors import ExportError, warn_caller
-from gralora_fx.runtime.adapter_paths import own_adapters
-from gralora_fx.runtime.export_directory import MANIFEST_NAME, is_export
-from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.sources.paths import shown_path, usable_directory, usable_file
+from gralora_fx.format.adapter_paths import own_adapters
+from gralora_fx.format.export_directory import MANIFEST_NAME, is_export
+from gralora_fx.format.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
-    from gralora_fx.sources.same_base import BaseSource
+    from gralora_fx.base.sources.same_base import BaseSource
 
 _LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
 _REMEDY = "give another output directory"
@@ -173,8 +173,8 @@ def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
     earlier = _earlier(Path(directory))
     if earlier is None:
         return
-    from gralora_fx.runtime.exported_base import base_of_export
-    from gralora_fx.sources.same_base import compare_bases
+    from gralora_fx.base.sources.same_base import compare_bases
+    from gralora_fx.run.sessions.exported_base import base_of_export
 
     made = base_of_export(directory, earlier)
     compared = compare_bases(made, base)

@@ -8,13 +8,13 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
+from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.core.tracing.inputs.input_trees import leaf_paths
 from gralora_fx.errors import ExportError
-from gralora_fx.graph.pipeline import PassResult
-from gralora_fx.runtime.export_directory import LOGITS_INDICES, PAST_SEQLENS
-from gralora_fx.tracing.inputs.cache_slots import slot_of
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
-from gralora_fx.tracing.inputs.input_names import IDS, PAST_PREFIX
-from gralora_fx.tracing.inputs.input_trees import leaf_paths
+from gralora_fx.format.cache_slots import slot_of
+from gralora_fx.format.export_directory import LOGITS_INDICES, PAST_SEQLENS
+from gralora_fx.format.input_names import IDS, PAST_PREFIX
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")

@@ -1,8 +1,8 @@
 """How this project's own operators are translated to ONNX.
 
 They are of the domain `gralora`, larger than PyTorch's operators and named as the runtime's; a later pass replaces them
-by what ONNX Runtime has. They take what the operators of `gralora_fx.operators` take, tensors as inputs and the rest as
-attributes, and are written and read here alone.
+by what ONNX Runtime has. They take what the operators of `gralora_fx.core.operators` take, tensors as inputs and the
+rest as attributes, and are written and read here alone.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
 
-from gralora_fx.compat.torch_onnx import current_builder
-from gralora_fx.operators.attention import Attention, DotProductAttention, Mask
-from gralora_fx.operators.call import Call
-from gralora_fx.operators.experts import Experts
-from gralora_fx.operators.layers import Reshape, RmsNorm, Rotary, Slice
-from gralora_fx.operators.linear_attention import LinearAttention
-from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
+from gralora_fx.base.compat.torch_onnx import current_builder
+from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask
+from gralora_fx.core.operators.call import Call
+from gralora_fx.core.operators.experts import Experts
+from gralora_fx.core.operators.layers import Reshape, RmsNorm, Rotary, Slice
+from gralora_fx.core.operators.linear_attention import LinearAttention
+from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 
 DOMAIN = "gralora"
 

@@ -16,26 +16,30 @@ from onnx_ir.passes.common import InlinePass
 from onnxscript import opset18
 from torch import Tensor, fx, nn
 
-from gralora_fx.compat.torch_onnx import (
+from gralora_fx.base.compat.torch_onnx import (
     add_opset_imports,
     decomposition_table,
     new_registry,
     operators_in,
     translate_graph,
 )
-from gralora_fx.compat.transformers_exporters import onnx_translations
+from gralora_fx.base.compat.transformers_exporters import onnx_translations
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.weight_views import tensor_at
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.fx_passes.plain_forms import (
+from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
+from gralora_fx.exporters.translation.operators import TRANSLATIONS
+from gralora_fx.exporters.translation.plain_forms import (
     bfloat16_in_float32,
     eliminate_common_subexpressions,
     fix_calls,
     plain_sizes,
     promote_types,
 )
-from gralora_fx.exporters.fx_passes.retrace import Decompose, FoldNumbers, functionalize, note_values
-from gralora_fx.exporters.fx_passes.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
-from gralora_fx.exporters.onnx_pipeline import NOTED_VALUES
-from gralora_fx.exporters.translation.operators import TRANSLATIONS
+from gralora_fx.exporters.translation.retrace import Decompose, FoldNumbers, functionalize, note_values
+from gralora_fx.exporters.translation.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
 from gralora_fx.exporters.translation.torch_operators import (
     batch_norm,
     dot_product_attention,
@@ -45,10 +49,6 @@ from gralora_fx.exporters.translation.torch_operators import (
     update_forms,
 )
 from gralora_fx.exporters.translation.weights import weight_tensor
-from gralora_fx.graph.pipeline import Pass, PassLog, Pipeline
-from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.graph.weight_views import tensor_at
-from gralora_fx.progress.stages import quiet
 
 OPSET = 23  # the first with RMSNormalization
 IR_VERSION = 11

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from gralora_fx.sources.lazy_tensors import value_entries, values_of
+from gralora_fx.base.sources.lazy_tensors import value_entries, values_of
 
 _WRITTEN_AT_ONCE = 2**24  # bytes
 _DERIVED = "gralora_derived"  # key in a tensor's metadata
@@ -27,7 +27,7 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
 
     Args:
         name: Name of the initializer.
-        tensor: The parameter; one on the meta device has a source of values (see `gralora_fx.sources.lazy_tensors`).
+        tensor: The parameter; on the meta device it has a source of values (`gralora_fx.base.sources.lazy_tensors`).
     """
     if not tensor.is_meta:
         return TorchTensor(tensor.detach(), name=name)

@@ -19,4 +19,4 @@ def main() -> None:
     run()
 
 
-__getattr__ = first_use(__name__, {"app": "commands"})  # which imports every command
+__getattr__ = first_use(__name__, {"app": "cli.commands"})  # which imports every command

@@ -11,6 +11,10 @@ import typer
 from rich.console import Console
 
 import gralora_fx.cli.options as opt
+from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.progress.console import CommandProgress
+from gralora_fx.base.progress.stages import gc_pause, quiet, timed
+from gralora_fx.base.sources.base_quantization import RECORD
 from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command, Group
@@ -18,15 +22,11 @@ from gralora_fx.cli.serve import serve
 from gralora_fx.cli.values import check_rounding, export_directory, read_adapters
 from gralora_fx.cli.verify import verify
 from gralora_fx.cli.wording import notes, show
-from gralora_fx.compat.extras import require_extra
-from gralora_fx.config.checks import check_integer
-from gralora_fx.config.reading import config_fields
+from gralora_fx.core.config.checks import check_integer
+from gralora_fx.core.config.reading import config_fields
+from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters.artifact.staging import check_file
-from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import CommandProgress
-from gralora_fx.progress.stages import gc_pause, quiet, timed
-from gralora_fx.sources.base_quantization import RECORD
 
 app = typer.Typer(
     name="gralora-fx",
@@ -72,9 +72,9 @@ def inspect(
     check_base(model, adapter, task, None if adapter is None else config_fields(adapter)[0], base_quantization)
     for path in filter(None, (html, svg)):
         check_file(path)
-    from gralora_fx.graph.sites import site_table
-    from gralora_fx.loading.bases import load_base, trace_base
-    from gralora_fx.model.gralora_model import GraloraModel
+    from gralora_fx.core.graph.sites import site_table
+    from gralora_fx.core.loading.bases import load_base, trace_base
+    from gralora_fx.core.model.gralora_model import GraloraModel
     from gralora_fx.picture import html_of, save, svg_of
 
     with CommandProgress():

@@ -10,11 +10,16 @@ from typing import Annotated, Any
 import typer
 
 import gralora_fx.cli.options as opt
+from gralora_fx.base.progress.console import CommandProgress
+from gralora_fx.base.progress.stages import gc_pause, timed
+from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, check_not_packed
+from gralora_fx.base.sources.model_files import MODEL_FILE, check_model_files, local_directory, read_json_object
+from gralora_fx.base.sources.same_base import BaseSource
 from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_image_size, read_texts, takes, utf8
 from gralora_fx.cli.wording import show
-from gralora_fx.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
-from gralora_fx.config.reading import config_fields
-from gralora_fx.config.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
+from gralora_fx.core.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
+from gralora_fx.core.config.reading import config_fields
+from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.errors import ConfigError, ExportError, TraceError
 from gralora_fx.exporters.artifact.staging import (
     check_base_replaced,
@@ -23,13 +28,8 @@ from gralora_fx.exporters.artifact.staging import (
     check_replaced,
 )
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import CommandProgress
-from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.sources.base_quantization import RECORD, BaseQuantization, check_not_packed
-from gralora_fx.sources.model_files import MODEL_FILE, check_model_files, local_directory, read_json_object
-from gralora_fx.sources.same_base import BaseSource
-from gralora_fx.tracing.inputs.image_sizes import ImageSize
+from gralora_fx.format.image_sizes import ImageSize
+from gralora_fx.format.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
 
 _IMAGES = "image-classification"
 
@@ -132,11 +132,11 @@ def export(
     )
     with CommandProgress(), gc_pause():
         with timed("importing"):
-            from gralora_fx.config.checks import check_adapter_name
+            from gralora_fx.core.config.checks import check_adapter_name
+            from gralora_fx.core.loading.bases import load_traced
+            from gralora_fx.core.loading.tokenizers import load_tokenizer
+            from gralora_fx.core.model.model_class import without_trainer
             from gralora_fx.exporters import export_onnx
-            from gralora_fx.loading.bases import load_traced
-            from gralora_fx.loading.tokenizers import load_tokenizer
-            from gralora_fx.model.model_class import without_trainer
         gc.freeze()  # imported objects stay alive and need not be scanned again
         named = adapter_name or "default"
         check_adapter_name(named)
@@ -242,7 +242,7 @@ def check_request(
     if not options.overwrite:
         recorded = None if model or fields is None else fields.get(RECORD)
         check_base_replaced(output, BaseSource(base, record=base_quantization or recorded))
-    from gralora_fx.methods import method_described  # numpy comes with it
+    from gralora_fx.core.methods import method_described  # numpy comes with it
 
     methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}
     options.check_model(methods=methods, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))

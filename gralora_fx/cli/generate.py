@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
+from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.progress.console import CommandProgress
+from gralora_fx.base.progress.stages import timed
+from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import export_directory, read_adapter, utf8
-from gralora_fx.compat.extras import require_extra
-from gralora_fx.config.tasks import GENERATING
 from gralora_fx.errors import ConfigError, ServingError, listed
-from gralora_fx.progress.console import CommandProgress
-from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
-from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.sources.paths import usable_path
+from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
+from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.format.tasks import GENERATING
 
 _STDIN = "-"
 _SPEECH = "automatic-speech-recognition-with-past"
@@ -123,8 +123,8 @@ def generate(
     with ExitStack() as stack:
         with CommandProgress():
             with timed("importing"):
+                from gralora_fx.run.open_export import adapter_as_data
                 from gralora_fx.serving import load
-                from gralora_fx.serving.open_export import adapter_as_data
             with timed("opening"):
                 model = load(path, threads=threads)
                 has_template = getattr(model.tokenizer, "chat_template", None) is not None
@@ -205,7 +205,7 @@ def _read_audio(path: str) -> bytes:
 
 def _recording(model: Any, data: bytes) -> dict[str, Any]:
     """A recording as `generate` takes it."""
-    from gralora_fx.serving.recordings import read_audio
+    from gralora_fx.run.generate.recordings import read_audio
 
     audio = read_audio(data, model.encoder_inputs.speech.most_seconds)
     return {"array": audio.samples, "sampling_rate": audio.rate}

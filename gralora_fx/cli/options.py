@@ -10,8 +10,8 @@ import typer
 
 from gralora_fx.cli.help import REQUIRED
 from gralora_fx.cli.values import file_name, model_name, quantization_words, task_name, utf8
-from gralora_fx.config.option import MODEL, WRITTEN
-from gralora_fx.config.tasks import TASKS
+from gralora_fx.core.config.option import MODEL, WRITTEN
+from gralora_fx.format.tasks import TASKS
 
 
 def _show_version(is_asked: bool) -> None:

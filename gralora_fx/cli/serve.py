@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.progress.console import CommandProgress
+from gralora_fx.base.progress.stages import timed
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
-from gralora_fx.compat.extras import require_extra
-from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
-from gralora_fx.config.span_variables import warn_of_missing_spans
+from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings
+from gralora_fx.core.config.span_variables import warn_of_missing_spans
 from gralora_fx.errors import ConfigError, ServingError, shown
-from gralora_fx.progress.console import CommandProgress
-from gralora_fx.progress.stages import timed
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.manifest import read_manifest
 
 _ENGINES = ("uvicorn", "ray")
 _REPLICAS, _LIMITS = 2, ConnectionLimits()
@@ -124,8 +124,8 @@ def serve(
     with ExitStack() as stack:
         with CommandProgress(), _no_collections():
             with timed("importing"):
-                from gralora_fx.serving.http.app import create_app
-                from gralora_fx.serving.http.server import bind, run
+                from gralora_fx.service.app import create_app
+                from gralora_fx.service.server import bind, run
             sockets = [stack.enter_context(bound) for bound in bind(host, port)]
             with timed("opening"):
                 app = create_app(settings)
@@ -161,11 +161,11 @@ def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: i
     with ExitStack() as stack:
         with CommandProgress():
             with timed("importing"):
-                from gralora_fx.serving.scale import prepare
+                from gralora_fx.service.scale import prepare
 
                 prepare()
-                from gralora_fx.serving.http.adapter_loads import converted
-                from gralora_fx.serving.scale.ray_service import check, run_replicas
+                from gralora_fx.service.adapter_loads import converted
+                from gralora_fx.service.scale.ray_service import check, run_replicas
             with timed("opening"):
                 settings = stack.enter_context(converted(settings))
                 adapters, at_a_time = check(settings)

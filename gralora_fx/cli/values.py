@@ -10,14 +10,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from gralora_fx.compat.extras import require_extra
-from gralora_fx.config.checks import check_adapter_letters
-from gralora_fx.config.option import DeclaredOption, declared_options
-from gralora_fx.config.tasks import check_task
+from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization
+from gralora_fx.core.config.checks import check_adapter_letters
+from gralora_fx.core.config.option import DeclaredOption, declared_options
 from gralora_fx.errors import ConfigError, first_line, shown
-from gralora_fx.runtime.adapter_paths import check_name
-from gralora_fx.sources.base_quantization import RECORD, BaseQuantization
-from gralora_fx.tracing.inputs.image_sizes import DYNAMIC, ImageSize
+from gralora_fx.format.adapter_paths import check_name
+from gralora_fx.format.image_sizes import DYNAMIC, ImageSize
+from gralora_fx.format.tasks import check_task
 
 _ARGUMENT = re.compile(r"\b([a-z_]+)=\.\.\.")  # as a text of the library names one
 Declared = Any  # the type of a command's parameter that is an option which its record declares, default included

@@ -9,18 +9,18 @@ from typing import Annotated, Any
 import typer
 
 import gralora_fx.cli.options as opt
+from gralora_fx.base.progress.console import CommandProgress
+from gralora_fx.base.progress.stages import gc_pause, timed
+from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.cli.values import check_rounding, file_name, model_names, utf8
 from gralora_fx.cli.wording import show
-from gralora_fx.config.option import MODEL
-from gralora_fx.config.tasks import DECODERS
+from gralora_fx.core.config.option import MODEL
+from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
-from gralora_fx.loading.adapter_facts import base_name, needed_quantization
-from gralora_fx.progress.console import CommandProgress
-from gralora_fx.progress.stages import gc_pause, timed
-from gralora_fx.runtime.adapter_paths import own_adapters
-from gralora_fx.runtime.manifest import Manifest, read_manifest
-from gralora_fx.sources.base_quantization import BaseQuantization
+from gralora_fx.format.adapter_paths import own_adapters
+from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.format.tasks import DECODERS
 
 FoldedAdapters = Annotated[
     list[str] | None,
@@ -114,7 +114,7 @@ def verify(
         _verify_files(onnx, [name for name, value in others.items() if value])
         return
     if provider is not None:
-        from gralora_fx.runtime.run_options import runtime_of
+        from gralora_fx.run.sessions.run_options import runtime_of
 
         runtime_of(provider, of_provider, None, None)
     manifest, given = read_manifest(onnx), adapter or []  # all of this before anything slow is imported
@@ -130,11 +130,11 @@ def verify(
     check_rounding(rounding)
     with CommandProgress(), gc_pause():
         with timed("importing"):
+            from gralora_fx.core.loading.bases import load_traced
+            from gralora_fx.core.model.model_class import without_trainer
             from gralora_fx.exporters import verify_onnx
-            from gralora_fx.exporters.verification.same_model import check_exported_adapters
-            from gralora_fx.loading.bases import load_traced
-            from gralora_fx.model.model_class import without_trainer
-            from gralora_fx.runtime.export_files import check_files
+            from gralora_fx.exporters.verify.same_model import check_exported_adapters
+            from gralora_fx.format.export_files import check_files
         check_exported_adapters(manifest, str(onnx), given)
         if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
             with timed("reading files"):
@@ -168,7 +168,7 @@ def _recorded(manifest: Manifest, model: str | None, adapters: Sequence[str]) ->
 
 
 def _verify_files(output: Path, others: list[str]) -> None:
-    from gralora_fx.runtime.export_files import check_files
+    from gralora_fx.format.export_files import check_files
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")

@@ -17,9 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-from gralora_fx.config.checks import CONFIG_NAME
-from gralora_fx.progress.report import DETAILS, Invocation, Report
-from gralora_fx.runtime.export_usage import COMPARING
+from gralora_fx.base.progress.report import DETAILS, Invocation, Report
+from gralora_fx.core.config.checks import CONFIG_NAME
+from gralora_fx.format.export_usage import COMPARING
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)  # where what is not a result is printed
 _VALUES = r"""'[^']*'|"[^"]*"|True|False|None|\.{3}|-?\d[\d.]*|\([^()]*\)|\[[^\[\]]*\]"""
@@ -143,7 +143,7 @@ def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str
     local = [adapter for adapter in adapters if (Path(adapter) / CONFIG_NAME).is_file()]
     if sources.get("model") or not local:
         return sources
-    from gralora_fx.config.reading import config_fields
+    from gralora_fx.core.config.reading import config_fields
 
     is_named = any(config_fields(adapter)[0].get("base_model_name_or_path") for adapter in local)
     return sources if is_named else {**sources, "model": "BASE"}

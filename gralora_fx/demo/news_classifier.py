@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.compat.extras import installation
+from gralora_fx.base.compat.extras import installation
+from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.demo.training import fit
 from gralora_fx.errors import GraloraError
-from gralora_fx.model.gralora_model import GraloraModel
 
 TEXTS, TEST_TEXTS = 560, 200  # that it reads of those there are, so that two slow cores train it in a minute
 LENGTH = 32  # tokens of a text that are read: its headline and a sentence

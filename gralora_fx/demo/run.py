@@ -12,7 +12,13 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.config import GraloraConfig
+from gralora_fx.core.loading.models import load_model
+from gralora_fx.core.loading.tokenizers import load_tokenizer
+from gralora_fx.core.model.rewrite import merge, rewrite
+from gralora_fx.core.planning.planner import plan
+from gralora_fx.core.tracing.trace import trace
 from gralora_fx.demo.figures import DemoPart, draw_losses, write_report
 from gralora_fx.demo.news_classifier import TEST_TEXTS, TEXTS, accuracy, load_news, logits_of, package_folder, train
 from gralora_fx.demo.news_writer import BASE_STEPS, TOPIC
@@ -21,14 +27,8 @@ from gralora_fx.demo.writing import exports_of, write_news
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.artifact.staging import check_output
-from gralora_fx.loading.models import load_model
-from gralora_fx.loading.tokenizers import load_tokenizer
-from gralora_fx.model.rewrite import merge, rewrite
-from gralora_fx.planning.planner import plan
-from gralora_fx.progress.stages import quiet
-from gralora_fx.runtime.export_directory import MANIFEST_NAME
+from gralora_fx.format.export_directory import MANIFEST_NAME
 from gralora_fx.serving import load
-from gralora_fx.tracing.trace import trace
 
 _TITLE = "MiniLM on BBC news with GraLoRA"
 _SHOWN = 5

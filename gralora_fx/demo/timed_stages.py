@@ -10,8 +10,8 @@ from typing import TypeAlias
 
 from rich.console import Console
 
-from gralora_fx.progress.console import StageProgress
-from gralora_fx.progress.stages import timed
+from gralora_fx.base.progress.console import StageProgress
+from gralora_fx.base.progress.stages import timed
 
 SILENCE = 10.0  # the least seconds between two lines of a log; a step of training may come on top
 Rows: TypeAlias = Sequence[tuple[str, str]]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
-from gralora_fx.progress.console import with_progress
-from gralora_fx.progress.stages import counting
+from gralora_fx.base.progress.console import with_progress
+from gralora_fx.base.progress.stages import counting
 
 _WEIGHT_DECAY = 0.01
 _WINDOW = 10  # steps whose mean loss is shown

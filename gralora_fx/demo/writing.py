@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.config import GraloraConfig
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.config import GraloraConfig
+from gralora_fx.core.model.rewrite import rewrite
+from gralora_fx.core.tracing.trace import trace
 from gralora_fx.demo.figures import DemoPart, draw_losses
 from gralora_fx.demo.news_writer import (
     ADAPTER_RATE,
@@ -21,10 +24,7 @@ from gralora_fx.demo.news_writer import (
 from gralora_fx.demo.timed_stages import Stages
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.model.rewrite import rewrite
-from gralora_fx.progress.stages import quiet
 from gralora_fx.serving import load
-from gralora_fx.tracing.trace import trace
 
 _TITLE = "A hybrid of Mamba2 and attention on BBC news, with GraLoRA"
 _DATA, _MERGED = "onnx", "merged"

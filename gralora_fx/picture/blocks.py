@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from gralora_fx.graph.module_tree import is_within
+from gralora_fx.core.graph.module_tree import is_within
 from gralora_fx.picture.facts import ModelFacts, SiteAdapter
 
 _SHORTEST_RUN = 3  # two layers are drawn faster than explained

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gralora_fx.config import AdapterConfig
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.graph.module_tree import is_within
+from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.methods import method_of
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.module_tree import is_within
-from gralora_fx.graph.sites import LinearSite
-from gralora_fx.methods import method_of
-from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.traced_model import TracedModel
 
 PLANNED = "planned"  # name and state of the adapter of a plan that no rewrite has carried out
 _LONGEST_TARGETS = 80  # characters of `target_modules` that are shown at once

@@ -8,6 +8,8 @@ from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree
 
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.picture.blocks import BlockMap
 from gralora_fx.picture.boxes import adapter_line
 from gralora_fx.picture.facts import AdaptedModel, ModelFacts, SiteFacts, read_facts
@@ -22,8 +24,6 @@ from gralora_fx.picture.style import (
     text_on,
 )
 from gralora_fx.picture.svg import draw, headline
-from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.tracing.traced_model import TracedModel
 
 MOST_CELLS = 20_000  # of all heat maps of a page; beyond, large ones are drawn coarser
 _CELL = (44.0, 22.0)  # points, where cells hold text

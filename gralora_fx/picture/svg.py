@@ -8,15 +8,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
+from gralora_fx.base.sources.paths import usable_file
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.picture.blocks import BlockMap, Folding
 from gralora_fx.picture.boxes import Line, draw_box, draw_line, titled, tooltip_of
 from gralora_fx.picture.dot import DotSource, PictureError, dot_source, lay_out
 from gralora_fx.picture.facts import AdaptedModel, ModelFacts, read_facts
 from gralora_fx.picture.flow import condense
 from gralora_fx.picture.style import MEANINGS, PAINTS, dark_style, draw_scale, printable, text_width
-from gralora_fx.planning.rewrite_plan import RewritePlan
-from gralora_fx.sources.paths import usable_file
-from gralora_fx.tracing.traced_model import TracedModel
 
 _SVG = "http://www.w3.org/2000/svg"
 _INK = "#1b1f24"

@@ -17,8 +17,8 @@ from torch import Tensor
 from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
-from gralora_fx.adapters.adapter_files import WEIGHTS_NAME
-from gralora_fx.adapters.checkpoint import checkpoint_parameters
+from gralora_fx.core.adapters.adapter_files import WEIGHTS_NAME
+from gralora_fx.core.adapters.checkpoint import checkpoint_parameters
 from gralora_fx.errors import CheckpointError, ConfigError, RewriteError, TargetError
 
 SIZES = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.adapters.current_graph import ReadWriteLock
+from gralora_fx.core.adapters.current_graph import ReadWriteLock
 from gralora_fx.errors import GraloraError
 
 X = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))

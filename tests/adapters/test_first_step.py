@@ -17,8 +17,8 @@ holder = sys.modules["holder"] = types.ModuleType("holder")
 import torch
 from torch import nn
 from gralora_fx import rewrite, trace
-from gralora_fx.adapters import first_step
-from gralora_fx.methods import METHODS
+from gralora_fx.core.adapters import first_step
+from gralora_fx.core.methods import METHODS
 
 for module in (holder, first_step):
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))

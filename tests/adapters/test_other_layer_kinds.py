@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from peft_oracle import saved_by_peft
 
-from gralora_fx.adapters.stored_adapter import open_adapter
+from gralora_fx.core.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError
 
 

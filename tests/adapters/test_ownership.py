@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.core.model.conversions import check_conversion
 from gralora_fx.errors import GraloraError, MergeError, RewriteError, TraceError
-from gralora_fx.model.conversions import check_conversion
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gralora_fx.adapters.folded_weights
+import gralora_fx.core.adapters.folded_weights
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
-from gralora_fx.adapters.folded_weights import overlapping
+from gralora_fx.core.adapters.folded_weights import overlapping
 from gralora_fx.errors import MergeError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -125,7 +125,7 @@ def test_merge_and_unload_takes_no_memory_beside_a_weight() -> None:
 def test_an_error_in_the_middle_of_a_fold_changes_nothing(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     net, model = adapted(lambda _: None, ["one", "two", "three"])
     before, expected = [weight.clone() for weight in net.parameters()], model(X)
-    fold, calls = gralora_fx.adapters.folded_weights.fold, 0
+    fold, calls = gralora_fx.core.adapters.folded_weights.fold, 0
 
     def out_of_memory(*args: object, **options: object) -> Tensor:
         nonlocal calls
@@ -134,7 +134,7 @@ def test_an_error_in_the_middle_of_a_fold_changes_nothing(failing: int, monkeypa
             raise MemoryError("no memory is left")
         return fold(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(gralora_fx.adapters.folded_weights, "fold", out_of_memory)
+    monkeypatch.setattr(gralora_fx.core.adapters.folded_weights, "fold", out_of_memory)
     with pytest.raises(MemoryError):
         model.merge_adapter()
     assert all(torch.equal(weight, was) for weight, was in zip(net.parameters(), before, strict=True))

@@ -14,8 +14,8 @@ from tiny_models import tiny_model
 from traces import fresh, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
+from gralora_fx.core.methods.fold import delta_weight
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.methods.fold import delta_weight
 
 ALL = ["query", "key", "value", "dense"]
 ALL_GPT2 = ["c_attn", "c_proj", "c_fc"]

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
-from gralora_fx.runtime.export_directory import MODEL_NAME
-from gralora_fx.runtime.session import open_session
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
+from gralora_fx.format.export_directory import MODEL_NAME
+from gralora_fx.run.generate.prompt_answers import Scored
+from gralora_fx.run.sessions.session import open_session
 from gralora_fx.serving import load
-from gralora_fx.serving.prompt_answers import Scored
 
 NEW_TOKENS = 8
 LENGTHS, ANSWER = (

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.adapters.folded_weights import shared_sites
+from gralora_fx.core.adapters.folded_weights import shared_sites
+from gralora_fx.core.tracing.check import eager_failure
+from gralora_fx.core.tracing.draft import configured_cache
+from gralora_fx.core.tracing.inputs.samples import infer_task, inputs_for_task
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.tracing.check import eager_failure
-from gralora_fx.tracing.draft import configured_cache
-from gralora_fx.tracing.inputs.samples import infer_task, inputs_for_task
 
 K = 2
 _BETWEEN = ("Cast", "Reshape", "Slice", "Where", "Mul", "Transpose")  # what a model may do to attention's weights

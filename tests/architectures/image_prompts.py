@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gralora_fx.tracing.inputs.input_names import GIVEN
+from gralora_fx.format.input_names import GIVEN
 from tests.architectures.tiny_decoders import tiny_decoder
 
 IMAGE, _BEFORE, _AFTER = 90, [5, 6], [7, 8, 9]  # the token of an image, and the text around it

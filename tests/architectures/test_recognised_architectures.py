@@ -17,7 +17,7 @@ import pytest
 import transformers.models
 from torch import nn
 
-from gralora_fx.tracing.patches.known_code import (
+from gralora_fx.core.tracing.patches.known_code import (
     ANGLES_OF_GRIDS,
     ATTENTIONS,
     CAUSAL_CONV,
@@ -30,7 +30,7 @@ from gralora_fx.tracing.patches.known_code import (
     ROTARY_EMBEDDING,
     STATE_SPACES,
 )
-from gralora_fx.tracing.patches.recognised import Recognised
+from gralora_fx.core.tracing.patches.recognised import Recognised
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe

@@ -19,8 +19,8 @@ from traces import fresh
 
 from gralora_fx import GraloraModel, trace
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.recordings import read_audio
 from gralora_fx.serving import load
-from gralora_fx.serving.recordings import read_audio
 
 PROMPT, COUNT = "rates rose", 9
 

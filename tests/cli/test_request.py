@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from gralora_fx.base.sources import model_files
 from gralora_fx.cli import main
 from gralora_fx.cli.export import check_request
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.sources import model_files
 
 # arguments beside --model and --output, and what the only line of the error has
 CASES: list[tuple[tuple[str, ...], str]] = [

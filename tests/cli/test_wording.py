@@ -14,10 +14,10 @@ from test_import_order import FILES, NAMES, module_name
 from typer.main import get_command
 
 from gralora_fx import GraloraConfig, LoraConfig
+from gralora_fx.base.progress.report import Report, Summary
 from gralora_fx.cli import app
 from gralora_fx.cli.wording import Wording, show
-from gralora_fx.progress.report import Report, Summary
-from gralora_fx.runtime.export_usage import comparison_of
+from gralora_fx.format.export_usage import comparison_of
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 ANY = "x"  # in place of what a message holds

@@ -15,9 +15,9 @@ import peft
 import pytest
 
 from gralora_fx import GraloraConfig, LoraConfig
-from gralora_fx.config import AdapterConfig
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.methods import DoraConfig
 from gralora_fx.errors import ConfigError, GraloraError
-from gralora_fx.methods import DoraConfig
 
 pytestmark = pytest.mark.quick
 
@@ -419,7 +419,7 @@ def test_a_live_object_of_another_method() -> None:
 
 
 def test_the_module_does_not_import_peft() -> None:
-    code = "import sys, gralora_fx.config; print('peft' in sys.modules)"
+    code = "import sys, gralora_fx.core.config; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from traces import traced
 
 from gralora_fx import GraloraConfig, plan
-from gralora_fx.config import expressions
-from gralora_fx.config.expressions import fullmatch, match
+from gralora_fx.core.config import expressions
+from gralora_fx.core.config.expressions import fullmatch, match
 from gralora_fx.errors import ConfigError
 
 PATHS = ["bert.encoder.layer.0.attention.self.query", "h.11.mlp.c_fc", "lm_head", "a{e}", "x{2", "[:alpha:]", "é", "a:"]

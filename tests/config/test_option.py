@@ -12,7 +12,7 @@ import pytest
 from typer.main import get_command
 
 from gralora_fx.cli import app
-from gralora_fx.config.option import Option, by_keywords, check_options, declared_options
+from gralora_fx.core.config.option import Option, by_keywords, check_options, declared_options
 from gralora_fx.errors import ConfigError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.options import ExportOptions

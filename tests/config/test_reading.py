@@ -17,10 +17,10 @@ from torch import nn
 from traces import inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.adapters.stored_adapter import open_adapter
+from gralora_fx.core.adapters.stored_adapter import open_adapter
+from gralora_fx.core.methods import METHODS, AdapterMethod, read_config
 from gralora_fx.errors import ConfigError, TargetError
 from gralora_fx.exporters import to_lora
-from gralora_fx.methods import METHODS, AdapterMethod, read_config
 
 NAME = "adapter_config.json"
 TINY = trace(nn.Sequential(nn.Linear(8, 8)), (torch.randn(2, 8),))

@@ -19,11 +19,11 @@ from traces import fresh_trace, relative_error
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes import insert_adapters
-from gralora_fx.runtime.adapter_file import read_record, read_tensors, record_of, write_tensors
-from gralora_fx.runtime.adapter_inputs import AdapterSite
-from gralora_fx.runtime.adapter_paths import record_path
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.exporters.rules.adapters import insert_adapters
+from gralora_fx.format.adapter_inputs import AdapterSite
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.sessions.adapter_file import read_record, read_tensors, record_of, write_tensors
 
 CACHED = "text-generation-with-past"
 FILES = {"t5": ("encoder_model.onnx", "decoder_model_merged.onnx")}

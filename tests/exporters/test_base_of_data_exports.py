@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from gralora_fx import GraloraConfig, LoraConfig, TracedModel, rewrite, trace
+from gralora_fx.core.loading.models import load_model
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.models import load_model
 from tests.architectures.tiny_decoders import tiny_decoder
 from tests.architectures.tiny_encoders import tiny_encoder
 
@@ -201,7 +201,7 @@ def compared(
         warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
         model = rewrite(traced, method(target_modules=sites, **sizes))
     export_onnx(traced, directory / "base", verify=False, **options)
-    rule = "gralora_fx.exporters.conversion.takes_blocks"
+    rule = "gralora_fx.exporters.kinds.conversion.takes_blocks"
     with nullcontext() if has_blocks is None else mock.patch(rule, return_value=has_blocks):
         export_onnx(model, directory / "data", adapters=mode, verify=False, **options)
     return differences(directory / "base", directory / "data", levels)

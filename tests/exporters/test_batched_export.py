@@ -17,12 +17,12 @@ from traces import fresh_trace
 from wrong_rows import ShiftedSteps
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.engine.adapters import Adapters, Stack
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification import variants
-from gralora_fx.exporters.verification.mixed_rows import MixedRows
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.exporters.verify import variants
+from gralora_fx.exporters.verify.mixed_rows import MixedRows
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.engine.adapters import Adapters, Stack
 from gralora_fx.serving import load
 
 CACHED = "text-generation-with-past"

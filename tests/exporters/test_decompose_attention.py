@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.exporters.onnx_passes.cached_attention import decompose_attention, decompose_masks
+from gralora_fx.core.tracing.trace import trace
+from gralora_fx.exporters.rules.attention.cached_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.translation.operators import DOMAIN
 from gralora_fx.exporters.translation.translate import OPSET, translate
-from gralora_fx.tracing.trace import trace
 
 BATCH, LENGTH, TOTAL, SIZE = 3, 4, 9, 8
 

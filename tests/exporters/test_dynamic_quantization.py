@@ -25,21 +25,21 @@ from traces import fresh_trace
 from transformers import AutoModel
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import package_folder
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes.quantized_products import quantized_products
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization import choice
-from gralora_fx.exporters.quantization.column_arrays import (
+from gralora_fx.exporters.quantize import choice
+from gralora_fx.exporters.quantize.column_arrays import (
     LARGEST,
     dequantize_columns,
     input_factors,
     quantize_columns,
 )
-from gralora_fx.exporters.quantization.formats import Columns
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.exporters.quantize.formats import Columns
+from gralora_fx.exporters.rules.products.quantized_products import quantized_products
+from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 
 DYNAMIC: Any = "int8-dynamic"

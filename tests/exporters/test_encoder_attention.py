@@ -28,11 +28,11 @@ from transformers import (
 )
 
 from gralora_fx import trace
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.operators.attention import DotProductAttention
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.fx_passes.padding import split_mask
-from gralora_fx.exporters.fx_passes.simplify import simplify
-from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators.attention import DotProductAttention
+from gralora_fx.exporters.rules.attention.padding import split_mask
+from gralora_fx.exporters.translation.simplify import simplify
 
 
 def t5_encoder() -> PreTrainedModel:

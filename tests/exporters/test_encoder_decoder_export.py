@@ -24,11 +24,11 @@ from traces import fresh, fresh_trace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperProcessor
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
-from gralora_fx.engine.encoder_decoder import EncoderDecoder
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.runtime.session import open_session
-from gralora_fx.runtime.session_views import EncoderDecoderSession, as_past, empty_past
+from gralora_fx.run.engine.encoder_decoder import EncoderDecoder
+from gralora_fx.run.sessions.session import open_session
+from gralora_fx.run.sessions.session_views import EncoderDecoderSession, as_past, empty_past
 from gralora_fx.serving import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 from gralora_fx import trace
+from gralora_fx.core.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
+from gralora_fx.core.operators.experts import ACTIVATIONS, Experts
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.onnx_passes.expert_products import moe_attributes
-from gralora_fx.exporters.onnx_passes.expert_rows import arranged, as_modelled
-from gralora_fx.exporters.verification.expert_references import expert_weights
-from gralora_fx.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
-from gralora_fx.operators.experts import ACTIVATIONS, Experts
-from gralora_fx.runtime import opened_experts
-from gralora_fx.runtime import session as opening
-from gralora_fx.runtime.opened_experts import open_experts
-from gralora_fx.runtime.session import open_session
+from gralora_fx.exporters.rules.experts.expert_products import moe_attributes
+from gralora_fx.exporters.rules.experts.expert_rows import arranged, as_modelled
+from gralora_fx.exporters.verify.expert_references import expert_weights
+from gralora_fx.run.sessions import opened_experts
+from gralora_fx.run.sessions import session as opening
+from gralora_fx.run.sessions.opened_experts import open_experts
+from gralora_fx.run.sessions.session import open_session
 
 SILU = ExpertGate("silu", HALVES)
 BOUNDED = ExpertGate("silu", INTERLEAVED, alpha=1.702, offset=1.0, limit=0.5)  # as gpt-oss has, whose limit is 7

@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.core.loading.bases import load_traced
+from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.block_arrays import dequantize_blocks, quantize_blocks
-from gralora_fx.exporters.quantization.block_search import InputProducts
-from gralora_fx.exporters.quantization.formats import Blocks, Format
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
-from gralora_fx.exporters.quantization.sensitivity import measure_sensitivities
-from gralora_fx.exporters.verification.compared_tensors import step_inputs
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.block_search import InputProducts
+from gralora_fx.exporters.quantize.formats import Blocks, Format
+from gralora_fx.exporters.quantize.plan import QuantizationPlan
+from gralora_fx.exporters.quantize.sensitivity import measure_sensitivities
+from gralora_fx.exporters.verify.compared_tensors import step_inputs
+from gralora_fx.format.input_names import PAST
+from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
-from gralora_fx.tracing.inputs.cache import empty_cache
-from gralora_fx.tracing.inputs.input_names import PAST
 
 CACHED = "text-generation-with-past"
 LORA = GraloraConfig(r=4, gralora_k=2, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_weights=False)
@@ -69,7 +69,7 @@ def bits_of(directory: Path) -> dict[str, int]:
 def choose(monkeypatch: pytest.MonkeyPatch, by_matrix: Mapping[str, Format | None] = MIXED) -> None:
     """Let exports have formats that nothing measured."""
     plan = QuantizationPlan(Blocks(4, rounding="searched"), by_matrix)
-    monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", lambda *_: plan)
+    monkeypatch.setattr("gralora_fx.exporters.quantize.choice.choose_formats", lambda *_: plan)
 
 
 def test_bits_go_where_rounding_costs_most(tmp_path: Path) -> None:

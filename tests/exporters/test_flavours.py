@@ -14,19 +14,20 @@ from torch import nn
 from traces import fresh_trace
 
 from gralora_fx import TracedModel, trace
+from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.errors import ServingError
-from gralora_fx.exporters import export_onnx, flavours, verify_onnx
-from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.flavours import decoder, encoder_decoder, plain
-from gralora_fx.exporters.flavours.flavour import Flavour, Models
-from gralora_fx.exporters.fx_passes.export_graphs import graph_to_translate
+from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters import kinds as flavours
+from gralora_fx.exporters.kinds import decoder, encoder_decoder, plain
+from gralora_fx.exporters.kinds.conversion import Conversion
+from gralora_fx.exporters.kinds.flavour import Flavour, Models
+from gralora_fx.exporters.translation.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
-from gralora_fx.exporters.verification.cases import Verification
-from gralora_fx.exporters.verification.fresh_inputs import plain_inputs
-from gralora_fx.graph.pipeline import PassResult
+from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.fresh_inputs import plain_inputs
+from gralora_fx.run import open_export as readings
 from gralora_fx.serving import load
-from gralora_fx.serving import open_export as readings
-from gralora_fx.tracing.inputs.layouts import CacheLayout
 
 CACHED = "text-generation-with-past"
 

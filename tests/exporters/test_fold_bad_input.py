@@ -25,10 +25,10 @@ from fold_cases import (
 from tiny_models import tiny_model
 from traces import fresh_trace
 
-from gralora_fx.adapters.adapter_files import adapter_digest, read_adapter, tensors_digest
+from gralora_fx.core.adapters.adapter_files import adapter_digest, read_adapter, tensors_digest
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import fold_onnx
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.manifest import read_manifest
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
@@ -208,7 +208,7 @@ def test_folding_needs_neither_a_model_nor_an_exporter(small: Case, tmp_path: Pa
         "import sys\nfrom gralora_fx.exporters import fold_onnx\n"
         f"fold_onnx({str(small.base)!r}, {str(small.adapter)!r}, {str(tmp_path / 'out')!r})\n"
         "print(sorted(n for n in sys.modules if n.split('.')[0] in ('onnxscript', 'transformers', 'peft') or "
-        "n.startswith(('torch.onnx', 'gralora_fx.tracing.trace', 'gralora_fx.model'))))"
+        "n.startswith(('torch.onnx', 'gralora_fx.core.tracing.trace', 'gralora_fx.core.model'))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

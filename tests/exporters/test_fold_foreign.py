@@ -23,9 +23,9 @@ from tiny_tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from transformers.exporters import OnnxConfig, OnnxExporter
 
+from gralora_fx.base.progress.stages import quiet
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters import fold_onnx
-from gralora_fx.progress.stages import quiet
 
 ZERO_POINTS = ("is_symmetric=false",)
 BUILDS = (("fp32", "fp32", ()), ("int4", "int4", ()), ("int4_zero_points", "int4", ZERO_POINTS))

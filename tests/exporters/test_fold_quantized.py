@@ -25,10 +25,10 @@ from traces import fresh_trace
 from gralora_fx import trace
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
-from gralora_fx.exporters.conversion import Conversion
+from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.formats import BLOCK_BITS, Blocks
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
+from gralora_fx.exporters.quantize.formats import BLOCK_BITS, Blocks
+from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.serving import load
 
 
@@ -50,7 +50,7 @@ def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
         is_searched = isinstance(form, Blocks) and form.rounding == "searched"
         return QuantizationPlan(dataclasses.replace(form, rounding="nearest")) if is_searched else conversion.plan  # type: ignore[type-var]
 
-    monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", chosen)
+    monkeypatch.setattr("gralora_fx.exporters.quantize.choice.choose_formats", chosen)
 
 
 def without_zero_points(monkeypatch: pytest.MonkeyPatch, kind: str, block_size: int = 32) -> None:

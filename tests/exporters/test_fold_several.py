@@ -22,7 +22,7 @@ from gralora_fx import GraloraModel, TracedModel, merge, trace
 from gralora_fx.cli.commands import app
 from gralora_fx.errors import ExportError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.manifest import read_manifest
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "gralora": {"r": 4, "gralora_k": 2, "target_modules": ["q_proj", "v_proj"]},

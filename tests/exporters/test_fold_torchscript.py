@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gralora_fx.base.progress.stages import quiet
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters import fold_onnx
-from gralora_fx.progress.stages import quiet
 
 IDS = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(2))
 

@@ -28,16 +28,16 @@ from transformers import (
 )
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
-from gralora_fx.exporters.conversion import Conversion
-from gralora_fx.exporters.flavours.decoder import decoder_models
-from gralora_fx.exporters.fx_passes.simplify import simplify
-from gralora_fx.exporters.onnx_passes.normalization import LowerNorms, match_rms_norms
-from gralora_fx.exporters.onnx_pipeline import import_domains
+from gralora_fx.core.graph.pipeline import PassLog
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.operators.layers import RmsNorm, Rotary
+from gralora_fx.exporters.kinds.conversion import Conversion
+from gralora_fx.exporters.kinds.decoder import decoder_models
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
+from gralora_fx.exporters.rules.onnx_pipeline import import_domains
+from gralora_fx.exporters.translation.simplify import simplify
 from gralora_fx.exporters.translation.translate import translate
-from gralora_fx.graph.pipeline import PassLog
-from gralora_fx.graph.surgery import copy_graph
-from gralora_fx.operators.layers import RmsNorm, Rotary
 
 
 class Norm(nn.Module):

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.core.tracing.inputs.samples import inputs_for_task
 from gralora_fx.errors import ServingError, TraceError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx
-from gralora_fx.model.gralora_model import GraloraModel
+from gralora_fx.format.input_names import IMAGE_INPUT_NAMES
+from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
-from gralora_fx.serving.model import OrtModel
-from gralora_fx.tracing.inputs.image_inputs import IMAGE_INPUTS
-from gralora_fx.tracing.inputs.input_names import IMAGE_INPUT_NAMES
-from gralora_fx.tracing.inputs.samples import inputs_for_task
 from tests.architectures.image_prompts import image_inputs_of, image_prompt, tiny_image_model
 from tests.architectures.tiny_decoders import tiny_decoder
 

@@ -26,9 +26,9 @@ from gralora_fx import trace
 from gralora_fx.cli.commands import app
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.image_sizes import ImageSizes
+from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
-from gralora_fx.tracing.inputs.image_sizes import ImageSizes
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **IMAGE_MODELS,

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gralora_fx.exporters.onnx_passes.builder import Builder
-from gralora_fx.exporters.onnx_passes.joined_slices import join_slices
+from gralora_fx.exporters.rules.builder import Builder
+from gralora_fx.exporters.rules.joined_slices import join_slices
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
 
 SIZE = 7

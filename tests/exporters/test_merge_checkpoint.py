@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import text_batch, tiny_model
 from transformers import PreTrainedModel
 
+from gralora_fx.base.sources import rewriting
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, MergeError
 from gralora_fx.exporters import merge_checkpoint
-from gralora_fx.sources import rewriting
 
 WEIGHTS, INDEX = "adapter_model.safetensors", "model.safetensors.index.json"
 GRALORA: dict[str, Any] = {"r": 4, "gralora_k": 2, "alpha": 6, "target_modules": "all-linear"}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.compat.torch_graphs import tree_leaves
+from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import ExportError, ServingError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.serving import load

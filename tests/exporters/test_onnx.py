@@ -16,7 +16,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters import verify as verify_module
+from gralora_fx.exporters import onnx_verify as verify_module
 from gralora_fx.exporters.verify_report import VerifyReport
 
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)

@@ -13,7 +13,7 @@ import pytest
 from adapters_as_data import KINDS, Exports, add, arrays
 from javascript_project import installed_project, needs_node, run_script
 
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
+from gralora_fx.format.adapter_inputs import AdapterInputs
 from gralora_fx.serving import OrtModel
 
 pytestmark = needs_node

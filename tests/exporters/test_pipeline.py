@@ -15,19 +15,19 @@ from torch import fx, nn
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.core.graph.pipeline import PassLog, PassResult, Pipeline, Skip, name_of
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.conversion import Conversion, conversion_of
-from gralora_fx.exporters.flavours.decoder import attention_pipeline, decoder_pipeline
-from gralora_fx.exporters.onnx_passes.constant_matrices import fold_transposes, merge_matmuls
-from gralora_fx.exporters.onnx_passes.keep_last_position import keep_last_position
-from gralora_fx.exporters.onnx_passes.quantize_weights import QuantizeWeights
-from gralora_fx.exporters.onnx_passes.rotary import RotaryTables
-from gralora_fx.exporters.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains
+from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
+from gralora_fx.exporters.kinds.decoder import attention_pipeline, decoder_pipeline
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization.formats import Columns
-from gralora_fx.exporters.quantization.plan import QuantizationPlan
-from gralora_fx.graph.pipeline import PassLog, PassResult, Pipeline, Skip, name_of
+from gralora_fx.exporters.quantize.formats import Columns
+from gralora_fx.exporters.quantize.plan import QuantizationPlan
+from gralora_fx.exporters.rules.attention.rotary import RotaryTables
+from gralora_fx.exporters.rules.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains
+from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes, merge_matmuls
+from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
+from gralora_fx.exporters.rules.rows.keep_last_position import keep_last_position
 
 CACHED = "text-generation-with-past"
 

@@ -16,9 +16,9 @@ from traces import fresh_trace
 from transformers import DebertaV2Config, DebertaV2Model, ResNetConfig, ResNetForImageClassification
 
 from gralora_fx import trace
+from gralora_fx.core.tracing import ready_graphs
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters import onnx as onnx_module
-from gralora_fx.tracing import ready_graphs
 
 
 def operators(path: Path) -> Counter[str]:

@@ -22,9 +22,9 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.fx_passes.cast_graph import CastGraph
+from gralora_fx.exporters.translation.cast_graph import CastGraph
+from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.serving import load
-from gralora_fx.tracing.inputs.cache_slots import KINDS
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)

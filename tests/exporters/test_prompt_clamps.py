@@ -11,16 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraModel, LoraConfig, TracedModel, rewrite, trace
-from gralora_fx.engine.decoder import part_length
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification.cases import PromptBatch
-from gralora_fx.exporters.verification.fresh_inputs import pad_prompts
-from gralora_fx.exporters.verification.greedy_tokens import ModelSteps, Step, compare_greedy
-from gralora_fx.exporters.verification.tolerances import ToleranceCheck
+from gralora_fx.exporters.verify.cases import PromptBatch
+from gralora_fx.exporters.verify.fresh_inputs import pad_prompts
+from gralora_fx.exporters.verify.greedy_tokens import ModelSteps, Step, compare_greedy
+from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 from gralora_fx.exporters.verify_report import TokenCheck
+from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
-from gralora_fx.serving.model import OrtModel
 from tests.architectures.tiny_decoders import tiny_decoder
 
 TASK, ANSWER = "text-generation-with-past", 12

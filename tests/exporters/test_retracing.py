@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx import trace
-from gralora_fx.exporters.fx_passes.retrace import Decompose, functionalize
+from gralora_fx.exporters.translation.retrace import Decompose, functionalize
 
 _aten = torch.ops.aten
 

@@ -14,15 +14,15 @@ from tiny_tokenizers import tiny_tokenizer
 from traces import fresh, fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
+from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.flavours.decoder import DECODER
-from gralora_fx.exporters.verification.compared_tensors import flat
-from gralora_fx.exporters.verification.measure_quality import measure_quality
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.quantized_weights import TokenQuality
+from gralora_fx.exporters.kinds.decoder import DECODER
+from gralora_fx.exporters.verify.compared_tensors import flat
+from gralora_fx.exporters.verify.measure_quality import measure_quality
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.format.quantized_weights import TokenQuality
 from gralora_fx.serving import load
-from gralora_fx.tracing.inputs.cache import empty_cache
 
 CACHED = "text-generation-with-past"
 CONFIG = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=16, target_modules="all-linear", init_weights=False)
@@ -114,7 +114,7 @@ def test_a_float_adapter_over_a_quantized_base_is_measured_with_the_adapter(
     mode: Any, has_blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In LoRA's form and in GraLoRA's, whichever the export would take."""
-    monkeypatch.setattr("gralora_fx.exporters.conversion.takes_blocks", lambda *_, **__: has_blocks)
+    monkeypatch.setattr("gralora_fx.exporters.kinds.conversion.takes_blocks", lambda *_, **__: has_blocks)
     model, tokenizer = adapted(), tiny_tokenizer()
     report = export_onnx(
         model,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.exporters import export_onnx, fold_onnx
-from gralora_fx.exporters.onnx_passes.quantized_products import FACTORS
-from gralora_fx.exporters.quantization import choice
+from gralora_fx.exporters.quantize import choice
+from gralora_fx.exporters.rules.products.quantized_products import FACTORS
 from gralora_fx.serving import load
 
 DYNAMIC: Any = "int8-dynamic"

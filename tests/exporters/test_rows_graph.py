@@ -21,14 +21,14 @@ from traces import fresh, fresh_trace
 from wrong_rows import ShiftedSteps
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
-from gralora_fx.engine.adapters import Adapters
-from gralora_fx.engine.session_decoders import RowsDecoder
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
-from gralora_fx.exporters.verification import variants
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime.export_directory import ROWS_NAME
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.exporters.verify import variants
+from gralora_fx.format.export_directory import ROWS_NAME
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.engine.adapters import Adapters
+from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.serving import load
 
 CACHED = "text-generation-with-past"

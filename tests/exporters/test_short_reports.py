@@ -24,7 +24,7 @@ from gralora_fx.cli.wording import show
 from gralora_fx.exporters import export_onnx, fold_onnx, merge_checkpoint, to_lora, verify_onnx
 from gralora_fx.exporters.reports import AttentionReport, ExportReport
 from gralora_fx.exporters.verify_report import RoundingCheck, TensorCheck, TokenCheck, VerifyReport
-from gralora_fx.runtime.manifest import RowsEntry
+from gralora_fx.format.manifest import RowsEntry
 
 NAMES = ("first", "second", "third")
 

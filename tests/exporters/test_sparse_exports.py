@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps
-from gralora_fx.runtime.session import open_session
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
+from gralora_fx.run.sessions.session import open_session
 from tests.architectures.tiny_decoders import tiny_decoder
 
 CHOSEN, LENGTH, STEPS = 8, 24, 4

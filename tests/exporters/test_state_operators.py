@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gralora_fx.exporters.onnx_passes.builder import Builder
-from gralora_fx.exporters.onnx_passes.clean_up import remove_unused_nodes
-from gralora_fx.exporters.onnx_passes.state_operators import lower_state_operators
-from gralora_fx.exporters.onnx_pipeline import import_domains
+from gralora_fx.core.operators.linear_attention import LinearAttention
+from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm
+from gralora_fx.exporters.rules.builder import Builder
+from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
+from gralora_fx.exporters.rules.onnx_pipeline import import_domains
+from gralora_fx.exporters.rules.states.state_operators import lower_state_operators
 from gralora_fx.exporters.translation.operators import (
     CausalConvNode,
     DomainNode,
@@ -22,8 +24,6 @@ from gralora_fx.exporters.translation.operators import (
     LinearAttentionNode,
 )
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
-from gralora_fx.operators.linear_attention import LinearAttention
-from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm
 from tests.operators.test_linear_attention import RULES, arguments
 
 

@@ -17,12 +17,12 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.base.sources import safetensors_files as shards
+from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, sampled_values, value_entries, values_of
+from gralora_fx.core.loading.bases import load_traced
+from gralora_fx.core.loading.models import load_model, load_streamed
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.loading.models import load_model, load_streamed
-from gralora_fx.sources import safetensors_files as shards
-from gralora_fx.sources.lazy_tensors import EntrySource, lazy_parameter, sampled_values, value_entries, values_of
 
 CACHED = "text-generation-with-past"
 FILES = ("model.onnx", "model.onnx_data", "gralora_export.json", "genai_config.json", "config.json")
@@ -272,7 +272,7 @@ def test_values_are_made_whenever_they_are_read_and_cast_then() -> None:
 
 
 def test_weights_are_folded_one_by_one_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gralora_fx.adapters import folded_weights as fold_module
+    from gralora_fx.core.adapters import folded_weights as fold_module
 
     folded: list[weakref.ref[torch.Tensor]] = []
     most_alive = 0

@@ -16,15 +16,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
+from gralora_fx.base.sources.same_base import BaseSource
 from gralora_fx.cli.commands import app
+from gralora_fx.core.loading import bases as loading
+from gralora_fx.core.loading.bases import load_base, load_traced, trace_base
 from gralora_fx.errors import CheckpointError, ExportError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, verify_onnx
 from gralora_fx.exporters.artifact.staging import check_base_replaced
-from gralora_fx.loading import bases as loading
-from gralora_fx.loading.bases import load_base, load_traced, trace_base
-from gralora_fx.runtime.adapter_file import read_record
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.sources.same_base import BaseSource
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.sessions.adapter_file import read_record
 
 METHODS: dict[str, dict[str, Any]] = {"gralora": {"r": 4, "gralora_k": 2}, "lora": {"method": "LORA", "r": 4}}
 TARGETS = ["q_proj", "v_proj"]

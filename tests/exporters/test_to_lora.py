@@ -17,10 +17,10 @@ from traces import fresh_trace
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
+from gralora_fx.core.methods import read_config
+from gralora_fx.core.methods.forms import truncate, update_norm
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError
 from gralora_fx.exporters import to_lora
-from gralora_fx.methods import read_config
-from gralora_fx.methods.forms import truncate, update_norm
 
 WEIGHTS = "adapter_model.safetensors"
 SIZES: dict[str, Any] = {"r": 4, "gralora_k": 2, "alpha": 6, "target_modules": "all-linear"}

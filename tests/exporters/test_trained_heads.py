@@ -24,9 +24,9 @@ from traces import relative_error
 from gralora_fx import GraloraModel, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx, to_lora, verify_onnx
-from gralora_fx.runtime.adapter_file import read_record, read_tensors, record_of, write_tensors
-from gralora_fx.runtime.adapter_paths import record_path
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.sessions.adapter_file import read_record, read_tensors, record_of, write_tensors
 from gralora_fx.serving import OrtModel, load
 
 GRALORA = {"r": 4, "gralora_k": 2, "alpha": 8}

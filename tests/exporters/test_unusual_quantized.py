@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from traces import fresh_trace
 
 from gralora_fx import trace
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
-from gralora_fx.exporters.onnx_passes import block_products, column_products
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantization import calibration, choice
-from gralora_fx.exporters.quantization.block_arrays import quantize_blocks
-from gralora_fx.exporters.quantization.column_arrays import dequantize_columns, input_factors, quantize_columns
-from gralora_fx.exporters.quantization.formats import Blocks, Columns
+from gralora_fx.exporters.quantize import calibration, choice
+from gralora_fx.exporters.quantize.block_arrays import quantize_blocks
+from gralora_fx.exporters.quantize.column_arrays import dequantize_columns, input_factors, quantize_columns
+from gralora_fx.exporters.quantize.formats import Blocks, Columns
+from gralora_fx.exporters.rules.products import block_products, column_products
 from gralora_fx.exporters.translation.weights import ComputedTogether
-from gralora_fx.loading.bases import load_traced
 from gralora_fx.serving import load
 
 KINDS: Any = pytest.mark.parametrize("kind", ["int4", "int8-dynamic"])
@@ -156,7 +156,7 @@ def test_gradients_that_are_not_finite_leave_what_layers_read(tmp_path: Path, mo
         plans.append(choose_formats(*arguments))
         return plans[-1]
 
-    monkeypatch.setattr("gralora_fx.exporters.quantization.choice.choose_formats", noted)
+    monkeypatch.setattr("gralora_fx.exporters.quantize.choice.choose_formats", noted)
     report = exported(Rooted(), torch.randn(4, 64), tmp_path / "onnx", "int4", bits=4, verify=False)
     assert "its values or gradients are not finite" in chosen_by(report)
     assert report.quantization is not None

@@ -19,18 +19,18 @@ from tiny_tokenizers import tiny_tokenizer
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
-from gralora_fx.exporters.verification import same_model
-from gralora_fx.exporters.verification.compared_tensors import largest_gap, largest_value
-from gralora_fx.exporters.verification.fresh_inputs import pad_prompts, random_prompts
-from gralora_fx.exporters.verification.greedy_tokens import compare_greedy, reader
-from gralora_fx.exporters.verification.tolerances import ToleranceCheck, tolerance_of
+from gralora_fx.exporters.verify import same_model
+from gralora_fx.exporters.verify.compared_tensors import largest_gap, largest_value
+from gralora_fx.exporters.verify.fresh_inputs import pad_prompts, random_prompts
+from gralora_fx.exporters.verify.greedy_tokens import compare_greedy, reader
+from gralora_fx.exporters.verify.tolerances import ToleranceCheck, tolerance_of
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck, VerifyReport
-from gralora_fx.model.rewrite import merge_lazily
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.session import open_session
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.sessions.session import open_session
 
 SIZES: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

@@ -16,9 +16,9 @@ from gralora_fx import TracedModel
 from gralora_fx.cli import app
 from gralora_fx.errors import ConfigError, ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verification.tolerances import arithmetic_of, tolerance_of
-from gralora_fx.runtime.plugins import Device
-from gralora_fx.runtime.session import Runtime
+from gralora_fx.exporters.verify.tolerances import arithmetic_of, tolerance_of
+from gralora_fx.run.sessions.plugins import Device
+from gralora_fx.run.sessions.session import Runtime
 
 CPU, AZURE, OPENVINO = "CPUExecutionProvider", "AzureExecutionProvider", "OpenVINOExecutionProvider"
 F32 = {"load_config": {"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}}
@@ -134,7 +134,7 @@ def test_options_of_the_command_reach_verification(monkeypatch: pytest.MonkeyPat
         raise ExportError("recorded")
 
     monkeypatch.setattr("gralora_fx.exporters.verify_onnx", record, raising=False)
-    monkeypatch.setattr("gralora_fx.loading.bases.load_traced", lambda *_, **__: None)
+    monkeypatch.setattr("gralora_fx.core.loading.bases.load_traced", lambda *_, **__: None)
     provider = ["--provider", AZURE, "--provider-option", "a=b=c", "--provider-option", "d="]
     result = CliRunner().invoke(app, ["verify", "--model", "/no/model", "--output", str(export), *provider])
     assert str(result.exception) == "recorded"

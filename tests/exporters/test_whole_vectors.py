@@ -7,8 +7,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from gralora_fx.exporters.onnx_passes.builder import Builder, add_input
-from gralora_fx.exporters.onnx_passes.whole_vectors import OPERATORS, SUMS, VECTOR, fill_vectors
+from gralora_fx.exporters.rules.builder import Builder, add_input
+from gralora_fx.exporters.rules.products.whole_vectors import OPERATORS, SUMS, VECTOR, fill_vectors
 
 ROWS = 5
 

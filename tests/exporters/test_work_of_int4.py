@@ -13,11 +13,11 @@ from transformers import LlamaForCausalLM
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.quantization import calibration
-from gralora_fx.exporters.quantization.draws import draw
-from gralora_fx.exporters.quantization.sequential import Moments
-from gralora_fx.exporters.verification import token_quality
-from gralora_fx.exporters.verification.greedy_tokens import DecoderSteps, ModelSteps
+from gralora_fx.exporters.quantize import calibration
+from gralora_fx.exporters.quantize.draws import draw
+from gralora_fx.exporters.quantize.sequential import Moments
+from gralora_fx.exporters.verify import token_quality
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from tests.architectures.tiny_decoders import tiny_decoder
 
 

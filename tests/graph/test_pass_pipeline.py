@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import fx, nn
 
+from gralora_fx.core.graph.pipeline import PassLog, PassResult, Pipeline, contract
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph.pipeline import PassLog, PassResult, Pipeline, contract
 
 SORTED, PLAIN = "terms are sorted", "every product is plain"
 

@@ -12,8 +12,8 @@ from torch.fx.passes.infra.pass_base import PassResult
 from traces import inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
+from gralora_fx.core.graph import pipeline
 from gralora_fx.errors import RewriteError
-from gralora_fx.graph import pipeline
 
 QUERY = GraloraConfig(r=8, target_modules=["query"], init_weights=False)
 

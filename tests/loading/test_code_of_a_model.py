@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from gralora_fx.core.loading.models import load_model, load_streamed, make_empty
+from gralora_fx.core.loading.tokenizers import load_tokenizer
 from gralora_fx.errors import GraloraError
-from gralora_fx.loading.models import load_model, load_streamed, make_empty
-from gralora_fx.loading.tokenizers import load_tokenizer
 
 CODE = """
 from pathlib import Path

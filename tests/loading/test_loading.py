@@ -14,10 +14,10 @@ from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
+from gralora_fx.core.loading.adapter_facts import base_name
+from gralora_fx.core.loading.bases import load_base, load_traced
+from gralora_fx.core.loading.models import load_model, load_streamed
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
-from gralora_fx.loading.adapter_facts import base_name
-from gralora_fx.loading.bases import load_base, load_traced
-from gralora_fx.loading.models import load_model, load_streamed
 
 CLASSIFIER = "text-classification"
 

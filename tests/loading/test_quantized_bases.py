@@ -13,15 +13,15 @@ from four_bit_bases import BASES, float_base, in_four_bits, inputs, trained
 from safetensors.torch import load_file, save_file
 
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.core.loading.bases import load_traced
+from gralora_fx.core.loading.models import load_model, load_streamed
+from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.loading.models import load_model, load_streamed
-from gralora_fx.model.gralora_model import GraloraModel
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
-from gralora_fx.sources.base_quantization import BaseQuantization
-from gralora_fx.sources.lazy_tensors import values_of
 
 pytest.importorskip("bitsandbytes")
 LLAMA = "LlamaForCausalLM"

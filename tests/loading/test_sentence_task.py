@@ -10,11 +10,11 @@ from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from transformers import BertConfig
 
+from gralora_fx.base.sources.sentence_modules import SentenceModules
+from gralora_fx.core.loading.bases import sentence_source
+from gralora_fx.core.loading.models import load_model
+from gralora_fx.core.loading.tokenizers import with_sentence_settings
 from gralora_fx.errors import CheckpointError, TraceError
-from gralora_fx.loading.bases import sentence_source
-from gralora_fx.loading.models import load_model
-from gralora_fx.loading.tokenizers import with_sentence_settings
-from gralora_fx.sources.sentence_modules import SentenceModules
 
 TASK = "sentence-similarity"
 

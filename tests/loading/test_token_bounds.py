@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gralora_fx.loading import token_bounds
-from gralora_fx.loading.token_bounds import TokenBound, surely_exceeds
+from gralora_fx.core.loading import token_bounds
+from gralora_fx.core.loading.token_bounds import TokenBound, surely_exceeds
 
 CORPUS = [
     "The capital of France is Paris, e\u0301t\u00e9 1234 5678.",

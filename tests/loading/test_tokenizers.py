@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from gralora_fx.cli import app
+from gralora_fx.core.loading.tokenizers import load_tokenizer
 from gralora_fx.errors import CheckpointError, ExportError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_its_class_is_that_which_transformers_takes(base: Path, tmp_path: Path, 
 
 def test_a_tokenizer_loads_without_what_models_need(base: Path) -> None:
     code = (
-        "import sys; from gralora_fx.loading.tokenizers import load_tokenizer; load_tokenizer(sys.argv[1])\n"
+        "import sys; from gralora_fx.core.loading.tokenizers import load_tokenizer; load_tokenizer(sys.argv[1])\n"
         "print([name for name in ('transformers.models.bert', 'transformers.core_model_loading', 'sympy') "
         "if name in sys.modules])"
     )

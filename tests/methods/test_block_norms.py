@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gralora_fx.methods.fold import delta_weight
-from gralora_fx.methods.forms import block_norms
-from gralora_fx.methods.gralora import Factors, GraloraSizes, initial_factors
-from gralora_fx.methods.method import Update
+from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.forms import block_norms
+from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
+from gralora_fx.core.methods.method import Update
 
 
 def factors_of(rank: GraloraSizes, seed: int = 0) -> Factors:

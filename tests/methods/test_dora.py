@@ -27,10 +27,10 @@ from typer.testing import CliRunner
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, merge, rewrite, trace
 from gralora_fx.cli import app
+from gralora_fx.core.methods import config_from_peft, method_of, read_config
+from gralora_fx.core.methods.dora import DoraFactors
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, MergeError, RewriteError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, to_lora, verify_onnx
-from gralora_fx.methods import config_from_peft, method_of, read_config
-from gralora_fx.methods.dora import DoraFactors
 from gralora_fx.serving import load
 
 BOTH = ["q_proj", "v_proj"]

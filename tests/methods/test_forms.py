@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_gralora import IN, OUT, RANKS, factors_of
 
-from gralora_fx.methods.fold import delta_weight
-from gralora_fx.methods.forms import summed, with_blocks
-from gralora_fx.methods.gralora import Factors, GraloraSizes
-from gralora_fx.methods.method import Update
+from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.forms import summed, with_blocks
+from gralora_fx.core.methods.gralora import Factors, GraloraSizes
+from gralora_fx.core.methods.method import Update
 
 
 def doubles(rank: GraloraSizes, seed: int = 0) -> Factors:

@@ -12,11 +12,11 @@ from peft.tuners.gralora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.methods.fold import delta_weight, fold
-from gralora_fx.methods.gralora import Factors, GraloraSizes, initial_factors
-from gralora_fx.methods.low_rank import accumulate
-from gralora_fx.methods.method import LayerCall, Update
-from gralora_fx.methods.registry import GRALORA
+from gralora_fx.core.methods.fold import delta_weight, fold
+from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
+from gralora_fx.core.methods.low_rank import accumulate
+from gralora_fx.core.methods.method import LayerCall, Update
+from gralora_fx.core.methods.registry import GRALORA
 
 pytestmark = pytest.mark.quick
 

@@ -17,10 +17,10 @@ from torch import nn
 from traces import fresh_trace, main_output, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, merge, plan, rewrite
+from gralora_fx.core.methods import config_from_peft, method_of, read_config
+from gralora_fx.core.methods.gralora import Factors
+from gralora_fx.core.methods.lora import LoraFactors
 from gralora_fx.errors import CheckpointError, ConfigError, MergeError, TargetError
-from gralora_fx.methods import config_from_peft, method_of, read_config
-from gralora_fx.methods.gralora import Factors
-from gralora_fx.methods.lora import LoraFactors
 
 pytestmark = pytest.mark.quick
 

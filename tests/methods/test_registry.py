@@ -12,9 +12,9 @@ from tiny_models import text_batch
 from traces import fresh_trace, main_output, relative_error, run
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite
+from gralora_fx.core.methods import METHODS, AdapterMethod, method_of, read_config, register
 from gralora_fx.errors import ConfigError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.methods import METHODS, AdapterMethod, method_of, read_config, register
 
 
 @pytest.fixture

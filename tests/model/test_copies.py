@@ -19,9 +19,10 @@ from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 from traces import inputs_of, main_output, traced
 
-from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, operators, rewrite, trace
+from gralora_fx import GraloraConfig, GraloraModel, TracedModel, merge, rewrite, trace
+from gralora_fx.core import operators
+from gralora_fx.core.operators.call import Call
 from gralora_fx.errors import MergeError, RewriteError, TraceError
-from gralora_fx.operators.call import Call
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 

@@ -20,8 +20,8 @@ from torch import nn
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.core.tracing.as_transformers import check_generation
 from gralora_fx.errors import RewriteError, TraceError
-from gralora_fx.tracing.as_transformers import check_generation
 
 DECODER, TRANSLATOR = "text-generation-with-past", "text2text-generation-with-past"
 # name: (sizes, task)

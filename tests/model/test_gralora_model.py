@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from traces import fresh, fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, plan, rewrite, trace
-from gralora_fx.adapters.checkpoint import checkpoint_parameters
+from gralora_fx.core.adapters.checkpoint import checkpoint_parameters
+from gralora_fx.core.methods.registry import GRALORA
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, TargetError
-from gralora_fx.methods.registry import GRALORA
 
 QUERY = {"r": 8, "target_modules": ["query"], "init_weights": False}
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from traces import fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
+from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.gralora import Factors
+from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import MergeError, RewriteError
-from gralora_fx.methods.fold import delta_weight
-from gralora_fx.methods.gralora import Factors
-from gralora_fx.methods.method import Update
 
 
 def adapted(name: str, **fields: Any) -> GraloraModel:

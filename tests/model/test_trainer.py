@@ -19,8 +19,8 @@ from tiny_tokenizers import tiny_tokenizer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
+from gralora_fx.core.model import model_class
 from gralora_fx.errors import CheckpointError, RewriteError, TraceError
-from gralora_fx.model import model_class
 
 # one layer, and no dropout
 SIZES: dict[str, dict[str, Any]] = {

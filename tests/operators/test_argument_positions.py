@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-OPERATORS = ROOT / "gralora_fx" / "operators"
+OPERATORS = ROOT / "gralora_fx" / "core" / "operators"
 FILES = sorted(
     file
     for folder in (ROOT / "gralora_fx", ROOT / "exporters")

@@ -15,17 +15,17 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import gralora_fx.operators
+import gralora_fx.core.operators
+from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask, MaskOfBlocks
+from gralora_fx.core.operators.call import Call, named_arguments, operator_for
+from gralora_fx.core.operators.experts import Experts
+from gralora_fx.core.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
+from gralora_fx.core.operators.linear_attention import LinearAttention
+from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 from gralora_fx.exporters.translation.operators import TRANSLATIONS
-from gralora_fx.operators.attention import Attention, DotProductAttention, Mask, MaskOfBlocks
-from gralora_fx.operators.call import Call, named_arguments, operator_for
-from gralora_fx.operators.experts import Experts
-from gralora_fx.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
-from gralora_fx.operators.linear_attention import LinearAttention
-from gralora_fx.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 
-for module in pkgutil.iter_modules(gralora_fx.operators.__path__):
-    importlib.import_module(f"gralora_fx.operators.{module.name}")
+for module in pkgutil.iter_modules(gralora_fx.core.operators.__path__):
+    importlib.import_module(f"gralora_fx.core.operators.{module.name}")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx import GraloraModel
-from gralora_fx.compat.torch_graphs import tree_leaves
-from gralora_fx.graph.surgery import annotation_of
+from gralora_fx.base.compat.torch_graphs import tree_leaves
+from gralora_fx.core.graph.surgery import annotation_of
 
 
 class _Recorder(fx.Interpreter):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from traces import main_output
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, merge, plan
-from gralora_fx.adapters.adapter_files import WEIGHTS_NAME
-from gralora_fx.adapters.checkpoint import checkpoint_parameters
-from gralora_fx.methods import DoraConfig
+from gralora_fx.core.adapters.adapter_files import WEIGHTS_NAME
+from gralora_fx.core.adapters.checkpoint import checkpoint_parameters
+from gralora_fx.core.methods import DoraConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from traces import main_output
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from gralora_fx import GraloraModel, TracedModel, trace
-from gralora_fx.adapters.checkpoint import checkpoint_parameters
+from gralora_fx.core.adapters.checkpoint import checkpoint_parameters
 
 # an uneven scale, which no order of operations multiplies by without rounding
 FIELDS = {"r": 6, "gralora_k": 2, "hybrid_r": 3, "alpha": 7}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, TracedModel, merge, plan, rewrite, trace
-from gralora_fx.adapters.checkpoint import checkpoint_parameters
+from gralora_fx.core.adapters.checkpoint import checkpoint_parameters
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, MergeError, RewriteError, TargetError
 from gralora_fx.exporters import export_onnx, fold_onnx, merge_checkpoint, to_lora
 from gralora_fx.serving import load

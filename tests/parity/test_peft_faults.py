@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from traces import fresh_trace, main_output, relative_error, run
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, plan, rewrite, trace
-from gralora_fx.adapters.adapter_files import WEIGHTS_NAME
+from gralora_fx.core.adapters.adapter_files import WEIGHTS_NAME
 from gralora_fx.errors import ConfigError, MergeError, TargetError, TraceError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-import gralora_fx.passes
-import gralora_fx.tracing.normalize
+import gralora_fx.core.adapters
+import gralora_fx.core.tracing.normalize
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.adapters.adapter import put
-from gralora_fx.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
+from gralora_fx.core.adapters.adapter import put
+from gralora_fx.core.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
+from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
+from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, RedirectParameters, SetWeights, UntieWeights
+from gralora_fx.core.graph.pipeline import Pipeline
+from gralora_fx.core.graph.surgery import annotate, annotated_nodes, annotation_of, remove_annotation
+from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
+from gralora_fx.core.methods.method import Update
+from gralora_fx.core.methods.registry import GRALORA
 from gralora_fx.errors import MergeError, RewriteError
-from gralora_fx.graph.pipeline import Pipeline
-from gralora_fx.graph.surgery import annotate, annotated_nodes, annotation_of, remove_annotation
-from gralora_fx.methods.gralora import Factors, GraloraSizes, initial_factors
-from gralora_fx.methods.method import Update
-from gralora_fx.methods.registry import GRALORA
-from gralora_fx.passes.insert_adapter import InsertAdapter, Insertion
-from gralora_fx.passes.other_parameters import OWN_WEIGHTS, RedirectParameters, SetWeights, UntieWeights
 
 
 class Mlp(nn.Module):
@@ -71,7 +71,7 @@ graph():
     %reshape_1 : [num_users=1] = call_method[target=reshape](args = (%permute, 2, -1, 2), kwargs = {{}})
     %view_1 : [num_users=1] = call_method[target=view](args = (%linear, -1, 2, 3), kwargs = {{}})
     %transpose_1 : [num_users=1] = call_method[target=transpose](args = (%view_1, 0, 1), kwargs = {{}})
-    %accumulate : [num_users=1] = call_function[target=gralora_fx.methods.low_rank.accumulate]\
+    %accumulate : [num_users=1] = call_function[target=gralora_fx.core.methods.low_rank.accumulate]\
 (args = (%transpose_1, %reshape_1, %{B}, 2.0), kwargs = {{}})
     %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%accumulate, 0, 1), kwargs = {{}})
     %reshape_as : [num_users=1] = call_method[target=reshape_as](args = (%transpose_2, %linear), kwargs = {{}})
@@ -194,7 +194,7 @@ def test_owned_parameters_are_read(base: TracedModel) -> None:
     "module",
     [
         f"{package.__name__}.{module.name}"
-        for package in (gralora_fx.passes, gralora_fx.tracing.normalize)
+        for package in (gralora_fx.core.adapters, gralora_fx.core.tracing.normalize)
         for module in pkgutil.iter_modules(package.__path__)
     ],
 )

@@ -14,8 +14,8 @@ from test_page import Reader
 from traces import fresh_trace, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, plan, rewrite
-from gralora_fx.config import AdapterConfig
-from gralora_fx.methods import METHODS, AdapterMethod, method_of, register
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.methods import METHODS, AdapterMethod, method_of, register
 from gralora_fx.picture import html_of, svg_of
 
 TARGETS: dict[str, Any] = {"target_modules": ["query", "dense"]}

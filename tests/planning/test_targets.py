@@ -12,8 +12,8 @@ from tiny_models import TINY, tiny_model
 from traces import traced
 
 from gralora_fx import GraloraConfig, plan
+from gralora_fx.core.planning.targets import _DEFAULTS, TargetRule, nearest_names, numbered_containers
 from gralora_fx.errors import TargetError
-from gralora_fx.planning.targets import _DEFAULTS, TargetRule, nearest_names, numbered_containers
 
 ATTENTION = {
     "gpt2": ["c_attn"],

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 from terminals import in_terminal, plain_lines
 
-from gralora_fx.progress import console as module
-from gralora_fx.progress.console import (
+from gralora_fx.base.progress import console as module
+from gralora_fx.base.progress.console import (
     FIRST,
     SILENCE,
     SILENCED,
@@ -26,7 +26,7 @@ from gralora_fx.progress.console import (
     time_left,
     with_progress,
 )
-from gralora_fx.progress.stages import counted, is_displayed, quiet, timed
+from gralora_fx.base.progress.stages import counted, is_displayed, quiet, timed
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,7 +169,8 @@ def test_the_environment_silences_it(
 
 def test_a_terminal_may_have_counts_alone() -> None:
     code = (
-        "from gralora_fx.progress.console import StageProgress; from gralora_fx.progress.stages import counted\n"
+        "from gralora_fx.base.progress.console import StageProgress\n"
+        "from gralora_fx.base.progress.stages import counted\n"
         "with StageProgress(): [list(counted([1, 2], name, 'files')) for name in ('reading', 'writing')]"
     )
     shown = plain_lines(in_terminal([sys.executable, "-c", code], 60, GRALORA_FX_PROGRESS="1"))
@@ -187,7 +188,8 @@ def test_a_terminal_has_every_stage_with_its_time_and_bars_while_it_counts(colum
 
 def test_a_terminal_has_the_total_of_several_stages() -> None:
     code = (
-        "from gralora_fx.progress.console import StageProgress; from gralora_fx.progress.stages import timed\n"
+        "from gralora_fx.base.progress.console import StageProgress\n"
+        "from gralora_fx.base.progress.stages import timed\n"
         "with StageProgress():\n    for name in ('open', 'read'):\n        with timed(name): pass"
     )
     lines = plain_lines(in_terminal([sys.executable, "-c", code], 80, GRALORA_FX_PROGRESS="1"))
@@ -228,7 +230,7 @@ def test_quiet_blocks_of_several_threads_leave_the_process_as_it_was() -> None:
 
 def test_a_command_shows_what_the_package_logs_beside_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     with CommandProgress(), timed("opening"):
-        logging.getLogger("gralora_fx.serving.http.engines").info("no prefix cache: steps are too short")
+        logging.getLogger("gralora_fx.service.engines").info("no prefix cache: steps are too short")
     shown = capsys.readouterr().err
     assert shown.splitlines().count("no prefix cache: steps are too short") == 1
     assert "opening: 0.0 s" not in shown

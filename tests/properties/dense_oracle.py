@@ -13,7 +13,7 @@ from torch.func import functional_call
 from traces import run
 
 from gralora_fx import GraloraModel, LinearSite, TracedModel
-from gralora_fx.methods.gralora import Factors
+from gralora_fx.core.methods.gralora import Factors
 
 
 def output(model: Callable[..., Any], case: Case) -> Tensor:

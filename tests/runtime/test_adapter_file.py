@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gralora_fx.errors import ExportError
-from gralora_fx.runtime.adapter_file import SCHEMA_VERSION, AdapterRecord, read_record
-from gralora_fx.runtime.adapter_paths import record_path
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.run.sessions.adapter_file import SCHEMA_VERSION, AdapterRecord, read_record
 
 RECORD = AdapterRecord(
     schema_version=SCHEMA_VERSION,

@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_paths import own_adapters
+from gralora_fx.format.adapter_paths import own_adapters
 from gralora_fx.serving import load
 
 

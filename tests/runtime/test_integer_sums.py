@@ -13,9 +13,9 @@ from torch import nn
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime import session
-from gralora_fx.runtime.export_directory import MANIFEST_NAME
-from gralora_fx.runtime.session import Runtime
+from gralora_fx.format.export_directory import MANIFEST_NAME
+from gralora_fx.run.sessions import session
+from gralora_fx.run.sessions.session import Runtime
 from gralora_fx.serving import load
 
 
@@ -49,9 +49,7 @@ def test_an_export_that_cannot_be_compared_here_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "adds_exactly", lambda: False)
-    monkeypatch.setattr(
-        "gralora_fx.exporters.quantization.choice.choose_formats", lambda *_: pytest.fail("it is measured")
-    )
+    monkeypatch.setattr("gralora_fx.exporters.quantize.choice.choose_formats", lambda *_: pytest.fail("it is measured"))
     with pytest.raises(ExportError, match="does not add exactly"):
         export_onnx(trace(nn.Linear(32, 32), (torch.randn(2, 32),)), tmp_path / "onnx", quantize="int8-dynamic")
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import pytest
 
-from gralora_fx.runtime.adapter_inputs import AdapterInputs
-from gralora_fx.runtime.json_records import Count, FieldError, read_object, wrong_fields
-from gralora_fx.runtime.quantized_weights import Quality
+from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.json_records import Count, FieldError, read_object, wrong_fields
+from gralora_fx.format.quantized_weights import Quality
 
 
 @dataclass(frozen=True)

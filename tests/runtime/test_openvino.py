@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ServingError
-from gralora_fx.runtime.openvino import arithmetic, complete_options
-from gralora_fx.runtime.plugins import Device, choose_device
+from gralora_fx.run.sessions.openvino import arithmetic, complete_options
+from gralora_fx.run.sessions.plugins import Device, choose_device
 
 NAME = "OpenVINOExecutionProvider"
 

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 from onnxruntime import InferenceSession
 
 from gralora_fx.errors import ExportError
-from gralora_fx.runtime.ort_values import as_tensor, run_values
+from gralora_fx.run.sessions.ort_values import as_tensor, run_values
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gralora_fx.runtime.run_options import available_threads
+from gralora_fx.run.sessions.run_options import available_threads
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

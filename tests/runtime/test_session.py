@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gralora_fx.errors import ExportError
-from gralora_fx.runtime.session import open_session
+from gralora_fx.run.sessions.session import open_session
 
 
 def write_model(folder: Path, location: str) -> None:

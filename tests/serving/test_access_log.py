@@ -20,10 +20,10 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
+from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.middleware import AccessLogMiddleware
+from gralora_fx.service.app import create_app
+from gralora_fx.service.middleware import AccessLogMiddleware
 
 LINE = re.compile(r'(\S+) - - \[([^\]]+)\] "(\S+) (\S+) HTTP/([\d.]+)" (\d+) (\d+) (\d+\.\d{3})')
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gralora_fx.engine.adapter_slots import AdapterSlots, RowStacks
-from gralora_fx.engine.adapters import LoadedAdapter, Stack
-from gralora_fx.runtime.adapter_inputs import AdapterInputs, AdapterSite
-from gralora_fx.runtime.ort_values import as_tensor
+from gralora_fx.format.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.run.engine.adapter_slots import AdapterSlots, RowStacks
+from gralora_fx.run.engine.adapters import LoadedAdapter, Stack
+from gralora_fx.run.sessions.ort_values import as_tensor
 
 INPUTS = AdapterInputs("data", 2, "float32", (AdapterSite("up", 4, 6), AdapterSite("head", 4, 4, "whole", True)))
 

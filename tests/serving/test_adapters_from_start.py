@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 from gralora_fx import GraloraModel, trace
 from gralora_fx.cli import app
 from gralora_fx.cli.values import read_adapters
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
-from gralora_fx.serving.http import server
-from gralora_fx.serving.http.adapter_loads import converted
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service import server
+from gralora_fx.service.adapter_loads import converted
+from gralora_fx.service.app import create_app
 
 MODES = ("data", "inputs")
 LLAMA: dict[str, Any] = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}
@@ -211,7 +211,7 @@ def test_nothing_stays_open_where_an_adapter_cannot_be_loaded(
     adapters = {"a": folder / "lora", "b": folder / "missing"}
     options = [f"--adapter={name}={path}" for name, path in adapters.items()]
     with monkeypatch.context() as patched:
-        patched.setattr("gralora_fx.serving.http.server.bind", bind)
+        patched.setattr("gralora_fx.service.server.bind", bind)
         result = CliRunner().invoke(app, ["serve", str(folder / "data"), "--port", "0", *options])
     assert isinstance(result.exception, ServingError)
     assert "adapter 'b': there is no adapter at" in str(result.exception)

@@ -25,14 +25,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gralora_fx.engine.limits import DecoderLimits
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
+from gralora_fx.run.engine.limits import DecoderLimits
+from gralora_fx.run.generate.answer_form import AnswerForm, DeadEndError, FormError
+from gralora_fx.run.generate.answer_grammar import Grammars
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import Decoder, load
-from gralora_fx.serving.answer_form import AnswerForm, DeadEndError, FormError
-from gralora_fx.serving.answer_grammar import Grammars
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.token_choice import TokenChooser
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
 WORD = {"type": "string", "maxLength": 6}
@@ -375,8 +375,8 @@ def test_rules_within_rules_are_compiled_in_a_stack_that_holds_them() -> None:
     code = """
 import llguidance
 from served_exports import chat_tokenizer
-from gralora_fx.serving import answer_form
-from gralora_fx.serving.answer_grammar import Grammars
+from gralora_fx.run.generate import answer_form
+from gralora_fx.run.generate.answer_grammar import Grammars
 answer_form._MOST_RULES = 10_000
 rules = "start: a0\\n" + "".join(f'a{i}: a{i + 1} "a"\\n' for i in range(3500)) + 'a3500: "b"\\n'
 terminals = rules.replace("a0", "A0").replace("a1", "A1")

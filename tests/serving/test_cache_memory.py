@@ -21,17 +21,17 @@ from running_service import post, running
 from served_exports import chat_tokenizer
 from wide_heads import TOKEN, export_wide_heads
 
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine.cache_memory import CacheMemory, NeverRoomError, NoRoomError, RowMemory
-from gralora_fx.engine.prefix_cache import PrefixCache
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
+from gralora_fx.run.engine.cache_memory import CacheMemory, NeverRoomError, NoRoomError, RowMemory
+from gralora_fx.run.engine.prefix_cache import PrefixCache
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.service.app import create_app
+from gralora_fx.service.scheduling import queue as queues
+from gralora_fx.service.scheduling.continuous import ContinuousScheduler
+from gralora_fx.service.scheduling.queue import Observer, RunError
 from gralora_fx.serving import OrtModel, load
-from gralora_fx.serving.completion import TextRequest
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling import queue as queues
-from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import Observer, RunError
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ from served_exports import CACHED
 from wide_heads import TOKEN, export_wide_heads, read_prompt
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine import session_decoders
-from gralora_fx.engine.cache_buffers import CacheBuffers
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime import paged_memory
-from gralora_fx.runtime.paged_memory import PAGE, kept_reason
+from gralora_fx.run.engine import session_decoders
+from gralora_fx.run.engine.cache_buffers import CacheBuffers
+from gralora_fx.run.sessions import paged_memory
+from gralora_fx.run.sessions.paged_memory import PAGE, kept_reason
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load
-from gralora_fx.serving.http.app import create_app
 from tests.architectures.tiny_decoders import tiny_decoder
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are counted and given back on Linux alone")

@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 from tool_tokenizers import FAMILIES, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 2048}
 # as Qwen's: tools as JSON, calls between tags, results as turns of the user

@@ -11,8 +11,8 @@ from tiny_tokenizers import tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from gralora_fx.serving.completion import Completion
-from gralora_fx.serving.detokenizer import TextStream
+from gralora_fx.run.generate.completion import Completion
+from gralora_fx.run.generate.detokenizer import TextStream
 
 NO_ENDS: frozenset[int] = frozenset()
 

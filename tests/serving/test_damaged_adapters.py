@@ -18,8 +18,8 @@ from adapters_as_data import KINDS, Exports, copy_export, output_of, saved
 
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_adapter
-from gralora_fx.runtime.adapter_file import AdapterRecord, read_record, read_tensors, tensors_sha256, write_tensors
-from gralora_fx.runtime.adapter_paths import record_path
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.run.sessions.adapter_file import AdapterRecord, read_record, read_tensors, tensors_sha256, write_tensors
 from gralora_fx.serving import OrtModel, load
 
 KIND = KINDS["llama"]

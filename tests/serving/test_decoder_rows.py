@@ -16,12 +16,12 @@ import torch
 from served_exports import decoders
 
 from gralora_fx import trace
-from gralora_fx.engine.buffered_steps import takes_buffers
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.ort_values import empty_values
+from gralora_fx.run.engine.buffered_steps import takes_buffers
+from gralora_fx.run.generate.token_choice import TokenChooser
+from gralora_fx.run.sessions.ort_values import empty_values
 from gralora_fx.serving import Decoder, OrtModel, load
-from gralora_fx.serving.token_choice import TokenChooser
 from tests.architectures.tiny_decoders import tiny_decoder
 
 Exports = tuple[dict[str, Path], dict[str | None, Any]]

@@ -29,8 +29,8 @@ from served_exports import decoders
 from typer.main import get_command
 
 from gralora_fx.cli import app
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.serving.http.service_routes import OPEN_PATHS
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.service.service_routes import OPEN_PATHS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "examples" / "deploy"

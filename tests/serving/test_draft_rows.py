@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from served_exports import CACHED, adapted
 from traces import fresh_trace
 
-from gralora_fx.engine.decoder import Decoder
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.export_directory import ROWS_NAME
+from gralora_fx.format.export_directory import ROWS_NAME
+from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.serving import OrtModel, load
 
 PROMPT, TEXT = [5, 9, 33, 71, 8], [12, 40, 3, 3, 88, 61, 5, 9]

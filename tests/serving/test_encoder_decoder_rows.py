@@ -21,17 +21,17 @@ from traces import fresh
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, LoraConfig, rewrite
-from gralora_fx.engine.bounded_rows import Source
-from gralora_fx.engine.decoder import Decoder
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.generation_rules import GenerationRules
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.token_choice import TokenChooser
+from gralora_fx.run.model import OrtModel
+from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.serving import load
-from gralora_fx.serving.completion import TextRequest
-from gralora_fx.serving.generation_rules import GenerationRules
-from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.token_choice import TokenChooser
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 

@@ -15,9 +15,9 @@ from tiny_models import tiny_model
 from torch import Tensor, nn
 
 from gralora_fx import TracedModel, trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 
 class Masked(nn.Module):

@@ -18,11 +18,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from running_service import serving
 from starlette.types import Message
 
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.serving.http.gateway_metrics import GatewayMetrics
-from gralora_fx.serving.http.metrics import Metrics
-from gralora_fx.serving.scale.asgi_request import AsgiRequest
-from gralora_fx.serving.scale.frontend import Frontend
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.service.gateway_metrics import GatewayMetrics
+from gralora_fx.service.metrics import Metrics
+from gralora_fx.service.scale.asgi_request import AsgiRequest
+from gralora_fx.service.scale.frontend import Frontend
 
 GONE = "the replica that ran the request has ended; try again"
 FAILED = "the request failed; the server's log says why"
@@ -156,7 +156,7 @@ def test_what_the_frontend_answers_itself_is_counted_and_logged(
 ) -> None:
     """Requests and rejections are of the same requests; a replica counts those that it answers."""
     metrics = Metrics()  # of this process: prometheus_client asks at its import whether there are several
-    monkeypatch.setattr("gralora_fx.serving.scale.frontend.Metrics", lambda: metrics)
+    monkeypatch.setattr("gralora_fx.service.scale.frontend.Metrics", lambda: metrics)
     replicas = Replicas()
     with frontend(replicas, tmp_path, max_body=50) as connection:
         for messages, error in ((JSON, None), ([], ActorDiedError()), ([], BackPressureError(1, 1))):

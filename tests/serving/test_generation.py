@@ -18,13 +18,14 @@ from tiny_tokenizers import tiny_tokenizer
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, merge, rewrite, trace
+from gralora_fx.core.operators.attention import Attention
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.operators.attention import Attention
-from gralora_fx.runtime.manifest import read_manifest
-from gralora_fx.runtime.run_options import available_threads
-from gralora_fx.serving import load, prompt_answers
-from gralora_fx.serving.model import OrtModel
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.generate import prompt_answers
+from gralora_fx.run.model import OrtModel
+from gralora_fx.run.sessions.run_options import available_threads
+from gralora_fx.serving import load
 from tests.architectures.tiny_decoders import tiny_decoder
 
 PROMPTS = [[5, 9, 12, 40, 3], [7, 31, 4], [60, 61, 62, 63, 64, 65, 66]]

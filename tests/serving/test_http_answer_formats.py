@@ -19,9 +19,10 @@ from running_service import running
 from served_exports import CACHED, adapted, chat_tokenizer
 from starlette.testclient import TestClient
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving import answer_grammar, load
+from gralora_fx.run.generate import answer_grammar
+from gralora_fx.serving import load
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
 WORD = {"type": "string", "maxLength": 6}

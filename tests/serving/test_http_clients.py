@@ -23,10 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tool_tokenizers import family_tokenizer
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 MODES = {"chat": "/v1/chat/completions", "responses": "/v1/responses"}
 WEATHER = {"city", "is_warm"}

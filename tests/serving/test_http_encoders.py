@@ -21,13 +21,13 @@ from tiny_models import text_batch, tiny_model
 from transformers import pipeline
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.openai.encoders import scores_of
-from gralora_fx.serving.model import OrtModel
+from gralora_fx.run.model import OrtModel
+from gralora_fx.service.app import create_app
+from gralora_fx.service.protocols.openai.encoders import scores_of
 
 Service = tuple[TestClient, str, dict[str | None, Any]]
 SIZES: dict[str, Any] = {"num_labels": 3, "id2label": {0: "sport", 1: "art", 2: "law"}, "pad_token_id": 0}

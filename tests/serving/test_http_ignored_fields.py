@@ -11,11 +11,11 @@ from sentence_encoders import HIDDEN, save_encoder
 from served_exports import decoders
 from starlette.testclient import TestClient
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.openai import idle_fields
+from gralora_fx.service.app import create_app
+from gralora_fx.service.protocols.openai import idle_fields
 
 MODEL = "data"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}

@@ -10,18 +10,18 @@ from pydantic import BaseModel, ValidationError
 from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.openai import text_requests
-from gralora_fx.serving.http.openai.requests import (
+from gralora_fx.service.app import create_app
+from gralora_fx.service.protocols.openai import text_requests
+from gralora_fx.service.protocols.openai.requests import (
     ChatRequest,
     ClassifyRequest,
     CompletionRequest,
     EmbeddingRequest,
     RerankRequest,
 )
-from gralora_fx.serving.http.text_reader import TextReader
+from gralora_fx.service.text_reader import TextReader
 
 MANY = 10_000
 TEXT = {"model": "a", "prompt": "a"}

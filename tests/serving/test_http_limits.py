@@ -21,11 +21,11 @@ from running_service import serving
 from starlette.testclient import TestClient
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ConnectionLimits, ServiceSettings
+from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.server import bind
+from gralora_fx.service.app import create_app
+from gralora_fx.service.server import bind
 
 MAX_BODY = 20_000
 INFER = "/v2/models/net/infer"

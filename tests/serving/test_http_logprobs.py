@@ -12,9 +12,9 @@ import torch
 from served_exports import ADAPTERS, CACHED, END, adapted, chat_tokenizer, greedy
 from starlette.testclient import TestClient
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 PROMPT = "Hello there"
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from served_exports import adapted, chat_tokenizer
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 
 def test_a_request_without_rows_leaves_its_mates(tmp_path: Path) -> None:

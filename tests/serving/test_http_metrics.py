@@ -19,12 +19,12 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine.decoder import Decoder
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.metrics import REASONS, Metrics
-from gralora_fx.serving.model import OrtModel
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.model import OrtModel
+from gralora_fx.service.app import create_app
+from gralora_fx.service.metrics import REASONS, Metrics
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -13,9 +13,9 @@ from served_exports import chat_tokenizer
 from starlette.testclient import TestClient
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 from tests.architectures.newer_torch import skip_if_torch_is_too_old
 from tests.architectures.tiny_encoders import tiny_encoder
 

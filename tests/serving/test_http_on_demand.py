@@ -15,11 +15,11 @@ from served_adapters import complete, expected, load, lora, metric, settle, unlo
 from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime.adapter_paths import record_path
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.service.app import create_app
 
 PROMPT = "Hello there"
 

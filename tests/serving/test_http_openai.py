@@ -24,10 +24,10 @@ from llm_comply.tests.openai_chat import OPENAI_CHAT_TESTS
 from running_service import serving
 from served_exports import ADAPTERS, CACHED, adapted, chat_tokenizer
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import Decoder, load
-from gralora_fx.serving.http.app import create_app
 
 BASE = "data"
 ENDS = list(range(90, 101))  # a random model chooses one soon

@@ -10,9 +10,9 @@ import pytest
 from served_exports import decoders
 from starlette.testclient import TestClient
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 FRIEND, STRANGER = "https://chat.example.org", "https://example.com"
 KEY = {"Authorization": "Bearer secret"}

@@ -12,10 +12,10 @@ import torch
 from starlette.testclient import TestClient
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.service_routes import PAGE_PATHS
+from gralora_fx.service.app import create_app
+from gralora_fx.service.service_routes import PAGE_PATHS
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,13 @@ from tiny_models import tiny_model
 from tiny_speech import processor, sound, tiny_whisper, wav
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.runtime import adapter_paths
+from gralora_fx.format import adapter_paths
+from gralora_fx.run.generate.recordings import read_audio
+from gralora_fx.service.replies import TextAnswers
 from gralora_fx.serving import Decoder, load
-from gralora_fx.serving.http.replies import TextAnswers
-from gralora_fx.serving.recordings import read_audio
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -13,10 +13,10 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 CHAT: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
 

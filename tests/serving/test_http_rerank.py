@@ -15,12 +15,12 @@ from tiny_tokenizers import SPECIAL, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.openai.encoders import relevance_of
+from gralora_fx.service.app import create_app
+from gralora_fx.service.protocols.openai.encoders import relevance_of
 
 QUERY = "where is it"
 DOCUMENTS = ["here", "A rather longer text, with which others are padded", "no", "over there, I think"]

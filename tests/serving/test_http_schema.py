@@ -18,10 +18,10 @@ from served_exports import adapted, chat_tokenizer, decoders
 from tiny_speech import processor, tiny_whisper
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.service.app import create_app
 
 load_all_checks()
 # a description doesn't say which tokens a model has, and how many it takes

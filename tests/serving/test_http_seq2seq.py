@@ -17,7 +17,7 @@ from tiny_tokenizers import tiny_tokenizer
 from traces import fresh
 
 from gralora_fx import GraloraConfig, rewrite
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.serving import load
 

@@ -16,12 +16,12 @@ from tiny_speech import END, features, processor, sound, tiny_whisper, wav
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.recordings import read_audio
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.recordings import read_audio
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 TASK = "automatic-speech-recognition-with-past"

@@ -14,10 +14,10 @@ from prefix_interleavings import HYBRID_ADAPTERS, Interleavings, hybrid_files, m
 from running_service import post, running
 from served_exports import chat_tokenizer
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
-from gralora_fx.serving.http.app import create_app
 
 ADAPTERS = HYBRID_ADAPTERS
 PROMPTS = [[5 + (7 * n + 3 * place) % 80 for place in range(1 + 5 * n % 23)] for n in range(16)]

@@ -16,10 +16,10 @@ from served_exports import chat_tokenizer, decoders, greedy
 from starlette.testclient import TestClient
 
 from gralora_fx.cli.values import read_adapters
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine.decoder import Decoder
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
-from gralora_fx.serving.http.app import create_app
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.service.app import create_app
 
 PROMPTS = ["Hello there", "a", "The capital of France is a town", "x y z"]
 MODE = "data"

@@ -22,7 +22,7 @@ from served_exports import CACHED, adapted
 from starlette.testclient import TestClient
 from tool_tokenizers import family_tokenizer
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 2048}

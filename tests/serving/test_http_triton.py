@@ -20,12 +20,12 @@ from tiny_models import text_batch
 from tritonclient.utils import InferenceServerException
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.exporters import export_onnx
+from gralora_fx.service.app import create_app
+from gralora_fx.service.protocols.inference.tensors import datatype_of, from_bytes, from_json, to_bytes, to_numbers
 from gralora_fx.serving import load
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.inference.tensors import datatype_of, from_bytes, from_json, to_bytes, to_numbers
 
 LENGTH = "Inference-Header-Content-Length"
 

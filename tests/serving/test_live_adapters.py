@@ -21,14 +21,14 @@ from served_exports import adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 from tiny_models import text_batch
 
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine import adapter_slots
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.engine import adapter_slots
+from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.app import create_app
+from gralora_fx.service.scheduling.text_jobs import TextJob
+from gralora_fx.service.trial import AdapterTrial
 from gralora_fx.serving import OrtModel
-from gralora_fx.serving.http.adapter_root import AdapterRoot
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.trial import AdapterTrial
-from gralora_fx.serving.scheduling.text_jobs import TextJob
 
 MODES = ("data", "inputs")
 PROMPT = "Hello there"

@@ -26,14 +26,14 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
-from gralora_fx.runtime.adapter_paths import record_path
-from gralora_fx.runtime.export_directory import MANIFEST_NAME
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.format.export_directory import MANIFEST_NAME
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import load as load_export
-from gralora_fx.serving.http.app import create_app
 
 Made = tuple[Path, dict[str | None, Any]]
 PROMPTS = ("Hello there", "a", "The capital of France is", "x y z")

@@ -15,14 +15,14 @@ from tiny_speech import processor
 from transformers import PreTrainedTokenizerFast
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine.limits import TooLargeError
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.loading.bases import load_traced
+from gralora_fx.run.engine.limits import TooLargeError
+from gralora_fx.run.generate.speech_prompt import earlier_text
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.speech_prompt import earlier_text
 
 LONG = "A long text, without end. " * 40_000  # a megabyte
 CHAT = [{"role": "user", "content": LONG}]

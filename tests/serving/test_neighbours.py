@@ -13,7 +13,7 @@ from running_service import post, running
 from served_exports import CACHED, chat_tokenizer
 
 from gralora_fx import GraloraModel, trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import OrtModel, load
 from tests.architectures.decoder_check import ANSWER, alone

@@ -11,15 +11,15 @@ import pytest
 from test_served_models import ANY, Host, settle
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.adapter_versions import (
+from gralora_fx.service.scheduling.adapter_versions import (
     AdapterLimits,
     AdapterLoadError,
     TooManyChangesError,
     UnknownModelError,
 )
-from gralora_fx.serving.scheduling.on_demand import OnDemandAdapters
-from gralora_fx.serving.scheduling.queue import DeadlineError
-from gralora_fx.serving.scheduling.served_models import ServedModels
+from gralora_fx.service.scheduling.on_demand import OnDemandAdapters
+from gralora_fx.service.scheduling.queue import DeadlineError
+from gralora_fx.service.scheduling.served_models import ServedModels
 
 
 class Source:

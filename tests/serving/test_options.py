@@ -14,8 +14,8 @@ from torch import nn
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime import session
-from gralora_fx.runtime.run_options import available_threads
+from gralora_fx.run.sessions import session
+from gralora_fx.run.sessions.run_options import available_threads
 from gralora_fx.serving import OrtModel, load
 
 CPU, AZURE = "CPUExecutionProvider", "AzureExecutionProvider"

@@ -21,13 +21,13 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
 from gralora_fx import GraloraModel, trace
-from gralora_fx.config.service_settings import ServiceSettings
-from gralora_fx.engine.decoder import Decoder, part_length
-from gralora_fx.engine.prefix_cache import PrefixCache, PrefixCacheError
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.engine.decoder import Decoder, part_length
+from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load
-from gralora_fx.serving.http.app import create_app
 
 Made = tuple[Path, list[list[Path]]]
 LONG = "You are a helpful assistant, who answers in one sentence and never tells what the time is. "  # 91 tokens

@@ -21,8 +21,8 @@ from benchmarks import providers
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.runtime import plugins, run_options, session
-from gralora_fx.runtime.plugins import Device, devices_of
+from gralora_fx.run.sessions import plugins, run_options, session
+from gralora_fx.run.sessions.plugins import Device, devices_of
 from gralora_fx.serving import load
 
 CPU, AZURE, OPENVINO = "CPUExecutionProvider", "AzureExecutionProvider", "OpenVINOExecutionProvider"

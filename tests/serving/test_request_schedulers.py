@@ -20,15 +20,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gralora_fx.engine.limits import end_tokens
 from gralora_fx.errors import ServingError
+from gralora_fx.run.engine.limits import end_tokens
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.token_choice import TokenChooser
+from gralora_fx.service.scheduling.continuous import ContinuousScheduler
+from gralora_fx.service.scheduling.queue import QueueFullError, RunError, StoppedError
+from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob
 from gralora_fx.serving import Decoder, load
-from gralora_fx.serving.completion import TextRequest
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.scheduling.continuous import ContinuousScheduler
-from gralora_fx.serving.scheduling.queue import QueueFullError, RunError, StoppedError
-from gralora_fx.serving.scheduling.row_batches import RowBatches, RowJob
-from gralora_fx.serving.token_choice import TokenChooser
 
 Exported = tuple[Path, dict[str | None, Any]]
 

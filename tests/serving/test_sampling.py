@@ -11,11 +11,11 @@ from served_exports import END, decoders
 from transformers import TopPLogitsWarper
 
 from gralora_fx.errors import ServingError
+from gralora_fx.run.generate.prompt_answers import Scored
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.token_choice import TokenChooser, _warpers
+from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
-from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.prompt_answers import Scored
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.token_choice import TokenChooser, _warpers
 
 PROVIDERS: dict[str, Any] = {  # for the second no graph of rows is known to run
     "side by side": None,
@@ -89,7 +89,7 @@ def test_every_prompt_has_its_adapter(models: tuple[dict[str, OrtModel], dict[An
 def test_long_prompts_are_read_in_chunks(
     models: tuple[dict[str, OrtModel], dict[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gralora_fx.serving.prompt_answers._CHUNK_OF_MANY", 4)
+    monkeypatch.setattr("gralora_fx.run.generate.prompt_answers._CHUNK_OF_MANY", 4)
     prompts = [[5 + index % 7 for index in range(17)], [9, 8, 7], [30] * 8]
     expected = [generated(models[1]["small"], prompt, max_new_tokens=6) for prompt in prompts]
     for model in models[0].values():

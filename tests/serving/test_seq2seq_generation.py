@@ -24,9 +24,9 @@ from transformers import (
 from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.recordings import Audio
+from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
-from gralora_fx.serving.model import OrtModel
-from gralora_fx.serving.recordings import Audio
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}

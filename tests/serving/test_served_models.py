@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.scheduling.adapter_versions import (
+from gralora_fx.service.scheduling.adapter_versions import (
     AdapterLimitError,
     AdapterLimits,
     AdaptersInUseError,
@@ -18,7 +18,7 @@ from gralora_fx.serving.scheduling.adapter_versions import (
     UnknownAdapterError,
     UnknownModelError,
 )
-from gralora_fx.serving.scheduling.served_models import ServedModels
+from gralora_fx.service.scheduling.served_models import ServedModels
 
 ANY = Path("any")
 

@@ -21,12 +21,12 @@ from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
 from gralora_fx import trace
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.service.app import create_app
+from gralora_fx.service.spans import tracing_of_environment
 from gralora_fx.serving import Decoder
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.http.spans import tracing_of_environment
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 CHAT: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}

@@ -12,14 +12,14 @@ from served_exports import CACHED, END, adapted, chat_tokenizer
 from starlette.testclient import TestClient
 from traces import fresh_trace
 
-from gralora_fx.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.generate.ngrams import LONGEST, NGrams
+from gralora_fx.run.generate.speculation import Speculation, StepCosts
+from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load
-from gralora_fx.serving.answer_row import AnswerRow
-from gralora_fx.serving.http.app import create_app
-from gralora_fx.serving.ngrams import LONGEST, NGrams
-from gralora_fx.serving.speculation import Speculation, StepCosts
 
 # a tiny random model repeats itself before long, if its likeliest token is taken
 PROMPTS = [[5, 9, 12, 40, 3, 5, 9, 12, 40, 3, 5, 9], [17, 4, 71, 8, 17, 4, 71], [3, 88, 61, 3, 88]]

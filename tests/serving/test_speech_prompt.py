@@ -17,12 +17,12 @@ from traces import fresh
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.generation_rules import GenerationRules
+from gralora_fx.run.generate.recordings import Audio, SpeechReader, is_recording, recording
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.speech_prompt import SpeechPrompt, earlier_text
+from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import load
-from gralora_fx.serving.generation_rules import GenerationRules
-from gralora_fx.serving.recordings import Audio, SpeechReader, is_recording, recording
-from gralora_fx.serving.sampling import Sampling
-from gralora_fx.serving.speech_prompt import SpeechPrompt, earlier_text
-from gralora_fx.serving.token_choice import TokenChooser
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 TASK = "automatic-speech-recognition-with-past"

@@ -12,11 +12,11 @@ import pytest
 from test_served_models import Host, settle
 
 from gralora_fx.errors import ServingError
-from gralora_fx.serving.http.adapter_root import AdapterNotFoundError, AdapterRoot
-from gralora_fx.serving.http.root_adapters import RootAdapters
-from gralora_fx.serving.scale.spread_adapters import ReplicaAdapters, SharedAdapters, SpreadChanges, UnevenReplicasError
-from gralora_fx.serving.scheduling.adapter_versions import UnknownAdapterError
-from gralora_fx.serving.scheduling.served_models import ServedModels
+from gralora_fx.service.adapter_root import AdapterNotFoundError, AdapterRoot
+from gralora_fx.service.root_adapters import RootAdapters
+from gralora_fx.service.scale.spread_adapters import ReplicaAdapters, SharedAdapters, SpreadChanges, UnevenReplicasError
+from gralora_fx.service.scheduling.adapter_versions import UnknownAdapterError
+from gralora_fx.service.scheduling.served_models import ServedModels
 
 
 class Replica:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tool_tokenizers import FAMILIES, byte_tokenizer, family_tokenizer
 
-from gralora_fx.serving.answer_form import AnswerForm, FormError
-from gralora_fx.serving.answer_grammar import AnswerGrammar, Grammars
-from gralora_fx.serving.call_formats import FORMATS, GENERAL, CallFormat
-from gralora_fx.serving.call_grammar import Tool, ToolUse, call_grammar
-from gralora_fx.serving.call_reader import AnswerPart, CallReader
-from gralora_fx.serving.detokenizer import TextStream
-from gralora_fx.serving.tool_template import ToolTemplate
+from gralora_fx.run.generate.answer_form import AnswerForm, FormError
+from gralora_fx.run.generate.answer_grammar import AnswerGrammar, Grammars
+from gralora_fx.run.generate.call_formats import FORMATS, GENERAL, CallFormat
+from gralora_fx.run.generate.call_grammar import Tool, ToolUse, call_grammar
+from gralora_fx.run.generate.call_reader import AnswerPart, CallReader
+from gralora_fx.run.generate.detokenizer import TextStream
+from gralora_fx.run.generate.tool_template import ToolTemplate
 
 pytestmark = pytest.mark.quick
 

@@ -13,9 +13,9 @@ from tiny_models import tiny_model
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.folding.source_export import open_export
-from gralora_fx.runtime.export_files import check_files
-from gralora_fx.runtime.manifest import read_manifest
+from gralora_fx.exporters.fold.source_export import open_export
+from gralora_fx.format.export_files import check_files
+from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 
 

@@ -26,9 +26,9 @@ from torch import nn
 from traces import traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.adapters import adapter_files as adapter_files_module
-from gralora_fx.adapters.adapter_files import WEIGHTS_NAME, read_adapter
-from gralora_fx.config import CONFIG_NAME
+from gralora_fx.core.adapters import adapter_files as adapter_files_module
+from gralora_fx.core.adapters.adapter_files import WEIGHTS_NAME, read_adapter
+from gralora_fx.core.config import CONFIG_NAME
 from gralora_fx.errors import CheckpointError, ConfigError, GraloraError
 
 FORK = multiprocessing.get_context("fork")

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gralora_fx.base.sources.base_quantization import BaseQuantization, packed_quantization
+from gralora_fx.base.sources.saved_weights import SINGLE_NAME, SavedWeights, read_weights
 from gralora_fx.errors import CheckpointError, ConfigError
-from gralora_fx.sources.base_quantization import BaseQuantization, packed_quantization
-from gralora_fx.sources.saved_weights import SINGLE_NAME, SavedWeights, read_weights
 
 bnb = pytest.importorskip("bitsandbytes")
 STATE = "quant_state.bitsandbytes__nf4"

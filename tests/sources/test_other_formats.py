@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from gralora_fx import GraloraModel
 from gralora_fx.cli import app
+from gralora_fx.core.loading.models import load_model, load_streamed
 from gralora_fx.errors import CheckpointError, GraloraError, ServingError
 from gralora_fx.exporters import merge_checkpoint, to_lora
-from gralora_fx.loading.models import load_model, load_streamed
 from gralora_fx.serving import load
 
 NAMED: dict[str, Callable[[Path, Path], Any]] = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from four_bit_bases import float_base, in_four_bits
 
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.same_base import DIFFERENT, QUANTIZATION, SAME, BaseSource, compare_bases
 from gralora_fx.errors import CheckpointError
-from gralora_fx.sources.base_quantization import BaseQuantization
-from gralora_fx.sources.same_base import DIFFERENT, QUANTIZATION, SAME, BaseSource, compare_bases
 
 pytest.importorskip("bitsandbytes")
 NF4 = BaseQuantization()

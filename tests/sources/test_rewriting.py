@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gralora_fx.base.sources import rewriting
+from gralora_fx.base.sources.rewriting import NewFile, Part, StoredBytes, copies, write_files
 from gralora_fx.errors import CheckpointError
-from gralora_fx.sources import rewriting
-from gralora_fx.sources.rewriting import NewFile, Part, StoredBytes, copies, write_files
 
 pytestmark = pytest.mark.quick
 

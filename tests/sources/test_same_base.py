@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from gralora_fx.base.sources.same_base import DIFFERENT, SAME, UNKNOWN, BaseSource, compare_bases
 from gralora_fx.errors import CheckpointError
-from gralora_fx.sources.same_base import DIFFERENT, SAME, UNKNOWN, BaseSource, compare_bases
 
 COMMITS = ("a" * 40, "b" * 40)
 

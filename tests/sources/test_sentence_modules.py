@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from gralora_fx.errors import TraceError
-from gralora_fx.sources.sentence_modules import (
+from gralora_fx.base.sources.sentence_modules import (
     Dense,
     Normalize,
     Pooling,
@@ -17,6 +16,7 @@ from gralora_fx.sources.sentence_modules import (
     find_sentence_directory,
     read_sentence_modules,
 )
+from gralora_fx.errors import TraceError
 
 OLD, NEW = "sentence_transformers.models.", "sentence_transformers.sentence_transformer.modules."
 

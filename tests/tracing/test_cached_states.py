@@ -11,13 +11,13 @@ from traces import relative_error
 from transformers import DynamicCache, PreTrainedModel
 
 from gralora_fx import TracedModel, trace
+from gralora_fx.core.tracing.inputs import cached_steps
+from gralora_fx.core.tracing.inputs.cache import cached_slots, tensors_of
+from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
+from gralora_fx.core.tracing.inputs.input_trees import own_inputs
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs import cached_steps
-from gralora_fx.tracing.inputs.cache import cached_slots, tensors_of
-from gralora_fx.tracing.inputs.cache_slots import KINDS, CacheSlot, slot_of
-from gralora_fx.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.tracing.inputs.input_names import PAST
-from gralora_fx.tracing.inputs.input_trees import own_inputs
+from gralora_fx.format.cache_slots import KINDS, CacheSlot, slot_of
+from gralora_fx.format.input_names import PAST
 from tests.architectures.tiny_decoders import tiny_decoder
 
 LFM2 = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}

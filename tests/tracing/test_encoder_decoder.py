@@ -13,10 +13,10 @@ from traces import relative_error
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
+from gralora_fx.core.tracing.inputs.cached_steps import decoder_step
+from gralora_fx.core.tracing.inputs.input_trees import own_inputs
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cached_steps import decoder_step
-from gralora_fx.tracing.inputs.input_names import PAST
-from gralora_fx.tracing.inputs.input_trees import own_inputs
+from gralora_fx.format.input_names import PAST
 
 NAMES = ("t5", "bart", "whisper")
 ONE_LAYER = {"encoder_layers": 1, "decoder_layers": 1}

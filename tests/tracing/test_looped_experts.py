@@ -9,10 +9,10 @@ import torch
 from traces import relative_error
 
 from gralora_fx import trace
-from gralora_fx.operators.experts import Experts
-from gralora_fx.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.tracing.inputs.input_trees import own_inputs
-from gralora_fx.tracing.patches.looped_experts import looped_experts_as_operators
+from gralora_fx.core.operators.experts import Experts
+from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
+from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.patches.looped_experts import looped_experts_as_operators
 from tests.architectures.tiny_decoders import tiny_decoder
 
 MODELS = {"DbrxForCausalLM": "DbrxExperts", "LongcatFlashForCausalLM": "LongcatFlashExperts"}

@@ -16,9 +16,9 @@ from transformers.masking_utils import (
 )
 
 from gralora_fx import trace
-from gralora_fx.operators.attention import Attention, Mask, MaskOfBlocks
-from gralora_fx.tracing.normalize.masks import without_empty_blocks
-from gralora_fx.tracing.patches.decoder_operators import _blocks_beside, _is_same
+from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
+from gralora_fx.core.tracing.normalize.masks import without_empty_blocks
+from gralora_fx.core.tracing.patches.decoder_operators import _blocks_beside, _is_same
 from tests.architectures.tiny_decoders import tiny_decoder
 
 TASK = "text-generation-with-past"

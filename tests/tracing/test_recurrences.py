@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gralora_fx import trace
-from gralora_fx.operators.state_spaces import CausalConv
-from gralora_fx.tracing.inputs.cache import returned_cache, tensors_of
-from gralora_fx.tracing.inputs.cache_slots import KINDS
-from gralora_fx.tracing.inputs.input_names import PAST
-from gralora_fx.tracing.patches.known_code import CAUSAL_CONV, DELTA_RULE, IN_DECODERS, KIMI_RULE, RECURRENCES
-from gralora_fx.tracing.patches.recognised import replaced
+from gralora_fx.core.operators.state_spaces import CausalConv
+from gralora_fx.core.tracing.inputs.cache import returned_cache, tensors_of
+from gralora_fx.core.tracing.patches.known_code import CAUSAL_CONV, DELTA_RULE, IN_DECODERS, KIMI_RULE, RECURRENCES
+from gralora_fx.core.tracing.patches.recognised import replaced
+from gralora_fx.format.cache_slots import KINDS
+from gralora_fx.format.input_names import PAST
 from tests.architectures.tiny_decoders import tiny_decoder
 
 CLASSES = {

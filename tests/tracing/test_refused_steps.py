@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gralora_fx import trace
+from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
 from gralora_fx.errors import TraceError
-from gralora_fx.tracing.inputs.cached_steps import cached_inputs
 from tests.architectures.tiny_decoders import tiny_decoder
 
 pytestmark = pytest.mark.quick

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gralora_fx import trace
-from gralora_fx.compat.torch_graphs import tree_leaves
+from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.errors import TraceError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,224 @@
+"""What an adapter changes in the files of a base: a source and an edit for every tensor of the result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gralora_fx.base.sources.four_bits import FourBitTensor
+from gralora_fx.base.sources.rewriting import Kept, bytes_of
+from gralora_fx.base.sources.rounded_weights import RoundedTensor
+from gralora_fx.base.sources.safetensors_files import (
+    FLOATS,
+    Layout,
+    NewShard,
+    NewTensor,
+    StoredTensor,
+    rewritten_shard,
+)
+from gralora_fx.base.sources.saved_weights import SavedWeights
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter
+from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.exporters.fold.checkpoint_names import Names
+from gralora_fx.exporters.fold.edits import ExpertEdit, LayerEdit, MatrixEdit, ValuesEdit
+from gralora_fx.exporters.fold.expert_changes import ExpertFolds
+
+_NOT_FINITE = (
+    "{name} would hold values that are not finite in {dtype}; nothing was written. The adapter is damaged, or too "
+    "large for this dtype (merge into a copy of the base in float32), or is a DoRA adapter of zeros, without a norm"
+)
+
+
+@dataclass(frozen=True)
+class TensorChanges:
+    """The changes of a merge.
+
+    Attributes:
+        changed: Changes of tensors that the base has, by key.
+        added: Tensors that it does not have, by their new key, with the key of a tensor in whose file they go.
+        untied: Pairs of names that were one parameter and have different values now.
+    """
+
+    changed: dict[str, NewTensor] = field(default_factory=dict)
+    added: dict[str, tuple[NewTensor, str]] = field(default_factory=dict)
+    untied: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def merged(self) -> list[str]:
+        """Keys of the weights that an update is folded into, sorted."""
+        everything = {**self.changed, **{key: tensor for key, (tensor, _) in self.added.items()}}
+        return sorted(key for key, tensor in everything.items() if isinstance(tensor.edit, (ExpertEdit, MatrixEdit)))
+
+    @property
+    def replaced(self) -> list[str]:
+        """Keys of the base's tensors that the adapter has values of, sorted."""
+        return sorted(key for key, tensor in self.changed.items() if isinstance(tensor.edit, ValuesEdit))
+
+    def shards(self, base: SavedWeights) -> list[NewShard]:
+        """What is written instead of the base's files."""
+
+        def shard_of(old: Layout) -> NewShard:
+            added = {key: tensor for key, (tensor, near) in self.added.items() if near in old.tensors}
+            return rewritten_shard(old, self.changed, added, old.tensors.keys() - base.tensors.keys())
+
+        return [shard_of(old) for old in base.shards]
+
+
+def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> TensorChanges:
+    """Decide for every tensor that an adapter changes where it comes from and where it goes.
+
+    Args:
+        base: The base's files.
+        names: What its tensors are in the model.
+        adapter: The adapter, open until all is written.
+
+    Raises:
+        CheckpointError: The adapter does not fit the base; every problem is named.
+    """
+    problems: list[str] = []
+    wanted: dict[str, NewTensor] = {}
+    folds = ExpertFolds(base, names, adapter, _NOT_FINITE)
+    experts: dict[str, NewTensor] = {}
+    at_parameters = adapter.parameters
+    for path in at_parameters:
+        experts |= folds.at(path, problems)
+    for path in (path for path in adapter.sites if path not in at_parameters):
+        if change := _fold_at(path, base, names, adapter, problems):
+            wanted[f"{path}.weight"] = change
+    for name, trained in adapter.copies.items():
+        if change := _replacement(name, trained, base, names, problems):
+            wanted[name] = change
+    for name, repeated in adapter.repeats.items():
+        problems += _difference(name, repeated, base, names)
+    if problems:
+        made_for = adapter.config.base_model_name_or_path
+        hint = f"it was made for {made_for}" if made_for else "it does not say which base it was made for"
+        raise CheckpointError(
+            f"the adapter {adapter.directory} does not fit {base.directory}; {hint}, so give that base, or another "
+            f"adapter:\n{bulleted(problems)}"
+        )
+    changes = _placed(wanted, base, names)
+    changes.changed.update(experts)
+    for key, tensor in base.tensors.items():
+        if isinstance(tensor, (FourBitTensor, RoundedTensor)) and key not in changes.changed:
+            changes.changed[key] = NewTensor(tensor.dtype, tensor.shape, tensor, Kept())
+    return changes
+
+
+def _fold_at(
+    path: str, base: SavedWeights, names: Names, adapter: StoredAdapter, problems: list[str]
+) -> NewTensor | None:
+    name = f"{path}.weight"
+    key = names.key_of(name)
+    if name in names.parts:
+        problems.append(f"{name} is put together from several tensors of the files, which cannot be merged one by one")
+    elif key is None:
+        problems.append(f"missing {name}")
+    else:
+        tensor = base.tensors[key]
+        in_features, out_features = adapter.sites[path].features
+        transposed = names.is_transposed(path)
+        if transposed is None:
+            transposed = adapter.config.fan_in_fan_out
+        expected = (in_features, out_features) if transposed else (out_features, in_features)
+        if tensor.dtype not in FLOATS:
+            problems.append(f"{key} is {tensor.dtype}, not a float tensor; a quantized base cannot be merged into")
+        elif tensor.shape != expected:
+            problems.append(f"{key} has shape {list(tensor.shape)} instead of {list(expected)}")
+        else:
+            layer = LayerEdit.folding(adapter, path, key, 0, out_features)
+            edit = MatrixEdit((layer,), in_features, transposed, _NOT_FINITE)
+            return NewTensor(tensor.dtype, tensor.shape, tensor, edit)
+    return None
+
+
+def _replacement(
+    name: str, trained: StoredTensor, base: SavedWeights, names: Names, problems: list[str]
+) -> NewTensor | None:
+    parameters = names.parameters
+    key = names.key_of(name)
+    own = None if key is None else base.tensors[key]
+    if name in names.parts:
+        problems.append(
+            f"{name} is put together from several tensors of the files, which cannot be replaced one by one"
+        )
+    elif name in parameters and tuple(parameters[name].shape) != trained.shape:
+        problems.append(f"{name} has shape {list(trained.shape)} instead of {list(parameters[name].shape)}")
+    elif own is not None and own.dtype not in FLOATS:
+        problems.append(f"{key} is {own.dtype}, not a float tensor; a quantized base cannot be merged into")
+    elif own is not None and not parameters and own.shape != trained.shape:
+        problems.append(f"{name} has shape {list(trained.shape)} instead of {list(own.shape)}")
+    else:
+        dtype = _common_dtype(base) if own is None else own.dtype
+        edit = ValuesEdit(key or name, trained.array, not_finite=_NOT_FINITE)
+        return NewTensor(dtype, trained.shape, edit=edit)
+    return None
+
+
+def _common_dtype(base: SavedWeights) -> str:
+    """The dtype of most of the base's float tensors."""
+    dtypes = Counter(tensor.dtype for tensor in base.tensors.values() if tensor.dtype in FLOATS)
+    return dtypes.most_common(1)[0][0] if dtypes else "F32"
+
+
+def _difference(name: str, repeated: StoredTensor, base: SavedWeights, names: Names) -> list[str]:
+    """Whether the adapter's file has the base's values of a parameter that it does not train."""
+    key = names.key_of(name)
+    if key is None:
+        return [f"unexpected {name}, which is not trained and not in the base"]
+    own = base.tensors[key]
+    if own.shape != repeated.shape or own.dtype not in FLOATS:
+        return [f"{name} has shape {list(repeated.shape)} instead of {list(own.shape)}; resize and save the base first"]
+    if not _same_values(own, repeated):
+        return [f"{name} has other values than the base, and is not trained"]
+    return []
+
+
+def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether a tensor cast to the dtype of another of its shape equals it; some values of both are read at a time."""
+    with np.errstate(over="ignore"):
+        pairs = zip(one.blocks(), other.blocks(), strict=True)
+        return all(np.array_equal(values.astype(others.dtype), others) for values, others in pairs)
+
+
+def _placed(wanted: Mapping[str, NewTensor], base: SavedWeights, names: Names) -> TensorChanges:
+    """The changes by key, with tensors of their own for weights that are no longer tied."""
+    changes = TensorChanges()
+    last = [key for key in base.shards[-1].tensors if key in base.tensors][-1]
+    tokens = {other: _token(other, wanted.get(other), names) for name in wanted for other in names.tied_with(name)}
+    owner = {key: name for name, key in names.keys.items()}
+    for name, token in tokens.items():
+        key, source = names.keys.get(name), names.key_of(name)
+        if key is not None:
+            if name in wanted:
+                changes.changed[key] = wanted[name]
+        elif source is None:
+            changes.added[name] = wanted[name], last
+        elif token != tokens[owner[source]]:
+            own = base.tensors[source]
+            changes.added[name] = wanted.get(name) or NewTensor(own.dtype, own.shape, own), source
+    for name in tokens:
+        for other in names.tied_with(name):
+            if name < other and tokens[other] != tokens[name] and _is_one(name, other, base, names):
+                changes.untied.append((name, other))
+    return changes
+
+
+def _is_one(name: str, other: str, base: SavedWeights, names: Names) -> bool:
+    """Whether the base has one weight by two names; transformers does not tie those stored with different values."""
+    keys = names.key_of(name), names.key_of(other)
+    if keys[0] == keys[1] or keys[0] is None or keys[1] is None:
+        return keys[0] == keys[1]
+    one, two = (base.tensors[key] for key in keys if key)
+    return one.shape == two.shape and one.dtype == two.dtype in FLOATS and _same_values(one, two)
+
+
+def _token(name: str, change: NewTensor | None, names: Names) -> tuple[str | None, str | None]:
+    """What tells a parameter's new values from others: where they come from, and what is done with them."""
+    if change is None or not isinstance(change.edit, ValuesEdit):
+        return names.key_of(name), None if change is None else name
+    return None, hashlib.sha256(bytes_of(change.edit.values())).hexdigest()

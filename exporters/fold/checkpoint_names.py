@@ -1,0 +1,272 @@
+"""What the tensors in a base's files are in the model: as its class says, or as the files show by themselves.
+
+A merge must know three things: which tensor is which parameter, which parameters are one (tied), and whether a weight
+is stored `[in, out]`, as in transformers' `Conv1D`. Where the files show all three, nothing of torch and transformers
+is imported; where they do not, the model is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
+from gralora_fx.base.sources.rounded_weights import RoundedTensor
+from gralora_fx.base.sources.safetensors_files import StoredTensor
+from gralora_fx.base.sources.saved_weights import SavedWeights
+from gralora_fx.core.adapters.agreement import KnownLayers, disagreements
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter
+from gralora_fx.errors import CheckpointError, TraceError, bulleted, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from gralora_fx.base.sources.expert_parts import ExpertPart
+
+_FIRST = 4096  # bytes of a tensor that are compared with those of others
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the tensors of the files are in the model.
+
+    Attributes:
+        model: The model without values; None for a class that transformers does not have.
+        keys: Keys in the files by the model's names.
+        parts: Names of parameters that are put together from several tensors of the files.
+        stacks: The parts of those of them that are stacks of experts, by name.
+        transposed: Without a model, whether layers store their weights `[in, out]`, if the files show it.
+    """
+
+    model: PreTrainedModel | None
+    keys: Mapping[str, str]
+    parts: Set[str]
+    transposed: bool | None = None
+    stacks: Mapping[str, Sequence[ExpertPart]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by every name that they have."""
+        return {} if self.model is None else dict(self.model.named_parameters(remove_duplicate=False))
+
+    def stores_experts_transposed(self, name: str) -> bool:
+        """Whether the module that owns a parameter says that it stores matrices `[in, out]`."""
+        if self.model is None:
+            return False
+        return getattr(self.model.get_submodule(name.rpartition(".")[0]), "is_transposed", False) is True
+
+    @property
+    def layers(self) -> KnownLayers | None:
+        """The model's linear layers and parameters; None without a model."""
+        if self.model is None:
+            return None
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
+        modules = self.model.named_modules()
+        paths = [path for path, module in modules if isinstance(module, (nn.Linear, Conv1D))]
+        parameters = [name for name, _ in self.model.named_parameters()]  # of tied ones the first
+        return KnownLayers(paths, self.model.config.model_type, parameters=parameters)
+
+    @functools.cached_property
+    def _groups(self) -> dict[int, list[str]]:
+        groups: dict[int, list[str]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(id(parameter), []).append(name)
+        return groups
+
+    def tied_with(self, name: str) -> list[str]:
+        """The names of one parameter, itself included."""
+        return self._groups[id(self.parameters[name])] if name in self.parameters else [name]
+
+    def key_of(self, name: str) -> str | None:
+        """The key of a parameter's values: its own, or that of one it is tied with."""
+        return next((self.keys[other] for other in (name, *self.tied_with(name)) if other in self.keys), None)
+
+    def is_transposed(self, path: str) -> bool | None:
+        """Whether a layer's weight is stored `[in, out]`; None if nothing shows it."""
+        if self.model is None:
+            return self.transposed
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(self.model.get_submodule(path), Conv1D)
+
+
+def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_labels: int | None) -> Names:
+    """The names of a base's tensors in the model that an adapter is for.
+
+    That is the class for the adapter's task, the one that the configuration names, or the bare model: the first that
+    has all the parameters that the adapter names.
+
+    Args:
+        base: The base's files.
+        needed: Names of the parameters that the adapter changes.
+        task: The adapter's task, or None.
+        num_labels: Number of classes of the adapter's head, or None for the base's.
+
+    Raises:
+        CheckpointError: No model can be made, or none has these parameters; they are named.
+    """
+    from gralora_fx.base.sources.expert_parts import expert_parts
+    from gralora_fx.base.sources.streamed_models import keys_by_name
+    from gralora_fx.core.loading.models import make_empty  # they import torch and transformers
+
+    needed = list(needed)
+    tries: list[tuple[list[str], PreTrainedModel]] = []
+    reasons: list[str] = []
+    for candidate in dict.fromkeys([task, None, "feature-extraction"]):
+        try:
+            model = make_empty(base.directory, candidate, num_labels=num_labels)
+        except TraceError as error:
+            reasons.append(first_line(error))
+            continue
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        lacking = [name for name in needed if name not in parameters]
+        tries.append((lacking, model))
+        if not lacking:
+            break
+    if tries:
+        lacking, model = min(tries, key=lambda entry: len(entry[0]))
+        if not lacking:
+            keys, parts = keys_by_name(model, base.tensors)
+            return Names(model, keys, set(parts.values()), stacks=expert_parts(model, base.tensors, parts))
+    if all(name in base.tensors for name in needed):
+        return Names(None, {key: key for key in base.tensors}, frozenset())
+    if not tries:
+        missing = bulleted(f"missing {name}" for name in needed if name not in base.tensors)
+        raise CheckpointError(f"{reasons[0]}, and its files lack what the adapter changes:\n{missing}")
+    missing = bulleted(f"missing {name}" for name in lacking)
+    raise CheckpointError(
+        f"{base.directory} ({type(model).__name__}) lacks what the adapter changes; give the base that it was made "
+        f"for:\n{missing}"
+    )
+
+
+def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | None) -> SavedWeights:
+    """A base's files with weights as the model's layers multiply by them.
+
+    Args:
+        base: The base's files: floats to round, or weights of four bits, all of which are stored as `[out, in]`.
+        names: What its tensors are in the model.
+        rounding: How floats are rounded; None for not at all.
+
+    Raises:
+        CheckpointError: transformers does not have the model's class, which says what its layers are.
+        ConfigError: The model has no linear layer that is rounded.
+    """
+    if names.model is None:
+        raise CheckpointError(
+            f"{base.directory} is of a class that transformers does not have, which would say how its layers hold "
+            "weights of four bits; merge into a float base, without base_quantization"
+        )
+    from gralora_fx.base.sources.streamed_models import as_in_layers
+    from gralora_fx.core.loading.quantized_bases import quantized_layers  # they import torch and transformers
+
+    if rounding is None:
+        return replace(base, others=as_in_layers(names.model, base.tensors))
+    layers = quantized_layers(names.model, rounding)
+    keys = {names.key_of(f"{path}.weight"): path for path in layers}
+    return replace(
+        base,
+        others={
+            key: RoundedTensor.of(base.tensors[key], rounding, is_turned=bool(names.is_transposed(path)))
+            for key, path in keys.items()
+            if key is not None
+        },
+    )
+
+
+def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
+    """The names of a base's tensors where the files show all that a merge must know; None where they do not.
+
+    Args:
+        base: The base's files.
+        adapter: The adapter.
+    """
+    keys = [f"{path}.weight" for path in adapter.sites]
+    if adapter.copies or adapter.repeats or adapter.config.target_parameters:
+        return None
+    if not all(key in base.tensors for key in keys):
+        return None
+    fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
+    if _ties_parts(fields) or not all(_is_of_a_series(key, base.tensors) for key in keys):
+        return None
+    if _have_twins(keys, base):
+        return None
+    if disagreements(adapter.config, adapter.sites, _known_layers(base, fields)):
+        return None  # the model's own layers decide
+    layouts = {_is_transposed(path, base) for path in adapter.sites}
+    if len(layouts) != 1 or None in layouts:
+        return None
+    return Names(None, {key: key for key in base.tensors}, frozenset(), layouts.pop())
+
+
+def _known_layers(base: SavedWeights, fields: Mapping[str, Any]) -> KnownLayers:
+    """Matrices of numbered layers, which are those of linear layers but for parameters of a model's own."""
+    weights = [key for key in base.tensors if key.endswith(".weight") and _NUMBER.search(key)]
+    matrices = [key for key in weights if len(base.tensors[key].shape) == 2]
+    return KnownLayers([key.removesuffix(".weight") for key in matrices], fields.get("model_type"))
+
+
+def _ties_parts(fields: Mapping[str, Any]) -> bool:
+    """Whether the configuration says that parts of the model are one, other than the embedding and the head."""
+    return any(name.startswith("tie_") and name != "tie_word_embeddings" and value for name, value in fields.items())
+
+
+def _is_of_a_series(key: str, keys: Iterable[str]) -> bool:
+    """Whether a key is in a numbered layer of which the files have every number, so that none is tied to an absent one.
+
+    Embeddings, heads and single layers are not: what is tied to them may be absent from the files.
+    """
+    number = _NUMBER.search(key)
+    if number is None:
+        return False
+    before, after = key[: number.start(1)], key[number.end(1) :]
+    beside = [other.removeprefix(before).partition(".") for other in keys if other.startswith(before)]
+    layers = {number for number, _, _ in beside if number.isdecimal()}
+    own = {number for number, _, rest in beside if f".{rest}" == after}
+    return own == layers == {str(index) for index in range(len(own))} and len(own) > 1
+
+
+def _have_twins(keys: Iterable[str], base: SavedWeights) -> bool:
+    """Whether another tensor begins with the same values as one of some, as the second name of a tied weight does."""
+    kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in base.tensors.items()}
+    asked = {kinds[key] for key in keys}
+    firsts = {key: (kind, _first_bytes(base.tensors[key])) for key, kind in kinds.items() if kind in asked}
+    counts = Counter(firsts.values())
+    return any(counts[firsts[key]] > 1 for key in keys)
+
+
+def _first_bytes(tensor: StoredTensor) -> bytes:
+    first = np.empty(min(_FIRST, tensor.nbytes), np.uint8)
+    tensor.read_into(first)
+    return first.tobytes()
+
+
+def _is_transposed(path: str, base: SavedWeights) -> bool | None:
+    """Whether a layer's weight is stored `[in, out]`; None if nothing shows it.
+
+    Only `Conv1D` stores weights so, and it always has a bias, as long as the output. A square weight with a bias is
+    judged by the other layers with biases beside it.
+    """
+    if f"{path}.bias" not in base.tensors:
+        return False
+    number = _NUMBER.search(path)
+    layer = path[: number.end()] if number else ""
+    votes = {
+        base.tensors[f"{name}.bias"].shape != shape[:1]
+        for key in base.tensors
+        if key.startswith(layer) and key.endswith(".weight")
+        for name, shape in [(key.removesuffix(".weight"), base.tensors[key].shape)]
+        if len(shape) == 2 and shape[0] != shape[1] and f"{name}.bias" in base.tensors
+    }
+    return votes.pop() if len(votes) == 1 else None

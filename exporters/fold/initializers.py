@@ -1,0 +1,304 @@
+"""Initializers of ONNX models: where their bytes lie, and which are weights that products multiply by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.base.sources.rewriting import StoredBytes
+from gralora_fx.exporters.rules.builder import MICROSOFT, attributes_of
+from gralora_fx.exporters.rules.products.quantized_products import columns_of, factors_of
+
+Storage = Literal["float", "blocks", "columns"]
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+_ONNX = ("", "ai.onnx")
+
+
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
+    """The stored tensor of an initializer."""
+    assert value.const_value is not None
+    return value.const_value
+
+
+def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """The tensors of a model and its branches that lie in data files, with the names of their initializers."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield str(value.name), value.const_value
+
+
+def stored_bytes(tensor: ir.ExternalTensor) -> StoredBytes:
+    """Where a tensor lies in its data file."""
+    begin = tensor.offset or 0
+    return StoredBytes(Path(tensor.path), begin, begin + tensor.nbytes)
+
+
+def rows_and_columns(value: ir.Value) -> tuple[int, int]:
+    """Shape of an initializer as rows of bytes that follow each other: `[first axis, others]`; a vector is one row."""
+    sizes = [int(size) for size in tensor_of(value).shape.numpy()]
+    return (sizes[0], math.prod(sizes[1:])) if len(sizes) > 1 else (1, math.prod(sizes))
+
+
+def dtype_of(value: ir.Value) -> np.dtype[Any]:
+    """Dtype of an initializer."""
+    return tensor_of(value).dtype.numpy()
+
+
+def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    """Rows of an initializer, `[rows, columns]` as of `rows_and_columns`, in memory of their own.
+
+    Args:
+        value: The initializer.
+        start: The first row.
+        stop: End of the rows; None for all.
+    """
+    count, columns = rows_and_columns(value)
+    stop = count if stop is None else stop
+    tensor, dtype = tensor_of(value), dtype_of(value)
+    if not isinstance(tensor, ir.ExternalTensor):
+        rows: NDArray[Any] = np.frombuffer(bytearray(tensor.tobytes()), dtype)
+        return rows.reshape(count, columns)[start:stop]
+    values = np.empty((stop - start, columns), dtype)
+    stored_bytes(tensor).read_into(values, start * columns * dtype.itemsize)
+    return values
+
+
+class Reader(NamedTuple):
+    """An input of a node."""
+
+    node: ir.Node
+    position: int
+
+    @property
+    def text(self) -> str:
+        """The node's operator and name."""
+        return f"{self.node.op_type} {self.node.name or self.node.outputs[0].name}"
+
+
+@dataclass(frozen=True)
+class ProductWeight:
+    """A weight that products multiply by, of one or several linear layers.
+
+    Attributes:
+        value: The initializer: floats `[in, out]` or `[out, in]`, blocks `[out, in/block, bytes]` of `MatMulNBits`, or
+            int8 `[in, out]` of columns.
+        storage: Which of these it is: `"float"`, `"blocks"` or `"columns"`.
+        transposed: Whether it is stored `[in, out]`, not `[out, in]` as in PyTorch.
+        in_features: Width of the products' input.
+        out_features: Width of their output.
+        readers: The inputs that products read it by, of a transpose or a cast before them too.
+        others: Other inputs that read it, such as a lookup's.
+        scales: The scales of blocks `[out, in/block]` or of columns `[out]`; None for floats.
+        is_widened: Whether scales are stored in fewer bits than the floats that they are cast to.
+        zero_points: The packed zero points of blocks `[out, bytes]`; None where they have none.
+        block_size: Values of a block; 0 for other storage.
+        bits: Bits of a quantized value; 0 for floats.
+        factors: Those of what is multiplied by columns, `[in]`, which they take back; None where there are none.
+        problem: Why nothing can be folded into it; empty if it can.
+    """
+
+    value: ir.Value
+    storage: Storage
+    transposed: bool
+    in_features: int
+    out_features: int
+    readers: tuple[Reader, ...]
+    others: tuple[Reader, ...]
+    scales: ir.Value | None = None
+    is_widened: bool = False
+    zero_points: ir.Value | None = None
+    block_size: int = 0
+    bits: int = 0
+    factors: ir.Value | None = None
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the initializer."""
+        return str(self.value.name)
+
+    @property
+    def parts(self) -> tuple[ir.Value, ...]:
+        """Its initializers, in the order of a product's inputs: the values, then scales and zero points it has."""
+        return (self.value, *(value for value in (self.scales, self.zero_points) if value is not None))
+
+
+def product_weights(graph: ir.Graph) -> list[ProductWeight]:
+    """The weights that the products of a graph multiply by, those in branches included, in the order of first use.
+
+    Args:
+        graph: A model's graph; weights are not read.
+    """
+    return [weight for value in initializers(graph) if (weight := _product_weight(value)) is not None]
+
+
+def initializer_names(graphs: Iterable[ir.Graph]) -> list[str]:
+    """The names of the initializers of several graphs, each once."""
+    return list(dict.fromkeys(str(value.name) for graph in graphs for value in initializers(graph)))
+
+
+def initializers(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The initializers that the nodes of a graph read and no caller overrides, those of branches too, each once."""
+    seen: set[int] = set()
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            is_own = value is not None and value.is_initializer() and not value.is_graph_input()
+            if value is not None and is_own and id(value) not in seen:
+                seen.add(id(value))
+                yield value
+
+
+class _Product(NamedTuple):
+    """How a product reads a weight."""
+
+    storage: Storage
+    transposed: bool
+    problem: str = ""
+
+
+def _product_weight(value: ir.Value) -> ProductWeight | None:
+    products: list[tuple[Reader, _Product]] = []
+    others: list[Reader] = []
+    for use in value.uses():
+        reader = Reader(use.node, use.idx)
+        through = list(_products(reader, value))
+        products += [(reader, product) for product in through if product is not None]
+        others += [reader] if None in through else []
+    if not products:
+        return None
+    kinds = {(product.storage, product.transposed) for _, product in products}
+    problems = [product.problem for _, product in products if product.problem]
+    mixed = [reader for reader, _ in products if reader in others]
+    if len(kinds) > 1 or mixed:
+        problems.append("products read it both as it is and transposed, or after an operator that others read too")
+    readers = tuple(dict.fromkeys(reader for reader, _ in products))
+    return _described(value, products[0][1], readers, tuple(dict.fromkeys(others)), problems)
+
+
+def _described(
+    value: ir.Value, product: _Product, readers: Sequence[Reader], others: Sequence[Reader], problems: Iterable[str]
+) -> ProductWeight | None:
+    """The weight with its widths; None for a tensor of another shape than products have."""
+    assert value.const_value is not None
+    sizes = [int(size) for size in value.const_value.shape.numpy()]
+    problem = next(iter(problems), "")
+    if product.storage == "blocks":
+        node = readers[0].node
+        ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
+        block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
+        problem = problem or _why_not_apart(readers, others)
+        scales = stored_scales(node.inputs[2])
+        return ProductWeight(
+            value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), scales,
+            scales is not node.inputs[2], _input(node, 3), block_size, bits, problem=problem,
+        )  # fmt: skip
+    if len(sizes) != 2:
+        return None
+    inputs, outputs = sizes if product.transposed else reversed(sizes)
+    if product.storage == "columns":
+        factors = factors_of(next(use.node for use in readers[0].node.outputs[0].uses()))
+        return ProductWeight(
+            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), _input(readers[0].node, 1),
+            bits=8, factors=factors, problem=problem,
+        )  # fmt: skip
+    return ProductWeight(
+        value, "float", product.transposed, inputs, outputs, tuple(readers), tuple(others), problem=problem
+    )
+
+
+def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> Iterator[_Product | None]:
+    """The products that an input leads to, through transposes and casts; None for each reader of another kind.
+
+    Args:
+        reader: The input.
+        value: The initializer.
+        transposed: Whether the matrix as the input has it is the initializer, not its transpose.
+    """
+    node, index = reader
+    if index == 0 and node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
+        products = [use.node for use in node.outputs[0].uses()]
+        yield _Product("columns", True) if products and all(map(columns_of, products)) else None
+        return
+    if index == 0 and node.op_type in ("Transpose", "Cast", "Identity") and node.domain in _ONNX:
+        order = node.attributes.get("perm")
+        swaps = node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
+        uses = [Reader(use.node, use.idx) for use in node.outputs[0].uses()]
+        if (node.op_type == "Transpose") == swaps and uses and not node.outputs[0].is_graph_output():
+            for use in uses:
+                yield from _products(use, value, transposed=transposed != swaps)
+            return
+    yield _product(node, index, value, transposed)
+
+
+def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _Product | None:
+    """How a node multiplies by a matrix; None if it does something else with it."""
+    flags = attributes_of(node)
+    is_float = value.const_value is not None and value.const_value.dtype in _FLOATS
+    if index != 1:
+        return None
+    if node.domain == MICROSOFT:
+        if node.op_type == "MatMulNBits":
+            return _Product("blocks", False, _why_not_blocks(node))
+        if node.op_type == "FusedMatMul" and is_float and not flags.get("transBatchB"):
+            scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
+            return _Product("float", transposed != bool(flags.get("transB")), scaled)
+        return _Product("float", transposed) if node.op_type == "Attention" and is_float else None
+    if node.domain not in _ONNX:
+        return None
+    if node.op_type == "MatMul" and is_float:
+        return _Product("float", transposed)
+    if node.op_type == "Gemm" and is_float:
+        scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
+        return _Product("float", transposed != bool(flags.get("transB")), scaled)
+    return None
+
+
+def _why_not_blocks(node: ir.Node) -> str:
+    """Why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
+    if _input(node, 4) is not None:
+        return "its blocks have a group index, which is not re-quantized"
+    bits = node.attributes.get("bits")
+    if bits is not None and bits.as_int() not in (4, 8):
+        return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
+    scales, zero_points = stored_scales(_input(node, 2)), _input(node, 3)
+    if scales is None or not scales.is_initializer():
+        return "its scales are not an initializer"
+    if zero_points is None:
+        return ""
+    if not zero_points.is_initializer():
+        return "its zero points are not an initializer"
+    assert zero_points.const_value is not None
+    is_packed = zero_points.const_value.dtype == ir.DataType.UINT8
+    return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
+
+
+def stored_scales(value: ir.Value | None) -> ir.Value | None:
+    """The initializer of scales, behind the cast that widens them where they are stored in bfloat16."""
+    cast = None if value is None else value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    is_stored = source is not None and source.is_initializer() and source.dtype == ir.DataType.BFLOAT16
+    return source if is_stored else value
+
+
+def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
+    """Why blocks cannot change without those of another matrix; empty if they can."""
+    nodes = {id(reader.node) for reader in readers}
+    for index, name in ((2, "scales"), (3, "zero points")):
+        part, *rest = (_input(reader.node, index) for reader in readers)
+        users = set() if part is None else {id(use.node) for use in part.uses()}
+        if any(other is not part for other in rest) or (users - nodes and not others):  # else the blocks are copied
+            return f"its {name} are not its own alone"
+    return ""
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if len(node.inputs) > index else None

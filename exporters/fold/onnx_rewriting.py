@@ -1,0 +1,264 @@
+"""ONNX files and their data files rewritten: which initializers change, which are new, and who reads those."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.base.sources.rewriting import Edit, NewFile, Part, StoredBytes
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter
+from gralora_fx.errors import MergeError
+from gralora_fx.exporters.fold.edits import ExpertEdit, LayerEdit, MatrixEdit, ValuesEdit, kept_updates
+from gralora_fx.exporters.fold.expert_locations import ExpertLocation
+from gralora_fx.exporters.fold.initializers import (
+    ProductWeight,
+    Reader,
+    dtype_of,
+    external_tensors,
+    read_rows,
+    rows_and_columns,
+    stored_bytes,
+    tensor_of,
+)
+from gralora_fx.exporters.fold.replaced_parameters import Replacements, ValueLocation
+from gralora_fx.exporters.fold.requantize import QuantizedEdit
+from gralora_fx.exporters.fold.weight_locations import Export, WeightLocation
+from gralora_fx.exporters.rules.builder import attributes_of
+
+_ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files into memory
+
+
+@dataclass
+class OnnxRewriting:
+    """What is written instead of an export's files.
+
+    Attributes:
+        models: The models by file, whose initializers are changed in place.
+        changed: The files whose graphs changed, so that they are saved anew.
+        bytes_changed: How many bytes of weights are written anew.
+        renamed: Names of the initializers that layers have of their own now, by file, layer and old name.
+    """
+
+    models: Mapping[str, ir.Model]
+    changed: set[str] = field(default_factory=set)
+    bytes_changed: int = 0
+    renamed: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _parts: dict[Path, list[Part]] = field(default_factory=dict)  # of data files: the tensors that change
+    _edited: dict[tuple[Path, int], tuple[int, object]] = field(default_factory=dict)
+    _added: dict[tuple[Path, int, str], int] = field(default_factory=dict)  # where copies begin
+    _names: set[tuple[str, str]] = field(default_factory=set)  # files and initializers that are edited in location
+
+    def fold_matrix(self, file: str, weight: ProductWeight, layers: tuple[LayerEdit, ...]) -> None:
+        """Fold into a matrix of floats; one that others read too is left to them."""
+        edit = MatrixEdit(layers, weight.in_features, weight.transposed)
+        if weight.others:
+            name = self._new_name(file, f"{layers[0].name}.weight")
+            self._add(file, weight.value, name, edit, weight.readers)
+            self._note(file, layers, weight.name, name)
+        else:
+            self._edit(file, weight.value, edit, _identity(layers))
+
+    def fold_quantized(self, file: str, edit: QuantizedEdit) -> None:
+        """Fold into a quantized matrix; likewise."""
+        weight = edit.weight
+        if not weight.others:
+            for value, part in zip(weight.parts, edit.parts, strict=True):
+                self._edit(file, value, part, (_identity(edit.layers), str(value.name)))
+            return
+        name = self._new_name(file, f"{edit.layers[0].name}.weight")
+        is_blocks = weight.storage == "blocks"
+        endings = (f"_Q{weight.bits}", "_scales", "_zero_points") if is_blocks else ("_quantized", "_scale")
+        for index, (value, part) in enumerate(zip(weight.parts, edit.parts, strict=True)):
+            readers = [Reader(reader.node, reader.position + index) for reader in weight.readers]
+            if value is weight.scales and weight.is_widened:
+                readers = [_widening(reader) for reader in readers]
+            self._add(file, value, f"{name}{endings[index]}", part, readers)
+        self._note(file, edit.layers, weight.name, f"{name}{endings[0]}")
+
+    def replace(self, location: ValueLocation, edit: ValuesEdit) -> None:
+        """Replace the values of a parameter that is not multiplied by; products that read it keep the old ones."""
+        file, value = location.file, location.value
+        if location.is_shared:
+            self._add(file, value, self._new_name(file, f"{location.name}_trained"), edit, location.readers)
+        else:
+            self._edit(file, value, edit, (location.name, location.start))
+
+    def fold_experts(self, location: ExpertLocation, edit: ExpertEdit) -> None:
+        """Fold into the matrices of a parameter's experts."""
+        self._edit(location.file, location.value, edit, (location.path, location.gate, location.is_transposed))
+
+    def files(self, data: Iterable[Path]) -> list[NewFile]:
+        """What is written instead of data files: changed tensors where they are, new ones behind, all else as it is.
+
+        Raises:
+            MergeError: Another initializer lies in the bytes that change, and would change with them.
+        """
+        self._check_apart()
+        return [NewFile(path.name, list(_with_copies(path, self._parts.get(path, ())))) for path in data]
+
+    def _edit(self, file: str, value: ir.Value, edit: Edit, what: object) -> None:
+        """Change an initializer where it is; graphs over the same bytes have to agree on `what` happens to them."""
+        tensor = tensor_of(value)
+        self._names.add((file, str(value.name)))
+        if not isinstance(tensor, ir.ExternalTensor):
+            value.const_value = _inline(value, edit)
+            self.changed.add(file)
+            self.bytes_changed += tensor.nbytes
+            return
+        source = stored_bytes(tensor)
+        key = source.file, source.begin
+        if key not in self._edited:
+            self._edited[key] = source.nbytes, what
+            self._schedule(value, source, edit, source.begin)
+        elif self._edited[key] != (source.nbytes, what):
+            raise MergeError(f"{value.name} of {file} shares its bytes with another initializer that changes otherwise")
+
+    def _add(self, file: str, value: ir.Value, name: str, edit: Edit, readers: Iterable[Reader]) -> None:
+        """Add an initializer, an edited copy of another, for some readers."""
+        old = tensor_of(value)
+        new = ir.Value(name=name, shape=ir.Shape(old.shape.numpy()), type=ir.TensorType(old.dtype))
+        if isinstance(old, ir.ExternalTensor):
+            source = stored_bytes(old)
+            key = source.file, source.begin, name  # the same copy of another file's graph over these bytes
+            if key not in self._added:
+                ends = [part.end for part in self._parts.get(source.file, ())]
+                end = max([source.file.stat().st_size, *ends])
+                self._added[key] = -(-end // _ALIGNED) * _ALIGNED
+                self._schedule(value, source, edit, self._added[key])
+            new.const_value = ir.ExternalTensor(
+                old.location, self._added[key], old.nbytes, old.dtype, shape=ir.Shape(old.shape.numpy()), name=name,
+                base_dir=old.base_dir,
+            )  # fmt: skip
+        else:
+            new.const_value = _inline(value, edit)
+            new.const_value.name = name
+            self.bytes_changed += old.nbytes
+        self.models[file].graph.initializers[name] = new
+        for reader in readers:
+            reader.node.replace_input_with(reader.position, new)
+        self.changed.add(file)
+
+    def _schedule(self, value: ir.Value, source: StoredBytes, edit: Edit, begin: int) -> None:
+        part = Part(begin, source.nbytes, source, edit, dtype_of(value), rows_and_columns(value)[1])
+        self._parts.setdefault(source.file, []).append(part)
+        self.bytes_changed += source.nbytes
+
+    def _new_name(self, file: str, name: str) -> str:
+        taken = {str(value.name) for value in self.models[file].graph.initializers.values()}
+        return f"{name}_untied" if name in taken or f"{name}_scales" in taken else name
+
+    def _note(self, file: str, layers: Iterable[LayerEdit], old: str, new: str) -> None:
+        self.renamed |= {(file, layer.name, old): new for layer in layers}
+
+    def _check_apart(self) -> None:
+        ranges: dict[Path, list[tuple[int, int]]] = {}
+        for (path, begin), (length, _) in sorted(self._edited.items()):
+            ranges.setdefault(path, []).append((begin, begin + length))
+        for file, model in self.models.items():
+            for name, tensor in external_tensors(model):
+                if (file, name) in self._names:
+                    continue
+                own = stored_bytes(tensor)
+                edited = ranges.get(own.file, [])
+                before = bisect.bisect_left(edited, (own.end, 0)) - 1
+                if before >= 0 and edited[before][1] > own.begin:
+                    raise MergeError(
+                        f"{name} of {file} lies in bytes of {own.file.name} that would change with another "
+                        "weight; export the merged model instead"
+                    )
+
+
+def plan_rewriting(
+    models: Mapping[str, ir.Model],
+    export: Export,
+    adapter: StoredAdapter,
+    locations: Iterable[WeightLocation],
+    replacements: Replacements,
+    experts: Sequence[ExpertLocation] = (),
+) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
+    """What is to be rewritten, and the edits of quantized weights.
+
+    Args:
+        models: The models by file; their initializers are changed in place.
+        export: What was searched.
+        adapter: The adapter, open until all is written.
+        locations: Where its layers' weights lie.
+        replacements: What it replaces.
+        experts: Where its parameters lie.
+
+    Raises:
+        MergeError: Weights share bytes.
+    """
+    layers: dict[tuple[str, int], list[LayerEdit]] = {}
+    weights: dict[tuple[str, int], ProductWeight] = {}
+    folds = (
+        (place, LayerEdit.folding(adapter, place.path, place.path, place.start, place.stop)) for place in locations
+    )
+    for location, edit in (*folds, *replacements.layers):
+        key = location.file, id(location.weight)
+        weights[key] = location.weight
+        layers.setdefault(key, []).append(edit)
+    rewriting = OnnxRewriting(models)
+    quantized: list[QuantizedEdit] = []
+
+    def base_weight(path: str) -> NDArray[Any]:
+        return export.base_values(path, adapter.sites[path].features)[0]
+
+    for key, edits in layers.items():
+        if weights[key].storage == "float":
+            rewriting.fold_matrix(key[0], weights[key], tuple(edits))
+        else:
+            quantized.append(QuantizedEdit(weights[key], tuple(edits), None if export.base is None else base_weight))
+            rewriting.fold_quantized(key[0], quantized[-1])
+    update = kept_updates(adapter)
+    for at in experts:
+        rewriting.fold_experts(at, at.edit(functools.partial(update, at.path)))
+    for value_location, values in replacements.values:
+        rewriting.replace(value_location, values)
+    return rewriting, quantized
+
+
+def _widening(reader: Reader) -> Reader:
+    """The input of a cast of its own, for a node that reads a cast that others read too."""
+    node, position = reader
+    shared = node.inputs[position]
+    cast = None if shared is None else shared.producer()
+    assert cast is not None
+    assert isinstance(node.graph, ir.Graph)
+    own = ir.node("Cast", list(cast.inputs), attributes_of(cast))
+    node.graph.insert_before(node, own)
+    node.replace_input_with(position, own.outputs[0])
+    return Reader(own, 0)
+
+
+def _with_copies(path: Path, changed: Iterable[Part]) -> Iterator[Part]:
+    """The parts of a new data file: those that change, and copies of what is between them."""
+    position, size = 0, path.stat().st_size
+    for part in sorted(changed, key=lambda part: part.begin):
+        if position < (stop := min(part.begin, size)):
+            yield Part(position, stop - position, StoredBytes(path, position, stop))
+        yield part
+        position = part.end
+    if position < size:
+        yield Part(position, size - position, StoredBytes(path, position, size))
+
+
+def _inline(value: ir.Value, edit: Edit) -> ir.TensorProtocol:
+    """An initializer's tensor after an edit, to be stored in the ONNX file itself."""
+    old, rows = tensor_of(value), read_rows(value)
+    edit.prepare()(rows, 0)
+    proto = onnx.TensorProto(name=value.name, dims=old.shape.numpy(), data_type=int(old.dtype))
+    proto.raw_data = rows.tobytes()
+    return ir.TensorProtoTensor(proto)
+
+
+def _identity(layers: Iterable[LayerEdit]) -> object:
+    return tuple((layer.name, layer.start, layer.stop) for layer in layers)

@@ -1,0 +1,306 @@
+"""Folding into quantized weights: dequantized, updated and quantized again by the export's own arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.base.sources.rewriting import RowEdit
+from gralora_fx.errors import MergeError
+from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
+from gralora_fx.exporters.fold.initializers import ProductWeight, read_rows
+from gralora_fx.exporters.quantize.formats import Blocks
+
+if TYPE_CHECKING:
+    from gralora_fx.exporters.quantize.block_search import BlockArrays
+
+_COLUMNS = 1024  # output features that are quantized at once
+# Square of a row's error over that of rounding to the nearest; a search makes it up to eight times larger.
+_LARGEST_ERROR = 10.0
+LEAST_SHARE = 0.5  # of an update that has to survive at every layer
+
+
+@dataclass
+class Survival:
+    """How much of a layer's update is left after rounding: `<after - before, dW> / <dW, dW>`.
+
+    `before` and `after` are the dequantized weights before and after the fold. It is 1 where rounding changes nothing,
+    0 where the update is rounded away, and near 1 on average where the rounding is of the base's own weights.
+
+    Attributes:
+        kept: `<after - before, dW>`, summed over all values.
+        whole: `<dW, dW>`.
+    """
+
+    kept: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The share; 1 for an update of zeros."""
+        return self.kept / self.whole if self.whole else 1.0
+
+    def add(self, before: NDArray[Any], after: NDArray[Any], update: NDArray[Any]) -> None:
+        """Add a part of the weight, whose update is known too."""
+        self.kept += float(((after - before) * update).sum(dtype=np.float64))
+        self.whole += float((update * update).sum(dtype=np.float64))
+
+
+@dataclass
+class QuantizedEdit:
+    """What happens to a quantized matrix: of the layers that change all values are quantized again, no others.
+
+    Attributes:
+        weight: The initializer of the integers.
+        layers: What happens to each layer.
+        base: The base's float weight `[out, in]` of a layer by its path, to quantize from; None to quantize from the
+            dequantized values.
+        survival: How much of each update is left, by path.
+    """
+
+    weight: ProductWeight
+    layers: tuple[LayerEdit, ...]
+    base: Callable[[str], NDArray[Any]] | None
+    survival: dict[str, Survival] = field(default_factory=dict)
+    _computed: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
+
+    @property
+    def parts(self) -> tuple[PartEdit, ...]:
+        """What happens to each of `weight.parts`."""
+        return tuple(PartEdit(self, index) for index in range(len(self.weight.parts)))
+
+    def take(self, index: int) -> NDArray[Any]:
+        """New values of one of `weight.parts`; all are computed together, and kept until each was taken."""
+        if index not in self._computed:
+            self._computed = dict(enumerate(self._compute()))
+        return self._computed.pop(index)
+
+    def _compute(self) -> tuple[NDArray[Any], ...]:
+        self.survival.clear()
+        stored = stored_values(self.weight)
+        for layer in self.layers:
+            change = layer.prepare(self.weight.in_features)
+            step = _COLUMNS if layer.takes_parts else layer.stop - layer.start
+            for start in range(layer.start, layer.stop, step):
+                self._change(stored, layer, change, slice(start, min(start + step, layer.stop)))
+        return stored.parts
+
+    def _change(
+        self,
+        stored: StoredValues,
+        layer: LayerEdit,
+        change: Callable[[NDArray[Any], slice, slice], None],
+        outputs: slice,
+    ) -> None:
+        """Quantize some output features of a layer again."""
+        rows = slice(outputs.start - layer.start, outputs.stop - layer.start)
+        before = stored.values(outputs)
+        source = before
+        if self.base is not None and layer.values is None:
+            source = self.base(layer.name)[rows].astype(np.float32)
+            if not stored.is_rounded(source, outputs):
+                raise MergeError(
+                    f"{layer.name}: {self.weight.name} is not what the base's weight is rounded to; give the base that "
+                    "was exported, or leave base=... out"
+                )
+        result = source.copy()
+        change(result, rows, slice(0, self.weight.in_features))
+        stored.store(outputs, result, layer.name, is_near=source is before)
+        survival = self.survival.setdefault(layer.name, Survival())
+        if layer.values is None:
+            survival.add(before, stored.values(outputs), result - source)
+
+
+@dataclass(frozen=True)
+class PartEdit:
+    """What happens to one of the tensors of a quantized matrix.
+
+    Attributes:
+        matrix: What happens to the matrix.
+        index: Number of the tensor among `weight.parts`.
+    """
+
+    matrix: QuantizedEdit
+    index: int
+    takes_rows: bool = field(default=True, init=False)
+
+    def prepare(self) -> RowEdit:
+        """Compute the values, or take them if they are; the result replaces rows."""
+        values = self.matrix.take(self.index)
+
+        def change(rows: NDArray[Any], first: int) -> None:
+            rows[...] = values.reshape(-1, rows.shape[1])[first : first + len(rows)]
+
+        return change
+
+
+@dataclass(frozen=True)
+class _StoredBlocks:
+    """Blocks of `MatMulNBits`: integers `[out, bytes]`, scales `[out, blocks]`, packed zero points `[out, bytes]`."""
+
+    weight: ProductWeight
+    integers: NDArray[Any]
+    all_scales: NDArray[Any]
+    all_zero_points: NDArray[Any] | None
+
+    @property
+    def parts(self) -> tuple[NDArray[Any], ...]:
+        """The tensors of `weight.parts`."""
+        parts = (self.integers, self.all_scales)
+        return parts if self.all_zero_points is None else (*parts, self.all_zero_points)
+
+    def values(self, outputs: slice) -> NDArray[Any]:
+        """Dequantized values `[n, in]`."""
+        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks  # it imports torch
+
+        return dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
+
+    def _arrays(self, outputs: slice) -> BlockArrays:
+        """The blocks of output features, scales in float32."""
+        from gralora_fx.exporters.quantize.block_search import BlockArrays
+
+        scales = self.all_scales[outputs]
+        packed = self.integers[outputs].reshape(len(scales), scales.shape[1], -1)
+        zero_points = None if self.all_zero_points is None else self.all_zero_points[outputs]
+        return BlockArrays(packed, scales.astype(np.float32), zero_points)
+
+    @property
+    def form(self) -> Blocks:
+        """How they are stored; as far as they tell."""
+        return Blocks(
+            self.weight.bits,
+            self.weight.block_size,
+            zero_points=self.all_zero_points is not None,
+            scale_bits=16 if self.weight.is_widened else 32,
+        )
+
+    def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
+        """Whether the stored values are as near to others as rounding puts them: each row's error tells."""
+        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, quantize_blocks
+
+        if not np.isfinite(source).all():
+            return False
+        nearest = quantize_blocks(np.ascontiguousarray(source.T, dtype=np.float32), self.form)
+        least = dequantize_blocks(nearest, self.weight.bits, source.shape[1]) - source
+        errors = [np.square(change).sum(1) for change in (self.values(outputs) - source, least)]
+        return bool((errors[0] <= _LARGEST_ERROR * errors[1] + 1e-7 * np.square(source).sum(1) + 1e-20).all())
+
+    def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
+        """Quantize values, rounded to the export's precision first, as an export does.
+
+        Args:
+            outputs: The output features.
+            values: Their values `[n, in]`.
+            path: The layer, for messages.
+            is_near: Whether the values are the stored ones but for an update: scales and zero points stay where they
+                fit better than new ones, so that what the update leaves as it is returns to its grid.
+        """
+        from gralora_fx.exporters.quantize.block_arrays import quantize_blocks, with_scales
+
+        stored = self.all_scales.dtype
+        dtype = np.dtype(np.float32) if self.weight.is_widened else stored
+        rounded = values.astype(dtype) if dtype == np.float16 else values.astype(dtype).astype(np.float32)
+        columns = np.ascontiguousarray(rounded.T)
+        blocks = quantize_blocks(columns, self.form, name=path)
+        if is_near:
+            blocks = with_scales(columns, blocks, self._arrays(outputs), self.form)
+        self.integers[outputs] = blocks.packed.reshape(len(blocks.packed), -1)
+        self.all_scales[outputs] = blocks.scales.astype(stored)
+        if self.all_zero_points is not None:
+            self.all_zero_points[outputs] = blocks.zero_points
+        check_finite(self.all_scales[outputs], path)
+
+
+@dataclass(frozen=True)
+class _StoredColumns:
+    """Columns: integers `[in, out]`, scales `[out]`, and factors of the input `[in]`, which stay as they are."""
+
+    weight: ProductWeight
+    integers: NDArray[Any]
+    all_scales: NDArray[Any]
+    factors: NDArray[Any] | None
+
+    @property
+    def parts(self) -> tuple[NDArray[Any], ...]:
+        """The tensors of `weight.parts`."""
+        return self.integers, self.all_scales
+
+    def values(self, outputs: slice) -> NDArray[Any]:
+        """Dequantized values `[n, in]`."""
+        from gralora_fx.exporters.quantize.column_arrays import dequantize_columns
+
+        values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
+        return np.ascontiguousarray(values.T)
+
+    def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
+        """Whether the stored values are within a step of others."""
+        step = self.all_scales[outputs][:, None] * (1 if self.factors is None else self.factors)
+        return bool((np.abs(self.values(outputs) - source) <= 1.01 * step).all())
+
+    def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
+        """Quantize values."""
+        from gralora_fx.exporters.quantize.column_arrays import quantize_columns
+
+        integers, scales = quantize_columns(np.ascontiguousarray(values.T), path, self.factors)
+        self.integers[:, outputs] = integers
+        self.all_scales[outputs] = scales
+
+
+StoredValues: TypeAlias = _StoredBlocks | _StoredColumns
+
+
+def stored_values(weight: ProductWeight) -> StoredValues:
+    """The tensors of a quantized weight, in memory of their own: all are read at once."""
+    integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
+    if weight.storage == "columns":
+        factors = None if weight.factors is None else read_rows(weight.factors).reshape(-1)
+        return _StoredColumns(weight, integers, scales.reshape(-1), factors)
+    rows = [part.reshape(weight.out_features, -1) for part in (integers, scales, *zero_points)]
+    return _StoredBlocks(weight, rows[0], rows[1], rows[2] if zero_points else None)
+
+
+def dequantized(weight: ProductWeight, outputs: slice) -> NDArray[Any]:
+    """Values `[n, in]` of output features of a quantized weight."""
+    return stored_values(weight).values(outputs)
+
+
+def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> bool:
+    """Whether the output features of a quantized weight from one on are what a matrix `[out, in]` is rounded to."""
+    return stored_values(weight).is_rounded(values.astype(np.float32), slice(start, start + len(values)))
+
+
+def survival_by_layer(edits: Sequence[QuantizedEdit]) -> dict[str, Survival]:
+    """What is left of the update of each layer, by path."""
+    return {path: survival for edit in edits for path, survival in edit.survival.items()}
+
+
+def overall_share(survival: Mapping[str, Survival]) -> float | None:
+    """The share of the whole update that is left after rounding; None if nothing is quantized."""
+    parts = survival.values()
+    return Survival(sum(part.kept for part in parts), sum(part.whole for part in parts)).share if parts else None
+
+
+def check_survival(survival: Mapping[str, Survival]) -> None:
+    """Check that at every layer more than half of the update is left.
+
+    Args:
+        survival: What is left, by layer.
+
+    Raises:
+        MergeError: At some it is not; the worst are named.
+    """
+    shares = {path: part.share for path, part in survival.items()}
+    lost = sorted((path for path in shares if shares[path] <= LEAST_SHARE), key=lambda path: shares[path])
+    if not lost:
+        return
+    worst = ", ".join(f"{path} ({100 * shares[path]:.0f} %)" for path in lost[:5])
+    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+    raise MergeError(
+        f"rounding leaves {100 * (overall_share(survival) or 0):.0f} % of the update, and half or less of it at "
+        f"{len(lost)} of {len(shares)} layers: {worst}{more}. Give base=..., to round the base's own weights with the "
+        "update, fold before quantizing (export_onnx), or write it all the same with force=True"
+    )

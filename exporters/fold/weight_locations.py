@@ -1,0 +1,339 @@
+"""Where the weights of adapted layers lie in ONNX files: as the export recorded, by name, or by value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.core.adapters.stored_adapter import StoredAdapter
+from gralora_fx.errors import MergeError, bulleted
+from gralora_fx.exporters.fold.initializers import ProductWeight, product_weights
+from gralora_fx.exporters.fold.matching_weights import (
+    BaseWeights,
+    find_values,
+    foreign_names,
+    holds,
+    ranges,
+    reduced,
+)
+from gralora_fx.exporters.fold.weight_names import parameter_names
+from gralora_fx.format.manifest import Manifest, WeightEntry
+
+RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
+
+
+@dataclass(frozen=True)
+class WeightLocation:
+    """Where a layer's weight lies.
+
+    Attributes:
+        path: The layer.
+        file: The ONNX file.
+        weight: The initializer.
+        start: First of the layer's output features in it.
+        stop: End of them.
+        how: How it was found: `"as recorded"`, `"by name"` or `"by value"`.
+    """
+
+    path: str
+    file: str
+    weight: ProductWeight
+    start: int
+    stop: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is searched.
+
+    Attributes:
+        graphs: Its graphs by ONNX file.
+        manifest: The manifest; None of other exporters' files.
+        base: The base model's weights, if they were given.
+    """
+
+    graphs: Mapping[str, ir.Graph]
+    manifest: Manifest | None = None
+    base: BaseWeights | None = None
+
+    @cached_property
+    def weights(self) -> Mapping[str, Sequence[ProductWeight]]:
+        """The weights that products multiply by, by ONNX file."""
+        return {file: product_weights(graph) for file, graph in self.graphs.items()}
+
+    @cached_property
+    def by_name(self) -> Mapping[tuple[str, str], ProductWeight]:
+        """The weights by file and name."""
+        return {(file, weight.name): weight for file, weights in self.weights.items() for weight in weights}
+
+    @property
+    def record(self) -> Mapping[str, Sequence[WeightEntry]] | None:
+        """Where the manifest says that each layer's weight lies; None if it does not."""
+        return None if self.manifest is None else self.manifest.weights
+
+    @cached_property
+    def widths(self) -> Mapping[str, int]:
+        """Output features of the layers that the manifest names."""
+        return {} if self.manifest is None else {site.path: site.out_features for site in self.manifest.sites}
+
+    @cached_property
+    def _kinds(self) -> Mapping[str, str]:
+        return {} if self.manifest is None else {site.path: site.kind for site in self.manifest.sites}
+
+    @cached_property
+    def _layers(self) -> Mapping[tuple[str, str], list[tuple[str, int, int]]]:
+        """The layers whose weights the record has in each initializer, with their first and last output feature."""
+        layers: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+        for path, entries in (self.record or {}).items():
+            for entry in entries:
+                layers.setdefault((entry.file, entry.initializer), []).append((path, entry.start, entry.stop))
+        return layers
+
+    def is_conv1d(self, path: str) -> bool:
+        """Whether a layer is transformers' `Conv1D`, whose weight is `[in, out]` in the model."""
+        return self._kinds.get(path) == "conv1d"
+
+    def sharing(self, locations: Iterable[WeightLocation]) -> list[str]:
+        """Other layers that the record gives a weight at these locations."""
+        sharing = [
+            path
+            for location in locations
+            for path, start, stop in self._layers.get((location.file, location.weight.name), ())
+            if path != location.path and start < location.stop and location.start < stop
+        ]
+        return list(dict.fromkeys(sharing))
+
+    def base_values(self, path: str, features: tuple[int, int]) -> tuple[NDArray[Any], ...]:
+        """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known.
+
+        Args:
+            path: The layer.
+            features: Its widths in and out.
+
+        Raises:
+            MergeError: The base has no such weight, or one of another shape.
+        """
+        assert self.base is not None
+        values = self.base.weight(path, features)
+        if features[0] != features[1]:
+            return (values,)
+        if path not in self._kinds:
+            return values, values.T
+        return (values.T if self.is_conv1d(path) else values,)
+
+
+def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocation]:
+    """Where the weight of every adapted layer lies; one may lie in several files.
+
+    Args:
+        export: The export.
+        adapter: The adapter.
+
+    Raises:
+        MergeError: A layer's weight is not found, has other widths, is shared with another layer, or differs from that
+            of the given base; every layer is named.
+    """
+    locations: list[WeightLocation] = []
+    problems: list[str] = []
+    for path, site in adapter.layers.items():
+        try:
+            of_layer = _locate(export, adapter, path)
+            _check_widths(of_layer, site.features)
+            _check_shared(export, of_layer)
+            _check_base(export, of_layer, site.features)
+        except MergeError as error:
+            problems.append(f"{path}: {error}")
+        else:
+            locations += of_layer
+    problems += list(_overlaps(locations))
+    if problems:
+        raise MergeError(f"{adapter.directory} cannot be folded into this export:\n{bulleted(problems)}")
+    return locations
+
+
+def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLocation]:
+    """The locations of a layer's weight."""
+    if export.record is not None:
+        locations = recorded_locations(export, path)
+        if not locations:
+            raise MergeError(
+                "its weight is not one that the exported graph multiplies by; leave the layer out (exclude_modules)"
+                if path in export.widths
+                else "the export has no such layer"
+            )
+        return locations
+    widths = {other: site.features[1] for other, site in adapter.layers.items()}
+    locations = (
+        list(named_locations(export, path, widths))
+        or unique(list(named_locations(export, path, widths, foreign=True)))
+        or list(locations_by_value(export, path, adapter.sites[path].features))
+    )
+    if not locations:
+        hint = "" if export.base is not None else "; give base=..., the base model's directory, to find it by value"
+        raise MergeError(f"no initializer that a product multiplies by is named after it, or holds its values{hint}")
+    return locations
+
+
+def recorded_locations(export: Export, path: str) -> list[WeightLocation]:
+    """Locations of a layer's weight as the manifest says; none for a layer that it does not have.
+
+    Raises:
+        MergeError: The files do not hold it there.
+    """
+    locations = []
+    for entry in (export.record or {}).get(path, ()):
+        weight = export.by_name.get((entry.file, entry.initializer))
+        if weight is None or not 0 <= entry.start < entry.stop <= weight.out_features or (
+            weight.transposed != entry.transposed
+        ):  # fmt: skip
+            raise MergeError(f"{entry.file} does not hold {entry.initializer} as the manifest says; export it again")
+        locations.append(WeightLocation(path, entry.file, weight, entry.start, entry.stop, RECORDED))
+    return locations
+
+
+def named_locations(
+    export: Export, path: str, widths: Mapping[str, int] | None = None, *, foreign: bool = False
+) -> Iterator[WeightLocation]:
+    """Locations of a layer's weight by the names of initializers.
+
+    Args:
+        export: The export.
+        path: The layer.
+        widths: Output features of layers, as far as they are known beside those of the manifest.
+        foreign: Whether another exporter chose the names, so that they resemble those of the model.
+    """
+    rename: Callable[[str], str] = reduced if foreign else str
+    wanted = rename(f"{path}.weight")
+    known = {rename(f"{layer}.weight"): width for layer, width in {**export.widths, **(widths or {})}.items()}
+    for file, candidates in export.weights.items():
+        for weight in candidates:
+            readings = foreign_names(weight.value) if foreign else parameter_names(weight.value)
+            for names in readings:
+                index = next((i for i, name in enumerate(names) if is_named(name, wanted, foreign)), None)
+                parts = [] if index is None else list(ranges(names, weight.out_features, known.get))
+                if index is not None and parts:
+                    yield WeightLocation(path, file, weight, *parts[index], BY_NAME)
+                    break
+
+
+def is_named(name: str, wanted: str, foreign: bool) -> bool:
+    """Whether a name is the wanted one; of another exporter's names, one may be the end of the other."""
+    is_end = name.endswith(f".{wanted}") or ("." in name and wanted.endswith(f".{name}"))
+    return name == wanted or (foreign and is_end)
+
+
+def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
+    """Locations, if there is one in each file.
+
+    Raises:
+        MergeError: A file has several.
+    """
+    for file in {location.file for location in locations}:
+        names = [location.weight.name for location in locations if location.file == file]
+        if len(names) > 1:
+            raise MergeError(f"its weight may be any of {', '.join(names)} in {file}; give base=... to tell them")
+    return locations
+
+
+def locations_by_value(export: Export, path: str, features: tuple[int, int]) -> Iterator[WeightLocation]:
+    """Locations of a layer's weight by the values of the given base; none without one.
+
+    Args:
+        export: The export.
+        path: The layer.
+        features: Its widths in and out.
+
+    Raises:
+        MergeError: The base has no such weight, or its values occur several times.
+    """
+    if export.base is None:
+        return
+    readings, stop = export.base_values(path, features), features[1]
+    for file, weights in export.weights.items():
+        matches = [match for values in readings for match in find_values(weights, values)]
+        locations = [WeightLocation(path, file, weight, start, start + stop, BY_VALUE) for weight, start in matches]
+        if len(locations) > 1:
+            names = ", ".join(f"{location.weight.name} from {location.start}" for location in locations)
+            raise MergeError(
+                f"its values occur several times in {file} ({names}), so which one is its weight is unknown"
+            )
+        yield from locations
+
+
+def _check_widths(locations: Iterable[WeightLocation], features: tuple[int, int]) -> None:
+    for location in locations:
+        here = location.weight.in_features, location.stop - location.start
+        if here != features:
+            raise MergeError(
+                f"the adapter is for {features[0]} inputs and {features[1]} outputs, but {location.weight.name} has "
+                f"{here[0]} and {here[1]}; give an adapter of this model"
+            )
+        if location.weight.problem:
+            raise MergeError(f"{location.weight.name} cannot be folded into: {location.weight.problem}")
+
+
+def _check_shared(export: Export, locations: Iterable[WeightLocation]) -> None:
+    """Check that only the layer's own products read its weight.
+
+    Raises:
+        MergeError: Others do, or nothing says that they do not.
+    """
+    for location in locations:
+        weight = location.weight
+        if export.record is not None:
+            if same := export.sharing([location]):
+                raise MergeError(
+                    f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
+                    "merged model (merge with untie=True), or leave the layer out (exclude_modules)"
+                )
+        elif _is_read_several_times(weight) and not _is_named_apart(export, weight) and export.base is None:
+            raise MergeError(
+                f"{len(weight.readers)} products read {weight.name}, and nothing says that all are of this layer; give "
+                "base=..., or export the model again"
+            )
+
+
+def _is_read_several_times(weight: ProductWeight) -> bool:
+    """Whether several products in one graph read a weight; those in different branches are one."""
+    graphs = [id(reader.node.graph) for reader in weight.readers]
+    return len(graphs) > len(set(graphs))
+
+
+def _is_named_apart(export: Export, weight: ProductWeight) -> bool:
+    """Whether every layer of the same widths has an initializer of its own name, so that none shares a weight."""
+    if export.manifest is None:
+        return False
+    widths = weight.in_features, weight.out_features
+    alike = [site.path for site in export.manifest.sites if (site.in_features, site.out_features) == widths]
+    return all(any(named_locations(export, path)) for path in alike)
+
+
+def _check_base(export: Export, locations: Iterable[WeightLocation], features: tuple[int, int]) -> None:
+    """Check that a weight found by name is the given base's; one that an adapter was folded into is not."""
+    if export.base is None or (export.manifest is not None and export.manifest.adapters):
+        return
+    for location in locations:
+        if location.how == BY_VALUE or location.weight.storage != "float":
+            continue
+        readings = export.base_values(location.path, features)
+        if not any(holds(location.weight, location.start, values) for values in readings):
+            raise MergeError(
+                f"{location.weight.name} does not hold the weight of {export.base.directory}; give the base that was "
+                "exported"
+            )
+
+
+def _overlaps(locations: Sequence[WeightLocation]) -> Iterator[str]:
+    """Problems of layers that were found at the same location."""
+    earlier: dict[int, list[WeightLocation]] = {}
+    for location in locations:
+        for other in earlier.setdefault(id(location.weight), []):
+            if other.path != location.path and other.start < location.stop and location.start < other.stop:
+                yield f"{location.path} and {other.path} have one weight, {location.weight.name}; adapt one of them"
+        earlier[id(location.weight)].append(location)

@@ -1,1 +1,0 @@
-"""Passes over the `torch.fx` graph, before it is translated."""

@@ -1,0 +1,231 @@
+"""A decoder with a cache: a graph for prefill and single steps, and one whose rows have lengths of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult
+from gralora_fx.core.tracing.inputs.cache import cached_slots
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.artifact.companions import write_genai_config
+from gralora_fx.exporters.kinds.conversion import Conversion
+from gralora_fx.exporters.kinds.flavour import (
+    Flavour,
+    Models,
+    has_states,
+    insertion_passes,
+    lowering_passes,
+    marking_passes,
+    quantizing_passes,
+    with_rows,
+)
+from gralora_fx.exporters.reports import CachedAttentionReport
+from gralora_fx.exporters.rules.attention.cached_attention import FuseAttention
+from gralora_fx.exporters.rules.attention.match_attention import match_attention
+from gralora_fx.exporters.rules.attention.plain_attention import FuseDotProductAttention
+from gralora_fx.exporters.rules.attention.rotary import LowerRotary, RotaryTables, match_rotary
+from gralora_fx.exporters.rules.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
+from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
+from gralora_fx.exporters.rules.onnx_pipeline import (
+    FOLDED_TRANSPOSES,
+    FUSED_CACHED_ATTENTION,
+    ROTARY_NODES,
+    TRANSLATED,
+    OnnxPipeline,
+)
+from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes, merge_matmuls
+from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
+from gralora_fx.exporters.rules.rows.continuous_batching import LogitsOfRows, batch_continuously
+from gralora_fx.exporters.rules.rows.flatten_tokens import copied
+from gralora_fx.exporters.rules.rows.float32_inputs import float32_inputs
+from gralora_fx.exporters.rules.rows.keep_last_position import keep_last_position
+from gralora_fx.exporters.rules.rows.optional_inputs import optional_draft_inputs, optional_image_inputs
+from gralora_fx.exporters.rules.rows.row_tokens import RowsError
+from gralora_fx.exporters.translation.cast_graph import CastGraph
+from gralora_fx.exporters.translation.export_graphs import step_to_translate
+from gralora_fx.exporters.translation.names import name_axes
+from gralora_fx.exporters.translation.note_experts import note_experts
+from gralora_fx.exporters.translation.translate import translate
+from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.fresh_inputs import decoder_inputs, random_prompts
+from gralora_fx.exporters.verify.greedy_tokens import compare_decoder
+from gralora_fx.format.cache_slots import CacheSlot
+from gralora_fx.format.export_directory import DECODER_KIND, MODEL
+from gralora_fx.format.input_names import PAST
+
+
+def decoder_models(conversion: Conversion) -> Models:
+    """The ONNX models of a traced decoder step, by the names of their files.
+
+    Before: `logits, cache = forward(input_ids, attention_mask, position_ids, past cache)`
+    After:  the same with `past_key_values.N.key|value|conv|recurrent` in and `present.N....` out, attention fused, and
+            logits of the last position only unless all are asked for
+
+    `model` reads one length of all rows, with a mask; `model_rows` rows of their own lengths (see
+    `batch_continuously`), with the same weights. Where there can be no such graph, the reason is a `RowsEntry` in the
+    log.
+
+    Args:
+        conversion: What is converted, traced with a cache; its log gets a `CachedAttentionReport` and a `RowsEntry`.
+
+    Raises:
+        ExportError: The graph cannot be expressed in ONNX.
+    """
+    options, log = conversion.options, conversion.log
+    casts = CastGraph(options.precision, tuple(slot.kind for slot in cached_slots(conversion.traced.example_inputs)))
+    model = translate(
+        step_to_translate(conversion.traced),
+        match_rms_norms,
+        match_rotary,
+        match_attention,
+        note_experts,
+        first=[casts],  # casts are seen before anything is simplified
+        log=log,
+    )
+    model = attention_pipeline(conversion, RotaryTables(model.graph)).run(model, log)
+    copy = copied(model)
+    last = [keep_last_position] if options.logits == "last" else []
+    model = decoder_pipeline(conversion, "decoder", last).run(model, log)
+    return with_rows(model, conversion, lambda by_row: _rows_model(copy, by_row, log))
+
+
+def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.Model:
+    """The graph whose rows have lengths of their own, made of one with fused attention.
+
+    Args:
+        model: The model; it is changed in place.
+        conversion: What is converted, its adapters chosen by row.
+        found: Knows which layers' attention is fused.
+
+    Raises:
+        RowsError: The model does not allow it.
+    """
+    for report in found.summaries(CachedAttentionReport):
+        if report.plain:
+            layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
+            raise RowsError(f"rows of their own lengths need GroupQueryAttention, and it does not fit {layers}")
+    by_rows: list[Pass[ir.Model]] = [batch_continuously, LogitsOfRows(conversion.options.logits)]
+    return decoder_pipeline(conversion, "rows", by_rows).run(model, conversion.log)
+
+
+def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipeline:
+    """The passes over a translated decoder, before it becomes a graph of one length or one of rows.
+
+    Args:
+        conversion: What is converted.
+        tables: The tables of rotary embeddings in its graph.
+    """
+    slots = tuple(cached_slots(conversion.traced.example_inputs))
+    return OnnxPipeline(
+        "decoder",
+        (
+            *marking_passes(conversion),  # first: weights have their own names
+            fold_transposes,
+            # absorbs the rotary embeddings before it where it can
+            FuseAttention(tables, has_attention=any(slot.kind.grows for slot in slots)),
+            LowerRotary(tables),  # those that attention did not absorb
+            FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
+            *lowering_passes(conversion),
+            NameCache(slots),
+            *_state_layout(conversion),
+        ),
+    )
+
+
+def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass[ir.Model]]) -> OnnxPipeline:
+    """The passes over a decoder with fused attention.
+
+    Args:
+        conversion: What is converted.
+        name: The graph.
+        positions: The passes that choose which positions are computed.
+    """
+    return OnnxPipeline(
+        name,
+        (
+            *positions,
+            LowerNorms(),
+            *_state_forms(conversion),
+            remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
+            merge_matmuls,
+            FoldConstants(unless_weight),
+            remove_unused_nodes,
+            fill_vectors,
+            name_axes,
+            drop_stack_traces,
+            float32_inputs,  # after the inputs have their names, which tell those of the cache
+            optional_image_inputs,  # nothing is folded any more
+            optional_draft_inputs,
+            *insertion_passes(conversion),  # what was packed stays packed
+            *quantizing_passes(conversion),
+        ),
+        given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
+    )
+
+
+def _state_layout(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """Return what keeps states as their operators have them, if the trace has any."""
+    if not has_states(conversion):
+        return ()
+    from gralora_fx.exporters.rules.states.state_layout import keep_state_layout
+
+    return (keep_state_layout,)
+
+
+def _state_forms(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """Return what makes the operators of states fast, if the trace has any."""
+    if not has_states(conversion):
+        return ()
+    from gralora_fx.exporters.rules.rows.prompt_clamps import lower_prompt_clamps
+    from gralora_fx.exporters.rules.states.state_forms import fast_state_forms
+
+    return lower_prompt_clamps, fast_state_forms
+
+
+@dataclass(frozen=True)
+class NameCache:
+    """Name inputs and outputs as the ecosystem expects them.
+
+    Attributes:
+        slots: The tensors of the cache, in the order in which the graph takes and gives them.
+    """
+
+    slots: tuple[CacheSlot, ...]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Rename them in place.
+
+        Raises:
+            ExportError: The graph does not take or give these tensors.
+        """
+        pasts = [value for value in model.graph.inputs if str(value.name).startswith(PAST)]
+        logits, *presents = model.graph.outputs
+        if not len(pasts) == len(presents) == len(self.slots):
+            counts = f"{len(pasts)} cached tensors and returns {len(presents)}"
+            raise ExportError(f"the trace takes {counts}; trace it again")
+        logits.name = "logits"
+        for slot, past, present in zip(self.slots, pasts, presents, strict=True):
+            past.name, present.name = slot.past, slot.present
+        return PassResult(2 * len(pasts) + 1)
+
+
+def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
+    write_genai_config(directory, traced.config, models[MODEL])
+
+
+DECODER = Flavour(
+    DECODER_KIND,
+    fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
+    convert=decoder_models,
+    verification=Verification(decoder_inputs, random_prompts, compare_decoder),
+    write_files=_write_files,
+    has_last_logits=True,
+    shares_weights=True,
+)

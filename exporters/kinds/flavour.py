@@ -1,0 +1,203 @@
+"""What a kind of export is: which traces it is for, how they become ONNX models, what else it writes and compares.
+
+The passes that several kinds have are here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Skip
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, warn_caller
+from gralora_fx.exporters.kinds.conversion import Conversion
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
+from gralora_fx.exporters.rules.attention.plain_attention import FuseDotProductAttention
+from gralora_fx.exporters.rules.clean_up import FoldConstants, remove_unused_nodes
+from gralora_fx.exporters.rules.normalization import LowerNorms
+from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes
+from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
+from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens
+from gralora_fx.exporters.rules.rows.row_tokens import RowsError
+from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
+from gralora_fx.format.manifest import RowsEntry
+
+_STATES = {"linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp"}  # operators of layers that keep one
+Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
+
+
+def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names.
+
+    Args:
+        conversion: What is converted.
+    """
+    adapters = conversion.adapters
+    return () if adapters is None else (MarkSites(adapters.weights, adapters.norm_biases),)
+
+
+def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """What inserts adapters that are data, to be run once all is fused, and before weights are quantized.
+
+    Args:
+        conversion: What is converted.
+    """
+    adapters = conversion.adapters
+    if adapters is None:
+        return ()
+    from gralora_fx.exporters.rules.adapters.insert_adapters import InsertAdapters
+
+    return (InsertAdapters(adapters.inputs, conversion.options.quantize is not None),)
+
+
+def has_states(conversion: Conversion) -> bool:
+    """Return whether a trace has layers that keep a state in place of keys and values.
+
+    Args:
+        conversion: What is converted.
+    """
+    return not conversion.traced.operators.isdisjoint(_STATES)
+
+
+def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
+    """Return what lowers the operators of states and of experts, as far as the trace has any.
+
+    Args:
+        conversion: What is converted.
+    """
+    passes: tuple[Pass[ir.Model], ...] = ()
+    if has_states(conversion):
+        from gralora_fx.exporters.rules.states.state_operators import lower_state_operators
+
+        passes += (lower_state_operators,)
+    if "experts" in conversion.traced.operators:
+        from gralora_fx.exporters.rules.experts.expert_products import LowerExperts
+
+        passes += (LowerExperts(),)
+    return passes
+
+
+def quantizing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
+    """Return what stores matrices as the plan says, to be run last: all others look for floats; nothing without one.
+
+    Args:
+        conversion: What is converted.
+        tables: Names of embeddings that are a head's weight in another part of the model.
+    """
+    if conversion.plan is None:
+        return ()
+    from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
+
+    return (QuantizeWeights(conversion.plan, tables),)
+
+
+def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
+    """What a graph goes through as it was translated, where no cache is fused into its attention.
+
+    Args:
+        conversion: What is converted.
+        may_fold: Whether constants may be folded at a node.
+    """
+    return (
+        *marking_passes(conversion),  # first: weights have their own names
+        fold_transposes,  # first: constant folding would compute the transposes of weights
+        FuseDotProductAttention(),  # before constants are folded: it makes some
+        *lowering_passes(conversion),
+        LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
+        FoldConstants(may_fold),
+        remove_unused_nodes,  # so that none of them counts as a reader of tokens
+        FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
+        fill_vectors,
+    )
+
+
+def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:
+    """A model and its graph for rows of a batch that differ, over the same weights, if there can be one.
+
+    Args:
+        model: `model.onnx`.
+        conversion: What was converted; its log gets a `RowsEntry`, which has the reason where there is none, besides
+            the reports of passes.
+        rows: Makes `model_rows.onnx`, given the conversion by row; it raises `RowsError` where there can be none.
+    """
+    models, log = {MODEL: model}, conversion.log
+    apart = PassLog(log.dump, log.reports)  # counts are those of one graph
+    try:
+        models[ROWS] = rows(conversion.by_row(apart))
+        entry = RowsEntry(ROWS_NAME)
+    except RowsError as error:
+        entry = RowsEntry(None, str(error))
+    note_rows(entry, models.get(ROWS, model), log)
+    return models
+
+
+def note_rows(entry: RowsEntry, model: ir.Model, log: PassLog) -> None:
+    """Report whether there is a graph for rows that differ, or why there is none.
+
+    Args:
+        entry: The file, or the reason.
+        model: What was converted.
+        log: Gets the report.
+    """
+    left = () if entry.reason is None else (Skip(ROWS_NAME, entry.reason),)
+    log.add("rows", "graph_of_rows", PassResult(1 - len(left), left, summary=entry), model)
+
+
+def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None:
+    """Write nothing: most flavours consist of their models alone."""
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """A kind of export.
+
+    Attributes:
+        name: What it is called.
+        fits: Whether the flavour fits a trace.
+        convert: Makes the ONNX models, by pipelines of passes.
+        verification: What is compared with the model.
+        write_files: Writes what other programs read beside the models.
+        has_last_logits: Whether it can return the last position's logits alone.
+        takes_texts: Whether what quantization changes can be measured on texts.
+        shares_weights: Whether its models have their weights in one file.
+    """
+
+    name: str
+    fits: Callable[[TracedModel], bool]
+    convert: Callable[[Conversion], Models]
+    verification: Verification
+    write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing
+    has_last_logits: bool = False
+    takes_texts: bool = True
+    shares_weights: bool = False
+
+    def logits(self, options: ExportOptions) -> str:
+        """Which positions' logits an export gives: `"last"` or `"all"`."""
+        return options.logits if self.has_last_logits else "all"
+
+    def check(self, options: ExportOptions) -> None:
+        """Check that an export of the kind can have the options.
+
+        Raises:
+            ExportError: It cannot.
+        """
+        if options.logits == "all" and not self.has_last_logits:
+            warn_caller(
+                "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it "
+                "out"
+            )
+        if options.texts is not None and not self.takes_texts:
+            raise ExportError(
+                "texts=... is for decoders and models without a cache, and the task is an encoder-decoder's with one; "
+                "leave it out"
+            )
+
+    def measures_quality(self, options: ExportOptions) -> bool:
+        """Whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
+        return options.quantize is not None and options.precision != "bf16"

@@ -1,0 +1,204 @@
+"""A model without a cache as one ONNX graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    LiftConstantsToInitializersPass,
+    NameFixPass,
+    OutputFixPass,
+)
+from torch import Tensor, fx
+
+from gralora_fx.base.compat.torch_graphs import tree_info, tree_map, tree_unflatten
+from gralora_fx.base.compat.transformers_exporters import fix_model, leaf_names
+from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.errors import listed
+from gralora_fx.exporters.kinds.conversion import Conversion
+from gralora_fx.exporters.kinds.flavour import (
+    Flavour,
+    Models,
+    insertion_passes,
+    quantizing_passes,
+    translated_passes,
+    with_rows,
+)
+from gralora_fx.exporters.rules.attention.match_attention import match_attention
+from gralora_fx.exporters.rules.clean_up import (
+    deduplicate_constants,
+    drop_stack_traces,
+)
+from gralora_fx.exporters.rules.normalization import match_rms_norms
+from gralora_fx.exporters.rules.onnx_pipeline import OnnxIrPass, OnnxPipeline
+from gralora_fx.exporters.rules.rows.flatten_tokens import copied
+from gralora_fx.exporters.rules.rows.float32_inputs import float32_inputs
+from gralora_fx.exporters.rules.rows.row_tokens import RowsError
+from gralora_fx.exporters.translation.cast_graph import CastGraph
+from gralora_fx.exporters.translation.export_graphs import graph_to_translate
+from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
+from gralora_fx.exporters.translation.note_experts import note_experts
+from gralora_fx.exporters.translation.translate import translate
+from gralora_fx.exporters.translation.weights import unless_weight
+from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.fresh_inputs import plain_inputs
+from gralora_fx.exporters.verify.output_comparison import compare_rows
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
+from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
+
+
+def plain_models(conversion: Conversion) -> Models:
+    """The ONNX model of a traced graph without a cache; with adapters as data also one whose rows have one each.
+
+    Args:
+        conversion: What is converted.
+
+    Raises:
+        ExportError: The graph cannot be expressed in ONNX.
+    """
+    log = conversion.log
+    graph_module, outputs = _with_flat_outputs(graph_to_translate(conversion.traced))
+    first = [CastGraph(conversion.options.precision)]  # casts are seen before anything is simplified
+    model = translate(graph_module, match_rms_norms, match_attention, note_experts, first=first, log=log)
+    model = plain_pipeline(conversion, outputs).run(model, log)
+    copy = copied(model) if conversion.options.adapters == DATA else None
+    model = finishing_pipeline(conversion, "plain").run(model, log)
+    if copy is None:
+        return {MODEL: model}
+
+    def rows_model(by_row: Conversion) -> ir.Model:
+        return check_rows(finishing_pipeline(by_row, "rows").run(copy, by_row.log))
+
+    return with_rows(model, conversion, rows_model)
+
+
+def plain_pipeline(conversion: Conversion, outputs: Sequence[str]) -> OnnxPipeline:
+    """The passes over a translated graph without a cache.
+
+    Args:
+        conversion: What is converted.
+        outputs: Names of its outputs.
+    """
+    return OnnxPipeline(
+        "plain",
+        (
+            *translated_passes(conversion, _may_fold),
+            OnnxIrPass(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)),
+            deduplicate_constants,
+            OnnxIrPass(CommonSubexpressionEliminationPass()),  # equal constants have one name by now
+            OnnxIrPass(OutputFixPass()),  # two outputs may be the same value by now
+            NameEnds(tuple(input_names(conversion.traced.graph_inputs)), tuple(outputs)),
+            OnnxIrPass(NameFixPass()),
+            name_outputs,
+            name_axes,
+            fix_nodes,
+            drop_stack_traces,
+            float32_inputs,  # after the inputs have their names
+        ),
+    )
+
+
+def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
+    """The passes over a graph that is what it is but for adapters and quantized weights.
+
+    Args:
+        conversion: What is converted.
+        name: The graph.
+    """
+    return OnnxPipeline(
+        name,
+        (
+            *insertion_passes(conversion),  # what was fused stays fused
+            *quantizing_passes(conversion),  # last: all others look for matrices
+        ),
+    )
+
+
+def check_rows(model: ir.Model) -> ir.Model:
+    """A model whose rows choose among adapters, if its outputs are made of rows too.
+
+    Raises:
+        RowsError: An output has another first axis than the batch, so rows depend on each other, or may do so.
+    """
+    batch = next(str(value.shape[0]) for value in model.graph.inputs if value.name == ADAPTER_IDS and value.shape)
+    others = [str(value.name) for value in model.graph.outputs if not value.shape or str(value.shape[0]) != batch]
+    if others:
+        raise RowsError(f"the first axis of the output {listed(others, 3)} is not the batch")
+    return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Whether constants may be folded at a node: not at the transpose of a weight, nor at a resize."""
+    return False if node.op_type == "Resize" else unless_weight(node)
+
+
+def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
+    """A copy of a graph whose outputs are flattened to tensors, and the tensors' names."""
+    graph = copy_graph(graph_module)
+    output = graph.output_node()
+    info = tree_info(graph)
+    results: Any = output.args[0]
+    if info is not None:
+        results = tree_unflatten(results, info.out_spec)
+    nodes: dict[int, fx.Node] = {}
+
+    def token(value: Any) -> Any:
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+            return None
+        placeholder = torch.empty(0)
+        nodes[id(placeholder)] = value
+        tokens.append(placeholder)
+        return placeholder
+
+    tokens: list[Tensor] = []
+    named_tokens = leaf_names(tree_map(token, results))
+    output.args = (tuple(nodes[id(tensor)] for tensor in named_tokens.values()),)
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users and not isinstance(node.meta.get("val"), Tensor):
+            graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+    return fx.GraphModule(graph_module, graph), list(named_tokens)
+
+
+@dataclass(frozen=True)
+class NameEnds:
+    """Name inputs and outputs; an output with the name of an input gets a prefix.
+
+    Attributes:
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Rename them, in place."""
+        if len(self.inputs) == len(model.graph.inputs):
+            for value, name in zip(model.graph.inputs, self.inputs, strict=True):
+                value.name = name
+        for value, name in zip(model.graph.outputs, self.outputs, strict=True):
+            value.name = f"output.{name}" if name in self.inputs else name
+        return PassResult(len(model.graph.inputs) + len(model.graph.outputs))
+
+
+def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
+    """Rewrite nodes that an execution provider refuses, as transformers' exporter does; in place."""
+    before = len(model.graph)
+    fix_model(model)
+    return PassResult(abs(len(model.graph) - before))
+
+
+PLAIN = Flavour(
+    PLAIN_KIND,
+    fits=lambda traced: True,
+    convert=plain_models,
+    verification=Verification(plain_inputs, compare_tokens=compare_rows),
+    shares_weights=True,
+)

@@ -1,0 +1,178 @@
+"""`verify_onnx`: an export compared with the PyTorch model on fresh inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnxruntime
+
+from gralora_fx.base.progress.console import with_progress
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.kinds import flavour_of
+from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
+from gralora_fx.exporters.options import LEVELS, check_choice
+from gralora_fx.exporters.quantize.formats import DYNAMIC
+from gralora_fx.exporters.verify.cases import TokenRun
+from gralora_fx.exporters.verify.comparable import open_comparable
+from gralora_fx.exporters.verify.fresh_inputs import user_prompts
+from gralora_fx.exporters.verify.output_comparison import OutputComparison
+from gralora_fx.exporters.verify.reference_models import evaluating
+from gralora_fx.exporters.verify.same_model import check_inputs, check_same_model
+from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
+from gralora_fx.exporters.verify.variants import Variant, variants
+from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
+from gralora_fx.format.adapter_inputs import is_adapter_input
+from gralora_fx.format.export_files import check_files
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.engine.adapters import Adapters
+from gralora_fx.run.sessions.session import CPU, Runtime
+
+if TYPE_CHECKING:
+    from gralora_fx.run.sessions.run_options import ProviderOptions, Providers
+
+
+@with_progress
+def verify_onnx(
+    output_dir: str | Path,
+    model: TracedModel | GraloraModel,
+    level: Literal["quick", "full"] = "full",
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    prompts: Sequence[Any] | None = None,
+    tolerance: float | None = None,
+    providers: Providers | None = None,
+    provider_options: ProviderOptions | None = None,
+    seed: int = 0,
+    check: bool = True,
+    adapter_name: str | None = None,
+) -> VerifyReport:
+    """Compare an export with the model on fresh inputs: other sizes, padded rows, single rows.
+
+    An export with a cache also generates, its cache fed back at every step: greedy tokens and logits are compared for
+    prompts of unequal length, padded on either side, and for one that fills the context (up to 1,000 positions). A
+    quick verification compares two short prompts for four tokens. `model_rows.onnx` reads the same prompts or inputs,
+    each row beside one with another adapter, those of a decoder also beside idle ones, on the CPU's and CUDA's
+    providers.
+
+    Args:
+        output_dir: The export directory.
+        model: The model it was exported from; a `GraloraModel` runs with its active adapters unfolded, so that a wrong
+            fold would show.
+        level: `"full"`, or `"quick"` for few and short inputs of a model with a cache: each kind of step once. Models
+            without a cache are compared on the same inputs either way.
+        inputs: A user's own inputs, compared in addition.
+        prompts: A user's own prompts for an export with a cache, compared in addition: texts, chats or token ids.
+        tolerance: Largest difference allowed, relative to the largest value or to 1 where that is smaller; None for
+            what the export's precision explains (see `tolerances`), or four times the rounding error of float32 itself
+            if that is larger (see `tolerances`).
+        providers: Execution providers to run the export on, as `load` takes them; None for the CPU. Their arithmetic
+            sets the tolerance too (see `tolerances`), and the report says which one ran which nodes.
+        provider_options: Options of each provider, if they are not given beside its name.
+        seed: Seed of the fresh inputs.
+        check: Whether to compare every file with its SHA-256 first; False if that has been done.
+        adapter_name: Of an export that takes adapters as data, the name there of the model's only active adapter; None
+            where it is that in the model.
+
+    Returns:
+        Differences and argmax agreement for every output, and the greedy tokens of an export with a cache. A bfloat16
+        export, which ONNX Runtime's CPU provider cannot run, is run with its own weights and float32 arithmetic, and so
+        is a quantized one. They are compared with the model with the same rounded weights: what the rounding itself
+        costs is for a task to say. Of an export that takes adapters as data, the base is compared, then each active
+        adapter of the model alone, with the file of its name in the export. The int8 products of an
+        int8-dynamic export are compared too, as they are.
+
+    Raises:
+        ExportError: The directory is not an export, or one of another base or adapter, a file is not what was exported,
+            its inputs or outputs are not the model's, a prompt does not fit, or a case cannot run.
+        ServingError: A provider is not installed, has no such device, or an option is unknown.
+    """
+    check_choice("level", level, LEVELS)
+    runtime = None
+    if providers is not None or provider_options is not None:
+        from gralora_fx.run.sessions.run_options import runtime_of
+
+        runtime = runtime_of(providers, provider_options, None, None)
+    manifest, quick = read_manifest(output_dir), level == "quick"
+    if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
+        check_files(output_dir, manifest, digests=True)
+    check_runnable(model)
+    check_same_model(output_dir, manifest, model)
+    session, rows, arithmetic = open_comparable(Path(output_dir), manifest, runtime)
+    traced = base_trace(model)
+    verification = flavour_of(traced).verification
+    cases = verification.cases(traced, seed, quick=quick)
+    check_inputs([value.name for value in session.get_inputs() if not is_adapter_input(value.name)], cases[0][1])
+    cases += [] if inputs is None else [("given inputs", dict(inputs))]
+    batches = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
+    if prompts is not None and verification.prompts is None:
+        raise ExportError("the export has no cache, so it takes no prompts; give inputs")
+    batches += [] if prompts is None else [user_prompts(prompts, output_dir, traced)]
+    adapters = Adapters(Path(output_dir), manifest)
+    is_rough = tolerance is None and runtime is not None and arithmetic != "fp32"
+    explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")
+    limit, least_scale = explained if tolerance is None else tolerance, LEAST_SCALE if is_rough else 1.0
+
+    def compared(variant: Variant) -> VerifyReport:
+        """Outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
+        reference = variant.reference
+        check = ToleranceCheck(reference, limit, use_float64=tolerance is None, least_scale=least_scale)
+        tensors, passed = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
+        run = TokenRun(variant.session, reference, cases, batches, check, quick, adapters, variant.rows)
+        tokens = verification.compare_tokens(run)
+        return VerifyReport(
+            passed and tokens.passed,
+            limit,
+            tuple(description for description, _ in cases),
+            (*tensors, *tokens.tensors),
+            tokens.tokens,
+            describe_weights(manifest),
+            arithmetic,
+            rounding=tuple(check.exceeded),
+            level=level,
+            reference=_describe_reference(model, reference, adapter_name),
+            provider=None if runtime is None else _provider_run(runtime, variant.session),
+            least_scale=least_scale,
+            rows=tokens.rows,
+        )
+
+    report: VerifyReport | None = None
+    for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows):
+        with variant.active(), evaluating(model, variant.reference):
+            found = compared(variant)
+        report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)
+    assert report is not None
+    if manifest.quantization is None or manifest.quantization.kind != DYNAMIC:
+        return report
+    from gralora_fx.exporters.verify.int8_products import PRODUCT_TOLERANCE, compare_products
+
+    products = compare_products(Path(output_dir))
+    is_exact = report.passed and products.max_rel_error <= PRODUCT_TOLERANCE
+    return dataclasses.replace(report, passed=is_exact, tensors=(*report.tensors, products))
+
+
+def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
+    """Where an export was run: the first provider, its device, and which provider took which nodes."""
+    name, _ = runtime.providers[0]
+    device = next((device for device in runtime.devices if device.provider == name), None)
+    from gralora_fx.run.sessions.placement import placement_of
+
+    placement = placement_of(session)
+    nodes = {} if placement is None else {provider: dict(counts) for provider, counts in placement.items()}
+    if device is None:
+        return ProviderRun(name, onnxruntime.__version__, "CPU" if name == CPU else "", nodes)
+    return ProviderRun(name, device.version, f"{device.kind} ({device.name})", nodes)
+
+
+def _describe_reference(
+    model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel, adapter_name: str | None
+) -> str:
+    """What an export was compared with, in words, an adapter by its name in the export."""
+    active = model.active_adapters if isinstance(model, GraloraModel) else []
+    names = [adapter_name] if adapter_name is not None and active else active
+    adapters = f" with {', '.join(map(repr, names))} active" if names else ""
+    return f"the PyTorch model{adapters}" + ("" if reference is model else ", its weights rounded as the export's are")

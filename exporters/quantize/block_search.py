@@ -1,0 +1,270 @@
+"""Blocks by search: scales and zero points of least error, and integers that make up for each other's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.exporters.quantize.formats import Blocks
+
+_TOGETHER, _IN_CACHE = 2**22, 2**17  # values that are rounded at once; that are searched at once
+_PANEL = 32  # inputs that are rounded between two products with the errors so far
+_RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's values, tried in a search
+_TINY = 1e-30  # the least width of a block
+_FARTHEST = 8.0  # square of a column's error over that of integers that are rounded to the nearest, `scale^2 / 12`
+_DAMPING = 0.3  # what every input counts beside its own mean square, as a share of the mean of all
+
+
+class BlockArrays(NamedTuple):
+    """The values of a quantized matrix.
+
+    Attributes:
+        packed: `[N, K/block, block * bits / 8]`, uint8.
+        scales: `[N, K/block]`.
+        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
+    """
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[Any]
+    zero_points: NDArray[np.uint8] | None
+
+
+class InputWindow(NamedTuple):
+    """How neighbouring inputs are rounded together.
+
+    Attributes:
+        order: Their order, `[width]`: those that count most first, whose errors all others make up for.
+        feedback: `[width, width]`, in that order: how much of the error of an input (row) is added to a later one.
+    """
+
+    order: Tensor
+    feedback: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class InputProducts:
+    """Mean products of neighbouring inputs, for layers that read the same: what follows of them is computed once.
+
+    Attributes:
+        means: `[windows, width, width]`. Windows are of whole blocks; products with inputs beyond the last are zero.
+    """
+
+    means: Tensor
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """What the square of an error at each input counts, `[windows * width]`."""
+        return self._damped.diagonal(dim1=1, dim2=2).flatten()
+
+    @cached_property
+    def windows(self) -> tuple[InputWindow, ...]:
+        """How the inputs of each window are rounded.
+
+        With `products = U D U'`, `U` upper and its diagonal one, `U[i, j]` of the error at `i` is added at `j`: that is
+        GPTQ without an inverse, as in QuIP (arXiv:2307.13304).
+        """
+        found = []
+        for products in self._damped:
+            order = products.diagonal().argsort(descending=True, stable=True)
+            lower = torch.linalg.cholesky(products[order][:, order].flip(0, 1))
+            factor = lower.flip(0, 1)
+            found.append(InputWindow(order, factor / factor.diagonal()))
+        return tuple(found)
+
+    @cached_property
+    def _damped(self) -> Tensor:
+        mean = self.means.diagonal(dim1=1, dim2=2).mean().clamp(min=_TINY)
+        return self.means + _DAMPING * torch.eye(self.means.shape[1]) * mean
+
+
+def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None) -> BlockArrays:
+    """A matrix as blocks with the scales and zero points that a search finds best.
+
+    Where products of inputs are known, an error of one integer is made up for by those after it in its window: the
+    error of the products is least, not that of the weights. That is GPTQ (arXiv:2210.17323) with the second moments of
+    neighbouring inputs alone, which take little memory and bring most of what all bring. Few or much alike inputs would
+    let weights drift that other inputs read: columns that would be far from the matrix are rounded as if nothing were
+    known.
+
+    Args:
+        matrix: `[K, N]`, float32 or float16.
+        form: How to quantize it.
+        inputs: What is known of the inputs; None for nothing: they count alike.
+
+    Returns:
+        The blocks, scales in the matrix's dtype, rounded as they are stored.
+    """
+    height, outputs = matrix.shape
+    count = -(-height // form.block_size)
+    weights = torch.ones(count * form.block_size) if inputs is None else inputs.squares
+    parts = []
+    step = max(1, _TOGETHER // len(weights))
+    for start in range(0, outputs, step):
+        columns = matrix[:, start : start + step]
+        values = torch.zeros(len(weights), columns.shape[1])
+        values[:height] = torch.from_numpy(np.ascontiguousarray(columns, np.float32))
+        dtype = scale_dtype(form, matrix.dtype)
+        found = _search(values, weights, None if inputs is None else inputs.windows, form, dtype)
+        if inputs is not None:
+            found = _without_drift(found, values, form, dtype)
+        parts.append(found.stored(count, form.bits))
+    integers, scales, zero_points = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return BlockArrays(integers, scales.astype(matrix.dtype), zero_points)
+
+
+class _Found(NamedTuple):
+    """What a search found for some columns of a matrix.
+
+    Attributes:
+        integers: `[inputs, N]`, uint8.
+        scales: `[blocks, N]`, as they are stored.
+        zeros: `[blocks, N]`.
+        errors: What was rounded away, `[inputs, N]`.
+    """
+
+    integers: Tensor
+    scales: Tensor
+    zeros: Tensor
+    errors: Tensor
+
+    def stored(self, count: int, bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+        """The arrays of a number of blocks, as in `BlockArrays`."""
+        rows = self.integers.t().contiguous().numpy()
+        integers = rows.reshape(len(rows), len(self.scales), -1)[:, :count]
+        zeros = np.pad(self.zeros.t().numpy()[:, :count].astype(np.uint8), ((0, 0), (0, -count % (8 // bits))))
+        return packed(integers, bits), np.ascontiguousarray(self.scales.t().numpy()[:, :count]), packed(zeros, bits)
+
+
+def _without_drift(found: _Found, values: Tensor, form: Blocks, dtype: Any) -> _Found:
+    """What was found, but of columns that are far from the values what is found where nothing is known of inputs."""
+    usual = found.scales.square().sum(0) * (form.block_size / 12)
+    is_far = found.errors.square().sum(0) > _FARTHEST * usual
+    if not is_far.any():
+        return found
+    plain = _search(values[:, is_far], torch.ones(len(values)), None, form, dtype)
+    for part, other in zip(found, plain, strict=True):
+        part[:, is_far] = other
+    return found
+
+
+def _search(values: Tensor, weights: Tensor, windows: Sequence[InputWindow] | None, form: Blocks, dtype: Any) -> _Found:
+    """Round columns of a matrix.
+
+    Args:
+        values: The columns, `[inputs, N]`, of whole blocks.
+        weights: What the squares of errors count, `[inputs]`.
+        windows: How errors are made up for; None for not at all.
+        form: How they are stored.
+        dtype: Dtype of the stored scales.
+    """
+    size, largest = form.block_size, float(2**form.bits - 1)
+    blocks = values.reshape(-1, size, values.shape[1])
+    step = max(1, _IN_CACHE // blocks[0].numel())
+    parts = zip(torch.split(blocks, step), torch.split(weights.reshape(-1, size), step), strict=True)
+    grids = [_grid(part, of_part, largest, dtype) for part, of_part in parts]
+    scales, zeros = (torch.cat(tensors) for tensors in zip(*grids, strict=True))
+    divisors = torch.where(scales > 0, scales, 1.0)
+    if windows is None:
+        whole = (blocks / divisors[:, None]).add_(zeros[:, None]).round_().clamp_(0, largest)
+        errors = blocks - (whole - zeros[:, None]) * divisors[:, None]
+        return _Found(whole.to(torch.uint8).reshape(values.shape), scales, zeros, errors.reshape(values.shape))
+    integers, errors = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
+    width = len(values) // len(windows)
+    for index, window in enumerate(windows):
+        begin = index * width
+        part, own = slice(begin, begin + width), slice(begin // size, (begin + width) // size)
+        integers[part], errors[part] = _made_up_for(values[part], window, divisors[own], zeros[own], largest)
+    return _Found(integers, scales, zeros, errors)
+
+
+def _made_up_for(
+    values: Tensor, window: InputWindow, scales: Tensor, zeros: Tensor, largest: float
+) -> tuple[Tensor, Tensor]:
+    """Integers `[inputs, N]` of a window that make up for each other's errors, and the errors.
+
+    Args:
+        values: `[inputs, N]`.
+        window: How errors are made up for.
+        scales: `[blocks, N]`, none of them zero.
+        zeros: `[blocks, N]`.
+        largest: The largest integer.
+    """
+    blocks = window.order // (len(values) // len(scales))
+    integers, errors = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
+    rows, of_blocks = errors.unbind(), list(zip(scales.unbind(), (1 / scales).unbind(), zeros.unbind(), strict=True))
+    for begin in range(0, len(values), _PANEL):  # what all before a panel add to it is one product
+        places, own = window.order[begin : begin + _PANEL], blocks[begin : begin + _PANEL]
+        ordered, feedback = values[places], window.feedback[:, begin : begin + _PANEL].t().contiguous()
+        wanted = torch.addmm(ordered, feedback[:, :begin], errors[:begin])
+        ordered.addcmul_(scales[own], zeros[own])
+        for place, (block, target, value) in enumerate(
+            zip(own.tolist(), wanted.unbind(), ordered.unbind(), strict=True)
+        ):
+            index, (scale, step, zero) = begin + place, of_blocks[block]
+            target.addmv_(errors[begin:index].t(), feedback[place, begin:index])
+            torch.addcmul(zero, target, step, out=target).round_().clamp_(0, largest)
+            torch.addcmul(value, target, scale, value=-1, out=rows[index])
+        integers[places] = wanted.to(torch.uint8)
+    result = torch.empty_like(errors)
+    result[window.order] = errors
+    return integers, result
+
+
+def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[Tensor, Tensor]:
+    """The scales, as they are stored, and the zero points `[blocks, N]` for which the weighted error is least.
+
+    Of several ranges, each as wide as the block's or narrower, a zero point follows. The scale for which the error of
+    the integers is least is then a quotient, as in llama.cpp's k-quants: `sum w c b / sum w c^2` with `c = q - zero`,
+    and the error is `sum w b^2` less the square of its numerator over its denominator.
+
+    Args:
+        blocks: `[blocks, size, N]`.
+        weights: What the squares of errors count, `[blocks, size]`.
+        largest: The largest integer.
+        dtype: Dtype of the stored scales.
+    """
+    low, high = blocks.amin(1, keepdim=True).clamp_(max=0), blocks.amax(1, keepdim=True).clamp_(min=0)
+    extent = (high - low).clamp_(min=_TINY)
+    zeros = (-low * (largest / extent)).round_().clamp_(0, largest)
+    least, most = -zeros, largest - zeros
+    steps, weighted = blocks * (largest / extent), blocks * weights[..., None]
+    best = scales = torch.zeros_like(extent)
+    for factor in _RANGES:
+        centred = (steps * (1 / factor)).round_().clamp_(least, most)
+        numerator = (centred * weighted).sum(1, keepdim=True)
+        denominator = torch.bmm(weights[:, None], centred.square_()).clamp_(min=_TINY)
+        gain = numerator.square() / denominator
+        scales = torch.where(gain > best, numerator / denominator, scales)
+        best = torch.maximum(gain, best)
+    stored = torch.from_numpy(scales[:, 0].numpy().astype(dtype).astype(np.float32))
+    return stored, zeros[:, 0]
+
+
+def scale_dtype(form: Blocks, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which the scales of a matrix's blocks are stored.
+
+    Args:
+        form: How the matrix is stored.
+        dtype: Its dtype before.
+    """
+    return np.dtype(ml_dtypes.bfloat16) if form.scale_bits == 16 and dtype == np.float32 else dtype
+
+
+def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Integers as bytes along the last axis; of two in a byte the first is the low nibble.
+
+    Args:
+        integers: Of four bits, an even number of them along the axis.
+        bits: 4 or 8.
+    """
+    if bits == 4:
+        integers = integers[..., ::2] | (integers[..., 1::2] * np.uint8(16))
+    return integers

@@ -1,0 +1,192 @@
+"""Inputs on which a float model is run when formats are chosen, and what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gralora_fx.base.progress.stages import counted
+from gralora_fx.core.tracing.inputs.cache import empty_cache
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantize.sensitivity import Sensitivities, measure_sensitivities
+from gralora_fx.exporters.translation.cast_graph import precision_of
+from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.compared_tensors import step_inputs
+from gralora_fx.exporters.verify.fresh_inputs import random_answers, text_cases
+from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
+from gralora_fx.exporters.verify.reference_models import evaluating, float32_model
+from gralora_fx.exporters.verify.token_quality import draw_tokens, drawn_texts, user_texts
+from gralora_fx.format.input_names import PAST
+
+_DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a text that the model draws; texts at least and at most
+_TOGETHER = 512  # positions that are run at once, and about as many measure what rounding costs
+_LEAST_POSITIONS = 16
+_TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
+
+_Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of a model.
+
+    Attributes:
+        model: The float32 model in memory; None for one that cannot be run.
+        cases: Inputs that it is run on.
+        measured: What was measured; None for nothing.
+        inputs: What the inputs are, in words.
+        problem: Why it is not known what rounding costs its outputs; empty where it is.
+    """
+
+    model: TracedModel | None = None
+    cases: Sequence[Mapping[str, Any]] = ()
+    measured: Sensitivities | None = None
+    inputs: str = ""
+    problem: str = ""
+
+
+def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
+    """Run a model on inputs, and measure what rounding costs its outputs.
+
+    Args:
+        conversion: What is converted.
+        verification: Gives inputs of models that draw no texts.
+
+    Raises:
+        ExportError: The texts are too short, or do not fit the model, or it is streamed.
+    """
+    if _is_streamed(conversion):
+        if conversion.options.choosing_texts is not None:
+            raise ExportError(
+                "texts=... choose bits by what the model computes of them, and a streamed model is not run: leave them "
+                "out, or load the model whole"
+            )
+        return Calibration(problem="a streamed model is not run")
+    given = _given(conversion.traced, conversion.options)  # what is wrong with them is said before a copy is made
+    traced = _runnable(conversion)
+    with evaluating(conversion.model, traced):
+        cases: list[Mapping[str, Any]] = []
+        inputs = ""
+        try:
+            cases, inputs = _cases(traced, given, verification)
+            return Calibration(traced, cases, measure_sensitivities(traced, _some(cases)), inputs)
+        except (RuntimeError, NotImplementedError) as error:
+            return Calibration(traced, cases, None, inputs, f"the model gives no gradients ({first_line(error)})")
+
+
+def _is_streamed(conversion: Conversion) -> bool:
+    return any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values())
+
+
+def _runnable(conversion: Conversion) -> TracedModel:
+    """The adapter-free model in float32, its weights in memory: itself, or a copy."""
+    model, traced = conversion.model, conversion.traced
+    is_ready = traced is model or traced is base_trace(model)
+    if is_ready and precision_of(traced.graph_module) == "fp32":
+        return traced
+    return float32_model(traced, "fp32")
+
+
+def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
+    """The texts that choose bits as inputs of one row each; None where none are given."""
+    texts = options.choosing_texts
+    if texts is None:
+        return None
+    texts = texts[:: max(1, -(-len(texts) // _TEXTS))]
+    if traced.cache_layout is CacheLayout.DECODER:
+        read = user_texts(texts, loaded_tokenizer(options.tokenizer), traced).rows
+        rows: list[_Row] = [{"input_ids": torch.tensor([row])} for row in read]
+    else:
+        cases = text_cases(texts, options.tokenizer, traced, batch=1, longest=_LONGEST)
+        rows = [{name: value for name, value in case.items() if name not in traced.constants} for _, case in cases]
+    _check_long(sum(map(_positions, rows)))
+    return rows
+
+
+def _cases(
+    traced: TracedModel, given: Sequence[_Row] | None, verification: Verification
+) -> tuple[list[Mapping[str, Any]], str]:
+    """Inputs on which the model is run, and what they are, in words."""
+    is_decoder = traced.cache_layout is CacheLayout.DECODER
+    if given is not None:
+        batches = list(_batches(given))
+        cases = [
+            _step(traced, batch["input_ids"]) if is_decoder else {**traced.constants, **batch} for batch in batches
+        ]
+        return cases, f"{len(given)} of the given texts"
+    if traced.cache_layout is CacheLayout.ENCODER_DECODER:
+        return [case for _, case in random_answers(traced, seed=1)], "random inputs"
+    if not is_decoder:
+        return [case for _, case in verification.cases(traced, seed=1, quick=False)], "random inputs"
+    rows = _drawn(traced)
+    parts = torch.split(rows, max(1, _TOGETHER // rows.shape[1]))
+    return [_step(traced, part) for part in parts], f"{len(rows)} texts of {rows.shape[1]} tokens that the model drew"
+
+
+def _some(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Those of many texts that measure: squares need fewer than the products that weights are rounded by."""
+    positions = sum(case["input_ids"].numel() for case in cases if "input_ids" in case)
+    return cases[:: max(1, positions // _TOGETHER)]
+
+
+def _check_long(positions: int) -> None:
+    if positions < _LEAST_POSITIONS:
+        raise ExportError(
+            f"texts=... has {positions} tokens in every second text, by which bits are chosen, and they are too few: "
+            f"give texts with {_LEAST_POSITIONS} at least, or leave them out"
+        )
+
+
+def _positions(row: _Row) -> int:
+    return int(row["attention_mask"].sum()) if "attention_mask" in row else max(map(Tensor.numel, row.values()))
+
+
+def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
+    """Texts of one length together, some at a time: padding would count as what layers read."""
+
+    def sizes(row: _Row) -> list[tuple[int, ...]]:
+        return [tuple(value.shape) for value in row.values()]
+
+    for _, group in groupby(sorted(rows, key=sizes), key=sizes):
+        alike = list(group)
+        count = max(1, _TOGETHER // _positions(alike[0]))
+        for start in range(0, len(alike), count):
+            part = alike[start : start + count]
+            yield {name: torch.cat([row[name] for row in part]) for name in part[0]}
+
+
+def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
+    """What a decoder takes to read texts from their beginning."""
+    inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
+    return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
+
+
+@torch.no_grad()
+def _drawn(traced: TracedModel) -> Tensor:
+    """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
+    texts = drawn_texts(traced, 1, _DRAWN, _count(traced))
+    ids = torch.tensor(texts.rows)
+    steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
+    for length in counted(range(1, texts.drawn + 1), "drawing texts", "tokens"):
+        logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
+        ids = torch.cat([ids, draw_tokens(logits.float(), texts.end, generator)[:, None]], dim=1)
+    return ids
+
+
+def _count(traced: TracedModel) -> int:
+    """Return how many texts have as many tokens as the widest layer has inputs, within bounds.
+
+    The products of so many inputs are known from about as many positions.
+    """
+    widest = max((site.in_features for site in traced.sites if site.calls), default=0)
+    return min(max(-(-widest // _DRAWN), _FEWEST), _MOST)

@@ -1,0 +1,200 @@
+"""The choice of an export's formats by measured error: more bits go where they save most, within a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gralora_fx.base.progress.stages import counted
+from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.core.graph.sites import LinearSite, other_readers
+from gralora_fx.errors import first_line
+from gralora_fx.exporters.kinds.conversion import Conversion
+from gralora_fx.exporters.quantize.block_search import BlockArrays
+from gralora_fx.exporters.quantize.calibration import Calibration, calibrate
+from gralora_fx.exporters.quantize.formats import Blocks, Columns
+from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
+from gralora_fx.exporters.quantize.row_errors import plan_rows
+from gralora_fx.exporters.quantize.sensitivity import Sensitivities
+from gralora_fx.exporters.quantize.sequential import round_in_order
+from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.reference_models import evaluating
+from gralora_fx.format.quantized_weights import WIDEST_EXACT
+
+_ROWS = 4096  # output features of a matrix whose errors stand for all
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A matrix of an int4 export, and what it loses in several formats.
+
+    Attributes:
+        names: Names of the parameter.
+        values: Number of its values.
+        forms: Four bits and eight.
+        losses: What is lost in each.
+        stored: Bits of the matrix in each, with scales and zero points.
+        relative: The expected squared error of the weights in the first, relative to their squares.
+        is_measured: Whether losses are divergences of the outputs; else they are relative errors.
+    """
+
+    names: tuple[str, ...]
+    values: int
+    forms: tuple[Blocks, Blocks]
+    losses: tuple[float, float]
+    stored: tuple[int, int]
+    relative: float
+    is_measured: bool
+
+    @property
+    def gain(self) -> float:
+        """How much less is lost in eight bits."""
+        return self.losses[0] - self.losses[1]
+
+
+def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
+    """The plan of an export: for int4 and int8-dynamic by measured error, for int8 as it is.
+
+    Each layer's rounding error is weighed by what it costs the model's outputs (see `sensitivity`). In int4 8 bits go
+    to the layers where they save most for each bit more, until the mean reaches the budget; in int8-dynamic 16 bits go
+    to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a user's
+    texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed model cannot be run:
+    there the relative errors of the weights themselves count, as for layers that were not measured in others.
+
+    Args:
+        conversion: What is converted.
+        verification: Gives inputs of models that draw no texts.
+
+    Raises:
+        ExportError: The texts are too short, or do not fit the model, or it is streamed; or a weight is not finite.
+    """
+    plan, traced = conversion.plan, conversion.traced
+    if plan is None or (isinstance(plan.default, Blocks) and plan.default.bits != 4):
+        return plan
+    run = calibrate(conversion, verification)
+    if isinstance(plan.default, Columns):
+        return _with_rows(plan, conversion, run)
+    names = {site.path: weight_names(traced, site) for site in traced.sites}
+    sites = list({id(site.weight): site for site in traced.sites if site.calls}.values())
+    tied = other_readers(traced.graph_module, sites)
+    has_own = conversion.options.block_size is None
+    forms = {site.path: _forms(plan.default, site, bool(tied[site.path]), has_own) for site in sites}
+    candidates = [
+        _candidate(site, names[site.path], forms[site.path], run.measured)
+        for site in counted(sites, "choosing bits", "matrices")
+    ]
+    own, gains = _within(_comparable(candidates), conversion.options.mean_bits)
+    chosen_by = run.inputs
+    if run.problem:
+        chosen_by = f"the errors of the weights themselves, as {run.problem}"
+    try:
+        rounded = _rounded(conversion, run, plan.default, own, names) if run.cases else {}
+    except (RuntimeError, NotImplementedError) as error:
+        rounded, chosen_by = {}, f"{chosen_by}; weights rounded for inputs that count alike ({first_line(error)})"
+    by_matrix = {**plan.by_matrix, **own}
+    return dataclasses.replace(plan, by_matrix=by_matrix, gains=gains, chosen_by=chosen_by, rounded=rounded)
+
+
+def _rounded(
+    conversion: Conversion,
+    run: Calibration,
+    default: Blocks,
+    own: Mapping[str, Blocks],
+    names: Mapping[str, tuple[str, ...]],
+) -> dict[str, BlockArrays]:
+    """Blocks of the weights whose rounding is searched, by all names of each, which are given by the layers' paths."""
+    assert run.model is not None
+    chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items()}
+    forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
+    with evaluating(conversion.model, run.model):
+        blocks = round_in_order(run.model, run.cases, forms)
+    return {name: arrays for path, arrays in blocks.items() for name in names[path]}
+
+
+def _with_rows(plan: QuantizationPlan, conversion: Conversion, run: Calibration) -> QuantizationPlan:
+    """The plan of an export whose activations are rounded; without figures where the model cannot be run."""
+    if run.model is None or not run.cases:
+        return dataclasses.replace(plan, chosen_by=f"nothing, as {run.problem}")
+    chosen_by = (
+        f"the errors of the layers' own outputs on {run.inputs}, as {run.problem}" if run.problem else run.inputs
+    )
+    with evaluating(conversion.model, run.model):
+        try:
+            plan = plan_rows(plan, run.model, run.cases, run.measured)
+        except RuntimeError as error:
+            chosen_by = f"nothing, as the model was not measured ({first_line(error)})"
+    return dataclasses.replace(plan, chosen_by=chosen_by)
+
+
+def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Those not measured with losses as of the others: a relative error costs what it costs there in the median."""
+    costs = [one.losses[0] / one.relative for one in candidates if one.is_measured and one.relative > 0]
+    cost = float(np.median(costs)) if costs else 1.0
+
+    def scaled(one: _Candidate) -> _Candidate:
+        four, eight = one.losses
+        return dataclasses.replace(one, losses=(cost * four, cost * eight))
+
+    return [one if one.is_measured else scaled(one) for one in candidates]
+
+
+def _within(candidates: Sequence[_Candidate], bits: float) -> tuple[dict[str, Blocks], dict[str, float]]:
+    """Formats of their own, and what each saves, by all names of a matrix.
+
+    Eight bits go where they save most for each stored bit more, as far as the mean number of bits allows.
+    """
+    room = (bits - 4) * sum(one.values for one in candidates)
+    taken = []
+    for one in sorted(candidates, key=lambda one: one.gain / (one.stored[1] - one.stored[0]), reverse=True):
+        cost = one.values * (one.forms[1].bits - 4)
+        if one.gain > 0 and cost <= room:
+            taken.append(one)
+            room -= cost
+    own = {name: one.forms[1] for one in taken for name in one.names}
+    return own, {name: one.gain for one in taken for name in one.names}
+
+
+def _forms(form: Blocks, site: LinearSite, is_table: bool, has_own: bool) -> tuple[Blocks, Blocks]:
+    """The formats that a layer's weight may have (see `_Candidate`); a table is looked up by rows of whole blocks."""
+    fits = site.in_features >= WIDEST_EXACT[8] and (not is_table or site.in_features % WIDEST_EXACT[8] == 0)
+    size = WIDEST_EXACT[8] if has_own and fits else form.block_size
+    return form, dataclasses.replace(form, bits=8, block_size=size, rounding="nearest")
+
+
+def _candidate(
+    site: LinearSite, names: tuple[str, ...], forms: tuple[Blocks, Blocks], measured: Sensitivities | None
+) -> _Candidate:
+    """What a layer's weight loses in several formats."""
+    values = values_of(site.weight, names[0]).detach()
+    weight = values.t() if site.kind == "conv1d" else values  # [out, in]
+    rows = torch.arange(0, len(weight), max(1, len(weight) // _ROWS))
+    sample = weight[rows].float()
+    known = measured if measured is not None and measured.has_gradients(site.path) else None
+    errors = {of: _expected_errors(sample, of) for of in dict.fromkeys(forms)}
+    relative = {of: float(error.sum() / sample.square().sum().clamp(min=1e-30)) for of, error in errors.items()}
+    losses = relative if known is None else {of: known.loss(site.path, error, rows) for of, error in errors.items()}
+    sizes = [of.stored_bits(site.in_features, site.out_features) for of in forms]
+    return _Candidate(
+        names,
+        site.weight.numel(),
+        forms,
+        (losses[forms[0]], losses[forms[1]]),
+        (sizes[0], sizes[1]),
+        relative[forms[0]],
+        known is not None,
+    )
+
+
+def _expected_errors(weight: Tensor, form: Blocks) -> Tensor:
+    """The expected squares of errors of a weight `[out, in]`: in a block a twelfth of the square of its step."""
+    inputs = weight.shape[1]
+    padded = torch.nn.functional.pad(weight, (0, -inputs % form.block_size))
+    blocks = padded.reshape(len(weight), -1, form.block_size)
+    steps = (blocks.amax(2, keepdim=True).clamp(min=0) - blocks.amin(2, keepdim=True).clamp(max=0)) / (2**form.bits - 1)
+    errors: Tensor = (steps.square() / 12).expand_as(blocks).reshape(padded.shape)[:, :inputs]
+    return errors

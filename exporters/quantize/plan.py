@@ -1,0 +1,163 @@
+"""The plan of an export's quantization: the format of every matrix that a product reads, and what is recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from gralora_fx.core.graph.pipeline import PassLog
+from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.quantize.block_search import BlockArrays
+from gralora_fx.exporters.quantize.column_arrays import ColumnInputs
+from gralora_fx.exporters.quantize.formats import DYNAMIC, Blocks, Format
+from gralora_fx.format.quantized_weights import LayerFormat, QuantizedWeights
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The format of each constant matrix; it is chosen before the conversion.
+
+    Attributes:
+        default: The format of every matrix that has none of its own.
+        by_matrix: Formats of their own by the names of the parameters; None for one that stays float. Of a parameter
+            with several names each is in it.
+        gains: What a format of its own saves, compared with the default, by the same names: as much of the measure that
+            chose it (see `choice`).
+        chosen_by: What the formats were chosen by, in words; None where all have the default.
+        rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
+            others are rounded when they are written.
+        inputs: What is known of the inputs of a matrix that is stored in columns, by the same names.
+        layers: Names of the weights of linear layers and experts, which alone are quantized; a router that multiplies
+            in float32 whatever the model's precision is neither. None for every constant matrix.
+    """
+
+    default: Format
+    by_matrix: Mapping[str, Format | None] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
+    chosen_by: str | None = None
+    rounded: Mapping[str, BlockArrays] = field(default_factory=dict, compare=False, repr=False)
+    inputs: Mapping[str, ColumnInputs] = field(default_factory=dict, compare=False, repr=False)
+    layers: Set[str] | None = field(default=None, repr=False)
+
+    def format_of(self, names: Collection[str]) -> Format | None:
+        """The format of a matrix, or None for one that stays float.
+
+        Args:
+            names: Names of the parameters that it holds side by side, which have one format.
+        """
+        if self.layers is not None and self.layers.isdisjoint(names):
+            return None
+        return next((self.by_matrix[name] for name in names if name in self.by_matrix), self.default)
+
+    def blocks_of(self, names: Iterable[str], sizes: tuple[int, int], form: Blocks) -> BlockArrays | None:
+        """The blocks of a matrix that was rounded when its format was chosen, or None.
+
+        Args:
+            names: Names of the parameters that it holds side by side.
+            sizes: Its inputs and outputs.
+            form: Its format.
+        """
+        found = [self.rounded.get(name) for name in names]
+        parts = [blocks for blocks in found if blocks is not None]
+        inputs, outputs = sizes
+        shape = (-(-inputs // form.block_size), form.block_size * form.bits // 8)
+        is_whole = len(parts) == len(found) and sum(len(blocks.packed) for blocks in parts) == outputs
+        if not is_whole or any(blocks.packed.shape[1:] != shape for blocks in parts):
+            return None  # of a parameter that is multiplied by the other way too
+        zero_points = [blocks.zero_points for blocks in parts if blocks.zero_points is not None]
+        return BlockArrays(
+            np.concatenate([blocks.packed for blocks in parts]),
+            np.concatenate([blocks.scales for blocks in parts]),
+            np.concatenate(zero_points) if zero_points else None,
+        )
+
+    def inputs_of(self, names: Iterable[str]) -> ColumnInputs | None:
+        """What is known of the inputs of a matrix; None for nothing.
+
+        Args:
+            names: Names of the parameters that it holds side by side, which read the same input.
+        """
+        return next((self.inputs[name] for name in names if name in self.inputs), None)
+
+
+def plan_of_layers(default: Format, traced: TracedModel) -> QuantizationPlan:
+    """The plan of a model's linear layers, all in one format.
+
+    Args:
+        default: The format.
+        traced: The model.
+    """
+    names = {name for site in traced.sites for name in (*weight_names(traced, site), f"{site.path}.weight")}
+    return QuantizationPlan(default, layers=names)
+
+
+def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
+    """The names of a layer's weight, by each of which a plan knows it.
+
+    Args:
+        traced: The model.
+        site: The layer.
+    """
+    return traced.tree.names_of(site.weight) or (f"{site.path}.weight",)
+
+
+class Counts(NamedTuple):
+    """What is quantized.
+
+    Attributes:
+        multiplications: Nodes that multiply with quantized values.
+        lookups: Nodes that look up rows of them.
+        values: Values of the matrices that are multiplied with.
+        integer_bits: Bits of their integers.
+        stored_bits: The same with scales, zero points and padding.
+    """
+
+    multiplications: int
+    lookups: int
+    values: int
+    integer_bits: int
+    stored_bits: int
+
+    @classmethod
+    def of(cls, matrices: Iterable[tuple[Format, int, int, int]]) -> Counts:
+        """Count matrices by format, inputs, outputs and bits of a value before; no nodes."""
+        values = integers = stored = 0
+        for form, inputs, outputs, float_bits in matrices:
+            values += inputs * outputs
+            integers += inputs * outputs * form.bits
+            stored += form.stored_bits(inputs, outputs, float_bits)
+        return cls(0, 0, values, integers, stored)
+
+
+def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
+    """Describe the quantized weights of all models of an export for its manifest.
+
+    Args:
+        plan: How they were quantized.
+        log: What the passes did, those that quantized among them.
+    """
+    counts = log.summaries(Counts)
+    total = Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
+    form = plan.default
+    blocks = form if isinstance(form, Blocks) else None
+    return QuantizedWeights(
+        kind=DYNAMIC if blocks is None else f"int{blocks.bits}",
+        block_size=None if blocks is None else blocks.block_size,
+        accuracy_level=None if blocks is None else blocks.accuracy_level,
+        zero_points=None if blocks is None else blocks.zero_points,
+        multiplications=total.multiplications,
+        lookups=total.lookups,
+        values=total.values,
+        bits=total.integer_bits / max(1, total.values),
+        stored_bits=total.stored_bits / max(1, total.values),
+        chosen_by=plan.chosen_by,
+        layers={
+            name: LayerFormat("float" if own is None else str(own), plan.gains.get(name))
+            for name, own in sorted(plan.by_matrix.items())
+            if own != form
+        },
+    )

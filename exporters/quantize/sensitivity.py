@@ -1,0 +1,241 @@
+"""What rounding a weight costs a model's outputs: squares of the layers' inputs and of the outputs' gradients.
+
+The mean KL divergence of a position, in nats, that a small change of weights `D [out, in]` brings is about
+`1/2 sum_ij g_i x_j D_ij^2`: `x_j` is the mean square of an input, `g_i` the mean square of the gradient of
+`-log p(y)` by an output, with `y` drawn of the model's own probabilities. That is the diagonal of the Fisher
+information with inputs and gradients taken as independent, as in K-FAC (arXiv:1503.05671). For outputs that are not
+logits it is half the mean square change of their values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.base.compat.torch_graphs import tree_leaves
+from gralora_fx.base.progress.stages import counted
+from gralora_fx.core.graph.linear_calls import calls_at
+from gralora_fx.core.graph.overlay import map_parameters
+from gralora_fx.core.graph.sites import other_readers
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.quantize.draws import draw
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class Sensitivity:
+    """What a layer reads, and what its outputs cost.
+
+    Attributes:
+        inputs: `[in]`, squares of its inputs, summed over positions.
+        outputs: `[out]`, squares of the gradient of each output, summed over positions.
+        reads: Positions that were read.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    reads: int = 0
+
+    @property
+    def squares(self) -> Tensor:
+        """Mean squares of its inputs, `[in]`."""
+        return self.inputs / max(1, self.reads)
+
+    def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
+        """The expected divergence of errors (see `Sensitivities.loss`)."""
+        return _loss_of(errors, self.squares, self.outputs, positions, rows)
+
+
+@dataclass
+class TableSensitivity:
+    """How often each row of a table is looked up, and what its values cost.
+
+    Attributes:
+        lookups: `[rows]`.
+        gradients: `[columns]`, squares of the gradient of each value that was looked up, summed over lookups.
+    """
+
+    lookups: Tensor
+    gradients: Tensor
+
+    def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
+        """The expected divergence of errors (see `Sensitivities.loss`)."""
+        mean = self.gradients / self.lookups.sum().clamp(min=1)
+        return _loss_of(errors, mean, self.lookups, positions, rows)
+
+
+def _loss_of(errors: Tensor, inputs: Tensor, outputs: Tensor, positions: int, rows: Tensor | None) -> float:
+    """`1/2 sum_ij outputs_i inputs_j errors_ij` a position; the rows of the errors stand for all."""
+    weighted = errors @ inputs
+    if rows is None:
+        return 0.5 * float(outputs @ weighted) / max(1, positions)
+    share = float(outputs[rows].sum())
+    mean = float(outputs[rows] @ weighted) / share if share else float(weighted.mean())
+    return 0.5 * mean * float(outputs.sum()) / max(1, positions)
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What was measured of a model.
+
+    Attributes:
+        layers: Of each linear layer that was run, by its path.
+        tables: Of each layer whose weight is looked up too, that of the lookups, by its path.
+        positions: Positions of the output, over which gradients are sums.
+    """
+
+    layers: Mapping[str, Sensitivity]
+    tables: Mapping[str, TableSensitivity]
+    positions: int
+
+    def has_gradients(self, path: str) -> bool:
+        """Whether it is known what a layer's weight costs the outputs."""
+        layer = self.layers.get(path)
+        return self.positions > 0 and (path in self.tables or (layer is not None and layer.reads > 0))
+
+    def loss(self, path: str, errors: Tensor, rows: Tensor | None = None) -> float:
+        """The expected divergence, in nats a position, of errors of a layer's weight; zero for one that was not run.
+
+        Args:
+            path: The layer.
+            errors: Their squares, `[out, in]`, or some rows of them.
+            rows: Which rows these are, that stand for all; None for all.
+        """
+        layer, table = self.layers.get(path), self.tables.get(path)
+        both = [sensitivity for sensitivity in (layer, table) if sensitivity is not None]
+        return sum(sensitivity.loss(errors, self.positions, rows) for sensitivity in both)
+
+
+def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]) -> Sensitivities:
+    """Run a model forward and backward on inputs; its parameters and their gradients stay as they are.
+
+    Args:
+        model: A float32 model in evaluation mode, whose weights are in memory.
+        cases: Inputs by name.
+
+    Raises:
+        RuntimeError: The model cannot be run, has no gradients, or its values or gradients are not finite.
+    """
+    layers: dict[str, Sensitivity] = {}
+    tables: dict[str, TableSensitivity] = {}
+    tapped = _tapped(model, layers, tables)
+    generator = torch.Generator().manual_seed(0)
+    positions = 0
+    for case in counted(cases, "measuring what rounding costs", "inputs"):
+        with torch.enable_grad():
+            loss, count = _loss(tapped(**case), case.get("attention_mask"), generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+        positions += count
+    squares = [squares for layer in layers.values() for squares in (layer.inputs, layer.outputs)]
+    squares += [table.gradients for table in tables.values()]
+    if not all(bool(values.isfinite().all()) for values in squares):
+        raise RuntimeError("its values or gradients are not finite")
+    return Sensitivities(layers, tables, positions)
+
+
+def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity]) -> TracedModel:
+    """A copy whose layers note their inputs and the gradients of their outputs; no parameter needs a gradient."""
+    root = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "TappedGraph")
+    readers = other_readers(root, model.sites)
+    map_parameters(root, lambda parameter, _: nn.Parameter(parameter.detach(), requires_grad=False))
+    nodes = {node.name: node for node in root.graph.nodes}
+    for site in model.sites:
+        calls = [call for name in site.calls for call in calls_at(nodes[name], site.path)]
+        calls = [call for call in calls if call.operand is None and call.rows is None]
+        if calls:
+            layers[site.path] = Sensitivity(torch.zeros(site.in_features), torch.zeros(site.out_features))
+        for call in calls:
+            with root.graph.inserting_before(call.node):
+                root.graph.call_function(_Tap(layers[site.path]), (call.input,))
+            _insert(call.node, _OutputTap(layers[site.path].outputs), call.node)
+        lookups = [nodes[name] for name in readers[site.path] if nodes[name].target is _aten.embedding.default]
+        for node in lookups:
+            zeros = TableSensitivity(torch.zeros(site.out_features), torch.zeros(site.in_features))
+            _insert(node, _TableTap(tables.setdefault(site.path, zeros)), node, node.args[1])
+    root.recompile()
+    return dataclasses.replace(model, graph_module=root)
+
+
+def _insert(node: fx.Node, tap: Any, *arguments: Any) -> None:
+    """Let all readers of a node read what a tap gives."""
+    with node.graph.inserting_after(node):
+        noted = node.graph.call_function(tap, arguments)
+    node.replace_all_uses_with(noted, delete_user_cb=lambda user: user is not noted)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tap:
+    """Notes what layers read."""
+
+    noted: Sensitivity
+    __name__ = "tap"
+
+    def __call__(self, value: Tensor) -> None:
+        """Add the positions of a value `[..., in]`."""
+        rows = value.detach().reshape(-1, value.shape[-1])
+        self.noted.inputs.add_(rows.square().sum(0))
+        self.noted.reads += len(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class _OutputTap:
+    """Notes the gradient of what a layer gives."""
+
+    squares: Tensor
+    __name__ = "output_tap"
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """The output, unchanged."""
+        return _watched(output, self.squares)
+
+
+@dataclass(frozen=True, eq=False)
+class _TableTap:
+    """Notes which rows of a table are looked up, and the gradient of what they give."""
+
+    noted: TableSensitivity
+    __name__ = "table_tap"
+
+    def __call__(self, output: Tensor, ids: Tensor) -> Tensor:
+        """The output, unchanged."""
+        flat = ids.detach().flatten()
+        self.noted.lookups.index_add_(0, flat, torch.ones(len(flat)))
+        return _watched(output, self.noted.gradients)
+
+
+def _watched(output: Tensor, squares: Tensor) -> Tensor:
+    """An output whose gradient's squares are added up by its last axis."""
+
+    def note(gradient: Tensor) -> None:
+        squares.add_(gradient.reshape(-1, gradient.shape[-1]).square().sum(0))
+
+    watched = output if output.requires_grad else output.detach().requires_grad_()
+    watched.register_hook(note)  # type: ignore[no-untyped-call]
+    return watched
+
+
+def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
+    """What gradients are of: `-log p` of drawn labels, summed over positions, or projections of other values."""
+    fields = outputs if isinstance(outputs, Mapping) else {"output": outputs}
+    leaves = [(str(name), leaf) for name, field in fields.items() for leaf in tree_leaves(field)]
+    named = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    logits = [(name, value) for name, value in named if "logits" in name and value.ndim and value.shape[-1] > 1]
+    total, count = torch.zeros(()), 0
+    for _, value in logits or named:
+        rows = value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)  # of one axis: a value for each position
+        if mask is not None and value.ndim > 1 and mask.shape == value.shape[:-1]:
+            rows = rows[mask.flatten().bool()]
+        if logits:
+            labels = draw(rows.detach(), generator)
+            total = total + nn.functional.cross_entropy(rows, labels, reduction="sum")
+        else:
+            total = total + (rows * torch.randn(rows.shape, generator=generator)).sum()
+        count = max(count, len(rows))
+    return total, count

@@ -1,0 +1,1 @@
+"""Adapters as inputs of a graph."""

@@ -1,0 +1,209 @@
+"""The input of a linear layer in groups that share an adapter each, and the stack of adapters that they choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.exporters.rules.builder import Builder, add_input
+from gralora_fx.exporters.rules.rows.flatten_tokens import FlatTokens
+from gralora_fx.exporters.rules.rows.row_tokens import (
+    NUM_TOKENS,
+    TokenGroups,
+    highest_id,
+    token_tiles,
+    tokens_of_adapters,
+)
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS
+from gralora_fx.format.export_directory import QUERY_SEQLENS
+
+
+class Groups(NamedTuple):
+    """The input of a layer in groups.
+
+    Attributes:
+        ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
+        x: `[groups, length, features]`.
+        restored: Gives an output `[groups, length, width]` the axes of the layer's output.
+    """
+
+    ids: ir.Value | None
+    x: ir.Value
+    restored: Callable[[Builder, ir.Value], ir.Value]
+
+
+@dataclass
+class Grouping:
+    """What groups inputs by the adapter of their row.
+
+    Attributes:
+        model: The model.
+        branches: Whether adapters of rows with lengths of their own are in branches.
+        is_any: Whether any row that reads has an adapter, a scalar; None without branches.
+        is_short: Whether groups by adapter are the better ones in a step, a scalar; None without branches.
+    """
+
+    model: ir.Model
+    branches: bool
+    is_any: ir.Value | None = field(default=None, init=False)
+    is_short: ir.Value | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Add the input that says which adapter each row has, unless the model has it."""
+        graph = self.model.graph
+        self._groups: dict[ir.Value, Groups | str] = {}
+        self.batch = next((value.shape[0] for value in graph.inputs if value.shape), None)
+        inputs = {str(value.name): value for value in graph.inputs}
+        ids = inputs.get(ADAPTER_IDS)
+        self.ids = ids or add_input(graph, ADAPTER_IDS, ir.DataType.INT64, [self.batch or 1])
+        self._tiles: TokenGroups | None = None
+        self._of_adapters: TokenGroups | None = None
+        if QUERY_SEQLENS in inputs:
+            build = Builder(graph)
+            self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
+            if self.branches:
+                highest = build("Squeeze", highest_id(build, inputs[QUERY_SEQLENS], self.ids), build.ints(0))
+                self.is_any = build("Greater", highest, build.scalar(0))
+            build.insert_before(graph[0])
+
+    def count(self, stacked: ir.Value) -> None:
+        """Say what the stack's number of adapters is that of; the first time counts.
+
+        Args:
+            stacked: A tensor of all adapters.
+        """
+        if self.is_any is None or self._of_adapters is not None:
+            return
+        graph = self.model.graph
+        inputs = {str(value.name): value for value in graph.inputs}
+        build = Builder(graph)
+        adapters = build("Squeeze", build("Shape", stacked, start=0, end=1), build.ints(0))
+        self._of_adapters, self.is_short = tokens_of_adapters(
+            build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids, adapters
+        )
+        build.insert_before(graph[0])
+
+    def of(self, x: ir.Value) -> Groups | str:
+        """An input in groups, or why its rows cannot be told apart; made once, after the input.
+
+        Args:
+            x: The input of a linear layer.
+        """
+        if x not in self._groups:
+            build = Builder(self.model.graph)
+            self._groups[x] = self.within(build, x)
+            build.insert_after(x)
+        return self._groups[x]
+
+    def within(self, build: Builder, x: ir.Value, *, by_adapter: bool = False) -> Groups | str:
+        """The same, made where it is needed.
+
+        Args:
+            build: Makes the nodes.
+            x: The input of a linear layer.
+            by_adapter: Whether each adapter of the stack has one group, of rows with lengths of their own.
+        """
+        if x.shape is None:
+            return "the shape of its input is not known"
+        if not isinstance(self.batch, ir.SymbolicDim):
+            return f"the batch has a fixed size of {self.batch}; trace the model with dynamic=True"
+        flat: FlatTokens | None = self.model.meta.get(FlatTokens.META, {}).get(str(x.shape[0]))
+        tokens = self._of_adapters if by_adapter else self._tiles
+        if tokens is not None and _is_tokens(x):
+            return _groups_of_tokens(build, x, tokens)
+        if flat is not None:
+            return _rows_of_matrix(build, x, flat, self.ids)
+        if str(x.shape[0]) == str(self.batch):
+            return _rows(build, x, self.ids)
+        return f"the first axis of its input {_shown(x)} is not the batch"
+
+
+def _is_tokens(x: ir.Value) -> bool:
+    """Whether an input is `[1, tokens, features]` or `[tokens, features]`."""
+    assert x.shape is not None
+    lead = [str(size) for size in x.shape[:-1]]
+    return lead in (["1", NUM_TOKENS], [NUM_TOKENS])
+
+
+def _groups_of_tokens(build: Builder, x: ir.Value, groups: TokenGroups) -> Groups:
+    assert x.shape is not None
+    is_matrix = len(x.shape) == 2
+
+    def restored(build: Builder, output: ir.Value) -> ir.Value:
+        whole = groups.restored(build, output)
+        return build("Squeeze", whole, build.ints(0)) if is_matrix else whole
+
+    return Groups(groups.ids, groups.grouped(build, x), restored)
+
+
+def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value) -> Groups | str:
+    if not flat.is_batch:
+        return "the rows of its input are not those of the batch"
+    parts = [part for part in (flat.tokens, flat.row_at, flat.sizes) if part is not None]
+    if any(part.producer() is None or part.producer().graph is None for part in parts):  # type: ignore[union-attr]
+        return "the positions of its input are not known any more"
+    assert x.shape is not None
+    if flat.row_at is None:
+        shape = build("Concat", flat.sizes, build.ints(x.shape[-1]), axis=0)
+        rows = build("Reshape", x, shape)
+    else:
+        rows = build("Gather", x, flat.row_at, axis=0)
+
+    def restored(build: Builder, output: ir.Value) -> ir.Value:
+        matrix = build("Flatten", output, axis=2)
+        return matrix if flat.tokens is None else build("Gather", matrix, flat.tokens, axis=0)
+
+    return Groups(ids, rows, restored)
+
+
+def _rows(build: Builder, x: ir.Value, ids: ir.Value) -> Groups:
+    """Groups of an input whose first axis is the batch, of two axes or more."""
+    assert x.shape is not None
+    if len(x.shape) == 3:
+        return Groups(ids, x, lambda build, output: output)
+    rows = build("Reshape", x, build.ints(0, -1, x.shape[-1]))
+
+    def restored(build: Builder, output: ir.Value) -> ir.Value:
+        if len(x.shape or ()) == 2:
+            return build("Squeeze", output, build.ints(1))
+        lead = build("Shape", x, end=-1)
+        return build("Reshape", output, build("Concat", lead, build.ints(-1), axis=0))
+
+    return Groups(ids, rows, restored)
+
+
+def _shown(x: ir.Value) -> str:
+    return f"[{', '.join(map(str, x.shape or ()))}]"
+
+
+@dataclass(frozen=True)
+class ConstantAdapters:
+    """Gives the stacked adapter tensors of a model their values, so that rows choose among fixed adapters.
+
+    Before:
+        graph(input_ids, adapter_ids, query.gralora_A, ...)
+    After:
+        graph(input_ids, adapter_ids)      with initializers query.gralora_A, ...
+
+    Attributes:
+        arrays: The tensors of all adapters, stacked, by the names of the inputs.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Change the model."""
+        graph = model.graph
+        values = {value.name: value for value in graph.inputs}
+        for name, array in self.arrays.items():
+            value = values[name]
+            graph.inputs.remove(value)
+            value.const_value = ir.Tensor(array, name=name)
+            value.shape = ir.Shape(array.shape)
+            graph.register_initializer(value)
+        return PassResult(len(self.arrays))

@@ -1,0 +1,156 @@
+"""Marks on the outputs of linear layers, which stay on them while other passes pack, split and rename values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.exporters.rules.builder import const_ints, static_dim
+from gralora_fx.exporters.rules.onnx_pipeline import OWN_WEIGHTS
+
+SITES = "gralora_sites"  # key of the marks in a value's metadata
+MARKED = "gralora_marked"  # key of the paths of all layers with marks, in a model's
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_END = 2**31  # a limit at or beyond it is the end of an axis
+
+
+@dataclass(frozen=True)
+class SiteOutput:
+    """A part of a value's last axis that is the output of a linear layer.
+
+    Attributes:
+        path: The layer's module path.
+        start: First column in the value.
+        stop: The column after the last.
+        rows: The layer's output features that these columns are, where they are not all of them.
+    """
+
+    path: str
+    start: int
+    stop: int
+    rows: tuple[int, int] | None = None
+
+    def moved(self, offset: int) -> SiteOutput:
+        """The same part of a value in which it begins further right."""
+        return SiteOutput(self.path, self.start + offset, self.stop + offset, self.rows)
+
+
+def sites_in(value: ir.Value | None) -> tuple[SiteOutput, ...]:
+    """The outputs of linear layers that a value is made of."""
+    marks: tuple[SiteOutput, ...] = () if value is None else value.meta.get(SITES, ())
+    return marks
+
+
+def mark_concat(whole: ir.Value, parts: Sequence[ir.Value]) -> None:
+    """Mark a value that is several others, one after the other along the last axis."""
+    marks: list[SiteOutput] = []
+    offset = 0
+    for part in parts:
+        marks += [mark.moved(offset) for mark in sites_in(part)]
+        offset += static_dim(part, -1) or 0
+    if marks:
+        whole.meta[SITES] = tuple(marks)
+
+
+@dataclass(frozen=True)
+class MarkedSites:
+    """Paths of the layers whose outputs were found in a model."""
+
+    paths: frozenset[str]
+
+
+@contract(needs={OWN_WEIGHTS})
+@dataclass(frozen=True)
+class MarkSites:
+    """Mark the outputs of linear layers, bias included, so that adapters can be inserted once all is fused.
+
+    Attributes:
+        weights: Paths of the layers that a weight belongs to, by the name of its initializer.
+        norm_biases: Paths of layer normalizations whose outputs are marked too, by the name of the bias.
+    """
+
+    weights: Mapping[str, tuple[str, ...]]
+    norm_biases: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Mark them in a model as it was translated, weights under their names; the summary is `MarkedSites`."""
+        paths_marked: set[str] = set()
+        count = 0
+        for name, paths in self.weights.items():
+            weight = model.graph.initializers.get(name)
+            for product, rows in () if weight is None else _products(weight, None):
+                path = _owner(product, paths)
+                output = _with_bias(product.outputs[0])
+                width = static_dim(output, -1)
+                if path is None or width is None:
+                    continue
+                output.meta[SITES] = (SiteOutput(path, 0, width, rows),)
+                paths_marked.add(path)
+                count += 1
+        for name, path in self.norm_biases.items():
+            for output in _norms(model.graph.initializers.get(name)):
+                output.meta[SITES] = (SiteOutput(path, 0, static_dim(output, -1) or 0),)
+                paths_marked.add(path)
+                count += 1
+        model.meta[MARKED] = frozenset(paths_marked)
+        return PassResult(count, summary=MarkedSites(frozenset(paths_marked)))
+
+
+def _norms(bias: ir.Value | None) -> Iterator[ir.Value]:
+    """The outputs of the layer normalizations that add a bias, or its cast."""
+    for usage in () if bias is None else list(bias.uses()):
+        if usage.node.op_type == "LayerNormalization" and usage.idx == 2:
+            yield usage.node.outputs[0]
+        elif usage.node.op_type in ("Identity", "Cast"):
+            yield from _norms(usage.node.outputs[0])
+
+
+def _products(weight: ir.Value, rows: tuple[int, int] | None) -> Iterator[tuple[ir.Node, tuple[int, int] | None]]:
+    """The nodes that multiply by a weight, its transpose or some of its rows, and which rows."""
+    for usage in list(weight.uses()):
+        node = usage.node
+        if node.op_type in ("MatMul", "Gemm") and usage.idx == 1:
+            yield node, rows
+        elif node.op_type in ("Transpose", "Identity", "Cast"):
+            yield from _products(node.outputs[0], rows)
+        elif node.op_type == "Slice" and usage.idx == 0 and rows is None and (limits := _limits(node)) is not None:
+            yield from _products(node.outputs[0], limits)
+
+
+def _limits(node: ir.Node) -> tuple[int, int] | None:
+    """The rows that a slice of a matrix takes, or None for a slice of something else."""
+    starts, stops, axes, *steps = (const_ints(value) for value in node.inputs[1:])
+    count = static_dim(node.inputs[0], 0)
+    if starts is None or stops is None or axes != [0] or steps not in ([], [[1]]) or count is None:
+        return None
+    return starts[0], min(stops[0], count) if stops[0] < _END else count
+
+
+def _owner(product: ir.Node, paths: Sequence[str]) -> str | None:
+    """Which of the layers that share a weight a product belongs to."""
+    if len(paths) == 1:
+        return paths[0]
+    scopes = product.metadata_props.get(_SCOPES, "")
+    named = [path for path in paths if f"'{path}'" in scopes]
+    return max(named, key=len, default=None)
+
+
+def _with_bias(product: ir.Value) -> ir.Value:
+    """The output of a layer: the product, or the sum with a bias where that is its only reader."""
+    readers = [usage.node for usage in product.uses()]
+    if len(readers) != 1 or readers[0].op_type != "Add" or product.is_graph_output():
+        return product
+    other = next((value for value in readers[0].inputs if value is not product), None)
+    is_bias = other is not None and _is_parameter(other) and other.shape is not None and len(other.shape) == 1
+    return readers[0].outputs[0] if is_bias else product
+
+
+def _is_parameter(value: ir.Value) -> bool:
+    """Whether a value is an initializer or a part of one."""
+    node = value.producer()
+    if node is not None and node.op_type == "Slice" and node.inputs[0] is not None:
+        value = node.inputs[0]
+    return value.const_value is not None

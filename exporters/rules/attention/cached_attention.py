@@ -1,0 +1,315 @@
+"""Attention with a cache as ONNX Runtime's fused operator, one a layer, or as plain operators where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
+from gralora_fx.exporters.reports import CachedAttentionReport
+from gralora_fx.exporters.rules.attention.pack_qkv import merge_heads, pack_qkv
+from gralora_fx.exporters.rules.attention.rotary import RotaryTables
+from gralora_fx.exporters.rules.builder import (
+    MICROSOFT,
+    Builder,
+    fixed_dim,
+    replace_value,
+    smallest_number,
+    static_dim,
+)
+from gralora_fx.exporters.rules.onnx_pipeline import (
+    FLOAT_MATRICES,
+    FOLDED_TRANSPOSES,
+    FUSED_CACHED_ATTENTION,
+    OWN_WEIGHTS,
+    ROTARY_NODES,
+)
+from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.exporters.translation.operators import AttentionNode, MaskNode
+
+_HEAD_MULTIPLE = 8  # GroupQueryAttention supports only multiples of it as head size
+_Shared = dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]]  # what layers with the same mask share
+
+
+@contract(needs={FLOAT_MATRICES, FOLDED_TRANSPOSES, ROTARY_NODES}, leaves={FUSED_CACHED_ATTENTION}, ends={OWN_WEIGHTS})
+@dataclass(frozen=True)
+class FuseAttention:
+    """Replace every attention operator and the concatenation of its cache by `GroupQueryAttention`.
+
+    Before: `key = Concat(past_key, new_key); y = Attention(query, key, value, mask)`
+    After:  `y, key, value = GroupQueryAttention(query, new_key, new_value, past_key, past_value, ..., bias)`
+
+    The bias that masks padding is created once; causality and the window are left to the operator, for which padding
+    counts as positions. A layer that the operator does not support is decomposed into plain operators.
+
+    Attributes:
+        tables: The tables of rotary embeddings in the graph.
+        has_attention: Whether there is any, which its cache of keys and values tells; else the model keeps states.
+    """
+
+    tables: RotaryTables
+    has_attention: bool = True
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Replace them, in place; the result lists the decomposed layers as skipped.
+
+        The summary is a `CachedAttentionReport`.
+
+        Raises:
+            ExportError: The number of heads of a layer is unknown. The model must be discarded.
+        """
+        nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
+        decompose_masks(model.graph)
+        if not nodes and not self.has_attention:
+            return _result(0, ())
+        if not nodes:
+            own = Skip("every layer", "it computes attention itself, not through transformers' interface")
+            return _result(0, (own,))
+        plain = {node: why for node in nodes if (why := _unfit(node)) is not None}
+        fitting = [node for node in nodes if node not in plain]
+        _give_own_caches(model.graph, fitting)
+        masks: dict[tuple[ir.Value, int], ir.Value] = {}
+        for node in plain:
+            decompose_attention(model.graph, node, masks)
+        shared: _Shared = {}
+        for node in fitting:
+            _replace(model.graph, node, self.tables, shared)
+        return _result(len(fitting), tuple(Skip(layer_of(node), why) for node, why in plain.items()))
+
+
+def _result(fused: int, plain: tuple[Skip, ...]) -> PassResult[ir.Model]:
+    return PassResult(fused, plain, summary=CachedAttentionReport.of(fused, plain))
+
+
+def _give_own_caches(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Give each attention a concatenation of its own if layers share keys and values.
+
+    Before: `key = Concat(past_key, new_key); y = Attention(q, key, ...); z = Attention(p, key, ...)`
+    After:  the same with `key_2 = Concat(past_key, new_key)` for the second
+    """
+    seen: set[ir.Value] = set()
+    for node in nodes:
+        attention = AttentionNode.read(node)
+        for name, cached in (("key", attention.key), ("value", attention.value)):
+            if cached in seen:
+                joined = cached.producer()
+                assert joined is not None
+                copy = ir.node("Concat", list(joined.inputs), attributes=joined.attributes)
+                copy.outputs[0].shape, copy.outputs[0].type = cached.shape, cached.type
+                graph.insert_before(node, copy)
+                node.replace_input_with(AttentionNode.position(name), copy.outputs[0])
+            else:
+                seen.add(cached)
+
+
+def _unfit(node: ir.Node) -> str | None:
+    """Why the operator does not support a layer, or None if it does."""
+    attention = AttentionNode.read(node)
+    query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
+    if static_dim(query, 1) is None and _as_many_heads(query, key):
+        return "its number of heads is not fixed"
+    if mask is None or mask.shape is None or len(mask.shape) != 2:
+        return "its mask is more than padding and a window"
+    for name, cached in (("keys", key), ("values", value)):
+        producer = cached.producer()
+        if producer is None or producer.op_type != "Concat" or len(producer.inputs) != 2:
+            return f"its {name} are not the cached ones and the new ones"
+        if producer.inputs[0] not in node.graph.inputs:  # type: ignore[union-attr]
+            return f"its {name} come from no input"
+    sizes = [None if v.shape is None else v.shape[3] for v in (query, key, value)]
+    if len({str(size) for size in sizes}) != 1:
+        return f"queries, keys and values differ in size: {sizes}"
+    size = static_dim(query, 3)
+    if size is not None and size % _HEAD_MULTIPLE:
+        return f"its head size is {size}, and the operator supports multiples of {_HEAD_MULTIPLE}"
+    return None
+
+
+def _as_many_heads(query: ir.Value, key: ir.Value) -> bool:
+    """Whether queries and keys have equally many heads: a number, or a size that varies, such as that of the tokens."""
+    sizes = [None if value.shape is None else value.shape[1] for value in (query, key)]
+    return sizes[0] == sizes[1] and str(sizes[0]) != "None"
+
+
+def _lengths_and_bias(
+    build: Builder, new: ir.Value, mask: ir.Value, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`seqlens_k [batch]`, `total_sequence_length [1]` and the bias `[batch, 1, length, total]` of a padding mask.
+
+    `new` is `[batch, length, ...]`; the number of new positions cannot be told from the cache's length, since the cache
+    may be a larger buffer.
+    """
+    total = build("Cast", build("Shape", mask, start=1, end=2), to=ir.DataType.INT32)
+    last = build("Sub", total, build.tensor([1], ir.DataType.INT32))
+    lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
+    zero, hidden = build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype)
+    row = build("Where", build("Cast", mask, to=ir.DataType.BOOL), zero, hidden)
+    wide = build("Unsqueeze", row, build.ints(1, 2))  # [batch, 1, 1, total]
+    ones, length = build.ints(1), build("Shape", new, start=1, end=2)
+    bias = build("Expand", wide, build("Concat", ones, ones, length, ones, axis=0))
+    return lengths, total, bias
+
+
+def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shared) -> None:
+    attention = AttentionNode.read(node)
+    query, key, value, mask = attention.query, attention.key, attention.value, attention.mask
+    assert mask is not None  # see `_unfit`
+    key_cat, value_cat = key.producer(), value.producer()
+    assert key_cat is not None
+    assert value_cat is not None
+    heads, key_heads, size = (fixed_dim(value, axis) for value, axis in ((query, 1), (key, 1), (query, 3)))
+    build = Builder(graph)
+    attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": key_heads}
+    attributes["scale"] = attention.scale
+    if attention.window:
+        attributes["local_window_size"] = attention.window
+    if attention.softcap:
+        attributes["softcap"] = attention.softcap
+    new_key, new_value = key_cat.inputs[1], value_cat.inputs[1]
+    assert new_key is not None
+    assert new_value is not None
+    joint = pack_qkv(build, graph, query, new_key, new_value, tables)
+    parts = [merge_heads(build, part, tables) for part in (query, new_key, new_value)] if joint is None else [joint]
+    if mask not in shared:
+        shared[mask] = _lengths_and_bias(build, parts[0], mask, query.dtype or ir.DataType.FLOAT)
+    lengths, total, bias = shared[mask]
+    inputs = [
+        *parts,
+        *[None] * (3 - len(parts)),
+        key_cat.inputs[0],
+        value_cat.inputs[0],
+        lengths,
+        total,
+        None,
+        None,
+        None,
+        bias,
+        attention.sinks,
+    ]
+    fused = build.node("GroupQueryAttention", inputs, domain=MICROSOFT, num_outputs=3, **attributes)
+    output = node.outputs[0]
+    for usage in list(output.uses()):
+        if _joins_heads(usage.node, heads * size):
+            replace_value(fused.outputs[0], usage.node.outputs[0])
+    if output.uses() or output.is_graph_output():
+        replace_value(build("Reshape", fused.outputs[0], build.ints(0, 0, heads, size)), output)
+    for new, old in ((fused.outputs[1], key), (fused.outputs[2], value)):
+        replace_value(new, old)
+    build.insert_before(node)
+    graph.remove(node, safe=True)
+    graph.remove([key_cat, value_cat], safe=True)
+
+
+def _joins_heads(node: ir.Node, width: int) -> bool:
+    """Whether a node makes `[batch, length, heads * size]` of `[batch, length, heads, size]`."""
+    shape = node.outputs[0].shape
+    return node.op_type == "Reshape" and shape is not None and len(shape) == 3 and shape[2] == width
+
+
+def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> None:
+    """Replace one attention operator by matmuls and a softmax; the cache stays a concatenation.
+
+    Before: `y = Attention(query, key, value, mask, sinks)`
+    After:  `y = Transpose(MatMul(Softmax(scale * MatMul(query, Transpose(key)) + mask), value))`
+
+    With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied. Only
+    then, and with sinks, does their number have to be known: Inkling 2's attention over blocks has a head for each
+    token.
+
+    Args:
+        graph: The graph of the node; it is changed in place.
+        node: The operator, an `AttentionNode`.
+        masks: Additive masks created so far, by padding mask and window; gains that of this layer.
+
+    Raises:
+        ExportError: A number of heads that has to be known is not.
+    """
+    attention = AttentionNode.read(node)
+    query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks
+    shared, heads, key_heads = not _as_many_heads(query, key), 0, 0
+    if shared or sinks is not None:
+        heads, key_heads = fixed_dim(query, 1), fixed_dim(key, 1)
+    size, value_size = fixed_dim(query, 3), fixed_dim(value, 3)
+    dtype = query.dtype or ir.DataType.FLOAT
+    build = Builder(graph)
+    bias = _bias(graph, node, attention, masks)
+    if shared:  # [batch, key heads, heads / key heads, length, size] and [batch, key heads, 1, total, size]
+        query = build("Reshape", query, build.ints(0, key_heads, heads // key_heads, -1, size))
+        key, value = (build("Unsqueeze", part, build.ints(2)) for part in (key, value))
+        if bias is not None:
+            per_head = bias.shape is not None and bias.shape[1] == heads
+            length = build("Shape", bias, start=2)
+            shape = build("Concat", build.ints(0, key_heads, heads // key_heads), length, axis=0) if per_head else None
+            bias = build("Unsqueeze", bias, build.ints(2)) if shape is None else build("Reshape", bias, shape)
+    transposed_key = build("Transpose", key, perm=[0, 1, 2, 4, 3] if shared else [0, 1, 3, 2])
+    scores = build("MatMul", build("Mul", query, build.tensor(attention.scale, dtype)), transposed_key)
+    if attention.softcap:
+        bound = build.tensor(attention.softcap, dtype)
+        scores = build("Mul", build("Tanh", build("Div", scores, bound)), bound)
+    if bias is not None:
+        scores = build("Add", scores, bias)
+    if sinks is None:
+        weights = build("Softmax", scores, axis=-1)
+    else:
+        column = build.ints(1, key_heads, heads // key_heads, 1, 1) if shared else build.ints(1, heads, 1, 1)
+        rows = build("Concat", build("Shape", scores, end=-1), build.ints(1), axis=0)
+        beside = build("Expand", build("Reshape", sinks, column), rows)
+        weights = build("Softmax", build("Concat", scores, beside, axis=-1), axis=-1)
+        weights = build("Slice", weights, build.ints(0), build.ints(-1), build.ints(-1))
+    result = build("MatMul", weights, value)
+    if shared:
+        result = build("Reshape", result, build.ints(0, heads, -1, value_size))
+    build.replace(node, build("Transpose", result, perm=[0, 2, 1, 3]))
+
+
+def decompose_masks(graph: ir.Graph) -> int:
+    """Decompose the mask operators that something other than attention reads.
+
+    Before: `m = Mask(padding)`
+    After:  `m = Where(columns <= rows and padding, 0, smallest)`
+
+    Args:
+        graph: A graph; it is changed in place.
+
+    Returns:
+        The number of replacements.
+    """
+    count = 0
+    mask: Any  # its length is a value and its dtype a number, which the operator's fields do not say
+    for node, mask in MaskNode.all_in(graph):
+        build = Builder(graph)
+        length = build("Reshape", mask.length, build.ints(1))
+        build.replace(node, _causal(build, mask.padding, length, mask.window, ir.DataType(mask.dtype)))
+        count += 1
+    return count
+
+
+def _bias(
+    graph: ir.Graph, node: ir.Node, attention: AttentionNode, masks: dict[tuple[ir.Value, int], ir.Value]
+) -> ir.Value | None:
+    """The additive mask, created once for all layers with the same padding mask and window."""
+    query, mask, window = attention.query, attention.mask, attention.window
+    if mask is None or (mask.shape is not None and len(mask.shape) == 4):
+        return mask
+    if (mask, window) not in masks:
+        build, dtype = Builder(graph), query.dtype or ir.DataType.FLOAT
+        masks[mask, window] = _causal(build, mask, build("Shape", query, start=2, end=3), window, dtype)
+        build.insert_before(node)
+    return masks[mask, window]
+
+
+def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dtype: ir.DataType) -> ir.Value:
+    """The causal mask `[batch, 1, length, total]` of padding `[batch, total]` and the number of new positions `[1]`."""
+    total = build("Shape", padding, start=1, end=2)
+    ends, zero, one = build("Squeeze", total), build("Constant", value_int=0), build("Constant", value_int=1)
+    begin = build("Squeeze", build("Sub", total, length))
+    rows = build("Unsqueeze", build("Range", begin, ends, one), build.ints(1))
+    columns = build("Unsqueeze", build("Range", zero, ends, one), build.ints(0))
+    seen = build("LessOrEqual", columns, rows)
+    if window:
+        seen = build("And", seen, build("Greater", columns, build("Sub", rows, build("Constant", value_int=window))))
+    real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
+    seen = build("And", build("Unsqueeze", seen, build.ints(0, 1)), real)
+    return build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype))

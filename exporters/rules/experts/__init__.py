@@ -1,0 +1,1 @@
+"""Experts as products of the tokens that each one has."""

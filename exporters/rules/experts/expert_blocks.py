@@ -1,0 +1,128 @@
+"""Experts with matrices in blocks: `QMoE`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.core.graph.pipeline import Skip
+from gralora_fx.exporters.quantize.block_arrays import quantize_blocks
+from gralora_fx.exporters.quantize.formats import Blocks, Format
+from gralora_fx.exporters.quantize.plan import QuantizationPlan
+from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
+from gralora_fx.exporters.rules.experts.expert_rows import MOE
+from gralora_fx.exporters.rules.products.block_products import stored_as, widened
+from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
+from gralora_fx.exporters.translation.weights import StackedTensor, StackedTogether, derived, entries_of
+
+QMOE = "QMoE"
+# which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
+MATRICES = {MOE: ((2, 2), (4, 4)), QMOE: ((2, 11), (5, 12))}
+_ROWS = 128  # of a matrix that are rounded at once: a search holds several copies
+OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_level")
+_UP, _DOWN = (at for at, _ in MATRICES[MOE])
+
+
+def quantize_experts(
+    model: ir.Model, plan: QuantizationPlan
+) -> tuple[list[tuple[Format, int, int, int]], tuple[Skip, ...]]:
+    """Store the matrices of experts in blocks, as the plan says; in place.
+
+    Before: `y = MoE(x, scores, up, up_bias, down, down_bias)`
+    After:  `y = QMoE(x, scores, up_Q4, up_scales, up_bias, down_Q4, down_scales, down_bias, zero points)`
+
+    Args:
+        model: The model.
+        plan: The format of each matrix.
+
+    Returns:
+        The matrices that are in blocks now, as `Counts.of` takes them, and the layers that stay float, with the reason.
+    """
+    matrices: list[tuple[Format, int, int, int]] = []
+    skipped = []
+    for node in list(model.graph.all_nodes()):
+        if (node.domain, node.op_type) != (MICROSOFT, MOE):
+            continue
+        weights = [value for value in (node.inputs[_UP], node.inputs[_DOWN]) if value is not None]
+        form, other = (plan.format_of([str(value.name)]) for value in weights)
+        if not isinstance(form, Blocks) or form != other:
+            skipped.append(Skip(str(weights[0].name), "its experts stay float: no size of blocks divides their widths"))
+            continue
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        blocks = [_initializers(model.graph, value, form) for value in weights]
+        new = _in_blocks(node, blocks, form)
+        replace_value(new.outputs[0], node.outputs[0])
+        graph.insert_before(node, new)
+        graph.remove(node, safe=True)
+        for value in weights:
+            assert value.shape is not None
+            experts, outputs, inputs = (int(size) for size in value.shape.numpy())
+            matrices.append((form, inputs, experts * outputs, value.dtype.bitwidth if value.dtype else 32))
+        drop_unread(model.graph, [str(value.name) for value in weights])
+    return matrices, tuple(skipped)
+
+
+def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.Node:
+    """The operator with blocks, in the place of one with floats."""
+    (up, up_scales, *up_zeros), (down, down_scales, *down_zeros) = blocks
+    up_bias, down_bias = (node.inputs[at + 1] if len(node.inputs) > at + 1 else None for at in (_UP, _DOWN))
+    operands = [*node.inputs[:2], up, up_scales, up_bias, down, down_scales, down_bias]
+    if up_zeros:
+        operands += [None, None, None, *up_zeros, *down_zeros]
+    attributes = attributes_of(node)
+    attributes |= {"expert_weight_bits": form.bits, "block_size": form.block_size, "weights_prepacked": 0}
+    if form.accuracy_level:
+        attributes["accuracy_level"] = form.accuracy_level
+    new = ir.node(QMOE, operands, attributes, domain=MICROSOFT, version=1)
+    new.metadata_props.update(node.metadata_props)
+    return new
+
+
+def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Value]:
+    """Integers `[experts, out, bytes]`, scales and zero points of a stack of matrices `[experts, out, in]`."""
+    tensor, name = weight.const_value, str(weight.name)
+    assert tensor is not None
+    experts, outputs, inputs = (int(size) for size in tensor.shape.numpy())
+    count, bits = inputs // form.block_size, form.bits
+    parts = [
+        (f"{name}_Q{bits}", ir.DataType.UINT8, (experts, outputs, inputs * bits // 8)),
+        (f"{name}_scales", stored_as(form, tensor.dtype), (experts, outputs, count)),
+    ]
+    if form.zero_points:
+        parts.append((f"{name}_zero_points", ir.DataType.UINT8, (experts, outputs, -(-count * bits // 8))))
+
+    def quantized() -> list[StackedTensor]:
+        stacks = StackedTogether(functools.partial(_quantized, tensor, form, name))
+        return [
+            StackedTensor(label, kind, ir.Shape(shape), functools.partial(stacks.entries, index))
+            for index, (label, kind, shape) in enumerate(parts)
+        ]
+
+    tensors = derived([tensor], ("blocks of experts", name, form), quantized)
+    packed, scales, *zeros = [
+        graph.initializers.get(str(part.name)) or add_initializer(graph, part) for part in tensors
+    ]
+    return [packed, widened(graph, scales, tensor.dtype), *zeros]
+
+
+def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[list[NDArray[Any]]]:
+    """The arrays of one expert after the other, each of which is float when its turn comes."""
+
+    def of(rows: NDArray[Any]) -> list[NDArray[Any]]:
+        columns = np.ascontiguousarray(rows.T)
+        columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
+        blocks = quantize_blocks(columns, form, None, name)
+        scales = blocks.scales.astype(stored_as(form, tensor.dtype).numpy())
+        arrays = [blocks.packed, scales, blocks.zero_points]
+        return [array.reshape(len(rows), -1) for array in arrays if array is not None]
+
+    for matrix in entries_of(tensor):
+        groups = [of(matrix[start : start + _ROWS]) for start in range(0, len(matrix), _ROWS)]
+        del matrix  # before the next is computed
+        yield [np.concatenate(arrays) for arrays in zip(*groups, strict=True)]

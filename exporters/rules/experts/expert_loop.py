@@ -1,0 +1,112 @@
+"""Experts that ONNX Runtime's operator does not compute: a loop over those that some token has."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gralora_fx.core.operators.expert_gate import HALVES, NO_GATE, ExpertGate
+from gralora_fx.exporters.rules.builder import Builder, fixed_dim, loop
+from gralora_fx.exporters.translation.operators import ExpertsNode
+
+
+def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Value:
+    """What a layer's experts compute, by two products for each expert that some token has.
+
+    Before: `y = gralora.Experts(x, index, weights, up, down)`
+    After:  `order = <rows of tokens by expert>; parts = Loop { Gemm(act(Gemm(x[rows], up[expert])), down[expert]) }`
+            `y = weights @ Gather(Concat(parts), <order, inverted>)`, for each token
+
+    Args:
+        build: Makes the nodes.
+        experts: The layer.
+        name: What the names of values in the loop begin with.
+    """
+    hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
+    size, k = width_of(experts), fixed_dim(experts.index, 1)
+    chosen = build("Reshape", experts.index, build.ints(-1))
+    order = _order(build, chosen)
+    unique = build.node("Unique", [chosen], num_outputs=4, axis=0)
+    found, counts = unique.outputs[0], unique.outputs[3]
+    ends = build("CumSum", counts, build.scalar(0))
+    begins = build("Sub", ends, counts)
+
+    def part(inner: Builder, index: ir.Value) -> ir.Value:
+        """The outputs of one expert for its rows."""
+        at = inner("Unsqueeze", index, inner.ints(0))
+        expert, begin, end = (inner("Gather", of, at) for of in (found, begins, ends))
+        rows = inner("Div", inner("Slice", order, begin, end), inner.scalar(k))
+        x = inner("Gather", hidden, rows, axis=0)
+        x = _gated(inner, experts.gate, _product(inner, x, experts, expert, is_up=True), dtype)
+        return _product(inner, x, experts, expert, is_up=False)
+
+    parts = loop(build, build("Squeeze", build("Shape", found), build.ints(0)), part, dtype, name)
+    outputs = build("Gather", build("ConcatFromSequence", parts, axis=0), _order(build, order), axis=0)
+    return weighted(build, outputs, experts, k, size)
+
+
+def width_of(experts: ExpertsNode) -> int:
+    """The width of a token, as the second products give it."""
+    return fixed_dim(experts.down, 2 if experts.is_transposed else 1)
+
+
+def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, size: int) -> ir.Value:
+    """The sums of the outputs of each token's experts, `[tokens, size]`.
+
+    Args:
+        build: Makes the nodes.
+        outputs: `[tokens * k, size]`.
+        experts: The layer, with the weights.
+        k: Experts of a token.
+        size: Width of a token.
+    """
+    weights = experts.weights
+    if weights.dtype != experts.hidden.dtype and experts.hidden.dtype is not None:
+        weights = build("Cast", weights, to=experts.hidden.dtype)
+    if k == 1:
+        return build("Mul", outputs, weights)
+    each = build("Reshape", outputs, build.ints(-1, k, size))
+    # a product of each token sums in one order, and a `ReduceSum` of one token in another than of several
+    return build("Squeeze", build("MatMul", build("Unsqueeze", weights, build.ints(1)), each), build.ints(1))
+
+
+def _order(build: Builder, keys: ir.Value) -> ir.Value:
+    """The indices that sort integers, equal ones as they come."""
+    return build.node("TopK", [keys, build("Shape", keys)], num_outputs=2, largest=0).outputs[1]
+
+
+def _product(build: Builder, x: ir.Value, experts: ExpertsNode, expert: ir.Value, *, is_up: bool) -> ir.Value:
+    """`x @ weight + bias` of one expert."""
+    weight, bias = (experts.up, experts.up_bias) if is_up else (experts.down, experts.down_bias)
+    matrix, *rest = (
+        build("Squeeze", build("Gather", of, expert, axis=0), build.ints(0)) for of in (weight, bias) if of is not None
+    )
+    return build("Gemm", x, matrix, *rest, transB=0 if experts.is_transposed else 1)
+
+
+def _gated(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """What is between the products (see `ExpertGate`)."""
+    if gate.layout == NO_GATE:
+        return _activated(build, gate, x, dtype)
+    if gate.layout == HALVES:
+        part, linear = build.split(x, 2, axis=-1)
+    else:
+        part, linear = (
+            build("Slice", x, build.ints(start), build.ints(2**31), build.ints(-1), build.ints(2)) for start in (0, 1)
+        )
+    if gate.limit:
+        low, high = (build.tensor(sign * gate.limit, dtype) for sign in (-1, 1))
+        part, linear = build("Min", part, high), build("Clip", linear, low, high)
+    linear = build("Add", linear, build.tensor(gate.offset, dtype)) if gate.offset else linear
+    return build("Mul", _activated(build, gate, part, dtype), linear)
+
+
+def _activated(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    if gate.activation == "silu":
+        scaled = x if gate.alpha == 1 else build("Mul", x, build.tensor(gate.alpha, dtype))
+        return build("Mul", x, build("Sigmoid", scaled))
+    if gate.activation in ("gelu", "gelu_tanh"):
+        return build("Gelu", x, approximate="tanh" if gate.activation == "gelu_tanh" else "none")
+    if gate.activation == "identity":
+        return x
+    positive = build("Relu", x)
+    return build("Mul", positive, positive) if gate.activation == "relu2" else positive

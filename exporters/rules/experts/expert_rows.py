@@ -1,0 +1,55 @@
+"""How the rows of experts' matrices lie in ONNX Runtime's operator, and in the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.core.operators.expert_gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
+
+MOE = "MoE"
+
+
+def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
+    """One expert's matrix `[out, in]` or bias `[out]`, with the rows in the order of the operator.
+
+    Args:
+        matrix: As the model has it.
+        gate: What is computed of a first product.
+        is_up: Whether it is of the first product; the second has no gates.
+        is_transposed: Whether the model has `[in, out]`.
+    """
+    matrix = matrix.T if is_transposed else matrix
+    if is_up and gate.layout == HALVES:
+        return np.stack(np.split(matrix, 2), axis=1).reshape(matrix.shape)
+    return matrix.repeat(2, axis=0) if is_up and is_read_twice(gate) else matrix
+
+
+def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
+    """One expert's matrix with the rows in the model's order: `arranged`, inverted.
+
+    Args:
+        matrix: As the operator reads it.
+        gate: As of `arranged`.
+        is_up: Likewise.
+        is_transposed: Likewise.
+    """
+    if is_up and gate.layout == HALVES:
+        matrix = np.concatenate([matrix[::2], matrix[1::2]])
+    elif is_up and is_read_twice(gate):
+        matrix = matrix[::2]
+    return matrix.T if is_transposed else matrix
+
+
+def gate_noted_at(node: ir.Node) -> ExpertGate | None:
+    """The gate by which the rows of an operator's first product are arranged; None where it is not noted."""
+    activation, _, layout = node.metadata_props.get(GATE_NOTE, "").partition(" ")
+    return ExpertGate(activation, layout) if layout else None
+
+
+def is_read_twice(gate: ExpertGate) -> bool:
+    """Whether the rows of a first product are both gates and linear parts."""
+    return gate.layout == NO_GATE and gate.activation == "relu2"

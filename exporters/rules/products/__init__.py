@@ -1,0 +1,1 @@
+"""Products with weights: packed, quantized, summed in whole vectors."""

@@ -1,0 +1,229 @@
+"""Products with blocks: `MatMulNBits`, and lookups in tables of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.block_search import BlockArrays, scale_dtype
+from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
+from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, matrix_of, replace_product
+from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
+
+_NEAR = 0.25  # squares of the errors of blocks of a matrix, over its squares
+_BlocksOf: TypeAlias = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]
+
+
+class BlockValues(NamedTuple):
+    """The initializers of a quantized matrix.
+
+    Attributes:
+        packed: `[N, K/block, block * bits / 8]`, uint8.
+        scales: `[N, K/block]`; those that are stored in fewer bits after the cast that widens them.
+        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
+    """
+
+    packed: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+
+    @property
+    def present(self) -> list[ir.Value]:
+        """Those that there are, in the order of an operator's inputs."""
+        return [value for value in self if value is not None]
+
+
+@dataclass(frozen=True)
+class BlockProducts:
+    """Products of a graph with matrices that are stored as blocks.
+
+    Before: `y = MatMul(x, w)`, `w [K, N]`; `y = Gemm(x, w, b)`; `e = Gather(table, ids)`
+    After:  `y = MatMulNBits(x, w_Q4 [N, K/block, bytes], w_scales [N, K/block], w_zero_points [N, bytes])`, and the
+            bias added behind it; `e = GatherBlockQuantized(table_Q4, ids, table_scales, table_zero_points)` for a table
+            that is tied to a head
+
+    Scales of fewer bits than a float have a `Cast` behind them, which ONNX Runtime computes when it opens the model. A
+    matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
+    in onnxruntime-genai.
+
+    Attributes:
+        graph: The model's graph, which gets the initializers.
+        form: How they are stored.
+        blocks_of: The blocks of a matrix that is rounded already, by the names of its parameters, its sizes and format.
+    """
+
+    graph: ir.Graph
+    form: Blocks
+    blocks_of: _BlocksOf
+    _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
+
+    @property
+    def matrices(self) -> tuple[ConstantMatrix, ...]:
+        """The matrices that are stored so."""
+        return tuple(self._stored)
+
+    def multiply(self, node: ir.Node, matrix: ConstantMatrix) -> None:
+        """Put the product in the place of a node."""
+        (inputs, outputs), form = matrix.sizes, self.form
+        attributes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block_size}
+        if form.accuracy_level:
+            attributes["accuracy_level"] = form.accuracy_level
+        operands = [node.inputs[0], *self._blocks(matrix).present]
+        replace_product(node, [ir.node("MatMulNBits", operands, attributes=attributes, domain=MICROSOFT)])
+
+    def store_table(self, name: str) -> None:
+        """Store an embedding so too, though no head of this model is tied to it.
+
+        Args:
+            name: Name of its initializer; one that has other readers than lookups is passed over.
+        """
+        table = self.graph.initializers.get(name)
+        if table is not None and _is_looked_up(table, self.form):
+            self._blocks(ConstantMatrix(table, True))
+
+    def look_up(self) -> int:
+        """Let lookups in tables that are tied to a head read the head's blocks, so that they are stored once.
+
+        Returns:
+            The number of lookups.
+        """
+        tables = {matrix.value: blocks for matrix, blocks in self._stored.items() if matrix.is_transposed}
+        return sum(_gather(table, blocks, self.form) for table, blocks in tables.items())
+
+    def _blocks(self, matrix: ConstantMatrix) -> BlockValues:
+        if matrix not in self._stored:
+            self._stored[matrix] = _initializers(self.graph, matrix, self.form, self.blocks_of)
+        return self._stored[matrix]
+
+
+def _quantized(matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> list[NDArray[Any]]:
+    """A matrix's packed integers, scales and, if there are some, zero points."""
+
+    def group(columns: NDArray[Any]) -> list[NDArray[Any]]:
+        columns = np.ascontiguousarray(columns)
+        columns = columns if columns.dtype in (np.float32, np.float16) else columns.astype(np.float32)
+        return stored(quantize_blocks(columns, form, None, str(matrix.value.name)))
+
+    def stored(blocks: BlockArrays) -> list[NDArray[Any]]:
+        scales = blocks.scales.astype(stored_as(form, matrix.tensor.dtype).numpy())
+        return [blocks.packed, scales, *([] if blocks.zero_points is None else [blocks.zero_points])]
+
+    rounded = blocks_of(matrix.names, matrix.sizes, form)
+    if rounded is not None and _is_rounding(rounded, matrix, form):
+        return stored(rounded)
+    return [np.concatenate(arrays) for arrays in zip(*map(group, matrix.column_groups()), strict=True)]
+
+
+def _is_rounding(blocks: BlockArrays, matrix: ConstantMatrix, form: Blocks) -> bool:
+    """Whether blocks are near a matrix: not of one that was changed since, or is multiplied by the other way round."""
+    error, whole, end = 0.0, 0.0, 0
+    for columns in matrix.column_groups():
+        begin, end = end, end + columns.shape[1]
+        part = BlockArrays(*(None if array is None else array[begin:end] for array in blocks))  # type: ignore[arg-type]
+        change = dequantize_blocks(part, form.bits, len(columns)) - columns.T
+        error, whole = error + float(np.square(change).sum()), whole + float(np.square(columns, dtype=np.float32).sum())
+    return error <= _NEAR * whole
+
+
+def _initializers(graph: ir.Graph, matrix: ConstantMatrix, form: Blocks, blocks_of: _BlocksOf) -> BlockValues:
+    """Add initializers for a matrix's packed integers, scales and zero points."""
+    (inputs, outputs), dtype = matrix.sizes, matrix.tensor.dtype
+    count, bits = -(-inputs // form.block_size), form.bits
+    name = matrix.free_name(graph, f"_Q{bits}")
+    parts = [
+        (f"{name}_Q{bits}", ir.DataType.UINT8, (outputs, count, form.block_size * bits // 8)),
+        (f"{name}_scales", stored_as(form, dtype), (outputs, count)),
+    ]
+    if form.zero_points:
+        parts.append((f"{name}_zero_points", ir.DataType.UINT8, (outputs, -(-count * bits // 8))))
+
+    def quantized() -> list[LazyTensor]:
+        computed = ComputedTogether(functools.partial(_quantized, matrix, form, blocks_of))
+        return [
+            LazyTensor(label, kind, ir.Shape(shape), functools.partial(computed.tensor, index))
+            for index, (label, kind, shape) in enumerate(parts)
+        ]
+
+    tensors = derived([matrix.tensor], ("blocks", name, matrix.is_transposed, form), quantized)
+    packed, scales, *zero_points = [add_initializer(graph, part) for part in tensors]
+    return BlockValues(packed, widened(graph, scales, dtype), zero_points[0] if zero_points else None)
+
+
+def stored_as(form: Blocks, dtype: ir.DataType) -> ir.DataType:
+    """The dtype in which the scales of a matrix of some dtype are stored (see `scale_dtype`)."""
+    return ir.DataType.from_numpy(scale_dtype(form, dtype.numpy()))
+
+
+def widened(graph: ir.Graph, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """The value of an initializer of scales in the dtype that products take.
+
+    Args:
+        graph: The graph that the initializer belongs to, which has nodes.
+        scales: The initializer.
+        dtype: The dtype.
+    """
+    if scales.dtype == dtype:
+        return scales
+    build = Builder(graph)
+    value = build("Cast", scales, to=int(dtype))
+    value.shape, value.type = scales.shape, ir.TensorType(dtype)
+    build.insert_before(graph[0])
+    return value
+
+
+def _gather(table: ir.Value, blocks: BlockValues, form: Blocks) -> int:
+    """Let lookups in a table that is tied to a head read the head's blocks, so that it is stored once."""
+    if not _is_looked_up(table, form):
+        return 0
+    assert table.shape is not None
+    rows = int(table.shape.numpy()[0])
+    readers = [use.node for use in table.uses()]
+    for node in readers:
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        shape = ir.node("Constant", [], attributes={"value_ints": [rows, -1]})
+        flattened = ir.node("Reshape", [blocks.packed, shape.outputs[0]])
+        attributes = {
+            "bits": form.bits,
+            "block_size": form.block_size,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
+        lookup = ir.node(
+            "GatherBlockQuantized",
+            [flattened.outputs[0], node.inputs[1], *blocks.present[1:]],
+            attributes=attributes,
+            domain=MICROSOFT,
+        )
+        replace_value(lookup.outputs[0], node.outputs[0])
+        graph.insert_before(node, [shape, flattened, lookup])
+        graph.remove(node, safe=True)
+    return len(readers)
+
+
+def _is_looked_up(table: ir.Value, form: Blocks) -> bool:
+    """Whether all remaining readers of a table are row lookups, which quantized blocks support."""
+    assert table.shape is not None
+    width = table.shape[1] if len(table.shape) == 2 else None
+    fits = isinstance(width, int) and width % form.block_size == 0
+    return fits and all(use.node.op_type == "Gather" and _axis(use.node) == 0 for use in table.uses())
+
+
+def tables_of_heads(model: ir.Model) -> set[str]:
+    """Names of the matrices that are both looked up and multiplied by."""
+    matrices = [matrix for node in model.graph.all_nodes() if (matrix := matrix_of(node)) is not None]
+    weights = [matrix.value for matrix in matrices if matrix.is_transposed]
+    return {str(weight.name) for weight in weights if any(use.node.op_type == "Gather" for use in weight.uses())}
+
+
+def _axis(node: ir.Node) -> int:
+    attribute = node.attributes.get("axis")
+    return 0 if attribute is None else attribute.as_int()

@@ -1,0 +1,299 @@
+"""A decoder's step for continuous batching: rows that read a chunk, rows that decode and idle rows in one run.
+
+Attention sees rows of one length, padded on the right, and knows how many tokens of each count. All else computes on
+the tokens that count, as one row of them, so that padding and idle rows cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.errors import listed
+from gralora_fx.exporters.rules.adapters.site_marks import sites_in
+from gralora_fx.exporters.rules.attention.plain_attention import ATTENTION
+from gralora_fx.exporters.rules.builder import Builder, add_input, attributes_of, replace_value, takes_row_count
+from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
+from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATTENTION
+from gralora_fx.exporters.rules.rows.keep_last_position import Head, head_of
+from gralora_fx.exporters.rules.rows.prompt_clamps import clamp_rows
+from gralora_fx.exporters.rules.rows.row_states import STATE_OPERATORS, RowStates, drop_padding_mask
+from gralora_fx.exporters.rules.rows.row_tokens import (
+    NUM_TOKENS,
+    RowsError,
+    RowTokens,
+    last_tokens,
+    row_tokens,
+    take_tokens,
+)
+from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.format.export_directory import (
+    ATTENTION_SEQLENS,
+    LOGITS_INDICES,
+    PAST_SEQLENS,
+    QUERY_SEQLENS,
+    ROWS_FORM,
+)
+from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX, takes_image_inputs
+
+GQA = "GroupQueryAttention"
+# positions of its inputs
+_PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
+_NUM_LOGITS = "num_logits"
+_ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
+_OF_STATES = {"Reshape", "Transpose"}  # a state whose values are single numbers, or one whose channels come last
+# a concatenation is of a convolution's state and inputs
+_READS_CACHE = {GQA, "Concat", *_OF_STATES, *STATE_OPERATORS}
+_LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
+
+
+@contract(needs={FUSED_CACHED_ATTENTION})
+def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
+    """Let each row of a decoder's step read as many tokens as `query_seqlens` says, after `past_seqlens` cached ones.
+
+    Before: `y, present... = GroupQueryAttention(f(input_ids, position_ids), past..., lengths, total, bias)`
+    After:  `y, present... = GroupQueryAttention(rows(f(tokens, positions)), past..., lengths, total, attended)`
+
+    `tokens [1, tokens]` are those ids that count, `rows` puts what was computed for each into its place in
+    `[batch, length]`, and what attention gives is `[1, tokens]` again. Mask and positions are not inputs any more: both
+    follow from the lengths. Where the caches are one buffer for input and output, those of an idle row stay as they
+    are.
+
+    `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime has another kernel for the attention of one
+    token than for several, with other last bits, so rows that verify drafts ask for that of several. A model that keeps
+    states has no such input, since its rows cannot be set back.
+
+    Args:
+        model: A decoder whose attention is fused and whose cache has its names; it is changed in place.
+
+    Returns:
+        The number of attention layers and operators with a state.
+
+    Raises:
+        RowsError: The model mixes tokens or reads its inputs in a way that does not allow it; layers are named.
+    """
+    graph = model.graph
+    inputs = {str(value.name): value for value in graph.inputs}
+    _check_inputs(inputs)
+    ids = inputs["input_ids"]
+    assert ids.shape is not None
+    batch, length = ids.shape
+    if isinstance(batch, int) or isinstance(length, int):
+        raise RowsError(f"input_ids has a fixed shape, [{batch}, {length}]; trace the model with dynamic=True")
+    layers = [node for node in graph if node.op_type == GQA]
+    states = [node for node in graph if node.op_type in STATE_OPERATORS]
+    _check_layers(graph, layers)
+    if "attention_mask" in inputs:
+        drop_padding_mask(graph, inputs["attention_mask"], ids)
+    _rename_inner(graph, str(batch), str(length))
+    query, past = (add_input(graph, name, ir.DataType.INT32, [batch]) for name in (QUERY_SEQLENS, PAST_SEQLENS))
+    build = Builder(graph)
+    readers = {name: list(value.uses()) for name, value in inputs.items()}
+    attended = query
+    if not states:
+        attended = build("Max", query, add_input(graph, ATTENTION_SEQLENS, ir.DataType.INT32, [batch]))
+    tokens = row_tokens(build, ids, query, past, attended)
+    build.insert_before(graph[0])
+    for name, value in (("input_ids", tokens.ids), ("position_ids", tokens.positions)):
+        for usage in readers.get(name, []):
+            usage.node.replace_input_with(usage.idx, value)
+    for name in filter(inputs.__contains__, IMAGE_INPUTS):
+        image_tokens = tokens.of_input(build, inputs[name], IMAGE_INPUTS[name].axis)
+        build.insert_before(next(node for node in graph if node in {usage.node for usage in readers[name]}))
+        for usage in readers[name]:
+            usage.node.replace_input_with(usage.idx, image_tokens)
+    _count_one_row(inputs, tokens.ids)
+    for node in layers:
+        _by_rows(graph, node, tokens)
+    clamp_rows(model, tokens)
+    row_states = RowStates(graph, tokens)
+    for node in states:
+        row_states.rewrite(node)
+    for value in graph.outputs[1:]:
+        past_value = inputs[str(value.name).replace(PRESENT_PREFIX, PAST_PREFIX)]
+        value.shape = past_value.shape
+    remove_unused_nodes(model)
+    _check_readers(inputs)
+    graph.inputs[:] = [value for value in graph.inputs if value.name not in ("attention_mask", "position_ids")]
+    model.metadata_props[ROWS_FORM] = "2"
+    return PassResult(len(layers) + len(states))
+
+
+def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
+    """Let attention read and give rows of tokens."""
+    before = Builder(graph)
+    new_inputs = [*node.inputs, *[None] * (_QUERY_LENGTHS + 1 - len(node.inputs))]
+    for index in range(3):
+        value = new_inputs[index]
+        if value is not None:
+            new_inputs[index] = tokens.to_rows(before, value)
+    new_inputs[_LENGTHS], new_inputs[_TOTAL], new_inputs[_BIAS] = tokens.cached, tokens.total, None
+    new_inputs[_QUERY_LENGTHS] = tokens.attended
+    new = before.node(GQA, new_inputs, domain=node.domain, num_outputs=3, **attributes_of(node))
+    new.metadata_props.update(node.metadata_props)
+    output = tokens.of_rows(before, new.outputs[0])
+    old_shape = node.outputs[0].shape
+    new.outputs[0].shape = None if old_shape is None else ir.Shape([*tokens.sizes, old_shape[-1]])
+    new.outputs[0].type = node.outputs[0].type
+    before.insert_before(node)
+    for fresh, old in zip((output, *new.outputs[1:]), node.outputs, strict=True):
+        replace_value(fresh, old)
+    graph.remove(node, safe=True)
+
+
+def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
+    """Let nodes that take the number of rows from a mask or a cache take it from the tokens, which are one row."""
+    for name, value in inputs.items():
+        for usage in list(value.uses()) if name != "input_ids" else ():
+            if takes_row_count(usage.node):
+                usage.node.replace_input_with(0, ids)
+
+
+def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
+    """Give values that nodes compute the sizes that they have now; a plan of memory relies on them."""
+    tokens = ir.SymbolicDim(NUM_TOKENS)
+    names: dict[str, int | ir.SymbolicDim] = {
+        batch: 1,
+        length: tokens,
+        f"{batch}*{length}": tokens,
+        f"{length}*{batch}": tokens,
+    }
+    # those of the cache, and what is one of each row too
+    states = {value for value in graph.inputs if str(value.name).startswith(PAST_PREFIX)}
+    for node in graph:
+        if node.op_type in STATE_OPERATORS:
+            states.add(node.outputs[1])
+        elif node.op_type in _OF_STATES and node.inputs[0] in states:
+            states.add(node.outputs[0])
+        for value in node.outputs:
+            if value.shape is None or value in states:
+                continue
+            unknown = ir.SymbolicDim(None)
+            value.shape = ir.Shape(
+                [size if isinstance(size, int) else names.get(str(size), unknown) for size in value.shape]
+            )
+
+
+def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
+    known = ("input_ids", "attention_mask", "position_ids", *(IMAGE_INPUTS if takes_image_inputs(inputs) else ()))
+    others = [name for name in inputs if name not in known and not name.startswith(PAST_PREFIX)]
+    if others or "input_ids" not in inputs:
+        what = f"also takes {listed(others)}" if others else "takes no input_ids"
+        raise RowsError(f"rows of their own lengths are for a decoder of input_ids alone, and this one {what}")
+
+
+def _check_layers(graph: ir.Graph, layers: Sequence[ir.Node]) -> None:
+    """Check that every layer's attention has a cache of its own, and that no other operator mixes tokens."""
+    owners: dict[ir.Value, str] = {}
+    problems: list[str] = []
+    for node in layers:
+        for index in (_PAST_KEY, _PAST_VALUE):
+            past = node.inputs[index]
+            assert past is not None
+            if past in owners and index == _PAST_KEY:
+                problems.append(f"{layer_of(node)} has the cache of {owners[past]}")
+            owners.setdefault(past, layer_of(node))
+    problems += [f"{layer_of(node)} has attention without a cache" for node in graph if node.op_type in ATTENTION]
+    problems += [f"{layer_of(node)} computes {node.op_type} over positions" for node in _across_positions(graph)]
+    if problems:
+        raise RowsError(f"rows of a batch cannot be at different positions: {listed(problems)}")
+
+
+def _across_positions(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Nodes that compute something of several positions at once: of those that are inputs, or along the tokens."""
+    yield from (node for node in graph if node.op_type in ("Conv", "GRU", "LSTM", "RNN", "Scan"))
+    waiting = [value for value in graph.inputs if value.name == "position_ids"]
+    while waiting:
+        for usage in waiting.pop().uses():
+            if usage.node.op_type in _ACROSS_TOKENS:
+                yield usage.node
+            elif usage.node.op_type in _LOOKED_THROUGH:
+                waiting += usage.node.outputs
+
+
+def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
+    """Check that nothing but attention reads the cache, and nothing the mask."""
+    problems = []
+    for name, value in inputs.items():
+        for usage in value.uses():
+            is_cache = name.startswith(PAST_PREFIX) and usage.node.op_type in _READS_CACHE
+            if not is_cache and name != "input_ids" and name not in IMAGE_INPUTS:
+                problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
+    if problems:
+        raise RowsError(f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}")
+
+
+@contract(needs={APART_ADDITIONS})
+@dataclass(frozen=True)
+class LogitsOfRows:
+    """Give logits of rows: of chosen tokens, or of every position.
+
+    Before: `logits = MatMul(x, head)`, of the tokens that count
+    After:  `logits = MatMul(Gather(x, logits_indices or last), head)`, or `logits = rows(MatMul(x, head))`
+
+    Tokens are chosen by an input, `logits_indices`; where it is empty, they are the last of each row. A head that reads
+    more than the tokens, such as the adapter of each row, and a model that keeps states, have no such input. An idle
+    row's logits mean nothing, and so do those of positions that do not count.
+
+    Attributes:
+        logits: `"last"` or `"all"`.
+    """
+
+    logits: str
+
+    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
+        """Change the first output, in place.
+
+        Raises:
+            ExportError: No projection leads to it.
+        """
+        inputs = {str(value.name): value for value in model.graph.inputs}
+        ids, query = inputs["input_ids"], inputs[QUERY_SEQLENS]
+        build = Builder(model.graph)
+        if self.logits == "last":
+            head = head_of(model)
+            assert ids.shape is not None
+            index, count = last_tokens(build, query), ids.shape[0]
+            if ATTENTION_SEQLENS in inputs and _reads_tokens_alone(head):
+                chosen = add_input(model.graph, LOGITS_INDICES, ir.DataType.INT64, [_NUM_LOGITS])
+                index, count = _chosen_or(build, chosen, index), ir.SymbolicDim(_NUM_LOGITS)
+            head.read(build, take_tokens(build, head.hidden, index, (count, 1)))
+            return PassResult(1)
+        logits = model.graph.outputs[0]
+        rows = row_tokens(build, ids, query, inputs[PAST_SEQLENS]).to_rows(build, logits)
+        build.insert_after(logits)
+        rows.name, logits.name = logits.name, f"{logits.name}.tokens"
+        model.graph.outputs[0] = rows
+        return PassResult(1)
+
+
+def _chosen_or(build: Builder, chosen: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """`[num_logits, 1]`: chosen tokens `[num_logits]`, or others `[batch, 1]` where none are chosen."""
+    number = build("Shape", chosen)
+    end = build("Where", build("Cast", number, to=ir.DataType.BOOL), number, build("Shape", otherwise, end=1))
+    both = build("Concat", build("Unsqueeze", chosen, build.ints(1)), otherwise, axis=0)
+    return build("Slice", both, build.ints(0), end, build.ints(0))
+
+
+def _reads_tokens_alone(head: Head) -> bool:
+    """Return whether the logits of a token depend on nothing but the token: no row's adapter, no other input."""
+    members = {head.hidden, *head.chain}
+    if any(sites_in(value) for value in members - {head.hidden}):
+        return False
+    waiting = [value for member in head.chain for value in _read_for(member) if value not in members]
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_input() and value.const_value is None:
+            return False
+        waiting += _read_for(value)
+    return True
+
+
+def _read_for(value: ir.Value) -> list[ir.Value]:
+    """Return what the node reads that computes a value."""
+    node = value.producer()
+    return [] if node is None else [read for read in node.inputs if read is not None]

@@ -1,0 +1,93 @@
+"""Logits of the last position alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.rules.builder import Builder
+from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS
+from gralora_fx.exporters.translation.matching import END
+
+# operators that may follow the last projection, such as a soft cap or a factor
+_ELEMENTWISE = {"Mul", "Div", "Add", "Tanh", "Cast", "Identity", "Clip"}
+
+
+@contract(needs={APART_ADDITIONS})
+def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
+    """Compute logits only for the last position of each row that is not padding, all that a prompt needs."""
+    head = head_of(model)
+    hidden = head.hidden
+    ids, mask = (_input(model, name) for name in ("input_ids", "attention_mask"))
+    build = Builder(model.graph)
+    length = build("Shape", ids, start=1, end=2)
+    window = build("Slice", mask, build("Neg", length), build.ints(END), build.ints(1))  # the mask of new positions
+    last = build("ArgMax", window, axis=1, keepdims=1, select_last_index=1)  # [batch, 1]
+    cut = build("GatherND", hidden, build("Unsqueeze", last, build.ints(2)), batch_dims=1)  # [batch, 1, size]
+    if hidden.shape is not None:
+        cut.shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
+    cut.type = hidden.type
+    head.read(build, cut)
+    return PassResult(1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of hidden states.
+
+    Attributes:
+        hidden: `[batch, length, size]`.
+        node: The projection that reads them.
+        chain: Its output, and what is made of it element by element, up to the logits.
+    """
+
+    hidden: ir.Value
+    node: ir.Node
+    chain: tuple[ir.Value, ...]
+
+    def read(self, build: Builder, positions: ir.Value) -> None:
+        """Let it read some positions instead of all.
+
+        Args:
+            build: What made them, whose nodes are inserted.
+            positions: `[batch, 1, size]`.
+        """
+        build.insert_before(self.node)
+        self.node.replace_input_with(0, positions)
+        for member in self.chain:
+            if member.shape is not None and len(member.shape) == 3 and positions.shape is not None:
+                member.shape = ir.Shape([*positions.shape[:2], member.shape[2]])
+
+
+def head_of(model: ir.Model) -> Head:
+    """The projection that leads to a decoder's logits, its first output.
+
+    Raises:
+        ExportError: None does.
+    """
+    logits = model.graph.outputs[0]
+    value, chain = logits, [logits]
+    node = value.producer()
+    while node is not None and node.op_type in _ELEMENTWISE:
+        varying = [v for v in node.inputs if v is not None and v.producer() is not None and v.const_value is None]
+        if len(varying) != 1:
+            varying = [v for v in varying if v.shape is not None and len(v.shape) == 3]
+        if len(varying) != 1:
+            break
+        value, node = varying[0], varying[0].producer()
+        chain.append(value)
+    if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
+        raise ExportError(
+            "no projection leads to the logits, so the last position cannot be cut out; take logits='all'"
+        )
+    return Head(node.inputs[0], node, tuple(chain))
+
+
+def _input(model: ir.Model, name: str) -> ir.Value:
+    match = next((value for value in model.graph.inputs if value.name == name), None)
+    if match is None:
+        raise ExportError(f"the trace takes no {name}, so the last position cannot be cut out; take logits='all'")
+    return match

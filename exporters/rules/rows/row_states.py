@@ -1,0 +1,142 @@
+"""Layers that keep a state in a graph whose rows have lengths of their own.
+
+A row's state is that after its own tokens: what stands behind them neither decays it nor adds to it, and an idle row
+keeps its own, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+
+from gralora_fx.exporters.rules.builder import (
+    MICROSOFT,
+    Builder,
+    attributes_of,
+    channels_last,
+    fixed_dim,
+    replace_channels_first,
+    replace_value,
+)
+from gralora_fx.exporters.rules.rows.row_tokens import RowsError, RowTokens, longest_row
+from gralora_fx.exporters.translation.names import layer_of
+
+_CHANNELS_LAST = [0, 2, 1]
+STATE = 3  # the position of the state among the inputs of either operator
+
+
+class RowStates:
+    """Rewrites a graph's operators that keep a state; what they share is computed once."""
+
+    def __init__(self, graph: ir.Graph, tokens: RowTokens) -> None:
+        """Begin a rewrite.
+
+        Args:
+            graph: The graph, whose tokens are one row of those that count.
+            tokens: Says which count.
+        """
+        self._graph, self._tokens = graph, tokens
+        self._shared: dict[tuple[str, int, int], ir.Value] = {}
+        self._rows: RowTokens | None = None
+        self._is_read: ir.Value | None = None
+
+    def rewrite(self, node: ir.Node) -> None:
+        """Let an operator of `STATE_OPERATORS` read and give rows of tokens, in place."""
+        build = Builder(self._graph)
+        if self._rows is None:
+            self._rows = longest_row(build, self._tokens)
+            self._is_read = self._rows.is_read(build)
+        STATE_OPERATORS[node.op_type](self, build, node)
+        build.insert_before(node)
+        self._graph.remove(node, safe=True)
+
+    def _convolve(self, build: Builder, node: ir.Node) -> None:
+        """A convolution, whose next state is the last inputs of the row's own tokens.
+
+        Before: `y, next = CausalConvWithState(x, weight, bias, state)`
+        After:  `y = CausalConvWithState(rows(x), weight, bias, state)` of the tokens, and
+                `next = GatherElements(Concat(state, rows(x)), query_seqlens + (0, 1, ...))`, channels last
+        """
+        rows, (x, weight, bias, state) = self._rows, (*node.inputs, None, None)[:4]
+        assert rows is not None
+        assert x is not None
+        if state is None:
+            raise RowsError(f"{layer_of(node)} has a convolution without a state of its own")
+        channels, kept = fixed_dim(state, 1), fixed_dim(state, 2)
+        by_row = rows.to_rows(build, channels_last(build, x))
+        joined = build("Concat", channels_last(build, state), by_row, axis=1)
+        operands = [build("Transpose", by_row, perm=_CHANNELS_LAST), weight, bias, state]
+        fused = build.node("CausalConvWithState", operands, domain=MICROSOFT, num_outputs=2, **attributes_of(node))
+        y = rows.of_rows(build, build("Transpose", fused.outputs[0], perm=_CHANNELS_LAST))
+        replace_channels_first(build, y, node.outputs[0])
+        if ("last", channels, kept) not in self._shared:
+            self._shared["last", channels, kept] = _last_inputs(build, rows.query, channels, kept)
+        last = build("GatherElements", joined, self._shared["last", channels, kept], axis=1)
+        replace_channels_first(build, last, node.outputs[1])
+
+    def _attend(self, build: Builder, node: ir.Node) -> None:
+        """Linear attention, to which a position that does not count has key 0, decay 0 and beta 0.
+
+        Before: `y, next = LinearAttention(query, key, value, state, decay, beta)`
+        After:  the same of rows of tokens, with `Where(is_read, rows(key), 0)` and so on
+        """
+        rows, (query, key, value, state, decay, beta) = self._rows, (*node.inputs, None, None)[:6]
+        assert rows is not None
+        taken: list[ir.Value | None] = []
+        for operand, is_zeroed in ((query, False), (key, True), (value, False), (decay, True), (beta, True)):
+            by_row = None if operand is None else rows.to_rows(build, operand)
+            if operand is not None and by_row is not None and is_zeroed:
+                zero = build.tensor(0.0, operand.dtype or ir.DataType.FLOAT)
+                by_row = build("Where", self._is_read, by_row, zero)
+                by_row.shape = None if operand.shape is None else ir.Shape([None, None, operand.shape[2]])
+                by_row.type = operand.type
+            taken.append(by_row)
+        operands = [*taken[:3], state, *taken[3:]]
+        fused = build.node("LinearAttention", operands, domain=MICROSOFT, num_outputs=2, **attributes_of(node))
+        replace_value(rows.of_rows(build, fused.outputs[0]), node.outputs[0])
+        replace_value(fused.outputs[1], node.outputs[1])
+
+
+STATE_OPERATORS: dict[str, Callable[[RowStates, Builder, ir.Node], None]] = {
+    "CausalConvWithState": RowStates._convolve,
+    "LinearAttention": RowStates._attend,
+}
+
+
+def drop_padding_mask(graph: ir.Graph, mask: ir.Value, ids: ir.Value) -> None:
+    """Take away what hides padding from layers with a state, since all tokens of a row count.
+
+    Before: `y = Mul(x, Cast(Unsqueeze(Slice(attention_mask))))`, the mask of the new positions
+    After:  `y = x`
+
+    Args:
+        graph: The graph; it is changed in place.
+        mask: The input `attention_mask`.
+        ids: The input `input_ids`, whose shape the mask of the new positions has.
+    """
+    for usage in list(mask.uses()):
+        new = usage.node.outputs[0]
+        if usage.node.op_type == "Slice" and new.shape is not None and new.shape == ids.shape:
+            for product, other in list(_products(new)):
+                for reader in list(product.outputs[0].uses()):
+                    reader.node.replace_input_with(reader.idx, other)
+
+
+def _products(mask: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Products with a mask, and what it is multiplied by."""
+    for usage in mask.uses():
+        if usage.node.op_type in ("Unsqueeze", "Cast"):
+            yield from _products(usage.node.outputs[0])
+        elif usage.node.op_type == "Mul":
+            other = usage.node.inputs[1 - usage.idx]
+            assert other is not None
+            yield usage.node, other
+
+
+def _last_inputs(build: Builder, query: ir.Value, channels: int, kept: int) -> ir.Value:
+    """`[batch, kept, channels]`: where a convolution's next state is in its state and inputs, one after the other."""
+    counts = build("Unsqueeze", build("Cast", query, to=ir.DataType.INT64), build.ints(1))
+    index = build("Unsqueeze", build("Add", counts, build.ints(*range(kept))), build.ints(2))
+    rows = build("Shape", query)
+    return build("Expand", index, build("Concat", rows, build.ints(kept, channels), axis=0))

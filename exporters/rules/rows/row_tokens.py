@@ -1,0 +1,311 @@
+"""The tokens that count in a batch of rows padded on the right, and where each belongs.
+
+The indices depend on the lengths of rows alone, which are inputs of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.rules.builder import Builder
+
+NUM_TOKENS = "num_tokens"
+TILE = 8  # most tokens of a row that share one copy of an adapter's tensors
+_COPY = 3  # times that a copy of an adapter's tensors moves them through memory
+
+
+class RowsError(ExportError):
+    """Why rows cannot be told apart in a model, so that they have no lengths or adapters of their own."""
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Values of a graph that say which tokens count; those of one row follow each other.
+
+    Attributes:
+        sizes: Batch and length, as the graph names them.
+        ids: `[1, tokens]`, the tokens.
+        positions: `[1, tokens]`, the position of each in its row.
+        tokens: `[1, tokens]`, the index of each among all `batch * length`.
+        token_at: `[batch, length]`, the token at each position; any at positions that do not count.
+        query: `[batch]` int32, how many tokens of each row count.
+        attended: `[batch]` int32, how many tokens of each row attention reads: those that count, and padding after
+            them where another kernel is wanted.
+        cached: `[batch]` int32, the index of the last position that attention writes.
+        total: `[1]` int32, the most positions that a row has cached afterwards.
+    """
+
+    sizes: Sequence[int | ir.SymbolicDim]
+    ids: ir.Value
+    positions: ir.Value
+    tokens: ir.Value
+    token_at: ir.Value
+    query: ir.Value
+    attended: ir.Value
+    cached: ir.Value
+    total: ir.Value
+
+    def to_rows(self, build: Builder, value: ir.Value) -> ir.Value:
+        """`[batch, length, width]` of `[1, tokens, width]`."""
+        return take_tokens(build, value, self.token_at, self.sizes)
+
+    def of_rows(self, build: Builder, value: ir.Value) -> ir.Value:
+        """`[1, tokens, width]` of `[batch, length, width]`."""
+        return _flat_tokens(build, value, self.tokens)
+
+    def of_input(self, build: Builder, value: ir.Value, axis: int) -> ir.Value:
+        """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`.
+
+        Args:
+            build: Makes the nodes.
+            value: The input.
+            axis: Its axis of the batch.
+        """
+        assert value.shape is not None
+        sizes = list(value.shape)
+        flat = build("Reshape", value, build.ints(*sizes[:axis], -1, *sizes[axis + 2 :]))
+        taken = build("Gather", flat, self.tokens, axis=axis)
+        taken.type = value.type
+        taken.shape = ir.Shape([*sizes[:axis], 1, ir.SymbolicDim(NUM_TOKENS), *sizes[axis + 2 :]])
+        return taken
+
+    def is_read(self, build: Builder) -> ir.Value:
+        """`[batch, length, 1]`: whether there is a token at each position that counts."""
+        length = build("Squeeze", build("Shape", self.token_at, start=1, end=2), build.ints(0))
+        places = build("Range", build.scalar(0), length, build.scalar(1))
+        counts = build("Unsqueeze", build("Cast", self.query, to=ir.DataType.INT64), build.ints(1))
+        return build("Unsqueeze", build("Less", places, counts), build.ints(2))
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """The same tokens in groups that share an adapter each.
+
+    Attributes:
+        ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
+        tokens: `[groups, size]`, the tokens of each; any after its last.
+        slots: `[1, tokens]`, the index of each token among all `groups * size`.
+    """
+
+    ids: ir.Value | None
+    tokens: ir.Value
+    slots: ir.Value
+
+    def grouped(self, build: Builder, value: ir.Value) -> ir.Value:
+        """`[groups, size, width]` of `[1, tokens, width]` or `[tokens, width]`."""
+        return take_tokens(build, value, self.tokens, (ir.SymbolicDim("num_groups"), ir.SymbolicDim("group_size")))
+
+    def restored(self, build: Builder, value: ir.Value) -> ir.Value:
+        """`[1, tokens, width]` of `[groups, size, width]`."""
+        return _flat_tokens(build, value, self.slots)
+
+
+def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequence[int | ir.SymbolicDim]) -> ir.Value:
+    """`[*sizes, width]` of the tokens at an index, of `[1, tokens, width]` or `[tokens, width]`."""
+    flat = value if value.shape is not None and len(value.shape) == 2 else build("Flatten", value, axis=2)
+    taken = build("Gather", flat, index, axis=0)
+    taken.type = value.type
+    if value.shape is not None:
+        taken.shape = ir.Shape([*sizes, value.shape[-1]])
+    return taken
+
+
+def _flat_tokens(build: Builder, value: ir.Value, index: ir.Value) -> ir.Value:
+    return build("Gather", build("Flatten", value, axis=2), index, axis=0)
+
+
+def row_tokens(
+    build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Value, attended: ir.Value | None = None
+) -> RowTokens:
+    """What tells tokens of rows that are padded on the right.
+
+    Args:
+        build: Makes the nodes.
+        input_ids: `[batch, length]`.
+        query: `[batch]` int32, how many tokens of each row count.
+        past: `[batch]` int32, how many were read before.
+        attended: `[batch]` int32, how many attention reads; None for those that count.
+    """
+    attended = query if attended is None else attended
+    lengths = _Lengths(build, input_ids, query)
+    order = build("Sub", build("CumSum", build("Cast", lengths.flat, to=ir.DataType.INT64), lengths.zero), lengths.one)
+    token_at = build("Reshape", build("Max", order, lengths.zero), build("Shape", input_ids))
+    before = build("Unsqueeze", build("Cast", past, to=ir.DataType.INT64), build.ints(1))
+    ids, positions = (
+        build("Gather", build("Reshape", value, build.ints(-1)), lengths.tokens)
+        for value in (input_ids, build("Add", before, lengths.column))
+    )
+    for value in (ids, positions):
+        value.shape, value.type = ir.Shape([1, ir.SymbolicDim(NUM_TOKENS)]), ir.TensorType(ir.DataType.INT64)
+    zero, one = (build.tensor(number, ir.DataType.INT32) for number in (0, 1))
+    cached = build("Max", build("Sub", build("Add", past, attended), one), zero)  # 0 for a row that has read nothing
+    most = build("Add", build("ReduceMax", cached, keepdims=1), one)
+    total = build("Max", most, build("Cast", build("Shape", input_ids, start=1, end=2), to=ir.DataType.INT32))
+    assert input_ids.shape is not None
+    return RowTokens(tuple(input_ids.shape), ids, positions, lengths.tokens, token_at, query, attended, cached, total)
+
+
+def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
+    """The same tokens in rows as long as the longest, which a batch may be longer than.
+
+    Args:
+        build: Makes the nodes.
+        tokens: The tokens.
+    """
+    one = build.scalar(1)
+    length = build("Max", build("ReduceMax", build("Cast", tokens.query, to=ir.DataType.INT64), keepdims=0), one)
+    before = build("Squeeze", build("Shape", tokens.token_at, start=1, end=2), build.ints(0))
+    end = build("Unsqueeze", length, build.ints(0))
+    token_at = build("Slice", tokens.token_at, build.ints(0), end, build.ints(1))
+    row = build("Div", tokens.tokens, before)
+    index = build("Sub", tokens.tokens, build("Mul", row, build("Sub", before, length)))
+    sizes = (tokens.sizes[0], ir.SymbolicDim("longest_row"))
+    return replace(tokens, sizes=sizes, token_at=token_at, tokens=index)
+
+
+def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
+    """`[batch, 1]`: the last token of each row; any for an idle row.
+
+    Args:
+        build: Makes the nodes.
+        query: `[batch]` int32, how many tokens of each row count.
+    """
+    ends = build("CumSum", build("Cast", query, to=ir.DataType.INT64), build.scalar(0))
+    last = build("Max", build("Sub", ends, build.scalar(1)), build.scalar(0))
+    return build("Unsqueeze", last, build.ints(1))
+
+
+def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
+    """`[1]`: the highest id of an adapter among the rows that read.
+
+    Args:
+        build: Makes the nodes.
+        query: `[batch]` int32, how many tokens of each row count.
+        ids: `[batch]`, the adapter of each row.
+    """
+    reads = build("Min", build("Cast", query, to=ir.DataType.INT64), build.scalar(1))
+    return build("ReduceMax", build("Mul", ids, reads), keepdims=1)
+
+
+def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value) -> TokenGroups:
+    """The tokens of rows that are padded on the right, in tiles: each some tokens of one row.
+
+    A tile has as many tokens as the longest row, at most `TILE`. Where all rows that read have one adapter, all their
+    tokens are one tile, whose adapter is copied once.
+
+    Args:
+        build: Makes the nodes.
+        input_ids: `[batch, length]`.
+        query: `[batch]` int32, how many tokens of each row count.
+        ids: `[batch]`, the adapter of each row.
+    """
+    lengths = _Lengths(build, input_ids, query)
+    zero, one = lengths.zero, lengths.one
+
+    def as_column(value: ir.Value) -> ir.Value:
+        return build("Unsqueeze", value, build.ints(1))
+
+    reads = build("Greater", lengths.counts, zero)
+    highest = highest_id(build, query, ids)
+    is_same = build("Or", build("Equal", ids, highest), build("Not", reads))
+    is_one = build("Equal", build("ReduceMin", build("Cast", is_same, to=ir.DataType.INT64), keepdims=0), one)
+    total = build("ReduceSum", lengths.counts, keepdims=1)
+    begin = build("Sub", build.ints(1), build("Unsqueeze", build("Cast", is_one, to=ir.DataType.INT64), build.ints(0)))
+    end = build("Where", is_one, build.ints(1), build.ints(2**31))
+
+    def either(whole: ir.Value, by_row: ir.Value) -> ir.Value:
+        """`[1]` for all rows together, or `[batch]`."""
+        return build("Slice", build("Concat", whole, by_row, axis=0), begin, end)
+
+    counts, ids = either(total, lengths.counts), either(highest, ids)
+    number = build("Squeeze", total, build.ints(0))
+    length = build("Where", is_one, number, lengths.length)
+    size = _at_least_two(build, build("Where", is_one, number, build("Min", lengths.length, build.scalar(TILE))))
+
+    def number_of(tokens: ir.Value) -> ir.Value:
+        return build("Div", build("Add", tokens, build("Sub", size, one)), size)
+
+    starts = build("Sub", build("CumSum", counts, zero), counts)
+    offsets = build("Mul", build("Range", zero, number_of(length), one), size)  # [tiles of a row]
+    used = build("NonZero", build("Less", offsets, as_column(counts)))  # [2, tiles]
+    row, tile = (build("Gather", used, axis) for axis in (zero, one))
+    first = build("Add", build("Gather", starts, row), build("Gather", offsets, tile))
+    final = build("Sub", number, one)
+    tokens = build("Min", build("Add", as_column(first), build("Range", zero, size, one)), final)
+    numbers = number_of(counts)
+    begins = build("Mul", build("Sub", build("CumSum", numbers, zero), numbers), size)  # [batch]
+    slots = build("Reshape", build("Add", as_column(begins), build("Range", zero, length, one)), build.ints(-1))
+    order = build("Where", is_one, build("Range", zero, number, one), lengths.tokens)
+    return TokenGroups(build("Gather", ids, row), tokens, build("Gather", slots, order))
+
+
+def tokens_of_adapters(
+    build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value, adapters: ir.Value
+) -> tuple[TokenGroups, ir.Value]:
+    """The tokens of rows that are padded on the right, a group for each adapter of the stack.
+
+    So no adapter is copied. That is worth it while the groups are short, and the stack has few adapters beside those
+    that are used: a copy is read and written, and then read again.
+
+    Args:
+        build: Makes the nodes.
+        input_ids: `[batch, length]`.
+        query: `[batch]` int32, how many tokens of each row count.
+        ids: `[batch]`, the adapter of each row.
+        adapters: How many adapters are in the stack, a scalar.
+
+    Returns:
+        The groups, and whether they are worth it, a scalar.
+    """
+    lengths = _Lengths(build, input_ids, query)
+    zero, one = lengths.zero, lengths.one
+    indices = build("Squeeze", lengths.tokens, build.ints(0))
+    number = build("Squeeze", build("Shape", indices), build.ints(0))
+    own = build("Gather", ids, build("Div", indices, lengths.length))  # [tokens]
+    column = build("Unsqueeze", own, build.ints(1))
+    hits = build("Cast", build("Equal", column, build("Range", zero, adapters, one)), to=ir.DataType.INT64)
+    counts = build("ReduceSum", hits, build.ints(0), keepdims=0)
+    most = _at_least_two(build, build("ReduceMax", counts, keepdims=0))
+    before = build("ReduceSum", build("Mul", build("CumSum", hits, zero), hits), build.ints(1), keepdims=0)
+    slots = build("Add", build("Mul", own, most), build("Sub", before, one))
+    shape = build("Concat", *(build("Unsqueeze", size, build.ints(0)) for size in (adapters, most)), axis=0)
+    room = build("Mul", adapters, most)
+    none = build("Expand", zero, build("Unsqueeze", room, build.ints(0)))
+    tokens = build("Reshape", build("ScatterElements", none, slots, build("Range", zero, number, one)), shape)
+    is_short = build("LessOrEqual", most, build.scalar(TILE))
+    is_used = build("LessOrEqual", room, build("Add", build("Mul", number, build.scalar(_COPY)), one))
+    groups = TokenGroups(None, tokens, build("Unsqueeze", slots, build.ints(0)))
+    return groups, build("And", is_short, is_used)
+
+
+def _at_least_two(build: Builder, size: ir.Value) -> ir.Value:
+    """Return the size of a group with room for two tokens, the second of which may be any.
+
+    ONNX Runtime multiplies a lone token by an adapter in another order than several, with other last bits.
+    """
+    return build("Max", size, build.scalar(2))
+
+
+class _Lengths:
+    """What the lengths of rows say.
+
+    Attributes:
+        counts: `[batch]` int64, how many tokens of each row count.
+        length: The length of the batch.
+        column: `[length]`, the positions in a row.
+        flat: `[batch * length]`, which count.
+        tokens: `[1, tokens]`, their indices.
+    """
+
+    def __init__(self, build: Builder, input_ids: ir.Value, query: ir.Value) -> None:
+        self.zero, self.one = build.scalar(0), build.scalar(1)
+        self.counts = build("Cast", query, to=ir.DataType.INT64)
+        self.length = build("Squeeze", build("Shape", input_ids, start=1, end=2), build.ints(0))
+        self.column = build("Range", self.zero, self.length, self.one)
+        is_valid = build("Less", self.column, build("Unsqueeze", self.counts, build.ints(1)))
+        self.flat = build("Reshape", is_valid, build.ints(-1))
+        self.tokens = build("NonZero", self.flat)

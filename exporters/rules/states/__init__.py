@@ -1,0 +1,1 @@
+"""States of recurrent layers as inputs and outputs."""

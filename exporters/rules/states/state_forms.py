@@ -1,0 +1,134 @@
+"""Forms of layers with a state that take less time on a CPU than the runtime's own operator for them.
+
+They come last, so that the passes before see the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from gralora_fx.core.graph.pipeline import PassResult, Skip
+from gralora_fx.exporters.rules.builder import (
+    MICROSOFT,
+    Builder,
+    channels_last,
+    named_graph,
+    replace_channels_first,
+    replace_value,
+    static_dim,
+    swaps_last_axes,
+)
+from gralora_fx.exporters.translation.names import layer_of
+
+_BLOCK = 16  # channels that ONNX Runtime's convolution computes at once; with others left it has no fast form
+
+
+def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:
+    """Replace operators with a state by forms that ONNX Runtime computes faster, where there are such.
+
+    Before: `y, next = CausalConvWithState(Transpose(x), weight, bias, state)`, a third of the speed of a convolution
+    After:  `y = Conv(Concat(state, x), weight, bias)` and `next`, the end of the concatenation
+
+    Before: `y, next = LinearAttention(query, key, value, state, decay)` of single numbers with a decay for each key
+    After:  `next, y = Scan(state, query, key, value, decay)`, one step for each position
+
+    Args:
+        model: The model; it is changed in place.
+
+    Returns:
+        The number of operators replaced; the scans are listed as skipped, with the reason.
+    """
+    changed, scans = 0, []
+    for node in list(model.graph):
+        replace = _FORMS.get(node.op_type) if node.domain == MICROSOFT else None
+        build = Builder(model.graph)
+        if replace is None or not replace(build, node):
+            continue
+        if node.op_type == "LinearAttention":
+            why = "a Scan: LinearAttention takes four times as long for values that are single numbers"
+            scans.append(Skip(layer_of(node), why))
+        build.insert_before(node)
+        model.graph.remove(node, safe=True)
+        changed += 1
+    return PassResult(changed, tuple(scans))
+
+
+def _convolve(build: Builder, node: ir.Node) -> bool:
+    """Make a convolution whose channels come last, as the layers around it have them; False if it does not fit."""
+    x, weight, bias, state = (*node.inputs, None, None)[:4]
+    width = static_dim(weight, 2)
+    if not fits_convolution(node) or x is None or weight is None or state is None or width is None:
+        return False
+    kept, parts = build.ints(2), [channels_last(build, value) for value in (state, x)]
+    known = [usage.node for usage in parts[0].uses() if usage.node.op_type == "Concat"]
+    known = [concat for concat in known if list(concat.inputs) == parts]  # for the next state of rows
+    joined = known[0].outputs[0] if known else build("Concat", *parts, axis=1)
+    rows = build("Transpose", build("Unsqueeze", joined, kept), perm=[0, 3, 1, 2])  # [batch, channels, positions, 1]
+    y = build("Conv", rows, build("Unsqueeze", weight, build.ints(3)), bias, group=static_dim(weight, 0))
+    y = build("Squeeze", build("Transpose", y, perm=[0, 2, 3, 1]), kept)
+    if node.attributes["activation"].as_string() == "silu":
+        y = build("QuickGelu", y, domain=MICROSOFT, alpha=1.0)
+    last = build("Slice", joined, build.ints(1 - width), build.ints(1 << 62), build.ints(1))
+    for new, old in ((y, node.outputs[0]), (last, node.outputs[1])):
+        replace_channels_first(build, new, old)
+    return True
+
+
+def fits_convolution(node: ir.Node) -> bool:
+    """Whether a node is a causal convolution with a state among channels that come last, which they do around it."""
+    if node.domain != MICROSOFT or node.op_type != "CausalConvWithState":
+        return False
+    x, weight, _, state = (*node.inputs, None, None)[:4]
+    readers = [usage.node for usage in node.outputs[0].uses()]
+    channels, width, producer = static_dim(weight, 0), static_dim(weight, 2), None if x is None else x.producer()
+    if state is None or not channels or channels % _BLOCK or not width or node.outputs[0].is_graph_output():
+        return False
+    return producer is not None and bool(readers) and all(map(swaps_last_axes, [producer, *readers]))
+
+
+def _scan(build: Builder, node: ir.Node) -> bool:
+    """Make a loop over positions of linear attention of single numbers; False of any other."""
+    query, key, value, state, decay, beta = (*node.inputs, None, None)[:6]
+    heads, groups = (node.attributes[name].as_int() for name in ("kv_num_heads", "q_num_heads"))
+    size = static_dim(state, 2)
+    if beta is not None or query is None or state is None or size is None or static_dim(state, 3) != 1:
+        return False
+    if heads % groups or static_dim(decay, 2) != heads * size or static_dim(key, 2) != groups * size:
+        return False
+    dtype = query.dtype or ir.DataType.FLOAT
+    apart = [0, groups, heads // groups, size]
+    carried = ir.Value(name="before", type=ir.TensorType(dtype))
+    names = ("query", "key", "value", "decay")
+    parts = {name: ir.Value(name=f"{name}_here", type=ir.TensorType(dtype)) for name in names}
+    inner = Builder(build.graph)
+    factor = inner("Exp", inner("Reshape", parts["decay"], inner.ints(*apart)))
+    written = inner(
+        "Mul",
+        inner("Reshape", parts["value"], inner.ints(*apart[:3], 1)),
+        inner("Reshape", parts["key"], inner.ints(0, groups, 1, size)),
+    )
+    after = inner("Add", inner("Mul", carried, factor), written)
+    y = inner("MatMul", after, inner("Reshape", parts["query"], inner.ints(0, groups, size, 1)))
+    scale = node.attributes["scale"].as_float()
+    y = y if scale == 1.0 else inner("Mul", y, inner.tensor(scale, dtype))
+    y = inner("Reshape", y, inner.ints(0, heads))
+    for output in (after, y):
+        output.type = ir.TensorType(dtype)
+    body = named_graph([carried, *parts.values()], [after, y], inner.take(), "scan")
+    loop = build.node(
+        "Scan",
+        [build("Reshape", state, build.ints(*apart)), query, key, value, decay],
+        num_outputs=2,
+        body=body,
+        num_scan_inputs=len(names),
+        scan_input_axes=[1] * len(names),
+        scan_output_axes=[1],
+    )
+    replace_value(build("Reshape", loop.outputs[0], build.ints(0, heads, size, 1)), node.outputs[1])
+    replace_value(loop.outputs[1], node.outputs[0])
+    return True
+
+
+_FORMS: dict[str, Callable[[Builder, ir.Node], bool]] = {"CausalConvWithState": _convolve, "LinearAttention": _scan}

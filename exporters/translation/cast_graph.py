@@ -1,0 +1,333 @@
+"""A traced graph cast to another float precision, as the model itself would run in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.base.compat.torch_graphs import OpOverload, base_name, tree_map
+from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
+from gralora_fx.core.graph.module_tree import module_stack
+from gralora_fx.core.graph.overlay import map_parameters
+from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.weight_views import tensor_at
+from gralora_fx.errors import ExportError
+from gralora_fx.format.cache_slots import StateKind
+from gralora_fx.format.input_names import PAST
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_aten = torch.ops.aten
+_CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
+_LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another tensor
+# contractions with weights or between activations, which run in the model's own precision
+_CONTRACTIONS = {
+    "addbmm", "addmm", "addmv", "attention", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "convolution",
+    "einsum", "embedding", "experts", "grouped_mm_fallback", "linear", "matmul", "mm", "mv",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+_FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
+
+
+class _Kind(Enum):
+    """What decides the precision of a float value.
+
+    Attributes:
+        OWN: The model's own precision: weights, and what is computed with them.
+        RAISED: float32 because the model casts up, as inside a normalisation or a softmax.
+        FREE: float32, and computed without a weight, such as rotary angles; cast where it meets the other kinds.
+    """
+
+    OWN = "own"
+    RAISED = "raised"
+    FREE = "free"
+
+
+@dataclass(frozen=True)
+class CastGraph:
+    """Bring a graph's weights and activations to a precision; nothing changes where all are float32 and shall be.
+
+    Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
+    After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
+
+    What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
+    nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
+    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. What
+    a recurrence sums up over a text stays in float32 from step to step.
+
+    Attributes:
+        precision: `"fp32"`, `"fp16"` or `"bf16"`.
+        cache: Kinds of the tensors of its cache: its last inputs, and its outputs from the second on.
+    """
+
+    precision: str
+    cache: tuple[StateKind, ...] = ()
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Give a graph over new parameters, which are on the meta device until they are read.
+
+        Args:
+            graph: The graph of a `GraphModule` in evaluation mode, every node with the shape and dtype that tracing
+                noted; float parameters of one precision. It is left as it is.
+
+        Raises:
+            ExportError: The parameters are of several precisions. A weight that is too large for float16 raises it
+                where it is read.
+        """
+        graph_module = graph.owning_module
+        assert graph_module is not None
+        if {self.precision, precision_of(graph_module)} == {"fp32"}:
+            return PassResult(0)
+        change = _GraphCast(graph_module, DTYPES[self.precision], self.cache)
+        changed = change.run()
+        return PassResult(len(change.kinds), graph=changed.graph)
+
+
+def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
+    """A model's graph in a precision, itself where it has that (see `CastGraph`); it takes inputs of any."""
+    graph = CastGraph(precision)(graph_module.graph).graph
+    if graph is None:
+        return graph_module
+    for node in filter(_is_float, graph.find_nodes(op="placeholder")):
+        with graph.inserting_after(node):
+            cast = graph.call_function(_aten.to.dtype, (node, DTYPES[precision]))
+        cast.meta = dict(node.meta)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    owner = graph.owning_module
+    assert owner is not None
+    owner.recompile()
+    return owner
+
+
+def precision_of(graph_module: fx.GraphModule) -> str:
+    """The precision of a graph's float parameters; `fp32` where it has none.
+
+    Raises:
+        ExportError: The parameters have several dtypes, or one that is not supported.
+    """
+    dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
+    matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
+    if not matches:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the model holds {names} weights; cast it to one of float32, float16, bfloat16 and trace")
+    return matches[0]
+
+
+class _GraphCast:
+    """One cast of a graph to another precision."""
+
+    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, cache: tuple[StateKind, ...]) -> None:
+        self.source = graph_module
+        self.dtype = dtype
+        self.before = DTYPES[precision_of(graph_module)]
+        self.cache = cache
+        self.graph = copy_graph(graph_module)
+        self.kinds: dict[fx.Node, _Kind] = {}
+        self.raised: dict[fx.Node, fx.Node] = {}
+        self.casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self.module = fx.GraphModule(graph_module, self.graph)
+
+    def run(self) -> fx.GraphModule:
+        """The graph in the other precision."""
+        pasts = [node for node in self.graph.find_nodes(op="placeholder") if str(node.target).startswith(PAST)]
+        summed = {node for node, kind in zip(pasts, self.cache, strict=False) if kind.is_float32}
+        for node in list(self.graph.nodes):
+            if node.op == "placeholder":
+                if _is_float(node):
+                    self._note(node, _Kind.RAISED if node in summed else _Kind.OWN)
+            elif node.op == "get_attr":
+                self._take_attribute(node)
+            elif node.op == "output":
+                self._give_outputs(node)
+            elif node.target in _CASTS:
+                self._cast(node)
+            else:
+                self._call(node)
+        map_parameters(self.module, self._in_dtype)
+        self.graph.lint()
+        self.module.recompile()
+        return self.module
+
+    def _take_attribute(self, node: fx.Node) -> None:
+        tensor = tensor_at(self.source, str(node.target))
+        if tensor is None or not tensor.is_floating_point():
+            return
+        node.meta.setdefault("val", tensor)
+        self._note(node, _Kind.OWN if isinstance(tensor, nn.Parameter) else _Kind.FREE)
+
+    def _give_outputs(self, node: fx.Node) -> None:
+        """Cast outputs to float32, except those of a cache."""
+        outputs = [arg for arg in node.all_input_nodes if arg in self.kinds]
+        kinds = zip(outputs[1:], self.cache, strict=False)
+        cache_outputs = {arg for arg, kind in kinds if not kind.is_float32}
+        for arg in dict.fromkeys(outputs):
+            dtype = self.dtype if arg in cache_outputs else torch.float32
+            self._use(node, arg, dtype)
+
+    def _cast(self, node: fx.Node) -> None:
+        """Handle one of the model's own casts: up to float32, back again, or of integers."""
+        (source,) = node.all_input_nodes
+        result = node.meta["val"]
+        if not result.is_floating_point():
+            return
+        kind = self.kinds.get(source)
+        if kind is None or kind is _Kind.FREE:
+            self._note(node, _Kind.FREE)
+        elif self.before == torch.float32 and node.target is not _aten.to.dtype:
+            self._note(node, kind)  # to a device or to another tensor's dtype, not to float32
+        elif self.before == torch.float32:  # in a float32 graph only the order tells a cast up from the cast back
+            self._note(node, _Kind.RAISED if kind is _Kind.OWN else _Kind.OWN)
+            self._part_from(node, source)
+        else:
+            self._note(node, _Kind.OWN if result.dtype == self.before else _Kind.RAISED)
+        self._set_dtype(node)
+
+    def _part_from(self, node: fx.Node, source: fx.Node) -> None:
+        """Let readers outside the module that raised a value read the original value.
+
+        In float32 the two are one tensor, so that a trace has the residual connection read what a normalisation raised.
+        """
+        if self.kinds[node] is not _Kind.RAISED:
+            return
+        self.raised[node] = source
+        scope = _scope(node)
+        for user in list(node.users):
+            if not _scope(user).startswith(scope):
+                user.replace_input_with(node, source)
+
+    def _call(self, node: fx.Node) -> None:
+        """Handle an operator: its float operands are cast to one precision, which its result has too."""
+        floats = [arg for arg in node.all_input_nodes if arg in self.kinds]
+        kind = self._kind_of(node, floats)
+        if any(_is_float(value) for value in _values(node)):
+            self._note(node, kind)
+        dtype = self._dtype_of(kind)
+        if node.target in _LIKE:
+            node.target, node.args, node.kwargs = _aten.to.dtype, (node.args[0], dtype), {}
+            return
+        for arg in floats:
+            self._use(node, arg, dtype)
+        if _dtype_argument(node) is not None:
+            self._set_dtype(node)
+        self._keep_finite(node, dtype)
+
+    def _kind_of(self, node: fx.Node, floats: list[fx.Node]) -> _Kind:
+        if node.target in _LIKE and isinstance(other := node.args[1], fx.Node):
+            return self.kinds.get(self.raised.get(other, other), _Kind.FREE)
+        kinds = {self.kinds[arg] for arg in floats}
+        dtype = _dtype_argument(node)
+        if dtype is not None and dtype.is_floating_point and kinds - {_Kind.FREE}:
+            return _Kind.RAISED if dtype == torch.float32 else _Kind.OWN
+        if kinds <= {_Kind.FREE}:
+            return _Kind.FREE
+        if _Kind.RAISED not in kinds or (_Kind.OWN in kinds and _name(node) in _CONTRACTIONS):
+            return _Kind.OWN
+        return _Kind.RAISED
+
+    def _dtype_of(self, kind: _Kind) -> torch.dtype:
+        return self.dtype if kind is _Kind.OWN else torch.float32
+
+    def _note(self, node: fx.Node, kind: _Kind) -> None:
+        self.kinds[node] = kind
+        self._retype(node, self._dtype_of(kind))
+
+    def _retype(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Note the dtype of a node's float values."""
+        node.meta["val"] = tree_map(lambda value: _as_dtype(value, dtype), node.meta["val"])
+
+    def _use(self, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> None:
+        """Cast a value for one of its readers, if it has another dtype."""
+        values = [value for value in _values(arg) if _is_float(value)]
+        if not values or values[0].dtype == dtype or not isinstance(arg.meta["val"], Tensor):
+            return
+        if (arg, dtype) not in self.casts:
+            with self.graph.inserting_after(arg):
+                self.casts[arg, dtype] = self._new_cast(arg, dtype, user)
+        user.replace_input_with(arg, self.casts[arg, dtype])
+
+    def _new_cast(self, arg: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
+        cast = self.graph.call_function(_aten._to_copy.default, (arg,), {"dtype": dtype})
+        cast.meta = {k: v for k, v in (user.meta | arg.meta).items() if k != "custom"}
+        cast.meta["val"] = _as_dtype(arg.meta["val"], dtype)
+        return cast
+
+    def _set_dtype(self, node: fx.Node) -> None:
+        """Set the dtype argument of a node to the dtype of its noted value."""
+        dtype = next((value.dtype for value in _values(node) if isinstance(value, Tensor)), None)
+        if dtype is None:
+            return
+        node.args = tuple(dtype if isinstance(arg, torch.dtype) else arg for arg in node.args)
+        node.kwargs = {name: dtype if isinstance(arg, torch.dtype) else arg for name, arg in node.kwargs.items()}
+
+    def _keep_finite(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Clamp constants such as the smallest float32, which masks a position, to the range of the precision."""
+        limit, extreme = torch.finfo(self.dtype).max, torch.finfo(self.before).max
+
+        def bounded(value: Any) -> Any:
+            if isinstance(value, float) and math.isfinite(value) and (dtype == self.dtype or abs(value) >= extreme):
+                return min(max(value, -limit), limit)
+            return value
+
+        node.args = tuple(bounded(arg) for arg in node.args)
+        node.kwargs = {name: bounded(arg) for name, arg in node.kwargs.items()}
+
+    def _in_dtype(self, parameter: nn.Parameter, name: str) -> nn.Parameter:
+        if not parameter.is_floating_point() or parameter.dtype == self.dtype:
+            return parameter
+        return _cast_parameter(parameter, self.dtype, name)
+
+
+def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:
+    def cast(values: Tensor) -> Tensor:
+        largest = max(abs(float(bound)) for bound in torch.aminmax(values)) if values.numel() else 0.0
+        if dtype == torch.float16 and not largest < _FLOAT16_OVERFLOW:
+            raise ExportError(
+                f"{name} holds {largest:.3g}, which float16 cannot; take precision='bf16' or precision='fp32'"
+            )
+        return values.to(dtype)
+
+    entries = EntrySource(lambda: map(cast, raw_entries(parameter, name)))  # experts, which are cast one by one
+    source = entries if parameter.ndim == 3 else lambda: cast(raw_values_of(parameter, name))
+    return lazy_parameter(source, parameter.shape, dtype)
+
+
+def _scope(node: fx.Node) -> str:
+    """Path of the module that a node was traced in, ending in a dot."""
+    paths = [path for path, _ in module_stack(node)]
+    return f"{paths[-1]}." if paths and paths[-1] else ""
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return base_name(target) if isinstance(target, OpOverload) else str(target)
+
+
+def _dtype_argument(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a node names for its result."""
+    return next((arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.dtype)), None)
+
+
+def _values(node: fx.Node) -> Iterator[Any]:
+    value = node.meta.get("val")
+    yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _is_float(value: Any) -> bool:
+    value = value.meta.get("val") if isinstance(value, fx.Node) else value
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A noted value with another dtype; its symbolic sizes stay."""
+    if not _is_float(value) or value.dtype == dtype:
+        return value
+    return (
+        value.to(dtype) if not isinstance(value, nn.Parameter) else torch.empty_like(value, dtype=dtype, device="meta")
+    )

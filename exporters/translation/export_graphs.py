@@ -1,0 +1,226 @@
+"""The graphs that an export begins with: one that can be exported, of PyTorch's operators, or split in two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import Cache, EncoderDecoderCache
+
+from gralora_fx.base.compat.torch_graphs import tree_info, tree_leaves, tree_unflatten
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.tracing.inputs.cache import returned_cache
+from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
+from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
+from gralora_fx.core.tracing.ready_graphs import is_operator_graph, recapture
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, first_line, warn_caller
+from gralora_fx.exporters.translation.cast_graph import precision_of
+from gralora_fx.exporters.translation.matching import is_size
+from gralora_fx.format.input_names import PAST
+
+
+def check_exportable(traced: TracedModel, *, verify: bool) -> None:
+    """Check that a trace can be exported.
+
+    Args:
+        traced: The trace, with adapters folded.
+        verify: Whether the export will be compared with it.
+
+    Raises:
+        ExportError: It has no example inputs, returns no tensor, draws random numbers though it is to be compared, or
+            its weights are not of one precision that ONNX has.
+    """
+    if not traced.example_inputs:
+        raise ExportError("the trace has no example inputs, which the export needs; give them to trace()")
+    (output,) = traced.graph_module.graph.find_nodes(op="output")
+    if not output.all_input_nodes:
+        raise ExportError("the model returns no tensor, so there is nothing to export; return one from its forward")
+    numbers = [str(node) for node in output.all_input_nodes if not _is_tensor(node)]
+    if numbers:
+        warn_caller(f"the model returns numbers beside tensors ({', '.join(numbers)}), which the export leaves out")
+    graph = copy_graph(traced.graph_module)
+    set_mode(graph, False)
+    if verify and (drawn := find_rng_op(graph)) is not None:
+        raise ExportError(
+            f"the model draws random numbers in evaluation ({drawn}), so no two runs agree and none can be verified; "
+            "make the noise an input of its forward, or export with verify=False"
+        )
+    precision_of(traced.graph_module)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a node is a tensor, as far as its traced value tells."""
+    return "val" not in node.meta or isinstance(node.meta["val"], torch.Tensor)
+
+
+def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
+    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value.
+
+    Args:
+        traced: The trace, with adapters folded.
+
+    Raises:
+        ExportError: Its graph calls what is not an operator, and cannot be captured again.
+    """
+    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
+    set_mode(graph_module.graph, False)
+    drop_regions_for_inference(graph_module.graph)
+    graph_module.train(False)
+    is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it
+    if traced.example_inputs.get(PAST) is not None and is_noted:
+        return graph_module
+    return _as_operators(graph_module, traced)
+
+
+def step_to_translate(traced: TracedModel) -> fx.GraphModule:
+    """The graph of a decoder's step that returns logits and the cache alone, whatever the model returns beside them.
+
+    Args:
+        traced: The trace, with adapters folded.
+
+    Raises:
+        ExportError: See `graph_to_translate`.
+    """
+    graph_module = graph_to_translate(traced)
+    output = graph_module.graph.output_node()
+    results: Any = output.args[0]
+    named = tree_unflatten(results, tree_info(graph_module.graph).out_spec)
+    others = [value for name, value in named.items() if name != "logits" and not isinstance(value, Cache)]
+    beside = {node for node in tree_leaves(others) if isinstance(node, fx.Node)}
+    if not beside:
+        return graph_module
+    output.args = (tuple(node for node in results if node not in beside),)
+    graph_module.graph.set_codegen(fx.graph.CodeGen())  # its outputs are those of its form no more
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:
+    """The graph itself if it can be translated, else captured again, such as a symbolic trace that calls modules."""
+    if is_operator_graph(graph_module.graph):
+        return graph_module
+    try:
+        return recapture(graph_module, traced.graph_inputs, dynamic=traced.signature.dynamic)
+    except Exception as error:  # torch.export raises errors of every type
+        raise ExportError(f"the graph cannot be captured as PyTorch's operators: {first_line(error)}") from error
+
+
+_DECODER_PREFIXES = ("decoder_", PAST)
+
+
+@dataclass(frozen=True)
+class SplitGraph:
+    """A graph split in two.
+
+    Attributes:
+        encoder: From the model's own input to `last_hidden_state`.
+        decoder: From `input_ids`, `encoder_hidden_states`, the masks that it reads, and past keys and values of its own
+            positions, to `logits`, keys and values of its own positions, and those of the encoder's output.
+        outputs: Names of the decoder's outputs: `logits` and `present.N.decoder|encoder.key|value`.
+    """
+
+    encoder: fx.GraphModule
+    decoder: fx.GraphModule
+    outputs: tuple[str, ...]
+
+
+def split(graph_module: fx.GraphModule) -> SplitGraph:
+    """Split a traced encoder-decoder at the encoder's output.
+
+    Before: `logits, keys and values, hidden = forward(input_ids, attention_mask, decoder_input_ids, past)`
+    After:  `hidden = encoder(input_ids, attention_mask)` and
+            `logits, keys and values = decoder(input_ids, encoder_hidden_states, encoder_attention_mask, past)`
+
+    Args:
+        graph_module: A graph traced with a cache, in evaluation mode; it is left as it is.
+
+    Raises:
+        ExportError: The graph does not return the encoder's output, or the decoder reads more of the encoder than that.
+    """
+    graph = graph_module.graph
+    results: Any = graph.output_node().args[0]
+    spec = tree_info(graph).out_spec
+    outputs = tree_unflatten(results, spec)
+    hidden, cache = outputs.get("encoder_last_hidden_state"), returned_cache(outputs)
+    if not isinstance(hidden, fx.Node) or not isinstance(cache, EncoderDecoderCache):
+        raise ExportError("the trace gives no encoder_last_hidden_state with a cache; trace it with a -with-past task")
+    self_layers, cross_layers = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+    if len(self_layers) != len(cross_layers):
+        raise ExportError(
+            f"the decoder has {len(self_layers)} layers with a cache of its own and {len(cross_layers)} of the encoder"
+        )
+    placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    decoder_inputs = {name: node for name, node in placeholders.items() if name.startswith(_DECODER_PREFIXES)}
+    encoder_inputs = {name: node for name, node in placeholders.items() if name not in decoder_inputs}
+    encoder = _part(graph_module, encoder_inputs, {"last_hidden_state": hidden})
+    past = {name: node for name, node in decoder_inputs.items() if name.startswith(PAST)}
+    decoder_feed = {name.removeprefix("decoder_"): node for name, node in decoder_inputs.items() if name not in past}
+    decoder_feed |= {f"encoder_{name}": node for name, node in encoder_inputs.items() if name.endswith("mask")}
+    decoder_feed |= {"encoder_hidden_states": hidden, **past}
+    named_outputs = {"logits": outputs["logits"]}
+    for index, layers in enumerate(zip(self_layers, cross_layers, strict=True)):
+        for part, layer in zip(("decoder", "encoder"), layers, strict=True):
+            named_outputs |= {f"present.{index}.{part}.key": layer.keys, f"present.{index}.{part}.value": layer.values}
+    decoder = _part(graph_module, decoder_feed, named_outputs)
+    return SplitGraph(encoder, decoder, tuple(named_outputs))
+
+
+def _part(
+    graph_module: fx.GraphModule, inputs: Mapping[str, fx.Node], outputs: Mapping[str, fx.Node]
+) -> fx.GraphModule:
+    """The subgraph between inputs and outputs, which reads every size from its own inputs.
+
+    Args:
+        graph_module: The whole graph.
+        inputs: Nodes that become placeholders, by their names; those that nothing reads are left out.
+        outputs: Nodes to return, by name.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for name, node in inputs.items():
+        copies[node] = graph.placeholder(name)
+        copies[node].meta = dict(node.meta)
+    sizes = {
+        str(size): (placeholder, axis)
+        for placeholder in reversed(list(copies.values()))
+        for axis, size in enumerate(placeholder.meta["val"].shape)
+        if isinstance(size, torch.SymInt)
+    }
+    needed = _reached(outputs.values(), stop=set(copies), sizes=sizes)
+    for node in graph_module.graph.nodes:
+        if node not in needed or node in copies:
+            continue
+        size = sizes.get(str(node.meta.get("val"))) if is_size(node) else None
+        if size is not None:
+            copies[node] = graph.call_function(torch.ops.aten.sym_size.int, size)
+            copies[node].meta = dict(node.meta)
+        elif node.op == "placeholder":
+            names = ", ".join(inputs)
+            raise ExportError(f"{', '.join(outputs)} depends on {node.target} by more than {names}; it cannot be split")
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs.values()))
+    for placeholder in graph.find_nodes(op="placeholder"):
+        if not placeholder.users:
+            graph.erase_node(placeholder)
+    graph.lint()
+    return fx.GraphModule(graph_module, graph)
+
+
+def _reached(outputs: object, *, stop: set[fx.Node], sizes: Mapping[str, tuple[fx.Node, int]]) -> set[fx.Node]:
+    """Every node that the outputs depend on, not looking past the given nodes and known sizes."""
+    reached: set[fx.Node] = set()
+    waiting = list(outputs)  # type: ignore[call-overload]
+    while waiting:
+        node = waiting.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        if node not in stop and not (is_size(node) and str(node.meta["val"]) in sizes):
+            waiting.extend(node.all_input_nodes)
+    return reached

@@ -1,0 +1,115 @@
+"""Adapters that are data of an export: compared with those of the model, in sessions, and folded into a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gralora_fx.core.methods import AdapterTensors, Update
+from gralora_fx.core.methods.fold import fold
+from gralora_fx.core.methods.gralora import Factors
+from gralora_fx.core.methods.lora import LoraFactors
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.model.merging import replace_weights, with_parameters
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, listed
+from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
+from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
+from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.adapter_paths import check_name, own_adapters
+from gralora_fx.run.sessions.adapter_arrays import as_ort_value, cast
+from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
+from gralora_fx.run.sessions.session_views import adapter_dtype, adapter_values, with_adapter
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
+    """Return a session over `model.onnx` with an adapter."""
+    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
+    values = {name: as_ort_value(cast(array, taken.dtype)) for name, array in tensors.items()}
+    return with_adapter(session, adapter_values(values, taken, session))
+
+
+def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:
+    """Check that a name in the export can be that of the model's adapter.
+
+    Raises:
+        ExportError: It cannot.
+    """
+    check_name(name)
+    if inputs is None:
+        raise ExportError(f"{directory} holds no adapters as data; leave adapter_name={name!r} out")
+    active = model.active_adapters if isinstance(model, GraloraModel) else []
+    if len(active) != 1:
+        raise ExportError(
+            f"adapter_name={name!r} is for a model with one active adapter, and this one has {listed(active) or 'none'}"
+            "; leave it out, or make one active"
+        )
+
+
+def tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base: BaseParameters) -> Arrays:
+    """Return the tensors of an active adapter as the export, where it may have another name, holds them.
+
+    Raises:
+        ExportError: They are not in the export, or are another's there.
+    """
+    directory, manifest = base.directory, base.manifest
+    inputs = manifest.adapter_inputs
+    assert inputs is not None
+    assert isinstance(model, GraloraModel)
+    there = own_adapters(directory, ExportError)
+    path = there.get(exported)
+    if path is None:
+        names = " or ".join(map(repr, there)) if len(model.active_adapters) == 1 else ""
+        named = f"give adapter_name={names} if it has that name there, " if names else ""
+        raise ExportError(
+            f"the model's adapter {exported!r} is not in {directory}, which has {listed(there) or 'none'}; {named}add "
+            "it with export_adapter, or make another one active"
+        )
+    tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
+    changes = installed_changes(model, name, base)
+    _check_equal(exported, path, tensors, adapter_tensors(name, changes, inputs))
+    return tensors
+
+
+def _check_equal(name: str, path: Path, tensors: Arrays, expected: Arrays) -> None:
+    differing = [key for key in expected if key not in tensors or not np.array_equal(tensors[key], expected[key])]
+    if differing or expected.keys() != tensors.keys():
+        raise ExportError(
+            f"{path} holds another adapter than the model's {name!r}: {listed(differing or ['layers'], 3)} differ; "
+            "export it again with export_adapter"
+        )
+
+
+def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: AdapterInputs) -> TracedModel:
+    """Return a float32 model with an adapter folded into its weights.
+
+    Args:
+        base: The model.
+        tensors: The adapter's tensors as the export has them, by name.
+        inputs: The layers whose adapters are data of the export.
+    """
+    sites = {site.path: site for site in base.sites}
+    weights: dict[str, nn.Parameter] = {}
+    biases: dict[int, nn.Parameter] = {}
+    for entry in inputs.sites:
+        names = [name for name in entry.names(inputs.k) if name in tensors]
+        own = {name: torch.from_numpy(tensors[name].astype(np.float32)) for name in names}
+        A, B, A_general, B_general, bias = entry.parts(own)
+        if A_general is not None and B_general is not None:
+            site, general = sites[entry.path], (A_general.t(), B_general.t())
+            factors: AdapterTensors = LoraFactors(*general) if A is None or B is None else Factors(A, B, *general)
+            folded = fold(site.weight.detach(), [Update(factors, 1.0)], transposed=site.kind == "conv1d")
+            weights[entry.path] = nn.Parameter(folded, requires_grad=False)
+        if bias is not None:
+            before = base.tree.parameters[f"{entry.path}.bias"]
+            biases[id(before)] = nn.Parameter(before.detach() + bias, requires_grad=False)
+    return with_parameters(replace_weights(base, weights), biases)

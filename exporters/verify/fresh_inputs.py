@@ -1,0 +1,350 @@
+"""What an export is compared on: fresh inputs of each kind of model, prompts, and a user's own texts and prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
+from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache, tensors_of, with_tensors
+from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.core.tracing.inputs.input_trees import path_of
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
+from gralora_fx.exporters.translation.names import AXES
+from gralora_fx.exporters.verify.cases import (
+    LENGTHS,
+    Case,
+    PromptBatch,
+    context_of,
+    is_text,
+    like,
+    longest_text,
+    pad,
+    text_like,
+    vocabulary_of,
+)
+from gralora_fx.exporters.verify.fresh_images import images_beside
+from gralora_fx.format.image_sizes import pixels
+from gralora_fx.format.input_names import IMAGES, PAST
+
+_BATCH = 16  # a user's texts that are compared at once
+_STEPS = (  # rows, positions before, new positions, side of the padding
+    (1, 0, 1, ""),
+    (1, 0, 24, ""),
+    (3, 0, 11, "left"),
+    (3, 0, 9, "right"),
+    (1, 24, 1, ""),
+    (4, 9, 1, "left"),
+    (1, 6, 5, ""),
+)
+_QUICK_STEPS = ((1, 0, 1, ""), (3, 0, 9, "right"), (1, 6, 5, ""))  # left padding and single steps: see `_QUICK_PROMPTS`
+_ANSWER = 24  # tokens of an encoder-decoder's answer that is measured
+_USER_STEPS = 16  # tokens that are compared after a user's own prompts
+_LONG = 1000  # positions of the longest prompt, if the model has as many
+# lengths of the prompts of one batch, padding side, and number of tokens to compare
+_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (
+    ((12,), "left", 16),
+    ((17, 3, 11, 6), "left", 16),
+    ((9, 5, 7), "right", 4),
+    ((_LONG,), "left", 4),
+)
+_QUICK_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
+# rows, length of the text, side of its padding, positions before, new positions
+_ENCODED_STEPS = (
+    (1, 24, "", 0, 1),
+    (1, 1, "", 0, 6),
+    (3, 11, "right", 0, 4),
+    (4, 6, "left", 9, 1),
+    (1, 24, "", 24, 1),
+    (3, 11, "right", 5, 3),
+)
+_QUICK_ENCODED_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 4, 1))
+
+
+def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Texts of several lengths, padded on either side; other and nested inputs in several batch sizes.
+
+    Args:
+        model: A traced model.
+        generator: Draws the values.
+        quick: Whether few are enough; they are few and short either way.
+
+    Yields:
+        A description, and inputs by name.
+    """
+    inputs = model.graph_inputs
+    sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    if len(sample) < len(inputs) or not any(map(is_text, sample)):
+        for batch in (1, 3):
+            yield (
+                f"batch {batch}",
+                {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()},
+            )
+        for image_size in _other_image_sizes(model):
+            case = {name: _nested(model, name, value, 2, generator) for name, value in inputs.items()}
+            case[IMAGES] = _images(case[IMAGES], image_size, generator)
+            yield f"2 images of {pixels(image_size)}", case
+        return
+    limit = longest_text(model)
+    rows, positions_held = _held_sizes(model, sample)
+    image_sizes = iter(_other_image_sizes(model))
+    for batch, length, padding in ((1, LENGTHS[0], None), (1, LENGTHS[3], None), (3, 11, "right"), (4, 6, "left")):
+        batch, size = rows or batch, positions_held or min(length, limit)
+        case = {name: text_like(name, value, model, batch, size, generator) for name, value in sample.items()}
+        if padding and size > 1:
+            pad(case, padding)
+        description = f"{batch} x {size}" + (f" padded {padding}" if padding else "")
+        for image_size in itertools.islice(image_sizes, 1):
+            case[IMAGES] = _images(case[IMAGES], image_size, generator)
+            description += f" with images of {pixels(image_size)}"
+        yield description, case
+
+
+def _other_image_sizes(model: TracedModel) -> list[tuple[int, int]]:
+    """Image sizes to compare, of a trace in which they vary: smaller and larger than the example's, odd if they may."""
+    sizes = model.signature.image_sizes
+    if sizes is None or sizes.fixed is not None:
+        return []
+    height, width = model.example_inputs[IMAGES].shape[2:]
+    return [sizes.fitting((height // 2 + 1, width)), sizes.fitting((width + 5, height + 3))]
+
+
+def _images(images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Random images of another height and width."""
+    return torch.randn(*images.shape[:2], *size, generator=generator).to(images.dtype)
+
+
+def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Batch size and sequence length that a trace is fixed to; None for one that may vary."""
+    texts = [name for name in sample if AXES.get(name, ("", ""))[1:2] == ("sequence_length",)]
+    sizes = [model.signature.fixed.get(name, (None, None)) for name in texts]
+    rows, lengths = zip(*(size[:2] for size in sizes if len(size) > 1), strict=True) if sizes else ((), ())
+    return next(filter(None, rows), None), next(filter(None, lengths), None)
+
+
+def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
+    """Random values with the structure of an example, with another batch size if the trace lets it vary."""
+
+    def fresh(keys: KeyPath, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        rows, *_ = (*model.signature.fixed.get(path_of(name, keys), ()), None)
+        return like(value, rows or batch, None, generator)
+
+    return tree_map_with_path(fresh, example)
+
+
+def text_cases(
+    texts: Sequence[str], tokenizer: Any, traced: TracedModel, *, batch: int = _BATCH, longest: int | None = None
+) -> Iterator[Case]:
+    """Batches of texts, each padded to its longest, cut at the model's context.
+
+    Args:
+        texts: The texts.
+        tokenizer: A tokenizer, or the directory of one.
+        traced: The model.
+        batch: How many texts are in a batch.
+        longest: The most tokens of a text; None for as many as the context has.
+
+    Yields:
+        A description, and inputs by name.
+
+    Raises:
+        ExportError: There is no tokenizer, it does not take a text, or it does not give what the model takes.
+    """
+    loaded = loaded_tokenizer(tokenizer)
+    names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
+    room = longest_text(traced)
+    for start in range(0, len(texts), batch):
+        part = list(texts[start : start + batch])
+        where = f"texts {start + 1} to {start + len(part)}" if batch > 1 else f"text {start + 1}"
+        encoded = _encoded(loaded, part, room if longest is None else min(room, longest), where)
+        if "input_ids" in encoded:  # a tokenizer may leave token types out, and they are zeros in a single text
+            encoded.setdefault("token_type_ids", torch.zeros_like(encoded["input_ids"]))
+        if missing := [name for name in names if name not in encoded]:
+            raise ExportError(
+                f"the model takes {', '.join(names)}, but the tokenizer gives no {', '.join(missing)} for a text; "
+                "leave texts out"
+            )
+        yield where, {**traced.constants, **{name: encoded[name] for name in names}}
+
+
+def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:
+    try:
+        return dict(tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+    except Exception as error:  # tokenizers raise types of their own
+        raise ExportError(f"the tokenizer does not take {where} ({first_line(error)})") from error
+
+
+def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompts with an empty cache, and steps after a long one, padded on the left.
+
+    Args:
+        model: The traced model.
+        generator: Draws the values.
+        quick: Whether a few short ones are enough, each kind once: a prompt, one of several rows padded, and what
+            follows after others.
+
+    Yields:
+        A description, and inputs by name.
+    """
+    example = model.example_inputs[PAST]
+    limit = longest_text(model)
+    for batch, past, length, side in _QUICK_STEPS if quick else _STEPS:
+        if past + length > limit:
+            continue
+        case = {
+            name: text_like(name, value, model, batch, length, generator)
+            for name, value in model.example_inputs.items()
+            if isinstance(value, Tensor) and name not in IMAGE_INPUTS
+        }
+        mask = torch.ones(batch, past + length, dtype=torch.long)
+        for row in range(1, batch) if side else ():
+            count = min(2 * row, past + length - 1)
+            mask[row, slice(count) if side == "left" else slice(-count, None)] = 0
+        case["attention_mask"] = mask
+        if "position_ids" in case:
+            case["position_ids"] = positions(mask, length)
+        cache = empty_cache(example, batch)
+        if past:  # computed by the model: errors on random keys and values would say nothing about texts
+            first = {name: value for name, value in case.items() if name not in ("attention_mask", "position_ids")}
+            first["input_ids"] = like(case["input_ids"], batch, past, generator, vocabulary_of(model))
+            first["attention_mask"] = mask[:, :past]
+            if "position_ids" in case:
+                first["position_ids"] = positions(mask[:, :past])
+            with torch.no_grad():
+                cache = returned_cache(model(**model.constants, **first)) or cache
+        name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
+        yield name, {**case, **images_beside(model, case, generator), PAST: cache}
+
+
+def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[PromptBatch]:
+    """Random prompts: one, several of unequal length padded on either side, and one that fills the context.
+
+    Args:
+        model: A model traced with a cache.
+        seed: Seed of the tokens.
+        quick: Whether two short left-padded ones are enough.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
+    for lengths, side, steps in _QUICK_PROMPTS if quick else _PROMPTS:
+        room = min(context, _LONG) - steps
+        if room < 1:
+            continue
+        sizes = [min(length, room) for length in lengths]
+        rows = [torch.randint(min(3, vocabulary - 1), vocabulary, (size,), generator=generator) for size in sizes]
+        yield pad_prompts([row.tolist() for row in rows], side=side, steps=steps)
+
+
+def pad_prompts(
+    rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, label: str = "prompt"
+) -> PromptBatch:
+    """Batch prompts, the shorter ones padded.
+
+    Args:
+        rows: Token ids by prompt.
+        side: Padding side, `"left"` or `"right"`.
+        steps: How many tokens to compare.
+        label: What to call them in the description.
+    """
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        filled = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[index, filled], mask[index, filled] = torch.tensor(row), 1
+    sizes = sorted({len(row) for row in rows})
+    size = f"{sizes[0]} to {sizes[-1]} tokens padded {side}" if len(sizes) > 1 else f"{longest} tokens"
+    return PromptBatch(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
+
+
+def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
+    """A user's prompts as one batch, padded on the left.
+
+    Args:
+        prompts: Texts, chats or token ids.
+        output_dir: The export directory, which holds the tokenizer for texts and chats.
+        traced: The model.
+
+    Raises:
+        ExportError: A prompt is empty, too long or of another kind, or holds ids out of range.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
+    tokenizer = load_tokenizer(output_dir, ExportError)
+    rows = [prompt_ids(prompt, tokenizer, ExportError) for prompt in prompts]
+    vocabulary, context = vocabulary_of(traced), context_of(traced)
+    for index, row in enumerate(rows):
+        wrong = [token for token in row if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if not row or wrong:
+            what = f"holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens" if wrong else "is empty"
+            raise ExportError(f"prompt {index} {what}; give other ids")
+        if context is not None and len(row) > context - _USER_STEPS:
+            raise ExportError(
+                f"prompt {index} has {len(row)} tokens, and {_USER_STEPS} are added, more than the context of "
+                f"{context}; shorten it"
+            )
+    return pad_prompts(rows, steps=_USER_STEPS, label="given prompt")
+
+
+def random_answers(model: TracedModel, seed: int) -> list[Case]:
+    """What an encoder-decoder is measured on: 16 random texts, or 4 other inputs, each with an answer from its start.
+
+    None is padded, and there are no keys and values but those that the model computes.
+
+    Args:
+        model: The traced model.
+        seed: Seed of the random tokens.
+    """
+    generator, length = torch.Generator().manual_seed(seed), min(_ANSWER, longest_text(model))
+    example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+    cases: list[Case] = []
+    for number in range(1, 5 if any(is_text(name) and not name.startswith("decoder_") for name in example) else 2):
+        case = {name: text_like(name, value, model, 4, length, generator) for name, value in example.items()}
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            case["decoder_input_ids"][:, 0] = start
+        empty = empty_cache(model.example_inputs[PAST], 4)
+        cases.append((f"4 random inputs, part {number}", {**model.constants, **case, PAST: empty}))
+    return cases
+
+
+def encoder_decoder_inputs(
+    model: TracedModel, generator: torch.Generator, quick: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A decoder's first and later steps, over texts of several lengths, padded on either side.
+
+    Args:
+        model: The traced model.
+        generator: Draws the values.
+        quick: Whether a few short ones are enough, each kind once.
+
+    Yields:
+        A description, and inputs by name.
+    """
+    limit = longest_text(model)
+    for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
+        if past + length > limit or source > limit:
+            continue
+        example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
+        case: dict[str, Any] = {
+            name: text_like(name, value, model, batch, length if name.startswith("decoder_") else source, generator)
+            for name, value in example.items()
+        }
+        pad(case, side or "right")
+        held = tensors_of(model.example_inputs[PAST])
+        shapes = {slot: slot.kind.shape(tensor.shape, batch, past) for slot, tensor in held.items()}
+        drawn = {slot: torch.randn(shape, generator=generator) for slot, shape in shapes.items()}
+        case[PAST] = with_tensors(model.example_inputs[PAST], drawn)
+        read = f"{batch} x {source}" if "input_ids" in case else f"{batch} inputs"
+        padded = f" padded {side}" if side and "attention_mask" in case else ""
+        yield f"{length} after {past} of {read}{padded}", case

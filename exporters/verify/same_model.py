@@ -1,0 +1,204 @@
+"""Whether a model can be compared with an export: that it runs, and that it and its adapters are those exported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from gralora_fx.core.adapters.adapter_files import read_adapter, tensors_digest
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.methods import method_described, method_of
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.model.rewrite import merge_lazily
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.exporters.kinds.conversion import base_trace, fingerprint_of
+from gralora_fx.exporters.verify.compared_tensors import flat
+from gralora_fx.format.manifest import AdapterEntry, Manifest
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedModel | GraloraModel) -> None:
+    """Check that an export is compared with its own model: of another, every difference would look like a fault.
+
+    Args:
+        output_dir: The export directory.
+        manifest: Its manifest.
+        model: The model to compare it with.
+
+    Raises:
+        ExportError: The model is of another base, or other adapters are active.
+    """
+    expected, own = manifest.base_fingerprint, fingerprint_of(model)
+    if expected not in (None, own) and not _is_merged(model, manifest):
+        if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
+            check_inputs(manifest.inputs, base_trace(model).example_inputs)
+        raise ExportError(
+            f"{output_dir} was exported from another base: its weights have fingerprint {str(expected)[:12]}, those of "
+            f"the given model {own[:12]}; give the base that was exported, with its adapters active rather than "
+            "folded"
+        )
+    if manifest.adapter_inputs is None:
+        _check_active_adapters(manifest, str(output_dir), model)
+
+
+def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
+    """Whether an export's fingerprint is that of the model with active adapters folded, as after an export of a merge.
+
+    Others may have been folded into that export afterwards, which leaves the fingerprint as it is: those that count are
+    the first ones of the manifest.
+    """
+    if not isinstance(model, GraloraModel):
+        return False
+    order = [entry.sha256 for entry in manifest.adapters.values()]
+    digests = {name: entry.sha256 for name, entry in describe_adapters(model).items()}
+    names = sorted(
+        (name for name in model.active_adapters if digests.get(name) in order),
+        key=lambda name: order.index(digests[name]),
+    )
+    return any(
+        fingerprint_of(merge_lazily(model, names[:count])) == manifest.base_fingerprint
+        for count in range(len(names), 0, -1)
+    )
+
+
+def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
+    """Check that a model takes every input of an export.
+
+    Args:
+        names: The inputs of the export.
+        case: Inputs of the model by name.
+
+    Raises:
+        ExportError: It does not; the message names those that are missing.
+    """
+    taken = flat(case)
+    missing = [name for name in names if name not in taken]
+    if missing:
+        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
+
+
+def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | GraloraModel) -> None:
+    """Check that a model's active adapters are those that were exported.
+
+    Raises:
+        ExportError: They differ; the message names both sets.
+    """
+    exported, active = manifest.adapters, describe_adapters(model)
+    if _digests(exported) == _digests(active):
+        return
+    state = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
+    if not exported:
+        raise ExportError(f"{origin} was exported without an adapter, but {state}; deactivate it (disable_adapter)")
+    raise ExportError(f"{origin} was exported with {_all(exported)}, but {state}; give the model that was exported")
+
+
+def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
+    """Check that adapter directories are what was exported, in any order, before a base is loaded.
+
+    Args:
+        manifest: The export's manifest.
+        origin: Its directory, for messages.
+        adapters: Directories or hub ids of the given adapters.
+
+    Raises:
+        ExportError: The export has adapters that are not given, or the other way round.
+        ConfigError: A given adapter's configuration is missing or invalid.
+        CheckpointError: Its tensors cannot be read.
+    """
+    if manifest.adapter_inputs is not None:  # any may be given; verification looks for its tensors
+        if len(adapters) > 1:
+            raise ExportError(f"{origin} takes adapters as data, and is verified with one at a time; give one adapter")
+        return
+    left = dict(manifest.adapters)
+    if not left:
+        if adapters:
+            raise ExportError(f"{origin} was exported without an adapter; leave adapter={adapters[0]!r} out")
+        return
+    for adapter in adapters:
+        name, differing = _nearest(left, adapter)
+        if differing is None:
+            del left[name]
+            continue
+        if not left:
+            raise ExportError(
+                f"{origin} was exported with {_all(manifest.adapters)}, and {adapter} is one more; give each once"
+            )
+        raise ExportError(f"{origin} was exported with {_all(left)}, and {adapter} is another one: {differing}")
+    if left:
+        each = "its directory as adapter=..." if len(left) == 1 else "the directory of each as adapter=..."
+        raise ExportError(f"{origin} was exported with {_all(left)}; give {each}{' too' if adapters else ''}")
+
+
+def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, str | None]:
+    """The entry that an adapter is, and None; or the name of another one, and what differs from it."""
+    config, tensors = read_adapter(adapter)
+    digests = _possible_digests(config, tensors)
+    differences = {name: _difference(entry, config, digests) for name, entry in entries.items()}
+    same = next((name for name, differing in differences.items() if not differing), None)
+    return (same, None) if same is not None else next(iter(differences.items()), ("", ""))
+
+
+def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -> str:
+    """What differs between an exported adapter and another; empty if it is the same."""
+    differing = [
+        f"{field}={value!r} instead of {entry.config[field]!r}"
+        for field, value in ({"peft_type": config.peft_type} | config.sizes).items()
+        if field in entry.config and value != entry.config[field]
+    ]
+    if differing or entry.sha256 in digests:
+        return ", ".join(differing)
+    return "its tensors have another SHA-256"
+
+
+def _digests(entries: Mapping[str, AdapterEntry]) -> list[str]:
+    return sorted(str(entry.sha256) for entry in entries.values())
+
+
+def _all(entries: Mapping[str, AdapterEntry]) -> str:
+    return " and ".join(_one(name, entry) for name, entry in entries.items())
+
+
+def _one(name: str, entry: AdapterEntry) -> str:
+    """A description of an adapter: name, sizes, base and digest."""
+    config = entry.config
+    fields = method_described(config, f"the adapter {name!r}").config.SIZE_FIELDS
+    sizes = ", ".join(f"{field}={config[field]}" for field in fields if config.get(field) not in ({}, None))
+    base = config.get("base_model_name_or_path")
+    made_for = f", made for {base}" if base else ""
+    return f"the adapter {name!r} ({sizes}{made_for}, SHA-256 {str(entry.sha256)[:12]})"
+
+
+def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The digests that a manifest may hold for a file, since a model may cast its tensors.
+
+    A model also drops copies of base tensors: PEFT's copy of an adapted head's weight, or of an embedding.
+    """
+    saved = config.saved_module_names
+    factors = tuple(f".{key}" for key in method_of(config).keys.values())
+    biases = (".bias",) if config.bias != "none" else ()
+    adapter_tensors = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key.endswith((*factors, *biases)) or any(_is_under(key, module) for module in saved)
+    }
+    digests = set()
+    for part in (tensors, adapter_tensors):
+        for dtype in (None, *_DTYPES):
+            cast = {key: (tensor if dtype is None else tensor.to(dtype)).contiguous() for key, tensor in part.items()}
+            digests |= {tensors_digest(cast, config), hashlib.sha256(save(cast, metadata={"format": "pt"})).hexdigest()}
+    return digests
+
+
+def _is_under(key: str, module: str) -> bool:
+    """Whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))

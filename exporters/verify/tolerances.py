@@ -1,0 +1,256 @@
+"""What differences verification allows: by an export's arithmetic, or by float32's own rounding (a float64 run)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import Cache
+
+from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
+from gralora_fx.core.graph.overlay import map_parameters
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.inputs.cache import empty_cache, returned_cache, tensors_of, with_tensors
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import first_line
+from gralora_fx.exporters.kinds.conversion import base_trace
+from gralora_fx.exporters.verify.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
+from gralora_fx.exporters.verify_report import RoundingCheck
+from gralora_fx.format.input_names import PAST
+from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.sessions.session import CPU, Runtime
+
+# Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
+# seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
+# their own weights and constants (see `comparable`); the constants round differently: largest seen 0.0004.
+_TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
+# Of a provider's arithmetic that is less exact than float32: 20 times its largest rounding error of a number, which is
+# 2^-11 where numbers have 11 bits, and 2^-8 where they have 8. The fp16 above is as much. In int8 it is 2^-8 of the
+# largest of a group of 32, which is about twice their root mean square, so twice as much. Largest seen on OpenVINO:
+# 0.012 in bf16 on MiniLM, 0.035 on SmolLM2-135M, and 0.085 in int8 and bf16 on the same quantized to int4.
+_OF_ARITHMETIC = {"fp32": 0.0, "tf32": 1e-2, "fp16": 1e-2, "bf16": 8e-2, "int8": 16e-2}
+_FROM_THE_MOST_EXACT = ("fp32", "tf32", "fp16", "bf16", "int8")
+# what providers compute in that do not keep to a float32 model's precision unless an option says so
+_LESS = {"QNNExecutionProvider": "fp16", "CoreMLExecutionProvider": "fp16"}
+_NVIDIA = {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
+LEAST_SCALE = 1 / 20  # such a difference may also be one rounding error of 1, however small the largest value is
+_ALLOWED = 4  # times the rounding error of float32 itself
+_DRAWS = 4  # runs with random rounding noise
+_LARGEST = 0.01  # difference that rounding may explain: a model that is further off in float32 tells nothing
+_BIT = torch.finfo(torch.float32).eps  # a whole bit, as the sums within an operator round at every term too
+
+
+def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
+    """The largest difference from a model with the same weights that an export's arithmetic explains.
+
+    A larger one is an error. Quantization adds nothing: the reference has the same quantized weights.
+
+    Args:
+        precision: Precision of the weights that are not quantized.
+        arithmetic: Precision that an execution provider computes in.
+
+    Returns:
+        A difference relative to a tensor's largest value, or to 1 where that is smaller.
+    """
+    return max(_TOLERANCES[precision], _OF_ARITHMETIC[arithmetic])
+
+
+def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = False) -> str:
+    """The least exact precision that a run computes in.
+
+    Args:
+        runtime: The providers with their options.
+        precision: Precision of the model that is run.
+        is_quantized: Whether it has quantized weights.
+
+    Returns:
+        `fp32`, `tf32` (float32 numbers multiplied with the bits of float16), `fp16`, `bf16`, or `int8` where
+        activations are rounded to that before they are multiplied.
+    """
+    if [name for name, _ in runtime.providers] == [CPU]:
+        return precision
+    from gralora_fx.run.sessions.openvino import arithmetic, is_openvino
+
+    devices = {device.provider: device for device in runtime.devices}
+    precisions = [precision]
+    for name, options in runtime.providers:
+        if is_openvino(name):
+            precisions.append(arithmetic(options, devices[name], is_quantized=is_quantized))
+        elif name in _NVIDIA:
+            precisions.append(_on_nvidia(options))
+        else:
+            precisions.append(_LESS.get(name, "fp32"))
+    return max(precisions, key=_FROM_THE_MOST_EXACT.index)
+
+
+def _on_nvidia(options: Mapping[str, Any]) -> str:
+    """CUDA and TensorRT multiply float32 matrices as TF32 unless `use_tf32` is 0."""
+    if str(options.get("trt_fp16_enable", "0")).lower() in ("1", "true"):
+        return "fp16"
+    return "fp32" if str(options.get("use_tf32", "1")).lower() in ("0", "false") else "tf32"
+
+
+def describe_weights(manifest: Manifest) -> str:
+    """Precision of an export's weights, quantized ones first, such as `fp16` or `int4, else fp32`.
+
+    Args:
+        manifest: The export's manifest.
+    """
+    kinds = [] if manifest.quantization is None else [manifest.quantization.kind]
+    return ", else ".join([*kinds, manifest.precision])
+
+
+class ToleranceCheck:
+    """Decides whether an export's values are close enough to the model's.
+
+    They are if they are within the tolerance. In a model that magnifies float32's last bits more than that, they may
+    also be up to four times as far from float64 as float32 itself: as PyTorch's float32 values, or as a float64 run
+    whose weights and results carry a bit of float32 rounding noise each. An export rounds differently from its model: a
+    folded weight once more, a fused operator less often. Every use of the second rule is recorded.
+
+    Runs with random rounding are Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic", 1997).
+    """
+
+    def __init__(
+        self, model: TracedModel | GraloraModel, tolerance: float, *, use_float64: bool, least_scale: float = 1.0
+    ) -> None:
+        """Nothing is run before it is needed.
+
+        Args:
+            model: The reference, in evaluation mode and float32.
+            tolerance: Largest difference, relative to the largest value or to the least scale where that is smaller.
+            use_float64: Whether the second rule applies.
+            least_scale: The least value that a difference is relative to.
+        """
+        self.tolerance, self.least_scale = tolerance, least_scale
+        self.exceeded: list[RoundingCheck] = []
+        self._is_lost = not use_float64  # after an inexcusable difference no other is examined
+        self._models = [Float64Model(model, draw) for draw in range(_DRAWS + 1)]
+
+    def accepts(
+        self, where: str, expected: Tensor, actual: Tensor, in_float64: Callable[[Float64Model], Tensor]
+    ) -> bool:
+        """Compare one tensor.
+
+        Args:
+            where: What the tensor is, for the report.
+            expected: PyTorch's values.
+            actual: The export's values.
+            in_float64: Computes the same tensor with a given float64 model.
+        """
+        scale = max(self.least_scale, largest_value(expected))
+        difference = largest_gap(expected, actual) / scale
+        if difference <= self.tolerance or self._is_lost:
+            return difference <= self.tolerance
+        why_not, rounding = "", 0.0
+        try:
+            reference, *others = (in_float64(model).double() for model in self._models)
+            rounding = max(largest_gap(reference, other) for other in (expected.double(), *others)) / scale
+        except RuntimeError as error:  # operators without a float64 kernel
+            why_not = f"no float64 run to compare with: {first_line(error)}"
+        self.exceeded.append(RoundingCheck(where, difference, rounding, why_not))
+        self._is_lost = not (difference <= _ALLOWED * rounding and rounding <= _LARGEST)
+        return not self._is_lost
+
+
+class Float64Model:
+    """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
+
+    def __init__(self, model: TracedModel | GraloraModel, draw: int = 0) -> None:
+        """Copy nothing yet: the weights are copied for every run and freed after it.
+
+        Args:
+            model: The model.
+            draw: 0 for no noise; any other is the seed of noise of up to a bit of float32 on every weight and result.
+        """
+        self.draw = draw
+        self._model = model
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What the model returns."""
+        round_off = _RoundingNoise(self.draw)
+        graph_module = _widened(self._model.graph_module, round_off)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.no_grad(), _Float64(round_off):
+                return graph_module(
+                    **base_trace(self._model).bind((), {name: _wide(value) for name, value in inputs.items()})
+                )
+        finally:
+            torch.set_default_dtype(before)
+
+    def steps(self, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Begin a text with an empty cache; what is returned reads new tokens, as the model does in the same steps.
+
+        Some models compute a token that is read by itself differently from one of several (see `PromptClamp`), so a
+        text at once is no reference for one that is read in steps.
+
+        Args:
+            batch: Number of rows.
+
+        Returns:
+            From new ids `[batch, new]` and the mask of all positions to the logits after each row's last token,
+            `[batch, vocabulary]`.
+        """
+        traced = base_trace(self._model)
+        cache: Any = empty_cache(traced.example_inputs[PAST], batch)
+
+        def read(ids: Tensor, mask: Tensor) -> Tensor:
+            nonlocal cache
+            outputs = self(**step_inputs(ids, mask, traced.input_names), past_key_values=cache)
+            cache = returned_cache(outputs)
+            return last_logits(outputs["logits"], mask)[:, -1]
+
+        return read
+
+
+class _RoundingNoise:
+    """Adds relative noise of up to a bit of float32; draw 0 adds none."""
+
+    def __init__(self, draw: int) -> None:
+        self._generator = torch.Generator().manual_seed(draw) if draw else None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if self._generator is None:
+            return values
+        noise = torch.rand(values.shape, generator=self._generator, dtype=torch.float32)
+        return values * noise.sub_(0.5).mul_(2 * _BIT).double().add_(1.0)
+
+
+class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replaces float32 dtype arguments by float64, and adds rounding noise to every result."""
+
+    def __init__(self, round_off: _RoundingNoise) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._noise = round_off
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        args, kwargs = tree_map(lambda v: torch.float64 if v is torch.float32 else v, (args, dict(kwargs or {})))
+        result = func(*args, **kwargs)
+        is_computed = isinstance(result, Tensor) and result.dtype == torch.float64 and not returns_alias(func)
+        return self._noise(result) if is_computed else result
+
+
+def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
+    wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
+
+    def wide(parameter: nn.Parameter, _: str) -> nn.Parameter:
+        if parameter.dtype != torch.float32:
+            return parameter
+        return nn.Parameter(round_off(parameter.detach().double()), requires_grad=False)
+
+    map_parameters(wide_module, wide)
+    for module in wide_module.modules():
+        for tensors in (module._buffers, vars(module)):
+            tensors |= {name: _wide(value) for name, value in tensors.items() if isinstance(value, Tensor)}
+    return wide_module
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Cache):
+        return with_tensors(value, {slot: _wide(tensor) for slot, tensor in tensors_of(value).items()})
+    return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.dtype == torch.float32 else tensor, value)

@@ -1,0 +1,8 @@
+"""Errors of ONNX Runtime, which have no public name."""
+
+from gralora_fx.base.compat.versions import fenced
+
+with fenced("onnxruntime"):
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+__all__ = ["NoKernel"]

@@ -1,0 +1,117 @@
+"""What torch has no public name for: operators, fake tensors, calling conventions, autocast, nested inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from gralora_fx.base.compat.versions import fenced
+
+with fenced("torch"):
+    from torch._guards import detect_fake_mode
+    from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+    from torch._subclasses import FakeTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import (
+        SUPPORTED_NODES,
+        GetAttrKey,
+        KeyPath,
+        MappingKey,
+        SequenceKey,
+        TreeSpec,
+        tree_flatten_with_path,
+        tree_leaves,
+        tree_map,
+        tree_map_only,
+        tree_map_with_path,
+        tree_unflatten,
+        treespec_leaf,
+    )
+
+__all__ = [
+    "SUPPORTED_NODES",
+    "FakeTensor",
+    "GetAttrKey",
+    "HigherOrderOperator",
+    "KeyPath",
+    "MappingKey",
+    "OpOverload",
+    "OpOverloadPacket",
+    "SequenceKey",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "base_name",
+    "code_transformer",
+    "convention_of",
+    "detect_fake_mode",
+    "enter_autocast",
+    "is_mutable",
+    "leave_autocast",
+    "returns_alias",
+    "schema_of",
+    "set_convention",
+    "tree_flatten_with_path",
+    "tree_info",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_map_with_path",
+    "tree_unflatten",
+    "treespec_leaf",
+]
+
+
+def schema_of(target: object) -> Any:
+    """Arguments and results of an operator, or None for another function."""
+    return getattr(target, "_schema", None)
+
+
+def is_mutable(target: object) -> bool:
+    """Whether a target is an operator that writes into one of its arguments."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def base_name(target: OpOverload) -> str:
+    """An operator's name without its namespace and overload: `add_` of `aten::add_.Tensor`."""
+    return str(target._schema.name.partition("::")[2])
+
+
+def returns_alias(target: OpOverload) -> bool:
+    """Whether an operator's result may alias an argument."""
+    return any(returned.alias_info is not None for returned in target._schema.returns)
+
+
+def convention_of(graph: fx.Graph) -> Any:
+    """The code generator of a graph, which holds its calling convention for nested inputs and outputs."""
+    return graph._codegen
+
+
+def set_convention(graph: fx.Graph, convention: Any) -> None:
+    """Set a graph's code generator without resetting its body transformer, as `set_codegen` would."""
+    graph._codegen = convention
+
+
+def tree_info(graph: fx.Graph) -> Any:
+    """Names and specs of the nested inputs and outputs (`_PyTreeInfo`), or None for a graph that has none."""
+    return getattr(graph._codegen, "pytree_info", None)
+
+
+def code_transformer(graph: fx.Graph) -> Any:
+    """The function that edits the lines of a graph's code (`on_generate_code`), or None."""
+    return graph._codegen._body_transformer
+
+
+def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None) -> Any:
+    """Enter `torch.autocast` by a function call, as a graph does, where a `with` block is not possible.
+
+    Returns:
+        The context, for `leave_autocast`.
+    """
+    return torch.amp.autocast_mode._enter_autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[no-untyped-call]
+
+
+def leave_autocast(context: Any) -> None:
+    """Leave the context that `enter_autocast` entered."""
+    torch.amp.autocast_mode._exit_autocast(context)  # type: ignore[no-untyped-call]

@@ -1,0 +1,81 @@
+"""The translation of operators within `torch.onnx`, without the trace and the passes around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+from torch import fx
+
+from gralora_fx.base.compat.versions import fenced
+
+with fenced("torch"):
+    from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration
+
+
+def new_registry(opset: int) -> Any:
+    """The translations of PyTorch's operators for an opset version, from onnxscript's torchlib."""
+    return _registration.ONNXRegistry.from_torchlib(opset_version=opset)
+
+
+def operators_in(registry: Any) -> set[Any]:
+    """The operators that a registry can translate."""
+    return set(_decomp.get_onnx_implemented_overloads(registry))
+
+
+def decomposition_table(supported: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
+    """PyTorch's decompositions, except those of supported operators."""
+    return dict(_decomp.create_onnx_friendly_decomposition_table(set(supported)))
+
+
+def promote_types(module: fx.GraphModule) -> None:
+    """Make implicit type promotion explicit; in place. It runs the graph on fake tensors."""
+    _fx_passes.insert_type_promotion_nodes(module)
+
+
+def translate_graph(
+    graph: fx.Graph, model: ir.Model, into: ir.Graph | ir.Function, functions: Mapping[str, ir.Function], registry: Any
+) -> None:
+    """Translate a graph, node for node.
+
+    Tensors that the graph reads become initializers of a graph and `Constant` nodes of a function, under the names of
+    the nodes that read them. `torch.onnx` is given inputs in their place: that of torch 2.11 translates no such nodes.
+
+    Args:
+        graph: A graph of PyTorch's operators, every node with its fake value, those that read a tensor with the tensor;
+            these become placeholders.
+        model: The model that the result is part of.
+        into: The graph or function that receives the nodes.
+        functions: Functions of the model by the name of the subgraph that each was translated from.
+        registry: The result of `new_registry`.
+    """
+    tensors = {node.name: node for node in graph.find_nodes(op="get_attr") if node.target not in functions}
+    for node in tensors.values():
+        node.op = "placeholder"
+    options: dict[str, Any] = {"graph_like": into, "owned_graphs": functions, "lower": "at_conversion"}
+    _core._translate_fx_graph(graph, model, registry=registry, **options)
+    for value in [value for value in into.inputs if value.name in tensors]:
+        into.inputs.remove(value)
+        value.const_value = _core.TorchTensor(tensors[str(value.name)].meta["val"], name=value.name)
+        if isinstance(into, ir.Graph):
+            into.register_initializer(value)
+        else:  # which reads nothing from outside
+            _prepend(into, ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)], outputs=[value]))
+
+
+def _prepend(function: ir.Function, node: ir.Node) -> None:
+    if len(function):
+        function.insert_before(function[0], node)
+    else:
+        function.append(node)
+
+
+def add_opset_imports(model: ir.Model) -> None:
+    """Import the domains of all operators of a model; in place."""
+    _ir_passes.add_opset_imports(model)
+
+
+def current_builder() -> Any:
+    """The builder that the running translation adds nodes to."""
+    return _core.current_tracer

@@ -1,0 +1,132 @@
+"""`transformers.exporters`, which transformers calls experimental."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from gralora_fx.base.compat.versions import fenced
+
+with fenced("transformers"):
+    from transformers.exporters import DynamoConfig, DynamoExporter
+    from transformers.exporters import utils as exporter_utils
+    from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes, register_pytree_node
+    from transformers.exporters.exporter_onnx import _IR_FIXES, _ONNX_TRANSLATION_TABLE
+    from transformers.exporters.utils import apply_fx_node_fixes, get_leaf_tensors
+
+
+def export_program(
+    model: PreTrainedModel, inputs: dict[str, Any], shapes: Mapping[str, Any] | None, *, dynamic: bool
+) -> torch.export.ExportedProgram:
+    """Export a transformers model.
+
+    Args:
+        model: The model; its modules and parameters stay unchanged.
+        inputs: Keyword inputs of its forward.
+        shapes: `dynamic_shapes` for `torch.export`, or None.
+        dynamic: Whether any axis may vary.
+
+    Returns:
+        A program over the model's own parameters.
+    """
+    with _chosen_patches(), _recording_grad_modes():
+        exported = DynamoExporter().export(model, inputs, DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
+    program: torch.export.ExportedProgram = exported.program
+    return program
+
+
+def auto_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`dynamic_shapes` for `torch.export` in which every axis of every tensor may vary."""
+    shapes: dict[str, Any] = get_auto_dynamic_shapes(dict(inputs))
+    return shapes
+
+
+def register_cache(kind: type) -> None:
+    """Register a cache class with pytree as an export does, for a graph from another process.
+
+    Args:
+        kind: The class.
+    """
+    register_pytree_node(kind)
+
+
+def onnx_translations() -> dict[Any, Any]:
+    """The translations that transformers has of operators, such as of experts, as onnxscript functions."""
+    return dict(_ONNX_TRANSLATION_TABLE)
+
+
+def fix_for_onnx(graph_module: fx.GraphModule) -> None:
+    """Rewrite calls that torch's translation gets wrong, as transformers' exporter does; in place."""
+    apply_fx_node_fixes("onnx", graph_module)
+
+
+def fix_model(model: ir.Model) -> None:
+    """Rewrite nodes that an execution provider refuses, as transformers' exporter does; in place."""
+    for fix in _IR_FIXES:
+        fix(model.graph)
+
+
+def leaf_names(values: Any) -> dict[str, Tensor]:
+    """The tensors of nested inputs or outputs by the names that transformers' exporter gives them.
+
+    Args:
+        values: A tensor, or any nesting of mappings, sequences and objects with attributes.
+
+    Returns:
+        Tensors by dotted path, such as `hidden_states.0`; a single tensor is `output`.
+    """
+    return dict(get_leaf_tensors(values))
+
+
+@contextmanager
+def _recording_grad_modes() -> Iterator[None]:
+    """Let this thread's exports record where a model turns gradients off.
+
+    The exporter calls `torch.export.export` without gradients, where turning them off is not recorded, so that a layer
+    within `torch.no_grad` would train.
+    """
+    export, thread = torch.export.export, threading.get_ident()
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+        with torch.enable_grad() if threading.get_ident() == thread else nullcontext():
+            return export(*args, **kwargs)
+
+    with patch.object(torch.export, "export", recorded):
+        yield
+
+
+# patches that transformers applies for an export to ONNX only, though without them the trace itself is of no use
+_OF_ONNX = {("transformers.masking_utils", "_vmap_expansion_sdpa")}
+
+
+@contextmanager
+def _chosen_patches() -> Iterator[None]:
+    """Skip the patches of models that are not imported, since applying them would import dozens of models.
+
+    The exported model is in memory, so its own module is imported. A mask that is built by `torch.vmap`, whose batched
+    tensors would be part of the trace, is built by broadcasting, and needs no help for reading tensors at them.
+    """
+    patches = list(exporter_utils._PATCHES["dynamo"])
+    chosen = [patch for patch in patches if _is_imported(patch[0])]
+    chosen += [patch for patch in exporter_utils._PATCHES["onnx"] if patch[:2] in _OF_ONNX]
+    chosen.append(("transformers.masking_utils", "TransformGetItemToIndex", lambda original: nullcontext))
+    exporter_utils._PATCHES["dynamo"] = chosen
+    try:
+        yield
+    finally:
+        exporter_utils._PATCHES["dynamo"] = patches
+
+
+def _is_imported(path: str) -> bool:
+    """Whether the model module of a dotted path is imported; paths elsewhere count as imported."""
+    parts = path.split(".")
+    return parts[:2] != ["transformers", "models"] or ".".join(parts[:4]) in sys.modules

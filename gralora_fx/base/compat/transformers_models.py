@@ -1,0 +1,78 @@
+"""What transformers' models are loaded and run with: names of tensors, layers that are quantized, masks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gralora_fx.base.compat.versions import fenced
+
+with fenced("transformers"):
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+    from transformers.integrations import moe as _  # noqa: F401  # it defines the operator of `grouped_product`
+    from transformers.masking_utils import (
+        AttentionMaskInterface,
+        blockwise_overlay,
+        causal_mask_function,
+        eager_mask,
+        or_masks,
+        sliding_window_causal_mask_function,
+    )
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+__all__ = [
+    "AttentionMaskInterface",
+    "Concatenate",
+    "MergeModulelist",
+    "WeightConverter",
+    "WeightRenaming",
+    "blockwise_overlay",
+    "causal_mask_function",
+    "eager_mask",
+    "get_model_conversion_mapping",
+    "grouped_product",
+    "or_masks",
+    "rename_source_key",
+    "should_convert_module",
+    "sliding_window_causal_mask_function",
+    "unquantized_modules",
+]
+
+
+def unquantized_modules(model: PreTrainedModel, names: Sequence[str] | None) -> list[str]:
+    """Names of the modules that transformers leaves in floats when it quantizes a model, and the given ones."""
+    given = None if names is None else list(names)
+    modules: list[str] = HfQuantizer.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
+    return modules
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The products of groups of rows, each with a matrix of its own.
+
+    Of tensors that have values it is a product for each group that has rows, whose gradients are those that are needed;
+    else, as in a graph that is compiled, transformers' operator.
+
+    Args:
+        x: `[rows, in]`, the groups one after the other.
+        weight: `[groups, in, out]`.
+        ends: `[groups]`, where each group ends.
+
+    Returns:
+        `[rows, out]`, in the weight's dtype.
+    """
+    x = x.to(weight.dtype)
+    if type(x) not in (Tensor, nn.Parameter):
+        result: Tensor = torch.ops.transformers.grouped_mm_fallback(x, weight, ends.to(torch.int32))
+        return result
+    parts = zip(x.tensor_split(ends[:-1].cpu()), weight.unbind(), strict=True)
+    products = [part @ matrix for part, matrix in parts if len(part)]
+    return torch.cat(products) if products else x.new_empty(0, weight.shape[2])

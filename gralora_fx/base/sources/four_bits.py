@@ -1,0 +1,293 @@
+"""Weights that bitsandbytes stored in four bits, read as the floats that its layers multiply by.
+
+A weight `[out, in]` is stored as `<key>` (two values a byte, the first in the upper half), `<key>.quant_map` (the 16
+values), `<key>.absmax` (the scale of each block) and `<key>.quant_state.bitsandbytes__nf4`, which is JSON: block size,
+shape and dtype. Where the scales are quantized too, `<key>.nested_absmax`, `<key>.nested_quant_map` and an offset say
+how. The arithmetic is bitsandbytes' own, in float32, so that every value is equal; it is not needed to read them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.base.sources.base_quantization import BLOCK_SIZES, KINDS
+from gralora_fx.base.sources.rewriting import BLOCK, bytes_of
+from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.errors import CheckpointError, bulleted, listed, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_STATE = ".quant_state.bitsandbytes__"
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+class _DamagedError(Exception):
+    """What is wrong with a stored weight, in words."""
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The scales of a weight's blocks.
+
+    Attributes:
+        stored: The scales, or where they are quantized, their 8-bit codes.
+        table: The values of the codes; None where the scales are floats.
+        outer: The scale of each block of codes.
+        outer_size: Codes of such a block.
+        offset: What is added to each.
+    """
+
+    stored: StoredTensor
+    table: NDArray[np.float32] | None = None
+    outer: NDArray[np.float32] | None = None
+    outer_size: int = 256
+    offset: float = 0.0
+
+    def between(self, first: int, last: int) -> NDArray[np.float32]:
+        """The scales of some blocks in float32, `[last - first]`."""
+        kind = np.dtype(np.uint8) if self.table is not None else FLOATS[self.stored.dtype]
+        values = np.empty(last - first, kind)
+        self.stored.read_into(values, first * kind.itemsize)
+        if self.table is None or self.outer is None:
+            return values.astype(np.float32, copy=False)
+        return scales_of(values, first, self.table, self.outer, self.outer_size, self.offset)
+
+
+@dataclass(frozen=True)
+class FourBitTensor(StoredTensor):
+    """A weight of four bits, which is read as a tensor of floats: of its own shape and of the dtype of its products.
+
+    Attributes:
+        codes: The stored bytes.
+        scales: The scales.
+        table: The 16 values.
+        block_size: Values with one scale.
+        kind: The name of the 16 values.
+        is_turned: Whether it is read as `[in, out]`, as transformers' `Conv1D` has it.
+    """
+
+    codes: StoredTensor
+    scales: BlockScales
+    table: NDArray[np.float32]
+    block_size: int
+    kind: str
+    is_turned: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are read for a part of them."""
+        return self.is_turned
+
+    def turned(self) -> FourBitTensor:
+        """The same weight transposed."""
+        return replace(self, shape=self.shape[::-1], is_turned=not self.is_turned)
+
+    def __call__(self) -> Tensor:
+        """The values as a tensor in memory of its own."""
+        return as_tensor(self.array())
+
+    def read_into(self, values: NDArray[Any], first: int = 0) -> None:
+        """Fill a contiguous array with the bytes of the floats, from the `first` on.
+
+        Raises:
+            CheckpointError: The file cannot be opened, or has become shorter.
+        """
+        dtype, target = FLOATS[self.dtype], bytes_of(values)
+        if self.is_turned:
+            whole = replace(self, shape=self.shape[::-1], is_turned=False).array()
+            target[:] = bytes_of(np.ascontiguousarray(whole.T))[first : first + len(target)]
+            return
+        while target:
+            start, ahead = divmod(first, dtype.itemsize)
+            stop = min(start + BLOCK, math.ceil((first + len(target)) / dtype.itemsize))
+            part = bytes_of(self._floats(start, stop).astype(dtype, copy=False))[ahead : ahead + len(target)]
+            target[: len(part)] = part
+            target, first = target[len(part) :], first + len(part)
+
+    def _floats(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Some values in float32, in the order in which they are stored."""
+        packed = np.empty((stop + 1) // 2 - start // 2, np.uint8)
+        self.codes.read_into(packed, start // 2)
+        scales = self.scales.between(start // self.block_size, -(-stop // self.block_size))
+        return values_of(packed, scales, self.table, self.block_size, start, stop)
+
+
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """An array as a tensor over the same memory, of bfloat16 too."""
+    import torch
+
+    if values.dtype == FLOATS["BF16"]:
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def scales_of(
+    codes: NDArray[np.uint8],
+    first: int,
+    table: NDArray[np.float32],
+    outer: NDArray[np.float32],
+    outer_size: int,
+    offset: float,
+) -> NDArray[np.float32]:
+    """Scales from their codes.
+
+    Args:
+        codes: Those of some blocks.
+        first: The number of the first of these blocks.
+        table: The values of the codes.
+        outer: The scale of each block of codes.
+        outer_size: Codes of such a block.
+        offset: What is added to each.
+    """
+    scales: NDArray[np.float32] = table[codes] * outer[np.arange(first, first + len(codes)) // outer_size]
+    return scales + np.float32(offset)
+
+
+def values_of(
+    packed: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    table: NDArray[np.float32],
+    block_size: int,
+    start: int,
+    stop: int,
+) -> NDArray[np.float32]:
+    """The values `start` to `stop` of a weight in float32.
+
+    Args:
+        packed: The bytes that hold them.
+        scales: The scales of the blocks that hold them.
+        table: The 16 values.
+        block_size: Values with one scale.
+        start: The first value.
+        stop: The one after the last.
+    """
+    pairs = np.stack((packed >> 4, packed & 15), axis=-1).reshape(-1)[start % 2 :][: stop - start]
+    each = np.repeat(scales, block_size)[start % block_size :][: stop - start]
+    values: NDArray[np.float32] = table[pairs] * each
+    return values
+
+
+def decoded(
+    tensors: Mapping[str, StoredTensor], origin: Path, *, dtype: str = "F32", is_packed: bool = False
+) -> Mapping[str, StoredTensor]:
+    """A model's tensors with those of four bits as floats, and without what is stored beside them.
+
+    Args:
+        tensors: The tensors of all files by key.
+        origin: The directory, for messages.
+        dtype: safetensors' name of the dtype of the floats.
+        is_packed: Whether the configuration says that there are such weights.
+
+    Raises:
+        CheckpointError: Something of a weight is missing or damaged, or its block size is unknown; all are named.
+    """
+    states = {key.partition(_STATE)[0]: key for key in tensors if _STATE in key}
+    if not states and not is_packed:
+        return tensors
+    found: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        if key in states:
+            try:
+                found[key] = _four_bits(key, states[key], tensors, dtype)
+            except _DamagedError as error:
+                problems.append(f"{key}: {error}")
+        elif not _belongs(key, states):
+            if tensor.dtype in ("U8", "I8") and key.endswith(".weight"):
+                problems.append(f"{key} is stored as integers without {key}{_STATE}nf4, which says what they are")
+            found[key] = tensor
+    problems += [f"{name}: its integers are missing" for name in states if name not in tensors]
+    if problems:
+        raise CheckpointError(
+            f"{origin} does not hold weights of four bits as bitsandbytes stores them; save the model again with "
+            f"transformers and bitsandbytes, or give the float one:\n{bulleted(problems[:20])}"
+        )
+    return found
+
+
+def _belongs(key: str, weights: Mapping[str, str]) -> bool:
+    """Whether a tensor is a part of a weight of four bits."""
+    return key.partition(_STATE)[0] in weights if _STATE in key else key.rpartition(".")[0] in weights
+
+
+def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], dtype: str) -> FourBitTensor:
+    """The weight of a key.
+
+    Raises:
+        _DamagedError: Something is missing or does not fit.
+    """
+    lacking = [part for part in _PARTS[:2] if f"{key}.{part}" not in tensors]
+    nested = [part for part in _PARTS[2:] if f"{key}.{part}" in tensors]
+    if lacking or len(nested) == 1:
+        lacking += [part for part in _PARTS[2:] if nested and part not in nested]
+        raise _DamagedError(f"{listed(lacking)} is missing")
+    state = _state(tensors[state_key])
+    kind, block_size, sizes = state_key.partition(_STATE)[2], state.get("blocksize"), state.get("shape")
+    shape = tuple(sizes) if isinstance(sizes, list) else ()
+    if kind not in KINDS:
+        raise _DamagedError(f"its 16 values are {shown(kind)}; known are {listed(KINDS)}")
+    if isinstance(block_size, bool) or block_size not in BLOCK_SIZES:
+        raise _DamagedError(f"its block size is {shown(block_size)}; known are {listed(BLOCK_SIZES)}")
+    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
+        raise _DamagedError(f"its shape is {shown(sizes)}, not that of a matrix")
+    count, codes, stored = math.prod(shape), tensors[key], tensors[f"{key}.absmax"]
+    blocks = -(-count // int(block_size))
+    scales = BlockScales(stored)
+    if nested:
+        table, outer = (_floats_of(tensors[f"{key}.{part}"]) for part in ("nested_quant_map", "nested_absmax"))
+        outer_size, offset = state.get("nested_blocksize"), state.get("nested_offset")
+        fits = type(outer_size) is int and outer_size > 0 and len(outer) == -(-blocks // outer_size)
+        if not fits or len(table) != 256 or not isinstance(offset, float):
+            raise _DamagedError(f"its scales are quantized in blocks of {shown(outer_size)}, which does not fit")
+        scales = BlockScales(stored, table, outer, int(outer_size or 0), offset)
+    values = _floats_of(tensors[f"{key}.quant_map"])
+    if codes.nbytes != (count + 1) // 2 or len(values) != 16 or stored.numel != blocks:
+        raise _DamagedError(
+            f"{codes.nbytes} bytes and {stored.numel} scales are not those of {list(shape)} in blocks of {block_size}"
+        )
+    if (stored.dtype == "U8") != bool(nested) or (not nested and stored.dtype not in FLOATS):
+        raise _DamagedError(f"its scales are {stored.dtype}{'' if nested else ', and nested_absmax is missing'}")
+    size = count * FLOATS[dtype].itemsize
+    return FourBitTensor(codes.file, 0, size, key, dtype, shape, codes, scales, values, int(block_size), kind)
+
+
+def _state(tensor: StoredTensor) -> dict[str, Any]:
+    """What is stored as JSON beside a weight.
+
+    Raises:
+        _DamagedError: It is something else.
+    """
+    text = np.empty(tensor.nbytes, np.uint8)
+    tensor.read_into(text)
+    try:
+        fields = json.loads(text.tobytes())
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise _DamagedError("its quant_state is not JSON")
+    return fields
+
+
+def _floats_of(tensor: StoredTensor) -> NDArray[np.float32]:
+    """A short tensor of floats in float32.
+
+    Raises:
+        _DamagedError: It is not one.
+    """
+    if tensor.dtype not in FLOATS:
+        raise _DamagedError(f"{tensor.key} is {tensor.dtype}, not floats")
+    return tensor.array().reshape(-1).astype(np.float32)
+
+
+def four_bit_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[FourBitTensor]:
+    """Those of a model's tensors that are stored in four bits."""
+    return (tensor for tensor in tensors.values() if isinstance(tensor, FourBitTensor))

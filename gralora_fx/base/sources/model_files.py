@@ -1,0 +1,189 @@
+"""The directory of a model by its name, what a directory holds, and checks of files other than weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.base.sources import ADAPTER_FILE
+from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.errors import GraloraError, shown
+
+MODEL_FILE, EXPORT_FILE = "config.json", "gralora_export.json"
+GENERATION_CONFIG = "generation_config.json"
+_CONFIG_FILES = (MODEL_FILE, GENERATION_CONFIG)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a directory holds a saved model, and is not an export, which holds the configuration of one."""
+    return (path / MODEL_FILE).is_file() and not (path / EXPORT_FILE).is_file()
+
+
+def described(directory: str | Path) -> str:
+    """What is at a path, to go on from the path itself: `is empty`, `is an adapter`.
+
+    Args:
+        directory: The path.
+    """
+    from gralora_fx.base.sources.other_formats import gguf_file, pickle_file
+
+    path = Path(directory)
+    try:
+        if not path.exists():
+            return "is a broken link" if path.is_symlink() else "does not exist"
+        if not path.is_dir():
+            return "is a file"
+        if (path / EXPORT_FILE).is_file():
+            return "is an export"
+        if (path / ADAPTER_FILE).is_file():
+            return "is an adapter"
+        if is_model(path):
+            return "is a model"
+        if any(path.glob("*.onnx")):
+            return f"holds an ONNX model of another program, without {EXPORT_FILE}"
+        if (weights := gguf_file(path) or pickle_file(path)) is not None:
+            return f"holds {weights}, without {MODEL_FILE}"
+        return "holds something else" if any(path.iterdir()) else "is empty"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def read_json(path: Path, error: type[GraloraError]) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: the file cannot be read, or is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as failure:  # a UnicodeDecodeError is a ValueError too
+        raise error(f"{path} cannot be read as JSON ({failure}); it may be truncated, so copy it again") from failure
+
+
+def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
+    """Read a JSON file that holds an object; otherwise as `read_json`."""
+    content = read_json(path, error)
+    if not isinstance(content, dict):
+        raise error(f"{path} holds {'null' if content is None else f'a {type(content).__name__}'}, not a JSON object")
+    return content
+
+
+def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
+    """The directory of a name, or None for a hub id.
+
+    Args:
+        name: Local directory or hub id.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: the name is a file, or not a valid path.
+    """
+    path = usable_path(name, error, remedy="give a local directory or a hub id")
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise error(f"{path} is not a directory; give the directory that holds it")
+    return None
+
+
+def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: str | None = None) -> Path | None:
+    """Check that a local directory is a saved model, before anything is loaded.
+
+    Args:
+        name: Local directory or hub id.
+        error: The error type to raise.
+        named_by: The adapter whose configuration names this model, where nobody gave it otherwise.
+
+    Returns:
+        The local directory; None for a hub id, which is not checked.
+
+    Raises:
+        GraloraError: Of the given type: the directory does not exist, has no `config.json`, or a configuration file is
+            damaged, or the weights are in a GGUF file or quantized in a form that is not read.
+    """
+    if named_by is not None:
+        try:
+            return check_model_files(name, error)
+        except error as problem:
+            reason = str(problem).partition("; give ")[0]
+            raise error(
+                f"{reason}; it is the base that {named_by} names, so give where it is as model=..."
+            ) from problem
+    from gralora_fx.base.sources.base_quantization import packed_quantization
+    from gralora_fx.base.sources.other_formats import gguf_file, of_gguf
+
+    if str(name).endswith(".gguf") and Path(name).is_file():
+        raise error(of_gguf(Path(name).parent, Path(name).name))
+    directory = local_directory(name, error)
+    if directory is None:
+        if Path(name).is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
+            raise error(
+                f"no model can be loaded from {name} (there is no such directory); give a directory or a hub id"
+            )
+        return None
+    if (file := gguf_file(directory)) is not None:
+        raise error(of_gguf(directory, file))
+    if not (directory / _CONFIG_FILES[0]).is_file():
+        raise error(
+            f"no {_CONFIG_FILES[0]} in {directory}, which {described(directory)}; give the directory of a saved model"
+        )
+    if (directory / EXPORT_FILE).is_file():
+        raise error(f"{directory} is an export, not a model; give the directory of the model that it was made from")
+    check_json_objects(directory, _CONFIG_FILES, error)
+    packed_quantization(read_json_object(directory / MODEL_FILE, error), directory, error)
+    return directory
+
+
+def check_json_objects(directory: Path, names: Sequence[str], error: type[GraloraError]) -> None:
+    """Check that those of the files that exist hold a JSON object.
+
+    Raises:
+        GraloraError: Of the given type, naming the file.
+    """
+    for file in names:
+        if (directory / file).is_file():
+            read_json_object(directory / file, error)
+
+
+def resolve_directory(
+    name_or_path: str | Path,
+    error: type[GraloraError],
+    *,
+    revision: str | None = None,
+    patterns: Sequence[str] | None = None,
+) -> Path:
+    """The local directory for `name_or_path`, downloaded from the hub if it is a hub id.
+
+    Args:
+        name_or_path: A local directory, or a hub id such as `owner/name`.
+        error: The error type to raise.
+        revision: Revision of the hub repository.
+        patterns: Files to download, as glob patterns; None for all.
+
+    Raises:
+        GraloraError: Of the given type, when neither such a directory nor a reachable repository exists.
+    """
+    remedy = "give a directory or a hub id"
+    path, name = usable_path(name_or_path, error, remedy=remedy), str(name_or_path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise error(f"{path} is a file; give the directory that holds it")
+    if not name.isprintable():
+        raise error(f"{shown(name_or_path)} is not a usable path; {remedy}")
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise error(f"no directory {path}; give an existing directory or a hub id")
+    from huggingface_hub import snapshot_download  # the hub client is slow to import and seldom needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns and list(patterns)))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as failure:
+        reason = str(failure).splitlines()[0]
+        raise error(f"no directory {name}, and no such repository can be reached on the hub ({reason})") from failure

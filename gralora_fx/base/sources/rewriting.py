@@ -1,0 +1,307 @@
+"""Files of weights written anew with some tensors changed: the engine behind folds into exports and into checkpoints.
+
+A new file is made of parts: ranges of bytes that are copied from another file, and tensors whose rows an edit changes,
+a block at a time, so that no tensor is in memory as a whole unless its edit needs it. The formats say what the parts
+are: `safetensors_files`, and `fold/onnx_rewriting.py` of the exporters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import CheckpointError
+
+BLOCK = 2**20  # values of a tensor that are changed at a time
+COPIED = 2**26  # bytes that a thread copies at a time
+_BUFFER = 2**22  # bytes of a buffer, where the system cannot copy between the files itself
+_HASHED = 2**20  # bytes that are read back at a time for a digest
+
+RowEdit = Callable[[NDArray[Any], int], None]  # changes stored rows in place, given them and the number of the first
+
+
+class Edit(Protocol):
+    """What becomes of a tensor's values.
+
+    Attributes:
+        takes_rows: Whether some rows can be changed at a time, rather than all at once.
+    """
+
+    @property
+    def takes_rows(self) -> bool: ...  # noqa: D102
+
+    def prepare(self) -> RowEdit:
+        """Read or compute what is needed; called once for a tensor, whose rows are then changed in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The edit of a tensor whose values stay, where its bytes do not: it is stored in another form."""
+
+    takes_rows: bool = True
+
+    def prepare(self) -> RowEdit:
+        """Nothing is changed."""
+        return lambda rows, first: None
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes of a file, read by their place: nothing is mapped into memory.
+
+    Attributes:
+        file: The file.
+        begin: Offset of the first byte.
+        end: Offset of the byte after the last.
+        handle: Descriptor of the file while it is kept open; None to open it for each read.
+    """
+
+    file: Path
+    begin: int
+    end: int
+    handle: int | None = field(default=None, kw_only=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are computed all at once, so that a part of them costs as much."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Their number."""
+        return self.end - self.begin
+
+    def read_into(self, values: NDArray[Any], first: int = 0) -> None:
+        """Fill a contiguous array with the bytes from the `first` on.
+
+        Raises:
+            CheckpointError: The file cannot be opened, or has become shorter.
+        """
+        view, offset = bytes_of(values), self.begin + first
+        with self.opened() as handle:
+            while view:
+                count = os.preadv(handle, [view], offset)
+                if not count:
+                    raise self.shortened()
+                view, offset = view[count:], offset + count
+
+    def shortened(self) -> CheckpointError:
+        """The error of a file that ends before these bytes do."""
+        return CheckpointError(f"{self.file} has become shorter while it is read; copy or save it again")
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the file: the one that is kept open, or a new one.
+
+        Raises:
+            CheckpointError: The file cannot be opened.
+        """
+        if self.handle is not None:
+            yield self.handle
+        else:
+            with opened_for_reading(self.file) as handle:
+                yield handle
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a new file: bytes that are copied, or a tensor that an edit changes.
+
+    Attributes:
+        begin: Offset in the new file.
+        nbytes: Its size in bytes.
+        source: The bytes that it is made from; None if the edit brings all values.
+        edit: What becomes of the tensor's values; None to copy the bytes.
+        dtype: Dtype of the tensor.
+        columns: Values of a stored row of the tensor.
+    """
+
+    begin: int
+    nbytes: int
+    source: StoredBytes | None
+    edit: Edit | None = None
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
+    columns: int = 1
+
+    @property
+    def end(self) -> int:
+        """Offset of the byte after its last in the new file."""
+        return self.begin + self.nbytes
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file to write; bytes that no part has are zero.
+
+    Attributes:
+        name: Its name.
+        parts: Its parts, in the order of their offsets.
+        head: What it begins with.
+    """
+
+    name: str
+    parts: Sequence[Part]
+    head: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return max([len(self.head), *(part.end for part in self.parts)])
+
+
+def copies(parts: Iterable[Part]) -> list[Part]:
+    """Copied parts in the order of their offsets, those joined that follow each other in both files."""
+    joined: list[Part] = []
+    for part in sorted((part for part in parts if part.nbytes), key=lambda part: part.begin):
+        last = joined[-1] if joined else None
+        assert part.source is not None
+        if last is not None and last.source is not None and last.source.file == part.source.file:
+            if last.end == part.begin and last.source.end == part.source.begin:
+                whole = replace(last.source, end=part.source.end)
+                joined[-1] = Part(last.begin, whole.nbytes, whole)
+                continue
+        joined.append(part)
+    return joined
+
+
+def write_files(files: Sequence[NewFile], directory: Path, *, workers: int, digests: bool = False) -> dict[str, str]:
+    """Write files, several parts at a time.
+
+    Args:
+        files: The files.
+        directory: The directory to write into, where they do not exist yet.
+        workers: Threads that write; each holds a block of values and what one edit has prepared.
+        digests: Whether to compute the SHA-256 of each file, while later parts are written.
+
+    Returns:
+        The digests by name; empty without `digests`.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+        OSError: Writing fails.
+    """
+    found: dict[str, str] = {}
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        waiting: list[tuple[NewFile, int, list[tuple[int, Future[None]]]]] = []
+        try:
+            for file in files:
+                target = stack.enter_context((directory / file.name).open("x+b", buffering=0)).fileno()
+                os.ftruncate(target, file.nbytes)
+                _write_all(target, memoryview(file.head), 0)
+                tasks = [(part.begin, pool.submit(_write, part, target)) for part in _pieces(file.parts)]
+                waiting.append((file, target, tasks))
+            for file, target, tasks in waiting:
+                digest, hashed = hashlib.sha256(), 0
+                for begin, task in tasks:
+                    if digests:
+                        hashed = _hash_up_to(begin, digest, target, hashed)  # what is written before this part
+                    task.result()
+                if digests:
+                    _hash_up_to(file.nbytes, digest, target, hashed)
+                    found[file.name] = digest.hexdigest()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
+    """Parts for one thread each: long copies are cut."""
+    for part in parts:
+        if part.edit is not None or part.source is None:
+            yield part
+            continue
+        for first in range(0, part.nbytes, COPIED):
+            begin = part.source.begin + first
+            source = replace(part.source, begin=begin, end=min(begin + COPIED, part.source.end))
+            yield Part(part.begin + first, source.nbytes, source)
+
+
+def _write(part: Part, target: int) -> None:
+    """Write one part."""
+    if part.edit is None:
+        assert part.source is not None
+        with part.source.opened() as handle:
+            _copy(part.source, handle, target, part.begin)
+        return
+    change, width = part.edit.prepare(), part.columns * part.dtype.itemsize
+    count = part.nbytes // width if width else 0
+    is_whole = not part.edit.takes_rows or (part.source is not None and part.source.is_whole)
+    step = max(1, count if is_whole else BLOCK // max(1, part.columns))
+    block = np.empty((min(step, count), part.columns), part.dtype)  # one for all, since fresh memory costs time
+    for first in range(0, count, step):
+        rows = block[: count - first]
+        if part.source is not None:
+            part.source.read_into(rows, first * width)
+        change(rows, first)
+        _write_all(target, bytes_of(rows), part.begin + first * width)
+
+
+def _copy(source: StoredBytes, handle: int, target: int, place: int) -> None:
+    """Copy bytes between files, by the system itself where it can."""
+    begin, count = source.begin, source.nbytes
+    copy: Callable[..., int] | None = getattr(os, "copy_file_range", None)
+    while count and copy is not None:
+        try:
+            done = copy(handle, target, count, begin, place)
+        except OSError:  # other file systems, or a kernel that cannot
+            break
+        if not done:
+            break
+        begin, place, count = begin + done, place + done, count - done
+    while count:
+        data = os.pread(handle, min(_BUFFER, count), begin)
+        if not data:
+            raise source.shortened()
+        _write_all(target, memoryview(data), place)
+        begin, place, count = begin + len(data), place + len(data), count - len(data)
+
+
+def _write_all(target: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(target, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _hash_up_to(end: int, digest: Any, target: int, position: int) -> int:
+    """Add what is written up to an offset to a digest; the result is that offset."""
+    while position < end:
+        data = os.pread(target, min(_HASHED, end - position), position)
+        if not data:
+            raise OSError("a new file has become shorter while it is written")
+        digest.update(data)
+        position += len(data)
+    return position
+
+
+def bytes_of(values: NDArray[Any]) -> memoryview:
+    """The bytes of an array whose values follow each other, for reading and writing; of bfloat16 too."""
+    return memoryview(values.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # arrays are buffers
+
+
+@contextmanager
+def opened_for_reading(file: Path) -> Iterator[int]:
+    """A file's descriptor.
+
+    Raises:
+        CheckpointError: It cannot be opened.
+    """
+    try:
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); copy or save it again") from error
+    try:
+        yield handle
+    finally:
+        os.close(handle)

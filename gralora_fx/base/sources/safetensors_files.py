@@ -1,0 +1,290 @@
+"""Safetensors files of a model: their tensors, each read from where it lies, and new files with some changed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from gralora_fx.base.sources.rewriting import BLOCK, Edit, NewFile, Part, StoredBytes, copies, opened_for_reading
+from gralora_fx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOATS: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_LENGTH, _METADATA = 8, "__metadata__"  # bytes of the length of a header, and its entry that is not a tensor
+_EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80)}  # all set: infinite or not a number
+
+
+@dataclass(frozen=True)
+class StoredTensor(StoredBytes):
+    """A tensor in a safetensors file; calling it reads it.
+
+    Attributes:
+        key: Its key.
+        dtype: safetensors' name of its dtype, such as `BF16`.
+        shape: Its shape.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Values of a row, which are those of all axes but the first; a vector is one row."""
+        return math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape)
+
+    def __call__(self) -> Tensor:
+        """The values as a tensor that is mapped from the file, which is open only while it is read.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        return _mapped(self.file, [self.key])[self.key]
+
+    def array(self) -> NDArray[Any]:
+        """The values as a numpy array in memory of its own; of bfloat16 too.
+
+        Raises:
+            CheckpointError: The file cannot be read, or holds values of another kind than floats.
+        """
+        if self.dtype not in FLOATS:
+            raise CheckpointError(f"{self.key} of {self.file} is {self.dtype}, not a float tensor; save it as floats")
+        values = np.empty(self.shape, FLOATS[self.dtype])
+        self.read_into(values)
+        return values
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """The values of a float tensor in their order, some at a time; the next ones overwrite them.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        dtype = FLOATS[self.dtype]
+        kept = np.empty(min(self.numel, BLOCK), dtype)
+        with self.opened() as handle:
+            for first in range(0, self.numel, BLOCK):
+                values = kept[: min(BLOCK, self.numel - first)]
+                replace(self, handle=handle).read_into(values, first * dtype.itemsize)
+                yield values
+
+    def is_finite(self) -> bool:
+        """Whether all values of a float tensor are finite."""
+        return all(extremes_are_finite(values) for values in self.blocks())
+
+
+def _mapped(file: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last one from PyTorch, which opens it again
+        raise CheckpointError(f"{file} cannot be read ({error}); copy or save it again") from error
+
+
+def extremes_are_finite(values: NDArray[Any]) -> bool:
+    """Whether all values are finite: the extremes are not where any value is not, and cost less than each."""
+    if not values.size:
+        return True
+    if values.dtype in _EXPONENTS:  # of half precision, whose extremes numpy finds slowly: by the bits of the exponent
+        exponent = _EXPONENTS[values.dtype]
+        return not bool(((values.view(np.uint16) & exponent) == exponent).any())
+    return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A safetensors file.
+
+    Attributes:
+        file: The file.
+        tensors: Its tensors by key, in the order of the file's header.
+        metadata: Texts saved with them.
+        data: Offset of the first tensor's first byte: the length of all that comes before.
+    """
+
+    file: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    data: int
+
+    def mapped(self) -> dict[str, Tensor]:
+        """All values by key as tensors that are mapped from the file, which is opened once.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        return _mapped(self.file, self.tensors)
+
+    @contextmanager
+    def opened(self) -> Iterator[Layout]:
+        """The same with a file that is kept open, so that another one in its place is not read instead.
+
+        Raises:
+            CheckpointError: It cannot be opened.
+        """
+        with opened_for_reading(self.file) as handle:
+            yield replace(self, tensors={key: replace(t, handle=handle) for key, t in self.tensors.items()})
+
+
+def read_layout(file: Path) -> Layout:
+    """The layout of a safetensors file, which is checked to be whole.
+
+    Raises:
+        CheckpointError: It cannot be read, is cut short, or is not a safetensors file.
+    """
+    try:
+        with safe_open(file, framework="np"):  # which checks the header and the size of the file
+            pass
+        with file.open("rb") as opened:
+            data = _LENGTH + int.from_bytes(opened.read(_LENGTH), "little")
+            fields: dict[str, Any] = json.loads(opened.read(data - _LENGTH))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); it is truncated or not a safetensors file, so copy or save it again"
+        ) from error
+    metadata = fields.pop(_METADATA, None) or {}
+    tensors = {}
+    for key, entry in fields.items():
+        begin, end = (data + offset for offset in entry["data_offsets"])
+        tensors[key] = StoredTensor(file, begin, end, key, entry["dtype"], tuple(entry["shape"]))
+    return Layout(file, tensors, metadata, data)
+
+
+def check_readable(directory: Path) -> None:
+    """Check that the safetensors files of a directory have readable headers and are complete.
+
+    Raises:
+        CheckpointError: A file does not; it is named.
+    """
+    for file in sorted(directory.glob("*.safetensors")):
+        read_layout(file)
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor of a new file that is not simply copied from the same key.
+
+    Attributes:
+        dtype: safetensors' name of its dtype.
+        shape: Its shape.
+        source: The tensor that it is made from; None if the edit brings all values.
+        edit: What becomes of the values; None to copy them.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: StoredTensor | None = None
+    edit: Edit | None = None
+
+
+@dataclass(frozen=True)
+class NewShard:
+    """A safetensors file to write.
+
+    Attributes:
+        old: The file that it takes the place of.
+        tensors: Where each tensor will lie, in the order of the header.
+        file: What is written.
+    """
+
+    old: Layout
+    tensors: Mapping[str, StoredTensor]
+    file: NewFile
+
+    @property
+    def more_bytes(self) -> int:
+        """How many bytes of tensors it has more than the old one."""
+        return sum(t.nbytes for t in self.tensors.values()) - sum(t.nbytes for t in self.old.tensors.values())
+
+    @property
+    def more_values(self) -> int:
+        """How many values it has more than the old one."""
+        return sum(t.numel for t in self.tensors.values()) - sum(t.numel for t in self.old.tensors.values())
+
+
+def rewritten_shard(
+    old: Layout,
+    changed: Mapping[str, NewTensor],
+    added: Mapping[str, NewTensor],
+    dropped: Set[str] = frozenset(),
+) -> NewShard:
+    """A file in place of another: with changed tensors in their order, and added ones at the end.
+
+    Args:
+        old: The file.
+        changed: Tensors in place of those of the same keys.
+        added: Tensors with new keys.
+        dropped: Keys of tensors that it does not have.
+    """
+    new = {
+        key: changed.get(key) or NewTensor(tensor.dtype, tensor.shape, source=tensor)
+        for key, tensor in sorted(old.tensors.items(), key=lambda entry: (entry[1].begin, entry[1].end))
+        if key not in dropped
+    } | dict(added)
+    placed: dict[str, StoredTensor] = {}
+    end = 0
+    for key, tensor in new.items():
+        is_resized = key not in old.tensors or tensor.shape != old.tensors[key].shape
+        size = math.prod(tensor.shape) * FLOATS[tensor.dtype].itemsize if is_resized else old.tensors[key].nbytes
+        placed[key] = StoredTensor(Path(old.file.name), end, end + size, key, tensor.dtype, tensor.shape)
+        end += size
+    in_order = {key: placed[key] for key in [*old.tensors, *added] if key in placed}
+    head = _header(in_order, old.metadata)
+    if not added and not dropped and all(tensor.shape == old.tensors[key].shape for key, tensor in placed.items()):
+        head = _first_bytes(old)  # byte for byte
+    tensors = {key: replace(t, begin=t.begin + len(head), end=t.end + len(head)) for key, t in in_order.items()}
+    parts = [_part(tensors[key], tensor) for key, tensor in new.items()]
+    edited = [part for part in parts if part.edit is not None]
+    copied = copies(part for part in parts if part.edit is None)
+    return NewShard(old, tensors, NewFile(old.file.name, sorted([*edited, *copied], key=lambda part: part.begin), head))
+
+
+def _part(place: StoredTensor, tensor: NewTensor) -> Part:
+    if tensor.edit is None:
+        return Part(place.begin, place.nbytes, tensor.source)
+    return Part(place.begin, place.nbytes, tensor.source, tensor.edit, FLOATS[place.dtype], place.columns)
+
+
+def _first_bytes(layout: Layout) -> bytes:
+    with layout.file.open("rb") as opened:
+        return opened.read(layout.data)
+
+
+def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the first tensor, its length included, of tensors whose places are counted from there."""
+    fields: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    for key, tensor in tensors.items():
+        fields[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [tensor.begin, tensor.end]}
+    return header_bytes(fields)
+
+
+def header_bytes(fields: Mapping[str, Any]) -> bytes:
+    """The bytes of a file's header as safetensors writes them: its length, and its fields padded with blanks.
+
+    Args:
+        fields: What it says of each tensor by its key, and `__metadata__` first where there is some.
+    """
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // _LENGTH) * _LENGTH)
+    return len(text).to_bytes(_LENGTH, "little") + text

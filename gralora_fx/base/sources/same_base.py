@@ -1,0 +1,328 @@
+"""Whether the base that an adapter was made for is the model that it is used with, told without loading either.
+
+Names come first: hub ids with their revisions, and resolved paths. Where they differ, `config.json` and a sample of the
+weights decide, as far as the files are at hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, recorded_quantization
+from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
+from gralora_fx.errors import ConfigError, GraloraError, listed, shown, warn_caller
+
+SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
+NAME, REVISION, CONFIG, WEIGHTS, QUANTIZATION = "name", "revision", "config.json", "weights", "quantization"
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SNAPSHOT = re.compile(r"models--(.+)")
+
+# fields of config.json that set shapes; others, such as labels and token ids, may differ for one base
+_SIZES = (
+    *("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "vocab_size"),
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"),
+    *("num_decoder_layers", "num_encoder_layers"),
+    *("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim"),
+    *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
+    *("num_key_value_heads", "head_dim", "d_kv"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size"),
+    *("patch_size", "num_channels", "num_mel_bins", "hidden_sizes", "depths"),
+)
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """What is known of a base model.
+
+    Attributes:
+        name: Its directory or hub id as it was given; None where it has no name, as a model made in memory.
+        revision: Revision or commit of the hub repository, if one is known.
+        fields: Its configuration as it is used; None for that of its directory.
+        record: How it is quantized where it is used, as a record says it (see `BaseQuantization.of`); None for what
+            its configuration says.
+    """
+
+    name: str | None
+    revision: str | None = None
+    fields: Mapping[str, Any] | None = None
+    record: Any = None
+
+    @cached_property
+    def directory(self) -> Path | None:
+        """Its files, as far as they are on this machine: a directory, or a snapshot in the hub's cache."""
+        if not self.name:
+            return None
+        try:
+            path = Path(self.name)
+            if path.is_dir():
+                return path.resolve()
+        except (OSError, ValueError):  # too long for a path, or with a zero byte
+            return None
+        return None if self.hub_id is None else _cached_snapshot(self.hub_id, self.revision)
+
+    @cached_property
+    def hub_id(self) -> str | None:
+        """Its hub id: the name, or that of the snapshot of the hub's cache which the name is the path of."""
+        if not self.name:
+            return None
+        try:
+            path = Path(self.name)
+            if not path.is_dir():
+                return self.name if _HUB_ID.fullmatch(self.name) else None
+            parents = path.resolve().parents
+        except (OSError, ValueError):
+            return None
+        match = _SNAPSHOT.fullmatch(parents[1].name) if len(parents) > 1 and parents[0].name == "snapshots" else None
+        return None if match is None else match[1].replace("--", "/")
+
+    @cached_property
+    def commit(self) -> str | None:
+        """The commit of its files, where that is known."""
+        if self.revision is not None and _COMMIT.fullmatch(self.revision):
+            return self.revision
+        is_snapshot = self.hub_id is not None and self.directory is not None
+        return self.directory.name if is_snapshot and self.directory is not None else None
+
+    @cached_property
+    def config(self) -> Mapping[str, Any] | None:
+        """Its configuration, as far as it is known."""
+        if self.fields or self.directory is None:  # an empty one tells nothing
+            return self.fields
+        return read_config_fields(self.directory)
+
+    @cached_property
+    def quantization(self) -> BaseQuantization | None:
+        """How it is quantized where it is used; None of floats, and where that is not known."""
+        record = self.record or (self.config or {}).get(RECORD)
+        if record:
+            return recorded_quantization(record)
+        if self.directory is None or not (read_config_fields(self.directory) or {}).get("quantization_config"):
+            return None
+        from gralora_fx.base.sources.weight_samples import stored_quantization  # it imports numpy
+
+        return stored_quantization(self.directory)
+
+
+@dataclass(frozen=True)
+class BaseComparison:
+    """What was compared of an adapter's base and of the model that it is used with.
+
+    Attributes:
+        made_for: The base that the adapter's configuration names, or None.
+        revision: The revision that it names, or None.
+        used_with: The name of the model, or None where it has none.
+        compared: What was compared: `"name"`, `"revision"`, `"config.json"`, `"weights"`, `"quantization"`.
+        outcome: `"same"`, `"different"` or `"unknown"`.
+        reason: Why it is not known to be the same, in words; empty if it is.
+        change: How far the model's weights are from those of the base, relative to their norm, where one of both is in
+            four bits and they could be compared; None otherwise.
+    """
+
+    made_for: str | None
+    revision: str | None
+    used_with: str | None
+    compared: tuple[str, ...]
+    outcome: str
+    reason: str = ""
+    change: float | None = None
+
+    @property
+    def is_proven_different(self) -> bool:
+        """Whether configurations, weights or their quantization differ, rather than names or commits alone."""
+        return self.outcome == DIFFERENT and not {CONFIG, WEIGHTS, QUANTIZATION}.isdisjoint(self.compared)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields for a record."""
+        return {**asdict(self), "compared": list(self.compared)}
+
+    def settle(self, adapter: object, *, strict: bool, error: type[GraloraError]) -> None:
+        """Refuse an adapter of another base, or warn of it.
+
+        Args:
+            adapter: The adapter, for the message.
+            strict: Whether to refuse whatever is not known to be the same base.
+            error: The error type to raise.
+
+        Raises:
+            GraloraError: Of the given type: the base is not known to be the same, and `strict` is set.
+        """
+        if self.outcome == SAME:
+            return
+        if strict:
+            raise error(f"{self._text(adapter)}; give the base that it was made for, or leave strict_base=True out")
+        if self.made_for and (self.used_with or self.outcome == DIFFERENT):
+            warn_caller(self._text(adapter))
+
+    def _text(self, adapter: object) -> str:
+        if not self.made_for:
+            return f"{adapter} is used with {self.used_with or 'a model without a name'}: {self.reason}"
+        made_for = f"{self.made_for} (revision {self.revision})" if self.revision else self.made_for
+        may_be = "another base" if self.outcome == DIFFERENT else "which may be another base"
+        used_with = self.used_with or "a model without a name"
+        return f"{adapter} was made for {made_for}, and is used with {used_with}, {may_be}: {self.reason}"
+
+
+def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
+    """Compare the base that an adapter or an export was made for with the model that it is used with.
+
+    Args:
+        made: The base: of an adapter, `base_model_name_or_path` and `revision` of its configuration.
+        used: The model.
+    """
+    compared, outcome, reason = _compared(made, used)
+    change = None
+    if outcome != DIFFERENT and made.quantization and not made.quantization.has_weights_of(used.quantization):
+        compared, outcome = (*compared, QUANTIZATION), DIFFERENT
+        reason, change = _differently_quantized(made, used)
+    return BaseComparison(made.name or None, made.revision or None, used.name, compared, outcome, reason, change)
+
+
+def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, float | None]:
+    """What differs between two quantizations of one base, in words, and the relative change of the weights."""
+    from gralora_fx.base.sources.weight_samples import differing_weights  # it imports numpy
+
+    other = "float" if used.quantization is None else str(used.quantization)
+    one, two = made.directory or used.directory, used.directory or made.directory
+    change: float | None = None
+    if one is None or two is None:
+        measured = f"by how much is not measured, since no weights of {made.name or used.name} are at hand"
+    else:
+        try:
+            found = differing_weights(one, two, made.quantization, used.quantization)
+        except ConfigError as error:
+            found, measured = None, f"by how much is not measured ({error})"
+        else:
+            measured = "by how much is not measured, since their weights cannot be compared"
+        change = None if found is None else found.change
+    if change is not None:
+        measured = f"they differ by {100 * change:.2g} % of their norm"
+    remedy = f"take base_quantization={str(made.quantization)!r} with the float base, or its checkpoint in four bits"
+    return f"its base was in {made.quantization}, and the weights here are {other}: {measured}; {remedy}", change
+
+
+def read_config_fields(directory: Path) -> Mapping[str, Any] | None:
+    """The fields of a directory's `config.json`; None if it has none that can be read."""
+    try:
+        return read_json_object(directory / MODEL_FILE, GraloraError)
+    except GraloraError:
+        return None
+
+
+def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str, str]:
+    """What was compared, the outcome and the reason."""
+    if not made.name and made.fields is None:
+        return (), UNKNOWN, "its adapter_config.json names no base model, so there is nothing to compare"
+    one, other = made.hub_id, used.hub_id
+    is_named_alike = one is not None and other is not None and one.casefold() == other.casefold()
+    if is_named_alike or (made.directory is not None and made.directory == used.directory):
+        has_fields = made.fields is not None or used.fields is not None  # what has the name now may be another model
+        if has_fields and made.config is not None and used.config is not None:
+            if different := _differing_fields(made.config, used.config):
+                return (NAME, CONFIG), DIFFERENT, different
+        return _revisions(made, used) if is_named_alike else ((NAME,), SAME, "")
+    compared = (NAME,) if made.name and used.name else ()
+    if made.config is None or used.config is None:
+        lacking = (made if made.config is None else used).name or "the model"
+        return compared, UNKNOWN, f"no config.json of {lacking} is at hand, so nothing but the names can be compared"
+    different = _differing_fields(made.config, used.config)
+    if different is None:
+        known = "their configurations have no field in common that tells"
+    else:
+        compared, known = (*compared, CONFIG), "both have the same model_type and sizes"
+    if different:
+        return compared, DIFFERENT, different
+    files = made.directory, used.directory
+    from gralora_fx.base.sources.weight_samples import differing_weights  # it imports numpy
+
+    weights = None if files[0] is None or files[1] is None else differing_weights(files[0], files[1])
+    if weights is None:
+        return compared, UNKNOWN, f"{known}, but the weights cannot be compared"
+    compared = (*compared, WEIGHTS)
+    if weights.differing:
+        differing = f"{weights.differing} of {weights.common} weights have other values"
+        return compared, DIFFERENT, f"{known}, but {differing}"
+    return compared, SAME, ""
+
+
+def _revisions(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str, str]:
+    """The comparison of one hub repository's revisions; an adapter that names none is for any."""
+    if not made.revision or made.revision == used.revision:
+        return (NAME, REVISION) if made.revision else (NAME,), SAME, ""
+    if made.commit is None or used.commit is None:
+        return (NAME,), UNKNOWN, f"which commit is its revision {shown(made.revision)}, or the model's, is not known"
+    if made.commit == used.commit:
+        return (NAME, REVISION), SAME, ""
+    return (NAME, REVISION), DIFFERENT, f"the model is of commit {used.commit[:12]}, not {made.commit[:12]}"
+
+
+def _differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """What differs between two configurations, in words; None if they have nothing in common that could tell.
+
+    A model that another one is composed of is the same base: a whole is compared with the other whole, and with what is
+    in it, but never what is in the one with what is in the other, such as the vision towers of two sizes of a model.
+    """
+    pairs = [(one, other), *((one, part) for part in _parts(other)), *((part, other) for part in _parts(one))]
+    found = [differences for a, b in pairs if (differences := _differences(a, b)) is not None]
+    if not found or not all(found):
+        return "" if found else None
+    closest = next((differences for differences in found if not differences[0].startswith("model_type ")), found[0])
+    return listed(closest, 6)
+
+
+def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The configurations of the models that a model is composed of, and of those that these are composed of."""
+    for value in config.values():
+        if isinstance(value, Mapping):
+            if "model_type" in value:
+                yield value
+            yield from _parts(value)
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str] | None:
+    """Fields that differ, those of parts that have the same name included; None if both have none in common."""
+    fields = [name for name in ("model_type", *_SIZES) if one.get(name) is not None and other.get(name) is not None]
+    pairs = {name: (_plain(one[name]), _plain(other[name])) for name in fields}
+    found = [
+        f"{prefix}{name} {first} and {second}"
+        for name, (first, second) in pairs.items()
+        if first != second and not (prefix and name == "model_type" and _is_renamed(str(first), str(second)))
+    ]
+    is_known = bool(fields)
+    for name, part in one.items():
+        same = other.get(name)
+        if isinstance(part, Mapping) and isinstance(same, Mapping) and ("model_type" in part or "model_type" in same):
+            within = _differences(part, same, f"{prefix}{name}.")
+            is_known = is_known or within is not None
+            found += within or []
+    return found if is_known else None
+
+
+def _is_renamed(one: str, other: str) -> bool:
+    """Whether the types of two parts are one, which later versions of transformers call by a longer name."""
+    return one.startswith(f"{other}_") or other.startswith(f"{one}_")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """A repository's snapshot in the hub's cache, if it was downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE  # seldom needed
+
+    folder = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"
+    name = revision or "main"
+    try:
+        reference = folder / "refs" / name
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else name
+        snapshot = folder / "snapshots" / commit
+        return snapshot if snapshot.is_dir() else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,212 @@
+"""Models with weights left in safetensors files: lazy parameters that read from them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gralora_fx.base.compat.transformers_models import (
+    WeightConverter,
+    WeightRenaming,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
+from gralora_fx.base.sources.expert_parts import ExpertPart, expert_parts
+from gralora_fx.base.sources.four_bits import FourBitTensor, four_bit_tensors
+from gralora_fx.base.sources.lazy_tensors import EntrySource, with_source
+from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+from gralora_fx.base.sources.saved_weights import SavedWeights
+from gralora_fx.errors import CheckpointError, bulleted
+
+
+def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values.
+
+    Args:
+        make: Builds the model from its configuration.
+    """
+    with _parameters_on_meta():
+        model = make()
+    return model.eval()
+
+
+def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[str] = frozenset()) -> PreTrainedModel:
+    """Connect the parameters of an empty model to their values in safetensors files.
+
+    Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
+
+    Args:
+        model: The result of `empty_model`.
+        weights: Those of the model's directory.
+        supplied: Names of parameters that may be missing or have another shape, since an adapter supplies them; they
+            are zero.
+
+    Raises:
+        CheckpointError: A parameter is missing or has another shape, or a key holds only a part of a parameter; all are
+            listed. Or weights of four bits are damaged.
+    """
+    tensors = _by_parameter_name(model, as_in_layers(model, weights.tensors))
+    problems: list[str] = []
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)
+    for same in names.values():
+        name = next((name for name in same if name in tensors), None)
+        unfit = [f"missing {same[0]}"] if name is None else _unfit(name, tensors[name], parameters[name])
+        if name is None or (unfit and not supplied.isdisjoint(same)):
+            with_source(parameters[same[0]], functools.partial(torch.zeros, parameters[same[0]].shape))
+        else:
+            with_source(parameters[name], tensors[name])
+        problems += unfit if supplied.isdisjoint(same) else []
+    persistent = model.state_dict().keys()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name]())
+            elif name in persistent and buffer.is_floating_point():
+                problems.append(f"missing {name}")
+    if problems:
+        raise CheckpointError(
+            f"{weights.directory} cannot be streamed into {type(model).__name__}; load it whole instead:\n"
+            f"{bulleted(problems)}"
+        )
+    return model
+
+
+def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The keys in a model's files by the model's names, as transformers renames them when it loads the model.
+
+    Args:
+        model: The model; its values are not read.
+        keys: Keys of tensors in safetensors files.
+
+    Returns:
+        The keys by name, and the name of each key that holds only a part of a parameter.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    model_keys = model.state_dict()
+    prefix = model.base_model_prefix
+    by_name: dict[str, str] = {}
+    parts: dict[str, str] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, model_keys)
+        if name not in model_keys and key in model_keys:
+            name, pattern = rename_source_key(key, [], [], prefix, model_keys)
+        if pattern is not None and name in model_keys:
+            parts[key] = name
+        by_name[name] = key
+    return by_name, parts
+
+
+def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """A model's tensors by key, those of four bits as its layers have them: all are stored as `[out, in]`.
+
+    Args:
+        model: The model; its values are not read.
+        stored: The tensors by the keys of its files.
+    """
+    if next(four_bit_tensors(stored), None) is None:
+        return stored
+    names = model.state_dict().keys()
+    turned = {
+        key: tensor.turned()
+        for name, key in keys_by_name(model, stored)[0].items()
+        if isinstance(tensor := stored[key], FourBitTensor)
+        and name in names
+        and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+    }
+    return {**stored, **turned}
+
+
+@dataclass(frozen=True)
+class StackedExperts(EntrySource):
+    """A parameter of all experts whose matrices are tensors of their own in the files; they are read one by one.
+
+    Attributes:
+        shape: Its shape.
+        dtype: safetensors' name of its dtype.
+        file: The file of its first part, for messages.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+    @classmethod
+    def of(cls, parts: Sequence[ExpertPart], stored: Mapping[str, StoredTensor], name: str) -> StackedExperts:
+        """The parameter of some parts.
+
+        Args:
+            parts: Rows of its matrices, in any order.
+            stored: The tensors of the files by key.
+            name: The parameter, for messages.
+
+        Raises:
+            CheckpointError: Experts are missing, or have matrices of several shapes.
+        """
+        experts: dict[int, list[StoredTensor]] = {}
+        for part in sorted(parts, key=lambda part: (part.expert, part.start)):
+            experts.setdefault(part.expert, []).append(stored[part.key])
+        shapes = {(sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]) for tensors in experts.values()}
+        if len(shapes) > 1 or sorted(experts) != list(range(len(experts))):
+            raise CheckpointError(f"the experts of {name} are not all there, or differ in shape; save the model again")
+        first = experts[0][0]
+
+        def entries() -> Iterator[Tensor]:
+            return (torch.cat([tensor() for tensor in tensors]) for tensors in experts.values())
+
+        return cls(entries, (len(experts), *shapes.pop()), first.dtype, first.file)
+
+
+def _by_parameter_name(
+    model: PreTrainedModel, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor | StackedExperts]:
+    """Stored tensors by the model's parameter names."""
+    keys, parts = keys_by_name(model, stored)
+    stacks = expert_parts(model, stored, parts) if parts else {}
+    parts = {key: name for key, name in parts.items() if name not in stacks}
+    if parts:
+        texts = [f"{key} is a part of {name}" for key, name in parts.items()]
+        shown = "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")
+        raise CheckpointError(
+            f"{type(model).__name__} puts parameters together from several tensors of its files ({shown}), which "
+            "cannot be streamed; load the model whole instead"
+        )
+    whole = {name: stored[key] for name, key in keys.items() if name not in stacks}
+    return {**whole, **{name: StackedExperts.of(of_name, stored, name) for name, of_name in stacks.items()}}
+
+
+def _unfit(name: str, stored: StoredTensor | StackedExperts, parameter: nn.Parameter) -> list[str]:
+    if stored.shape != tuple(parameter.shape):
+        return [f"{name} has shape {list(stored.shape)} in {stored.file.name} instead of {list(parameter.shape)}"]
+    if stored.dtype not in FLOATS:
+        return [f"{name} is {stored.dtype} in {stored.file.name}, not a float tensor; it may be quantized"]
+    return []
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Make modules created within the block register their parameters on the meta device; tied ones stay tied."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        original(module, name, param)
+
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

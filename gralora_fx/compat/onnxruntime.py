@@ -1,8 +1,0 @@
-"""Errors of ONNX Runtime, which have no public name."""
-
-from gralora_fx.compat.versions import fenced
-
-with fenced("onnxruntime"):
-    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
-
-__all__ = ["NoKernel"]

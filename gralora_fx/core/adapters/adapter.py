@@ -1,0 +1,329 @@
+"""One adapter of a rewritten model: its tensors in the module tree, and how it is inserted into a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
+from gralora_fx.core.adapters.other_parameters import RedirectParameters
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.graph.overlay import ROOT
+from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
+from gralora_fx.core.planning.rewrite_plan import PlannedSite, RewritePlan
+from gralora_fx.errors import RewriteError
+
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.same_base import BaseComparison
+
+_Entry = TypeVar("_Entry")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """An adapter whose tensors are owned by a module tree and read from there at every access.
+
+    Attributes:
+        name: The adapter's name.
+        plan: What it adapts.
+        factors: Its trainable tensors as they are stored, by site path.
+        copies: Its own copies of base parameters (of `modules_to_save`, and trained biases), by module path, then by
+            the full name of the base's parameter.
+        base: What was compared of the base that it was made for, if it was read from a file.
+    """
+
+    name: str
+    plan: RewritePlan
+    factors: FactorTable
+    copies: Mapping[str, CopyTable]
+    base: BaseComparison | None = None
+
+    def __repr__(self) -> str:
+        """One line without tensors."""
+        return f"ModelAdapter({self.name!r}, {self.plan!r})"
+
+    @classmethod
+    def create(
+        cls,
+        root: nn.Module,
+        name: str,
+        plan: RewritePlan,
+        tree: ModuleTree,
+        initial: Mapping[str, AdapterTensors] | None = None,
+    ) -> ModelAdapter:
+        """Store an adapter's tensors, given ones or newly initialized ones; no graph reads them yet.
+
+        Adapters of a half-precision layer are float32, as PEFT's are.
+
+        Args:
+            root: The module tree that will own them.
+            name: The adapter's name.
+            plan: What it adapts.
+            tree: The modules of the base model.
+            initial: Tensors by site path; None to initialize them.
+        """
+        method = method_of(plan.config)
+        paths: dict[str, dict[str, str]] = {}
+        tensors: dict[str, Tensor] = {}
+        for planned in plan.selected:
+            site_path = planned.site.path
+            factors = _initial(planned, method, plan.config) if initial is None else initial[site_path]
+            paths[site_path] = factor_paths(name, site_path, method, factors)
+            tensors |= {path: getattr(factors, field) for field, path in paths[site_path].items()}
+        copies: dict[str, list[str]] = {}
+        for module in plan.saved_modules:
+            copies[module] = [base for base in tree.parameters if base.startswith(f"{module}.")]
+        for bias in plan.trained_biases:
+            owned = copies.setdefault(bias.rpartition(".")[0], [])
+            owned += [bias] if bias not in owned else []
+        for owned in copies.values():
+            copied: dict[int, nn.Parameter] = {}  # one copy of a parameter with two names in a module, as in PEFT
+            for base in owned:
+                original = tree.parameters[base]
+                if id(original) not in copied:
+                    copied[id(original)] = nn.Parameter(values_of(original, base).clone())
+                tensors[copy_path(name, base)] = copied[id(original)]
+        for path, tensor in tensors.items():
+            put(root, path, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+        tables = {module: CopyTable(root, {b: copy_path(name, b) for b in owned}) for module, owned in copies.items()}
+        return cls(name, plan, FactorTable(root, method, paths), tables)
+
+    @property
+    def config(self) -> AdapterConfig:
+        """The adapter's configuration."""
+        return self.plan.config
+
+    @property
+    def method(self) -> AdapterMethod:
+        """The adapter's method."""
+        return self.factors.method
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trainable tensor by its attribute path in the tree."""
+        for path in self.factors.attributes():
+            yield path, self.factors.tensor(path)
+        for owned in self.copies.values():
+            for base, parameter in owned.items():
+                yield copy_path(self.name, base), parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every trainable parameter; for a parametrization, its originals rather than its result."""
+        yield from self.factors.container(self.name).parameters()
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it has no effect: every update is zero, as before training, and it has no copies."""
+        return not self.copies and all(factors.is_zero for factors in self.factors.values())
+
+    def update(self, site_path: str) -> Update:
+        """The weight update at a site."""
+        planned, factors = self.planned[site_path], self.factors[site_path]
+        if planned.experts is not None:
+            factors = self.method.of_experts(factors, planned.experts)
+        return Update(factors, planned.scale, planned.experts)
+
+    def gradients(self, site_path: str) -> dict[str, Tensor | None]:
+        """The gradients of its tensors at a site, by field of the method's named tuple; None where there is none."""
+        fields = self.factors[site_path]._asdict().items()
+        return {field: tensor.grad for field, tensor in fields if tensor is not None and tensor.is_leaf}
+
+    @cached_property
+    def planned(self) -> dict[str, PlannedSite]:
+        """The adapted sites by path."""
+        return {planned.site.path: planned for planned in self.plan.selected}
+
+    def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> ModelAdapter:
+        """The same adapter over sites with the same paths in another tree, which owns the tensors.
+
+        Args:
+            sites: Sites by path.
+            root: The tree.
+        """
+        selected = tuple(dataclasses.replace(p, site=sites[p.site.path]) for p in self.plan.selected)
+        rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
+        plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
+        copies = {module: CopyTable(root, owned.paths) for module, owned in self.copies.items()}
+        return ModelAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies, self.base)
+
+    def insertion(self) -> InsertAdapter:
+        """The pass that inserts its subgraphs."""
+        insertions = []
+        for planned in self.plan.selected:
+            site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
+            own_dtype = dtype if dtype != site.weight.dtype else None
+            insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
+        return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout)
+
+    def redirection(self, tree: ModuleTree) -> RedirectParameters:
+        """The pass that redirects a graph to its copies of base parameters."""
+        return RedirectParameters(tree, self.name, {module: owned.paths for module, owned in self.copies.items()})
+
+    def requires_grad_(self, requires_grad: bool) -> None:
+        """Set whether the adapter's tensors require gradients."""
+        self.factors.container(self.name).requires_grad_(requires_grad)
+
+
+def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig) -> AdapterTensors:
+    site = planned.site
+    device = None if site.weight.is_meta else site.weight.device
+    dtype = torch.float32 if site.weight.dtype in _HALF else site.weight.dtype
+
+    def weight() -> Tensor:
+        values = values_of(site.weight, site.path)
+        return values.mT if site.is_transposed else values
+
+    features, sizes, scale = (site.in_features, site.out_features), planned.sizes, planned.scale
+    if planned.experts is None:
+        drawn = method.initial(features, sizes, config, weight=weight, scale=scale)
+    else:
+        drawn = method.initial_of_experts(features, sizes, config, planned.experts, weight=weight, scale=scale)
+    return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))
+
+
+class _Table(Mapping[str, _Entry]):
+    """Tensors of a tree by path; pickle and copies leave the tree out, and its owner rebuilds the table."""
+
+    def __init__(self, root: nn.Module, paths: Mapping[str, Any]) -> None:
+        """Read from a tree, which owns the tensors, at the attribute paths of each key."""
+        self.paths = paths
+        self._root = root
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in order."""
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        """Number of keys."""
+        return len(self.paths)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is something of a key, which is not read for that."""
+        return key in self.paths
+
+
+class FactorTable(_Table[AdapterTensors]):
+    """An adapter's tensors by site path.
+
+    Attributes:
+        method: The adapter's method.
+        paths: Their attribute paths in the tree, by site path and field of the method's named tuple.
+    """
+
+    paths: Mapping[str, Mapping[str, str]]
+
+    def __init__(self, root: nn.Module, method: AdapterMethod, paths: Mapping[str, Mapping[str, str]]) -> None:
+        """Read from a tree, which owns the tensors."""
+        super().__init__(root, paths)
+        self.method = method
+        self._last: dict[str, AdapterTensors] = {}
+
+    def __getitem__(self, site_path: str) -> AdapterTensors:
+        """The tensors at a site."""
+        factors = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
+        last = self._last.get(site_path)
+        if last is None or any(a is not b for a, b in zip(last, factors, strict=True)):
+            self._last[site_path] = last = factors
+        return last
+
+    def attributes(self) -> Iterator[str]:
+        """The attribute path of every tensor."""
+        for paths in self.paths.values():
+            yield from paths.values()
+
+    def tensor(self, path: str) -> Tensor:
+        """The tensor at an attribute path."""
+        return tensor_in(self._root, path)
+
+    def container(self, adapter: str) -> nn.Module:
+        """The module that holds an adapter's tensors, its copies of base parameters included."""
+        return self._root.get_submodule(f"{ROOT}.{adapter}")
+
+    def owners(self, site_path: str) -> Iterator[tuple[nn.Module, str]]:
+        """The modules that hold the tensors at a site, each with the name of the tensor in it."""
+        for path in self.paths[site_path].values():
+            owner, _, name = path.rpartition(".")
+            yield self._root.get_submodule(owner), name
+
+
+class CopyTable(_Table[nn.Parameter]):
+    """An adapter's own copies of a module's parameters, by the full names of the base's.
+
+    Attributes:
+        paths: Their attribute paths in the tree, by the same names.
+    """
+
+    paths: Mapping[str, str]
+
+    def __getitem__(self, base: str) -> nn.Parameter:
+        """The copy of a parameter."""
+        return tensor_in(self._root, self.paths[base])  # type: ignore[return-value]
+
+
+def tensor_in(root: nn.Module, path: str) -> Tensor:
+    """The tensor at an attribute path of a module tree, a parametrization's result included."""
+    *owners, name = path.split(".")
+    module = root
+    for owner in owners:
+        module = module._modules[owner]  # type: ignore[assignment]
+    tensor: Tensor = getattr(module, name)
+    return tensor
+
+
+def adapter_names(names: object) -> list[str]:
+    """The name of an adapter, or several, as a list.
+
+    Raises:
+        RewriteError: It is neither a string nor a list of strings.
+    """
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in listed):
+        raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")
+    return list(listed)
+
+
+# -- attribute paths: `gralora.<adapter>.<site path>.gralora_A` and so on ------------------------------------------
+
+
+def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Register a parameter at a dotted path, creating missing modules."""
+    *owners, attribute = path.split(".")
+    module = root
+    for owner in owners:
+        if owner not in module._modules:
+            module.add_module(owner, nn.Module())
+        module = module.get_submodule(owner)
+    module.register_parameter(attribute, parameter)
+
+
+def drop(root: nn.Module, adapter: str) -> None:
+    """Remove everything an adapter stored."""
+    adapters = root._modules.get(ROOT)
+    if adapters is not None:
+        adapters._modules.pop(adapter, None)
+        if not adapters._modules:
+            del root._modules[ROOT]
+
+
+def factor_paths(adapter: str, site_path: str, method: AdapterMethod, factors: AdapterTensors) -> dict[str, str]:
+    """Attribute paths of an adapter's tensors at one site, by field of the method's named tuple."""
+    present = {field for field, tensor in factors._asdict().items() if tensor is not None}
+    return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in method.names().items() if field in present}
+
+
+def copy_path(adapter: str, name: str) -> str:
+    """Attribute path of an adapter's own copy of the base's parameter `name`."""
+    return f"{ROOT}.{adapter}.{name}"

@@ -1,0 +1,228 @@
+"""Adapter files as they are, read without a model: the configuration, the tensors and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save, save_file
+
+from gralora_fx.base.sources.atomic_save import Writer, read_together
+from gralora_fx.base.sources.model_files import resolve_directory
+from gralora_fx.base.sources.other_formats import of_adapter_pickle
+from gralora_fx.base.sources.safetensors_files import Layout, header_bytes, read_layout
+from gralora_fx.core.adapters.agreement import check_target_names
+from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
+from gralora_fx.core.config.checks import KEY_PREFIX
+from gralora_fx.core.config.reading import read_fields
+from gralora_fx.core.methods import config_from_fields, method_of
+from gralora_fx.core.methods.arrays import Array, to_numpy
+from gralora_fx.errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
+_PICKLE_NAME = "adapter_model.bin"
+_READ_AT_ONCE = 2**20  # bytes
+_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
+
+
+def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The configuration and the tensors of a saved adapter.
+
+    Args:
+        directory: Local directory or hub id.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: The configuration is missing or invalid.
+        CheckpointError: The tensors are missing, a pickle, cannot be read, or are of other layers than
+            `target_modules` names.
+    """
+    path, config, tensors = read_files(directory, Layout.mapped, revision=revision)
+    tensors = {current_key(key): tensor for key, tensor in tensors.items()}
+    check_target_names(config, sites_of(tensors, config), path, trained=modules_of(tensors))
+    return config, tensors
+
+
+def current_key(key: str) -> str:
+    """The key that PEFT gives a tensor when it saves one; it reads another one of DoRA's magnitudes too."""
+    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
+
+
+def read_files(
+    directory: str | Path, read: Callable[[Layout], T], *, revision: str | None = None
+) -> tuple[Path, AdapterConfig, T]:
+    """The directory of a saved adapter, its configuration, and what is read of its tensors, of one save.
+
+    Args:
+        directory: Local directory or hub id.
+        read: Reads what is wanted of the tensors' file.
+        revision: Revision of the hub repository.
+
+    Raises:
+        ConfigError: The configuration is missing or invalid.
+        CheckpointError: The tensors are missing, a pickle, cannot be read, or were saved with other sizes than those of
+            the configuration.
+    """
+
+    def read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Any], T]:
+        fields = read_fields(config)
+        _check_weights_file(weights)
+        layout = read_layout(weights)
+        return fields, _recorded_sizes(layout), read(layout)
+
+    path = resolve_directory(directory, CheckpointError, revision=revision, patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    fields, sizes, found = read_together(path, [CONFIG_NAME, WEIGHTS_NAME], read_both)
+    config = config_from_fields(fields, str(path / CONFIG_NAME))
+    _check_sizes(config, sizes, path)
+    return path, config, found
+
+
+def modules_of(keys: Iterable[str]) -> set[str]:
+    """Paths of the modules that own parameters of PEFT's keys, were they all copies of the base's."""
+    return {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in keys}
+
+
+def sites_of(keys: Iterable[str], config: AdapterConfig) -> set[str]:
+    """Paths of the layers that tensors of PEFT's keys belong to; those of copies of parameters belong to none."""
+    ends = tuple(f".{key}" for key in method_of(config).keys.values())
+    names = [key.removeprefix(KEY_PREFIX) for key in keys if key.startswith(KEY_PREFIX)]
+    return {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}
+
+
+def _recorded_sizes(layout: Layout) -> dict[str, Any]:
+    """The sizes recorded with an adapter's tensors; empty if unknown.
+
+    Raises:
+        CheckpointError: The record is damaged.
+    """
+    record = layout.metadata.get(_SIZES)
+    try:
+        sizes = {} if record is None else json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{layout.file} has a damaged header ({error}); copy or save it again") from error
+    return sizes if isinstance(sizes, dict) else {}
+
+
+def recorded_parameters(layout: Layout, config: AdapterConfig) -> list[str] | None:
+    """The names of an adapter's parameters in the order of their modules, which files of this package have.
+
+    Args:
+        layout: The tensors' file.
+        config: The configuration beside it.
+    """
+    return config.target_parameters if _SIZES in layout.metadata else None
+
+
+def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
+    """Check that tensors were saved with the sizes and the scale of their configuration.
+
+    Raises:
+        CheckpointError: They differ; every field is named.
+    """
+    differing = [
+        f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
+        for name, value in config.sizes.items()
+        if name in sizes and sizes[name] != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{directory} holds the configuration of one adapter and the tensors of another: {'; '.join(differing)}; "
+            f"copy or save both files again, or put the value back if {CONFIG_NAME} was edited"
+        )
+
+
+def _check_weights_file(path: Path) -> None:
+    """Check that an adapter's safetensors file exists.
+
+    Raises:
+        CheckpointError: It does not; a pickle in its place is named.
+    """
+    if not path.is_file():
+        if (path.parent / _PICKLE_NAME).is_file():
+            raise CheckpointError(of_adapter_pickle(path.parent))
+        raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
+
+
+def file_metadata(config: AdapterConfig) -> dict[str, str]:
+    """The metadata of a safetensors file of an adapter's tensors."""
+    return {"format": "pt", _SIZES: json.dumps(config.sizes, sort_keys=True)}
+
+
+def sorted_metadata(header: bytes) -> bytes:
+    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
+    fields = json.loads(header)
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(len(header)) if len(text) <= len(header) else header
+
+
+def tensors_digest(tensors: Mapping[str, Array], config: AdapterConfig) -> str:
+    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
+    content = memoryview(save(_copies(tensors), metadata=file_metadata(config)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[:8])
+    digest.update(sorted_metadata(bytes(content[8:end])))
+    digest.update(content[end:])
+    return digest.hexdigest()
+
+
+def _copies(tensors: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    """Tensors as contiguous numpy arrays, sorted by key."""
+    return {key: np.require(to_numpy(tensor), requirements="C") for key, tensor in sorted(tensors.items())}
+
+
+def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Array]]) -> dict[str, Writer]:
+    """The functions that write the two files of an adapter, by file name.
+
+    Args:
+        config: Its configuration.
+        tensors: Gives its tensors by PEFT's keys.
+    """
+
+    def write_tensors(path: Path) -> None:
+        try:
+            save_file(_copies(tensors()), path, metadata=file_metadata(config))
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
+        with path.open("r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = sorted_metadata(file.read(length))
+            file.seek(8)
+            file.write(header)
+
+    return {CONFIG_NAME: config.write_json, WEIGHTS_NAME: write_tensors}
+
+
+def adapter_digest(path: Path, tensors: Mapping[str, Array], config: AdapterConfig) -> str:
+    """`tensors_digest` of tensors that were read from a file, without a copy of them where the file allows it.
+
+    Args:
+        path: The `adapter_model.safetensors` that holds them.
+        tensors: Those of its tensors that belong to the adapter; ones of half precision count as float32, which a model
+            makes of them.
+        config: The configuration.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+        if entries.keys() == tensors.keys() and {entry["dtype"] for entry in entries.values()} == {"F32"}:
+            fields = {"__metadata__": dict(sorted(file_metadata(config).items())), **entries}
+            digest = hashlib.sha256(header_bytes(fields))
+            while part := file.read(_READ_AT_ONCE):
+                digest.update(part)
+            return digest.hexdigest()
+    arrays = {key: to_numpy(tensor) for key, tensor in tensors.items()}
+    return tensors_digest({key: a.astype(np.float32) if a.itemsize < 4 else a for key, a in arrays.items()}, config)

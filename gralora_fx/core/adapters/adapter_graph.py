@@ -1,0 +1,330 @@
+"""The adapters of a traced model: adding, switching, merging and removing them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from gralora_fx.core.adapters.adapter import ModelAdapter, drop
+from gralora_fx.core.adapters.base import Base
+from gralora_fx.core.adapters.current_graph import CurrentGraph
+from gralora_fx.core.adapters.first_step import watch_first_step
+from gralora_fx.core.adapters.folded_weights import (
+    SiteUpdate,
+    check_foldable,
+    check_not_shared,
+    fold_in_place,
+    folded_weights,
+    overlapping,
+    replace_values,
+    shared_sites,
+)
+from gralora_fx.core.graph.pipeline import GraphPass
+from gralora_fx.core.methods import AdapterTensors
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
+
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.same_base import BaseComparison
+
+
+class AdapterGraph(CurrentGraph):
+    """A graph with its changes of state, each of which is applied completely or not at all."""
+
+    def _begin(self, base: Base) -> None:
+        super()._begin(base)
+        self._spare: dict[str, Tensor] = {}  # memory of former merged weights, to be reused
+        self._depth = 0  # of nested `disabled()` blocks
+
+    # -- adding and switching ---------------------------------------------------------------------------------------
+
+    def add(self, name: str, planned: RewritePlan, *, factors: Mapping[str, AdapterTensors] | None = None) -> None:
+        """Store a new adapter, with the given tensors or new ones; the first adapter becomes active."""
+        with self._lock:
+            if name in self.adapters:
+                raise ConfigError(f"adapter {name!r} exists already; delete it first or take another name")
+            with_bias = [other for other, adapter in self.adapters.items() if adapter.config.bias != "none"]
+            if planned.config.bias != "none" and with_bias:
+                raise ConfigError(
+                    f"adapter {with_bias[0]!r} trains biases already, and only one adapter may; set bias='none'"
+                )
+            self.check_not_merged("add an adapter")
+            is_first = not self.adapters
+            try:
+                adapter = ModelAdapter.create(self.base.tree, name, planned, self.traced.tree, factors)
+                adapter.requires_grad_(is_first)
+                self.adapters = {**self.adapters, name: adapter}
+                if is_first:
+                    self._make(active=(name,))
+            except BaseException:
+                self._drop(name)
+                raise
+            watch_first_step(self, name)
+            self._show_adapters()
+
+    def note_base(self, name: str, base: BaseComparison) -> None:
+        """Remember what was compared of the base that an adapter was made for."""
+        with self._lock:
+            self.adapters = {**self.adapters, name: dataclasses.replace(self.adapters[name], base=base)}
+
+    def switch(self, names: Sequence[str]) -> None:
+        """Make these adapters active and let them train, and no others."""
+        with self._lock:
+            for name in names:
+                self[name]
+            self.check_not_merged("switch adapters")
+            if self._depth:
+                raise RewriteError(
+                    "cannot switch adapters within disable_adapter(), which restores the earlier ones; leave its block "
+                    "first"
+                )
+            self.check_copies_not_shared(names)
+            self.check_beside_each_other(names)
+            if tuple(names) != self.state.active:
+                self._make(active=tuple(names))
+            for name, adapter in self.adapters.items():
+                adapter.requires_grad_(name in names)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the base's graph within the block; with several blocks, in any threads, until the last one ends."""
+        with self._lock:
+            if not self._depth:
+                self._suspend()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    self._enable()
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter that is not active, and its tensors."""
+        with self._lock:
+            self[name]
+            if name in self.state.active:
+                raise RewriteError(f"adapter {name!r} is active; set another one before deleting it")
+            self._drop(name)
+
+    def discard(self, name: str) -> None:
+        """Remove an adapter, active or not, whose creation failed."""
+        with self._lock:
+            if name in self.state.active:
+                self._make(active=tuple(other for other in self.state.active if other != name))
+            self._drop(name)
+
+    def clear(self) -> None:
+        """Remove every adapter and every pass: the graph is the base's again, node for node."""
+        with self._lock:
+            self._make(active=(), merged=(), weights={}, unties=False, passes=())
+            for name in list(self.adapters):
+                self._drop(name)
+            self._spare = {}
+
+    def add_pass(self, graph_pass: GraphPass) -> None:
+        """Run a pass over the graph, now and whenever it is built."""
+        with self._lock:
+            self._make(passes=(*self.state.passes, graph_pass))
+
+    def remove_pass(self, graph_pass: GraphPass) -> None:
+        """Remove a pass that was added."""
+        with self._lock:
+            passes = self.state.passes
+            if graph_pass not in passes:
+                raise RewriteError(f"{graph_pass!r} is not a pass of this model; its passes are {list(passes)}")
+            index = passes.index(graph_pass)
+            self._make(passes=(*passes[:index], *passes[index + 1 :]))
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def mergeable(self, names: Sequence[str] | None, *, again: bool = False) -> list[str]:
+        """The adapters to merge: those named, or the active ones; already merged ones only with `again`."""
+        state = self.state
+        merged = () if again else state.merged
+        chosen = [name for name in state.active if name not in merged] if names is None else list(names)
+        for name in chosen:
+            self[name]
+            if chosen.count(name) > 1:
+                raise MergeError(f"adapter {name!r} is named twice, and would be folded twice; name it once")
+            if name in merged:
+                raise MergeError(f"adapter {name!r} is merged already; unmerge first")
+            if name not in state.active:
+                raise MergeError(f"adapter {name!r} is not active, so merging it would change the output; set it first")
+        if not chosen:
+            raise MergeError("there is no active adapter left to merge")
+        return chosen
+
+    def merge(self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False) -> None:
+        """Fold active adapters into copies of the weights; their nodes leave the graph."""
+        with self._lock:
+            state, chosen = self.state, self.mergeable(names)
+            merged = (*state.merged, *chosen)
+            work = self.updates(merged)
+            check_foldable(self.traced.graph_module, [entry.site for entry in work])
+            if not untie:
+                check_not_shared(self.traced.graph_module, [e for e in work if e.site.path not in state.weights])
+            weights = self._folded(merged, safe=safe)
+            self._make(merged=merged, weights=weights, unties=untie or state.unties)
+            self._spare = {}
+
+    def unmerge(self) -> None:
+        """Restore the base's own weights and the adapters' nodes; the memory is kept for the next merge."""
+        with self._lock:
+            retired = self.current
+            if not retired.state.merged:
+                raise MergeError("nothing is merged, so there is nothing to unmerge")
+            self._make(merged=(), weights={}, unties=False)
+            if not retired.is_lent and not self._readers.is_read:
+                self._spare = {path: weight.data for path, weight in retired.state.weights.items()}
+
+    def fold_into_base(
+        self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False
+    ) -> dict[str, nn.Parameter]:
+        """Fold adapters and their copies of parameters into the base's own parameters.
+
+        Everything is checked before the first parameter changes.
+
+        Returns:
+            The folded weights of layers with shared weights (`untie`), by site path; there the base keeps its own.
+        """
+        with self._lock:
+            chosen = self.mergeable(names, again=True)
+            graph_module, work = self.traced.graph_module, self.updates(chosen)
+            copies = self._settled_copies(chosen)
+            shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}
+            tied = [entry for entry in work if entry.site.path in shared]
+            weights = folded_weights(graph_module, tied, safe=safe, untie=True)
+            fold_in_place(graph_module, [entry for entry in work if entry not in tied], safe=safe)
+            replace_values(copies)
+            return weights
+
+    def _settled_copies(self, names: Sequence[str]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The base's parameters of which adapters train copies, each with a clone of the adapter's copy."""
+        tree = self.traced.tree
+        memory = overlapping(tree.parameters)
+        copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for name in names:
+            for module, owned in self.adapters[name].copies.items():
+                for base, parameter in owned.items():
+                    outside = [
+                        n for n in (*tree.names_of(tree.parameters[base]), *memory.get(base, ())) if n not in owned
+                    ]
+                    if outside:
+                        raise MergeError(
+                            f"{base} of {module} is tied with {', '.join(outside)}, which would change too; "
+                            "use gralora_fx.merge, which leaves the base as it is"
+                        )
+                    copies[id(tree.parameters[base])] = tree.parameters[base], parameter.detach().clone()
+        return list(copies.values())
+
+    def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
+        """The weight updates of adapters that fold into one weight, by site.
+
+        Raises:
+            RewriteError: An adapter does not exist, or two of them would have to be folded in an order.
+        """
+        chosen = [self[name] for name in names]
+        self.check_beside_each_other(names)
+        return [
+            SiteUpdate(site, updates)
+            for site in self.traced.adaptable
+            if (updates := tuple(a.update(site.path) for a in chosen if site.path in a.factors))
+        ]
+
+    def check_not_merged(self, action: str) -> None:
+        """Check that nothing is merged, for a change that needs the base's own weights."""
+        if merged := self.state.merged:
+            raise MergeError(f"cannot {action} while {', '.join(merged)} is merged; call unmerge_adapter() first")
+
+    def check_copies_not_shared(self, names: Sequence[str]) -> None:
+        """Check that no two adapters train copies of one parameter, and that none adapts another's copy."""
+        owners: dict[int, tuple[str, str]] = {}
+        for name in names:
+            for module, owned in self.adapters[name].copies.items():
+                for base in owned:
+                    parameter = id(self.traced.tree.parameters[base])
+                    other, _ = owners.setdefault(parameter, (name, module))
+                    if other != name:
+                        raise RewriteError(
+                            f"adapters {other!r} and {name!r} both train a copy of {module}; set one of them"
+                        )
+        for name in names:
+            for planned in self.adapters[name].plan.selected:
+                other, module = owners.get(id(planned.site.weight), (name, ""))
+                if other != name:
+                    raise RewriteError(
+                        f"adapter {name!r} adapts {planned.site.path}, of which adapter {other!r} trains a copy; "
+                        "set one of them"
+                    )
+
+    def check_beside_each_other(self, names: Sequence[str]) -> None:
+        """Check that no adapter whose effect depends on the layer's output meets another one at a layer."""
+        for name in names:
+            if self.adapters[name].method.IS_ADDITIVE:
+                continue
+            for other in names:
+                if other != name and (both := self.adapters[name].factors.keys() & self.adapters[other].factors.keys()):
+                    raise RewriteError(
+                        f"adapters {name!r} and {other!r} both adapt {listed(sorted(both), 3)}, and what "
+                        f"{name!r} ({self.adapters[name].config.TITLE}) does there depends on the layer's output, so "
+                        "that their order would count; set one of them, or merge one into a model of its own"
+                    )
+
+    # -- after tensors changed --------------------------------------------------------------------------------------
+
+    def keep_up(self) -> None:
+        """Rebuild the graph if tensors that it was built from were replaced, converted or written to."""
+        with self._lock:
+            state = self.state
+            if not (self.base.is_current and self._is_valid(self.current)):
+                self._make(weights=self._folded(state.merged) if state.merged else {})
+
+    # -- within -----------------------------------------------------------------------------------------------------
+
+    def _folded(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
+        """Weights with adapters folded into them, in spare memory if there is some."""
+        work = self.updates(names)
+        spare = {
+            entry.site.path: memory
+            for entry in work
+            if (memory := self._spare.get(entry.site.path)) is not None
+            and (memory.shape, memory.dtype, memory.device)
+            == (entry.site.weight.shape, entry.site.weight.dtype, entry.site.weight.device)
+        }
+        return folded_weights(self.traced.graph_module, work, spare=spare, safe=safe, untie=True)
+
+    def _suspend(self) -> None:
+        """Run the base's graph, and keep the graph that ran."""
+        self._suspended = self.state
+        try:
+            self._remember()
+            self._make(active=(), merged=(), weights={}, unties=False)
+        except BaseException:
+            self._suspended = None
+            raise
+
+    def _enable(self) -> None:
+        """Restore the state from before the `disabled()` blocks, without adapters that were deleted in them."""
+        assert self._suspended is not None
+        suspended, self._suspended = self._suspended, None
+        state = dataclasses.replace(suspended, training=self.state.training, passes=self.state.passes)
+        if (before := self._cached(state)) is not None:
+            self.current = before
+            self._remember()
+            return
+        active, merged = (
+            tuple(name for name in names if name in self.adapters) for names in (state.active, state.merged)
+        )
+        weights = self._folded(merged) if merged else {}
+        self._make(active=active, merged=merged, weights=weights, unties=state.unties)
+
+    def _drop(self, name: str) -> None:
+        drop(self.base.tree, name)
+        self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
+        self._show_adapters()

@@ -1,0 +1,138 @@
+"""The base model under the adapters: a module tree owns its tensors, and its trace follows them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+from gralora_fx.core.graph.overlay import copy_in_mode, parameter_tree
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import RewriteError
+
+
+class _ParameterSlot(NamedTuple):
+    """Where the tree holds a parameter of the base, and which parameter it was when last compared."""
+
+    name: str
+    module: nn.Module
+    key: str
+    parameter: nn.Parameter
+
+    @property
+    def now(self) -> Tensor | None:
+        return self.module._parameters.get(self.key)
+
+
+class Base:
+    """A trace, and the module tree that owns its tensors and those of the adapters.
+
+    PyTorch replaces parameters in a module tree: `load_state_dict(assign=True)`, `.to()`, `setattr`, sharding. Sites,
+    plans and graphs name tensors of the trace, so the trace is rebuilt over the tree's tensors whenever they differ.
+
+    Attributes:
+        tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
+        traced: The trace.
+        trainable: Names of the parameters that required gradients before there was an adapter.
+    """
+
+    def __init__(self, traced: TracedModel) -> None:
+        """Start with a trace's own parameters."""
+        copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
+        self.tree = parameter_tree(copied)
+        self.traced = traced
+        self.trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
+        self._slots = self._find_slots(traced)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the trace uses the tree's current tensors."""
+        return all(slot.now is slot.parameter for slot in self._slots)
+
+    @property
+    def modules(self) -> dict[int, tuple[nn.Module, str]]:
+        """The module of the tree that holds each parameter, with its name there, by the parameter's id."""
+        return {id(slot.parameter): (slot.module, slot.key) for slot in self._slots}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes."""
+        from gralora_fx.core.tracing.graph_record import pack_module
+
+        return {"tree": pack_module(self.tree), "traced": self.traced, "trainable": self.trainable}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Find the parameters in the tree again."""
+        from gralora_fx.core.tracing.graph_record import unpack_module
+
+        self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
+        self.trainable = state["trainable"]
+        self._slots = self._find_slots(self.traced)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        """A copy with tensors of its own."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.traced = copy.deepcopy(self.traced, memo)
+        other.tree = copy.deepcopy(self.tree, memo)
+        other.trainable = list(self.trainable)
+        other._slots = other._find_slots(other.traced)
+        return other
+
+    def follow(self) -> None:
+        """Rebuild the trace over the tree's current tensors.
+
+        Raises:
+            RewriteError: The tree holds something other than a parameter where one was traced.
+        """
+        now = self._parameters_now()
+        moved = {id(slot.parameter): now[slot.name] for slot in reversed(self._slots)}  # under the first name
+        names = self.traced.tree.parameters.items()
+        parameters = {name: now.get(name, moved.get(id(old), old)) for name, old in names}
+        traced, training = self.traced, self.traced.training
+        graph_module = copy_in_mode(self.tree, copy_graph(traced.graph_module), training, "TracedGraph")
+        self.traced = traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters))
+        self._slots = self._find_slots(self.traced)
+
+    def _parameters_now(self) -> Mapping[str, nn.Parameter]:
+        """The tree's current parameters by name; tied ones stay tied if they share all of their memory."""
+        first: dict[int, nn.Parameter] = {}
+        now: dict[str, nn.Parameter] = {}
+        for slot in self._slots:
+            parameter = slot.now
+            if not isinstance(parameter, nn.Parameter):
+                raise RewriteError(
+                    f"{slot.name} of the base model is not a parameter any more (it was parametrized or removed after "
+                    "the trace), so adapters cannot be changed or merged; undo that, or trace the model as it is now"
+                )
+            if slot.parameter.shape != parameter.shape:
+                raise RewriteError(
+                    f"{slot.name} of the base model has the shape {list(parameter.shape)} instead of "
+                    f"{list(slot.parameter.shape)} since it was replaced; gather it, or trace the model as it is now"
+                )
+            same = first.setdefault(id(slot.parameter), parameter)
+            if same is not parameter and _is_same_memory(same, parameter):
+                slot.module._parameters[slot.key] = parameter = same
+            now[slot.name] = parameter
+        return now
+
+    def _find_slots(self, traced: TracedModel) -> list[_ParameterSlot]:
+        parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
+        slots = []
+        for name, parameter in parameters.items():
+            owner, _, key = name.rpartition(".")
+            slots.append(_ParameterSlot(name, self.tree.get_submodule(owner), key, parameter))
+        return slots
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory, as a tied weight after `assign=True`."""
+    return (
+        not one.is_meta
+        and one.device == other.device
+        and one.dtype == other.dtype
+        and (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+    )

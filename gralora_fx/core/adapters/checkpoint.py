@@ -1,0 +1,242 @@
+"""A model's adapters as files in PEFT's format, and the base that an adapter was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.base.sources.atomic_save import Writer, save_together
+from gralora_fx.base.sources.base_quantization import RECORD
+from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers
+from gralora_fx.core.adapters.peft_keys import checkpoint_parameters
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.config.checks import KEY_PREFIX
+from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import CheckpointError, bulleted, warn_caller
+
+
+def base_names(keys: Iterable[str]) -> set[str]:
+    """The base's parameter names for the keys of PEFT's file that hold copies of parameters.
+
+    Args:
+        keys: Keys of the file; those of adapter tensors match nothing in the base.
+    """
+    return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
+
+
+def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
+    """Copy a checkpoint's tensors into an adapter, all or none.
+
+    Args:
+        adapter: The adapter to fill.
+        tensors: Tensors by PEFT's keys.
+        tree: The modules of the base model.
+        origin: Where the tensors come from, for messages.
+
+    Raises:
+        CheckpointError: Keys are missing or unexpected, shapes differ, or values are not finite; all are named.
+    """
+    expected = checkpoint_parameters(adapter)
+    tensors, extra = _match_keys(tensors, expected, tree)
+    problems = [f"missing {key}" for key in expected if key not in tensors] + extra
+    for key, tensor in tensors.items():
+        target = expected[key]
+        if not isinstance(target, nn.Parameter):
+            problems.append(f"{key} is the result of a parametrization here, which cannot be written")
+        elif tensor.shape != target.shape:
+            shapes = f"{list(tensor.shape)} instead of {list(target.shape)}"
+            problems.append(f"{key} has shape {shapes}{_experts_at(adapter, target)}")
+        elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            problems.append(f"{key} is {tensor.dtype}, not a float tensor")
+        elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
+            problems.append(f"{key} holds values that are not finite")
+    if problems:
+        raise CheckpointError(
+            f"{origin} does not fit the adapter {adapter.name!r}; check its configuration and base model:\n"
+            f"{bulleted(problems)}"
+        )
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            parameter.copy_(tensors[key])
+
+
+def _experts_at(adapter: ModelAdapter, tensor: Tensor) -> str:
+    """What the site of a tensor has of experts, for the message of one that does not fit."""
+    sites = (p for p in adapter.plan.selected if any(own is tensor for own in adapter.factors[p.site.path]))
+    planned = next(sites, None)
+    if planned is None or planned.experts is None:
+        return ""
+    widths = f"{planned.site.in_features} -> {planned.site.out_features}"
+    return f": {planned.site.path} has {planned.experts} experts of {widths}, and the rank is {planned.r}"
+
+
+def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> None:
+    """Check that a state dict holds the current values of an adapter.
+
+    Args:
+        adapter: The adapter.
+        state_dict: Tensors by the model's names.
+
+    Raises:
+        CheckpointError: A tensor is missing or differs.
+    """
+    for path, parameter in adapter.named_parameters():
+        tensor = state_dict.get(f"graph_module.{path}")
+        if tensor is None or tensor.shape != parameter.shape or not torch.equal(tensor.to(parameter), parameter):
+            raise CheckpointError(
+                f"the state dict has {'no' if tensor is None else 'other values of'} graph_module.{path}; load it into "
+                "the model first, or leave state_dict out"
+            )
+
+
+def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, traced: TracedModel) -> None:
+    """Write adapters in PEFT's format, with the same meaning there: all of them, or none after an error.
+
+    Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
+    `exclude_modules`, which PEFT does not know.
+
+    Args:
+        adapters: The adapters by the folder that each is written into; `""` is the directory itself.
+        directory: Where to write; made if it does not exist.
+        traced: The base model.
+
+    Raises:
+        CheckpointError: The directory cannot be written; its contents are unchanged.
+    """
+    save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
+    for adapter in adapters.values():
+        patterns = [name for name in adapter.config.used_patterns if name in adapter.config.BEYOND_PEFT]
+        if adapter.config.target_parameters and not adapter.method.NESTS_PARAMETERS:
+            warn_caller(
+                f"adapter {adapter.name!r} has target_parameters, which PEFT's {adapter.config.TITLE} does not read: "
+                "what was saved loads here, but not in PEFT; to_lora makes a LoRA of it, exactly, which PEFT loads"
+            )
+        if patterns:
+            warn_caller(
+                f"adapter {adapter.name!r} has {', '.join(patterns)}, which PEFT's {adapter.config.TITLE} does not "
+                "read: what was saved loads here, but not in PEFT; a sum of it alone, "
+                f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), does without"
+            )
+
+
+def _writers(adapter: ModelAdapter, traced: TracedModel) -> dict[str, Writer]:
+    """The functions that write an adapter's files, by file name."""
+    # a parameter with two names is written under both
+    return adapter_writers(saved_config(adapter, traced), lambda: checkpoint_parameters(adapter))
+
+
+def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
+    """An adapter's configuration as saved, with its shorthands expanded."""
+    config = adapter.config
+    source = config.base_model_name_or_path or traced.tokenizer_source
+    changes: dict[str, object] = {
+        "base_model_name_or_path": source,
+        "base_quantization": config.base_quantization or getattr(traced.config, RECORD, None),
+        "inference_mode": True,
+    }
+    if config.target_parameters:  # whole names, in the order of their modules, which PEFT's keys do not say
+        changes["target_parameters"] = [p.parameter for p in adapter.plan.selected if p.parameter is not None]
+    if config.adapts_all_linear or config.exclude_modules:
+        changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+        changes["target_modules"] = exact_targets(_adapted_modules(adapter), traced.tree)
+    else:
+        changes |= _own_targets(adapter, traced)
+    return config.changed(**changes)
+
+
+def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object]:
+    """The fields that select layers, so that by PEFT's rules over paths alone they select the adapted ones.
+
+    Names and layers that are not in the model are left out. Where the rules select a layer that has no adapter, since
+    none can take effect there, or not one that has, since its weight was named, all are named.
+    """
+    config = adapter.config
+    rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
+    adapted = _adapted_modules(adapter)
+    layers = [site.path for site in traced.sites if site.kind != "functional" or site.path in adapted]
+    chosen = [path for path in layers if rule.rejection(path) is None]
+    if set(chosen) - set(adapted) - _within_saved(chosen, adapter) or set(adapted) - set(chosen):
+        exact = exact_targets(adapted, traced.tree)
+        return {"target_modules": exact, "layers_to_transform": None, "layers_pattern": None}
+    if rule.pattern is not None:
+        return {"target_modules": rule.pattern}
+    paths = [*traced.tree.types, *(name for site in traced.sites for name in traced.tree.names_of(site.weight))]
+    return {"target_modules": set(rule.names) - set(unmatched_names(rule.names, paths))}
+
+
+def _adapted_modules(adapter: ModelAdapter) -> list[str]:
+    """Paths of the sites that `target_modules` selects."""
+    return [planned.site.path for planned in adapter.plan.selected if planned.parameter is None]
+
+
+def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
+    """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
+    return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
+
+
+def _match_keys(
+    tensors: Mapping[str, Tensor], expected: Container[str], tree: ModuleTree
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Match a file's tensors with the keys that an adapter expects, and describe the ones that do not fit.
+
+    PEFT stores some twice: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
+    `<module>.original_module.bias` (the base's) and `<module>.modules_to_save.bias` (the trained one).
+    """
+    matched = {key: tensor for key, tensor in tensors.items() if key in expected}
+    problems = []
+    for key, tensor in tensors.items():
+        if key in expected:
+            continue
+        short = (key.replace(".modules_to_save.", ".", 1), SAVED_COPY.sub(".", key, count=1))
+        target = next((name for name in short if name in expected), None)
+        if target is None:
+            name = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+            base = tree.parameters.get(name)
+            if base is None:
+                problems.append(f"unexpected {key}")
+            elif not _repeats(tensor, values_of(base, name)):
+                problems.append(f"unexpected {key}, whose values are not those of the base's {name}")
+        elif not _repeats(tensor, matched.setdefault(target, tensor)):
+            problems.append(f"unexpected {key}, whose values are not those of {target}")
+    return matched, problems
+
+
+def _repeats(tensor: Tensor, other: Tensor) -> bool:
+    """Whether a tensor equals another one cast to its dtype."""
+    return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))
+
+
+# -- the base that an adapter was made for --------------------------------------------------------------------------
+
+
+def base_of(traced: TracedModel) -> BaseSource:
+    """What is known of a traced model: the name that it was loaded by, and its configuration."""
+    config = traced.config
+    if config is None:
+        return BaseSource(None)
+    return BaseSource(traced.tokenizer_source, getattr(config, "_commit_hash", None), config.to_dict())
+
+
+def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Path, *, strict: bool) -> BaseComparison:
+    """Compare an adapter's base with a traced model, and warn or refuse where it is not known to be the same.
+
+    Args:
+        config: The adapter's configuration.
+        traced: The model.
+        directory: The adapter, for messages.
+        strict: Whether to refuse.
+
+    Raises:
+        CheckpointError: It is not known to be the same base, and `strict` is set.
+    """
+    compared = compare_bases(config.made_for, base_of(traced))
+    compared.settle(directory, strict=strict, error=CheckpointError)
+    return compared

@@ -1,0 +1,268 @@
+"""The graph that runs: built anew for every state, then swapped in by one reference."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import fx
+
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.base import Base
+from gralora_fx.core.adapters.state_graph import GraphCache, GraphState, StateGraph, build_graph, dtypes_of
+from gralora_fx.core.graph.overlay import overlay, share_adapters
+from gralora_fx.core.graph.pipeline import GraphPass
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.tracing.normalize.modes import set_mode
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import RewriteError, first_line
+
+
+class CurrentGraph:
+    """A base model, its adapters, and the graph of the current state.
+
+    A thread that runs the model takes one reference and sees one state from beginning to end. Changes are serialized.
+
+    Attributes:
+        base: The base model; its module tree owns every tensor.
+        adapters: Adapters by name.
+    """
+
+    def __init__(self, traced: TracedModel) -> None:
+        """Start with a traced model and no adapter."""
+        self._begin(Base(traced))
+        self._state = GraphState(training=traced.training)
+
+    def _begin(self, base: Base) -> None:
+        self.base = base
+        self.adapters: dict[str, ModelAdapter] = {}
+        self._lock = threading.RLock()
+        self._readers = ReadWriteLock()
+        self._current: StateGraph | None = None  # built on first access, possibly after adapters were added
+        self._cache = GraphCache()
+        self._suspended: GraphState | None = None  # to which the end of a `disabled()` block returns
+
+    def __getitem__(self, name: str) -> ModelAdapter:
+        """An adapter by name; raises `RewriteError` if there is none."""
+        if not isinstance(name, str) or name not in self.adapters:
+            raise RewriteError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    @property
+    def state(self) -> GraphState:
+        """The current state."""
+        return self._state if self._current is None else self._current.state
+
+    @property
+    def current(self) -> StateGraph:
+        """The state and its graph."""
+        if self._current is None:
+            with self._lock:
+                self._current = self._current or self._build(self._state)
+        return self._current
+
+    @current.setter
+    def current(self, graph: StateGraph) -> None:
+        self._current = graph
+
+    @property
+    def traced(self) -> TracedModel:
+        """The base's trace, over the model's current tensors."""
+        if not self.base.is_current:
+            with self._lock:
+                self.base.follow()
+                sites = {site.path: site for site in self.base.traced.adaptable}
+                self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
+                self._cache.clear()
+        return self.base.traced
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle: the base, the adapters' plans and the state, from which the graph is rebuilt.
+
+        Raises:
+            RewriteError: One of the user's passes cannot be found by its name.
+            MergeError: Tensors have changed since they were merged.
+        """
+        with self._lock:
+            for graph_pass in self.state.passes:
+                _check_picklable(graph_pass)
+            return self._parts()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the graph."""
+        self._begin(state["base"])
+        sites = {site.path: site for site in self.base.traced.adaptable}
+        adapters = [adapter.over(sites, self.base.tree) for adapter in state["adapters"]]
+        self.adapters = {adapter.name: adapter for adapter in adapters}
+        self.current = self._build(state["state"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with tensors of its own."""
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        with self._lock:
+            other.__setstate__(copy.deepcopy(self._parts(), memo))
+        return other
+
+    def _parts(self) -> dict[str, Any]:
+        self.traced  # noqa: B018  # it follows the tree
+        self.current.check_fresh()
+        return {"base": self.base, "adapters": list(self.adapters.values()), "state": self.state}
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the graph of one state, even if another thread switches adapters meanwhile.
+
+        Raises:
+            MergeError: Tensors have changed since they were merged.
+        """
+        if torch.compiler.is_compiling():
+            self.current.is_lent = True
+            return self.current.graph_module(**inputs)
+        with self._readers:
+            current = self.current
+            current.check_fresh()
+            current.is_lent |= torch.is_grad_enabled()
+            return current.graph_module(**inputs)
+
+    def lend(self) -> fx.GraphModule:
+        """The current graph, for a caller that may keep it."""
+        current = self.current
+        current.is_lent = True
+        return current.graph_module
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let the caller write tensors within the block: no other thread runs the model then."""
+        with self._readers.writing(), self._lock:
+            yield
+
+    def set_mode(self, training: bool) -> None:
+        """Switch the graph to training or evaluation mode; the graph of the other mode is kept."""
+        with self._lock:
+            before = self.current
+            if training == before.state.training:
+                return
+            other = self._cached(dataclasses.replace(before.state, training=training))
+            if other is not None and not (other.is_edited or before.is_edited):
+                self.current = other
+                self._remember()
+                return
+            graph = copy_graph(before.graph_module)
+            graph_module = before.graph_module
+            if set_mode(graph, training) or graph.find_nodes(op="call_module"):
+                graph_module = overlay(graph_module, graph, training)
+                graph_module.recompile()
+            self.current = before.with_mode(training, graph_module)
+            self._remember()
+
+    def _show_adapters(self) -> None:
+        """Update the current graph module's adapter tensors to the current adapters."""
+        share_adapters(self.current.graph_module, self.base.tree)
+        self._cache.clear()
+        self._remember()
+
+    # -- within -----------------------------------------------------------------------------------------------------
+
+    def _make(self, **changes: Any) -> None:
+        """Switch to the current state with some fields changed; an error changes nothing.
+
+        The graphs of the most recent states are cached, so that a switch back builds none.
+        """
+        state = dataclasses.replace(self.state, **changes)
+        cached = self._cached(state) if state.is_repeatable else None
+        self.current = cached if cached is not None and not cached.is_edited else self._build(state)
+        self._remember()
+
+    def _cached(self, state: GraphState) -> StateGraph | None:
+        """The cached graph of a state, if it is still valid."""
+        current = self._cache.get(state)
+        return current if current is not None and self.base.is_current and self._is_valid(current) else None
+
+    def _remember(self) -> None:
+        """Cache the current graph."""
+        self._cache.put(self.current, self._suspended)
+
+    def _build(self, state: GraphState) -> StateGraph:
+        """Build the graph of a state over the current tensors."""
+        self.traced  # noqa: B018  # it follows the tree
+        return build_graph(state, self.base, self.adapters)
+
+    def _is_valid(self, graph: StateGraph) -> bool:
+        """Whether a graph, merged weights included, is still what building its state would give."""
+        return graph.is_fresh and graph.casts == dtypes_of(graph.state, self.adapters)
+
+
+def _check_picklable(graph_pass: GraphPass) -> None:
+    try:
+        pickle.dumps(graph_pass)
+    except Exception as error:  # pickle and what it writes raise errors of many types
+        name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
+        raise RewriteError(
+            f"the graph pass {name} cannot be pickled ({first_line(error)}); define it at the top of a module, or "
+            "remove "
+            "it with remove_pass() first"
+        ) from error
+
+
+class ReadWriteLock:
+    """Lets any number of threads run the model, or one thread write its tensors.
+
+    Switching adapters needs neither: it builds another graph and swaps one reference. The lock is reentrant: a thread
+    that runs the model may run it again or write within that run, as a hook does.
+    """
+
+    def __init__(self) -> None:
+        """Start with no readers and no writer."""
+        self._changed = threading.Condition()
+        self._reading: dict[int, int] = {}  # thread: how often
+        self._writer: int | None = None
+        self._writing = 0
+
+    def __enter__(self) -> None:
+        """Start reading, once no other thread writes."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._writer in (None, me) or me in self._reading)
+            self._reading[me] = self._reading.get(me, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        """Stop reading."""
+        me = threading.get_ident()
+        with self._changed:
+            self._reading[me] -= 1
+            if not self._reading[me]:
+                del self._reading[me]
+                self._changed.notify_all()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether any thread reads."""
+        return bool(self._reading)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Exclude other readers and writers within the block, once those at work have finished."""
+        me = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._writer in (None, me))
+            self._writer = me
+            self._writing += 1
+            self._changed.wait_for(lambda: not self._reading.keys() - {me})
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writing -= 1
+                if not self._writing:
+                    self._writer = None
+                    self._changed.notify_all()

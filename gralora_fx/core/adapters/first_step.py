@@ -1,0 +1,97 @@
+"""A warning at an optimizer's first step that names where an adapter got no gradient, so that nothing trains there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.planning.rewrite_plan import PlannedSite
+from gralora_fx.errors import listed, warn_caller
+
+_MOST = 4  # places that a message names
+
+
+class HasAdapters(Protocol):
+    """What owns adapters by name, which may be replaced meanwhile."""
+
+    adapters: dict[str, ModelAdapter]
+
+
+def watch_first_step(owner: HasAdapters, name: str) -> None:
+    """Have the first step of an optimizer that trains an adapter say where it got no gradient.
+
+    A step costs nothing more after that one. Of optimizers that are not torch's nothing is known.
+
+    Args:
+        owner: What owns the adapter; it is not kept alive.
+        name: The adapter.
+    """
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+    _untrained.setdefault(owner, set()).add(name)
+
+
+# the adapters that no optimizer has trained yet, by owner, which is forgotten when it is gone
+_untrained: weakref.WeakKeyDictionary[HasAdapters, set[str]] = weakref.WeakKeyDictionary()
+_hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if not _untrained or torch.compiler.is_compiling():
+        return
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for owner, names in list(_untrained.items()):
+        for name in list(names):
+            adapter = owner.adapters.get(name)
+            is_first = adapter is not None and any(id(parameter) in trained for parameter in adapter.parameters())
+            if adapter is None or is_first:
+                names.discard(name)
+            if adapter is not None and is_first:
+                _warn_of_idle(adapter)
+        if not names:
+            _untrained.pop(owner, None)
+
+
+def _warn_of_idle(adapter: ModelAdapter) -> None:
+    unreached, idle = [], []
+    for planned in adapter.plan.selected:
+        gradients = adapter.gradients(planned.site.path)
+        if all(gradient is None for gradient in gradients.values()):
+            unreached.append(planned.site.path)
+        elif (experts := list(_idle_experts(adapter, planned, gradients))) and len(experts) < (planned.experts or 1):
+            idle.append(f"{planned.site.path} (experts {listed(experts, _MOST)} of {planned.experts})")
+        elif experts:
+            idle.append(planned.site.path)
+    text = f"in the first step, adapter {adapter.name!r} got no gradient at"
+    if unreached:
+        warn_caller(
+            f"{text} {listed(unreached, _MOST)}: the loss does not depend on it (a layer that the traced forward does "
+            "not call, code under no_grad, a detached tensor), so it does not train there; leave these out of the "
+            "configuration",
+            also=("torch",),
+        )
+    if idle:
+        warn_caller(
+            f"{text} {listed(idle, _MOST)}: it is zero there. Experts get none while no token of a batch is routed to "
+            "them; elsewhere the layer's output is multiplied by zero, or gradients are too small for half precision",
+            also=("torch",),
+        )
+
+
+def _idle_experts(adapter: ModelAdapter, planned: PlannedSite, gradients: dict[str, Tensor | None]) -> Iterator[int]:
+    """The experts of a site whose gradients are all zero; of a site without experts, 0 if they are."""
+    count = planned.experts or 1
+    present = {field: torch.zeros(()) if tensor is None else tensor for field, tensor in gradients.items()}
+    if planned.experts is not None and all(tensor is not None for tensor in gradients.values()):
+        stacked = adapter.method.of_experts(adapter.method.tensors(**present), count)
+        tensors = [tensor.reshape(count, -1) for tensor in stacked if tensor is not None]
+    else:
+        tensors, count = [tensor.reshape(1, -1) for tensor in present.values()], 1
+    acts = torch.stack([tensor.bool().any(dim=1).cpu() for tensor in tensors]).any(dim=0)
+    yield from (index for index in range(count) if not acts[index])

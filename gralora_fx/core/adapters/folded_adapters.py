@@ -1,0 +1,109 @@
+"""A record of the adapters folded into a model: configuration, digest of the tensors, what was compared of the base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.peft_keys import checkpoint_parameters
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import warn_caller
+
+
+def describe_folded(adapters: Iterable[ModelAdapter], traced: TracedModel, *, own: bool) -> FoldedAdapters:
+    """Describe the adapters folded into a model, by name.
+
+    Args:
+        adapters: The adapters.
+        traced: The model; adapters that were merged into it before come first and keep their names.
+        own: Whether the adapters are removed from the model, so that their tensors need not be copied.
+    """
+    entries: dict[str, Any] = {name: traced.merged_adapters[name] for name in traced.merged_adapters}
+    for adapter in adapters:
+        name, count = adapter.name, 1
+        while name in entries:
+            count += 1
+            name = f"{adapter.name}_{count}"
+        entries[name] = _Folded.of(adapter, traced, own=own)
+    return FoldedAdapters(entries)
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """An adapter as it was when it was folded."""
+
+    adapter: ModelAdapter
+    traced: TracedModel
+    tensors: Mapping[str, Tensor]
+
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, adapter: ModelAdapter, traced: TracedModel, *, own: bool) -> _Folded:
+        tensors = {key: tensor.detach() for key, tensor in checkpoint_parameters(adapter).items()}
+        tensors = tensors if own else {key: tensor.clone() for key, tensor in tensors.items()}
+        return cls(adapter, traced, tensors, _versions(tensors))
+
+    def described(self) -> dict[str, Any]:
+        from gralora_fx.core.adapters.adapter_files import tensors_digest
+        from gralora_fx.core.adapters.checkpoint import saved_config
+
+        config = saved_config(self.adapter, self.traced)
+        digest: str | None = tensors_digest(self.tensors, config)
+        if self.versions != _versions(self.tensors):
+            warn_caller(
+                f"tensors of adapter {self.adapter.name!r} were changed after it was folded into the model and taken "
+                "out, so the SHA-256 of what was folded is not known"
+            )
+            digest = None
+        base = self.adapter.base
+        return {
+            "config": json.loads(config.to_json()),
+            "sha256": digest,
+            "base": None if base is None else base.to_dict(),
+        }
+
+
+def _versions(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The version counter of each tensor; 0 for inference tensors, which have none."""
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors.values())
+
+
+class FoldedAdapters(Mapping[str, dict[str, Any]]):
+    """Configuration and SHA-256 of `adapter_model.safetensors` of folded adapters, by name, as if they were saved.
+
+    They are computed on first access, since hashing an adapter takes as long as folding it.
+    """
+
+    def __init__(self, entries: Mapping[str, Any]) -> None:
+        """Take descriptions, or records to make them from."""
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The description of one."""
+        entry = self._entries[name]
+        if isinstance(entry, _Folded):
+            entry = self._entries[name] = entry.described()
+        described: dict[str, Any] = entry
+        return described
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        """As a dict."""
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What pickle and `copy.deepcopy` take: the descriptions."""
+        return FoldedAdapters, (dict(self),)

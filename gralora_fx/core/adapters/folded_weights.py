@@ -1,0 +1,313 @@
+"""Weights with the updates of adapters folded into them, in new memory or in place; no graph changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_values_of, value_entries
+from gralora_fx.core.graph.sites import LinearSite, computed_sites, other_readers
+from gralora_fx.core.methods.arrays import accumulator_of
+from gralora_fx.core.methods.fold import fold
+from gralora_fx.core.methods.method import Update
+from gralora_fx.errors import MergeError
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """The updates to fold into one site's weight."""
+
+    site: LinearSite
+    updates: tuple[Update, ...]
+
+
+def folded_weights(
+    graph_module: fx.GraphModule,
+    work: Iterable[SiteUpdate],
+    *,
+    spare: Mapping[str, Tensor] | None = None,
+    safe: bool = False,
+    untie: bool = False,
+) -> dict[str, nn.Parameter]:
+    """Compute folded weights by site path; nothing is changed.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+        spare: Buffers to reuse, by site path.
+        safe: Whether to check that every weight is finite.
+        untie: Whether to fold tied weights too, whose layers then read a weight of their own (see `UntieWeights`).
+
+    Raises:
+        MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    if not untie:
+        check_not_shared(graph_module, work)
+    weights: dict[str, nn.Parameter] = {}
+    with torch.no_grad():
+        for entry in work:
+            weight = _folded(entry, (spare or {}).get(entry.site.path))
+            weights[entry.site.path] = nn.Parameter(weight, requires_grad=False)
+    if safe:
+        _check_finite(weights)
+    return weights
+
+
+def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
+    """Lazy folded weights by site path, computed when they are read (see `gralora_fx.base.sources.lazy_tensors`).
+
+    Half-precision weights are folded into a float32 result, so that they are rounded once.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+
+    Raises:
+        MergeError: A weight is tied to another layer, which would change with it; or, when it is read, it is not
+            finite.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, work)
+    return {entry.site.path: _lazy_weight(entry) for entry in work}
+
+
+def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
+    site = entry.site
+
+    def folded(stored: Tensor, updates: Sequence[Update]) -> Tensor:
+        weight = stored.to(accumulator_of(stored))
+        out = weight if weight is not stored else None  # fold into the copy, not into the base's own
+        result = fold(weight, updates, transposed=site.is_transposed, out=out)
+        _check_finite({site.path: result})
+        return result
+
+    def experts() -> Iterator[Tensor]:
+        for index, matrix in enumerate(value_entries(site.weight, site.path)):
+            yield folded(matrix, [update.of_expert(index) for update in entry.updates])
+
+    source: Callable[[], Tensor] = EntrySource(experts)
+    if entry.updates[0].experts is None:
+        source = lambda: folded(raw_values_of(site.weight, site.path), entry.updates)  # noqa: E731
+    return lazy_parameter(source, site.weight.shape, site.weight.dtype)
+
+
+def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
+    """Fold into the weights themselves, in place; no copy is kept.
+
+    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded one,
+    whose elements share memory, gets memory of its own.
+
+    Args:
+        graph_module: The graph of the sites, over their weights.
+        work: Sites and their updates.
+        safe: Whether to check first, one site at a time, that every result is finite.
+
+    Raises:
+        MergeError: A weight is computed, would not be finite (`safe`), or is tied to another layer. No weight has
+            changed then.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, work)
+    in_place = [entry for entry in work if is_writable(entry.site.weight)]
+    with torch.no_grad():
+        if safe:
+            for entry in in_place:
+                _check_finite({entry.site.path: _folded(entry)})
+        others = [entry for entry in work if entry not in in_place]
+        replacements = {entry.site.path: _folded(entry) for entry in others}
+        if safe:
+            _check_finite(replacements)
+        for entry in in_place:
+            _folded(entry, entry.site.weight.data)
+        replace_values([(entry.site.weight, replacements[entry.site.path]) for entry in others])
+
+
+def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
+    """A site's weight with its updates, in `out` or in new memory."""
+    site = entry.site
+    return fold(site.weight.data, entry.updates, transposed=site.is_transposed, out=out)
+
+
+def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Assign new values to parameters without copying: all of them, or none after an error.
+
+    Args:
+        updates: Parameters, each with its new values.
+    """
+    before = [parameter.data for parameter, _ in updates]
+    try:
+        for parameter, values in updates:
+            parameter.data = values.data
+    except BaseException:
+        for (parameter, _), values in zip(updates, before, strict=True):
+            parameter.data = values
+        raise
+
+
+def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
+    """Descriptions of what else reads the weights of sites, by path of the sites with shared weights."""
+    reasons: dict[str, str] = {}
+    sites = list(sites)
+    others, memory = other_readers(graph_module, sites), _sharing_memory(graph_module, sites)
+    for site in sites:
+        readers = others[site.path]
+        if site.tied_with:
+            reasons[site.path] = f"tied with {', '.join(site.tied_with)}"
+        elif readers:
+            reasons[site.path] = f"read by {', '.join(readers)} outside a linear call"
+        elif site.path in memory:
+            reasons[site.path] = f"in memory that {', '.join(memory[site.path])} uses too"
+    return reasons
+
+
+def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
+    """Check that the weights of sites are parameters, not computed, so that they can be folded into."""
+    computed = computed_sites(graph_module, sites)
+    if computed:
+        raise MergeError(
+            f"the weight of {', '.join(computed)} is computed from other parameters (a parametrization), so nothing "
+            "can be folded into it; remove it before tracing (torch.nn.utils.parametrize.remove_parametrizations), or "
+            "leave the layer out (exclude_modules)"
+        )
+
+
+def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -> dict[str, tuple[str, ...]]:
+    """Names of other tensors that share memory with the weights of sites, by site path."""
+    tensors: dict[str, Tensor] = dict(graph_module.named_parameters())
+    tensors |= dict(graph_module.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for site in sites:
+        if id(site.weight) not in names:  # a layer without a call
+            names[id(site.weight)] = f"{site.path}.weight"
+            tensors[names[id(site.weight)]] = site.weight
+    shared = overlapping(tensors)
+    return {site.path: shared[name] for site in sites if (name := names[id(site.weight)]) in shared}
+
+
+def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> None:
+    """Check that nothing else reads the weights of sites, since folding would change its result.
+
+    A layer that is never called, such as Mamba's `dt_proj`, may have an update that changes nothing: no training gives
+    it another, since its adapter gets no gradient.
+
+    Raises:
+        MergeError: Something else reads a weight; the error names the layers.
+    """
+    entries = {entry.site.path: entry for entry in work}
+    shared = shared_sites(graph_module, [entry.site for entry in entries.values()])
+    unused = {path for path in shared if not entries[path].site.calls and not entries[path].site.tied_with}
+    if changed := [f"{path} ({shared[path]})" for path in sorted(unused) if _changes(entries[path])]:
+        raise MergeError(
+            f"the model reads the weight of {'; '.join(changed)} and never calls the layer, so that an adapter there "
+            "does nothing, while folding it would change results, as it does in PEFT; leave it out (exclude_modules)"
+        )
+    if tied := [f"{path} ({why})" for path, why in shared.items() if path not in unused]:
+        raise MergeError(
+            f"the weight of {'; '.join(tied)} is shared, so folding into it would change more than the layer; "
+            "merge with untie=True to give the layer a weight of its own, or leave it out (exclude_modules)"
+        )
+
+
+def _changes(entry: SiteUpdate) -> bool:
+    """Whether folding gives other values than the weight has."""
+    values = raw_values_of(entry.site.weight, entry.site.path)
+    return not torch.equal(fold(values, entry.updates, transposed=entry.site.is_transposed), values)
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether every value is finite; the sum is faster to check, but may overflow."""
+    return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    bad = [path for path, weight in weights.items() if not _is_finite(weight)]
+    if bad:
+        raise MergeError(
+            f"the merged weight of {', '.join(bad)} is not finite; the adapter is damaged, or is a DoRA adapter of a "
+            "row of zeros, which has no norm; nothing was changed"
+        )
+
+
+# -- tensors that share memory: by the same storage, overlapping slices, or views through `.data` or numpy ------------
+
+
+def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """The names of tensors that share an element with others, each with the names of the others.
+
+    The same tensor under two names does not count as two.
+
+    Args:
+        tensors: Tensors by name.
+    """
+    spans = sorted(
+        (span for name, tensor in tensors.items() if (span := _span(name, tensor))), key=lambda span: span[:3]
+    )
+    clusters: list[list[str]] = [[spans[0][3]]] if spans else []
+    end = spans[0][2] if spans else 0
+    for before, span in pairwise(spans):
+        if span[0] != before[0] or span[1] >= end:
+            clusters.append([])
+            end = span[2]
+        clusters[-1].append(span[3])
+        end = max(end, span[2])
+    overlaps: dict[str, tuple[str, ...]] = {}
+    for cluster in clusters:
+        for name in cluster:
+            mine = tensors[name]
+            others = [other for other in cluster if tensors[other] is not mine and _share(mine, tensors[other])]
+            if others:
+                overlaps[name] = tuple(others)
+    return overlaps
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to in place, each element having memory of its own.
+
+    Args:
+        tensor: A parameter. Expanded ones and those with other layouts or classes are not writable.
+    """
+    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
+        return False
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += (size - 1) * stride
+    return True
+
+
+def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:
+    """Device, first byte and end of a tensor in memory, and its name; None if it has no plain memory."""
+    if tensor.is_meta or tensor.layout is not torch.strided or type(tensor.data) is not Tensor or not tensor.numel():
+        return None
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + _extent(tensor) * tensor.element_size(), name
+
+
+def _extent(tensor: Tensor) -> int:
+    """Number of elements from a tensor's first to its last, inclusive."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors share an element; interleaved column slices, for example, do not."""
+    first, second = sorted((one, other), key=lambda tensor: tensor.data_ptr())
+    size = first.element_size()
+    distance = second.data_ptr() - first.data_ptr()
+    if distance >= _extent(first) * size:
+        return False
+    if second.element_size() != size or distance % size:
+        return True
+    offset = distance // size
+    occupied = torch.zeros(max(_extent(first), offset + _extent(second)), dtype=torch.bool)
+    occupied.as_strided(first.shape, first.stride()).fill_(True)
+    return bool(occupied.as_strided(second.shape, second.stride(), offset).any())

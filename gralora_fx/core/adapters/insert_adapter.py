@@ -1,0 +1,228 @@
+"""An adapter's subgraph at every call of its sites; it overwrites no output that something else reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS
+from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, replace_operand
+from gralora_fx.core.graph.parameter_sites import ParameterSite
+from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.graph.surgery import annotate, annotation_of
+from gralora_fx.core.methods import AdapterMethod, AdapterTensors, LayerCall, Sizes
+from gralora_fx.core.methods.low_rank import accumulate
+from gralora_fx.core.tracing.normalize.modes import MODES
+from gralora_fx.errors import RewriteError
+
+INSERTED = "adapters are inserted"
+
+
+class Insertion(NamedTuple):
+    """An adapter at one site.
+
+    Attributes:
+        site: The site, found in the graph or one it was copied from.
+        names: Attribute paths of the adapter's tensors in the graph module, by field of the method's named tuple.
+        sizes: The adapter's sizes.
+        scale: Factor of its update.
+        dtype: The adapter's dtype where it differs from the layer's.
+    """
+
+    site: LinearSite
+    names: Mapping[str, str]
+    sizes: Sizes
+    scale: float
+    dtype: torch.dtype | None = None
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Widths `in` and `out` of the layer."""
+        return self.site.in_features, self.site.out_features
+
+
+@contract(leaves={INSERTED}, ends={OWN_WEIGHTS, MODES})
+@dataclass(frozen=True)
+class InsertAdapter:
+    """Add an adapter's output to that of its sites, at each of their calls.
+
+    Before: `y = linear(x, w, b); z = relu(y)`
+    After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
+
+    The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies. A parameter of
+    other code, such as stacked experts, is changed where the graph reads it, whatever is computed with it:
+
+    Before: `w = self.experts.down_proj; y = grouped_mm(x, w, offsets)`
+    After:  `w = self.experts.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
+
+    Attributes:
+        adapter: Name of the adapter.
+        method: Its method.
+        insertions: Its sites.
+        dropout: Dropout probability of its input.
+    """
+
+    adapter: str
+    method: AdapterMethod
+    insertions: tuple[Insertion, ...]
+    dropout: float = 0.0
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Insert it.
+
+        Raises:
+            RewriteError: A call of a site is no longer in the graph, or is not a linear call any more.
+        """
+        by_name = {node.name: node for node in graph.nodes}
+        count = 0
+        for insertion in self.insertions:
+            if isinstance(insertion.site, ParameterSite):
+                count += sum(self._insert_at_read(graph, by_name[name], insertion) for name in insertion.site.calls)
+                continue
+            for name in insertion.site.calls:
+                for call in _calls(by_name, name, insertion.site):
+                    self._insert(graph, call, insertion)
+                    count += 1
+        return PassResult(count)
+
+    def _insert(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> None:
+        if call.operand is not None:
+            added = self._insert_into_operand(graph, call, call.operand, insertion)
+        else:
+            added = self._insert_after(graph, call, insertion)
+        for node in added:
+            annotate(node, site=insertion.site.path, adapter=self.adapter, call=call.node.name)
+            if "nn_module_stack" in call.node.meta:
+                node.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
+
+    def _insert_after(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> list[fx.Node]:
+        """Give the readers of a call the output with the adapter."""
+        node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
+        weight, bias = _proxy(call.weight, tracer), None if call.added is None else _proxy(call.added, tracer)
+        with graph.inserting_before(after):
+            result: Any = self.method.add_output(
+                LayerCall(
+                    _proxy(call.input, tracer),
+                    _proxy(node, tracer),
+                    insertion.features,
+                    weight,
+                    bias,
+                    call.stored_transposed,
+                    call.rows,
+                ),
+                self._tensors(graph, tracer, insertion),
+                insertion.scale,
+                sizes=insertion.sizes,
+                dropout=self.dropout,
+                dtype=insertion.dtype,
+            )
+        inserted: list[fx.Node] = []
+        while (candidate := inserted[-1].next if inserted else node.next) is not after:
+            inserted.append(candidate)
+        members = set(inserted)
+        node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
+        return inserted
+
+    def _insert_into_operand(
+        self, graph: fx.Graph, call: LinearCall, operand: tuple[int, int], insertion: Insertion
+    ) -> list[fx.Node]:
+        """Give a branch or a loop the weight with the adapter.
+
+        Before: `y = cond(p, self.true, self.false, (x, w))`
+        After:  `...; w_1 = add(w, update); y = cond(p, self.true, self.false, (x, w_1))`
+        """
+        before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
+        with graph.inserting_before(call.node):
+            result: Any = self.method.new_weight(
+                _proxy(call.weight, tracer),
+                self._tensors(graph, tracer, insertion),
+                insertion.scale,
+                features=insertion.features,
+                sizes=insertion.sizes,
+            )
+        replace_operand(call.node, operand, result.node)
+        return [candidate for candidate in graph.nodes if candidate not in before]
+
+    def _insert_at_read(self, graph: fx.Graph, node: fx.Node, insertion: Insertion) -> bool:
+        """Give the readers of a parameter its values with the adapter; whether there are any."""
+        site, users = insertion.site, set(node.users)
+        first = node
+        while users and first not in users:
+            first = first.next
+        if not users:
+            return False
+        assert isinstance(site, ParameterSite)
+        before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
+        with graph.inserting_before(first):  # so that no more weights are in memory at once than are used
+            factors = self._tensors(graph, tracer, insertion)
+            factors = factors if site.experts is None else self.method.of_experts(factors, site.experts)
+            weight: Any = _proxy(node, tracer)
+            weight = weight if insertion.dtype is None else weight.to(insertion.dtype)
+            result: Any = self.method.new_weight(
+                weight.transpose(-2, -1) if site.is_transposed else weight,
+                factors,
+                insertion.scale,
+                features=insertion.features,
+                sizes=insertion.sizes,
+                experts=site.experts,
+            )
+            result = result.transpose(-2, -1) if site.is_transposed else result
+            result = result if insertion.dtype is None else result.to(site.weight.dtype)
+        added = [candidate for candidate in graph.nodes if candidate not in before]
+        node.replace_all_uses_with(result.node, delete_user_cb=users.__contains__)
+        for inserted in added:
+            annotate(inserted, site=site.path, adapter=self.adapter, call=node.name)
+            if "nn_module_stack" in first.meta:
+                inserted.meta["nn_module_stack"] = first.meta["nn_module_stack"]
+        return True
+
+    def _tensors(self, graph: fx.Graph, tracer: GraphAppendingTracer, insertion: Insertion) -> AdapterTensors:
+        """The adapter's tensors as proxies of new nodes."""
+        names = insertion.names.items()
+        return self.method.tensors(
+            **{field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names}
+        )
+
+
+def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple[LinearCall, ...]:
+    """The calls of a site at a node."""
+    node = by_name.get(name)
+    calls = () if node is None else calls_at(node, site.path)
+    if not calls:
+        raise RewriteError(
+            f"{site.path}: node {name!r} is not a linear call of this graph any more; trace the model again"
+        )
+    return calls
+
+
+def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:
+    return fx.Proxy(node, tracer)  # type: ignore[return-value]  # a proxy stands for a tensor
+
+
+@contract(needs={INSERTED})
+def protect_outputs(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Make an adapter add out of place where another node reads the layer's output.
+
+    Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ...)`
+    After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ..., in_place=False)`
+
+    Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
+    """
+    changed = 0
+    for node in graph.find_nodes(op="call_function", target=accumulate):
+        annotation = annotation_of(node)
+        source = node.args[0]
+        while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
+            if any(annotation_of(user) != annotation for user in source.users):
+                node.update_kwarg("in_place", False)
+                changed += 1
+            if annotation_of(source) is None or not source.args:
+                break
+            source = source.args[0]
+    return PassResult(changed)

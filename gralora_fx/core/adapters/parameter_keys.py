@@ -1,0 +1,87 @@
+"""PEFT's keys of adapters of parameters, which say in which order a module's parameters are wrapped, not their names.
+
+PEFT wraps a module once for each parameter of it that is adapted, in the order of the module's own definition. So the
+last one has the key of the module, `mlp.experts.lora_A.weight`, and each one before it a `base_layer` more:
+`mlp.experts.base_layer.lora_A.weight`. Of a method in which PEFT has no adapters of parameters (GraLoRA), the key has
+the parameter's name: `mlp.experts.down_proj.gralora_A`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.planning.targets import ends_with, rule_of
+
+WEIGHT_END = ".weight"  # of the name of a layer's weight, behind the layer's path
+_WRAPPED = ".base_layer"
+
+
+def parameter_keys(names: Iterable[str], *, nests: bool) -> dict[str, str]:
+    """What the keys of adapters of parameters begin with, by the parameters' names.
+
+    Args:
+        names: The adapted parameters, in the order in which their modules define them.
+        nests: Whether the keys are PEFT's.
+    """
+    if not nests:
+        return {name: name for name in names}
+    by_module: dict[str, list[str]] = {}
+    for name in names:
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    return {
+        name: module + _WRAPPED * (len(own) - 1 - index)
+        for module, own in by_module.items()
+        for index, name in enumerate(own)
+    }
+
+
+def names_parameter(config: AdapterConfig, path: str) -> bool:
+    """Whether `target_parameters` names a parameter, or the weight of a layer, at a path."""
+    return any(is_named(path, name) for name in config.target_parameters or ())
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a name of `target_parameters` is that of a parameter at a path, or of the weight of a layer there."""
+    return ends_with(path, name) or ends_with(f"{path}{WEIGHT_END}", name)
+
+
+def parameters_in(paths: Iterable[str], config: AdapterConfig) -> dict[str, list[str]]:
+    """The paths in keys that may be of adapters of parameters, the outermost wrapper of a module last, by module."""
+    rule = rule_of(config, None)
+    modules: dict[str, list[str]] = {}
+    for path in paths:
+        module = path
+        while module.endswith(_WRAPPED):
+            module = module.removesuffix(_WRAPPED)
+        if module != path or (rule.rejection(path) is not None and _leaves(module, config)):
+            modules.setdefault(module, []).append(path)
+    return {module: sorted(own, key=len, reverse=True) for module, own in modules.items()}
+
+
+def names_of_parameters(
+    modules: Mapping[str, Sequence[str]], config: AdapterConfig, order: Sequence[str] | None
+) -> dict[str, str | None]:
+    """The names of parameters by their paths in keys; None for those whose order is not known.
+
+    Args:
+        modules: The result of `parameters_in`.
+        config: The configuration.
+        order: Names of the base's parameters, as its modules define them; None where they are not known, for which a
+            module with a single adapter does not matter.
+    """
+    names: dict[str, str | None] = {}
+    for module, paths in modules.items():
+        if order is None:
+            own = [f"{module}.{leaf}" for leaf in _leaves(module, config)]
+            own = own if len(own) == 1 else []
+        else:
+            own = [n for n in order if n.rpartition(".")[0] == module and names_parameter(config, n)]
+        names |= zip(paths, own if len(own) == len(paths) else [None] * len(paths), strict=True)
+    return names
+
+
+def _leaves(module: str, config: AdapterConfig) -> list[str]:
+    """Names that `target_parameters` may mean in a module, without the module's path."""
+    split = [name.rpartition(".") for name in config.target_parameters or ()]
+    return list(dict.fromkeys(leaf for owner, _, leaf in split if not owner or ends_with(module, owner)))

@@ -1,0 +1,271 @@
+"""The state of a rewritten graph, the graph built for it, and the graphs of recent states."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.base import Base
+from gralora_fx.core.adapters.insert_adapter import INSERTED, protect_outputs
+from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
+from gralora_fx.core.graph.overlay import overlay
+from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.methods import first_tensor
+from gralora_fx.core.operators.call import COMPUTING
+from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import MergeError
+
+_MOST = 32  # graphs that are kept; each has its own nodes and code, over shared tensors
+
+
+@dataclass(frozen=True)
+class GraphState:
+    """A state of a rewritten graph.
+
+    Attributes:
+        active: Names of the adapters whose outputs are added, merged ones included.
+        merged: Names of those that are folded into `weights`.
+        weights: The folded weights by site path.
+        unties: Whether tied weights were untied for that.
+        passes: The user's passes, which run over every graph.
+        training: The mode.
+    """
+
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    weights: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    unties: bool = False
+    passes: tuple[GraphPass, ...] = ()
+    training: bool = False
+
+    @property
+    def identity(self) -> Hashable:
+        """What tells it from other states, the mode apart: the names, and which weights and passes these are."""
+        return (self.active, self.merged, *map(id, self.weights.values()), *map(id, self.passes))
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether its graph is the same whenever it is built: nothing is merged, and no pass of the user runs."""
+        return not self.merged and not self.passes
+
+
+class Source(NamedTuple):
+    """A tensor that a merged weight was computed from or is stored beside, as it was then."""
+
+    table: Mapping[str, Tensor | None]
+    key: str
+    tensor: Tensor | None
+    values: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, module: nn.Module, key: str, *, with_values: bool = True) -> Source:
+        """Record a module's parameter as it is now, with the version of its values or only its identity."""
+        tensor = module._parameters[key]
+        return cls(module._parameters, key, tensor, _values(tensor) if with_values else None)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether it is the same tensor with the same values as when recorded."""
+        tensor = self.table.get(self.key)
+        return tensor is self.tensor and (self.values is None or self.values == _values(tensor))
+
+
+class StateGraph:
+    """A state and its graph, which no later switch changes for a thread that runs it.
+
+    Attributes:
+        state: The state.
+        graph_module: The graph, over tensors of the parameter tree and the merged weights.
+        casts: The dtypes of adapters and layers for which it was built.
+        is_lent: Whether someone else may hold the merged weights (a caller that was given the graph, autograd, a
+            compiled program), so that their memory must not be written again.
+    """
+
+    def __init__(
+        self,
+        state: GraphState,
+        graph_module: fx.GraphModule,
+        casts: tuple[tuple[torch.dtype, torch.dtype], ...],
+        sources: Iterable[Source],
+    ) -> None:
+        """Pair a state with its graph."""
+        self.state = state
+        self.graph_module = graph_module
+        self.casts = casts
+        self.is_lent = False
+        self._code = graph_module.code
+        self._sources = tuple(sources)
+
+    def with_mode(self, training: bool, graph_module: fx.GraphModule) -> StateGraph:
+        """The same state in the other mode, with its graph, over the same merged weights; it is edited if this is."""
+        other = StateGraph(dataclasses.replace(self.state, training=training), graph_module, self.casts, self._sources)
+        other._code = other._code if not self.is_edited else ""
+        self.is_lent = other.is_lent = True
+        return other
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the graph was recompiled since it was built, as after an edit."""
+        return self.graph_module.code is not self._code
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the merged weights are up to date with the tensors they were computed from."""
+        return all(source.is_unchanged for source in self._sources)
+
+    def check_fresh(self) -> None:
+        """Check that the tensors behind the merged weights have not changed.
+
+        Raises:
+            MergeError: A tensor that was folded, or a folded weight, was replaced or written to.
+        """
+        if not self.is_fresh:
+            changed = next(source.key for source in self._sources if not source.is_unchanged)
+            raise MergeError(
+                f"a tensor ({changed}) changed after {', '.join(self.state.merged)} was merged, so the merged weights "
+                "are not those of the model any more; call unmerge_adapter(), and merge again"
+            )
+
+
+class GraphCache:
+    """Graphs by state, the least recently used ones dropped.
+
+    A graph with merged weights has memory of its own, and one with a user's pass may come out otherwise the next time.
+    Such a graph is kept only for its other mode, and for the end of a block in which adapters are disabled.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._graphs: OrderedDict[Hashable, StateGraph] = OrderedDict()
+
+    def get(self, state: GraphState) -> StateGraph | None:
+        """The graph of a state, whether or not it is still valid; None if it is not kept."""
+        return self._graphs.get((state.identity, state.training))
+
+    def put(self, graph: StateGraph, suspended: GraphState | None) -> None:
+        """Keep the graph that runs now, and drop what is no longer of use.
+
+        Args:
+            graph: The graph.
+            suspended: The state that a block with disabled adapters will return to, or None outside of one.
+        """
+        state = graph.state
+        self._graphs[state.identity, state.training] = graph
+        self._graphs.move_to_end((state.identity, state.training))
+        current = {kept.identity for kept in (state, suspended) if kept is not None}
+        for key, other in list(self._graphs.items()):
+            if not other.state.is_repeatable and other.state.identity not in current:
+                del self._graphs[key]
+        if len(self._graphs) > _MOST:
+            self._graphs.popitem(last=False)
+
+    def clear(self) -> None:
+        """Drop every graph, after something changed that all of them were built from."""
+        self._graphs.clear()
+
+
+def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter]) -> StateGraph:
+    """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied.
+
+    Args:
+        state: The state.
+        base: The base, whose trace follows its tensors.
+        adapters: The adapters over it, by name.
+    """
+    traced = base.traced
+    graph_module = overlay(base.tree, copy_graph(traced.graph_module), state.training)
+    graph, modes = graph_module.graph, AnnotateModes(known={node.name for node in traced.graph_module.graph.nodes})
+    passes: tuple[Pass[fx.Graph], ...] = (*_passes(state, traced, adapters), modes)
+    Pipeline[fx.Graph]("adapters", passes, given=frozenset({OWN_WEIGHTS, COMPUTING})).run(graph)
+    set_mode(graph, state.training)
+    for graph_pass in state.passes:
+        run_pass(graph_module, graph_pass)
+    if state.passes:
+        Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
+        set_mode(graph, state.training)
+        _adopt(graph_module, base.tree)
+    graph.lint()
+    graph_module.recompile()
+    return StateGraph(state, graph_module, dtypes_of(state, adapters), _sources(state, graph_module, base, adapters))
+
+
+def _passes(state: GraphState, traced: TracedModel, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:
+    """The passes that make the graph of a state from the base's, in order."""
+    replaced = tuple(site for site in traced.adaptable if site.path in state.weights)
+    yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
+    yield SetWeights(replaced, state.weights)
+    for name in state.active:
+        if name not in state.merged:
+            yield adapters[name].insertion()
+        if adapters[name].copies:  # which are not folded into anything
+            yield adapters[name].redirection(traced.tree)
+
+
+def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:
+    """Adopt what a pass registered in the graph module, so that it trains and is saved with the model."""
+    for table in ("_parameters", "_buffers", "_modules"):
+        owned: dict[str, Any] = tree.__dict__[table]
+        targets = {str(node.target).partition(".")[0] for node in graph_module.graph.nodes}
+        owned |= {k: v for k, v in graph_module.__dict__[table].items() if k not in owned and k in targets}
+
+
+def dtypes_of(state: GraphState, adapters: Mapping[str, ModelAdapter]) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+    """The dtypes of adapters and layers, for which a graph is built."""
+    acting = [adapters[name] for name in state.active if name not in state.merged]
+    sites = [(adapter.factors[p.site.path], p.site) for adapter in acting for p in adapter.plan.selected]
+    return tuple((first_tensor(factors).dtype, site.weight.dtype) for factors, site in sites)
+
+
+def _sources(
+    state: GraphState, graph_module: fx.GraphModule, base: Base, adapters: Mapping[str, ModelAdapter]
+) -> list[Source]:
+    """The tensors that merged weights were computed from, and those of the modules copied to hold them."""
+    if not state.merged:
+        return []
+    sources = []
+    modules = base.modules
+    for site in base.traced.adaptable:
+        if site.path in state.weights and id(site.weight) in modules:
+            sources.append(Source.of(*modules[id(site.weight)]))
+            for name in state.merged:
+                adapter = adapters[name]
+                owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()
+                sources += [source for owner, key in owners for source in _tensor_sources(owner, key)]
+    folded = {id(weight) for weight in state.weights.values()}
+    for path, parameter in graph_module.named_parameters(remove_duplicate=False):
+        if id(parameter) not in folded:
+            continue
+        owner, _, key = path.rpartition(".")
+        sources.append(Source.of(graph_module.get_submodule(owner), key))
+        if (module := _module_at(base.tree, owner)) is not None:
+            sources += [Source.of(module, other, with_values=False) for other in module._parameters]
+    return sources
+
+
+def _tensor_sources(module: nn.Module, key: str) -> list[Source]:
+    """The parameters behind an attribute of a module: the parameter itself, or its parametrization's."""
+    if key in module._parameters:
+        return [Source.of(module, key)]
+    behind = module.get_submodule(f"parametrizations.{key}")
+    return [Source.of(inner, name) for inner in behind.modules() for name in inner._parameters]
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _values(tensor: Tensor | None) -> tuple[int, int] | None:
+    """A tensor's address and version counter; the version of an inference tensor counts as 0."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

@@ -1,0 +1,267 @@
+"""The settings of a service."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from gralora_fx.base.amounts import SPECULATIVE_TOKENS, read_size, size_problem
+from gralora_fx.core.config.option import Option, check_options
+from gralora_fx.errors import ConfigError, shown
+
+_ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
+_PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
+
+
+def _timeout_problem(value: Any) -> str | None:
+    if isinstance(value, (int, float)) and 0 < value < math.inf:
+        return None
+    return f"timeout must be a number of seconds above 0, but got {shown(value)}"
+
+
+def _key_problem(value: str) -> str | None:
+    if value.isascii() and value.isprintable() and value:
+        return None
+    return "the API key must be one or more visible characters of ASCII; leave it out for none"
+
+
+def _origin_problem(value: Any) -> str | None:
+    if isinstance(value, str):
+        return f"allow_origin is a sequence of origins, but got {shown(value)}"
+    wrong = next((one for one in value if one != "*" and _ORIGIN.fullmatch(one) is None), None)
+    if wrong is None:
+        return None
+    return (
+        f"allow_origin must be * or an origin as browsers name it, such as https://example.org or "
+        f"http://localhost:5173, in lower case and without a path, but got {shown(wrong)}"
+    )
+
+
+def _cache_problem(value: Any) -> str | None:
+    if value in _NO_CACHE or read_size(value) is not None:
+        return None
+    return f"prefix_cache must be a number of bytes, such as 512MiB or 2GB, or none, but got {shown(value)}"
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What a service serves, and within which bounds.
+
+    Attributes:
+        directory: The export directory; its name is the base's name.
+        adapters: `.onnx_adapter` files, or directories that PEFT saved an adapter to, by the adapters' names; they are
+            served beside the export's own, and instead of one of the same name.
+        adapter_root: The directory whose adapters requests may name, and load; None if there is none.
+        max_adapters: The most adapters in memory; None for 64, or as many as there are at the start if those are more.
+        max_adapter_rank: The largest rank of an adapter; None for no limit.
+        max_adapter_memory: The most bytes of all adapters in memory, such as `512MiB`; None for no limit.
+        max_batch: The most rows of a batch, None for 8; for a decoder requests that it answers together, None for 16.
+        max_queue: The most requests, or rows of an encoder, that may wait.
+        max_context: Of a decoder, tokens of a prompt and its answer together; None for the model's context.
+        chunk: Of a decoder, the most tokens of prompts that a step reads beside answers; None for 64.
+        prefix_cache: Of a decoder, the most bytes of what prompts that begin alike share, such as `2GB`; `0` or `none`
+            for nothing, None for 512 MiB if the export's rows can share anything.
+        max_memory: Of a decoder, the most bytes of the caches of rows, the copies of their adapters, and what prompts
+            share, such as `2GB`; None for no bound.
+        speculative_tokens: Of a decoder, the most tokens of an answer that are proposed for a step, as they followed
+            before in its text; 0 for none, None for 16.
+        timeout: Seconds after which a request is given up, unless it names fewer; None for no limit.
+        threads: Threads of an operator; None for one on each core that the process may use.
+        api_key: The key that requests must give; None for none.
+        max_body: The most bytes of a request's body, also once it is decompressed.
+        allow_origin: Origins whose pages may use the service in a browser, such as `https://example.org`; `*` for any.
+    """
+
+    directory: Path
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapter_root: Annotated[
+        Path | None,
+        Option(
+            "Let requests name, load and unload adapters in this directory: .onnx_adapter files, PEFT's directories.",
+            metavar="DIR",
+        ),
+    ] = None
+    max_adapters: Annotated[
+        int | None,
+        Option(
+            "Keep at most this many adapters in memory; those of the root go first, the least recently used one first.",
+            metavar="N",
+            left_out="64, or those given at the start if they are more",
+            least=1,
+        ),
+    ] = None
+    max_adapter_rank: Annotated[
+        int | None, Option("Refuse adapters of a larger rank.", metavar="N", left_out="no limit", least=1)
+    ] = None
+    max_adapter_memory: Annotated[
+        str | None,
+        Option(
+            "Keep adapters in at most this much memory, such as 512MiB.",
+            metavar="SIZE",
+            left_out="no limit",
+            problem=partial(size_problem, "max_adapter_memory"),
+        ),
+    ] = None
+    max_batch: Annotated[
+        int | None,
+        Option(
+            "Run at most this many rows, such as answers, together.",
+            metavar="N",
+            left_out="16; 8 for an encoder",
+            least=1,
+        ),
+    ] = None
+    max_queue: Annotated[
+        int, Option("Let at most this many requests wait; others get status 429.", metavar="N", least=1)
+    ] = 64
+    max_context: Annotated[
+        int | None,
+        Option(
+            "Allow at most this many tokens of a prompt with its answer, for a model that generates.",
+            metavar="N",
+            left_out="the model's context",
+            least=1,
+        ),
+    ] = None
+    chunk: Annotated[
+        int | None,
+        Option(
+            "Read at most this many tokens of new prompts in a step beside answers, for a model that generates.",
+            metavar="N",
+            left_out="64",
+            least=1,
+        ),
+    ] = None
+    prefix_cache: Annotated[
+        str | None,
+        Option(
+            "Keep what prompts that begin alike share in this much memory, such as 2GB; 0 or none keeps nothing.",
+            metavar="SIZE",
+            left_out="512MiB",
+            problem=_cache_problem,
+        ),
+    ] = None
+    max_memory: Annotated[
+        str | None,
+        Option(
+            "Keep all caches in at most this much memory: of rows, of what prompts share, of adapters that rows use.",
+            metavar="SIZE",
+            left_out="no bound",
+            problem=partial(size_problem, "max_memory"),
+        ),
+    ] = None
+    speculative_tokens: Annotated[
+        int | None,
+        Option(
+            "Guess at most this many tokens of an answer from its text, and check them in one step; 0 guesses none.",
+            metavar="N",
+            left_out="as many as pay, up to 16",
+            least=0,
+        ),
+    ] = None
+    timeout: Annotated[
+        float | None,
+        Option(
+            "Give a request up after this many seconds, with status 504.",
+            metavar="SECONDS",
+            left_out="no limit",
+            problem=_timeout_problem,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        Option("Compute on this many threads.", metavar="N", left_out="one on each core that may be used", least=1),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        Option(
+            "Ask every request for this key, as Authorization: Bearer KEY.",
+            metavar="KEY",
+            environment="GRALORA_FX_API_KEY",
+            problem=_key_problem,
+        ),
+    ] = field(default=None, repr=False)
+    max_body: Annotated[
+        int,
+        Option(
+            "Refuse a request whose body has more bytes than this, also once it is decompressed.",
+            metavar="BYTES",
+            least=1,
+        ),
+    ] = 16 * 2**20
+    allow_origin: Annotated[tuple[str, ...], Option(problem=_origin_problem)] = ()
+
+    def __post_init__(self) -> None:
+        """Check the counts and the key.
+
+        Raises:
+            ConfigError: A count is not a whole number of at least 1, the key is not ASCII, or an origin is none.
+        """
+        check_options(self, ConfigError)
+        if self.max_memory is not None and (read_size(self.prefix_cache) or 0) > (self.memory_bytes or 0):
+            raise ConfigError(
+                f"prefix_cache={self.prefix_cache} is more than max_memory={self.max_memory}, of which it is a part; "
+                "give less, or leave it out"
+            )
+
+    @property
+    def adapter_bytes(self) -> int | None:
+        """The most bytes of all adapters in memory."""
+        return read_size(self.max_adapter_memory)
+
+    @property
+    def rows(self) -> int:
+        """The most rows of a batch, where there are batches."""
+        return self.max_batch or _ROWS
+
+    @property
+    def decoder_rows(self) -> int:
+        """The most requests that a decoder answers together."""
+        return self.max_batch or _ROWS_OF_DECODER
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The most tokens of prompts that a step reads, where there are steps."""
+        return self.chunk or _CHUNK
+
+    @property
+    def drafted(self) -> int:
+        """The most tokens of an answer that are proposed for a step, where there are steps."""
+        return SPECULATIVE_TOKENS if self.speculative_tokens is None else self.speculative_tokens
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most bytes of all caches; None for no bound."""
+        return read_size(self.max_memory)
+
+    @property
+    def prefix_bytes(self) -> int | None:
+        """The most bytes of the prefix cache, where there is one; None for none."""
+        if self.prefix_cache in _NO_CACHE:
+            return None
+        size = read_size(self.prefix_cache or _PREFIX_CACHE)
+        return size if size is None or self.memory_bytes is None else min(size, self.memory_bytes)
+
+    @property
+    def base_name(self) -> str:
+        """The name of the model without an adapter."""
+        return self.directory.absolute().name
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Within which bounds clients are served.
+
+    Attributes:
+        connections: The most connections; requests on others are answered with 503.
+        read_timeout: Seconds in which a request must arrive, from its first byte to its last.
+    """
+
+    connections: int = 512
+    read_timeout: float = 30.0

@@ -1,0 +1,265 @@
+"""Passes over a graph, and pipelines of them: what each pass needs and leaves, what it changed and what it did not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from torch import fx
+
+from gralora_fx.base.progress.stages import counted
+from gralora_fx.errors import GraloraError, RewriteError, first_line
+
+Graph = TypeVar("Graph")
+Summary = TypeVar("Summary")
+_Declared = TypeVar("_Declared", bound=Callable[..., object])
+
+_MOST_LINES = 20  # of a diff in a message
+
+
+class Skip(NamedTuple):
+    """A place that a pass left unchanged, with the reason."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassResult(Generic[Graph]):
+    """What a pass did.
+
+    Attributes:
+        changed: How many places it changed.
+        skipped: Places that it left unchanged, each with the reason.
+        graph: The graph that replaces the given one; None if that was changed in place.
+        summary: What it found besides, as a value of a type of its own.
+    """
+
+    changed: int
+    skipped: tuple[Skip, ...] = ()
+    graph: Graph | None = None
+    summary: object = None
+
+
+Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass whose fields are its options
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What must hold of a graph before a pass, and what holds after it; each fact is a short phrase.
+
+    Attributes:
+        needs: Facts that the pass relies on.
+        leaves: Facts that it establishes.
+        ends: Facts that no longer hold after it.
+    """
+
+    needs: frozenset[str] = frozenset()
+    leaves: frozenset[str] = frozenset()
+    ends: frozenset[str] = frozenset()
+
+
+def contract(
+    *, needs: Collection[str] = (), leaves: Collection[str] = (), ends: Collection[str] = ()
+) -> Callable[[_Declared], _Declared]:
+    """Declare the contract of a pass, which is a function or a class; a pass without one may stand anywhere.
+
+    Args:
+        needs: Facts that the pass relies on.
+        leaves: Facts that it establishes.
+        ends: Facts that no longer hold after it.
+    """
+
+    def declare(graph_pass: _Declared) -> _Declared:
+        attributes: Any = graph_pass
+        attributes.contract = Contract(frozenset(needs), frozenset(leaves), frozenset(ends))
+        return graph_pass
+
+    return declare
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass of a pipeline did.
+
+    Attributes:
+        pipeline: The pipeline it belongs to.
+        name: Its name.
+        changed: How many places it changed.
+        skipped: Places that it left unchanged, each with the reason.
+    """
+
+    pipeline: str
+    name: str
+    changed: int
+    skipped: tuple[Skip, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, as `gralora_export.json` holds it."""
+        skipped = {"skipped": [skip._asdict() for skip in self.skipped]} if self.skipped else {}
+        return {"pipeline": self.pipeline, "name": self.name, "changed": self.changed, **skipped}
+
+
+@dataclass
+class PassLog:
+    """What passes did, in order.
+
+    Attributes:
+        dump: The directory to which the graph is written after each pass, or None.
+        reports: A report for each pass that ran.
+    """
+
+    dump: Path | None = None
+    reports: list[PassReport] = field(default_factory=list)
+    _summaries: list[object] = field(default_factory=list, init=False, repr=False)
+
+    def add(self, pipeline: str, name: str, result: PassResult[Any], graph: object) -> None:
+        """Record the result of a pass, and dump its graph if asked to."""
+        self.reports.append(PassReport(pipeline, name, result.changed, result.skipped))
+        self._summaries.append(result.summary)
+        if self.dump is not None:
+            path = self.dump / f"{len(self.reports):02d}-{pipeline}-{name}.txt"
+            path.write_text(f"{graph}\n", encoding="utf-8")
+
+    def summaries(self, kind: type[Summary]) -> list[Summary]:
+        """What passes found besides, of a type, in order."""
+        return [summary for summary in self._summaries if isinstance(summary, kind)]
+
+
+@dataclass(frozen=True)
+class Pipeline(Generic[Graph]):
+    """An ordered sequence of passes, each of which finds what it needs when its turn comes.
+
+    Attributes:
+        name: Its name in reports.
+        passes: The passes.
+        given: Facts that hold of every graph that it gets.
+        error: What a failing pass is reported as.
+    """
+
+    name: str
+    passes: tuple[Pass[Graph], ...]
+    given: frozenset[str] = frozenset()
+    error: type[GraloraError] = RewriteError
+
+    def __post_init__(self) -> None:
+        """Check the order of the passes by their contracts.
+
+        Raises:
+            ValueError: A pass needs what does not hold at its place; the message names both.
+        """
+        holding, ended_by = set(self.given), dict[str, str]()
+        for graph_pass in self.passes:
+            name, declared = name_of(graph_pass), getattr(graph_pass, "contract", Contract())
+            for fact in sorted(declared.needs - holding):
+                why = f"the pass {ended_by[fact]} ends" if fact in ended_by else "no pass before it leaves"
+                raise ValueError(f"the pass {name} of {self.name} needs {fact!r}, which {why}; change their order")
+            holding = (holding - declared.ends) | declared.leaves
+            ended_by |= dict.fromkeys(declared.ends, name)
+
+    def run(self, graph: Graph, log: PassLog | None = None) -> Graph:
+        """Run every pass and lint its result: each node may read only what comes before it.
+
+        Args:
+            graph: The graph; it may be changed in place.
+            log: Receives a report for each pass, if given.
+
+        Returns:
+            The graph after the last pass.
+
+        Raises:
+            GraloraError: Of the pipeline's type: a pass failed, or left a graph that does not lint; the message names
+                it.
+        """
+        for graph_pass in counted(self.passes, "changing the graph", "passes"):
+            name = name_of(graph_pass)
+            try:
+                result = graph_pass(graph)
+            except GraloraError:
+                raise
+            except Exception as error:  # of whatever library the pass uses
+                raise self.error(f"the pass {name} of {self.name} failed: {first_line(error)}") from error
+            graph = graph if result.graph is None else result.graph
+            for problem in self.problems(graph):
+                raise self.error(f"the pass {name} of {self.name} left a graph that does not lint: {problem}")
+            if log is not None:
+                log.add(self.name, name, result, graph)
+        return graph
+
+    def problems(self, graph: Graph) -> Iterator[str]:
+        """Nodes that read values which no earlier node defines.
+
+        Args:
+            graph: An `fx.Graph`; a pipeline over graphs of another kind has a method of its own.
+        """
+        assert isinstance(graph, fx.Graph)
+        seen: set[fx.Node] = set()
+        for node in graph.nodes:
+            yield from (f"{node} reads {source}" for source in node.all_input_nodes if source not in seen)
+            seen.add(node)
+
+
+def name_of(graph_pass: object) -> str:
+    """The name of a pass in snake case: that of its function or class."""
+    name = getattr(graph_pass, "name", None) or getattr(graph_pass, "__name__", None) or type(graph_pass).__name__
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name)).lower()
+
+
+GraphPass = Callable[[fx.GraphModule], Any]  # a user's
+
+
+def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
+    """Run a pass over a graph module in place, lint the graph and recompile it.
+
+    Args:
+        graph_module: The module to edit; after an error it must be discarded.
+        graph_pass: Takes the module and edits it; returns None, the module, or a `PassResult`, ours or torch's.
+
+    Raises:
+        RewriteError: The pass raised an error, returned another module, or left a graph that does not lint; the message
+            shows the nodes it had changed.
+    """
+    name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
+    before = _snapshot(graph_module.graph)
+    try:
+        result = graph_pass(graph_module)
+        graph_module.graph.lint()
+        graph_module.recompile()
+    except Exception as error:  # a user's pass raises what it likes
+        changes = _changes(before, _snapshot(graph_module.graph))
+        raise RewriteError(
+            f"the graph pass {name} failed with {type(error).__name__}: {first_line(error)}"
+            + ("; it had changed:\n" + "\n".join(changes) if changes else "")
+        ) from error
+    returned = result.graph if isinstance(result, PassResult) else getattr(result, "graph_module", result)
+    if returned is not None and returned is not graph_module:
+        kind = type(returned).__name__
+        raise RewriteError(f"the graph pass {name} returned another {kind}; edit the given module in place")
+
+
+def _snapshot(graph: fx.Graph) -> dict[str, tuple[Any, ...]]:
+    """What each node computes, by its name."""
+    return {node.name: (node.op, node.target, node.args, node.kwargs) for node in graph.nodes}
+
+
+def _changes(before: Mapping[str, tuple[Any, ...]], after: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """The removed, added and changed nodes as lines of a diff."""
+    names = list(dict.fromkeys([*before, *after]))
+    lines = []
+    for name in names:
+        old, new = before.get(name), after.get(name)
+        if old != new:
+            lines += [f"- {_shown(name, old)}"] if old else []
+            lines += [f"+ {_shown(name, new)}"] if new else []
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 0 else [*lines[:_MOST_LINES], f"and {more} more lines"]
+
+
+def _shown(name: str, node: tuple[Any, ...]) -> str:
+    op, target, args, kwargs = node
+    called = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    arguments = ", ".join([*(str(arg) for arg in args), *(f"{key}={value}" for key, value in kwargs.items())])
+    return f"{name} = {op} {called}({arguments})"

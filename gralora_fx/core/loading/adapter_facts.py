@@ -1,0 +1,71 @@
+"""What an adapter says of its base, without a model: its name, and the classes of a head that it brings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gralora_fx.base.sources.base_quantization import BaseQuantization, packed_quantization
+from gralora_fx.base.sources.same_base import BaseSource, read_config_fields
+from gralora_fx.core.config.reading import config_fields
+from gralora_fx.errors import ConfigError, TraceError, shown
+
+_HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
+
+
+def base_name(model: str | None, adapter: str | None, fields: Mapping[str, object] | None = None) -> str:
+    """The name of the base: the given one, or that in an adapter's configuration.
+
+    Args:
+        model: Local directory or hub id of the base, or None.
+        adapter: PEFT-format adapter, or None.
+        fields: Those of the adapter's configuration; None to read them if they are needed.
+
+    Raises:
+        ConfigError: Neither names one.
+    """
+    if model is None and adapter is None:
+        raise ConfigError(
+            "no model was named; give model=..., or an adapter=... whose base_model_name_or_path names it"
+        )
+    if fields is None:
+        fields = {} if model else config_fields(adapter or "")[0]
+    name = model or fields.get("base_model_name_or_path")
+    if name is None:
+        raise ConfigError(f"{adapter} names no base model; give model=...")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"base_model_name_or_path must be a string or None, but got {shown(name)}, in {adapter}; give model=..."
+        )
+    return name
+
+
+def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The number of classes of the classification head that an adapter brings; None if it brings none.
+
+    Args:
+        shapes: Shapes of the adapter's tensors by their keys.
+    """
+    heads = [shape[0] for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
+    return heads[-1] if heads else None
+
+
+def needed_quantization(record: Any, name: str) -> BaseQuantization | None:
+    """How a base is rounded to be the one of a record; None where it needs no rounding, as its files are quantized.
+
+    Args:
+        record: What an adapter or an export says of the base's quantization, or None.
+        name: The base: a local directory or a hub id.
+
+    Raises:
+        ConfigError: The record cannot be read.
+        TraceError: The base is quantized in a form that is not read.
+    """
+    if not record:
+        return None
+    directory = BaseSource(name).directory  # of a hub id, its snapshot if it was downloaded
+    fields = None if directory is None else read_config_fields(directory)
+    if fields is not None and packed_quantization(fields, name, TraceError) is not None:
+        return None
+    return BaseQuantization.of(record)

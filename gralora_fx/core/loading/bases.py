@@ -1,0 +1,300 @@
+"""A base model by name with its task and adapters: loaded, traced and rewritten."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gralora_fx.base.progress.stages import timed
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.model_files import check_model_files
+from gralora_fx.base.sources.same_base import SAME, BaseSource, compare_bases
+from gralora_fx.base.sources.sentence_modules import find_sentence_directory, score_function
+from gralora_fx.core.adapters.adapter_files import read_adapter
+from gralora_fx.core.adapters.checkpoint import base_names, settled_base
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.loading.adapter_facts import base_name, head_classes, needed_quantization
+from gralora_fx.core.loading.load_report import LoadReport
+from gralora_fx.core.loading.models import load_streamed, load_with_report, warn_of_another_head
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.inputs.refused_steps import NoStepError
+from gralora_fx.core.tracing.inputs.samples import infer_task
+from gralora_fx.core.tracing.sentence_encoder import SENTENCE_TASK
+from gralora_fx.core.tracing.trace import trace
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import CheckpointError, GraloraError, TargetError, TraceError, bulleted, warn_caller
+from gralora_fx.format.image_sizes import ImageSize
+from gralora_fx.format.tasks import task_of, with_past
+
+_BARE = (None, "feature-extraction")  # what a task is where only the transformer is known
+
+
+def load_traced(
+    model: str | None,
+    adapter: str | None,
+    task: str | None,
+    *,
+    with_cache: bool = False,
+    stream: bool = False,
+    allow_random_head: bool = False,
+    image_size: ImageSize = None,
+    adapter_name: str = "default",
+    strict_base: bool = False,
+    others: Sequence[str] = (),
+    base_quantization: BaseQuantization | Any = None,
+) -> TracedModel | GraloraModel:
+    """A traced model, rewritten with an adapter if one is given.
+
+    Args:
+        model: Local directory or hub id of the base; None for the one that the adapter names.
+        adapter: PEFT-format adapter, or None.
+        task: Task name; None for the adapter's or the model's own.
+        with_cache: Whether a task that is not given defaults to the one with a cache, if there is one.
+        stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
+        allow_random_head: Whether the base may lack tensors that the adapter does not supply, such as a head; they get
+            random values, the same in every run.
+        image_size: As of `trace`.
+        adapter_name: Name to give the adapter.
+        strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+        others: More PEFT-format adapters, which are active beside the first.
+        base_quantization: How the layers of a float base are rounded (see `load_model`); None for what the adapter's
+            configuration says where it names the base too, and for not at all otherwise.
+
+    Raises:
+        ConfigError: Neither names a base model, or the adapter is for another task.
+        TraceError: The base cannot be loaded or traced.
+        TargetError: The adapter's configuration does not fit the base.
+        CheckpointError: Tensors of the base are missing, or the adapter's do not fit it.
+    """
+    how: dict[str, Any] = {"stream": stream, "strict_base": strict_base, "base_quantization": base_quantization}
+    base = load_base(model, adapter, task, others=others, **how)
+    base.check(allow_random_head=allow_random_head)
+    loaded = trace_base(base, with_cache=with_cache, image_size=image_size, adapter_name=adapter_name)
+    if others and isinstance(loaded, GraloraModel):
+        names = [f"adapter_{index}" for index in range(2, len(others) + 2)]
+        for name, other in zip(names, others, strict=True):
+            loaded.load_adapter(other, name, strict_base=strict_base)
+        loaded.set_adapter([adapter_name, *names])
+    return loaded
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A loaded base model, with its task and adapter.
+
+    Attributes:
+        name: Local directory or hub id.
+        model: The model.
+        task: The requested task, or the adapter's; None for the model's own.
+        is_asked: Whether the task was given explicitly.
+        adapter: Directory or hub id of the adapter, or None.
+        config: The adapter's configuration, or None.
+        supplied: Names of the parameters that the adapter supplies.
+        modules: Directory whose `modules.json` says what follows the transformer of a sentence encoder, or None.
+        num_labels: Number of classes of the adapter's head, or None.
+        report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
+        strict_base: Whether an adapter that is not known to be of this base is refused when it is added.
+    """
+
+    name: str
+    model: PreTrainedModel
+    task: str | None
+    is_asked: bool
+    adapter: str | None
+    config: AdapterConfig | None
+    supplied: Set[str]
+    modules: Path | None
+    num_labels: int | None
+    report: LoadReport | None
+    strict_base: bool = False
+
+    @property
+    def made_for(self) -> str | None:
+        """The base model named in the adapter's configuration."""
+        return self.config.base_model_name_or_path if self.config else None
+
+    def check(self, *, allow_random_head: bool = False) -> None:
+        """Check that the base has no random values, except those that the adapter replaces.
+
+        Raises:
+            CheckpointError: It has; each tensor is named.
+        """
+        if self.report is not None:
+            self.report.check(self.supplied, self.num_labels, self.made_for, allow_random_head=allow_random_head)
+
+
+def load_base(
+    model: str | None,
+    adapter: str | None,
+    task: str | None,
+    *,
+    stream: bool = False,
+    strict_base: bool = False,
+    others: Sequence[str] = (),
+    base_quantization: BaseQuantization | Any = None,
+) -> LoadedBase:
+    """Load the base model for a task and an adapter, with random values for missing tensors.
+
+    The random values are the same in every run.
+
+    Args:
+        model: Local directory or hub id of the base; None for the one that the adapter names.
+        adapter: PEFT-format adapter, or None.
+        task: Task name; None for the adapter's or the model's own.
+        stream: Whether to leave the weights in their files (see `load_streamed`).
+        strict_base: As of `load_traced`.
+        others: More adapters, which may bring parameters that the base's files lack, and are checked as the first.
+        base_quantization: As of `load_traced`.
+
+    Raises:
+        ConfigError: Neither names a base model, the adapter is for another task, or the base is quantized already and
+            is to be rounded.
+        TraceError: The base cannot be loaded.
+        CheckpointError: The adapter cannot be read or is of another base, or files to stream lack tensors.
+    """
+    configs: dict[str, AdapterConfig] = {}
+    num_labels: int | None = None
+    supplied: set[str] = set()
+    is_asked = task is not None
+    with timed("loading"):
+        for each in () if adapter is None else (adapter, *others):
+            configs[each], tensors = read_adapter(each)
+            task = task_of(configs[each], task, each)
+            num_labels = num_labels or head_classes({key: tensor.shape for key, tensor in tensors.items()})
+            supplied |= base_names(tensors)
+            del tensors  # they are read again when the adapter is added to the model
+        name, report = base_name(model, adapter), None
+        if base_quantization is None and model is None and adapter is not None:
+            base_quantization = needed_quantization(configs[adapter].base_quantization, name)
+        check_model_files(name, TraceError, named_by=None if model else adapter)
+        if strict_base:
+            _check_bases(name, configs, base_quantization)
+        task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
+        if stream:
+            loaded = load_streamed(
+                name, task, num_labels=num_labels, supplied=supplied, base_quantization=base_quantization
+            )
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # so that an export with a random head can be verified later
+                loaded, report = load_with_report(
+                    name, task, num_labels=num_labels, base_quantization=base_quantization
+                )
+    if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name)) is not None:
+        loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
+    if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
+        warn_of_another_head(loaded, name)
+    config = None if adapter is None else configs[adapter]
+    return LoadedBase(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report, strict_base)
+
+
+def sentence_source(task: str | None, names: Iterable[str | None], *, is_asked: bool) -> tuple[str | None, Path | None]:
+    """The task, and the directory whose `modules.json` says what follows the transformer.
+
+    A transformer that no task was asked for is a sentence encoder where such a directory is found, as for optimum.
+
+    Args:
+        task: The requested task, that of an adapter, or None.
+        names: Directories or hub ids to look at, in this order: that of an adapter, which sentence-transformers saves
+            with its own `modules.json`, and that of the base.
+        is_asked: Whether the task was requested.
+
+    Raises:
+        TraceError: A file of such a directory is damaged.
+    """
+    if task != SENTENCE_TASK and (is_asked or task not in _BARE):
+        return task, None
+    directories = (find_sentence_directory(name) for name in names if name is not None)
+    directory = next((path for path in directories if path is not None), None)
+    return (task, None) if directory is None else (SENTENCE_TASK, directory)
+
+
+def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantization: Any) -> None:
+    """Refuse adapters of another base before anything is loaded.
+
+    A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
+    rest when the adapter is added to what was loaded.
+
+    Args:
+        name: Local directory or hub id of the base.
+        configs: Configurations by the names of the adapters.
+        base_quantization: How it is rounded, or None.
+
+    Raises:
+        CheckpointError: One is of another base, or is not known to be of this one.
+    """
+    used = BaseSource(name, record=base_quantization)
+    for adapter, config in configs.items():
+        compared = compare_bases(config.made_for, used)
+        if compared.is_proven_different or Path(name).is_dir():
+            compared.settle(adapter, strict=True, error=CheckpointError)
+
+
+def trace_base(
+    base: LoadedBase, *, with_cache: bool = False, image_size: ImageSize = None, adapter_name: str = "default"
+) -> TracedModel | GraloraModel:
+    """Trace a base, and rewrite it with its adapter if it has one.
+
+    Args:
+        base: The result of `load_base`.
+        with_cache: Whether a task that was not given defaults to the one with a cache, if there is one.
+        image_size: As of `trace`.
+        adapter_name: Name to give the adapter.
+
+    Raises:
+        TraceError: The base cannot be traced.
+        TargetError: The adapter's configuration does not fit the base.
+        CheckpointError: The adapter's tensors do not fit the base, or strictly, it is not known to be of this base.
+    """
+    task = base.task or infer_task(base.model)
+    if with_cache and not base.is_asked:
+        task = with_past(task)
+    with timed("tracing"):
+        try:
+            traced = trace(base.model, task=task, sentence_modules=base.modules, image_size=image_size)
+        except NoStepError:
+            raise
+        except TraceError as error:
+            if not base.is_asked and task.endswith("-with-past"):
+                without = task.removesuffix("-with-past")
+                raise TraceError(f"{error}; take task={without!r} for an export without a cache") from error
+            raise
+    traced = dataclasses.replace(traced, tokenizer_source=traced.tokenizer_source or base.name)
+    if base.adapter is None:
+        return traced
+    if base.strict_base and base.config is not None:
+        settled_base(base.config, traced, base.adapter, strict=True)
+    with timed("adding adapters"):
+        try:
+            rewritten = GraloraModel.from_pretrained(traced, base.adapter, adapter_name=adapter_name)
+        except (TargetError, CheckpointError) as error:
+            raise type(error)(_misfit(error, base)) from error
+    if all(rewritten.adapter(name).is_zero for name in rewritten.configs):
+        warn_caller(
+            f"{base.adapter} changes nothing: all of its updates are zero, as those of an untrained adapter are"
+        )
+    return rewritten
+
+
+def _misfit(error: GraloraError, base: LoadedBase) -> str:
+    """The message for an adapter that does not fit its base: a headline, then a line for each problem."""
+    lines = str(error).splitlines()
+    problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
+    if base.config is not None and base.made_for:
+        if compare_bases(base.config.made_for, BaseSource(base.name)).outcome == SAME:
+            return (
+                f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
+                "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "
+                "again, or give another as adapter=...:\n" + bulleted(problems)
+            )
+    hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
+    return (
+        f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
+        "so give that base as model=..., or another as adapter=...:\n" + bulleted(problems)
+    )

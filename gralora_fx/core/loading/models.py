@@ -1,0 +1,317 @@
+"""Base models by name, whole, streamed from their files or without values; and the transformers class of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+)
+
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.model_files import (
+    GENERATION_CONFIG,
+    MODEL_FILE,
+    check_model_files,
+    read_json_object,
+    resolve_directory,
+)
+from gralora_fx.base.sources.safetensors_files import check_readable
+from gralora_fx.base.sources.saved_weights import read_weights
+from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, empty_model
+from gralora_fx.core.loading.load_report import LoadReport
+from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
+from gralora_fx.core.tracing.inputs.samples import task_of_class
+from gralora_fx.core.tracing.sentence_encoder import SENTENCE_TASK
+from gralora_fx.errors import GraloraError, TraceError, first_line, warn_caller
+from gralora_fx.format.tasks import check_task
+
+_log = logging.getLogger(__name__)
+
+_AUTO_CLASSES = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-generation": "AutoModelForCausalLM",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "image-classification": "AutoModelForImageClassification",
+}
+_CLASSIFIERS = ("text-classification", "token-classification", "question-answering", "image-classification")
+
+
+def class_for(config: PreTrainedConfig, task: str | None) -> Any:
+    """The transformers class for a task, or the one that a configuration names.
+
+    Args:
+        config: The checkpoint's configuration.
+        task: One of optimum's task names, or None.
+
+    Raises:
+        TraceError: The task is unknown, or the configuration names no class.
+    """
+    check_task(task)
+    if task == SENTENCE_TASK:
+        return _encoder_class(config)
+    if task is not None:
+        return getattr(transformers, _auto_class(config, task.removesuffix("-with-past")))
+    name = _saved_class(config)
+    if name is None:
+        return transformers.AutoModel
+    if not hasattr(transformers, name):
+        raise TraceError(f"the checkpoint is a {name}, which transformers does not have; give its task")
+    return getattr(transformers, name)
+
+
+def _auto_class(config: PreTrainedConfig, task: str) -> str:
+    """The auto class of a task: a decoder of texts may be a part of a model that reads images, or be alone."""
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if task == "image-text-to-text" and not reads_images:
+        task = "text-generation"
+    if task == "text-generation" and reads_images and not is_decoder:
+        task = "image-text-to-text"
+    return _AUTO_CLASSES[task]
+
+
+def _encoder_class(config: PreTrainedConfig) -> Any:
+    """The class of a bare model; of an encoder-decoder only the encoder, such as `T5EncoderModel`."""
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if encoder is not None and encoder.__name__.endswith("EncoderModel"):
+        return encoder
+    if config.is_encoder_decoder:
+        raise TraceError(
+            f"{config.model_type} is an encoder-decoder, whose encoder transformers does not load alone; "
+            f"{SENTENCE_TASK} is for encoders, decoders and T5"
+        )
+    return transformers.AutoModel
+
+
+def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
+    """Warn if a head trained for one task is used for another, since both classes may have the same tensors.
+
+    Args:
+        model: A model loaded from a complete checkpoint.
+        origin: Where the checkpoint is, for the message.
+    """
+    saved = _saved_class(model.config)
+    saved_task, requested = task_of_class(saved or ""), task_of_class(type(model).__name__)
+    if saved_task != requested and saved_task in _CLASSIFIERS and requested in _CLASSIFIERS:
+        warn_caller(
+            f"{origin} was saved as {saved}: its head was trained for {saved_task}, not for {requested}; take "
+            f"task={saved_task!r}"
+        )
+
+
+def _saved_class(config: PreTrainedConfig) -> str | None:
+    """The class that a configuration names."""
+    names = config.architectures
+    if not names:
+        return None
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise TraceError(
+            f"architectures in config.json is {names!r}, not a list of class names; repair or copy the file"
+        )
+    return names[0]
+
+
+def load_model(
+    name: str | Path,
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    supplied: Set[str] = frozenset(),
+    allow_random_head: bool = False,
+    base_quantization: BaseQuantization | Any = None,
+) -> PreTrainedModel:
+    """A transformers model in float32 and evaluation mode.
+
+    Of a checkpoint that bitsandbytes saved in four bits, its layers have the values that it multiplies by.
+
+    Args:
+        name: Local directory or hub id.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the checkpoint may lack, since an adapter supplies them.
+        allow_random_head: Whether other parameters may be missing and get random values, as for a head still to be
+            trained.
+        base_quantization: How the layers of a float checkpoint are rounded, as bitsandbytes does when a QLoRA adapter
+            is trained on it: `"nf4"`, `"nf4-double"`, or whatever `BaseQuantization.of` takes; None for not at all.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: Tensors are missing in the checkpoint or have other shapes; each is named.
+        ConfigError: The checkpoint is quantized already, and is to be rounded, or bitsandbytes is not installed.
+    """
+    model, report = load_with_report(name, task, num_labels=num_labels, base_quantization=base_quantization)
+    report.check(supplied, num_labels, allow_random_head=allow_random_head)
+    if not report.problems() and supplied.isdisjoint(model.state_dict()):
+        warn_of_another_head(model, name)
+    return model
+
+
+def load_with_report(
+    name: str | Path, task: str | None = None, *, num_labels: int | None = None, base_quantization: Any = None
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The model as `load_model` returns it, but with random values where tensors are missing, and the report on them.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be loaded.
+        CheckpointError: A file of its weights is damaged.
+        ConfigError: As of `load_model`.
+    """
+    directory = check_model_files(name, TraceError)
+    asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            packed = quantization_of(vars(config), name, asked)
+            if packed is not None:
+                return _unpacked(name, task, num_labels, packed)
+            model, info = class_for(config, task).from_pretrained(
+                name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    except GraloraError:
+        raise
+    except Exception as error:  # transformers, safetensors and pickle raise types of their own
+        if directory is not None:
+            check_readable(directory)
+        raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
+    if asked is not None:
+        round_layers(model, asked)
+    return _reported(name, task, model, info)
+
+
+def _reported(
+    name: str | Path, task: str | None, model: PreTrainedModel, info: Mapping[str, Any]
+) -> tuple[PreTrainedModel, LoadReport]:
+    report = LoadReport.of(str(name), model, info)
+    return model.eval(), _without_unread(model, report) if task == SENTENCE_TASK else report
+
+
+def _unpacked(
+    name: str | Path, task: str | None, num_labels: int | None, packed: BaseQuantization
+) -> tuple[PreTrainedModel, LoadReport]:
+    """The model of a checkpoint in four bits, with the values that its layers multiply by, and the report on it."""
+    directory = resolve_directory(name, TraceError)
+    empty = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
+    weights = read_weights(directory)
+    tensors = as_in_layers(empty, weights.tensors)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=empty.config,
+        state_dict={key: tensor() for key, tensor in tensors.items()},
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    model.config._name_or_path = model.name_or_path = str(name)
+    if model.can_generate() and (directory / GENERATION_CONFIG).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    record(model, weights.quantization or packed)
+    return _reported(name, task, model, info)
+
+
+def load_streamed(
+    name: str | Path,
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    supplied: Set[str] = frozenset(),
+    base_quantization: Any = None,
+) -> PreTrainedModel:
+    """The same model with its weights left in their files: lazy parameters on the meta device.
+
+    It can be traced, rewritten and exported (reading one tensor at a time), but not run.
+
+    Args:
+        name: Local directory or hub id, of safetensors files.
+        task: One of optimum's task names; None for the class that the model's configuration names.
+        num_labels: Number of classes of a classification head; None for the configuration's.
+        supplied: Names of parameters that the files may lack, since an adapter supplies them.
+        base_quantization: As of `load_model`; the weights are rounded as they are read.
+
+    Raises:
+        TraceError: The task is unknown, or no model can be made.
+        CheckpointError: The files do not fit the model.
+        ConfigError: As of `load_model`.
+    """
+    check_model_files(name, TraceError)
+    asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
+    directory = resolve_directory(name, TraceError)
+    packed = quantization_of(read_json_object(directory / MODEL_FILE, TraceError), name, asked)
+    model = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
+    unread = _unread_names(model) if task == SENTENCE_TASK else set()
+    weights = read_weights(directory)
+    model = attach_shards(model, weights, supplied | unread)
+    if asked is not None:
+        round_layers(model, asked)
+    elif packed is not None:
+        record(model, weights.quantization or packed)
+    return model
+
+
+def make_empty(
+    directory: Path,
+    task: str | None,
+    *,
+    num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
+    name: str | Path | None = None,
+) -> PreTrainedModel:
+    """A model of a directory's configuration without values: names and shapes, on the meta device.
+
+    Args:
+        directory: The model's directory.
+        task: One of optimum's task names; None for the class that the configuration names.
+        num_labels: Number of classes of a head; None for the configuration's.
+        dtype: Of the parameters; None for the configuration's.
+        name: What to call the model in messages; None for its directory.
+
+    Raises:
+        TraceError: The configuration names no class that transformers has, or it cannot be made.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            vars(config).pop("quantization_config", None)  # of its files, which are read as floats
+            if dtype is not None:
+                config.dtype = dtype
+            if num_labels is not None and num_labels != config.num_labels:
+                config.num_labels = num_labels
+            model_class = class_for(config, task)
+            make = model_class.from_config if hasattr(model_class, "from_config") else model_class
+            return empty_model(lambda: make(config))
+    except GraloraError:
+        raise
+    except Exception as error:  # transformers raises types of its own
+        raise TraceError(f"no model can be made of {name or directory} ({first_line(error)})") from error
+
+
+def _unread_names(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of a pooler, which a sentence encoder does not read; a checkpoint may lack them."""
+    return {name for name, _ in model.named_parameters() if name.startswith("pooler.")}
+
+
+def _without_unread(model: PreTrainedModel, report: LoadReport) -> LoadReport:
+    """A loading report without the parameters that a sentence encoder does not read; those missing become zero."""
+    unread = _unread_names(model) & report.missing.keys()
+    with torch.no_grad():
+        for name in unread:
+            model.get_parameter(name).zero_()
+    missing = {name: shape for name, shape in report.missing.items() if name not in unread}
+    return dataclasses.replace(report, missing=missing)

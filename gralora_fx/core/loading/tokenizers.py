@@ -1,0 +1,271 @@
+"""Tokenizers and feature extractors by name, the settings of sentence encoders in them, and token ids of prompts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.base.sources.model_files import MODEL_FILE, check_json_objects, local_directory
+from gralora_fx.errors import CheckpointError, GraloraError, first_line
+
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.sentence_modules import SentenceModules
+
+PREPROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "tokenizer_config.json"
+_EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")
+_JSON = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    *_EXTRACTOR_FILES,
+)
+_TOKENIZER_FILES = (
+    *_JSON[:2],
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_CONFIGS = (*_JSON, "config.json")  # which determine how the other files are read
+_MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and say nothing
+
+
+def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a local directory or a hub id, or None if it has no tokenizer files.
+
+    Args:
+        name: Local directory or hub id. For a directory with only a model, for which transformers would make up an
+            empty tokenizer, the result is None.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: the tokenizer's files are damaged or cannot be loaded.
+    """
+    return _load_pretrained(
+        _auto_tokenizer,
+        name,
+        error,
+        what="tokenizer",
+        files=_TOKENIZER_FILES,
+        configs=_CONFIGS,
+        remedy="repair these files, or leave the tokenizer out",
+    )
+
+
+def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
+    """The feature extractor of a local directory or a hub id, or None if it has none.
+
+    Args:
+        name: Local directory or hub id.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: its file is damaged or cannot be loaded.
+    """
+    return _load_pretrained(
+        AutoFeatureExtractor.from_pretrained,
+        name,
+        error,
+        what="feature extractor",
+        files=_EXTRACTOR_FILES,
+        configs=_EXTRACTOR_FILES,
+        remedy="repair these files",
+    )
+
+
+def _auto_tokenizer(name: str | Path, **options: Any) -> Any:
+    """Load a tokenizer without the class of the model's configuration, where its own file names the tokenizer's class.
+
+    transformers would import that class, and with it what models are loaded with: a second, and 60 MB.
+    """
+    directory = Path(name)
+    if all((directory / file).is_file() for file in (MODEL_FILE, TOKENIZER_CONFIG)):
+        own, model = (json.loads((directory / file).read_bytes()) for file in (TOKENIZER_CONFIG, MODEL_FILE))
+        if own.get("tokenizer_class") and "auto_map" not in own and isinstance(model.get("model_type"), str):
+            config = PreTrainedConfig(name_or_path=str(name))
+            for field in ("model_type", "model_name", "tokenizer_class"):
+                if field in model:
+                    setattr(config, field, model[field])
+            options["config"] = config
+    return AutoTokenizer.from_pretrained(name, **options)
+
+
+def _load_pretrained(
+    load: Callable[..., Any],
+    name: str | Path,
+    error: type[GraloraError],
+    *,
+    what: str,
+    files: Sequence[str],
+    configs: Sequence[str],
+    remedy: str,
+) -> Any | None:
+    """What a local directory or a hub id holds of a kind, or None if it has none of its files.
+
+    Args:
+        load: A class's `from_pretrained`.
+        name: Local directory or hub id.
+        error: The error type to raise.
+        what: What is loaded, for messages.
+        files: The files that it may be in.
+        configs: The JSON files that determine how it is read.
+        remedy: What to do about files that cannot be loaded.
+
+    Raises:
+        GraloraError: Of the given type: a file is damaged or cannot be loaded.
+    """
+    directory = local_directory(name, error)
+    if directory is not None:
+        present = [file for file in files if (directory / file).is_file()]
+        if not present:
+            return None
+        check_json_objects(directory, configs, error)
+        if empty := [file for file in present if not (directory / file).stat().st_size]:
+            raise error(f"{directory / empty[0]} is empty; copy it again")
+    try:
+        with quiet():
+            return load(name, trust_remote_code=False)
+    except Exception as failure:  # transformers and tokenizers raise types of their own
+        if directory is None:
+            present = _downloaded(str(name), files)
+        if not present:
+            return None
+        raise error(
+            f"the {what} of {name} cannot be loaded from {', '.join(present)} ({first_line(failure)}); {remedy}"
+        ) from failure
+
+
+def _downloaded(name: str, files: Sequence[str]) -> list[str]:
+    """Those of some files of a hub repository that are in the cache, after an attempt to load them."""
+    try:
+        return [file for file in files if isinstance(try_to_load_from_cache(name, file), str)]
+    except HFValidationError:  # neither a directory nor a hub id
+        return []
+
+
+def with_sentence_settings(
+    tokenizer: PreTrainedTokenizerBase, modules: SentenceModules, config: PreTrainedConfig | None
+) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that truncates and lowercases as sentence-transformers does.
+
+    Args:
+        tokenizer: The tokenizer.
+        modules: What the sentence encoder's directory says.
+        config: The transformer's configuration, whose positions limit a text if the directory names no length.
+
+    Raises:
+        CheckpointError: Texts are to be lowercased, but the tokenizer has no Rust implementation to set that in.
+    """
+    changed: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
+    positions = getattr(config, "max_position_embeddings", None)
+    if modules.max_seq_length is not None:
+        changed.model_max_length = modules.max_seq_length
+    elif isinstance(positions, int) and positions > 0:
+        changed.model_max_length = min(changed.model_max_length, positions)
+    if modules.lowercases:
+        backend = getattr(changed, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise CheckpointError(
+                f"{modules.source} has do_lower_case, which {type(tokenizer).__name__} cannot be told; export without "
+                "the tokenizer, and lowercase texts yourself"
+            )
+        if backend.normalizer is None or "Lowercase(" not in repr(backend.normalizer):
+            parts = (
+                [normalizers.Lowercase()]
+                if backend.normalizer is None
+                else [normalizers.Lowercase(), backend.normalizer]
+            )
+            backend.normalizer = normalizers.Sequence(parts)
+    return changed
+
+
+def prompt_ids(
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    error: type[GraloraError],
+    tools: Sequence[Any] = (),
+    check: Callable[[str, PreTrainedTokenizerBase], None] | None = None,
+) -> list[int]:
+    """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are.
+
+    Args:
+        prompt: The prompt.
+        tokenizer: For texts and chats, or None.
+        error: The error type to raise.
+        tools: Of a chat, the tools that its template describes, as OpenAI's clients send them.
+        check: Is given the text, as the template has it, before it is tokenized, and raises an error if it is too long.
+
+    Raises:
+        GraloraError: Of the given type: it needs a tokenizer and there is none, or it is not a prompt.
+    """
+    if is_ids(prompt):
+        return [int(token) for token in prompt]
+    if isinstance(prompt, (list, tuple)) and not prompt:
+        return []
+    if not (isinstance(prompt, str) or is_chat(prompt)):
+        raise error(f"a prompt is text, a list of messages or a list of token ids, but got {prompt!r:.80}")
+    for message in () if isinstance(prompt, str) else prompt:
+        if "role" not in message or message.keys().isdisjoint(_MESSAGE_CONTENTS):
+            raise error(f"a message of a chat has a 'role' and its 'content', but got {message!r:.80}")
+    if tokenizer is None:
+        raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+    if not isinstance(prompt, str) and getattr(tokenizer, "chat_template", "") is None:
+        raise error(
+            "the tokenizer has no chat template: write one to chat_template.jinja in the tokenizer's directory and "
+            "export the model again, or give the prompt as text, over HTTP to /v1/completions"
+        )
+    with _refusals_as(error, prompt):
+        text = prompt if isinstance(prompt, str) else _written_chat(prompt, tokenizer, tools)
+        text.encode()  # a lone surrogate is not text, which the tokenizers' own error does not say
+    if check is not None:
+        check(text, tokenizer)
+    with _refusals_as(error, prompt):  # a template has the special tokens that a text is to begin with
+        return list(tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"])
+
+
+@contextmanager
+def _refusals_as(error: type[GraloraError], prompt: Any) -> Iterator[None]:
+    """Name the prompt that a tokenizer, or a template of chats, does not take; they raise types of their own."""
+    try:
+        yield
+    except Exception as failure:
+        raise error(f"the tokenizer does not take the prompt {prompt!r:.80} ({first_line(failure)})") from failure
+
+
+def _written_chat(messages: Any, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any]) -> str:
+    """A chat as its template writes it, up to where the assistant goes on."""
+    described = list(tools) or None
+    return str(tokenizer.apply_chat_template(list(messages), described, add_generation_prompt=True, tokenize=False))
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and all(isinstance(part, dict) for part in prompt)
+
+
+def is_ids(prompt: Any) -> bool:
+    """Whether a prompt is token ids: a list of integers, or a one-dimensional array or tensor of them."""
+    if isinstance(prompt, torch.Tensor):
+        kinds = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        return prompt.ndim == 1 and prompt.dtype in kinds and not prompt.is_meta
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return all(isinstance(token, (int, np.integer)) and not isinstance(token, bool) for token in prompt)

@@ -1,0 +1,61 @@
+"""Adapter mathematics, one method a file, behind one protocol."""
+
+from typing import TYPE_CHECKING
+
+from gralora_fx import first_use
+from gralora_fx.core.methods.method import (
+    AdapterMethod,
+    AdapterTensors,
+    LayerCall,
+    LowRankTensors,
+    Sizes,
+    SummableMethod,
+    Update,
+    WeightTensors,
+    first_tensor,
+)
+from gralora_fx.core.methods.registry import (
+    config_from_fields,
+    config_from_peft,
+    method_described,
+    method_of,
+    not_a_config,
+    read_config,
+    register,
+)
+
+if TYPE_CHECKING:
+    from gralora_fx.core.methods.dora import DoraConfig
+    from gralora_fx.core.methods.lora import LoraConfig
+
+    METHODS: list[AdapterMethod]
+
+__all__ = [
+    "METHODS",
+    "AdapterMethod",
+    "AdapterTensors",
+    "DoraConfig",
+    "LayerCall",
+    "LoraConfig",
+    "LowRankTensors",
+    "Sizes",
+    "SummableMethod",
+    "Update",
+    "WeightTensors",
+    "config_from_fields",
+    "config_from_peft",
+    "first_tensor",
+    "method_described",
+    "method_of",
+    "not_a_config",
+    "read_config",
+    "register",
+]
+
+_HOMES = {  # loaded on first use
+    "DoraConfig": "core.methods.dora",
+    "LoraConfig": "core.methods.lora",
+    "METHODS": "core.methods.registry",
+}
+
+__getattr__ = first_use(__name__, _HOMES)

@@ -1,0 +1,330 @@
+"""What a method of adaptation is made of: its tensors at a layer, and what is done with them.
+
+A method changes what a linear layer computes, by tensors that train: it gives the layer's new output from its input,
+and the layer's new weight from the old one. It is one file with three parts: a configuration (`AdapterConfig`), a named
+tuple of tensors (`AdapterTensors`) and the methods of `AdapterMethod`; a line in `registry.py` makes it known.
+Everything else in the package (plans, graph nodes, training, checkpoints, merging, export) asks these.
+
+A method whose updates are plain LoRA in another form says so (`LowRankTensors`). Its adapters can be data of an export,
+be converted to LoRA and be summed; those of other methods are folded into weights.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
+
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.methods.expert_tensors import ExpertTensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gralora_fx.core.methods.arrays import Array
+
+Sizes = Hashable  # a frozen record of the method's own type, such as `GraloraSizes`; equal sizes give equal shapes
+
+
+class AdapterTensors(Protocol):
+    """Tensors of one adapter at one layer: a named tuple, of which some fields may be None.
+
+    Unless it has a LoRA form (`LowRankTensors`), it has `new_weight` too (`WeightTensors`).
+
+    Attributes:
+        features: Widths `in` and `out` of the layer.
+        is_zero: Whether they change nothing for sure, as before training.
+    """
+
+    @property
+    def features(self) -> tuple[int, int]: ...  # noqa: D102
+
+    @property
+    def is_zero(self) -> bool: ...  # noqa: D102
+
+    def _asdict(self) -> dict[str, Tensor | None]: ...
+
+    def __iter__(self) -> Iterator[Tensor | None]: ...  # noqa: D105
+
+
+class LowRankTensors(AdapterTensors, Protocol):
+    """Tensors whose update is added to the weight, and is that of a plain LoRA.
+
+    Attributes:
+        grid: Number of blocks in each direction, within each of which `products` takes the same tensors.
+    """
+
+    @property
+    def grid(self) -> int: ...  # noqa: D102
+
+    def products(self, rows: slice, columns: slice, shape: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of matrices whose products add up to the unscaled update on a block of the weight.
+
+        Args:
+            rows: Output features of the block, within one of the `grid`.
+            columns: Input features of the block, within one of the `grid`.
+            shape: `[out, in]` of the weight.
+        """
+        ...
+
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        """The same update as a plain LoRA pair, exactly: `A [R, in]` and `B [out, R]`, with `B @ A` the update."""
+        ...
+
+
+class WeightTensors(AdapterTensors, Protocol):
+    """Tensors of whatever update, which needs the whole weight."""
+
+    def new_weight(self, weight: Array, scale: float) -> Array:
+        """The layer's weight with the adapter.
+
+        Args:
+            weight: `[out, in]`, the layer's own, in float32 or better; read only.
+            scale: Factor of the update.
+        """
+        ...
+
+
+def is_low_rank(factors: AdapterTensors) -> TypeGuard[LowRankTensors]:
+    """Whether tensors have a LoRA form, by their type."""
+    return hasattr(type(factors), "lora_form")
+
+
+def needs_weight(factors: AdapterTensors) -> TypeGuard[WeightTensors]:
+    """Whether tensors make the new weight from the whole old one, by their type."""
+    return not is_low_rank(factors)
+
+
+def first_tensor(factors: AdapterTensors) -> Tensor:
+    """One of an adapter's tensors at a layer; all of them have its dtype and device."""
+    return next(tensor for tensor in factors if tensor is not None)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter does to a weight: its tensors and the factor they are scaled by.
+
+    Attributes:
+        factors: The tensors; of experts, each with an axis of the experts before the others.
+        scale: The factor.
+        experts: Number of experts, whose weights are the matrices of one of 3 dimensions; None for a single matrix.
+    """
+
+    factors: AdapterTensors
+    scale: float
+    experts: int | None = None
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is a plain LoRA in another form; then each part of a weight can be folded by itself."""
+        return is_low_rank(self.factors)
+
+    def lora_form(self) -> tuple[Tensor, Tensor]:
+        """The unscaled update as a plain LoRA pair; `AdapterMethod.check_lora_form` says first that there is one."""
+        assert is_low_rank(self.factors)
+        return self.factors.lora_form()
+
+    def of_expert(self, index: int) -> Update:
+        """The update of one expert's matrix."""
+        factors = {name: None if t is None else t[index] for name, t in self.factors._asdict().items()}
+        return Update(type(self.factors)(**factors), self.scale)
+
+    def __repr__(self) -> str:
+        """One line without tensors."""
+        in_features, out_features = self.factors.features
+        shapes = " ".join(f"{name}{list(t.shape)}" for name, t in self.factors._asdict().items() if t is not None)
+        return f"Update({in_features} -> {out_features}, {shapes}, scale={self.scale:.4g})"
+
+
+class LayerCall(NamedTuple):
+    """One call of a linear layer, as tensors or as the proxies of a graph.
+
+    Attributes:
+        x: Its input, `[..., in]`; any number of leading axes, zero rows included.
+        y: Its output, `[..., out]`, contiguous, or the columns `rows` of it.
+        features: Widths `in` and `out` of the layer.
+        weight: Its weight as it is stored.
+        bias: What `y` has of a bias, `[out]`; None for none.
+        is_transposed: Whether the weight is stored `[in, out]`.
+        rows: First output feature of `y` and the one after its last, where `y` is a part of the layer's output only.
+    """
+
+    x: Tensor
+    y: Tensor
+    features: tuple[int, int]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    is_transposed: bool = False
+    rows: tuple[int, int] | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight `[out, in]`."""
+        assert self.weight is not None
+        return self.weight.t() if self.is_transposed else self.weight
+
+    def of_rows(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor `[out, ...]` that belongs to `y`."""
+        return tensor if self.rows is None else tensor[slice(*self.rows)]
+
+    def cast(self, dtype: torch.dtype) -> LayerCall:
+        """The same call in another dtype."""
+        weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.weight, self.bias))
+        return self._replace(x=self.x.to(dtype), y=self.y.to(dtype), weight=weight, bias=bias)
+
+
+class AdapterMethod(ExpertTensors):
+    """A method of adaptation; `shapes`, `initial` and what there is of experts are those of `ExpertTensors`.
+
+    Attributes:
+        config: Its configuration.
+        tensors: The named tuple of its tensors at a layer.
+        keys: The rest of each tensor's key in a checkpoint, after the path of the layer, by field of `tensors`. What
+            comes before `.weight` is its name in the graph module.
+        IS_ADDITIVE: Whether what it adds to a layer's output does not depend on the layer's weight and output, so that
+            several adapters of a layer act beside each other in any order.
+        RUNS_ON_NUMPY: Whether its tensors' own functions run on numpy arrays as on torch's tensors (see `arrays`), so
+            that saved adapters are folded without torch.
+    """
+
+    config: ClassVar[type[AdapterConfig]]
+    tensors: ClassVar[Callable[..., AdapterTensors]]
+    keys: ClassVar[Mapping[str, str]]
+    IS_ADDITIVE: ClassVar[bool] = True
+    RUNS_ON_NUMPY: ClassVar[bool] = False
+
+    @abstractmethod
+    def sizes(self, config: Any, value_of: Callable[[str], Any]) -> tuple[Any, float]:
+        """Sizes and scale of the adapter at a layer.
+
+        Args:
+            config: The configuration, of this method.
+            value_of: The value of a field for the layer, what a pattern says of it included: `value_of("r")` looks into
+                `rank_pattern` first.
+        """
+
+    @abstractmethod
+    def forward(self, call: LayerCall, factors: Any, scale: float, *, sizes: Any, dropout: float = 0.0) -> Tensor:
+        """The layer's output with the adapter, of the shape of `call.y`; it runs on `torch.fx` proxies as on tensors.
+
+        Args:
+            call: The layer's input and own output; the latter may be overwritten as `low_rank.accumulate` does.
+            factors: The adapter's tensors.
+            scale: Factor of its update.
+            sizes: Its sizes.
+            dropout: Probability with which its input values are zeroed (training).
+        """
+
+    @abstractmethod
+    def new_weight(
+        self,
+        weight: Tensor,
+        factors: Any,
+        scale: float,
+        *,
+        features: tuple[int, int],
+        sizes: Any,
+        experts: int | None = None,
+    ) -> Tensor:
+        """The layer's weight `[out, in]` with the adapter, on proxies too; gradients reach the adapter's tensors.
+
+        Args:
+            weight: The weight; of experts, `[experts, out, in]`.
+            factors: The adapter's tensors, of experts as `of_experts` gives them.
+            scale: Factor of its update.
+            features: Widths `in` and `out`.
+            sizes: The adapter's sizes.
+            experts: Number of experts, or None for a single matrix.
+        """
+
+    def problems(self, in_features: int, out_features: int, sizes: Any) -> list[str]:
+        """Why a layer of these widths cannot have an adapter of these sizes, and what to do."""
+        return []
+
+    @abstractmethod
+    def text(self, sizes: Any) -> str:
+        """Sizes in words, such as `r=32 k=2`."""
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """What a configuration says of its adapter by the names of its fields, for tables: sizes, scale, dropout.
+
+        Patterns that are not used are left out; `scale` is the factor where no pattern says otherwise.
+        """
+        unused = set(config.PATTERNS) - set(config.used_patterns)
+        names = [name for name in config.SIZE_FIELDS if name not in unused]
+        _, scale = self.sizes(config, partial(getattr, config))
+        return {**{name: getattr(config, name) for name in names}, "scale": scale, config.DROPOUT: config.dropout}
+
+    def parameter_count(self, in_features: int, out_features: int, sizes: Any) -> int:
+        """Number of trainable values at a layer."""
+        return sum(math.prod(shape) for shape in self.shapes(in_features, out_features, sizes).values())
+
+    def names(self) -> dict[str, str]:
+        """Names of the tensors in a graph module, below the path of the layer, by field of `tensors`."""
+        return {field: key.removesuffix(".weight") for field, key in self.keys.items()}
+
+    @property
+    def has_lora_form(self) -> bool:
+        """Whether its updates are plain LoRA in another form."""
+        return hasattr(self.tensors, "lora_form")
+
+    def check_lora_form(self, adapter: object, purpose: str, error: type[Exception]) -> None:
+        """Check that updates have a LoRA form.
+
+        Args:
+            adapter: The adapter, for the message.
+            purpose: What needs it, such as "a weighted sum".
+            error: The error to raise.
+        """
+        if not self.has_lora_form:
+            raise error(
+                f"{adapter} is a {self.config.TITLE} adapter: its update is not of low rank, which {purpose} needs; "
+                "export it merged (adapters='merged'), or fold it into an export (fold_onnx) or a model's files "
+                "(merge_checkpoint)"
+            )
+
+    def add_output(
+        self, call: LayerCall, factors: Any, scale: float, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> Tensor:
+        """`forward`, in the adapter's dtype where that differs from the layer's.
+
+        Args:
+            call: The layer's input and output.
+            factors: The adapter's tensors.
+            scale: Factor of the adapter's update.
+            dtype: Dtype of the adapter, if it is another one: what the adapter reads is cast to it, and what it adds
+                (or, where that depends on the layer, the whole output) is cast back to that of `y`.
+            options: As for `forward`.
+
+        Returns:
+            The layer's output with the adapter, of the shape and dtype of `y`.
+        """
+        import torch
+
+        if dtype is None:
+            return self.forward(call, factors, scale, **options)
+        if not self.IS_ADDITIVE:
+            return self.forward(call.cast(dtype), factors, scale, **options).type_as(call.y)
+        alone = call._replace(x=call.x.to(dtype), y=torch.zeros_like(call.y, dtype=dtype))
+        return torch.add(call.y, self.forward(alone, factors, 1.0, **options).type_as(call.y), alpha=scale)
+
+
+class SummableMethod(AdapterMethod):
+    """A method in which any update of low rank can be written, so that a sum of its adapters is one of them."""
+
+    @abstractmethod
+    def from_lora_form(self, A: Tensor, B: Tensor) -> AdapterTensors:
+        """The tensors of this method with the update `B @ A`.
+
+        Args:
+            A: `[R, in]`.
+            B: `[out, R]`.
+        """
+
+    @abstractmethod
+    def config_of(self, config: Any, rank: int) -> AdapterConfig:
+        """A configuration of this rank at every layer and scale 1, otherwise as another one of this method."""

@@ -1,0 +1,282 @@
+"""`GraloraModel`: a rewritten graph as a module to train, switch, save and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import fx, nn
+
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.adapter_graph import AdapterGraph
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.model.inspection import Inspection
+from gralora_fx.core.model.merging import Merging
+from gralora_fx.core.model.model_class import class_for
+from gralora_fx.core.model.saved_adapters import AdapterFiles
+from gralora_fx.core.model.trainable import Trainable, check_arguments
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.tracing.traced_model import TracedModel, check_traced
+from gralora_fx.errors import RewriteError
+from gralora_fx.format.input_names import ITEM_COUNT, split_labels
+
+_TREE = "graph_module"  # names of parameters begin with it
+
+
+class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
+    """A traced model with adapters (GraLoRA, LoRA, DoRA) in its graph.
+
+    Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
+    copies: the base stays bit for bit). The nodes of inactive and merged adapters are not in the graph, so they cost
+    nothing. The first switch to a state builds its graph and compiles it, which takes milliseconds for each hundred
+    nodes; the graphs of the last 32 states are kept.
+
+    Its verbs are those of its parts, the classes it is made of, over one `AdapterGraph`: the base, the adapters and the
+    graph that runs.
+    """
+
+    def __new__(cls, traced: TracedModel) -> GraloraModel:
+        """Create a model whose class has the traced inputs in its signature.
+
+        Raises:
+            RewriteError: `traced` is not a traced model.
+        """
+        check_traced(traced, RewriteError, "rewrite")
+        return super().__new__(class_for(cls, traced))
+
+    def __init__(self, traced: TracedModel) -> None:
+        """Copy a traced model's graph, without an adapter; use `rewrite` to create a model."""
+        nn.Module.__init__(self)
+        self._state = AdapterGraph(traced)
+        self._modules[_TREE] = self._state.base.tree
+        self.register_load_state_dict_post_hook(_keep_up)  # type: ignore[no-untyped-call]
+        super().train(traced.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        traced: TracedModel,
+        directory: str | Path,
+        *,
+        adapter_name: str = "default",
+        revision: str | None = None,
+        strict_base: bool = False,
+    ) -> GraloraModel:
+        """Rewrite a traced model as a saved adapter says, and load its tensors.
+
+        Args:
+            traced: The traced base model.
+            directory: A PEFT-format adapter: a local directory or a hub id.
+            adapter_name: Name to give the adapter.
+            revision: Revision of the hub repository.
+            strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+
+        Raises:
+            ConfigError: The adapter's configuration is missing or invalid.
+            TargetError: The configuration does not fit the model.
+            CheckpointError: The tensors do not fit the model or their configuration, or the base is another one.
+            RewriteError: `traced` is not a traced model.
+        """
+        check_traced(traced, RewriteError, "load an adapter into")
+        from gralora_fx.core.adapters.adapter_files import read_adapter
+        from gralora_fx.core.adapters.checkpoint import load_tensors, settled_base
+
+        config, tensors = read_adapter(directory, revision=revision)
+        base = settled_base(config, traced, directory, strict=strict_base)
+        model = cls(traced)
+        model.add_adapter(adapter_name, config)
+        load_tensors(model.adapter(adapter_name), tensors, traced.tree, str(directory))
+        model._state.note_base(adapter_name, base)
+        model.freeze_base()
+        return model
+
+    # -- questions --------------------------------------------------------------------------------------------------
+
+    def adapter(self, adapter_name: str) -> ModelAdapter:
+        """An adapter's plan and tensors.
+
+        Args:
+            adapter_name: Its name.
+
+        Raises:
+            RewriteError: An adapter does not exist.
+        """
+        return self._state[adapter_name]
+
+    installed = adapter  # its earlier name
+
+    @property
+    def traced(self) -> TracedModel:
+        """The base model as it was traced."""
+        return self._state.traced
+
+    @property
+    def sites(self) -> tuple[LinearSite, ...]:
+        """Every linear layer of the base model."""
+        return self.traced.sites
+
+    @property
+    def config(self) -> Any:
+        """The base model's transformers configuration, or None."""
+        return self.traced.config
+
+    @property
+    def configs(self) -> dict[str, AdapterConfig]:
+        """The configuration of each adapter, by name."""
+        return {name: adapter.config for name, adapter in self._state.adapters.items()}
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """The configuration of each adapter, by name."""
+        return self.configs
+
+    @property
+    def plans(self) -> dict[str, RewritePlan]:
+        """What each adapter adapts, by name."""
+        return {name: adapter.plan for name, adapter in self._state.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters whose outputs are added, merged ones included."""
+        return list(self._state.state.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list where several or none are active."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are folded into the weights."""
+        return list(self._state.state.merged)
+
+    def to_svg(self, path: str | Path, *, full: bool = False) -> None:
+        """Draw the graph by block: what is adapted, what is not and why, and the norms of the updates' blocks.
+
+        Args:
+            path: The file to write.
+            full: Whether to draw all layers, rather than one for each run of three or more equal ones.
+
+        Raises:
+            RewriteError: It cannot be drawn or written.
+        """
+        from gralora_fx.picture import save, svg_of
+
+        save(svg_of(self, full=full), path)
+
+    def to_html(self, path: str | Path, *, full: bool = False) -> None:
+        """Write a self-contained HTML page with the picture, its numbers, every site and every heat map.
+
+        Args:
+            path: The file to write.
+            full: Whether to draw all layers, rather than one for each run of equal ones.
+
+        Raises:
+            RewriteError: It cannot be drawn or written.
+        """
+        from gralora_fx.picture import html_of, save
+
+        save(html_of(self, full=full), path)
+
+    # -- running and training ---------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph like the model.
+
+        Args:
+            *args: Inputs by position.
+            **kwargs: Inputs by name; with `labels` (or `start_positions` and `end_positions`) the result has `.loss`,
+                by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum
+                divided by it, as Trainer asks for when it accumulates gradients.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            TraceError: An input is missing or was not part of the trace.
+            RewriteError: Labels were given, and the model has no loss for them; or an argument is one of TRL's for
+                its own head or for packed rows.
+        """
+        check_arguments(kwargs)
+        traced = self._state.base.traced
+        inputs, labels = split_labels(kwargs, traced.input_names)
+        item_count = inputs.pop(ITEM_COUNT, None)
+        if not labels:
+            return self._state.run(traced.bind(args, inputs))
+        from gralora_fx.core.tracing.losses import decoder_inputs, model_loss
+
+        if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
+            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
+        outputs = self._state.run(traced.bind(args, inputs))
+        loss = model_loss(outputs, labels, traced.loss_function, self.config, item_count)
+        return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The current graph: a new object after every change of adapters or mode, over the same parameters.
+
+        While adapters are merged it holds the merged weights; `parameters()` and `state_dict()` of the model are the
+        base's own and the adapters' at any time.
+        """
+        return self._state.lend()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict, as any module does; merged weights are folded again from the loaded tensors.
+
+        Args:
+            state_dict: The tensors by their names.
+            strict: Whether the names must be the module's own.
+            assign: Whether tensors take the place of the module's, instead of being copied into them.
+        """
+        with self._state.writing():
+            return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
+        """Move every tensor, as `to(device)` and `to_empty()` do, and fold merged weights again.
+
+        Raises:
+            RewriteError: It would convert to another dtype, or move to a device that the graph does not follow to;
+                nothing has changed.
+        """
+        from gralora_fx.core.model.conversions import check_conversion
+
+        with self._state.writing():
+            check_conversion(fn, self._state.traced)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._state.keep_up()
+        return self
+
+    def train(self, mode: bool = True) -> GraloraModel:
+        """Switch dropout, attention dropout, adapter dropout and batch statistics.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
+        super().train(mode)
+        self._state.set_mode(mode)
+        return self
+
+    def freeze_base(self) -> None:
+        """Stop the base model's parameters from requiring gradients."""
+        for parameter in self.traced.tree.parameters.values():
+            parameter.requires_grad_(False)
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
+        modules = {name: module for name, module in self._modules.items() if name != _TREE}
+        return {**self.__dict__, "_modules": modules}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the model's tensors."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._modules = {_TREE: self._state.base.tree, **self._modules}
+
+
+def _keep_up(model: GraloraModel, _: Any) -> None:
+    """Update the graph after a state dict was loaded into the model or a module that contains it."""
+    model._state.keep_up()

@@ -1,0 +1,159 @@
+"""PEFT's verbs for merging adapters into the weights, and for taking them out again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import fx, nn
+
+from gralora_fx.core.adapters.adapter import adapter_names as as_names
+from gralora_fx.core.adapters.adapter_graph import AdapterGraph
+from gralora_fx.core.adapters.folded_adapters import describe_folded
+from gralora_fx.core.adapters.folded_weights import SiteUpdate
+from gralora_fx.core.adapters.other_parameters import (
+    OWN_WEIGHTS,
+    SetWeights,
+    UntieWeights,
+    is_separated,
+    separated_path,
+)
+from gralora_fx.core.graph.overlay import copy_in_mode, map_parameters
+from gralora_fx.core.graph.pipeline import Pipeline
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.tracing.traced_model import TracedModel
+
+
+class Merging:
+    """The verbs, over a graph and its adapters.
+
+    Attributes:
+        _state: The graph and its adapters, of the model.
+    """
+
+    _state: AdapterGraph
+
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | str | None = None, safe_merge: bool = False, *, untie: bool = False
+    ) -> None:
+        """Fold active adapters into the weights; their nodes leave the graph, the output stays the same.
+
+        The base's own weights are kept for `unmerge_adapter`, so the adapted layers are in memory twice; the buffers
+        are kept for the next merge.
+
+        Args:
+            adapter_names: Names of active adapters; None for all.
+            safe_merge: Whether to check that every merged weight is finite.
+            untie: Whether to give a layer with a tied weight one of its own, rather than raise.
+
+        Raises:
+            MergeError: There is nothing to merge, an adapter is not active or merged already, or a weight is tied or
+                would not be finite. Nothing has changed after an error.
+        """
+        names = None if adapter_names is None else as_names(adapter_names)
+        self._state.merge(names, safe=safe_merge, untie=untie)
+
+    def unmerge_adapter(self) -> None:
+        """Put the base's own weights back, bit for bit, and the adapters' nodes into the graph again.
+
+        Raises:
+            MergeError: Nothing is merged.
+        """
+        self._state.unmerge()
+
+    def merge_and_unload(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | str | None = None, *, untie: bool = False
+    ) -> TracedModel:
+        """Fold active adapters into the base's weights themselves, and return the base model.
+
+        As in PEFT, the base changes and no copy is kept; `gralora_fx.merge` leaves it unchanged instead. The model is
+        empty afterwards.
+
+        Args:
+            safe_merge: Whether to check first that every merged weight is finite.
+            adapter_names: Names of active adapters; None for all.
+            untie: Whether to give a layer with a tied weight one of its own in the result, rather than raise; the
+                base keeps the tied weight as it is.
+
+        Returns:
+            The base model, node for node, with folded weights.
+
+        Raises:
+            MergeError: There is nothing to merge, or a weight is tied or would not be finite. Nothing has changed then.
+        """
+        names = None if adapter_names is None else as_names(adapter_names)
+        folded = [self._state[name] for name in names or self._state.state.active]
+        described = describe_folded(folded, self._state.traced, own=True)
+        untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
+        return dataclasses.replace(replace_weights(self.unload(), untied), merged_adapters=described)
+
+    def unload(self) -> TracedModel:
+        """Remove every adapter and return the base model: its graph node for node, its weights as they are.
+
+        The model is empty afterwards; parameters that required gradients before the rewrite require them again.
+        """
+        self._state.clear()
+        traced, training = self._state.traced, self._state.state.training
+        for name in self._state.base.trainable:
+            traced.tree.parameters[name].requires_grad_(True)
+        graph = copy_graph(traced.graph_module)
+        graph_module = copy_in_mode(self._state.base.tree, graph, training, "GraloraGraph")
+        return traced.with_graph(graph_module, traced.tree).train(training)
+
+    def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:
+        """The weight updates of adapters, by site.
+
+        Args:
+            adapter_names: Names of the adapters; None for the active ones.
+
+        Raises:
+            RewriteError: An adapter does not exist, or two of them cannot be active together.
+        """
+        names = self._state.state.active if adapter_names is None else adapter_names
+        site_updates = self._state.updates(names)
+        self._state.check_copies_not_shared(names)
+        return site_updates
+
+
+def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) -> TracedModel:
+    """A copy of the traced model with other weights; the given model and its parameters stay unchanged.
+
+    Of a shared weight, such as a head's tied to the embedding, only the layer gets the new one.
+
+    Args:
+        traced: A traced model.
+        weights: New weights by site path, of the shapes of the old ones.
+
+    Raises:
+        MergeError: A layer shares a view of its weight with something else.
+    """
+    if not weights:
+        return traced
+    sites = tuple(site for site in traced.adaptable if site.path in weights)
+    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "MergedGraph")
+    passes = (UntieWeights(sites), SetWeights(sites, weights))
+    Pipeline("weights", passes, given=frozenset({OWN_WEIGHTS})).run(graph_module.graph)
+    parameters = dict(traced.tree.parameters)
+    for site in sites:
+        names = set(traced.tree.names_of(site.weight)) - set(site.tied_with)
+        if is_separated(graph_module, site):
+            names = {separated_path(site)}
+        parameters |= dict.fromkeys(names, weights[site.path])
+    graph_module = fx.GraphModule(
+        graph_module, graph_module.graph, "MergedGraph"
+    )  # drops what the graph no longer reads
+    return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
+        traced.training
+    )
+
+
+def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
+    """Copy a model so that its graph reads other parameters.
+
+    Args:
+        model: The model.
+        parameters: The others, by the ids of those that it reads.
+    """
+    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
+    map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
+    return model.with_graph(graph_module, model.tree)

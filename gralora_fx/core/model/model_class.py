@@ -1,0 +1,115 @@
+"""The class created for a rewritten model: its `forward` signature lists the inputs, and it is a `PeftModel`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from torch import nn
+
+from gralora_fx.base.compat.extras import missing_packages
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.tracing.source_model import class_name, with_signature
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import RewriteError
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_is_for_trainer = ContextVar("_is_for_trainer", default=True)
+
+# PEFT's methods that need nothing but attributes of a GraloraModel
+_SHARED = {
+    "push_to_hub",
+    "create_or_update_model_card",
+    "active_peft_config",
+    "base_model_torch_dtype",
+    "modules_to_save",
+}
+
+
+@contextmanager
+def without_trainer() -> Iterator[None]:
+    """Create models within the block without PEFT as a base class, so that PEFT is not imported.
+
+    For processes that only export; transformers' Trainer does not recognise such models.
+    """
+    token = _is_for_trainer.set(False)
+    try:
+        yield
+    finally:
+        _is_for_trainer.reset(token)
+
+
+def _peft_model() -> type[nn.Module] | None:
+    """PEFT's model class, for which alone Trainer writes and reads adapter files; None where there is no Trainer.
+
+    It needs accelerate, without which PEFT cannot be imported either.
+    """
+    if not _is_for_trainer.get() or missing_packages("train"):
+        return None
+    return _imported_peft_model()
+
+
+@functools.cache
+def _imported_peft_model() -> type[nn.Module] | None:
+    with quiet():  # what PEFT imports, such as bitsandbytes, logs which of its own kernels are not installed
+        from transformers import trainer_utils
+    return getattr(trainer_utils, "PeftModel", None)
+
+
+def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
+    """Create the class of a trace's rewritten model.
+
+    The signature of its `forward` lists the traced inputs and the labels. If PEFT is installed it is a `PeftModel` too,
+    which is what transformers' Trainer checks before it writes adapter files instead of a state dict. Methods of PEFT's
+    class that this one does not support raise.
+
+    Args:
+        base: `GraloraModel` or a subclass of it.
+        traced: The traced model.
+    """
+    source = class_name(traced) if traced.config is not None else ""
+    labels: tuple[str, ...] = ()
+    if traced.loss_function is not None:
+        from gralora_fx.core.tracing.losses import label_names
+
+        labels = label_names(traced.loss_function)
+    return _class(base, source, traced.input_names, labels)
+
+
+def restored(base: type[_Model], *description: Any) -> _Model:
+    """An uninitialised model of such a class, for `pickle` and `copy` to fill."""
+    model: _Model = object.__new__(_class(base, *description))
+    return model
+
+
+def _class(base: type[_Model], source: str, inputs: tuple[str, ...], labels: tuple[str, ...]) -> type[_Model]:
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": lambda self, _: (restored, (base, source, inputs, labels), self.__getstate__()),
+        "__getattr__": base.__getattr__,  # PEFT's asks the base model for everything else
+        "forward": with_signature(base.forward, inputs, labels),
+    }
+    peft_model = _peft_model()
+    if peft_model is None:
+        return type(f"{base.__name__}{source}", (base,), members)
+    refused = {
+        name: _refusal(name)
+        if inspect.isfunction(value)
+        else property()  # a property without a getter raises AttributeError
+        for name, value in vars(peft_model).items()
+        if not name.startswith("_") and not hasattr(base, name) and name not in _SHARED
+    }
+    return type(f"{base.__name__}{source}", (base, peft_model), {**refused, **members})
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+        raise RewriteError(f"a GraloraModel has no {name}: PEFT's works on the modules that a graph does not have")
+
+    return refuse

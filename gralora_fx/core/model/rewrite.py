@@ -1,0 +1,147 @@
+"""`rewrite`: linear call sites become subgraphs with adapters; `merge`: the model without them, with folded weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import fx, nn
+
+from gralora_fx.core.adapters.adapter import ModelAdapter, copy_path, put
+from gralora_fx.core.adapters.adapter import adapter_names as as_names
+from gralora_fx.core.adapters.folded_adapters import describe_folded
+from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.graph.pipeline import Pipeline
+from gralora_fx.core.graph.surgery import annotated_nodes, annotation_of, copy_graph, remove_annotation
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.model.merging import replace_weights
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
+from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel, check_traced
+from gralora_fx.errors import MergeError, RewriteError
+
+
+def rewrite(
+    traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan, *, adapter_name: str = "default"
+) -> GraloraModel:
+    """Substitute the targeted linear call sites of a traced model with subgraphs that hold adapters.
+
+    The traced model keeps its graph; the result has a copy of it over the same parameters, which stop requiring
+    gradients.
+
+    Args:
+        traced: A traced model.
+        config_or_plan: What to adapt, or a plan made from that.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The rewritten model, its adapter active, in the mode of `traced`.
+
+    Raises:
+        TargetError: The configuration does not fit the model.
+        ConfigError: The adapter's name is invalid.
+        RewriteError: The plan is for another graph. `traced` is unchanged after an error.
+    """
+    check_traced(traced, RewriteError, "rewrite")
+    model = GraloraModel(traced)
+    model.add_adapter(adapter_name, config_or_plan)
+    model.freeze_base()
+    return model
+
+
+def merge(
+    model: GraloraModel,
+    adapter_names: Sequence[str] | str | None = None,
+    *,
+    safe: bool = True,
+    untie: bool = False,
+) -> TracedModel:
+    """The base model, node for node, with adapters folded into its weights.
+
+    The model and the base's weights stay unchanged; only the folded weights are new. Updates are accumulated
+    in float32 or better and rounded once.
+
+    Args:
+        model: A rewritten model.
+        adapter_names: Names of the adapters to fold; None for the active ones.
+        safe: Whether to check that every folded weight is finite.
+        untie: Whether a layer with a tied weight gets one of its own in the result, instead of being refused.
+
+    Returns:
+        A traced model in the mode of `model`, which remembers the adapters (`merged_adapters`).
+
+    Raises:
+        RewriteError: An adapter does not exist, or two of them cannot be combined (see `set_adapter`).
+        MergeError: There is nothing to fold, a weight is tied to another layer, or would not be finite.
+    """
+    names, work = _work(model, adapter_names)
+    weights = folded_weights(model.traced.graph_module, work, safe=safe, untie=untie)
+    described = describe_folded([model.adapter(name) for name in names], model.traced, own=False)
+    return dataclasses.replace(_merged(model, names, weights), merged_adapters=described)
+
+
+def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None = None) -> TracedModel:
+    """The same with lazy folded weights, on the meta device, computed when they are read (see `lazy_tensors`).
+
+    So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
+    finite when it is computed.
+
+    Args:
+        model: A rewritten model.
+        adapter_names: Names of the adapters to fold; None for the active ones.
+
+    Raises:
+        RewriteError: As `merge`.
+        MergeError: As `merge`.
+    """
+    names, work = _work(model, adapter_names)
+    return _merged(model, names, lazy_weights(model.traced.graph_module, work))
+
+
+def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tuple[list[str], list[SiteUpdate]]:
+    """The adapters to fold and their updates."""
+    if not isinstance(model, GraloraModel):
+        first = "" if isinstance(model, TracedModel) else f"{CALL_TRACE} then rewrite(), and "
+        raise MergeError(f"cannot merge a {type(model).__name__}; {first}give what rewrite() returned")
+    names = list(model.active_adapters) if adapter_names is None else as_names(adapter_names)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise MergeError(f"adapter {twice[0]!r} is named twice, and would be folded twice; name it once")
+    work = model.updates(names)
+    if not work:
+        raise MergeError("no adapter is active, so there is nothing to merge; set one or name it")
+    return names, work
+
+
+def _merged(model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> TracedModel:
+    merged = replace_weights(model.traced, weights)
+    for name in names:
+        merged = _settle_copies(merged, model.adapter(name))
+    return merged.train(model.training)
+
+
+def _settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
+    """Replace the base's parameters by an adapter's copies, under the base's names.
+
+    A parameter that other modules read too (a tied head) stays for them; the module gets the copy beside it.
+    """
+    if not adapter.copies:
+        return merged
+    graph_module = fx.GraphModule(merged.graph_module, copy_graph(merged.graph_module), "MergedGraph")
+    settled: dict[str, nn.Parameter] = {}
+    for owned in adapter.copies.values():
+        settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
+    for base, parameter in settled.items():
+        put(graph_module, copy_path(adapter.name, base), parameter)
+    Pipeline("copies", (adapter.redirection(merged.tree),)).run(graph_module.graph)
+    for node in list(annotated_nodes(graph_module.graph, adapter.name)):
+        annotation = annotation_of(node) or {}
+        if "beside" not in annotation:
+            owner, _, attribute = annotation["owns"].rpartition(".")
+            graph_module.get_submodule(owner)._parameters[attribute] = graph_module.get_parameter(str(node.target))
+            node.target = annotation["owns"]
+        remove_annotation(node)
+    graph_module = fx.GraphModule(
+        graph_module, graph_module.graph, "MergedGraph"
+    )  # drops what the graph no longer reads
+    tree = dataclasses.replace(merged.tree, parameters={**merged.tree.parameters, **settled})
+    return merged.with_graph(graph_module, tree)

@@ -1,0 +1,199 @@
+"""Attention, with a cache and without, and the mask that a model makes for it: one node a layer.
+
+Padding, window and soft cap are arguments, so that an export can take the runtime's own fused operators without
+matching patterns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.core.operators.call import Call, V, operator
+
+
+@dataclass(frozen=True)
+class DotProducts(Call[V]):
+    """What attention with a cache and without have in common; their arguments begin with these.
+
+    Attributes:
+        query: `[batch, heads, length, size]`.
+        key: `[batch, key heads, total, size]`; key heads divide heads.
+        value: `[batch, key heads, total, value size]`.
+        mask: Hides keys; see the operators.
+    """
+
+    query: V
+    key: V
+    value: V
+    mask: V | None
+
+    def attended(
+        self: DotProducts[Tensor], mask: Tensor | None, scale: float, *, dropout: float = 0.0, is_causal: bool = False
+    ) -> Tensor:
+        """`softmax(scale * query @ key.T + mask) @ value`, as `[batch, heads, length, value size]`.
+
+        Args:
+            mask: Boolean, false where a key is hidden, or additive.
+            scale: Factor of the scores.
+            dropout: Probability with which attention weights are zeroed.
+            is_causal: Whether each position attends only to itself and earlier ones; `mask` is None then.
+        """
+        # bool: a comparison of symbolic sizes is not one
+        shares_keys = bool(self.query.shape[1] != self.key.shape[1])
+        return nn.functional.scaled_dot_product_attention(
+            self.query, self.key, self.value, mask, dropout, is_causal, scale=scale, enable_gqa=shares_keys
+        )
+
+
+@operator("attention", dropout="dropout")
+class Attention(DotProducts[V]):
+    """`gralora::attention`: causal attention over a cache, as transformers' models compute it.
+
+    The result is `[batch, length, heads, value size]`.
+
+    Attributes:
+        query: `[batch, heads, length, size]`, the last `length` positions of the sequence.
+        key: `[batch, key heads, past + length, size]`; key heads divide heads.
+        value: `[batch, key heads, past + length, value size]`.
+        mask: `[batch, past + length]`, 0 where a position is padding, or None. Or an additive mask, `[batch, 1 or
+            heads, length, past + length]`, which then replaces causality and window.
+        sinks: `[heads]`, logits of an attention sink, a position without a value, or None.
+        scale: Factor of the scores.
+        window: Number of positions that a position attends to, itself included; 0 for all.
+        softcap: Bound `c` of the scores, `c * tanh(score / c)`; 0 for none.
+        dropout: Probability with which attention weights are zeroed.
+    """
+
+    sinks: V | None
+    scale: float
+    window: int
+    softcap: float
+    dropout: float
+
+    def result(self: Attention[Tensor]) -> Tensor:
+        """The reference, in PyTorch's own operators."""
+        query, key, mask, length = self.query, self.key, self.mask, self.query.shape[2]
+        if mask is None or mask.ndim != 4:
+            padding = key.new_ones(1, key.shape[2]) if mask is None else mask
+            mask = Mask(padding, length, self.window, query.dtype).result()
+        if not self.softcap and self.sinks is None:
+            return self.attended(mask, self.scale, dropout=self.dropout).transpose(1, 2).contiguous()
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, self.value))
+        scores = query @ key.transpose(-1, -2) * self.scale
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores + mask
+        if self.sinks is None:
+            weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        else:
+            beside = self.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, length, 1)
+            weights = torch.softmax(torch.cat([scores, beside.to(scores.dtype)], dim=-1), dim=-1)[..., :-1]
+        weights = nn.functional.dropout(weights, self.dropout, training=True) if self.dropout else weights
+        return (weights @ value).transpose(1, 2).contiguous()
+
+    def shape_only(self: Attention[Tensor]) -> Tensor:
+        """The shape; the tracer is told which sizes are equal, so that all layers' caches share their symbols."""
+        query, key, value, mask = self.query, self.key, self.value, self.mask
+        equal = [key.shape[2] == value.shape[2]]
+        if mask is not None:
+            equal += [mask.shape[0] == query.shape[0], mask.shape[-1] == key.shape[2]]
+        for condition in equal:
+            torch._check(condition)  # type: ignore[no-untyped-call]
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+@operator("dot_product_attention")
+class DotProductAttention(DotProducts[V]):
+    """`gralora::dot_product_attention`: attention without a cache, as PyTorch's `scaled_dot_product_attention`.
+
+    The result is `[batch, heads, length, value size]`.
+
+    Attributes:
+        query: `[batch, heads, length, size]`.
+        key: `[batch, key heads, total, size]`; key heads divide heads.
+        value: `[batch, key heads, total, value size]`.
+        mask: Boolean, false where a key is hidden, or additive; it broadcasts to `[batch, heads, length, total]`. None
+            where nothing but padding is masked.
+        padding: `[batch, total]`, zero where a key is padding, which hides it beside what the mask hides, or None.
+        scale: Factor of the scores.
+        is_causal: Whether each position attends only to itself and earlier ones; `mask` and `padding` are then None.
+    """
+
+    padding: V | None
+    scale: float
+    is_causal: bool
+
+    def result(self: DotProductAttention[Tensor]) -> Tensor:
+        """The reference, in PyTorch's own operators."""
+        mask = self.mask
+        if self.padding is not None:
+            keys = self.padding.bool().unsqueeze(1).unsqueeze(1)
+            if mask is None:
+                mask = keys.expand(-1, 1, self.query.shape[2], -1)
+            elif mask.dtype == torch.bool:
+                mask = mask & keys
+            else:
+                mask = mask.masked_fill(~keys, torch.finfo(mask.dtype).min)
+        return self.attended(mask, self.scale, is_causal=self.is_causal)
+
+
+@operator("mask")
+class Mask(Call[V]):
+    """`gralora::mask`: the additive causal mask. A position attends to itself and earlier ones, and to no padding.
+
+    The result is `[batch, 1, length, past + length]`, 0 or the smallest number.
+
+    Attributes:
+        padding: `[batch, past + length]`, 0 where a position is padding.
+        length: Number of new positions.
+        window: Number of positions that a position attends to, itself included; 0 for all.
+        dtype: Dtype of the scores.
+    """
+
+    padding: V
+    length: V | int
+    window: int
+    dtype: torch.dtype
+
+    def result(self: Mask[Tensor]) -> Tensor:
+        """The reference, in PyTorch's own operators."""
+        total, device, length = self.padding.shape[1], self.padding.device, cast(int, self.length)
+        rows = torch.arange(length, device=device).unsqueeze(1) + (total - length)
+        columns = torch.arange(total, device=device).unsqueeze(0)
+        seen = columns <= rows
+        if self.window:
+            seen = seen & (columns > rows - self.window)
+        seen = seen.unsqueeze(0).unsqueeze(0) & self.padding.bool().unsqueeze(1).unsqueeze(1)
+        hidden = torch.finfo(self.dtype).min
+        return torch.zeros(seen.shape, dtype=self.dtype, device=device).masked_fill(~seen, hidden)
+
+    def shape_only(self: Mask[Tensor]) -> Tensor:
+        """The shape."""
+        batch, total = self.padding.shape
+        return self.padding.new_empty((batch, 1, cast(int, self.length), total), dtype=self.dtype)
+
+
+@operator("mask_of_blocks")
+class MaskOfBlocks(Call[V]):
+    """`gralora::mask_of_blocks`: the mask of a text with blocks, such as images, whose positions all see each other.
+
+    A trace has both masks until it is known whether there are blocks (see `tracing.normalize.clean`).
+
+    Attributes:
+        blocks: `[batch, past + length]`, the index of each position's block, -1 for none.
+        plain: The mask of a text without blocks, `[batch, 1, length, past + length]`.
+        whole: The mask with blocks, shaped like `plain`: the result.
+    """
+
+    blocks: V
+    plain: V
+    whole: V
+
+    def result(self: MaskOfBlocks[Tensor]) -> Tensor:
+        """The reference."""
+        return self.whole.clone()

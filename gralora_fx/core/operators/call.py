@@ -1,0 +1,226 @@
+"""What an operator of this project is: one class, whose fields are the arguments of a call, spelled nowhere else.
+
+Schema, reference, shape rule, calls in a graph and nodes of an ONNX model all come from it. An argument is a tensor of
+a model, a node of its graph, or a value of an ONNX model.
+
+While a model is traced only shapes matter, and computing them by running operators on fake tensors takes most of the
+time. So a traced model calls operators of the namespace `gralora_shapes`, which return a tensor of the right shape and
+nothing else; `restore_aten` replaces them by the real operators in the finished graph. Which one is called depends on
+the tensors alone: during a trace, in this thread or another, tensors that have values are computed as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, dataclass_transform, get_type_hints
+
+import torch
+from torch import Tensor, fx
+
+from gralora_fx.base.compat.torch_graphs import FakeTensor, OpOverload, schema_of
+
+NAMESPACE = "gralora"
+COMPUTING = "operators compute values"
+_SHAPES = "gralora_shapes"
+
+if TYPE_CHECKING:  # Python 3.11's has no default
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    V = TypeVarWithDefault("V", default=fx.Node)
+else:
+    V = TypeVar("V")  # a node of a graph, a tensor of a model, or a value of an ONNX model
+_TYPES: dict[Any, str] = {  # types of arguments as PyTorch's schemas write them
+    V: "Tensor",
+    V | None: "Tensor?",
+    V | int: "SymInt",
+    bool: "bool",
+    float: "float",
+    int: "int",
+    str: "str",
+    Sequence[int]: "int[]",
+    torch.dtype: "ScalarType",
+}
+
+_library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
+_shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
+STANDS_FOR: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
+_shape_only: dict[Any, Any] = {}  # the other way round
+# operators that compute otherwise in training: the position of the argument that says so, or of a probability that
+# evaluation sets to zero
+TRAIN_FLAGS: dict[Any, int] = {}
+DROPOUTS: dict[Any, int] = {}
+
+
+class Call(Generic[V]):
+    """A call of an operator; each operator has a subclass, made by `operator`. Its first argument is a tensor.
+
+    A pass reads `Attention.of(node).mask`, and changes a node by `replace(call, mask=padding).write(node)`.
+
+    A subclass may have a method `shape_only`, which gives a tensor of the result's shape and dtype without values: for
+    an operator that a model calls while it is traced, and not for one that only passes put into a graph.
+
+    Attributes:
+        target: The operator, as the target of a graph's node.
+        tensors: The names of those arguments that are tensors or sizes, and so nodes of a graph; they come first.
+        results: How many tensors the operator gives: two where it carries a state, which is the second.
+    """
+
+    target: ClassVar[Any]
+    tensors: ClassVar[tuple[str, ...]]
+    results: ClassVar[int]
+
+    def result(self: Call[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """What the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
+        raise NotImplementedError
+
+    @classmethod
+    def compute(cls, **arguments: Any) -> Tensor:
+        """What the operator gives, of tensors; of those without values, as a model's that is traced, the shape alone.
+
+        Args:
+            arguments: Every argument by name.
+        """
+        result: Tensor = cls._called(arguments)
+        return result
+
+    @classmethod
+    def compute_with_state(cls, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """As `compute`, of an operator that carries a state: the result and the next state."""
+        result, state = cls._called(arguments)
+        return result, state
+
+    @classmethod
+    def _called(cls, arguments: dict[str, Any]) -> Any:
+        return operator_for(cls.target, arguments[cls.names()[0]])(**arguments)
+
+    @classmethod
+    def of(cls, node: object) -> Self | None:
+        """The call that a node of a graph is; None of anything else."""
+        if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not cls.target:
+            return None
+        return cls(*node.args, **node.kwargs)
+
+    @classmethod
+    def all_in(cls, graph: Any) -> Iterator[tuple[Any, Self]]:
+        """Every node of a graph that calls the operator, in the graph's order, with its call.
+
+        The nodes are listed first, and each is read when its turn comes, so a pass may change the graph meanwhile.
+        """
+        for node in list(graph.find_nodes(op="call_function", target=cls.target)):
+            yield node, cls(*node.args, **node.kwargs)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the arguments, in their order."""
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]  # `operator` makes it a dataclass
+
+    @classmethod
+    def position(cls, name: str) -> int:
+        """Which argument a name is.
+
+        Raises:
+            ValueError: The operator has no such argument.
+        """
+        return cls.names().index(name)
+
+    def insert(self, graph: fx.Graph) -> fx.Node:
+        """A new node that makes the call, at the graph's insertion point; it has no metadata yet."""
+        return graph.call_function(self.target, self._values())
+
+    def write(self, node: fx.Node) -> None:
+        """Let a node make the call, in place of the one that it makes; its metadata stays."""
+        node.target, node.args, node.kwargs = self.target, self._values(), {}
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.names())
+
+
+C = TypeVar("C", bound=Call[Any])
+
+
+@dataclass_transform(frozen_default=True)
+def operator(
+    name: str, *, tags: tuple[torch.Tag, ...] = (), train: str | None = None, dropout: str | None = None
+) -> Callable[[type[C]], type[C]]:
+    """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
+
+    PyTorch takes the operator's gradients, its shape of fake tensors and its decomposition from the class's `result`.
+
+    Args:
+        name: The operator's name.
+        tags: PyTorch's tags, such as of operators that draw random numbers.
+        train: The argument that says whether the operator is in training, if it has one.
+        dropout: The argument that is a probability of dropout, which evaluation sets to zero, if it has one.
+    """
+
+    def define(kind: type[C]) -> type[C]:
+        call: Any = dataclass(frozen=True)(kind)
+        hints = get_type_hints(kind)
+        call.results = 2 if str(call.result.__annotations__["return"]).startswith("tuple") else 1
+        gives = "Tensor" if call.results == 1 else "(Tensor, Tensor)"
+        schema = f"{name}({', '.join(f'{_TYPES[hints[field]]} {field}' for field in call.names())}) -> {gives}"
+        _library.define(schema, tags=tags)
+        _library.impl(name, lambda *args, **named: call(*args, **named).result(), "CompositeImplicitAutograd")
+        call.target = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if train is not None:
+            TRAIN_FLAGS[call.target] = call.position(train)
+        if dropout is not None:
+            DROPOUTS[call.target] = call.position(dropout)
+        call.tensors = tuple(field for field in call.names() if hints[field] in (V, V | None, V | int))
+        if hasattr(kind, "shape_only"):
+            define_shape_only(schema, lambda *args, **named: call(*args, **named).shape_only(), call.target)
+        return kind
+
+    return define
+
+
+def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any:
+    """Define the shape-only counterpart of an operator, of this project or of PyTorch.
+
+    Args:
+        schema: Its schema, with the arguments of `target`.
+        rule: Takes fake tensors, and returns one with the shape and dtype of the result, or one for each result.
+        target: The overload that it replaces in a trace.
+
+    Returns:
+        The operator of the namespace `gralora_shapes`.
+    """
+    _shapes.define(schema)
+    name = schema.partition("(")[0]
+    _shapes.impl(name, rule, "CompositeImplicitAutograd")
+    shape_only = getattr(getattr(torch.ops, _SHAPES), name).default
+    STANDS_FOR[shape_only] = target
+    _shape_only[target] = shape_only
+    return shape_only
+
+
+def is_shape_only(tensor: object) -> bool:
+    """Whether a tensor is fake, as those of a model that is being traced."""
+    return isinstance(tensor, FakeTensor)
+
+
+def operator_for(target: Any, tensor: Tensor) -> Any:
+    """What to call with a tensor: what stands for an operator if the tensor has no values, else the operator itself."""
+    return _shape_only.get(target, target) if is_shape_only(tensor) else target
+
+
+def without_values(target: Any) -> Any:
+    """What gives the shapes of an operator of this project alone, for a run on fake tensors; else the target itself."""
+    return _shape_only.get(target, target) if getattr(target, "namespace", None) == NAMESPACE else target
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Every argument of a node that calls an operator, by its name in the schema; the default where none is given.
+
+    Args:
+        node: A call of an operator of PyTorch or of this project.
+
+    Raises:
+        TypeError: It calls something else.
+    """
+    if not isinstance(node.target, OpOverload):
+        raise TypeError(f"{node.name} calls {node.target}, which is not an operator; read its arguments by hand")
+    arguments = schema_of(node.target).arguments
+    passed = dict(zip((argument.name for argument in arguments), node.args, strict=False)) | node.kwargs
+    return {argument.name: passed.get(argument.name, argument.default_value) for argument in arguments}

@@ -1,0 +1,155 @@
+"""`RewritePlan`: what a rewrite will do at every site, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.graph.parameter_sites import ParameterSite
+from gralora_fx.core.graph.sites import LinearSite, site_table
+from gralora_fx.core.methods import Sizes, method_of
+from gralora_fx.errors import RewriteError
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site that gets an adapter.
+
+    Attributes:
+        site: The site.
+        sizes: The adapter's sizes, a record of its method's.
+        scale: Factor of its update.
+        parameters: Number of trainable values.
+        parameter: Name of the parameter by which `target_parameters` selects it; None where `target_modules` does.
+    """
+
+    site: LinearSite
+    sizes: Sizes
+    scale: float
+    parameters: int
+    parameter: str | None = None
+
+    @property
+    def experts(self) -> int | None:
+        """Number of experts, whose matrices its parameter holds; None for a single matrix."""
+        return self.site.experts if isinstance(self.site, ParameterSite) else None
+
+    @property
+    def r(self) -> int:
+        """Its rank, 0 of a method that has none; of GraLoRA, that of the block rows."""
+        return getattr(self.sizes, "r", 0)
+
+    @property
+    def k(self) -> int:
+        """Blocks in each direction; 1 for methods other than GraLoRA."""
+        return getattr(self.sizes, "k", 1)
+
+    @property
+    def hybrid_r(self) -> int:
+        """Rank of the plain LoRA beside GraLoRA's blocks."""
+        return getattr(self.sizes, "hybrid_r", 0)
+
+
+@dataclass(frozen=True)
+class ChosenParameters:
+    """What `target_parameters` selects of a model.
+
+    Attributes:
+        sites: The sites by the names of the parameters, in the order of the model's modules; one whose parameter is the
+            weight of a linear layer is that layer.
+        reasons: Why one cannot have an adapter, by path of the site.
+        problems: What cannot be met, a sentence each.
+        gaps: What to warn of: names that match nothing while others do, fields that do not concern parameters.
+    """
+
+    sites: Mapping[str, LinearSite] = field(default_factory=dict)
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RejectedSite:
+    """A site that gets no adapter, and why."""
+
+    site: LinearSite
+    reason: str
+
+
+@dataclass(frozen=True)
+class RewritePlan:
+    """What a rewrite will do.
+
+    Attributes:
+        config: The configuration.
+        selected: The sites that get an adapter.
+        rejected: Every other site, with the reason.
+        saved_modules: Paths of the modules that train as copies.
+        saved_parameters: Number of values of those copies.
+        trained_biases: Names of the biases that train as copies, by the path of their module.
+        bias_parameters: Number of values of those biases.
+        base_parameters: Number of values of the base model.
+    """
+
+    config: AdapterConfig
+    selected: tuple[PlannedSite, ...]
+    rejected: tuple[RejectedSite, ...]
+    saved_modules: tuple[str, ...]
+    saved_parameters: int
+    trained_biases: tuple[str, ...]
+    bias_parameters: int
+    base_parameters: int
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of values that will train."""
+        return sum(planned.parameters for planned in self.selected) + self.saved_parameters + self.bias_parameters
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of values of the rewritten model: the base's and those added."""
+        return self.base_parameters + self.trainable_parameters
+
+    def check_fits(self, sites: Iterable[LinearSite]) -> None:
+        """Check that the plan is for a model.
+
+        Args:
+            sites: The model's linear layers, and its other parameters.
+
+        Raises:
+            RewriteError: A site of the plan is not one of them.
+        """
+        weights = {site.path: site.weight for site in sites}
+        for planned in self.selected:
+            if weights.get(planned.site.path) is not planned.site.weight:
+                raise RewriteError(f"{planned.site.path} of the plan is not a site of this model; plan it again")
+
+    def __repr__(self) -> str:
+        """One line; `print(plan)` shows the table."""
+        return f"RewritePlan({type(self.config).__name__}, {self.totals})"
+
+    def __str__(self) -> str:
+        """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
+        method = method_of(self.config)
+        adapted = {planned.site.path: method.text(planned.sizes) for planned in self.selected}
+        adapted |= {p.site.path: f"{adapted[p.site.path]}, {p.experts} experts" for p in self.selected if p.experts}
+        adapted |= {
+            planned.site.path: f"{adapted[planned.site.path]} (the traced forward never calls it)"
+            for planned in self.selected
+            if not planned.site.calls
+        }
+        reasons = {rejected.site.path: f"- {rejected.reason}" for rejected in self.rejected}
+        table = site_table(
+            [*(p.site for p in self.selected), *(r.site for r in self.rejected)], {"adapter": adapted | reasons}
+        )
+        return "\n".join([table, *(f"trains a copy of {path}" for path in self.saved_modules), self.totals])
+
+    @property
+    def totals(self) -> str:
+        """How many sites get an adapter, and how many values train; one line."""
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        return (
+            f"{len(self.selected)} of {len(self.selected) + len(self.rejected)} sites adapted; trainable parameters: "
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} ({share:.2f} %)"
+        )

@@ -1,0 +1,274 @@
+"""A traced graph as a transformers model: with its class's name, its inputs in `forward`, and `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationConfig, GenerationMixin
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.modeling_outputs import BaseModelOutput
+
+from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
+from gralora_fx.core.tracing.losses import counts_items, decoder_inputs, label_names
+from gralora_fx.core.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.format.input_names import PAST
+
+# A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
+# own; Phi-3 only overrides how a new cache is started where its long positions begin.
+_HOOKS = {name for name, value in vars(GenerationMixin).items() if inspect.isfunction(value)}
+_HOOKS -= {"_prepare_cache_for_generation"}
+_ALIKE = {"Phi3ForCausalLM", "PhimoeForCausalLM"}
+_UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "prefill_chunk_size")
+
+
+class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
+    """A view of a traced graph with the attributes of a transformers model; it owns no parameters.
+
+    Args:
+        traced: The traced model.
+        run: Runs the graph; called like the model.
+        parameters: The parameters that `run` reads, by the names of the source model.
+        assign: Takes a generation configuration that is assigned to the view, for the model that it is a view of.
+
+    Attributes:
+        model_tags: Tags for the model's card on the hub.
+    """
+
+    model_tags: list[str] | None = None
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+    input_modalities = ("text",)
+
+    def __init__(
+        self,
+        traced: Traced,
+        run: Callable[..., Any],
+        parameters: Mapping[str, nn.Parameter],
+        assign: Callable[[GenerationConfig], None] | None,
+    ) -> None:
+        """View a traced model; use `view_of`."""
+        super().__init__()
+        self.traced = traced
+        self.config = traced.config
+        self._generation_config = traced.generation_config
+        self._assign = assign
+        self.is_encoder_decoder = bool(getattr(traced.config, "is_encoder_decoder", False))
+        self.main_input_name = main_input(traced)
+        self._run = run
+        self._read = parameters
+        self._given_cache: Cache | None = None
+
+    @property
+    def model(self) -> TransformersView:
+        """The view itself, for users of PEFT's `base_model.model`."""
+        return self
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The generation configuration; what is assigned to it is the model's from then on."""
+        return self._generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig) -> None:
+        self._generation_config = value
+        if self._assign is not None:
+            self._assign(value)
+
+    @property
+    def loss_type(self) -> str | None:
+        """Name of the loss in transformers, if the class is named after it."""
+        names = (name for name, loss in LOSS_MAPPING.items() if loss is self.traced.loss_function)
+        return next((name for name in names if name in class_name(self.traced)), None)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes `num_items_in_batch`."""
+        return counts_items(self.traced.loss_function)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next((parameter.device for parameter in self._read.values()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        types = (parameter.dtype for parameter in self._read.values() if parameter.is_floating_point())
+        return next(types, torch.get_default_dtype())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph with the inputs of a step of `generate`.
+
+        Raises:
+            TraceError: An input was not part of the trace.
+        """
+        keeps_cache = kwargs.pop("use_cache", None) is not False
+        kwargs.pop("return_dict", None)
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.pop(name, None) and name not in self.traced.input_names:
+                raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
+        source = kwargs.pop("encoder_outputs", None)
+        if source is not None:  # passed through by _Source
+            kwargs[self.main_input_name] = source.last_hidden_state
+        cache = kwargs.pop("cache", None)
+        if isinstance(cache, (DynamicCache, EncoderDecoderCache)) and cached_length(cache) != 0:
+            kwargs[PAST] = (
+                own_cache(cache) if cache is self._given_cache else cache
+            )  # the loop has marked the user's cache
+        else:
+            self._check_positions(kwargs.get("attention_mask"))
+        outputs = self._run(*args, **kwargs)
+        if keeps_cache or "cache" not in outputs:
+            return outputs
+        return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' own loop (see `GraloraModel.generate`)."""
+        name = class_name(self.traced)
+        if not self.traced.can_generate():
+            raise TraceError(f"{name} does not generate; trace a model with a language-model head")
+        check_generation(name, source_class(self.traced), kwargs)
+        self._given_cache = kwargs.get(PAST, kwargs.get("cache"))
+        if PAST not in self.traced.input_names:
+            if _option(self, kwargs, "use_cache") is not False:
+                task = "text2text-generation" if self.is_encoder_decoder else "text-generation"
+                warn_caller(
+                    "the model was traced without a cache, so every new token computes all positions again; "
+                    f"trace it with task='{task}-with-past' to generate faster"
+                )
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings, as a module over the parameter that the graph reads.
+
+        Raises:
+            TraceError: The model has none, or the module is more than a table.
+        """
+        path = self.traced.tree.input_embedding
+        if path is None:
+            raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
+        return module_at(self.traced.tree, path, self._read)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the language-model head, as a module over the parameters that the graph reads; None without one.
+
+        Raises:
+            TraceError: It is more than a linear layer.
+        """
+        path = self.traced.tree.output_embedding
+        return None if path is None else module_at(self.traced.tree, path, self._read)
+
+    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
+        """An encoder that passes its input through, since the graph contains the encoder."""
+        return _Source(self.main_input_name)
+
+    def is_remote_code(self) -> bool:
+        """Always False: the graph is the code."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Experts are part of the graph, so there is nothing to switch."""
+        return {}
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Shift labels right, for collators that feed an encoder-decoder's decoder.
+
+        Args:
+            labels: Token ids `[batch, length]`, -100 where the loss leaves one out.
+        """
+        return decoder_inputs(labels, self.config, self.traced.shift_labels)
+
+    def _check_positions(self, mask: Tensor | None) -> None:
+        if mask is None or "position_ids" in self.traced.input_names or self.is_encoder_decoder:
+            return
+        source = source_class(self.traced)
+        if source is None or "position_ids" not in inspect.signature(source.forward).parameters:
+            return
+        if bool((mask == 0).any()):
+            raise TraceError(
+                "rows of unequal length need position_ids, which the trace does not take; trace the model with "
+                "task='text-generation-with-past', or generate row by row without padding"
+            )
+
+
+class _Source(nn.Module):
+    """A stub encoder that returns its input."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, **kwargs: Any) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=kwargs[self.name])
+
+
+def view_of(
+    traced: Traced,
+    run: Callable[..., Any],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    labels: bool,
+    assign: Callable[[GenerationConfig], None] | None = None,
+) -> TransformersView:
+    """A traced model as a transformers model.
+
+    Args:
+        traced: The traced model.
+        run: Runs the graph; called like the model.
+        parameters: The parameters that `run` reads, by the names of the source model.
+        labels: Whether `run` takes labels.
+        assign: Takes a generation configuration that is assigned to the view; None for a traced model, which is frozen.
+    """
+    inputs = ["cache" if name == PAST else name for name in traced.input_names]
+    if getattr(traced.config, "is_encoder_decoder", False):
+        inputs.append("encoder_outputs")
+    forward = with_signature(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
+    cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
+    view: TransformersView = cls(traced, run, parameters, assign)
+    return view
+
+
+def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:
+    config = options.get("generation_config") or view.generation_config
+    return options.get(name, getattr(config, name, None))
+
+
+def check_generation(name: str, source: type[Any] | None, options: Mapping[str, Any]) -> None:
+    """Check that transformers' generation loop can run over a trace.
+
+    Args:
+        name: Name of the class that was traced.
+        source: The class itself, if it is known.
+        options: Keyword arguments of `generate`.
+
+    Raises:
+        TraceError: The class customises generation, or an option is not supported over a trace.
+    """
+    if source is not None and name not in _ALIKE:
+        overridden = sorted(
+            hook for hook in _HOOKS if getattr(source, hook, None) not in (None, getattr(GenerationMixin, hook))
+        )
+        if overridden:
+            raise TraceError(
+                f"{name} customises generation ({', '.join(overridden)}), which a trace does not support; generate "
+                "with "
+                "the source model"
+            )
+    config = options.get("generation_config")
+    for option in _UNSUPPORTED:
+        value = options.get(option, getattr(config, option, None))
+        if value is not None and value != "dynamic":
+            raise TraceError(f"generate over a trace does not support {option}; leave it out")
+    cache = options.get("past_key_values", options.get("cache"))
+    if cache is not None and not isinstance(cache, (DynamicCache, EncoderDecoderCache)):
+        raise TraceError(
+            f"generate over a trace takes a DynamicCache, but got a {type(cache).__name__}; give the cache that the "
+            "model returned"
+        )

@@ -1,0 +1,171 @@
+"""Capture of a live model as a graph, by transformers' exporter or PyTorch's.
+
+While it is traced, patches give what a trace cannot record a form that it can: checkpoints, inference mode, loops,
+branches; and attention of a decoder with a cache, and experts, become one node for each layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils import checkpoint
+from transformers import PreTrainedModel
+
+from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
+from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
+from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL, has_experts
+from gralora_fx.core.tracing.patches.recognised import replaced
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.format.input_names import IMAGES, PAST
+
+
+def capture(draft: Draft) -> Captured:
+    """The draft with the graph of its model in the model's current mode, as it was exported.
+
+    Raises:
+        TraceError: The model cannot be traced; the message says where and why.
+    """
+    model, sample = draft.model, draft.sample
+    try:
+        with (
+            quiet(),
+            replaced(model, IN_EVERY_MODEL),
+            experts_as_nodes(model),
+            traceable_modes() as checkpoints,
+        ):
+            if isinstance(model, PreTrainedModel):
+                program = export_transformers_model(model, sample, draft.axes)
+            else:
+                shapes = dynamic_axes(sample, draft.axes)
+                # with gradients, so that regions without gradients are recorded
+                with torch.enable_grad():
+                    program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises errors of every type
+        from gralora_fx.core.tracing.failures import reason, where
+
+        raise TraceError(f"cannot trace {type(model).__name__}{where(model, error)}: {reason(error)}") from error
+    if checkpoints:
+        warn_caller(f"{NO_CHECKPOINTS} (checkpoints of {', '.join(dict.fromkeys(checkpoints))})")
+    return Captured(**vars(draft), graph_module=program.module(check_guards=False))
+
+
+def export_transformers_model(
+    model: PreTrainedModel, inputs: Mapping[str, Any], axes: Axes
+) -> torch.export.ExportedProgram:
+    """Export a transformers model in its current mode, with a cache if one is given.
+
+    Args:
+        model: The model; its modules and parameters stay unchanged.
+        inputs: Keyword inputs of its forward; with past keys and values it is a step with a cache.
+        axes: Which axes may vary.
+
+    Returns:
+        A program over the model's own parameters.
+    """
+    shapes, own, forward = dynamic_axes(inputs, axes), own_inputs(inputs), model.forward
+    if "use_cache" in inspect.signature(forward).parameters:
+        forward = functools.partial(forward, use_cache=PAST in inputs)
+    with patch.object(model, "forward", forward), _steps(model, inputs):
+        return export_program(model, own, shapes, dynamic=axes is not Axes.NONE)
+
+
+@contextmanager
+def experts_as_nodes(model: nn.Module) -> Iterator[None]:
+    """Let a model's experts be one node a layer within the block, if it has any.
+
+    Args:
+        model: The model; it is restored when the block ends.
+    """
+    with ExitStack() as changed:
+        if has_experts(model):
+            from gralora_fx.core.tracing.patches.expert_layers import experts_as_operators
+            from gralora_fx.core.tracing.patches.looped_experts import looped_experts_as_operators
+
+            changed.enter_context(experts_as_operators(model))
+            changed.enter_context(looped_experts_as_operators(model))
+        yield
+
+
+@contextmanager
+def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let the layers of a decoder's step be one node each, if the inputs are those of one."""
+    with ExitStack() as changed:
+        if cache_layout(inputs) is CacheLayout.DECODER:
+            from gralora_fx.core.tracing.patches.cached_states import fresh_states
+            from gralora_fx.core.tracing.patches.decoder_operators import decoder_operators
+
+            changed.enter_context(decoder_operators(model, inputs))
+            changed.enter_context(fresh_states())
+        yield
+
+
+def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict[str, Any] | None:
+    """`dynamic_shapes` for `torch.export`: all axes may vary; of caches batch and length, of images mostly the batch.
+
+    Many vision models are made for one image size; with dynamic height and width some cannot be traced.
+
+    Args:
+        inputs: Inputs by name.
+        axes: Which axes may vary.
+    """
+    if axes is Axes.NONE:
+        return None
+    shapes = auto_dynamic_shapes(inputs)
+    if IMAGES in shapes and axes is not Axes.IMAGES:
+        shapes[IMAGES] = {0: torch.export.Dim.AUTO}
+    if PAST in shapes:
+        from gralora_fx.core.tracing.inputs.cached_steps import varying_axes
+
+        varying = varying_axes(inputs)
+        shapes |= {name: varying[name] for name in shapes if name in varying}
+    return shapes
+
+
+@contextmanager
+def traceable_modes() -> Iterator[list[str]]:
+    """Within the block, checkpoints call their function directly, and inference mode only turns gradients off.
+
+    A trace would record a reentrant checkpoint as a forward without gradients, and inference mode not at all.
+
+    Yields:
+        A list to which each use of a checkpoint adds the name of its function.
+    """
+    used: list[str] = []
+    around = checkpoint._checkpoint_without_reentrant_generator
+
+    def note(function: Any) -> None:
+        used.append(getattr(function, "__qualname__", type(function).__qualname__))
+
+    class Direct:
+        """Calls a function directly, in place of `CheckpointFunction`."""
+
+        @staticmethod
+        def apply(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+            note(function)
+            return function(*args)
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        note(function)
+        return around(function, *args, **kwargs)
+
+    def enter(mode: Any) -> None:
+        mode._inference_mode_context = torch.is_grad_enabled()
+        torch.set_grad_enabled(not mode.mode)
+
+    def leave(mode: Any, *_: object) -> None:
+        torch.set_grad_enabled(mode._inference_mode_context)
+
+    inference = patch.multiple(torch.inference_mode, __enter__=enter, __exit__=leave)
+    direct = patch.multiple(checkpoint, CheckpointFunction=Direct, _checkpoint_without_reentrant_generator=noted)
+    with direct, inference:
+        yield used

@@ -1,0 +1,291 @@
+"""Comparison of a trace with its model, on the example and on other sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from transformers import PreTrainedModel
+
+from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.tracing.draft import Axes, Captured, Draft
+from gralora_fx.core.tracing.eager_calls import call_eager
+from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
+from gralora_fx.core.tracing.inputs.signature import default_input
+from gralora_fx.errors import TraceError, first_line
+from gralora_fx.format.input_names import PAST, TEXT_INPUTS
+
+# Largest difference from the eager model, relative to its largest output, by the dtype of that output.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def check(draft: Captured) -> Captured:
+    """The draft with what is wrong with its graph in evaluation mode, as its problem; None if nothing is.
+
+    Raises:
+        TraceError: The model itself fails on the sample.
+    """
+    if draft.drawn is not None and not draft.evaluates:
+        return dataclasses.replace(draft, problem=f"it draws random numbers ({draft.drawn})")
+    return dataclasses.replace(draft, problem=difference(draft))
+
+
+def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str | None:
+    """A description of how a graph differs from the eager model in evaluation mode, or None.
+
+    Both run with the same random seed.
+
+    Args:
+        draft: The draft, its graph in evaluation mode.
+        sample: Inputs by name; None for those that it was captured from.
+
+    Raises:
+        TraceError: The model itself fails on them.
+    """
+    if not draft.has_values:
+        return None
+    model, sample = draft.model, draft.sample if sample is None else sample
+    with _in_evaluation(model):
+        try:
+            expected = call_eager(model, sample)
+        except Exception as error:  # a model raises what it likes
+            from gralora_fx.core.tracing.failures import where
+
+            raise TraceError(
+                f"{type(model).__name__} itself fails on the example inputs{where(model, error)}: {first_line(error)}"
+            ) from error
+        torch.manual_seed(0)
+        try:
+            actual = draft.graph_module(**own_inputs(sample))
+        except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
+            return f"it fails with {type(error).__name__}: {first_line(error)}"
+    return _gap(expected, actual)
+
+
+def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
+    """Why the eager model fails on inputs in evaluation mode, or None if it does not."""
+    with _in_evaluation(model):
+        try:
+            call_eager(model, sample)
+        except Exception as error:  # noqa: BLE001  # a model raises what it likes
+            return first_line(error)
+    return None
+
+
+def with_call_signature(draft: Captured) -> Captured:
+    """The draft with what its graph shows of the inputs: which may be left out, and which sizes are fixed."""
+    fixed = fixed_axes(draft.graph_module.graph, draft.sample)
+    fillable, counts_padding = fillable_inputs(draft)
+    signature = dataclasses.replace(
+        draft.signature,
+        fillable=fillable,
+        counts_padding=counts_padding,
+        dynamic=draft.axes is not Axes.NONE,
+        fixed=fixed,
+        image_sizes=draft.image_sizes,
+    )
+    return dataclasses.replace(draft, signature=signature)
+
+
+def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
+    """Inputs that may be left out of a call, because `default_input` gives the eager model's default.
+
+    Returns:
+        Their names, and whether default positions count the padding before them.
+    """
+    model, sample, names = draft.model, draft.sample, draft.signature.may_be_left_out
+    if not draft.has_values:
+        return frozenset(names), False
+    fillable, counts_padding = set(), False
+    for name in names:
+        rest = {other: value for other, value in sample.items() if other != name}
+        with _in_evaluation(model):
+            try:
+                expected = call_eager(model, rest)
+            except Exception:  # noqa: BLE001  # it has a default but is required
+                continue
+            for counts, value in _defaults(name, rest):
+                torch.manual_seed(0)
+                if _gap(expected, call_eager(model, {**rest, name: value})) is None:
+                    fillable.add(name)
+                    counts_padding |= counts and name == "position_ids"
+                    break
+    return frozenset(fillable), counts_padding
+
+
+def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor]]:
+    """Yield values that a model may take for an input that is left out, and whether positions count padding there.
+
+    Some models count the positions of a step from zero, whatever is cached (Bamba). Theirs go on after the cache, as in
+    other models and as `generate` gives them.
+    """
+    value = default_input(name, rest, counts_padding=True)
+    if value is None:
+        return
+    yield True, value
+    if name == "position_ids" and PAST in rest:
+        mask_alone = default_input(name, rest)
+        assert mask_alone is not None
+        yield False, mask_alone
+        yield True, value - value[:, :1]
+
+
+def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
+    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary.
+
+    Args:
+        graph: A traced graph, its inputs flattened.
+        inputs: The inputs it was traced with, in the graph's order.
+    """
+    leaves = list(leaf_paths(inputs))
+    placeholders = graph.find_nodes(op="placeholder")
+    if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
+        leaves = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor) and path in inputs]
+        by_name = {str(node.target): node for node in placeholders}
+        placeholders = [by_name.get(path) for path, _ in leaves]
+    fixed: dict[str, tuple[int | None, ...]] = {}
+    for (path, leaf), node in zip(leaves, placeholders, strict=True):
+        value = None if node is None else node.meta.get("val")
+        if isinstance(leaf, Tensor) and isinstance(value, Tensor):
+            fixed[path] = tuple(int(size) if is_concrete_int(size) else None for size in value.shape)
+    return fixed
+
+
+def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
+    """Run a ready-made graph on its example inputs.
+
+    Raises:
+        TraceError: It fails on them.
+    """
+    if any(parameter.is_meta for parameter in graph_module.parameters()):
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]
+    try:
+        with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
+            graph_module(**own_inputs(sample))
+    except Exception as error:  # a graph raises what its operators do
+        raise TraceError(
+            f"the graph fails on the example inputs with {type(error).__name__}: {first_line(error)}; give inputs that "
+            "it takes"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, which stays; within the block without gradients and output, and with a fixed random seed."""
+    model.eval()
+    with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        yield
+
+
+def _gap(expected: Any, actual: Any) -> str | None:
+    """A description of how a graph's outputs differ from the model's, or None if they do not."""
+    expected_leaves, actual_leaves = tree_leaves(expected), tree_leaves(actual)
+    if len(expected_leaves) != len(actual_leaves):
+        return f"it returns {len(actual_leaves)} values, the model {len(expected_leaves)}"
+    for index, (want, got) in enumerate(zip(expected_leaves, actual_leaves, strict=True)):
+        if not (isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)):
+            if not _is_close(want, got):
+                return f"output {index} is {shown(got)}, the model's {shown(want)}"
+            continue
+        if want.shape != got.shape:
+            return f"output {index} has shape {tuple(got.shape)}, the model's {tuple(want.shape)}"
+        if not want.numel():
+            continue
+        if not want.is_floating_point():
+            if not torch.equal(want, got.to(want.dtype)):
+                return f"output {index} has other {str(want.dtype).removeprefix('torch.')} values"
+            continue
+        largest = want.abs().nan_to_num().max().item()
+        gap = (want - got).abs().nan_to_num().max().item()
+        if gap > _TOLERANCE.get(want.dtype, 1e-4) * max(largest, 1e-6):
+            return f"output {index} differs by {gap:.3g} where the largest value is {largest:.3g}"
+    return None
+
+
+def _is_close(want: Any, got: Any) -> bool:
+    """Whether values other than tensors are equal, floats up to rounding."""
+    if isinstance(want, float) and isinstance(got, float):
+        return math.isclose(want, got, rel_tol=1e-4, abs_tol=1e-6) or (math.isnan(want) and math.isnan(got))
+    return type(want) is type(got) and (same_value(want, got) or not isinstance(want, (bool, int, str, type(None))))
+
+
+def check_other_sizes(draft: Captured) -> None:
+    """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in.
+
+    Raises:
+        TraceError: It does not.
+    """
+    model = draft.model
+    if draft.axes is Axes.NONE or not draft.has_values:
+        return
+    for description, other in other_sizes(model, draft.sample):
+        try:
+            problem = difference(draft, other)
+        except TraceError:  # the model itself does not support this size
+            continue
+        if problem is not None:
+            from gralora_fx.core.tracing.failures import where_defined
+
+            raise TraceError(
+                f"the trace of {type(model).__name__} is valid for the example's sizes only; with {description} "
+                f"{problem}. "
+                f"The forward{where_defined(model)} branches or loops on a size: trace with dynamic=False for one "
+                "size, or rewrite it"
+            )
+
+
+def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Inputs of other sizes, each with its description, to check a trace with.
+
+    They have one row, one more row, and longer sequences; with a cache, one position after a long past, and an empty
+    cache.
+
+    Args:
+        model: The model that was traced.
+        sample: The inputs that it was traced with.
+    """
+    if PAST in sample and isinstance(model, PreTrainedModel):
+        from gralora_fx.core.tracing.inputs.cached_steps import other_steps
+
+        yield from other_steps(model, sample)
+        return
+    tensors = [leaf for leaf in tree_leaves(dict(sample)) if isinstance(leaf, torch.Tensor) and leaf.ndim > 0]
+    if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
+        yield "one row", tree_map(lambda value: _rows(value, slice(0, 1)), dict(sample))
+        yield "another row", tree_map(_with_another_row, dict(sample))
+    text = [name for name in TEXT_INPUTS if _is_sequence(sample.get(name))]
+    if text:
+        # in front, where a mask that ends or begins with padding gets no gap
+        longer = {name: torch.cat([v[:, :3], v], dim=1) if name in text else v for name, v in sample.items()}
+        yield "a longer sequence", longer
+    elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
+        yield "a longer sequence", tree_map(_with_another_position, dict(sample))
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim >= 2
+
+
+def _rows(value: Any, rows: slice) -> Any:
+    return value[rows] if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_row(value: Any) -> Any:
+    return torch.cat([value, value[:1]]) if isinstance(value, torch.Tensor) and value.ndim > 0 else value
+
+
+def _with_another_position(value: Any) -> Any:
+    return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value

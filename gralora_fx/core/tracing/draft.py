@@ -1,0 +1,296 @@
+"""A trace in the making, which the stages of `trace` pass on: each returns the next draft."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from gralora_fx.core.graph.module_tree import kept_modes
+from gralora_fx.core.graph.pipeline import PassReport
+from gralora_fx.core.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
+from gralora_fx.core.tracing.inputs.signature import CallSignature, signature_of
+from gralora_fx.core.tracing.inputs.widened import distinct, widen
+from gralora_fx.core.tracing.patches.known_code import has_key_indexer
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.format.input_names import PAST, takes_image_inputs
+
+if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
+    from gralora_fx.base.sources.sentence_modules import SentenceModules
+    from gralora_fx.format.image_sizes import ImageSize, ImageSizes
+
+NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+class Axes(enum.Enum):
+    """Which axes of a trace may vary."""
+
+    NONE = "none"
+    SEQUENCES = "all but height and width of images"
+    IMAGES = "all"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model, and what it is captured from.
+
+    Attributes:
+        model: The model, or the graph that was given for one.
+        sample: Inputs of the graph by name.
+        signature: The call signature.
+        constants: Arguments that become part of the graph.
+        task: The task, or None.
+        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        image_size: The requested size of images.
+        has_values: Whether every parameter has values, so that the graph can be compared with the model.
+        axes: Which axes may vary.
+        evaluates: Whether the model is captured in evaluation mode; else in training mode, where every dropout has its
+            probability.
+    """
+
+    model: nn.Module
+    sample: Mapping[str, Any]
+    signature: CallSignature
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    sentence: SentenceModules | None = None
+    image_size: ImageSize = None
+    has_values: bool = True
+    axes: Axes = Axes.SEQUENCES
+    evaluates: bool = False
+
+
+@dataclass(frozen=True)
+class Captured(Draft):
+    """A draft with its graph.
+
+    Attributes:
+        graph_module: The graph.
+        passes: What the passes that normalized it did.
+        drawn: An operator of it that draws random numbers in either mode, as text, or None.
+        updated: Names of the buffers that it updates in either mode.
+        problem: How it differs from the model; None if it does not, or was not compared.
+        image_sizes: Heights and widths of images that it takes; None if it takes no images.
+    """
+
+    graph_module: fx.GraphModule = field(kw_only=True)
+    passes: tuple[PassReport, ...] = ()
+    drawn: str | None = None
+    updated: tuple[str, ...] = ()
+    problem: str | None = None
+    image_sizes: ImageSizes | None = None
+
+
+def first_draft(
+    model: nn.Module,
+    arguments: Arguments | None,
+    *,
+    task: str | None,
+    dynamic: bool,
+    sentence: SentenceModules | None,
+    image_size: ImageSize,
+    has_values: bool,
+) -> Draft:
+    """The draft of a live module: the inputs to capture it from, and how it is called.
+
+    Args:
+        model: The module.
+        arguments: Example inputs, positional and by name; None for those of the task.
+        task: As of `trace`.
+        dynamic: As of `trace`.
+        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        image_size: As of `trace`.
+        has_values: Whether every parameter has values.
+
+    Raises:
+        TraceError: The task does not fit the model, or inputs are missing or do not fit.
+    """
+    if isinstance(model, PreTrainedModel):
+        from gralora_fx.core.tracing.inputs.samples import check_head, infer_task, inputs_for_task
+        from gralora_fx.format.tasks import check_task
+
+        if task:
+            check_task(task)
+        else:
+            task = infer_task(model)
+        check_head(model, task)
+    if arguments is None:
+        if not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
+            raise TraceError(
+                f"the {type(model).__name__} has PEFT's own adapters in it; save them (save_pretrained), trace the "
+                "base model as it is without them, and load them with GraloraModel.from_pretrained"
+            )
+        if not isinstance(model, PreTrainedModel):
+            raise TraceError(
+                f"example_inputs are missing; {type(model).__name__} is not a transformers model, so give them"
+            )
+        arguments = (), inputs_for_task(model, task or "")
+    tensors, constants = split_constants(model, named_arguments(model, *arguments))
+    if image_size is not None:
+        from gralora_fx.format.image_sizes import at_image_size
+
+        tensors, constants = at_image_size(model, tensors, constants, image_size)
+    sample = distinct(_enlarged(model, tensors) if dynamic else tensors)
+    return Draft(
+        model,
+        sample,
+        signature_of(model, sample, constants, has_cache=PAST in sample),
+        constants,
+        task=task,
+        sentence=sentence,
+        image_size=image_size,
+        has_values=has_values,
+        axes=Axes.SEQUENCES if dynamic else Axes.NONE,
+    )
+
+
+def _enlarged(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Enlarge a user's inputs so that no axis is fixed."""
+    if inputs.get(PAST) is None or not isinstance(model, PreTrainedModel):
+        return widen(model, inputs)
+    from gralora_fx.core.tracing.inputs.cached_steps import widened_step
+
+    return widened_step(model, {name: value for name, value in inputs.items() if value is not None})
+
+
+@contextmanager
+def called_as(draft: Draft) -> Iterator[None]:
+    """Let a model be called with the inputs of its draft alone within the block, and return a cache if it takes one.
+
+    Modes and buffers, which may change meanwhile, are restored when the block ends.
+    """
+    model = draft.model
+    forward = forward_with(model, tuple(draft.sample), draft.constants)
+    with (
+        patch.object(model, "forward", forward),
+        configured_cache(model, use_cache=PAST in draft.sample),
+        _every_layer_runs_once(model),
+        _texts_alone(model),
+        _of_decoders(model, draft.sample),
+        _restored(model),
+    ):
+        yield
+
+
+def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any]) -> Callable[..., Any]:
+    """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
+
+    A plain module may also return dataclasses and take keywords that its signature does not name.
+
+    Args:
+        model: The model.
+        inputs: Names of the arguments that are passed by name.
+        constants: The other arguments by name.
+    """
+    if isinstance(model, PreTrainedModel):
+        return functools.partial(model.forward, **constants) if constants else model.forward
+    return _flat(functools.partial(model.forward, **constants), inputs)
+
+
+def _flat(forward: Callable[..., Any], inputs: Collection[str]) -> Callable[..., Any]:
+    def flat(**kwargs: Any) -> Any:
+        outputs = forward(**kwargs)
+        register_dataclasses(outputs)
+        return outputs
+
+    flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
+    )
+    return flat
+
+
+@contextmanager
+def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
+    """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
+
+    Such a forward passes its keywords on, and the text model in it decides by the configuration.
+
+    Args:
+        model: A model; its configuration is as before when the block ends.
+        use_cache: Whether it returns a cache.
+    """
+    configs: list[Any] = []
+    if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:
+        configs = [model.config, model.config.get_text_config()]
+    with ExitStack() as stack:
+        for config in configs:
+            if isinstance(getattr(config, "use_cache", None), bool):
+                stack.enter_context(patch.object(config, "use_cache", use_cache))
+        yield
+
+
+@contextmanager
+def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
+    """Turn gradient checkpointing and layerdrop off within the block, and warn that training does without them.
+
+    Layerdrop skips whole layers, which is decided in Python and not part of a graph.
+    """
+    with ExitStack() as changed:
+        checkpointed = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False) is True]
+        if checkpointed:
+            warn_caller(NO_CHECKPOINTS)
+        for part in checkpointed:
+            changed.enter_context(patch.object(part, "gradient_checkpointing", False))
+        dropped: list[str] = []
+        for path, holder in [("config", getattr(model, "config", None)), *model.named_modules()]:
+            for name in _LAYERDROP:
+                value = getattr(holder, name, None)
+                if isinstance(value, float) and value > 0:
+                    changed.callback(setattr, holder, name, value)
+                    setattr(holder, name, 0.0)
+                    dropped.append(f"{path}.{name}={value:g}".removeprefix("."))
+        if dropped:
+            found = ", ".join(dropped)
+            warn_caller(f"layerdrop is not part of a trace ({found}); training runs every layer in every step")
+        yield
+
+
+@contextmanager
+def _texts_alone(model: nn.Module) -> Iterator[None]:
+    """Let a model that puts images before the texts in its cache, as GIT does, know that there are none.
+
+    It widens the padding mask of a step by as many positions as an image has.
+    """
+    with ExitStack() as changed:
+        for part in model.modules():
+            if isinstance(getattr(part, "image_patch_tokens", None), int):
+                changed.enter_context(patch.object(part, "image_patch_tokens", 0))
+        yield
+
+
+@contextmanager
+def _of_decoders(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[None]:
+    """Let a decoder take embeddings beside ids, and its indexer of keys know all positions, where it has these."""
+    with ExitStack() as changed:
+        if has_key_indexer(model):
+            from gralora_fx.core.tracing.inputs.indexer_positions import known_positions
+
+            changed.enter_context(known_positions(model))
+        if takes_image_inputs(sample) and isinstance(model, PreTrainedModel):
+            from gralora_fx.core.tracing.inputs.given_embeddings import given_embeddings
+
+            changed.enter_context(given_embeddings(model, sample))
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore modes and buffers when the block ends."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        with kept_modes(model):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)

@@ -1,0 +1,284 @@
+"""Graph modules as data that pickle can write and from which the same graph is rebuilt, node for node.
+
+`fx.GraphModule` pickles only its code and is traced again on loading, which fails for exported graphs and loses the
+nodes' metadata on modules, sites and modes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from transformers import Cache
+
+from gralora_fx.base.compat.torch_graphs import (
+    SUPPORTED_NODES,
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    TreeSpec,
+    convention_of,
+    set_convention,
+    treespec_leaf,
+)
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.operators import define_operators
+from gralora_fx.core.operators.call import NAMESPACE
+from gralora_fx.errors import TraceError
+
+_TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")
+_KEPT = ("custom", "stack_trace")  # of a node's metadata; traced values cannot be pickled
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A node, as an argument of another."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """An operator of `torch.ops`, as the path to it."""
+
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _NodeRecord:
+    """A node, with references in place of arguments that are nodes."""
+
+    op: str
+    name: str
+    target: Any
+    args: Any
+    kwargs: Any
+    type: Any
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A pytree spec; torch's own warns when it is pickled."""
+
+    type: Any
+    context: Any
+    children: tuple[_Spec, ...]
+
+    @classmethod
+    def of(cls, spec: TreeSpec) -> _Spec:
+        if spec.is_leaf():
+            return cls(None, None, ())
+        return cls(spec.type, spec.context, tuple(map(cls.of, spec.children())))
+
+    def spec(self) -> TreeSpec:
+        if self.type is None:
+            return treespec_leaf()
+        if self.type not in SUPPORTED_NODES:
+            _register(self.type)
+        return TreeSpec(self.type, self.context, [child.spec() for child in self.children])
+
+
+@dataclass(frozen=True)
+class _CallingConvention:
+    """How the code of a graph takes its inputs and returns its outputs."""
+
+    kind: Any
+    attributes: dict[str, Any]
+    info: tuple[Any, Any, _Spec, _Spec | None] | None
+
+    @classmethod
+    def of(cls, codegen: Any) -> _CallingConvention:
+        attributes = {key: value for key, value in vars(codegen).items() if key != "pytree_info"}
+        info = getattr(codegen, "pytree_info", None)
+        if info is None:
+            return cls(type(codegen), attributes, None)
+        out = None if info.out_spec is None else _Spec.of(info.out_spec)
+        return cls(type(codegen), attributes, (type(info), info.orig_args, _Spec.of(info.in_spec), out))
+
+    def codegen(self) -> Any:
+        generator: Any = object.__new__(self.kind)
+        generator.__dict__.update(self.attributes)
+        if self.info is not None:
+            kind, arguments, inputs, outputs = self.info
+            generator.pytree_info = kind(arguments, inputs.spec(), None if outputs is None else outputs.spec())
+        return generator
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """A graph: its nodes in order, and its calling convention."""
+
+    nodes: tuple[_NodeRecord, ...]
+    convention: _CallingConvention
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> GraphRecord:
+        """Record a graph.
+
+        Raises:
+            TraceError: A node calls a function that cannot be found by its name.
+        """
+        return cls(tuple(_record(node) for node in graph.nodes), _CallingConvention.of(convention_of(graph)))
+
+    def graph(self) -> fx.Graph:
+        """Rebuild the graph."""
+        graph = fx.Graph()
+        nodes: dict[str, fx.Node] = {}
+
+        def read(argument: Any) -> Any:
+            return nodes[argument.name] if isinstance(argument, _Reference) else argument
+
+        for record in self.nodes:
+            args, kwargs = map_aggregate(record.args, read), map_aggregate(record.kwargs, read)
+            target = _operator_at(record.target) if isinstance(record.target, _Operator) else record.target
+            node = graph.create_node(record.op, target, args, kwargs, record.name, record.type)
+            node.meta = dict(record.meta)
+            nodes[record.name] = node
+        set_convention(graph, self.convention.codegen())
+        return graph
+
+
+class PackedModule(nn.Module):
+    """The picklable form of a graph module."""
+
+    def __init__(self, graph: GraphRecord, class_name: str, others: dict[str, Any]) -> None:
+        """Hold a record in place of a graph module; the caller adds its tensors and modules."""
+        super().__init__()
+        self.graph = graph
+        self.class_name = class_name
+        self.others = others
+
+
+def pack_module(module: nn.Module) -> nn.Module:
+    """A copy of a module tree over the same tensors, in which every graph module is a record.
+
+    Raises:
+        TraceError: A graph calls a function that cannot be found by its name.
+    """
+    if not any(isinstance(inner, fx.GraphModule) for inner in module.modules()):
+        return module
+    result: nn.Module
+    if isinstance(module, fx.GraphModule):
+        result = PackedModule(GraphRecord.of(module.graph), type(module).__name__, _plain_attributes(module))
+        for table in _TABLES:
+            result.__dict__[table] = module.__dict__[table]
+    else:
+        result = object.__new__(type(module))
+        result.__dict__.update(module.__dict__)
+    result.__dict__["_modules"] = {k: None if m is None else pack_module(m) for k, m in module._modules.items()}
+    return result
+
+
+def unpack_module(module: nn.Module) -> nn.Module:
+    """Undo `pack_module`, on its result or a copy of that."""
+    for name, child in module._modules.items():
+        module._modules[name] = None if child is None else unpack_module(child)
+    if not isinstance(module, PackedModule):
+        return module
+    return _graph_module(module, module.others, module.graph.graph(), module.class_name)
+
+
+def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    """A copy with its own tensors and modules, and the same nodes with their metadata.
+
+    Args:
+        graph_module: The module to copy.
+        memo: The memo of `copy.deepcopy`.
+    """
+    root = nn.Module()
+    for table in (*_TABLES, "_modules"):
+        root.__dict__[table] = graph_module.__dict__[table]
+    root, others = copy.deepcopy((root, _plain_attributes(graph_module)), memo)
+    return _graph_module(root, others, copy_graph(graph_module), type(graph_module).__name__)
+
+
+def _graph_module(root: nn.Module, others: Mapping[str, Any], graph: fx.Graph, class_name: str) -> fx.GraphModule:
+    """Build a graph module from the tables of a module, and from attributes outside the tables."""
+    result = fx.GraphModule(nn.Module(), fx.Graph(), class_name)
+    for table in (*_TABLES, "_modules"):
+        result.__dict__[table] = root.__dict__[table]
+    for name, value in others.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(result.get_submodule(owner), attribute, value)
+    result.graph = graph
+    return result
+
+
+def _record(node: fx.Node) -> _NodeRecord:
+    def write(argument: fx.Node) -> Any:
+        return _Reference(argument.name)
+
+    target: Any = node.target
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        target = _Operator(tuple(str(target).split(".")))
+    elif isinstance(target, HigherOrderOperator):
+        target = _Operator(("higher_order", str(target.__name__)))
+    elif node.op == "call_function":
+        _check_function(node, target)
+    meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
+    if "custom" in meta:
+        meta["custom"] = dict(meta["custom"])
+    if "nn_module_stack" in node.meta:
+        meta["nn_module_stack"] = {key: _named(entry) for key, entry in node.meta["nn_module_stack"].items()}
+    args, kwargs = fx.map_arg(node.args, write), fx.map_arg(dict(node.kwargs), write)
+    return _NodeRecord(node.op, node.name, target, args, kwargs, node.type, meta)
+
+
+def _named(entry: Any) -> Any:
+    """An entry of a module stack with the name of its class in place of the class, which may be local."""
+    if not isinstance(entry, tuple) or not isinstance(entry[1], type):
+        return entry
+    return entry[0], f"{entry[1].__module__}.{entry[1].__qualname__}", *entry[2:]
+
+
+def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
+    """Check that pickle can find a function by its name."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if "<locals>" in name or "<lambda>" in name:
+        raise TraceError(
+            f"node {node.name!r} calls {name}, which is defined within a function, so the graph cannot be saved; "
+            "define it at the top of a module"
+        )
+
+
+def _operator_at(operator: _Operator) -> Any:
+    if operator.path[0] == NAMESPACE:
+        define_operators()  # in a process that traced nothing
+    target: Any = torch.ops
+    try:
+        for part in operator.path:
+            target = getattr(target, part)
+    except AttributeError as error:
+        name = ".".join(operator.path)
+        raise TraceError(
+            f"the graph calls the operator {name}, which is not registered; import what defines it"
+        ) from error
+    return target
+
+
+def _register(kind: type) -> None:
+    """Register a class of inputs or outputs with pytree, in a process that has traced nothing."""
+    if not issubclass(kind, Cache):
+        raise TraceError(
+            f"the graph takes or gives a {kind.__name__}, which is not registered with torch.utils._pytree here; "
+            "import what registers it"
+        )
+    importlib.import_module("gralora_fx.base.compat.transformers_exporters").register_cache(kind)
+
+
+def _plain_attributes(module: fx.GraphModule) -> dict[str, Any]:
+    """The attributes that a graph reads other than parameters, buffers and modules, by path."""
+    attributes: dict[str, Any] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        owner, _, name = str(node.target).rpartition(".")
+        holder = module.get_submodule(owner)
+        if not any(name in holder.__dict__[table] for table in ("_parameters", "_buffers", "_modules")):
+            attributes[str(node.target)] = getattr(holder, name)
+    return attributes

@@ -1,0 +1,132 @@
+"""Conversion of a user's positional and keyword example inputs to the named inputs of a forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from gralora_fx.base.compat.torch_graphs import tree_leaves
+from gralora_fx.core.tracing.inputs.input_trees import has_tensor, leaf_paths
+from gralora_fx.errors import TraceError
+from gralora_fx.format.input_names import PAST
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional ones, and those by name
+
+
+def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
+    """Split example inputs, a tuple or a dict, into positional and keyword arguments.
+
+    Raises:
+        TraceError: They are of other types, or keyword arguments are given twice.
+    """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TraceError(f"kwargs are a {type(kwargs).__name__}; give a dict of keyword arguments")
+    if isinstance(example_inputs, Mapping):
+        if kwargs is not None:
+            raise TraceError("example_inputs are a dict of keyword arguments already; put those of kwargs into it")
+        example_inputs, kwargs = (), example_inputs
+    args = () if example_inputs is None else example_inputs
+    if not isinstance(args, tuple):
+        raise TraceError(f"example_inputs are a {type(args).__name__}; give a dict or a tuple of arguments")
+    named = dict(kwargs or {})
+    wrong = next((name for name in named if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise TraceError(f"an example input is named {wrong!r}; give a dict whose keys are names of arguments")
+    return args, named
+
+
+def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Example inputs by name, in the order of the forward's parameters; defaults of None are left out.
+
+    Raises:
+        TraceError: They do not fit the forward's signature.
+    """
+    kind = type(model).__name__
+    signature = inspect.signature(model.forward)
+    if "self" in kwargs:
+        raise TraceError(f"an input of {kind} is named 'self', which PyTorch cannot call by name; give it another name")
+    try:
+        bound = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise TraceError(
+            f"the example inputs do not fit {kind}.forward({names}): {error}; "
+            "give a dict of its keyword arguments or a tuple of its arguments"
+        ) from error
+    inputs: dict[str, Any] = {}
+    for name, value in bound.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise TraceError(f"{kind}.forward takes *{name}; trace a module with named arguments")
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise TraceError(f"{kind}.forward takes {name!r} by position only; take the / out of its signature")
+        if parameter.kind is parameter.VAR_KEYWORD:
+            inputs.update(value)
+        elif value is not None or parameter.default is not None:
+            inputs[name] = value
+    return inputs
+
+
+def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split arguments into those with tensors, which become inputs, and constants, which become part of the graph.
+
+    Raises:
+        TraceError: There are none with tensors, or one cannot be part of a trace.
+    """
+    check_leaves(inputs)
+    if not any(has_tensor(value) for value in inputs.values()):
+        raise TraceError(f"the example inputs of {type(model).__name__} hold no tensor; give at least one")
+    constants = {name: value for name, value in inputs.items() if not has_tensor(value)}
+    tensors = {name: value for name, value in inputs.items() if name not in constants}
+    if isinstance(model, PreTrainedModel):
+        if "labels" in tensors:
+            raise TraceError(
+                "labels are not part of a trace; leave them out of the example inputs, and give them to the rewritten "
+                "model, which computes the loss"
+            )
+        use_cache = constants.pop("use_cache", None)
+        if use_cache is not None and bool(use_cache) is not (PAST in tensors):
+            raise TraceError(
+                f"use_cache={use_cache!r} does not fit the example inputs, which hold "
+                f"{'a' if PAST in tensors else 'no'} "
+                f"cache; give {PAST} exactly where the trace takes one, or trace for a task that ends in -with-past"
+            )
+    return tensors, constants
+
+
+def check_leaves(inputs: Mapping[str, Any]) -> None:
+    """Check that all leaves of the inputs are values that a graph can take or hold.
+
+    Dataclasses are registered with `torch.export`, as a user would have to do.
+
+    Raises:
+        TraceError: A leaf is not; numpy arrays are refused as well, since they would become constants.
+    """
+    register_dataclasses(inputs)
+    for path, leaf in leaf_paths(inputs):
+        if isinstance(leaf, np.ndarray):
+            raise TraceError(f"example input {path!r} is a numpy array; give torch.from_numpy of it")
+        name = path.split(".", maxsplit=1)[0]
+        if not isinstance(leaf, (Tensor, Cache, *_PLAIN)) and has_tensor(inputs[name]):
+            raise TraceError(
+                f"example input {path!r} is a {type(leaf).__name__}, which torch.export cannot take; give tensors, or "
+                "lists, tuples, dicts or dataclasses of them"
+            )
+
+
+def register_dataclasses(value: Any) -> None:
+    """Register every dataclass among values with `torch.export`, which requires that."""
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            kind = type(leaf)
+            torch.export.register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+            register_dataclasses(leaf)

@@ -1,0 +1,256 @@
+"""Example inputs of a model with a cache: one step of a decoder, with ids, mask, positions and what it has cached.
+
+Of an encoder-decoder they are the encoder's inputs too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.tracing.inputs.cache import (
+    OF_MORE_THAN_KEYS,
+    empty_cache,
+    fresh_layer,
+    own_cache,
+    positions,
+    returned_cache,
+    tensors_of,
+    with_tensors,
+)
+from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS, image_inputs
+from gralora_fx.core.tracing.inputs.layouts import by_own_names
+from gralora_fx.core.tracing.inputs.refused_steps import check_has_step
+from gralora_fx.core.tracing.inputs.widened import widen
+from gralora_fx.errors import TraceError, first_line
+from gralora_fx.format.cache_slots import KINDS
+from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST
+from gralora_fx.format.tasks import DECODERS
+
+if TYPE_CHECKING:  # imports much that serving does not need
+    from transformers import PreTrainedModel
+
+_BATCH, _PAST, _LENGTH = 2, 6, 3
+
+
+def cached_inputs(
+    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH, images: bool = False
+) -> dict[str, Any]:
+    """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
+
+    Args:
+        model: A decoder.
+        batch: Number of rows.
+        past: Number of cached positions; 0 for an empty cache.
+        length: Number of new positions.
+        images: Whether the new positions have images.
+
+    Returns:
+        `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
+        model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
+        `[batch, key heads, past, size]` or states; and what images put beside the ids (see `IMAGE_INPUTS`).
+
+    Raises:
+        TraceError: The model has no such cache.
+    """
+    check_has_step(model)
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(model.config.get_text_config(), "vocab_size", 100)
+    ids = torch.randint(min(3, size - 1), size, (batch, max(past, 1) + length), generator=generator)
+    mask = torch.ones_like(ids)
+    if batch > 1 and past > 1:
+        mask[-1, :2] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = positions(mask)
+    cached = max(past, 1)
+    first = {name: value[:, :cached] for name, value in inputs.items()}
+    cache = _computed_cache(model, {**first, PAST: _first_cache(model)})
+    skip = cached - past  # an empty cache is made from one of one position
+    step = {name: value[:, cached:] for name, value in inputs.items()}
+    step["attention_mask"] = mask[:, skip:]
+    if images:
+        step["input_ids"], beside = image_inputs(model, step["input_ids"], step["attention_mask"])
+        step |= beside
+    return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
+
+
+def _first_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache as a model without states has it, of layers that keep every position; or one with states.
+
+    Of a model with a class for its cache, such as MiniMax, it is one of that class.
+    """
+    kinds = vars(sys.modules[type(model.base_model).__module__]).values()
+    caches = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, DynamicCache))
+    if (own := next((kind for kind in caches if kind is not DynamicCache), None)) is not None:
+        return own()
+    try:
+        cache = DynamicCache(config=model.config)
+    except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know
+        return DynamicCache()
+    if not any(isinstance(layer, OF_MORE_THAN_KEYS) for layer in cache.layers):
+        return DynamicCache()
+    cache.layers = [fresh_layer(layer) for layer in cache.layers]
+    return cache
+
+
+def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
+    """The cache that a model returns for some inputs, its convolution states as long as the operators' are.
+
+    Raises:
+        TraceError: It has no such cache, or the model fails.
+    """
+    try:
+        with torch.no_grad(), quiet(), _noted_convolutions(model) as longer_by_one:
+            cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
+        tensors = {} if cache is None else tensors_of(cache)
+    except (AttributeError, TypeError) as error:
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({first_line(error)})") from error
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise TraceError(
+            f"{type(model).__name__} itself fails when it is called with a cache ({first_line(error)}); correct "
+            "its configuration, or trace it for a task without a cache"
+        ) from error
+    if cache is None:
+        why = "it returns no `Cache` of transformers: what it keeps is in a list, or in its modules"
+        raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
+    if not tensors:
+        raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
+    states = {slot: tensor for slot, tensor in tensors.items() if slot.kind is KINDS["conv"]}
+    longer = {slot: state[..., 1:] for slot, state in states.items() if (slot.layer, slot.number) in longer_by_one}
+    return with_tensors(cache, {**tensors, **longer}) if longer else cache
+
+
+@contextmanager
+def _noted_convolutions(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
+    """States that are kept within the block and hold as many inputs as a kernel: the first is not read again.
+
+    Such a state is kept by a module with a single convolution, of that width.
+
+    Yields:
+        The layer and the number of each.
+    """
+    longer: set[tuple[int, int]] = set()
+    running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
+    update = DynamicCache.update_conv_state
+
+    def noted(cache: Any, states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
+        width, convolution = options.get("conv_kernel_size"), running[-1] if running else None
+        if convolution is not None and convolution.kernel_size == (width,) and convolution.dilation == (1,):
+            longer.add((layer_idx, state_idx))
+        kept: Tensor = update(cache, states, layer_idx, state_idx=state_idx, **options)
+        return kept
+
+    with ExitStack() as undone:
+        undone.enter_context(patch.object(DynamicCache, "update_conv_state", noted))
+        for module in model.modules():
+            own = [part for part in module.children() if isinstance(part, nn.Conv1d)]
+            if len(own) == 1:
+                before = module.register_forward_pre_hook(lambda *_, own=own: running.extend(own))
+                after = module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
+                undone.callback(before.remove)
+                undone.callback(after.remove)
+        yield longer
+
+
+def decoder_step(
+    model: PreTrainedModel, source: Mapping[str, Tensor], *, past: int = _PAST, length: int = _LENGTH
+) -> dict[str, Any]:
+    """Inputs of one call: the encoder's inputs, and `length` new decoder positions after `past` cached ones.
+
+    The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
+    trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
+
+    Args:
+        model: An encoder-decoder.
+        source: Inputs of its encoder by name.
+        past: Number of cached positions; 0 for an empty cache.
+        length: Number of new positions.
+
+    Returns:
+        The source, `decoder_input_ids [batch, length]` and an `EncoderDecoderCache` with keys and values
+        `[batch, heads, past, size]` a layer.
+
+    Raises:
+        TraceError: The model has no such cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
+    batch, cached = next(iter(source.values())).shape[0], max(past, 1)
+    ids = torch.randint(min(3, size - 1), size, (batch, cached + length), generator=generator)
+    cache = _computed_cache(model, {**source, "decoder_input_ids": ids[:, :cached]})
+    if not isinstance(cache, EncoderDecoderCache):
+        raise TraceError(f"{type(model).__name__} keeps a {type(cache).__name__}; an EncoderDecoderCache is needed")
+    cut = {slot: tensor[:, :, :past].contiguous() for slot, tensor in tensors_of(cache).items()}
+    return {**source, "decoder_input_ids": ids[:, cached:], PAST: with_tensors(cache, cut)}
+
+
+def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a step with the inputs of a user's example, its sizes such that no axis is fixed.
+
+    Of a decoder the example's values do not matter, and its sizes would have to be changed consistently.
+
+    Args:
+        model: A decoder or an encoder-decoder.
+        sample: Inputs by name, a cache among them.
+
+    Raises:
+        TraceError: A decoder's example has inputs that its step does not take.
+    """
+    if model.config.is_encoder_decoder:
+        source = {name: value for name, value in sample.items() if name not in (*DECODER_INPUTS, PAST)}
+        return decoder_step(model, widen(model, source))
+    step = cached_inputs(model, images=EMBEDS in sample)
+    if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
+        raise TraceError(
+            f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
+            f"trace it without them (images come in as {EMBEDS}, with task={DECODERS[1]!r}), or for a task "
+            "without a cache"
+        )
+    return step
+
+
+def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield steps of other sizes, each with its description: one position after a long past, more after none.
+
+    Args:
+        model: A decoder or an encoder-decoder.
+        sample: The step that it was traced with.
+    """
+    if not model.config.is_encoder_decoder:
+        images = EMBEDS in sample
+        yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, images=images)
+        yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, images=images)
+        return
+    source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
+    first = {name: value[:1] for name, value in source.items()}
+    yield "one row and one position", decoder_step(model, first, past=9, length=1)
+    longer = {
+        name: torch.cat([value, value[:, :2]], dim=1) if value.ndim == 2 else value for name, value in source.items()
+    }
+    more = {name: torch.cat([value, value[:1]]) for name, value in longer.items()}
+    yield "an empty cache", decoder_step(model, more, past=0, length=5)
+
+
+def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which axes of a step's cache and of what images put beside its ids may vary, for `torch.export`.
+
+    Args:
+        inputs: The inputs of a step.
+    """
+    auto = torch.export.Dim.AUTO
+    varying: dict[str, Any] = {
+        name: {each.axis: auto, each.axis + 1: auto} for name, each in IMAGE_INPUTS.items() if name in inputs
+    }
+    kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
+    varying[PAST] = [dict.fromkeys((0, kind.grows) if kind.grows else (0,), auto) for kind in kinds]
+    return varying

@@ -1,0 +1,186 @@
+"""What a decoder's step takes of images beside the ids of its tokens: embeddings in their place, and what goes with it.
+
+Each is an input that may be left out, as a step of text alone does. A new one is a line of `IMAGE_INPUTS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
+
+if TYPE_CHECKING:  # imports much that serving does not need
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """An input of a step that has something for every position, which text alone does without.
+
+    Attributes:
+        name: Its name.
+        absent: Its value at a position of text.
+        axis: The axis of the batch; the next one is that of positions.
+        follows: The input whose batch and positions it has: those of a step, or, with the mask, of all before it too.
+    """
+
+    name: str
+    absent: float = 0
+    axis: int = 0
+    follows: str = IDS
+
+    def of_text(self, like: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """The values of a step of text alone.
+
+        Args:
+            like: Values of another step.
+            inputs: The step's other inputs, by name.
+        """
+        return like.new_full(self.shape(like.shape, inputs), self.absent)
+
+    def shape(self, like: Collection[int], inputs: Mapping[str, Any]) -> list[int]:
+        """The shape for a step.
+
+        Args:
+            like: The shape for another.
+            inputs: The step's other inputs, by name.
+        """
+        sizes = list(like)
+        sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
+        return sizes
+
+
+IMAGE_INPUTS = {
+    each.name: each
+    for each in (
+        ImageInput(EMBEDS),  # [batch, length, hidden], read where an id is `GIVEN`
+        # [3, batch, length], the positions in time, height and width; where negative, `position_ids`
+        ImageInput("grid_position_ids", -1, axis=1),
+        ImageInput("deepstack_embeds", axis=1),  # [layers, batch, length, hidden], added after each of the first layers
+        # [batch, past + length], 1 in an image, whose tokens all see each other
+        ImageInput("token_type_ids", follows="attention_mask"),
+        ImageInput("mm_token_type_ids", follows="attention_mask"),  # Gemma 4's name for it
+    )
+}
+
+# by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
+_COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
+_COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
+_TEXT_ALONE = 'task="text-generation-with-past" exports the decoder of its texts'
+# by the configuration's `model_type`: why embeddings in the place of ids are not all that a text has of its images
+_REFUSED = {
+    "chameleon": "its images are ids of its own vocabulary",
+    "deepseek_ocr2": "its prompts are read by an encoder whose masks tell images from queries",
+    "emu3": "its images are ids of its own vocabulary",
+    "ernie4_5_vl_moe": "its experts are chosen by whether a token is of an image (moe_mm_token_type_ids)",
+    "fuyu": "its images are cut into lines in the middle of its text",
+    "git": "its images come before the text, and its mask tells them apart",
+    "granite4_vision": "features of an image are added in layers of their own (deepstack_features)",
+    "idefics": "layers of its own attend to images",
+    "kosmos-2": "its decoder has positions and masks of images of its own",
+    "kosmos-2.5": "its decoder has positions and masks of images of its own",
+    "mllama": "layers of its own attend to images (cross_attention_states)",
+    "molmo2": "its masks of a prompt depend on whether it is the first step",
+    "paligemma": "all of a prompt sees each other, and a step does not tell whether it is the first",
+    "pi0": "it gives actions, not text",
+    "qwen4_exp": "its layers read ids of images (ple_input_ids)",
+    "unlimited_ocr": "its prompts are read by an encoder whose masks tell images from queries",
+}
+
+
+def image_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Example inputs of a step with images, at every second position.
+
+    Args:
+        model: The decoder, or a model that reads images beside a text.
+        ids: `[batch, length]`.
+        mask: `[batch, past + length]`.
+
+    Returns:
+        The ids, `GIVEN` where an embedding is, and the inputs that the model takes.
+
+    Raises:
+        TraceError: Images come into its text in another way.
+    """
+    _check_is_known(model)
+    generator = torch.Generator().manual_seed(1)
+    batch, length = ids.shape
+    given = (torch.arange(batch)[:, None] + torch.arange(length)) % 2 == 0
+    dtype, width = model.dtype, embedding_of(model).weight.shape[1]
+    inputs = {EMBEDS: torch.randn(batch, length, width, generator=generator).to(dtype)}
+    if has_grid_positions(model):
+        drawn = torch.randint(0, mask.shape[1], (3, batch, length), generator=generator)
+        inputs["grid_position_ids"] = torch.where(given, drawn, -1)
+    if (count := _deepstack_layers(model)) is not None:
+        features = torch.randn(count, batch, length, width, generator=generator)
+        inputs["deepstack_embeds"] = (features * given.unsqueeze(-1)).to(dtype)
+    if (name := _types_of_blocks(model)) is not None:
+        inputs[name] = (torch.arange(mask.shape[1]) % 4 > 1).long().expand(mask.shape).contiguous()
+    return torch.where(given, GIVEN, ids), inputs
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Embedding:
+    """The table of a decoder's tokens.
+
+    Raises:
+        TraceError: It has none.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise TraceError(f"{type(model).__name__} has no table of embeddings, so none can be given in place of its own")
+    return embedding
+
+
+def reads_images(model: nn.Module) -> bool:
+    """Whether a model has a part that reads images beside a decoder of texts."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
+        return False
+    return getattr(model.config, "vision_config", None) is not None and model.config.get_text_config() != model.config
+
+
+def _check_is_known(model: PreTrainedModel) -> None:
+    why = _REFUSED.get(model.config.model_type)
+    if why is not None:
+        raise TraceError(f"{type(model).__name__} takes no embeddings in the place of ids: {why}; {_TEXT_ALONE}")
+    if reads_images(model) and model.config.model_type not in _COMPARED:
+        warn_caller(
+            f"images of {type(model).__name__} were not tried: it is not known whether its text has more of them than "
+            "embeddings in the place of ids; compare logits for an image with those of the model itself"
+        )
+
+
+def has_grid_positions(model: PreTrainedModel) -> bool:
+    """Whether a token of an image has a position in time, height and width."""
+    return any(hasattr(part, "mrope_section") for part in model.modules())
+
+
+def deepstack_part(model: nn.Module) -> nn.Module | None:
+    """The decoder in whose first layers features of an image are added; None of a model without."""
+    parts = (part for part in model.modules() if hasattr(part, "_deepstack_process") and hasattr(part, "layers"))
+    return next(parts, None)
+
+
+def _deepstack_layers(model: PreTrainedModel) -> int | None:
+    if deepstack_part(model) is None:
+        return None
+    return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+
+
+def _types_of_blocks(model: PreTrainedModel) -> str | None:
+    """What a model calls the types of tokens by which the tokens of an image see each other; None if they do not."""
+    parts = {type(part).__module__ for part in model.children()} | {type(model).__module__}
+    if not any(hasattr(sys.modules[name], "create_masks_for_vision_model") for name in parts):
+        return None
+    if model.config.model_type == "gemma3":
+        return "token_type_ids"
+    is_used = getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision"
+    return "mm_token_type_ids" if is_used and reads_images(model) else None

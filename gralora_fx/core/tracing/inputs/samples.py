@@ -1,0 +1,204 @@
+"""Example inputs of transformers' models: made for a task from the model's configuration."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from gralora_fx.core.graph.module_tree import kept_modes
+from gralora_fx.core.tracing.inputs.widened import padded
+from gralora_fx.errors import TraceError
+from gralora_fx.format.tasks import DECODERS, check_task
+
+_HEADS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForConditionalGeneration": "text2text-generation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+}
+_CLASSIFIERS = {"text-classification", "token-classification", "question-answering", "image-classification"}
+_TAKES = {
+    "sentence-similarity": ("input_ids",),
+    "image-classification": ("pixel_values",),
+    "automatic-speech-recognition": ("input_features", "input_values"),
+}
+_MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
+_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
+_FRAMES = 20  # of speech
+_SAMPLES = 4000  # a quarter of a second of speech
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """The name of the input that holds a text, an image or a sound.
+
+    Where the class names one that may be any of them, it is the first of their usual names that its forward takes.
+    """
+    name: str = model.main_input_name
+    accepted = inspect.signature(model.forward).parameters
+    return name if name in _MAIN else next((usual for usual in _MAIN if usual in accepted), name)
+
+
+def infer_task(model: PreTrainedModel) -> str:
+    """The task of a model by its class name; `feature-extraction` for a bare model."""
+    task = task_of_class(type(model).__name__)
+    if task == "text2text-generation" and main_input(model) == "input_features":
+        return "automatic-speech-recognition"
+    if task == "text2text-generation":
+        from gralora_fx.core.tracing.inputs.image_inputs import reads_images
+
+        return "image-text-to-text" if reads_images(model) else task
+    return task
+
+
+def check_head(model: PreTrainedModel, task: str) -> None:
+    """Check that a task fits a model's head, so that its outputs are not misinterpreted.
+
+    Raises:
+        TraceError: The task takes another input, or the head is for another task and one of the two is classification.
+    """
+    _check_main_input(model, task)
+    model_task, requested = infer_task(model), task.removesuffix("-with-past")
+    if task.endswith("-with-past"):  # whether it has a cache is checked when its inputs are generated
+        return
+    is_known = "feature-extraction" not in (
+        model_task,
+        requested,
+    )  # a class may name no head, and any model can return features
+    if model_task != requested and is_known and not _CLASSIFIERS.isdisjoint((model_task, requested)):
+        raise TraceError(
+            f"{type(model).__name__} is a model for {model_task}, not for {task}; leave task out, or load the class "
+            f"for {task}"
+        )
+
+
+def _check_main_input(model: PreTrainedModel, task: str) -> None:
+    takes, main = _TAKES.get(task.removesuffix("-with-past")), main_input(model)
+    if takes is not None and main not in takes and task != infer_task(model):  # some classify images given as tokens
+        expected = " or ".join(takes)
+        raise TraceError(f"task {task!r} takes {expected}, but {type(model).__name__} takes {main}; give its task")
+
+
+def task_of_class(name: str) -> str:
+    """The task of a transformers class by its name; `feature-extraction` if it names no head."""
+    return next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
+
+
+def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
+    """Random inputs of the shapes that a task needs, read from the model's configuration.
+
+    Args:
+        model: The model to run.
+        task: One of `TASKS`.
+
+    Raises:
+        TraceError: The task is unknown, needs a cache, or does not fit the model.
+    """
+    check_task(task)
+    if task in DECODERS and main_input(model) == "input_ids":
+        from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
+
+        return cached_inputs(model, images=task != DECODERS[0])
+    main = main_input(model)
+    with_past = task.endswith("-with-past")
+    if with_past and (task in DECODERS or not model.config.is_encoder_decoder):
+        raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
+    _check_main_input(model, task)
+    generator = torch.Generator().manual_seed(0)
+    example = _main_input(model, main, generator)
+    inputs = {main: example.to(model.dtype) if example.is_floating_point() else example}
+    accepted = inspect.signature(model.forward).parameters
+    if main == "input_ids":
+        inputs["attention_mask"] = torch.ones_like(inputs[main])
+        if "token_type_ids" in accepted and _has_token_types(model, task):
+            inputs["token_type_ids"] = torch.zeros_like(inputs[main])
+    if with_past:
+        from gralora_fx.core.tracing.inputs.cached_steps import decoder_step
+
+        return decoder_step(model, padded(inputs))
+    feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
+    if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
+    return inputs
+
+
+def _has_token_types(model: PreTrainedModel, task: str) -> bool:
+    """Whether token types are an input; a sentence encoder with a single type needs none, nor do tokenizers give it."""
+    count = getattr(model.config, "type_vocab_size", None) or 0
+    return bool(count > 1 if task == "sentence-similarity" else count)
+
+
+def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:
+    config = model.config
+    if name == "input_ids":
+        return _token_ids(model, _LENGTH, generator)
+    if name == "pixel_values":
+        config = _part_with(config, "image_size")
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+    sounds = [torch.randn(shape, generator=generator) for shape in _sound_shapes(config, name)]
+    if sounds:
+        return next((sound for sound in sounds if len(sounds) > 1 and _takes(model, name, sound)), sounds[0])
+    raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
+
+
+def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
+    """The shapes that a sound may have for a model, the most common first; none of another input."""
+    bins = getattr(_part_with(config, "num_mel_bins"), "num_mel_bins", None)
+    if name == "input_values":
+        if bins and hasattr(config, "max_length"):
+            return [(_BATCH, config.max_length, bins)]  # a spectrogram
+        return [(_BATCH, _SAMPLES), (_BATCH, 1, _SAMPLES)]  # some take a channel
+    if name != "input_features":
+        return []
+    width = _frame_width(config)
+    frames = 2 * getattr(config, "max_source_positions", 64)
+    shapes: list[tuple[int, ...]] = [(_BATCH, bins, frames), (_BATCH, frames, bins)] if bins else []
+    return shapes or ([(_BATCH, _FRAMES, width)] if width else [])
+
+
+def _takes(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
+    """Whether a model, in evaluation mode, runs on an input alone."""
+    try:
+        with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=()):
+            model.eval()
+            model(**{name: value.to(model.dtype)})
+    except Exception:  # noqa: BLE001  # a model raises what it likes where a shape is not its own
+        return False
+    return True
+
+
+def _frame_width(config: Any) -> int | None:
+    """How many features a frame of speech has, of a model that takes `[batch, frames, features]`; None of another."""
+    names = ("feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
+    return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
+
+
+def _part_with(config: Any, field: str) -> Any:
+    """The part of a configuration that has a field; the configuration itself where none does."""
+    if hasattr(config, field):
+        return config
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return next((part for part in parts if hasattr(part, field)), config)
+
+
+def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:
+    text_config = model.config.get_text_config()
+    size = getattr(text_config, "vocab_size", 100)
+    ids = torch.randint(min(3, size - 1), size, (_BATCH, length), generator=generator)
+    for special in ("pad_token_id", "eos_token_id"):
+        token = getattr(text_config, special, None)
+        if isinstance(token, int):
+            ids[ids == token] = 1 if token != 1 else 2
+    end = getattr(text_config, "eos_token_id", None)
+    if isinstance(end, int) and end < size:  # models that pool at the end token need one in every row
+        ids[:, -1] = end
+    return ids

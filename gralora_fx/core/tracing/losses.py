@@ -1,0 +1,148 @@
+"""The loss of a transformers model called with labels, computed outside the graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification
+
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.errors import RewriteError
+from gralora_fx.format.input_names import ITEM_COUNT, LABELS
+
+# These pass the count on to the cross entropy through their keyword arguments.
+_COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification)
+
+
+def loss_function_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """The loss function that transformers has for a model; None where it has none."""
+    with quiet():  # of a class that is not named after its loss, transformers logs that its configuration names none
+        found: Callable[..., Tensor] | None = getattr(model, "loss_function", None)
+    return found
+
+
+def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:
+    """The labels that a loss takes."""
+    parameters = inspect.signature(loss_function).parameters if loss_function is not None else {}
+    return tuple(name for name in LABELS if name in parameters)
+
+
+def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:
+    """Whether a loss supports `num_items_in_batch`, so that accumulated batches count like one large batch."""
+    if loss_function is None:
+        return False
+    return loss_function in _COUNTING or ITEM_COUNT in inspect.signature(loss_function).parameters
+
+
+def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Labels shifted right, as encoder-decoders feed their decoder in training.
+
+    Args:
+        labels: `[batch, length]`, -100 where no loss is taken.
+        config: The model's configuration.
+        shift: The model's own function; None shifts them after the start token.
+
+    Raises:
+        RewriteError: The configuration names no start token.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(config, "bos_token_id", None)
+    if start is None:
+        raise RewriteError(
+            f"{type(config).__name__} has no decoder_start_token_id, so give decoder_input_ids beside the labels"
+        )
+    if shift is not None:
+        return shift(labels)
+    shifted = labels.new_full(labels.shape, int(start))
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == -100, int(config.pad_token_id or 0))
+
+
+def model_loss(
+    outputs: Any,
+    labels: Mapping[str, Tensor],
+    loss_function: Callable[..., Tensor] | None,
+    config: PreTrainedConfig | None,
+    item_count: Tensor | int | None = None,
+) -> Tensor:
+    """The loss of a model's outputs, by transformers' loss function for the model's class.
+
+    Args:
+        outputs: What the graph returned.
+        labels: The labels given, by name.
+        loss_function: transformers' loss function of the model's class.
+        config: The model's configuration.
+        item_count: Number by which the sum of the losses is divided, as Trainer counts labels over accumulated batches;
+            None for the mean over these.
+
+    Raises:
+        RewriteError: The model has no loss function, its outputs do not fit it, or it cannot be divided by a count.
+    """
+    if loss_function is None or config is None:
+        raise RewriteError("labels were given, but the traced model has no loss function; compute the loss outside")
+    if getattr(config, "output_router_logits", False):
+        raise RewriteError("the router's auxiliary loss is not part of the trace; compute the loss outside")
+    if item_count is not None and not counts_items(loss_function):
+        raise RewriteError(
+            f"the loss {getattr(loss_function, '__name__', loss_function)} takes no {ITEM_COUNT}; leave it out and "
+            "divide by the number of accumulated batches"
+        )
+    is_generation = hasattr(outputs, "logits") and outputs.logits.ndim == 3
+    if config.is_encoder_decoder and is_generation:
+        # encoder-decoders do not shift the labels: the decoder's inputs are shifted instead
+        logits = outputs.logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels["labels"].reshape(-1),
+            ignore_index=-100,
+            reduction="mean" if item_count is None else "sum",
+        )
+        return loss if item_count is None else loss / item_count
+    arguments = _arguments(outputs, labels, loss_function, config)
+    if item_count is not None:
+        arguments[ITEM_COUNT] = item_count
+    try:
+        loss = loss_function(**arguments)
+        if item_count is not None and loss_function is ForSequenceClassificationLoss:
+            if config.problem_type != "single_label_classification":  # the others are means, regardless of the count
+                loss = loss * labels["labels"].ne(-100).sum() / item_count
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise RewriteError(f"the loss cannot be computed from these labels and outputs: {error}") from error
+    return loss
+
+
+def _arguments(
+    outputs: Any, labels: Mapping[str, Tensor], loss_function: Callable[..., Tensor], config: PreTrainedConfig
+) -> dict[str, Any]:
+    """The arguments of a loss function from outputs, labels and configuration."""
+    logits = getattr(outputs, "logits", None)
+    offered = {
+        **labels,
+        "logits": logits,
+        "pooled_logits": logits,
+        "start_logits": getattr(outputs, "start_logits", None),
+        "end_logits": getattr(outputs, "end_logits", None),
+        "config": config,
+        "vocab_size": getattr(config.get_text_config(), "vocab_size", None),
+    }
+    parameters = inspect.signature(loss_function).parameters
+    arguments = {name: value for name, value in offered.items() if name in parameters and value is not None}
+    absent = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in arguments
+    ]
+    if absent:
+        raise RewriteError(
+            f"the loss {getattr(loss_function, '__name__', loss_function)} needs {', '.join(absent)}, which neither "
+            f"the labels ({', '.join(labels)}) nor the outputs give; compute the loss outside"
+        )
+    return arguments

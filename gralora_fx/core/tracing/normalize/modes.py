@@ -1,0 +1,199 @@
+"""Training and evaluation mode of a traced graph: annotation and switching of arguments that a trace bakes in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from gralora_fx.base.compat.torch_graphs import schema_of
+from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.core.operators.call import COMPUTING, DROPOUTS, TRAIN_FLAGS
+
+MODES = "modes are annotated"
+_KEY = "gralora_mode"
+_aten = torch.ops.aten
+
+# PyTorch's operators: position of the `train` flag
+_FLAGS: dict[Any, int] = {
+    _aten.dropout.default: 2,
+    _aten.feature_dropout.default: 2,
+    _aten.alpha_dropout.default: 2,
+    _aten.feature_alpha_dropout.default: 2,
+    _aten.dropout_.default: 2,
+    _aten.native_dropout.default: 2,
+    _aten.rrelu.default: 3,
+    _aten.batch_norm.default: 5,
+    _aten.lstm.input: 6,
+    _aten.gru.input: 6,
+    _aten.rnn_tanh.input: 6,
+    _aten.rnn_relu.input: 6,
+}
+# PyTorch's operators: position of the dropout probability, which evaluation sets to zero
+_PROBABILITIES: dict[Any, int] = {
+    _aten.scaled_dot_product_attention.default: 4,
+}
+_FUNCTIONAL = {
+    torch.nn.functional.dropout,
+    torch.nn.functional.alpha_dropout,
+    torch.nn.functional.batch_norm,
+    torch.nn.functional.rrelu,
+}
+
+
+@contract(needs={COMPUTING}, leaves={MODES})
+@dataclass(frozen=True)
+class AnnotateModes:
+    """Annotate every node whose behaviour depends on the mode with its argument in training and in evaluation.
+
+    The annotation is in `node.meta["custom"]`, which copies and re-exports keep. An attention node has its dropout only
+    in a graph traced in training mode: a trace in evaluation mode has lost it.
+
+    Attributes:
+        in_training: The mode that the model was traced in. An argument that is on in an evaluation trace, such as a
+            dropout that ignores the mode, is on in both and not annotated. None if unknown.
+        known: Names of nodes that were annotated before, or do not depend on the mode.
+    """
+
+    in_training: bool | None = None
+    known: Collection[str] = ()
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Annotate them."""
+        changed = 0
+        for node in graph.nodes:
+            switch = None if node.name in self.known else _mode_argument_values(node)
+            if switch is not None and not (self.in_training is False and _read(node, switch[0]) == switch[1]):
+                argument, trained, evaluated = switch
+                note = {"argument": argument, "train": trained, "eval": evaluated}
+                node.meta.setdefault("custom", {})[_KEY] = note
+                changed += 1
+        return PassResult(changed)
+
+
+def is_in_training(graph: fx.Graph) -> bool:
+    """Whether a graph is in training mode, as far as its annotated nodes tell."""
+    switches = ((node, node.meta.get("custom", {}).get(_KEY)) for node in graph.nodes)
+    return any(switch is not None and _read(node, switch["argument"]) == switch["train"] for node, switch in switches)
+
+
+def find_rng_op(graph: fx.Graph) -> str | None:
+    """An operator that draws random numbers in either mode and the line of its call, as text; None if there is none.
+
+    A model that does so only in training, like some expert routers, has no mode argument for it in a training trace.
+
+    Args:
+        graph: A traced graph with annotated mode arguments.
+    """
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+        if torch.Tag.nondeterministic_seeded in tags and _KEY not in node.meta.get("custom", {}) and _is_on(node):
+            from gralora_fx.core.tracing.failures import line_of
+
+            location = line_of(node.meta.get("stack_trace"))
+            return f"{node.target} at {location}" if location else str(node.target)
+    return None
+
+
+def _is_on(node: fx.Node) -> bool:
+    """Whether an operator that may draw random numbers does so with its current arguments."""
+    argument = mode_argument(node)
+    return argument is None or bool(_read(node, argument))
+
+
+def set_mode(graph: fx.Graph, training: bool) -> bool:
+    """Set every annotated argument to its value in a mode.
+
+    Before (training):  `dropout(x, 0.1, True)`
+    After (evaluation): `dropout(x, 0.1, False)`
+
+    Args:
+        graph: A graph annotated by `AnnotateModes`.
+        training: The mode to set.
+
+    Returns:
+        Whether any node changed; if so, the module must be recompiled.
+    """
+    has_changed = False
+    for node in graph.nodes:
+        switch = node.meta.get("custom", {}).get(_KEY)
+        if switch is not None:
+            value = switch["train" if training else "eval"]
+            if _read(node, switch["argument"]) != value:
+                _write(node, switch["argument"], value)
+                has_changed = True
+    return has_changed
+
+
+@contract(needs={MODES})
+def evaluate(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Put a graph into evaluation mode, in which it is compared with its model."""
+    return PassResult(int(set_mode(graph, False)))
+
+
+def mode_argument(node: fx.Node) -> int | str | None:
+    """Position or keyword of a node's mode-dependent argument, whatever its current value, or None.
+
+    Args:
+        node: A node of a trace in either mode.
+    """
+    if node.op == "call_function" and (position := _probability(node.target)) is not None:
+        return position
+    switch = _mode_argument_values(node)
+    return None if switch is None else switch[0]
+
+
+def updated_buffers(graph_module: fx.GraphModule) -> tuple[str, ...]:
+    """Names of buffers that a graph updates in either mode, unlike batch norm's, which change only in training."""
+    names = set(dict(graph_module.named_buffers(remove_duplicate=False)))
+    updated = []
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or mode_argument(node) is not None or (schema := schema_of(node.target)) is None:
+            continue
+        values = [*node.args, *(node.kwargs.get(argument.name) for argument in schema.arguments[len(node.args) :])]
+        for argument, value in zip(schema.arguments, values, strict=True):
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if writes and isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target) in names:
+                updated.append(str(value.target))
+    return tuple(dict.fromkeys(updated))
+
+
+def _mode_argument_values(node: fx.Node) -> tuple[int | str, Any, Any] | None:
+    """A node's mode-dependent argument with its values in training and in evaluation."""
+    if node.op != "call_function":
+        return None
+    if (flag := _FLAGS.get(node.target, TRAIN_FLAGS.get(node.target))) is not None:
+        return flag, True, False
+    if node.target in _FUNCTIONAL and "training" in node.kwargs:
+        return "training", True, False
+    if (position := _probability(node.target)) is not None:
+        probability = _read(node, position)
+        return (position, probability, 0.0) if probability else None
+    if node.target is _aten.add_.Tensor and isinstance(counter := node.args[0], fx.Node):
+        # BatchNorm counts its training batches in place
+        if counter.op == "get_attr" and str(counter.target).endswith("num_batches_tracked"):
+            return 1, 1, 0
+    return None
+
+
+def _probability(target: Any) -> int | None:
+    """Return the position of an operator's dropout probability, or None."""
+    return _PROBABILITIES.get(target, DROPOUTS.get(target))
+
+
+def _read(node: fx.Node, argument: int | str) -> Any:
+    if isinstance(argument, str):
+        return node.kwargs.get(argument)
+    return node.args[argument] if argument < len(node.args) else node.kwargs.get("dropout_p")
+
+
+def _write(node: fx.Node, argument: int | str, value: Any) -> None:
+    if isinstance(argument, str):
+        node.update_kwarg(argument, value)
+    elif argument < len(node.args):
+        node.update_arg(argument, value)
+    else:
+        node.update_kwarg("dropout_p", value)

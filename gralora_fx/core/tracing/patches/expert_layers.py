@@ -1,0 +1,127 @@
+"""Experts of transformers' models while they are traced: one operator a layer, told by what their code computes.
+
+transformers calls the experts of a model by one interface, and each class says how its parameters are stored. What is
+between its two products is a method of its own; its numbers are measured on a few inputs, and compared on many.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gralora_fx.core.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
+from gralora_fx.core.operators.experts import ACTIVATIONS, Experts, gated
+
+_LOOP = "eager"
+_PRODUCTS = "grouped_mm"  # transformers' own default for most models
+_DIGITS = 6
+_FAR = 1e6
+
+
+@contextmanager
+def experts_as_operators(model: nn.Module) -> Iterator[None]:
+    """Let a model call `gralora::experts` within the block, for each module of experts that the operator can express.
+
+    Those that it cannot are computed by grouped products, where transformers has that form of them: a loop runs over
+    the experts that some token uses, which a graph cannot know.
+
+    Args:
+        model: The model; it is restored when the block ends.
+    """
+    with ExitStack() as changed:
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and _loops(part):
+                part.set_experts_implementation(_PRODUCTS)
+                changed.callback(part.set_experts_implementation, _LOOP)
+            gate = gate_of(part)
+            if gate is not None:
+                changed.enter_context(patch.object(part, "forward", functools.partial(_compute, part, gate)))
+        yield
+
+
+def _loops(model: PreTrainedModel) -> bool:
+    """Whether a model's experts run in a loop, and may be computed otherwise."""
+    return bool(model._can_set_experts_implementation()) and model.get_experts_implementation()[""] == _LOOP
+
+
+def _compute(
+    module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The operator behind transformers' interface of experts."""
+    return Experts.compute(
+        hidden=hidden_states,
+        index=top_k_index,
+        weights=top_k_weights,
+        up=module.gate_up_proj if module.has_gate else module.up_proj,
+        down=module.down_proj,
+        up_bias=(module.gate_up_proj_bias if module.has_gate else module.up_proj_bias) if module.has_bias else None,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+        is_transposed=module.is_transposed,
+        **vars(gate),
+    )
+
+
+def gate_of(module: Any) -> ExpertGate | None:
+    """What a module of experts computes between its products; None where the operator has no such form of them."""
+    if not callable(getattr(module, "_apply_gate", None)) or not hasattr(module, "has_gate"):
+        return None
+    weights = [getattr(module, name, None) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    is_plain = all(isinstance(w, Tensor) and w.ndim == 3 and w.is_floating_point() and w.itemsize > 1 for w in weights)
+    if not is_plain or module.has_post_expert_norm or module._is_expert_parallel:
+        return None
+    try:
+        with torch.no_grad():
+            return _measured(module._apply_gate) if module.has_gate else ungated(module.act_fn)
+    except (TypeError, ValueError, RuntimeError):  # it takes more than these numbers, or gives something else
+        return None
+
+
+def ungated(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
+    """What an activation computes, of experts without a gate; None where the operator has no such form of it."""
+    x = torch.linspace(-9, 9, 73, dtype=torch.float64)
+    return next((gate for gate in _gates(NO_GATE) if torch.allclose(function(x), gated(gate, x), 1e-5, 1e-6)), None)
+
+
+def _measured(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
+    """The gate that a function computes, of gates and linear parts in one of the two layouts."""
+    for layout in (HALVES, INTERLEAVED):
+
+        def at(gate: float, linear: float, layout: str = layout) -> float:
+            """What it gives of one number of each, beside zeros."""
+            numbers = [gate, 0.0, linear, 0.0] if layout == HALVES else [gate, linear, 0.0, 0.0]
+            return float(function(torch.tensor([numbers], dtype=torch.float64))[0, 0])
+
+        nothing = at(0.5, 0)
+        activated = at(0.5, 1) - nothing  # of 0.5
+        if not 0 < activated <= 0.5:
+            continue
+        bound = (at(0.5, _FAR) - nothing) / activated
+        gates = list(
+            _gates(
+                layout,
+                alpha=round(2 * math.log(activated / (0.5 - activated)), _DIGITS) if activated < 0.5 else 1.0,
+                offset=round(nothing / activated, _DIGITS),
+                limit=round(bound, _DIGITS) if bound < _FAR / 2 else 0.0,
+            )
+        )
+        x = 3 * max(4.0, gates[0].limit) * torch.linspace(-1, 1, 64, dtype=torch.float64)
+        both = torch.cartesian_prod(x, x)  # every gate with every linear part
+        x = both.T.reshape(1, -1) if layout == HALVES else both.reshape(1, -1)
+        expected = function(x)
+        found = next((gate for gate in gates if torch.allclose(expected, gated(gate, x), 1e-5, 1e-6)), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _gates(layout: str, alpha: float = 1.0, offset: float = 0.0, limit: float = 0.0) -> Iterator[ExpertGate]:
+    for activation in ACTIVATIONS:
+        yield ExpertGate(activation, layout, alpha if activation == "silu" else 1.0, offset, limit)

@@ -1,0 +1,150 @@
+"""The code of models that a trace knows: one row for each, by whose copies of it other models are recognised too.
+
+A replacement is loaded once a model has the code, so that a model loads nothing for what it does not have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gralora_fx.core.tracing.patches.recognised import Recognised
+
+SILU = ("silu", "swish")  # its names in configurations
+
+
+def _rotates_all(module: Any) -> bool:
+    return "dynamic" not in module.rope_type and module.rope_type != "longrope"
+
+
+def _has_gate(norm: Any) -> bool:
+    return norm.activation in (*SILU, "sigmoid")
+
+
+DROP_PATH = Recognised(
+    "swin.modeling_swin:SwinDropPath.forward",
+    "other_layers:drop_path",
+    ending="DropPath",
+    fits=lambda module: isinstance(module.drop_prob, float),
+)
+SAME_PADDING = (
+    Recognised(
+        "mobilenet_v1.modeling_mobilenet_v1:apply_tf_padding", "other_layers:same_padding"
+    ),  # dilations are all one
+    Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", "other_layers:same_padding"),
+)
+CAUSAL_CONV = Recognised("qwen3_next.modeling_qwen3_next:causal_conv1d_fn", "recurrences:convolve")
+DELTA_RULE = Recognised(
+    "qwen3_next.modeling_qwen3_next:torch_chunk_gated_delta_rule", "recurrences:delta_rule", beside=("l2norm",)
+)
+KIMI_RULE = Recognised(
+    "kimi_linear.modeling_kimi_linear:chunk_kimi_delta_attention", "recurrences:delta_rule", beside=("l2norm",)
+)
+LIGHTNING = Recognised(
+    "minimax.modeling_minimax:MiniMaxLightningAttention.forward", "recurrences:lightning", ending="LightningAttention"
+)
+RECURRENCES = (CAUSAL_CONV, DELTA_RULE, KIMI_RULE, LIGHTNING)
+_MIXERS = ("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "FalconMambaMixer", "HybridMambaLayer")
+STATE_SPACES = (
+    Recognised("mamba2.modeling_mamba2:Mamba2Mixer.forward", "state_space_layers:mamba2", _MIXERS),
+    Recognised("falcon_h1.modeling_falcon_h1:FalconH1Mixer.forward", "state_space_layers:mamba2", _MIXERS),
+    Recognised("mamba.modeling_mamba:MambaMixer.forward", "state_space_layers:mamba", _MIXERS),
+    Recognised("falcon_mamba.modeling_falcon_mamba:FalconMambaMixer.forward", "state_space_layers:mamba", _MIXERS),
+    Recognised("jamba.modeling_jamba:JambaMambaMixer.forward", "state_space_layers:mamba", _MIXERS),
+    Recognised("zamba.modeling_zamba:ZambaMambaMixer.forward", "state_space_layers:zamba", _MIXERS),
+)
+_SELECTIVE_SCANS = STATE_SPACES[2:]
+_GATED = "RMSNormGated"
+GATED_NORMS = (
+    Recognised("mamba2.modeling_mamba2:MambaRMSNormGated.forward", "state_space_layers:norm_of_gated", _GATED),
+    Recognised(
+        "qwen3_next.modeling_qwen3_next:Qwen3NextRMSNormGated.forward",
+        "state_space_layers:gate_of_normed",
+        _GATED,
+        fits=_has_gate,
+    ),
+    Recognised(
+        "kimi_linear.modeling_kimi_linear:KimiLinearRMSNormGated.forward",
+        "state_space_layers:gate_of_normed",
+        _GATED,
+        fits=_has_gate,
+    ),
+)
+BLOCK_SPARSE_ATTENTION = Recognised(
+    "qwen4_exp.modeling_qwen4_exp:Qwen4ExpTextQSAIndexer.forward",
+    "block_sparse_attention:chosen",
+    ending="QSAIndexer",
+    fits=lambda module: module.index_kv_heads == 1,
+)
+# experts that a model computes in a loop of its own, not through transformers' interface
+LOOPED_EXPERTS = (
+    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", "looped_experts:dbrx", ending="DbrxExperts"),
+    Recognised(
+        "longcat_flash.modeling_longcat_flash:LongcatFlashExperts.forward",
+        "looped_experts:longcat",
+        ending="FlashExperts",
+        fits=lambda experts: experts.num_routed_experts > 0,
+    ),
+)
+IN_EVERY_MODEL = (
+    DROP_PATH,
+    *SAME_PADDING,
+    *RECURRENCES,
+    *STATE_SPACES,
+    *GATED_NORMS,
+    BLOCK_SPARSE_ATTENTION,
+)
+
+RMS_NORM = Recognised("llama.modeling_llama:LlamaRMSNorm.forward", "decoder_operators:norm")
+ROTARY_EMBEDDING = Recognised(
+    "llama.modeling_llama:apply_rotary_pos_emb", "decoder_operators:rotate_both", beside=("rotate_half",)
+)
+ANGLES_OF_GRIDS = Recognised(
+    "qwen3_5.modeling_qwen3_5:Qwen3_5TextRotaryEmbedding.forward",
+    "decoder_operators:angles_of_grids",
+    ending="RotaryEmbedding",
+    beside=("recomposition_frequencies",),  # which leaves equal angles as they are
+    fits=_rotates_all,
+)
+IN_DECODERS = (RMS_NORM, ROTARY_EMBEDDING, ANGLES_OF_GRIDS)
+
+# attention that models compute by themselves, not through transformers' interface
+ATTENTIONS = (
+    Recognised(
+        "falcon.modeling_falcon:FalconAttention.forward",
+        "decoder_operators:falcon",
+        ending="FalconAttention",
+        fits=lambda module: not module.config.alibi,  # a bias for each head is more than a mask
+    ),
+)
+
+
+def forgets_before_prompts(model: nn.Module) -> bool:
+    """Return whether transformers' code of a model reads several tokens as if none came before, as selective scans do.
+
+    Args:
+        model: The model.
+    """
+    return any(code.replaces_in(part) for part in model.modules() for code in _SELECTIVE_SCANS)
+
+
+def has_key_indexer(model: nn.Module) -> bool:
+    """Return whether a decoder's indexer of keys keeps the positions of all tokens.
+
+    Args:
+        model: The model.
+    """
+    return any(type(part).__name__.endswith("QSAIndexer") for part in model.modules())
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has experts, by transformers' interface or in a known loop of its own.
+
+    Args:
+        model: The model.
+    """
+    return any(
+        hasattr(part, "_apply_gate") or any(code.replaces_in(part) for code in LOOPED_EXPERTS)
+        for part in model.modules()
+    )

@@ -1,0 +1,226 @@
+"""State space layers while a model is traced: a causal convolution and a linear attention each, whatever their length.
+
+transformers computes a prompt in chunks or step by step, drops the state before it in some of these paths, and lets the
+state decay at padding. Here one form serves a prompt, a step and all between, and padding leaves a state as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gralora_fx.core.operators.layers import RmsNorm
+from gralora_fx.core.operators.linear_attention import LinearAttention
+from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
+from gralora_fx.core.tracing.patches.known_code import SILU
+
+
+def shown(x: Tensor, mask: Tensor | None) -> Tensor:
+    """A tensor `[batch, length, ...]` with zeros where the last columns of a mask are zero."""
+    if mask is None:
+        return x
+    return x * mask[:, mask.shape[1] - x.shape[1] :].unsqueeze(-1).to(x.dtype)
+
+
+def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+    """A layer's causal convolution with its activation, over the inputs that a cache holds; it keeps the last ones.
+
+    transformers keeps as many inputs as the kernel has, one more than are read; a cache of either width stays as wide.
+
+    Args:
+        module: The layer, with `in_proj`, `conv1d`, `activation`, `act` and `layer_idx`.
+        x: `[batch, length, channels]`, of `in_proj`, which has read zeros at padding.
+        cache: The model's cache, or None.
+        mask: `[batch, length or more]`, zero at padding, or None.
+
+    Returns:
+        As `x`.
+    """
+    before, read = _state(cache, module.layer_idx, "conv_states"), module.conv1d.kernel_size[0] - 1
+    # a projection without a bias gives zeros at padding
+    inputs = (x if module.in_proj.bias is None else shown(x, mask)).transpose(1, 2)
+    is_silu = module.activation in SILU
+    y, state = CausalConv.compute_with_state(
+        x=inputs,
+        weight=module.conv1d.weight,
+        bias=module.conv1d.bias,
+        state=None if before is None else before[..., before.shape[-1] - read :],
+        silu=is_silu,
+    )
+    if cache is not None:
+        kept = inputs.new_zeros(*inputs.shape[:2], read + 1) if before is None else before
+        if kept.shape[-1] > read:
+            last = torch.cat([kept, inputs], dim=-1)
+            state = last[..., last.shape[-1] - kept.shape[-1] :]
+        _keep(cache, module.layer_idx, "conv_states", state)
+    y = y.transpose(1, 2)
+    return shown(y if is_silu else module.act(y), mask)
+
+
+def _state(cache: Any, layer: int, kind: str) -> Tensor | None:
+    """What a layer's cache holds, `conv_states` or `recurrent_states`; None before the first call."""
+    return None if cache is None else getattr(cache.layers[layer], kind)[0]
+
+
+def _keep(cache: Any, layer: int, kind: str, state: Tensor) -> None:
+    held = cache.layers[layer]
+    getattr(held, kind)[0] = state
+    getattr(held, f"is_{kind}_initialized")[0] = held.has_previous_state[0] = True
+
+
+def _scan(
+    module: Any, cache: Any, before: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
+) -> Tensor:
+    """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`.
+
+    Args:
+        module: The layer.
+        cache: The model's cache, or None.
+        before: The state, as `_before` gives it.
+        query: As of `LinearAttention`, and so is what follows.
+        key: See there.
+        value: See there.
+        decay: See there.
+    """
+    y, state = LinearAttention.compute_with_state(
+        query=query, key=key, value=value, decay=decay, beta=None, state=before, scale=1.0
+    )
+    if cache is not None:
+        state = state.reshape(state.shape[0], *module.A_log.shape) if value.shape[3] == 1 else state.transpose(2, 3)
+        _keep(cache, module.layer_idx, "recurrent_states", state)
+    return y
+
+
+def _before(module: Any, cache: Any, heads: int) -> Tensor | None:
+    """A layer's recurrent state as `LinearAttention` takes it, or None; each channel may be a head of width 1."""
+    state = _state(cache, module.layer_idx, "recurrent_states")
+    if state is None:
+        return None
+    return state.transpose(2, 3) if module.A_log.ndim == 1 else state.reshape(state.shape[0], heads, -1, 1)
+
+
+def _heads(x: Tensor, count: int) -> Tensor:
+    """`[..., count, size]` of `[..., count * size]`."""
+    return torch.unflatten(x, -1, (count, x.shape[-1] // count))
+
+
+def mamba2(
+    module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
+) -> Tensor:
+    """A layer of Mamba2: state space duality, of "Transformers are SSMs", https://arxiv.org/abs/2405.21060.
+
+    Queries are its C, keys its B, values its x times a time step, and the decay is its A times the time step.
+    """
+    heads, groups, width = module.num_heads, module.n_groups, module.n_groups * module.ssm_state_size
+    hidden_states = shown(hidden_states, attention_mask)
+    if hasattr(module, "mup_vector"):  # Falcon-H1's multipliers
+        projected = module.in_proj(hidden_states * module.ssm_in_multiplier) * module.mup_vector
+    else:
+        projected = module.in_proj(hidden_states)
+    gate, mixed, step = projected.split([module.intermediate_size, module.conv_dim, heads], dim=-1)
+    mixed = convolve(module, mixed, cache, attention_mask)
+    x, key, query = torch.split(mixed, [module.intermediate_size, width, width], dim=-1)
+    step = nn.functional.softplus(step + module.dt_bias)
+    before = _before(module, cache, heads)
+    step = shown(_limited(module, step, before), attention_mask)
+    x = _heads(x, heads)
+    y = _scan(
+        module,
+        cache,
+        before,
+        query=_heads(query, groups),
+        key=_heads(key, groups),
+        value=x * step.unsqueeze(-1),
+        decay=-torch.exp(module.A_log.float()) * step,
+    )
+    y = (y + x * module.D.unsqueeze(-1)).flatten(-2)
+    y = module.norm(y, gate) if getattr(module, "mamba_rms_norm", True) else y * nn.functional.silu(gate)
+    result: Tensor = module.out_proj(y.to(hidden_states.dtype))
+    return result
+
+
+def _limited(module: Any, step: Tensor, before: Tensor | None) -> Tensor:
+    """Time steps within a layer's limits: transformers limits those of prompts, not of single tokens."""
+    least, largest = module.time_step_limit
+    if least <= 0 and largest == math.inf:  # those of softplus
+        return step
+    if before is None:
+        return step.clamp(least, largest)
+    return PromptClamp.compute(x=step, state=before, least=least, largest=largest)
+
+
+def mamba(
+    module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
+) -> Tensor:
+    """A layer of Mamba, https://arxiv.org/abs/2312.00752, of FalconMamba and of Jamba."""
+    mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).chunk(2, dim=-1)
+    mixed = convolve(module, mixed, cache, attention_mask)
+    parts = module.x_proj(mixed).split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
+    if hasattr(module, "dt_layernorm"):
+        norms = module.dt_layernorm, module.b_layernorm, module.c_layernorm
+        parts = [norm(part) for norm, part in zip(norms, parts, strict=True)]
+    step, key, query = parts
+    step = (module.dt_proj.weight @ step.transpose(1, 2)).transpose(1, 2) + module.dt_proj.bias
+    return _selected(module, cache, attention_mask, mixed, gate, step, key.unsqueeze(2), query.unsqueeze(2))
+
+
+def zamba(
+    module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
+) -> Tensor:
+    """A layer of Zamba: Mamba's with several heads, each with weights of its own."""
+    mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).unflatten(-1, (-1, 2)).unbind(dim=-1)
+    mixed = convolve(module, mixed, cache, attention_mask)
+    by_head = _heads(mixed, module.n_mamba_heads).unsqueeze(-2)
+    parts = (by_head @ module.x_proj_weight.transpose(1, 2)).squeeze(-2)
+    step, key, query = parts.split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
+    step = (step.unsqueeze(-2) @ module.dt_proj_weight.transpose(1, 2)).squeeze(-2) + module.dt_proj_bias
+    return _selected(module, cache, attention_mask, mixed, gate, step.flatten(-2), key, query)
+
+
+def _selected(
+    module: Any, cache: Any, mask: Tensor | None, x: Tensor, gate: Tensor, step: Tensor, key: Tensor, query: Tensor
+) -> Tensor:
+    """What a selective scan gives: each channel is a head whose values have one number, with a decay for each key.
+
+    Args:
+        module: The layer.
+        cache: The model's cache, or None.
+        mask: `[batch, length or more]`, zero at padding, or None.
+        x: `[batch, length, channels]`.
+        gate: As `x`.
+        step: As `x`: time steps before softplus.
+        key: `[batch, length, heads, state size]`; heads divide channels.
+        query: As `key`.
+    """
+    step = shown(nn.functional.softplus(step), mask)
+    decay = -torch.exp(module.A_log.float()).reshape(-1, module.ssm_state_size)
+    before = _before(module, cache, x.shape[-1])
+    y = _scan(module, cache, before, query, key, (x * step).unsqueeze(-1), step.unsqueeze(-1) * decay)
+    y = (y.squeeze(-1) + x * module.D.flatten()) * nn.functional.silu(gate)
+    result: Tensor = module.out_proj(y.to(x.dtype))
+    return result
+
+
+def norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """Mamba2's norm: of groups of what is gated."""
+    wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    wide = wide if gate is None else wide * nn.functional.silu(gate.to(wide.dtype))
+    groups = wide.shape[-1] // module.group_size
+    if groups > 1:
+        wide = _heads(wide, groups)
+    normed = RmsNorm.compute(x=wide, weight=None if groups > 1 else module.weight, eps=module.variance_epsilon)
+    return (normed if groups == 1 else module.weight * normed.flatten(-2)).to(hidden_states.dtype)
+
+
+def gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
+    """The norm of delta rules, whose gate, by SiLU or by the sigmoid, comes after."""
+    return GatedRmsNorm.compute(
+        x=hidden_states,
+        weight=module.weight,
+        gate=gate,
+        eps=module.variance_epsilon,
+        silu=module.activation in SILU,
+    )

@@ -1,0 +1,156 @@
+"""`trace`: the entry point for every kind of model, which returns a clean graph over the model's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from transformers import PreTrainedModel
+
+from gralora_fx.base.progress.stages import gc_pause
+from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.graph.out_of_reach import layers_of
+from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
+from gralora_fx.core.tracing.both_modes import trace_both_modes
+from gralora_fx.core.tracing.capture import experts_as_nodes
+from gralora_fx.core.tracing.check import with_call_signature
+from gralora_fx.core.tracing.draft import Captured, Draft, called_as, first_draft
+from gralora_fx.core.tracing.inputs.arguments import example_arguments
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import TraceError
+from gralora_fx.format.input_names import takes_images
+
+if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
+    from gralora_fx.base.sources.sentence_modules import SentenceModules
+    from gralora_fx.format.image_sizes import ImageSize
+
+
+def trace(
+    model: nn.Module | torch.export.ExportedProgram,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    task: str | None = None,
+    dynamic: bool = True,
+    sentence_modules: str | Path | None = None,
+    image_size: ImageSize = None,
+) -> TracedModel:
+    """Trace a model to a `torch.fx` graph over its own parameters.
+
+    The graph is compared with the eager model in evaluation mode on a padded sample before it is returned. A model on
+    the meta device can be traced too, but has no values to compare.
+
+    Args:
+        model: A transformers model, any module, a `GraphModule` (symbolic or exported), or an `ExportedProgram`.
+        example_inputs: Keyword arguments as a dict, or positional ones as a tuple. Tensors, and lists, tuples, dicts
+            and dataclasses of them, become inputs; every other argument, given or not, becomes part of the graph with
+            its value, and a call with another value is refused. One row and one position are enough: batch and sequence
+            stay dynamic nevertheless, and a padding mask stays an input.
+        kwargs: Keyword arguments beside a tuple, as in `torch.export.export(model, args, kwargs)`.
+        task: One of optimum's task names; example inputs are generated from the model's configuration if none are
+            given.
+        dynamic: Whether axes may vary; False fixes every size to the example's.
+        sentence_modules: For `task="sentence-similarity"`: a directory or hub id whose `modules.json` says what follows
+            the transformer, such as that of an adapter; None for where the model was loaded from.
+        image_size: For a model that takes images: a height and a width to trace with, or `"dynamic"` for images of any
+            size. A model with a table of positions then interpolates it (`interpolate_pos_encoding`). None: of any size
+            if the model takes them as it is called, else of the example's (see `signature.image_sizes`).
+
+    Returns:
+        The traced model, in the model's mode.
+
+    Raises:
+        TraceError: The model cannot be traced (the message says where), not for images of any size though that was
+            asked for, or inputs are missing or do not fit.
+    """
+    arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
+    sentence = _sentence_modules(model, task, sentence_modules)
+    if isinstance(model, (fx.GraphModule, torch.export.ExportedProgram)):
+        if image_size is not None:
+            raise TraceError(
+                "image_size has no effect on a graph, which was traced for the sizes that it takes; leave it out"
+            )
+        from gralora_fx.core.tracing.ready_graphs import trace_ready_graph, tree_of
+
+        draft = trace_ready_graph(model, arguments, task)
+        return _with_layers(draft, tree_of(draft), training=not draft.evaluates)
+    if isinstance(model, TracedModel) or isinstance(getattr(model, "traced", None), TracedModel):
+        raise TraceError(
+            f"the {type(model).__name__} is traced already; trace its source model again, or use it as it is"
+        )
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"cannot trace a {type(model).__name__}; give an nn.Module, GraphModule or ExportedProgram")
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        raise TraceError(
+            f"the {type(model).__name__} holds weights that bitsandbytes quantized, whose products cannot be traced; "
+            "load it with gralora_fx.loading.load_model, which takes their values, or trace model.dequantize()"
+        )
+    with ExitStack() as changed:
+        if sentence is not None:
+            from gralora_fx.core.tracing.sentence_encoder import followed_by
+
+            changed.enter_context(followed_by(model, sentence))
+        with placeholder_parameters(model) as originals, gc_pause():
+            with experts_as_nodes(model) if originals else nullcontext():  # grouped products take no placeholders
+                first = first_draft(
+                    model,
+                    arguments,
+                    task=task,
+                    dynamic=dynamic,
+                    sentence=sentence,
+                    image_size=image_size,
+                    has_values=not originals,
+                )
+            with called_as(first):
+                draft = with_call_signature(_checked(first))
+            if originals:
+                restore_parameters(draft.graph_module, originals)
+        # the modules of a sentence encoder are still among the model's
+        return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
+
+
+def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
+    """Return the modules after a transformer that make a sentence encoder of it; None for another task."""
+    if task is None and source is None:
+        return None
+    from gralora_fx.core.tracing.sentence_encoder import sentence_modules_of
+
+    return sentence_modules_of(model, task, source)
+
+
+def _checked(draft: Draft) -> Captured:
+    """Capture and check a model for both modes, of images for the sizes that it takes."""
+    if not takes_images(draft.sample):
+        return trace_both_modes(draft)
+    from gralora_fx.core.tracing.image_trace import trace_images
+
+    return trace_images(draft)
+
+
+def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> TracedModel:
+    """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
+    model, config, loss = draft.model, None, None
+    if isinstance(model, PreTrainedModel):
+        from gralora_fx.core.tracing.losses import loss_function_of
+
+        config, loss = model.config, loss_function_of(model)
+    traced = TracedModel(
+        draft.graph_module,
+        tree=tree,
+        example_inputs={**draft.sample, **draft.constants},
+        signature=draft.signature,
+        **layers_of(draft.graph_module, tree)._asdict(),
+        task=draft.task,
+        config=config,
+        generation_config=getattr(model, "generation_config", None) if config is not None else None,
+        tokenizer_source=getattr(config, "_name_or_path", None) or None,
+        loss_function=loss,
+        shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
+        sentence=draft.sentence,
+        passes=draft.passes,
+    )
+    return traced.train(training)

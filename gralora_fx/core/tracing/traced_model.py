@@ -1,0 +1,344 @@
+"""`TracedModel`: a graph over a model's own parameters, with facts about the source model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
+
+from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy
+from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.graph.out_of_reach import layers_of
+from gralora_fx.core.graph.pipeline import GraphPass, PassReport, run_pass
+from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.operators.call import NAMESPACE
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
+from gralora_fx.core.tracing.inputs.signature import CallSignature, with_cache_name
+from gralora_fx.core.tracing.normalize.modes import set_mode
+from gralora_fx.core.tracing.source_model import main_input
+from gralora_fx.errors import GraloraError, TargetError, TraceError
+from gralora_fx.format.input_names import PAST
+
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.sentence_modules import SentenceModules
+    from gralora_fx.core.graph.parameter_sites import ParameterSite
+    from gralora_fx.core.tracing.as_transformers import TransformersView
+
+CALL_TRACE = "trace it first: call trace() with the model,"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TracedModel:
+    """A traced model: callable like the model, its graph open to passes.
+
+    It shares the source model's parameters and copies none. It is made by `trace`, and a changed one by
+    `dataclasses.replace` or, where the graph is another, by `with_graph`. Only its mode changes in place, which is that
+    of its graph, as of any module.
+
+    Attributes:
+        graph_module: The graph; calling it takes every traced input by name.
+        tree: Module paths and parameters of the source model.
+        example_inputs: The arguments it was traced with, by name: inputs, and constants that are part of the graph.
+        signature: Its call signature, with the value of every argument that is part of the graph.
+        sites: Every linear layer of the model, in the order of its modules.
+        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
+        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
+        task: The task it was traced for, or None.
+        config: The model's transformers configuration, or None.
+        generation_config: The model's generation configuration, or None.
+        tokenizer_source: Where the model's tokenizer can be loaded from, or None.
+        loss_function: transformers' loss for the model's class, or None.
+        shift_labels: The model's own function from labels to decoder inputs, or None.
+        merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
+        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        passes: What each pass that normalized the graph did, in order.
+    """
+
+    graph_module: fx.GraphModule
+    tree: ModuleTree
+    example_inputs: Mapping[str, Any]
+    signature: CallSignature
+    sites: tuple[LinearSite, ...]
+    out_of_reach: Mapping[str, str]
+    in_subgraphs: Mapping[str, str]
+    task: str | None = None
+    config: PreTrainedConfig | None = None
+    generation_config: GenerationConfig | None = None
+    tokenizer_source: str | None = None
+    loss_function: Callable[..., torch.Tensor] | None = None
+    shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
+    merged_adapters: Mapping[str, Any] = field(default_factory=dict)
+    sentence: SentenceModules | None = None
+    passes: tuple[PassReport, ...] = ()
+
+    @property
+    def training(self) -> bool:
+        """Whether the graph is in training mode."""
+        return self.graph_module.training
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of the graph, in its order."""
+        return self.signature.inputs
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the model keeps between its steps."""
+        return cache_layout(self.example_inputs)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments of the trace that are part of the graph; calls pass them again."""
+        return {name: value for name, value in self.example_inputs.items() if name not in self.input_names}
+
+    @property
+    def graph_inputs(self) -> dict[str, Any]:
+        """The example inputs without the constants that are part of the graph."""
+        return {name: value for name, value in self.example_inputs.items() if name in self.input_names}
+
+    @functools.cached_property
+    def operators(self) -> frozenset[str]:
+        """Names of this project's operators that the graph calls, in branches and loops too."""
+        graphs = (part.graph for part in self.graph_module.modules() if isinstance(part, fx.GraphModule))
+        targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
+        return frozenset(
+            target.name().partition("::")[2] for target in targets if getattr(target, "namespace", None) == NAMESPACE
+        )
+
+    @functools.cached_property
+    def parameter_sites(self) -> tuple[ParameterSite, ...]:
+        """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
+        from gralora_fx.core.graph.parameter_sites import parameter_sites
+
+        return parameter_sites(self.graph_module, self.tree, self.sites)
+
+    @property
+    def adaptable(self) -> tuple[LinearSite, ...]:
+        """The linear layers, then the other parameters: whatever an adapter can be at."""
+        return (*self.sites, *self.parameter_sites)
+
+    def site(self, path: str) -> LinearSite:
+        """The linear layer at a module path, or the parameter of a name.
+
+        Args:
+            path: The path, as in `sites` or `parameter_sites`.
+
+        Raises:
+            TargetError: There is none.
+        """
+        match = next((site for site in self.adaptable if site.path == path), None)
+        if match is None:
+            near = ", ".join(difflib.get_close_matches(str(path), [site.path for site in self.sites], n=3, cutoff=0.4))
+            raise TargetError(f"there is no linear layer at {path!r}; nearest: {near or 'none'}")
+        return match
+
+    def with_pass(self, graph_pass: GraphPass) -> TracedModel:
+        """A copy of the traced model, over the same parameters, whose graph a pass has edited.
+
+        Args:
+            graph_pass: Takes the copy's `GraphModule` and edits it in place. Linear layers are looked up again
+                afterwards.
+
+        Raises:
+            RewriteError: The pass failed, or left a graph that does not lint. This model is as it was.
+        """
+        graph_module = fx.GraphModule(self.graph_module, copy_graph(self.graph_module), "TracedGraph")
+        run_pass(graph_module, graph_pass)
+        return self.with_graph(graph_module, self.tree)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph like the model.
+
+        Args:
+            *args: Inputs by position, in the order of the model's forward.
+            **kwargs: Inputs by name. A mask, token types, positions or a cache that were traced may be left out.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            TraceError: An input is missing or was not part of the trace.
+        """
+        return self.graph_module(**self.bind(args, kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate by transformers' own loop, as the traced model's `generate` does.
+
+        Args:
+            *args: As of transformers' `generate`: the prompt's token ids `[batch, length]`.
+            **kwargs: As of transformers' `generate`: `attention_mask`, `max_new_tokens`, `do_sample`, `num_beams`,
+                `streamer`, `generation_config` and the others.
+
+        Returns:
+            What transformers' `generate` returns: token ids `[batch, length]`, the prompt included.
+
+        Raises:
+            TraceError: The model does not generate, or an option is not supported over a trace.
+        """
+        return self._view().generate(*args, **kwargs)
+
+    def can_generate(self) -> bool:
+        """Whether the model generates."""
+        return self.generation_config is not None
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of the main input."""
+        return main_input(self)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self._view().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self._view().dtype
+
+    def _view(self) -> TransformersView:
+        from gralora_fx.core.tracing.as_transformers import view_of
+
+        return view_of(self, self.__call__, self.tree.parameters, labels=False)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of one call by name, with the source model's defaults.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+
+        Raises:
+            TraceError: An input is missing, given twice, of another structure than the example's, was not part of the
+                trace, or a mask does not cover all positions; or an argument that is part of the graph has another
+                value.
+        """
+        kwargs = with_cache_name(self.input_names, kwargs)
+        if isinstance(self.example_inputs.get(PAST), Cache):
+            return self._bind_step(args, kwargs)
+        return self.signature.bind(args, kwargs, self.example_inputs)
+
+    def _bind_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Bind the inputs of a step; a cache that is left out is empty, and another is as the graph takes it."""
+        from gralora_fx.core.tracing.inputs.cache import check_step_shapes, empty_cache, fitted_cache, own_cache
+
+        example = self.example_inputs[PAST]
+        if kwargs.get(PAST) is None and PAST not in self.signature.positional[: len(args)]:
+            kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
+        if isinstance(given := kwargs.get(PAST), Cache):
+            others = (value for name, value in kwargs.items() if name != PAST)
+            kwargs = {**kwargs, PAST: fitted_cache(given, example, batch_of((*args, *others)))}
+        inputs = self.signature.bind(args, kwargs, self.example_inputs)
+        if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
+            inputs[PAST] = own_cache(cache)  # the graph contains the encoder and reads its output directly
+        check_step_shapes(inputs)
+        return inputs
+
+    def train(self, mode: bool = True) -> TracedModel:
+        """Switch dropout, attention dropout and batch statistics as the source model's `train()` does.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
+        self.graph_module.train(mode)
+        if set_mode(self.graph_module.graph, mode):
+            self.graph_module.recompile()
+        return self
+
+    def eval(self) -> TracedModel:
+        """Switch to evaluation mode."""
+        return self.train(False)
+
+    def to(self, *_: Any, **__: Any) -> Any:
+        """Refuse: the parameters are the source model's, and the graph names their dtype and device.
+
+        Raises:
+            TraceError: Always.
+        """
+        raise TraceError(
+            "a trace shares the parameters of its model, and computes in their dtype and on their device; convert or "
+            "move the model before it is traced, as in trace(model.to(torch.bfloat16))"
+        )
+
+    float = double = half = bfloat16 = cpu = cuda = to
+
+    def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
+        """The same model with another graph, such as one with folded weights.
+
+        Args:
+            graph_module: The graph.
+            tree: The modules that hold its parameters.
+        """
+        layers = layers_of(graph_module, tree)
+        return dataclasses.replace(self, graph_module=graph_module, tree=tree, **layers._asdict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle: the graph as a record of its nodes (see `graph_record`).
+
+        Raises:
+            TraceError: The graph calls a function that cannot be found by its name, or weights are left in their files.
+        """
+        from gralora_fx.core.tracing.graph_record import pack_module
+
+        if streamed := [name for name, parameter in self.tree.parameters.items() if is_lazy(parameter)]:
+            raise TraceError(
+                f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
+                "its weights"
+            )
+        return {**self.__dict__, "graph_module": pack_module(self.graph_module)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the graph from its record."""
+        from gralora_fx.core.tracing.graph_record import unpack_module
+
+        self.__dict__.update(state, graph_module=unpack_module(state["graph_module"]))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
+        """A copy with its own parameters, tied as in the original."""
+        from gralora_fx.core.tracing.graph_record import deep_copy
+
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        for parameter in self.tree.parameters.values():
+            if is_lazy(parameter):
+                memo[id(parameter)] = copy_lazy(parameter)
+        graph_module = deep_copy(self.graph_module, memo)
+        fields = {name: value for name, value in self.__dict__.items() if name != "graph_module"}
+        other.__dict__.update(copy.deepcopy(fields, memo), graph_module=graph_module)
+        return other
+
+    def __repr__(self) -> str:
+        """One line: what was traced, and how large it is."""
+        name = type(self.config).__name__.removesuffix("Config") if self.config is not None else "module"
+        return (
+            f"TracedModel({name}, task={self.task!r}, {len(self.graph_module.graph.nodes)} nodes, "
+            f"{len(self.sites)} linear sites)"
+        )
+
+
+def check_traced(model: object, error: type[GraloraError], action: str) -> None:
+    """Check that an object is a traced model.
+
+    Args:
+        model: The object.
+        error: The error to raise.
+        action: The intended action for the message, such as `rewrite`.
+
+    Raises:
+        GraloraError: Of the given type: it is not.
+    """
+    if not isinstance(model, TracedModel):
+        is_rewritten = isinstance(getattr(model, "traced", None), TracedModel)
+        remedy = (
+            "it is rewritten already: give its .traced" if is_rewritten else f"{CALL_TRACE} and give what it returned"
+        )
+        raise error(f"cannot {action} a {type(model).__name__}; {remedy}")

@@ -1,0 +1,1 @@
+"""Contents of an export directory, which its writer and its readers share."""

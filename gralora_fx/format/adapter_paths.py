@@ -1,0 +1,103 @@
+"""Adapters as files: their names and places, those of an export and those that a user gives; light, for options."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gralora_fx.base.sources.paths import shown_path, usable_path
+from gralora_fx.errors import ExportError, GraloraError, ServingError, shown
+from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.export_directory import ADAPTERS, check_own_file
+from gralora_fx.format.manifest import Manifest
+
+SUFFIX = ".onnx_adapter"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def is_name(name: object) -> bool:
+    """Whether a value is a name that an adapter may have, which is also that of a file."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
+    """An adapter's name, which is also that of a file.
+
+    Raises:
+        GraloraError: Of the given type: it is something else than letters, digits, dots, dashes and underscores.
+    """
+    if not is_name(name):
+        raise error(
+            f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
+            "128, beginning with a letter or a digit"
+        )
+    return str(name)
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of an adapter file is."""
+    return path.with_suffix(".json")
+
+
+def check_takes_adapters(
+    manifest: Manifest,
+    name: object,
+    error: type[GraloraError],
+    *,
+    remedy: str = "export the model with adapters='data'",
+) -> AdapterInputs:
+    """The inputs of an export that takes adapters as data.
+
+    Args:
+        manifest: The export's manifest.
+        name: Its name or directory, for the message.
+        error: The error type to raise.
+        remedy: What to do about it.
+
+    Raises:
+        GraloraError: Of the given type: it takes none.
+    """
+    if manifest.adapter_inputs is None:
+        merged = f" and has {', '.join(manifest.adapters)} merged into its weights" if manifest.adapters else ""
+        raise error(f"{name} takes no adapters: it was exported with adapters='merged'{merged}; {remedy}")
+    return manifest.adapter_inputs
+
+
+def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
+    """The adapter files in an export's directory, by name.
+
+    Raises:
+        GraloraError: Of the given type: one of them, or its record, is a link out of the directory.
+    """
+    folder = directory / ADAPTERS
+    if folder.is_symlink():
+        raise error(f"{folder} is a link; copy the directory itself into the export directory")
+    found = {path.name.removesuffix(SUFFIX): path for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    for path in found.values():
+        check_own_file(path, error)
+        check_own_file(record_path(path), error)
+    return found
+
+
+def adapter_path(value: object) -> Path:
+    """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved.
+
+    Raises:
+        ServingError: It is not a path, or there is nothing, or neither of the two.
+    """
+    remedy = f"give an {SUFFIX} file or a directory that PEFT saved"
+    path = usable_path(value, ServingError, remedy=remedy)
+    if not path.exists():
+        raise ServingError(f"there is no adapter at {shown_path(path)}; {remedy}")
+    check_adapter_kind(path, path.is_dir(), shown_path(path))
+    return path
+
+
+def check_adapter_kind(path: Path, is_directory: bool, name: str) -> None:
+    """Check that what is at a path is a directory, or named as an adapter file is.
+
+    Raises:
+        ServingError: It is neither.
+    """
+    if not is_directory and path.suffix != SUFFIX:
+        raise ServingError(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")

@@ -1,0 +1,123 @@
+"""The tensors that a model keeps between its steps: kinds of state, and the names of each tensor in an export.
+
+A new kind of state is a line of `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX
+
+
+@dataclass(frozen=True)
+class StateKind:
+    """A kind of tensor that a layer keeps between steps; its first axis is the batch.
+
+    Attributes:
+        name: What the names of inputs and outputs call it.
+        attribute: Where a layer of transformers' cache holds it: a tensor, or a dict of several by their number.
+        grows: The axis of positions, which a step makes longer; None of a state whose size is fixed, of which a step
+            gives the next. Such a state is zeros before the first step.
+        axes: What an export calls its axes, the last of which may have fixed sizes.
+        is_float32: Whether exports in half precision keep it in float32, since rounding would add up over a text.
+    """
+
+    name: str
+    attribute: str
+    grows: int | None = None
+    axes: tuple[str, ...] = ("batch_size",)
+    is_float32: bool = False
+
+    def shape(self, like: Sequence[Any], batch: int, length: int) -> tuple[int, ...]:
+        """The shape of one for a number of rows and positions.
+
+        Args:
+            like: The shape of another, whose other sizes it has.
+            batch: Number of rows.
+            length: Number of positions, of a kind that grows.
+        """
+        sizes = [batch, *like[1:]]
+        if self.grows is not None:
+            sizes[self.grows] = length
+        return tuple(sizes)
+
+
+_POSITIONS = ("batch_size", "num_key_value_heads", "past_sequence_length", "head_size")
+KINDS = {
+    kind.name: kind
+    for kind in (
+        StateKind("key", "keys", grows=2, axes=_POSITIONS),  # [batch, key heads, positions, size]
+        StateKind("value", "values", grows=2, axes=_POSITIONS),
+        # [batch, positions, size], by which sparse attention chooses its keys
+        StateKind("indexer", "indexer_keys", grows=1, axes=("batch_size", "past_sequence_length", "index_size")),
+        StateKind("conv", "conv_states"),  # [batch, channels, kernel - 1], the last inputs of a causal convolution
+        # [batch, heads, ...], what a recurrence has summed up
+        StateKind("recurrent", "recurrent_states", is_float32=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """One tensor of a cache.
+
+    Attributes:
+        layer: The layer that keeps it.
+        kind: What it is.
+        number: Which one, of several of the kind in a layer.
+        part: Of an encoder-decoder's cache: `"decoder"` or `"encoder"`; else empty.
+    """
+
+    layer: int
+    kind: StateKind
+    number: int = 0
+    part: str = ""
+
+    @property
+    def place(self) -> str:
+        """Its name without the prefix, such as `3.conv`."""
+        parts = [str(self.layer), self.part, self.kind.name, str(self.number) if self.number else ""]
+        return ".".join(part for part in parts if part)
+
+    @property
+    def past(self) -> str:
+        """The name of the input of a step that takes it."""
+        return PAST_PREFIX + self.place
+
+    @property
+    def present(self) -> str:
+        """The name of the output of a step that gives the next one."""
+        return PRESENT_PREFIX + self.place
+
+
+def slot_of(name: str) -> CacheSlot | None:
+    """The slot that an input or output of an export is called after; None of any other value.
+
+    Args:
+        name: The name, such as `past_key_values.3.conv`.
+    """
+    place = next((name.removeprefix(prefix) for prefix in (PAST_PREFIX, PRESENT_PREFIX) if name.startswith(prefix)), "")
+    layer, *rest = place.split(".")
+    part = rest.pop(0) if rest and rest[0] in ("decoder", "encoder") else ""
+    number = int(rest.pop()) if len(rest) > 1 and rest[-1].isdigit() else 0
+    if not layer.isdigit() or len(rest) != 1 or rest[0] not in KINDS:
+        return None
+    return CacheSlot(int(layer), KINDS[rest[0]], number, part)
+
+
+def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
+    """The cached tensors among a graph's inputs, by slot.
+
+    Args:
+        values: The inputs, each with a `name`.
+    """
+    named = ((slot_of(str(value.name)), value) for value in values if str(value.name).startswith(PAST_PREFIX))
+    return {slot: value for slot, value in named if slot is not None}
+
+
+def keeps_state(slots: Iterable[CacheSlot]) -> bool:
+    """Whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
+    return any(slot.kind.grows is None for slot in slots)

@@ -1,0 +1,89 @@
+"""The directory of an export: names of its files and their inputs, whether it is one, and links, which are refused.
+
+No link may lead out of it, apart from those of the Hugging Face hub's cache, which keeps a repository's files in
+`blobs/`, and a directory `snapshots/<revision>/` of symbolic links to them. A file with several hard links is refused
+wherever it is, since nothing tells whether another of its names is outside.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gralora_fx.base.sources.model_files import EXPORT_FILE, described
+from gralora_fx.errors import GraloraError, first_line
+
+MANIFEST_NAME = EXPORT_FILE
+PLAIN_KIND, DECODER_KIND, ENCODER_DECODER_KIND = "plain", "decoder", "encoder-decoder"  # kinds of export
+MODEL, ROWS = "model", "model_rows"  # files without their suffix: of most exports, and beside it for rows that differ
+MODEL_NAME, ROWS_NAME = f"{MODEL}.onnx", f"{ROWS}.onnx"
+DATA_SUFFIX = ".onnx_data"  # of a file with the weights of one model or several
+GENAI_CONFIG = "genai_config.json"
+ENCODER, DECODER = "encoder_model", "decoder_model_merged"  # files of an encoder-decoder, without their suffix
+FLAG = "use_cache_branch"  # input of its decoder: whether the step has a past
+ADAPTERS = "adapters"  # folder of an export's adapter files
+TRANSPOSED_STATES = "gralora_transposed_states"  # metadata: states whose last two axes are swapped, as in `0.recurrent`
+TOKENS_APART = "gralora_tokens_apart"  # metadata: a token that is read by itself computes as one of an answer
+QUERY_SEQLENS, PAST_SEQLENS = "query_seqlens", "past_seqlens"  # inputs of a decoder's rows: tokens to read, and before
+# inputs with which a step of rows verifies draft tokens; left out, it gives the logits after each row's last token
+LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: the tokens that get logits, counted over those of all rows
+ATTENTION_SEQLENS = "attention_seqlens"  # `[batch]` int32: the least tokens of a row by which attention picks a kernel
+ROWS_FORM = "gralora_rows_form"  # metadata of a decoder's rows: the version of their graph; absent before 2
+
+
+def not_an_export(directory: Path) -> str:
+    """Why a directory is not an export, and what to do."""
+    kind = described(directory)
+    if kind == "is a file":
+        return f"{directory} {kind}; give the directory of the export, {directory.parent}"
+    if is_export(directory.parent):
+        return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
+    if kind == "is a model":
+        call = f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)"
+        return f"{directory} {kind}, not an export; export it first: {call}"
+    if kind == "is an adapter":
+        return f"{directory} {kind}, not an export; give the directory of an export, and this one as adapter=..."
+    return f"no {MANIFEST_NAME} in {directory}, which {kind}; give the directory of an export"
+
+
+def is_export(directory: Path) -> bool:
+    """Whether a directory holds a manifest, of whatever schema."""
+    try:
+        fields = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "schema_version" in fields
+
+
+def check_own_file(path: Path, error: type[GraloraError]) -> None:
+    """Check that a file is a directory's own: a regular file of one name, not a link, or a snapshot's link to its blob.
+
+    Args:
+        path: The file; one that is missing is left to its reader.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: it is a link, or not a regular file.
+    """
+    try:
+        if path.is_symlink() and not _is_snapshot_link(path):
+            raise error(f"{path} is a link; copy the file itself into the export directory")
+        if not path.exists():
+            return
+        if not path.is_file():
+            raise error(f"{path} is not a regular file; export the model again")
+        names = path.stat().st_nlink
+    except (OSError, RuntimeError) as failure:
+        raise error(f"{path} cannot be read ({first_line(failure)}); export the model again") from failure
+    if names > 1:
+        raise error(f"{path} is a link; copy the file itself into the export directory (it has {names} names)")
+
+
+def _is_snapshot_link(path: Path) -> bool:
+    """Whether a link in `<repository>/snapshots/<revision>/` leads straight to a file in `<repository>/blobs/`."""
+    absolute = path.absolute()
+    repositories = [folder.parent.parent for folder in absolute.parents if folder.parent.name == "snapshots"]
+    return any(
+        not (repository / "blobs").is_symlink() and path.resolve().parent == (repository / "blobs").resolve()
+        for repository in repositories
+    )

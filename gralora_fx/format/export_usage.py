@@ -1,0 +1,60 @@
+"""How an export is used, in a line of Python and in a command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from gralora_fx.base.progress.report import Invocation
+from gralora_fx.format.tasks import GENERATING
+
+_PROMPT = "The capital of France is"
+_LOAD = "from gralora_fx.serving import load; "
+_TOKENIZER = "tokenizer_config.json"
+COMPARING, _GENERATING, _SERVING = "gralora-fx verify", "gralora-fx generate", "gralora-fx serve"
+
+
+def comparison_of(directory: str | Path) -> Invocation:
+    """How an export is compared with its model; the command needs the options too that name that.
+
+    Args:
+        directory: The export.
+    """
+    place = str(directory)
+    python = f"from gralora_fx.exporters import verify_onnx; verify_onnx({place!r}, model)"
+    return Invocation(python, COMPARING, {"onnx": place})
+
+
+def usage_of(
+    directory: str | Path,
+    task: str | None,
+    files: Iterable[str],
+    inputs: Iterable[str] = (),
+    adapter: str | None = None,
+) -> Invocation:
+    """How an export is called: one that generates by a prompt or a recording, others with their inputs.
+
+    Args:
+        directory: The export.
+        task: Its task, or None.
+        files: Names of its files.
+        inputs: Names of its inputs.
+        adapter: The name of an adapter that is its data, or None.
+    """
+    place, chosen = str(directory), "" if adapter is None else f", adapter={adapter!r}"
+    given = {"onnx": place} | ({} if adapter is None else {"adapter": adapter})
+    loaded, has_tokenizer = f"load({place!r})", _TOKENIZER in files
+    if task == "automatic-speech-recognition-with-past":
+        call = f"{_LOAD}print({loaded}.generate({{'array': samples, 'sampling_rate': 16000}}{chosen}))"
+        return Invocation(call, _GENERATING, {**given, "audio": "FILE.wav"})
+    if task in GENERATING and has_tokenizer:
+        return Invocation(
+            f"{_LOAD}print({loaded}.generate({_PROMPT!r}{chosen}))", _GENERATING, {**given, "prompt": _PROMPT}
+        )
+    if task in GENERATING:
+        return Invocation(f"{_LOAD}print({loaded}.generate([[1, 2, 3]]{chosen}))")
+    if has_tokenizer:
+        call = f"model = {loaded}; model(**model.tokenizer(['A text'], return_tensors='np'){chosen})"
+        return Invocation(_LOAD + call, _SERVING, {"onnx": place})
+    values = ", ".join(f"{name}=..." for name in inputs) or "..."
+    return Invocation(f"{_LOAD}{loaded}({values}{chosen})", _SERVING, {"onnx": place})

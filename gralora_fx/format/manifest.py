@@ -1,0 +1,335 @@
+"""`gralora_export.json`, the manifest of an export: what the directory holds and what it was made from, typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.errors import ExportError, GraloraError
+from gralora_fx.format.adapter_inputs import (
+    AS_DATA,
+    BIAS,
+    BLOCKS,
+    EARLIER_MODES,
+    WHOLE,
+    AdapterInputs,
+)
+from gralora_fx.format.export_directory import (
+    DECODER,
+    DECODER_KIND,
+    ENCODER_DECODER_KIND,
+    MANIFEST_NAME,
+    PLAIN_KIND,
+    ROWS_NAME,
+    not_an_export,
+)
+from gralora_fx.format.image_sizes import DYNAMIC, ImageSize, ImageSizes
+from gralora_fx.format.json_records import MISSING, FieldError, read_object, wrong_fields
+from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that was folded into an export.
+
+    Attributes:
+        config: Its `adapter_config.json`.
+        sha256: Digest of its `adapter_model.safetensors`, or None where that is not known.
+        base: What was compared of the base that it was made for (see `BaseComparison`); None where nothing was, as of
+            one that was trained on the model itself.
+    """
+
+    config: Mapping[str, Any]
+    sha256: str | None
+    base: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """The base model that was exported, as it was named.
+
+    Attributes:
+        name: Its directory or hub id.
+        revision: The commit of its hub repository, where that is known.
+        quantization: How the weights were quantized that are exported (see `BaseQuantization`); None of floats.
+    """
+
+    name: str
+    revision: str | None = None
+    quantization: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of an export: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """A linear layer of the model that was exported (see `LinearSite`), and whether any output depends on it."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    is_read: bool = True
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """Where the weight of a linear layer lies in an export, of a layer whose weight a file of it multiplies by.
+
+    Attributes:
+        file: The ONNX file, such as `model.onnx`.
+        initializer: Name of the initializer that the products read; of a quantized one that of its integers.
+        start: First of the layer's output features among the initializer's: it may hold several layers' weights.
+        stop: End of them.
+        transposed: Whether the initializer is stored `[in, out]`, not `[out, in]` as in PyTorch.
+    """
+
+    file: str
+    initializer: str
+    start: int
+    stop: int
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class RowsEntry:
+    """The graph whose rows differ: those of a decoder in length, or why an export lacks it.
+
+    It takes adapters that are data as stacks with an id a row (see `AdapterInputs.by_row`).
+
+    Attributes:
+        file: The ONNX file; None where there is none.
+        reason: Why there is none; None where there is one.
+    """
+
+    file: str | None
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        """The file, or the reason."""
+        if self.file is None:
+            return f"no {ROWS_NAME}: {self.reason}"
+        return f"{self.file} is for batches whose rows differ in length or adapter"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `gralora_export.json` says; fields with a default are not in every export.
+
+    Attributes:
+        schema_version: Version of the file's form.
+        task: The task the model was exported for, or None.
+        precision: Precision of the weights that are not quantized, and of the cache.
+        quantization: How matrices are quantized, or None.
+        adapters_mode: How adapters are held: `"merged"`, `"data"` or `"inputs"`.
+        logits: Which positions' logits the graph returns: `"last"` or `"all"`.
+        position_offset: How many rows of the table of positions no position has.
+        adapters: Adapters that were folded, by name, in the order in which they were.
+        base_fingerprint: A digest of the base's weights.
+        sites: The linear layers of the model.
+        inputs: Shapes of the graph's inputs by name; of several graphs, those of each by the name of its file.
+        outputs: As `inputs`.
+        packages: Versions of the packages that made it.
+        attention: Which layers' attention is fused; None for a model without any.
+        passes: What every pass did, in order.
+        verification: What verification measured, or None.
+        quality: How a quantized export differs from the float32 model, where that was measured.
+        image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
+        adapter_inputs: The adapter tensors that the graph takes; None where adapters are folded.
+        requires: The oldest version of each package that runs the graph, where the usual ones do not all.
+        files: Every other file of the directory by its path; None where they were not recorded.
+        weights: Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that
+            no file multiplies by is not in it.
+        base: The base model by name; None of one that was made in memory.
+        rows: The graph whose rows differ; None where nothing is known of one.
+        flavour: Kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`.
+    """
+
+    schema_version: int
+    task: str | None
+    precision: Annotated[str, ("fp32", "fp16", "bf16")]
+    quantization: QuantizedWeights | None = None
+    adapters_mode: str = "merged"
+    logits: str = "all"
+    position_offset: int = 0
+    adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
+    base_fingerprint: str | None = None
+    sites: tuple[SiteEntry, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    packages: Mapping[str, Any] = field(default_factory=dict)
+    attention: Mapping[str, Any] | None = None
+    passes: tuple[Mapping[str, Any], ...] = ()
+    verification: Mapping[str, Any] | None = None
+    quality: Quality | None = None
+    image_sizes: ImageSizes | None = None
+    adapter_inputs: AdapterInputs | None = None
+    requires: Mapping[str, str] | None = None
+    files: Mapping[str, FileEntry] | None = None
+    weights: Mapping[str, tuple[WeightEntry, ...]] | None = None
+    base: BaseEntry | None = None
+    rows: RowsEntry | None = None
+    flavour: str = PLAIN_KIND
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there is a graph for rows that differ."""
+        return self.rows is not None and self.rows.file is not None
+
+    @property
+    def image_size(self) -> ImageSize:
+        """The image size that the export was made for, as of `trace`; None if it takes no images."""
+        if self.image_sizes is None:
+            return None
+        return self.image_sizes.fixed or DYNAMIC
+
+    def to_json(self) -> str:
+        """The text of the file, keys sorted but for adapters, which are in the order in which they were folded.
+
+        What an export may lack is left out where it does.
+        """
+        entries = dataclasses.asdict(self)
+        optional = (
+            "adapter_inputs",
+            "attention",
+            "base",
+            "files",
+            "image_sizes",
+            "quality",
+            "requires",
+            "rows",
+            "weights",
+        )
+        fields = {name: value for name, value in entries.items() if name not in optional or value is not None}
+        folded = fields.pop("adapters")
+        ordered: dict[str, Any] = json.loads(json.dumps(fields | {"adapters": None}, sort_keys=True))
+        ordered["adapters"] = {name: json.loads(json.dumps(entry, sort_keys=True)) for name, entry in folded.items()}
+        return json.dumps(ordered, indent=2) + "\n"
+
+
+def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError) -> Manifest:
+    """The manifest of an export directory.
+
+    Args:
+        directory: The directory.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type: there is no manifest, it cannot be read, it is of another schema, or a field
+            is missing or of another type.
+    """
+    path = usable_path(directory, error, remedy="give the directory of an export") / MANIFEST_NAME
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as failure:
+        raise error(not_an_export(path.parent)) from failure
+    except PermissionError as failure:
+        raise error(f"{path} cannot be read ({failure.strerror}); check its permissions") from failure
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{path} cannot be read ({failure}); export the model again") from failure
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int:
+        raise error(f"{path} has no schema_version, so it is not the manifest of an export; export the model again")
+    if version > SCHEMA_VERSION:
+        raise error(f"{path} has schema {version}, newer than {SCHEMA_VERSION}; update gralora-fx")
+    if version < SCHEMA_VERSION:
+        remedy = f"make it anew with {_command(content, path.parent)}"
+        raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; {remedy}")
+    if "batched" in (content.get("adapters_mode"), _object(content, "adapter_inputs").get("mode")):
+        raise error(
+            f"{path} is of an export with adapters='batched', which is a part of adapters='data' now; make it anew "
+            f"with {_command(content, path.parent)}"
+        )
+    fields = _in_todays_form(content)
+    if (name := _undescribed_file(fields)) is not MISSING:
+        raise error(f"{path} does not describe its files as an export does ({name!r:.80}); export the model again")
+    try:
+        manifest = read_object(Manifest, fields)
+        _check_values(manifest, fields)
+    except FieldError as failure:
+        raise error(f"{path}: {failure}; export the model again") from failure
+    return manifest
+
+
+def _object(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object in a manifest; empty where it holds none."""
+    value = fields.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _in_todays_form(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest as they are written today: an older one has other words, and says less."""
+    fields = dict(content)
+    if fields.get("adapters_mode") == "swappable":
+        fields["adapters_mode"] = EARLIER_MODES["swappable"]
+    if (inputs := _object(fields, "adapter_inputs")).get("mode") == "swappable":
+        fields["adapter_inputs"] = {**inputs, "mode": EARLIER_MODES["swappable"]}
+    if quantization := _object(fields, "quantization"):
+        zero_points = None if quantization.get("block_size") is None else False  # blocks had none
+        fields["quantization"] = {"zero_points": zero_points, **quantization}
+    if fields.get("flavour") is None:
+        names = _object(fields, "inputs")
+        is_cached = any(str(name).startswith("past_key_values.") for name in names)
+        fields["flavour"] = ENCODER_DECODER_KIND if DECODER in names else DECODER_KIND if is_cached else PLAIN_KIND
+    return fields
+
+
+def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
+    """Check what types do not say.
+
+    Raises:
+        FieldError: A value is none that an export writes.
+    """
+    rows, sizes, inputs = manifest.rows, manifest.image_sizes, manifest.adapter_inputs
+    if rows is not None and (rows.file not in (None, ROWS_NAME) or (rows.file is None) == (rows.reason is None)):
+        raise FieldError("rows", fields["rows"])
+    for name in ("fixed", "least") if sizes is not None else ():
+        if any(size < 1 for size in getattr(sizes, name) or ()):
+            raise FieldError(f"image_sizes.{name}", fields["image_sizes"][name])
+    if inputs is not None and (inputs.mode not in AS_DATA or inputs.k < 0):
+        raise FieldError("adapter_inputs", fields["adapter_inputs"])
+    for site in () if inputs is None else inputs.sites:
+        if site.form not in (BLOCKS, WHOLE, BIAS):
+            raise FieldError("adapter_inputs.sites", dataclasses.asdict(site))
+
+
+def _undescribed_file(fields: Mapping[str, Any]) -> Any:
+    """The first name in `files` that is not a path within the directory, or whose file is not described."""
+    files = fields.get("files", {})
+    for name, facts in files.items() if isinstance(files, dict) else [(None, None)]:
+        path = PurePosixPath(name if isinstance(name, str) else "")
+        is_within = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+        if not (is_within and isinstance(facts, dict)) or any(wrong_fields(FileEntry, facts)):
+            return name
+    return MISSING
+
+
+def _command(content: Mapping[str, Any], directory: Path) -> str:
+    """The command that makes an export anew, with the options that a manifest of another schema still tells."""
+    model, mode = _object(content, "base").get("name"), content.get("adapters_mode")
+    has_adapter = bool(content.get("adapters")) or mode not in (None, "merged")
+    options = {
+        "--model": model if isinstance(model, str) else "MODEL",
+        "--adapter": "ADAPTER" if has_adapter else None,
+        "--task": content.get("task"),
+        "--adapters": EARLIER_MODES.get(str(mode), mode) if mode != "merged" else None,
+        "--precision": content.get("precision"),
+        "--quantize": _object(content, "quantization").get("kind"),
+        "--output": str(directory),
+    }
+    told = [word for option, value in options.items() if isinstance(value, str) for word in (option, value)]
+    return shlex.join(["gralora-fx", "export", *told, "--overwrite"])

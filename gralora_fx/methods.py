@@ -1,0 +1,27 @@
+"""What an adapter method of one's own takes: the protocols that it meets, and `register`."""
+
+from typing import TYPE_CHECKING
+
+from gralora_fx import first_use
+
+if TYPE_CHECKING:
+    from gralora_fx.core.methods.method import AdapterMethod, LayerCall, LowRankTensors, Sizes, SummableMethod, Update
+    from gralora_fx.core.methods.registry import METHODS, register
+
+__all__ = [
+    "METHODS",
+    "AdapterMethod",
+    "LayerCall",
+    "LowRankTensors",
+    "Sizes",
+    "SummableMethod",
+    "Update",
+    "register",
+]
+
+_HOMES = dict.fromkeys(__all__, "core.methods.method") | {
+    "METHODS": "core.methods.registry",
+    "register": "core.methods.registry",
+}
+
+__getattr__ = first_use(__name__, _HOMES)

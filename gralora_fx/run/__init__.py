@@ -1,0 +1,1 @@
+"""An export opened: sessions, adapters as data, the engine and generation."""

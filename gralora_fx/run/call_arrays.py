@@ -1,0 +1,229 @@
+"""The arrays of a call: its inputs, checked and with defaults filled in, and its outputs by name and by index."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gralora_fx.core.tracing.inputs.cache import cache_of
+from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
+from gralora_fx.core.tracing.inputs.signature import default_input
+from gralora_fx.errors import ServingError
+from gralora_fx.format.cache_slots import past_slots
+from gralora_fx.format.image_sizes import ImageSizes
+from gralora_fx.format.input_names import GIVEN, IDS, IMAGES, PAST, takes_image_inputs
+from gralora_fx.run.engine.limits import context_length
+from gralora_fx.run.sessions.ort_values import DTYPES, as_array, plain_array
+from gralora_fx.run.sessions.session_views import empty_past
+
+_CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
+
+
+@dataclass(frozen=True)
+class CallInputs:
+    """Converts a call's inputs to those of a session.
+
+    Attributes:
+        inputs: The session's inputs by name, each with its type and shape.
+        config: Fields of the model's `config.json`.
+        is_encoder_decoder: Whether the session is an `EncoderDecoderSession`.
+        position_offset: By how many positions a model has fewer than its configuration says; if not 0, padding takes
+            none.
+        image_sizes: Heights and widths of images that the model takes, where the export says.
+    """
+
+    inputs: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    is_encoder_decoder: bool = False
+    position_offset: int = 0
+    image_sizes: ImageSizes | None = None
+
+    def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path.
+
+        Args:
+            inputs: Inputs by name.
+
+        Raises:
+            ServingError: A nested input is given as something else.
+        """
+        return {path: part for name, value in inputs.items() for path, part in self._parts(str(name), value)}
+
+    def arrays(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Arrays for every input of the session.
+
+        Args:
+            inputs: Arrays, tensors or nested lists by name.
+
+        Raises:
+            ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
+                of range; or a cache has another dtype than the model's, or holds a value that is not finite.
+        """
+        shown = [name for name in self.inputs if not name.startswith(f"{PAST}.")]
+        cache = [f"{PAST}..."] if len(shown) < len(self.inputs) else []
+        takes = f"the model takes {', '.join([*shown, *cache])}"
+        if unknown := [str(name) for name in inputs if name not in self.inputs]:
+            raise ServingError(f"unknown input {', '.join(unknown)}; {takes}, so leave out what it does not take")
+        arrays = {name: self._array(name, value) for name, value in inputs.items()}
+        self._check_ids(arrays)
+        pasts = [name for name in self.inputs if name.startswith(f"{PAST}.")]
+        if arrays and not any(name in arrays for name in pasts):
+            axes = {name: IMAGE_INPUTS[name].axis for name in self._images - {IDS}}
+            batch = next((array.shape[axes.get(name, 0)] for name, array in arrays.items() if array.ndim), 1)
+            arrays |= empty_past(tuple(self.inputs.values()), batch)
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if not self.is_encoder_decoder and pasts:
+            growing = [slot.past for slot in past_slots(self.inputs.values()) if slot.kind.grows is not None][:2]
+            if all(name in arrays for name in growing):
+                tensors[PAST] = cache_of([[tensors[name] for name in growing]] if growing else [])
+        for name in self.inputs:
+            if name not in arrays and name not in self._images - {IDS}:
+                default = default_input(name, tensors)
+                if default is None:
+                    raise ServingError(f"input {name!r} is missing; {takes}")
+                tensors[name] = default
+                arrays[name] = default.contiguous().numpy()
+        self._check_equal_axes(arrays)
+        self._check_length(arrays)
+        return arrays
+
+    @property
+    def _images(self) -> frozenset[str]:
+        """What a decoder takes of images, which a text leaves out; -1 there, and in the ids, says what is read."""
+        return frozenset((IDS, *IMAGE_INPUTS) if takes_image_inputs(self.inputs) else ())
+
+    def _array(self, name: str, value: Any) -> NDArray[Any]:
+        if name == IMAGES and self.image_sizes is not None:
+            channels = self.inputs[name].shape[1]
+            shape = plain_array(name, value).shape
+            problem = self.image_sizes.problem(shape, channels if isinstance(channels, int) else None)
+            if problem is not None and 0 not in shape:  # an empty one is named below
+                raise ServingError(f"input {name!r} {problem}")
+        if name.startswith(f"{PAST}."):
+            _check_cached(name, value, DTYPES.get(self.inputs[name].type))
+        return as_array(name, value, self.inputs[name])
+
+    def _parts(self, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if name in self.inputs or not any(path.startswith(f"{name}.") for path in self.inputs):
+            yield name, value
+            return
+        parts: Mapping[Any, Any] = dict(enumerate(value)) if isinstance(value, (list, tuple)) else {}
+        if isinstance(value, Mapping):
+            parts = value
+        elif not parts and dataclasses.is_dataclass(value):
+            parts = vars(value)
+        if not parts:
+            raise ServingError(f"input {name!r} is a {type(value).__name__}; give a list, tuple or dict of its parts")
+        for key, part in parts.items():
+            yield from self._parts(f"{name}.{key}", part)
+
+    def _check_ids(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Check the range of ids, which ONNX Runtime would count from the end if negative, and the values of masks."""
+        vocabulary = _text_field(self.config, "vocab_size")
+        types = _text_field(self.config, "type_vocab_size")
+        for name, array in arrays.items():
+            if name.endswith("attention_mask") and array.dtype.kind == "i" and not np.isin(array, (0, 1)).all():
+                raise ServingError(f"input {name!r} must be 1 where a position counts and 0 where it is padding")
+            if not name.endswith("_ids") or not array.size:
+                continue
+            if array.min() < (GIVEN if name in self._images else 0):
+                raise ServingError(f"input {name!r} holds {array.min()}, but ids are 0 or more; mask padding instead")
+            if name.endswith("input_ids") and isinstance(vocabulary, int) and array.max() >= vocabulary:
+                raise ServingError(
+                    f"input {name!r} holds token {array.max()}, outside the vocabulary of {vocabulary} tokens"
+                )
+            if name == "token_type_ids" and isinstance(types, int) and array.max() >= types > 0:
+                raise ServingError(f"input {name!r} holds {array.max()}, but the model has {types} types, from 0")
+
+    def _check_equal_axes(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Check that axes of the same name have the same size, since ONNX Runtime would run some that differ."""
+        seen: dict[str, tuple[str, int]] = {}
+        for name, array in arrays.items():
+            for axis, size in zip(self.inputs[name].shape, array.shape, strict=True):
+                if isinstance(axis, str):
+                    other, expected = seen.setdefault(axis, (name, size))
+                    if size != expected:
+                        raise ServingError(
+                            f"input {name!r} has {axis} {size}, but {other!r} has {expected}; give inputs of one size"
+                        )
+        if all(axis in seen for axis in (_ALL, _CACHED, _NEW)):
+            (name, total), (_, past), (_, new) = (seen[axis] for axis in (_ALL, _CACHED, _NEW))
+            if total != past + new:
+                raise ServingError(
+                    f"input {name!r} has shape {list(arrays[name].shape)}, but {past} cached and {new} new positions "
+                    f"need [{arrays[name].shape[0]}, {past + new}]; give a mask over all of them"
+                )
+
+    def _check_length(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Check the number of positions, since a model that computes its positions would answer, but wrongly."""
+        for name in ("input_ids", "decoder_input_ids"):
+            ids, limit = arrays.get(name), context_length(self.config, name)
+            if ids is None or limit is None or ids.ndim != 2:
+                continue
+            cached = 0
+            if not self.is_encoder_decoder or name == "decoder_input_ids":
+                slots = past_slots(value for value in self.inputs.values() if value.name in arrays)
+                lengths = (arrays[slot.past].shape[slot.kind.grows] for slot in slots if slot.kind.grows is not None)
+                cached = next(lengths, 0)
+            length, limit = cached + ids.shape[1], limit - self.position_offset
+            if self.position_offset:
+                length = cached + int((ids != self.position_offset - 1).sum(1).max())
+            if length > limit:
+                after = f" after {cached} cached ones" if cached else ""
+                raise ServingError(
+                    f"input {name!r} has {length - cached} positions{after}, more than the context of {limit}; shorten "
+                    "it, as a tokenizer does with truncation=True and max_length"
+                )
+
+
+def _check_cached(name: str, value: Any, dtype: np.dtype[Any] | None) -> None:
+    """Check that what a caller gives of a cache has the dtype of the model's own, which is None if numpy has none.
+
+    Raises:
+        ServingError: It has another, or holds a value that is not finite.
+    """
+    array = plain_array(name, value)
+    if dtype is not None and hasattr(value, "dtype") and array.dtype != dtype:
+        raise ServingError(
+            f"input {name!r} is {array.dtype}, but the model keeps its cache in {dtype}; give what a call returned"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ServingError(f"input {name!r} holds a value that is not finite; give what a call returned")
+
+
+def _text_field(config: Mapping[str, Any], name: str) -> Any:
+    text = config.get("text_config")
+    return text.get(name, config.get(name)) if isinstance(text, Mapping) else config.get(name)
+
+
+class Outputs(dict[str, Any]):
+    """Output arrays, accessible as in transformers' `ModelOutput`: `outputs["logits"]`, `outputs.logits`, `outputs[0]`.
+
+    Iteration yields names, as for every dict; use `outputs.to_tuple()` or `outputs[:]` for unpacking.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        """The output with a name or at an index, or a tuple for a slice.
+
+        Raises:
+            KeyError: No output has the name.
+            IndexError: The index is out of range.
+        """
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __getattr__(self, name: str) -> Any:
+        """The output called `name`."""
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The outputs in the order of the graph."""
+        return tuple(self.values())

@@ -1,0 +1,194 @@
+"""The adapters of a decoder's open rows, in buffers of their own: each is written when a row first needs it.
+
+What is in memory beside them costs a step nothing. Neither do large ranks of few rows cost the others more than a
+second reading of the weights: where that is less than padding all adapters to the largest, there are two stacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from numpy.typing import NDArray
+
+from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.run.engine.adapters import LoadedAdapter, Stack
+from gralora_fx.run.sessions.adapter_arrays import (
+    BASE,
+    Ranks,
+    as_ort_value,
+    empty_stack,
+    largest_ranks,
+    ranks_of,
+    slot_size,
+    write_adapter,
+)
+
+_SPARE = 2  # times as wide as needed that buffers may be before narrower ones take their place
+
+
+class AdapterSlots:
+    """Buffers with room for some adapters, as wide as the largest ranks among those in use.
+
+    Adapters in use are the first of the stack, without gaps: a step reads all of it.
+    """
+
+    def __init__(self, inputs: AdapterInputs, count: int) -> None:
+        """Begin without buffers.
+
+        Args:
+            inputs: The adapter tensors of the export.
+            count: The most adapters in use at a time.
+        """
+        self._inputs, self._count = inputs, count
+        self._room: Ranks = ()
+        self._most = 0  # the most adapters that these buffers had at a time
+        self._arrays: Mapping[str, NDArray[Any]] = {}
+        self._values: dict[int, Mapping[str, Any]] = {}  # by how many adapters they have
+        self._ids: WeakKeyDictionary[LoadedAdapter, int] = WeakKeyDictionary()
+        self._ranks: WeakKeyDictionary[LoadedAdapter, Ranks] = WeakKeyDictionary()
+
+    def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
+        """A stack of some adapters, which holds until the next one is asked for.
+
+        Args:
+            used: The adapters, each once.
+        """
+        self._make_room(used)
+        self._most, last = max(self._most, len(used)), BASE + len(used)
+        ids: dict[LoadedAdapter | None, int] = {None: BASE}
+        ids |= {adapter: number for adapter in used if (number := self._ids.get(adapter, last + 1)) <= last}
+        free = iter(sorted({*range(BASE + 1, last + 1)} - {*ids.values()}))
+        for adapter in used:
+            if adapter not in ids:
+                number = ids[adapter] = next(free)
+                for other in [other for other, taken in self._ids.items() if taken == number]:
+                    del self._ids[other]
+                write_adapter(self._arrays, number, adapter.tensors, self._inputs)
+                self._ids[adapter] = number
+        if last not in self._values:
+            self._values[last] = {name: as_ort_value(array[: last + 1]) for name, array in self._arrays.items()}
+        return Stack(ids, self._values[last])
+
+    def size(self, used: Sequence[LoadedAdapter]) -> int:
+        """Return how many bytes a stack of some adapters takes in buffers that are as large as it needs.
+
+        Args:
+            used: The adapters, each once.
+        """
+        return (BASE + 1 + len(used)) * slot_size(self._needed(used), self._inputs) if used else 0
+
+    def spare(self, used: Sequence[LoadedAdapter]) -> int:
+        """Return how many bytes more it takes in these buffers.
+
+        Args:
+            used: The adapters, each once.
+        """
+        if not self._arrays or self.is_misfit(used):
+            return 0
+        count = BASE + 1 + max(self._most, len(used))
+        return count * slot_size(self._room, self._inputs) - self.size(used)
+
+    def is_misfit(self, used: Sequence[LoadedAdapter]) -> bool:
+        """Return whether there are buffers that are too narrow for some adapters, or much too wide.
+
+        Args:
+            used: The adapters, each once.
+        """
+        if not self._arrays or not used:
+            return False
+        needed = self._needed(used)
+        is_wide = all(r <= own and h <= own_h for (r, h), (own, own_h) in zip(needed, self._room, strict=True))
+        return not is_wide or sum(map(sum, self._room)) > _SPARE * max(sum(map(sum, needed)), 1)
+
+    def _needed(self, used: Sequence[LoadedAdapter]) -> Ranks:
+        for adapter in used:
+            if adapter not in self._ranks:
+                self._ranks[adapter] = ranks_of(adapter.tensors, self._inputs)
+        return largest_ranks([self._ranks[adapter] for adapter in used], self._inputs)
+
+    def _make_room(self, used: Sequence[LoadedAdapter]) -> None:
+        """Make other buffers where these do not fit."""
+        if self._arrays and not self.is_misfit(used):
+            return
+        self._room, self._values, self._most = self._needed(used), {}, 0
+        self._ids.clear()
+        self._arrays = {}  # before there are others
+        self._arrays = empty_stack(self._count, self._room, self._inputs)
+
+
+class RowStacks:
+    """The stacks that a decoder's rows choose from: one, or one of small and one of large adapters."""
+
+    def __init__(self, inputs: AdapterInputs, rows: int, weights: int) -> None:
+        """Begin without adapters.
+
+        Args:
+            inputs: The adapter tensors of the export.
+            rows: How many rows there are.
+            weights: Bytes of the model's weights, which each run reads.
+        """
+        self._inputs, self._count, self._weights = inputs, rows, weights
+        self.clear()
+
+    def of(self, used: Sequence[LoadedAdapter | None]) -> list[Stack]:
+        """The stacks for a step; every adapter is in one of them, and the base in all.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        return [slots.stack_of(part) for slots, part in self._parts(used)]
+
+    def clear(self) -> None:
+        """Free all buffers."""
+        self._slots = tuple(AdapterSlots(self._inputs, self._count) for _ in range(2))
+
+    def size(self, used: Sequence[LoadedAdapter | None]) -> int:
+        """Return how many bytes the stacks for a step take in buffers that are as large as they need.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        return sum(slots.size(part) for slots, part in self._parts(used))
+
+    def is_misfit(self, used: Sequence[LoadedAdapter | None]) -> bool:
+        """Return whether they would take the place of others, which are too narrow or much too wide.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        return any(slots.is_misfit(part) for slots, part in self._parts(used))
+
+    def spare(self, used: Sequence[LoadedAdapter | None]) -> int:
+        """Return how many bytes more they take in these buffers.
+
+        Args:
+            used: The adapter of each open row.
+        """
+        parts = dict(self._parts(used))
+        return sum(slots.spare(parts.get(slots, [])) for slots in self._slots)
+
+    def _parts(self, used: Sequence[LoadedAdapter | None]) -> list[tuple[AdapterSlots, list[LoadedAdapter]]]:
+        """Return the buffers, each with the adapters that go into them."""
+        adapters = sorted({each for each in used if each is not None}, key=lambda each: (each.size, each.name))
+        small = _small([adapter.size for adapter in adapters], self._weights)
+        parts = [part for part in (adapters[:small], adapters[small:]) if part]
+        return list(zip(self._slots, parts or [[]], strict=False))
+
+
+def _small(sizes: Sequence[int], weights: int) -> int:
+    """How many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
+
+    A run reads the weights once, and each adapter as if it were as large as the largest of the run.
+
+    Args:
+        sizes: Bytes of each, ascending.
+        weights: Bytes of the weights.
+    """
+
+    def cost(small: int) -> int:
+        parts = [part for part in (sizes[:small], sizes[small:]) if part]
+        return sum(weights + len(part) * part[-1] for part in parts)
+
+    return min(range(len(sizes), 0, -1), key=cost, default=0)

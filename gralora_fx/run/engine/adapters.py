@@ -1,0 +1,336 @@
+"""The adapters of a served model by name, in memory once, as each of its graphs takes them."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+
+from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.format.adapter_format import AdapterContent
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs
+from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
+from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.engine.prefix_cache import PrefixCache
+from gralora_fx.run.sessions.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
+from gralora_fx.run.sessions.adapter_file import (
+    AdapterInMemory,
+    AdapterRecord,
+    AdapterSource,
+    check_rank,
+    read_record,
+    read_tensors,
+    record_in_memory,
+)
+from gralora_fx.run.sessions.session_views import adapter_values, empty_adapter
+
+_STACKED = 16  # most adapters that a stack has beside those that are used
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """An adapter in memory, equal to none but itself.
+
+    Attributes:
+        name: What it is called.
+        record: What the record of its file says, or would say of a sum of others.
+        tensors: Its tensors, by name.
+    """
+
+    name: str
+    record: AdapterRecord
+    tensors: Arrays
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Its tensors as a session takes them."""
+        return {name: as_ort_value(array) for name, array in self.tensors.items()}
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters as `model_rows.onnx` takes them, each with an id, by which rows of a batch choose it.
+
+    Attributes:
+        ids: The id of each adapter, and of None, the base.
+        values: The export's adapter tensors as `OrtValue`s, by name.
+    """
+
+    ids: Mapping[LoadedAdapter | None, int]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, adapters: Iterable[LoadedAdapter], inputs: AdapterInputs) -> Stack:
+        """Some adapters stacked, each once.
+
+        Args:
+            adapters: The adapters, which fit the export.
+            inputs: The adapter tensors of the export.
+        """
+        ids: dict[LoadedAdapter | None, int] = {None: BASE}
+        for adapter in adapters:
+            ids.setdefault(adapter, len(ids))
+        return cls(ids, stacked([adapter.tensors for adapter in ids if adapter is not None], inputs))
+
+
+def names_of_rows(adapter: object, batch: int) -> list[Any]:
+    """What is given as the name of each row's adapter.
+
+    Args:
+        adapter: A name or None for all rows, or a list of one for each.
+        batch: How many rows there are.
+
+    Raises:
+        ServingError: There are not as many names as rows.
+    """
+    names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
+    if len(names) != batch:
+        raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
+    return names
+
+
+class Adapters(Mapping[str, LoadedAdapter]):
+    """The adapters that a call can name; any thread may load and unload some while others run.
+
+    Those in the export's own directory are loaded when they are first asked for.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, max_rank: int | None = None) -> None:
+        """Start with none loaded.
+
+        Args:
+            directory: The export directory.
+            manifest: Its manifest.
+            max_rank: The largest rank that an adapter may have; None for no limit.
+        """
+        self._directory, self._manifest, self._max_rank = directory, manifest, max_rank
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._stack: Stack | None = None
+        self._lock, self._stacking = threading.Lock(), threading.Lock()
+        self._prefixes: WeakSet[PrefixCache] = WeakSet()
+
+    def __getitem__(self, name: str) -> LoadedAdapter:
+        """An adapter that is loaded, or that the export's own directory holds.
+
+        Raises:
+            ServingError: There is none of the name, the export takes no adapters, or the file may not be used.
+        """
+        if isinstance(name, str) and (found := self._loaded.get(name)) is not None:
+            return found
+        self.inputs()
+        if not isinstance(name, str):
+            raise ServingError(f"{shown(name)} is not the name of an adapter; give a text, or None for the base")
+        path = own_adapters(self._directory, ServingError).get(name)
+        if path is None:
+            names = listed(self.available()) or "none"
+            raise ServingError(f"no adapter {shown(name)}; there is {names}: load it with load_adapter()")
+        return self.load(name, path, exist_ok=True)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the adapters that a call can name (see `available`)."""
+        return iter(self.available())
+
+    def __len__(self) -> int:
+        """How many a call can name."""
+        return len(self.available())
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a call can name an adapter, without loading it."""
+        return name in self.available()
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the adapters that are in memory."""
+        return tuple(sorted(self._loaded))
+
+    def available(self) -> list[str]:
+        """Names of the adapters that are loaded, and of those that the export's own directory holds."""
+        return sorted({*self._loaded, *filter(is_name, own_adapters(self._directory, ServingError))})
+
+    def to_bind(self, name: str | None) -> dict[str, Any]:
+        """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.
+
+        Raises:
+            ServingError: There is no such adapter.
+        """
+        inputs = self.inputs()
+        return empty_adapter(inputs) | ({} if name is None else self[name].values)
+
+    def tensors_for(self, name: str | None, session: Any) -> dict[str, Any]:
+        """What a session over a graph with one adapter a run is fed, for an adapter or the base.
+
+        Args:
+            name: The adapter's name; None for the base.
+            session: The session.
+
+        Raises:
+            ServingError: There is no such adapter.
+        """
+        inputs = self._manifest.adapter_inputs
+        values = {} if name is None else self[name].values
+        return values if inputs is None else adapter_values(values, inputs, session)
+
+    def tell(self, cache: PrefixCache) -> None:
+        """Let a prefix cache drop what it has of an adapter when that is unloaded."""
+        with self._lock:
+            self._prefixes.add(cache)
+
+    def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
+        """A stack that has some adapters, those too that were unloaded or replaced since.
+
+        It has all that are loaded, if they are few, and is made anew when a run needs one that the last stack lacks.
+        Runs in other threads go on with the stack that they have, and wait for none that is being made for adapters of
+        others.
+
+        Args:
+            used: The adapters, of several rows maybe the same.
+        """
+        if (found := self._stack_with(used)) is not None:
+            return found
+        inputs, loaded = self.inputs(), self._loaded
+        if len(loaded) > _STACKED or any(loaded.get(adapter.name) is not adapter for adapter in used):
+            return Stack.of(used, inputs)  # gone with the rows
+        with self._stacking:
+            if (found := self._stack_with(used)) is None:
+                found = Stack.of(loaded.values(), inputs)
+                if all(self._loaded.get(name) is adapter for name, adapter in loaded.items()):
+                    self._stack = found  # a later unload takes it away
+            return found
+
+    def _stack_with(self, used: Sequence[LoadedAdapter]) -> Stack | None:
+        """The last stack, if it has some adapters."""
+        stack = self._stack
+        return stack if stack is not None and all(adapter in stack.ids for adapter in used) else None
+
+    def rows(self, adapter: object, count: int) -> dict[str, Any]:
+        """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has.
+
+        Args:
+            adapter: A name or None for all rows, or a list of one for each.
+            count: How many rows there are.
+
+        Raises:
+            ServingError: An adapter is not there, or there are not as many names as rows.
+        """
+        chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
+        stack = self.stack_of([each for each in chosen if each is not None])
+        return {**stack.values, ADAPTER_IDS: np.array([stack.ids[each] for each in chosen], dtype=np.int64)}
+
+    def load(self, name: str, path: AdapterSource, *, exist_ok: bool = False) -> LoadedAdapter:
+        """Load an adapter file, checked against its record and the export.
+
+        Args:
+            name: The name to give it here.
+            path: The `.onnx_adapter` file, what was read of it and its record, or what one was to hold.
+            exist_ok: Whether an adapter of the name may be loaded already, which is then returned.
+
+        Raises:
+            ServingError: The name is taken or invalid, or the file may not be used; the message says why.
+        """
+        inputs = self.inputs()
+        check_name(name, ServingError)
+        if isinstance(path, AdapterInMemory):
+            check_rank("the adapter", path.record, self._max_rank)
+            return self._add(LoadedAdapter(name, path.record, path.tensors), exist_ok=exist_ok)
+        content = path if isinstance(path, AdapterContent) else None
+        file = path.path if isinstance(path, AdapterContent) else _file(path)
+        record = read_record(file, ServingError, content)
+        check_rank(file, record, self._max_rank)
+        tensors = read_tensors(file, record, inputs, self._manifest.base_fingerprint, ServingError, content)
+        return self._add(LoadedAdapter(name, record, tensors), exist_ok=exist_ok)
+
+    def mix(self, name: str, weights: Mapping[str, float]) -> LoadedAdapter:
+        """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is.
+
+        Args:
+            name: The name of the sum.
+            weights: A weight for each adapter, by name.
+
+        Raises:
+            ServingError: The name is taken or invalid, there is no such adapter, a weight is not a finite number, or
+                the sum's rank is above the limit or its values are too large for their dtype.
+        """
+        inputs = self.inputs()
+        check_name(name, ServingError)
+        if not isinstance(weights, Mapping) or not weights:
+            raise ServingError(f"weights must be a dict from adapters to numbers, but got {shown(weights)}")
+        wrong = [part for part, weight in weights.items() if not _is_number(weight)]
+        if wrong:
+            raise ServingError(f"the weight of {shown(wrong[0])} is {shown(weights[wrong[0]])}, not a finite number")
+        parts = [(self[part].tensors, float(weight)) for part, weight in weights.items()]
+        configs = {part: {"weight": float(weights[part]), "config": self[part].record.config} for part in weights}
+        tensors = mixed(parts, inputs)
+        large = [tensor for tensor, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
+        if large:
+            raise ServingError(f"{large[0]} of {name!r} holds values that are not finite; give smaller weights")
+        record = record_in_memory(name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
+        check_rank(name, record, self._max_rank)
+        return self._add(LoadedAdapter(name, record, tensors))
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; calls that run with it end undisturbed.
+
+        Raises:
+            ServingError: It is not loaded.
+        """
+        self.inputs()
+        with self._lock:
+            if not isinstance(name, str) or name not in self._loaded:
+                raise ServingError(f"no adapter {shown(name)} is loaded; loaded is {listed(self) or 'none'}")
+            gone = self._loaded[name]
+            self._loaded = {other: adapter for other, adapter in self._loaded.items() if other != name}
+            for cache in self._prefixes:
+                cache.drop(gone)
+            with self._stacking:  # frees the memory of the stack that has it, once no run does
+                if self._stack is not None:
+                    self._stack = Stack.of(self._loaded.values(), self.inputs()) if self._loaded else None
+
+    def _add(self, adapter: LoadedAdapter, *, exist_ok: bool = False) -> LoadedAdapter:
+        name = adapter.name
+        with self._lock:
+            if name in self._loaded and exist_ok:
+                return self._loaded[name]
+            if name in self._loaded:
+                raise ServingError(f"an adapter {name!r} is loaded already; unload it first, or take another name")
+            self._loaded = {**self._loaded, name: adapter}
+        return adapter
+
+    def inputs(self) -> AdapterInputs:
+        """The inputs of the export for adapters.
+
+        Raises:
+            ServingError: It takes none.
+        """
+        return check_takes_adapters(self._manifest, self._directory, ServingError)
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of a whole number
+        return False
+
+
+def _file(path: str | Path) -> Path:
+    """The absolute path of an adapter file; that it is there is for its reader to find.
+
+    Raises:
+        ServingError: It is not a path, a directory, or a file of another kind.
+    """
+    file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
+    if file.is_dir() or file.suffix != SUFFIX:
+        raise ServingError(f"{file} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
+    return file

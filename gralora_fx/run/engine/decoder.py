@@ -1,0 +1,350 @@
+"""A decoder as rows that open, read tokens in steps and close: what `generate`, schedulers and trials drive."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.run.engine.bounded_rows import BoundedRows, Source
+from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
+from gralora_fx.run.engine.shared_rows import QUERIES, SharedRows
+
+_ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
+LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
+
+
+class Decoder(BoundedRows):
+    """A decoder with room for some rows.
+
+    A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
+    step some rows may read a chunk of a prompt while others read the token that was chosen last; rows that are not
+    given tokens keep their cache. Every row has an adapter or none. What a row gives does not depend on the others.
+
+    Steps of several threads run one after the other.
+
+    Attributes:
+        limits: What a row can take.
+        rows: How many rows there are.
+        chunk: The most tokens that a row may read in a step beside others.
+        alone: The most tokens that a row may read in a step by itself, when nobody waits for it.
+        chosen: The most tokens of an answer to read in a step, which a grammar may force: one where a model computes
+            tokens of a prompt otherwise, which are those that it reads with others, and the first one.
+        gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
+        unshared: Why rows cannot share what they have read; empty if they can.
+        draft_problem: Why rows cannot verify draft tokens: a step cannot give the logits after several tokens of a row,
+            or a row cannot be set back. None if they can.
+    """
+
+    unshared: str = "rows of the export run one after the other, each with a cache of its own"
+
+    def __init__(
+        self,
+        limits: DecoderLimits,
+        size: DecoderSize,
+        *,
+        gives_all: bool = False,
+        draft_problem: str | None = "its rows run one after the other",
+        is_apart: bool = False,
+    ) -> None:
+        """Make room for rows.
+
+        Args:
+            limits: What the model can take.
+            size: How much room to make.
+            gives_all: Whether a step gives the logits after each token.
+            draft_problem: Why rows cannot verify draft tokens; None if they can.
+            is_apart: Whether a token that is read by itself counts as one of an answer (see `reads_tokens_apart`).
+
+        Raises:
+            ServingError: The capacity is above the model's context, or a prompt would be read as an answer is.
+            PrefixCacheError: Rows cannot share what they read, and are to.
+        """
+        if size.prefix_cache is not None and self.unshared:
+            raise PrefixCacheError(f"prefix_cache has no effect, since {self.unshared}; leave it out")
+        self.limits = limits if size.capacity is None else limits.within(size.capacity, "capacity")
+        self.rows = size.rows
+        self.chunk = min(size.chunk, self.limits.context)  # a row has room for no more
+        self.alone = self.chunk if gives_all else min(max(size.chunk, _ALONE), self.limits.context)
+        self.chosen = 1 if is_apart else self.chunk
+        if is_apart and self.chunk < min(LEAST_CHUNK, self.limits.context):
+            raise ServingError(
+                f"chunk={size.chunk} would have a token of a prompt read by itself, which this model computes as one "
+                f"of an answer; give at least {LEAST_CHUNK}"
+            )
+        self.gives_all, self.draft_problem = gives_all, draft_problem
+        self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
+        self.memory = CacheMemory(size.max_memory)
+        self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
+        self._lock = threading.Lock()
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a row has room for."""
+        return self.limits.context
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """What rows have read, for others whose texts begin alike; None if they share nothing."""
+        return None if self._shared is None else self._shared.cache
+
+    @property
+    def free(self) -> int:
+        """How many rows are free."""
+        return self.rows - len(self._lengths)
+
+    def length(self, row: int) -> int:
+        """How many tokens a row has read.
+
+        Args:
+            row: Its number, as `open` gave it.
+
+        Raises:
+            ServingError: The row is not open.
+        """
+        self._check_open(row)
+        return self._lengths[row]
+
+    def open(
+        self,
+        adapter: str | None = None,
+        source: Source | None = None,
+        *,
+        salt: str | None = None,
+        max_length: int | None = None,
+    ) -> int:
+        """Take a free row.
+
+        Args:
+            adapter: Its adapter; None for the base.
+            source: What an encoder-decoder's encoder reads, by name; of a decoder what images put in the place of the
+                row's first tokens (see `ImageRows.begin`), or None.
+            salt: Rows share what they read with those of the same salt alone.
+            max_length: The most tokens that it reads, for a bound of memory; None for its capacity.
+
+        Returns:
+            The row's number.
+
+        Raises:
+            ServingError: No row is free, there is no such adapter, or the source is not what the model takes.
+            NoRoomError: The bound of memory has no room for it now.
+        """
+        with self._lock:
+            if not self.free:
+                raise ServingError(f"all {self.rows} rows are in use; close one first, or make more with rows=")
+            if not self.has_room(max_length, adapter, source):
+                raise NoRoomError("max_memory has no room for one more row now; close one first, or give more memory")
+            number = self._nearest()
+            version = self._begin(number, adapter, source)
+            self._lengths[number] = 0
+            self._take_room(number, max_length, source)
+            if self._shared is not None:
+                self._shared.begin(number, version, salt)
+                if source is not None:  # no token tells what images are in its place
+                    self._shared.lose([number])
+            return number
+
+    def fill(self, row: int, tokens: Sequence[int]) -> int:
+        """Let a row take over what rows with the same adapter have read, instead of reading it again.
+
+        Args:
+            row: Its number, as `open` gave it.
+            tokens: What it is to read next, such as the rest of its prompt.
+
+        Returns:
+            How many of these tokens it need not read: none without a prefix cache, and never the last two, whose logits
+            are wanted.
+
+        Raises:
+            ServingError: The row is not open.
+        """
+        with self._lock:
+            self._check_open(row)
+            tokens = tokens[: self.capacity - self._lengths[row]]
+            if not self.reserve(row, len(tokens)):
+                return 0
+            self._expect(row, self._lengths[row] + len(tokens))
+            count = 0 if self._shared is None else self._shared.fill(row, self._lengths[row], tokens)
+            self._lengths[row] += count
+            return count
+
+    def close(self, row: int) -> None:
+        """Free a row.
+
+        Args:
+            row: Its number, as `open` gave it.
+
+        Raises:
+            ServingError: The row is not open.
+        """
+        with self._lock:
+            self._check_open(row)
+            length = self._lengths.pop(row)
+            if self._shared is not None:
+                self._shared.end(row, length)
+            self._end(row)
+            self.memory.close(row, self._copies_size())
+
+    def rewind(self, row: int, length: int) -> None:
+        """Set a row back, so that it goes on as if it had not read its last tokens.
+
+        Args:
+            row: Its number, as `open` gave it.
+            length: How many of the tokens that it has read it keeps.
+
+        Raises:
+            ServingError: The row is not open, has read fewer, or cannot be set back.
+        """
+        with self._lock:
+            self._check_open(row)
+            if type(length) is not int or not 0 <= length <= self._lengths[row]:
+                raise ServingError(
+                    f"row {row} has read {self._lengths[row]} tokens and cannot be set back to {shown(length)}"
+                )
+            if self.draft_problem is not None and length < self._lengths[row]:
+                raise ServingError(f"row {row} cannot be set back: {self.draft_problem}")
+            self._lengths[row] = length
+
+    def step(
+        self, tokens: Mapping[int, Sequence[int]], last: Mapping[int, int] | None = None
+    ) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens.
+
+        Args:
+            tokens: The tokens of each row that reads: a chunk of its prompt, or one that was chosen. All other rows
+                are idle.
+            last: Of rows that verify drafts, or may, after how many of the last tokens the logits are wanted. What they
+                compute of a token is bit for bit the same whether they read it alone or with others.
+
+        Returns:
+            For each of these rows the logits after its last token, `[vocabulary]`; of an export with `logits="all"`
+            those after each, `[tokens, vocabulary]`; of a row in `last` those after its last, `[last, vocabulary]`.
+
+        Raises:
+            ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),
+                more than it has room for, or outside the vocabulary, more logits are wanted than it reads tokens, it
+                cannot verify drafts, or ONNX Runtime fails; no row has read anything then.
+            NoRoomError: The bound of memory has no room for what a row reads (see `reserve`).
+        """
+        with self._lock:
+            if not isinstance(tokens, Mapping):
+                raise ServingError(f"tokens must be a list of ids for each row that reads, but got {shown(tokens)}")
+            most = self.alone if len(tokens) == 1 else self.chunk
+            read = {number: self._tokens(number, given, most) for number, given in tokens.items()}
+            if not read:
+                return {}
+            last = self._last(last or {}, read)
+            self._reserve_all(read)
+            logits: dict[int, NDArray[Any]] = {}
+            while read:
+                first = self._cut(read)
+                for number, given in self._read(first, last).items():
+                    is_rest = self.gives_all and number in logits
+                    logits[number] = np.concatenate([logits[number], given]) if is_rest else given
+                read = {n: array[len(first.get(n, ())) :] for n, array in read.items()}
+                read = {n: array for n, array in read.items() if len(array)}
+        return logits
+
+    def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
+        """What is read first: all, or what some rows read up to where others may take over from them."""
+        if self._shared is None or not self._shared.cache.keeps_states:
+            return read
+        counts = {row: self._shared.cut(row, self._lengths[row], len(array)) for row, array in read.items()}
+        return {row: read[row][:count] for row, count in counts.items() if count} or read
+
+    def _read(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens in one go, and take note of them."""
+        try:
+            logits = self._run(read, last)
+        except Exception as failure:  # ONNX Runtime raises types of its own
+            if self._shared is not None:
+                self._shared.lose(read)
+            if isinstance(failure, ServingError):
+                raise
+            sizes = [len(array) for array in read.values()]
+            raise ServingError(f"ONNX Runtime fails on rows of {sizes} tokens: {first_line(failure)}") from failure
+        for number, array in read.items():
+            if self._shared is not None:
+                is_several = len(array) > 1 or number in last
+                drafts = last.get(number, 1) - 1
+                self._shared.read(number, self._lengths[number], array.tolist(), drafts, is_several=is_several)
+            self._lengths[number] += len(array)
+        return logits
+
+    def _nearest(self) -> int:
+        """The free row that keeps those in use closest together, so that steps run few rows between them."""
+        used = self._lengths or {0: 0}
+        free = (number for number in range(self.rows) if number not in self._lengths)
+        return min(free, key=lambda number: (max(number, *used) - min(number, *used), number))
+
+    @abstractmethod
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> Any:
+        """Get ready for a row that is opened; returns the version of its adapter, if rows share what they read."""
+
+    @abstractmethod
+    def _end(self, row: int) -> None:
+        """Let go what a row had."""
+
+    @abstractmethod
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens after those that they have read, and give their logits as `step` does."""
+
+    def _last(self, last: Mapping[int, int], read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, int]:
+        for row, count in last.items():
+            if type(count) is not int or row not in read or not 0 < count <= len(read[row]):
+                raise ServingError(f"logits of {shown(count)} tokens of row {shown(row)} are wanted; it reads fewer")
+        if last and self.draft_problem is not None:
+            raise ServingError(f"a row gives the logits after one token: {self.draft_problem}")
+        return last
+
+    def _tokens(self, number: int, given: Sequence[int], most: int) -> NDArray[np.int64]:
+        self._check_open(number)
+        length = self._lengths[number]
+        try:
+            array = np.asarray(given)
+        except ValueError:
+            array = np.empty((0, 0))
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise ServingError(f"the tokens of row {number} are {shown(given)}; give a list of token ids")
+        if not 0 < len(array) <= most:
+            raise ServingError(
+                f"row {number} is given {len(array)} tokens, and reads 1 to {most} in a step; split them, or "
+                "leave an idle row out"
+            )
+        if length + len(array) > self.capacity:
+            raise ServingError(
+                f"row {number} has read {length} tokens and is given {len(array)}, more than its capacity of "
+                f"{self.capacity}; close it, or make room with capacity="
+            )
+        if (wrong := self.limits.outside(array.tolist())) is not None:
+            raise ServingError(
+                f"row {number} is given token {wrong}, outside the vocabulary of {self.limits.vocabulary} tokens"
+            )
+        return array.astype(np.int64)
+
+    def _check_open(self, number: object) -> None:
+        if not isinstance(number, int) or number not in self._lengths:
+            raise ServingError(f"row {shown(number)} is not open; give the number of one that is")
+
+
+def part_length(left: int, most: int) -> int:
+    """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
+
+    A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
+    that is alone in a block.
+
+    Args:
+        left: How many tokens are left.
+        most: The most that a step reads.
+    """
+    part = min(left, most)
+    while part > 2 and 1 in (left - part, part % QUERIES):
+        part -= 1
+    return part

@@ -1,0 +1,164 @@
+"""What a decoder can take: its vocabulary and context, how much room its rows have, and the tokens that end a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
+from gralora_fx.errors import ServingError, shown
+
+_ENDS = "eos_token_id"
+UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
+# fields of configurations for the number of positions
+CONTEXT_FIELDS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+)
+_READ_BY = {  # an encoder-decoder's inputs, whose relative positions (T5's `n_positions`) set no limit
+    "input_ids": ("max_position_embeddings", "max_encoder_position_embeddings"),
+    "decoder_input_ids": ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions"),
+}
+
+
+class TooLargeError(ServingError):
+    """A request has more tokens, prompts or rows than there is ever room for."""
+
+
+@dataclass(frozen=True)
+class DecoderLimits:
+    """What a decoder can take.
+
+    Attributes:
+        vocabulary: How many tokens there are; None if that is not known.
+        context: Positions of a prompt and its answer together.
+        ends: Ids of the tokens that end an answer, unless a request names others.
+        is_assumed: Whether the configuration names no context, so that it is that of a cache of some size.
+    """
+
+    vocabulary: int | None
+    context: int
+    ends: frozenset[int]
+    is_assumed: bool = False
+
+    @classmethod
+    def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
+        """The limits of an export.
+
+        Args:
+            directory: The export directory.
+            config: Fields of the model's `config.json`.
+            position_offset: By how many positions the model has fewer than that says.
+
+        Raises:
+            ServingError: Its end tokens are not ids.
+        """
+        text = config.get("text_config") or config
+        is_pair = bool(config.get("is_encoder_decoder"))
+        vocabulary = text.get("decoder_vocab_size") if is_pair else None
+        vocabulary = text.get("vocab_size") if vocabulary is None else vocabulary
+        named = context_length(config, "decoder_input_ids" if is_pair else "input_ids")
+        context, ends = (named or UNLIMITED) - position_offset, end_tokens(directory, config)
+        return cls(vocabulary, context, ends, is_assumed=named is None)
+
+    def within(self, context: int, name: str) -> DecoderLimits:
+        """Limits with a shorter context, or any where the configuration names none.
+
+        Args:
+            context: Its tokens.
+            name: The option that gives it, for the message.
+
+        Raises:
+            ServingError: It is longer than the model's.
+        """
+        if context > self.context and not self.is_assumed:
+            raise ServingError(f"{name}={context} is above the model's context of {self.context} tokens; give less")
+        return replace(self, context=context, is_assumed=False)
+
+    @property
+    def note(self) -> str:
+        """What to say after the context: nothing, or that it is assumed."""
+        return ", which is assumed since config.json names none (max_position_embeddings)" if self.is_assumed else ""
+
+    def outside(self, tokens: Sequence[int]) -> int | None:
+        """The first of some tokens that is not in the vocabulary, or None."""
+        most = self.vocabulary
+        return next((token for token in tokens if token < 0 or (most is not None and token >= most)), None)
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """How much a decoder has room for.
+
+    Attributes:
+        rows: How many rows.
+        capacity: How many tokens of each, prompt and answer; None for the model's context.
+        chunk: The most tokens that a row may read in a step beside others. A step is as wide as its longest chunk.
+        prefix_cache: The most bytes of what rows have read that is kept for others; None for nothing.
+        max_memory: The most bytes of the caches of rows, copies of their adapters and the prefix cache together; None
+            for no bound.
+    """
+
+    rows: int = 8
+    capacity: int | None = None
+    chunk: int = 64
+    prefix_cache: int | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check that each is a count.
+
+        Raises:
+            ServingError: One is not.
+        """
+        for name, value in vars(self).items():
+            if (type(value) is not int or value < 1) and not (
+                name in ("capacity", "prefix_cache", "max_memory") and value is None
+            ):
+                raise ServingError(f"{name}={shown(value)} is not a count; give a whole number of at least 1")
+
+
+def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | None:
+    """The number of positions in a configuration, or None if it names none.
+
+    Args:
+        config: A configuration's fields, as in `config.json`.
+        name: The input whose positions are counted; in an encoder-decoder each has its own.
+    """
+    text = config.get("text_config")
+    fields = text if isinstance(text, Mapping) else config
+    names = _READ_BY.get(name, ()) if config.get("is_encoder_decoder") else CONTEXT_FIELDS
+    sizes = [size for field in names if type(size := fields.get(field)) is int and size > 0]
+    return min(sizes, default=None)
+
+
+def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
+    """Ids of the tokens that end an answer: those of `generation_config.json`, else those of `config.json`.
+
+    Args:
+        directory: The export directory.
+        config: Fields of the model's `config.json`.
+
+    Returns:
+        The ids; none for a model that answers until it is stopped.
+
+    Raises:
+        ServingError: The field is not an id or a list of ids.
+    """
+    path = directory / GENERATION_CONFIG
+    named = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
+    if named is None:
+        text = config.get("text_config")
+        named = config.get(_ENDS, text.get(_ENDS) if isinstance(text, Mapping) else None)
+    ends = named if isinstance(named, list) else [] if named is None else [named]
+    if wrong := [end for end in ends if type(end) is not int or end < 0]:
+        raise ServingError(
+            f"{_ENDS} of {directory} has {shown(wrong[0])}, not an id of a token; export the model again"
+        )
+    return frozenset(ends)

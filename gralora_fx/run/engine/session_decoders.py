@@ -1,0 +1,339 @@
+"""Decoders over a graph with a cache: all rows in one run, each with its adapter, or one row after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.errors import ServingError
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS
+from gralora_fx.format.cache_slots import KINDS, past_slots
+from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
+from gralora_fx.run.engine.adapter_slots import RowStacks
+from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
+from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.buffered_steps import BufferedSteps
+from gralora_fx.run.engine.cache_buffers import CacheBuffers, RowLayout
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.image_rows import ImageRows
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
+from gralora_fx.run.engine.shared_rows import SharedRows
+from gralora_fx.run.sessions.adapter_arrays import BASE
+from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
+from gralora_fx.run.sessions.paged_memory import kept_reason
+from gralora_fx.run.sessions.session import QUIET_RUN
+from gralora_fx.run.sessions.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
+
+_MOST_PADDED = 64  # positions of padding that a recurrence computes rather than run the model once more
+_STATES = "layers of the model keep states"
+_SEVERAL = 2  # tokens of a row from which attention has the kernel of several
+_NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
+
+
+class RowsDecoder(Decoder):
+    """The rows' graph with caches in shared buffers; a step runs the rows from the first to the last that read."""
+
+    unshared = ""
+
+    def __init__(
+        self,
+        session: Any,
+        adapters: Adapters,
+        limits: DecoderLimits,
+        size: DecoderSize,
+        *,
+        is_float32: bool = False,
+        weights: int = 0,
+    ) -> None:
+        """Make the caches of the rows.
+
+        Args:
+            session: A session over a rows' graph.
+            adapters: The adapters that rows choose among.
+            limits: As of `Decoder`.
+            size: As of `Decoder`.
+            is_float32: Whether nothing in the model is rounded to fewer bits (see `SharedRows`).
+            weights: Bytes of the model's weights (see `RowStacks`).
+
+        Raises:
+            ServingError: As of `Decoder`.
+            PrefixCacheError: The prefix cache has no room for a block, or steps are too short to share what they read.
+        """
+        inputs = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
+        self._pads_attention, self._chooses_logits = ATTENTION_SEQLENS in inputs, LOGITS_INDICES in inputs
+        can_verify = self._pads_attention and (self._chooses_logits or gives_all(session))
+        problem = None if can_verify else "the graph of its rows gives logits after the last token of each alone"
+        slots = past_slots(session.get_inputs())
+        self._states = [slot.past for slot in slots if slot.kind.grows is None]
+        self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in slots)
+        if self._states:
+            problem = f"{_STATES}, which cannot be set back"
+        apart = reads_tokens_apart(session)
+        super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem, is_apart=apart)
+        self._adapters, self._images = adapters, ImageRows(session)
+        self._row_stacks = None
+        if ADAPTER_IDS in inputs:
+            tensors = replace(adapters.inputs(), dtype=adapter_dtype(session))
+            self._row_stacks = RowStacks(tensors, self.rows, weights)
+        self._row_adapters: dict[int, LoadedAdapter | None] = {}
+        self._stacks: Sequence[Stack] = ()  # of the rows that are open; none until a step needs them
+        self._spare = 0  # bytes that they take beyond what these rows need
+        if size.max_memory is not None and (reason := kept_reason()) is not None:
+            raise ServingError(
+                f"max_memory cannot be kept to: {reason}; leave it out, and give fewer rows or a smaller capacity"
+            )
+        # the operator writes a chunk as long as the longest, wherever a row is
+        self._widest = max(self.chunk, _SEVERAL)
+        try:
+            self._buffers = CacheBuffers(session, self.rows, self.capacity + self._widest)
+        except (MemoryError, OSError, OverflowError, ValueError) as failure:
+            raise ServingError(
+                f"there is no memory for the caches of {self.rows} rows of {self.capacity} tokens; give fewer rows, or "
+                "a smaller capacity"
+            ) from failure
+        self._steps = BufferedSteps(session, self._buffers)
+        if size.prefix_cache is not None:
+            if self.chunk <= 2 and not is_float32:  # the last of three tokens would be read alone
+                raise PrefixCacheError(
+                    f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"
+                )
+            caches = {name: as_tensor(value) for name, value in self._buffers.values.items()}
+            states = [caches.pop(name) for name in self._states]
+            cache = PrefixCache(size.prefix_cache, [each[0] for each in caches.values()], [each[0] for each in states])
+            adapters.tell(cache)
+            self.memory.shared = cache
+            self._shared = SharedRows(
+                cache,
+                lambda row: [each[row] for each in caches.values()],
+                lambda row: [each[row] for each in states],
+                is_float32=is_float32 and not apart,  # apart, what an answer computes is not what a prompt does
+            )
+
+    def cached(self, row: int) -> dict[str, Tensor]:
+        """What is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
+
+        Args:
+            row: Its number, as `open` gave it.
+
+        Returns:
+            Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.
+        """
+        return {name: as_tensor(value)[row] for name, value in self._buffers.values.items()}
+
+    def _expect(self, row: int, tokens: int) -> None:
+        self._buffers.expect(row, tokens)
+
+    def _row_size(self, tokens: int, count: int) -> int:
+        return self._buffers.layout.row_size(tokens + max(count, self._widest))
+
+    def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
+        if self._row_stacks is None:
+            return 0
+        more = [] if adapter is None else [self._adapters[adapter]]
+        return self._row_stacks.size([*(() if alone else self._row_adapters.values()), *more])
+
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> LoadedAdapter | None:
+        self._images.begin(row, source)
+        self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
+        for name in self._states:  # those of the text that the row was of before
+            as_tensor(self._buffers.values[name])[row].zero_()
+        self._stacks = ()
+        return self._row_adapters[row]
+
+    def _end(self, row: int) -> None:
+        self._images.begin(row, None)
+        del self._row_adapters[row]
+        self._buffers.give_back(row)
+        self._stacks = ()
+
+    def trim(self) -> None:
+        """Free the copies of adapters."""
+        if self._row_stacks is not None and not self._row_adapters:
+            self._free_copies(self._row_stacks)
+
+    def _free_copies(self, stacks: RowStacks) -> None:
+        stacks.clear()
+        self._steps.forget()
+        self._stacks, self._spare = (), 0
+
+    def _stacks_of(self, stacks: RowStacks) -> Sequence[Stack]:
+        """Return the adapters of the open rows; copies that take more than they need go first where room is short."""
+        used, limit = list(self._row_adapters.values()), self.memory.limit
+        if not self._stacks:
+            self._spare = 0 if limit is None else stacks.spare(used)
+        is_short = limit is not None and self._spare and self.memory.taken + self._spare > limit
+        if is_short or (not self._stacks and stacks.is_misfit(used)):
+            self._free_copies(stacks)  # what is bound would stay
+        return self._stacks or stacks.of(used)
+
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        self._stacks = [_NO_STACK] if self._row_stacks is None else self._stacks_of(self._row_stacks)
+        parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in self._stacks]
+        for row, array in read.items():
+            adapter = self._row_adapters[row]
+            if adapter is not None:
+                parts[next(n for n, stack in enumerate(self._stacks) if adapter in stack.ids)][row] = array
+        most = max(parts, key=len)  # rows of the base are in all stacks
+        most |= {row: array for row, array in read.items() if self._row_adapters[row] is None}
+        logits: dict[int, NDArray[Any]] = {}
+        before = dict(self._lengths)
+        runs = [(run, stack) for part, stack in zip(parts, self._stacks, strict=True) for run in self._runs(part)]
+        for run, stack in runs:
+            logits |= self._run_together(run, last, stack, before)
+            before |= {row: before[row] + len(array) for row, array in run.items()}  # idle from then on
+        return logits
+
+    def _runs(self, read: Mapping[int, NDArray[np.int64]]) -> list[Mapping[int, NDArray[np.int64]]]:
+        """Rows that read tokens, in runs: all in one, or those with several tokens apart where padding costs more.
+
+        A recurrence takes the time of the longest row for every row that is given, those between others included.
+        """
+        if not read:
+            return []
+        positions = (max(read) - min(read) + 1) * max(map(len, read.values()))
+        if not self._is_recurrent or positions - sum(map(len, read.values())) <= _MOST_PADDED:
+            return [read]
+        single = {row: array for row, array in read.items() if len(array) == 1}
+        return [*([single] if single else []), *({row: array} for row, array in read.items() if len(array) > 1)]
+
+    def _run_together(
+        self,
+        read: Mapping[int, NDArray[np.int64]],
+        last: Mapping[int, int],
+        stack: Stack,
+        lengths: Mapping[int, int],
+    ) -> dict[int, NDArray[Any]]:
+        """Let rows read tokens that choose from one stack, after the lengths that rows have then."""
+        rows = range(min(read), max(read) + 1)  # the others take no time at all
+        read, attended = {row: read[row] for row in sorted(read)}, np.zeros(len(rows), dtype=np.int32)
+        # attention that sees one token of each row takes another way, with other last digits
+        ids = np.zeros((len(rows), max(_SEVERAL, *map(len, read.values()))), dtype=np.int64)
+        query = np.zeros(len(rows), dtype=np.int32)
+        numbers = np.full(len(rows), BASE, dtype=np.int64)
+        for row, array in read.items():
+            self._buffers.take(row, lengths[row] + len(array))
+            numbers[row - rows.start] = stack.ids[self._row_adapters[row]]
+            ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
+            is_several = row in last and self._lengths[row] + _SEVERAL <= self.capacity
+            attended[row - rows.start] = max(len(array), _SEVERAL if is_several else 1)
+        before = np.array([lengths.get(row, 0) for row in rows], dtype=np.int32)
+        feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
+        feed |= self._images.arrays(read, lengths, rows, ids)
+        if self._row_stacks is not None:
+            feed[ADAPTER_IDS] = numbers
+        if self._pads_attention:
+            feed[ATTENTION_SEQLENS] = attended
+        counts = {row: last.get(row, len(array) if self.gives_all else 1) for row, array in read.items()}
+        if self._chooses_logits:
+            ends = dict(zip(read, np.cumsum([*map(len, read.values())]), strict=True))
+            feed[LOGITS_INDICES] = np.concatenate([np.arange(ends[row] - counts[row], ends[row]) for row in read])
+        logits: NDArray[Any] = self._steps(feed, stack.values, rows).float().numpy()
+        if self.gives_all:
+            return {row: logits[row - rows.start, len(read[row]) - counts[row] : len(read[row])] for row in read}
+        if not self._chooses_logits:
+            return {row: logits[row - rows.start, 0] for row in read}
+        of_rows = zip(read, np.split(logits[:, 0], np.cumsum(list(counts.values()))[:-1]), strict=True)
+        return {row: array if row in last else array[-1] for row, array in of_rows}
+
+
+@dataclass
+class _Row:
+    """A row that is open.
+
+    Attributes:
+        values: The tensors of its adapter, as the session takes them.
+        steps: What runs it where its cache is in buffers; None where a step gives the next cache.
+        cache: Its keys and values, which the last step gave.
+    """
+
+    values: Mapping[str, Any]
+    steps: BufferedSteps | None
+    cache: Mapping[str, Any]
+
+
+class SequentialDecoder(Decoder):
+    """`model.onnx`, run for one row after the other, each with a cache of its own.
+
+    The cache is a buffer that each step extends where attention alone reads it; else a step gives the next one.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        adapters: Adapters,
+        limits: DecoderLimits,
+        size: DecoderSize,
+        *,
+        takes_buffers: bool,
+    ) -> None:
+        """Begin without rows.
+
+        Args:
+            session: A session over the model.
+            adapters: The adapters that rows choose among.
+            limits: As of `Decoder`.
+            size: As of `Decoder`.
+            takes_buffers: Whether a cache may be longer than what it holds (see `takes_buffers`).
+
+        Raises:
+            ServingError: As of `Decoder`.
+        """
+        super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))
+        if not takes_buffers:
+            self.alone = self.chunk  # the last bits of its attention may depend on the pieces
+        self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
+        self._images, self._layout = ImageRows(session), RowLayout(session.get_inputs())
+        self._inputs = {value.name for value in session.get_inputs()}
+        self._outputs = [value.name for value in session.get_outputs()]
+        self._open: dict[int, _Row] = {}
+
+    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
+        self._images.begin(row, source)
+        values = self._adapters.tensors_for(adapter, self._session)
+        if self._takes_buffers:
+            steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
+            self._open[row] = _Row(values, steps, {})
+        else:
+            self._open[row] = _Row(values, None, empty_values(self._session, 1))
+
+    def _row_size(self, tokens: int, count: int) -> int:
+        return self._layout.row_size(tokens + count)
+
+    def _end(self, row: int) -> None:
+        self._images.begin(row, None)
+        del self._open[row]
+
+    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
+        stepped = {row: self._step(row, tokens, self._lengths[row]) for row, tokens in read.items()}
+        for row, (cache, _) in stepped.items():
+            self._open[row].cache = cache
+        return {row: logits for row, (_, logits) in stepped.items()}
+
+    def _step(self, number: int, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
+        """The cache after a row has read tokens, where that is another one, and the logits."""
+        row, total, ids = self._open[number], past + len(tokens), tokens[None].copy()
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        }
+        feed = {name: array for name, array in inputs.items() if name in self._inputs}
+        feed |= self._images.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
+        cache: Mapping[str, Any] = {}
+        if row.steps is not None:
+            logits = row.steps(feed, row.values)
+        else:
+            own = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
+            values = {**own, **row.cache, **row.values}
+            outputs = self._session.run_with_ort_values(self._outputs, values, QUIET_RUN)
+            results = dict(zip(self._outputs, outputs, strict=True))
+            cache, logits = as_past(results), as_tensor(results["logits"])
+        array: NDArray[Any] = logits[0].float().numpy()
+        return cache, array if self.gives_all else array[-1]

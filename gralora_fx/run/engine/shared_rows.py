@@ -1,0 +1,197 @@
+"""The rows of a decoder that share what they have read, through a prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gralora_fx.run.engine.prefix_blocks import BLOCK, common
+from gralora_fx.run.engine.prefix_cache import PrefixCache
+
+_LEFT = 2  # tokens that a row reads itself, at least
+_WORTH = 16  # tokens that a later text is spared, for which a step is cut in two
+_APART = 32  # tokens from one snapshot to the next that is taken on a chance
+QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
+
+
+@dataclass
+class _SharedRow:
+    """A row that is open.
+
+    Attributes:
+        root: The version of its adapter, and its salt.
+        text: The tokens that it has read, or that were filled in.
+        kept: How many of them are in the cache, or were when they were put there.
+        exact: Up to which of them all were read several in a step.
+        planned: Of a model with states, the tokens that it is known to read, such as its prompt, from the first on.
+        stops: Of these, after how many tokens another text parts, or may part, from it.
+    """
+
+    root: tuple[Any, str | None]
+    text: list[int] = field(default_factory=list)
+    kept: int = 0
+    exact: int = 2**62
+    planned: tuple[int, ...] = ()
+    stops: set[int] = field(default_factory=set)
+
+
+class SharedRows:
+    """Puts into a prefix cache what rows read, and fills in from it what they would read next.
+
+    The keys and values of a token are the same bits however many tokens a row reads in a step, as long as it reads
+    several: a product with one row of values is summed up in another order. In float32 that changes the last digits;
+    where values are rounded, to eight bits or to halves, it changes more. There what followed a step of one token is
+    left out, so that an answer is the one that is given without a cache. A prompt is never read by one token (see
+    `part_length`), so the next turn of a chat reads the answer as a part of its prompt, once.
+
+    Of a model with states snapshots are kept: after each prompt and each text, and where the prompt of another row, or
+    a text in the cache, goes on otherwise, for which a step is cut in two there. Where a step ends within a prompt, and
+    after its last whole block, one is kept on the chance that a later prompt is the same so far. Layers with states
+    compute the same bits of a token wherever a prompt is cut.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        tensors: Callable[[int], Sequence[Tensor]],
+        states: Callable[[int], Sequence[Tensor]],
+        *,
+        is_float32: bool,
+    ) -> None:
+        """Begin without rows.
+
+        Args:
+            cache: The cache.
+            tensors: The keys and values of a row by its number, `[heads, positions, size]`.
+            states: The states of a row by its number.
+            is_float32: Whether nothing in the model is rounded to fewer bits.
+        """
+        self.cache, self._tensors, self._states, self._is_float32 = cache, tensors, states, is_float32
+        self._rows: dict[int, _SharedRow] = {}
+
+    def begin(self, row: int, version: Any, salt: str | None) -> None:
+        """A row is opened.
+
+        Args:
+            row: Its number.
+            version: The version of its adapter; None for the base.
+            salt: What keeps it apart from rows with another one.
+        """
+        self._rows[row] = _SharedRow((version, salt))
+
+    def end(self, row: int, length: int) -> None:
+        """A row is closed that has read so many tokens."""
+        shared = self._at(row, length)
+        stop = len(shared.text) if self.cache.keeps_states else self._sharable(shared)
+        if self._sharable(shared) >= stop > max(shared.kept, _LEFT):
+            self._store(row, shared, stop)
+        del self._rows[row]
+
+    def lose(self, rows: Iterable[int]) -> None:
+        """A step of rows failed halfway, so that what they have now is not shared."""
+        for row in rows:
+            self._rows[row].exact = -1
+
+    def read(self, row: int, length: int, tokens: Sequence[int], drafts: int = 0, *, is_several: bool = True) -> None:
+        """A row has read tokens, after so many others.
+
+        Args:
+            row: Its number.
+            length: How many tokens it had read before.
+            tokens: The tokens.
+            drafts: How many of them, at the end, the row may not keep.
+            is_several: Whether they were read as several tokens are.
+        """
+        shared = self._at(row, length)
+        if drafts:
+            self._keep_blocks(row, shared)
+        shared.text += tokens
+        if not is_several and not self._is_float32:
+            shared.exact = min(shared.exact, length)
+        if self.cache.keeps_states:
+            if is_several:
+                self._keep_states(row, shared)
+        elif not drafts:
+            self._keep_blocks(row, shared)
+
+    def _keep_blocks(self, row: int, shared: _SharedRow) -> None:
+        whole = (self._sharable(shared) - shared.kept) // BLOCK * BLOCK
+        if whole > 0:
+            self._store(row, shared, shared.kept + whole)
+
+    def _keep_states(self, row: int, shared: _SharedRow) -> None:
+        at = len(shared.text)
+        is_chance = at != len(shared.planned) and at not in shared.stops
+        if self._sharable(shared) == at > _LEFT and (not is_chance or at - shared.kept >= _APART):
+            self._store(row, shared, at, is_chance=is_chance)
+
+    def _store(self, row: int, shared: _SharedRow, stop: int, *, is_chance: bool = False) -> None:
+        shared.kept, states = stop, self._states(row)
+        self.cache.store(shared.root, shared.text[:stop], self._tensors(row), states, is_chance=is_chance)
+
+    def cut(self, row: int, length: int, count: int) -> int:
+        """How many of the tokens that a row is about to read it reads in a step by themselves; 0 for no cut.
+
+        Args:
+            row: Its number.
+            length: How many tokens it has read.
+            count: How many it is about to read.
+        """
+        shared = self._at(row, length)
+        chance = (len(shared.planned) - _LEFT) // BLOCK * BLOCK
+        stops = {*shared.stops, chance} if chance - shared.kept >= _APART else shared.stops
+        for stop in sorted(stop for stop in stops if length < stop < length + count):
+            if stop - shared.kept < _WORTH:
+                continue
+            part = (stop - length) // 2 * 2  # products of few bits take tokens in pairs
+            while part and (count - part) % QUERIES == 1:
+                part -= 2
+            if part:
+                if stop in shared.stops:
+                    shared.stops.add(length + part)
+                return part
+        return 0
+
+    def fill(self, row: int, length: int, tokens: Sequence[int]) -> int:
+        """Fill in what is known of the tokens that a row would read next, without the last ones.
+
+        Args:
+            row: The row's number.
+            length: How many tokens it has read.
+            tokens: The tokens.
+
+        Returns:
+            How many of them it need not read.
+        """
+        shared = self._at(row, length)
+        if len(tokens) <= _LEFT or self._sharable(shared) < length:
+            return 0
+        text = shared.text + list(tokens[:-_LEFT])
+        count = self.cache.fill(shared.root, text, length, self._tensors(row), self._states(row)) - length
+        shared.text += tokens[:count]
+        shared.kept = max(shared.kept, length + count) if count else shared.kept
+        if self.cache.keeps_states and len(shared.planned) != length + len(tokens):
+            self._plan(shared, text, tokens)
+        return count
+
+    def _plan(self, shared: _SharedRow, text: Sequence[int], tokens: Sequence[int]) -> None:
+        """Take note of what a row is to read, and of where its text and others part."""
+        shared.planned = (*text, *tokens[-_LEFT:])
+        others = [other for other in self._rows.values() if other is not shared and other.root == shared.root]
+        stops = [(other, common(other.planned[: len(text)], text)) for other in others]
+        for reader, stop in [(shared, self.cache.known(shared.root, text)), *stops]:
+            if stop >= max(len(reader.text), reader.kept) + _WORTH:
+                reader.stops.add(stop)
+
+    def _at(self, row: int, length: int) -> _SharedRow:
+        """A row that has read so many tokens, maybe fewer than before."""
+        shared = self._rows[row]
+        del shared.text[length:]
+        shared.kept = min(shared.kept, length)
+        return shared
+
+    def _sharable(self, shared: _SharedRow) -> int:
+        return min(len(shared.text), shared.exact)

@@ -1,0 +1,1 @@
+"""Prompts to answers: tokens chosen, rules, drafts, texts."""

@@ -1,0 +1,61 @@
+"""How an export with a cache generates: what its prompts are for encoder and decoder, and what steps its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.format.input_names import EMBEDS
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.generate.prompt_limit import PromptLimit
+from gralora_fx.run.generate.prompts import GenerateInputs, Prompts, with_images
+from gralora_fx.run.generate.speculation import Speculation
+
+if TYPE_CHECKING:
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
+
+_FEATURES, _MASK = "input_features", "attention_mask"
+Adapter: TypeAlias = str | Sequence[str | None] | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an export generates.
+
+    Attributes:
+        limits: What a row can take.
+        open_decoder: Makes the model as rows of a size; errors as of `Decoder`.
+        encoder_inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+        speculation: Chooses the lengths of drafts, by what calls before have measured.
+    """
+
+    limits: DecoderLimits
+    open_decoder: Callable[[DecoderSize], Decoder]
+    encoder_inputs: EncoderInputs | None = None
+    speculation: Speculation = field(default_factory=Speculation)
+
+    def read(self, inputs: GenerateInputs, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
+        """What `generate` was given, as what encoder and decoder read.
+
+        Args:
+            inputs: What it was given: prompts are a text, a recording, a list of token ids, or a list of any of them.
+            adapter: The adapter of all prompts, or of each, which detects the language of recordings.
+            tokenizer: The tokenizer beside the model, or None.
+
+        Raises:
+            ServingError: It is not what the model reads, or an option has no effect.
+        """
+        reader = self.encoder_inputs
+        if reader is None:
+            reason = "the model is a decoder, without an encoder"
+            inputs.check_unused(reason, _FEATURES, "language", "task", "forced_bos_token_id")
+            texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
+            return with_images(texts, inputs.inputs_embeds)
+        inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
+        from gralora_fx.run.generate.encoder_prompts import EncoderPrompts
+
+        return EncoderPrompts(reader, self.limits, self.open_decoder).read(inputs, adapter, tokenizer)

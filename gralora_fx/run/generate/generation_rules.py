@@ -1,0 +1,212 @@
+"""What a model's `generation_config.json` says of every answer, as transformers' `generate` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+
+from gralora_fx.base.progress.stages import quiet
+from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
+from gralora_fx.errors import ServingError, first_line, warn_caller
+from gralora_fx.run.generate.sampling import Sampling
+
+# fields that choose how `generate` searches, with the only values that are followed; a request's own options draw
+_SEARCH: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "guidance_scale": (None, 1, 1.0),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "watermarking_config": (None,),
+    "stop_strings": (None,),
+    "max_time": (None,),
+    "return_timestamps": (None, False),
+    "logprob_threshold": (None,),
+    "compression_ratio_threshold": (None,),
+    "no_speech_threshold": (None,),
+}
+
+
+@dataclass(frozen=True)
+class GenerationRules:
+    """The rules of a model for its answers.
+
+    Attributes:
+        directory: The export directory, for messages.
+        config: What its `generation_config.json` says; where there is none, its `config.json`.
+        ends: Ids of the tokens that end an answer.
+        uncounted: How many tokens before an answer its `max_length` does not count: of Whisper all that it begins with.
+    """
+
+    directory: Path
+    config: GenerationConfig
+    ends: frozenset[int]
+    uncounted: int = 0
+
+    @classmethod
+    def of(cls, directory: Path, model_config: Mapping[str, Any], ends: frozenset[int]) -> GenerationRules:
+        """The rules of an export.
+
+        Args:
+            directory: The export directory.
+            model_config: Fields of its `config.json`, in which old models have the same fields.
+            ends: Ids of the tokens that end an answer.
+
+        Raises:
+            ServingError: They cannot be read or followed.
+        """
+        path = directory / GENERATION_CONFIG
+        fields = read_json_object(path, ServingError) if path.is_file() else {}
+        names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
+        named = {name: model_config[name] for name in names if model_config.get(name) is not None}
+        try:
+            with quiet():
+                config = GenerationConfig.from_dict({**named, **fields})
+            is_whisper = model_config.get("model_type") == "whisper"
+            positions = model_config.get("max_target_positions") if is_whisper else None
+            rules = cls(directory, config, ends, positions // 2 - 1 if isinstance(positions, int) else 0)
+            rules.processors(Sampling(), [rules.start], 1, None if is_whisper else [rules.start])
+        except ServingError:
+            raise
+        except Exception as error:  # whatever a value of another type makes transformers raise
+            raise ServingError(
+                f"{path if path.is_file() else directory / 'config.json'} cannot be followed ({first_line(error)}); "
+                "repair it, or export the model again"
+            ) from error
+        rules.warn_of_search()
+        return rules
+
+    @property
+    def start(self) -> int:
+        """The token that an answer's decoder begins with.
+
+        Raises:
+            ServingError: None is named.
+        """
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            found = getattr(self.config, name, None)
+            if type(found) is int and found >= 0:
+                return found
+        raise ServingError(
+            f"{GENERATION_CONFIG} of {self.directory} names no decoder_start_token_id; export a model whose does"
+        )
+
+    def new_tokens(self, prompt_length: int) -> int | None:
+        """How many tokens an answer has at most where a request does not say; None if the model does not say either.
+
+        Args:
+            prompt_length: Tokens of the decoder before the answer.
+        """
+        if self.config.max_new_tokens is not None:
+            return int(self.config.max_new_tokens)
+        most = self.config.max_length
+        return None if most is None else max(int(most) - max(prompt_length - self.uncounted, 0), 1)
+
+    def processors(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        new_tokens: int,
+        source: Sequence[int] | None = None,
+        forced_first: int | None = None,
+    ) -> list[Any]:
+        """What changes the logits of every answer, in transformers' order, before anything is drawn.
+
+        Args:
+            sampling: A request's own options, each of which takes the place of the model's.
+            prompt: Tokens of the decoder before the answer.
+            new_tokens: The most tokens of the answer.
+            source: Tokens that the encoder reads; None if it reads others.
+            forced_first: The token after the first of the decoder; None for the model's.
+        """
+        ends = sorted(self.ends if sampling.ends is None else sampling.ends)
+        return [
+            *self._of_repetition(sampling, source, ends),
+            *self._of_length(sampling, len(prompt), ends),
+            *self._of_places(len(prompt), new_tokens, ends, forced_first),
+        ]
+
+    def _of_repetition(self, sampling: Sampling, source: Sequence[int] | None, ends: list[int]) -> Iterator[Any]:
+        """What may not be said, or said again."""
+        config = self.config
+        if config.sequence_bias is not None:
+            yield SequenceBiasLogitsProcessor(config.sequence_bias)
+        read = None if source is None else torch.tensor([list(source)])
+        if read is not None and _is_set(config.encoder_repetition_penalty, 1):
+            yield EncoderRepetitionPenaltyLogitsProcessor(float(config.encoder_repetition_penalty), read)
+        if _is_set(config.repetition_penalty, 1) and sampling.repetition_penalty == 1:
+            yield RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
+        if _is_set(config.no_repeat_ngram_size, 0):
+            yield NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
+        if read is not None and _is_set(config.encoder_no_repeat_ngram_size, 0):
+            yield EncoderNoRepeatNGramLogitsProcessor(config.encoder_no_repeat_ngram_size, read)
+        if config.bad_words_ids is not None:
+            yield NoBadWordsLogitsProcessor(config.bad_words_ids, ends or None)
+
+    def _of_length(self, sampling: Sampling, length: int, ends: list[int]) -> Iterator[Any]:
+        """When an answer may end at the earliest."""
+        config = self.config
+        if not ends or sampling.min_new_tokens:
+            return
+        if _is_set(config.min_new_tokens, 0):
+            yield MinNewTokensLengthLogitsProcessor(length, config.min_new_tokens, ends)
+        elif _is_set(config.min_length, 0):
+            yield MinLengthLogitsProcessor(config.min_length, ends)
+
+    def _of_places(self, length: int, new_tokens: int, ends: list[int], forced_first: int | None) -> Iterator[Any]:
+        """What stands at the beginning and at the end."""
+        config = self.config
+        first = config.forced_bos_token_id if forced_first is None else forced_first
+        if first is not None:
+            yield ForcedBOSTokenLogitsProcessor(first)
+        if config.forced_eos_token_id is not None:
+            yield ForcedEOSTokenLogitsProcessor(length + new_tokens, config.forced_eos_token_id)
+        if config.remove_invalid_values:
+            yield InfNanRemoveLogitsProcessor()
+        if config.exponential_decay_length_penalty is not None and ends:
+            yield ExponentialDecayLengthPenalty(tuple(config.exponential_decay_length_penalty), ends, length)
+        if config.suppress_tokens:
+            yield SuppressTokensLogitsProcessor(config.suppress_tokens)
+        if config.begin_suppress_tokens:
+            begin = length if length > 1 or first is None else length + 1
+            yield SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin)
+
+    def warn_of_search(self) -> None:
+        """Warn of fields that choose another search than one token after the other, which are not followed."""
+        others = [
+            f"{name}={value}"
+            for name, followed in _SEARCH.items()
+            if (value := getattr(self.config, name, None)) not in followed
+        ]
+        if others:
+            warn_caller(
+                f"{GENERATION_CONFIG} of {self.directory} asks for {', '.join(others)}, which is not done here: each "
+                "token is the likeliest, or drawn with do_sample=True"
+            )
+
+
+def _is_set(value: Any, idle: float) -> bool:
+    return value is not None and value != idle

@@ -1,0 +1,195 @@
+"""The answers of `generate`: those of its prompts run together, each until its own end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.base.amounts import SPECULATIVE_TOKENS
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.run.engine.adapters import names_of_rows
+from gralora_fx.run.engine.decoder import LEAST_CHUNK, part_length
+from gralora_fx.run.engine.limits import DecoderSize
+from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.generate.completion import Completion, TextRequest, seeded
+from gralora_fx.run.generate.generation import Generation
+from gralora_fx.run.generate.prompts import Prompts
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.token_choice import Choice, TokenScore
+
+if TYPE_CHECKING:
+    from gralora_fx.run.generate.answer_grammar import AnswerGrammar
+    from gralora_fx.run.generate.encoder_inputs import EncoderInput
+
+_CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
+_FORCED = 32  # tokens that a grammar forces, in a step
+
+
+class Scored(NamedTuple):
+    """An answer, or a piece of one, with the log-probabilities of its tokens.
+
+    Attributes:
+        content: The text, or the token ids.
+        scores: The score of each of its tokens.
+    """
+
+    content: Any
+    scores: list[TokenScore]
+
+
+class Completions(Iterator[Any]):
+    """The completions of prompts, piece by piece, or all at once."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase | None,
+        sampling: Sampling,
+        stop: Sequence[str],
+        adapter: str | Sequence[str | None] | None = None,
+        grammar: AnswerGrammar | None = None,
+        most_drafted: int | None = None,
+    ) -> None:
+        """Check the prompts, and let a decoder read them.
+
+        Args:
+            generation: How the model generates.
+            prompts: The prompts to answer.
+            tokenizer: For texts, and for stop strings.
+            sampling: How tokens are chosen.
+            stop: Strings that end an answer.
+            adapter: The adapter to answer with, or of each; None for the base.
+            grammar: What the tokens of every answer may be; None for any.
+            most_drafted: The most tokens of an answer that are proposed for a step; None for the model's own.
+
+        Raises:
+            ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
+        """
+        most = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
+        names = names_of_rows(adapter, len(prompts.rows))
+        sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
+        self._requests = [
+            TextRequest(
+                tuple(row),
+                new,
+                seeded(sampling, index),
+                tuple(stop),
+                name,
+                source=source,
+                grammar=grammar,
+                images=prompts.images[index] if prompts.images else None,
+            )
+            for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
+        ]
+        self._prompts = prompts
+        self._gives_scores = sampling.logprobs is not None
+        reader = tokenizer if prompts.gives_text or stop else None
+        ends = generation.limits.ends if sampling.ends is None else sampling.ends
+        self._completions = [Completion(reader, ends, stop) for _ in prompts.rows]
+        self._scores: list[list[TokenScore]] = [[] for _ in prompts.rows]
+        self._rows: _Rows | None = _Rows(generation, self._requests, ends, most_drafted)
+
+    def __next__(self) -> Any:
+        """What the next step adds: a text or ids, or a list of them for a list of prompts."""
+        going = [row for row, completion in enumerate(self._completions) if not completion.has_ended]
+        if self._rows is None or not going:
+            self._rows = None  # with what they hold, the cache and the adapter
+            raise StopIteration
+        before, texts = [len(completion.ids) for completion in self._completions], [""] * len(self._completions)
+        scores: list[list[Any]] = [[] for _ in texts]
+        try:
+            self._rows.step(going)
+            for row in going:
+                completion = self._completions[row]
+                for choice in self._rows.choices(row):
+                    known = len(completion.ids)
+                    texts[row] += completion.extend(choice, self._requests[row].max_new_tokens)
+                    scores[row] += [choice.score] * (len(completion.ids) - known)
+                    if completion.has_ended:
+                        break
+                self._rows.settle(row)
+        except Exception as error:
+            self._rows = None  # what was read, and nothing chosen after it, cannot be taken back
+            if isinstance(error, ServingError):
+                raise
+            raise ServingError(f"no token can be chosen ({first_line(error)})") from error
+        pieces: list[Any] = []
+        for row, completion in enumerate(self._completions):
+            self._scores[row] += scores[row]
+            piece: Any = texts[row] if self._prompts.gives_text else completion.ids[before[row] :]
+            pieces.append(Scored(piece, scores[row]) if self._gives_scores else piece)
+        return pieces[0] if self._prompts.is_single else pieces
+
+    def result(self) -> Any:
+        """The whole completions."""
+        for _ in self:
+            pass
+        contents: list[Any] = [each.text if self._prompts.gives_text else each.ids for each in self._completions]
+        if self._gives_scores:
+            contents = [Scored(*pair) for pair in zip(contents, self._scores, strict=True)]
+        return contents[0] if self._prompts.is_single else contents
+
+
+class _Rows:
+    """Prompts in the rows of a decoder of their own, and their answers as these read them."""
+
+    def __init__(
+        self, generation: Generation, requests: Sequence[TextRequest], ends: frozenset[int], most_drafted: int | None
+    ) -> None:
+        count, longest = len(requests), max(len(request.prompt) for request in requests)
+        capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        choosers = [request.chooser(ends) for request in requests]
+        self._most = SPECULATIVE_TOKENS if most_drafted is None else most_drafted
+        several = max(_FORCED if requests[0].grammar is not None else LEAST_CHUNK, 1 + self._most)
+        self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
+        self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))
+        self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
+        self._speculation, verifies = generation.speculation, self._decoder.draft_problem is None
+        self._answers = [
+            AnswerRow(choose, request.prompt, request.max_new_tokens, verifies)
+            for choose, request in zip(choosers, requests, strict=True)
+        ]
+        self._logits: dict[int, NDArray[Any]] = {}
+        tokens: dict[int, Sequence[int]] = {row: request.prompt for row, request in enumerate(requests)}
+        while tokens:
+            counts = {row: part_length(len(left), self._chunk) for row, left in tokens.items()}
+            self._read({row: tokens[row][:count] for row, count in counts.items()}, {})
+            tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}
+
+    def step(self, going: Sequence[int]) -> None:
+        """Let rows that go on read what was chosen, maybe with drafts."""
+        waiting = {row: self._answers[row] for row in going if self._answers[row].unread}
+        self._speculation.propose(list(waiting.values()), self._chunk, self._most)
+        while waiting:
+            tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in waiting.items()}
+            wanted = {row: each.wanted(len(tokens[row])) for row, each in waiting.items()}
+            started = time.perf_counter()
+            self._read(tokens, {row: count for row, count in wanted.items() if count is not None})
+            drafted = sum(len(each.draft) for each in waiting.values())
+            self._speculation.ran(sum(map(len, tokens.values())), drafted, time.perf_counter() - started)
+            waiting = {row: each for row, each in waiting.items() if not (each.draft or each.read(len(tokens[row])))}
+
+    def choices(self, row: int) -> Iterator[Choice]:
+        """The next tokens of a row that has read what was chosen before."""
+        return self._answers[row].choices(self._logits[row], self._speculation.saw)
+
+    def settle(self, row: int) -> None:
+        """Let a row forget what it has read of a draft and was not chosen."""
+        answer = self._answers[row]
+        if answer.surplus:
+            self._decoder.rewind(self._rows[row], self._decoder.length(self._rows[row]) - answer.surplus)
+        self._speculation.settle(answer, answer.accepted)
+
+    def _read(self, tokens: Mapping[int, Sequence[int]], last: Mapping[int, int]) -> None:
+        logits_of = self._decoder.step(
+            {self._rows[row]: part for row, part in tokens.items()},
+            {self._rows[row]: count for row, count in last.items()},
+        )
+        for row in tokens:
+            logits = logits_of[self._rows[row]]
+            self._logits[row] = logits if row in last or not self._decoder.gives_all else logits[-1].copy()

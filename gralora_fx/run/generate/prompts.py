@@ -1,0 +1,242 @@
+"""The prompts of `generate`: texts, chats and token ids, one or several, or a tokenizer's result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.format.input_names import EMBEDS
+from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.generate.prompt_limit import PromptLimit
+from gralora_fx.run.sessions.ort_values import plain_array
+
+if TYPE_CHECKING:
+    from gralora_fx.run.generate.encoder_inputs import EncoderInput
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as token ids.
+
+    Attributes:
+        rows: The ids of each, without padding: what the decoder reads before it answers.
+        is_single: Whether one prompt was given, rather than a list.
+        gives_text: Whether the answers are texts, rather than ids.
+        sources: Of an encoder-decoder what the encoder reads of each; none of a decoder.
+        images: Of a decoder what images put in the place of each one's tokens, by name; none of texts alone.
+    """
+
+    rows: list[list[int]]
+    is_single: bool
+    gives_text: bool
+    sources: Sequence[EncoderInput] = ()
+    images: Sequence[Source | None] = ()
+
+    @property
+    def new_tokens(self) -> list[int | None]:
+        """The most tokens that the model says for each answer, if it does; none of a decoder."""
+        return [source.rules.new_tokens(len(self.rows[index])) for index, source in enumerate(self.sources)]
+
+
+@dataclass(frozen=True)
+class GenerateInputs:
+    """What `generate` is given to answer.
+
+    Attributes:
+        prompts: One prompt, or several of them.
+        input_ids: Instead of prompts, a tokenizer's result.
+        attention_mask: The mask of `input_ids` or of features.
+        input_features: Instead of prompts, a feature extractor's result, `[batch, ...]`.
+        language: The language of recordings.
+        task: What is done with recordings.
+        forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with.
+        inputs_embeds: What images put in the place of a decoder's tokens, of a prompt or of each.
+    """
+
+    prompts: Any = None
+    input_ids: Any = None
+    attention_mask: Any = None
+    input_features: Any = None
+    language: str | None = None
+    task: str | None = None
+    forced_bos_token_id: int | None = None
+    inputs_embeds: Any = None
+
+    def check_unused(self, reason: str, *names: str) -> None:
+        """Check that some options are not given.
+
+        Args:
+            reason: Why they have no effect.
+            names: The options.
+
+        Raises:
+            ServingError: One is given.
+        """
+        if unused := [name for name in names if getattr(self, name) is not None]:
+            raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
+        """Prompts, or a tokenizer's result, as token ids.
+
+        Args:
+            tokenizer: For texts and chats, or None.
+            limit: The most tokens of each; None for any.
+
+        Raises:
+            ServingError: Neither or both are given, or they are not prompts.
+            TooLargeError: A text surely has more tokens.
+        """
+        if self.input_ids is None:
+            if self.prompts is None or self.attention_mask is not None:
+                raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
+            return read_prompts(self.prompts, tokenizer, limit)
+        if self.prompts is not None:
+            raise ServingError("prompts and input_ids are both given; give one of them")
+        return read_tokenized(self.input_ids, self.attention_mask)
+
+
+def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
+    """Convert the prompts of `generate` to token ids.
+
+    Args:
+        prompts: One prompt, or several of them.
+        tokenizer: For texts and chats, or None.
+        limit: The most tokens of each; None for any.
+
+    Raises:
+        ServingError: They are not prompts, or need a tokenizer and there is none.
+        TooLargeError: A text surely has more tokens.
+    """
+    if isinstance(prompts, Mapping):
+        raise ServingError("pass a tokenizer's result by name: generate(**tokenizer(...))")
+    is_single = isinstance(prompts, str) or is_chat(prompts) or is_ids(prompts)
+    if is_single:
+        items = [prompts]
+    elif isinstance(prompts, (bytes, bytearray, set, frozenset)) or not isinstance(prompts, Iterable):
+        raise ServingError(
+            f"prompts are a text, a list of messages, a list of token ids or a list of these, but got {prompts!r:.80}"
+        )
+    else:
+        items = list(_rows(prompts))
+    check = None if limit is None else limit.check_text
+    rows = [prompt_ids(prompt, tokenizer, ServingError, check=check) for prompt in items]
+    return Prompts(rows, is_single, gives_text=not any(is_ids(prompt) for prompt in items))
+
+
+def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
+    """Prompts from a tokenizer's result: tensors, arrays or lists, padded on either side or not at all.
+
+    Args:
+        input_ids: `[batch, length]`, or `[length]` for one prompt; rows of lists may differ in length.
+        attention_mask: As `input_ids`, 0 where a position is padding; None without padding.
+
+    Raises:
+        ServingError: They are not token ids, or the mask does not fit them.
+    """
+    ids = _as_lists("input_ids", input_ids)
+    is_single = not any(isinstance(row, list) for row in ids)
+    rows = [ids] if is_single and ids else ids
+    if attention_mask is None:
+        masks: list[Any] = [[1] * len(row) for row in rows if isinstance(row, list)]
+    else:
+        masks = _as_lists("attention_mask", attention_mask)
+        masks = [masks] if is_single and masks else masks
+    if not all(is_ids(row) or row == [] for row in rows):
+        raise ServingError(f"input_ids must be whole numbers of one or two axes, but got {input_ids!r:.80}")
+    sizes = [len(row) for row in rows]
+    if [len(mask) if isinstance(mask, list) else None for mask in masks] != sizes:
+        raise ServingError(f"attention_mask must have the shape of input_ids, rows of {sizes!r:.80}")
+    if any(value not in (0, 1) or not isinstance(value, int) for mask in masks for value in mask):
+        raise ServingError("attention_mask must be 1 where a position counts and 0 where it is padding")
+    unpadded = [
+        [token for token, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)
+    ]
+    return Prompts(unpadded, is_single and bool(ids), gives_text=False)
+
+
+def with_images(prompts: Prompts, embeds: Any) -> Prompts:
+    """Prompts with what images put in the place of their tokens.
+
+    Args:
+        prompts: The prompts.
+        embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each; None
+            of texts alone.
+
+    Raises:
+        ServingError: There are not as many, or not of as many tokens, as the prompts have.
+    """
+    if embeds is None:
+        return prompts
+    given = [embeds] if prompts.is_single else list(embeds) if isinstance(embeds, (list, tuple)) else None
+    if given is None or len(given) != len(prompts.rows):
+        raise ServingError(
+            f"inputs_embeds has to be a list of {len(prompts.rows)}, one for each prompt, None for one of text alone"
+        )
+    images: list[Source | None] = []
+    for index, each in enumerate(given):
+        named = each if isinstance(each, Mapping) or each is None else {EMBEDS: each}
+        arrays = {} if named is None else {name: plain_array(name, value) for name, value in named.items()}
+        images.append(None if named is None else {name: _of_one_row(name, array) for name, array in arrays.items()})
+        count, wanted = len(arrays[EMBEDS]) if EMBEDS in arrays else None, len(prompts.rows[index])
+        if count is not None and count != wanted:
+            raise ServingError(
+                f"prompt {index} has {wanted} tokens and inputs_embeds {count}; give embeddings of all of its tokens"
+            )
+    return replace(prompts, images=images)
+
+
+def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
+
+    axis = IMAGE_INPUTS[name].axis if name in IMAGE_INPUTS else 0
+    return np.expand_dims(array, min(axis, array.ndim))
+
+
+def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+    """Strings that end an answer, checked.
+
+    Raises:
+        ServingError: One is not text or is empty, or there is no tokenizer for them.
+    """
+    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
+        raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if stops and tokenizer is None:
+        raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
+    if wrong := next(filter(_SURROGATE.search, stops), None):
+        raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
+    if "" in stops:
+        raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
+    return stops
+
+
+def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
+    """The single prompts of a batch."""
+    if not isinstance(prompts, (torch.Tensor, np.ndarray)):
+        return prompts
+    if prompts.ndim not in (1, 2) or getattr(prompts, "is_meta", False):
+        raise ServingError(f"token ids have one or two axes and values, but got {prompts!r:.80}")
+    return prompts if prompts.ndim == 2 else _as_lists("prompts", prompts)
+
+
+def _as_lists(name: str, value: Any) -> list[Any]:
+    """Convert a tensor, an array or a list of them to nested lists."""
+    try:
+        if isinstance(value, (torch.Tensor, np.ndarray)):
+            value = value.tolist()
+        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+            return [row.tolist() if isinstance(row, (torch.Tensor, np.ndarray, np.generic)) else row for row in value]
+    except Exception as error:  # tensors without values raise what they like
+        raise ServingError(f"{name} cannot be read ({first_line(error)}); give a tensor, an array or lists") from error
+    raise ServingError(f"{name} must be a tensor, an array or lists, but got {value!r:.80}")

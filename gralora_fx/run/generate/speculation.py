@@ -1,0 +1,148 @@
+"""How many tokens to propose: what it yields and what it costs, both as measured, and when to leave it."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+
+from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.generate.ngrams import LONGEST
+
+_LEAST_LIKELY = 0.1
+_LOSS = 0.02  # share of its time that a row may lose to drafts
+_MOST_CREDIT = 2.0  # steps
+_WEIGHT = 0.05  # of the last token, in how often a proposed one was chosen
+_KEPT, _FORGOTTEN = 5, 500  # times of steps of a size; steps after which they say nothing any more
+
+
+class StepCosts:
+    """What a step costs by how many tokens it reads, by the last steps that were timed."""
+
+    def __init__(self) -> None:
+        """Begin without times."""
+        self._times: dict[int, deque[float]] = {}
+        self._last: dict[int, int] = {}
+        self._steps = 0
+        self._sizes: list[int] = []  # that are known, in order
+        self._best: dict[int, float] = {}
+
+    def add(self, size: int, seconds: float) -> None:
+        """A step that read so many tokens took so long."""
+        self._steps += 1
+        times = self._times.setdefault(size, deque(maxlen=_KEPT))
+        times.append(seconds)
+        self._last[size] = self._steps
+        if len(times) > 1:  # the first may have made room for those after it
+            self._best[size] = min(times)
+        if len(self._best) != len(self._sizes) or self._steps % _FORGOTTEN == 0:
+            for old in [size for size, last in self._last.items() if last <= self._steps - _FORGOTTEN]:
+                del self._times[old], self._last[old]
+                self._best.pop(old, None)
+            self._sizes = sorted(self._best)
+
+    def knows(self, size: int) -> bool:
+        """Whether such steps were timed lately."""
+        return size in self._best
+
+    @property
+    def largest(self) -> int:
+        """The largest size that is known; 0 for none."""
+        return self._sizes[-1] if self._sizes else 0
+
+    def __call__(self, size: int) -> float:
+        """The seconds of a step, between those of the sizes around it; beyond the largest as if more cost nothing."""
+        if size in self._best:
+            return self._best[size]
+        index = bisect_left(self._sizes, size)
+        above = self._sizes[min(index, len(self._sizes) - 1)]
+        below = self._sizes[max(index - 1, 0)]
+        if above <= below:
+            return self._best[above]
+        part = (size - below) / (above - below)
+        return self._best[below] + part * (self._best[above] - self._best[below])
+
+
+class Speculation:
+    """Chooses the lengths of drafts in the steps of a decoder.
+
+    Of every token of an answer it is known whether it is the one that would have been proposed, so how likely proposed
+    tokens are costs nothing to know, also while none is proposed. What a step costs is known once it was tried: drafts
+    grow from one token on, and where a longer one does not pay, it is not tried again for some hundred steps.
+
+    A step gets the drafts with which its rows get most tokens a second. Each row has an account of what drafts, its own
+    and those of others, gave and cost it; once it has lost more than a fiftieth of its time, its steps have none.
+    """
+
+    def __init__(self) -> None:
+        """Begin without knowledge."""
+        self._costs = StepCosts()
+        self._likely = [matched / (matched + 3) for matched in range(LONGEST + 1)]
+        self._excess = 0.0  # of the last step over one without drafts, in such steps
+
+    def saw(self, matched: int, is_proposed: bool) -> None:
+        """Take note of a token: how many before it occurred earlier, and whether it went on as then."""
+        if matched:
+            self._likely[matched] += _WEIGHT * (is_proposed - self._likely[matched])
+
+    def propose(self, rows: Sequence[AnswerRow], room: int, most: int) -> int:
+        """Make the drafts of a step in which rows read the tokens that were chosen.
+
+        Args:
+            rows: The rows that read.
+            room: The most tokens that a row may read.
+            most: The most tokens of a draft; 0 for none.
+
+        Returns:
+            How many tokens are proposed.
+        """
+        base = sum(len(row.unread) for row in rows)
+        limits = [min(most, row.most, room - len(row.unread)) if row.matched else 0 for row in rows]
+        if max(limits, default=0) < 1 or not self._costs.knows(base) or any(row.credit < 0 for row in rows):
+            return 0
+        counts = self._best_counts(rows, limits, base)
+        return sum(row.propose(count) for row, count in zip(rows, counts, strict=True) if count)
+
+    def _best_counts(self, rows: Sequence[AnswerRow], limits: Sequence[int], base: int) -> list[int]:
+        """The lengths with which the rows get most tokens a second; the likeliest tokens are taken first."""
+        counts, best, chosen = [0] * len(rows), len(rows) / self._costs(base), 0
+        waiting = [(-self._likely[row.matched], index) for index, row in enumerate(rows) if limits[index] > 0]
+        heapq.heapify(waiting)
+        most = 2 * max(self._costs.largest - base, 0) + 1  # beyond what was tried, a little
+        taken: list[int] = []
+        expected = float(len(rows))
+        while waiting and len(taken) < most and -waiting[0][0] >= _LEAST_LIKELY:
+            likely, index = heapq.heappop(waiting)
+            taken.append(index)
+            counts[index] += 1
+            expected -= likely
+            if (rate := expected / self._costs(base + len(taken))) > best:
+                best, chosen = rate, len(taken)
+            if counts[index] < limits[index]:
+                after = min(rows[index].matched + counts[index], LONGEST)
+                heapq.heappush(waiting, (likely * self._likely[after], index))
+        for index in taken[chosen:]:
+            counts[index] -= 1
+        return counts
+
+    def ran(self, size: int, drafted: int, seconds: float) -> None:
+        """A step of rows that answer took so long.
+
+        Args:
+            size: How many tokens it read.
+            drafted: How many of them were proposed.
+            seconds: How long it took.
+        """
+        self._costs.add(size, seconds)
+        base, cost = size - drafted, self._costs(size) if self._costs.knows(size) else seconds
+        self._excess = cost / self._costs(base) - 1 if drafted else 0.0
+
+    def settle(self, row: AnswerRow, gained: int) -> None:
+        """Take note of what a row that read in the last step got.
+
+        Args:
+            row: The row.
+            gained: How many tokens of a draft were chosen.
+        """
+        row.credit = min(row.credit + gained - self._excess + _LOSS, _MOST_CREDIT)

@@ -1,0 +1,261 @@
+"""The next token of a row, chosen from its logits by transformers' processors, and log-probabilities of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gralora_fx.run.generate.sampling import Sampling
+
+if TYPE_CHECKING:
+    from gralora_fx.run.generate.row_grammar import RowGrammar
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token's log-probability at its place, by the model's own distribution.
+
+    Attributes:
+        token: The token's id.
+        logprob: Its log-probability.
+        top: Ids and log-probabilities of the likeliest tokens there, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen.
+
+    Attributes:
+        token: Its id.
+        score: Its log-probability, if that is asked for.
+        forced: The tokens that the grammar of the answer forces after it; none where scores are asked for, since each
+            then waits for its own logits.
+        completes: Whether the answer is over after these, as its grammar allows no other token.
+    """
+
+    token: int
+    score: TokenScore | None = None
+    forced: tuple[int, ...] = ()
+    completes: bool = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All tokens that it adds."""
+        return (self.token, *self.forced)
+
+
+class TokenChooser:
+    """Chooses the tokens of one answer; its draws depend on its own seed alone, not on other rows."""
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        ends: frozenset[int],
+        rules: Sequence[Any] = (),
+        grammar: RowGrammar | None = None,
+    ) -> None:
+        """Prepare the processors, in the order of transformers' `generate`.
+
+        Args:
+            sampling: How tokens are chosen.
+            prompt: The tokens before the answer.
+            ends: Ids of the tokens that end the answer.
+            rules: The processors of the model itself, which come after those of the options.
+            grammar: What the tokens may be, before anything is drawn; None for any. What it forces is not chosen.
+        """
+        self._ids = list(prompt)
+        self._top = sampling.logprobs
+        self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
+        self._warpers = LogitsProcessorList()
+        self._grammar = grammar
+        self._needs_mask = sampling.do_sample or bool(self._rules)  # of all tokens, rather than of the likeliest
+        self._generator: torch.Generator | None = None
+        if sampling.do_sample:
+            self._generator = torch.Generator()
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(int(sampling.seed))
+            self._warpers.extend(_warpers(sampling))
+
+    def __call__(self, logits: NDArray[Any]) -> Choice:
+        """Choose the next token, and remember it.
+
+        Args:
+            logits: `[vocabulary]`, what the model gives after the prompt and the tokens that were chosen before.
+
+        Raises:
+            DeadEndError: No token can go on with the grammar.
+        """
+        grammar = self._grammar
+        if grammar is not None and grammar.forced:
+            token = grammar.forced.popleft()
+        else:
+            token = self._choose(logits)
+            if grammar is not None:
+                grammar.take(token)
+                if self._needs_mask:
+                    grammar.foresee()
+        self._ids.append(token)
+        score = None if self._top is None else token_scores(logits[None], [token], self._top)[0]
+        if grammar is None:
+            return Choice(token, score)
+        forced = tuple(grammar.forced) if score is None else ()
+        if forced:
+            grammar.forced.clear()
+            self._ids += forced
+        return Choice(token, score, forced, grammar.is_complete)
+
+    def plausible(self, draft: list[int]) -> list[int]:
+        """What proposed tokens begin with that the grammar of the answer allows."""
+        grammar = self._grammar
+        return draft if grammar is None or grammar.forced else draft[: grammar.prefix(draft)]
+
+    def _choose(self, logits: NDArray[Any]) -> int:
+        if self._generator is None and not self._rules:
+            likeliest = int(logits.argmax())
+            if self._grammar is None:
+                return likeliest
+            self._needs_mask = not self._grammar.permits(likeliest)  # the next time too, as far as can be told
+            return int(_masked(logits, self._grammar).argmax()) if self._needs_mask else likeliest
+        ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
+        if self._grammar is not None and not self._rules:
+            logits = _masked(logits, self._grammar)
+        scores = self._rules(ids, torch.from_numpy(logits).float()[None])
+        if self._grammar is not None and self._rules:
+            scores = self._within(self._grammar, scores, logits)
+        if self._generator is None:
+            return int(scores.argmax())
+        scores = self._warpers(ids, scores) if self._grammar is None else self._warped_apart(ids, scores)
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+    def _warped_apart(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The warped scores of the tokens that the grammar allows, often a few of all, which soon are sorted."""
+        allowed = (scores[0] > -math.inf).nonzero()[:, 0]
+        warped = self._warpers(ids, scores[:, allowed])
+        return torch.full_like(scores, -math.inf).index_copy_(1, allowed, warped)
+
+    def _within(self, grammar: RowGrammar, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
+        """Scores of the tokens that a grammar allows; before any rule, where the rules leave none of them."""
+        scores = scores.masked_fill(torch.from_numpy(~grammar.allowed(scores.shape[1])), -math.inf)
+        return torch.from_numpy(_masked(logits, grammar)).float()[None] if scores.max() == -math.inf else scores
+
+
+def _masked(logits: NDArray[Any], grammar: RowGrammar) -> NDArray[Any]:
+    """Logits `[vocabulary]` of the tokens that a grammar allows, and minus infinity for others."""
+    masked: NDArray[Any] = np.where(grammar.allowed(len(logits)), logits, logits.dtype.type(-np.inf))
+    return masked
+
+
+class OccurrencePenalty:
+    """OpenAI's penalties: what a token of the answer loses because it occurs there, and for each time that it does."""
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        """Set the penalties.
+
+        Args:
+            presence: What a token loses once.
+            frequency: What it loses each time.
+            prompt_length: How many of the ids are the prompt's.
+        """
+        self._presence, self._frequency, self._start = presence, frequency, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores `[rows, vocabulary]` after the penalties.
+
+        Args:
+            input_ids: `[rows, length]`, the prompts and answers.
+            scores: `[rows, vocabulary]`.
+        """
+        new = input_ids[:, self._start :]
+        counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones(new.shape, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
+
+class _SortedTopP:
+    """transformers' warper of `top_p`, given scores in the order in which it sorts them: in half of the time.
+
+    numpy sorts them in the processor's vectors, and torch only finds that they are sorted. Which of equal scores is
+    left out at the edge is open there, too.
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self._warp = TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        """The scores `[1, vocabulary]`, minus infinity for those that are left out."""
+        row = scores[0].numpy()
+        if np.isneginf(row).sum() > len(row) // 2:  # top_k leaves them out; equal ones are soon sorted
+            warped: torch.Tensor = self._warp(input_ids, scores)
+            return warped
+        order = torch.from_numpy(np.argsort(row))
+        warped = torch.empty_like(scores)
+        warped[0, order] = self._warp(input_ids, scores[:, order])[0]
+        return warped
+
+
+def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[TokenScore]:
+    """Scores of tokens.
+
+    Args:
+        logits: `[tokens, vocabulary]`, what the model gives for each place.
+        tokens: The tokens at these places.
+        top: How many of the likeliest tokens to score beside each.
+    """
+    scores = torch.from_numpy(logits).float().log_softmax(-1)
+    own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    values, ids = scores.topk(min(top, scores.shape[1]))
+    pairs = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenScore(*fields) for fields in zip(tokens, own, pairs, strict=True)]
+
+
+def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> list[Any]:
+    """What changes the logits of single tokens, by what was chosen before."""
+    processors: list[Any] = []
+    if sampling.logit_bias:
+        bias = {(int(token),): float(value) for token, value in sampling.logit_bias.items()}
+        processors.append(SequenceBiasLogitsProcessor(bias))
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        penalties = float(sampling.presence_penalty), float(sampling.frequency_penalty)
+        processors.append(OccurrencePenalty(*penalties, length))
+    if sampling.min_new_tokens and ends:
+        processors.append(MinNewTokensLengthLogitsProcessor(length, int(sampling.min_new_tokens), sorted(ends)))
+    return processors
+
+
+def _warpers(sampling: Sampling) -> list[Any]:
+    """What shapes the distribution that is drawn from."""
+    processors: list[Any] = []
+    if sampling.temperature != 1:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(int(sampling.top_k)))
+    if sampling.top_p < 1:
+        processors.append(_SortedTopP(float(sampling.top_p)))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(float(sampling.min_p)))
+    return processors

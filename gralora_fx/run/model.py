@@ -1,0 +1,341 @@
+"""`load`: open an export directory as a callable model on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime
+import torch
+
+from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.format.adapter_inputs import is_adapter_input
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.generate.prompt_answers import Completions
+from gralora_fx.run.generate.prompts import GenerateInputs, stop_strings
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.open_export import OpenExport
+from gralora_fx.run.sessions.ort_values import image_arguments
+from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
+from gralora_fx.run.sessions.session import QUIET_RUN
+from gralora_fx.run.sessions.session_views import EncoderDecoderSession, with_adapter
+
+if TYPE_CHECKING:
+    from gralora_fx.run.call_arrays import CallInputs, Outputs
+    from gralora_fx.run.generate.answer_form import GivenForms
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
+    from gralora_fx.run.sessions.adapter_file import AdapterSource
+
+
+def load(
+    export_dir: str | Path,
+    providers: Providers | None = None,
+    *,
+    provider_options: ProviderOptions | None = None,
+    session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None = None,
+    threads: int | None = None,
+    check: bool = False,
+    max_rank: int | None = None,
+) -> OrtModel:
+    """Open an export on ONNX Runtime.
+
+    The sizes of files are always compared with the manifest.
+
+    Args:
+        export_dir: A directory that `export_onnx` wrote.
+        providers: Execution providers in order of preference: names, or a name and a dict of options as a tuple; a
+            single one needs no list. None for the CPU.
+        provider_options: Options of each provider, if they are not given beside its name.
+        session_options: An `onnxruntime.SessionOptions`, used as it is, or a dict of its fields.
+        threads: Threads of an operator, in calls and in `generate`; None for one on each core that the process may use.
+        check: Whether to read every file and compare its SHA-256 with the manifest's.
+        max_rank: The largest rank of an adapter that `load_adapter` takes; None for no limit.
+
+    Returns:
+        The model, ready to be called.
+
+    Raises:
+        ServingError: The directory is not an export, a file is missing, was changed or is outside it, a provider is not
+            installed, or an option is unknown or of another type.
+    """
+    runtime = runtime_of(providers, provider_options, session_options, threads)
+    if not (max_rank is None or (type(max_rank) is int and max_rank > 0)):
+        raise ServingError(f"max_rank must be a positive integer or None, but got {max_rank!r:.80}")
+    return OrtModel(export_dir, runtime, check=check, max_rank=max_rank)
+
+
+class OrtModel(OpenExport):
+    """An exported model, called with arrays or tensors by the names of the PyTorch model's inputs."""
+
+    @cached_property
+    def input_names(self) -> tuple[str, ...]:
+        """Inputs of the graph that calls run, without those for adapters."""
+        return tuple(self.call_inputs.inputs)
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """Outputs of the graph that calls run."""
+        return tuple(value.name for value in self._called.get_outputs())
+
+    @property
+    def _called(self) -> Any:
+        """A session whose inputs and outputs are those of calls, adapters aside."""
+        return self.first_session if self.reading.calls_rows else self.session
+
+    @cached_property
+    def call_inputs(self) -> CallInputs:
+        """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
+        from gralora_fx.run.call_arrays import CallInputs
+
+        taken = (*self._called.get_inputs(), *image_arguments(self._called))
+        inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
+        is_pair = isinstance(self._called, EncoderDecoderSession)
+        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
+
+    def load_adapter(self, name: str, path: AdapterSource) -> None:
+        """Load an adapter, so that calls, or rows of them, can name it.
+
+        An adapter in the export's own `adapters/` needs no loading: it is loaded when a call first names it.
+
+        Args:
+            name: The name to give it.
+            path: An `.onnx_adapter` file that `export_adapter` or `export_onnx` wrote, its record beside it; or what
+                was read of both, or what they were to hold.
+
+        Raises:
+            ServingError: The export takes no adapters, the name is taken, or the file is damaged, incomplete, or of
+                another base, rank or gralora_k than the export takes; nothing changes then.
+        """
+        self.adapters.load(name, path)
+
+    def mix_adapters(self, name: str, weights: Mapping[str, float]) -> None:
+        """Load the weighted sum of adapters as one more, exactly: its rank is the sum of theirs.
+
+        Args:
+            name: The name to give it.
+            weights: A weight for each adapter, by name: `{"summaries": 0.7, "german": 0.3}`.
+
+        Raises:
+            ServingError: The name is taken, there is no such adapter, or a weight is not a finite number.
+        """
+        self.adapters.mix(name, weights)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; calls that run with it end undisturbed.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            ServingError: It is not loaded.
+        """
+        self.adapters.unload(name)
+
+    def bind_adapter(self, binding: Any, adapter: str | None) -> None:
+        """Bind an adapter's tensors in an `onnxruntime.IOBinding` of `session`, for the runs that use the binding.
+
+        ONNX Runtime ignores active adapters of `RunOptions` there.
+
+        Args:
+            binding: The result of `session.io_binding()`.
+            adapter: Name of the adapter; None for the base.
+
+        Raises:
+            ServingError: There is no such adapter, or rows of the export have an adapter each.
+        """
+        for name, value in self.adapters.to_bind(adapter).items():
+            binding.bind_ortvalue_input(name, value)
+
+    def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
+        """Run the model once.
+
+        Args:
+            *args: Not accepted: inputs are given by name.
+            adapter: Name of the adapter to run with, None for the base; or one for each row, of a model without a cache
+                whose export has `model_rows.onnx`.
+            **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
+                a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
+                Integers and floats are cast to the graph's dtypes, those of a cache excepted.
+
+        Returns:
+            Outputs by name or index: tensors if any input was a tensor, else arrays.
+
+        Raises:
+            ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
+                of range; or a cache holds a value that is not finite.
+        """
+        if args:
+            raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
+        parts = self.call_inputs.parts({name: value for name, value in inputs.items() if value is not None})
+        gives_tensors = any(isinstance(value, torch.Tensor) for value in parts.values())
+        feed = self.call_inputs.arrays(parts)
+        session, values = self._with_adapter(adapter, feed)
+        try:
+            results = session.run(None, {**feed, **values}, QUIET_RUN)
+        except Exception as error:  # ONNX Runtime raises types of its own, without a common base
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            raise ServingError(f"ONNX Runtime refuses {shapes}: {first_line(error)}") from error
+        from gralora_fx.run.call_arrays import Outputs
+
+        pairs = zip(self.output_names, results, strict=True)
+        return Outputs({name: torch.from_numpy(array) if gives_tensors else array for name, array in pairs})
+
+    def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+        """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
+        if not (adapter is None or isinstance(adapter, str)):
+            return self._rows_for(adapter), self.adapters.rows(adapter, next(iter(feed.values())).shape[0])
+        return with_adapter(self.session, self.adapters.tensors_for(adapter, self.session)), {}
+
+    def _rows_for(self, adapter: object) -> Any:
+        """The session of a call whose rows have an adapter each.
+
+        Raises:
+            ServingError: There is none: the export takes no adapters, or one in a call.
+        """
+        self.adapters.inputs()  # one that takes none says so
+        if self.reading.calls_rows and self.manifest.has_rows:
+            return self.rows_session
+        why = "" if self.manifest.rows is None or self.manifest.has_rows else f" ({self.manifest.rows})"
+        raise ServingError(
+            f"adapter must be one name or None, but got {shown(adapter)}: one adapter runs in a call{why}"
+        )
+
+    def generate(
+        self,
+        prompts: Any = None,
+        *,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        input_features: Any = None,
+        inputs_embeds: Any = None,
+        language: str | None = None,
+        task: str | None = None,
+        forced_bos_token_id: int | None = None,
+        stop: str | Sequence[str] = (),
+        stream: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        choice: Sequence[str] | None = None,
+        grammar: str | None = None,
+        prompt_lookup_num_tokens: int | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Answer prompts, each as if it were alone.
+
+        An encoder-decoder answers what its encoder reads, by the rules of `generation_config.json` (forced, suppressed
+        and repeated tokens, lengths) where no option takes their place.
+
+        Args:
+            prompts: A text, a chat as a list of messages (`{"role": ..., "content": ...}`, by the tokenizer's
+                template), a list of token ids, or a list of any of them, which run together. Of a model of speech a
+                recording: samples of one channel at the feature extractor's rate, or
+                `{"array": samples, "sampling_rate": rate}`.
+            input_ids: Instead of prompts, a tokenizer's result: `generate(**tokenizer(texts, padding=True))`.
+            attention_mask: 1 for ids that are not padding, 0 for padding on either side; None without padding.
+            input_features: Instead of prompts, a feature extractor's result.
+            inputs_embeds: Of an export with embeddings beside ids (`task="image-text-to-text-with-past"`): those of all
+                tokens of a prompt, `[tokens, hidden]`, as the model merges them of its text and images; or a dict with
+                them and what the model takes beside them, such as `grid_position_ids [3, tokens]`. Of a list of prompts
+                a list, None for one of text alone. The ids stay what penalties read.
+            language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or that which
+                it hears.
+            task: `"transcribe"`, or `"translate"` into English; None for the model's default.
+            forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with, such as that of the
+                language to translate into; None for the model's.
+            stop: Strings that end an answer; they are not part of it.
+            stream: Whether to return an iterator over pieces of text (of token ids, for prompts of ids).
+            adapter: Name of the adapter to answer with, None for the base; or a list of one for each prompt.
+            json_schema: A JSON schema that every answer meets: an object, or JSON text.
+            regex: A regular expression, in the syntax of Rust's `regex`, that every answer matches as a whole.
+            choice: Texts of which every answer is one.
+            grammar: A grammar that every answer follows, in llguidance's variant of Lark or in GBNF.
+            prompt_lookup_num_tokens: The most tokens that a step verifies of what followed when the last tokens of a
+                text occurred in it before; None for as many as pay, 0 for none. The answer is the same.
+            **sampling: The fields of `Sampling`: `max_new_tokens`, `do_sample` and, to draw, `top_k`, `top_p`, `min_p`,
+                `temperature`, `seed`; `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
+                `min_new_tokens`, `eos_token_id` and `logprobs`.
+
+        Returns:
+            The answer to one prompt, a list for a list of prompts: texts, or the new token ids for ids and features.
+            With `stream` an iterator over pieces, of lists of pieces for a list of prompts. With `logprobs` each answer
+            or piece is a `Scored`: the content, and the scores of its tokens.
+
+        Raises:
+            ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
+                out of range, or an option is unknown, invalid or without effect.
+            FormError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance, which
+                follows it, is not installed.
+        """
+        generation = self.generation  # first: of an export that does not generate, no option is of use
+        chosen = Sampling.of(sampling)
+        if not isinstance(stream, bool):
+            raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
+        most = prompt_lookup_num_tokens
+        if not (most is None or (type(most) is int and most >= 0)):
+            raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {most!r:.80}")
+        tokenizer = self.tokenizer_or_none
+        stops = stop_strings(stop, tokenizer)
+        inputs = GenerateInputs(
+            prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id, inputs_embeds
+        )
+        parsed = generation.read(inputs, adapter, tokenizer)
+        forms: GivenForms = {
+            "json_schema": ("json", json_schema),
+            "regex": ("regex", regex),
+            "choice": ("choice", choice),
+            "grammar": ("grammar", grammar),
+        }
+        compiled = None if all(value is None for _, value in forms.values()) else self.grammars.of(forms)
+        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled, most)
+        return completions if stream else completions.result()
+
+    def decoder(
+        self,
+        *,
+        rows: int = 8,
+        capacity: int | None = None,
+        chunk: int = 64,
+        prefix_cache: int | None = None,
+        max_memory: int | None = None,
+    ) -> Decoder:
+        """The model as rows that open, step and close, which a scheduler drives.
+
+        On the CPU all rows run at once where the export has a graph for it (`model_rows.onnx`), else, and on other
+        execution providers, one after the other. A row of an encoder-decoder is opened with its source.
+
+        Args:
+            rows: How many rows to have room for.
+            capacity: How many tokens of each, prompt and answer; None for the model's context.
+            chunk: The most tokens that a row may read in a step beside others; by itself it may read 256.
+            prefix_cache: The most bytes of what rows have read that is kept for others, which take it over by
+                `Decoder.fill`; None for nothing.
+            max_memory: The most bytes of the caches of rows, copies of their adapters and the prefix cache together;
+                None for no bound. A row that finds no room waits: `Decoder.has_room` and `Decoder.reserve` say so.
+
+        Raises:
+            ServingError: The export has no cache, a size is not a count, the capacity is above the model's context, or
+                rows cannot share what they read, or not within so few bytes.
+        """
+        return self.generation.open_decoder(DecoderSize(rows, capacity, chunk, prefix_cache, max_memory))
+
+    @property
+    def limits(self) -> DecoderLimits:
+        """What a decoder can take: its vocabulary, context and end tokens.
+
+        Raises:
+            ServingError: The export has no cache, or its end tokens are not ids.
+        """
+        return self.generation.limits
+
+    @property
+    def encoder_inputs(self) -> EncoderInputs | None:
+        """Reads what the encoder of an encoder-decoder takes; None for a decoder.
+
+        Raises:
+            ServingError: The export has no cache, or its `generation_config.json` cannot be followed.
+        """
+        return self.generation.encoder_inputs

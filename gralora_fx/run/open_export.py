@@ -1,0 +1,320 @@
+"""An export directory that is open: its files checked, its adapters, a session over each graph, and how it generates.
+
+How each kind of export is opened and generates is a `Reading`: the reading half of `gralora_fx.exporters.kinds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.base.sources.model_files import read_json_object
+from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.core.loading.tokenizers import load_tokenizer
+from gralora_fx.errors import ServingError, listed, warn_caller
+from gralora_fx.format.adapter_paths import own_adapters
+from gralora_fx.format.export_directory import (
+    DECODER_KIND,
+    ENCODER_DECODER_KIND,
+    MODEL_NAME,
+    PLAIN_KIND,
+    ROWS_NAME,
+    check_own_file,
+)
+from gralora_fx.format.export_files import check_files, check_requirements, weight_files
+from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.run.engine.adapters import Adapters
+from gralora_fx.run.engine.buffered_steps import takes_buffers
+from gralora_fx.run.engine.limits import DecoderLimits
+from gralora_fx.run.engine.session_decoders import RowsDecoder, SequentialDecoder
+from gralora_fx.run.generate.generation import Generation
+from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, open_session
+from gralora_fx.run.sessions.session_views import is_current_form
+
+if TYPE_CHECKING:
+    from gralora_fx.run.generate.answer_grammar import Grammars
+    from gralora_fx.run.sessions.adapter_file import AdapterInMemory
+    from gralora_fx.run.sessions.placement import Placement
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a kind of export is read.
+
+    Attributes:
+        name: The kind, as the manifest has it.
+        opens_rows: Whether `model_rows.onnx`, where there is one, is opened first, and not `model.onnx`: given whether
+            the CPU runs all of it, and whether every call names an adapter for each row.
+        calls_rows: Whether calls run `model_rows.onnx` where they name an adapter for each row.
+        generation: How an open export generates; it raises a `ServingError` where it does not.
+    """
+
+    name: str
+    opens_rows: Callable[[bool, bool], bool]
+    calls_rows: bool
+    generation: Callable[[OpenExport], Generation]
+
+
+class OpenExport:
+    """An export that is open.
+
+    Attributes:
+        directory: The export directory, whose path stays valid if the process changes its working directory.
+        manifest: What `gralora_export.json` says, typed.
+        config: The model's `config.json`; empty if there is none.
+        adapters: Its adapters, by name; those that are loaded are iterated over.
+        reading: How its kind is read.
+        first_session: The session of the file that was opened first.
+        first_is_rows: Whether that is `model_rows.onnx`.
+    """
+
+    def __init__(
+        self,
+        export_dir: str | Path,
+        runtime: Runtime | None = None,
+        *,
+        check: bool = False,
+        max_rank: int | None = None,
+        by_row: bool = False,
+    ) -> None:
+        """Open an export.
+
+        Args:
+            export_dir: Its directory.
+            runtime: How ONNX Runtime runs it; None for the CPU.
+            check: As of `load`.
+            max_rank: As of `load`.
+            by_row: Whether every call of a model without a cache names rows' adapters.
+
+        Raises:
+            ServingError: As of `load`.
+        """
+        self._runtime = runtime or Runtime()
+        self.directory = usable_path(export_dir, ServingError, remedy="give the directory of an export").absolute()
+        self.manifest = read_manifest(self.directory, ServingError)
+        check_files(self.directory, self.manifest, digests=check, error=ServingError)
+        check_requirements(self.directory, self.manifest)
+        quantized = self.manifest.quantization
+        # weights of an earlier export, which records no bits, are small enough for any processor
+        if quantized is not None and quantized.kind == "int8-dynamic" and quantized.bits is not None:
+            check_integer_sums(self._runtime)
+        own_adapters(self.directory, ServingError)  # none of them is a link
+        check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later
+        config = self.directory / "config.json"
+        self.config = read_json_object(config, ServingError) if config.is_file() else {}
+        self.adapters = Adapters(self.directory, self.manifest, max_rank)
+        if self.manifest.flavour not in READINGS:
+            raise ServingError(
+                f"{self.directory} is an export of the kind {self.manifest.flavour!r:.80}, and this version reads "
+                f"{listed(READINGS)}; update gralora-fx, or add the kind to gralora_fx.run.open_export"
+            )
+        self.reading = READINGS[self.manifest.flavour]
+        is_on_cpu = {name for name, _ in self._runtime.providers} == {CPU} and not self._runtime.devices
+        self.first_is_rows = self.manifest.has_rows and self.reading.opens_rows(is_on_cpu, by_row)
+        self.first_session = self._open(ROWS_NAME if self.first_is_rows else MODEL_NAME)  # what is wrong is said now
+        if not is_on_cpu:
+            from gralora_fx.run.sessions.placement import warn_of_idle
+
+            warn_of_idle(self._runtime, self.placement)
+
+    @cached_property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession` of `model.onnx`, or an `EncoderDecoderSession`, that calls run.
+
+        That of a decoder which has `model_rows.onnx` too is opened when it is first asked for: `generate` needs none.
+        """
+        return self._open_later(MODEL_NAME) if self.first_is_rows else self.first_session
+
+    @cached_property
+    def rows_session(self) -> Any:
+        """The session of `model_rows.onnx`, in which the rows of a batch differ; None where there is none.
+
+        Of a model without a cache it is opened when rows first have an adapter each.
+        """
+        if self.first_is_rows:
+            return self.first_session
+        return self._open_later(ROWS_NAME) if self.reading.calls_rows and self.manifest.has_rows else None
+
+    @cached_property
+    def placement(self) -> Placement | None:
+        """How many nodes of each operator every provider runs; None where the CPU is alone (see `placement_of`)."""
+        from gralora_fx.run.sessions.placement import placement_of
+
+        return placement_of(self.first_session)
+
+    def describe(self) -> str:
+        """What is loaded and where it runs: task, precision, providers with version and device, threads, and nodes."""
+        from gralora_fx.run.sessions.placement import describe_placement, describe_providers
+
+        kinds = [] if self.manifest.quantization is None else [self.manifest.quantization.kind]
+        lines = [f"{self.directory}: {self.task or 'no task'}, {', else '.join([*kinds, self.manifest.precision])}"]
+        lines += [
+            f"runs on {text}"
+            for text in describe_providers(self._runtime, self.first_session, is_quantized=bool(kinds))
+        ]
+        lines += [] if self._runtime.threads is None else [f"threads: {self._runtime.threads}"]
+        lines += [] if self.placement is None else [f"nodes: {describe_placement(self.placement)}"]
+        return "\n".join(lines)
+
+    @property
+    def task(self) -> str | None:
+        """The task the model was exported for."""
+        return self.manifest.task
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer saved beside the model.
+
+        Raises:
+            ServingError: There is none.
+        """
+        tokenizer = self.tokenizer_or_none
+        if tokenizer is None:
+            raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
+        return tokenizer
+
+    @cached_property
+    def generation(self) -> Generation:
+        """How it generates.
+
+        Raises:
+            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+        """
+        self._check_unchanged()
+        return self.reading.generation(self)
+
+    @cached_property
+    def tokenizer_or_none(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer saved beside the model, or None."""
+        self._check_unchanged()
+        return load_tokenizer(self.directory, ServingError)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles forms of answers for the tokenizer beside the model.
+
+        Raises:
+            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+        """
+        from gralora_fx.run.generate.answer_grammar import Grammars
+
+        return Grammars(self.tokenizer_or_none, self.generation.limits)
+
+    def _open_later(self, name: str) -> Any:
+        self._check_unchanged()
+        return self._open(name)
+
+    def _open(self, name: str) -> Any:
+        weights = weight_files(self.manifest)
+        return open_session(self.directory, self._runtime, name=name, weights=weights, error=ServingError)
+
+    def _check_unchanged(self) -> None:
+        """Check that the directory was not moved or replaced by another export since it was opened.
+
+        Raises:
+            ServingError: It was.
+        """
+        if not self.directory.is_dir():
+            raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
+        if read_manifest(self.directory, ServingError) != self.manifest:
+            raise ServingError(f"{self.directory} holds another export than when it was loaded; load it again")
+
+
+def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:
+    """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved.
+
+    Args:
+        source: The file or the directory (see `adapter_path`).
+        onnx_dir: The export, which takes adapters as data.
+        folder: Where a file is made.
+        name: The adapter's name.
+
+    Raises:
+        GraloraError: It cannot be converted (see `export_adapter`).
+    """
+    if not source.is_dir():
+        return source
+    from gralora_fx.exporters.adapter_export import convert_adapter  # serving needs no exporter otherwise
+
+    return convert_adapter(source, onnx_dir, folder, name)
+
+
+def in_memory(source: Path, onnx_dir: Path, name: str, manifest: Manifest) -> AdapterInMemory:
+    """What a directory that PEFT saved holds, as data of an export.
+
+    Raises:
+        GraloraError: It cannot be converted (see `export_adapter`).
+    """
+    from gralora_fx.exporters.adapter_export import adapter_in_memory  # as above
+
+    return adapter_in_memory(source, onnx_dir, name, manifest)
+
+
+def _no_generation(export: OpenExport) -> Generation:
+    """A model without a cache has one run a call."""
+    raise ServingError(
+        f"this export (task {export.manifest.task!r}) has no cache, so it cannot generate; "
+        "export the model for a task with one, such as text-generation-with-past"
+    )
+
+
+def _decoder_generation(export: OpenExport) -> Generation:
+    """A decoder's rows run together in `model_rows.onnx`, or one after the other in `model.onnx`."""
+    limits = _limits(export)
+    if export.first_is_rows:
+        manifest = export.manifest
+        if not is_current_form(export.first_session):
+            warn_caller(
+                f"{export.directory / ROWS_NAME} was written by an earlier version: drafts are not verified by it, and "
+                "the last digits of an adapter's answer may depend on the rows beside it; export the model again, with "
+                "overwrite=True"
+            )
+        is_float32 = manifest.precision == "fp32" and manifest.quantization is None
+        weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))
+        make = partial(RowsDecoder, export.first_session, export.adapters, limits)
+        return Generation(limits, partial(make, is_float32=is_float32, weights=weights))
+    is_buffer = takes_buffers(export.directory / MODEL_NAME)
+    return Generation(
+        limits, partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)
+    )
+
+
+def _encoder_decoder_generation(export: OpenExport) -> Generation:
+    """A row of an encoder-decoder is opened with what the encoder reads, and rows run one after the other."""
+    from gralora_fx.run.engine.encoder_decoder import EncoderDecoder, Encodings
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
+
+    limits, session = _limits(export), export.first_session
+    inputs = EncoderInputs(export.directory, export.config, session, limits, export.manifest.position_offset)
+    make = partial(EncoderDecoder, session, export.adapters, limits, encodings=Encodings())
+    return Generation(limits, make, inputs)
+
+
+def _limits(export: OpenExport) -> DecoderLimits:
+    return DecoderLimits.of(export.directory, export.config, export.manifest.position_offset)
+
+
+READINGS = {
+    reading.name: reading
+    for reading in (
+        Reading(PLAIN_KIND, lambda is_on_cpu, by_row: by_row, calls_rows=True, generation=_no_generation),
+        # other providers lack the operators of rows
+        Reading(
+            DECODER_KIND,
+            lambda is_on_cpu, by_row: is_on_cpu,
+            calls_rows=False,
+            generation=_decoder_generation,
+        ),
+        Reading(
+            ENCODER_DECODER_KIND,
+            lambda is_on_cpu, by_row: False,
+            calls_rows=False,
+            generation=_encoder_decoder_generation,
+        ),
+    )
+}

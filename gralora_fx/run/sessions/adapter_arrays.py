@@ -1,0 +1,208 @@
+"""Adapter tensors as arrays, of bfloat16 too, which numpy lacks; those of several stacked or summed, exactly.
+
+Rows of a batch choose an adapter of a stack by its id. In a weighted sum the ranks add up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from gralora_fx.format.adapter_inputs import AdapterInputs, AdapterSite
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BASE = 0  # the id of no adapter
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
+
+Arrays = Mapping[str, NDArray[Any]]
+Ranks = Sequence[tuple[int, int]]  # at each layer of an export, of blocks and of plain LoRA
+
+
+def as_ort_value(array: NDArray[Any]) -> Any:
+    """An array as an `OrtValue`, of bfloat16 too."""
+    if array.dtype == _BFLOAT16:
+        raw = np.ascontiguousarray(array).view(np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """An array in one of the dtypes of adapter tensors."""
+    found: NDArray[Any] = array.astype(DTYPES[dtype])
+    return found
+
+
+def as_arrays(values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """`OrtValue`s by name as arrays, of bfloat16 too."""
+    return {name: _array(value) for name, value in values.items()}
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if value.element_type() == TensorProto.BFLOAT16:  # which numpy lacks
+        import torch
+
+        from gralora_fx.run.sessions.ort_values import as_tensor
+
+        raw: NDArray[Any] = as_tensor(value).view(torch.uint16).numpy()
+        half: NDArray[Any] = raw.view(_BFLOAT16).copy()
+        return half
+    found: NDArray[Any] = np.array(value.numpy())
+    return found
+
+
+def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]:
+    """Adapters stacked as `OrtValue`s by name, padded with zeros to the largest rank at each layer.
+
+    Args:
+        adapters: The tensors of each, which fit the export; its id is its place, from 1 on.
+        inputs: The adapter tensors of the export.
+    """
+    ranks = largest_ranks([ranks_of(tensors, inputs) for tensors in adapters], inputs)
+    arrays = empty_stack(len(adapters), ranks, inputs)
+    for number, tensors in enumerate(adapters, BASE + 1):
+        write_adapter(arrays, number, tensors, inputs)
+    return {name: as_ort_value(array) for name, array in arrays.items()}
+
+
+def ranks_of(tensors: Arrays, inputs: AdapterInputs) -> Ranks:
+    """The ranks of an adapter at each layer of an export, 0 for a part that it lacks."""
+    parts = (site.parts(tensors) for site in inputs.sites)
+    return tuple(
+        (0 if A is None else A.shape[2], 0 if general is None else general.shape[1]) for A, _, general, *_ in parts
+    )
+
+
+def largest_ranks(several: Sequence[Ranks], inputs: AdapterInputs) -> Ranks:
+    """The largest of some ranks at each layer; 0 for those of none."""
+    by_site = zip(*several, strict=True) if several else ([(0, 0)] for _ in inputs.sites)
+    return tuple((max(r for r, _ in ranks), max(general for _, general in ranks)) for ranks in by_site)
+
+
+def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
+    """Zeros with room for adapters, and for the base before them.
+
+    Args:
+        count: How many adapters.
+        ranks: The ranks that there is room for at each layer.
+        inputs: The adapter tensors of the export.
+
+    Returns:
+        `[1 + count, ...]` by name; what nobody has written to takes no memory yet.
+    """
+    dtype = DTYPES[inputs.dtype]
+    return {name: np.zeros((1 + count, *shape), dtype) for name, shape in _shapes(ranks, inputs).items()}
+
+
+def slot_size(ranks: Ranks, inputs: AdapterInputs) -> int:
+    """How many bytes an adapter takes in a stack that has room for some ranks."""
+    count = sum(math.prod(shape) for shape in _shapes(ranks, inputs).values())
+    return count * int(DTYPES[inputs.dtype].itemsize)
+
+
+def _shapes(ranks: Ranks, inputs: AdapterInputs) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(map(int, shape))
+        for site, (r, general) in zip(inputs.sites, ranks, strict=True)
+        for name, shape in site.shapes(inputs.k, r, general).items()
+    }
+
+
+def write_adapter(stack: Mapping[str, NDArray[Any]], number: int, tensors: Arrays, inputs: AdapterInputs) -> None:
+    """Write an adapter into a stack, over what was there; zeros where it has no tensor or a smaller rank.
+
+    Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
+    belong to output block j, and so for the rows of `B`.
+
+    Args:
+        stack: From `empty_stack`, with room for its ranks.
+        number: Its id.
+        tensors: Its tensors, which fit the export.
+        inputs: The adapter tensors of the export.
+    """
+    for site in inputs.sites:
+        for place, name in zip(_places(site, inputs.k), site.names(inputs.k), strict=True):
+            room, own = stack[name][number], tensors.get(name)
+            if own is not None and own.shape == room.shape:
+                room[...] = own
+                continue
+            room[...] = 0
+            if own is not None:
+                within = tuple(slice(size) for size in place(own).shape)
+                place(room)[within] = place(own)
+
+
+def _places(site: AdapterSite, k: int) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
+    """For each tensor at a layer, the view of it in which a smaller one is padded at the end of each axis."""
+    k, ins, outs = site.blocks(k), site.in_features, site.out_features
+
+    def of_A(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(k, ins // k, k, array.shape[-1] // k)
+
+    def of_B(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(k, k, array.shape[1] // k, outs // k)
+
+    yield from (of_A, of_B) if k else ()
+    yield from [lambda array: array] * (len(site.names(k)) - (2 if k else 0))
+
+
+def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
+    """The adapter whose update is the weighted sum of others'.
+
+    The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
+    s columns of `A[n]` and rows of `B[j]`, so those are joined pair by pair; plain LoRA's are joined as they are.
+    Changes of biases are added.
+
+    Args:
+        parts: The tensors of each adapter by name, and its weight; at least one.
+        inputs: The adapter tensors of the export.
+
+    Returns:
+        Tensors by name at every layer that one of them adapts.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for site in inputs.sites:
+        names = site.names(inputs.k)
+        there = [(arrays, weight) for arrays, weight in parts if names[0] in arrays]
+        if there:
+            tensors |= dict(zip(names, _sum_at(site, there, inputs.k), strict=True))
+    return tensors
+
+
+def _sum_at(site: AdapterSite, adapters: Sequence[tuple[Arrays, float]], k: int) -> Iterator[NDArray[Any]]:
+    """The sum's tensors at a layer, in the order of their names."""
+    parts = [(site.parts(arrays), weight) for arrays, weight in adapters]
+    blocks = [(A, _scaled(B, weight)) for (A, B, *_), weight in parts if A is not None and B is not None]
+    if blocks:
+        yield from _blocks(site, blocks, k)
+    general = [(A, _scaled(B, weight)) for (_, _, A, B, _), weight in parts if A is not None and B is not None]
+    if general:
+        yield np.concatenate([A for A, _ in general], 1)
+        yield np.concatenate([B for _, B in general], 0)
+    biases = [bias.astype(np.float32) * weight for (*_, bias), weight in parts if bias is not None]
+    if biases:
+        dtype = next(bias.dtype for (*_, bias), _ in parts if bias is not None)
+        yield sum(biases[1:], biases[0]).astype(dtype)
+
+
+def _blocks(site: AdapterSite, parts: Sequence[tuple[NDArray[Any], NDArray[Any]]], k: int) -> Iterator[NDArray[Any]]:
+    ins, outs = site.in_features // k, site.out_features // k
+    ranks = [A.shape[2] // k for A, _ in parts]  # of a block pair
+    pairs = list(zip(parts, ranks, strict=True))
+    r = k * sum(ranks)
+    A = np.concatenate([A.reshape(k, ins, k, s) for (A, _), s in pairs], 3)  # [n, in/k, j, s]
+    yield A.reshape(k, ins, r)
+    B = np.concatenate([B.reshape(k, k, s, outs) for (_, B), s in pairs], 2)  # [j, n, s, out/k]
+    yield B.reshape(k, r, outs)
+
+
+def _scaled(array: NDArray[Any], weight: float) -> NDArray[Any]:
+    """An array times a weight, in its own dtype."""
+    found: NDArray[Any] = array if weight == 1.0 else (array.astype(np.float32) * weight).astype(array.dtype)
+    return found

@@ -1,0 +1,349 @@
+"""`<name>.onnx_adapter`, the file of an adapter's tensors, and `<name>.json`, the record of what it holds.
+
+ONNX Runtime's format has no checksum: a file with a flipped bit may load and run. So a file is parsed only once its
+SHA-256 is the one in its record, which also says for which export it was made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, listed
+from gralora_fx.format.adapter_format import AdapterContent, FormatError, read_parameters
+from gralora_fx.format.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.format.adapter_paths import record_path
+from gralora_fx.format.json_records import Count, FieldError, read_object, wrong_fields
+from gralora_fx.run.sessions.adapter_arrays import DTYPES, Arrays, as_ort_value
+
+SCHEMA_VERSION = 1
+_OWN_DIGEST = "record_sha256"
+_MOST_BYTES = 64 << 20  # of a record
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What an adapter file holds, and for which export.
+
+    Attributes:
+        schema_version: Version of the record's form.
+        name: The adapter's name.
+        config: Its `adapter_config.json`.
+        k: Blocks in each direction, as the export has them.
+        r: The largest rank of its blocks.
+        hybrid_r: The largest rank of its plain LoRA part.
+        dtype: Dtype of its tensors.
+        sites: The layers that it adapts.
+        shapes: Shape of each tensor by its name.
+        base_fingerprint: Fingerprint of the base of the export that it was made for, by which it is loaded in no
+            other; it says nothing of the base that the adapter was trained on. None where the export has none.
+        sha256: SHA-256 of the tensors: of names, dtypes, shapes and values.
+        file_sha256: SHA-256 of the file.
+        size: Its size in bytes.
+        base: What was compared of the base that the adapter was trained on and of the export's (see
+            `BaseComparison`); None where nothing was.
+    """
+
+    schema_version: int
+    name: str
+    config: Mapping[str, Any]
+    k: Count
+    r: Count
+    hybrid_r: Count
+    dtype: Annotated[str, DTYPES]
+    sites: tuple[str, ...]
+    shapes: Mapping[str, tuple[Count, ...]]
+    base_fingerprint: str | None
+    sha256: str
+    file_sha256: str
+    size: Count
+    base: Mapping[str, Any] | None = None
+
+    @property
+    def base_name(self) -> str:
+        """The base that its configuration names, or `another base`."""
+        return str(self.config.get("base_model_name_or_path") or "another base")
+
+    def to_json(self) -> str:
+        """The text of the record, keys in order, and a SHA-256 of its own under `record_sha256`."""
+        fields = dataclasses.asdict(self)
+        fields = {name: value for name, value in fields.items() if name != "base" or value is not None}
+        return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterInMemory:
+    """An adapter as data of an export that no file holds.
+
+    Attributes:
+        record: Its record, without digests.
+        tensors: Its tensors by name.
+    """
+
+    record: AdapterRecord
+    tensors: Arrays
+
+
+AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # what an adapter is loaded from
+
+
+def read_record(
+    path: Path, error: type[GraloraError] = ExportError, content: AdapterContent | None = None
+) -> AdapterRecord:
+    """The record of an adapter file.
+
+    Args:
+        path: The adapter file.
+        error: The error type to raise.
+        content: What was read of it; None to read it now.
+
+    Raises:
+        GraloraError: Of the given type: there is none, or it is damaged.
+    """
+    place = record_path(path)
+    remedy = "make the adapter again with export_adapter"
+    try:
+        size = place.stat().st_size if content is None else len(content.record)
+        if size > _MOST_BYTES:
+            raise error(f"{place} has {size:,} bytes, more than a record of an adapter; {remedy}")
+        found: Any = json.loads(place.read_bytes() if content is None else content.record)
+    except FileNotFoundError as failure:
+        raise error(f"no {place.name} beside {path}, which says what it holds; {remedy}") from failure
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{place} cannot be read ({first_line(failure)}); {remedy}") from failure
+    if not isinstance(found, dict) or type(found.get("schema_version")) is not int:
+        raise error(f"{place} is not the record of an adapter; {remedy}")
+    if found["schema_version"] > SCHEMA_VERSION:
+        raise error(f"{place} has schema {found['schema_version']}, newer than {SCHEMA_VERSION}; update gralora-fx")
+    if found["schema_version"] < SCHEMA_VERSION or _OWN_DIGEST not in found:
+        raise error(f"{place} was written by an older gralora-fx; {remedy}")
+    own = found.pop(_OWN_DIGEST)
+    unknown = sorted(set(found) - {field.name for field in dataclasses.fields(AdapterRecord)})
+    record = None
+    with suppress(FieldError):
+        record = read_object(AdapterRecord, found)
+    if record is None or unknown:
+        raise error(f"{place} is damaged: {listed([*wrong_fields(AdapterRecord, found), *unknown])}; {remedy}")
+    if own != _fields_sha256(found):
+        raise error(f"{place} was changed: its fields have another SHA-256 than {_OWN_DIGEST} says; {remedy}")
+    return record
+
+
+def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> None:
+    """Check that an adapter's ranks are within a limit.
+
+    Raises:
+        ServingError: One is above it.
+    """
+    rank = max(record.r, record.hybrid_r)
+    if most is not None and rank > most:
+        raise ServingError(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
+
+
+def _fields_sha256(fields: Mapping[str, Any]) -> str:
+    """SHA-256 of a record's fields, whatever the layout of their text."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_sha256(tensors: Arrays) -> str:
+    """SHA-256 over the names, dtypes, shapes and values of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        digest.update(f"{name}|{array.dtype.name}|{list(array.shape)}|".encode())
+        digest.update(array.view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Arrays) -> None:
+    """Write an `.onnx_adapter` file."""
+    adapter = onnxruntime.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({name: as_ort_value(array) for name, array in tensors.items()})
+    adapter.export_adapter(str(path))
+
+
+def record_of(
+    path: Path,
+    name: str,
+    tensors: Arrays,
+    config: Mapping[str, Any],
+    inputs: AdapterInputs,
+    fingerprint: str | None,
+    base: Mapping[str, Any] | None = None,
+) -> AdapterRecord:
+    """The record of an adapter file that was written.
+
+    Args:
+        path: The file.
+        name: The adapter's name.
+        tensors: Its tensors.
+        config: Its `adapter_config.json`.
+        inputs: The adapter tensors of the export that it is for.
+        fingerprint: Fingerprint of the export's base.
+        base: What was compared of the adapter's base and the export's, or None.
+    """
+    content = path.read_bytes()
+    record = record_in_memory(name, tensors, config, inputs, fingerprint)
+    digest = hashlib.sha256(content).hexdigest()
+    return dataclasses.replace(record, file_sha256=digest, size=len(content), base=base)
+
+
+def record_in_memory(
+    name: str,
+    tensors: Arrays,
+    config: Mapping[str, Any],
+    inputs: AdapterInputs,
+    fingerprint: str | None,
+    *,
+    with_digest: bool = True,
+) -> AdapterRecord:
+    """The record of an adapter without a file, whose digest and size are empty; arguments as of `record_of`.
+
+    That of its tensors is empty, too, unless it is asked for `with_digest`.
+    """
+    r, hybrid_r = _largest_ranks(tensors, inputs)
+    return AdapterRecord(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        config=config,
+        k=inputs.k,
+        r=r,
+        hybrid_r=hybrid_r,
+        dtype=inputs.dtype,
+        sites=tuple(sorted({tensor.rpartition(".")[0] for tensor in tensors})),
+        shapes={name: tuple(array.shape) for name, array in tensors.items()},
+        base_fingerprint=fingerprint,
+        sha256=tensors_sha256(tensors) if with_digest else "",
+        file_sha256="",
+        size=0,
+    )
+
+
+def _largest_ranks(tensors: Arrays, inputs: AdapterInputs) -> tuple[int, int]:
+    """The largest rank of the blocks and of the plain LoRA part of any layer; of one that is replaced, none."""
+    ranks = [(site, *_ranks(site, tensors)) for site in inputs.sites]
+    general = [hybrid_r for site, _, hybrid_r in ranks if not site.is_within(hybrid_r)]
+    return max((r for _, r, _ in ranks), default=0), max(general, default=0)
+
+
+def _ranks(site: AdapterSite, tensors: Arrays) -> tuple[int, int]:
+    """The ranks at a layer, of blocks and of plain LoRA; 0 for a part that is not there, or has other axes."""
+    A, _, A_general, _, _ = site.parts(tensors)
+    r = 0 if A is None or A.ndim != 3 else A.shape[2]
+    return r, 0 if A_general is None or A_general.ndim != 2 else A_general.shape[1]
+
+
+def read_tensors(
+    path: Path,
+    record: AdapterRecord,
+    inputs: AdapterInputs,
+    fingerprint: str | None,
+    error: type[GraloraError],
+    content: AdapterContent | None = None,
+) -> dict[str, NDArray[Any]]:
+    """The tensors of an adapter file, if they are what an export takes.
+
+    Args:
+        path: The file.
+        record: What it should hold.
+        inputs: The adapter tensors of the export.
+        fingerprint: Fingerprint of the export's base.
+        error: The error type to raise.
+        content: What was read of it; None to read it now.
+
+    Raises:
+        GraloraError: Of the given type: the file was changed, is for another export or base, or its tensors are
+            incomplete, misshapen, of another dtype or not finite. All problems are named.
+    """
+    problems = [*_record_problems(record, inputs, fingerprint)]
+    if problems:
+        raise error(f"{path} does not fit this export: {listed(problems)}")
+    file = check_file(path, record, error, content)
+    try:
+        tensors = read_parameters(file)  # of these very bytes, and in their memory
+    except FormatError as failure:
+        raise error(f"{path} is not an adapter of ONNX Runtime, of the version that is known ({failure})") from failure
+    problems = [*_tensor_problems(tensors, record, inputs)]
+    if not problems and (record.r, record.hybrid_r) != _largest_ranks(tensors, inputs):
+        problems = ["its tensors have other ranks than its record says"]
+    if problems:
+        raise error(f"{path} does not fit this export: {listed(problems)}")
+    return tensors
+
+
+def check_file(
+    path: Path, record: AdapterRecord, error: type[GraloraError], content: AdapterContent | None = None
+) -> NDArray[np.uint8]:
+    """The bytes of an adapter file, which is the one that its record describes.
+
+    Raises:
+        GraloraError: Of the given type: it cannot be read, or its size or SHA-256 differs.
+    """
+    try:
+        file = np.fromfile(path, np.uint8) if content is None else content.file
+    except OSError as failure:
+        raise error(f"{path} cannot be read ({first_line(failure)}); give the file of an adapter") from failure
+    if len(file) != record.size or hashlib.sha256(file.data).hexdigest() != record.file_sha256:
+        raise error(
+            f"{path} is not what {record_path(path).name} describes: it was changed or cut short; copy both files "
+            "again, or make the adapter again with export_adapter"
+        )
+    return file
+
+
+def _record_problems(record: AdapterRecord, inputs: AdapterInputs, fingerprint: str | None) -> Iterable[str]:
+    if record.base_fingerprint != fingerprint:
+        yield (
+            f"it is for {record.base_name}, whose weights have fingerprint {str(record.base_fingerprint)[:12]}, not "
+            f"for this export's, {str(fingerprint)[:12]}"
+        )
+    if record.k != inputs.k:
+        yield f"it has {_blocks(record.k)}, and the export takes {_blocks(inputs.k)}; add the adapter to this export"
+    if record.dtype != inputs.dtype:
+        yield f"it is {record.dtype}, and the export takes {inputs.dtype}"
+    known = {site.path for site in inputs.sites}
+    yield from (f"the export has no adapter at {path}" for path in record.sites if path not in known)
+
+
+def _blocks(k: int) -> str:
+    return f"gralora_k={k}" if k else "LoRA's form"
+
+
+def _tensor_problems(tensors: Arrays, record: AdapterRecord, inputs: AdapterInputs) -> Iterable[str]:
+    sites = {site.path: site for site in inputs.sites}
+    expected = {name for path in record.sites for name in sites[path].names(inputs.k)}
+    yield from (f"{name} is missing" for name in sorted(expected - set(tensors)))
+    yield from (f"{name} is not a tensor of the export" for name in sorted(set(tensors) - expected))
+    for path in record.sites:
+        yield from _site_problems(sites[path], tensors, inputs)
+    if {name: array.shape for name, array in tensors.items()} != record.shapes:
+        yield "its tensors have other shapes than its record says"
+
+
+def _site_problems(site: AdapterSite, tensors: Arrays, inputs: AdapterInputs) -> Iterable[str]:
+    names = site.names(inputs.k)
+    present = [tensors[name] for name in names if name in tensors]
+    if len(present) < len(names):
+        return
+    r, hybrid_r = _ranks(site, tensors)
+    for (name, shape), array in zip(site.shapes(inputs.k, r, hybrid_r).items(), present, strict=True):
+        if array.shape != shape:
+            yield f"{name} has shape {list(array.shape)} instead of {list(shape)}"
+        elif array.dtype != DTYPES[inputs.dtype]:
+            yield f"{name} is {array.dtype.name} instead of {inputs.dtype}"
+        elif not np.isfinite(array if array.dtype.kind == "f" else array.astype(np.float32)).all():
+            yield f"{name} holds values that are not finite"
+    if r and r % inputs.k:
+        yield f"the rank {r} at {site.path} is not a multiple of k={inputs.k}"

@@ -1,0 +1,33 @@
+"""The model that an export is of, which an adapter is compared with: its base, and its linear layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gralora_fx.base.sources.same_base import BaseSource, read_config_fields
+from gralora_fx.core.adapters.agreement import KnownLayers
+from gralora_fx.format.manifest import Manifest
+
+
+def base_of_export(directory: str | Path, manifest: Manifest | None, given: str | Path | None = None) -> BaseSource:
+    """Return what is known of the base of an export.
+
+    Args:
+        directory: The export directory, whose `config.json` is the exported model's.
+        manifest: Its manifest; None of another exporter's.
+        given: The base as the caller names it, for an export that does not.
+    """
+    fields = read_config_fields(Path(directory))
+    if manifest is not None and manifest.base is not None:
+        return BaseSource(manifest.base.name, manifest.base.revision, fields, manifest.base.quantization)
+    named = given or (fields or {}).get("_name_or_path")
+    return BaseSource(str(named) if named else None, None, fields)
+
+
+def layers_of_export(directory: str | Path, manifest: Manifest) -> KnownLayers:
+    """Return the linear layers of an exported model, whether the export takes adapters there or not."""
+    model_type = (read_config_fields(Path(directory)) or {}).get("model_type")
+    linear, functional = (
+        [site.path for site in manifest.sites if (site.kind == "functional") == is_call] for is_call in (False, True)
+    )
+    return KnownLayers(linear, model_type if isinstance(model_type, str) else None, functional)

@@ -1,0 +1,172 @@
+"""Values of ONNX Runtime sessions: tensors of any dtype, since numpy has no bfloat16, and callers' arrays, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto
+from onnxruntime import OrtValue
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
+from gralora_fx.format.cache_slots import past_slots
+from gralora_fx.format.input_names import IMAGE_INPUT_NAMES
+
+_ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
+DTYPES = {f"tensor({name})": np.dtype(other) for name, other in _NAMES.items()}
+TORCH_DTYPES = {
+    "tensor(bfloat16)": torch.bfloat16,
+    **{kind: getattr(torch, dtype.name) for kind, dtype in DTYPES.items()},
+}
+_KINDS = {"i": "iu", "u": "iu", "f": "iuf", "b": "biu"}  # array kinds that are cast to an input kind
+
+
+def run_values(
+    session: Any,
+    feed: Mapping[str, Any],
+    description: str,
+    names: Sequence[str] | None = None,
+    error: type[GraloraError] = ExportError,
+) -> dict[str, Any]:
+    """Run a session on tensors, which are cast to its input dtypes, or on its own output values.
+
+    Args:
+        session: An ONNX Runtime session.
+        feed: A tensor or an `OrtValue` for every input.
+        description: What is being run, for messages.
+        names: Outputs to return; None for all.
+        error: The error type to raise.
+
+    Returns:
+        Outputs by name, as `OrtValue`; `as_tensor` makes tensors of them.
+
+    Raises:
+        GraloraError: Of the given type: ONNX Runtime fails.
+    """
+    kinds = {value.name: value.type for value in (*session.get_inputs(), *image_arguments(session))}
+    if unknown := [name for name in feed if name not in kinds]:
+        raise error(f"{description}: the session takes no {', '.join(unknown)}")
+    values = {
+        name: as_value(value, kinds[name]) if isinstance(value, Tensor) else value for name, value in feed.items()
+    }
+    names = [value.name for value in session.get_outputs()] if names is None else names
+    try:
+        results = session.run_with_ort_values(names, values)
+    except Exception as failure:  # ONNX Runtime raises types of its own
+        raise error(f"ONNX Runtime fails on {description}: {first_line(failure)}") from failure
+    return dict(zip(names, results, strict=True))
+
+
+def image_arguments(session: Any) -> list[Any]:
+    """What a decoder's session takes of images, which a text leaves out (see `IMAGE_INPUTS`)."""
+    optional: list[Any] = getattr(session, "get_overridable_initializers", list)()
+    return [value for value in optional if value.name in IMAGE_INPUT_NAMES]
+
+
+def as_value(tensor: Tensor, kind: str) -> Any:
+    """A tensor as an `OrtValue` for a session.
+
+    Args:
+        tensor: Any tensor on the CPU.
+        kind: The input's type in ONNX Runtime's words, such as `tensor(float16)`.
+    """
+    array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous()
+    if array.dtype == torch.bfloat16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(array.numpy())
+
+
+def own_value(tensor: Tensor, kind: str) -> Any:
+    """A tensor as an `OrtValue` in memory of its own, like a session's output; not of bfloat16.
+
+    Args:
+        tensor: Any tensor on the CPU.
+        kind: The type in ONNX Runtime's words.
+    """
+    array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous().numpy()
+    value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
+    value.update_inplace(array)
+    return value
+
+
+def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
+    """An empty cache for a session: every `past_key_values.N...` input, states zeros.
+
+    Args:
+        session: An ONNX Runtime session.
+        batch: Number of rows.
+        length: Positions that it has room for, zeros.
+    """
+    values: dict[str, Any] = {}
+    for slot, value in past_slots(session.get_inputs()).items():
+        shape, dtype = slot.kind.shape(value.shape, batch, length), TORCH_DTYPES[value.type]
+        # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
+        count = math.prod(shape)
+        zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
+        values[value.name] = as_value(torch.from_numpy(zeros).view(dtype)[:count].reshape(shape), value.type)
+    return values
+
+
+def as_tensor(value: Any) -> Tensor:
+    """An `OrtValue` as a tensor of the same dtype and memory, which is that of an array if `as_value` made it."""
+    tensor: Tensor = from_dlpack(value)
+    return tensor
+
+
+def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
+    """An input as an array of the type and shape that a session takes.
+
+    Args:
+        name: The input.
+        value: An array, a tensor on any device or a nested list.
+        expected: The session's description of the input.
+
+    Raises:
+        ServingError: It is empty, or of another dtype or shape.
+    """
+    array = plain_array(name, value)
+    dtype = DTYPES.get(expected.type, array.dtype)
+    shape = list(expected.shape)
+    fixed = [(axis, size) for axis, size in enumerate(shape) if isinstance(size, int)]
+    if array.dtype.kind not in "biuf":
+        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
+    if array.ndim != len(shape) or any(array.shape[axis] != size for axis, size in fixed):
+        raise ServingError(f"input {name!r} has shape {list(array.shape)}, but the model takes {shape}")
+    if any(size == 0 and not str(axis).startswith("past_") for axis, size in zip(shape, array.shape, strict=True)):
+        raise ServingError(f"input {name!r} is empty, of shape {list(array.shape)}; give at least one of {shape}")
+    allowed = _KINDS.get(dtype.kind, dtype.kind) + ("b" if name.endswith("mask") else "")
+    if array.dtype.kind not in allowed:
+        raise ServingError(f"input {name!r} is {array.dtype}, but the model takes {dtype}")
+    if dtype.kind in "iu" and array.size and not np.can_cast(array.dtype, dtype):
+        least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+        if int(array.min()) < least or int(array.max()) > most:
+            wrong = array.min() if int(array.min()) < least else array.max()
+            raise ServingError(f"input {name!r} holds {wrong}, which {dtype} does not hold")
+    return np.asarray(array, dtype=dtype, order="C")
+
+
+def plain_array(name: str, value: Any) -> NDArray[Any]:
+    """A value as an array of any type and shape.
+
+    Args:
+        name: The input.
+        value: An array, a tensor on any device or a nested list.
+
+    Raises:
+        ServingError: It is not an array.
+    """
+    try:
+        if not isinstance(value, Tensor):
+            return np.asarray(value)
+        tensor = value.detach().cpu()
+        return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn) else tensor).numpy()
+    except Exception as error:  # array-likes and tensors without values raise what they like
+        hint = "pad its rows to one length" if isinstance(value, Sequence) else "give an array, a tensor or a list"
+        raise ServingError(f"input {name!r} is not an array ({first_line(error)}); {hint}") from error

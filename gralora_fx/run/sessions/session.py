@@ -1,0 +1,314 @@
+"""ONNX Runtime sessions over an export directory, opened only if its model reads no outside files."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from gralora_fx.base.compat.onnxruntime import NoKernel
+from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
+from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
+from gralora_fx.run.sessions.session_views import EncoderDecoderSession
+
+if TYPE_CHECKING:
+    from gralora_fx.run.sessions.plugins import Device
+
+CPU = "CPUExecutionProvider"
+FATAL = 4  # ONNX Runtime's log level above errors, which are raised as exceptions already
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
+QUIET_RUN = onnxruntime.RunOptions()  # leaves errors of a run to exceptions
+QUIET_RUN.log_severity_level = FATAL
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How ONNX Runtime runs a model.
+
+    Attributes:
+        providers: Execution providers in order of preference, each with its options; empty if the session options hold
+            them.
+        session_options: Session options; None for those of `quiet_options`.
+        devices: The devices of plug-in providers; the session options then hold all providers.
+        threads: Threads of an operator, as the session options have them or ONNX Runtime chooses; None if not said.
+    """
+
+    providers: tuple[tuple[str, Mapping[str, Any]], ...] = ((CPU, {}),)
+    session_options: onnxruntime.SessionOptions | None = field(default=None, compare=False)
+    devices: tuple[Device, ...] = ()
+    threads: int | None = None
+
+
+def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Session options that leave errors to exceptions.
+
+    Args:
+        threads: Threads of an operator; None for ONNX Runtime's choice.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
+
+
+def yielding_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Session options of `quiet_options` whose threads stop as soon as a run has ended, rather than wait for the next.
+
+    Where runs alternate with PyTorch's, waiting threads take the cores from it: each of its operations then takes
+    many times as long.
+
+    Args:
+        threads: Threads of an operator; None for ONNX Runtime's choice.
+    """
+    options = quiet_options(threads)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def open_session(
+    directory: str | Path,
+    runtime: Runtime | None = None,
+    *,
+    name: str = MODEL_NAME,
+    as_stored: bool = False,
+    weights: Container[str] | None = None,
+    error: type[GraloraError] = ExportError,
+) -> Any:
+    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
+
+    Args:
+        directory: An export directory.
+        runtime: How to run it; None for the CPU.
+        name: The file of the model, where it is one.
+        as_stored: Open the file as other programs do, without what fits how it is run (see `open_experts`).
+        weights: Names of the files that the export keeps its weights in; None for any of the directory.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type, when there is no model, its weights are outside the directory or in another
+            file than the export's, or ONNX Runtime cannot load it.
+    """
+    folder, runtime = usable_path(directory, error), runtime or Runtime()
+    if (folder / f"{ENCODER}.onnx").is_file():
+        parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored, weights) for name in (ENCODER, DECODER)]
+        return EncoderDecoderSession(*parts)
+    return _open(folder / name, runtime, error, as_stored, weights)
+
+
+def _open(
+    path: Path,
+    runtime: Runtime,
+    error: type[GraloraError],
+    as_stored: bool,
+    weights: Container[str] | None,
+) -> Any:
+    if not path.is_file():
+        raise error(f"no {path.name} in {path.parent}; give the directory of an export")
+    model = check_external_data(path, error, weights)
+    providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
+    options = runtime.session_options or quiet_options()
+    is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
+    changes = (_take_defaults if runtime.devices else None, _open_experts if is_cpu and not as_stored else None)
+    try:
+        changed = [change(model) for change in changes if change is not None]
+        if any(changed):  # bytes of a model do not say where its weights are
+            _read_weights_in(path.parent, options)
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString() if any(changed) else str(path),
+            options,
+            providers=providers or None,
+            enable_fallback=0,
+        )
+    except Exception as failure:  # ONNX Runtime raises types of its own, without a common base
+        advice = "export the model again"
+        if isinstance(failure, NoKernel):
+            names = ", ".join(name for name, _ in runtime.providers) or "the providers of the session options"
+            advice = f"{names} cannot compute it: give providers that can, or export in another precision"
+        elif runtime.devices:
+            advice = f"check the options of {runtime.devices[0].provider}, or leave it out"
+        raise error(f"ONNX Runtime cannot load {path} ({_reason(failure)}); {advice}") from failure
+    missing = [name for name, _ in runtime.providers if name not in session.get_providers()]
+    if missing:
+        raise error(
+            f"ONNX Runtime could not start {', '.join(missing)} and would run {path.name} on "
+            f"{', '.join(session.get_providers())}; install what the provider needs, or leave it out"
+        )
+    return session
+
+
+def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
+    """Say where the weights of a model are that is opened of bytes; ONNX Runtime warns where an entry is set twice."""
+    try:
+        known = options.get_session_config_entry(_WEIGHTS_FOLDER)
+    except RuntimeError:  # there is none
+        known = None
+    if known != str(folder):
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+
+
+def _open_experts(model: onnx.ModelProto) -> bool:
+    """Compute experts by products, in place, if the model has any (see `open_experts`)."""
+    if all(node.op_type != "MoE" for node in model.graph.node):
+        return False
+    from gralora_fx.run.sessions.opened_experts import open_experts
+
+    return open_experts(model)
+
+
+def _take_defaults(model: onnx.ModelProto) -> bool:
+    """Take the values of initializers that may be overridden, which are inputs then: OpenVINO's provider needs that."""
+    inputs = {value.name for value in model.graph.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name not in inputs]
+    if len(kept) == len(model.graph.initializer):
+        return False
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return True
+
+
+def _reason(failure: Exception) -> str:
+    """What ONNX Runtime or a provider says, without OpenVINO's lines about places in its own code."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    telling = [line for line in lines if not any(mark in line for mark in ("Exception from src/", " failed at src/"))]
+    return telling[0] if telling and telling[0] is not lines[0] else first_line(failure)
+
+
+def check_external_data(
+    path: Path, error: type[GraloraError] = ExportError, weights: Container[str] | None = None
+) -> onnx.ModelProto:
+    """Check that a model reads no files outside its directory.
+
+    ONNX Runtime follows hard links to external data, so a crafted model could read any file of the machine; some
+    execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
+
+    Args:
+        path: The model.
+        error: The error type to raise.
+        weights: Names of the files that may hold its weights; None for any of its directory.
+
+    Returns:
+        The model, without the weights of other files.
+
+    Raises:
+        GraloraError: Of the given type, naming the other file.
+    """
+    check_own_file(path, error)
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as failure:  # protobuf raises types of its own
+        raise error(f"{path} is not an ONNX model ({failure}); export the model again") from failure
+    nodes = [node for part in (model.graph, *model.functions) for node in _within(part.node)]
+    if compiled := next((node for node in nodes if node.op_type == "EPContext"), None):
+        raise error(f"{path} holds a part compiled elsewhere (EPContext {compiled.name!r}); export the model again")
+    locations = {
+        entry.value
+        for tensor in (*_initializers(model.graph), *_constants(nodes))
+        for entry in tensor.external_data
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
+    }
+    for location in sorted(locations):
+        _check_location(path, location, error)
+        if weights is not None and location not in weights:
+            raise error(
+                f"{path} takes its weights from {location}, which is not a file of the export's weights; copy the "
+                "export directory again, or export the model again"
+            )
+    return model
+
+
+def _check_location(path: Path, location: str, error: type[GraloraError]) -> None:
+    file = path.parent / location
+    if Path(location).name != location:
+        raise error(f"{path} keeps weights at {location!r}, outside its directory; do not trust it, or export it again")
+    if not file.is_file():
+        raise error(f"{file} is missing; copy the whole export directory")
+    check_own_file(file, error)
+
+
+def _within(nodes: Any) -> Iterator[Any]:
+    """Nodes, including those of subgraphs."""
+    for node in nodes:
+        yield node
+        for graph in _branches(node):
+            yield from _within(graph.node)
+
+
+def _branches(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        yield from (attribute.g, *attribute.graphs)
+
+
+def _initializers(graph: Any) -> Iterator[Any]:
+    """The initializers of a graph, including sparse ones and those of subgraphs."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for branch in _branches(node):
+            yield from _initializers(branch)
+
+
+def _constants(nodes: Sequence[Any]) -> Iterator[Any]:
+    """The tensor attributes of nodes."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+
+
+_WIDTH = 64
+
+
+def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingError) -> None:
+    """Check that the CPU, where it computes, can run products of int8 weights and rounded activations.
+
+    x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two such products in 16 bits, which
+    saturate without an error.
+
+    Args:
+        runtime: How a model is run.
+        error: The error type to raise.
+
+    Raises:
+        GraloraError: Of the given type, when sums saturate.
+    """
+    providers = [name for name, _ in runtime.providers]
+    if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():
+        raise error(
+            "the export multiplies int8 weights by activations of 8 bits, whose sums this processor does not add "
+            "exactly (it has no VNNI): take another processor, or export with quantize='int8'"
+        )
+
+
+@functools.cache
+def adds_exactly() -> bool:
+    """Whether the largest products of uint8 and int8 add up as ONNX Runtime multiplies here; a product is run once."""
+    sides = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("a", TensorProto.UINT8, [2, _WIDTH]),
+            ("b", TensorProto.INT8, [_WIDTH, _WIDTH]),
+            ("y", TensorProto.INT32, [2, _WIDTH]),
+        )
+    ]
+    weight = helper.make_tensor(
+        "b", TensorProto.INT8, [_WIDTH, _WIDTH], np.full(_WIDTH * _WIDTH, 127, np.int8).tobytes(), raw=True
+    )
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "sums", sides[:1], sides[2:], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), quiet_options(1), providers=[CPU])
+    (sums,) = session.run(None, {"a": np.full((2, _WIDTH), 255, np.uint8)})
+    return bool((sums == 255 * 127 * _WIDTH).all())

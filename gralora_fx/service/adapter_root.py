@@ -1,0 +1,233 @@
+"""The directory that adapters may be loaded from while the service runs, and copies of what it holds.
+
+A file is copied before it is read: what is checked is what runs, whatever happens to the file meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, shown
+from gralora_fx.format.adapter_format import AdapterContent
+from gralora_fx.format.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
+from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.open_export import adapter_as_data, in_memory
+from gralora_fx.run.sessions.adapter_file import AdapterInMemory
+
+_PEFT = ("adapter_config.json", "adapter_model.safetensors")
+_MOST_BYTES = 8 << 30  # of a file
+Facts = tuple[int, ...]  # of a file, which differ once it is another one or was written to
+
+
+class AdapterNotFoundError(ServingError):
+    """There is nothing at the path of an adapter."""
+
+
+@dataclass(frozen=True)
+class AdapterRoot:
+    """A directory of adapters: `.onnx_adapter` files with their records, and directories that PEFT saved.
+
+    Attributes:
+        path: The directory, absolute and without links.
+        unresolved: The directory as it was named, absolute.
+    """
+
+    path: Path
+    unresolved: Path
+
+    @classmethod
+    def of(cls, directory: Path) -> AdapterRoot:
+        """The root at a directory.
+
+        Raises:
+            ConfigError: It is not a path or not a directory, or the system cannot keep a path within one.
+        """
+        if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
+            raise ConfigError("--adapter-root needs a system that opens files without following links, such as Linux")
+        directory = usable_path(directory, ConfigError, remedy="give the directory of adapters as --adapter-root")
+        try:
+            path = directory.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"the adapter root {directory} cannot be read ({first_line(error)})") from error
+        if not path.is_dir():
+            raise ConfigError(f"the adapter root {directory} is not a directory")
+        return cls(path, directory.absolute())
+
+    def names(self) -> list[str]:
+        """The names of what looks like an adapter right below the root and does not lead out of it."""
+        with os.scandir(self.path) as entries:
+            return [entry.name.removesuffix(SUFFIX) for entry in entries if self._is_adapter(entry)]
+
+    def _is_adapter(self, entry: os.DirEntry[str]) -> bool:
+        try:
+            if entry.is_symlink() and not Path(entry.path).resolve(strict=True).is_relative_to(self.path):
+                return False
+            is_kind = entry.name.endswith(SUFFIX) or (entry.is_dir() and Path(entry.path, _PEFT[0]).is_file())
+        except (OSError, RuntimeError):
+            return False
+        return is_kind and is_name(entry.name.removesuffix(SUFFIX))
+
+    def find(self, name: str) -> str | None:
+        """The path of what has a name right below the root: a file, or a directory that PEFT saved; None for neither.
+
+        Where a link leads is not looked at before it is copied.
+        """
+        if not is_name(name):
+            return None
+        file = f"{name}{SUFFIX}"
+        return file if os.path.lexists(self.path / file) else name if (self.path / name / _PEFT[0]).exists() else None
+
+    def state_of(self, text: str) -> tuple[Facts | None, ...]:
+        """What the files at a path are like: facts of each, None for one that cannot be found.
+
+        Args:
+            text: The path, as of `copy`.
+
+        Raises:
+            ServingError: It leads out of the root by its letters.
+        """
+        path = self._within(text)
+        files = [path, record_path(path)] if path.suffix == SUFFIX else [path / file for file in _PEFT]
+        return tuple(map(_facts, files))
+
+    def copy(self, text: str, name: str, onnx_dir: Path, folder: Path) -> Path:
+        """An adapter as data of an export, copied or converted.
+
+        Args:
+            text: Its path: relative to the root, or absolute and within it.
+            name: The adapter's name.
+            onnx_dir: The export, which takes adapters as data.
+            folder: An empty directory to write to.
+
+        Returns:
+            The `.onnx_adapter` file in the folder, its record beside it.
+
+        Raises:
+            AdapterNotFoundError: There is nothing at the path.
+            ServingError: The path leads out of the root, or to something else than regular files of an adapter.
+            GraloraError: A PEFT adapter cannot be converted (see `export_adapter`).
+        """
+        copy = self._copied(text, folder)
+        return adapter_as_data(copy, onnx_dir, copy, name)
+
+    def source(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterContent | AdapterInMemory:
+        """What an adapter's files hold, read once; of a directory that PEFT saved, as data of an export.
+
+        Arguments and errors as of `copy`, and the export's manifest.
+        """
+        is_directory, contents = self._contents(text)
+        if not is_directory:
+            (file, content), (_, record) = contents.items()
+            return AdapterContent(Path(file), content, record.tobytes())
+        with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
+            try:
+                return in_memory(_written(contents, Path(folder, Path(text).name)), onnx_dir, name, manifest)
+            except GraloraError as error:  # the copy's place means nothing
+                raise type(error)(str(error).replace(f"{folder}/", "")) from error
+
+    def _copied(self, text: str, folder: Path) -> Path:
+        """What is at a path, copied into a folder."""
+        is_directory, contents = self._contents(text)
+        name = Path(text).name
+        return _written(contents, folder / name) if is_directory else _written(contents, folder) / name
+
+    def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
+        """Whether there is a directory at a path, and the bytes of its files, or of a file and its record, by name."""
+        path = self._within(text)
+        try:
+            is_directory = self._resolved(path, text).is_dir()
+            check_adapter_kind(path, is_directory, shown(text))
+            sources = [path / file for file in _PEFT] if is_directory else [path, record_path(path)]
+            with ExitStack() as stack:
+                files = [stack.enter_context(self._opened(source)) for source in sources]
+                before = [_identity(file) for file in files]
+                contents = {
+                    source.name: np.fromfile(file, np.uint8) for source, file in zip(sources, files, strict=True)
+                }
+                for source, facts, file in zip(sources, before, files, strict=True):
+                    if facts != _identity(file):
+                        raise ServingError(f"{source.name} was changed while it was read; ask again when it is whole")
+        except OSError as error:
+            raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
+        return is_directory, contents
+
+    def _within(self, text: str) -> Path:
+        """A path below the root by its letters alone."""
+        parts = PurePosixPath(text).parts
+        if not text or "\0" in text or ".." in parts or not text.isprintable():
+            raise ServingError(f"lora_path is {shown(text)}; give a path within the adapter root, without '..'")
+        named = Path(text)
+        path = self.path / (named.relative_to(self.unresolved) if named.is_relative_to(self.unresolved) else named)
+        if not path.is_relative_to(self.path):
+            raise ServingError(f"{shown(text)} is outside the adapter root; give a path within it")
+        return path
+
+    def _resolved(self, path: Path, text: str) -> Path:
+        """A path without links, which may not lead out of the root."""
+        try:
+            resolved = path.resolve(strict=True)
+        except FileNotFoundError as error:
+            missing = "" if path == self.path / text else f" ({path.name} is missing)"
+            raise AdapterNotFoundError(f"there is no adapter at {shown(text)} in the adapter root{missing}") from error
+        except RuntimeError as error:
+            raise ServingError(f"{shown(text)} is a loop of links") from error
+        if not resolved.is_relative_to(self.path):
+            raise ServingError(f"{shown(text)} is a link out of the adapter root; copy the file itself into it")
+        return resolved
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[BinaryIO]:
+        """A file of the root, opened part by part from the root, so that no link is followed that comes meanwhile."""
+        text = str(path.relative_to(self.path))
+        parts = self._resolved(path, text).relative_to(self.path).parts
+        handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        for index, part in enumerate(parts):
+            kind = os.O_DIRECTORY if index < len(parts) - 1 else os.O_NONBLOCK  # a pipe would keep it waiting
+            try:
+                inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=handle)
+            finally:
+                os.close(handle)
+            handle = inner
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            os.close(handle)  # of a directory, fdopen would leave it open
+            raise ServingError(f"{shown(text)} is not a regular file")
+        with os.fdopen(handle, "rb") as file:
+            if facts.st_nlink > 1:
+                raise ServingError(
+                    f"{shown(text)} is a hard link, which may lead out of the adapter root; copy the file"
+                )
+            if facts.st_size > _MOST_BYTES:
+                raise ServingError(f"{shown(text)} has {facts.st_size:,} bytes, more than {_MOST_BYTES:,}")
+            yield file
+
+
+def _written(contents: Mapping[str, NDArray[np.uint8]], folder: Path) -> Path:
+    """A folder, which may be new, with files."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        content.tofile(folder / name)
+    return folder
+
+
+def _identity(file: BinaryIO) -> Facts | None:
+    return _facts(file.fileno())
+
+
+def _facts(file: Path | int) -> Facts | None:
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -1,0 +1,202 @@
+"""Texts and tensors run through an encoder in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.run.model import OrtModel
+from gralora_fx.service.scheduling.queue import Observer
+from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob
+from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.service.text_reader import TextReader, Tokens
+
+SENTENCE = "sentence_embedding"
+_TEXTS, _MASK = "texts", "attention_mask"
+# how much of its largest value a text's outputs may change beside a longer one: by rounding, and no more
+_ROUNDING, _COARSE_ROUNDING = 1e-4, 2e-2
+_WIDTH = 24  # tokens of that longer one
+_logger = logging.getLogger(__name__)
+
+
+class Encoder:
+    """An exported model that is run once for each request, in batches.
+
+    Texts run together with those nearest in length, padded to the longest; where padding changes what a text gives,
+    only texts of one length run together. Tensors of several requests run together if they agree in all axes but the
+    first, and the model has the batch as the first axis of every input and output. Where the export has
+    `model_rows.onnx`, each row has its adapter; else a batch has one.
+
+    Attributes:
+        model: The model.
+        inputs: What it takes, by name, as its session describes it.
+        outputs: What it gives.
+        batches: The queue.
+    """
+
+    def __init__(
+        self,
+        model: OrtModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        observer: Observer,
+        *,
+        max_batch: int,
+        max_queue: int,
+        models: ServedModels,
+    ) -> None:
+        """Make the queue.
+
+        Args:
+            model: The model.
+            tokenizer: The tokenizer beside it, or None.
+            observer: Is told what runs.
+            max_batch: The most rows of a batch.
+            max_queue: The most rows that may wait.
+            models: Holds the adapters, each of which is held while rows with it wait or run.
+        """
+        self.model = model
+        self._observer = observer
+        self._rows_have_adapters = model.manifest.has_rows
+        session = model.rows_session if self._rows_have_adapters else model.session
+        self.inputs = {value.name: value for value in session.get_inputs() if value.name in model.input_names}
+        self.outputs = {value.name: value for value in session.get_outputs()}
+        self._reader = None
+        if tokenizer is not None:
+            self._reader = TextReader(tokenizer, model.config, model.manifest.position_offset, self.inputs)
+        first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
+        self._takes_padding = False  # until it is tried
+        self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
+        self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue, models=models)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether texts can be run: there is a tokenizer, and the model takes its ids."""
+        return self._reader is not None and "input_ids" in self.inputs and self._is_batchable
+
+    @property
+    def reader(self) -> TextReader:
+        """Reads texts, where the model takes them."""
+        assert self._reader is not None
+        return self._reader
+
+    def warm_up(self) -> None:
+        """Run texts, where the model takes them, and find out whether padding changes what a text gives.
+
+        Raises:
+            ServingError: The model cannot be run.
+        """
+        if not self.takes_texts:
+            return
+        if _MASK not in self.inputs:
+            reason = "%s takes no attention_mask, which says what is padding"
+        elif self._ignores_padding():
+            self._takes_padding = True
+            return
+        elif self.reader.pads:
+            reason = "padding changes what %s gives for a text"
+        else:
+            reason = "the tokenizer of %s has no token for padding"
+        _logger.warning(f"{reason}, so only texts of one length run together", self.model.directory)
+
+    def _ignores_padding(self) -> bool:
+        """Whether a text gives beside a longer one what it gives alone."""
+        short = self.reader.texts(["a"])[0].ids
+        fill = short[1:-1] or short
+        room = max(min(_WIDTH, self.reader.limit) - len(short), 0)
+        long = [*short[:-1], *(list(fill) * room)[:room], *short[-1:]]
+        texts = [RowJob(_TEXTS, 1, Tokens(ids)) for ids in (short, long)]
+        alone = [self._run([text])[0] for text in texts]
+        if not self.reader.pads:
+            return False
+        quantization = self.model.manifest.quantization
+        is_exact = quantization is None and self.model.manifest.precision == "fp32"
+        most = _ROUNDING if is_exact else _COARSE_ROUNDING
+        return all(
+            _gap(array, other) <= most
+            for pair in zip(self._run(texts), alone, strict=True)
+            for array, other in zip(pair[0].values(), pair[1].values(), strict=True)
+            if array.shape == other.shape  # outputs of single tokens have rows of padding
+        )
+
+    async def texts(self, rows: Sequence[Tokens], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
+        """Run texts, each by itself in whatever batch has room.
+
+        Args:
+            rows: The tokens of each, as the reader gives them.
+            adapter: The adapter to run with; None for the base.
+
+        Returns:
+            For each its row of every output.
+
+        Raises:
+            ServingError: There is no room, or a run fails.
+        """
+        shared = None if self._rows_have_adapters else adapter
+        jobs = [
+            RowJob((_TEXTS, shared, 0 if self._takes_padding else len(row.ids)), 1, row, len(row.ids), adapter)
+            for row in rows
+        ]
+        results: list[dict[str, NDArray[Any]]] = await self._wait(jobs)
+        self._observer.read(sum(len(row.ids) for row in rows))
+        return results
+
+    async def tensors(self, arrays: Mapping[str, NDArray[Any]], adapter: str | None) -> dict[str, NDArray[Any]]:
+        """Run inputs as they are.
+
+        Args:
+            arrays: Arrays by name, of the types that the model takes.
+            adapter: The adapter to run with; None for the base.
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            ServingError: The model does not take them, or there is no room.
+        """
+        sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
+        rows = max(sizes, default=0) or 1  # one without rows is refused by the model, and counts while it waits
+        shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
+        key: Any = (shapes, None if self._rows_have_adapters else adapter)
+        if not self._is_batchable or sizes != {rows} or not all(map(_is_finite, arrays.values())):
+            key = object()  # runs alone: where activations are quantized, a batch shares their scale
+        (result,) = await self._wait([RowJob(key, rows, arrays, adapter=adapter)])
+        return dict(result)
+
+    async def _wait(self, jobs: list[RowJob]) -> list[Any]:
+        self.batches.put(jobs)
+        return await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
+
+    def _run(self, jobs: Sequence[RowJob]) -> list[dict[str, NDArray[Any]]]:
+        """Run jobs of one key as a batch; the outputs of each."""
+        payloads = [job.payload for job in jobs]
+        if isinstance(payloads[0], Tokens):
+            outputs = self._call(self.reader.padded(payloads), jobs)
+            return [{name: array[row] for name, array in outputs.items()} for row in range(len(jobs))]
+        if len(jobs) == 1:
+            return [self._call(payloads[0], jobs)]
+        arrays = {name: np.concatenate([payload[name] for payload in payloads]) for name in payloads[0]}
+        cuts = np.cumsum([job.rows for job in jobs])[:-1]
+        parts = {name: np.split(array, cuts) for name, array in self._call(arrays, jobs).items()}
+        return [{name: split[index] for name, split in parts.items()} for index in range(len(jobs))]
+
+    def _call(self, arrays: Mapping[str, Any], jobs: Sequence[RowJob]) -> dict[str, NDArray[Any]]:
+        adapter: Any = jobs[0].adapter
+        if self._rows_have_adapters:
+            adapter = [job.adapter for job in jobs for _ in range(job.rows)]
+        return dict(self.model(**arrays, adapter=adapter))
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def _gap(array: NDArray[Any], other: NDArray[Any]) -> float:
+    """The largest difference, as a share of the largest value."""
+    array, other = array.astype(np.float64), other.astype(np.float64)
+    return float(np.abs(array - other).max() / max(np.abs(other).max(), np.finfo(np.float64).tiny))

@@ -1,0 +1,262 @@
+"""What runs behind the routes: a decoder with its scheduler or an encoder with its batches, and the models served."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.base.amounts import shown_size
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.errors import ServingError
+from gralora_fx.format.export_directory import PLAIN_KIND
+from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.format.tasks import GENERATING
+from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.prefix_cache import PrefixCacheError
+from gralora_fx.run.generate.answer_grammar import Grammars
+from gralora_fx.run.generate.encoder_inputs import EncoderInputs
+from gralora_fx.run.generate.tool_template import ToolTemplate
+from gralora_fx.run.model import OrtModel
+from gralora_fx.run.sessions.paged_memory import kept_reason
+from gralora_fx.run.sessions.run_options import runtime_of
+from gralora_fx.service.encoder import Encoder
+from gralora_fx.service.scheduling.adapter_versions import AdapterLimits
+from gralora_fx.service.scheduling.continuous import ContinuousScheduler
+from gralora_fx.service.scheduling.queue import JobQueue, Observer
+from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.service.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
+
+_MOST_ADAPTERS = 64  # in memory, unless there are more from the start
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs requests.
+
+    Attributes:
+        models: The models that requests may name.
+        manifest: The export's manifest.
+        trial: Tries an adapter that is loaded.
+        queue: Takes requests, or rows of them.
+    """
+
+    models: ServedModels
+    manifest: Manifest
+    trial: AdapterTrial
+    queue: JobQueue[Any]
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens of a text, or of a prompt and its answer; None for no limit, or if it takes no texts."""
+        return None
+
+    @property
+    def takes_chats(self) -> bool:
+        """Whether it answers texts, and its tokenizer has a template for chats."""
+        return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says of it once it is ready."""
+        return ()
+
+    @property
+    def checks_outputs(self) -> bool:
+        """Whether a step with an adapter that was not tried checks its outputs (see `ServedModels.check_outputs`)."""
+        return False
+
+    def stop(self) -> None:
+        """Answer what is there, and end."""
+        self.queue.stop()
+        self.models.close()
+
+
+@dataclass(frozen=True)
+class TextEngine(Engine):
+    """A decoder that answers prompts, or an encoder-decoder that answers texts or recordings.
+
+    Attributes:
+        tokenizer: The tokenizer beside the model.
+        grammars: Compiles forms of answers for it.
+        tools: What the tokenizer's template does with tools.
+        inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+    """
+
+    queue: ContinuousScheduler
+    tokenizer: PreTrainedTokenizerBase
+    grammars: Grammars
+    tools: ToolTemplate
+    inputs: EncoderInputs | None = None
+
+    @property
+    def checks_outputs(self) -> bool:
+        """Whether a step with an adapter that was not tried checks its outputs: always."""
+        return True
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether it answers texts, rather than recordings."""
+        return self.inputs is None or self.inputs.takes_text
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a decoder's prompt and its answer, or of an encoder-decoder's source."""
+        return self.queue.limits.context if self.inputs is None else self.inputs.limit
+
+    @property
+    def takes_chats(self) -> bool:
+        """Whether it answers texts, and its tokenizer has a template for chats."""
+        return self.takes_text and bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How tools are called in chats."""
+        return (str(self.tools),) if self.takes_chats else ()
+
+
+@dataclass(frozen=True)
+class EncoderEngine(Engine):
+    """A model that is run once for each request.
+
+    Attributes:
+        encoder: Runs rows in batches.
+    """
+
+    encoder: Encoder
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a text; None if it takes none."""
+        return self.encoder.reader.limit if self.encoder.takes_texts else None
+
+
+def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
+    """Open the export and its own adapters, and run it once so that the first request finds it warm.
+
+    Args:
+        settings: What to serve.
+        observer: Is told what runs.
+
+    Raises:
+        ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
+            or its task is not served.
+    """
+    generates = read_manifest(settings.directory, ServingError).task in GENERATING
+    # an arena would keep for good what the longest prompt has taken
+    options = {"enable_cpu_mem_arena": False} if generates else None
+    runtime = runtime_of(None, None, options, settings.threads)
+    model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
+    manifest = model.manifest
+    if generates:
+        return _text_engine(settings, model, observer)
+    if manifest.flavour != PLAIN_KIND:
+        raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
+    for name in ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens"):
+        if getattr(settings, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
+    models = _open_adapters(settings, model)
+    tokenizer = load_tokenizer(model.directory, ServingError)
+    encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, models=models)
+    encoder.warm_up()
+    return EncoderEngine(models, manifest, try_encoder(encoder), encoder.batches, encoder)
+
+
+def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
+    if settings.max_context is not None:
+        model.limits.within(settings.max_context, "max_context")
+    decoder = _decoder(settings, model)
+    models, tokenizer = _open_adapters(settings, model), model.tokenizer
+    if model.encoder_inputs is not None and settings.chunk is not None:
+        raise ServingError(f"chunk has no effect for the task {model.task}; leave --chunk out")
+    token, source = example_prompt(model)
+    _logger.info("room: %s", _described_room(decoder, source))
+    row = decoder.open(None, source, max_length=1)
+    decoder.step({row: [token]})
+    decoder.close(row)
+    prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
+    if decoder.draft_problem is None:
+        _logger.info("speculation: up to %d tokens that an answer repeats are verified in a step", settings.drafted)
+    elif settings.speculative_tokens:
+        raise ServingError(f"speculative_tokens has no effect: {decoder.draft_problem}; leave --speculative-tokens out")
+    else:
+        _logger.info("no speculation: %s", decoder.draft_problem)
+    queue = ContinuousScheduler(
+        decoder,
+        tokenizer,
+        observer,
+        max_queue=settings.max_queue,
+        models=models,
+        most_drafted=settings.drafted,
+    )
+    trial = try_decoder(model)
+    tools = ToolTemplate.of(tokenizer)
+    return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, tools, model.encoder_inputs)
+
+
+def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
+    """The rows that answer requests; without a prefix cache where they can have none, unless that is asked for."""
+    open_rows = partial(
+        model.decoder,
+        rows=settings.decoder_rows,
+        capacity=settings.max_context,
+        chunk=settings.prompt_tokens,
+        max_memory=settings.memory_bytes,
+    )
+    try:
+        decoder = open_rows(prefix_cache=settings.prefix_bytes)
+    except PrefixCacheError as error:
+        if settings.prefix_cache is not None:
+            raise
+        _logger.info("no prefix cache: %s", error)
+        decoder = open_rows()
+    if decoder.prefix_cache is not None:
+        _logger.info("prefix cache: at most %s", shown_size(decoder.prefix_cache.limit))
+    return decoder
+
+
+def _described_room(decoder: Decoder, source: Source | None) -> str:
+    """Describe how many rows of how many tokens the caches have room for.
+
+    Args:
+        decoder: The decoder.
+        source: What an encoder may read, for each row.
+
+    Raises:
+        ServingError: There is no room for a row of one token.
+    """
+    rows, capacity, limit = decoder.rows, decoder.capacity, decoder.memory.limit
+    if limit is None:
+        size, reason = shown_size(rows * decoder.row_size(capacity, source)), kept_reason()
+        more = " (--max-memory bounds them)" if reason is None else f", and keep it, since {reason}"
+        return f"{rows} rows of {capacity} tokens, whose caches take up to {size} as they fill{more}"
+    lengths = {count: length for count in range(1, rows + 1) if (length := decoder.room(count, source))}
+    if not lengths:
+        size = shown_size(decoder.row_size(1, source))
+        raise ServingError(
+            f"max_memory={limit} has no room for a row, whose caches take {size} or more of this model; give more"
+        )
+    few = max(count for count, length in lengths.items() if length == lengths[1])
+    more = "" if few == len(lengths) else f", or {few} of {lengths[1]}"
+    return f"{len(lengths)} rows of {lengths[len(lengths)]} tokens{more}, within {shown_size(limit)}"
+
+
+def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:
+    """Load the export's own adapters, so that requests find them in memory."""
+    adapters = model.adapters
+    names = tuple(adapters.available())
+    for name in names:
+        adapters[name]
+    if settings.base_name in names:
+        raise ServingError(
+            f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
+        )
+    most = settings.max_adapters or max(_MOST_ADAPTERS, len({*names, *settings.adapters}))
+    return ServedModels(settings.base_name, model, AdapterLimits(most, settings.adapter_bytes))

@@ -1,0 +1,151 @@
+"""Errors as responses: OpenAI's JSON object, or that of the Open Inference Protocol for its paths."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from gralora_fx.errors import GraloraError, shown
+from gralora_fx.run.engine.cache_memory import NeverRoomError, NoRoomError
+from gralora_fx.service.adapter_root import AdapterNotFoundError
+from gralora_fx.service.metrics import note_rejection
+from gralora_fx.service.scheduling.adapter_versions import (
+    AdaptersInUseError,
+    TooManyChangesError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
+from gralora_fx.service.scheduling.queue import AnswerError, DeadlineError, QueueFullError, RunError, StoppedError
+
+FAILED = "the request failed; the server's log says why"
+_RETRY_AFTER = {"Retry-After": "1"}
+# OpenAI's client asks again after 504 too, though the answer would take as long
+_NO_RETRY = {"X-Should-Retry": "false"}
+_HEADERS = {429: _RETRY_AFTER, 503: _RETRY_AFTER, 504: _NO_RETRY}
+_INFERENCE = "/v2"
+_UNREADABLE = "There was an error parsing the body"  # FastAPI's words
+# which of the kinds that a field may be, classes among them, a problem is of: pydantic says it between names of fields
+_KIND = re.compile(r"[A-Z]\w*|str|int|float|bool|(list|dict|tagged-union|constrained|function-|literal|nullable)\b.*")
+_logger = logging.getLogger(__name__)
+_STATUS: tuple[tuple[type[GraloraError], int], ...] = (
+    (UnknownModelError, 404),
+    (UnknownAdapterError, 404),
+    (AdapterNotFoundError, 404),
+    (TooManyChangesError, 429),
+    (AdaptersInUseError, 429),
+    (QueueFullError, 429),
+    (StoppedError, 503),
+    (NoRoomError, 503),
+    (AnswerError, 400),
+    (RunError, 500),
+    (DeadlineError, 504),
+)
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 504: "timeout_error"}
+
+
+def status_of(error: GraloraError) -> int:
+    """The HTTP status of an error; 400 for a request that is wrong."""
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 400)
+
+
+def error_body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object.
+
+    Args:
+        status: The HTTP status.
+        message: What is wrong.
+        field: The field of the request that is wrong, if it is one.
+    """
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": field, "code": status}}
+
+
+def is_inference(path: str) -> bool:
+    """Whether a path belongs to the Open Inference Protocol."""
+    return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
+
+
+def error_response(
+    path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error in the form of the protocol that a path belongs to."""
+    body = {"error": message} if is_inference(path) else error_body(status, message, field)
+    added = _HEADERS.get(status, {})
+    return JSONResponse(body, status, headers={**added, **(headers or {})})
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Let an app answer every error in its protocol's form."""
+
+    @app.exception_handler(GraloraError)
+    async def _refused(request: Request, error: GraloraError) -> JSONResponse:
+        note_rejection(request.scope, error)
+        response = error_response(request.url.path, status_of(error), str(error), error.field)
+        if isinstance(error, NeverRoomError):
+            del response.headers["Retry-After"]
+            response.headers.update(_NO_RETRY)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        field, message = _first_problem(request, error)
+        return error_response(request.url.path, 400, message, field)
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        text = _described(request, error)
+        return error_response(request.url.path, error.status_code, text, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def _failed(request: Request, error: Exception) -> JSONResponse:
+        _logger.error("a request failed", exc_info=error)
+        return error_response(request.url.path, 500, FAILED)
+
+
+def _described(request: Request, error: HTTPException) -> str:
+    """What an error of the framework means: it has a few words for the status alone."""
+    path = shown(request.url.path)
+    if error.status_code == 404 and error.detail == "Not Found":
+        return f"there is no {path} here; /openapi.json lists the paths of this export"
+    if error.status_code == 405:
+        return f"{path} does not take {request.method}; /openapi.json lists what it takes"
+    if error.status_code == 400 and error.detail == _UNREADABLE:
+        return "the body cannot be read: it is not text in UTF-8, or JSON that is nested too deeply"
+    return str(error.detail)
+
+
+def _first_problem(request: Request, error: RequestValidationError) -> tuple[str | None, str]:
+    """The field of a problem and what is wrong with it: by the kind that fits best, where a field may be several."""
+    problem = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    is_field = problem["type"] == "extra_forbidden"
+    loc = [part for part in problem["loc"] if part != "body"]
+    kept = loc[-1:] if is_field else []
+    parts = [part for part in loc[: len(loc) - len(kept)] if not _KIND.fullmatch(str(part))] + kept
+    if problem["type"] == "json_invalid":
+        return None, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}"
+    if not loc:
+        return None, _body_problem(request, problem)
+    field = ".".join(shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts)
+    if is_field:
+        return field, f"{field} is not supported; leave it out"
+    if problem["type"] == "missing":
+        return field, f"{field} is missing or null; give it"
+    return field, f"{field}: {problem['msg']}"
+
+
+def _body_problem(request: Request, problem: Mapping[str, Any]) -> str:
+    """What is wrong with a body as a whole."""
+    if problem["type"] == "missing":
+        return "the body is missing; give a JSON object"
+    if isinstance(problem.get("input"), bytes):  # FastAPI reads no JSON then
+        content_type = request.headers.get("content-type")
+        kind = "is missing" if content_type is None else f"is {shown(content_type)}"
+        return f"the header Content-Type {kind}; send the body as application/json"
+    return "the body is JSON, but not an object; give one"

@@ -1,0 +1,278 @@
+"""What the service tells Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+from starlette.types import Scope
+
+from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
+from gralora_fx.run.engine.limits import TooLargeError
+from gralora_fx.run.engine.prefix_cache import PrefixCache
+from gralora_fx.service.scheduling.served_models import ServedModels
+
+_KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
+_BY_STATUS = {
+    401: "unauthorized",
+    404: "not_found",
+    405: "not_found",
+    408: "timeout",
+    413: "too_large",
+    429: "queue_full",
+    503: "stopping",
+    504: "timeout",
+}
+REASONS = ("invalid", "no_memory", *sorted(set(_BY_STATUS.values())))
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def mark_counted(scope: Scope) -> None:
+    """Say that a request is counted, here or by another process, which answered it."""
+    scope[_COUNTED] = True
+
+
+def note_rejection(scope: Any, error: Exception) -> None:
+    """Remember with a request why it is rejected, where its status says less than the error."""
+    for kind, reason in ((TooLargeError, "too_large"), (NoRoomError, "no_memory")):
+        if isinstance(error, kind):
+            scope[_KEY] = reason
+
+
+class _Now(Collector):
+    """What is measured when it is asked for: it is of this process alone, so several processes do not add it up.
+
+    Attributes:
+        model: Facts of the model that is served, by their names.
+    """
+
+    def __init__(self) -> None:
+        """Watch nothing."""
+        self.model: dict[str, str] = {}
+        self._watched: dict[str, tuple[str, Callable[[], int]]] = {}
+
+    def watch(self, name: str, text: str, count: Callable[[], int]) -> None:
+        """Measure one more thing."""
+        self._watched[f"gralora_fx_{name}"] = text, count
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as Prometheus' client asks for them."""
+        for name, (text, count) in self._watched.items():
+            yield GaugeMetricFamily(name, text, value=count())
+        if self.model:
+            yield InfoMetricFamily("gralora_fx_model", "The model that is served.", value=self.model)
+
+
+class Metrics:
+    """The metrics of one service and its process, in a registry of its own; an observer of its scheduler.
+
+    Attributes:
+        registry: The registry of what is counted.
+        now: The registry of what is measured when it is asked for, of this process alone.
+    """
+
+    def __init__(self) -> None:
+        """Register the metrics."""
+        registry, self.now = CollectorRegistry(), CollectorRegistry()
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        self._requests = Counter(
+            "gralora_fx_requests",
+            "Requests, by route, method and status.",
+            ("route", "method", "code"),
+            registry=registry,
+        )
+        self._now = _Now()
+        self.now.register(self._now)
+        self._in_flight = 0
+        self._now.watch("requests_in_flight", "Requests that are being answered.", lambda: self._in_flight)
+        self._rejections = Counter(
+            "gralora_fx_rejections", "Requests that were rejected.", ("method", "reason"), registry=registry
+        )
+        for reason in REASONS:
+            self._rejections.labels("POST", reason)
+        self._queue = Histogram(
+            "gralora_fx_queue_seconds", "From a request to its first run.", buckets=_SECONDS, registry=registry
+        )
+        self._run = Histogram("gralora_fx_run_seconds", "Runs of a batch.", buckets=_SECONDS, registry=registry)
+        self._failures = Counter("gralora_fx_run_failures", "Runs that failed.", registry=registry)
+        self._rows = Histogram("gralora_fx_batch_size", "Rows of a batch.", buckets=_ROWS, registry=registry)
+        self._tokens: Counter | None = None
+        self._first: Histogram | None = None
+        self._prefixes: tuple[Counter, ...] = ()
+        self._drafts: tuple[Counter, ...] = ()
+        self._loads = Counter(
+            "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
+        )
+        for outcome in ("ok", "refused"):
+            self._loads.labels(outcome)
+        self._load_seconds = Histogram(
+            "gralora_fx_adapter_load_seconds",
+            "Loads of adapters that requests name.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._evictions = Counter(
+            "gralora_fx_adapter_evictions", "Adapters that were freed for the room of others.", registry=registry
+        )
+
+    def watch_adapters(self, models: ServedModels) -> None:
+        """Measure the adapters in memory."""
+        versions = "Versions of adapters in memory, replaced ones included."
+        self._now.watch("adapters_loaded", "Adapters in memory.", lambda: len(models.adapters))
+        self._now.watch("adapter_versions", versions, lambda: len(models))
+        self._now.watch("adapter_bytes", "Bytes of these versions.", lambda: models.memory)
+
+    def adapter_loaded(self, is_loaded: bool, seconds: float) -> None:
+        """A load of an adapter that a request named ended."""
+        self.adapter_load("ok" if is_loaded else "refused")
+        self._load_seconds.observe(seconds)
+
+    def adapter_evicted(self) -> None:
+        """An adapter was freed for the room of another."""
+        self._evictions.inc()
+
+    def adapter_load(self, outcome: Literal["ok", "refused"]) -> None:
+        """A load of an adapter ended."""
+        self._loads.labels(outcome).inc()
+
+    def describe(self, model: Mapping[str, str], queue_length: Callable[[], int]) -> None:
+        """Say what is served.
+
+        Args:
+            model: Facts of the model, by their names.
+            queue_length: How many requests, or rows of them, wait now.
+        """
+        self._now.model = dict(model)
+        self._now.watch("queue_length", "Requests, or rows of them, that wait.", queue_length)
+
+    def measure_tokens(self, *, generated: bool) -> None:
+        """Measure tokens, too, for a model that reads them.
+
+        Args:
+            generated: Whether it also generates some.
+        """
+        self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=self.registry)
+        for kind in ("prompt", "generated") if generated else ("prompt",):
+            self._tokens.labels(kind)
+        if generated:
+            self._first = Histogram(
+                "gralora_fx_time_to_first_token_seconds",
+                "From a request to the first token of its answer.",
+                buckets=_SECONDS,
+                registry=self.registry,
+            )
+
+    def measure_memory(self, memory: CacheMemory) -> None:
+        """Measure the memory of a decoder's caches, too."""
+        text = "Memory of all caches: of rows, of their adapters, of what prompts share."
+        self._now.watch("cache_bytes", text, lambda: memory.taken)
+        if memory.limit is not None:
+            self._now.watch("cache_limit_bytes", "The most memory of all caches.", lambda: memory.limit or 0)
+
+    def measure_prefixes(self, cache: PrefixCache) -> None:
+        """Measure a prefix cache, too; what is asked of it also by the names that vLLM has for it."""
+        text = "Tokens of prompts that the prefix cache was asked for"
+        for prefix in ("gralora_fx_", "vllm:"):
+            queries = Counter(f"{prefix}prefix_cache_queries", f"{text}.", registry=self.registry)
+            hits = Counter(f"{prefix}prefix_cache_hits", f"{text}, and had.", registry=self.registry)
+            self._prefixes += queries, hits
+        self._now.watch("prefix_cache_bytes", "Memory of the prefix cache.", lambda: cache.size)
+        self._now.watch("prefix_cache_limit_bytes", "The most memory of the prefix cache.", lambda: cache.limit)
+        self._now.watch("prefix_cache_blocks", "Blocks of tokens in the prefix cache.", lambda: len(cache))
+        if cache.keeps_states:
+            self._now.watch("prefix_cache_snapshots", "Snapshots of states among them.", lambda: cache.snapshots)
+        made_room = "Blocks, or snapshots, that made room for others."
+        self._now.watch("prefix_cache_evictions", made_room, lambda: cache.evictions)
+
+    def measure_drafts(self) -> None:
+        """Measure tokens that are proposed and verified, too, also by the names that vLLM has for them."""
+        proposed, accepted = "Tokens that were proposed, and verified.", "Proposed tokens that were chosen."
+        for prefix in ("gralora_fx_", "vllm:spec_decode_num_"):
+            self._drafts += (
+                Counter(f"{prefix}draft_tokens", proposed, registry=self.registry),
+                Counter(f"{prefix}accepted_tokens", accepted, registry=self.registry),
+            )
+
+    @property
+    def answering(self) -> int:
+        """How many requests are being answered."""
+        return self._in_flight
+
+    def text(self) -> bytes:
+        """All of it, as Prometheus reads it."""
+        return generate_latest(self.registry) + generate_latest(self.now)
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Counts a request while it is being answered; in the event loop's thread."""
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    def answered(self, scope: Scope, code: int) -> None:
+        """A request was answered, which is counted once; methods that HTTP does not have are one, to bound the labels.
+
+        Args:
+            scope: The request's scope.
+            code: The status; of a request that was rejected, the reason is counted too.
+        """
+        if _COUNTED in scope:
+            return
+        mark_counted(scope)
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._requests.labels(route, method, str(code)).inc()
+        reason = scope.get(_KEY) or _BY_STATUS.get(code)
+        if reason is None and 400 <= code < 499:  # 499: its client went away
+            reason = "invalid"
+        if reason is not None:
+            self._rejections.labels(method, reason).inc()
+
+    def waited(self, seconds: float) -> None:
+        """A request, or a row of one, waited before the first of its tokens was read."""
+        self._queue.observe(seconds)
+
+    def began(self, seconds: float) -> None:
+        """The first token of an answer was chosen, so long after its request."""
+        if self._first is not None:
+            self._first.observe(seconds)
+
+    def ran(self, seconds: float, rows: int) -> None:
+        """A batch ran."""
+        self._run.observe(seconds)
+        self._rows.observe(rows)
+
+    def failed(self) -> None:
+        """A run failed."""
+        self._failures.inc()
+
+    def read(self, tokens: int) -> None:
+        """Tokens of prompts or texts were read."""
+        self._count("prompt", tokens)
+
+    def looked_up(self, tokens: int, found: int) -> None:
+        """A prompt of some tokens is there, of which some were found in the prefix cache."""
+        for counter, count in zip(self._prefixes, (tokens, found) * 2, strict=False):
+            counter.inc(count)
+
+    def drafted(self, proposed: int, accepted: int) -> None:
+        """A step verified tokens that were proposed, of which some were chosen."""
+        for counter, count in zip(self._drafts, (proposed, accepted) * 2, strict=False):
+            counter.inc(count)
+
+    def generated(self, tokens: int) -> None:
+        """New tokens were chosen."""
+        self._count("generated", tokens)
+
+    def _count(self, kind: str, tokens: int) -> None:
+        if self._tokens is not None:
+            self._tokens.labels(kind).inc(tokens)

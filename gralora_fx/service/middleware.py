@@ -1,0 +1,270 @@
+"""What every request passes: the access log, other origins, counting, the API key, and the reading of its body."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+import zlib
+from contextlib import nullcontext
+from datetime import datetime
+from typing import TextIO
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.errors import first_line, shown
+from gralora_fx.service.cors import CorsMiddleware
+from gralora_fx.service.error_responses import error_response
+from gralora_fx.service.metrics import Metrics
+from gralora_fx.service.service_routes import OPEN_PATHS
+
+_SAFE = "/%:@!$&'()*+,;=~[]"  # what a path holds beside letters; all else is written as %XX, so a line stays a line
+_MOST = 1000  # characters of a path
+_CLIENT_GONE = 499  # nginx's status
+_logger = logging.getLogger("uvicorn.error")
+_METRICS = "/metrics"
+_WINDOW_BITS = {"gzip": zlib.MAX_WBITS + 16, "x-gzip": zlib.MAX_WBITS + 16, "deflate": zlib.MAX_WBITS}  # of zlib
+
+
+class AccessLogMiddleware:
+    """Writes a line for each request: the common log format, and behind it the seconds until the end of the answer.
+
+    Queries, headers and bodies are left out, since they may hold prompts and keys.
+    """
+
+    def __init__(self, app: ASGIApp, file: TextIO) -> None:
+        """Wrap an app.
+
+        Args:
+            app: The app.
+            file: Where to write.
+        """
+        self._app, self._file, self._has_failed = app, file, False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and write its line when its answer has ended, however it ends."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, started = datetime.now().astimezone(), time.perf_counter()
+        status, size = _CLIENT_GONE, 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status, size
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message["type"] == "http.response.body" and scope["method"] != "HEAD":
+                size += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            status = 500 if status == _CLIENT_GONE else status  # the server answers it outside of every middleware
+            raise
+        finally:
+            self._write(f"{_request(scope, began)} {status} {size} {time.perf_counter() - started:.3f}\n")
+
+    def _write(self, line: str) -> None:
+        """Write a line; requests are answered, too, when nobody reads it or the disk is full."""
+        if self._has_failed:
+            return
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            self._has_failed = True
+            _logger.error("requests are not logged any more: %s", first_line(error))  # noqa: TRY400 the line says all
+
+
+def _request(scope: Scope, began: datetime) -> str:
+    """Who asked, when, and for what."""
+    client = quote((scope.get("client") or ("-",))[0], safe=":.-[]")
+    path = quote(scope.get("raw_path") or scope["path"].encode(), safe=_SAFE)
+    shortened = path if len(path) <= _MOST else f"{path[:_MOST]}..."
+    asked = f"{quote(scope['method'])} {shortened} HTTP/{scope.get('http_version', '1.1')}"
+    return f'{client} - - [{began:%d/%b/%Y:%H:%M:%S %z}] "{asked}"'
+
+
+def add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
+    """Let requests pass what lets other origins in, counts, asks for the key, and reads bodies, in this order."""
+    app.add_middleware(BodyMiddleware, max_body=settings.max_body)
+    if settings.api_key is not None:
+        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
+    app.add_middleware(CountingMiddleware, metrics=metrics)
+    if settings.allow_origin:
+        app.add_middleware(CorsMiddleware, origins=settings.allow_origin)
+
+
+class ApiKeyMiddleware:
+    """Refuses requests without the key, apart from those for the service's health and for the page."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        """Wrap an app.
+
+        Args:
+            app: The app.
+            api_key: The key, which requests give as `Authorization: Bearer`.
+        """
+        self._app, self._expected = app, f"bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            authorization = Headers(scope=scope).get("authorization", "").encode("latin-1")
+            # the scheme's letters may be of either case, the key's not
+            scheme, space, key = authorization.partition(b" ")
+            if not secrets.compare_digest(scheme.lower() + space + key, self._expected):
+                message = "the API key is missing or wrong; give it as Authorization: Bearer KEY"
+                response = error_response(scope["path"], 401, message, headers={"WWW-Authenticate": "Bearer"})
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class CountingMiddleware:
+    """Counts requests by the route that answered them, so that labels are bounded."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        """Wrap an app.
+
+        Args:
+            app: The app.
+            metrics: Where to count.
+        """
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and count it when its answer begins."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.answered(scope, message["status"])
+            await send(message)
+
+        is_scrape = scope["path"] == _METRICS  # which would count itself whenever anybody looks
+        try:
+            with nullcontext() if is_scrape else self._metrics.in_flight():
+                await self._app(scope, receive, counted)
+        except Exception:
+            self._metrics.answered(scope, 500)  # starlette answers it outside of every middleware
+            raise
+
+
+class _Refused(Exception):
+    """A body is not taken."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class BodyMiddleware:
+    """Reads the body of every request, and refuses those over a limit, compressed or not."""
+
+    def __init__(self, app: ASGIApp, max_body: int) -> None:
+        """Wrap an app.
+
+        Args:
+            app: The app.
+            max_body: The most bytes of a body, also once it is decompressed.
+        """
+        self._app, self._max_body = app, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on with its body as one message, or answer 400, 413 or 415."""
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            window_bits = _window_bits(headers)
+            body = await self._read(headers, receive)
+            if body is None:  # the client went away
+                return
+            if window_bits is not None:
+                body = self._decompressed(body, window_bits)
+                _describe(scope, len(body))
+        except _Refused as refused:
+            response = error_response(scope["path"], refused.status, str(refused))
+            await response(scope, receive, send)
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_body:
+            raise self._too_large("is")
+        parts, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_body:
+                raise self._too_large("is")
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+    def _decompressed(self, body: bytes, window_bits: int) -> bytes:
+        """A body without its compression.
+
+        Raises:
+            _Refused: It is damaged, or larger than the limit.
+        """
+        stream = zlib.decompressobj(window_bits)
+        try:
+            result = stream.decompress(body, self._max_body)
+            if not stream.unconsumed_tail:
+                result += stream.flush()
+            if stream.unconsumed_tail or len(result) > self._max_body:
+                raise self._too_large("decompresses to")
+        except zlib.error as error:
+            raise _Refused(400, f"the body cannot be decompressed ({error})") from error
+        if not stream.eof or stream.unused_data:
+            raise _Refused(400, "the body cannot be decompressed (it does not end where its compression does)")
+        return result
+
+    def _too_large(self, verb: str) -> _Refused:
+        return _Refused(
+            413, f"the body {verb} more than the {self._max_body} bytes that are taken; send less at a time"
+        )
+
+
+def _window_bits(headers: Headers) -> int | None:
+    """How zlib reads a body's compression; None for one without."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return None
+    if encoding not in _WINDOW_BITS:
+        raise _Refused(415, f"Content-Encoding {shown(encoding)} is not taken; use gzip or deflate, or none")
+    return _WINDOW_BITS[encoding]
+
+
+def _describe(scope: Scope, length: int) -> None:
+    """Give a request the headers of its decompressed body."""
+    headers = MutableHeaders(raw=[pair for pair in scope["headers"] if pair[0] != b"content-encoding"])
+    headers["Content-Length"] = str(length)
+    scope["headers"] = headers.raw
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives a body as one message, and then what the server tells."""
+    is_given = False
+
+    async def replayed() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

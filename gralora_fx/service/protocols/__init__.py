@@ -1,0 +1,1 @@
+"""Protocols of the service, a folder each."""

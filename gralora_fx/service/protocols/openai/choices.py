@@ -1,0 +1,177 @@
+"""Answers as OpenAI's choices, piece by piece or whole: texts and messages, calls of tools, log-probabilities."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from typing import Any
+
+from gralora_fx.run.generate.call_reader import CallReader
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.detokenizer import TokenBytes
+from gralora_fx.run.generate.token_choice import TokenScore
+from gralora_fx.service.scheduling.text_jobs import Piece
+
+_LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON does not have
+
+
+class ChoiceWriter:
+    """One answer, written piece by piece; the pieces of a stream together are the whole answer."""
+
+    def __init__(
+        self,
+        index: int,
+        request: TextRequest,
+        echo: str,
+        texts: TokenBytes,
+        *,
+        is_chat: bool,
+        reader: CallReader | None = None,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            index: Its number.
+            request: What it answers.
+            echo: The text that it begins with.
+            texts: Tokens as text.
+            is_chat: Whether it is a message.
+            reader: Reads calls of tools in it; None if it has none.
+        """
+        self._index, self._request, self._echo, self._is_chat = index, request, echo, is_chat
+        self._reader = reader
+        self._writer = None
+        if request.sampling.logprobs is not None:
+            self._writer = LogprobWriter(texts, is_chat=is_chat)
+
+    def first(self) -> dict[str, Any] | None:
+        """What a streamed message begins with; None for a text."""
+        return self._fields({"delta": {"role": "assistant", "content": ""}}, None, None) if self._is_chat else None
+
+    def part(self, piece: Piece) -> dict[str, Any] | None:
+        """A piece of a streamed answer; None while it may be a part of a call's name or mark."""
+        text, self._echo = self._echo + piece.text, ""
+        if not self._is_chat:
+            return self._fields({"text": text}, self._logprobs(piece), piece.ending)
+        text, calls = self._read(piece)
+        delta: dict[str, Any] = {"content": text} if text or (piece.scores and not calls) else {}
+        if calls:
+            delta["tool_calls"] = [{"index": index, **call} for index, call in calls.items()]
+        if not delta and piece.ending is None:
+            return None
+        return self._fields({"delta": delta}, self._logprobs(piece), self._ending(piece))
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """A whole answer, as a single piece."""
+        if not self._is_chat:
+            return self._fields({"text": self._echo + piece.text}, self._logprobs(piece), piece.ending)
+        text, calls = self._read(piece)
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
+        message |= {"refusal": None, "annotations": []}
+        if calls:
+            message["tool_calls"] = list(calls.values())
+        return self._fields({"message": message}, self._logprobs(piece), self._ending(piece))
+
+    def _read(self, piece: Piece) -> tuple[str, dict[int, dict[str, Any]]]:
+        """The text of a message, and what it adds to calls, by their numbers."""
+        if self._reader is None:
+            return piece.text, {}
+        parts = self._reader.step(piece.text)
+        if piece.ending is not None:
+            parts += self._reader.finish()
+        calls: dict[int, dict[str, Any]] = {}
+        for part in parts:
+            if part.call is None:
+                continue
+            call = calls.setdefault(part.call, {"function": {"arguments": ""}})
+            if part.name is not None:
+                call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+            call["function"]["arguments"] += part.text
+        return "".join(part.text for part in parts if part.call is None), calls
+
+    def _ending(self, piece: Piece) -> str | None:
+        has_called = self._reader is not None and self._reader.calls and self._reader.is_whole
+        return "tool_calls" if piece.ending == "stop" and has_called else piece.ending
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        """The scores of a piece; those of the prompt come with the first."""
+        if self._writer is None:
+            return None
+        first = self._request.prompt[0] if self._request.scores_prompt else None
+        if first is None or self._writer.is_begun:
+            return self._writer.write(piece.scores)
+        return self._writer.write((*piece.prompt_scores, *piece.scores), first)
+
+    def _fields(self, content: dict[str, Any], logprobs: dict[str, Any] | None, ending: str | None) -> dict[str, Any]:
+        return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": ending}
+
+
+class LogprobWriter:
+    """Writes the scores of one answer, piece by piece.
+
+    Attributes:
+        is_begun: Whether a piece was written.
+    """
+
+    def __init__(self, texts: TokenBytes, *, is_chat: bool) -> None:
+        """Begin at the first letter.
+
+        Args:
+            texts: Tokens as text.
+            is_chat: Whether the answer is a message.
+        """
+        self._texts, self._is_chat = texts, is_chat
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._letters = 0
+        self.is_begun = False
+
+    def write(self, scores: Sequence[TokenScore], first: int | None = None) -> dict[str, Any]:
+        """The `logprobs` of some tokens.
+
+        Args:
+            scores: Their scores.
+            first: A token before them that has no score, of a text that begins with it.
+        """
+        self.is_begun = True
+        if self._is_chat:
+            return {"content": [self._entry(score) for score in scores], "refusal": None}
+        tokens = [*([] if first is None else [first]), *(score.token for score in scores)]
+        missing: list[Any] = [None] * (len(tokens) - len(scores))
+        return {
+            "tokens": [self._name(token) for token in tokens],
+            "token_logprobs": [*missing, *(_finite(score.logprob) for score in scores)],
+            "top_logprobs": [*missing, *(self._top(score) for score in scores)],
+            "text_offset": [self._offset(token) for token in tokens],
+        }
+
+    def _entry(self, score: TokenScore) -> dict[str, Any]:
+        top = [self._token(*pair) for pair in score.top]
+        return {**self._token(score.token, score.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        utf8 = self._texts.bytes_of(token)
+        return {"token": utf8.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(utf8)}
+
+    def _top(self, score: TokenScore) -> dict[str, float]:
+        """The likeliest tokens by name, and the one that was chosen if it is not among them."""
+        pairs = [*score.top, *([] if score.token in dict(score.top) else [(score.token, score.logprob)])]
+        return {self._name(token): _finite(logprob) for token, logprob in reversed(pairs)}
+
+    def _name(self, token: int) -> str:
+        """A token as text; a part of a letter as its bytes."""
+        utf8 = self._texts.bytes_of(token)
+        try:
+            return utf8.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8)
+
+    def _offset(self, token: int) -> int:
+        """Where a token's text begins in the answer's."""
+        start = self._letters
+        if not self._texts.is_special(token):
+            self._letters += len(self._decoder.decode(self._texts.bytes_of(token)))
+        return start
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)

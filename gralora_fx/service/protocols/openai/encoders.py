@@ -1,0 +1,282 @@
+"""`/v1/embeddings`, `/classify` and `/v1/rerank`: texts through an encoder."""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+
+from gralora_fx.errors import ServingError, shown
+from gralora_fx.service.encoder import SENTENCE
+from gralora_fx.service.engines import EncoderEngine
+from gralora_fx.service.protocols.openai.requests import (
+    ClassifyRequest,
+    Document,
+    EmbeddingRequest,
+    RerankRequest,
+)
+from gralora_fx.service.protocols.openai.strict_model import with_ignored
+from gralora_fx.service.replies import timeout_of, unless_disconnected
+from gralora_fx.service.spans import note_model
+from gralora_fx.service.text_reader import Tokens
+
+_CLASSIFICATION = "text-classification"
+Outputs: TypeAlias = Sequence[Mapping[str, NDArray[Any]]]
+_SHORT = 2048  # letters, or token ids, that are read sooner than another thread begins
+
+
+class Usage(BaseModel):
+    """How many tokens were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    """The embedding of a text: numbers, or in base64 the bytes of little-endian 32-bit floats."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingResponse(BaseModel):
+    """The embeddings of texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Classes(BaseModel):
+    """The classes of a text."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+    labels: list[str]
+
+
+class ClassifyResponse(BaseModel):
+    """The classes of texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classes]
+    usage: Usage
+
+
+class Rank(BaseModel):
+    """A document's place in a ranking, by its number in the request."""
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class RerankResponse(BaseModel):
+    """Documents, the most relevant first."""
+
+    id: str
+    model: str
+    results: list[Rank]
+    usage: Usage
+
+
+def encoder_routes(engine: EncoderEngine) -> APIRouter:
+    """The routes that an encoder has for texts: by its outputs and its task.
+
+    Raises:
+        ServingError: A cross-encoder's configuration names a function of scores that is not known.
+    """
+    router, encoder = APIRouter(), engine.encoder
+    if not encoder.takes_texts:
+        return router
+    if SENTENCE in encoder.outputs:
+        _add_embeddings(router, engine)
+    if encoder.model.task == _CLASSIFICATION and "logits" in encoder.outputs:
+        _add_classes(router, engine)
+        if encoder.outputs["logits"].shape[-1] == 1:
+            _add_rerank(router, engine)
+    return router
+
+
+def _add_embeddings(router: APIRouter, engine: EncoderEngine) -> None:
+    size = engine.encoder.outputs[SENTENCE].shape[-1]
+
+    @router.post("/v1/embeddings", response_model=EmbeddingResponse)
+    async def embed(asked: EmbeddingRequest, request: Request) -> Response:
+        if asked.dimensions not in (None, size):
+            problem = f"dimensions={asked.dimensions}: the model's embeddings have {size}; give that, or leave it out"
+            raise ServingError(problem).about("dimensions")
+
+        def embedding(index: int, output: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+            vector: Any = finite(output[SENTENCE]).astype("<f4")
+            if asked.encoding_format == "base64":
+                vector = base64.b64encode(vector.tobytes()).decode()
+            return {"object": "embedding", "index": index, "embedding": vector}
+
+        def body(outputs: Outputs) -> dict[str, Any]:
+            return {"object": "list", "data": [embedding(*pair) for pair in enumerate(outputs)], "model": asked.model}
+
+        answer = await _answer(engine, request, asked.model, engine.encoder.reader.texts, asked.texts, body)
+        return with_ignored(answer, asked)
+
+
+def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
+    config = engine.encoder.model.config
+
+    def classes(index: int, output: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+        scores = scores_of(finite(output["logits"]), config)
+        labels = labels_of(config, len(scores))
+        label = labels[int(scores.argmax())]
+        return {"index": index, "label": label, "probs": scores, "num_classes": len(labels), "labels": labels}
+
+    @router.post("/classify", response_model=ClassifyResponse)
+    async def classify(asked: ClassifyRequest, request: Request) -> Response:
+        def body(outputs: Outputs) -> dict[str, Any]:
+            head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
+            return {**head, "data": [classes(*pair) for pair in enumerate(outputs)]}
+
+        model = engine.models.base if asked.model is None else asked.model
+        answer = await _answer(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
+        return with_ignored(answer, asked)
+
+
+def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
+    encoder, relevance = engine.encoder, relevance_of(engine.encoder.model.config)
+
+    async def rerank(asked: RerankRequest, request: Request) -> Response:
+        def body(outputs: Outputs) -> dict[str, Any]:
+            scores = [relevance(float(finite(output["logits"])[0])) for output in outputs]
+            order = sorted(range(len(scores)), key=lambda index: -scores[index])[: asked.top_n]
+            results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
+            if asked.return_documents:
+                results = [{**result, "document": {"text": texts[result["index"]]}} for result in results]
+            return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results}
+
+        model, texts = engine.models.base if asked.model is None else asked.model, asked.texts
+        answer = await _answer(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
+        return with_ignored(answer, asked)
+
+    for path in ("/v1/rerank", "/rerank"):
+        router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)
+
+
+async def _answer(
+    engine: EncoderEngine,
+    request: Request,
+    model: str,
+    read: Callable[[Sequence[Any]], list[Tokens]],
+    texts: Sequence[Any],
+    body: Callable[[Outputs], dict[str, Any]],
+) -> Response:
+    """Run texts, and answer with what their outputs make.
+
+    Args:
+        engine: The encoder.
+        request: The request, whose body was read.
+        model: The model that it names.
+        read: Reads the texts; in another thread where they are so long that other requests would wait for it.
+        texts: Its texts.
+        body: Makes the answer of the outputs of each text; the usage is added.
+
+    Raises:
+        ServingError: There is no such model, there are no texts or more than there is ever room for, the reader does
+            not take one, or a run fails.
+    """
+    encoder, begun = engine.encoder, time.monotonic()
+    async with engine.models.ready(model, timeout_of(request)) as adapter:
+        note_model(request.scope, model, adapter)
+        if not texts:
+            raise ServingError("input has no texts; give at least one")
+        encoder.batches.check_count(len(texts))
+        rows = read(texts) if sum(map(len, texts)) <= _SHORT else await run_in_threadpool(read, texts)
+        tokens = sum(len(row.ids) for row in rows)
+
+        async def respond() -> Response:
+            usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+            answer = {**body(await encoder.texts(rows, adapter)), "usage": usage}
+            return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+        return await unless_disconnected(request, respond, begun)
+
+
+def finite(output: NDArray[Any]) -> NDArray[Any]:
+    """An output of a text, checked: JSON has no number for what is not finite.
+
+    Raises:
+        ServingError: It is not finite.
+    """
+    if not np.isfinite(output).all():
+        raise ServingError("the model's output for a text is not finite")
+    return output
+
+
+def scores_of(logits: NDArray[Any], config: Mapping[str, Any]) -> NDArray[Any]:
+    """Scores of a text's classes, by the function that transformers' pipeline applies.
+
+    Args:
+        logits: `[classes]`.
+        config: Fields of the model's `config.json`.
+    """
+    values = logits.astype(np.float64)
+    kind = config.get("problem_type")
+    if kind == "regression":
+        return values
+    if kind == "multi_label_classification" or len(values) == 1:
+        return np.asarray(1 / (1 + np.exp(-values)))
+    powers = np.exp(values - values.max())
+    return np.asarray(powers / powers.sum())
+
+
+def labels_of(config: Mapping[str, Any], count: int) -> list[str]:
+    """The names of the classes; transformers' defaults where the configuration has none."""
+    names = config.get("id2label") or {}
+    return [str(names.get(str(index), f"LABEL_{index}")) for index in range(count)]
+
+
+def relevance_of(config: Mapping[str, Any]) -> Callable[[float], float]:
+    """The function from a cross-encoder's output to its score, which sentence-transformers notes in its configuration.
+
+    Args:
+        config: Fields of the model's `config.json`.
+
+    Returns:
+        That function; a sigmoid, as sentence-transformers', if none is noted.
+
+    Raises:
+        ServingError: It is neither the sigmoid nor the identity.
+    """
+    noted = config.get("sentence_transformers")
+    name = noted.get("activation_fn") if isinstance(noted, Mapping) else None
+    name = name or config.get("sbert_ce_default_activation_function") or "torch.nn.modules.activation.Sigmoid"
+    functions: dict[str, Callable[[float], float]] = {"Sigmoid": _sigmoid, "Identity": float}
+    kind = str(name).rpartition(".")[2]
+    if kind not in functions:
+        raise ServingError(
+            f"config.json names {shown(name)} for the scores of a cross-encoder; there are Sigmoid and Identity"
+        )
+    return functions[kind]
+
+
+def _sigmoid(value: float) -> float:
+    if value < 0:
+        return 1 - _sigmoid(-value)
+    return 1 / (1 + math.exp(-value))

@@ -1,0 +1,99 @@
+"""`/v1/models`, and `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` in vLLM's form."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.exceptions import HTTPException
+from fastapi.responses import PlainTextResponse
+from starlette.concurrency import run_in_threadpool
+
+from gralora_fx.errors import GraloraError
+from gralora_fx.service.error_responses import status_of
+from gralora_fx.service.metrics import Metrics
+from gralora_fx.service.protocols.openai.strict_model import StrictModel
+from gralora_fx.service.root_adapters import AdapterChanges
+from gralora_fx.service.scheduling.served_models import ServedModels
+
+
+def model_routes(served: ServedModels) -> APIRouter:
+    """The routes of the list of models."""
+    router = APIRouter()
+    created = int(time.time())
+
+    def described(name: str) -> dict[str, Any]:
+        is_base = name == served.base
+        head = {"id": name, "object": "model", "created": created, "owned_by": "gralora-fx"}
+        return {**head, "parent": None if is_base else served.base, "loaded": is_base or name in served.adapters}
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = await run_in_threadpool(lambda: served.available)  # which may read a directory
+        return {"object": "list", "data": [described(name) for name in (served.base, *names)]}
+
+    @router.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        served.check(name)
+        return described(name)
+
+    return router
+
+
+class LoadRequest(StrictModel):
+    """A request to load an adapter.
+
+    Attributes:
+        lora_name: Its name.
+        lora_path: Its path in the adapter root.
+        load_inplace: Whether it may take the name from another one.
+        pin: Whether it stays in memory until it is unloaded, rather than go when others need its room.
+    """
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    pin: bool = True
+
+
+class UnloadRequest(StrictModel):
+    """A request to unload an adapter."""
+
+    lora_name: str
+
+
+def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRouter:
+    """The routes that change adapters.
+
+    Args:
+        changes: What changes them; None if they stay as they are.
+        metrics: Where to count.
+    """
+    router = APIRouter()
+
+    @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    async def load(asked: LoadRequest) -> PlainTextResponse:
+        own = _needed(changes)
+        try:
+            await own.load(asked.lora_name, asked.lora_path, may_replace=asked.load_inplace, pin=asked.pin)
+        except GraloraError as error:
+            metrics.adapter_load("refused")
+            if status_of(error) in (400, 404):  # of the file, unless it says otherwise
+                error.field = error.field or "lora_path"
+            raise
+        metrics.adapter_load("ok")
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    async def unload(asked: UnloadRequest) -> PlainTextResponse:
+        await _needed(changes).unload(asked.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    return router
+
+
+def _needed(changes: AdapterChanges | None) -> AdapterChanges:
+    if changes is None:
+        raise HTTPException(404, "the service was started without --adapter-root, so its adapters stay as they are")
+    return changes

@@ -1,0 +1,276 @@
+"""Requests as JSON: the fields that are supported; any other that would change the answer is refused."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from gralora_fx.errors import ServingError, shown
+from gralora_fx.run.generate.call_grammar import ToolUse
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.service.protocols.openai.answer_format import AnswerFormat
+from gralora_fx.service.protocols.openai.idle_fields import CHAT, COMPLETION, EVERYWHERE, STREAM_OPTIONS, Idle
+from gralora_fx.service.protocols.openai.messages import ChatMessage, template_messages
+from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel
+from gralora_fx.service.protocols.openai.tool_requests import ToolFields
+
+_COMPLETION_TOKENS = 16  # OpenAI's default
+_LARGEST = 2**31 - 1
+_SALT = 256  # characters, each of which the prefix cache keeps
+_TOKENS = 1024  # the most that an option names, since each is looked at in every step
+Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), AfterValidator(lambda seed: seed % 2**31)]
+Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
+_Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _single_texts(texts: Any) -> list[str | list[int]]:
+    """The texts of a field that holds one or several, each a string or token ids."""
+    return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else texts
+
+
+def _few(tokens: Any) -> Any:
+    if isinstance(tokens, (dict, list)) and len(tokens) > _TOKENS:
+        raise PydanticCustomError("too_long", f"there are {len(tokens)} tokens, more than {_TOKENS}; name fewer")
+    return tokens
+
+
+class StreamOptions(StrictModel):
+    """What a stream holds beside text."""
+
+    without_effect: ClassVar[Idle] = STREAM_OPTIONS
+
+    include_usage: bool = False
+
+
+class SamplingFields(StrictModel):
+    """How tokens are chosen: OpenAI's fields, and beside them vLLM's."""
+
+    model: str
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: _Count | None = None
+    min_p: _Share | None = None
+    seed: Seed | None = None
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
+    logit_bias: Annotated[dict[str, _Bias] | None, BeforeValidator(_few)] = None
+    min_tokens: _Count = 0
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[_Count] | None, BeforeValidator(_few)] = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=_SALT)] | None = None
+    stream: bool | None = None
+
+    @property
+    @abstractmethod
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+
+    def sampling(self, ends: frozenset[int]) -> Sampling:
+        """How tokens are chosen: temperature 1 by default, and the likeliest at temperature 0.
+
+        Args:
+            ends: Ids of the tokens that end an answer by default.
+
+        Raises:
+            ServingError: `logit_bias` names what is not a token.
+        """
+        temperature = 1.0 if self.temperature is None else self.temperature
+        draws: dict[str, Any] = {}
+        if temperature:
+            draws = {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": self.top_k or 0,
+                "seed": self.seed,
+            }
+            draws |= {"top_p": 1.0 if self.top_p is None else self.top_p, "min_p": self.min_p or 0.0}
+        return Sampling(
+            **draws,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self._bias(),
+            min_new_tokens=self.min_tokens,
+            eos_token_id=self._ends(ends),
+            logprobs=self.top_scores,
+        )
+
+    def _bias(self) -> dict[int, float] | None:
+        names = self.logit_bias or {}
+        if wrong := [name for name in names if not (name.isascii() and name.isdecimal() and len(name) < 11)]:
+            problem = f"logit_bias names {shown(wrong[0])}, which is not the id of a token"
+            raise ServingError(problem).about("logit_bias")
+        return {int(name): value for name, value in names.items()} or None
+
+    def _ends(self, ends: frozenset[int]) -> list[int] | None:
+        """The end tokens, where they are not the default ones."""
+        if not (self.ignore_eos or self.stop_token_ids):
+            return None
+        return sorted({*(() if self.ignore_eos else ends), *(self.stop_token_ids or ())})
+
+
+class _TextFields(SamplingFields, AnswerFormat):
+    """What completions and chats share."""
+
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    stream_options: StreamOptions | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_TextFields):
+    """A request of `/v1/completions`."""
+
+    without_effect: ClassVar[Idle] = COMPLETION
+    prompt_field: ClassVar[str] = "prompt"
+
+    prompt: Texts
+    max_tokens: _Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool = False
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one."""
+        return _single_texts(self.prompt) or [[]]
+
+    @property
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        return self.logprobs
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it has tools: never."""
+        return False
+
+    def template_tools(self) -> list[dict[str, Any]]:
+        """The tools that a template describes: none."""
+        return []
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that an answer may call: none."""
+        return None
+
+    def most_tokens(self, left: int) -> int:
+        """The most tokens to add to a prompt.
+
+        Args:
+            left: For how many there is room after it.
+
+        Raises:
+            ServingError: They are none, and the prompt is not asked for either.
+        """
+        if self.max_tokens == 0 and not self.echo:
+            problem = "max_tokens is 0, which leaves nothing to answer; give at least 1, or echo"
+            raise ServingError(problem).about("max_tokens")
+        return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
+
+
+class ChatRequest(_TextFields, ToolFields):
+    """A request of `/v1/chat/completions`."""
+
+    without_effect: ClassVar[Idle] = CHAT
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Whole | None = None
+    max_completion_tokens: Whole | None = None
+
+    @property
+    def prompts(self) -> list[list[dict[str, Any]]]:
+        """The chat, as tokenizers take it.
+
+        Raises:
+            FormError: A call or a result in it is wrong.
+        """
+        return [template_messages(self.messages)]
+
+    @property
+    def top_scores(self) -> int | None:
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token.
+
+        Raises:
+            ServingError: `top_logprobs` is above 0 without `logprobs`.
+        """
+        if self.top_logprobs and not self.logprobs:  # 0 asks for none, as some clients do by default
+            problem = "top_logprobs has no effect without logprobs; give logprobs too, or leave it out"
+            raise ServingError(problem).about("top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def most_tokens(self, left: int) -> int:
+        """The most tokens to add to a prompt: all that there is room for, unless the request names fewer.
+
+        Args:
+            left: For how many there is room after it.
+        """
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return max(left, 1) if most is None else most
+
+
+class _EncoderFields(StrictModel):
+    """What requests for texts through an encoder share."""
+
+    without_effect: ClassVar[Idle] = EVERYWHERE
+
+
+class EmbeddingRequest(_EncoderFields):
+    """A request of `/v1/embeddings`."""
+
+    model: str
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Whole | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, one by one."""
+        return _single_texts(self.input)
+
+
+class ClassifyRequest(_EncoderFields):
+    """A request of `/classify`."""
+
+    model: str | None = None
+    input: str | ListOf[str]
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, one by one."""
+        return _single_texts(self.input)
+
+
+class Document(StrictModel):
+    """A document of a request of `/v1/rerank`."""
+
+    text: str
+
+
+class RerankRequest(_EncoderFields):
+    """A request of `/v1/rerank`, in the form of Cohere's and Jina's services."""
+
+    model: str | None = None
+    query: str
+    documents: Annotated[list[str | Document], Field(min_length=1, fail_fast=True)]
+    top_n: Annotated[int | None, Field(ge=1)] = None
+    return_documents: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]

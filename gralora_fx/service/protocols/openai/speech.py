@@ -1,0 +1,260 @@
+"""`/v1/audio/transcriptions` and `/v1/audio/translations`: what was said in a recording, whole or as a stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ConfigDict, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from transformers import PrefixConstrainedLogitsProcessor
+
+from gralora_fx.errors import ServingError, shown
+from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.encoder_inputs import EncoderInput, EncoderInputs
+from gralora_fx.run.generate.recordings import Audio, read_audio
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
+from gralora_fx.run.generate.token_choice import TokenScore
+from gralora_fx.service.engines import TextEngine
+from gralora_fx.service.protocols.openai.idle_fields import EVERYWHERE, Idle
+from gralora_fx.service.protocols.openai.requests import Seed, Temperature, Whole
+from gralora_fx.service.protocols.openai.strict_model import StrictModel, with_ignored
+from gralora_fx.service.replies import EventStream, TextAnswers, timeout_of
+from gralora_fx.service.scheduling.queue import RunError
+from gralora_fx.service.spans import note_model
+
+_FORM = "multipart/form-data"
+_FILE = "file"
+_FIELDS = 64  # the most of a form
+_TIMED = ("verbose_json", "srt", "vtt", "diarized_json")  # forms that say when something was said
+_TRANSCRIPTIONS, _TRANSLATIONS = "/v1/audio/transcriptions", "/v1/audio/translations"
+
+
+class TranslationRequest(StrictModel):
+    """The fields of a request of `/v1/audio/translations`, beside the file.
+
+    Attributes:
+        model: The model's name.
+        prompt: Text before the recording.
+        response_format: `"json"` or `"text"`.
+        temperature: 0 takes the likeliest token.
+        seed: Seed of the draws.
+        max_completion_tokens: The most tokens of the answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=False)  # a form's values are texts
+    without_effect: ClassVar[Idle] = EVERYWHERE
+
+    model: str
+    prompt: str | None = None
+    response_format: Literal["json", "text"] = "json"
+    temperature: Temperature = 0.0
+    seed: Seed | None = None
+    max_completion_tokens: Whole | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        if not self.temperature:
+            return Sampling()
+        return Sampling(do_sample=True, temperature=self.temperature, top_k=0, seed=self.seed)
+
+    @property
+    def spoken(self) -> str | None:
+        """The language that is spoken; None if it is not said."""
+        return None
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is sent piece by piece."""
+        return False
+
+
+class TranscriptionRequest(TranslationRequest):
+    """The fields of a request of `/v1/audio/transcriptions`, beside the file.
+
+    Attributes:
+        language: The language that is spoken, as `en` or `English`; None for that which the model hears.
+        stream: Whether the answer is sent as server-sent events.
+    """
+
+    language: str | None = None
+    stream: bool | None = None
+
+    @property
+    def spoken(self) -> str | None:
+        """The language that is spoken; None if it is not said."""
+        return self.language
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is sent piece by piece."""
+        return bool(self.stream)
+
+
+async def read_form(request: Request, kind: type[TranslationRequest]) -> tuple[TranslationRequest, bytes]:
+    """The fields of a form, checked, and the content of its file.
+
+    Args:
+        request: The request.
+        kind: The fields that it may have.
+
+    Raises:
+        ServingError: It is not such a form, has no file, or gives a field twice.
+        RequestValidationError: A field is unknown, missing or wrong.
+    """
+    content_type = request.headers.get("content-type")
+    if content_type is None or content_type.partition(";")[0].strip().lower() != _FORM:
+        what = "is missing" if content_type is None else f"is {shown(content_type)}"
+        raise ServingError(f"the header Content-Type {what}; send the file and the fields beside it as {_FORM}")
+    async with request.form(max_files=2, max_fields=_FIELDS) as form:
+        files = [value for name, value in form.multi_items() if name == _FILE]
+        fields: dict[str, Any] = {}
+        for name, value in form.multi_items():
+            if name == _FILE:
+                continue
+            if isinstance(value, UploadFile):
+                raise ServingError(f"{shown(name)} is a file; give the recording as {_FILE}, and all others as text")
+            if name in fields:
+                raise ServingError(f"{shown(name)} is given twice; give it once")
+            fields[name] = value
+        if len(files) != 1 or not isinstance(files[0], UploadFile):
+            count = "twice" if len(files) > 1 else "as a text" if files else "not at all"
+            raise ServingError(f"{_FILE}, the recording, is given {count}; give it once, as a file with a name")
+        content = await files[0].read()
+    return _checked(fields, kind), content
+
+
+def _checked(fields: dict[str, Any], kind: type[TranslationRequest]) -> TranslationRequest:
+    if (form := fields.get("response_format")) in _TIMED:
+        raise ServingError(f"response_format {form} says when something was said, which is not done here; take json")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
+        raise RequestValidationError(problems) from error
+
+
+def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
+    """A form as OpenAPI describes it.
+
+    Args:
+        kind: The fields that it may have, beside the file.
+    """
+    fields = kind.model_json_schema()
+    recording = {"type": "string", "format": "binary", "description": "The recording."}
+    schema = {
+        "type": "object",
+        "properties": {_FILE: recording, **fields["properties"]},
+        "required": [_FILE, *fields["required"]],
+        "additionalProperties": False,
+    }
+    return {"requestBody": {"required": True, "content": {_FORM: {"schema": schema}}}}
+
+
+def speech_routes(engine: TextEngine) -> APIRouter:
+    """The routes of a model of speech."""
+    router, inputs = APIRouter(), engine.inputs
+    assert inputs is not None
+
+    @router.post(_TRANSCRIPTIONS, openapi_extra=form_schema(TranscriptionRequest))
+    async def transcribe(request: Request) -> Response:
+        return await _answer(engine, inputs, request, TranscriptionRequest, TRANSCRIBE)
+
+    @router.post(_TRANSLATIONS, openapi_extra=form_schema(TranslationRequest))
+    async def translate(request: Request) -> Response:
+        return await _answer(engine, inputs, request, TranslationRequest, TRANSLATE)
+
+    return router
+
+
+@dataclass(frozen=True)
+class _LanguageOf(EncoderInput):
+    """What an encoder reads to hear a language: the answer is one of its tokens.
+
+    Attributes:
+        languages: Ids of the tokens.
+    """
+
+    languages: Sequence[int] = ()
+
+    def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
+        """What leaves these tokens alone."""
+        return [PrefixConstrainedLogitsProcessor(lambda batch, ids: list(self.languages), 1)]
+
+
+async def _answer(
+    engine: TextEngine, inputs: EncoderInputs, request: Request, kind: type[TranslationRequest], task: str
+) -> Response:
+    seconds, begun = timeout_of(request), time.monotonic()
+    asked, content = await read_form(request, kind)
+    rules, context = inputs.rules, engine.queue.limits.context
+    async with engine.models.ready(asked.model, seconds) as adapter:
+        note_model(request.scope, asked.model, adapter)
+        earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
+        chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None
+        speech = SpeechPrompt(rules, asked.spoken, chosen, earlier)
+        audio, source = await run_in_threadpool(_source, inputs, content)
+        heard = await _heard(engine, speech, source, adapter, seconds) if speech.languages else None
+        prompt = tuple(speech.tokens(heard))
+        room = max(context - len(prompt), 1)
+        most = asked.max_completion_tokens or min(rules.new_tokens(len(prompt)) or room, room)
+        question = TextRequest(prompt, most, asked.sampling, (), adapter, source=source)
+        left = None if seconds is None else max(seconds - (time.monotonic() - begun), 0.0)
+        answers = TextAnswers(engine.queue, [question], len(prompt), left)
+    if asked.streams:
+        return with_ignored(EventStream(answers, _deltas(answers, audio)), asked)
+    return with_ignored(await answers.respond(request, partial(_whole, answers, asked, audio)), asked)
+
+
+def _source(inputs: EncoderInputs, content: bytes) -> tuple[Audio, EncoderInput]:
+    audio = read_audio(content, inputs.speech.most_seconds)
+    return audio, inputs.of_recording(audio)
+
+
+async def _heard(
+    engine: TextEngine, speech: SpeechPrompt, source: EncoderInput, adapter: str | None, seconds: float | None
+) -> int:
+    """The language of a recording, as the first token of its own answer; the encoder's output is kept for the next."""
+    asked = _LanguageOf(source.arrays, source.rules, languages=speech.languages)
+    question = TextRequest((source.rules.start,), 1, Sampling(logprobs=0), (), adapter, source=asked)
+    answers = TextAnswers(engine.queue, [question], 1, seconds)
+    scores: tuple[TokenScore, ...] = ()
+    try:
+        async for _, piece in answers.pieces():
+            scores += piece.scores
+    finally:
+        answers.cancel()
+    if not scores:
+        raise RunError("the model hears no language; give language")
+    return scores[0].token
+
+
+def _usage(audio: Audio) -> dict[str, Any]:
+    return {"type": "duration", "seconds": round(audio.seconds, 3)}
+
+
+async def _whole(answers: TextAnswers, asked: TranslationRequest, audio: Audio) -> Response:
+    text = "".join([piece.text async for _, piece in answers.pieces()]).strip()
+    if asked.response_format == "text":
+        return PlainTextResponse(f"{text}\n")
+    return JSONResponse({"text": text, "usage": _usage(audio)})
+
+
+async def _deltas(answers: TextAnswers, audio: Audio) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a stream."""
+    text = ""
+    async for _, piece in answers.pieces():
+        new = piece.text if text else piece.text.lstrip()
+        text += new
+        if new:
+            yield {"type": "transcript.text.delta", "delta": new}
+    yield {"type": "transcript.text.done", "text": text, "usage": _usage(audio)}

@@ -1,0 +1,100 @@
+"""What every request as JSON is: strict in its fields, and cheap to refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from fastapi import Response
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from gralora_fx.service.protocols.openai.idle_fields import Idle
+
+_Item = TypeVar("_Item")
+
+ListOf = Annotated[list[_Item], Field(fail_fast=True)]
+IGNORED = "X-Ignored-Fields"
+
+
+class StrictModel(BaseModel):
+    """A request, or a part of one: fields are known and of their own types, and a field that is null counts as missing.
+
+    A wrong request costs no more than a right one. Pydantic describes every wrong item of a list and every unknown
+    field, which for a body of some megabytes are gigabytes: so lists of requests end at their first wrong item
+    (`fail_fast`), and of unknown fields one is looked at.
+
+    Attributes:
+        without_effect: Fields that are accepted although they change no answer; of some only these values.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    without_effect: ClassVar[Idle] = {}
+    _ignored: tuple[str, ...] = PrivateAttr(())
+    _given: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Note the fields without effect, and leave out all unknown fields but the first, which is the error."""
+        if not isinstance(body, dict):
+            return handler(body)
+        idle, known = cls.without_effect, {field.alias or name for name, field in cls.model_fields.items()}
+        given = {name: value for name, value in body.items() if value is not None}
+        ignored = tuple(name for name in idle if name in given and _is_among(given[name], idle[name]))
+        fields = {name: value for name, value in given.items() if name in known or name not in ignored}
+        for name in [name for name in fields if name not in known][1:]:
+            del fields[name]
+        made = handler(fields)
+        made._given, made._ignored = tuple(fields), ignored
+        return made
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The fields that are given, in their order."""
+        return self._given
+
+    def ignored(self) -> Iterator[str]:
+        """The fields that are accepted and have no effect, those of options too, as `text.verbosity`."""
+        yield from self._ignored
+        for name in type(self).model_fields:
+            if isinstance(value := getattr(self, name), StrictModel):
+                yield from (f"{name}.{inner}" for inner in value.ignored())
+
+
+def with_ignored(response: Response, asked: StrictModel) -> Response:
+    """Name the fields of a request that have no effect in a header of its answer.
+
+    Args:
+        response: The answer.
+        asked: The request.
+    """
+    if names := ", ".join(asked.ignored()):
+        response.headers[IGNORED] = names
+    return response
+
+
+def wrong_field(field: str, kind: str, problem: str) -> ValidationError:
+    """An error of a field that is wrong beside others, for a validator to raise.
+
+    Args:
+        field: The field.
+        kind: The kind of error, as pydantic's `missing`.
+        problem: What is wrong.
+    """
+    # in braces a problem would be taken for a template
+    error = PydanticCustomError(kind, "{problem}", {"problem": problem})
+    return ValidationError.from_exception_data(field, [InitErrorDetails(type=error, loc=(field,), input=None)])
+
+
+def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:
+    """Whether a field has one of some values, of the same type; None for any."""
+    return values is None or any(type(value) is type(other) and value == other for other in values)

@@ -1,0 +1,170 @@
+"""What the requests of OpenAI's protocol ask of a decoder: prompts as tokens, grammars, how tokens are chosen."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+
+from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
+from gralora_fx.errors import ServingError, concerning
+from gralora_fx.run.engine.limits import TooLargeError
+from gralora_fx.run.generate.answer_form import GivenForms, one_form
+from gralora_fx.run.generate.answer_grammar import AnswerGrammar
+from gralora_fx.run.generate.call_grammar import call_grammar
+from gralora_fx.run.generate.call_reader import CallReader
+from gralora_fx.run.generate.completion import TextRequest, seeded
+from gralora_fx.run.generate.prompt_limit import PromptLimit
+from gralora_fx.run.generate.prompts import stop_strings
+from gralora_fx.run.generate.tool_template import attempts
+from gralora_fx.service.engines import TextEngine
+from gralora_fx.service.protocols.openai.idle_fields import OF_REASONING
+from gralora_fx.service.protocols.openai.requests import ChatRequest, CompletionRequest
+from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
+from gralora_fx.service.replies import TextAnswers, timeout_of
+from gralora_fx.service.spans import note_model
+
+Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
+_COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
+
+
+@dataclass(frozen=True)
+class TextQuestions:
+    """What a request asks for.
+
+    Attributes:
+        requests: What to answer, of each prompt as many as it has answers.
+        prompt_tokens: The tokens of the prompts, each counted once.
+        calls_tools: Whether an answer may call tools.
+    """
+
+    requests: list[TextRequest]
+    prompt_tokens: int
+    calls_tools: bool
+
+    def reader(self, engine: TextEngine) -> CallReader | None:
+        """What reads the calls of one answer; None if it may have none."""
+        return CallReader(engine.tools.format) if self.calls_tools else None
+
+
+class QuestionReader:
+    """Reads requests for one decoder."""
+
+    def __init__(self, engine: TextEngine) -> None:
+        """Begin without requests.
+
+        Args:
+            engine: The decoder.
+        """
+        self._engine = engine
+        self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx forms")
+
+    async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
+        """Queue what a request asks for, with the adapter that its model's name means.
+
+        Args:
+            asked: The request.
+            request: The same, as it came.
+
+        Raises:
+            ServingError: There is no such model, the prompts or options cannot be taken, or there is no room.
+        """
+        engine, seconds, begun = self._engine, timeout_of(request), time.monotonic()
+        if asked.stream_options is not None and not asked.stream:
+            problem = "stream_options has no effect without stream; give stream too, or leave it out"
+            raise ServingError(problem).about("stream_options")
+        async with engine.models.ready(asked.model, seconds) as adapter:
+            note_model(request.scope, asked.model, adapter)
+            try:
+                asks = await self._read(asked, adapter)
+                answers = TextAnswers(engine.queue, asks.requests, asks.prompt_tokens, seconds, begun, each=asked.n)
+            except ServingError as error:
+                if error.field is None and type(error) in (ServingError, TooLargeError):
+                    error.about(asked.prompt_field)
+                raise
+        return asks, answers
+
+    async def _read(self, asked: Asked, adapter: str | None) -> TextQuestions:
+        """What a request asks for, with an adapter by its key; None for the base."""
+        engine, queue, prompts = self._engine, self._engine.queue, asked.prompts
+        with concerning("n" if asked.n > 1 else asked.prompt_field):
+            queue.check_count(len(prompts) * asked.n)
+        if engine.tools.reasons and (wrong := [name for name in asked.ignored() if name in OF_REASONING]):
+            problem = f"{wrong[0]} is not supported for this model, which reasons as its template says; leave it out"
+            raise ServingError(problem).about(wrong[0])
+        if engine.inputs is not None:
+            engine.inputs.check_texts(prompts)
+            if asked.echo:
+                problem = "echo has no effect: an encoder-decoder does not go on from its prompt; leave it out"
+                raise ServingError(problem).about("echo")
+        scores_prompt = asked.echo and asked.top_scores is not None
+        if scores_prompt and not queue.scores_prompts:
+            raise ServingError(
+                "echo with logprobs needs the logits of every position, and the export gives those of the last; export "
+                "the model with logits='all', or leave one of them out"
+            ).about("echo")
+        with concerning("stop"):
+            stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
+        sampling = asked.sampling(queue.limits.ends)
+        grammar, calls_tools = await self._grammar(asked)
+        shown = engine.tools.shown if calls_tools else frozenset[int]()
+        rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked.template_tools())
+        requests: list[TextRequest] = []
+        for ids in rows:
+            source = None if engine.inputs is None else engine.inputs.of_ids(ids)
+            prompt = tuple(ids) if source is None else (source.rules.start,)
+            most = asked.most_tokens(queue.limits.context - len(prompt))
+            if sampling.min_new_tokens > most:
+                problem = f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
+                raise ServingError(problem).about("min_tokens")
+            for _ in range(asked.n):
+                own = seeded(sampling, len(requests))
+                fields = prompt, most, own, stop, adapter, scores_prompt, source, grammar, asked.cache_salt, shown
+                requests.append(TextRequest(*fields))
+        return TextQuestions(requests, sum(map(len, rows)), calls_tools)
+
+    async def _grammar(self, asked: Asked) -> tuple[AnswerGrammar | None, bool]:
+        """What the tokens of the answers may be, and whether they may call tools."""
+        forms = asked.forms()
+        if not asked.has_tools and all(value is None for _, value in forms.values()):
+            asked.tool_use()  # says what is wrong with a choice of no tools
+            return None, False
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compiled, asked, forms)
+
+    def _compiled(self, asked: Asked, forms: GivenForms) -> tuple[AnswerGrammar | None, bool]:
+        grammars, use = self._engine.grammars, asked.tool_use()
+        if use is None:
+            return grammars.of(forms), False
+        return call_grammar(grammars, self._engine.tools.format, use, one_form(forms)), True
+
+    def _rows(self, prompts: Sequence[Any], tools: list[dict[str, Any]]) -> list[list[int]]:
+        """The tokens of prompts."""
+        inputs = self._engine.inputs
+        limit = PromptLimit.of_context(self._engine.queue.limits) if inputs is None else inputs.sources
+        rows = []
+        for prompt in prompts:
+            rows.append(self._row(prompt, tools, limit))
+            limit.check_tokens(rows[-1])  # so that of long prompts no more are tokenized than the first
+        return rows
+
+    def _row(self, prompt: Any, tools: list[dict[str, Any]], limit: PromptLimit) -> list[int]:
+        """The tokens of a prompt; a chat may hold calls and results also where its answer may call none."""
+        template, tokenizer = self._engine.tools, self._engine.tokenizer
+        if not is_chat(prompt):
+            return prompt_ids(prompt, tokenizer, ServingError, check=limit.check_text)
+        problem: ServingError | None = None
+        for chat, described in attempts(template.messages(prompt, tools), tools if template.has_tools else ()):
+            try:
+                return prompt_ids(chat, tokenizer, ServingError, described, limit.check_text)
+            except TooLargeError:
+                raise
+            except ServingError as error:
+                problem = problem or error
+        assert problem is not None  # there is one attempt at least
+        raise problem

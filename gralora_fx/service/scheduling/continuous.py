@@ -1,0 +1,290 @@
+"""Continuous batching: requests join and leave a decoder between its steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.base.amounts import SPECULATIVE_TOKENS, shown_size
+from gralora_fx.run.engine.cache_memory import NoRoomError
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.generate.answer_form import DeadEndError
+from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.generate.completion import Completion, TextRequest
+from gralora_fx.run.generate.speculation import Speculation
+from gralora_fx.run.sessions.paged_memory import trim_heap
+from gralora_fx.service.scheduling.adapter_versions import AdapterLoadError
+from gralora_fx.service.scheduling.queue import JobQueue, Observer
+from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.service.scheduling.text_jobs import Sink, TextJob
+
+_logger = logging.getLogger(__name__)
+
+
+class ContinuousScheduler(JobQueue[TextJob]):
+    """Runs requests in the rows of a decoder, each with its adapter.
+
+    Before each step rows of requests that have ended or were given up are freed, and requests that wait take them. In a
+    step every row that decodes reads a token, and prompts share a budget of tokens, the earliest first, so that a long
+    prompt does not hold up the answers beside it. What the earliest leaves of the budget goes to prompts that fit it as
+    a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read. A prompt that is
+    longer than the budget is read by itself where no row decodes, in larger pieces.
+
+    With a prefix cache a prompt's beginning is taken over from rows that have read it, also from one that is reading it
+    now, so that several answers to a prompt read it once.
+
+    Attributes:
+        limits: What the model can take.
+        scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
+        prefix_cache: What prompts that begin alike share; None if they share nothing.
+        memory: What all caches take.
+        speculates: Whether tokens of answers are proposed and verified.
+    """
+
+    unit = "requests"
+    excess = "answers are asked for, n to each prompt", "ask for fewer"
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        observer: Observer,
+        *,
+        max_queue: int,
+        models: ServedModels | None = None,
+        most_drafted: int = SPECULATIVE_TOKENS,
+    ) -> None:
+        """Make a scheduler without requests.
+
+        Args:
+            decoder: The decoder, all of whose rows are free; nobody else uses it.
+            tokenizer: Decodes answers.
+            observer: Is told what runs.
+            max_queue: The most requests that may wait for a row.
+            models: As of `JobQueue`.
+            most_drafted: The most tokens of an answer that are proposed for a step; 0 for none.
+        """
+        super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
+        self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
+        self.prefix_cache, self.memory = decoder.prefix_cache, decoder.memory
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self._rows: dict[int, TextJob] = {}
+        self._is_short = False  # whether the request that has waited longest waits for memory
+        self._verifies, self._most_drafted = decoder.draft_problem is None, most_drafted
+        self._speculation, self.speculates = Speculation(), self._verifies and most_drafted > 0
+
+    @property
+    def running(self) -> int:
+        """How many rows are in use."""
+        return len(self._rows)
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of the rows' caches, or of the memory that there is for them, that is filled, from 0 to 1."""
+        if self.memory.limit is not None:
+            return min(self.memory.taken_by_rows / self.memory.limit, 1.0)
+        filled = sum(job.read + len(job.answer.ids) for job in list(self._rows.values()))
+        return min(filled / (self._decoder.rows * self._decoder.capacity), 1.0)
+
+    def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
+        """Queue requests, all or none.
+
+        Args:
+            requests: Each with the function to call with its pieces, from the queue's thread.
+
+        Raises:
+            QueueFullError: There is no room for all of them now.
+            StoppedError: The queue is stopping.
+            NoRoomError: One of them needs more memory than the bound, or those that wait need all of it.
+            ServingError: One of them cannot be run, or they are more than there is ever room for.
+        """
+        self.check_count(len(requests))
+        for request, _ in requests:
+            request.check(self.limits)
+            self._decoder.check_room(request.max_length, request.adapter, request.arrays)
+        self._check_memory()
+        jobs = []
+        for request, sink in requests:
+            ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
+            answer = Completion(self._tokenizer, ends, request.stop, request.shown)
+            jobs.append(TextJob(request, answer, ends, sink))
+        self.put(jobs)
+        return jobs
+
+    def _check_memory(self) -> None:
+        """Check that the requests that wait for memory do not need all of it already.
+
+        Raises:
+            NoRoomError: They do.
+        """
+        limit = self.memory.limit
+        if limit is None or not self._is_short:
+            return
+        with self._condition:
+            waiting = [job.request for job in self._waiting if not job.is_cancelled]
+        needed = sum(self._decoder.row_size(request.max_length, request.arrays) for request in waiting)
+        if needed > limit:
+            raise NoRoomError(
+                f"{len(waiting)} requests wait for {shown_size(needed)} of caches, and max_memory has room for "
+                f"{shown_size(limit)} at a time; ask again later, or for fewer tokens"
+            )
+
+    def _turn(self) -> None:
+        self._free()
+        self._admit()
+        if not self._rows:
+            return
+        try:
+            self._step()
+        except Exception as error:  # a defect of the service: nobody waits for ever, and later requests are answered
+            _logger.exception("a step ended halfway; its %d requests are told", len(self._rows))
+            self._observer.failed()
+            for job in self._rows.values():
+                if not job.is_done:
+                    job.fail(error)
+
+    def _trim(self) -> None:
+        self._decoder.trim()
+
+    def _free(self) -> None:
+        """Close the rows of requests that have ended or were given up."""
+        for row, job in list(self._rows.items()):
+            if job.is_done or job.is_cancelled:
+                self._decoder.close(row)
+                del self._rows[row]
+                self._leave(job)
+
+    def _admit(self) -> None:
+        """Give free rows to requests that wait."""
+        is_short = False
+        while self._decoder.free and (job := self._next()) is not None:
+            source = job.request.source
+            try:
+                if is_short := not self._decoder.has_room(job.request.max_length, job.adapter, job.request.arrays):
+                    with self._condition:
+                        self._waiting.appendleft(job)
+                    break
+                job.begin(verifies=self._verifies)  # before a row is taken
+                row = self._decoder.open(
+                    job.adapter, job.request.arrays, salt=job.request.salt, max_length=job.request.max_length
+                )
+                if not job.request.scores_prompt:  # every position's logits are wanted then
+                    job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read
+            except Exception as error:  # noqa: BLE001  # it is told and logged
+                self._fail(job, error, "a request cannot be run")
+                self._leave(job)
+                continue
+            self._rows[row] = job
+            if source is not None:
+                self._observer.read(len(source.ids or ()))
+                break  # an encoder has run, which the rows that decode have waited for; the next runs after their step
+        self._is_short = is_short
+
+    def _next(self) -> TextJob | None:
+        """The next request that waits for an answer; None if none does."""
+        with self._condition:
+            while self._waiting:
+                job = self._waiting.popleft()
+                if not job.is_cancelled:
+                    return job
+                self._leave(job)
+        return None
+
+    def _step(self) -> None:
+        tokens = self._tokens()
+        for job in (self._rows[row] for row in tokens):
+            if job.times.reading is None:
+                job.times.reading = time.perf_counter()
+                self._observer.waited(job.times.reading - job.times.submitted)
+        answering = self._answering(tokens)
+        drafted = sum(len(row.draft) for row in answering.values())
+        last = {row: count for row, each in answering.items() if (count := each.wanted(len(tokens[row]))) is not None}
+        started = time.perf_counter()
+        try:
+            logits = self._decoder.step(tokens, last)
+        except Exception as error:
+            _logger.exception("a step of %d rows failed", len(tokens))
+            self._observer.failed()
+            for row in tokens:  # the others have read nothing, and go on
+                self._rows[row].fail(error)
+            return
+        seconds = time.perf_counter() - started
+        self._observer.ran(seconds, len(tokens))
+        self._observer.read(sum(len(tokens[row]) for row in tokens if row not in answering))
+        if len(answering) == len(tokens):
+            self._speculation.ran(sum(map(len, tokens.values())), drafted, seconds)
+        self._advance(tokens, logits)
+        if len(answering) < len(tokens) and all(job.is_answering for job in self._rows.values()):
+            trim_heap()  # of what reading prompts took, which answers do not need
+        for row, each in answering.items():
+            if each.surplus:
+                self._decoder.rewind(row, self._decoder.length(row) - each.surplus)
+            self._speculation.settle(each, each.accepted)
+        if drafted:
+            self._observer.drafted(drafted, sum(each.accepted for each in answering.values()))
+
+    def _tokens(self) -> dict[int, list[int]]:
+        """What each row reads in the next step; prompts that the budget does not reach rest, and rows without room."""
+        tokens: dict[int, list[int]] = {}
+        budget, is_earliest = self._decoder.chunk, True
+        is_awaited = any(job.is_answering for job in self._rows.values())
+        for row, job in self._rows.items():
+            if not job.is_answering:
+                if not job.request.scores_prompt:
+                    job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
+                is_alone = is_earliest and not is_awaited and job.unread > budget
+                part = job.next_tokens(self._decoder.alone if is_alone else budget)
+                if not (is_earliest or job.unread <= budget) or not self._decoder.reserve(row, len(part)):
+                    continue
+                if is_alone:
+                    return {row: part}
+                tokens[row], is_earliest = part, False
+                budget -= len(part)
+            else:
+                part = job.next_tokens(self._decoder.chosen)
+                if self._decoder.reserve(row, len(part)):
+                    tokens[row] = part
+        answering, chunk = self._answering(tokens), self._decoder.chunk
+        if len(answering) == len(tokens):  # no prompt, which drafts would hold up
+            self._speculation.propose(list(answering.values()), chunk, self._most_drafted)
+            tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in answering.items()}
+        return tokens
+
+    def _answering(self, tokens: Mapping[int, list[int]]) -> dict[int, AnswerRow]:
+        """The rows among those that read whose prompts are read."""
+        jobs = {row: self._rows[row] for row in tokens}
+        return {row: job.row for row, job in jobs.items() if job.is_answering and job.row is not None}
+
+    def _advance(self, tokens: Mapping[int, list[int]], logits: Mapping[int, NDArray[Any]]) -> None:
+        """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
+        for row, read in tokens.items():
+            job = self._rows[row]
+            is_first = was_reading = not job.is_answering
+            try:
+                if self._models is not None:
+                    self._models.check_outputs(job.adapter, logits[row])
+                for choice in job.advance(len(read), logits[row], self._speculation.saw):
+                    if is_first:
+                        job.times.answering, is_first = time.perf_counter(), False
+                        self._observer.began(job.times.answering - job.times.submitted)
+                    before = len(job.answer.ids)
+                    job.take(choice)
+                    self._observer.generated(len(job.answer.ids) - before)
+                if was_reading and not job.unread and not job.request.scores_prompt:
+                    self._observer.looked_up(len(job.request.prompt), job.cached)
+            except Exception as error:  # noqa: BLE001  # it is told and logged
+                self._fail(job, error, "choosing a token failed")
+
+    def _fail(self, job: TextJob, error: Exception, what: str) -> None:
+        """Tell the caller of a job, and the log; an error that is not the request's own counts as a failure."""
+        if isinstance(error, (DeadEndError, AdapterLoadError)):
+            _logger.warning("%s: %s", what, error)
+        else:
+            _logger.error(what, exc_info=error)
+            self._observer.failed()
+        job.fail(error)

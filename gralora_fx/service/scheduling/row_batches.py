@@ -1,0 +1,143 @@
+"""Dynamic batching of single runs: what waits while a batch runs goes into the next one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from gralora_fx.errors import ServingError
+from gralora_fx.service.scheduling.queue import JobQueue, Observer, RunError
+from gralora_fx.service.scheduling.served_models import ServedModels
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class RowJob:
+    """Rows to run.
+
+    Attributes:
+        key: Jobs of equal keys can be one batch.
+        rows: How many rows.
+        payload: What to run, for the function that runs batches.
+        length: How long its rows are, where those of other lengths cost padding.
+        adapter: The adapter to run with; None for the base.
+        result: Becomes the job's result; a job whose result is cancelled before it runs does not run.
+    """
+
+    key: Hashable
+    rows: int
+    payload: Any
+    length: int = 0
+    adapter: str | None = None
+    result: Future[Any] = field(default_factory=Future)
+    submitted: float = field(default_factory=time.perf_counter)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether its caller has gone."""
+        return self.result.cancelled()
+
+
+class RowBatches(JobQueue[RowJob]):
+    """Takes rows of any thread, and runs them in batches in a thread of its own, the earliest first.
+
+    A batch is the job that has waited longest and those nearest to it in length.
+    """
+
+    unit = "rows"
+    excess = "rows are given", "give fewer"
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[RowJob]], Sequence[Any]],
+        observer: Observer,
+        *,
+        max_batch: int,
+        max_queue: int,
+        models: ServedModels | None = None,
+    ) -> None:
+        """Make an empty queue; `start` starts its thread.
+
+        Args:
+            run: Runs jobs of one key as a batch, and returns the result of each.
+            observer: Is told what runs.
+            max_batch: The most rows of a batch; a job of more rows runs alone.
+            max_queue: The most rows that may wait.
+            models: As of `JobQueue`.
+        """
+        super().__init__("gralora-fx rows", observer, room=max_batch + max_queue, models=models)
+        self._run, self._max_batch = run, max_batch
+        self._running = 0
+
+    @property
+    def running(self) -> int:
+        """How many rows run."""
+        return self._running
+
+    def _turn(self) -> None:
+        with self._condition:
+            batch = self._take()
+            self._running = sum(job.rows for job in batch)
+        for job in batch:
+            self._observer.waited(time.perf_counter() - job.submitted)
+        if batch:
+            self._run_batch(batch)
+        self._running = 0
+
+    def _take(self) -> list[RowJob]:
+        """The first job that waits, and of those of its key the nearest in length, as far as there is room.
+
+        Since the first one always runs, a job waits for at most as many batches as there were jobs before it.
+        """
+        batch: list[RowJob] = []
+        while self._waiting and not batch:
+            first = self._waiting.popleft()
+            batch = self._started([first])
+        if not batch:
+            return batch
+        rows, mates = first.rows, dict[RowJob, None]()  # in order, and found at once in a long queue
+        same = (job for job in self._waiting if job.key == first.key)
+        for job in sorted(same, key=lambda job: abs(job.length - first.length)):
+            if rows + job.rows <= self._max_batch:
+                mates[job] = None
+                rows += job.rows * (not job.is_cancelled)
+        self._waiting = deque(job for job in self._waiting if job not in mates)
+        return [*batch, *self._started(mates)]
+
+    def _started(self, jobs: Iterable[RowJob]) -> list[RowJob]:
+        """Those of jobs that nobody gave up while they waited."""
+        started = []
+        for job in jobs:
+            if job.result.set_running_or_notify_cancel():
+                started.append(job)
+            else:
+                self._leave(job)
+        return started
+
+    def _run_batch(self, batch: Sequence[RowJob]) -> None:
+        started = time.perf_counter()
+        try:
+            results = self._run(batch)
+        except Exception as error:
+            if len(batch) > 1:  # one of them may be wrong; the others are not
+                for job in batch:
+                    self._run_batch([job])
+                return
+            self._leave(batch[0])
+            if isinstance(error, ServingError):
+                batch[0].result.set_exception(error)
+            else:
+                _logger.exception("a batch failed")
+                self._observer.failed()
+                batch[0].result.set_exception(RunError.of(error))
+            return
+        self._observer.ran(time.perf_counter() - started, sum(job.rows for job in batch))
+        for job, result in zip(batch, results, strict=True):
+            self._leave(job)  # before its caller goes on, who may ask which adapters are in memory
+            job.result.set_result(result)

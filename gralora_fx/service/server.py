@@ -1,0 +1,233 @@
+"""The service on uvicorn: its sockets, its signals, and the limits of connections and of the heads of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
+from types import FrameType
+from typing import TextIO
+
+import torch
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gralora_fx.core.config.service_settings import ConnectionLimits
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.service.error_responses import error_response
+from gralora_fx.service.middleware import AccessLogMiddleware
+
+_MAX_HEAD = 64 * 1024  # bytes of a request line and its headers
+_SWITCH = 0.0005  # seconds that a thread may hold the interpreter while another waits, a tenth of the default
+_logger = logging.getLogger("uvicorn.error")
+
+
+def limited(limits: ConnectionLimits, log: Callable[[ASGIApp], ASGIApp] | None = None) -> type[asyncio.Protocol]:
+    """A protocol for uvicorn that keeps to limits.
+
+    Args:
+        limits: The limits.
+        log: Wraps an app so that its requests are logged, as the service's own is wrapped; None for no log.
+    """
+
+    class Limited(_LimitedProtocol):
+        pass
+
+    Limited.limits, Limited.log = limits, staticmethod(log or _unlogged)
+    return Limited
+
+
+def _unlogged(app: ASGIApp) -> ASGIApp:
+    return app
+
+
+class _LimitedProtocol(HttpToolsProtocol):
+    """A connection, which is closed when a request does not arrive in time.
+
+    The clock starts when the connection is made and with the first byte of a further request, and stops when a request
+    is complete. It covers what is left of a body that was refused, too.
+    """
+
+    limits = ConnectionLimits()
+    log: Callable[[ASGIApp], ASGIApp] = staticmethod(_unlogged)
+    _timer: asyncio.TimerHandle | None = None
+    _head = 0  # bytes so far of a head that is not complete; -1 once it is
+    _is_closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start the clock."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._served_app = self.app
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read data, unless a head grows too large."""
+        if self._is_closed:
+            return
+        super().data_received(data)
+        if self._head >= 0 and not self.transport.is_closing():
+            self._head += len(data)
+            if self._head > _MAX_HEAD:
+                self._close(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
+
+    def on_message_begin(self) -> None:
+        """A further request begins."""
+        super().on_message_begin()
+        self._head = 0
+        if self._timer is None:
+            self._start_clock()
+
+    def on_headers_complete(self) -> None:
+        """The head is complete: the app answers, or there are too many connections, or the head is too large."""
+        self._head = -1
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        self.app = self._served_app
+        if size > _MAX_HEAD:
+            self._refuse(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
+        elif len(self.connections) > self.limits.connections:
+            self._refuse(503, f"there are more than the {self.limits.connections} connections that are served")
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request has arrived."""
+        self._stop_clock()
+        super().on_message_complete()
+        if self.cycle.response_complete:  # it was answered before; uvicorn's own clock for idle connections has stopped
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP."""
+        self._close(400, "the request is not valid HTTP")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer a request, whose head is complete, with an error, and end the connection."""
+        _logger.info("%s: %d, %s", self.client, status, message)
+
+        async def refusal(scope: Scope, receive: Receive, send: Send) -> None:
+            response = error_response(scope["path"], status, message, headers={"Connection": "close"})
+            await response(scope, receive, send)
+
+        self.app = self.log(refusal)
+
+    def _start_clock(self) -> None:
+        self._timer = self.loop.call_later(self.limits.read_timeout, self._time_out)
+
+    def _stop_clock(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _time_out(self) -> None:
+        if self.flow.read_paused:  # it is this side that does not read
+            self._start_clock()
+            return
+        self._close(408, f"the request did not arrive within {self.limits.read_timeout:g} seconds")
+
+    def _close(self, status: int, message: str) -> None:
+        """End the connection, with an answer where none has begun."""
+        self._is_closed = True
+        self._stop_clock()
+        _logger.info("%s: %d, %s", self.client, status, message)
+        cycle, in_head = self.cycle, self._head >= 0
+        # in a head, the last cycle is that of the request before
+        may_answer = (cycle is None or cycle.response_complete) if in_head else not cycle.response_started
+        if may_answer and not self.pipeline:
+            path = "" if in_head else self.scope["path"]
+            response = error_response(path, status, message, headers={"Connection": "close"})
+            lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
+            lines += [b"%s: %s" % pair for pair in response.raw_headers]
+            self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        self.transport.close()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets on an address, which take connections once the service runs.
+
+    Args:
+        host: A name or an address; a name may have several addresses.
+        port: The port; 0 for a free one.
+
+    Raises:
+        ServingError: The address is in use, or is not one of this machine.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(addresses):
+            bound = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(bound)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound.bind((address[0], port, *address[2:]))
+            port = bound.getsockname()[1]  # the same for every address of the name
+    except (OSError, UnicodeError) as error:
+        for bound in sockets:
+            bound.close()
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise ServingError(
+                f"port {port} of {host} is in use; give another by --port, or 0 for a free one"
+            ) from error
+        raise ServingError(f"cannot listen on port {port} of {host} ({first_line(error)}); give another") from error
+    return sockets
+
+
+def run(
+    app: ASGIApp, sockets: Sequence[socket.socket], limits: ConnectionLimits, access_log: TextIO | None = None
+) -> None:
+    """Serve until the process is told to end.
+
+    The first SIGTERM or SIGINT lets the requests that run end, and takes no more; a second one ends the process at
+    once, with the shell's status for the signal.
+
+    Args:
+        app: The service.
+        sockets: Where to listen, from `bind`.
+        limits: Limits of connections.
+        access_log: Where requests are logged; None for nowhere.
+    """
+    # the thread that runs batches must not wait for the one that reads requests, or processors would idle
+    sys.setswitchinterval(_SWITCH)
+    torch.set_num_threads(1)  # tokens are chosen by it, and more threads wait for each other where cores are busy
+    log: Callable[[ASGIApp], ASGIApp] | None = None
+    if access_log is not None:
+        log = partial(AccessLogMiddleware, file=access_log)
+        app = log(app)
+    config = uvicorn.Config(app, http=limited(limits, log), ws="none", log_level="info", access_log=False)
+    _Server(config, sockets).run(sockets=list(sockets))
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, sockets: Sequence[socket.socket]) -> None:
+        super().__init__(config)
+        self._sockets = sockets
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in self._sockets:
+            host, port = bound.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            _logger.info("running on http://%s:%d", shown, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            _logger.warning("%s again: ended at once, requests that ran are lost", signal.Signals(sig).name)
+            logging.shutdown()
+            os._exit(128 + sig)  # whatever threads do
+        super().handle_exit(sig, frame)

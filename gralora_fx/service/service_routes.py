@@ -1,0 +1,153 @@
+"""The routes that every service has: that it lives, that it is ready, what is served, and the pages for browsers.
+
+The pages are `/`, which tries the model, and `/docs`, Swagger UI of the API: plain HTML, CSS and JavaScript that the
+other routes answer; Swagger UI's own files come from a package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, JSONResponse, Response
+
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.service.engines import Engine
+
+_NO_LIMIT = 2**31  # tokenizers without a limit say 10^30
+_PAGES = Path(__file__).parent / "page"
+_SWAGGER = Path(str(files("fastapi_swagger"))) / "resources"
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_ADDRESSES = {"index.html": "/", "docs.html": "/docs"}  # other files are at /page/
+_FILES = {
+    _ADDRESSES.get(path.name, f"/page/{path.name}"): path
+    for path in sorted([*_PAGES.iterdir(), _SWAGGER / "swagger-ui-bundle.js", _SWAGGER / "swagger-ui.css"])
+    if path.suffix in _TYPES
+}
+PAGE_PATHS = tuple(_FILES)
+# open without a key: for probes, which have none, and for the pages, which ask for it and are the same for everybody
+OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)
+_HEADERS = {
+    # nothing from elsewhere (Swagger UI's icons are in its CSS), no script in a page, no other site may frame one
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
+    """The routes, which need no key.
+
+    Args:
+        is_ready: Tells whether requests are answered now.
+    """
+    router = APIRouter()
+
+    @router.head("/v2/health/live", include_in_schema=False)  # some load balancers ask so
+    @router.get("/v2/health/live")
+    async def live() -> dict[str, Any]:
+        return {"live": True}
+
+    @router.head("/health", include_in_schema=False)
+    @router.head("/v2/health/ready", include_in_schema=False)
+    @router.get("/health")
+    @router.get("/v2/health/ready")
+    async def ready() -> JSONResponse:
+        is_ready_now = await is_ready()
+        return JSONResponse({"ready": is_ready_now}, 200 if is_ready_now else 503)
+
+    return router
+
+
+@dataclass(frozen=True)
+class ServiceInfo:
+    """What a service serves.
+
+    Attributes:
+        model: The name of the model without an adapter.
+        task: The task that it was exported for; None if there was none.
+        precision: Precision of the weights that are not quantized.
+        quantization: How matrices are quantized; None if they are not.
+        adapters_mode: How the export holds adapters.
+        context_length: Tokens of a text that an encoder reads, or of a decoder's prompt and its answer; None for no
+            limit, or if it takes no texts.
+        chat_template: Whether it takes chats: it answers texts, and its tokenizer has a template for them.
+        max_queue: The most requests, or rows, that wait.
+        version: The version of gralora-fx.
+    """
+
+    model: str
+    task: str | None
+    precision: str
+    quantization: str | None
+    adapters_mode: str
+    context_length: int | None
+    chat_template: bool
+    max_queue: int
+    version: str
+
+    def labels(self) -> dict[str, str]:
+        """The facts that metrics are labelled with."""
+        return {
+            "base": self.model,
+            "task": self.task or "none",
+            "adapters_mode": self.adapters_mode,
+            "precision": self.precision,
+            "quantization": self.quantization or "none",
+            "version": self.version,
+        }
+
+
+def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
+    """What a service serves.
+
+    Args:
+        settings: Its settings.
+        engine: What it opened.
+    """
+    manifest, context = engine.manifest, engine.context_length
+    return ServiceInfo(
+        model=engine.models.base,
+        task=manifest.task,
+        precision=manifest.precision,
+        quantization=None if manifest.quantization is None else manifest.quantization.kind,
+        adapters_mode=manifest.adapters_mode,
+        context_length=context if context is not None and context < _NO_LIMIT else None,
+        chat_template=engine.takes_chats,
+        max_queue=settings.max_queue,
+        version=version("gralora-fx"),
+    )
+
+
+def info_routes(info: ServiceInfo) -> APIRouter:
+    """The route of the facts."""
+    router = APIRouter()
+
+    @router.get("/info")
+    async def facts() -> ServiceInfo:
+        return info
+
+    return router
+
+
+def page_routes() -> APIRouter:
+    """The routes of the pages."""
+    router = APIRouter(include_in_schema=False)
+
+    def add(path: str, file: Path) -> None:
+        async def send() -> Response:
+            return FileResponse(file, media_type=_TYPES[file.suffix], headers=_HEADERS)
+
+        router.add_api_route(path, send, methods=["GET", "HEAD"])
+
+    for path, file in _FILES.items():
+        add(path, file)
+    return router

@@ -1,0 +1,199 @@
+"""The trial of an adapter: one run of the model, whose outputs must be finite where the base's are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gralora_fx.core.loading.tokenizers import prompt_ids
+from gralora_fx.core.tracing.inputs.signature import default_input
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.format.input_names import IMAGES
+from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.model import OrtModel
+from gralora_fx.service.encoder import Encoder
+from gralora_fx.service.protocols.inference.tensors import datatype_of
+
+Run = Callable[[str | None], Sequence[NDArray[Any]]]
+_TEXTS = ("An example", "a")  # the second for the shortest of contexts
+_SIZES = (4, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)  # of axes that may have any, in this order
+_MOST_VALUES = 2**22  # of an input with such axes
+_RAMP = 10  # different floats: equal ones may make a matrix that has no inverse
+_FILLS: tuple[float | None, ...] = (None, 1, 0, 0.5)  # None for different ones
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class AdapterTrial:
+    """Runs a model with an adapter once.
+
+    Attributes:
+        run: Runs the model with the adapter of a key, or as the base, and returns its outputs.
+        digest_of: The digest of the file of a key's adapter: one that passed is not tried again.
+    """
+
+    run: Run
+    digest_of: Callable[[str], str] = lambda key: ""
+    _passed: set[str] = field(default_factory=set, init=False)
+
+    @cached_property
+    def _base(self) -> list[NDArray[Any]]:
+        """Where the base's outputs are finite."""
+        return [np.isfinite(output) for output in self.run(None)]
+
+    def __call__(self, key: str) -> None:
+        """Try an adapter that is loaded.
+
+        Raises:
+            ServingError: The model does not run with it, or its outputs are not finite.
+        """
+        digest = self.digest_of(key)
+        if digest in self._passed:
+            return
+        try:
+            outputs = self.run(key)
+        except Exception as error:  # whatever it is, the adapter cannot be served
+            raise ServingError(f"the model does not run with the adapter ({first_line(error)})") from error
+        if any((is_finite & ~np.isfinite(output)).any() for is_finite, output in zip(self._base, outputs, strict=True)):
+            raise ServingError("the model's outputs with the adapter are not finite; train it again, or give another")
+        if digest:
+            self._passed.add(digest)
+
+
+def try_decoder(model: OrtModel) -> AdapterTrial:
+    """Trials of a decoder, in a row beside those that answer requests."""
+    token, source = example_prompt(model)
+    decoder = model.decoder(rows=1, capacity=1, chunk=1)
+
+    def run(key: str | None) -> list[NDArray[Any]]:
+        row = decoder.open(key, source)
+        try:
+            return [decoder.step({row: [token]})[row]]
+        finally:
+            decoder.close(row)
+
+    return AdapterTrial(run, lambda key: model.adapters[key].record.file_sha256)
+
+
+def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
+    """A token that a decoder may read first, and what the encoder of an encoder-decoder may read.
+
+    Raises:
+        ServingError: The export holds no tokenizer, or no feature extractor for a model of speech.
+    """
+    ids = prompt_ids("a", model.tokenizer, ServingError)
+    inputs = model.encoder_inputs
+    if inputs is None:
+        return ids[-1], None  # that of padding may have an embedding of zeros
+    return inputs.rules.start, inputs.example(ids).arrays
+
+
+def try_encoder(encoder: Encoder) -> AdapterTrial:
+    """Trials of a model that is run once for each request, with inputs that the base takes."""
+    inputs: Arrays = {}
+
+    def run(key: str | None) -> list[NDArray[Any]]:
+        if not inputs:
+            inputs.update(example_inputs(encoder))
+        return list(encoder.model(**inputs, adapter=key).values())
+
+    return AdapterTrial(run, lambda key: encoder.model.adapters[key].record.file_sha256)
+
+
+def example_inputs(encoder: Encoder) -> Arrays:
+    """Inputs of one row that the base takes, and that give finite outputs; every one of the model's is there.
+
+    Args:
+        encoder: The model.
+
+    Raises:
+        ServingError: It takes none of those that were tried.
+    """
+    problem: ServingError | None = None
+    for inputs in _candidates(encoder):
+        try:
+            outputs = encoder.model(**inputs, adapter=None)
+        except ServingError as error:
+            problem = problem or error
+            continue
+        if all(output.dtype.kind != "f" or np.isfinite(output).all() for output in outputs.values()):
+            return inputs
+    raise ServingError(f"no inputs are known that the model could be tried with ({problem or 'no output is finite'})")
+
+
+def _candidates(encoder: Encoder) -> Iterator[Arrays]:
+    if encoder.takes_texts:
+        for text in _TEXTS:
+            try:
+                tokens = encoder.reader.texts([text])
+            except ServingError:  # it is too long, or has a letter that the tokenizer does not know
+                continue
+            yield _filled(encoder, encoder.reader.padded(tokens), 4, None)
+    for size in _SIZES:
+        axes = _axes(encoder, size)
+        free = [value for value in encoder.inputs.values() if not all(isinstance(axis, int) for axis in value.shape)]
+        if any(prod(_shape(value, axes, size)) > _MOST_VALUES for value in free):
+            return
+        for fill in _FILLS:
+            yield _filled(encoder, {}, size, fill)
+
+
+def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
+    """Inputs that are known, those that have a default, and for the others values of a size.
+
+    Args:
+        encoder: The model.
+        known: Those that are known.
+        size: The size of axes that may have any, apart from the first.
+        fill: The values; None for different ones.
+    """
+    axes = _axes(encoder, size)
+    arrays: Arrays = {}
+    # ids come first: what has a default has it from them
+    for name, value in sorted(encoder.inputs.items(), key=lambda pair: not pair[0].endswith("input_ids")):
+        dtype = datatype_of(value).dtype
+        tensors = {other: torch.from_numpy(array) for other, array in arrays.items() if other.endswith("input_ids")}
+        default = default_input(name, tensors)
+        if name in known:
+            array = known[name]
+        elif default is not None:
+            array = default.contiguous().numpy()
+        else:
+            array = _values(name, _shape(value, axes, size), dtype, fill)
+        arrays[name] = array.astype(dtype)
+    return {name: arrays[name] for name in encoder.inputs}
+
+
+def _axes(encoder: Encoder, size: int) -> dict[str, int]:
+    """Sizes of axes by their names: equal names are of equal size, whichever axes they are of."""
+    axes: dict[str, int] = {}
+    images = encoder.model.manifest.image_sizes
+    for name, value in encoder.inputs.items():
+        sizes = [1, *[size] * (len(value.shape) - 1)]
+        if name == IMAGES and images is not None:
+            sizes[2:] = images.fitting((1, 1))
+        axes |= {axis: wanted for axis, wanted in zip(value.shape, sizes, strict=False) if isinstance(axis, str)}
+    first = {value.shape[0] for value in encoder.inputs.values() if value.shape}
+    return axes | {axis: 1 for axis in first if isinstance(axis, str)}
+
+
+def _shape(value: Any, axes: Mapping[str, int], size: int) -> list[int]:
+    return [axis if isinstance(axis, int) else axes.get(axis, size) for axis in value.shape]
+
+
+def _values(name: str, shape: list[int], dtype: np.dtype[Any], fill: float | None) -> NDArray[Any]:
+    if "mask" in name or dtype.kind == "b":
+        return np.ones(shape, dtype)
+    if fill is not None:
+        return np.full(shape, fill, dtype)
+    if dtype.kind != "f":
+        return np.ones(shape, dtype)
+    return ((np.arange(prod(shape)) % _RAMP) / _RAMP).reshape(shape).astype(dtype)
