@@ -63,6 +63,7 @@ ORDER = [
     "service",
     "service.scale",
     "serving",
+    "features",
     "demo",
     "cli",
 ]

@@ -23,10 +23,13 @@ NEVER = ("__pycache__", ".ruff_cache", ".mypy_cache")
 
 
 def files_of_packages() -> Iterator[str]:
-    """Every file of the packages, by its place in the wheel; the link to the exporters is not followed."""
+    """Yield each file of the packages, but pages for readers of the tree, by its place in the wheel.
+
+    The link to the exporters is not followed.
+    """
     for folder, installed in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and not set(path.parts) & set(NEVER):
+            if path.is_file() and path.name != "README.md" and not set(path.parts) & set(NEVER):
                 yield f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
 
 

@@ -1,0 +1,47 @@
+"""A feature is one folder: known by its record, described by a page, imported by nothing outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_import_order import NAMES, imported
+
+from gralora_fx import features as package
+from gralora_fx.base.features import POINTS, Feature, features
+
+pytestmark = pytest.mark.quick
+
+FOLDER = Path(package.__file__).parent
+LONGEST = 2_200  # lines of a feature's folder
+every_feature = pytest.mark.parametrize("feature", features(), ids=lambda feature: feature.name)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("features.")])
+def test_nothing_outside_imports_a_feature(name: str) -> None:
+    assert [other for other in imported(NAMES[name]) if other.startswith("features.")] == []
+
+
+def test_features_do_not_import_each_other() -> None:
+    for name in (name for name in NAMES if name.startswith("features.")):
+        own = ".".join(name.split(".")[:2])
+        others = [other for other in imported(NAMES[name]) if other.startswith("features.")]
+        assert [other for other in others if not f"{other}.".startswith(f"{own}.")] == [], name
+
+
+@every_feature
+def test_every_part_is_of_a_known_point_and_there(feature: Feature) -> None:
+    assert feature.parts.keys() <= POINTS.keys()
+    for point in feature.parts:
+        assert feature.part(point) is not None
+
+
+@every_feature
+def test_a_feature_is_named_as_its_folder_which_has_a_page_and_is_short(feature: Feature) -> None:
+    folder = FOLDER / feature.name
+    assert len((folder / "README.md").read_text(encoding="utf-8").splitlines()) <= 60
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in folder.rglob("*.py")) <= LONGEST
+
+
+def test_every_point_is_used() -> None:
+    assert POINTS.keys() == {point for feature in features() for point in feature.parts}
