@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from transformers import PreTrainedModel
 from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.draft import Axes, Captured, Draft
-from gralora_fx.core.tracing.eager_calls import call_eager
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
+from gralora_fx.core.tracing.inputs.layouts import by_own_names
 from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import TraceError, first_line
 from gralora_fx.format.input_names import PAST, TEXT_INPUTS
@@ -289,3 +290,45 @@ def _with_another_row(value: Any) -> Any:
 
 def _with_another_position(value: Any) -> Any:
     return torch.cat([value, value[:, :1]], dim=1) if isinstance(value, torch.Tensor) else value
+
+
+def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
+    """What a model gives for inputs, whose cache stays as it is.
+
+    Args:
+        model: The model.
+        sample: Inputs by name; with a cache it is a step of a decoder, whose next cache is returned.
+    """
+    inputs = own_inputs(sample)
+    if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = PAST in sample
+    inputs = dict(by_own_names(model.forward, inputs))
+    if PAST in sample:
+        from gralora_fx.core.tracing.patches.known_code import forgets_before_prompts
+
+        if forgets_before_prompts(model):
+            return _by_token(model, inputs)
+    return model(**inputs)
+
+
+def _by_token(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """What a model gives for a step of several tokens, one after the other: the logits of all, and the last cache.
+
+    Args:
+        model: A decoder whose code is right for single tokens alone.
+        inputs: Inputs of the step, by the names of its forward.
+    """
+    from gralora_fx.core.tracing.inputs.cache import cached_length, returned_cache
+
+    tokens = {name: inputs.pop(name) for name in ("input_ids", "position_ids") if name in inputs}
+    mask, cache = inputs.pop("attention_mask", None), inputs.pop("cache", inputs.pop(PAST, None))
+    count, logits = tokens["input_ids"].shape[1], []
+    for place in range(count):
+        step: dict[str, Any] = {name: value[:, place : place + 1] for name, value in tokens.items()}
+        if mask is not None and cached_length(cache) is not None:  # what keeps states alone reads masks of new tokens
+            step["attention_mask"] = mask[:, : mask.shape[1] - count + place + 1]
+        outputs = model(**inputs, **step, cache=cache)
+        cache = returned_cache(outputs)
+        logits.append(outputs["logits"])
+    outputs["logits"] = torch.cat(logits, dim=1)
+    return outputs

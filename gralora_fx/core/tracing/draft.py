@@ -20,7 +20,6 @@ from gralora_fx.core.graph.pipeline import PassReport
 from gralora_fx.core.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
 from gralora_fx.core.tracing.inputs.signature import CallSignature, signature_of
 from gralora_fx.core.tracing.inputs.widened import distinct, widen
-from gralora_fx.core.tracing.patches.known_code import has_key_indexer
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.format.input_names import PAST, takes_image_inputs
 
@@ -272,10 +271,13 @@ def _texts_alone(model: nn.Module) -> Iterator[None]:
 def _of_decoders(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[None]:
     """Let a decoder take embeddings beside ids, and its indexer of keys know all positions, where it has these."""
     with ExitStack() as changed:
-        if has_key_indexer(model):
-            from gralora_fx.core.tracing.inputs.indexer_positions import known_positions
+        if isinstance(model, PreTrainedModel):
+            from gralora_fx.core.tracing.patches.known_code import has_key_indexer
 
-            changed.enter_context(known_positions(model))
+            if has_key_indexer(model):
+                from gralora_fx.core.tracing.inputs.indexer_positions import known_positions
+
+                changed.enter_context(known_positions(model))
         if takes_image_inputs(sample) and isinstance(model, PreTrainedModel):
             from gralora_fx.core.tracing.inputs.given_embeddings import given_embeddings
 

@@ -15,14 +15,20 @@ from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload,
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
-from gralora_fx.core.graph.pipeline import PassLog
+from gralora_fx.core.graph.pipeline import Pass, PassLog
 from gralora_fx.core.tracing.capture import dynamic_axes
 from gralora_fx.core.tracing.check import check_example, fixed_axes
 from gralora_fx.core.tracing.draft import Axes, Captured
 from gralora_fx.core.tracing.inputs.arguments import Arguments, check_leaves
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths
 from gralora_fx.core.tracing.inputs.signature import CallSignature
-from gralora_fx.core.tracing.normalize.clean import CLEANING, INLINING, normalized, restore_aten, run_passes
+from gralora_fx.core.tracing.normalize.clean import (
+    cleaning_passes,
+    inlining_passes,
+    normalized,
+    restore_aten,
+    run_passes,
+)
 from gralora_fx.core.tracing.normalize.inline import inline_leaves
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, is_in_training
 from gralora_fx.errors import TraceError
@@ -58,7 +64,9 @@ def trace_ready_graph(
     sample = {} if arguments is None else _named(names, optional, *arguments)
     signature = CallSignature(inputs=names, positional=names, optional=optional, has_form=is_exported)
     draft = Captured(graph_module, sample, signature, task=task, graph_module=graph_module)
-    draft = run_passes(draft, (*CLEANING, restore_aten, inline_leaves, *INLINING, AnnotateModes()))
+    cleaning = cleaning_passes(graph_module)
+    passes: tuple[Pass[fx.Graph], ...] = (*cleaning, restore_aten, inline_leaves, *inlining_passes(), AnnotateModes())
+    draft = run_passes(draft, passes)
     if exported_with is not None:  # what its graph does not read is left out
         draft = dataclasses.replace(draft, model=draft.graph_module)
         _check_distinct(draft.graph_module, *exported_with)
@@ -165,7 +173,8 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
         wrapper, shapes = _Named(graph_module, inputs), dynamic_axes(inputs, Axes.SEQUENCES if dynamic else Axes.NONE)
         program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
-        captured = normalized(program.run_decompositions({}).module(check_guards=False), CLEANING, PassLog())
+        fresh = program.run_decompositions({}).module(check_guards=False)
+        captured = normalized(fresh, cleaning_passes(fresh), PassLog())
     restore_parameters(captured, originals)
     for node in captured.graph.nodes:
         if node.op in ("get_attr", "call_module") and str(node.target).startswith(_PREFIX):

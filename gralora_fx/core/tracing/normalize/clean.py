@@ -14,9 +14,7 @@ from gralora_fx.core.graph.surgery import copy_graph, erase_unused
 from gralora_fx.core.operators.call import COMPUTING, STANDS_FOR
 from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
-from gralora_fx.core.tracing.normalize.inline import inline_subgraphs
-from gralora_fx.core.tracing.normalize.modes import AnnotateModes, evaluate, find_rng_op, updated_buffers
-from gralora_fx.core.tracing.normalize.regions import INLINED, drop_idle_grad_regions, leave_after_errors
+from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, evaluate, find_rng_op, updated_buffers
 from gralora_fx.errors import TraceError
 
 _UNGUARDED = "there are no guards"
@@ -143,24 +141,32 @@ def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
     return PassResult(changed)
 
 
-INLINING: tuple[Pass[fx.Graph], ...] = (
-    inline_subgraphs,
-    drop_idle_grad_regions,  # some of those that were inlined
-    leave_after_errors,
-)
-CLEANING: tuple[Pass[fx.Graph], ...] = (
-    *INLINING,
-    drop_guards,  # those of subgraphs too
-    drop_empty_parts,
-    drop_dead_scalars,
-    drop_unread_writes,
-)
+def cleaning_passes(graph_module: fx.GraphModule) -> tuple[Pass[fx.Graph], ...]:
+    """Return the passes that clean a fresh graph.
+
+    Args:
+        graph_module: The graph, exported or symbolic.
+    """
+    inlining = inlining_passes() if _has_subgraphs(graph_module) else ()
+    return (*inlining, drop_guards, drop_empty_parts, drop_dead_scalars, drop_unread_writes)
+
+
+def _has_subgraphs(graph_module: fx.GraphModule) -> bool:
+    return any(isinstance(part, fx.GraphModule) for part in graph_module.modules() if part is not graph_module)
+
+
+def inlining_passes() -> tuple[Pass[fx.Graph], ...]:
+    """Return the passes that inline subgraphs, and settle the regions that these were."""
+    from gralora_fx.core.tracing.normalize.inline import inline_subgraphs
+    from gralora_fx.core.tracing.normalize.regions import drop_idle_grad_regions, leave_after_errors
+
+    return inline_subgraphs, drop_idle_grad_regions, leave_after_errors
 
 
 def normalize(draft: Captured) -> Captured:
     """The draft with the graph of a live module normalized and in evaluation mode, and what it does in either mode."""
     passes: tuple[Pass[fx.Graph], ...] = (
-        *CLEANING,
+        *cleaning_passes(draft.graph_module),
         restore_aten,
         *_masks(draft),
         drop_unread_calls,
@@ -186,7 +192,7 @@ def run_passes(draft: Captured, passes: tuple[Pass[fx.Graph], ...]) -> Captured:
 
     Args:
         draft: The draft.
-        passes: What to run, `CLEANING` first.
+        passes: What to run, `cleaning_passes` first.
     """
     log = PassLog()
     graph_module = normalized(draft.graph_module, passes, log)
@@ -198,7 +204,7 @@ def normalized(graph_module: fx.GraphModule, passes: tuple[Pass[fx.Graph], ...],
 
     Args:
         graph_module: The result of `ExportedProgram.module()`, or a symbolic trace; it is left unchanged.
-        passes: What to run, `CLEANING` first.
+        passes: What to run, `cleaning_passes` first.
         log: Receives a report for each pass.
 
     Returns:
@@ -206,7 +212,8 @@ def normalized(graph_module: fx.GraphModule, passes: tuple[Pass[fx.Graph], ...],
     """
     graph = copy_graph(graph_module)
     graph.owning_module = graph_module
-    graph = Pipeline("normalize", passes, error=TraceError).run(graph, log)
+    given = frozenset() if _has_subgraphs(graph_module) else frozenset({INLINED})
+    graph = Pipeline("normalize", passes, given=given, error=TraceError).run(graph, log)
     result = fx.GraphModule(graph_module, graph, type(graph_module).__name__.removesuffix("Impl"))
     result.graph.lint()
     return result

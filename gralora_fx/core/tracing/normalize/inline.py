@@ -17,8 +17,8 @@ from gralora_fx.core.graph.module_tree import LINEAR_TYPES, kept_modes, module_s
 from gralora_fx.core.graph.out_of_reach import note_opaque
 from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.core.graph.surgery import module_of
-from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
-from gralora_fx.core.tracing.normalize.regions import INLINED, LEAVE, enter_autocast, enter_grad_mode
+from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, set_mode
+from gralora_fx.core.tracing.normalize.regions import LEAVE, enter_autocast, enter_grad_mode
 from gralora_fx.errors import first_line
 
 _hop = torch.ops.higher_order

@@ -14,6 +14,7 @@ from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.operators.call import COMPUTING, DROPOUTS, TRAIN_FLAGS
 
 MODES = "modes are annotated"
+INLINED = "subgraphs that run once are inlined"
 _KEY = "gralora_mode"
 _aten = torch.ops.aten
 
