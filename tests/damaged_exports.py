@@ -1,4 +1,4 @@
-"""Exports whose weights are wrong, for tests of what notices it."""
+"""Exports whose weights are wrong, for tests of what notices it; and exports as earlier versions wrote them."""
 
 from __future__ import annotations
 
@@ -38,3 +38,24 @@ def forget_digests(directory: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["files"]
     path.write_text(json.dumps(manifest))
+
+
+def forget_marks(directory: Path, key: str) -> None:
+    """Leave marks out of the nodes of its models, and the functions that no node calls: earlier versions had none.
+
+    Args:
+        directory: An export.
+        key: The key of the marks in a node's metadata.
+    """
+    for path in directory.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        for node in model.graph.node:
+            kept = [note for note in node.metadata_props if note.key != key]
+            del node.metadata_props[:]
+            node.metadata_props.extend(kept)
+        called = {node.op_type for node in model.graph.node}
+        kept_functions = [function for function in model.functions if function.name in called]
+        del model.functions[:]
+        model.functions.extend(kept_functions)
+        path.write_bytes(model.SerializeToString())
+    forget_digests(directory)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.sources.rewriting import StoredBytes
 from gralora_fx.exporters.rules.builder import MICROSOFT, attributes_of
-from gralora_fx.exporters.rules.products.quantized_products import columns_of, factors_of
+from gralora_fx.exporters.rules.products.quantized_products import EARLIER, MARK, WEIGHT, factors_of, is_unmarked
 
 Storage = Literal["float", "blocks", "columns"]
 
@@ -205,7 +205,7 @@ def _described(
         return None
     inputs, outputs = sizes if product.transposed else reversed(sizes)
     if product.storage == "columns":
-        factors = factors_of(next(use.node for use in readers[0].node.outputs[0].uses()))
+        factors = factors_of(readers[0].node)
         return ProductWeight(
             value, "columns", True, inputs, outputs, tuple(readers), tuple(others), _input(readers[0].node, 1),
             bits=8, factors=factors, problem=problem,
@@ -224,9 +224,8 @@ def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> It
         transposed: Whether the matrix as the input has it is the initializer, not its transpose.
     """
     node, index = reader
-    if index == 0 and node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
-        products = [use.node for use in node.outputs[0].uses()]
-        yield _Product("columns", True) if products and all(map(columns_of, products)) else None
+    if node.metadata_props.get(MARK) == WEIGHT or is_unmarked(node):
+        yield _Product("columns", True, EARLIER if is_unmarked(node) else "") if index == 0 else None
         return
     if index == 0 and node.op_type in ("Transpose", "Cast", "Identity") and node.domain in _ONNX:
         order = node.attributes.get("perm")

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.rewriting import RowEdit
-from gralora_fx.errors import MergeError
+from gralora_fx.errors import ExportError, MergeError
 from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
 from gralora_fx.exporters.fold.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.rules.products.quantized_products import EARLIER
 
 if TYPE_CHECKING:
     from gralora_fx.exporters.quantize.block_search import BlockArrays
@@ -254,7 +255,13 @@ StoredValues: TypeAlias = _StoredBlocks | _StoredColumns
 
 
 def stored_values(weight: ProductWeight) -> StoredValues:
-    """The tensors of a quantized weight, in memory of their own: all are read at once."""
+    """The tensors of a quantized weight, in memory of their own: all are read at once.
+
+    Raises:
+        ExportError: It is of an earlier version's export, which does not say what its columns are multiplied by.
+    """
+    if weight.problem == EARLIER:
+        raise ExportError(f"{weight.name} cannot be read: {EARLIER}")
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
     if weight.storage == "columns":
         factors = None if weight.factors is None else read_rows(weight.factors).reshape(-1)

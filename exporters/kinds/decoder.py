@@ -22,7 +22,7 @@ from gralora_fx.exporters.kinds.flavour import (
     insertion_passes,
     lowering_passes,
     marking_passes,
-    quantizing_passes,
+    storing_passes,
     with_rows,
 )
 from gralora_fx.exporters.reports import CachedAttentionReport
@@ -164,7 +164,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             optional_image_inputs,  # nothing is folded any more
             optional_draft_inputs,
             *insertion_passes(conversion),  # what was packed stays packed
-            *quantizing_passes(conversion),
+            *storing_passes(conversion),
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
     )

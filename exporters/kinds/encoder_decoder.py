@@ -15,7 +15,7 @@ from gralora_fx.exporters.kinds.flavour import (
     Models,
     insertion_passes,
     note_rows,
-    quantizing_passes,
+    storing_passes,
     translated_passes,
 )
 from gralora_fx.exporters.rules.attention.match_attention import match_attention
@@ -128,7 +128,7 @@ def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) ->
             ),  # what was fused stays fused; before the keys' projections move into a branch
             *([cache_cross_attention] if name == "decoder" else []),  # finds the cache by the names
             float32_inputs,  # so do those inputs that are not of the cache
-            *quantizing_passes(conversion, tables),  # last: all others look for matrices
+            *storing_passes(conversion, tables),  # last: all others look for matrices
         ),
     )
 

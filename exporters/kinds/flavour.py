@@ -83,18 +83,23 @@ def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     return passes
 
 
-def quantizing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
-    """Return what stores matrices as the plan says, to be run last: all others look for floats; nothing without one.
+def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
+    """Return what stores matrices as the plan says, to be run last: all others look for floats.
 
     Args:
         conversion: What is converted.
         tables: Names of embeddings that are a head's weight in another part of the model.
     """
-    if conversion.plan is None:
-        return ()
-    from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
+    passes: tuple[Pass[ir.Model], ...] = ()
+    if conversion.plan is not None:
+        from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
 
-    return (QuantizeWeights(conversion.plan, tables),)
+        passes += (QuantizeWeights(conversion.plan, tables),)
+    if "experts" in conversion.traced.operators:
+        from gralora_fx.exporters.rules.experts.expert_functions import write_expert_functions
+
+        passes += (write_expert_functions,)  # for those that stay floats
+    return passes
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:

@@ -26,7 +26,7 @@ from gralora_fx.exporters.kinds.flavour import (
     Flavour,
     Models,
     insertion_passes,
-    quantizing_passes,
+    storing_passes,
     translated_passes,
     with_rows,
 )
@@ -115,7 +115,7 @@ def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
         name,
         (
             *insertion_passes(conversion),  # what was fused stays fused
-            *quantizing_passes(conversion),  # last: all others look for matrices
+            *storing_passes(conversion),  # last: all others look for matrices
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from gralora_fx.errors import ExportError
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+FUNCTIONS = "gralora"  # the domain of a model's functions
 
 
 class Builder:
@@ -105,6 +106,31 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[in
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     return value
+
+
+def add_function(
+    model: ir.Model, name: str, inputs: Sequence[str], body: Callable[..., Mapping[str, ir.Value]]
+) -> None:
+    """Add a function to a model, unless it has one of that name.
+
+    Args:
+        model: The model.
+        name: The function's name.
+        inputs: The names of its inputs.
+        body: Takes a builder and the inputs, and returns the function's outputs by name.
+    """
+    if (FUNCTIONS, name, "") in model.functions:
+        return
+    values, opset = [ir.Value(name=input_name) for input_name in inputs], model.graph.opset_imports[""]
+    graph = ir.Graph(values, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph)
+    outputs = body(build, *values)
+    for output_name, output in outputs.items():
+        output.name = output_name
+    graph.extend(build.take())
+    graph.outputs.extend(outputs.values())
+    function = ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+    model.functions[function.identifier()] = function
 
 
 def smallest_number(dtype: ir.DataType) -> float:

@@ -94,6 +94,7 @@ def export_log(dump: str | Path | None) -> PassLog:
 def import_domains(model: ir.Model) -> None:
     """Set the model's opset imports to the domains of its operators; in place."""
     used = {node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph)}
+    used |= {function.domain for function in model.functions.values()}
     imports = model.graph.opset_imports
     for domain in [domain for domain in imports if domain and domain not in used]:
         del imports[domain]

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from damaged_exports import forget_digests, shift_weight
+from damaged_exports import forget_digests, forget_marks, shift_weight
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from sentence_transformers import SentenceTransformer
@@ -38,7 +38,7 @@ from gralora_fx.exporters.quantize.column_arrays import (
     quantize_columns,
 )
 from gralora_fx.exporters.quantize.formats import Columns
-from gralora_fx.exporters.rules.products.quantized_products import quantized_products
+from gralora_fx.exporters.rules.products.quantized_products import MARK, quantized_products
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 
@@ -348,7 +348,17 @@ def _change_the_zero_point(path: Path) -> None:
     _change(path, change)
 
 
-@pytest.mark.parametrize("damage", [_shift_values, _raise_a_scale, _change_a_value, _change_the_zero_point])
+def _add_steps(path: Path) -> None:
+    def change(model: ir.Model) -> None:
+        next(product.output.producer() for product in quantized_products(model)).op_type = "Add"
+
+    _change(path, change)
+
+
+_OF_PRODUCTS = (_change_the_zero_point, _add_steps)
+
+
+@pytest.mark.parametrize("damage", [_shift_values, _raise_a_scale, _change_a_value, *_OF_PRODUCTS])
 def test_verification_sees_what_is_wrong(
     classifier: GraloraModel, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
@@ -358,19 +368,19 @@ def test_verification_sees_what_is_wrong(
     found = verify_onnx(path, classifier, "quick")
     assert not found.passed
     wrong = {check.name for check in found.tensors if check.max_rel_error > 1e-4}
-    assert wrong == ({"int8 products"} if damage is _change_the_zero_point else {"logits"})
+    assert wrong == ({"int8 products"} if damage in _OF_PRODUCTS else {"logits"})
 
 
-def test_a_product_with_other_nodes_is_refused(classifier: GraloraModel, tmp_path: Path) -> None:
+def test_an_export_without_marks_runs_and_is_verified_once_it_is_exported_again(
+    classifier: GraloraModel, tmp_path: Path
+) -> None:
     export_onnx(classifier, tmp_path / "onnx", quantize=DYNAMIC, verify=False)
-
-    _change(tmp_path / "onnx", _negate)
-    with pytest.raises(ExportError, match="is not one of an int8-dynamic export"):
+    before = load(tmp_path / "onnx")(input_ids=np.array([[5, 6, 7]]))
+    forget_marks(tmp_path / "onnx", MARK)
+    after = load(tmp_path / "onnx")(input_ids=np.array([[5, 6, 7]]))
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    with pytest.raises(ExportError, match=r"not marked .*; export the model again with quantize='int8-dynamic'"):
         verify_onnx(tmp_path / "onnx", classifier, "quick")
-
-
-def _negate(model: ir.Model) -> None:
-    next(product.output.producer() for product in quantized_products(model)).op_type = "Add"
 
 
 class Mixed(nn.Module):

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from damaged_exports import forget_marks
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
@@ -19,12 +20,13 @@ from gralora_fx import trace
 from gralora_fx.core.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.core.operators.experts import ACTIVATIONS, Experts
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.rules.experts import expert_functions
 from gralora_fx.exporters.rules.experts.expert_products import moe_attributes
 from gralora_fx.exporters.rules.experts.expert_rows import arranged, as_modelled
 from gralora_fx.exporters.verify.expert_references import expert_weights
-from gralora_fx.run.sessions import opened_experts
+from gralora_fx.format.export_directory import CPU_FUNCTION
 from gralora_fx.run.sessions import session as opening
-from gralora_fx.run.sessions.opened_experts import open_experts
+from gralora_fx.run.sessions.cpu_functions import call_cpu_functions
 from gralora_fx.run.sessions.session import open_session
 
 SILU = ExpertGate("silu", HALVES)
@@ -93,29 +95,45 @@ def test_each_gate_is_one_operator_whatever_the_layout(tmp_path: Path, name: str
     assert np.array_equal(together, alone)  # the operator multiplies a row alone in another order
 
 
-def test_experts_are_opened_as_products_where_they_are_floats_on_the_cpu(
+def test_experts_in_float32_have_a_function_for_the_cpu_which_layers_of_one_form_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def opened(**options: Any) -> list[str]:
-        exported(Mixture(SILU), tmp_path / "onnx", overwrite=True, verify=False, **options)
-        model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
-        operators = [node.op_type for node in model.graph.node]
-        assert open_experts(model) == ([node.op_type for node in model.graph.node] != operators)
-        return [node.op_type for node in model.graph.node if node.op_type in ("MoE", "QMoE", "Gemm")]
+    def opened(module: nn.Module, **options: Any) -> tuple[list[str], int]:
+        """The operators of experts once the export is opened, and the number of its functions."""
+        report = export_onnx(
+            trace(module.eval(), (torch.randn(7, 32),)), tmp_path / "onnx", overwrite=True, verify=False, **options
+        )
+        model = onnx.load(report.output_dir / "model.onnx", load_external_data=False)
+        before = model.SerializeToString(deterministic=True)
+        assert call_cpu_functions(model) == (model.SerializeToString(deterministic=True) != before)
+        names = [node.op_type for node in model.graph.node]
+        return [name for name in names if name.partition("_")[0] in ("MoE", "QMoE", "Experts")], len(model.functions)
 
-    router = ["Gemm"]
-    assert opened() == [*router, *["Gemm"] * 12]  # gates, linear parts, and their products' second factors
-    assert opened(quantize="int8")[-1] == "QMoE"
-    assert opened(precision="fp16")[-1] == "MoE"
-    monkeypatch.setattr(opened_experts, "MOST_BYTES", 4 * 4 * 3 * 48 * 32 - 1)
-    assert opened() == [*router, "MoE"]
+    pair = nn.Sequential(Mixture(SILU), Mixture(SILU), Mixture(SILU, has_bias=True))
+    assert opened(pair) == (["Experts_0", "Experts_0", "Experts_1"], 2)
+    assert opened(Mixture(SILU), quantize="int8") == (["QMoE"], 0)
+    assert opened(Mixture(SILU), precision="fp16") == (["MoE"], 0)
+    size = 4 * 4 * 3 * 48 * 32
+    monkeypatch.setattr(expert_functions, "MOST_BYTES", size)
+    assert opened(Mixture(SILU)) == (["Experts_0"], 1)
+    monkeypatch.setattr(expert_functions, "MOST_BYTES", size - 1)
+    assert opened(Mixture(SILU)) == (["MoE"], 0)
+
+
+def test_an_export_without_a_function_for_the_cpu_runs_its_operator(tmp_path: Path) -> None:
+    exported(Mixture(SILU), tmp_path / "onnx", verify=False)
+    path, x = tmp_path / "onnx" / "model.onnx", np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
+    operator = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+    forget_marks(path.parent, CPU_FUNCTION)
+    assert not call_cpu_functions(onnx.load(path, load_external_data=False))
+    assert np.array_equal(open_session(path.parent).run(None, {"x": x})[0], operator)
 
 
 def test_verification_compares_the_file_as_other_programs_open_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed: list[onnx.ModelProto] = []
-    monkeypatch.setattr(opening, "_open_experts", changed.append)
+    monkeypatch.setattr(opening, "_call_functions", changed.append)
     report, operators = exported(Mixture(SILU), tmp_path / "onnx")
     assert report.verification.passed
     assert "MoE" in operators

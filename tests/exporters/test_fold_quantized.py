@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from damaged_exports import forget_marks
 from fold_cases import (
     CACHED,
     PROJECTIONS,
@@ -23,12 +24,15 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import trace
-from gralora_fx.errors import MergeError
+from gralora_fx.errors import ExportError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
+from gralora_fx.exporters.fold.initializers import product_weights
+from gralora_fx.exporters.fold.requantize import dequantized
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.formats import BLOCK_BITS, Blocks
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
+from gralora_fx.exporters.rules.products.quantized_products import MARK
 from gralora_fx.serving import load
 
 
@@ -39,6 +43,19 @@ def test_quantized_weights_are_refused_unless_asked_for(quantize: Any, tmp_path:
     with pytest.raises(MergeError, match=message):
         case.fold()
     assert not case.out.exists()
+
+
+def test_columns_without_marks_are_exported_again_to_be_folded_into(tmp_path: Path) -> None:
+    case = Case(tmp_path, fresh_trace("llama", task=CACHED), gralora(["q_proj"]), quantize="int8-dynamic")
+    forget_marks(case.base, MARK)
+    message = r"q_proj.*cannot be folded into: it is not marked .* again with quantize='int8-dynamic'"
+    with pytest.raises(MergeError, match=message):
+        case.fold(requantize=True)
+    assert not case.out.exists()
+    weights = [w for w in product_weights(ir.load(case.base / "model.onnx").graph) if w.storage == "columns"]
+    assert weights
+    with pytest.raises(ExportError, match="cannot be read: it is not marked"):  # its factors are not known
+        dequantized(weights[0], slice(0, 1))
 
 
 @pytest.fixture(autouse=True)

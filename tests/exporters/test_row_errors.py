@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from gralora_fx import TracedModel, trace
 from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.quantize import choice
-from gralora_fx.exporters.rules.products.quantized_products import FACTORS
 from gralora_fx.serving import load
 
 DYNAMIC: Any = "int8-dynamic"
@@ -86,8 +85,8 @@ def test_factors_are_those_that_cost_a_layer_least(tmp_path: Path) -> None:
     module = Even().eval()
     export_onnx(trace(module, (torch.randn(8, 64, 128),)), tmp_path / "onnx", quantize=DYNAMIC)
     graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
-    (factors,) = (value for name, value in graph.initializers.items() if name.endswith(FACTORS))
-    assert factors.name == f"different.weight{FACTORS}"
+    (factors,) = (value for name, value in graph.initializers.items() if name.endswith("_input_factors"))
+    assert factors.name == "different.weight_input_factors"
     with mock.patch.object(choice, "choose_formats", plain_plan):
         export_onnx(trace(module, (torch.randn(8, 64, 128),)), tmp_path / "plain", quantize=DYNAMIC)
     x = torch.randn(50, 3, 128)
@@ -117,7 +116,7 @@ def test_an_update_is_folded_into_columns_with_factors(with_factors: bool, tmp_p
     with mock.patch.object(choice, "choose_formats", choice.choose_formats if with_factors else plain_plan):
         export_onnx(trace(module, (x,)), tmp_path / "onnx", quantize=DYNAMIC)
     names = ir.load(tmp_path / "onnx" / "model.onnx").graph.initializers
-    assert any(name.endswith(FACTORS) for name in names) == with_factors
+    assert any(name.endswith("_input_factors") for name in names) == with_factors
     (tmp_path / "adapter").mkdir()
     A, B = torch.randn(4, 128) / 10, torch.randn(64, 4) / 10
     prefix = "base_model.model.0"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.builder import Builder
+from gralora_fx.exporters.rules.builder import Builder, add_function
 from gralora_fx.format.adapter_inputs import BIAS, AdapterSite
 
-FUNCTIONS = "gralora"  # the functions' domain
 NAME = "Adapter"
 
 
-def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.OperatorIdentifier:
+def adapter_function(model: ir.Model, k: int, num_axes: int) -> str:
     """The function that gives the two parts of an adapter's output, added to a model if it has none yet.
 
     `blocks, general = Adapter(x, A, B, A_general, B_general)` with
@@ -31,19 +30,16 @@ def adapter_function(model: ir.Model, k: int, num_axes: int, opset: int) -> ir.O
         model: The model.
         k: Blocks in each direction; 0 for LoRA's form.
         num_axes: Axes of `x`.
-        opset: Version of ONNX's operators.
 
     Returns:
-        What nodes call the function by.
+        The function's name.
     """
     name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
-    identifier = (FUNCTIONS, name, "")
-    if identifier not in model.functions:
-        factors, body = ["A_general", "B_general"], _lora
-        if k:
-            factors, body = ["A", "B", *factors], functools.partial(_gralora, k, num_axes)
-        model.functions[identifier] = _function(name, opset, ["x", *factors], body)
-    return identifier
+    if k:
+        add_function(model, name, ["x", "A", "B", "A_general", "B_general"], functools.partial(_gralora, k, num_axes))
+    else:
+        add_function(model, name, ["x", "A_general", "B_general"], _lora)
+    return name
 
 
 def _lora(build: Builder, x: ir.Value, A_general: ir.Value, B_general: ir.Value) -> dict[str, ir.Value]:
@@ -77,22 +73,7 @@ def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int, lead:
     return build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), build.ints(*kept, 0, -1))
 
 
-def _function(name: str, opset: int, inputs: Sequence[str], body: Callable[..., Mapping[str, ir.Value]]) -> ir.Function:
-    """A function of named inputs, and of the outputs that the body builds, by name."""
-    values = [ir.Value(name=input_name) for input_name in inputs]
-    graph = ir.Graph(values, [], nodes=[], opset_imports={"": opset}, name=name)
-    build = Builder(graph)
-    outputs = body(build, *values)
-    for output_name, output in outputs.items():
-        output.name = output_name
-    graph.extend(build.take())
-    graph.outputs.extend(outputs.values())
-    return ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
-
-
-def batched_adapter_function(
-    model: ir.Model, site: AdapterSite, k: int, opset: int, *, chooses: bool
-) -> ir.OperatorIdentifier:
+def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, chooses: bool) -> str:
     """The function that gives the outputs of several adapters, each for a group of tokens, added if it is missing.
 
     `output = BatchedAdapter(x, ids, A, B, A_general, B_general, bias)` with
@@ -111,22 +92,14 @@ def batched_adapter_function(
         model: The model.
         site: The layer.
         k: Blocks in each direction in this export.
-        opset: Version of ONNX's operators.
         chooses: Whether each group chooses its adapter.
 
     Returns:
-        What nodes call the function by.
+        The function's name.
     """
     k = site.blocks(k)
     form = f"k{k}" if k else "lora" if site.form != BIAS else "no_factors"
     name = f"Batched{NAME}_{form}{'_bias' if site.has_bias else ''}{'' if chooses else '_in_order'}"
-    identifier = (FUNCTIONS, name, "")
-    if identifier not in model.functions:
-        model.functions[identifier] = _batched_function(name, site, k, opset, chooses)
-    return identifier
-
-
-def _batched_function(name: str, site: AdapterSite, k: int, opset: int, chooses: bool) -> ir.Function:
     tensors = [tensor.rpartition(".gralora_")[2] for tensor in site.names(k)]
 
     def body(build: Builder, x: ir.Value, *others: ir.Value) -> dict[str, ir.Value]:
@@ -142,7 +115,8 @@ def _batched_function(name: str, site: AdapterSite, k: int, opset: int, chooses:
             parts.append(_bias_of_groups(build, x, own["bias"]))
         return {"output": _total(build, parts)}
 
-    return _function(name, opset, ["x", *(["ids"] if chooses else []), *tensors], body)
+    add_function(model, name, ["x", *(["ids"] if chooses else []), *tensors], body)
+    return name
 
 
 def _bias_of_groups(build: Builder, x: ir.Value, bias: ir.Value) -> ir.Value:

@@ -13,7 +13,7 @@ from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.rules.adapters.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.rules.adapters.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.rules.adapters.site_marks import MARKED, SITES, SiteOutput, sites_in
-from gralora_fx.exporters.rules.builder import Builder, add_input, choice, replace_readers, static_dim
+from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, add_input, choice, replace_readers, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.format.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
@@ -166,13 +166,13 @@ class _Insertion:
 
     def _outputs_at(self, build: Builder, x: ir.Value, mark: SiteOutput, groups: Groups | None) -> Sequence[ir.Value]:
         """The adapter's outputs at a site: of blocks, of LoRA, and its bias, those it has; of groups, the sum."""
-        site, opset = self.sites[mark.path], self.model.graph.opset_imports[""]
+        site = self.sites[mark.path]
         tensors = self._tensors(site)
         outputs: Sequence[ir.Value]
         if groups is not None:
             chosen = [] if groups.ids is None else [groups.ids]
-            domain, name, _ = batched_adapter_function(self.model, site, self.inputs.k, opset, chooses=bool(chosen))
-            outputs = [build(name, groups.x, *chosen, *tensors, domain=domain)]
+            name = batched_adapter_function(self.model, site, self.inputs.k, chooses=bool(chosen))
+            outputs = [build(name, groups.x, *chosen, *tensors, domain=FUNCTIONS)]
         else:
             outputs = self._outputs_of_all(build, x, site, tensors)
         if mark.rows is None:
@@ -188,8 +188,8 @@ class _Insertion:
             return [*bias]
         assert x.shape is not None
         k = site.blocks(self.inputs.k)
-        domain, name, _ = adapter_function(self.model, k, len(x.shape), self.model.graph.opset_imports[""])
-        node = build.node(name, [x, *factors], domain=domain, num_outputs=2 if k else 1)
+        name = adapter_function(self.model, k, len(x.shape))
+        node = build.node(name, [x, *factors], domain=FUNCTIONS, num_outputs=2 if k else 1)
         return [*node.outputs, *bias]
 
     def _tensors(self, site: AdapterSite) -> list[ir.Value]:

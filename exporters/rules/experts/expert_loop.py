@@ -24,7 +24,7 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
     hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
     size, k = width_of(experts), fixed_dim(experts.index, 1)
     chosen = build("Reshape", experts.index, build.ints(-1))
-    order = _order(build, chosen)
+    order = order_of(build, chosen)
     unique = build.node("Unique", [chosen], num_outputs=4, axis=0)
     found, counts = unique.outputs[0], unique.outputs[3]
     ends = build("CumSum", counts, build.scalar(0))
@@ -36,11 +36,11 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
         expert, begin, end = (inner("Gather", of, at) for of in (found, begins, ends))
         rows = inner("Div", inner("Slice", order, begin, end), inner.scalar(k))
         x = inner("Gather", hidden, rows, axis=0)
-        x = _gated(inner, experts.gate, _product(inner, x, experts, expert, is_up=True), dtype)
+        x = _between(inner, experts.gate, _product(inner, x, experts, expert, is_up=True), dtype)
         return _product(inner, x, experts, expert, is_up=False)
 
     parts = loop(build, build("Squeeze", build("Shape", found), build.ints(0)), part, dtype, name)
-    outputs = build("Gather", build("ConcatFromSequence", parts, axis=0), _order(build, order), axis=0)
+    outputs = build("Gather", build("ConcatFromSequence", parts, axis=0), order_of(build, order), axis=0)
     return weighted(build, outputs, experts, k, size)
 
 
@@ -69,8 +69,8 @@ def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, si
     return build("Squeeze", build("MatMul", build("Unsqueeze", weights, build.ints(1)), each), build.ints(1))
 
 
-def _order(build: Builder, keys: ir.Value) -> ir.Value:
-    """The indices that sort integers, equal ones as they come."""
+def order_of(build: Builder, keys: ir.Value) -> ir.Value:
+    """Return the indices that sort integers, equal ones as they come."""
     return build.node("TopK", [keys, build("Shape", keys)], num_outputs=2, largest=0).outputs[1]
 
 
@@ -83,24 +83,30 @@ def _product(build: Builder, x: ir.Value, experts: ExpertsNode, expert: ir.Value
     return build("Gemm", x, matrix, *rest, transB=0 if experts.is_transposed else 1)
 
 
-def _gated(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """What is between the products (see `ExpertGate`)."""
+def _between(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return what a second product reads of the outputs of a first one."""
     if gate.layout == NO_GATE:
-        return _activated(build, gate, x, dtype)
+        return activated(build, gate, x, dtype)
     if gate.layout == HALVES:
         part, linear = build.split(x, 2, axis=-1)
     else:
         part, linear = (
             build("Slice", x, build.ints(start), build.ints(2**31), build.ints(-1), build.ints(2)) for start in (0, 1)
         )
+    return gated(build, gate, part, linear, dtype)
+
+
+def gated(build: Builder, gate: ExpertGate, part: ir.Value, linear: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return what gates and linear parts give (see `ExpertGate`)."""
     if gate.limit:
         low, high = (build.tensor(sign * gate.limit, dtype) for sign in (-1, 1))
         part, linear = build("Min", part, high), build("Clip", linear, low, high)
     linear = build("Add", linear, build.tensor(gate.offset, dtype)) if gate.offset else linear
-    return build("Mul", _activated(build, gate, part, dtype), linear)
+    return build("Mul", activated(build, gate, part, dtype), linear)
 
 
-def _activated(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+def activated(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return the activation of gates."""
     if gate.activation == "silu":
         scaled = x if gate.alpha == 1 else build("Mul", x, build.tensor(gate.alpha, dtype))
         return build("Mul", x, build("Sigmoid", scaled))

@@ -45,9 +45,11 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
 
 
 def gate_noted_at(node: ir.Node) -> ExpertGate | None:
-    """The gate by which the rows of an operator's first product are arranged; None where it is not noted."""
+    """The gate that an operator computes, by which the rows of its first product are arranged; None without a note."""
     activation, _, layout = node.metadata_props.get(GATE_NOTE, "").partition(" ")
-    return ExpertGate(activation, layout) if layout else None
+    names = {"alpha": "activation_alpha", "offset": "activation_beta", "limit": "swiglu_limit"}
+    numbers = {name: node.attributes[key].as_float() for name, key in names.items() if key in node.attributes}
+    return ExpertGate(activation, layout, **numbers) if layout else None
 
 
 def is_read_twice(gate: ExpertGate) -> bool:

@@ -15,7 +15,7 @@ from gralora_fx.exporters.quantize.column_arrays import ROW_LARGEST, ROW_TINY, C
 from gralora_fx.exporters.quantize.formats import Columns
 from gralora_fx.exporters.rules.builder import Builder, add_initializer, static_dim
 from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, replace_product
-from gralora_fx.exporters.rules.products.quantized_products import FACTORS
+from gralora_fx.exporters.rules.products.quantized_products import FACTORS, MARK, PRODUCT, STEP, WEIGHT
 from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
 
 _REMAINDERS = 2 * ROW_LARGEST  # integers of a step: what rounding leaves is at most half of one
@@ -95,11 +95,11 @@ class ColumnProducts:
             self._rounded[key] = self._round(build, source, factors)
         values, steps = self._rounded[key]
         rounded = build("DequantizeLinear", values, one, zero_point)
-        product = build("MatMul", rounded, build("DequantizeLinear", weight, scale, axis=1))
+        product = build("MatMul", rounded, build.marked(WEIGHT, "DequantizeLinear", weight, scale, axis=1))
         if self.form.activation_bits == 16:
             whole, rest = build.split(product, 2, axis=0)
             product = build("Add", whole, build("Mul", rest, build.tensor(1 / _REMAINDERS, ir.DataType.FLOAT)))
-        build("Mul", product, steps)
+        build.marked(PRODUCT, "Mul", product, steps)
         replace_product(node, build.take())
 
     def _columns(self, matrix: ConstantMatrix) -> StoredColumns:
@@ -113,7 +113,7 @@ class ColumnProducts:
     def _round(self, build: _Named, source: ir.Value, factors: ir.Value | None) -> tuple[ir.Value, ir.Value]:
         """The integers of a tensor, of both parts if there are two, and the steps of its rows."""
         one, zero_point = self._constant("one", np.float32(1)), self._constant("zero_point", np.uint8(128))
-        scaled = source if factors is None else build("Mul", source, factors)
+        scaled = source if factors is None else build.marked(FACTORS, "Mul", source, factors)
         high, low = (build(kind, scaled, build.ints(-1), keepdims=1) for kind in ("ReduceMax", "ReduceMin"))
         largest = build("Max", high, build("Neg", low), self._constant("least", np.float32(ROW_TINY)))
         steps = build("Div", largest, self._constant("largest", np.float32(ROW_LARGEST)))
@@ -144,24 +144,34 @@ class ColumnProducts:
             return None
         key = factors.tobytes()
         if key not in self._all_factors:
-            tensor = ir.tensor(factors, name=f"{matrix.value.name}{FACTORS}")
+            tensor = ir.tensor(factors, name=f"{matrix.value.name}_input_factors")
             self._all_factors[key] = add_initializer(self.graph, tensor)
         return self._all_factors[key]
 
 
 class _Named(Builder):
-    """A builder whose values are named after a product: names that a branch draws may be taken outside it."""
+    """A builder of a product's nodes, which it marks (see `quantized_products`).
+
+    Their values are named after the product: names that a branch draws may be taken outside it.
+    """
 
     def __init__(self, graph: ir.Graph, name: str) -> None:
         super().__init__(graph)
         self.name = name
 
     def node(self, op_type: str, inputs: Any, *, domain: str = "", num_outputs: int = 1, **attributes: Any) -> ir.Node:
-        """Make a node whose outputs have names."""
+        """Make a node with a mark, whose outputs have names."""
         node = super().node(op_type, inputs, domain=domain, num_outputs=num_outputs, **attributes)
+        node.metadata_props[MARK] = STEP
         for index, output in enumerate(node.outputs):
             output.name = f"{self.name}_int8_{len(self.nodes)}_{index}"
         return node
+
+    def marked(self, part: str, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """Make a node that is a part of its own."""
+        node = self.node(op_type, inputs, **attributes)
+        node.metadata_props[MARK] = part
+        return node.outputs[0]
 
 
 def _quantized(

@@ -12,7 +12,7 @@ from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.exporters.rules.attention.pack_qkv import concat_initializers
 from gralora_fx.exporters.rules.builder import Builder, attributes_of, replace_value, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES, FOLDED_TRANSPOSES, OWN_WEIGHTS
-from gralora_fx.exporters.rules.products.quantized_products import columns_of
+from gralora_fx.exporters.rules.products.quantized_products import MARK
 from gralora_fx.exporters.translation.weights import parts_of, transposed_tensor
 
 _COLUMNS = 4096  # in a group
@@ -145,7 +145,7 @@ def unquantized(model: ir.Model) -> tuple[Skip, ...]:
 
 def _skips(node: ir.Node) -> Iterator[tuple[str, str]]:
     place = node.name or str(node.outputs[0].name)
-    if columns_of(node) is not None:
+    if MARK in node.metadata_props:
         return
     if node.op_type in ("MatMul", "Gemm"):
         yield place, _why_not(node)

@@ -1,14 +1,22 @@
-"""Products with columns, as an exported graph has them: found again by their nodes."""
+"""Products with columns in an exported graph: the marks on their nodes, and the products found by them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError
 
-FACTORS = "_input_factors"  # how the name of an initializer of them ends
+_T = TypeVar("_T")
+
+MARK = "gralora_int8"  # key in the metadata of the nodes of products with columns: the node's part
+FACTORS, STEP, WEIGHT, PRODUCT = "factors", "step", "weight", "product"  # before it, in it, its int8 columns, its last
+EARLIER = (
+    "it is not marked as this version marks products of int8-dynamic exports; export the model again with "
+    "quantize='int8-dynamic'"
+)
 
 
 class QuantizedProduct(NamedTuple):
@@ -30,72 +38,63 @@ class QuantizedProduct(NamedTuple):
 
 
 def quantized_products(model: ir.Model) -> list[QuantizedProduct]:
-    """The products with columns of a model, in order, those of branches too.
+    """Return the products with columns of a model, in order, those of branches too.
 
     Raises:
-        ExportError: The nodes around one are not those that the export writes.
+        ExportError: The model is of an earlier version, which did not mark them.
     """
     nodes = list(model.graph.all_nodes())
-    if earlier := next((node for node in nodes if node.op_type == "MatMulInteger"), None):
-        raise ExportError(
-            f"the product {earlier.name or earlier.outputs[0].name} is of an earlier version's int8-dynamic export, "
-            "which rounded a whole batch by its largest value; export the model again"
-        )
-    return [_product(node) for node in nodes if node.op_type == "MatMul" and columns_of(node) is not None]
+    if earlier := next((node for node in nodes if node.op_type == "MatMulInteger" or is_unmarked(node)), None):
+        raise _not_marked(earlier)
+    return [_product(node) for node in nodes if node.metadata_props.get(MARK) == PRODUCT]
 
 
-def columns_of(node: ir.Node) -> ir.Node | None:
-    """What dequantizes the int8 columns that a node multiplies by (see `ColumnProducts`); None for other nodes."""
-    value = node.inputs[1] if node.op_type == "MatMul" else None
-    weight = None if value is None else value.producer()
-    values = None if weight is None or weight.op_type != "DequantizeLinear" else weight.inputs[0]
-    return weight if values is not None and values.is_initializer() and values.dtype == ir.DataType.INT8 else None
+def is_unmarked(node: ir.Node) -> bool:
+    """Return whether a node dequantizes int8 columns as one of a product does, without its mark."""
+    values = node.inputs[0] if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 else None
+    is_int8 = values is not None and values.is_initializer() and values.dtype == ir.DataType.INT8
+    return is_int8 and MARK not in node.metadata_props
 
 
-def factors_of(node: ir.Node) -> ir.Value | None:
-    """The factors `[K]` of what a product with columns reads; None where there are none."""
-    scaling = _product(node).input.producer()
-    factors = None if scaling is None or scaling.op_type != "Mul" else scaling.inputs[1]
-    return factors if factors is not None and str(factors.name).endswith(FACTORS) else None
+def factors_of(weight: ir.Node) -> ir.Value | None:
+    """Return the factors `[K]` of what is multiplied by the columns that a node dequantizes; None if there are none."""
+    product = next(use.node for use in weight.outputs[0].uses())
+    scaling = None if is_unmarked(weight) else _input(_nodes_to(product)).producer()
+    return scaling.inputs[1] if scaling is not None and scaling.metadata_props.get(MARK) == FACTORS else None
 
 
-def _product(node: ir.Node) -> QuantizedProduct:
-    weight, scaled = columns_of(node), node
-    for kind in ("DequantizeLinear", "Concat", "QuantizeLinear", "Div"):
-        producer = None if "block_size" in scaled.attributes else _producer(scaled, 0)
-        scaled = producer if producer is not None and producer.op_type == kind else scaled
-    is_rounded = scaled.op_type == "Div" or "block_size" in scaled.attributes
-    result = _only_reader(node.outputs[0])
-    if result is not None and result.op_type == "Split":
-        added = _only_reader(result.outputs[0])
-        result = None if added is None else _only_reader(added.outputs[0])
-    if weight is None or not is_rounded or result is None or result.op_type != "Mul":
-        raise ExportError(
-            f"the product {node.name or node.outputs[0].name} is not one of an int8-dynamic export; export the model "
-            "again"
-        )
-    source, (values, scale) = scaled.inputs[0], weight.inputs[:2]
-    assert source is not None
+def _product(last: ir.Node) -> QuantizedProduct:
+    nodes = _nodes_to(last)
+    weight = _only([node for node in nodes if node.metadata_props.get(MARK) == WEIGHT], last)
+    values, scale = weight.inputs
     assert values is not None
     assert scale is not None
-    return QuantizedProduct(_nodes_between(source, result), source, values, scale, result.outputs[0])
+    return QuantizedProduct(nodes, _input(nodes), values, scale, last.outputs[0])
 
 
-def _nodes_between(source: ir.Value, last: ir.Node) -> tuple[ir.Node, ...]:
-    """What a node is computed by from a value on, in order, the node itself included."""
+def _nodes_to(last: ir.Node) -> tuple[ir.Node, ...]:
+    """Return what a node of a product is computed by within the product, in order, the node itself included."""
     nodes: dict[ir.Node, None] = {}
     for value in last.inputs:
-        producer = None if value is None or value is source else value.producer()
-        if producer is not None:
-            nodes |= dict.fromkeys(_nodes_between(source, producer))
+        producer = None if value is None else value.producer()
+        is_part = producer is not None and producer.metadata_props.get(MARK) in (STEP, WEIGHT)
+        if producer is not None and (is_part or producer.op_type == "Constant"):
+            nodes |= dict.fromkeys(_nodes_to(producer))
     return (*nodes, last)
 
 
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    readers = [use.node for use in value.uses()]
-    return readers[0] if len(readers) == 1 else None
+def _input(nodes: Sequence[ir.Node]) -> ir.Value:
+    """Return the one value that nodes of a product read of others."""
+    read = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
+    others = [value for value in read if value.is_graph_input() or not value.is_initializer()]
+    return _only([value for value in others if value.producer() not in nodes], nodes[-1])
 
 
-def _producer(node: ir.Node, index: int) -> ir.Node | None:
-    value = node.inputs[index] if len(node.inputs) > index else None
-    return None if value is None else value.producer()
+def _only(found: Sequence[_T], last: ir.Node) -> _T:
+    if len(found) != 1:
+        raise _not_marked(last)
+    return found[0]
+
+
+def _not_marked(node: ir.Node) -> ExportError:
+    return ExportError(f"the product by {node.outputs[0].name}: {EARLIER}")

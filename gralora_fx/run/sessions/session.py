@@ -91,7 +91,7 @@ def open_session(
         directory: An export directory.
         runtime: How to run it; None for the CPU.
         name: The file of the model, where it is one.
-        as_stored: Open the file as other programs do, without what fits how it is run (see `open_experts`).
+        as_stored: Open the file as other programs do, without what fits how it is run (see `call_cpu_functions`).
         weights: Names of the files that the export keeps its weights in; None for any of the directory.
         error: The error type to raise.
 
@@ -119,7 +119,7 @@ def _open(
     providers = [] if runtime.devices else [(name, dict(options)) for name, options in runtime.providers]
     options = runtime.session_options or quiet_options()
     is_cpu = not runtime.devices and [name for name, _ in runtime.providers[:1]] == [CPU]
-    changes = (_take_defaults if runtime.devices else None, _open_experts if is_cpu and not as_stored else None)
+    changes = (_take_defaults if runtime.devices else None, _call_functions if is_cpu and not as_stored else None)
     try:
         changed = [change(model) for change in changes if change is not None]
         if any(changed):  # bytes of a model do not say where its weights are
@@ -157,13 +157,13 @@ def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
 
 
-def _open_experts(model: onnx.ModelProto) -> bool:
-    """Compute experts by products, in place, if the model has any (see `open_experts`)."""
-    if all(node.op_type != "MoE" for node in model.graph.node):
+def _call_functions(model: onnx.ModelProto) -> bool:
+    """Call the functions that a model has for the CPU, in place, if there may be any (see `call_cpu_functions`)."""
+    if not model.functions:
         return False
-    from gralora_fx.run.sessions.opened_experts import open_experts
+    from gralora_fx.run.sessions.cpu_functions import call_cpu_functions
 
-    return open_experts(model)
+    return call_cpu_functions(model)
 
 
 def _take_defaults(model: onnx.ModelProto) -> bool:
