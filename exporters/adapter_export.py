@@ -55,12 +55,7 @@ class AdapterReport(Report):
 
 
 def report_of(path: Path, onnx_dir: str | Path) -> AdapterReport:
-    """Report an adapter that was added to an export.
-
-    Args:
-        path: What `export_adapter` returned.
-        onnx_dir: The export.
-    """
+    """Report an adapter that was added to an export."""
     manifest, record = read_manifest(onnx_dir), read_record(path)
     usage = usage_of(onnx_dir, manifest.task, os.listdir(onnx_dir), adapter=record.name)
     return AdapterReport(path, record, usage)
@@ -119,38 +114,14 @@ def convert_adapter(
     revision: str | None = None,
     strict_base: bool = False,
 ) -> Path:
-    """Write a PEFT adapter as data of an export into `adapters/` of any directory.
-
-    Args:
-        adapter_dir: As of `export_adapter`.
-        onnx_dir: An export that takes adapters as data.
-        output_dir: The directory; an adapter of the name there is replaced.
-        name: The name to give it.
-        revision: As of `export_adapter`.
-        strict_base: As of `export_adapter`.
-
-    Returns:
-        The `.onnx_adapter` file, its record beside it.
-
-    Raises:
-        ExportError: The export lacks layers of the adapter or its blocks, or the adapter's update is not of low rank.
-        ConfigError: As of `export_adapter`.
-        CheckpointError: As of `export_adapter`.
-    """
+    """Write a PEFT adapter as data of an export into `adapters/` of any directory."""
     manifest = read_manifest(onnx_dir)
     changes, fields, base = _changes(adapter_dir, onnx_dir, name, manifest, revision=revision, strict_base=strict_base)
     return write_adapter(Path(output_dir), name, changes, fields, manifest, base)
 
 
 def adapter_in_memory(adapter_dir: str | Path, onnx_dir: str | Path, name: str, manifest: Manifest) -> AdapterInMemory:
-    """A PEFT adapter as data of an export, without a file; errors as of `convert_adapter`.
-
-    Args:
-        adapter_dir: As of `export_adapter`.
-        onnx_dir: An export that takes adapters as data.
-        name: Its name, for messages.
-        manifest: The export's manifest.
-    """
+    """A PEFT adapter as data of an export, without a file; errors as of `convert_adapter`."""
     changes, fields, base = _changes(adapter_dir, onnx_dir, name, manifest)
     inputs = check_takes_adapters(manifest, onnx_dir, ExportError)
     tensors = adapter_tensors(name, changes, inputs)

@@ -151,11 +151,7 @@ def fold_onnx(
 
 
 def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | Path) -> None:
-    """Check that the output is neither the source nor around or within it.
-
-    Raises:
-        ExportError: It is.
-    """
+    """Check that the output is neither the source nor around or within it."""
     output = Path(os.path.realpath(output_dir))  # of loops, too
     directory = Path(os.path.realpath(source.directory))
     is_within = directory in output.parents and not source.is_lone_file  # beside a file there may be anything
@@ -167,22 +163,14 @@ def _check_apart(source: SourceExport, onnx_dir: str | Path, output_dir: str | P
 
 
 def _compare(adapter: StoredAdapter, source: SourceExport, base: str | Path | None) -> BaseComparison:
-    """How an adapter's base compares with the export's, whose layers and parameters it has to agree with.
-
-    Raises:
-        CheckpointError: It adapts others than its configuration selects.
-    """
+    """How an adapter's base compares with the export's, whose layers and parameters it has to agree with."""
     if (known := source.layers) is not None:
         adapter.check_layers(known)
     return compare_bases(adapter.config.made_for, base_of_export(source.directory, source.manifest, base))
 
 
 def _base_weights(base: str | Path, manifest: Manifest | None) -> BaseWeights:
-    """The base's weights as they were exported.
-
-    Raises:
-        CheckpointError: Its files cannot be read, or are quantized in a form that is not read.
-    """
+    """The base's weights as they were exported."""
     record = None if manifest is None or manifest.base is None else manifest.base.quantization
     return BaseWeights(base, needed_quantization(record, str(base)))
 
@@ -190,11 +178,7 @@ def _base_weights(base: str | Path, manifest: Manifest | None) -> BaseWeights:
 def _check_quantized(
     export: Export, locations: list[WeightLocation], replacements: Replacements, *, requantize: bool
 ) -> None:
-    """Check that weights are floats, or may be quantized again.
-
-    Raises:
-        MergeError: They are not, or the base cannot be used for that.
-    """
+    """Check that weights are floats, or may be quantized again."""
     every = [*locations, *(location for location, _ in replacements.layers)]
     quantized = list(dict.fromkeys(location.path for location in every if location.weight.storage != "float"))
     if quantized and not requantize:
@@ -215,17 +199,7 @@ def _check_quantized(
 def _write(
     stage: Path, source: SourceExport, changed: Set[str], data: Sequence[NewFile]
 ) -> dict[str, FileEntry] | None:
-    """Write every file; the result describes them for the manifest, if there is one.
-
-    Args:
-        stage: Where to write.
-        source: The export.
-        changed: The models whose graphs changed.
-        data: The new data files.
-
-    Raises:
-        ExportError: A file of the source is not what was exported, which the new digests would hide.
-    """
+    """Write every file; the result describes them for the manifest, if there is one."""
     manifest = source.manifest
     with ThreadPoolExecutor(1) as reader:  # digests of what is read, while it is
         unchanged = None

@@ -119,11 +119,7 @@ class ExportOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        """Check every option, by itself and beside the others.
-
-        Raises:
-            ExportError: A value is not one that the option takes, or does not go with another one.
-        """
+        """Check every option, by itself and beside the others."""
         if isinstance(self.adapters, str):
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_options(self, ExportError)
@@ -175,15 +171,7 @@ class ExportOptions:
             )
 
     def check_model(self, *, methods: Mapping[str, AdapterMethod], task: str | None) -> None:
-        """Check that the options fit a model, as far as its adapters and its task tell.
-
-        Args:
-            methods: The methods of its adapters by their names; empty for a model without any.
-            task: Its task, or None where that is not known.
-
-        Raises:
-            ExportError: They do not.
-        """
+        """Check that the options fit a model, as far as its adapters and its task tell."""
         as_data = self.adapters in AS_DATA
         if as_data and not methods:
             raise ExportError(
@@ -236,10 +224,6 @@ class ExportOptions:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Check that a value is among the choices.
-
-    Raises:
-        ExportError: It is not; the message lists them.
-    """
+    """Check that a value is among the choices."""
     if value not in choices:
         raise ExportError(f"{name}={value!r} is not available; take {' or '.join(map(repr, choices))}")

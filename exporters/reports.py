@@ -54,11 +54,7 @@ class CachedAttentionReport(AttentionReport):
 
 
 def attention_report(log: PassLog) -> AttentionReport | None:
-    """Which layers' attention is fused, in all parts of the model, where there is any.
-
-    Args:
-        log: What the passes of an export did.
-    """
+    """Which layers' attention is fused, in all parts of the model, where there is any."""
     over_cache, reports = log.summaries(CachedAttentionReport), log.summaries(AttentionReport)
     if over_cache or not reports:
         return next(iter(over_cache), None)
@@ -85,11 +81,7 @@ class ExpertsReport:
 
 
 def experts_report(log: PassLog) -> ExpertsReport | None:
-    """How the experts of all parts of a model were exported; None for a model without any.
-
-    Args:
-        log: What the passes of an export did.
-    """
+    """How the experts of all parts of a model were exported; None for a model without any."""
     reports = log.summaries(ExpertsReport)
     plain = {layer: why for report in reports for layer, why in report.plain.items()}
     return ExpertsReport(sum(report.fused for report in reports), plain) if reports else None

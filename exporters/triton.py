@@ -184,11 +184,7 @@ def _write_model(
 
 
 def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[str, Path]:
-    """The export's own adapters and those that are given, by name.
-
-    Raises:
-        ExportError: A name is given that the export has, or one of its own is a link.
-    """
+    """The export's own adapters and those that are given, by name."""
     own = own_adapters(source, ExportError)
     if twice := sorted(set(own) & set(given)):
         raise ExportError(f"{source} has an adapter {twice[0]!r} of its own; give yours another name")

@@ -54,12 +54,7 @@ _HOMES = {
 
 
 def first_use(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make a module's `__getattr__`, which imports each of its names on first use.
-
-    Args:
-        module: Name of the module or package.
-        homes: The module of each name, relative to `gralora_fx`.
-    """
+    """Make a module's `__getattr__`, which imports each of its names on first use."""
 
     def imported(name: str) -> Any:
         """Import a name on first use."""

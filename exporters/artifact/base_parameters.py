@@ -43,17 +43,7 @@ class BaseParameters:
     manifest: Manifest
 
     def changes(self, updates: Mapping[str, Update], copies: Mapping[str, NDArray[Any]], name: str) -> Changes:
-        """What an adapter changes: its updates, and its trained copies as differences from the export's values.
-
-        Args:
-            updates: Its updates of weights by the layer's path.
-            copies: Trained values by the names of the base's parameters.
-            name: The adapter, for messages.
-
-        Raises:
-            ExportError: A copy has another shape than the export's parameter, or is not of a layer that the export
-                takes such values for.
-        """
+        """What an adapter changes: its updates, and its trained copies as differences from the export's values."""
         if not copies:
             return Changes(updates)
         found, biases = dict(updates), {}
@@ -84,11 +74,7 @@ class BaseParameters:
         return Changes(found, biases)
 
     def check(self) -> None:
-        """Check that the values are there that adapters may replace.
-
-        Raises:
-            ExportError: Some are not.
-        """
+        """Check that the values are there that adapters may replace."""
         inputs = self._inputs
         names = [f"{site.path}{_WEIGHT}" for site in inputs.sites if site.form == WHOLE]
         names += [f"{site.path}{_BIAS}" for site in inputs.sites if site.has_bias]
@@ -137,17 +123,7 @@ def _values(weight: ProductWeight, start: int, stop: int) -> NDArray[Any]:
 
 
 def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manifest) -> None:
-    """Write each active adapter of a model to an export.
-
-    Args:
-        directory: The export directory.
-        model: The model.
-        manifest: The manifest of the export, which takes adapters as data.
-
-    Raises:
-        ExportError: An adapter's name is not one for a file, its values do not fit the dtype, or the export's files do
-            not hold the parameters that it replaces.
-    """
+    """Write each active adapter of a model to an export."""
     base = BaseParameters(directory, manifest)
     base.check()
     for name in model.active_adapters:
@@ -158,16 +134,7 @@ def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manife
 
 
 def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:
-    """What an adapter of a model changes of an export.
-
-    Args:
-        model: The model.
-        name: The adapter.
-        base: The export's parameters.
-
-    Raises:
-        ExportError: It trains parameters that do not fit the export.
-    """
+    """What an adapter of a model changes of an export."""
     adapter = model.adapter(name)
     updates = {path: adapter.update(path) for path in adapter.factors}
     copies = {base_name: to_numpy(value) for owned in adapter.copies.values() for base_name, value in owned.items()}

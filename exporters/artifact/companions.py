@@ -25,14 +25,6 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
     transformers.js reads: that of a processor, or the one beside the tokenizer. A sentence encoder's tokenizer
     truncates and lowercases as its directory says; its prompts are written too.
-
-    Args:
-        stage: Where to write them.
-        traced: The trace that is exported.
-        tokenizer: A tokenizer, a processor, or the directory of a tokenizer; None for none.
-
-    Raises:
-        ExportError: The tokenizer cannot be loaded or saved.
     """
     if traced.config is not None:
         traced.config.save_pretrained(stage)
@@ -63,14 +55,7 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
 
 
 def loaded_tokenizer(tokenizer: Any) -> Any:
-    """A given tokenizer.
-
-    Args:
-        tokenizer: A tokenizer, or the directory of one.
-
-    Raises:
-        ExportError: The directory has none.
-    """
+    """A given tokenizer."""
     loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
     if loaded is None:
         raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
@@ -87,13 +72,7 @@ def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer
 
 
 def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:
-    """Write the configuration beside the model.
-
-    Args:
-        directory: The export directory.
-        config: The model's transformers configuration.
-        model: The exported graph, whose inputs and outputs are named.
-    """
+    """Write the configuration beside the model."""
     text = json.dumps(genai_config(config, model), indent=2) + "\n"
     (directory / GENAI_CONFIG).write_text(text, encoding="utf-8")
 

@@ -45,23 +45,7 @@ def write_adapter(
     manifest: Manifest,
     base: BaseComparison | None = None,
 ) -> Path:
-    """Write an adapter to an export: both files, or none after an error.
-
-    Args:
-        directory: The export directory.
-        name: The adapter's name.
-        changes: What it changes; at layers that the model does not call, nothing.
-        config: Its `adapter_config.json`.
-        manifest: The manifest of the export, which takes adapters as data.
-        base: What was compared of the adapter's base and the export's, or None.
-
-    Returns:
-        The adapter file.
-
-    Raises:
-        ExportError: The name is not one for a file, the export has no such layer or other blocks, a width differs, or a
-            value does not fit the dtype; every problem is named.
-    """
+    """Write an adapter to an export: both files, or none after an error."""
     check_name(name)
     inputs = manifest.adapter_inputs
     assert inputs is not None
@@ -84,17 +68,7 @@ def write_adapter(
 
 
 def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """An adapter's tensors by the names of an export's inputs.
-
-    Args:
-        name: The adapter's name, for messages.
-        changes: What it changes; at layers that the model does not call, nothing.
-        inputs: The adapter tensors that the export takes.
-
-    Raises:
-        ExportError: The export has no such layer or other blocks, a width differs, or a value does not fit the dtype;
-            every problem is named.
-    """
+    """An adapter's tensors by the names of an export's inputs."""
     sites = {site.path: site for site in inputs.sites}
     paths = list(dict.fromkeys([*changes.updates, *changes.biases]))
     missing = [path for path in paths if path not in sites and path not in inputs.uncalled]
@@ -136,11 +110,7 @@ class _OtherBlocksError(ValueError):
 
 
 def _at_site(site: AdapterSite, changes: Changes, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """An adapter's tensors at a layer: of rank 0 and zeros where it changes a part of the layer alone.
-
-    Raises:
-        ValueError: They do not fit the layer.
-    """
+    """An adapter's tensors at a layer: of rank 0 and zeros where it changes a part of the layer alone."""
     arrays = {name: np.zeros(shape, np.float32) for name, shape in _shapes(site, inputs, 0, 0).items()}
     update = changes.updates.get(site.path)
     if update is not None:

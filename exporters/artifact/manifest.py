@@ -30,15 +30,7 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxrunt
 
 
 def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour: str, logits: str) -> Manifest:
-    """The manifest of an export, without its files and its verification.
-
-    Args:
-        conversion: What was converted.
-        models: The ONNX models by the names of their files; inputs and outputs of several are told apart by them, but
-            for those of `model_rows`, which are left out.
-        flavour: Kind of export.
-        logits: Which positions' logits it returns: `"last"` or `"all"`.
-    """
+    """The manifest of an export, without its files and its verification."""
     model, options, log = conversion.model, conversion.options, conversion.log
     traced = base_trace(model)
     graphs = {name: onnx_model.graph for name, onnx_model in models.items()}
@@ -122,11 +114,7 @@ def _shape(value: ir.Value) -> list[int | str | None]:
 
 
 def position_offset(traced: TracedModel) -> int:
-    """Number of unused rows at the start of the position table: RoBERTa counts from its padding index + 1.
-
-    Args:
-        traced: A traced model.
-    """
+    """Number of unused rows at the start of the position table: RoBERTa counts from its padding index + 1."""
     limit = context_length(traced.config.to_dict()) if traced.config is not None else None
     parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
     for node in traced.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default):

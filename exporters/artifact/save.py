@@ -19,18 +19,7 @@ _INLINE = 1024  # bytes of the largest tensor that is written into the model its
 def save_models(
     onnx_models: Mapping[str, ir.Model], stage: Path, output_dir: str | Path, *, shared: bool = False
 ) -> None:
-    """Write models, if there is room for them.
-
-    Args:
-        onnx_models: The models by the names of their files, without a suffix.
-        stage: Where to write them.
-        output_dir: Where they will be, for messages.
-        shared: Whether a tensor that several models have is written once: to the file of the first one, where the
-            others find it. Else every model has its weights in a file of its own name, as transformers.js expects.
-
-    Raises:
-        ExportError: The disk has no room for their weights.
-    """
+    """Write models, if there is room for them."""
     tensors = [tensor for model in onnx_models.values() for _, tensor in _weights(model)]
     if shared:
         tensors = list({_identity(tensor): tensor for tensor in tensors}.values())

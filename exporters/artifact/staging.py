@@ -29,11 +29,7 @@ _LITTLE = 1 << 20  # bytes; with less free space, a write error without a reason
 
 
 def check_output(directory: str | Path) -> Path:
-    """The output path, checked: new, empty, or an earlier export.
-
-    Raises:
-        ExportError: The path is a file, or a directory that holds something other than an export.
-    """
+    """The output path, checked: new, empty, or an earlier export."""
     path = check_path(directory)
     if path.is_dir() and any(path.iterdir()) and not is_export(path):
         raise ExportError(
@@ -44,18 +40,7 @@ def check_output(directory: str | Path) -> Path:
 
 
 def check_converted(directory: str | Path, sources: Iterable[Path], marker: str, *, overwrite: bool) -> Path:
-    """The output path of what is made from other directories, checked: new, empty, or an earlier result.
-
-    Args:
-        directory: The output directory.
-        sources: The directories that it is made from.
-        marker: File by which an earlier result is known.
-        overwrite: Whether an earlier result may be replaced.
-
-    Raises:
-        ExportError: The path is a file, one of the sources, within one or around one, or it is not empty and may not be
-            replaced.
-    """
+    """The output path of what is made from other directories, checked: new, empty, or an earlier result."""
     path = check_path(directory)
     for source in sources:
         one, other = path.resolve(), source.resolve()
@@ -75,11 +60,7 @@ def check_converted(directory: str | Path, sources: Iterable[Path], marker: str,
 
 
 def check_path(directory: str | Path) -> Path:
-    """The output path, checked: a directory that could be made or replaced, whatever it holds.
-
-    Raises:
-        ExportError: It is a file, a link, the current directory or not writable.
-    """
+    """The output path, checked: a directory that could be made or replaced, whatever it holds."""
     path = usable_directory(directory, ExportError, remedy=_REMEDY)
     if path.resolve() == Path.cwd():
         raise ExportError(f"the output is the current directory, which cannot be replaced; {_REMEDY}")
@@ -90,38 +71,21 @@ def check_path(directory: str | Path) -> Path:
 
 
 def check_folder(directory: str | Path) -> Path:
-    """A directory to write files into, checked: it may exist and hold others.
-
-    Raises:
-        ExportError: It is not a path, a file, or not writable.
-    """
+    """A directory to write files into, checked: it may exist and hold others."""
     path = usable_directory(directory, ExportError, writes=True)
     _check_writable(path.absolute(), (), path)
     return path
 
 
 def check_file(file: str | Path) -> Path:
-    """A file to write, checked: it may exist.
-
-    Raises:
-        ExportError: It is not a path, a directory, or cannot be written.
-    """
+    """A file to write, checked: it may exist."""
     path = usable_file(file, ExportError, writes=True)
     _check_writable(path.absolute().parent, (path.name,), path)
     return path
 
 
 def _check_writable(folder: Path, names: Sequence[str], path: Path) -> None:
-    """Check that a directory can be made or written to, by making one in what there is of it.
-
-    Args:
-        folder: The directory.
-        names: Names that will be made in it.
-        path: What will be written, for messages.
-
-    Raises:
-        ExportError: It cannot.
-    """
+    """Check that a directory can be made or written to, by making one in what there is of it."""
     there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), Path("/"))
     try:
         Path(tempfile.mkdtemp(prefix=".gralora-", dir=there)).rmdir()
@@ -140,16 +104,7 @@ def _check_writable(folder: Path, names: Sequence[str], path: Path) -> None:
 
 
 def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str | None = None) -> None:
-    """Refuse to replace an earlier export of another model.
-
-    Args:
-        directory: The output directory.
-        task: Task of the new export.
-        fingerprint: Fingerprint of its base; None where it is not known yet, so that only the task is compared.
-
-    Raises:
-        ExportError: There is one, of another task or base, or of one that cannot be told.
-    """
+    """Refuse to replace an earlier export of another model."""
     earlier = _earlier(Path(directory))
     if earlier is None:
         return
@@ -160,16 +115,7 @@ def check_replaced(directory: str | Path, *, task: str | None, fingerprint: str 
 
 
 def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
-    """Refuse to replace an earlier export of another base, as far as that shows before any weight is loaded.
-
-    Args:
-        directory: The output directory.
-        base: Where the base of the new export comes from.
-
-    Raises:
-        ExportError: There is one whose base has other sizes or weights; of another name or commit alone, the weights
-            tell once they are loaded.
-    """
+    """Refuse to replace an earlier export of another base, as far as that shows before any weight is loaded."""
     earlier = _earlier(Path(directory))
     if earlier is None:
         return
@@ -184,12 +130,7 @@ def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
 
 
 def warn_of_lost_adapters(directory: str | Path, brought: Iterable[str]) -> None:
-    """Warn of adapters in an earlier export that the new one does not bring, since an export is replaced whole.
-
-    Args:
-        directory: The output directory.
-        brought: Names of the adapters that the new export holds as data.
-    """
+    """Warn of adapters in an earlier export that the new one does not bring, since an export is replaced whole."""
     path = Path(directory)
     if not is_export(path):
         return
@@ -221,13 +162,6 @@ def staged(directory: str | Path, check: Callable[[str | Path], Path] = check_ou
 
     An earlier export there is replaced whole; after an error it is as it was, and nothing else is left. What a killed
     run has left is cleaned up by the next one.
-
-    Args:
-        directory: The output directory.
-        check: Checks that it may be written or replaced.
-
-    Raises:
-        ExportError: The output may not be written, or writing fails.
     """
     path = check(directory).absolute()
     try:

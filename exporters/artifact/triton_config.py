@@ -94,17 +94,7 @@ class TritonConfig:
 def tensors_of(
     values: Sequence[Any], *, batched: bool, optional: bool = False, label_files: Mapping[str, str] | None = None
 ) -> tuple[TritonTensor, ...]:
-    """Inputs or outputs of a session as Triton declares them.
-
-    Args:
-        values: The session's.
-        batched: Whether Triton batches, so that the first axis is left out.
-        optional: Whether requests may leave them out.
-        label_files: Files with the names of classes, by output.
-
-    Raises:
-        ExportError: Triton has no such type.
-    """
+    """Inputs or outputs of a session as Triton declares them."""
     return tuple(_tensor(value, batched, optional, (label_files or {}).get(value.name)) for value in values)
 
 

@@ -69,16 +69,7 @@ class TensorChanges:
 
 
 def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> TensorChanges:
-    """Decide for every tensor that an adapter changes where it comes from and where it goes.
-
-    Args:
-        base: The base's files.
-        names: What its tensors are in the model.
-        adapter: The adapter, open until all is written.
-
-    Raises:
-        CheckpointError: The adapter does not fit the base; every problem is named.
-    """
+    """Decide for every tensor that an adapter changes where it comes from and where it goes."""
     problems: list[str] = []
     wanted: dict[str, NewTensor] = {}
     folds = ExpertFolds(base, names, adapter, _NOT_FINITE)

@@ -36,17 +36,7 @@ _EXPORTS = ("onnx", "openvino")  # folders of the same weights in another format
 def edited_config(
     base: SavedWeights, names: Names, changes: TensorChanges, num_labels: int | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The fields of `config.json` for the merged model, and a sentence for each that differs.
-
-    Args:
-        base: The base's files.
-        names: What its tensors are in the model.
-        changes: What changes.
-        num_labels: Number of classes of the adapter's head, or None.
-
-    Raises:
-        CheckpointError: The configuration cannot be read, or its model cannot have the weights that are untied.
-    """
+    """The fields of `config.json` for the merged model, and a sentence for each that differs."""
     fields = read_json_object(base.directory / MODEL_FILE, CheckpointError)
     notes: list[str] = []
     if base.quantization is not None:
@@ -81,11 +71,7 @@ def _untie(fields: dict[str, Any]) -> None:
 
 
 def _check_untied(fields: dict[str, Any], model: PreTrainedModel, changes: TensorChanges) -> None:
-    """Check that a model of the new configuration has separate weights, and computes the same otherwise.
-
-    Raises:
-        CheckpointError: It does not; the weights are named.
-    """
+    """Check that a model of the new configuration has separate weights, and computes the same otherwise."""
     from gralora_fx.base.sources.streamed_models import empty_model  # it imports torch and transformers
 
     config = type(model.config).from_dict(fields)
@@ -139,18 +125,7 @@ def _is_left_out(path: Path) -> bool:
 def write_other_files(
     base: SavedWeights, changes: TensorChanges, shards: list[NewShard], config: dict[str, Any] | None, stage: Path
 ) -> list[str]:
-    """Write everything but the weights.
-
-    Args:
-        base: The base's files.
-        changes: What changes.
-        shards: The files of weights.
-        config: Fields of the new `config.json`; None to copy the base's.
-        stage: Where to write.
-
-    Returns:
-        The base's files that are left out (see `files_to_copy`).
-    """
+    """Write everything but the weights."""
     copied, left_out = files_to_copy(base)
     for path in copied:
         (stage / path).parent.mkdir(parents=True, exist_ok=True)

@@ -106,15 +106,6 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
 
     That is the class for the adapter's task, the one that the configuration names, or the bare model: the first that
     has all the parameters that the adapter names.
-
-    Args:
-        base: The base's files.
-        needed: Names of the parameters that the adapter changes.
-        task: The adapter's task, or None.
-        num_labels: Number of classes of the adapter's head, or None for the base's.
-
-    Raises:
-        CheckpointError: No model can be made, or none has these parameters; they are named.
     """
     from gralora_fx.base.sources.expert_parts import expert_parts
     from gralora_fx.base.sources.streamed_models import keys_by_name
@@ -158,10 +149,6 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
         base: The base's files: floats to round, or weights of four bits, all of which are stored as `[out, in]`.
         names: What its tensors are in the model.
         rounding: How floats are rounded; None for not at all.
-
-    Raises:
-        CheckpointError: transformers does not have the model's class, which says what its layers are.
-        ConfigError: The model has no linear layer that is rounded.
     """
     if names.model is None:
         raise CheckpointError(
@@ -186,12 +173,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
 
 
 def names_in_files(base: SavedWeights, adapter: StoredAdapter) -> Names | None:
-    """The names of a base's tensors where the files show all that a merge must know; None where they do not.
-
-    Args:
-        base: The base's files.
-        adapter: The adapter.
-    """
+    """The names of a base's tensors where the files show all that a merge must know; None where they do not."""
     keys = [f"{path}.weight" for path in adapter.sites]
     if adapter.copies or adapter.repeats or adapter.config.target_parameters:
         return None

@@ -47,15 +47,7 @@ class LayerEdit:
 
     @classmethod
     def folding(cls, adapter: StoredAdapter, path: str, name: str, start: int, stop: int) -> Self:
-        """An adapter's update added to the weight of a layer.
-
-        Args:
-            adapter: The adapter, open until all is written.
-            path: The layer's path.
-            name: The layer, for messages.
-            start: First of its output features in the matrix.
-            stop: End of them.
-        """
+        """An adapter's update added to the weight of a layer."""
         return cls(name, start, stop, partial(adapter.update, path), takes_parts=adapter.method.has_lora_form)
 
     def prepare(self, in_features: int, not_finite: str = NOT_FINITE) -> Callable[[NDArray[Any], slice, slice], None]:
@@ -63,10 +55,6 @@ class LayerEdit:
 
         It is given the part `[rows, columns]`, which may be a view, its output features, counted from the layer's
         first, and its input features.
-
-        Args:
-            in_features: Input features of the whole weight.
-            not_finite: Text of the error for results that are not finite, with places for `name` and `dtype`.
         """
         updates = () if self.update is None else (self.update(),)
 
@@ -170,11 +158,7 @@ class ExpertEdit:
 
 
 def kept_updates(adapter: StoredAdapter) -> Callable[[str], Update]:
-    """Reads the updates of an adapter's parameters by their paths, and keeps the last ones for their other parts.
-
-    Args:
-        adapter: The adapter, open until all is written.
-    """
+    """Reads the updates of an adapter's parameters by their paths, and keeps the last ones for their other parts."""
     return lru_cache(_KEPT)(adapter.update)
 
 
@@ -220,10 +204,6 @@ def assign(part: NDArray[Any], values: NDArray[Any]) -> None:
 
 
 def check_finite(values: NDArray[Any], name: str, text: str = NOT_FINITE) -> None:
-    """Check that folded values are finite.
-
-    Raises:
-        MergeError: One is not: the adapter is damaged, or the dtype has no such number.
-    """
+    """Check that folded values are finite."""
     if not extremes_are_finite(values):
         raise MergeError(text.format(name=name, dtype=values.dtype.name))

@@ -18,24 +18,12 @@ class ExpertFolds:
     """What becomes of a base's tensors at the parameters of an adapter."""
 
     def __init__(self, base: SavedWeights, names: Names, adapter: StoredAdapter, not_finite: str) -> None:
-        """Read nothing yet.
-
-        Args:
-            base: The base's files.
-            names: What its tensors are in the model.
-            adapter: The adapter, open until all is written; it knows the names of its parameters.
-            not_finite: Text of the error, as of `ExpertEdit`.
-        """
+        """Read nothing yet."""
         self.base, self.names, self.adapter, self.not_finite = base, names, adapter, not_finite
         self._update = kept_updates(adapter)
 
     def at(self, path: str, problems: list[str]) -> dict[str, NewTensor]:
-        """The changed tensors of one parameter, by key.
-
-        Args:
-            path: The parameter's name.
-            problems: Where to add what does not fit.
-        """
+        """The changed tensors of one parameter, by key."""
         site, before = self.adapter.sites[path], len(problems)
         transposed = site.experts is not None and self.names.stores_experts_transposed(path)
         matrix = site.features[::-1]

@@ -49,11 +49,7 @@ class ExpertLocation:
     is_up: bool = False
 
     def edit(self, update: Callable[[], Update]) -> ExpertEdit:
-        """An update of all experts added to the matrices.
-
-        Args:
-            update: Reads it.
-        """
+        """An update of all experts added to the matrices."""
         assert self.value.shape is not None
         _, *stored = (int(size) for size in self.value.shape.numpy())
         options: dict[str, Any] = {"gate": self.gate, "is_up": self.is_up, "is_transposed": self.is_transposed}
@@ -68,15 +64,7 @@ class ExpertLocation:
 
 
 def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> StoredAdapter:
-    """An adapter with the names of its parameters, as far as an export's initializers tell them by their widths.
-
-    Args:
-        graphs: The export's graphs, by file.
-        adapter: The adapter.
-
-    Raises:
-        MergeError: Parameters of one module have the same widths, or the export has no such parameters.
-    """
+    """An adapter with the names of its parameters, as far as an export's initializers tell them by their widths."""
     names = initializer_names(graphs.values())
     shapes = {name: found for graph in graphs.values() for name in names if (found := _possible_features(graph, name))}
     order: list[str] = []
@@ -100,15 +88,7 @@ def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> S
 
 
 def find_experts(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[ExpertLocation]:
-    """Where the parameters of an adapter lie; one may lie in several files.
-
-    Args:
-        graphs: The export's graphs, by file.
-        adapter: The adapter, with the names of all its parameters.
-
-    Raises:
-        MergeError: One is not found, is quantized, or has other widths or another number of experts; all are named.
-    """
+    """Where the parameters of an adapter lie; one may lie in several files."""
     found: list[ExpertLocation] = []
     problems: list[str] = []
     for path in adapter.parameters:

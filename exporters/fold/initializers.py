@@ -54,13 +54,7 @@ def dtype_of(value: ir.Value) -> np.dtype[Any]:
 
 
 def read_rows(value: ir.Value, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-    """Rows of an initializer, `[rows, columns]` as of `rows_and_columns`, in memory of their own.
-
-    Args:
-        value: The initializer.
-        start: The first row.
-        stop: End of the rows; None for all.
-    """
+    """Rows of an initializer, `[rows, columns]` as of `rows_and_columns`, in memory of their own."""
     count, columns = rows_and_columns(value)
     stop = count if stop is None else stop
     tensor, dtype = tensor_of(value), dtype_of(value)
@@ -133,11 +127,7 @@ class ProductWeight:
 
 
 def product_weights(graph: ir.Graph) -> list[ProductWeight]:
-    """The weights that the products of a graph multiply by, those in branches included, in the order of first use.
-
-    Args:
-        graph: A model's graph; weights are not read.
-    """
+    """The weights that the products of a graph multiply by, those in branches included, in the order of first use."""
     return [weight for value in initializers(graph) if (weight := _product_weight(value)) is not None]
 
 
@@ -216,13 +206,7 @@ def _described(
 
 
 def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> Iterator[_Product | None]:
-    """The products that an input leads to, through transposes and casts; None for each reader of another kind.
-
-    Args:
-        reader: The input.
-        value: The initializer.
-        transposed: Whether the matrix as the input has it is the initializer, not its transpose.
-    """
+    """The products that an input leads to, through transposes and casts; None for each reader of another kind."""
     node, index = reader
     if node.metadata_props.get(MARK) == WEIGHT or is_unmarked(node):
         yield _Product("columns", True, EARLIER if is_unmarked(node) else "") if index == 0 else None

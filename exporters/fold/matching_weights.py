@@ -57,13 +57,7 @@ def reduced(name: str) -> str:
 
 
 def ranges(names: Sequence[str], total: int, width_of: Callable[[str], int | None]) -> Iterator[tuple[int, int]]:
-    """First and last output feature of each part of an initializer; nothing if the widths do not say.
-
-    Args:
-        names: The parameters that it holds.
-        total: Its output features.
-        width_of: The output features of a parameter, or None where they are not known.
-    """
+    """First and last output feature of each part of an initializer; nothing if the widths do not say."""
     widths = dict(zip(names, _widths(names, total, width_of), strict=True))
     if len(widths) < len(names) or sum(width or total for width in widths.values()) != total:
         return
@@ -99,15 +93,7 @@ class BaseWeights:
     """The safetensors files of a base model; a tensor is read when it is asked for."""
 
     def __init__(self, base: str | Path, rounding: BaseQuantization | None = None) -> None:
-        """Read the headers.
-
-        Args:
-            base: Local directory or hub id.
-            rounding: How its layers were rounded when it was exported; None for not at all.
-
-        Raises:
-            CheckpointError: There are no safetensors files, or they cannot be read.
-        """
+        """Read the headers."""
         self._rounding = rounding
         self.directory = resolve_directory(base, CheckpointError)
         self._stored = read_weights(self.directory).tensors
@@ -115,15 +101,7 @@ class BaseWeights:
         self._is_tied = bool(config.get("tie_word_embeddings", True))
 
     def weight(self, path: str, features: tuple[int, int]) -> NDArray[Any]:
-        """The weight `[out, in]` of a layer.
-
-        Args:
-            path: The layer.
-            features: Its widths in and out.
-
-        Raises:
-            MergeError: The base has no such weight, or one of another shape.
-        """
+        """The weight `[out, in]` of a layer."""
         inputs, outputs = features
         key = self._key(f"{path}.weight", outputs)
         if key is None:

@@ -186,14 +186,6 @@ def plan_rewriting(
 ) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
     """What is to be rewritten, and the edits of quantized weights.
 
-    Args:
-        models: The models by file; their initializers are changed in place.
-        export: What was searched.
-        adapter: The adapter, open until all is written.
-        locations: Where its layers' weights lie.
-        replacements: What it replaces.
-        experts: Where its parameters lie.
-
     Raises:
         MergeError: Weights share bytes.
     """

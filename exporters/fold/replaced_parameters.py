@@ -65,17 +65,7 @@ class Replacements:
 
 
 def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[WeightLocation]) -> Replacements:
-    """Where the parameters lie that an adapter replaces; those that it only repeats are compared.
-
-    Args:
-        export: The export.
-        adapter: The adapter.
-        adapted: The locations of its adapted layers, whose weights it may repeat.
-
-    Raises:
-        MergeError: A parameter is not found, has another shape, is shared with others, or one that should repeat the
-            base's does not; all are named.
-    """
+    """Where the parameters lie that an adapter replaces; those that it only repeats are compared."""
     layers: list[tuple[WeightLocation, LayerEdit]] = []
     values: list[tuple[ValueLocation, ValuesEdit]] = []
     problems: list[str] = []
@@ -135,11 +125,7 @@ def _weight_locations(export: Export, path: str) -> list[WeightLocation]:
 
 
 def _as_matrix(export: Export, location: WeightLocation, tensor: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-    """A layer's trained weight as `[out, in]`, of `shape` if it fits.
-
-    Raises:
-        MergeError: Nothing says whether a square one has the layout of a linear layer or of transformers' `Conv1D`.
-    """
+    """A layer's trained weight as `[out, in]`, of `shape` if it fits."""
     if export.manifest is not None or not location.weight.transposed:
         return tensor.T if export.is_conv1d(location.path) else tensor
     if shape[0] != shape[1]:
@@ -152,11 +138,7 @@ def _as_matrix(export: Export, location: WeightLocation, tensor: NDArray[Any], s
 
 
 def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[ValueLocation, ValuesEdit]]:
-    """Locations of any other parameter, and what happens there.
-
-    Raises:
-        MergeError: There are none, or what is there has another shape or other readers.
-    """
+    """Locations of any other parameter, and what happens there."""
     locations = list(named_values(export, name))
     if not locations:
         raise MergeError("no initializer of the export has its name; export the merged model instead")
@@ -177,15 +159,7 @@ def _value_edits(export: Export, name: str, tensor: NDArray[Any]) -> list[tuple[
 
 
 def named_values(export: Export, name: str) -> Iterator[ValueLocation]:
-    """Locations of a parameter by its name, alone in an initializer or beside others.
-
-    Args:
-        export: The export.
-        name: The parameter.
-
-    Raises:
-        MergeError: None has the name itself, and several of a file of another exporter end with it.
-    """
+    """Locations of a parameter by its name, alone in an initializer or beside others."""
     locations = list(_named_values(export, name, foreign=False))
     if not locations and export.manifest is None:
         locations = list(_named_values(export, name, foreign=True))

@@ -255,11 +255,7 @@ StoredValues: TypeAlias = _StoredBlocks | _StoredColumns
 
 
 def stored_values(weight: ProductWeight) -> StoredValues:
-    """The tensors of a quantized weight, in memory of their own: all are read at once.
-
-    Raises:
-        ExportError: It is of an earlier version's export, which does not say what its columns are multiplied by.
-    """
+    """The tensors of a quantized weight, in memory of their own: all are read at once."""
     if weight.problem == EARLIER:
         raise ExportError(f"{weight.name} cannot be read: {EARLIER}")
     integers, scales, *zero_points = (read_rows(value) for value in weight.parts)
@@ -292,14 +288,7 @@ def overall_share(survival: Mapping[str, Survival]) -> float | None:
 
 
 def check_survival(survival: Mapping[str, Survival]) -> None:
-    """Check that at every layer more than half of the update is left.
-
-    Args:
-        survival: What is left, by layer.
-
-    Raises:
-        MergeError: At some it is not; the worst are named.
-    """
+    """Check that at every layer more than half of the update is left."""
     shares = {path: part.share for path, part in survival.items()}
     lost = sorted((path for path in shares if shares[path] <= LEAST_SHARE), key=lambda path: shares[path])
     if not lost:

@@ -61,16 +61,7 @@ class SourceExport:
 
 
 def open_export(onnx_dir: str | Path) -> SourceExport:
-    """Open an export directory.
-
-    Args:
-        onnx_dir: A directory with one or several ONNX files, or such a file: the export is its directory.
-
-    Raises:
-        ExportError: There is no such directory or file, it holds no ONNX model, or one that cannot be read; a data
-            file is missing, truncated or a link; or the manifest says that files differ or that adapters are not
-            merged.
-    """
+    """Open an export directory."""
     directory, file = _directory_and_file(onnx_dir)
     files = [file] if file is not None else sorted(directory.glob("*.onnx")) if os.path.isdir(directory) else []
     if not files:
@@ -97,11 +88,7 @@ def open_export(onnx_dir: str | Path) -> SourceExport:
 
 
 def _directory_and_file(onnx_dir: str | Path) -> tuple[Path, Path | None]:
-    """The directory of an export that is given as such or as its ONNX file, and that file if no manifest describes it.
-
-    Raises:
-        ExportError: The path is not usable, or is a file of another kind.
-    """
+    """Return an export's directory, given as such or as its ONNX file, and that file if no manifest describes it."""
     path = usable_path(onnx_dir, ExportError, remedy="give the directory of an export, or an ONNX file")
     if not path.is_file():
         return path, None
@@ -143,18 +130,7 @@ def digest_of(adapter: StoredAdapter) -> str:
 
 
 def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: str) -> None:
-    """Check that an adapter can be folded beside those that an export holds.
-
-    Args:
-        manifest: The export's manifest.
-        adapter: The adapter.
-        sha256: Its digest.
-
-    Raises:
-        MergeError: It is one of them, is of another base than one of them, or one of both replaces parameters that the
-            other one changes too, or both adapt a layer and what one of them does depends on the weight: the order
-            would count, and no model has both.
-    """
+    """Check that an adapter can be folded beside those that an export holds."""
     for name, entry in manifest.adapters.items():
         own, other = adapter.config.base_model_name_or_path, entry.config.get("base_model_name_or_path")
         if own and other:

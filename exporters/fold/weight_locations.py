@@ -110,15 +110,7 @@ class Export:
         return list(dict.fromkeys(sharing))
 
     def base_values(self, path: str, features: tuple[int, int]) -> tuple[NDArray[Any], ...]:
-        """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known.
-
-        Args:
-            path: The layer.
-            features: Its widths in and out.
-
-        Raises:
-            MergeError: The base has no such weight, or one of another shape.
-        """
+        """The given base's weight `[out, in]` of a layer; both readings of a square one whose layout is not known."""
         assert self.base is not None
         values = self.base.weight(path, features)
         if features[0] != features[1]:
@@ -129,16 +121,7 @@ class Export:
 
 
 def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocation]:
-    """Where the weight of every adapted layer lies; one may lie in several files.
-
-    Args:
-        export: The export.
-        adapter: The adapter.
-
-    Raises:
-        MergeError: A layer's weight is not found, has other widths, is shared with another layer, or differs from that
-            of the given base; every layer is named.
-    """
+    """Where the weight of every adapted layer lies; one may lie in several files."""
     locations: list[WeightLocation] = []
     problems: list[str] = []
     for path, site in adapter.layers.items():
@@ -181,11 +164,7 @@ def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLoc
 
 
 def recorded_locations(export: Export, path: str) -> list[WeightLocation]:
-    """Locations of a layer's weight as the manifest says; none for a layer that it does not have.
-
-    Raises:
-        MergeError: The files do not hold it there.
-    """
+    """Locations of a layer's weight as the manifest says; none for a layer that it does not have."""
     locations = []
     for entry in (export.record or {}).get(path, ()):
         weight = export.by_name.get((entry.file, entry.initializer))
@@ -200,14 +179,7 @@ def recorded_locations(export: Export, path: str) -> list[WeightLocation]:
 def named_locations(
     export: Export, path: str, widths: Mapping[str, int] | None = None, *, foreign: bool = False
 ) -> Iterator[WeightLocation]:
-    """Locations of a layer's weight by the names of initializers.
-
-    Args:
-        export: The export.
-        path: The layer.
-        widths: Output features of layers, as far as they are known beside those of the manifest.
-        foreign: Whether another exporter chose the names, so that they resemble those of the model.
-    """
+    """Locations of a layer's weight by the names of initializers."""
     rename: Callable[[str], str] = reduced if foreign else str
     wanted = rename(f"{path}.weight")
     known = {rename(f"{layer}.weight"): width for layer, width in {**export.widths, **(widths or {})}.items()}
@@ -229,11 +201,7 @@ def is_named(name: str, wanted: str, foreign: bool) -> bool:
 
 
 def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
-    """Locations, if there is one in each file.
-
-    Raises:
-        MergeError: A file has several.
-    """
+    """Locations, if there is one in each file."""
     for file in {location.file for location in locations}:
         names = [location.weight.name for location in locations if location.file == file]
         if len(names) > 1:
@@ -242,16 +210,7 @@ def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
 
 
 def locations_by_value(export: Export, path: str, features: tuple[int, int]) -> Iterator[WeightLocation]:
-    """Locations of a layer's weight by the values of the given base; none without one.
-
-    Args:
-        export: The export.
-        path: The layer.
-        features: Its widths in and out.
-
-    Raises:
-        MergeError: The base has no such weight, or its values occur several times.
-    """
+    """Locations of a layer's weight by the values of the given base; none without one."""
     if export.base is None:
         return
     readings, stop = export.base_values(path, features), features[1]
@@ -279,11 +238,7 @@ def _check_widths(locations: Iterable[WeightLocation], features: tuple[int, int]
 
 
 def _check_shared(export: Export, locations: Iterable[WeightLocation]) -> None:
-    """Check that only the layer's own products read its weight.
-
-    Raises:
-        MergeError: Others do, or nothing says that they do not.
-    """
+    """Check that only the layer's own products read its weight."""
     for location in locations:
         weight = location.weight
         if export.record is not None:

@@ -23,9 +23,6 @@ def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
     """Return the parameters that an initializer may hold by its name, side by side along its output features.
 
     `attn.q_proj+k_proj.weight` is `attn.q_proj.weight` and `attn.k_proj.weight`. A name can be read in several ways.
-
-    Args:
-        value: The initializer.
     """
     origin = value.metadata_props.get(_FOLDED_FROM)
     if origin is not None:
@@ -44,12 +41,7 @@ def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
 
 
 def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:
-    """Return where the weight of each linear layer lies, by the layer's path.
-
-    Args:
-        traced: The model, whose parameters tell which names are of one tensor.
-        graphs: The exported graphs by the names of their files, without a suffix.
-    """
+    """Return where the weight of each linear layer lies, by the layer's path."""
     names = {site.path: {f"{site.path}.weight", *traced.tree.names_of(site.weight)} for site in traced.sites}
     sites: dict[str, list[str]] = {}
     for path, of_site in names.items():

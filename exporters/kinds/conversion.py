@@ -67,11 +67,7 @@ class Conversion:
         return fingerprint_of(self.model)
 
     def by_row(self, log: PassLog) -> Conversion:
-        """The conversion to a graph in which each row of a batch has an adapter of its own.
-
-        Args:
-            log: Receives a report for each of its passes.
-        """
+        """The conversion to a graph in which each row of a batch has an adapter of its own."""
         adapters = self.adapters
         if adapters is not None:
             adapters = dataclasses.replace(adapters, inputs=adapters.inputs.by_row())
@@ -79,17 +75,7 @@ class Conversion:
 
 
 def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> Conversion:
-    """What an export of a model converts.
-
-    Args:
-        model: A traced model, or a rewritten one with its active adapters.
-        options: The options of the export.
-
-    Raises:
-        ExportError: The model is of another type, the options do not fit it, it is to be compared and cannot be run,
-            an adapter cannot be data, or graphs cannot be dumped.
-        MergeError: An adapter cannot be folded.
-    """
+    """What an export of a model converts."""
     if isinstance(model, (TracedModel, GraloraModel)):
         configs = model.configs if isinstance(model, GraloraModel) else {}
         methods = {name: method_of(config) for name, config in configs.items()}
@@ -110,12 +96,7 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
 
 
 def fold_adapters(model: TracedModel | GraloraModel) -> TracedModel:
-    """The adapter-free model: the traced model itself, or a rewritten one with its active adapters folded lazily.
-
-    Raises:
-        ExportError: The model is neither.
-        MergeError: An adapter cannot be folded.
-    """
+    """The adapter-free model: the traced model itself, or a rewritten one with its active adapters folded lazily."""
     if isinstance(model, TracedModel):
         return model
     if not isinstance(model, GraloraModel):
@@ -131,11 +112,7 @@ def base_trace(model: TracedModel | GraloraModel) -> TracedModel:
 
 
 def check_runnable(model: TracedModel | GraloraModel) -> None:
-    """Check that a model is a traced or rewritten one whose weights are in memory.
-
-    Raises:
-        ExportError: It is not.
-    """
+    """Check that a model is a traced or rewritten one whose weights are in memory."""
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
     traced = base_trace(model)
@@ -168,10 +145,6 @@ def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
     LoRA's form has a third of the nodes at a layer and `gralora_k` times the values, and takes any `gralora_k`. Blocks
     win, but for a small adapter over quantized weights, beside which nodes take longer than values; `python -m
     benchmarks forms` measures both. Adapters with different `gralora_k` have no blocks in common.
-
-    Args:
-        model: What is exported.
-        is_quantized: Whether its weights will be quantized.
     """
     if len(_block_counts(model)) != 1:
         return False
@@ -179,15 +152,7 @@ def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
 
 
 def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
-    """The layers that any adapter of a model changes, active or not.
-
-    Args:
-        model: What is exported; it has an adapter (see `ExportOptions.check_model`).
-        options: The options of the export.
-
-    Raises:
-        ExportError: An adapter is merged into the model's weights, or trains parameters that cannot be data.
-    """
+    """The layers that any adapter of a model changes, active or not."""
     mode, is_quantized = options.adapters, options.quantize is not None
     if model.merged_adapters:
         raise ExportError(
@@ -215,15 +180,7 @@ def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
 
 
 def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
-    """Check that the output of every layer was found in the exported graphs.
-
-    Args:
-        adapters: The layers.
-        found: Paths of the layers that were found, by graph.
-
-    Raises:
-        ExportError: Some were not; they are named.
-    """
+    """Check that the output of every layer was found in the exported graphs."""
     known = frozenset().union(*found)
     missing = [site for site in adapters.inputs.sites if site.path not in known]
     layers, biases = (
@@ -245,11 +202,7 @@ def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
 
 
 def _trained(model: GraloraModel) -> set[str]:
-    """Names of the parameters that adapters train as copies of their own (`modules_to_save`, biases).
-
-    Raises:
-        ExportError: One is neither the weight of a linear layer nor a bias.
-    """
+    """Names of the parameters that adapters train as copies of their own (`modules_to_save`, biases)."""
     names = {name: [base for owned in model.adapter(name).copies.values() for base in owned] for name in model.configs}
     known = {parameter for site in model.sites for parameter in _parameters_of(site)}
     known |= {name for name, value in model.traced.tree.parameters.items() if name.endswith(_BIAS) and value.ndim == 1}
@@ -313,17 +266,7 @@ def _names_of_biases(norms: Iterable[AdapterSite], traced: TracedModel) -> dict[
 
 
 def base_fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and a sample of the values of every parameter.
-
-    Args:
-        parameters: Parameters by name; tied ones may repeat.
-
-    Raises:
-        ExportError: A parameter is on the meta device and has no source of values.
-
-    Returns:
-        Hexadecimal digest, the same whether the tensors come from a live model or from its files.
-    """
+    """SHA-256 over names, shapes, dtypes and a sample of the values of every parameter."""
     digest = hashlib.sha256()
     for name in sorted(parameters):
         tensor = parameters[name]
@@ -338,9 +281,6 @@ def fingerprint_of(model: TracedModel | GraloraModel) -> str:
     """The fingerprint of a model's base, without the parameters that its active adapters hold copies of.
 
     What a copy replaces has no meaning for an export, and differs in every run where it is a fresh head.
-
-    Args:
-        model: A traced model, or a rewritten one with its active adapters.
     """
     if isinstance(model, TracedModel):
         return base_fingerprint(model.tree.parameters)

@@ -71,12 +71,6 @@ def decoder_models(conversion: Conversion) -> Models:
     `model` reads one length of all rows, with a mask; `model_rows` rows of their own lengths (see
     `batch_continuously`), with the same weights. Where there can be no such graph, the reason is a `RowsEntry` in the
     log.
-
-    Args:
-        conversion: What is converted, traced with a cache; its log gets a `CachedAttentionReport` and a `RowsEntry`.
-
-    Raises:
-        ExportError: The graph cannot be expressed in ONNX.
     """
     options, log = conversion.options, conversion.log
     casts = CastGraph(options.precision, tuple(slot.kind for slot in cached_slots(conversion.traced.example_inputs)))
@@ -97,16 +91,7 @@ def decoder_models(conversion: Conversion) -> Models:
 
 
 def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.Model:
-    """The graph whose rows have lengths of their own, made of one with fused attention.
-
-    Args:
-        model: The model; it is changed in place.
-        conversion: What is converted, its adapters chosen by row.
-        found: Knows which layers' attention is fused.
-
-    Raises:
-        RowsError: The model does not allow it.
-    """
+    """The graph whose rows have lengths of their own, made of one with fused attention."""
     for report in found.summaries(CachedAttentionReport):
         if report.plain:
             layers = listed([f"{layer} ({why})" for layer, why in report.plain.items()], 4)
@@ -116,12 +101,7 @@ def _rows_model(model: ir.Model, conversion: Conversion, found: PassLog) -> ir.M
 
 
 def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipeline:
-    """The passes over a translated decoder, before it becomes a graph of one length or one of rows.
-
-    Args:
-        conversion: What is converted.
-        tables: The tables of rotary embeddings in its graph.
-    """
+    """The passes over a translated decoder, before it becomes a graph of one length or one of rows."""
     slots = tuple(cached_slots(conversion.traced.example_inputs))
     return OnnxPipeline(
         "decoder",
@@ -140,13 +120,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
 
 
 def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass[ir.Model]]) -> OnnxPipeline:
-    """The passes over a decoder with fused attention.
-
-    Args:
-        conversion: What is converted.
-        name: The graph.
-        positions: The passes that choose which positions are computed.
-    """
+    """The passes over a decoder with fused attention."""
     return OnnxPipeline(
         name,
         (
@@ -200,11 +174,7 @@ class NameCache:
     slots: tuple[CacheSlot, ...]
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Rename them in place.
-
-        Raises:
-            ExportError: The graph does not take or give these tensors.
-        """
+        """Rename them in place."""
         pasts = [value for value in model.graph.inputs if str(value.name).startswith(PAST)]
         logits, *presents = model.graph.outputs
         if not len(pasts) == len(presents) == len(self.slots):

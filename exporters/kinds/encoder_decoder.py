@@ -50,12 +50,6 @@ def encoder_decoder_models(conversion: Conversion) -> Models:
     `present.N.decoder|encoder.key|value`. If `use_cache_branch` is false the past is not read; if true, the keys and
     values of the encoder's output are taken from the past and passed through. What the decoder reads of the encoder is
     float32.
-
-    Args:
-        conversion: What is converted.
-
-    Raises:
-        ExportError: The graph cannot be split or cannot be expressed in ONNX.
     """
     precision, log = conversion.options.precision, conversion.log
     parts = split(graph_to_translate(conversion.traced))
@@ -87,12 +81,7 @@ def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule,
 
 
 def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
-    """What either part goes through as it was translated.
-
-    Args:
-        conversion: What is converted.
-        name: The part.
-    """
+    """What either part goes through as it was translated."""
     return OnnxPipeline(
         name,
         (
@@ -112,13 +101,7 @@ def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
 
 
 def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
-    """What a part goes through once its inputs and outputs have their names.
-
-    Args:
-        conversion: What is converted.
-        name: The part.
-        tables: Names of embeddings that are a head's weight in either part.
-    """
+    """What a part goes through once its inputs and outputs have their names."""
     return OnnxPipeline(
         name,
         (
@@ -139,9 +122,6 @@ def cache_cross_attention(model: ir.Model) -> PassResult[ir.Model]:
     Before: `present.N.encoder.key = Transpose(Reshape(MatMul(encoder_hidden_states, w)))`
     After:  `present.N.encoder.key = If(use_cache_branch)`, one branch of which is `past_key_values.N.encoder.key`, the
         other the computation from before; the decoder's own past is cut to nothing where the flag is false
-
-    Args:
-        model: A decoder whose inputs and outputs are named; it is changed in place.
     """
     graph = model.graph
     flag = ir.Value(name=FLAG, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.BOOL))

@@ -33,21 +33,13 @@ Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
 def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names.
-
-    Args:
-        conversion: What is converted.
-    """
+    """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names."""
     adapters = conversion.adapters
     return () if adapters is None else (MarkSites(adapters.weights, adapters.norm_biases),)
 
 
 def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """What inserts adapters that are data, to be run once all is fused, and before weights are quantized.
-
-    Args:
-        conversion: What is converted.
-    """
+    """What inserts adapters that are data, to be run once all is fused, and before weights are quantized."""
     adapters = conversion.adapters
     if adapters is None:
         return ()
@@ -57,20 +49,12 @@ def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 
 def has_states(conversion: Conversion) -> bool:
-    """Return whether a trace has layers that keep a state in place of keys and values.
-
-    Args:
-        conversion: What is converted.
-    """
+    """Return whether a trace has layers that keep a state in place of keys and values."""
     return not conversion.traced.operators.isdisjoint(_STATES)
 
 
 def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what lowers the operators of states and of experts, as far as the trace has any.
-
-    Args:
-        conversion: What is converted.
-    """
+    """Return what lowers the operators of states and of experts, as far as the trace has any."""
     passes: tuple[Pass[ir.Model], ...] = ()
     if has_states(conversion):
         from gralora_fx.exporters.rules.states.state_operators import lower_state_operators
@@ -84,12 +68,7 @@ def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 
 def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
-    """Return what stores matrices as the plan says, to be run last: all others look for floats.
-
-    Args:
-        conversion: What is converted.
-        tables: Names of embeddings that are a head's weight in another part of the model.
-    """
+    """Return what stores matrices as the plan says, to be run last: all others look for floats."""
     passes: tuple[Pass[ir.Model], ...] = ()
     if conversion.plan is not None:
         from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
@@ -103,12 +82,7 @@ def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset())
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
-    """What a graph goes through as it was translated, where no cache is fused into its attention.
-
-    Args:
-        conversion: What is converted.
-        may_fold: Whether constants may be folded at a node.
-    """
+    """What a graph goes through as it was translated, where no cache is fused into its attention."""
     return (
         *marking_passes(conversion),  # first: weights have their own names
         fold_transposes,  # first: constant folding would compute the transposes of weights
@@ -123,14 +97,7 @@ def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool
 
 
 def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:
-    """A model and its graph for rows of a batch that differ, over the same weights, if there can be one.
-
-    Args:
-        model: `model.onnx`.
-        conversion: What was converted; its log gets a `RowsEntry`, which has the reason where there is none, besides
-            the reports of passes.
-        rows: Makes `model_rows.onnx`, given the conversion by row; it raises `RowsError` where there can be none.
-    """
+    """A model and its graph for rows of a batch that differ, over the same weights, if there can be one."""
     models, log = {MODEL: model}, conversion.log
     apart = PassLog(log.dump, log.reports)  # counts are those of one graph
     try:
@@ -143,13 +110,7 @@ def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversio
 
 
 def note_rows(entry: RowsEntry, model: ir.Model, log: PassLog) -> None:
-    """Report whether there is a graph for rows that differ, or why there is none.
-
-    Args:
-        entry: The file, or the reason.
-        model: What was converted.
-        log: Gets the report.
-    """
+    """Report whether there is a graph for rows that differ, or why there is none."""
     left = () if entry.reason is None else (Skip(ROWS_NAME, entry.reason),)
     log.add("rows", "graph_of_rows", PassResult(1 - len(left), left, summary=entry), model)
 
@@ -187,11 +148,7 @@ class Flavour:
         return options.logits if self.has_last_logits else "all"
 
     def check(self, options: ExportOptions) -> None:
-        """Check that an export of the kind can have the options.
-
-        Raises:
-            ExportError: It cannot.
-        """
+        """Check that an export of the kind can have the options."""
         if options.logits == "all" and not self.has_last_logits:
             warn_caller(
                 "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it "

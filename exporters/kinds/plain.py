@@ -54,14 +54,7 @@ from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 
 
 def plain_models(conversion: Conversion) -> Models:
-    """The ONNX model of a traced graph without a cache; with adapters as data also one whose rows have one each.
-
-    Args:
-        conversion: What is converted.
-
-    Raises:
-        ExportError: The graph cannot be expressed in ONNX.
-    """
+    """The ONNX model of a traced graph without a cache; with adapters as data also one whose rows have one each."""
     log = conversion.log
     graph_module, outputs = _with_flat_outputs(graph_to_translate(conversion.traced))
     first = [CastGraph(conversion.options.precision)]  # casts are seen before anything is simplified
@@ -79,12 +72,7 @@ def plain_models(conversion: Conversion) -> Models:
 
 
 def plain_pipeline(conversion: Conversion, outputs: Sequence[str]) -> OnnxPipeline:
-    """The passes over a translated graph without a cache.
-
-    Args:
-        conversion: What is converted.
-        outputs: Names of its outputs.
-    """
+    """The passes over a translated graph without a cache."""
     return OnnxPipeline(
         "plain",
         (
@@ -105,12 +93,7 @@ def plain_pipeline(conversion: Conversion, outputs: Sequence[str]) -> OnnxPipeli
 
 
 def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
-    """The passes over a graph that is what it is but for adapters and quantized weights.
-
-    Args:
-        conversion: What is converted.
-        name: The graph.
-    """
+    """The passes over a graph that is what it is but for adapters and quantized weights."""
     return OnnxPipeline(
         name,
         (
@@ -121,11 +104,7 @@ def finishing_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
 
 
 def check_rows(model: ir.Model) -> ir.Model:
-    """A model whose rows choose among adapters, if its outputs are made of rows too.
-
-    Raises:
-        RowsError: An output has another first axis than the batch, so rows depend on each other, or may do so.
-    """
+    """A model whose rows choose among adapters, if its outputs are made of rows too."""
     batch = next(str(value.shape[0]) for value in model.graph.inputs if value.name == ADAPTER_IDS and value.shape)
     others = [str(value.name) for value in model.graph.outputs if not value.shape or str(value.shape[0]) != batch]
     if others:

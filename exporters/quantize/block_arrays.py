@@ -34,12 +34,6 @@ def quantize_blocks(
         form: How to quantize it.
         inputs: What is known of the inputs, for a search (see `searched_blocks`); None for nothing.
         name: Its name in error messages.
-
-    Returns:
-        The blocks, scales in the matrix's dtype, rounded as they are stored.
-
-    Raises:
-        ExportError: A value is not finite.
     """
     if not np.isfinite(matrix).all():
         raise ExportError(
@@ -55,13 +49,7 @@ def quantize_blocks(
 
 
 def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:
-    """The values of blocks, `[N, K]`.
-
-    Args:
-        blocks: The blocks, scales in float32.
-        bits: Bits of a value.
-        inputs: K.
-    """
+    """The values of blocks, `[N, K]`."""
     values = (_integers(blocks.packed, bits) - _zeros_of(blocks, bits)) * blocks.scales[..., None]
     rows: NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows

@@ -98,9 +98,6 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
         inputs: What is known of the inputs; None for nothing: they count alike.
-
-    Returns:
-        The blocks, scales in the matrix's dtype, rounded as they are stored.
     """
     height, outputs = matrix.shape
     count = -(-height // form.block_size)
@@ -249,22 +246,12 @@ def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[
 
 
 def scale_dtype(form: Blocks, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype in which the scales of a matrix's blocks are stored.
-
-    Args:
-        form: How the matrix is stored.
-        dtype: Its dtype before.
-    """
+    """The dtype in which the scales of a matrix's blocks are stored."""
     return np.dtype(ml_dtypes.bfloat16) if form.scale_bits == 16 and dtype == np.float32 else dtype
 
 
 def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Integers as bytes along the last axis; of two in a byte the first is the low nibble.
-
-    Args:
-        integers: Of four bits, an even number of them along the axis.
-        bits: 4 or 8.
-    """
+    """Integers as bytes along the last axis; of two in a byte the first is the low nibble."""
     if bits == 4:
         integers = integers[..., ::2] | (integers[..., 1::2] * np.uint8(16))
     return integers

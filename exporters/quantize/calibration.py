@@ -56,15 +56,7 @@ class Calibration:
 
 
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
-    """Run a model on inputs, and measure what rounding costs its outputs.
-
-    Args:
-        conversion: What is converted.
-        verification: Gives inputs of models that draw no texts.
-
-    Raises:
-        ExportError: The texts are too short, or do not fit the model, or it is streamed.
-    """
+    """Run a model on inputs, and measure what rounding costs its outputs."""
     if _is_streamed(conversion):
         if conversion.options.choosing_texts is not None:
             raise ExportError(

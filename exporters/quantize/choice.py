@@ -65,13 +65,6 @@ def choose_formats(conversion: Conversion, verification: Verification) -> Quanti
     to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a user's
     texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed model cannot be run:
     there the relative errors of the weights themselves count, as for layers that were not measured in others.
-
-    Args:
-        conversion: What is converted.
-        verification: Gives inputs of models that draw no texts.
-
-    Raises:
-        ExportError: The texts are too short, or do not fit the model, or it is streamed; or a weight is not finite.
     """
     plan, traced = conversion.plan, conversion.traced
     if plan is None or (isinstance(plan.default, Blocks) and plan.default.bits != 4):

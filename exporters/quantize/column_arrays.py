@@ -91,9 +91,6 @@ def quantize_columns(
 
     Returns:
         Integers `[K, N]` and scales `[N]`; their product, times the factors, is close to the matrix.
-
-    Raises:
-        ExportError: A value is not finite.
     """
     matrix = matrix.astype(np.float32, copy=False)
     matrix = matrix if factors is None else matrix / factors[:, None]

@@ -20,9 +20,6 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
     Returns:
         The columns, `[rows]`.
-
-    Raises:
-        RuntimeError: The probabilities of a row are not finite.
     """
     numbers = 1 - torch.rand(len(logits), dtype=torch.double, generator=generator)
     drawn = []

@@ -19,10 +19,6 @@ def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
 
     Experts whose activations would be rounded in `int8-dynamic` have blocks of eight bits, whose activations ONNX
     Runtime rounds block by block.
-
-    Args:
-        default: The format.
-        traced: The model.
     """
     plan = plan_of_layers(default, traced)
     own: dict[str, Format | None] = {}
@@ -37,12 +33,7 @@ def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
 
 
 def expert_matrices(traced: TracedModel, experts: Experts) -> dict[str, Tensor]:
-    """The weights of a layer's experts by their names in the graph; empty where the graph computes one of them.
-
-    Args:
-        traced: The model.
-        experts: The layer.
-    """
+    """The weights of a layer's experts by their names in the graph; empty where the graph computes one of them."""
     names = [str(node.target) for node in (experts.up, experts.down) if node.op == "get_attr"]
     found = {name: weight for name in names if (weight := tensor_at(traced.graph_module, name)) is not None}
     return found if len(found) == 2 else {}

@@ -36,11 +36,7 @@ class Blocks:
     scale_bits: Literal[16, 32] = 32
 
     def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ExportError: The quantized operators do not take a value; the message says which there are.
-        """
+        """Check every field."""
         if self.bits not in BLOCK_BITS.values():
             raise ExportError(f"bits={self.bits!r} is not a width of blocks; take 4 or 8")
         problem = block_size_problem(self.block_size) or accuracy_level_problem(self.accuracy_level)
@@ -48,13 +44,7 @@ class Blocks:
             raise ExportError(problem)
 
     def stored_bits(self, inputs: int, outputs: int, float_bits: int = 32) -> int:
-        """Bits of a matrix `[inputs, outputs]` with its scales, its zero points and what pads its last blocks.
-
-        Args:
-            inputs: Its inputs.
-            outputs: Its outputs.
-            float_bits: Bits of a value before it is quantized.
-        """
+        """Bits of a matrix `[inputs, outputs]` with its scales, its zero points and what pads its last blocks."""
         blocks, scale_bits = -(-inputs // self.block_size), min(self.scale_bits, float_bits)
         zero_points = -(-blocks * self.bits // 8) * 8 if self.zero_points else 0
         return outputs * (blocks * (self.block_size * self.bits + scale_bits) + zero_points)
@@ -76,11 +66,7 @@ class Columns:
     bits: int = field(default=8, init=False)
 
     def __post_init__(self) -> None:
-        """Check the bits.
-
-        Raises:
-            ExportError: They are neither 8 nor 16.
-        """
+        """Check the bits."""
         if self.activation_bits not in (8, 16):
             raise ExportError(f"activations of {self.activation_bits!r} bits are not multiplied; take 8 or 16")
 

@@ -44,23 +44,13 @@ class QuantizationPlan:
     layers: Set[str] | None = field(default=None, repr=False)
 
     def format_of(self, names: Collection[str]) -> Format | None:
-        """The format of a matrix, or None for one that stays float.
-
-        Args:
-            names: Names of the parameters that it holds side by side, which have one format.
-        """
+        """The format of a matrix, or None for one that stays float."""
         if self.layers is not None and self.layers.isdisjoint(names):
             return None
         return next((self.by_matrix[name] for name in names if name in self.by_matrix), self.default)
 
     def blocks_of(self, names: Iterable[str], sizes: tuple[int, int], form: Blocks) -> BlockArrays | None:
-        """The blocks of a matrix that was rounded when its format was chosen, or None.
-
-        Args:
-            names: Names of the parameters that it holds side by side.
-            sizes: Its inputs and outputs.
-            form: Its format.
-        """
+        """The blocks of a matrix that was rounded when its format was chosen, or None."""
         found = [self.rounded.get(name) for name in names]
         parts = [blocks for blocks in found if blocks is not None]
         inputs, outputs = sizes
@@ -76,32 +66,18 @@ class QuantizationPlan:
         )
 
     def inputs_of(self, names: Iterable[str]) -> ColumnInputs | None:
-        """What is known of the inputs of a matrix; None for nothing.
-
-        Args:
-            names: Names of the parameters that it holds side by side, which read the same input.
-        """
+        """What is known of the inputs of a matrix; None for nothing."""
         return next((self.inputs[name] for name in names if name in self.inputs), None)
 
 
 def plan_of_layers(default: Format, traced: TracedModel) -> QuantizationPlan:
-    """The plan of a model's linear layers, all in one format.
-
-    Args:
-        default: The format.
-        traced: The model.
-    """
+    """The plan of a model's linear layers, all in one format."""
     names = {name for site in traced.sites for name in (*weight_names(traced, site), f"{site.path}.weight")}
     return QuantizationPlan(default, layers=names)
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
-    """The names of a layer's weight, by each of which a plan knows it.
-
-    Args:
-        traced: The model.
-        site: The layer.
-    """
+    """The names of a layer's weight, by each of which a plan knows it."""
     return traced.tree.names_of(site.weight) or (f"{site.path}.weight",)
 
 
@@ -134,12 +110,7 @@ class Counts(NamedTuple):
 
 
 def quantized_weights(plan: QuantizationPlan, log: PassLog) -> QuantizedWeights:
-    """Describe the quantized weights of all models of an export for its manifest.
-
-    Args:
-        plan: How they were quantized.
-        log: What the passes did, those that quantized among them.
-    """
+    """Describe the quantized weights of all models of an export for its manifest."""
     counts = log.summaries(Counts)
     total = Counts(*(sum(numbers) for numbers in zip(*counts, strict=True)))
     form = plan.default

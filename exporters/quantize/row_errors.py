@@ -129,16 +129,6 @@ def plan_rows(
     """A plan with factors of what each matrix is multiplied by, and 16 bits where 8 cost most for a multiplication.
 
     Layers that read one tensor have one format, as they share its rounding.
-
-    Args:
-        plan: The plan, of `Columns` by default.
-        traced: The float32 model in evaluation mode, its weights in memory.
-        cases: Inputs that it is run on.
-        measured: What the layers' outputs cost the model's; None where that is not known, and the errors of the layers'
-            own outputs count.
-
-    Raises:
-        RuntimeError: The model cannot be run, or its values are not finite.
     """
     groups = [(sites, read) for sites, read in _run(traced, cases) if read.count]
     if not all(bool(read.squares.isfinite().all()) for _, read in groups):
@@ -199,12 +189,6 @@ def _errors(
     site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32]], measured: Sensitivities | None
 ) -> NDArray[np.float64]:
     """What rounded rows and rounded weights of a layer cost.
-
-    Args:
-        site: The layer.
-        read: What it reads.
-        tried: Factors of what it reads.
-        measured: What its outputs cost; None for squared errors relative to their squares.
 
     Returns:
         `[factors, 2]`.

@@ -114,15 +114,7 @@ class Sensitivities:
 
 
 def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]) -> Sensitivities:
-    """Run a model forward and backward on inputs; its parameters and their gradients stay as they are.
-
-    Args:
-        model: A float32 model in evaluation mode, whose weights are in memory.
-        cases: Inputs by name.
-
-    Raises:
-        RuntimeError: The model cannot be run, has no gradients, or its values or gradients are not finite.
-    """
+    """Run a model forward and backward on inputs; its parameters and their gradients stay as they are."""
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
     tapped = _tapped(model, layers, tables)

@@ -91,18 +91,6 @@ def round_in_order(
     """Round the weights of layers.
 
     Each is rounded where its layer is called last, for the inputs of all its calls.
-
-    Args:
-        model: A float32 model in evaluation mode, whose weights are in memory.
-        cases: Inputs by name.
-        forms: Names of weights and their formats by the paths of the layers.
-
-    Returns:
-        Blocks by the paths of the layers that were run.
-
-    Raises:
-        RuntimeError: The model cannot be run.
-        ExportError: A weight is not finite.
     """
     layers, rounded = _layers(model, forms), dict[str, BlockArrays]()
     runs = [_run(model, case) for case in cases]

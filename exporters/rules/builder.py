@@ -24,11 +24,7 @@ class Builder:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        """Start without nodes.
-
-        Args:
-            graph: The graph that the nodes are for.
-        """
+        """Start without nodes."""
         self.nodes: list[ir.Node] = []
         self.graph = graph
 
@@ -111,14 +107,7 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[in
 def add_function(
     model: ir.Model, name: str, inputs: Sequence[str], body: Callable[..., Mapping[str, ir.Value]]
 ) -> None:
-    """Add a function to a model, unless it has one of that name.
-
-    Args:
-        model: The model.
-        name: The function's name.
-        inputs: The names of its inputs.
-        body: Takes a builder and the inputs, and returns the function's outputs by name.
-    """
+    """Add a function to a model, unless it has one of that name."""
     if (FUNCTIONS, name, "") in model.functions:
         return
     values, opset = [ir.Value(name=input_name) for input_name in inputs], model.graph.opset_imports[""]
@@ -197,11 +186,7 @@ def static_dim(value: ir.Value | None, axis: int) -> int | None:
 
 
 def fixed_dim(value: ir.Value, axis: int) -> int:
-    """The size of an axis that an operator needs to be fixed.
-
-    Raises:
-        ExportError: It is symbolic or unknown.
-    """
+    """The size of an axis that an operator needs to be fixed."""
     size = static_dim(value, axis)
     if size is None:
         raise ExportError(
@@ -214,14 +199,7 @@ Branch = tuple[str, Sequence[ir.Node], ir.Value]  # a name, the nodes, and what 
 
 
 def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value) -> ir.Node:
-    """A choice between two branches.
-
-    Args:
-        condition: Whether the first one is taken, a scalar.
-        then: The first.
-        otherwise: The second.
-        like: A value of the result's shape and type.
-    """
+    """A choice between two branches."""
     for _, _, output in (then, otherwise):
         output.shape, output.type = like.shape, like.type
     branches = {
@@ -236,14 +214,7 @@ def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value)
 def named_graph(
     inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node], name: str
 ) -> ir.Graph:
-    """A graph within a node; its values have names that none outside it has.
-
-    Args:
-        inputs: Its inputs.
-        outputs: Its outputs.
-        nodes: Its nodes, in order.
-        name: Its name, with which the names of its values begin.
-    """
+    """A graph within a node; its values have names that none outside it has."""
     for index, node in enumerate(nodes):
         node.name = f"{name}.{index}"
         for place, value in enumerate(node.outputs):
@@ -254,15 +225,7 @@ def named_graph(
 def loop(
     build: Builder, count: ir.Value, part: Callable[[Builder, ir.Value], ir.Value], dtype: ir.DataType, name: str
 ) -> ir.Value:
-    """A loop that gives a sequence of tensors, whose sizes may differ.
-
-    Args:
-        build: Makes the nodes around it.
-        count: How many times it runs, a scalar.
-        part: Makes the nodes of one run, given its index, a scalar; they may read any value of the graph.
-        dtype: Dtype of the tensors.
-        name: What the names of its values begin with, which no others do.
-    """
+    """A loop that gives a sequence of tensors, whose sizes may differ."""
     kind = ir.SequenceType(ir.TensorType(dtype))
     empty = build("SequenceEmpty", dtype=dtype)
     inputs = [
@@ -279,13 +242,7 @@ def loop(
 
 
 def replace_readers(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes that compute a value from another one, and let the other's readers read it.
-
-    Args:
-        old: The value.
-        new: What is computed from it.
-        nodes: What computes it.
-    """
+    """Insert nodes that compute a value from another one, and let the other's readers read it."""
     producer = old.producer()
     assert producer is not None
     graph = producer.graph

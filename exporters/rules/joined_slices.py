@@ -14,13 +14,6 @@ def join_slices(graph: ir.Graph, source: ir.Value) -> bool:
 
     Before: `a = Slice(x, 0, n); b = Slice(x, n, m)` along one axis
     After:  `a, b = Split(x, [n, m - n])`
-
-    Args:
-        graph: The graph.
-        source: What they are slices of.
-
-    Returns:
-        Whether there were such slices.
     """
     found = [_piece(usage.node) for usage in source.uses() if usage.idx == 0]
     pieces = sorted((piece for piece in found if piece is not None), key=lambda piece: piece[1:])

@@ -27,12 +27,6 @@ def match_rms_norms(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `y = x * rsqrt(mean(x ** 2, -1) + eps) * weight`
     After:  `y = rms_norm(x, weight, eps)`
-
-    Args:
-        graph: A traced graph in evaluation mode; it is changed in place.
-
-    Returns:
-        The number of matches.
     """
     count = 0
     for node in list(graph.nodes):

@@ -75,11 +75,7 @@ class OnnxPipeline(Pipeline[ir.Model]):
 
 
 def export_log(dump: str | Path | None) -> PassLog:
-    """A log that dumps graphs to the given directory, or to the one that the environment names.
-
-    Raises:
-        ExportError: The directory cannot be created.
-    """
+    """A log that dumps graphs to the given directory, or to the one that the environment names."""
     directory = (os.environ.get(DUMP) or None) if dump is None else dump
     if directory is None:
         return PassLog()

@@ -71,16 +71,7 @@ class CastGraph:
     cache: tuple[StateKind, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Give a graph over new parameters, which are on the meta device until they are read.
-
-        Args:
-            graph: The graph of a `GraphModule` in evaluation mode, every node with the shape and dtype that tracing
-                noted; float parameters of one precision. It is left as it is.
-
-        Raises:
-            ExportError: The parameters are of several precisions. A weight that is too large for float16 raises it
-                where it is read.
-        """
+        """Give a graph over new parameters, which are on the meta device until they are read."""
         graph_module = graph.owning_module
         assert graph_module is not None
         if {self.precision, precision_of(graph_module)} == {"fp32"}:
@@ -107,11 +98,7 @@ def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
 
 
 def precision_of(graph_module: fx.GraphModule) -> str:
-    """The precision of a graph's float parameters; `fp32` where it has none.
-
-    Raises:
-        ExportError: The parameters have several dtypes, or one that is not supported.
-    """
+    """The precision of a graph's float parameters; `fp32` where it has none."""
     dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
     matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
     if not matches:

@@ -24,16 +24,7 @@ from gralora_fx.format.input_names import PAST
 
 
 def check_exportable(traced: TracedModel, *, verify: bool) -> None:
-    """Check that a trace can be exported.
-
-    Args:
-        traced: The trace, with adapters folded.
-        verify: Whether the export will be compared with it.
-
-    Raises:
-        ExportError: It has no example inputs, returns no tensor, draws random numbers though it is to be compared, or
-            its weights are not of one precision that ONNX has.
-    """
+    """Check that a trace can be exported."""
     if not traced.example_inputs:
         raise ExportError("the trace has no example inputs, which the export needs; give them to trace()")
     (output,) = traced.graph_module.graph.find_nodes(op="output")
@@ -58,14 +49,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
-    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value.
-
-    Args:
-        traced: The trace, with adapters folded.
-
-    Raises:
-        ExportError: Its graph calls what is not an operator, and cannot be captured again.
-    """
+    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     drop_regions_for_inference(graph_module.graph)
@@ -77,14 +61,7 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
 
 
 def step_to_translate(traced: TracedModel) -> fx.GraphModule:
-    """The graph of a decoder's step that returns logits and the cache alone, whatever the model returns beside them.
-
-    Args:
-        traced: The trace, with adapters folded.
-
-    Raises:
-        ExportError: See `graph_to_translate`.
-    """
+    """The graph of a decoder's step that returns logits and the cache alone, whatever the model returns beside them."""
     graph_module = graph_to_translate(traced)
     output = graph_module.graph.output_node()
     results: Any = output.args[0]
@@ -135,12 +112,6 @@ def split(graph_module: fx.GraphModule) -> SplitGraph:
     Before: `logits, keys and values, hidden = forward(input_ids, attention_mask, decoder_input_ids, past)`
     After:  `hidden = encoder(input_ids, attention_mask)` and
             `logits, keys and values = decoder(input_ids, encoder_hidden_states, encoder_attention_mask, past)`
-
-    Args:
-        graph_module: A graph traced with a cache, in evaluation mode; it is left as it is.
-
-    Raises:
-        ExportError: The graph does not return the encoder's output, or the decoder reads more of the encoder than that.
     """
     graph = graph_module.graph
     results: Any = graph.output_node().args[0]
@@ -173,13 +144,7 @@ def split(graph_module: fx.GraphModule) -> SplitGraph:
 def _part(
     graph_module: fx.GraphModule, inputs: Mapping[str, fx.Node], outputs: Mapping[str, fx.Node]
 ) -> fx.GraphModule:
-    """The subgraph between inputs and outputs, which reads every size from its own inputs.
-
-    Args:
-        graph_module: The whole graph.
-        inputs: Nodes that become placeholders, by their names; those that nothing reads are left out.
-        outputs: Nodes to return, by name.
-    """
+    """The subgraph between inputs and outputs, which reads every size from its own inputs."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for name, node in inputs.items():

@@ -44,9 +44,6 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
 
     Before: `input_ids [s72, s53] -> logits [s72, 5]`
     After:  `input_ids [batch_size, sequence_length] -> logits [batch_size, 5]`
-
-    Args:
-        model: The model; its values are renamed in place.
     """
     names: dict[str, str] = {}
     inputs = {str(value.name) for value in model.graph.inputs}
@@ -63,14 +60,7 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def input_names(inputs: Mapping[str, Any]) -> list[str]:
-    """The names of a graph's inputs, in order: `images.0`, `options.scales.left`.
-
-    Args:
-        inputs: What it was traced with, by name.
-
-    Raises:
-        ExportError: Two inputs would have one name.
-    """
+    """The names of a graph's inputs, in order: `images.0`, `options.scales.left`."""
     paths = [path for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -82,9 +72,6 @@ def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
     """Name the outputs of a plain module `output`, or `output_0` and so on; a transformers model's have names.
 
     They are called `result` if an input has such a name.
-
-    Args:
-        model: The model; its outputs are renamed in place.
     """
     outputs = model.graph.outputs
     taken = {value.name for value in model.graph.inputs}

@@ -12,11 +12,7 @@ _WHY = "between its products it computes what no operator does, so that each of 
 
 
 def note_experts(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Name the layers whose experts are grouped products, each with the reason; the graph stays as it is.
-
-    Args:
-        graph: A traced graph.
-    """
+    """Name the layers whose experts are grouped products, each with the reason; the graph stays as it is."""
     products = [node for node in graph.nodes if node.op == "call_function" and "grouped_mm" in str(node.target)]
     layers = dict.fromkeys(innermost_path(node) or node.name for node in products)
     skipped = tuple(Skip(layer, _WHY) for layer in layers)

@@ -49,9 +49,6 @@ def bfloat16_in_float32(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `y: bfloat16 = mul(slopes, positions)`
     After:  `y = to(mul(to(slopes, float32), to(positions, float32)), bfloat16)`
-
-    Args:
-        graph: A graph with the values that tracing noted; it is changed in place, and nodes that it adds have none.
     """
     if any(_is_bfloat16(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")):
         return PassResult(0)  # a model of bfloat16
@@ -122,9 +119,6 @@ def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `y = div(x, sym_numel(z))`
     After:  `y = div(x, sym_float(sym_size(z, 0)))`
-
-    Args:
-        graph: A graph whose nodes have their traced values; it is changed in place.
     """
     numbers = list(graph.find_nodes(op="call_function", target=aten.sym_numel.default))
     for node in numbers:

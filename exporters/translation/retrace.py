@@ -38,14 +38,7 @@ def retrace(
     table: Table | None = None,
     written: Sequence[fx.Node] = (),
 ) -> None:
-    """Replace calls in a graph by a new trace of their computation, without in-place writes.
-
-    Args:
-        nodes: Calls in their order; no other node between them may share a tensor with them or their readers;
-            every input has the value that tracing noted.
-        table: Decompositions to apply.
-        written: Inputs that the calls write into; later readers read the result instead.
-    """
+    """Replace calls in a graph by a new trace of their computation, without in-place writes."""
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
@@ -91,11 +84,7 @@ def _call(target: Any, args: Any, kwargs: Any) -> Any:
 
 @contract(leaves={NOTED_VALUES})
 def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Set `meta["val"]` of every call that a pass added without one, by PyTorch's own shape rules.
-
-    Args:
-        graph: A graph whose other nodes all have their traced values; it is changed in place.
-    """
+    """Set `meta["val"]` of every call that a pass added without one, by PyTorch's own shape rules."""
     added = [node for node in graph.nodes if node.op == "call_function" and "val" not in node.meta]
     if not added:
         return PassResult(0)
@@ -133,12 +122,6 @@ def functionalize(graph: fx.Graph) -> PassResult[fx.Graph]:
     After:  `y = new_empty(...); written = slice_scatter(y, x, ...); z = written + 1`
 
     A write into memory that is not shared stays; `out_of_place` replaces it.
-
-    Args:
-        graph: A traced graph, every node with the value that tracing noted; it is changed in place.
-
-    Returns:
-        The number of tensors that were written into.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     families: dict[fx.Node, list[fx.Node]] = {}

@@ -38,12 +38,6 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
     removed; other casts get the form that has a translation. Splits become slices, and a squeeze names its axes. A
     shape that can be written with numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a
     constant.
-
-    Args:
-        graph: A traced graph in evaluation mode, every node with what tracing noted of it; it is changed in place.
-
-    Returns:
-        The number of nodes removed.
     """
     before = len(graph.nodes)
     for node in list(graph.nodes):
@@ -169,11 +163,7 @@ def _drop_empty(node: fx.Node, pieces: list[Any]) -> None:
 
 
 def constant_slices(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace slices with known limits by slices with constant limits.
-
-    Args:
-        graph: A graph; it is changed in place.
-    """
+    """Replace slices with known limits by slices with constant limits."""
     count = 0
     for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
         slice_args = limits(node)
@@ -189,9 +179,6 @@ def addmm_to_matmul(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `y = reshape(addmm(bias, reshape(x, [-1, n]), weight), [b, s, m])`
     After:  `y = matmul(x, weight) + bias`
-
-    Args:
-        graph: A simplified graph; it is changed in place.
     """
     count = 0
     for node in list(graph.nodes):
@@ -221,9 +208,6 @@ def out_of_place(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `x.add_(y); z = f(x)`
     After:  `x2 = x.add(y); z = f(x2)`
-
-    Args:
-        graph: A graph in which no tensor that is written into shares memory.
     """
     return PassResult(sum(_out_of_place(node) for node in list(graph.nodes) if node.op == "call_function"))
 

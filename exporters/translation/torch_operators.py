@@ -106,13 +106,7 @@ def batch_norm(
 
 
 def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    """`Softplus`; torchlib's translation gives large numbers back as they are, which they are anyway.
-
-    Args:
-        x: Numbers of any shape.
-        beta: Factor of the numbers, by which the result is divided.
-        threshold: No effect here.
-    """
+    """`Softplus`; torchlib's translation gives large numbers back as they are, which they are anyway."""
     if beta == 1.0:
         return op.Softplus(x)
     factor = op.Constant(value=_number(beta, x.dtype))
@@ -123,15 +117,6 @@ def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) ->
     """Fourier transform of real numbers along given axes, as a complex tensor: its last axis is the pair of parts.
 
     PyTorch's decomposition fixes the sizes of the trace.
-
-    Args:
-        x: Real numbers of any rank.
-        s: None for the whole length of each axis.
-        dim: The axes.
-        norm: None or `"backward"` for no factor.
-
-    Raises:
-        NotImplementedError: Lengths, no axes, or another factor are given.
     """
     if s is not None or dim is None or norm not in (None, "backward"):
         raise NotImplementedError("fft_fftn with lengths, without axes, or with a factor has no translation")
@@ -146,12 +131,6 @@ def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:
     """How many numbers lie in each of `bins` equal parts of `[min, max]`, such as the tokens of each expert.
 
     torchlib's translation looks for NaN first. Here a number that lies in no part, as NaN does, equals no part's index.
-
-    Args:
-        x: Numbers of any shape.
-        bins: Number of parts.
-        min: Where the first begins.
-        max: Where the last ends, which it includes; equal to `min` for the range of the numbers themselves.
     """
     if min == max or x.dtype is None:
         return aten_histc(x, bins, min, max)
@@ -168,9 +147,6 @@ def update_forms(model: ir.Model) -> None:
 
     Before: `DFT(x, length, axis=1)`, `GridSample(x, grid, mode="bilinear")`
     After:  `DFT(x, length, 1)`, `GridSample(x, grid, mode="linear")`
-
-    Args:
-        model: A model of opset 20 or later, its functions inlined.
     """
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type == "DFT" and "axis" in node.attributes:

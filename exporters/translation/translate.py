@@ -71,16 +71,6 @@ def translate(
     Inputs keep the names of the graph's placeholders, outputs those of its nodes. This project's operators
     become nodes of a domain that ONNX Runtime does not know: later passes have to replace them. Branches of a condition
     become those of `If`.
-
-    Args:
-        graph_module: The graph, every node with its traced value; it is left unchanged.
-        passes: What to do with a copy of the graph, once it is simplified.
-        first: What to do with it before, as it was traced: its weights are parameters of its module.
-        log: Receives a report for each pass over the copy.
-        name: The graph's name in reports.
-
-    Raises:
-        ExportError: An operator has no ONNX form; the message names it.
     """
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     log = PassLog() if log is None else log

@@ -23,12 +23,7 @@ Made = TypeVar("Made")
 
 
 def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
-    """A parameter as an initializer's value, which shares its memory or is computed when it is written.
-
-    Args:
-        name: Name of the initializer.
-        tensor: The parameter; on the meta device it has a source of values (`gralora_fx.base.sources.lazy_tensors`).
-    """
+    """A parameter as an initializer's value, which shares its memory or is computed when it is written."""
     if not tensor.is_meta:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
@@ -42,13 +37,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 
 def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[[], Made]) -> Made:
-    """What is made of tensors, made once for all graphs that hold them: so they share it, and it is stored once.
-
-    Args:
-        sources: The tensors; what is made is kept with the first one.
-        key: What is made of them.
-        make: Makes it.
-    """
+    """What is made of tensors, made once for all graphs that hold them: so they share it, and it is stored once."""
     memo: dict[Hashable, Made] = sources[0].meta.setdefault(_DERIVED, {})
     whole = key, *map(id, sources)  # all are held by what is made
     if whole not in memo:
@@ -91,15 +80,7 @@ class LazyTensor(ir.LazyTensor):
         make: Callable[[], ir.TensorProtocol],
         parts: Sequence[ir.TensorProtocol] = (),
     ) -> None:
-        """Make nothing yet.
-
-        Args:
-            name: Name of the tensor.
-            dtype: Dtype of the values.
-            shape: Shape of the values.
-            make: Computes the values.
-            parts: The tensors that it joins, if any.
-        """
+        """Make nothing yet."""
 
         def values() -> ir.TensorProtocol:
             with torch.no_grad():
@@ -134,14 +115,7 @@ class StackedTensor(LazyTensor):
         shape: ir.Shape,
         entries: Callable[[], Iterator[NDArray[Any]]],
     ) -> None:
-        """Compute nothing yet.
-
-        Args:
-            name: Name of the whole.
-            dtype: Dtype of the values.
-            shape: Shape of the whole.
-            entries: Computes the entries, in order.
-        """
+        """Compute nothing yet."""
         super().__init__(name, dtype, shape, lambda: ir.tensor(np.stack(list(entries())), dtype=dtype))
         self.entries = entries
 
@@ -190,12 +164,7 @@ def entries_of(tensor: ir.TensorProtocol) -> Iterator[NDArray[Any]]:
 
 
 def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
-    """Tensors joined along their last axis, put together when they are read.
-
-    Args:
-        name: Name of the whole.
-        parts: Tensors of one dtype that differ in their last axis only.
-    """
+    """Tensors joined along their last axis, put together when they are read."""
     first, widths = parts[0], [int(part.shape.numpy()[-1]) for part in parts]
     shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
 
@@ -226,13 +195,6 @@ def parts_of(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
 
 
 def unless_weight(node: ir.Node) -> bool | None:
-    """Whether constants may be folded at a node: not at the transpose of a weight, which would be stored twice.
-
-    Args:
-        node: Any node.
-
-    Returns:
-        False for such a node, else None, which leaves it to the optimizer.
-    """
+    """Whether constants may be folded at a node: not at the transpose of a weight, which would be stored twice."""
     source = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
     return False if source is not None and source.is_initializer() else None

@@ -39,11 +39,7 @@ def session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
 
 
 def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:
-    """Check that a name in the export can be that of the model's adapter.
-
-    Raises:
-        ExportError: It cannot.
-    """
+    """Check that a name in the export can be that of the model's adapter."""
     check_name(name)
     if inputs is None:
         raise ExportError(f"{directory} holds no adapters as data; leave adapter_name={name!r} out")
@@ -56,11 +52,7 @@ def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInp
 
 
 def tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base: BaseParameters) -> Arrays:
-    """Return the tensors of an active adapter as the export, where it may have another name, holds them.
-
-    Raises:
-        ExportError: They are not in the export, or are another's there.
-    """
+    """Return the tensors of an active adapter as the export, where it may have another name, holds them."""
     directory, manifest = base.directory, base.manifest
     inputs = manifest.adapter_inputs
     assert inputs is not None
@@ -90,13 +82,7 @@ def _check_equal(name: str, path: Path, tensors: Arrays, expected: Arrays) -> No
 
 
 def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: AdapterInputs) -> TracedModel:
-    """Return a float32 model with an adapter folded into its weights.
-
-    Args:
-        base: The model.
-        tensors: The adapter's tensors as the export has them, by name.
-        inputs: The layers whose adapters are data of the export.
-    """
+    """Return a float32 model with an adapter folded into its weights."""
     sites = {site.path: site for site in base.sites}
     weights: dict[str, nn.Parameter] = {}
     biases: dict[int, nn.Parameter] = {}

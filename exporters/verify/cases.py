@@ -101,13 +101,7 @@ class Verification:
     compare_tokens: Callable[[TokenRun], TokenResult] = _compare_none
 
     def cases(self, model: TracedModel, seed: int, *, quick: bool) -> list[Case]:
-        """Fresh inputs with the constants that a call of the model gives again.
-
-        Args:
-            model: A traced model with example inputs.
-            seed: Seed of the random values.
-            quick: Whether a few short ones are enough.
-        """
+        """Fresh inputs with the constants that a call of the model gives again."""
         drawn = self.inputs(model, torch.Generator().manual_seed(seed), quick)
         return [(description, {**model.constants, **case}) for description, case in drawn]
 
@@ -139,16 +133,7 @@ def is_text(name: str) -> bool:
 def text_like(
     name: str, value: Tensor, model: TracedModel, batch: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Random values for an input of a text, with another batch and length; of another input with another batch.
-
-    Args:
-        name: The input.
-        value: Its example.
-        model: The model.
-        batch: Number of rows.
-        length: Number of positions.
-        generator: Draws the values.
-    """
+    """Random values for an input of a text, with another batch and length; of another input with another batch."""
     if not is_text(name):
         return like(value, batch, None, generator)
     if name.endswith("attention_mask"):

@@ -30,16 +30,7 @@ class Comparable(NamedTuple):
 
 
 def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
-    """Sessions over an export, or over its float32 copy where that is needed.
-
-    Args:
-        directory: An export directory.
-        manifest: Its manifest.
-        runtime: How to run it; None for the CPU. Only a bfloat16 export that other providers run needs no copy.
-
-    Raises:
-        ExportError: ONNX Runtime cannot load it, or the disk has no room for the copy.
-    """
+    """Sessions over an export, or over its float32 copy where that is needed."""
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision)

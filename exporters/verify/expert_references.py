@@ -26,15 +26,7 @@ _FOUR = 4
 
 
 def rounded_experts(directory: Path, reference: TracedModel) -> tuple[dict[int, nn.Parameter], int]:
-    """What an export holds in blocks of a model's experts, where those may be rounded to it.
-
-    Args:
-        directory: The export.
-        reference: The adapter-free model, in float32.
-
-    Returns:
-        The rounded parameters by the ids of those in the model's graph, and how many values are in blocks.
-    """
+    """What an export holds in blocks of a model's experts, where those may be rounded to it."""
     layers = list(Experts.all_in(reference.graph_module.graph))
     weights: dict[str, ProductWeight] = {}
     for path in sorted(directory.glob("*.onnx")) if layers else ():
@@ -59,9 +51,6 @@ def experts_in_floats(model: ir.Model) -> None:
 
     Before: `y = QMoE(x, scores, up_Q8, up_scales, up_bias, down_Q8, down_scales, down_bias)`
     After:  `y = MoE(x, scores, up, up_bias, down, down_bias)`; of 4 bits `QMoE` computes so by its accuracy level
-
-    Args:
-        model: An export's model.
     """
     weights = {weight.name: (name, weight) for name, weight in expert_weights(model.graph).items()}
     for node in list(model.graph.all_nodes()):
@@ -108,9 +97,6 @@ def expert_weights(graph: ir.Graph) -> dict[str, ProductWeight]:
 
     A stack `[experts, out, in]` is a weight of `experts * out` output features, rows in the order in which the operator
     reads them (see `arranged` and `as_modelled`).
-
-    Args:
-        graph: A model's graph; weights are not read.
     """
     weights: dict[str, ProductWeight] = {}
     for node in graph.all_nodes():

@@ -24,13 +24,6 @@ def write_float32_copy(directory: Path, target: Path) -> None:
     The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
     attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
     wrong with the weights. The copy tells whether the graph and the weights are right.
-
-    Args:
-        directory: An export directory.
-        target: Directory to write its models and their data to.
-
-    Raises:
-        ExportError: Weights are outside the directory, or the disk has no room.
     """
     target.mkdir(parents=True, exist_ok=True)
     models: dict[str, ir.Model] = {}

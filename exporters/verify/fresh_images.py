@@ -15,16 +15,7 @@ _IMAGES = 0.4  # the share of positions that have an image
 
 
 def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """What a step has of images, at some of its positions; nothing of a model that takes no embeddings beside ids.
-
-    Args:
-        model: The traced model.
-        case: The step's inputs of text.
-        generator: Draws the values.
-
-    Returns:
-        The ids, `GIVEN` where an embedding is, and the model's `IMAGE_INPUTS`.
-    """
+    """What a step has of images, at some of its positions; nothing of a model that takes no embeddings beside ids."""
     examples = model.example_inputs
     if not takes_image_inputs(examples):
         return {}

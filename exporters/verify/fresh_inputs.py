@@ -70,16 +70,7 @@ _QUICK_ENCODED_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Texts of several lengths, padded on either side; other and nested inputs in several batch sizes.
-
-    Args:
-        model: A traced model.
-        generator: Draws the values.
-        quick: Whether few are enough; they are few and short either way.
-
-    Yields:
-        A description, and inputs by name.
-    """
+    """Texts of several lengths, padded on either side; other and nested inputs in several batch sizes."""
     inputs = model.graph_inputs
     sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if len(sample) < len(inputs) or not any(map(is_text, sample)):
@@ -145,21 +136,7 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
 def text_cases(
     texts: Sequence[str], tokenizer: Any, traced: TracedModel, *, batch: int = _BATCH, longest: int | None = None
 ) -> Iterator[Case]:
-    """Batches of texts, each padded to its longest, cut at the model's context.
-
-    Args:
-        texts: The texts.
-        tokenizer: A tokenizer, or the directory of one.
-        traced: The model.
-        batch: How many texts are in a batch.
-        longest: The most tokens of a text; None for as many as the context has.
-
-    Yields:
-        A description, and inputs by name.
-
-    Raises:
-        ExportError: There is no tokenizer, it does not take a text, or it does not give what the model takes.
-    """
+    """Batches of texts, each padded to its longest, cut at the model's context."""
     loaded = loaded_tokenizer(tokenizer)
     names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
     room = longest_text(traced)
@@ -185,17 +162,7 @@ def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[
 
 
 def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prompts with an empty cache, and steps after a long one, padded on the left.
-
-    Args:
-        model: The traced model.
-        generator: Draws the values.
-        quick: Whether a few short ones are enough, each kind once: a prompt, one of several rows padded, and what
-            follows after others.
-
-    Yields:
-        A description, and inputs by name.
-    """
+    """Prompts with an empty cache, and steps after a long one, padded on the left."""
     example = model.example_inputs[PAST]
     limit = longest_text(model)
     for batch, past, length, side in _QUICK_STEPS if quick else _STEPS:
@@ -227,13 +194,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
 
 
 def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[PromptBatch]:
-    """Random prompts: one, several of unequal length padded on either side, and one that fills the context.
-
-    Args:
-        model: A model traced with a cache.
-        seed: Seed of the tokens.
-        quick: Whether two short left-padded ones are enough.
-    """
+    """Random prompts: one, several of unequal length padded on either side, and one that fills the context."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
     for lengths, side, steps in _QUICK_PROMPTS if quick else _PROMPTS:
@@ -248,14 +209,7 @@ def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterat
 def pad_prompts(
     rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, label: str = "prompt"
 ) -> PromptBatch:
-    """Batch prompts, the shorter ones padded.
-
-    Args:
-        rows: Token ids by prompt.
-        side: Padding side, `"left"` or `"right"`.
-        steps: How many tokens to compare.
-        label: What to call them in the description.
-    """
+    """Batch prompts, the shorter ones padded."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -268,16 +222,7 @@ def pad_prompts(
 
 
 def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
-    """A user's prompts as one batch, padded on the left.
-
-    Args:
-        prompts: Texts, chats or token ids.
-        output_dir: The export directory, which holds the tokenizer for texts and chats.
-        traced: The model.
-
-    Raises:
-        ExportError: A prompt is empty, too long or of another kind, or holds ids out of range.
-    """
+    """A user's prompts as one batch, padded on the left."""
     if isinstance(prompts, str) or not prompts:
         raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
     tokenizer = load_tokenizer(output_dir, ExportError)
@@ -300,10 +245,6 @@ def random_answers(model: TracedModel, seed: int) -> list[Case]:
     """What an encoder-decoder is measured on: 16 random texts, or 4 other inputs, each with an answer from its start.
 
     None is padded, and there are no keys and values but those that the model computes.
-
-    Args:
-        model: The traced model.
-        seed: Seed of the random tokens.
     """
     generator, length = torch.Generator().manual_seed(seed), min(_ANSWER, longest_text(model))
     example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
@@ -321,16 +262,7 @@ def random_answers(model: TracedModel, seed: int) -> list[Case]:
 def encoder_decoder_inputs(
     model: TracedModel, generator: torch.Generator, quick: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A decoder's first and later steps, over texts of several lengths, padded on either side.
-
-    Args:
-        model: The traced model.
-        generator: Draws the values.
-        quick: Whether a few short ones are enough, each kind once.
-
-    Yields:
-        A description, and inputs by name.
-    """
+    """A decoder's first and later steps, over texts of several lengths, padded on either side."""
     limit = longest_text(model)
     for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
         if past + length > limit or source > limit:

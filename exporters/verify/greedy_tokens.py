@@ -35,13 +35,7 @@ class DecoderSteps:
     """A decoder of one graph, with the cache of the steps that it has taken."""
 
     def __init__(self, session: Any, batch: int, description: str = "a step") -> None:
-        """Begin with an empty cache.
-
-        Args:
-            session: A session over an export with a cache.
-            batch: Number of rows.
-            description: What is being run, for messages.
-        """
+        """Begin with an empty cache."""
         self._session, self._description = session, description
         self._names = {value.name for value in session.get_inputs()}
         self._cache = empty_values(session, batch)
@@ -55,9 +49,6 @@ class DecoderSteps:
 
         Returns:
             Logits `[batch, new, vocabulary]`, or `[batch, 1, vocabulary]` of an export that gives the last alone.
-
-        Raises:
-            ExportError: ONNX Runtime fails.
         """
         inputs = step_inputs(ids, mask, self._names)
         results = run_values(self._session, {**inputs, **self._cache}, self._description)
@@ -69,13 +60,7 @@ class ModelSteps:
     """A traced decoder with the cache of the steps that it has taken; what `DecoderSteps` is for an export."""
 
     def __init__(self, model: TracedModel | GraloraModel, batch: int, description: str = "a step") -> None:
-        """Begin with an empty cache.
-
-        Args:
-            model: The model, traced with a cache, in evaluation mode.
-            batch: Number of rows.
-            description: What is being run, for messages.
-        """
+        """Begin with an empty cache."""
         self._model, self._traced, self._description = model, base_trace(model), description
         self._cache: Any = empty_cache(self._traced.example_inputs[PAST], batch)
 
@@ -88,9 +73,6 @@ class ModelSteps:
 
         Returns:
             Logits `[batch, new, vocabulary]`.
-
-        Raises:
-            ExportError: The model fails.
         """
         inputs = step_inputs(ids, mask, self._traced.input_names)
         try:
@@ -104,11 +86,7 @@ class ModelSteps:
 
 
 def compare_decoder(run: TokenRun) -> TokenResult:
-    """What a decoder's verification compares of its greedy tokens: those after every prompt.
-
-    Raises:
-        ExportError: The model or the export cannot run.
-    """
+    """What a decoder's verification compares of its greedy tokens: those after every prompt."""
     if not run.prompts:  # of a context too short for any
         return TokenResult()
     readers: dict[str, Reader] = {"": reader(run.session)}
@@ -133,15 +111,6 @@ def compare_greedy(
     """Compare logits and the likeliest token of several graphs with one run of the model; all continue with its token.
 
     The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
-
-    Args:
-        readers: What reads prompts with each graph, by what a report calls the graph.
-        model: The model in evaluation mode.
-        cases: Batches of prompts.
-        tolerance_check: Decides which differences of the logits are acceptable.
-
-    Raises:
-        ExportError: The model or the export cannot run.
     """
     tallies = {label: _Tally(label) for label in readers}
     done = itertools.count(1)

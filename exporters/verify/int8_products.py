@@ -50,15 +50,6 @@ def compare_products(directory: Path) -> TensorCheck:
 
     One row of them is at the upper end of its range: there sums are largest, and a processor that adds in too few bits
     would saturate. What is left is the rounding of float32 (see `PRODUCT_TOLERANCE`).
-
-    Args:
-        directory: An int8-dynamic export.
-
-    Returns:
-        The largest differences over all products.
-
-    Raises:
-        ExportError: A product is not one that the export writes, cannot run, or the disk has no room for a copy.
     """
     differences = [pair for path in _models(directory) for pair in _differences(path)]
     absolute = max((absolute for absolute, _ in differences), default=0.0)

@@ -40,18 +40,6 @@ def measure_quality(
     """Run a quantized export and the float32 model on the same inputs, both without adapters that are its data.
 
     Of a decoder's export that takes adapters as data, tokens are compared without one and with each active one.
-
-    Args:
-        directory: The export directory.
-        model: The model that was exported.
-        verification: What is compared of this kind of export.
-        texts: A user's texts; None for texts that a decoder with a cache draws itself, and for the random inputs of a
-            quick verification of other models.
-        tokenizer: For texts: a tokenizer, or the directory of one.
-
-    Raises:
-        ExportError: The texts do not fit the model, the model or the export cannot run, or the export gives values that
-            are not finite where the model's are.
     """
     traced, manifest = base_trace(model), read_manifest(directory)
     session = open_session(directory, Runtime(session_options=yielding_options()))
@@ -88,17 +76,7 @@ def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | Gralor
 
 
 def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:
-    """Compare the outputs of an export with those of the float32 model; what a mask hides and a cache are left out.
-
-    Args:
-        comparison: The export as it is run, and the float32 model in evaluation mode.
-        cases: The inputs.
-        inputs: What they are, for the report.
-
-    Raises:
-        ExportError: The model or the export cannot run, or the export gives values that are not finite where the
-            model's are.
-    """
+    """Compare the outputs of an export with those of the float32 model; what a mask hides and a cache are left out."""
     tallies: dict[str, _Tally] = {}
     for description, case in cases:
         expected, actual = comparison.both(case, description)

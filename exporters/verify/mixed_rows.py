@@ -34,14 +34,7 @@ _BYSTANDER = (0, 0, 0)  # what the row reads that is idle from then on; every vo
 
 @contextmanager
 def engine_errors(case: str) -> Iterator[None]:
-    """The engine's errors as those of a verification.
-
-    Args:
-        case: What is compared.
-
-    Raises:
-        ExportError: The engine fails.
-    """
+    """The engine's errors as those of a verification."""
     try:
         yield
     except ServingError as error:
@@ -52,13 +45,7 @@ class AdaptersAsTaken(Adapters):
     """The adapters of an export in the types that a session takes, such as one over a float32 copy."""
 
     def __init__(self, directory: Path, manifest: Manifest, session: Any) -> None:
-        """Start with none loaded.
-
-        Args:
-            directory: The export directory.
-            manifest: Its manifest.
-            session: The session over its rows' graph.
-        """
+        """Start with none loaded."""
         super().__init__(directory, manifest)
         self._types = {value.name: value.type for value in session.get_inputs()}
 
@@ -73,14 +60,7 @@ class MixedRows(SessionView):
     """A session over `model_rows.onnx` with the interface of one whose rows all have one adapter."""
 
     def __init__(self, session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> None:
-        """Stack the adapters.
-
-        Args:
-            session: The session.
-            adapters: Those of the export, as the session takes them.
-            name: The adapter of the rows that are given; None for the base.
-            names: The adapters that rows and their copies have.
-        """
+        """Stack the adapters."""
         super().__init__(session)
         stack = adapters.stack_of([adapters[other] for other in names])
         self.count, self.tensors = 1 + len(names), stack.values
@@ -96,11 +76,7 @@ class MixedRows(SessionView):
         return np.array([number for row in range(rows) for number in (self.number, others[row % len(others)])])
 
     def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any], options: Any = None) -> list[Any]:
-        """Run on the rows and their copies; outputs are those of the rows.
-
-        Raises:
-            ExportError: An output is not made of rows.
-        """
+        """Run on the rows and their copies; outputs are those of the rows."""
         types = {value.name: (value.type, value.shape) for value in self.session.get_inputs()}
         batch_axis = types[ADAPTER_IDS][1][0]
         rows, doubled = 0, {}
@@ -136,18 +112,7 @@ class RowSteps:
     def __init__(
         self, session: Any, adapters: Adapters, name: str | None, others: Sequence[str | None], prompts: PromptBatch
     ) -> None:
-        """Open the rows, with room for prompts and the tokens that follow.
-
-        Args:
-            session: A session over `model_rows.onnx`.
-            adapters: The export's adapters.
-            name: The adapter of the rows that are compared; None for the base.
-            others: What the rows beside them have.
-            prompts: What will be read first.
-
-        Raises:
-            ExportError: ONNX Runtime fails, or there is no memory for the caches.
-        """
+        """Open the rows, with room for prompts and the tokens that follow."""
         rows, length = prompts.ids.shape[0], prompts.ids.shape[1] + prompts.steps
         limits = DecoderLimits(None, max(length, len(_BYSTANDER)), frozenset())
         self._description = prompts.description
@@ -173,9 +138,6 @@ class RowSteps:
 
         Returns:
             The logits after the last token of each row, `[batch, 1, vocabulary]`.
-
-        Raises:
-            ExportError: ONNX Runtime fails, or a step changes the cache of a row that reads nothing.
         """
         is_new = mask[:, -ids.shape[1] :].bool()
         tokens = [row[new].tolist() for row, new in zip(ids, is_new, strict=True)]

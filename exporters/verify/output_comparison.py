@@ -47,15 +47,7 @@ class OutputComparison:
     logits: str
 
     def run(self, cases: Sequence[Case], tolerance_check: ToleranceCheck) -> tuple[list[TensorCheck], bool]:
-        """Compare every output on inputs: how each differs at most, and whether all are close enough everywhere.
-
-        Args:
-            cases: The inputs.
-            tolerance_check: Says which differences are allowed.
-
-        Raises:
-            ExportError: The model or the export cannot run, or they give other outputs than each other.
-        """
+        """Compare every output on inputs: how each differs at most, and whether all are close enough everywhere."""
         differences: dict[str, list[tuple[float, float, float | None]]] = {}
         passed = True
         for description, case in counted(cases, "comparing outputs", "inputs"):
@@ -74,15 +66,7 @@ class OutputComparison:
         return [_summary(name, values) for name, values in differences.items()], passed
 
     def both(self, case: Mapping[str, Any], description: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All outputs of the model and of the export, by the export's names, padding included.
-
-        Args:
-            case: Inputs by name.
-            description: What they are, for messages.
-
-        Raises:
-            ExportError: The model or the export cannot run, or they give other outputs than each other.
-        """
+        """All outputs of the model and of the export, by the export's names, padding included."""
         values, names = flat(case), [value.name for value in self.session.get_inputs()]
         names += [value.name for value in image_arguments(self.session)]
         try:
@@ -116,11 +100,7 @@ class OutputComparison:
 
 
 def compare_rows(run: TokenRun) -> TokenResult:
-    """The outputs of `model_rows.onnx`, where there is one, on the inputs that were compared of `model.onnx`.
-
-    Raises:
-        ExportError: It cannot run, or its outputs are not made of rows.
-    """
+    """The outputs of `model_rows.onnx`, where there is one, on the inputs that were compared of `model.onnx`."""
     if run.rows is None:
         return TokenResult()
     tensors, passed = OutputComparison(run.rows, run.model, "all").run(run.cases, run.tolerance_check)

@@ -27,17 +27,7 @@ _ROWS = 4096  # dequantized at once
 def with_stored_weights(
     reference: TracedModel, traced: TracedModel, quantized: QuantizedWeights, directory: Path
 ) -> TracedModel:
-    """Return a float32 model with the values that an export holds of its weights (see `reference_model`).
-
-    Args:
-        reference: The adapter-free model in float32.
-        traced: The model that was exported.
-        quantized: What the manifest says of quantized weights.
-        directory: The export directory.
-
-    Raises:
-        ExportError: The export holds quantized matrices that no linear layer of the model has.
-    """
+    """Return a float32 model with the values that an export holds of its weights (see `reference_model`)."""
     stored = _stored_weights(directory, traced)
     found = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls and site.path in stored}
     experts, of_experts = rounded_experts(directory, reference)

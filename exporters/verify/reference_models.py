@@ -40,14 +40,6 @@ def reference_model(
 
     A quantized weight is what the export holds, if that is what the model's weight may be rounded to; else it is the
     model's own, and a comparison shows the difference. So nothing here depends on how a weight was rounded.
-
-    Args:
-        model: The model that was exported.
-        manifest: The export's manifest.
-        directory: The export directory.
-
-    Raises:
-        ExportError: The export holds quantized matrices that no linear layer of the model has.
     """
     precision, quantized = manifest.precision, manifest.quantization
     traced = base_trace(model)
@@ -62,12 +54,7 @@ def reference_model(
 
 
 def float32_model(traced: TracedModel, precision: str) -> TracedModel:
-    """The model in float32 arithmetic with weights of its own, in memory, which were rounded to a precision.
-
-    Args:
-        traced: The adapter-free model, of any precision, its folded weights lazy or not.
-        precision: Precision to which weights are rounded.
-    """
+    """The model in float32 arithmetic with weights of its own, in memory, which were rounded to a precision."""
     dtype = DTYPES[precision]
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)

@@ -27,16 +27,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedModel | GraloraModel) -> None:
-    """Check that an export is compared with its own model: of another, every difference would look like a fault.
-
-    Args:
-        output_dir: The export directory.
-        manifest: Its manifest.
-        model: The model to compare it with.
-
-    Raises:
-        ExportError: The model is of another base, or other adapters are active.
-    """
+    """Check that an export is compared with its own model: of another, every difference would look like a fault."""
     expected, own = manifest.base_fingerprint, fingerprint_of(model)
     if expected not in (None, own) and not _is_merged(model, manifest):
         if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
@@ -71,15 +62,7 @@ def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
 
 
 def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
-    """Check that a model takes every input of an export.
-
-    Args:
-        names: The inputs of the export.
-        case: Inputs of the model by name.
-
-    Raises:
-        ExportError: It does not; the message names those that are missing.
-    """
+    """Check that a model takes every input of an export."""
     taken = flat(case)
     missing = [name for name in names if name not in taken]
     if missing:
@@ -87,11 +70,7 @@ def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
 
 
 def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | GraloraModel) -> None:
-    """Check that a model's active adapters are those that were exported.
-
-    Raises:
-        ExportError: They differ; the message names both sets.
-    """
+    """Check that a model's active adapters are those that were exported."""
     exported, active = manifest.adapters, describe_adapters(model)
     if _digests(exported) == _digests(active):
         return
@@ -102,18 +81,7 @@ def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel |
 
 
 def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
-    """Check that adapter directories are what was exported, in any order, before a base is loaded.
-
-    Args:
-        manifest: The export's manifest.
-        origin: Its directory, for messages.
-        adapters: Directories or hub ids of the given adapters.
-
-    Raises:
-        ExportError: The export has adapters that are not given, or the other way round.
-        ConfigError: A given adapter's configuration is missing or invalid.
-        CheckpointError: Its tensors cannot be read.
-    """
+    """Check that adapter directories are what was exported, in any order, before a base is loaded."""
     if manifest.adapter_inputs is not None:  # any may be given; verification looks for its tensors
         if len(adapters) > 1:
             raise ExportError(f"{origin} takes adapters as data, and is verified with one at a time; give one adapter")

@@ -57,14 +57,7 @@ class MeasuredTexts:
 
 
 def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count: int = _COUNT) -> MeasuredTexts:
-    """Texts that the model draws: after the token that begins a text, or a random one without it.
-
-    Args:
-        traced: The model, traced with a cache.
-        seed: Seed of the random tokens.
-        length: Tokens of a text, if the context has room for twice as many.
-        count: Number of texts.
-    """
+    """Texts that the model draws: after the token that begins a text, or a random one without it."""
     vocabulary = vocabulary_of(traced) or 4
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
@@ -80,16 +73,7 @@ def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count:
 
 
 def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
-    """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them.
-
-    Args:
-        texts: The texts.
-        tokenizer: A tokenizer.
-        traced: The model, traced with a cache.
-
-    Raises:
-        ExportError: The tokenizer gives no token for a text, or one outside the model's vocabulary.
-    """
+    """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them."""
     vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + _CONTINUED
     continued = min(_CONTINUED, max(1, room // 2))
     length = min(_LONGEST, max(1, room - continued))
@@ -119,16 +103,6 @@ def token_quality(
 
     Every text is followed by tokens that are the float32 model's likeliest. As long as the export's are the same, they
     are what it would generate.
-
-    Args:
-        session: A session over the export as it is run.
-        model: The float32 model, in evaluation mode.
-        texts: The texts.
-        adapter: The adapter that both run with, of an export that takes adapters as data.
-
-    Raises:
-        ExportError: The model or the export cannot run, or the export gives values that are not finite where the
-            model's are.
     """
     tally = _Tally(texts.continued)
     generator = torch.Generator().manual_seed(0)
@@ -200,12 +174,7 @@ class _Tally:
         self._continued, self._positions, self._equal, self._divergence = continued, 0, 0, 0.0
 
     def add(self, step: _Step, equal: Tensor) -> None:
-        """Count one step of every row.
-
-        Args:
-            step: The step.
-            equal: Greedy tokens before the first that differs, by row as far as it is known; changed in place.
-        """
+        """Count one step of every row."""
         is_same = step.expected.argmax(-1) == step.actual.argmax(-1)
         in_text = step.after <= 0
         self._positions += int(in_text.sum())

@@ -47,29 +47,12 @@ def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
     """The largest difference from a model with the same weights that an export's arithmetic explains.
 
     A larger one is an error. Quantization adds nothing: the reference has the same quantized weights.
-
-    Args:
-        precision: Precision of the weights that are not quantized.
-        arithmetic: Precision that an execution provider computes in.
-
-    Returns:
-        A difference relative to a tensor's largest value, or to 1 where that is smaller.
     """
     return max(_TOLERANCES[precision], _OF_ARITHMETIC[arithmetic])
 
 
 def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = False) -> str:
-    """The least exact precision that a run computes in.
-
-    Args:
-        runtime: The providers with their options.
-        precision: Precision of the model that is run.
-        is_quantized: Whether it has quantized weights.
-
-    Returns:
-        `fp32`, `tf32` (float32 numbers multiplied with the bits of float16), `fp16`, `bf16`, or `int8` where
-        activations are rounded to that before they are multiplied.
-    """
+    """The least exact precision that a run computes in."""
     if [name for name, _ in runtime.providers] == [CPU]:
         return precision
     from gralora_fx.run.sessions.openvino import arithmetic, is_openvino
@@ -94,11 +77,7 @@ def _on_nvidia(options: Mapping[str, Any]) -> str:
 
 
 def describe_weights(manifest: Manifest) -> str:
-    """Precision of an export's weights, quantized ones first, such as `fp16` or `int4, else fp32`.
-
-    Args:
-        manifest: The export's manifest.
-    """
+    """Precision of an export's weights, quantized ones first, such as `fp16` or `int4, else fp32`."""
     kinds = [] if manifest.quantization is None else [manifest.quantization.kind]
     return ", else ".join([*kinds, manifest.precision])
 
@@ -117,14 +96,7 @@ class ToleranceCheck:
     def __init__(
         self, model: TracedModel | GraloraModel, tolerance: float, *, use_float64: bool, least_scale: float = 1.0
     ) -> None:
-        """Nothing is run before it is needed.
-
-        Args:
-            model: The reference, in evaluation mode and float32.
-            tolerance: Largest difference, relative to the largest value or to the least scale where that is smaller.
-            use_float64: Whether the second rule applies.
-            least_scale: The least value that a difference is relative to.
-        """
+        """Nothing is run before it is needed."""
         self.tolerance, self.least_scale = tolerance, least_scale
         self.exceeded: list[RoundingCheck] = []
         self._is_lost = not use_float64  # after an inexcusable difference no other is examined
@@ -133,14 +105,7 @@ class ToleranceCheck:
     def accepts(
         self, where: str, expected: Tensor, actual: Tensor, in_float64: Callable[[Float64Model], Tensor]
     ) -> bool:
-        """Compare one tensor.
-
-        Args:
-            where: What the tensor is, for the report.
-            expected: PyTorch's values.
-            actual: The export's values.
-            in_float64: Computes the same tensor with a given float64 model.
-        """
+        """Compare one tensor."""
         scale = max(self.least_scale, largest_value(expected))
         difference = largest_gap(expected, actual) / scale
         if difference <= self.tolerance or self._is_lost:
@@ -160,12 +125,7 @@ class Float64Model:
     """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
 
     def __init__(self, model: TracedModel | GraloraModel, draw: int = 0) -> None:
-        """Copy nothing yet: the weights are copied for every run and freed after it.
-
-        Args:
-            model: The model.
-            draw: 0 for no noise; any other is the seed of noise of up to a bit of float32 on every weight and result.
-        """
+        """Copy nothing yet: the weights are copied for every run and freed after it."""
         self.draw = draw
         self._model = model
 
@@ -188,9 +148,6 @@ class Float64Model:
 
         Some models compute a token that is read by itself differently from one of several (see `PromptClamp`), so a
         text at once is no reference for one that is read in steps.
-
-        Args:
-            batch: Number of rows.
 
         Returns:
             From new ids `[batch, new]` and the mask of all positions to the logits after each row's last token,

@@ -75,21 +75,7 @@ def variants(
     adapter_name: str | None = None,
     rows: Any = None,
 ) -> Iterator[Variant]:
-    """The states in which an export is compared: one for folded adapters, else the base and each active adapter.
-
-    Args:
-        session: A session over the export.
-        model: The model that was exported.
-        manifest: The export's manifest.
-        directory: The export directory.
-        adapter_name: The name in the export of the model's only active adapter; None where names are the same.
-        rows: A session over its graph whose rows have lengths of their own, which has all adapters in one batch; None
-            where that is not compared.
-
-    Raises:
-        ExportError: An active adapter of the model is not in the export, or is another one there; or a name is given,
-            and the export takes no adapters as data or several are active.
-    """
+    """The states in which an export is compared: one for folded adapters, else the base and each active adapter."""
     inputs = manifest.adapter_inputs
     if adapter_name is not None:
         from gralora_fx.exporters.verify.adapters_as_data import check_named

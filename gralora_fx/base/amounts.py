@@ -21,12 +21,7 @@ def read_size(text: object) -> int | None:
 
 
 def size_problem(name: str, text: object) -> str | None:
-    """What is wrong with the size that an option has; None if nothing is.
-
-    Args:
-        name: The option's name.
-        text: What was given.
-    """
+    """What is wrong with the size that an option has; None if nothing is."""
     if read_size(text) is not None:
         return None
     return f"{name} must be a number of bytes above 0, such as 512MiB or 2GB, but got {shown(text)}"

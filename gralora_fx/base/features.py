@@ -46,9 +46,5 @@ def features() -> tuple[Feature, ...]:
 
 
 def parts(point: str) -> list[Any]:
-    """Import what features add at a point.
-
-    Args:
-        point: One of `POINTS`.
-    """
+    """Import what features add at a point."""
     return [feature.part(point) for feature in features() if point in feature.parts]

@@ -169,18 +169,7 @@ def _check_together(
     *,
     no_tokenizer: bool,
 ) -> None:
-    """Check that every option has an effect beside the others.
-
-    Args:
-        options: The options of the conversion.
-        verify: How thoroughly to compare with PyTorch; None for no answer.
-        without: Options that leave nothing to compare.
-        texts: A file of texts to compare on.
-        no_tokenizer: Whether the tokenizer is left out.
-
-    Raises:
-        ConfigError: One has none.
-    """
+    """Check that every option has an effect beside the others."""
     for name in ("bits", "block_size", "accuracy_level"):
         if options[name] is not None and options["quantize"] is None:
             option = f"--{name.replace('_', '-')}"
@@ -209,24 +198,7 @@ def check_request(
     image_size: ImageSize,
     base_quantization: str | None = None,
 ) -> str:
-    """Check what is exported and where it is written, as far as their files tell.
-
-    Args:
-        options: The options of the export.
-        output: The export directory.
-        model: Local directory or hub id of the base, or None.
-        adapter: PEFT-format adapter, or None.
-        adapter_name: Its name in the export, or None.
-        task: Task, or None.
-        image_size: The size of images, or None.
-        base_quantization: How the base is rounded, or None.
-
-    Returns:
-        The name of the base.
-
-    Raises:
-        GraloraError: Something is missing, or does not go with the rest; nothing was written.
-    """
+    """Check what is exported and where it is written, as far as their files tell."""
     check_output(output)
     if options.dump is not None:
         check_folder(options.dump)
@@ -259,12 +231,7 @@ def check_base(
     fields: Mapping[str, object] | None,
     base_quantization: str | None = None,
 ) -> str:
-    """The name of the base.
-
-    Raises:
-        GraloraError: Neither names a base, one of both is not there, the adapter is for another task, or the base is
-            quantized already and is to be rounded.
-    """
+    """The name of the base."""
     if adapter is not None and fields is not None:
         check_adapter_task(str(fields.get("task_type")), task, adapter)
     base = base_name(model, adapter, fields)
@@ -287,11 +254,7 @@ def _is_pair(base: str) -> bool:
 
 
 def _check_apart(output: Path, sources: Iterable[str | None]) -> None:
-    """Check that what is read does not lie where the output is replaced.
-
-    Raises:
-        ExportError: It does.
-    """
+    """Check that what is read does not lie where the output is replaced."""
     target = output.resolve()
     for source in filter(None, sources):
         directory = local_directory(source, ExportError)

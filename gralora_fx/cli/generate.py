@@ -152,11 +152,7 @@ def generate(
 
 
 def _check_generates(directory: Path, manifest: Manifest) -> None:
-    """Check that an export generates text from text.
-
-    Raises:
-        ServingError: It does not; the message says what it does, and how to call it.
-    """
+    """Check that an export generates text from text."""
     if manifest.task in GENERATING:
         return
     if manifest.task in ("text-generation", "text2text-generation", "automatic-speech-recognition"):
@@ -169,11 +165,7 @@ def _check_generates(directory: Path, manifest: Manifest) -> None:
 def _check_input(
     directory: Path, manifest: Manifest, prompt: str | None, audio: str | None, language: str | None, *, chat: bool
 ) -> None:
-    """Check that an export is given what it answers: a model of speech a recording, others a text.
-
-    Raises:
-        ConfigError: It is given something else, both or neither.
-    """
+    """Check that an export is given what it answers: a model of speech a recording, others a text."""
     takes_audio = manifest.task == _SPEECH
     wanted, given = ("--audio FILE", prompt) if takes_audio else ("--prompt TEXT", audio)
     if given is not None or (chat and takes_audio):
@@ -189,11 +181,7 @@ def _check_input(
 
 
 def _read_audio(path: str) -> bytes:
-    """The content of an audio file.
-
-    Raises:
-        ConfigError: It cannot be read, or its format needs a package that is not installed.
-    """
+    """The content of an audio file."""
     try:
         data = usable_path(path, ConfigError).read_bytes()
     except OSError as error:
@@ -212,12 +200,7 @@ def _recording(model: Any, data: bytes) -> dict[str, Any]:
 
 
 def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tuple[str | None, Path | None]:
-    """The adapter to answer with, and where it is to be loaded from; None for one of the export's own.
-
-    Raises:
-        ConfigError: It is empty, or not the name of an adapter.
-        ServingError: The export takes no adapters, or there is no adapter at the path.
-    """
+    """The adapter to answer with, and where it is to be loaded from; None for one of the export's own."""
     if given is None:
         return None, None
     name, path = read_adapter(given, may_be_bare=True)
@@ -237,11 +220,7 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
-    """The options of `generate` that draw; none where the likeliest token is taken.
-
-    Raises:
-        ConfigError: A value is out of its range.
-    """
+    """The options of `generate` that draw; none where the likeliest token is taken."""
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise ConfigError(f"--temperature takes a number from 0 on, but got {temperature}; 0 takes the likeliest token")
     if top_p is not None and not 0 < top_p <= 1:
@@ -257,11 +236,7 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 
 
 def _read_stdin() -> str:
-    """The prompt from stdin, without the newline at its end.
-
-    Raises:
-        ConfigError: It is not UTF-8.
-    """
+    """The prompt from stdin, without the newline at its end."""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

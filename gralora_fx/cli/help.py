@@ -66,11 +66,7 @@ class Command(_Help, TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; of an option that takes one value and is given several, click would keep the last.
-
-        Raises:
-            ConfigError: An argument holds a zero byte, which no shell passes on, and on which typer before 0.29 fails.
-        """
+        """Parse the arguments; of an option that takes one value and is given several, click would keep the last."""
         for text in args:
             if "\0" in text:
                 raise ConfigError(f"{text[:80]!r} holds a zero byte; give text without one")

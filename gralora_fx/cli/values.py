@@ -72,24 +72,13 @@ def quantization_words(words: str | None) -> str | None:
 
 
 def check_rounding(quantization: object | None) -> None:
-    """Check that a base can be rounded before anything slow is imported.
-
-    Args:
-        quantization: How it is rounded, or None.
-
-    Raises:
-        ConfigError: The package that rounds it is not installed.
-    """
+    """Check that a base can be rounded before anything slow is imported."""
     if quantization is not None:
         require_extra("nf4", f"{RECORD}={str(quantization)!r}", ConfigError)
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:
-    """The directory of an export, by its option or, as before there was one, without a name.
-
-    Raises:
-        typer.BadParameter: Neither or both are given.
-    """
+    """The directory of an export, by its option or, as before there was one, without a name."""
     if (onnx is None) == (directory is None):
         raise typer.BadParameter(
             "missing --onnx DIR, the directory of an export" if onnx is None else f"give --onnx {onnx} or {directory}"
@@ -98,15 +87,7 @@ def export_directory(onnx: Path | None, directory: Path | None) -> Path:
 
 
 def read_adapter(text: str, *, may_be_bare: bool = False) -> tuple[str, Path | None]:
-    """The name and the path of an `--adapter NAME=PATH`.
-
-    Args:
-        text: What was given.
-        may_be_bare: Whether a name without a path will do, whose path is None.
-
-    Raises:
-        ConfigError: It is not of that form.
-    """
+    """The name and the path of an `--adapter NAME=PATH`."""
     name, equals, path = text.partition("=")
     if not name or (equals and not path) or not (equals or may_be_bare):
         form = "a name, or a name and a path as NAME=PATH" if may_be_bare else "a name and a path as NAME=PATH"
@@ -115,11 +96,7 @@ def read_adapter(text: str, *, may_be_bare: bool = False) -> tuple[str, Path | N
 
 
 def read_adapters(texts: list[str] | None) -> dict[str, Path]:
-    """The adapters of several `--adapter NAME=PATH`, by name.
-
-    Raises:
-        ConfigError: One is not of that form, or a name is given twice.
-    """
+    """The adapters of several `--adapter NAME=PATH`, by name."""
     found: dict[str, Path] = {}
     for name, path in map(read_adapter, texts or ()):
         if name in found:
@@ -130,11 +107,7 @@ def read_adapters(texts: list[str] | None) -> dict[str, Path]:
 
 
 def read_image_size(text: str | None) -> ImageSize:
-    """The image size of `--image-size`: `224x224` is a height and a width.
-
-    Raises:
-        ConfigError: It is neither that nor `dynamic`.
-    """
+    """The image size of `--image-size`: `224x224` is a height and a width."""
     if text is None:
         return None
     if text == DYNAMIC:
@@ -146,11 +119,7 @@ def read_image_size(text: str | None) -> ImageSize:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of a file, one on each line; empty lines are left out.
-
-    Raises:
-        ConfigError: The file cannot be read, or holds no text.
-    """
+    """The texts of a file, one on each line; empty lines are left out."""
     try:
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:
@@ -167,9 +136,6 @@ def takes(record: type) -> Callable[[_Command], _Command]:
 
     They come after the command's own positional parameters and before its keyword-only ones, and the command gets them
     as `**options`. One that the command names itself comes there, and is given by that name.
-
-    Args:
-        record: The dataclass that declares the options.
     """
     declared = {option.name: _parameter(option) for option in declared_options(record) if option.option.help}
 

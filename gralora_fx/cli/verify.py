@@ -178,19 +178,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
 
 
 def _exported_name(directory: Path, manifest: Manifest, name: str | None) -> str | None:
-    """The name in an export of the adapter that it is compared with.
-
-    Args:
-        directory: The export.
-        manifest: Its manifest.
-        name: The name that was given, if any.
-
-    Returns:
-        That, or of the only adapter there, or `default`; None where the export holds no adapters as data.
-
-    Raises:
-        ExportError: One is given, and the export holds no adapters as data.
-    """
+    """The name in an export of the adapter that it is compared with."""
     if manifest.adapter_inputs is None:
         if name is not None:
             raise ExportError(f"{directory} holds no adapters as data; leave --adapter-name {name} out")
@@ -200,15 +188,7 @@ def _exported_name(directory: Path, manifest: Manifest, name: str | None) -> str
 
 
 def _provider_options(provider: str | None, options: list[str] | None) -> dict[str, str] | None:
-    """The options of a provider by name; None if there are none.
-
-    Args:
-        provider: The provider, if one was given.
-        options: `KEY=VALUE` each.
-
-    Raises:
-        ConfigError: There is no provider that they are for, one is not `KEY=VALUE`, or a key is given twice.
-    """
+    """The options of a provider by name; None if there are none."""
     if not options:
         return None
     if provider is None:

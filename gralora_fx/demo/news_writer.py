@@ -52,17 +52,7 @@ class Texts:
 
 
 def read_texts(seed: int) -> tuple[PreTrainedTokenizerBase, Texts, Texts]:
-    """The news, and a tokenizer that has seen the base's texts alone.
-
-    Args:
-        seed: Of the split; a fifth of each topic is held out.
-
-    Returns:
-        The tokenizer, the texts of the base's four topics, and those of the adapter's.
-
-    Raises:
-        GraloraError: The package of the corpus is not installed.
-    """
+    """The news, and a tokenizer that has seen the base's texts alone."""
     news = load_news(seed)
     number = news.classes.index(TOPIC)
     parts = [
@@ -80,10 +70,6 @@ def hybrid(tokenizer: PreTrainedTokenizerBase, seed: int) -> GraniteMoeHybridFor
     Time steps begin between 0.001 and 0.1, as in the code of "Mamba: Linear-Time Sequence Modeling with Selective
     State Spaces", https://arxiv.org/abs/2312.00752. transformers begins with 1.3, at which states forget a text within
     a few tokens.
-
-    Args:
-        tokenizer: Its tokenizer.
-        seed: Of its parameters.
     """
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
@@ -118,19 +104,7 @@ def hybrid(tokenizer: PreTrainedTokenizerBase, seed: int) -> GraniteMoeHybridFor
 def train(
     model: Any, parameters: Iterable[nn.Parameter], texts: Texts, *, steps: int, rate: float, seed: int
 ) -> list[float]:
-    """Train a traced or a rewritten model to predict the next token, on pieces from random places.
-
-    Args:
-        model: Takes `input_ids`, and has `train` and `eval`.
-        parameters: Its parameters; those that require gradients train.
-        texts: What it reads.
-        steps: How many batches it reads.
-        rate: The largest learning rate.
-        seed: Of the places.
-
-    Returns:
-        The loss of every step, in nats a token.
-    """
+    """Train a traced or a rewritten model to predict the next token, on pieces from random places."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(texts.train) - LENGTH, (steps * _BATCH, 1), generator=generator)
     pieces = texts.train[starts + torch.arange(LENGTH + 1)]
@@ -141,12 +115,7 @@ def train(
 
 
 def bits_per_character(model: Callable[..., Any], texts: Texts) -> float:
-    """Bits per character of held-out text: the loss of a token in bits, over the mean length of a token.
-
-    Args:
-        model: A PyTorch or an ONNX Runtime model that gives the logits of all positions.
-        texts: The texts.
-    """
+    """Bits per character of held-out text: the loss of a token in bits, over the mean length of a token."""
     pieces = texts.held_out.unfold(0, LENGTH + 1, LENGTH)[:_HELD_OUT]
     with torch.no_grad():
         loss = fmean(_loss(model, batch).item() for batch in torch.split(pieces, _BATCH))

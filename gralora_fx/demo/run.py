@@ -36,18 +36,7 @@ _REPORT, _PARTS = "report.md", 2
 
 
 def run(output: Path, *, epochs: int, seed: int, steps: int = BASE_STEPS) -> None:
-    """Train MiniLM to sort news, and a small hybrid to write them; export, verify and ask both on ONNX Runtime.
-
-    Args:
-        output: Gets `plan.txt`, `loss.png`, `graph.html`, `adapter/` and `onnx/` of MiniLM, `hybrid/` and `report.md`.
-        epochs: MiniLM's passes over the training texts.
-        seed: Seed of the split, the initial values and the batches.
-        steps: Batches that the hybrid's base reads.
-
-    Raises:
-        GraloraError: The demo's packages are not installed, the output holds another export than an earlier demo's, or
-            what the demo shows does not hold.
-    """
+    """Train MiniLM to sort news, and a small hybrid to write them; export, verify and ask both on ONNX Runtime."""
     report = output / _REPORT
     for folder in (output / "onnx", *exports_of(output / "hybrid")):
         check_output(folder)

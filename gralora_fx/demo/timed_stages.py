@@ -26,21 +26,13 @@ class Stages:
     """
 
     def __init__(self, console: Console) -> None:
-        """Begin.
-
-        Args:
-            console: Where to show stages.
-        """
+        """Begin."""
         self.console = console
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Name a stage, show how far it is, and time the block.
-
-        Args:
-            name: Its name.
-        """
+        """Name a stage, show how far it is, and time the block."""
         named: AbstractContextManager[None] = timed(name)
         if not self.console.is_terminal:  # a line names it at once, and others follow if there is news within it
             self.console.print(f"{name} ...", markup=False)
@@ -51,12 +43,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - begin
 
     def wrote(self, path: Path, what: str) -> None:
-        """Say that there is something to look at.
-
-        Args:
-            path: A file or a directory that was just written.
-            what: What it holds.
-        """
+        """Say that there is something to look at."""
         self.console.print(f"wrote {path}: {what}", markup=False)
 
     def rows(self) -> Rows:

@@ -26,18 +26,7 @@ def fit(
     steps: int,
     rate: float,
 ) -> list[float]:
-    """Train by AdamW, whose rate rises for a tenth of the steps and then falls to zero; show steps, loss and time left.
-
-    Args:
-        parameters: The parameters of the model; those that require gradients train. Matrices decay, vectors do not.
-        batches: As many batches as steps.
-        loss_of: The loss of a batch, a scalar.
-        steps: How many steps there are.
-        rate: The largest learning rate.
-
-    Returns:
-        The loss of every step.
-    """
+    """Train by AdamW, its rate rising for a tenth of the steps, then falling to zero; show steps, loss, time left."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": _WEIGHT_DECAY},

@@ -33,29 +33,12 @@ _CLOSE = 1e-3  # bits per character, by which ONNX Runtime may differ from PyTor
 
 
 def exports_of(output: Path) -> tuple[Path, Path]:
-    """The directories of a demo's exports: with the adapter as data, and merged.
-
-    Args:
-        output: Where `write_news` writes.
-    """
+    """The directories of a demo's exports: with the adapter as data, and merged."""
     return output / _DATA, output / _MERGED
 
 
 def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> DemoPart:
-    """Train a base and an adapter, export them twice, verify, and let base and adapter answer side by side.
-
-    Args:
-        output: Gets `loss.png`, `base/`, `adapter/`, `onnx/` with the adapter as data, and `merged/`.
-        stages: Where stages are named and timed.
-        steps: Batches that the base reads; the adapter reads `ADAPTER_STEPS / BASE_STEPS` of them.
-        seed: Seed of the split, the initial values and the batches.
-
-    Returns:
-        What came of it.
-
-    Raises:
-        GraloraError: A package is missing, or what the demo shows does not hold.
-    """
+    """Train a base and an adapter, export them twice, verify, and let base and adapter answer side by side."""
     console, stage = stages.console, stages.stage
     with stage("read news"):
         tokenizer, texts, topic = read_texts(seed)

@@ -52,14 +52,7 @@ class FormatError(ValueError):
 
 
 def read_parameters(content: Buffer) -> dict[str, NDArray[np.generic]]:
-    """The tensors of an adapter file, by name; they share its memory.
-
-    Args:
-        content: The file.
-
-    Raises:
-        FormatError: It is not such a file, or not of the version that is known.
-    """
+    """The tensors of an adapter file, by name; they share its memory."""
     try:
         view = content.data
         if view[4:8] != _IDENTIFIER:

@@ -58,21 +58,11 @@ class AdapterSite:
         return k if self.form == BLOCKS else 0
 
     def names(self, k: int) -> tuple[str, ...]:
-        """Names of its tensors, in the order of `FIELDS`.
-
-        Args:
-            k: Blocks in each direction; 0 for LoRA's form, which has none.
-        """
+        """Names of its tensors, in the order of `FIELDS`."""
         return tuple(self.shapes(k, 0, 0))
 
     def shapes(self, k: int, r: int | str, hybrid_r: int | str) -> dict[str, tuple[int | str, ...]]:
-        """Shapes of its tensors by name.
-
-        Args:
-            k: Blocks in each direction; 0 for LoRA's form, which has none.
-            r: Rank of the blocks, or the name of a symbolic axis.
-            hybrid_r: Rank of the plain LoRA part, or the name of a symbolic axis.
-        """
+        """Shapes of its tensors by name."""
         inner, outer, k = self.in_features, self.out_features, self.blocks(k)
         by_field: dict[str, tuple[int | str, ...]] = {}
         if k:

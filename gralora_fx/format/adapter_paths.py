@@ -21,11 +21,7 @@ def is_name(name: object) -> bool:
 
 
 def check_name(name: object, error: type[GraloraError] = ExportError) -> str:
-    """An adapter's name, which is also that of a file.
-
-    Raises:
-        GraloraError: Of the given type: it is something else than letters, digits, dots, dashes and underscores.
-    """
+    """An adapter's name, which is also that of a file."""
     if not is_name(name):
         raise error(
             f"{shown(name)} is not a name for an adapter: take letters, digits, dots, dashes and underscores, at most "
@@ -46,17 +42,7 @@ def check_takes_adapters(
     *,
     remedy: str = "export the model with adapters='data'",
 ) -> AdapterInputs:
-    """The inputs of an export that takes adapters as data.
-
-    Args:
-        manifest: The export's manifest.
-        name: Its name or directory, for the message.
-        error: The error type to raise.
-        remedy: What to do about it.
-
-    Raises:
-        GraloraError: Of the given type: it takes none.
-    """
+    """The inputs of an export that takes adapters as data."""
     if manifest.adapter_inputs is None:
         merged = f" and has {', '.join(manifest.adapters)} merged into its weights" if manifest.adapters else ""
         raise error(f"{name} takes no adapters: it was exported with adapters='merged'{merged}; {remedy}")
@@ -64,11 +50,7 @@ def check_takes_adapters(
 
 
 def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
-    """The adapter files in an export's directory, by name.
-
-    Raises:
-        GraloraError: Of the given type: one of them, or its record, is a link out of the directory.
-    """
+    """The adapter files in an export's directory, by name."""
     folder = directory / ADAPTERS
     if folder.is_symlink():
         raise error(f"{folder} is a link; copy the directory itself into the export directory")
@@ -80,11 +62,7 @@ def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:
 
 
 def adapter_path(value: object) -> Path:
-    """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved.
-
-    Raises:
-        ServingError: It is not a path, or there is nothing, or neither of the two.
-    """
+    """The path of an adapter that a user gave: an `.onnx_adapter` file, or a directory that PEFT saved."""
     remedy = f"give an {SUFFIX} file or a directory that PEFT saved"
     path = usable_path(value, ServingError, remedy=remedy)
     if not path.exists():
@@ -94,10 +72,6 @@ def adapter_path(value: object) -> Path:
 
 
 def check_adapter_kind(path: Path, is_directory: bool, name: str) -> None:
-    """Check that what is at a path is a directory, or named as an adapter file is.
-
-    Raises:
-        ServingError: It is neither.
-    """
+    """Check that what is at a path is a directory, or named as an adapter file is."""
     if not is_directory and path.suffix != SUFFIX:
         raise ServingError(f"{name} is neither an {SUFFIX} file nor a directory that PEFT saved an adapter to")

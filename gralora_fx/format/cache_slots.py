@@ -32,13 +32,7 @@ class StateKind:
     is_float32: bool = False
 
     def shape(self, like: Sequence[Any], batch: int, length: int) -> tuple[int, ...]:
-        """The shape of one for a number of rows and positions.
-
-        Args:
-            like: The shape of another, whose other sizes it has.
-            batch: Number of rows.
-            length: Number of positions, of a kind that grows.
-        """
+        """The shape of one for a number of rows and positions."""
         sizes = [batch, *like[1:]]
         if self.grows is not None:
             sizes[self.grows] = length
@@ -94,11 +88,7 @@ class CacheSlot:
 
 
 def slot_of(name: str) -> CacheSlot | None:
-    """The slot that an input or output of an export is called after; None of any other value.
-
-    Args:
-        name: The name, such as `past_key_values.3.conv`.
-    """
+    """The slot that an input or output of an export is called after; None of any other value."""
     place = next((name.removeprefix(prefix) for prefix in (PAST_PREFIX, PRESENT_PREFIX) if name.startswith(prefix)), "")
     layer, *rest = place.split(".")
     part = rest.pop(0) if rest and rest[0] in ("decoder", "encoder") else ""
@@ -109,11 +99,7 @@ def slot_of(name: str) -> CacheSlot | None:
 
 
 def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
-    """The cached tensors among a graph's inputs, by slot.
-
-    Args:
-        values: The inputs, each with a `name`.
-    """
+    """The cached tensors among a graph's inputs, by slot."""
     named = ((slot_of(str(value.name)), value) for value in values if str(value.name).startswith(PAST_PREFIX))
     return {slot: value for slot, value in named if slot is not None}
 

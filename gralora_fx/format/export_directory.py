@@ -57,15 +57,7 @@ def is_export(directory: Path) -> bool:
 
 
 def check_own_file(path: Path, error: type[GraloraError]) -> None:
-    """Check that a file is a directory's own: a regular file of one name, not a link, or a snapshot's link to its blob.
-
-    Args:
-        path: The file; one that is missing is left to its reader.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: it is a link, or not a regular file.
-    """
+    """Check that a file is a directory's own: regular, of one name, not a link other than a snapshot's to its blob."""
     try:
         if path.is_symlink() and not _is_snapshot_link(path):
             raise error(f"{path} is a link; copy the file itself into the export directory")

@@ -27,12 +27,7 @@ _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx
 
 
 def describe_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Size in bytes and SHA-256 of files of an export.
-
-    Args:
-        directory: The export directory.
-        names: Paths within it.
-    """
+    """Size in bytes and SHA-256 of files of an export."""
     return {name: FileEntry((directory / name).stat().st_size, _sha256(directory / name)) for name in names}
 
 
@@ -46,19 +41,6 @@ def check_files(
     """Compare the files of an export directory with what its manifest says of them.
 
     Files that the manifest does not name are allowed, such as a README; with `digests`, none that would be read.
-
-    Args:
-        directory: An export directory.
-        manifest: Its manifest.
-        digests: Whether to read every file and compare its SHA-256; sizes are compared always.
-        error: The error type to raise.
-
-    Returns:
-        The number of files compared; 0 for an older manifest that does not record files.
-
-    Raises:
-        GraloraError: Of the given type, naming each file that is missing or differs; or digests are asked for and the
-            manifest has none.
     """
     folder = Path(directory)
     files = manifest.files
@@ -120,15 +102,7 @@ def _sha256(path: Path) -> str:
 
 
 def check_requirements(directory: Path, manifest: Manifest) -> None:
-    """Check the packages that an export names.
-
-    Args:
-        directory: The export directory, for messages.
-        manifest: Its manifest.
-
-    Raises:
-        ServingError: A package is missing or too old.
-    """
+    """Check the packages that an export names."""
     for package, oldest in (manifest.requires or {}).items():
         found = _version(package)
         try:

@@ -15,11 +15,7 @@ COMPARING, _GENERATING, _SERVING = "gralora-fx verify", "gralora-fx generate", "
 
 
 def comparison_of(directory: str | Path) -> Invocation:
-    """How an export is compared with its model; the command needs the options too that name that.
-
-    Args:
-        directory: The export.
-    """
+    """How an export is compared with its model; the command needs the options too that name that."""
     place = str(directory)
     python = f"from gralora_fx.exporters import verify_onnx; verify_onnx({place!r}, model)"
     return Invocation(python, COMPARING, {"onnx": place})
@@ -32,15 +28,7 @@ def usage_of(
     inputs: Iterable[str] = (),
     adapter: str | None = None,
 ) -> Invocation:
-    """How an export is called: one that generates by a prompt or a recording, others with their inputs.
-
-    Args:
-        directory: The export.
-        task: Its task, or None.
-        files: Names of its files.
-        inputs: Names of its inputs.
-        adapter: The name of an adapter that is its data, or None.
-    """
+    """How an export is called: one that generates by a prompt or a recording, others with their inputs."""
     place, chosen = str(directory), "" if adapter is None else f", adapter={adapter!r}"
     given = {"onnx": place} | ({} if adapter is None else {"adapter": adapter})
     loaded, has_tokenizer = f"load({place!r})", _TOKENIZER in files

@@ -85,11 +85,7 @@ def pixels(size: tuple[int, int]) -> str:
 
 
 def check_image_size(image_size: object) -> None:
-    """Check a requested image size.
-
-    Raises:
-        TraceError: It is neither `"dynamic"`, a height and a width of at least 1, nor None.
-    """
+    """Check a requested image size."""
     if image_size is None or image_size == DYNAMIC:
         return
     is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
@@ -106,15 +102,6 @@ def at_image_size(
     """Example inputs and constants for a requested image size.
 
     A model with a table of positions is told to interpolate it, if the size is not its own.
-
-    Args:
-        model: The model to trace.
-        inputs: Example inputs by name.
-        constants: Arguments that become part of the graph.
-        image_size: A height and a width, or `"dynamic"`.
-
-    Raises:
-        TraceError: It is not a size, or the model takes no images.
     """
     check_image_size(image_size)
     if not takes_images(inputs):

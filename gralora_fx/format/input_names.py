@@ -24,21 +24,12 @@ def takes_images(inputs: Mapping[str, Any]) -> bool:
 
 
 def takes_image_inputs(inputs: Collection[str]) -> bool:
-    """Return whether a decoder's step takes embeddings beside ids.
-
-    Args:
-        inputs: Names of its inputs.
-    """
+    """Return whether a decoder's step takes embeddings beside ids."""
     return EMBEDS in inputs and IDS in inputs
 
 
 def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split inputs into those without labels, and the labels.
-
-    Args:
-        inputs: The inputs of a call, by name.
-        traced: Inputs of the trace; labels among them are the graph's own.
-    """
+    """Split inputs into those without labels, and the labels."""
     outside = [name for name in LABELS if name not in traced]
     labels = {name: inputs[name] for name in outside if inputs.get(name) is not None}
     return {name: value for name, value in inputs.items() if name not in outside}, labels

@@ -33,16 +33,7 @@ class FieldError(Exception):
 
 
 def read_object(kind: type[_Record], fields: Mapping[str, Any], place: str = "") -> _Record:
-    """An object as a dataclass; fields that the dataclass lacks are left out.
-
-    Args:
-        kind: The dataclass.
-        fields: The fields of the object.
-        place: Where the object is in its file; empty for the whole.
-
-    Raises:
-        FieldError: A field is missing, or of another type.
-    """
+    """An object as a dataclass; fields that the dataclass lacks are left out."""
     return kind(**{field.name: _taken(field, hint, fields, place) for field, hint in _declared(kind)})  # type: ignore[arg-type]
 
 

@@ -222,16 +222,7 @@ class Manifest:
 
 
 def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError) -> Manifest:
-    """The manifest of an export directory.
-
-    Args:
-        directory: The directory.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: there is no manifest, it cannot be read, it is of another schema, or a field
-            is missing or of another type.
-    """
+    """The manifest of an export directory."""
     path = usable_path(directory, error, remedy="give the directory of an export") / MANIFEST_NAME
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -289,11 +280,7 @@ def _in_todays_form(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
-    """Check what types do not say.
-
-    Raises:
-        FieldError: A value is none that an export writes.
-    """
+    """Check what types do not say."""
     rows, sizes, inputs = manifest.rows, manifest.image_sizes, manifest.adapter_inputs
     if rows is not None and (rows.file not in (None, ROWS_NAME) or (rows.file is None) == (rows.reason is None)):
         raise FieldError("rows", fields["rows"])

@@ -52,11 +52,7 @@ _WITH_CACHE = tuple(task.removesuffix("-with-past") for task in GENERATING)
 
 
 def check_task(task: str | None) -> None:
-    """Check the name of a task.
-
-    Raises:
-        TraceError: It is unknown; the message lists the tasks.
-    """
+    """Check the name of a task."""
     if task is not None and task not in TASKS:
         raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
 
@@ -67,13 +63,7 @@ def with_past(task: str) -> str:
 
 
 def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> str | None:
-    """The task that `load_traced` will trace for, if it can be told without the base.
-
-    Args:
-        task_type: PEFT's type of the task that the adapter was trained for; None where there is no adapter.
-        task: Task name, or None.
-        with_cache: As for `load_traced`.
-    """
+    """The task that `load_traced` will trace for, if it can be told without the base."""
     if task is not None:
         return task
     adapter_task = _PEFT_TASKS.get(str(task_type))
@@ -83,28 +73,13 @@ def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> 
 
 
 def task_of(config: AdapterConfig, task: str | None, adapter: str) -> str | None:
-    """The requested task, checked against the adapter's; or the adapter's own.
-
-    Raises:
-        ConfigError: The adapter was trained for another task.
-        TraceError: The task is unknown.
-    """
+    """The requested task, checked against the adapter's; or the adapter's own."""
     check_adapter_task(config.task_type, task, adapter)
     return task or _PEFT_TASKS.get(config.task_type or "")
 
 
 def check_adapter_task(task_type: str | None, task: str | None, adapter: str) -> None:
-    """Check that an adapter may be used for a task.
-
-    Args:
-        task_type: PEFT's type of the task that it was trained for, or None.
-        task: The requested task, or None.
-        adapter: The adapter, for messages.
-
-    Raises:
-        ConfigError: The adapter was trained for another task.
-        TraceError: The task is unknown.
-    """
+    """Check that an adapter may be used for a task."""
     adapter_task = _PEFT_TASKS.get(task_type or "")
     if task is None or adapter_task is None:
         return

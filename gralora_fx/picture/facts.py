@@ -185,15 +185,7 @@ class ModelFacts:
 
 
 def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = None) -> ModelFacts:
-    """Read everything that a picture shows of a model.
-
-    Args:
-        model: A rewritten model, or a traced one.
-        plan: A plan for a rewrite of the traced model.
-
-    Raises:
-        RewriteError: The model is neither, a plan was given with a rewritten model, or the plan is for another model.
-    """
+    """Read everything that a picture shows of a model."""
     if isinstance(model, TracedModel):
         traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
         if plan is not None:

@@ -44,10 +44,6 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
 
     Before: `q = linear(x, wq); k = linear(x, wk); a = sdpa(q, k, v); o = linear(a, wo)`
     After:  `q -> o, k -> o`
-
-    Args:
-        facts: The model.
-        blocks: Its blocks; parts within a numbered layer are not drawn, unless they train as a whole.
     """
     owners = _Owners(facts, blocks)
     events: list[Item] = []  # every time that an item computes; bits of the masks below index these

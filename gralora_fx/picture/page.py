@@ -78,17 +78,6 @@ def html_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = Non
     """Write a page about a model's graph: counts, adapters, the picture, every site, every heat map.
 
     It is one file, fetches nothing, and follows the reader's choice of light or dark.
-
-    Args:
-        model: A `GraloraModel`, or a `TracedModel`.
-        plan: A plan for a rewrite of the traced model.
-        full: Whether layers that look alike are all drawn in the picture, rather than one for each run.
-
-    Returns:
-        An HTML document.
-
-    Raises:
-        RewriteError: The model or the plan cannot be drawn, or (as `PictureError`) Graphviz fails.
     """
     import jinja2
     from markupsafe import Markup

@@ -119,13 +119,7 @@ def _linear(channel: float) -> float:
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> float:
-    """Width of a line in points, by the wider of the sans-serif fonts that a reader may have (DejaVu Sans).
-
-    Args:
-        text: The line.
-        size: Size of the font in points.
-        bold: Whether it is bold.
-    """
+    """Width of a line in points, by the wider of the sans-serif fonts that a reader may have (DejaVu Sans)."""
     ems = 0.0
     for character in text:
         if character in _NARROW:
@@ -174,12 +168,6 @@ def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -
     """A grid as a group of cells, each with its value as a tooltip and, where there are few, as text.
 
     A zero block is a white cell with a small dot, so that a zero update can be recognised; the scale begins above.
-
-    Args:
-        norms: Norms, rows for output blocks.
-        largest: The value at the end of the scale.
-        rect: Where the grid is drawn.
-        coarse: Whether large grids are drawn with fewer cells.
     """
     k = len(norms)
     shown = coarser(norms, _grid_blocks(k)) if coarse else norms
@@ -203,13 +191,7 @@ def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -
 
 
 def draw_strip(cells: Sequence[tuple[str, float]], largest: float, rect: Rect) -> Element:
-    """A row of cells on the scale of the grids, each with a text as its tooltip.
-
-    Args:
-        cells: Tooltips and values, left to right.
-        largest: The value at the end of the scale.
-        rect: Where the strip is drawn.
-    """
+    """A row of cells on the scale of the grids, each with a text as its tooltip."""
     group = Element("g", {"class": "heat strip zero" if all(value == 0 for _, value in cells) else "heat strip"})
     cell_width = rect.width / len(cells)
     for index, (title, value) in enumerate(cells):

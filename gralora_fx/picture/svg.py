@@ -26,19 +26,7 @@ _STRIP = "a strip: one cell a layer, the root mean square of the norms of its bl
 
 
 def svg_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = None, full: bool = False) -> str:
-    """Draw a model's graph: its linear sites by block, what is adapted, and how large each update is.
-
-    Args:
-        model: A `GraloraModel`, or a `TracedModel`.
-        plan: A plan for a rewrite of the traced model.
-        full: Whether to draw all layers, rather than one for each run of three or more equal ones.
-
-    Returns:
-        An SVG document, readable by itself.
-
-    Raises:
-        RewriteError: The model or the plan cannot be drawn, or (as `PictureError`) Graphviz fails.
-    """
+    """Draw a model's graph: its linear sites by block, what is adapted, and how large each update is."""
     return draw(read_facts(model, plan), full=full)
 
 
@@ -53,18 +41,7 @@ def draw(facts: ModelFacts, *, full: bool) -> str:
 
 
 def save(text: str, path: str | Path) -> Path:
-    """Write a picture or page atomically, creating missing folders.
-
-    Args:
-        text: What `svg_of` or `html_of` returned.
-        path: The file.
-
-    Returns:
-        The file.
-
-    Raises:
-        PictureError: It cannot be written.
-    """
+    """Write a picture or page atomically, creating missing folders."""
     target = usable_file(path, PictureError, writes=True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,16 +68,7 @@ def headline(facts: ModelFacts) -> str:
 
 
 def _finish(svg: str, facts: ModelFacts, source: DotSource) -> str:
-    """Draw the parts of a laid-out graph that Graphviz does not.
-
-    Args:
-        svg: Graphviz's output.
-        facts: The model.
-        source: The source it was made from.
-
-    Returns:
-        The finished SVG, without an XML declaration, so that a page can hold it.
-    """
+    """Draw the parts of a laid-out graph that Graphviz does not."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
@@ -188,16 +156,7 @@ def _assembled(root: Element, graph: Element, facts: ModelFacts, source: DotSour
 
 
 def _draw_head(facts: ModelFacts, source: DotSource, width: float) -> tuple[Element, float, float]:
-    """Draw the head above the graph.
-
-    Args:
-        facts: The model.
-        source: The contents of the picture, which the legend explains.
-        width: Width of the graph.
-
-    Returns:
-        The group, its width (at least the graph's) and its height.
-    """
+    """Draw the head above the graph."""
     title, line = Line(facts.name, 15, "bold"), Line(headline(facts), 11)
     widths = [text_width(row.text, row.size, bold=bool(row.style)) for row in (title, line)]
     width = max(width, _LEAST_WIDTH, *(2 * _MARGIN + needed for needed in widths))

@@ -45,26 +45,11 @@ class CallInputs:
     image_sizes: ImageSizes | None = None
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path.
-
-        Args:
-            inputs: Inputs by name.
-
-        Raises:
-            ServingError: A nested input is given as something else.
-        """
+        """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path."""
         return {path: part for name, value in inputs.items() for path, part in self._parts(str(name), value)}
 
     def arrays(self, inputs: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Arrays for every input of the session.
-
-        Args:
-            inputs: Arrays, tensors or nested lists by name.
-
-        Raises:
-            ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
-                of range; or a cache has another dtype than the model's, or holds a value that is not finite.
-        """
+        """Arrays for every input of the session."""
         shown = [name for name in self.inputs if not name.startswith(f"{PAST}.")]
         cache = [f"{PAST}..."] if len(shown) < len(self.inputs) else []
         takes = f"the model takes {', '.join([*shown, *cache])}"
@@ -183,11 +168,7 @@ class CallInputs:
 
 
 def _check_cached(name: str, value: Any, dtype: np.dtype[Any] | None) -> None:
-    """Check that what a caller gives of a cache has the dtype of the model's own, which is None if numpy has none.
-
-    Raises:
-        ServingError: It has another, or holds a value that is not finite.
-    """
+    """Check that what a caller gives of a cache has the dtype of the model's own, which is None if numpy has none."""
     array = plain_array(name, value)
     if dtype is not None and hasattr(value, "dtype") and array.dtype != dtype:
         raise ServingError(
@@ -209,12 +190,7 @@ class Outputs(dict[str, Any]):
     """
 
     def __getitem__(self, key: Any) -> Any:
-        """The output with a name or at an index, or a tuple for a slice.
-
-        Raises:
-            KeyError: No output has the name.
-            IndexError: The index is out of range.
-        """
+        """The output with a name or at an index, or a tuple for a slice."""
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __getattr__(self, name: str) -> Any:

@@ -150,23 +150,7 @@ class OrtModel(OpenExport):
             binding.bind_ortvalue_input(name, value)
 
     def __call__(self, *args: Any, adapter: str | Sequence[str | None] | None = None, **inputs: Any) -> Outputs:
-        """Run the model once.
-
-        Args:
-            *args: Not accepted: inputs are given by name.
-            adapter: Name of the adapter to run with, None for the base; or one for each row, of a model without a cache
-                whose export has `model_rows.onnx`.
-            **inputs: Arrays, tensors or nested lists by name; a mask that is left out is all ones, token types zeros,
-                a cache empty. A list or dict of tensors is given by its name, or its parts by theirs (`images.0`).
-                Integers and floats are cast to the graph's dtypes, those of a cache excepted.
-
-        Returns:
-            Outputs by name or index: tensors if any input was a tensor, else arrays.
-
-        Raises:
-            ServingError: An input is missing, unknown, empty, too long, of the wrong dtype or shape, or holds ids out
-                of range; or a cache holds a value that is not finite.
-        """
+        """Run the model once."""
         if args:
             raise ServingError("inputs are given by name: model(input_ids=...), or model(**tokenizer(...))")
         parts = self.call_inputs.parts({name: value for name, value in inputs.items() if value is not None})
@@ -190,11 +174,7 @@ class OrtModel(OpenExport):
         return with_adapter(self.session, self.adapters.tensors_for(adapter, self.session)), {}
 
     def _rows_for(self, adapter: object) -> Any:
-        """The session of a call whose rows have an adapter each.
-
-        Raises:
-            ServingError: There is none: the export takes no adapters, or one in a call.
-        """
+        """The session of a call whose rows have an adapter each."""
         self.adapters.inputs()  # one that takes none says so
         if self.reading.calls_rows and self.manifest.has_rows:
             return self.rows_session

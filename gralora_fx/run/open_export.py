@@ -214,11 +214,7 @@ class OpenExport:
         return open_session(self.directory, self._runtime, name=name, weights=weights, error=ServingError)
 
     def _check_unchanged(self) -> None:
-        """Check that the directory was not moved or replaced by another export since it was opened.
-
-        Raises:
-            ServingError: It was.
-        """
+        """Check that the directory was not moved or replaced by another export since it was opened."""
         if not self.directory.is_dir():
             raise ServingError(f"{self.directory} was moved or removed after it was loaded; load it from where it is")
         if read_manifest(self.directory, ServingError) != self.manifest:
@@ -226,17 +222,7 @@ class OpenExport:
 
 
 def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Path:
-    """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved.
-
-    Args:
-        source: The file or the directory (see `adapter_path`).
-        onnx_dir: The export, which takes adapters as data.
-        folder: Where a file is made.
-        name: The adapter's name.
-
-    Raises:
-        GraloraError: It cannot be converted (see `export_adapter`).
-    """
+    """An adapter as data of an export: the file itself, or one made of a directory that PEFT saved."""
     if not source.is_dir():
         return source
     from gralora_fx.exporters.adapter_export import convert_adapter  # serving needs no exporter otherwise
@@ -245,11 +231,7 @@ def adapter_as_data(source: Path, onnx_dir: Path, folder: Path, name: str) -> Pa
 
 
 def in_memory(source: Path, onnx_dir: Path, name: str, manifest: Manifest) -> AdapterInMemory:
-    """What a directory that PEFT saved holds, as data of an export.
-
-    Raises:
-        GraloraError: It cannot be converted (see `export_adapter`).
-    """
+    """What a directory that PEFT saved holds, as data of an export."""
     from gralora_fx.exporters.adapter_export import adapter_in_memory  # as above
 
     return adapter_in_memory(source, onnx_dir, name, manifest)

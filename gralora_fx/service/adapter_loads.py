@@ -29,24 +29,7 @@ def load_adapter(
     pin: bool = True,
     defer_trial: bool = False,
 ) -> AdapterVersion:
-    """Load an adapter that a name is to stand for, which `ServedModels.commit` lets it.
-
-    Args:
-        engine: What runs it; no other change of its adapters may run meanwhile.
-        name: The adapter's name.
-        source: Gives the `.onnx_adapter` file, or the adapter itself.
-        may_replace: Whether the name may be taken from another adapter.
-        state: What its files are like, where they are looked at again; else None.
-        pin: Whether it stays in memory until it is unloaded.
-        defer_trial: Whether the first request with it tries it, where the engine does that.
-
-    Returns:
-        Its version, which is held until it is committed or released.
-
-    Raises:
-        GraloraError: The name is taken or is not one, the export takes no adapters, the file may not be used, or the
-            model does not run with it; nothing changes then.
-    """
+    """Load an adapter that a name is to stand for, which `ServedModels.commit` lets it."""
     models = engine.models
     check_takes_adapters(engine.manifest, models.base, ServingError)
     models.check_new(name, replace=may_replace)
@@ -57,11 +40,7 @@ def load_adapter(
 
 
 def load_given(engine: Engine, settings: ServiceSettings) -> None:
-    """Load the adapters that a service is started with; they take precedence over those of the export itself.
-
-    Raises:
-        GraloraError: One cannot be loaded (see `load_adapter`); the message begins with its name.
-    """
+    """Load the adapters that a service is started with; they take precedence over those of the export itself."""
     for name, path in settings.adapters.items():
         if name in engine.models.adapters:
             warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
@@ -78,11 +57,7 @@ def _given(engine: Engine, name: str, path: Path, onnx_dir: Path) -> AdapterSour
 
 @contextmanager
 def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
-    """Settings whose adapters are all `.onnx_adapter` files, for several processes that serve the same.
-
-    Raises:
-        GraloraError: One cannot be converted; the message begins with its name.
-    """
+    """Settings whose adapters are all `.onnx_adapter` files, for several processes that serve the same."""
     with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
         adapters: dict[str, Path] = {}
         manifest = read_manifest(settings.directory, ServingError)

@@ -48,11 +48,7 @@ class AdapterRoot:
 
     @classmethod
     def of(cls, directory: Path) -> AdapterRoot:
-        """The root at a directory.
-
-        Raises:
-            ConfigError: It is not a path or not a directory, or the system cannot keep a path within one.
-        """
+        """The root at a directory."""
         if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
             raise ConfigError("--adapter-root needs a system that opens files without following links, such as Linux")
         directory = usable_path(directory, ConfigError, remedy="give the directory of adapters as --adapter-root")
@@ -89,35 +85,13 @@ class AdapterRoot:
         return file if os.path.lexists(self.path / file) else name if (self.path / name / _PEFT[0]).exists() else None
 
     def state_of(self, text: str) -> tuple[Facts | None, ...]:
-        """What the files at a path are like: facts of each, None for one that cannot be found.
-
-        Args:
-            text: The path, as of `copy`.
-
-        Raises:
-            ServingError: It leads out of the root by its letters.
-        """
+        """What the files at a path are like: facts of each, None for one that cannot be found."""
         path = self._within(text)
         files = [path, record_path(path)] if path.suffix == SUFFIX else [path / file for file in _PEFT]
         return tuple(map(_facts, files))
 
     def copy(self, text: str, name: str, onnx_dir: Path, folder: Path) -> Path:
-        """An adapter as data of an export, copied or converted.
-
-        Args:
-            text: Its path: relative to the root, or absolute and within it.
-            name: The adapter's name.
-            onnx_dir: The export, which takes adapters as data.
-            folder: An empty directory to write to.
-
-        Returns:
-            The `.onnx_adapter` file in the folder, its record beside it.
-
-        Raises:
-            AdapterNotFoundError: There is nothing at the path.
-            ServingError: The path leads out of the root, or to something else than regular files of an adapter.
-            GraloraError: A PEFT adapter cannot be converted (see `export_adapter`).
-        """
+        """An adapter as data of an export, copied or converted."""
         copy = self._copied(text, folder)
         return adapter_as_data(copy, onnx_dir, copy, name)
 

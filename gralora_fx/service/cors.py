@@ -28,12 +28,7 @@ class CorsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
-        """Wrap an app.
-
-        Args:
-            app: The app.
-            origins: The origins, as browsers name them; `*` for any.
-        """
+        """Wrap an app."""
         self._app, self._origins, self._is_open = app, frozenset(origins), ANY in origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,12 +58,7 @@ class CorsMiddleware:
             raise
 
     def _describe(self, headers: MutableHeaders, origin: str | None) -> None:
-        """Add what a browser reads to the headers of an answer.
-
-        Args:
-            headers: The headers.
-            origin: The origin that may read the answer; None if there is none.
-        """
+        """Add what a browser reads to the headers of an answer."""
         if not self._is_open:
             headers.add_vary_header("Origin")  # a cache must not give one origin the answer to another
         if origin is not None:

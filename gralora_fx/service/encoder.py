@@ -50,16 +50,7 @@ class Encoder:
         max_queue: int,
         models: ServedModels,
     ) -> None:
-        """Make the queue.
-
-        Args:
-            model: The model.
-            tokenizer: The tokenizer beside it, or None.
-            observer: Is told what runs.
-            max_batch: The most rows of a batch.
-            max_queue: The most rows that may wait.
-            models: Holds the adapters, each of which is held while rows with it wait or run.
-        """
+        """Make the queue."""
         self.model = model
         self._observer = observer
         self._rows_have_adapters = model.manifest.has_rows
@@ -86,11 +77,7 @@ class Encoder:
         return self._reader
 
     def warm_up(self) -> None:
-        """Run texts, where the model takes them, and find out whether padding changes what a text gives.
-
-        Raises:
-            ServingError: The model cannot be run.
-        """
+        """Run texts, where the model takes them, and find out whether padding changes what a text gives."""
         if not self.takes_texts:
             return
         if _MASK not in self.inputs:
@@ -125,18 +112,7 @@ class Encoder:
         )
 
     async def texts(self, rows: Sequence[Tokens], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
-        """Run texts, each by itself in whatever batch has room.
-
-        Args:
-            rows: The tokens of each, as the reader gives them.
-            adapter: The adapter to run with; None for the base.
-
-        Returns:
-            For each its row of every output.
-
-        Raises:
-            ServingError: There is no room, or a run fails.
-        """
+        """Run texts, each by itself in whatever batch has room."""
         shared = None if self._rows_have_adapters else adapter
         jobs = [
             RowJob((_TEXTS, shared, 0 if self._takes_padding else len(row.ids)), 1, row, len(row.ids), adapter)
@@ -147,18 +123,7 @@ class Encoder:
         return results
 
     async def tensors(self, arrays: Mapping[str, NDArray[Any]], adapter: str | None) -> dict[str, NDArray[Any]]:
-        """Run inputs as they are.
-
-        Args:
-            arrays: Arrays by name, of the types that the model takes.
-            adapter: The adapter to run with; None for the base.
-
-        Returns:
-            The outputs by name.
-
-        Raises:
-            ServingError: The model does not take them, or there is no room.
-        """
+        """Run inputs as they are."""
         sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
         rows = max(sizes, default=0) or 1  # one without rows is refused by the model, and counts while it waits
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))

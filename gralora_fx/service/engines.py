@@ -138,16 +138,7 @@ class EncoderEngine(Engine):
 
 
 def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
-    """Open the export and its own adapters, and run it once so that the first request finds it warm.
-
-    Args:
-        settings: What to serve.
-        observer: Is told what runs.
-
-    Raises:
-        ServingError: The export or an adapter of it cannot be opened, the export has no tokenizer that its texts need,
-            or its task is not served.
-    """
+    """Open the export and its own adapters, and run it once so that the first request finds it warm."""
     generates = read_manifest(settings.directory, ServingError).task in GENERATING
     # an arena would keep for good what the longest prompt has taken
     options = {"enable_cpu_mem_arena": False} if generates else None
@@ -223,15 +214,7 @@ def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
 
 
 def _described_room(decoder: Decoder, source: Source | None) -> str:
-    """Describe how many rows of how many tokens the caches have room for.
-
-    Args:
-        decoder: The decoder.
-        source: What an encoder may read, for each row.
-
-    Raises:
-        ServingError: There is no room for a row of one token.
-    """
+    """Describe how many rows of how many tokens the caches have room for."""
     rows, capacity, limit = decoder.rows, decoder.capacity, decoder.memory.limit
     if limit is None:
         size, reason = shown_size(rows * decoder.row_size(capacity, source)), kept_reason()

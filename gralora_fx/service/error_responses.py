@@ -56,13 +56,7 @@ def status_of(error: GraloraError) -> int:
 
 
 def error_body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object.
-
-    Args:
-        status: The HTTP status.
-        message: What is wrong.
-        field: The field of the request that is wrong, if it is one.
-    """
+    """OpenAI's error object."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": field, "code": status}}
 

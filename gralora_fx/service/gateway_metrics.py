@@ -21,12 +21,7 @@ class GatewayMetrics(Collector):
     """Requests that run and wait, how full the caches of rows are, and which adapters are in memory."""
 
     def __init__(self, models: ServedModels, queue: JobQueue[Any]) -> None:
-        """Take what is measured.
-
-        Args:
-            models: The models.
-            queue: What runs requests with them.
-        """
+        """Take what is measured."""
         self._models, self._queue = models, queue
 
     def collect(self) -> Iterator[Metric]:

@@ -143,21 +143,12 @@ class Metrics:
         self._loads.labels(outcome).inc()
 
     def describe(self, model: Mapping[str, str], queue_length: Callable[[], int]) -> None:
-        """Say what is served.
-
-        Args:
-            model: Facts of the model, by their names.
-            queue_length: How many requests, or rows of them, wait now.
-        """
+        """Say what is served."""
         self._now.model = dict(model)
         self._now.watch("queue_length", "Requests, or rows of them, that wait.", queue_length)
 
     def measure_tokens(self, *, generated: bool) -> None:
-        """Measure tokens, too, for a model that reads them.
-
-        Args:
-            generated: Whether it also generates some.
-        """
+        """Measure tokens, too, for a model that reads them."""
         self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=self.registry)
         for kind in ("prompt", "generated") if generated else ("prompt",):
             self._tokens.labels(kind)
@@ -219,12 +210,7 @@ class Metrics:
             self._in_flight -= 1
 
     def answered(self, scope: Scope, code: int) -> None:
-        """A request was answered, which is counted once; methods that HTTP does not have are one, to bound the labels.
-
-        Args:
-            scope: The request's scope.
-            code: The status; of a request that was rejected, the reason is counted too.
-        """
+        """Count an answered request; methods that HTTP does not have count as one, to bound the labels."""
         if _COUNTED in scope:
             return
         mark_counted(scope)

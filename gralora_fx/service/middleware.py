@@ -37,12 +37,7 @@ class AccessLogMiddleware:
     """
 
     def __init__(self, app: ASGIApp, file: TextIO) -> None:
-        """Wrap an app.
-
-        Args:
-            app: The app.
-            file: Where to write.
-        """
+        """Wrap an app."""
         self._app, self._file, self._has_failed = app, file, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,12 +99,7 @@ class ApiKeyMiddleware:
     """Refuses requests without the key, apart from those for the service's health and for the page."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        """Wrap an app.
-
-        Args:
-            app: The app.
-            api_key: The key, which requests give as `Authorization: Bearer`.
-        """
+        """Wrap an app."""
         self._app, self._expected = app, f"bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,12 +120,7 @@ class CountingMiddleware:
     """Counts requests by the route that answered them, so that labels are bounded."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wrap an app.
-
-        Args:
-            app: The app.
-            metrics: Where to count.
-        """
+        """Wrap an app."""
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,11 +200,7 @@ class BodyMiddleware:
         return b"".join(parts)
 
     def _decompressed(self, body: bytes, window_bits: int) -> bytes:
-        """A body without its compression.
-
-        Raises:
-            _Refused: It is damaged, or larger than the limit.
-        """
+        """A body without its compression."""
         stream = zlib.decompressobj(window_bits)
         try:
             result = stream.decompress(body, self._max_body)

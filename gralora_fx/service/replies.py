@@ -31,9 +31,6 @@ _CLIENT_CLOSED = 499  # nginx's status; nobody reads it
 def timeout_of(request: Request) -> float | None:
     """Seconds that a request may take: what its header says, or the service's own limit if that is less.
 
-    Args:
-        request: The request.
-
     Raises:
         ServingError: The header is not a number of seconds.
     """
@@ -53,17 +50,7 @@ def timeout_of(request: Request) -> float | None:
 async def unless_disconnected(
     request: Request, work: Callable[[], Coroutine[Any, Any, Response]], begun: float | None = None
 ) -> Response:
-    """The response of some work, which is cancelled if the client goes away first, or its time is over.
-
-    Args:
-        request: The request, whose body was read.
-        work: Makes the response.
-        begun: When its time began (`time.monotonic`); None for now.
-
-    Raises:
-        DeadlineError: Its time is over.
-        ServingError: It names a time that is not one.
-    """
+    """The response of some work, which is cancelled if the client goes away first, or its time is over."""
     seconds = timeout_of(request)
     working, leaving = asyncio.ensure_future(work()), asyncio.ensure_future(_disconnected(request))
     try:
@@ -122,9 +109,6 @@ class TextAnswers:
             seconds: How long it may take; None for no limit.
             begun: When its time began (`time.monotonic`); None for now.
             each: How many answers each prompt has, which follow each other.
-
-        Raises:
-            ServingError: One cannot be run, or there is no room.
         """
         self._prompt_tokens, self._tokens, self._each = prompt_tokens, [0] * len(requests), each
         self._cached = [0] * len(requests)
@@ -139,12 +123,7 @@ class TextAnswers:
         self.jobs: list[TextJob] = queue.submit([(request, sink(index)) for index, request in enumerate(requests)])
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come, each with the number of its answer.
-
-        Raises:
-            RunError: Running failed.
-            DeadlineError: It took too long.
-        """
+        """The pieces of all answers as they come, each with the number of its answer."""
         while self._left:
             try:
                 async with nullcontext() if self._end is None else asyncio.timeout_at(self._end):
@@ -174,16 +153,7 @@ class TextAnswers:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, **details}
 
     async def respond(self, request: Request, whole: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
-        """The response with whole answers, which are given up when the client goes away or its time is over.
-
-        Args:
-            request: The request, whose body was read.
-            whole: Makes the response.
-
-        Raises:
-            RunError: Running failed.
-            DeadlineError: It took too long.
-        """
+        """The response with whole answers, which are given up when the client goes away or its time is over."""
         note_answers(request.scope, self)
         try:
             return await unless_disconnected(request, whole)
@@ -201,13 +171,7 @@ class EventStream(StreamingResponse):
     """Server-sent events; the answers are given up when the client goes away, even before the first event."""
 
     def __init__(self, answers: TextAnswers, objects: AsyncIterator[dict[str, Any]], *, is_typed: bool = False) -> None:
-        """Begin a stream.
-
-        Args:
-            answers: What is answered.
-            objects: What the events hold.
-            is_typed: Whether each object has the `type` of its event, and the last one of them ends the stream.
-        """
+        """Begin a stream."""
         events = self._typed(objects) if is_typed else self._events(objects)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._answers = answers

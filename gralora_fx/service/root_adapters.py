@@ -30,13 +30,7 @@ class RootAdapters:
     """The adapters of a root: those right below it by their own names, others by the names that requests gave them."""
 
     def __init__(self, engine: Engine, root: AdapterRoot, onnx_dir: Path) -> None:
-        """Begin with those right below the root.
-
-        Args:
-            engine: What runs them.
-            root: Where they are.
-            onnx_dir: The export.
-        """
+        """Begin with those right below the root."""
         self._engine, self._root, self._onnx_dir = engine, root, onnx_dir
         self._paths: dict[str, str] = {}  # of those that a request named, and did not pin
         self._withdrawn: set[str] = set()  # until a request names them again
@@ -54,22 +48,14 @@ class RootAdapters:
         return None if all(facts is None for facts in state) else (path, state)
 
     def load(self, name: str, state: Hashable) -> None:
-        """Load an adapter that a request names; within a change.
-
-        Raises:
-            GraloraError: As of `load_adapter`.
-        """
+        """Load an adapter that a request names; within a change."""
         assert isinstance(state, tuple)
         source = partial(self._source, state[0], name)
         version = load_adapter(self._engine, name, source, may_replace=True, state=state, pin=False, defer_trial=True)
         self._engine.models.commit(version)
 
     def prepare(self, name: str, path: str, *, may_replace: bool, pin: bool) -> AdapterVersion:
-        """Load an adapter that a request gives a name; within a change, and `commit` it.
-
-        Raises:
-            GraloraError: As of `load_adapter`.
-        """
+        """Load an adapter that a request gives a name; within a change, and `commit` it."""
         state = None if pin else (path, self._root.state_of(path))
         return load_adapter(
             self._engine, name, partial(self._source, path, name), may_replace=may_replace, state=state, pin=pin
@@ -91,21 +77,13 @@ class RootAdapters:
         self._withdrawn.discard(name)
 
     def check_there(self, name: str) -> None:
-        """Check that requests may name an adapter.
-
-        Raises:
-            UnknownAdapterError: There is none of the name.
-        """
+        """Check that requests may name an adapter."""
         loaded, is_base = self._engine.models.adapters, name == self._engine.models.base
         if is_base or (name not in loaded and self.state_of(name) is None):
             raise UnknownAdapterError(f"no adapter {shown(name)} is loaded; loaded is {listed(loaded) or 'none'}")
 
     def withdraw(self, name: str) -> None:
-        """Take a name away, of an adapter that is not in memory too, until a request gives it again; within a change.
-
-        Raises:
-            UnknownAdapterError: There is no adapter of the name.
-        """
+        """Take a name away, of an adapter not in memory too, until a request gives it again; within a change."""
         models = self._engine.models
         self.check_there(name)
         if name in models.adapters:
@@ -122,13 +100,7 @@ class OwnChanges:
     """Changes of the adapters of this process."""
 
     def __init__(self, engine: Engine, adapters: RootAdapters, when_changed: Callable[[], None]) -> None:
-        """Take the adapters.
-
-        Args:
-            engine: What runs them.
-            adapters: Those of the root.
-            when_changed: Is called after a change that may make room.
-        """
+        """Take the adapters."""
         self._models, self._adapters, self._when_changed = engine.models, adapters, when_changed
 
     async def load(self, name: str, path: str, *, may_replace: bool, pin: bool) -> None:

@@ -31,12 +31,7 @@ _logger = logging.getLogger("uvicorn.error")
 
 
 def limited(limits: ConnectionLimits, log: Callable[[ASGIApp], ASGIApp] | None = None) -> type[asyncio.Protocol]:
-    """A protocol for uvicorn that keeps to limits.
-
-    Args:
-        limits: The limits.
-        log: Wraps an app so that its requests are logged, as the service's own is wrapped; None for no log.
-    """
+    """A protocol for uvicorn that keeps to limits."""
 
     class Limited(_LimitedProtocol):
         pass
@@ -157,15 +152,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets on an address, which take connections once the service runs.
-
-    Args:
-        host: A name or an address; a name may have several addresses.
-        port: The port; 0 for a free one.
-
-    Raises:
-        ServingError: The address is in use, or is not one of this machine.
-    """
+    """Sockets on an address, which take connections once the service runs."""
     sockets: list[socket.socket] = []
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -195,12 +182,6 @@ def run(
 
     The first SIGTERM or SIGINT lets the requests that run end, and takes no more; a second one ends the process at
     once, with the shell's status for the signal.
-
-    Args:
-        app: The service.
-        sockets: Where to listen, from `bind`.
-        limits: Limits of connections.
-        access_log: Where requests are logged; None for nowhere.
     """
     # the thread that runs batches must not wait for the one that reads requests, or processors would idle
     sys.setswitchinterval(_SWITCH)

@@ -44,11 +44,7 @@ _HEADERS = {
 
 
 def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
-    """The routes, which need no key.
-
-    Args:
-        is_ready: Tells whether requests are answered now.
-    """
+    """The routes, which need no key."""
     router = APIRouter()
 
     @router.head("/v2/health/live", include_in_schema=False)  # some load balancers ask so
@@ -107,12 +103,7 @@ class ServiceInfo:
 
 
 def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
-    """What a service serves.
-
-    Args:
-        settings: Its settings.
-        engine: What it opened.
-    """
+    """What a service serves."""
     manifest, context = engine.manifest, engine.context_length
     return ServiceInfo(
         model=engine.models.base,

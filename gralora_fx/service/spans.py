@@ -79,9 +79,6 @@ def tracing_of_environment() -> Tracing | None:
     """Tracing as OpenTelemetry's environment variables describe it; None where they ask for none.
 
     A provider that is there already, as under `opentelemetry-instrument`, is used as it is.
-
-    Raises:
-        ServingError: They name an exporter that is not installed, or one that does not take them.
     """
     if "opentelemetry.sdk.trace" in sys.modules:
         from opentelemetry.sdk.trace import TracerProvider
@@ -128,12 +125,7 @@ class SpanMiddleware:
     """Makes a span of every request, in the trace that its header `traceparent` names; none for probes and the page."""
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
-        """Wrap an app.
-
-        Args:
-            app: The app.
-            tracer: Makes spans.
-        """
+        """Wrap an app."""
         self._app, self._tracer = app, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -173,13 +165,7 @@ class SpanMiddleware:
             span.end()
 
     def _trace_jobs(self, span: Span, jobs: list[TextJob], epoch: int) -> None:
-        """Make the spans of answers, whose times are past.
-
-        Args:
-            span: The request's.
-            jobs: The answers.
-            epoch: Nanoseconds between the clock of jobs and that of spans.
-        """
+        """Make the spans of answers, whose times are past."""
         from opentelemetry.trace import set_span_in_context
 
         parent = set_span_in_context(span)

@@ -45,14 +45,7 @@ class TextReader:
         position_offset: int,
         inputs: Collection[str],
     ) -> None:
-        """Note the limits.
-
-        Args:
-            tokenizer: The tokenizer.
-            config: Fields of the model's `config.json`.
-            position_offset: By how many positions the model has fewer than that says.
-            inputs: Names of what the model takes.
-        """
+        """Note the limits."""
         self._tokenizer, self._inputs = tokenizer, inputs
         context = context_length(config)
         most = tokenizer.model_max_length
@@ -66,11 +59,7 @@ class TextReader:
         return self._tokenizer.pad_token_id is not None
 
     def texts(self, texts: Sequence[str | Sequence[int]]) -> list[Tokens]:
-        """Token ids of texts; ids that are given stay as they are.
-
-        Raises:
-            ServingError: The tokenizer does not take one, or one is empty, too long or outside the vocabulary.
-        """
+        """Token ids of texts; ids that are given stay as they are."""
         if all(isinstance(text, str) for text in texts):
             return self._encoded(texts, None)
         return [self._one(text) for text in texts]
@@ -81,18 +70,11 @@ class TextReader:
         Args:
             first: The first text of every pair.
             seconds: The second text of each.
-
-        Raises:
-            ServingError: The tokenizer does not take one, or one is too long.
         """
         return self._encoded([first] * len(seconds), seconds)
 
     def padded(self, rows: Sequence[Tokens]) -> dict[str, NDArray[Any]]:
-        """The model's inputs for rows, padded to the longest on the tokenizer's side.
-
-        Args:
-            rows: The rows, of one length if the tokenizer has no token for padding.
-        """
+        """The model's inputs for rows, padded to the longest on the tokenizer's side."""
         lengths = [len(row.ids) for row in rows]
         width = max(lengths)
         padding = self._tokenizer.pad_token_id if self.pads else 0

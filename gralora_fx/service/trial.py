@@ -50,11 +50,7 @@ class AdapterTrial:
         return [np.isfinite(output) for output in self.run(None)]
 
     def __call__(self, key: str) -> None:
-        """Try an adapter that is loaded.
-
-        Raises:
-            ServingError: The model does not run with it, or its outputs are not finite.
-        """
+        """Try an adapter that is loaded."""
         digest = self.digest_of(key)
         if digest in self._passed:
             return
@@ -84,11 +80,7 @@ def try_decoder(model: OrtModel) -> AdapterTrial:
 
 
 def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
-    """A token that a decoder may read first, and what the encoder of an encoder-decoder may read.
-
-    Raises:
-        ServingError: The export holds no tokenizer, or no feature extractor for a model of speech.
-    """
+    """A token that a decoder may read first, and what the encoder of an encoder-decoder may read."""
     ids = prompt_ids("a", model.tokenizer, ServingError)
     inputs = model.encoder_inputs
     if inputs is None:
@@ -109,14 +101,7 @@ def try_encoder(encoder: Encoder) -> AdapterTrial:
 
 
 def example_inputs(encoder: Encoder) -> Arrays:
-    """Inputs of one row that the base takes, and that give finite outputs; every one of the model's is there.
-
-    Args:
-        encoder: The model.
-
-    Raises:
-        ServingError: It takes none of those that were tried.
-    """
+    """Inputs of one row that the base takes, and that give finite outputs; every one of the model's is there."""
     problem: ServingError | None = None
     for inputs in _candidates(encoder):
         try:
@@ -147,14 +132,7 @@ def _candidates(encoder: Encoder) -> Iterator[Arrays]:
 
 
 def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
-    """Inputs that are known, those that have a default, and for the others values of a size.
-
-    Args:
-        encoder: The model.
-        known: Those that are known.
-        size: The size of axes that may have any, apart from the first.
-        fill: The values; None for different ones.
-    """
+    """Inputs that are known, those that have a default, and for the others values of a size."""
     axes = _axes(encoder, size)
     arrays: Arrays = {}
     # ids come first: what has a default has it from them

@@ -25,14 +25,6 @@ def adapter_function(model: ir.Model, k: int, num_axes: int) -> str:
     GraLoRA exchange parts of their products between two batched matmuls; nothing is computed from shapes at run time.
 
     In LoRA's form it is `general = Adapter(x, A_general, B_general)`.
-
-    Args:
-        model: The model.
-        k: Blocks in each direction; 0 for LoRA's form.
-        num_axes: Axes of `x`.
-
-    Returns:
-        The function's name.
     """
     name = f"{NAME}_k{k}_{num_axes}d" if k else f"{NAME}_lora"
     if k:
@@ -87,15 +79,6 @@ def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, choo
 
     The tensors of each group's adapter are copied where it chooses: a product with those of all adapters, masked, took
     1.6 to 2.2 times as long for eight rows with an adapter each (SmolLM2-135M's layers, r = 8 and 32).
-
-    Args:
-        model: The model.
-        site: The layer.
-        k: Blocks in each direction in this export.
-        chooses: Whether each group chooses its adapter.
-
-    Returns:
-        The function's name.
     """
     k = site.blocks(k)
     form = f"k{k}" if k else "lora" if site.form != BIAS else "no_factors"

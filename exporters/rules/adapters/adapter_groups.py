@@ -72,11 +72,7 @@ class Grouping:
             build.insert_before(graph[0])
 
     def count(self, stacked: ir.Value) -> None:
-        """Say what the stack's number of adapters is that of; the first time counts.
-
-        Args:
-            stacked: A tensor of all adapters.
-        """
+        """Say what the stack's number of adapters is that of; the first time counts."""
         if self.is_any is None or self._of_adapters is not None:
             return
         graph = self.model.graph
@@ -89,11 +85,7 @@ class Grouping:
         build.insert_before(graph[0])
 
     def of(self, x: ir.Value) -> Groups | str:
-        """An input in groups, or why its rows cannot be told apart; made once, after the input.
-
-        Args:
-            x: The input of a linear layer.
-        """
+        """An input in groups, or why its rows cannot be told apart; made once, after the input."""
         if x not in self._groups:
             build = Builder(self.model.graph)
             self._groups[x] = self.within(build, x)
@@ -101,13 +93,7 @@ class Grouping:
         return self._groups[x]
 
     def within(self, build: Builder, x: ir.Value, *, by_adapter: bool = False) -> Groups | str:
-        """The same, made where it is needed.
-
-        Args:
-            build: Makes the nodes.
-            x: The input of a linear layer.
-            by_adapter: Whether each adapter of the stack has one group, of rows with lengths of their own.
-        """
+        """The same, made where it is needed."""
         if x.shape is None:
             return "the shape of its input is not known"
         if not isinstance(self.batch, ir.SymbolicDim):

@@ -53,11 +53,7 @@ class InsertAdapters:
     quantized: bool = False
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Insert them, in place; the result counts the sites' calls.
-
-        Raises:
-            ExportError: A marked value is not computed by such a layer any more, or rows cannot be told apart at one.
-        """
+        """Insert them, in place; the result counts the sites' calls."""
         insertion = _Insertion(model, self.inputs, self.quantized)
         marked = [value for node in model.graph for value in node.outputs if sites_in(value)]
         for value in marked:
@@ -221,13 +217,6 @@ def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:
       With a quantized product it goes (`MatMulNBits`), unless a GELU follows, which has it then.
     - A scalar factor goes with the product (`FusedMatMul`): the sum comes after it, and the adapters' outputs are
       multiplied on their own.
-
-    Args:
-        value: The output of a layer, its bias included.
-        quantized: Whether the layer's weight is to be quantized.
-
-    Returns:
-        The value that adapters are added to, and the nodes whose factors their outputs lack there.
     """
     node = value.producer()
     if node is not None and node.op_type == "Add":
@@ -292,11 +281,7 @@ def _spans(marks: Sequence[SiteOutput], width: int | None) -> Iterator[tuple[int
 
 
 def _input_of(value: ir.Value) -> ir.Value:
-    """The input of the linear layers, or of the layer normalization, that a value is the output of.
-
-    Raises:
-        ExportError: No such layer computes it.
-    """
+    """The input of the linear layers, or of the layer normalization, that a value is the output of."""
     node = value.producer()
     if node is not None and node.op_type in _NORMS and node.inputs[0] is not None:
         return node.inputs[0]

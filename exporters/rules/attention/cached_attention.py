@@ -56,9 +56,6 @@ class FuseAttention:
         """Replace them, in place; the result lists the decomposed layers as skipped.
 
         The summary is a `CachedAttentionReport`.
-
-        Raises:
-            ExportError: The number of heads of a layer is unknown. The model must be discarded.
         """
         nodes = [node for node, _ in AttentionNode.all_in(model.graph)]
         decompose_masks(model.graph)
@@ -217,14 +214,6 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     With fewer key heads, the query heads that share one become an axis of their own, so that no key is copied. Only
     then, and with sinks, does their number have to be known: Inkling 2's attention over blocks has a head for each
     token.
-
-    Args:
-        graph: The graph of the node; it is changed in place.
-        node: The operator, an `AttentionNode`.
-        masks: Additive masks created so far, by padding mask and window; gains that of this layer.
-
-    Raises:
-        ExportError: A number of heads that has to be known is not.
     """
     attention = AttentionNode.read(node)
     query, key, value, sinks = attention.query, attention.key, attention.value, attention.sinks
@@ -269,12 +258,6 @@ def decompose_masks(graph: ir.Graph) -> int:
 
     Before: `m = Mask(padding)`
     After:  `m = Where(columns <= rows and padding, 0, smallest)`
-
-    Args:
-        graph: A graph; it is changed in place.
-
-    Returns:
-        The number of replacements.
     """
     count = 0
     mask: Any  # its length is a value and its dtype a number, which the operator's fields do not say

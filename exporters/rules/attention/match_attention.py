@@ -43,12 +43,6 @@ def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Likewise for `scaled_dot_product_attention`, for scores that `masked_fill` hides, and for products of
     `[batch * heads, length, size]`.
-
-    Args:
-        graph: A traced graph in evaluation mode; it is changed in place.
-
-    Returns:
-        The number of matches; as skipped, softmaxes between two products that are something else.
     """
     count, skipped = 0, []
     for node in list(graph.nodes):
@@ -294,13 +288,7 @@ def heads_of(node: Any) -> int | None:
 
 
 def with_heads(graph: fx.Graph, node: fx.Node, heads: int) -> fx.Node:
-    """A tensor `[batch, heads, length, size]`, taken from before its heads were folded where that is possible.
-
-    Args:
-        graph: The graph, at the place where a new node may be inserted.
-        node: The tensor, with four axes or with folded heads.
-        heads: The number of heads.
-    """
+    """A tensor `[batch, heads, length, size]`, taken from before its heads were folded where that is possible."""
     source: fx.Node | None = node
     while source is not None and heads_of(source) != heads:
         source = refolded(source)

@@ -24,13 +24,7 @@ SWAP = [0, 2, 1, 3]  # heads and length
 
 
 def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Value:
-    """`[batch, heads, length, size]` as `[batch, length, heads * size]`.
-
-    Args:
-        build: Makes the nodes that are needed.
-        tensor: Queries, keys or values.
-        tables: The tables of rotary embeddings in this graph.
-    """
+    """`[batch, heads, length, size]` as `[batch, length, heads * size]`."""
     rotary = RotaryNode.of(tensor.producer())
     if rotary is not None:
         return rotated(build, rotary, merge_heads(build, rotary.x, tables), tables)
@@ -218,10 +212,6 @@ def concat_initializers(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Value
     """Concatenate initializers along their last axis into a new one, lazily: when it is written.
 
     Graphs that hold the same tensors share what is concatenated of them.
-
-    Args:
-        graph: The graph, which gains the initializer; the parts stay until nothing reads them.
-        values: Initializers of one dtype that differ in their last axis only.
     """
     name = _joint_name([str(value.name) for value in values])
     parts = [value.const_value for value in values if value.const_value is not None]

@@ -38,12 +38,6 @@ def match_rotary(graph: fx.Graph) -> PassResult[fx.Graph]:
     After:  `y = rotary(x, cos[..., :half], sin[..., :half])`
 
     A partial rotation, of the first part of a head concatenated with the rest, becomes one operator too.
-
-    Args:
-        graph: A traced graph in evaluation mode; it is changed in place.
-
-    Returns:
-        The number of matches.
     """
     halves: dict[fx.Node, fx.Node] = {}
     wide: dict[fx.Node, fx.Node] = {}
@@ -226,11 +220,7 @@ class RotaryTables:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        """Start without tables.
-
-        Args:
-            graph: The graph that the tables are added to.
-        """
+        """Start without tables."""
         self._graph = graph
         self._memo: dict[tuple[Any, ...], ir.Value] = {}
 

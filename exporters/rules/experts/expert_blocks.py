@@ -35,13 +35,6 @@ def quantize_experts(
 
     Before: `y = MoE(x, scores, up, up_bias, down, down_bias)`
     After:  `y = QMoE(x, scores, up_Q4, up_scales, up_bias, down_Q4, down_scales, down_bias, zero points)`
-
-    Args:
-        model: The model.
-        plan: The format of each matrix.
-
-    Returns:
-        The matrices that are in blocks now, as `Counts.of` takes them, and the layers that stay float, with the reason.
     """
     matrices: list[tuple[Format, int, int, int]] = []
     skipped = []

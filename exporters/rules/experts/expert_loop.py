@@ -15,11 +15,6 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
     Before: `y = gralora.Experts(x, index, weights, up, down)`
     After:  `order = <rows of tokens by expert>; parts = Loop { Gemm(act(Gemm(x[rows], up[expert])), down[expert]) }`
             `y = weights @ Gather(Concat(parts), <order, inverted>)`, for each token
-
-    Args:
-        build: Makes the nodes.
-        experts: The layer.
-        name: What the names of values in the loop begin with.
     """
     hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
     size, k = width_of(experts), fixed_dim(experts.index, 1)

@@ -29,14 +29,7 @@ def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transpos
 
 
 def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
-    """One expert's matrix with the rows in the model's order: `arranged`, inverted.
-
-    Args:
-        matrix: As the operator reads it.
-        gate: As of `arranged`.
-        is_up: Likewise.
-        is_transposed: Likewise.
-    """
+    """One expert's matrix with the rows in the model's order: `arranged`, inverted."""
     if is_up and gate.layout == HALVES:
         matrix = np.concatenate([matrix[::2], matrix[1::2]])
     elif is_up and is_read_twice(gate):

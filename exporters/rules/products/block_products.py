@@ -80,21 +80,13 @@ class BlockProducts:
         replace_product(node, [ir.node("MatMulNBits", operands, attributes=attributes, domain=MICROSOFT)])
 
     def store_table(self, name: str) -> None:
-        """Store an embedding so too, though no head of this model is tied to it.
-
-        Args:
-            name: Name of its initializer; one that has other readers than lookups is passed over.
-        """
+        """Store an embedding so too, though no head of this model is tied to it."""
         table = self.graph.initializers.get(name)
         if table is not None and _is_looked_up(table, self.form):
             self._blocks(ConstantMatrix(table, True))
 
     def look_up(self) -> int:
-        """Let lookups in tables that are tied to a head read the head's blocks, so that they are stored once.
-
-        Returns:
-            The number of lookups.
-        """
+        """Let lookups in tables that are tied to a head read the head's blocks, so that they are stored once."""
         tables = {matrix.value: blocks for matrix, blocks in self._stored.items() if matrix.is_transposed}
         return sum(_gather(table, blocks, self.form) for table, blocks in tables.items())
 
@@ -163,13 +155,7 @@ def stored_as(form: Blocks, dtype: ir.DataType) -> ir.DataType:
 
 
 def widened(graph: ir.Graph, scales: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """The value of an initializer of scales in the dtype that products take.
-
-    Args:
-        graph: The graph that the initializer belongs to, which has nodes.
-        scales: The initializer.
-        dtype: The dtype.
-    """
+    """The value of an initializer of scales in the dtype that products take."""
     if scales.dtype == dtype:
         return scales
     build = Builder(graph)

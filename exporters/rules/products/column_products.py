@@ -64,21 +64,13 @@ class ColumnProducts:
         return tuple(self._stored)
 
     def store_table(self, name: str) -> None:
-        """Store an embedding so too, though no head of this model is tied to it.
-
-        Args:
-            name: Name of its initializer; one that has other readers than lookups is passed over.
-        """
+        """Store an embedding so too, though no head of this model is tied to it."""
         table = self.graph.initializers.get(name)
         if table is not None and is_table(table):
             self._columns(ConstantMatrix(table, True))
 
     def look_up(self) -> int:
-        """Let lookups in tables that are tied to a head read the head's columns, so that they are stored once.
-
-        Returns:
-            The number of lookups.
-        """
+        """Let lookups in tables that are tied to a head read the head's columns, so that they are stored once."""
         tables = {matrix.value: stored for matrix, stored in self._stored.items() if matrix.is_transposed}
         return sum(look_up_columns(table, stored) for table, stored in tables.items())
 
@@ -235,13 +227,6 @@ def look_up_columns(table: ir.Value, stored: StoredColumns) -> int:
 
     Before: `e = Gather(table [N, K], ids)`
     After:  `e = Transpose(Cast(Gather(integers [K, N], ids, axis=1))) * Unsqueeze(Gather(scale, ids), -1) * factors`
-
-    Args:
-        table: The table; one with other readers than lookups is left to them.
-        stored: The columns of its transpose.
-
-    Returns:
-        The number of lookups.
     """
     readers = [use.node for use in table.uses()]
     if not is_table(table):

@@ -60,12 +60,7 @@ class ConstantMatrix(NamedTuple):
         return tuple(str(part.name) for part in parts_of(self.tensor))
 
     def free_name(self, graph: ir.Graph, suffix: str) -> str:
-        """What names of its quantized parts begin with: its own, unless the same matrix the other way round has it.
-
-        Args:
-            graph: The graph that they are added to.
-            suffix: How the name of such a part ends.
-        """
+        """What names of its quantized parts begin with: its own, unless the same matrix the other way round has it."""
         is_taken = f"{self.value.name}{suffix}" in graph.initializers
         return f"{self.value.name}_transposed" if is_taken else str(self.value.name)
 
@@ -104,10 +99,6 @@ def replace_product(node: ir.Node, nodes: Sequence[ir.Node]) -> None:
 
     Before: `y = Gemm(x, w, b)`
     After:  `...; y = Add(<output of the last of the nodes>, b)`; without a bias, `y` is the last of the nodes' output
-
-    Args:
-        node: The node; it is removed, and a transpose of its weight with it that nothing else reads.
-        nodes: Those that compute its product, in order.
     """
     graph = node.graph  # the model's, or a branch
     assert isinstance(graph, ir.Graph)
@@ -189,9 +180,6 @@ def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
     After:  `y = MatMul(x, w)`, with `w` stored `[in, out]`
 
     A weight with other readers, such as a tied embedding, stays as it is, so that it is stored once.
-
-    Args:
-        model: The model; it is changed in place.
     """
     count = 0
     for value in list(model.graph.initializers.values()):
@@ -222,12 +210,6 @@ def merge_matmuls(model: ir.Model) -> PassResult[ir.Model]:
 
     Before: `gate = MatMul(x, Wg); up = MatMul(x, Wu)`
     After:  `gate, up = Split(MatMul(x, [Wg Wu]))`
-
-    Args:
-        model: A translated model; it is changed in place, its nodes sorted.
-
-    Returns:
-        The number of matmuls removed.
     """
     groups: dict[tuple[ir.Value, int, ir.DataType | None], list[ir.Node]] = {}
     for node in model.graph:

@@ -38,11 +38,7 @@ class QuantizedProduct(NamedTuple):
 
 
 def quantized_products(model: ir.Model) -> list[QuantizedProduct]:
-    """Return the products with columns of a model, in order, those of branches too.
-
-    Raises:
-        ExportError: The model is of an earlier version, which did not mark them.
-    """
+    """Return the products with columns of a model, in order, those of branches too."""
     nodes = list(model.graph.all_nodes())
     if earlier := next((node for node in nodes if node.op_type == "MatMulInteger" or is_unmarked(node)), None):
         raise _not_marked(earlier)

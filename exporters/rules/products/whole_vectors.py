@@ -22,12 +22,6 @@ def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
     is added one by one up to the first address of a whole vector, then vector by vector: in another order than a row
     that begins there, such as the weights of a token's six experts. Where a row is a multiple of a vector, there are
     none of either.
-
-    Args:
-        model: A translated model; it is changed in place.
-
-    Returns:
-        The number of operators.
     """
     count = 0
     padded: dict[tuple[ir.Graph | ir.Function, ir.Value], ir.Value] = {}

@@ -66,15 +66,6 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime has another kernel for the attention of one
     token than for several, with other last bits, so rows that verify drafts ask for that of several. A model that keeps
     states has no such input, since its rows cannot be set back.
-
-    Args:
-        model: A decoder whose attention is fused and whose cache has its names; it is changed in place.
-
-    Returns:
-        The number of attention layers and operators with a state.
-
-    Raises:
-        RowsError: The model mixes tokens or reads its inputs in a way that does not allow it; layers are named.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -246,11 +237,7 @@ class LogitsOfRows:
     logits: str
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Change the first output, in place.
-
-        Raises:
-            ExportError: No projection leads to it.
-        """
+        """Change the first output, in place."""
         inputs = {str(value.name): value for value in model.graph.inputs}
         ids, query = inputs["input_ids"], inputs[QUERY_SEQLENS]
         build = Builder(model.graph)

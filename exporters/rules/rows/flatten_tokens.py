@@ -35,11 +35,7 @@ class FlatTokens:
 
 
 def copied(model: ir.Model) -> ir.Model:
-    """A copy that shares the tensors, with what passes have noted of the model; names of values are its own.
-
-    Args:
-        model: The model, whose values have names that differ.
-    """
+    """A copy that shares the tensors, with what passes have noted of the model; names of values are its own."""
     copy = model.clone()
     copy.meta.update(model.meta)
     flat: dict[str, FlatTokens] = model.meta.get(FlatTokens.META, {})

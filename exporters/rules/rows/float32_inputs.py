@@ -13,12 +13,6 @@ def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
 
     Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
     After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
-
-    Args:
-        model: The model, its inputs named; it is changed in place.
-
-    Returns:
-        How many inputs there were of another precision.
     """
     count = 0
     for value in model.graph.inputs:

@@ -63,11 +63,7 @@ class Head:
 
 
 def head_of(model: ir.Model) -> Head:
-    """The projection that leads to a decoder's logits, its first output.
-
-    Raises:
-        ExportError: None does.
-    """
+    """The projection that leads to a decoder's logits, its first output."""
     logits = model.graph.outputs[0]
     value, chain = logits, [logits]
     node = value.producer()

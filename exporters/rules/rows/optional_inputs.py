@@ -23,12 +23,6 @@ def optional_image_inputs(model: ir.Model) -> PassResult[ir.Model]:
             where it is not given
 
     So programs that know no images, such as onnxruntime-genai, run texts as before.
-
-    Args:
-        model: A decoder whose inputs have their names; it is changed in place.
-
-    Returns:
-        The number of inputs.
     """
     graph = model.graph
     inputs = {str(value.name): value for value in graph.inputs}
@@ -59,12 +53,6 @@ def optional_draft_inputs(model: ir.Model) -> PassResult[ir.Model]:
     After:  the same with `attention_seqlens = [0]` and `logits_indices = []` where they are not given
 
     So a program that knows the first three inputs gets the logits after the last token of each row.
-
-    Args:
-        model: A graph of rows, whose `attention_seqlens` are the least tokens that attention reads; changed in place.
-
-    Returns:
-        The number of inputs.
     """
     inputs = {str(value.name): value for value in model.graph.inputs}
     defaults: dict[str, NDArray[Any]] = {

@@ -16,12 +16,6 @@ def lower_prompt_clamps(model: ir.Model) -> PassResult[ir.Model]:
 
     Before: `y = PromptClamp(x, state)`
     After:  `y = Where(Or(Shape(x)[1] > 1, ReduceL1(state) == 0), Clip(x), x)`, and metadata that say so
-
-    Args:
-        model: The model; it is changed in place.
-
-    Returns:
-        The number of operators.
     """
     changed = 0
     for node, taken in PromptClampNode.all_in(model.graph):
@@ -39,12 +33,7 @@ def lower_prompt_clamps(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def clamp_rows(model: ir.Model, tokens: RowTokens) -> None:
-    """The same in a graph whose rows have lengths of their own: where a row reads several tokens, or its first one.
-
-    Args:
-        model: The model, whose tokens are one row of those that count; it is changed in place.
-        tokens: Says which count.
-    """
+    """The same in a graph whose rows have lengths of their own: where a row reads several tokens, or its first one."""
     is_prompt: ir.Value | None = None
     for node, taken in PromptClampNode.all_in(model.graph):
         build = Builder(model.graph)

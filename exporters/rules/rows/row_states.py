@@ -30,12 +30,7 @@ class RowStates:
     """Rewrites a graph's operators that keep a state; what they share is computed once."""
 
     def __init__(self, graph: ir.Graph, tokens: RowTokens) -> None:
-        """Begin a rewrite.
-
-        Args:
-            graph: The graph, whose tokens are one row of those that count.
-            tokens: Says which count.
-        """
+        """Begin a rewrite."""
         self._graph, self._tokens = graph, tokens
         self._shared: dict[tuple[str, int, int], ir.Value] = {}
         self._rows: RowTokens | None = None
@@ -109,11 +104,6 @@ def drop_padding_mask(graph: ir.Graph, mask: ir.Value, ids: ir.Value) -> None:
 
     Before: `y = Mul(x, Cast(Unsqueeze(Slice(attention_mask))))`, the mask of the new positions
     After:  `y = x`
-
-    Args:
-        graph: The graph; it is changed in place.
-        mask: The input `attention_mask`.
-        ids: The input `input_ids`, whose shape the mask of the new positions has.
     """
     for usage in list(mask.uses()):
         new = usage.node.outputs[0]

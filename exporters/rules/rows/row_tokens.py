@@ -58,13 +58,7 @@ class RowTokens:
         return _flat_tokens(build, value, self.tokens)
 
     def of_input(self, build: Builder, value: ir.Value, axis: int) -> ir.Value:
-        """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`.
-
-        Args:
-            build: Makes the nodes.
-            value: The input.
-            axis: Its axis of the batch.
-        """
+        """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`."""
         assert value.shape is not None
         sizes = list(value.shape)
         flat = build("Reshape", value, build.ints(*sizes[:axis], -1, *sizes[axis + 2 :]))
@@ -150,12 +144,7 @@ def row_tokens(
 
 
 def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
-    """The same tokens in rows as long as the longest, which a batch may be longer than.
-
-    Args:
-        build: Makes the nodes.
-        tokens: The tokens.
-    """
+    """The same tokens in rows as long as the longest, which a batch may be longer than."""
     one = build.scalar(1)
     length = build("Max", build("ReduceMax", build("Cast", tokens.query, to=ir.DataType.INT64), keepdims=0), one)
     before = build("Squeeze", build("Shape", tokens.token_at, start=1, end=2), build.ints(0))
@@ -257,9 +246,6 @@ def tokens_of_adapters(
         query: `[batch]` int32, how many tokens of each row count.
         ids: `[batch]`, the adapter of each row.
         adapters: How many adapters are in the stack, a scalar.
-
-    Returns:
-        The groups, and whether they are worth it, a scalar.
     """
     lengths = _Lengths(build, input_ids, query)
     zero, one = lengths.zero, lengths.one

@@ -41,11 +41,7 @@ class TokenRegion:
 
 
 def token_regions(graph: ir.Graph) -> list[TokenRegion]:
-    """The regions of a graph around its attention, one for each size of sequence.
-
-    Args:
-        graph: A graph whose attention is one operator a layer. Missing shapes of token tensors are noted in it.
-    """
+    """The regions of a graph around its attention, one for each size of sequence."""
     regions: dict[Dims, TokenRegion] = {}
     attention: dict[Dims, list[ir.Node]] = {}
     candidates: dict[Dims, list[ir.Node]] = {}

@@ -33,12 +33,6 @@ def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:
 
     Before: `y, next = LinearAttention(query, key, value, state, decay)` of single numbers with a decay for each key
     After:  `next, y = Scan(state, query, key, value, decay)`, one step for each position
-
-    Args:
-        model: The model; it is changed in place.
-
-    Returns:
-        The number of operators replaced; the scans are listed as skipped, with the reason.
     """
     changed, scans = 0, []
     for node in list(model.graph):

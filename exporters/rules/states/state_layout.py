@@ -23,12 +23,6 @@ def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
     (see `fast_state_forms`).
 
     The model's metadata name them, since their shapes do not always tell.
-
-    Args:
-        model: A model whose cache has its names; it is changed in place.
-
-    Returns:
-        The number of states.
     """
     for node in list(model.graph):
         if fits_convolution(node):

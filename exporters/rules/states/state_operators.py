@@ -26,12 +26,6 @@ def lower_state_operators(model: ir.Model) -> PassResult[ir.Model]:
 
     Before: `y, next = LinearAttention(query, key, value, decay, beta, state)`, heads and their sizes apart
     After:  `y, next = com.microsoft.LinearAttention(query, key, value, state, decay, beta)`, heads in one axis
-
-    Args:
-        model: The model; it is changed in place.
-
-    Returns:
-        The number of operators replaced.
     """
     changed = 0
     for kind, lower in _LOWERED.items():

@@ -39,34 +39,17 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
 
 
 def installation(extra: str) -> str:
-    """How to install an extra, for a message.
-
-    Args:
-        extra: Its name.
-    """
+    """How to install an extra, for a message."""
     return f"pip install 'gralora-fx[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
 def missing_packages(extra: str) -> list[str]:
-    """The packages of an extra that are not installed, as pip calls them.
-
-    Args:
-        extra: Its name.
-    """
+    """The packages of an extra that are not installed, as pip calls them."""
     return [package for package, module in EXTRAS[extra].items() if not _is_installed(module)]
 
 
 def require_extra(extra: str, needed_by: str, error: type[GraloraError]) -> None:
-    """Check that the packages of an extra are installed, in milliseconds.
-
-    Args:
-        extra: Its name.
-        needed_by: What needs them, as the subject of a sentence.
-        error: The type of error to raise.
-
-    Raises:
-        GraloraError: One is missing; the message says how to install them.
-    """
+    """Check that the packages of an extra are installed, in milliseconds."""
     if packages := missing_packages(extra):
         are = "which is" if len(packages) == 1 else "which are"
         raise error(f"{needed_by} needs {listed(packages)}, {are} not installed: {installation(extra)}")

@@ -104,11 +104,7 @@ def code_transformer(graph: fx.Graph) -> Any:
 
 
 def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None) -> Any:
-    """Enter `torch.autocast` by a function call, as a graph does, where a `with` block is not possible.
-
-    Returns:
-        The context, for `leave_autocast`.
-    """
+    """Enter `torch.autocast` by a function call, as a graph does, where a `with` block is not possible."""
     return torch.amp.autocast_mode._enter_autocast(device_type, dtype, enabled, cache_enabled)  # type: ignore[no-untyped-call]
 
 

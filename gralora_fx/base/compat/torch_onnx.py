@@ -41,14 +41,6 @@ def translate_graph(
 
     Tensors that the graph reads become initializers of a graph and `Constant` nodes of a function, under the names of
     the nodes that read them. `torch.onnx` is given inputs in their place: that of torch 2.11 translates no such nodes.
-
-    Args:
-        graph: A graph of PyTorch's operators, every node with its fake value, those that read a tensor with the tensor;
-            these become placeholders.
-        model: The model that the result is part of.
-        into: The graph or function that receives the nodes.
-        functions: Functions of the model by the name of the subgraph that each was translated from.
-        registry: The result of `new_registry`.
     """
     tensors = {node.name: node for node in graph.find_nodes(op="get_attr") if node.target not in functions}
     for node in tensors.values():

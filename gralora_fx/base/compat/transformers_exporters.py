@@ -27,17 +27,7 @@ with fenced("transformers"):
 def export_program(
     model: PreTrainedModel, inputs: dict[str, Any], shapes: Mapping[str, Any] | None, *, dynamic: bool
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model.
-
-    Args:
-        model: The model; its modules and parameters stay unchanged.
-        inputs: Keyword inputs of its forward.
-        shapes: `dynamic_shapes` for `torch.export`, or None.
-        dynamic: Whether any axis may vary.
-
-    Returns:
-        A program over the model's own parameters.
-    """
+    """Export a transformers model."""
     with _chosen_patches(), _recording_grad_modes():
         exported = DynamoExporter().export(model, inputs, DynamoConfig(dynamic=dynamic, dynamic_shapes=shapes))
     program: torch.export.ExportedProgram = exported.program
@@ -51,11 +41,7 @@ def auto_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def register_cache(kind: type) -> None:
-    """Register a cache class with pytree as an export does, for a graph from another process.
-
-    Args:
-        kind: The class.
-    """
+    """Register a cache class with pytree as an export does, for a graph from another process."""
     register_pytree_node(kind)
 
 
@@ -76,14 +62,7 @@ def fix_model(model: ir.Model) -> None:
 
 
 def leaf_names(values: Any) -> dict[str, Tensor]:
-    """The tensors of nested inputs or outputs by the names that transformers' exporter gives them.
-
-    Args:
-        values: A tensor, or any nesting of mappings, sequences and objects with attributes.
-
-    Returns:
-        Tensors by dotted path, such as `hidden_states.0`; a single tensor is `output`.
-    """
+    """The tensors of nested inputs or outputs by the names that transformers' exporter gives them."""
     return dict(get_leaf_tensors(values))
 
 

@@ -29,14 +29,7 @@ TESTED: Mapping[str, tuple[str, str]] = {
 
 @contextmanager
 def fenced(package: str) -> Iterator[None]:
-    """Import private names of a package; the first import of a process checks all installed versions.
-
-    Args:
-        package: The package, as pip calls it.
-
-    Raises:
-        VersionError: A name is missing; the message names the package, its version and the tested ones.
-    """
+    """Import private names of a package; the first import of a process checks all installed versions."""
     warn_of_untested()
     try:
         yield
@@ -65,11 +58,7 @@ def range_of(package: str) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, or of another that brings its module, as onnxruntime-gpu does.
-
-    Returns:
-        The version; None if the module is not installed either, or comes from no package.
-    """
+    """The version of an installed package, or of another that brings its module, as onnxruntime-gpu does."""
     if package == "python":
         return ".".join(map(str, sys.version_info[:3]))
     try:

@@ -254,12 +254,7 @@ class StageProgress:
     """
 
     def __init__(self, console: Console | None = None, *, silence: float | None = None) -> None:
-        """Choose where and how often stages are shown.
-
-        Args:
-            console: Where to show them; None for stderr.
-            silence: Seconds until the first line of a log, and the least between two; None for `FIRST` and `SILENCE`.
-        """
+        """Choose where and how often stages are shown."""
         self._console, self._silence = console, silence
 
     def __enter__(self) -> None:

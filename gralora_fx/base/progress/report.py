@@ -47,11 +47,7 @@ class Summary:
     comparison: Invocation | None = None
 
     def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> str:
-        """The lines.
-
-        Args:
-            words: Gives the words of a usage: Python's, or the command line's.
-        """
+        """The lines."""
         result = self.result
         if self.comparison is not None:
             result += f"; not compared with PyTorch, to do so: {words(self.comparison)}"

@@ -53,12 +53,7 @@ class Count(Protocol):
     """Notes how far a counted stage is."""
 
     def __call__(self, done: int, detail: str = "") -> None:
-        """Note it.
-
-        Args:
-            done: How many things are done.
-            detail: What else is news, such as `loss 0.41`.
-        """
+        """Note it."""
 
 
 _display: ContextVar[Display | None] = ContextVar("display", default=None)
@@ -71,11 +66,7 @@ def is_displayed() -> bool:
 
 @contextmanager
 def displayed_by(display: Display) -> Iterator[None]:
-    """Let a display show the stages of this thread within the block.
-
-    Args:
-        display: The display.
-    """
+    """Let a display show the stages of this thread within the block."""
     token = _display.set(display)
     try:
         yield
@@ -110,13 +101,7 @@ def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: s
 
 @contextmanager
 def counting(stage: str, total: int, unit: str) -> Iterator[Count]:
-    """Show how far the block is, as in `choosing bits: 120/210 matrices`: it calls what it gets with how many are done.
-
-    Args:
-        stage: What is done with the things that are counted.
-        total: How many there are.
-        unit: What they are, as a plural; empty where the stage says it.
-    """
+    """Show how far the block is (`choosing bits: 120/210 matrices`): it calls what it gets with how many are done."""
     display = _display.get()
     if display is None:
         yield lambda done, detail="": None
@@ -130,13 +115,7 @@ def counting(stage: str, total: int, unit: str) -> Iterator[Count]:
 
 
 def counted(items: Collection[_Item], stage: str, unit: str) -> Iterator[_Item]:
-    """Yield items, and show how many are done (see `counting`).
-
-    Args:
-        items: The items.
-        stage: What is done with them.
-        unit: What they are, as a plural.
-    """
+    """Yield items, and show how many are done (see `counting`)."""
     with counting(stage, len(items), unit) as count:
         for done, item in enumerate(items):
             count(done)

@@ -40,18 +40,7 @@ Writer = Callable[[Path], None]
 def save_together(
     directory: str | Path, folders: Mapping[str, Mapping[str, Writer]], error: type[GraloraError]
 ) -> None:
-    """Write files to a directory, all or none; leftovers of a killed save are finished or removed.
-
-    Args:
-        directory: Where to write; made if it does not exist.
-        folders: The functions that write each file, by folder below the directory (`""` for the directory itself) and
-            file name. The alphabetically last file of a folder is the one that must not be read beside files of another
-            save.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type, when the directory cannot be written. Its contents are unchanged then.
-    """
+    """Write files to a directory, all or none; leftovers of a killed save are finished or removed."""
     if not folders:
         return
     path = usable_directory(directory, error, remedy="give another directory", writes=True).absolute()
@@ -80,16 +69,7 @@ def save_together(
 
 
 def read_together(directory: Path, names: Sequence[str], read: Callable[..., T]) -> T:
-    """Read files that belong together, retrying if another program saves them meanwhile.
-
-    Args:
-        directory: The directory in which they belong.
-        names: Their names.
-        read: Reads them, given their paths.
-
-    Raises:
-        GraloraError: Raised by `read`, for files that do not change meanwhile.
-    """
+    """Read files that belong together, retrying if another program saves them meanwhile."""
     for _ in range(_READS):
         before = [_version(current_file(directory, name)) for name in names]
         try:
@@ -105,12 +85,7 @@ def read_together(directory: Path, names: Sequence[str], read: Callable[..., T])
 
 
 def current_file(directory: Path, name: str) -> Path:
-    """The path of a file: in its place, or in the folder of a committed but unfinished save.
-
-    Args:
-        directory: The directory in which it belongs; the save may have been of the directory above.
-        name: The file's name.
-    """
+    """The path of a file: in its place, or in the folder of a committed but unfinished save."""
     unfinished = [directory / _COMMIT]
     if _of_one_owner(directory.parent / _COMMIT, directory):
         unfinished.append(directory.parent / _COMMIT / directory.name)

@@ -45,11 +45,7 @@ class BaseQuantization:
     skip_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ConfigError: bitsandbytes has no such quantization.
-        """
+        """Check every field."""
         for name, value, choices in (
             ("kind", self.kind, KINDS),
             ("block_size", self.block_size, BLOCK_SIZES),
@@ -64,14 +60,7 @@ class BaseQuantization:
 
     @classmethod
     def of(cls, value: Any) -> BaseQuantization:
-        """The quantization that a text, a record, the fields of a `BitsAndBytesConfig` or such an object tell.
-
-        Args:
-            value: One of these, as `"nf4-double"`.
-
-        Raises:
-            ConfigError: It is none of bitsandbytes' four bits.
-        """
+        """The quantization that a text, a record, the fields of a `BitsAndBytesConfig` or such an object tell."""
         if isinstance(value, cls):
             return value
         if isinstance(value, str):
@@ -127,22 +116,14 @@ def _of_words(text: str) -> BaseQuantization:
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
-    """Names of layers, where they are a list of them.
-
-    Raises:
-        ConfigError: They are something else.
-    """
+    """Names of layers, where they are a list of them."""
     if value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
         return None if value is None else tuple(value)
     raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")
 
 
 def recorded_quantization(record: Any) -> BaseQuantization | None:
-    """The quantization that a record tells; None if it cannot be read.
-
-    Args:
-        record: What a model, an adapter's configuration or an export says (see `BaseQuantization.of`).
-    """
+    """The quantization that a record tells; None if it cannot be read."""
     try:
         return BaseQuantization.of(record)
     except ConfigError:
@@ -155,14 +136,6 @@ def packed_quantization(
     """The quantization of the weights in a checkpoint's files; None of floats.
 
     Its block size, which `config.json` does not tell, is that of the files (`SavedWeights.quantization`).
-
-    Args:
-        fields: Those of its `config.json`.
-        origin: The checkpoint, for messages.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: they are quantized in a form that is not read; it is named.
     """
     config = fields.get(_FIELD)
     if not config:
@@ -186,18 +159,7 @@ def packed_quantization(
 def check_not_packed(
     fields: Mapping[str, Any], origin: object, asked: BaseQuantization, error: type[GraloraError]
 ) -> None:
-    """Check that a checkpoint's weights are floats, before they are rounded.
-
-    Args:
-        fields: Those of its `config.json`.
-        origin: The checkpoint, for messages.
-        asked: How they are to be rounded.
-        error: The error type to raise of a form that is not read.
-
-    Raises:
-        ConfigError: They are in four bits already.
-        GraloraError: As of `packed_quantization`.
-    """
+    """Check that a checkpoint's weights are floats, before they are rounded."""
     if packed_quantization(fields, origin, error) is not None:
         raise ConfigError(
             f"{origin} is quantized already, and its own values are taken: leave {RECORD}={str(asked)!r} out, or give "

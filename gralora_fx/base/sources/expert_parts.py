@@ -41,11 +41,6 @@ def expert_parts(
     """The parts of each parameter that transformers stacks from a matrix for each expert, by the parameter's name.
 
     Those that it puts together in other ways are left out.
-
-    Args:
-        model: The model; its values are not read.
-        stored: The tensors of its files, by key.
-        parts: The parameter by the keys of its parts, as `keys_by_name` gives them.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]

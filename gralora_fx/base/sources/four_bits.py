@@ -96,11 +96,7 @@ class FourBitTensor(StoredTensor):
         return as_tensor(self.array())
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the floats, from the `first` on.
-
-        Raises:
-            CheckpointError: The file cannot be opened, or has become shorter.
-        """
+        """Fill a contiguous array with the bytes of the floats, from the `first` on."""
         dtype, target = FLOATS[self.dtype], bytes_of(values)
         if self.is_turned:
             whole = replace(self, shape=self.shape[::-1], is_turned=False).array()
@@ -138,16 +134,7 @@ def scales_of(
     outer_size: int,
     offset: float,
 ) -> NDArray[np.float32]:
-    """Scales from their codes.
-
-    Args:
-        codes: Those of some blocks.
-        first: The number of the first of these blocks.
-        table: The values of the codes.
-        outer: The scale of each block of codes.
-        outer_size: Codes of such a block.
-        offset: What is added to each.
-    """
+    """Scales from their codes."""
     scales: NDArray[np.float32] = table[codes] * outer[np.arange(first, first + len(codes)) // outer_size]
     return scales + np.float32(offset)
 
@@ -179,17 +166,7 @@ def values_of(
 def decoded(
     tensors: Mapping[str, StoredTensor], origin: Path, *, dtype: str = "F32", is_packed: bool = False
 ) -> Mapping[str, StoredTensor]:
-    """A model's tensors with those of four bits as floats, and without what is stored beside them.
-
-    Args:
-        tensors: The tensors of all files by key.
-        origin: The directory, for messages.
-        dtype: safetensors' name of the dtype of the floats.
-        is_packed: Whether the configuration says that there are such weights.
-
-    Raises:
-        CheckpointError: Something of a weight is missing or damaged, or its block size is unknown; all are named.
-    """
+    """A model's tensors with those of four bits as floats, and without what is stored beside them."""
     states = {key.partition(_STATE)[0]: key for key in tensors if _STATE in key}
     if not states and not is_packed:
         return tensors
@@ -220,11 +197,7 @@ def _belongs(key: str, weights: Mapping[str, str]) -> bool:
 
 
 def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], dtype: str) -> FourBitTensor:
-    """The weight of a key.
-
-    Raises:
-        _DamagedError: Something is missing or does not fit.
-    """
+    """The weight of a key."""
     lacking = [part for part in _PARTS[:2] if f"{key}.{part}" not in tensors]
     nested = [part for part in _PARTS[2:] if f"{key}.{part}" in tensors]
     if lacking or len(nested) == 1:
@@ -261,11 +234,7 @@ def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], dt
 
 
 def _state(tensor: StoredTensor) -> dict[str, Any]:
-    """What is stored as JSON beside a weight.
-
-    Raises:
-        _DamagedError: It is something else.
-    """
+    """What is stored as JSON beside a weight."""
     text = np.empty(tensor.nbytes, np.uint8)
     tensor.read_into(text)
     try:
@@ -278,11 +247,7 @@ def _state(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def _floats_of(tensor: StoredTensor) -> NDArray[np.float32]:
-    """A short tensor of floats in float32.
-
-    Raises:
-        _DamagedError: It is not one.
-    """
+    """A short tensor of floats in float32."""
     if tensor.dtype not in FLOATS:
         raise _DamagedError(f"{tensor.key} is {tensor.dtype}, not floats")
     return tensor.array().reshape(-1).astype(np.float32)

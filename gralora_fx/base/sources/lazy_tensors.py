@@ -18,13 +18,7 @@ _SOURCE = "_gralora_source"
 
 
 def lazy_parameter(source: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
-    """A parameter on the meta device whose values are computed by a function whenever they are read.
-
-    Args:
-        source: Computes the values, of any float dtype; they are cast when they are read.
-        shape: Shape of the values.
-        dtype: Dtype of the parameter.
-    """
+    """A parameter on the meta device whose values are computed by a function whenever they are read."""
     return with_source(nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False), source)
 
 
@@ -60,15 +54,7 @@ class EntrySource:
 
 
 def raw_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
-    """The entries of a tensor along its first axis in the dtype of their source, one at a time where it allows that.
-
-    Args:
-        tensor: Any tensor.
-        name: Its name in error messages.
-
-    Raises:
-        ExportError: It is on the meta device and has no source.
-    """
+    """The entries of a tensor along its first axis in the dtype of their source, one at a time where it allows that."""
     source = getattr(tensor, _SOURCE, None)
     entries = source.entries() if isinstance(source, EntrySource) else raw_values_of(tensor, name)
     return map(Tensor.detach, entries)  # which keeps no entry while it reads the next, as a generator would
@@ -80,16 +66,7 @@ def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
 
 
 def sampled_values(tensor: Tensor, name: str, count: int) -> Tensor:
-    """Some values of a tensor, evenly spread over it, in the dtype of their source.
-
-    Args:
-        tensor: Any tensor; no more than one entry of it is in memory where its source allows that.
-        name: Its name in error messages.
-        count: How many values at most.
-
-    Raises:
-        ExportError: It is on the meta device and has no source.
-    """
+    """Some values of a tensor, evenly spread over it, in the dtype of their source."""
     step = max(1, tensor.numel() // count)
     if not isinstance(getattr(tensor, _SOURCE, None), EntrySource):
         return raw_values_of(tensor, name).reshape(-1)[::step][:count]
@@ -101,24 +78,12 @@ def sampled_values(tensor: Tensor, name: str, count: int) -> Tensor:
 
 
 def values_of(tensor: Tensor, name: str) -> Tensor:
-    """The values of a tensor: its own, or those of its source, cast to its dtype and not kept.
-
-    Args:
-        tensor: Any tensor.
-        name: Its name in error messages.
-
-    Raises:
-        ExportError: It is on the meta device and has no source.
-    """
+    """The values of a tensor: its own, or those of its source, cast to its dtype and not kept."""
     return raw_values_of(tensor, name).to(tensor.dtype)
 
 
 def raw_values_of(tensor: Tensor, name: str) -> Tensor:
-    """The values in the dtype of their source; those of a file are memory-mapped, and read when they are used.
-
-    Raises:
-        ExportError: The tensor is on the meta device and has no source.
-    """
+    """The values in the dtype of their source; those of a file are memory-mapped, and read when they are used."""
     if not tensor.is_meta:
         return tensor.detach()
     source: Callable[[], Tensor] | None = getattr(tensor, _SOURCE, None)

@@ -22,11 +22,7 @@ def is_model(path: Path) -> bool:
 
 
 def described(directory: str | Path) -> str:
-    """What is at a path, to go on from the path itself: `is empty`, `is an adapter`.
-
-    Args:
-        directory: The path.
-    """
+    """What is at a path, to go on from the path itself: `is empty`, `is an adapter`."""
     from gralora_fx.base.sources.other_formats import gguf_file, pickle_file
 
     path = Path(directory)
@@ -51,15 +47,7 @@ def described(directory: str | Path) -> str:
 
 
 def read_json(path: Path, error: type[GraloraError]) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: The file.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: the file cannot be read, or is not JSON in UTF-8.
-    """
+    """Read a JSON file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as failure:  # a UnicodeDecodeError is a ValueError too
@@ -75,15 +63,7 @@ def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
 
 
 def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
-    """The directory of a name, or None for a hub id.
-
-    Args:
-        name: Local directory or hub id.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: the name is a file, or not a valid path.
-    """
+    """The directory of a name, or None for a hub id."""
     path = usable_path(name, error, remedy="give a local directory or a hub id")
     if path.is_dir():
         return path
@@ -93,20 +73,7 @@ def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
 
 
 def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: str | None = None) -> Path | None:
-    """Check that a local directory is a saved model, before anything is loaded.
-
-    Args:
-        name: Local directory or hub id.
-        error: The error type to raise.
-        named_by: The adapter whose configuration names this model, where nobody gave it otherwise.
-
-    Returns:
-        The local directory; None for a hub id, which is not checked.
-
-    Raises:
-        GraloraError: Of the given type: the directory does not exist, has no `config.json`, or a configuration file is
-            damaged, or the weights are in a GGUF file or quantized in a form that is not read.
-    """
+    """Check that a local directory is a saved model, before anything is loaded."""
     if named_by is not None:
         try:
             return check_model_files(name, error)
@@ -141,11 +108,7 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
 
 
 def check_json_objects(directory: Path, names: Sequence[str], error: type[GraloraError]) -> None:
-    """Check that those of the files that exist hold a JSON object.
-
-    Raises:
-        GraloraError: Of the given type, naming the file.
-    """
+    """Check that those of the files that exist hold a JSON object."""
     for file in names:
         if (directory / file).is_file():
             read_json_object(directory / file, error)
@@ -158,17 +121,7 @@ def resolve_directory(
     revision: str | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The local directory for `name_or_path`, downloaded from the hub if it is a hub id.
-
-    Args:
-        name_or_path: A local directory, or a hub id such as `owner/name`.
-        error: The error type to raise.
-        revision: Revision of the hub repository.
-        patterns: Files to download, as glob patterns; None for all.
-
-    Raises:
-        GraloraError: Of the given type, when neither such a directory nor a reachable repository exists.
-    """
+    """The local directory for `name_or_path`, downloaded from the hub if it is a hub id."""
     remedy = "give a directory or a hub id"
     path, name = usable_path(name_or_path, error, remedy=remedy), str(name_or_path)
     if path.is_dir():

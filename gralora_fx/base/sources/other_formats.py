@@ -32,12 +32,7 @@ def pickle_file(directory: Path) -> str | None:
 
 
 def of_gguf(directory: Path, file: str) -> str:
-    """What to do about a GGUF file, for a message.
-
-    Args:
-        directory: Its directory.
-        file: Its name.
-    """
+    """What to do about a GGUF file, for a message."""
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig; "
         f"d, f, out = {_text(directory)}, {_text(file)}, {_text(CONVERTED)}; "
@@ -51,13 +46,7 @@ def of_gguf(directory: Path, file: str) -> str:
 
 
 def of_pickle(directory: Path, file: str, fields: Mapping[str, Any]) -> str:
-    """What to do about a model's pickle, for a message.
-
-    Args:
-        directory: Its directory.
-        file: Its name.
-        fields: Those of the directory's `config.json`.
-    """
+    """What to do about a model's pickle, for a message."""
     code = (
         f"import transformers; d = {_text(directory)}; "
         f"transformers.{_class(fields)}.from_pretrained(d).save_pretrained(d)"
@@ -69,11 +58,7 @@ def of_pickle(directory: Path, file: str, fields: Mapping[str, Any]) -> str:
 
 
 def of_adapter_pickle(directory: Path) -> str:
-    """What to do about an adapter's pickle, for a message.
-
-    Args:
-        directory: Its directory.
-    """
+    """What to do about an adapter's pickle, for a message."""
     code = (
         f"import torch; from safetensors.torch import save_file; d = {_text(directory)}; "
         f'tensors = torch.load(d + "/{_ADAPTER_PICKLE}", map_location="cpu", weights_only=True); '
@@ -86,13 +71,7 @@ def of_adapter_pickle(directory: Path) -> str:
 
 
 def of_quantized(origin: object, method: str, fields: Mapping[str, Any]) -> str:
-    """What to do about a checkpoint of a quantization that is not read, for a message.
-
-    Args:
-        origin: The checkpoint: a directory, or a hub id.
-        method: The quantization as transformers calls it.
-        fields: Those of its `config.json`.
-    """
+    """What to do about a checkpoint of a quantization that is not read, for a message."""
     begin = f"import transformers; transformers.{_class(fields)}.from_pretrained({_text(origin)}"
     end = f".save_pretrained({_text(CONVERTED)})"
     if method in _BY_GPTQMODEL:

@@ -14,18 +14,7 @@ _LONGEST = 300  # characters of a path in a message
 def usable_path(
     value: object, error: type[GraloraError], *, remedy: str = "give another path", writes: bool = False
 ) -> Path:
-    """A path that the file system takes, whether or not something is there.
-
-    Args:
-        value: What was given as a path.
-        error: The error type to raise.
-        remedy: What to do about it.
-        writes: Whether something is to be written there, for the message.
-
-    Raises:
-        GraloraError: Of the given type: it is not a path, is empty, holds a zero byte, is too long, or is in a
-            directory that may not be searched.
-    """
+    """A path that the file system takes, whether or not something is there."""
     try:
         path = Path(value)  # type: ignore[arg-type]
         if value and str(value).strip():
@@ -80,12 +69,7 @@ def _refusal(value: object, error: type[GraloraError], reason: str, remedy: str,
 
 
 def _look_up(path: Path) -> None:
-    """Ask the file system for a path, each part that is not there yet by itself, since it may be too long.
-
-    Raises:
-        OSError: A name or the whole is too long, or a directory of it may not be searched.
-        ValueError: It holds a zero byte, or text that no file name can hold.
-    """
+    """Ask the file system for a path, each part that is not there yet by itself, since it may be too long."""
     there = path.absolute()
     missing = []
     while not _exists(there):

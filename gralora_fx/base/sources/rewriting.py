@@ -82,11 +82,7 @@ class StoredBytes:
         return self.end - self.begin
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes from the `first` on.
-
-        Raises:
-            CheckpointError: The file cannot be opened, or has become shorter.
-        """
+        """Fill a contiguous array with the bytes from the `first` on."""
         view, offset = bytes_of(values), self.begin + first
         with self.opened() as handle:
             while view:
@@ -101,11 +97,7 @@ class StoredBytes:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the file: the one that is kept open, or a new one.
-
-        Raises:
-            CheckpointError: The file cannot be opened.
-        """
+        """A descriptor of the file: the one that is kept open, or a new one."""
         if self.handle is not None:
             yield self.handle
         else:
@@ -175,21 +167,7 @@ def copies(parts: Iterable[Part]) -> list[Part]:
 
 
 def write_files(files: Sequence[NewFile], directory: Path, *, workers: int, digests: bool = False) -> dict[str, str]:
-    """Write files, several parts at a time.
-
-    Args:
-        files: The files.
-        directory: The directory to write into, where they do not exist yet.
-        workers: Threads that write; each holds a block of values and what one edit has prepared.
-        digests: Whether to compute the SHA-256 of each file, while later parts are written.
-
-    Returns:
-        The digests by name; empty without `digests`.
-
-    Raises:
-        CheckpointError: A file cannot be read.
-        OSError: Writing fails.
-    """
+    """Write files, several parts at a time."""
     found: dict[str, str] = {}
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(workers))
@@ -292,11 +270,7 @@ def bytes_of(values: NDArray[Any]) -> memoryview:
 
 @contextmanager
 def opened_for_reading(file: Path) -> Iterator[int]:
-    """A file's descriptor.
-
-    Raises:
-        CheckpointError: It cannot be opened.
-    """
+    """A file's descriptor."""
     try:
         handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:

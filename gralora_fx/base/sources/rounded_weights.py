@@ -25,13 +25,6 @@ def rounded_to_four_bits(weight: NDArray[Any], quantization: BaseQuantization) -
 
     bitsandbytes rounds it. What it rounded to is read as from a file, since its own kernel for processors with AVX-512
     reads rows wrong that are not a whole number of blocks (0.50; those for GPUs do not).
-
-    Args:
-        weight: The values; those of half precision count as they are.
-        quantization: How they are rounded.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
     """
     import torch
 
@@ -89,12 +82,7 @@ class RoundedTensor(StoredTensor):
         return as_tensor(self.array())
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the rounded values, from the `first` on.
-
-        Raises:
-            CheckpointError: The file cannot be opened, or has become shorter.
-            ConfigError: bitsandbytes is not installed.
-        """
+        """Fill a contiguous array with the bytes of the rounded values, from the `first` on."""
         floats, target = self.floats.array(), bytes_of(values)
         rounded = rounded_to_four_bits(floats.T if self.is_turned else floats, self.quantization)
         stored = np.ascontiguousarray(rounded.T if self.is_turned else rounded).astype(FLOATS[self.dtype], copy=False)

@@ -56,19 +56,11 @@ class StoredTensor(StoredBytes):
         return math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape)
 
     def __call__(self) -> Tensor:
-        """The values as a tensor that is mapped from the file, which is open only while it is read.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-        """
+        """The values as a tensor that is mapped from the file, which is open only while it is read."""
         return _mapped(self.file, [self.key])[self.key]
 
     def array(self) -> NDArray[Any]:
-        """The values as a numpy array in memory of its own; of bfloat16 too.
-
-        Raises:
-            CheckpointError: The file cannot be read, or holds values of another kind than floats.
-        """
+        """The values as a numpy array in memory of its own; of bfloat16 too."""
         if self.dtype not in FLOATS:
             raise CheckpointError(f"{self.key} of {self.file} is {self.dtype}, not a float tensor; save it as floats")
         values = np.empty(self.shape, FLOATS[self.dtype])
@@ -76,11 +68,7 @@ class StoredTensor(StoredBytes):
         return values
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """The values of a float tensor in their order, some at a time; the next ones overwrite them.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-        """
+        """The values of a float tensor in their order, some at a time; the next ones overwrite them."""
         dtype = FLOATS[self.dtype]
         kept = np.empty(min(self.numel, BLOCK), dtype)
         with self.opened() as handle:
@@ -129,30 +117,18 @@ class Layout:
     data: int
 
     def mapped(self) -> dict[str, Tensor]:
-        """All values by key as tensors that are mapped from the file, which is opened once.
-
-        Raises:
-            CheckpointError: The file cannot be read.
-        """
+        """All values by key as tensors that are mapped from the file, which is opened once."""
         return _mapped(self.file, self.tensors)
 
     @contextmanager
     def opened(self) -> Iterator[Layout]:
-        """The same with a file that is kept open, so that another one in its place is not read instead.
-
-        Raises:
-            CheckpointError: It cannot be opened.
-        """
+        """The same with a file that is kept open, so that another one in its place is not read instead."""
         with opened_for_reading(self.file) as handle:
             yield replace(self, tensors={key: replace(t, handle=handle) for key, t in self.tensors.items()})
 
 
 def read_layout(file: Path) -> Layout:
-    """The layout of a safetensors file, which is checked to be whole.
-
-    Raises:
-        CheckpointError: It cannot be read, is cut short, or is not a safetensors file.
-    """
+    """The layout of a safetensors file, which is checked to be whole."""
     try:
         with safe_open(file, framework="np"):  # which checks the header and the size of the file
             pass
@@ -172,11 +148,7 @@ def read_layout(file: Path) -> Layout:
 
 
 def check_readable(directory: Path) -> None:
-    """Check that the safetensors files of a directory have readable headers and are complete.
-
-    Raises:
-        CheckpointError: A file does not; it is named.
-    """
+    """Check that the safetensors files of a directory have readable headers and are complete."""
     for file in sorted(directory.glob("*.safetensors")):
         read_layout(file)
 
@@ -229,14 +201,7 @@ def rewritten_shard(
     added: Mapping[str, NewTensor],
     dropped: Set[str] = frozenset(),
 ) -> NewShard:
-    """A file in place of another: with changed tensors in their order, and added ones at the end.
-
-    Args:
-        old: The file.
-        changed: Tensors in place of those of the same keys.
-        added: Tensors with new keys.
-        dropped: Keys of tensors that it does not have.
-    """
+    """A file in place of another: with changed tensors in their order, and added ones at the end."""
     new = {
         key: changed.get(key) or NewTensor(tensor.dtype, tensor.shape, source=tensor)
         for key, tensor in sorted(old.tensors.items(), key=lambda entry: (entry[1].begin, entry[1].end))
@@ -280,11 +245,7 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
 
 
 def header_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The bytes of a file's header as safetensors writes them: its length, and its fields padded with blanks.
-
-    Args:
-        fields: What it says of each tensor by its key, and `__metadata__` first where there is some.
-    """
+    """The bytes of a file's header as safetensors writes them: its length, and its fields padded with blanks."""
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // _LENGTH) * _LENGTH)
     return len(text).to_bytes(_LENGTH, "little") + text

@@ -143,16 +143,7 @@ class BaseComparison:
         return {**asdict(self), "compared": list(self.compared)}
 
     def settle(self, adapter: object, *, strict: bool, error: type[GraloraError]) -> None:
-        """Refuse an adapter of another base, or warn of it.
-
-        Args:
-            adapter: The adapter, for the message.
-            strict: Whether to refuse whatever is not known to be the same base.
-            error: The error type to raise.
-
-        Raises:
-            GraloraError: Of the given type: the base is not known to be the same, and `strict` is set.
-        """
+        """Refuse an adapter of another base, or warn of it."""
         if self.outcome == SAME:
             return
         if strict:
@@ -170,12 +161,7 @@ class BaseComparison:
 
 
 def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
-    """Compare the base that an adapter or an export was made for with the model that it is used with.
-
-    Args:
-        made: The base: of an adapter, `base_model_name_or_path` and `revision` of its configuration.
-        used: The model.
-    """
+    """Compare the base that an adapter or an export was made for with the model that it is used with."""
     compared, outcome, reason = _compared(made, used)
     change = None
     if outcome != DIFFERENT and made.quantization and not made.quantization.has_weights_of(used.quantization):

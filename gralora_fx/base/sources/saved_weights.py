@@ -37,11 +37,7 @@ class SavedWeights:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """The tensors of all files by key, those of four bits as floats (see `FourBitTensor`).
-
-        Raises:
-            CheckpointError: They are quantized in a form that is not read, or damaged.
-        """
+        """The tensors of all files by key, those of four bits as floats (see `FourBitTensor`)."""
         stored = {key: tensor for shard in self.shards for key, tensor in shard.tensors.items()}
         return {**decoded_in(self.directory, stored), **self.others}
 
@@ -62,15 +58,7 @@ class SavedWeights:
 
 
 def decoded_in(directory: Path, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """Tensors of a model's files, those of four bits as floats of the dtype that its configuration says.
-
-    Args:
-        directory: The model's directory.
-        stored: The tensors of its files by key.
-
-    Raises:
-        CheckpointError: They are quantized in a form that is not read, or damaged.
-    """
+    """Tensors of a model's files, those of four bits as floats of the dtype that its configuration says."""
     told = _packed(directory)
     dtype = BaseQuantization().stored_dtype if told is None else told.stored_dtype
     return decoded(stored, directory, dtype=dtype, is_packed=told is not None)
@@ -84,11 +72,7 @@ def _packed(directory: Path) -> BaseQuantization | None:
 
 
 def read_weights(directory: Path) -> SavedWeights:
-    """The layouts of a model's safetensors files, a single one or several with an index, each checked to be whole.
-
-    Raises:
-        CheckpointError: There are none, one is damaged, or they are not what the index says.
-    """
+    """The layouts of a model's safetensors files, a single one or several with an index, each checked to be whole."""
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.is_file():  # which transformers prefers too
         return SavedWeights(directory, (read_layout(single),), has_index=False)

@@ -103,14 +103,7 @@ class SentenceModules:
 
 
 def find_sentence_directory(name: str | Path) -> Path | None:
-    """The directory of a sentence encoder, or None if the name has no `modules.json` or is another kind of model.
-
-    Args:
-        name: Local directory or hub id; of the latter only the small files are downloaded.
-
-    Raises:
-        TraceError: there is no such directory or repository, or a file is damaged.
-    """
+    """The directory of a sentence encoder, or None if the name has no `modules.json` or is another kind of model."""
     directory = resolve_directory(name, TraceError, patterns=_FILES)
     if not (directory / _MODULES_NAME).is_file():
         return None
@@ -119,15 +112,7 @@ def find_sentence_directory(name: str | Path) -> Path | None:
 
 
 def read_sentence_modules(directory: Path) -> SentenceModules:
-    """Read what a sentence-transformers directory says of the modules after its transformer.
-
-    Args:
-        directory: A directory with `modules.json`.
-
-    Raises:
-        TraceError: a module, a pooling mode or an option is not supported, or a file is damaged;
-            it is named with its file.
-    """
+    """Read what a sentence-transformers directory says of the modules after its transformer."""
     path = directory / _MODULES_NAME
     entries = _entries(path)
     kinds = [_kind(entry, path) for entry in entries]
@@ -165,17 +150,7 @@ def read_sentence_modules(directory: Path) -> SentenceModules:
 
 
 def score_function(name: str | Path) -> str | None:
-    """The function that makes a score of a cross-encoder's output, as a path such as `torch.nn.Identity`.
-
-    Args:
-        name: Local directory or hub id; of the latter only a small file is downloaded.
-
-    Returns:
-        The path; None if it is not a cross-encoder's directory, or names none.
-
-    Raises:
-        TraceError: the file is damaged.
-    """
+    """The function that makes a score of a cross-encoder's output, as a path such as `torch.nn.Identity`."""
     path = resolve_directory(name, TraceError, patterns=(SETTINGS_NAME,)) / SETTINGS_NAME
     if not path.is_file():
         return None
@@ -293,11 +268,7 @@ _READERS: Mapping[str, Callable[[Path], Pooling | Normalize | Dense]] = {
 
 
 def _transformer_options(directory: Path) -> dict[str, Any]:
-    """What `sentence_bert_config.json` says, where it changes nothing that would have to be part of the graph.
-
-    Raises:
-        TraceError: the transformer is used in another way than for its hidden states.
-    """
+    """What `sentence_bert_config.json` says, where it changes nothing that would have to be part of the graph."""
     path = next((path for name in _TRANSFORMER_CONFIGS if (path := directory / name).is_file()), None)
     if path is None:
         return {}

@@ -28,11 +28,7 @@ from gralora_fx.errors import CheckpointError, bulleted
 
 
 def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values.
-
-    Args:
-        make: Builds the model from its configuration.
-    """
+    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values."""
     with _parameters_on_meta():
         model = make()
     return model.eval()
@@ -42,16 +38,6 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
     """Connect the parameters of an empty model to their values in safetensors files.
 
     Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
-
-    Args:
-        model: The result of `empty_model`.
-        weights: Those of the model's directory.
-        supplied: Names of parameters that may be missing or have another shape, since an adapter supplies them; they
-            are zero.
-
-    Raises:
-        CheckpointError: A parameter is missing or has another shape, or a key holds only a part of a parameter; all are
-            listed. Or weights of four bits are damaged.
     """
     tensors = _by_parameter_name(model, as_in_layers(model, weights.tensors))
     problems: list[str] = []
@@ -83,15 +69,7 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
 
 
 def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The keys in a model's files by the model's names, as transformers renames them when it loads the model.
-
-    Args:
-        model: The model; its values are not read.
-        keys: Keys of tensors in safetensors files.
-
-    Returns:
-        The keys by name, and the name of each key that holds only a part of a parameter.
-    """
+    """The keys in a model's files by the model's names, as transformers renames them when it loads the model."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -110,12 +88,7 @@ def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str,
 
 
 def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """A model's tensors by key, those of four bits as its layers have them: all are stored as `[out, in]`.
-
-    Args:
-        model: The model; its values are not read.
-        stored: The tensors by the keys of its files.
-    """
+    """A model's tensors by key, those of four bits as its layers have them: all are stored as `[out, in]`."""
     if next(four_bit_tensors(stored), None) is None:
         return stored
     names = model.state_dict().keys()
@@ -145,16 +118,7 @@ class StackedExperts(EntrySource):
 
     @classmethod
     def of(cls, parts: Sequence[ExpertPart], stored: Mapping[str, StoredTensor], name: str) -> StackedExperts:
-        """The parameter of some parts.
-
-        Args:
-            parts: Rows of its matrices, in any order.
-            stored: The tensors of the files by key.
-            name: The parameter, for messages.
-
-        Raises:
-            CheckpointError: Experts are missing, or have matrices of several shapes.
-        """
+        """The parameter of some parts."""
         experts: dict[int, list[StoredTensor]] = {}
         for part in sorted(parts, key=lambda part: (part.expert, part.start)):
             experts.setdefault(part.expert, []).append(stored[part.key])

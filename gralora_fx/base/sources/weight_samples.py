@@ -56,19 +56,6 @@ def differing_weights(
     """Compare the safetensors files of two directories.
 
     A tensor of another dtype counts as equal where its values are within the coarser one's rounding.
-
-    Args:
-        one: A model's directory.
-        other: Another one's.
-        how: How the first one's matrices are rounded where they are used; None for as they are.
-        other_how: The same of the other one's.
-
-    Raises:
-        ConfigError: They are to be rounded, and bitsandbytes is not installed.
-
-    Returns:
-        What was found; None where a directory has no safetensors files that can be read, or both have fewer than half
-        of their tensors in common.
     """
     try:
         first, second = _tensors(one), _tensors(other)

@@ -64,13 +64,6 @@ class ModelAdapter:
         """Store an adapter's tensors, given ones or newly initialized ones; no graph reads them yet.
 
         Adapters of a half-precision layer are float32, as PEFT's are.
-
-        Args:
-            root: The module tree that will own them.
-            name: The adapter's name.
-            plan: What it adapts.
-            tree: The modules of the base model.
-            initial: Tensors by site path; None to initialize them.
         """
         method = method_of(plan.config)
         paths: dict[str, dict[str, str]] = {}
@@ -143,12 +136,7 @@ class ModelAdapter:
         return {planned.site.path: planned for planned in self.plan.selected}
 
     def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> ModelAdapter:
-        """The same adapter over sites with the same paths in another tree, which owns the tensors.
-
-        Args:
-            sites: Sites by path.
-            root: The tree.
-        """
+        """The same adapter over sites with the same paths in another tree, which owns the tensors."""
         selected = tuple(dataclasses.replace(p, site=sites[p.site.path]) for p in self.plan.selected)
         rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
         plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
@@ -284,11 +272,7 @@ def tensor_in(root: nn.Module, path: str) -> Tensor:
 
 
 def adapter_names(names: object) -> list[str]:
-    """The name of an adapter, or several, as a list.
-
-    Raises:
-        RewriteError: It is neither a string nor a list of strings.
-    """
+    """The name of an adapter, or several, as a list."""
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in listed):
         raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")

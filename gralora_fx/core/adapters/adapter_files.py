@@ -39,17 +39,7 @@ _SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT
 
 
 def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of a saved adapter.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: The configuration is missing or invalid.
-        CheckpointError: The tensors are missing, a pickle, cannot be read, or are of other layers than
-            `target_modules` names.
-    """
+    """The configuration and the tensors of a saved adapter."""
     path, config, tensors = read_files(directory, Layout.mapped, revision=revision)
     tensors = {current_key(key): tensor for key, tensor in tensors.items()}
     check_target_names(config, sites_of(tensors, config), path, trained=modules_of(tensors))
@@ -64,18 +54,7 @@ def current_key(key: str) -> str:
 def read_files(
     directory: str | Path, read: Callable[[Layout], T], *, revision: str | None = None
 ) -> tuple[Path, AdapterConfig, T]:
-    """The directory of a saved adapter, its configuration, and what is read of its tensors, of one save.
-
-    Args:
-        directory: Local directory or hub id.
-        read: Reads what is wanted of the tensors' file.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: The configuration is missing or invalid.
-        CheckpointError: The tensors are missing, a pickle, cannot be read, or were saved with other sizes than those of
-            the configuration.
-    """
+    """The directory of a saved adapter, its configuration, and what is read of its tensors, of one save."""
 
     def read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Any], T]:
         fields = read_fields(config)
@@ -103,11 +82,7 @@ def sites_of(keys: Iterable[str], config: AdapterConfig) -> set[str]:
 
 
 def _recorded_sizes(layout: Layout) -> dict[str, Any]:
-    """The sizes recorded with an adapter's tensors; empty if unknown.
-
-    Raises:
-        CheckpointError: The record is damaged.
-    """
+    """The sizes recorded with an adapter's tensors; empty if unknown."""
     record = layout.metadata.get(_SIZES)
     try:
         sizes = {} if record is None else json.loads(record)
@@ -117,21 +92,12 @@ def _recorded_sizes(layout: Layout) -> dict[str, Any]:
 
 
 def recorded_parameters(layout: Layout, config: AdapterConfig) -> list[str] | None:
-    """The names of an adapter's parameters in the order of their modules, which files of this package have.
-
-    Args:
-        layout: The tensors' file.
-        config: The configuration beside it.
-    """
+    """The names of an adapter's parameters in the order of their modules, which files of this package have."""
     return config.target_parameters if _SIZES in layout.metadata else None
 
 
 def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
-    """Check that tensors were saved with the sizes and the scale of their configuration.
-
-    Raises:
-        CheckpointError: They differ; every field is named.
-    """
+    """Check that tensors were saved with the sizes and the scale of their configuration."""
     differing = [
         f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
         for name, value in config.sizes.items()
@@ -145,11 +111,7 @@ def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Pat
 
 
 def _check_weights_file(path: Path) -> None:
-    """Check that an adapter's safetensors file exists.
-
-    Raises:
-        CheckpointError: It does not; a pickle in its place is named.
-    """
+    """Check that an adapter's safetensors file exists."""
     if not path.is_file():
         if (path.parent / _PICKLE_NAME).is_file():
             raise CheckpointError(of_adapter_pickle(path.parent))
@@ -185,12 +147,7 @@ def _copies(tensors: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
 
 
 def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Array]]) -> dict[str, Writer]:
-    """The functions that write the two files of an adapter, by file name.
-
-    Args:
-        config: Its configuration.
-        tensors: Gives its tensors by PEFT's keys.
-    """
+    """The functions that write the two files of an adapter, by file name."""
 
     def write_tensors(path: Path) -> None:
         try:
@@ -207,14 +164,7 @@ def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Ar
 
 
 def adapter_digest(path: Path, tensors: Mapping[str, Array], config: AdapterConfig) -> str:
-    """`tensors_digest` of tensors that were read from a file, without a copy of them where the file allows it.
-
-    Args:
-        path: The `adapter_model.safetensors` that holds them.
-        tensors: Those of its tensors that belong to the adapter; ones of half precision count as float32, which a model
-            makes of them.
-        config: The configuration.
-    """
+    """`tensors_digest` of tensors that were read from a file, without a copy of them where the file allows it."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         entries = {key: entry for key, entry in header.items() if key != "__metadata__"}

@@ -189,9 +189,6 @@ class AdapterGraph(CurrentGraph):
         """Fold adapters and their copies of parameters into the base's own parameters.
 
         Everything is checked before the first parameter changes.
-
-        Returns:
-            The folded weights of layers with shared weights (`untie`), by site path; there the base keeps its own.
         """
         with self._lock:
             chosen = self.mergeable(names, again=True)
@@ -224,11 +221,7 @@ class AdapterGraph(CurrentGraph):
         return list(copies.values())
 
     def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
-        """The weight updates of adapters that fold into one weight, by site.
-
-        Raises:
-            RewriteError: An adapter does not exist, or two of them would have to be folded in an order.
-        """
+        """The weight updates of adapters that fold into one weight, by site."""
         chosen = [self[name] for name in names]
         self.check_beside_each_other(names)
         return [

@@ -39,18 +39,7 @@ def check_agreement(
     *,
     trained: Collection[str] = (),
 ) -> None:
-    """Check that a configuration and tensors are of one adapter (see `disagreements`).
-
-    Args:
-        config: The configuration.
-        sites: Paths of the layers that have tensors.
-        origin: The adapter's directory, for the message.
-        known: The layers of the model; None where they are not known.
-        trained: As of `disagreements`.
-
-    Raises:
-        CheckpointError: They are not; every problem is named.
-    """
+    """Check that a configuration and tensors are of one adapter (see `disagreements`)."""
     _check(disagreements(config, sites, known, trained=trained), origin)
 
 
@@ -60,15 +49,6 @@ def check_target_names(
     """Check that tensors are of layers that `target_modules` names, where a model's own layers tell what is missing.
 
     PEFT takes a list of names of which the model has some, so a plan warns of the others.
-
-    Args:
-        config: The configuration.
-        sites: Paths of the layers that have tensors.
-        origin: The adapter's directory, for the message.
-        trained: As of `disagreements`.
-
-    Raises:
-        CheckpointError: No layer of any of the names has tensors.
     """
     rule = _rule(config, None)
     unmet = [] if rule is None or not sites else [*_unmet_names(config, rule, {*sites, *trained})]
@@ -96,15 +76,6 @@ def disagreements(
     every key of a pattern must be of a layer that has some. Where the layers and parameters of the model are known,
     each that the configuration selects must have tensors too. Names that other fields leave out, and layers that only
     the model would tell, are not judged.
-
-    Args:
-        config: The configuration.
-        sites: Paths of the layers that have tensors.
-        known: The layers and parameters of the model; None where they are not known.
-        trained: Paths of the modules that have copies of parameters in the file: names of these are not missing.
-
-    Returns:
-        Problems, a sentence each.
     """
     rule = _rule(config, None if known is None else known.model_type)
     problems = [
@@ -129,13 +100,7 @@ def disagreements(
 
 
 def warn_of_unused(config: AdapterConfig, sites: Collection[str], origin: str) -> None:
-    """Warn of what PEFT ignores in silence: pattern keys and layer indices of no layer that has tensors.
-
-    Args:
-        config: The configuration.
-        sites: Paths of the layers that have tensors.
-        origin: The adapter, for the message.
-    """
+    """Warn of what PEFT ignores in silence: pattern keys and layer indices of no layer that has tensors."""
     unused = [f"{name} key {shown(key)}" for name, key in _unused_keys(config, sites) if name not in config.BEYOND_PEFT]
     rule = _rule(config, None)
     if rule is not None and rule.indices is not None:

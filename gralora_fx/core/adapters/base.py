@@ -83,11 +83,7 @@ class Base:
         return other
 
     def follow(self) -> None:
-        """Rebuild the trace over the tree's current tensors.
-
-        Raises:
-            RewriteError: The tree holds something other than a parameter where one was traced.
-        """
+        """Rebuild the trace over the tree's current tensors."""
         now = self._parameters_now()
         moved = {id(slot.parameter): now[slot.name] for slot in reversed(self._slots)}  # under the first name
         names = self.traced.tree.parameters.items()

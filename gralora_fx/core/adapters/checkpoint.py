@@ -24,26 +24,12 @@ from gralora_fx.errors import CheckpointError, bulleted, warn_caller
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
-    """The base's parameter names for the keys of PEFT's file that hold copies of parameters.
-
-    Args:
-        keys: Keys of the file; those of adapter tensors match nothing in the base.
-    """
+    """The base's parameter names for the keys of PEFT's file that hold copies of parameters."""
     return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
 def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
-    """Copy a checkpoint's tensors into an adapter, all or none.
-
-    Args:
-        adapter: The adapter to fill.
-        tensors: Tensors by PEFT's keys.
-        tree: The modules of the base model.
-        origin: Where the tensors come from, for messages.
-
-    Raises:
-        CheckpointError: Keys are missing or unexpected, shapes differ, or values are not finite; all are named.
-    """
+    """Copy a checkpoint's tensors into an adapter, all or none."""
     expected = checkpoint_parameters(adapter)
     tensors, extra = _match_keys(tensors, expected, tree)
     problems = [f"missing {key}" for key in expected if key not in tensors] + extra
@@ -79,15 +65,7 @@ def _experts_at(adapter: ModelAdapter, tensor: Tensor) -> str:
 
 
 def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> None:
-    """Check that a state dict holds the current values of an adapter.
-
-    Args:
-        adapter: The adapter.
-        state_dict: Tensors by the model's names.
-
-    Raises:
-        CheckpointError: A tensor is missing or differs.
-    """
+    """Check that a state dict holds the current values of an adapter."""
     for path, parameter in adapter.named_parameters():
         tensor = state_dict.get(f"graph_module.{path}")
         if tensor is None or tensor.shape != parameter.shape or not torch.equal(tensor.to(parameter), parameter):
@@ -102,14 +80,6 @@ def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, 
 
     Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
     `exclude_modules`, which PEFT does not know.
-
-    Args:
-        adapters: The adapters by the folder that each is written into; `""` is the directory itself.
-        directory: Where to write; made if it does not exist.
-        traced: The base model.
-
-    Raises:
-        CheckpointError: The directory cannot be written; its contents are unchanged.
     """
     save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
     for adapter in adapters.values():
@@ -226,17 +196,7 @@ def base_of(traced: TracedModel) -> BaseSource:
 
 
 def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Path, *, strict: bool) -> BaseComparison:
-    """Compare an adapter's base with a traced model, and warn or refuse where it is not known to be the same.
-
-    Args:
-        config: The adapter's configuration.
-        traced: The model.
-        directory: The adapter, for messages.
-        strict: Whether to refuse.
-
-    Raises:
-        CheckpointError: It is not known to be the same base, and `strict` is set.
-    """
+    """Compare an adapter's base with a traced model, and warn or refuse where it is not known to be the same."""
     compared = compare_bases(config.made_for, base_of(traced))
     compared.settle(directory, strict=strict, error=CheckpointError)
     return compared

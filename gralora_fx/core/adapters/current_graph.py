@@ -85,12 +85,7 @@ class CurrentGraph:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle: the base, the adapters' plans and the state, from which the graph is rebuilt.
-
-        Raises:
-            RewriteError: One of the user's passes cannot be found by its name.
-            MergeError: Tensors have changed since they were merged.
-        """
+        """The state for pickle: the base, the adapters' plans and the state, from which the graph is rebuilt."""
         with self._lock:
             for graph_pass in self.state.passes:
                 _check_picklable(graph_pass)
@@ -120,11 +115,7 @@ class CurrentGraph:
     # -- running ----------------------------------------------------------------------------------------------------
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the graph of one state, even if another thread switches adapters meanwhile.
-
-        Raises:
-            MergeError: Tensors have changed since they were merged.
-        """
+        """Run the graph of one state, even if another thread switches adapters meanwhile."""
         if torch.compiler.is_compiling():
             self.current.is_lent = True
             return self.current.graph_module(**inputs)

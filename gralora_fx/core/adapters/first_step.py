@@ -27,10 +27,6 @@ def watch_first_step(owner: HasAdapters, name: str) -> None:
     """Have the first step of an optimizer that trains an adapter say where it got no gradient.
 
     A step costs nothing more after that one. Of optimizers that are not torch's nothing is known.
-
-    Args:
-        owner: What owns the adapter; it is not kept alive.
-        name: The adapter.
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))

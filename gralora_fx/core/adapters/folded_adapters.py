@@ -16,13 +16,7 @@ from gralora_fx.errors import warn_caller
 
 
 def describe_folded(adapters: Iterable[ModelAdapter], traced: TracedModel, *, own: bool) -> FoldedAdapters:
-    """Describe the adapters folded into a model, by name.
-
-    Args:
-        adapters: The adapters.
-        traced: The model; adapters that were merged into it before come first and keep their names.
-        own: Whether the adapters are removed from the model, so that their tensors need not be copied.
-    """
+    """Describe the adapters folded into a model, by name."""
     entries: dict[str, Any] = {name: traced.merged_adapters[name] for name in traced.merged_adapters}
     for adapter in adapters:
         name, count = adapter.name, 1

@@ -33,18 +33,7 @@ def folded_weights(
     safe: bool = False,
     untie: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """Compute folded weights by site path; nothing is changed.
-
-    Args:
-        graph_module: The graph of the sites, over their weights.
-        work: Sites and their updates.
-        spare: Buffers to reuse, by site path.
-        safe: Whether to check that every weight is finite.
-        untie: Whether to fold tied weights too, whose layers then read a weight of their own (see `UntieWeights`).
-
-    Raises:
-        MergeError: A weight is not finite (`safe`), or is tied to another layer, which would change with it.
-    """
+    """Compute folded weights by site path; nothing is changed."""
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
     if not untie:
@@ -63,14 +52,6 @@ def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> di
     """Lazy folded weights by site path, computed when they are read (see `gralora_fx.base.sources.lazy_tensors`).
 
     Half-precision weights are folded into a float32 result, so that they are rounded once.
-
-    Args:
-        graph_module: The graph of the sites, over their weights.
-        work: Sites and their updates.
-
-    Raises:
-        MergeError: A weight is tied to another layer, which would change with it; or, when it is read, it is not
-            finite.
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
@@ -103,15 +84,6 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
 
     Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded one,
     whose elements share memory, gets memory of its own.
-
-    Args:
-        graph_module: The graph of the sites, over their weights.
-        work: Sites and their updates.
-        safe: Whether to check first, one site at a time, that every result is finite.
-
-    Raises:
-        MergeError: A weight is computed, would not be finite (`safe`), or is tied to another layer. No weight has
-            changed then.
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
@@ -137,11 +109,7 @@ def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
 
 
 def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Assign new values to parameters without copying: all of them, or none after an error.
-
-    Args:
-        updates: Parameters, each with its new values.
-    """
+    """Assign new values to parameters without copying: all of them, or none after an error."""
     before = [parameter.data for parameter, _ in updates]
     try:
         for parameter, values in updates:
@@ -197,9 +165,6 @@ def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -
 
     A layer that is never called, such as Mamba's `dt_proj`, may have an update that changes nothing: no training gives
     it another, since its adapter gets no gradient.
-
-    Raises:
-        MergeError: Something else reads a weight; the error names the layers.
     """
     entries = {entry.site.path: entry for entry in work}
     shared = shared_sites(graph_module, [entry.site for entry in entries.values()])
@@ -243,9 +208,6 @@ def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """The names of tensors that share an element with others, each with the names of the others.
 
     The same tensor under two names does not count as two.
-
-    Args:
-        tensors: Tensors by name.
     """
     spans = sorted(
         (span for name, tensor in tensors.items() if (span := _span(name, tensor))), key=lambda span: span[:3]
@@ -269,11 +231,7 @@ def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to in place, each element having memory of its own.
-
-    Args:
-        tensor: A parameter. Expanded ones and those with other layouts or classes are not writable.
-    """
+    """Whether a tensor can be written to in place, each element having memory of its own."""
     if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
         return False
     extent = 1

@@ -74,11 +74,7 @@ class InsertAdapter:
     dropout: float = 0.0
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Insert it.
-
-        Raises:
-            RewriteError: A call of a site is no longer in the graph, or is not a linear call any more.
-        """
+        """Insert it."""
         by_name = {node.name: node for node in graph.nodes}
         count = 0
         for insertion in self.insertions:

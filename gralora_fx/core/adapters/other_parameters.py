@@ -40,11 +40,7 @@ class UntieWeights:
     sites: tuple[LinearSite, ...]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Untie them.
-
-        Raises:
-            MergeError: A call shares a view of its weight with something else. The graph must be discarded then.
-        """
+        """Untie them."""
         by_name = {node.name: node for node in graph.nodes}
         layers = [site for site in self.sites if not isinstance(site, ParameterSite)]  # no other is tied
         return PassResult(sum(_untie(module_of(graph), site, by_name) for site in layers))
@@ -104,11 +100,7 @@ class RedirectParameters:
     names: Mapping[str, Mapping[str, str]]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Redirect them.
-
-        Raises:
-            RewriteError: The graph calls a module as one node, so nothing in it can be redirected.
-        """
+        """Redirect them."""
         bases: dict[int, dict[str, str]] = {}  # by the id of a parameter: its full name, by module
         for module, names in self.names.items():
             for name in names:

@@ -18,12 +18,7 @@ _WRAPPED = ".base_layer"
 
 
 def parameter_keys(names: Iterable[str], *, nests: bool) -> dict[str, str]:
-    """What the keys of adapters of parameters begin with, by the parameters' names.
-
-    Args:
-        names: The adapted parameters, in the order in which their modules define them.
-        nests: Whether the keys are PEFT's.
-    """
+    """What the keys of adapters of parameters begin with, by the parameters' names."""
     if not nests:
         return {name: name for name in names}
     by_module: dict[str, list[str]] = {}
@@ -62,14 +57,7 @@ def parameters_in(paths: Iterable[str], config: AdapterConfig) -> dict[str, list
 def names_of_parameters(
     modules: Mapping[str, Sequence[str]], config: AdapterConfig, order: Sequence[str] | None
 ) -> dict[str, str | None]:
-    """The names of parameters by their paths in keys; None for those whose order is not known.
-
-    Args:
-        modules: The result of `parameters_in`.
-        config: The configuration.
-        order: Names of the base's parameters, as its modules define them; None where they are not known, for which a
-            module with a single adapter does not matter.
-    """
+    """The names of parameters by their paths in keys; None for those whose order is not known."""
     names: dict[str, str | None] = {}
     for module, paths in modules.items():
         if order is None:

@@ -123,11 +123,7 @@ class StateGraph:
         return all(source.is_unchanged for source in self._sources)
 
     def check_fresh(self) -> None:
-        """Check that the tensors behind the merged weights have not changed.
-
-        Raises:
-            MergeError: A tensor that was folded, or a folded weight, was replaced or written to.
-        """
+        """Check that the tensors behind the merged weights have not changed."""
         if not self.is_fresh:
             changed = next(source.key for source in self._sources if not source.is_unchanged)
             raise MergeError(
@@ -152,12 +148,7 @@ class GraphCache:
         return self._graphs.get((state.identity, state.training))
 
     def put(self, graph: StateGraph, suspended: GraphState | None) -> None:
-        """Keep the graph that runs now, and drop what is no longer of use.
-
-        Args:
-            graph: The graph.
-            suspended: The state that a block with disabled adapters will return to, or None outside of one.
-        """
+        """Keep the graph that runs now, and drop what is no longer of use."""
         state = graph.state
         self._graphs[state.identity, state.training] = graph
         self._graphs.move_to_end((state.identity, state.training))
@@ -174,13 +165,7 @@ class GraphCache:
 
 
 def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter]) -> StateGraph:
-    """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied.
-
-    Args:
-        state: The state.
-        base: The base, whose trace follows its tensors.
-        adapters: The adapters over it, by name.
-    """
+    """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
     traced = base.traced
     graph_module = overlay(base.tree, copy_graph(traced.graph_module), state.training)
     graph, modes = graph_module.graph, AnnotateModes(known={node.name for node in traced.graph_module.graph.nodes})

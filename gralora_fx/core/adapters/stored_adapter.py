@@ -94,14 +94,7 @@ class StoredAdapter:
         )
 
     def named(self, parameters: Sequence[str]) -> StoredAdapter:
-        """The same adapter with the names of all its parameters, as a base tells them.
-
-        Args:
-            parameters: Names of the base's parameters, in the order in which its modules define them.
-
-        Raises:
-            CheckpointError: The base does not have the parameters, or the tensors do not fit their sizes.
-        """
+        """The same adapter with the names of all its parameters, as a base tells them."""
         if not self.unnamed:
             return self
         problems: list[str] = []
@@ -123,12 +116,7 @@ class StoredAdapter:
         return replace(self, sites=sites, copies=copies, repeats=repeats)
 
     def check_no_parameters(self, purpose: str, error: type[Exception]) -> None:
-        """Check that it is at linear layers only.
-
-        Args:
-            purpose: What needs that, such as "an adapter as data of an export".
-            error: The error to raise.
-        """
+        """Check that it is at linear layers only."""
         if self.unnamed or self.parameters:  # keys of a file may say the module alone, the configuration names them
             names = self.parameters if not self.unnamed else self.config.target_parameters or list(self.unnamed)
             raise error(
@@ -150,27 +138,13 @@ class StoredAdapter:
         return Update(factors, site.scale, site.experts)
 
     def check_layers(self, known: KnownLayers) -> None:
-        """Check that every layer of a model that the configuration selects has tensors, and no other layer.
-
-        Raises:
-            CheckpointError: One has none, or one that is not selected has some.
-        """
+        """Check that every layer of a model that the configuration selects has tensors, and no other layer."""
         check_agreement(self.config, self.sites, self.directory, known, trained=modules_of(self.others))
 
 
 @contextmanager
 def open_adapter(directory: str | Path, *, revision: str | None = None) -> Iterator[StoredAdapter]:
-    """Open a saved adapter of whatever method; its base is not needed.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: The configuration is missing or invalid.
-        CheckpointError: The tensors are missing, a pickle, damaged or not finite, or do not fit the configuration; each
-            is named.
-    """
+    """Open a saved adapter of whatever method; its base is not needed."""
     path, config, layout = read_files(directory, lambda layout: layout, revision=revision)
     method = method_of(config)
     problems = [
@@ -263,16 +237,7 @@ def _site(
     *,
     key: str,
 ) -> StoredSite | None:
-    """A site with the sizes that the configuration says, if its tensors have them.
-
-    Args:
-        path: Its path, or the name of a parameter.
-        tensors: Its tensors, by field of the method's named tuple.
-        config: The configuration.
-        method: The method.
-        problems: Where to add what does not fit.
-        key: What its keys begin with.
-    """
+    """A site with the sizes that the configuration says, if its tensors have them."""
 
     def value_of(field: str) -> Any:
         pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF.get(field, ""), {})

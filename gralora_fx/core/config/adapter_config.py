@@ -79,11 +79,7 @@ class AdapterConfig(ABC):
     target_parameters: list[str] | None = None  # likewise
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:
-        """Create an object of the class that the fields ask for.
-
-        Raises:
-            ConfigError: The class has no such field.
-        """
+        """Create an object of the class that the fields ask for."""
         form = cls.form_of(fields)
         known = [entry.name for entry in dataclasses.fields(form)]  # type: ignore[arg-type]
         if not fields.keys() <= set(known):

@@ -68,13 +68,7 @@ def check_names(name: str, values: Iterable[object]) -> None:
 
 
 def check_parameters(names: object, dropout: str, probability: float) -> None:
-    """Check `target_parameters`: a list of names, beside which there is no dropout.
-
-    Args:
-        names: The value.
-        dropout: Name of the field for the dropout.
-        probability: Its value.
-    """
+    """Check `target_parameters`: a list of names, beside which there is no dropout."""
     if names is None:
         return
     if not isinstance(names, list):
@@ -96,12 +90,7 @@ def _unfit_name(name: object) -> ConfigError:
 
 
 def check_adapter_letters(name: object) -> None:
-    """Check that a name can be part of an attribute path, of code and of a file path, as far as its letters tell.
-
-    Raises:
-        ConfigError: It is not a string, is empty or a Python keyword, or holds a dot, a slash, a quote or an
-            unprintable character.
-    """
+    """Check that a name can be part of an attribute path, of code and of a file path, as far as its letters tell."""
     is_fit = (
         isinstance(name, str)
         and bool(name)
@@ -114,12 +103,7 @@ def check_adapter_letters(name: object) -> None:
 
 
 def check_adapter_name(name: object) -> None:
-    """Check that a name can be part of an attribute path, of code and of a file path.
-
-    Raises:
-        ConfigError: It is not a string, is empty, is an attribute of every module or a Python keyword, or holds a dot,
-            a slash, a quote or an unprintable character.
-    """
+    """Check that a name can be part of an attribute path, of code and of a file path."""
     from torch import nn
 
     check_adapter_letters(name)

@@ -37,11 +37,7 @@ def within(template: str, name: str) -> str:
 
 
 def check_expression(field: str, value: str) -> None:
-    """Check that a value is a regular expression.
-
-    Raises:
-        ConfigError: It cannot be compiled.
-    """
+    """Check that a value is a regular expression."""
     try:
         _Matcher.of(value)
     except ValueError as error:
@@ -51,11 +47,7 @@ def check_expression(field: str, value: str) -> None:
 
 
 def check_expressions(field: str, names: Iterable[str], template: str) -> None:
-    """Check that names are regular expressions, by themselves and inserted into PEFT's template.
-
-    Raises:
-        ConfigError: One cannot be compiled.
-    """
+    """Check that names are regular expressions, by themselves and inserted into PEFT's template."""
     for name in names:
         try:
             _Matcher.of(name)
@@ -67,16 +59,7 @@ def check_expressions(field: str, names: Iterable[str], template: str) -> None:
 
 
 def check_pattern(field: str, value: object, check_value: Callable[[str, Any], None]) -> None:
-    """Check a dict from module names (or regular expressions) to values.
-
-    Args:
-        field: Name of the field.
-        value: Its value.
-        check_value: Checks a value of the dict, by a name for messages.
-
-    Raises:
-        ConfigError: It is not a dict, a key cannot be used, or a value is invalid.
-    """
+    """Check a dict from module names (or regular expressions) to values."""
     if not isinstance(value, dict):
         raise ConfigError(f"{field} must be a dict from module names to values, but got {shown(value)}")
     check_names(field, value)
@@ -86,20 +69,12 @@ def check_pattern(field: str, value: object, check_value: Callable[[str, Any], N
 
 
 def fullmatch(expression: str, text: str) -> bool:
-    """Whether an expression matches a whole text, as `re.fullmatch` does.
-
-    Raises:
-        ConfigError: Matching takes too long.
-    """
+    """Whether an expression matches a whole text, as `re.fullmatch` does."""
     return _Matcher.of(expression).match(text, whole=True) is not None
 
 
 def match(expression: str, text: str) -> regex.Match[str] | None:
-    """The match of an expression at the beginning of a text, as `re.match` finds it.
-
-    Raises:
-        ConfigError: Matching takes too long.
-    """
+    """The match of an expression at the beginning of a text, as `re.match` finds it."""
     return _Matcher.of(expression).match(text, whole=False)
 
 
@@ -133,11 +108,7 @@ class _Matcher:
 
 
 def _compiled(expression: str) -> regex.Pattern[str]:
-    """Compile an expression with `regex`, with the meaning that it has in Python's `re`.
-
-    Raises:
-        ValueError: It cannot be compiled, with the reason.
-    """
+    """Compile an expression with `regex`, with the meaning that it has in Python's `re`."""
     if len(expression) > _LONGEST:
         raise ValueError(f"it has {len(expression):,} characters, and {_LONGEST:,} are the most")
     try:

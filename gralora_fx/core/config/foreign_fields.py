@@ -54,17 +54,7 @@ _WITHOUT_EFFECT = {
 
 
 def check_known(fields: Mapping[str, Any], known: Collection[str], origin: str, method: str) -> None:
-    """Check that every field of a file that is not known there says nothing: it is null, False, zero or empty.
-
-    Args:
-        fields: The fields of a file.
-        known: The fields that are read.
-        origin: Where the fields come from.
-        method: The method's name, for the message.
-
-    Raises:
-        ConfigError: A field says something that would be ignored.
-    """
+    """Check that every field of a file that is not known there says nothing: it is null, False, zero or empty."""
     ignored = {name: value for name, value in fields.items() if name not in known and name not in _WITHOUT_EFFECT}
     said = [f"{_key(name)}={shown(value)}{_hint(name, known)}" for name, value in sorted(ignored.items()) if value]
     if said:
@@ -77,16 +67,7 @@ def check_known(fields: Mapping[str, Any], known: Collection[str], origin: str, 
 
 
 def check_keywords(names: Iterable[str], known: Collection[str], owner: str) -> None:
-    """Check that keyword arguments are fields of a configuration.
-
-    Args:
-        names: The names of the arguments.
-        known: The fields.
-        owner: Name of the configuration's class.
-
-    Raises:
-        ConfigError: One is not a field; the text says which is meant.
-    """
+    """Check that keyword arguments are fields of a configuration."""
     for name in names:
         if name in known:
             continue

@@ -115,11 +115,7 @@ class DeclaredOption:
 
 
 def declared_options(record: type) -> tuple[DeclaredOption, ...]:
-    """The options that a record declares, in the order of its fields.
-
-    Args:
-        record: A dataclass; fields without an `Option` are not options.
-    """
+    """The options that a record declares, in the order of its fields."""
     hints = typing.get_type_hints(record, include_extras=True)
     found = []
     for field in dataclasses.fields(record):
@@ -131,15 +127,7 @@ def declared_options(record: type) -> tuple[DeclaredOption, ...]:
 
 
 def check_options(record: Any, error: type[GraloraError]) -> None:
-    """Check every option of a record by itself.
-
-    Args:
-        record: An instance of a dataclass that declares options.
-        error: The type of error to raise.
-
-    Raises:
-        GraloraError: A value is not one that its option takes; the message says which there are.
-    """
+    """Check every option of a record by itself."""
     for declared in declared_options(type(record)):
         if problem := declared.problem(getattr(record, declared.name)):
             raise error(problem)
@@ -149,9 +137,6 @@ def by_keywords(record: type) -> Callable[[Callable[..., Any]], Any]:
     """A function that takes the options of a record as keywords, made of one whose last parameter is the record.
 
     Its signature has every keyword with its type and its default, for `help` and for editors.
-
-    Args:
-        record: The dataclass; each of its fields is an option.
     """
     keywords = [
         inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)

@@ -13,15 +13,7 @@ from gralora_fx.errors import ConfigError, shown, warn_caller
 
 
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
-    """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: There is no such file, or it is not a JSON object.
-    """
+    """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from."""
     from gralora_fx.base.sources.atomic_save import read_together
     from gralora_fx.base.sources.model_files import resolve_directory
 
@@ -30,11 +22,7 @@ def config_fields(directory: str | Path, *, revision: str | None = None) -> tupl
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a configuration file.
-
-    Raises:
-        ConfigError: The file does not exist, cannot be read, is not a JSON object, or holds a key twice.
-    """
+    """The fields of a configuration file."""
     try:
         data = path.read_bytes() if path.is_file() else None
     except OSError as error:
@@ -64,15 +52,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def peft_fields(peft_config: Any, wanted: str) -> tuple[dict[str, Any], str]:
-    """The fields of a live PEFT configuration as its file would have them, and a name for it.
-
-    Args:
-        peft_config: The object that PEFT made.
-        wanted: What is wanted, for messages.
-
-    Raises:
-        ConfigError: It is not a PEFT configuration.
-    """
+    """The fields of a live PEFT configuration as its file would have them, and a name for it."""
     if not hasattr(peft_config, "peft_type") or not hasattr(peft_config, "__dict__"):
         raise ConfigError(f"{shown(peft_config)} is not a PEFT configuration; give {wanted}")
     if isinstance(peft_config, type):
@@ -98,17 +78,7 @@ def from_paper(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def as_peft_reads(
     values: Mapping[str, Any], *, dropout: str, alpha: str
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Interpret the values of PEFT's file as PEFT does, even those that the constructor refuses.
-
-    Args:
-        values: The fields.
-        dropout: Name of the field for the dropout.
-        alpha: Name of the field for the numerator of the scale.
-
-    Returns:
-        The fields to construct with, without what PEFT ignores at run time; those that PEFT accepts but the constructor
-        refuses; and a sentence for each field ignored or refused.
-    """
+    """Interpret the values of PEFT's file as PEFT does, even those that the constructor refuses."""
     accepted, only_in_peft, notes = dict(values), {}, []
     targets, layers, pattern = (
         accepted.get(name) for name in ("target_modules", "layers_to_transform", "layers_pattern")
@@ -139,16 +109,7 @@ def as_peft_reads(
 
 
 def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
-    """Build a configuration of a class from a file's fields (see `AdapterConfig.from_fields`).
-
-    Args:
-        kind: The class of the method's configurations.
-        fields: The fields.
-        origin: Where they come from, for messages.
-
-    Raises:
-        ConfigError: They are a configuration of another method, or cannot be used.
-    """
+    """Build a configuration of a class from a file's fields (see `AdapterConfig.from_fields`)."""
     from gralora_fx.core.config.foreign_fields import check_known
 
     peft_type = fields.get("peft_type")

@@ -198,11 +198,7 @@ class ServiceSettings:
     allow_origin: Annotated[tuple[str, ...], Option(problem=_origin_problem)] = ()
 
     def __post_init__(self) -> None:
-        """Check the counts and the key.
-
-        Raises:
-            ConfigError: A count is not a whole number of at least 1, the key is not ASCII, or an origin is none.
-        """
+        """Check the counts and the key."""
         check_options(self, ConfigError)
         if self.max_memory is not None and (read_size(self.prefix_cache) or 0) > (self.memory_bytes or 0):
             raise ConfigError(

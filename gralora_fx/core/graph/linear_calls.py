@@ -60,15 +60,7 @@ class LinearCall:
 
 
 def match_linear_call(node: fx.Node, *, computed: bool = False) -> LinearCall | None:
-    """Match `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, where `w` is a parameter, its transpose or some rows.
-
-    Args:
-        node: Any node of a graph.
-        computed: Whether to match `linear(x, w, b)` with a computed `w` too, as with parametrizations.
-
-    Returns:
-        The call, or None if the node is not such a call.
-    """
+    """Match `linear(x, w, b)`, `addmm(b, x, w)` and `x @ w`, where `w` is a parameter, its transpose or some rows."""
     if node.op not in ("call_function", "call_method"):
         return None
     operands: list[object] = [*node.args, *node.kwargs.values()]
@@ -108,12 +100,7 @@ def calls_at(node: fx.Node, path: str) -> tuple[LinearCall, ...]:
 
 
 def subgraph_calls(node: fx.Node, root: nn.Module) -> Iterator[LinearCall]:
-    """The calls of layers in the subgraphs that a node runs: of parameters that those use only as weights.
-
-    Args:
-        node: A node.
-        root: The module to which its targets refer.
-    """
+    """The calls of layers in the subgraphs that a node runs: of parameters that those use only as weights."""
     if node.target not in _OPERATORS:
         return
     _, _, fixed = _OPERATORS[node.target]
@@ -143,13 +130,7 @@ def noted_weights(node: fx.Node, path: str) -> Sequence[Sequence[int]]:
 
 
 def replace_operand(node: fx.Node, position: tuple[int, int], value: fx.Node) -> None:
-    """Replace an operand of a node.
-
-    Args:
-        node: A node that runs subgraphs.
-        position: Position of the list among the node's arguments, and of the operand in the list.
-        value: The operand.
-    """
+    """Replace an operand of a node."""
     group, index = position
     operands = _operands(node, group)
     operands[index] = value

@@ -55,12 +55,7 @@ class Layers(NamedTuple):
 
 
 def layers_of(graph_module: fx.GraphModule, tree: ModuleTree) -> Layers:
-    """The linear layers of a traced graph.
-
-    Args:
-        graph_module: The traced graph.
-        tree: The modules of the model it was traced from.
-    """
+    """The linear layers of a traced graph."""
     sites = find_sites(graph_module, tree)
     notes = ((node, node.meta.get("custom", {}).get(WEIGHTS, {})) for node in graph_module.graph.nodes)
     in_subgraphs = {path: str(node.target) for node, paths in notes for path in paths}
@@ -73,13 +68,7 @@ def note_opaque(node: fx.Node, reason: str) -> None:
 
 
 def why_out_of_reach(graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]) -> dict[str, str]:
-    """Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
-
-    Args:
-        graph_module: The traced graph.
-        tree: The modules of the model it was traced from.
-        sites: The sites of the graph.
-    """
+    """Reasons why an adapter would not take effect at every call of a layer, by path of such layers."""
     layers = {site.path: site for site in sites if site.path in tree.linear}
     owners: dict[int, list[str]] = {}
     for path, site in layers.items():
@@ -134,13 +123,7 @@ def _layers_within(
 
 
 def why_more_than_products(graph_module: fx.GraphModule, tree: ModuleTree, calls: Mapping[str, str]) -> dict[str, str]:
-    """The layers where an adapter beside the product would differ from PEFT's, by path, with the reason.
-
-    Args:
-        graph_module: A graph.
-        tree: The modules of the model it was traced from.
-        calls: Path of the layer by the name of the node that calls it.
-    """
+    """The layers where an adapter beside the product would differ from PEFT's, by path, with the reason."""
     reasons: dict[str, str] = {}
     carrying: dict[fx.Node, str] = {}  # nodes of a layer whose value holds its product
     for node in graph_module.graph.nodes:

@@ -18,9 +18,6 @@ def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
     """A plain module with the contents of a graph module, at the same paths.
 
     Containers are new; layers that the graph calls as modules are copies over the same tables of tensors.
-
-    Args:
-        graph_module: A graph module that nothing else uses.
     """
     tree = nn.Module()
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -31,14 +28,7 @@ def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
 
 
 def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
-    """A graph module over the tensors of a tree, with its own containers and mode.
-
-    Args:
-        root: Any module with the tensors that the graph reads.
-        graph: A graph that nothing else uses.
-        training: The mode of the layers that the graph calls as modules; the graph has its own already.
-        class_name: Name of the result's class.
-    """
+    """A graph module over the tensors of a tree, with its own containers and mode."""
     graph_module = fx.GraphModule(root, graph, class_name)
     graph_module.training = training
     for path in _called(graph):
@@ -51,11 +41,6 @@ def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
 
     The graph reads replacements of tensors in the tree. What `replace_parameters` puts into the result, and an adapter
     removed from the tree, affects only the one and not the other.
-
-    Args:
-        tree: The result of `parameter_tree`.
-        graph: A graph that nothing else uses, over the tensors of the tree.
-        training: The mode of the layers that the graph calls as modules.
     """
     graph_module = fx.GraphModule(nn.Module(), fx.Graph(), "GraloraGraph")
     for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -88,12 +73,7 @@ def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) 
 
 
 def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parameter]) -> None:
-    """Let modules hold other parameters; one that has several places is made once, so that what is tied stays tied.
-
-    Args:
-        root: The modules; they are changed in place, their parameters are not.
-        new: Gives what to hold in the place of a parameter, itself where it shall stay, by it and its first path.
-    """
+    """Let modules hold other parameters; one that has several places is made once, so that what is tied stays tied."""
     made: dict[nn.Parameter, nn.Parameter] = {}  # a tensor is equal to itself alone as a key
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
@@ -110,12 +90,6 @@ def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.P
     A trace needs only shapes, dtypes and a device. A placeholder has those and a single zero as its storage, so that a
     model is traced as with its weights. (Fake tensors would do as well, but fake parameters make `torch.export` corrupt
     memory, as seen with torch 2.13.)
-
-    Args:
-        model: The model; a parameter with several names gets one placeholder.
-
-    Yields:
-        The model's own parameters by what stands in for them; empty where there are none.
     """
     originals: dict[nn.Parameter, nn.Parameter] = {}
 
@@ -138,12 +112,7 @@ def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.P
 
 
 def restore_parameters(module: nn.Module, originals: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Put a model's own parameters where a module, such as a trace, holds what stood in for them.
-
-    Args:
-        module: The model itself, or a trace of it that was made within `placeholder_parameters`.
-        originals: What that yielded.
-    """
+    """Put a model's own parameters where a module, such as a trace, holds what stood in for them."""
     map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
 
 
@@ -154,12 +123,7 @@ def _replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _in_mode(module: nn.Module, training: bool | None = None) -> nn.Module:
-    """A copy of a module tree over the same tables of tensors, with its own mode.
-
-    Args:
-        module: Any module.
-        training: The copy's mode; None for the module's own.
-    """
+    """A copy of a module tree over the same tables of tensors, with its own mode."""
     copy = _shallow(module)
     copy.training = module.training if training is None else training
     for name, child in module._modules.items():

@@ -45,13 +45,7 @@ class ParameterSite(LinearSite):
 def parameter_sites(
     graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]
 ) -> tuple[ParameterSite, ...]:
-    """Every parameter of 2 or 3 dimensions that no linear layer multiplies by, in the order of the model's modules.
-
-    Args:
-        graph_module: The traced graph.
-        tree: The modules of the model it was traced from.
-        sites: The linear layers.
-    """
+    """Every parameter of 2 or 3 dimensions that no linear layer multiplies by, in the order of the model's modules."""
     weights = {id(site.weight) for site in sites}
     reads: dict[int, list[str]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):

@@ -65,13 +65,7 @@ class Contract:
 def contract(
     *, needs: Collection[str] = (), leaves: Collection[str] = (), ends: Collection[str] = ()
 ) -> Callable[[_Declared], _Declared]:
-    """Declare the contract of a pass, which is a function or a class; a pass without one may stand anywhere.
-
-    Args:
-        needs: Facts that the pass relies on.
-        leaves: Facts that it establishes.
-        ends: Facts that no longer hold after it.
-    """
+    """Declare the contract of a pass, which is a function or a class; a pass without one may stand anywhere."""
 
     def declare(graph_pass: _Declared) -> _Declared:
         attributes: Any = graph_pass
@@ -146,11 +140,7 @@ class Pipeline(Generic[Graph]):
     error: type[GraloraError] = RewriteError
 
     def __post_init__(self) -> None:
-        """Check the order of the passes by their contracts.
-
-        Raises:
-            ValueError: A pass needs what does not hold at its place; the message names both.
-        """
+        """Check the order of the passes by their contracts."""
         holding, ended_by = set(self.given), dict[str, str]()
         for graph_pass in self.passes:
             name, declared = name_of(graph_pass), getattr(graph_pass, "contract", Contract())
@@ -161,19 +151,7 @@ class Pipeline(Generic[Graph]):
             ended_by |= dict.fromkeys(declared.ends, name)
 
     def run(self, graph: Graph, log: PassLog | None = None) -> Graph:
-        """Run every pass and lint its result: each node may read only what comes before it.
-
-        Args:
-            graph: The graph; it may be changed in place.
-            log: Receives a report for each pass, if given.
-
-        Returns:
-            The graph after the last pass.
-
-        Raises:
-            GraloraError: Of the pipeline's type: a pass failed, or left a graph that does not lint; the message names
-                it.
-        """
+        """Run every pass and lint its result: each node may read only what comes before it."""
         for graph_pass in counted(self.passes, "changing the graph", "passes"):
             name = name_of(graph_pass)
             try:
@@ -190,11 +168,7 @@ class Pipeline(Generic[Graph]):
         return graph
 
     def problems(self, graph: Graph) -> Iterator[str]:
-        """Nodes that read values which no earlier node defines.
-
-        Args:
-            graph: An `fx.Graph`; a pipeline over graphs of another kind has a method of its own.
-        """
+        """Nodes that read values which no earlier node defines."""
         assert isinstance(graph, fx.Graph)
         seen: set[fx.Node] = set()
         for node in graph.nodes:
@@ -212,16 +186,7 @@ GraphPass = Callable[[fx.GraphModule], Any]  # a user's
 
 
 def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
-    """Run a pass over a graph module in place, lint the graph and recompile it.
-
-    Args:
-        graph_module: The module to edit; after an error it must be discarded.
-        graph_pass: Takes the module and edits it; returns None, the module, or a `PassResult`, ours or torch's.
-
-    Raises:
-        RewriteError: The pass raised an error, returned another module, or left a graph that does not lint; the message
-            shows the nodes it had changed.
-    """
+    """Run a pass over a graph module in place, lint the graph and recompile it."""
     name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
     before = _snapshot(graph_module.graph)
     try:

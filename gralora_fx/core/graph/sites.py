@@ -71,10 +71,6 @@ def find_sites(graph_module: fx.GraphModule, tree: ModuleTree) -> tuple[LinearSi
 
     A layer called several times is one site; one that is never called is a site without calls, so that adapters and
     checkpoints cover the same layers as in PEFT.
-
-    Args:
-        graph_module: The traced graph.
-        tree: The modules of the model it was traced from.
     """
     tensors = {**dict(graph_module.named_parameters(remove_duplicate=False)), **tree.parameters}
     nodes = graph_module.graph.nodes
@@ -132,15 +128,7 @@ def names_of_site(site: LinearSite, tree: ModuleTree) -> tuple[str, ...]:
 
 
 def other_readers(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, tuple[str, ...]]:
-    """Names of other nodes that read a site's weight, such as a tied embedding.
-
-    Args:
-        graph_module: The graph in which the sites were found.
-        sites: The sites.
-
-    Returns:
-        Node names by site path; empty if nothing else reads the weight.
-    """
+    """Names of other nodes that read a site's weight, such as a tied embedding."""
     sources: dict[int, list[fx.Node]] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
         sources.setdefault(id(tensor_at(graph_module, str(node.target))), []).append(node)
@@ -170,15 +158,7 @@ def computed_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
 
 
 def site_table(sites: Sequence[LinearSite], notes: Mapping[str, Mapping[str, str]]) -> str:
-    """A table with a line for each site: its path, kind and sizes, and what else is said of it.
-
-    Args:
-        sites: The sites, in the order of the lines.
-        notes: A column for each key: its texts by the path of a site. One without texts is left out.
-
-    Returns:
-        The lines, the first with the names of the columns.
-    """
+    """A table with a line for each site: its path, kind and sizes, and what else is said of it."""
     columns = {name: texts for name, texts in notes.items() if texts}
     rows = [("site", "kind", "in", "out", "calls", *columns)]
     for site in sites:

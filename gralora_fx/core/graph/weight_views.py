@@ -36,11 +36,7 @@ class Origin:
 
 
 def origin_of(value: object) -> Origin | None:
-    """The parameter that a value is or views (transposed or some rows); None for anything else.
-
-    Args:
-        value: An argument of a node.
-    """
+    """The parameter that a value is or views (transposed or some rows); None for anything else."""
     if not isinstance(value, fx.Node):
         return None
     if value.op == "get_attr":
@@ -62,11 +58,7 @@ def origin_of(value: object) -> Origin | None:
 
 
 def readers(source: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that read a parameter, directly or through views.
-
-    Args:
-        source: A `get_attr` node, or a view of one.
-    """
+    """The nodes that read a parameter, directly or through views."""
     for user in source.users:
         if is_view(user):
             yield from readers(user)

@@ -15,16 +15,7 @@ _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.we
 
 
 def base_name(model: str | None, adapter: str | None, fields: Mapping[str, object] | None = None) -> str:
-    """The name of the base: the given one, or that in an adapter's configuration.
-
-    Args:
-        model: Local directory or hub id of the base, or None.
-        adapter: PEFT-format adapter, or None.
-        fields: Those of the adapter's configuration; None to read them if they are needed.
-
-    Raises:
-        ConfigError: Neither names one.
-    """
+    """The name of the base: the given one, or that in an adapter's configuration."""
     if model is None and adapter is None:
         raise ConfigError(
             "no model was named; give model=..., or an adapter=... whose base_model_name_or_path names it"
@@ -42,26 +33,13 @@ def base_name(model: str | None, adapter: str | None, fields: Mapping[str, objec
 
 
 def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """The number of classes of the classification head that an adapter brings; None if it brings none.
-
-    Args:
-        shapes: Shapes of the adapter's tensors by their keys.
-    """
+    """The number of classes of the classification head that an adapter brings; None if it brings none."""
     heads = [shape[0] for key, shape in shapes.items() if _HEAD_KEY.search(key) and len(shape) == 2]
     return heads[-1] if heads else None
 
 
 def needed_quantization(record: Any, name: str) -> BaseQuantization | None:
-    """How a base is rounded to be the one of a record; None where it needs no rounding, as its files are quantized.
-
-    Args:
-        record: What an adapter or an export says of the base's quantization, or None.
-        name: The base: a local directory or a hub id.
-
-    Raises:
-        ConfigError: The record cannot be read.
-        TraceError: The base is quantized in a form that is not read.
-    """
+    """How a base is rounded to be the one of a record; None where it needs no rounding, as its files are quantized."""
     if not record:
         return None
     directory = BaseSource(name).directory  # of a hub id, its snapshot if it was downloaded

@@ -49,29 +49,7 @@ def load_traced(
     others: Sequence[str] = (),
     base_quantization: BaseQuantization | Any = None,
 ) -> TracedModel | GraloraModel:
-    """A traced model, rewritten with an adapter if one is given.
-
-    Args:
-        model: Local directory or hub id of the base; None for the one that the adapter names.
-        adapter: PEFT-format adapter, or None.
-        task: Task name; None for the adapter's or the model's own.
-        with_cache: Whether a task that is not given defaults to the one with a cache, if there is one.
-        stream: Whether to leave the weights in their files, for an export (see `load_streamed`).
-        allow_random_head: Whether the base may lack tensors that the adapter does not supply, such as a head; they get
-            random values, the same in every run.
-        image_size: As of `trace`.
-        adapter_name: Name to give the adapter.
-        strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
-        others: More PEFT-format adapters, which are active beside the first.
-        base_quantization: How the layers of a float base are rounded (see `load_model`); None for what the adapter's
-            configuration says where it names the base too, and for not at all otherwise.
-
-    Raises:
-        ConfigError: Neither names a base model, or the adapter is for another task.
-        TraceError: The base cannot be loaded or traced.
-        TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: Tensors of the base are missing, or the adapter's do not fit it.
-    """
+    """A traced model, rewritten with an adapter if one is given."""
     how: dict[str, Any] = {"stream": stream, "strict_base": strict_base, "base_quantization": base_quantization}
     base = load_base(model, adapter, task, others=others, **how)
     base.check(allow_random_head=allow_random_head)
@@ -120,11 +98,7 @@ class LoadedBase:
         return self.config.base_model_name_or_path if self.config else None
 
     def check(self, *, allow_random_head: bool = False) -> None:
-        """Check that the base has no random values, except those that the adapter replaces.
-
-        Raises:
-            CheckpointError: It has; each tensor is named.
-        """
+        """Check that the base has no random values, except those that the adapter replaces."""
         if self.report is not None:
             self.report.check(self.supplied, self.num_labels, self.made_for, allow_random_head=allow_random_head)
 
@@ -142,21 +116,6 @@ def load_base(
     """Load the base model for a task and an adapter, with random values for missing tensors.
 
     The random values are the same in every run.
-
-    Args:
-        model: Local directory or hub id of the base; None for the one that the adapter names.
-        adapter: PEFT-format adapter, or None.
-        task: Task name; None for the adapter's or the model's own.
-        stream: Whether to leave the weights in their files (see `load_streamed`).
-        strict_base: As of `load_traced`.
-        others: More adapters, which may bring parameters that the base's files lack, and are checked as the first.
-        base_quantization: As of `load_traced`.
-
-    Raises:
-        ConfigError: Neither names a base model, the adapter is for another task, or the base is quantized already and
-            is to be rounded.
-        TraceError: The base cannot be loaded.
-        CheckpointError: The adapter cannot be read or is of another base, or files to stream lack tensors.
     """
     configs: dict[str, AdapterConfig] = {}
     num_labels: int | None = None
@@ -198,15 +157,6 @@ def sentence_source(task: str | None, names: Iterable[str | None], *, is_asked: 
     """The task, and the directory whose `modules.json` says what follows the transformer.
 
     A transformer that no task was asked for is a sentence encoder where such a directory is found, as for optimum.
-
-    Args:
-        task: The requested task, that of an adapter, or None.
-        names: Directories or hub ids to look at, in this order: that of an adapter, which sentence-transformers saves
-            with its own `modules.json`, and that of the base.
-        is_asked: Whether the task was requested.
-
-    Raises:
-        TraceError: A file of such a directory is damaged.
     """
     if task != SENTENCE_TASK and (is_asked or task not in _BARE):
         return task, None
@@ -220,14 +170,6 @@ def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantizat
 
     A hub id may not have been downloaded yet, or may have moved: of it, only what is proven is refused here, and the
     rest when the adapter is added to what was loaded.
-
-    Args:
-        name: Local directory or hub id of the base.
-        configs: Configurations by the names of the adapters.
-        base_quantization: How it is rounded, or None.
-
-    Raises:
-        CheckpointError: One is of another base, or is not known to be of this one.
     """
     used = BaseSource(name, record=base_quantization)
     for adapter, config in configs.items():
@@ -239,19 +181,7 @@ def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantizat
 def trace_base(
     base: LoadedBase, *, with_cache: bool = False, image_size: ImageSize = None, adapter_name: str = "default"
 ) -> TracedModel | GraloraModel:
-    """Trace a base, and rewrite it with its adapter if it has one.
-
-    Args:
-        base: The result of `load_base`.
-        with_cache: Whether a task that was not given defaults to the one with a cache, if there is one.
-        image_size: As of `trace`.
-        adapter_name: Name to give the adapter.
-
-    Raises:
-        TraceError: The base cannot be traced.
-        TargetError: The adapter's configuration does not fit the base.
-        CheckpointError: The adapter's tensors do not fit the base, or strictly, it is not known to be of this base.
-    """
+    """Trace a base, and rewrite it with its adapter if it has one."""
     task = base.task or infer_task(base.model)
     if with_cache and not base.is_asked:
         task = with_past(task)

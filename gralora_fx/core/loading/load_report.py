@@ -53,11 +53,7 @@ class LoadReport:
         )
 
     def problems(self, supplied: Collection[str] = ()) -> list[str]:
-        """One sentence for each tensor with random values.
-
-        Args:
-            supplied: Names of tensors supplied elsewhere, such as by an adapter's `modules_to_save`.
-        """
+        """One sentence for each tensor with random values."""
         missing = [f"missing {key} {list(shape)}" for key, shape in self.missing.items() if key not in supplied]
         return missing + [
             f"{key} has shape {list(stored)} instead of {list(expected)}"
@@ -73,17 +69,7 @@ class LoadReport:
         *,
         allow_random_head: bool = False,
     ) -> None:
-        """Check that no tensor has random values; with `allow_random_head`, warn about each.
-
-        Args:
-            supplied: Names of tensors supplied elsewhere.
-            num_labels: Number of classes of the model's head, which may be another than the checkpoint's.
-            made_for: The base that the model's adapter was made for, for the message.
-            allow_random_head: Whether tensors may be missing, and have another shape as those of a head have.
-
-        Raises:
-            CheckpointError: A tensor has random values; each is named.
-        """
+        """Check that no tensor has random values; with `allow_random_head`, warn about each."""
         heads = {key for key, (_, shape) in self.mismatched.items() if shape[:1] == (num_labels,)}
         problems = self.problems(supplied)
         if allow_random_head and self.mismatched.keys() <= heads | set(supplied):
@@ -98,11 +84,7 @@ class LoadReport:
             )
 
     def describe(self, supplied: Collection[str] = ()) -> str:
-        """A summary: numbers of missing, mismatched and unexpected tensors, and a line for each.
-
-        Args:
-            supplied: Names of tensors supplied elsewhere.
-        """
+        """A summary: numbers of missing, mismatched and unexpected tensors, and a line for each."""
         lines = self.problems(supplied)
         lines += [f"missing {key}, which the adapter brings" for key in self.missing if key in supplied]
         lines += [

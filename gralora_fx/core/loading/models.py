@@ -54,15 +54,7 @@ _CLASSIFIERS = ("text-classification", "token-classification", "question-answeri
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:
-    """The transformers class for a task, or the one that a configuration names.
-
-    Args:
-        config: The checkpoint's configuration.
-        task: One of optimum's task names, or None.
-
-    Raises:
-        TraceError: The task is unknown, or the configuration names no class.
-    """
+    """The transformers class for a task, or the one that a configuration names."""
     check_task(task)
     if task == SENTENCE_TASK:
         return _encoder_class(config)
@@ -101,12 +93,7 @@ def _encoder_class(config: PreTrainedConfig) -> Any:
 
 
 def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
-    """Warn if a head trained for one task is used for another, since both classes may have the same tensors.
-
-    Args:
-        model: A model loaded from a complete checkpoint.
-        origin: Where the checkpoint is, for the message.
-    """
+    """Warn if a head trained for one task is used for another, since both classes may have the same tensors."""
     saved = _saved_class(model.config)
     saved_task, requested = task_of_class(saved or ""), task_of_class(type(model).__name__)
     if saved_task != requested and saved_task in _CLASSIFIERS and requested in _CLASSIFIERS:
@@ -166,13 +153,7 @@ def load_model(
 def load_with_report(
     name: str | Path, task: str | None = None, *, num_labels: int | None = None, base_quantization: Any = None
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The model as `load_model` returns it, but with random values where tensors are missing, and the report on them.
-
-    Raises:
-        TraceError: The task is unknown, or no model can be loaded.
-        CheckpointError: A file of its weights is damaged.
-        ConfigError: As of `load_model`.
-    """
+    """Load a model as `load_model` does, but with random values where tensors are missing, and report on them."""
     directory = check_model_files(name, TraceError)
     asked = None if base_quantization is None else BaseQuantization.of(base_quantization)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
@@ -273,18 +254,7 @@ def make_empty(
     dtype: torch.dtype | None = None,
     name: str | Path | None = None,
 ) -> PreTrainedModel:
-    """A model of a directory's configuration without values: names and shapes, on the meta device.
-
-    Args:
-        directory: The model's directory.
-        task: One of optimum's task names; None for the class that the configuration names.
-        num_labels: Number of classes of a head; None for the configuration's.
-        dtype: Of the parameters; None for the configuration's.
-        name: What to call the model in messages; None for its directory.
-
-    Raises:
-        TraceError: The configuration names no class that transformers has, or it cannot be made.
-    """
+    """A model of a directory's configuration without values: names and shapes, on the meta device."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)

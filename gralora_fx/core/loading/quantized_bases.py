@@ -22,32 +22,14 @@ from gralora_fx.errors import ConfigError, TraceError
 def quantization_of(
     fields: Mapping[str, Any], name: str | Path, asked: BaseQuantization | None
 ) -> BaseQuantization | None:
-    """How the weights in a checkpoint's files are quantized; None of floats.
-
-    Args:
-        fields: Those of its configuration.
-        name: The checkpoint, for messages.
-        asked: How its layers are to be rounded, or None.
-
-    Raises:
-        TraceError: It is quantized in a form that is not read.
-        ConfigError: It is quantized already, and was to be rounded again.
-    """
+    """How the weights in a checkpoint's files are quantized; None of floats."""
     if asked is not None:
         check_not_packed(fields, name, asked, TraceError)
     return packed_quantization(fields, name, TraceError)
 
 
 def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> Mapping[str, nn.Linear | Conv1D]:
-    """The layers that transformers has bitsandbytes quantize, by path: linear ones, but for those that it skips.
-
-    Args:
-        model: The model; its values are not read.
-        quantization: How they are quantized.
-
-    Raises:
-        ConfigError: There are none.
-    """
+    """The layers that transformers has bitsandbytes quantize, by path: linear ones, but for those that it skips."""
     skipped = unquantized_modules(model, quantization.skip_modules)
     layers = {
         path: module
@@ -66,13 +48,6 @@ def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None
     """Give the layers that bitsandbytes quantizes the values that it multiplies by, and record it in the configuration.
 
     Weights that are left in their files are rounded when they are read.
-
-    Args:
-        model: A model of float weights; its parameters change.
-        quantization: How they are rounded.
-
-    Raises:
-        ConfigError: There are no such layers, or bitsandbytes is not installed.
     """
     layers = quantized_layers(model, quantization)
     rounded_to_four_bits(torch.zeros(1, 2).numpy(), quantization)  # an error before any weight changes

@@ -64,12 +64,7 @@ class TokenBound:
         return bound
 
     def exceeds(self, text: str, most: int) -> bool:
-        """Whether a text surely has more tokens than some.
-
-        Args:
-            text: The text.
-            most: How many.
-        """
+        """Whether a text surely has more tokens than some."""
         least = 0.0
         for start in range(0, len(text), self.part):
             least += self.count(self.normalize(text[start : start + self.part])) - _SLACK
@@ -82,13 +77,7 @@ _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TokenBound | None]
 
 
 def surely_exceeds(text: str, most: int, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text is so long that it surely has more tokens than some, whatever it says.
-
-    Args:
-        text: The text.
-        most: How many.
-        tokenizer: The tokenizer.
-    """
+    """Whether a text is so long that it surely has more tokens than some, whatever it says."""
     if len(text) <= most:  # it is tokenized soon enough
         return False
     bound = TokenBound.of(tokenizer)
@@ -141,12 +130,7 @@ class _Shares:
     """
 
     def __init__(self, model: _Parts, contents: Iterable[str]) -> None:
-        """Read a vocabulary.
-
-        Args:
-            model: The model of a tokenizer, `BPE` or `Unigram`.
-            contents: Tokens that are added to it.
-        """
+        """Read a vocabulary."""
         self._tokens = {entry if isinstance(entry, str) else entry[0] for entry in model["vocab"]}
         self._before, self._after = (model.get(n) or "" for n in ("continuing_subword_prefix", "end_of_word_suffix"))
         # whether what is unknown is written as bytes, each a token

@@ -47,16 +47,7 @@ _MESSAGE_CONTENTS = {"content", "tool_calls"}  # an assistant may call tools and
 
 
 def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a local directory or a hub id, or None if it has no tokenizer files.
-
-    Args:
-        name: Local directory or hub id. For a directory with only a model, for which transformers would make up an
-            empty tokenizer, the result is None.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: the tokenizer's files are damaged or cannot be loaded.
-    """
+    """The tokenizer of a local directory or a hub id, or None if it has no tokenizer files."""
     return _load_pretrained(
         _auto_tokenizer,
         name,
@@ -69,15 +60,7 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
 
 
 def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
-    """The feature extractor of a local directory or a hub id, or None if it has none.
-
-    Args:
-        name: Local directory or hub id.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type: its file is damaged or cannot be loaded.
-    """
+    """The feature extractor of a local directory or a hub id, or None if it has none."""
     return _load_pretrained(
         AutoFeatureExtractor.from_pretrained,
         name,
@@ -116,20 +99,7 @@ def _load_pretrained(
     configs: Sequence[str],
     remedy: str,
 ) -> Any | None:
-    """What a local directory or a hub id holds of a kind, or None if it has none of its files.
-
-    Args:
-        load: A class's `from_pretrained`.
-        name: Local directory or hub id.
-        error: The error type to raise.
-        what: What is loaded, for messages.
-        files: The files that it may be in.
-        configs: The JSON files that determine how it is read.
-        remedy: What to do about files that cannot be loaded.
-
-    Raises:
-        GraloraError: Of the given type: a file is damaged or cannot be loaded.
-    """
+    """What a local directory or a hub id holds of a kind, or None if it has none of its files."""
     directory = local_directory(name, error)
     if directory is not None:
         present = [file for file in files if (directory / file).is_file()]
@@ -162,16 +132,7 @@ def _downloaded(name: str, files: Sequence[str]) -> list[str]:
 def with_sentence_settings(
     tokenizer: PreTrainedTokenizerBase, modules: SentenceModules, config: PreTrainedConfig | None
 ) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer that truncates and lowercases as sentence-transformers does.
-
-    Args:
-        tokenizer: The tokenizer.
-        modules: What the sentence encoder's directory says.
-        config: The transformer's configuration, whose positions limit a text if the directory names no length.
-
-    Raises:
-        CheckpointError: Texts are to be lowercased, but the tokenizer has no Rust implementation to set that in.
-    """
+    """A copy of a tokenizer that truncates and lowercases as sentence-transformers does."""
     changed: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
     positions = getattr(config, "max_position_embeddings", None)
     if modules.max_seq_length is not None:
@@ -202,18 +163,7 @@ def prompt_ids(
     tools: Sequence[Any] = (),
     check: Callable[[str, PreTrainedTokenizerBase], None] | None = None,
 ) -> list[int]:
-    """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are.
-
-    Args:
-        prompt: The prompt.
-        tokenizer: For texts and chats, or None.
-        error: The error type to raise.
-        tools: Of a chat, the tools that its template describes, as OpenAI's clients send them.
-        check: Is given the text, as the template has it, before it is tokenized, and raises an error if it is too long.
-
-    Raises:
-        GraloraError: Of the given type: it needs a tokenizer and there is none, or it is not a prompt.
-    """
+    """The token ids of a prompt: a text, a chat as a list of messages, or ids as they are."""
     if is_ids(prompt):
         return [int(token) for token in prompt]
     if isinstance(prompt, (list, tuple)) and not prompt:

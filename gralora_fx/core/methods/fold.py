@@ -35,9 +35,6 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
         updates: The updates; their methods and sizes may differ.
         transposed: Whether the weight is stored `[in, out]`.
         out: Where to write, of the weight's shape and dtype; the weight itself folds in place. None makes a tensor.
-
-    Returns:
-        `weight + sum of scale * update`, in `out`.
     """
     import torch
 

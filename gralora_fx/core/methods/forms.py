@@ -41,10 +41,6 @@ def with_blocks(factors: Factors, k: int) -> tuple[Tensor, Tensor]:
     For a multiple `K = m*k` every block pair is cut into `m*m`, each with the rank of the whole one: block column
     `n*m + a` takes rows a of `A[n]` in every column group `j*m + b` that belongs to group j.
 
-    Args:
-        factors: The adapter's tensors at a site; the plain LoRA part is left out.
-        k: The new number of blocks in each direction; divides the widths.
-
     Returns:
         `A [k, in/k, R]` and `B [k, R, out/k]`, with `R = r * k / (current k)`, or `R = r * (current k)` for 1.
     """
@@ -67,15 +63,6 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
 
     With the same `k` the ranks of the block pairs add up: each pair `(j, n)` has its own `s` columns of `A[n]` and rows
     of `B[j]`, which are concatenated. Updates with another `k` are converted to this one first.
-
-    Args:
-        updates: At least one.
-        k: Number of blocks of the sum; None for that of the updates, or 1 (plain LoRA) where they differ.
-        r: Least rank of the blocks; missing columns and rows are zero.
-        hybrid_r: Least rank of the plain LoRA part; missing rows are zero.
-
-    Returns:
-        Tensors of the sum of the ranks, in float32 or better.
     """
     import torch
 
@@ -103,10 +90,6 @@ def summed(updates: Sequence[Update], *, k: int | None = None, r: int = 0, hybri
 @without_gradients
 def summed_lora(updates: Sequence[Update], *, r: int) -> tuple[Tensor, Tensor]:
     """A plain LoRA pair of scale 1 whose update is the sum of several, exactly (up to the rounding of `scale * B`).
-
-    Args:
-        updates: At least one.
-        r: Least rank; missing rows of A and columns of B are zero.
 
     Returns:
         `A [R, in]` and `B [out, R]`, in float32 or better, with R the sum of the ranks, or `r` if that is more.
@@ -138,16 +121,9 @@ def as_update(difference: Array) -> Update:
 def as_data(update: Update, k: int) -> tuple[Array, ...]:
     """The same update as the tensors that an exported model takes (see `gralora_fx.format.adapter_inputs`).
 
-    Args:
-        update: An adapter's tensors at a site, and their scale, which becomes part of the `B` tensors.
-        k: Blocks in each direction; that of the update, unless the rank of its blocks is 0. 0 for LoRA's form.
-
     Returns:
         `A [k, in/k, r]`, `B [k, r, out/k]`, `A_general [in, hybrid_r]` and `B_general [hybrid_r, out]`, in float32 or
         better; a part that the update lacks has rank 0. In LoRA's form the last two alone, of rank `k*r + hybrid_r`.
-
-    Raises:
-        ValueError: The update has blocks of another `k`.
     """
     if k == 0:
         A, B = update.lora_form()
@@ -174,10 +150,6 @@ def block_norms(tensors: AdapterTensors, scale: float) -> Tensor:
     Block (j, n) is `L @ R`, with `L` the columns of `B[j]` that meet input block n beside the rows of `B_general`, and
     `R` the matching columns of `A[n]` above those of `A_general`. Its squared norm is the sum over `(L.T @ L) * (R @
     R.T)`, two matrices of side `r/k + hybrid_r`. They are float64, for their entries are squares.
-
-    Args:
-        tensors: The adapter's tensors at a site.
-        scale: Factor of the update.
 
     Returns:
         `[k, k]` float64 on the CPU: row j is an output block, column n an input block.

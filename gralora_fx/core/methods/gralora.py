@@ -117,15 +117,6 @@ def initial_factors(
     """Fresh tensors: `A` uniform as in a linear layer of `in/k` inputs, `B` zero so that the update is zero.
 
     The draws are those of `peft.tuners.gralora`, in its order: the same seed gives the same tensors.
-
-    Args:
-        in_features: Input width of the layer; `k` divides it.
-        out_features: Output width of the layer; `k` divides it.
-        sizes: The adapter's sizes.
-        zero_update: False draws `B` at random too.
-
-    Returns:
-        Float32 tensors on the CPU, of the shapes that `Gralora.shapes` gives.
     """
     import torch
     from torch import nn

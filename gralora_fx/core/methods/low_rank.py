@@ -22,9 +22,6 @@ def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout
         B: `[out, r]`.
         scale: Factor of the product.
         dropout: Probability with which input values are zeroed (training).
-
-    Returns:
-        The sum, of the shape and dtype of `y`.
     """
     hidden = torch.mm(drop_inputs(call.x, dropout).reshape(-1, call.features[0]), A.t())  # [T, r]
     first, end = (0, call.features[1]) if call.rows is None else call.rows
@@ -49,9 +46,6 @@ def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_pl
         right: `[r, m]`, or `[k, r, m]`.
         scale: Factor of the product.
         in_place: False never overwrites, for an `into` with other readers.
-
-    Returns:
-        The sum, of the shape of `into`.
     """
     operands = (into, left, right)
     if has_torch_function(operands):  # so that running on the proxies of a graph makes a node of the call

@@ -63,11 +63,7 @@ def register(method: AdapterMethod) -> AdapterMethod:
 
 
 def method_of(config: AdapterConfig) -> AdapterMethod:
-    """The method of a configuration.
-
-    Raises:
-        ConfigError: It is not registered.
-    """
+    """The method of a configuration."""
     if type(config) is GRALORA.config:
         return GRALORA
     for method in reversed(known_methods()):
@@ -77,15 +73,7 @@ def method_of(config: AdapterConfig) -> AdapterMethod:
 
 
 def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
-    """The method that the fields of an `adapter_config.json` describe.
-
-    Args:
-        fields: The fields; `peft_type` is PEFT's name of the method, in capitals or not.
-        origin: Where they come from, for messages.
-
-    Raises:
-        ConfigError: It is not registered.
-    """
+    """The method that the fields of an `adapter_config.json` describe."""
     for method in reversed(known_methods()):
         if method.config.describes(fields):
             return method
@@ -93,50 +81,26 @@ def method_described(fields: Mapping[str, Any], origin: str) -> AdapterMethod:
 
 
 def config_from_fields(fields: Mapping[str, Any], origin: str) -> AdapterConfig:
-    """The configuration that the fields of a file mean, of the method that they name.
-
-    Args:
-        fields: The fields of an `adapter_config.json`.
-        origin: Where they come from, for messages.
-
-    Raises:
-        ConfigError: The method is not registered, or the fields are invalid.
-    """
+    """The configuration that the fields of a file mean, of the method that they name."""
     return method_described(fields, origin).config.from_fields(fields, origin)
 
 
 def read_config(directory: str | Path, *, revision: str | None = None) -> AdapterConfig:
-    """The configuration of a saved adapter, of whatever method.
-
-    Args:
-        directory: Local directory or hub id.
-        revision: Revision of the hub repository.
-
-    Raises:
-        ConfigError: There is no such file, its method is not registered, or it is invalid.
-    """
+    """The configuration of a saved adapter, of whatever method."""
     from gralora_fx.core.config.reading import config_fields
 
     return config_from_fields(*config_fields(directory, revision=revision))
 
 
 def config_from_peft(peft_config: Any) -> AdapterConfig:
-    """Convert a live PEFT configuration of whatever method, without importing peft.
-
-    Raises:
-        ConfigError: It is not a PEFT configuration, its method is not registered, or it is invalid.
-    """
+    """Convert a live PEFT configuration of whatever method, without importing peft."""
     from gralora_fx.core.config.reading import peft_fields
 
     return config_from_fields(*peft_fields(peft_config, "one such as a peft.GraloraConfig or peft.LoraConfig"))
 
 
 def not_a_config(value: object) -> str:
-    """What a value is that was given in place of a configuration of this package, and what to give, for a message.
-
-    Args:
-        value: The value; one of PEFT's objects has the same name as the class that it is converted to.
-    """
+    """What a value is that was given in place of a configuration of this package, and what to give, for a message."""
     names = [method.config.__name__ for method in known_methods()]
     if isinstance(value, type):
         return f"the class {value.__name__}; give an object of it, such as {value.__name__}()"

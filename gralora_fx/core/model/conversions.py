@@ -12,16 +12,7 @@ from gralora_fx.errors import RewriteError
 
 
 def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], traced: TracedModel) -> None:
-    """Check that a graph computes with the tensors that its parameters are converted to.
-
-    Args:
-        convert: Converts a tensor, as `nn.Module.to` does with each.
-        traced: The traced model.
-
-    Raises:
-        RewriteError: They would have another dtype, or be on a device that is not the one that the graph makes its own
-            tensors on.
-    """
+    """Check that a graph computes with the tensors that its parameters are converted to."""
     kinds = {(p.dtype, p.device) for p in traced.tree.parameters.values() if p.is_floating_point()}
     for dtype, device in kinds:
         converted = convert(torch.empty(0, dtype=dtype, device=device))

@@ -38,11 +38,7 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
     """
 
     def __new__(cls, traced: TracedModel) -> GraloraModel:
-        """Create a model whose class has the traced inputs in its signature.
-
-        Raises:
-            RewriteError: `traced` is not a traced model.
-        """
+        """Create a model whose class has the traced inputs in its signature."""
         check_traced(traced, RewriteError, "rewrite")
         return super().__new__(class_for(cls, traced))
 
@@ -235,12 +231,7 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
-        """Move every tensor, as `to(device)` and `to_empty()` do, and fold merged weights again.
-
-        Raises:
-            RewriteError: It would convert to another dtype, or move to a device that the graph does not follow to;
-                nothing has changed.
-        """
+        """Move every tensor, as `to(device)` and `to_empty()` do, and fold merged weights again."""
         from gralora_fx.core.model.conversions import check_conversion
 
         with self._state.writing():

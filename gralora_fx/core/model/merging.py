@@ -119,13 +119,6 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
     """A copy of the traced model with other weights; the given model and its parameters stay unchanged.
 
     Of a shared weight, such as a head's tied to the embedding, only the layer gets the new one.
-
-    Args:
-        traced: A traced model.
-        weights: New weights by site path, of the shapes of the old ones.
-
-    Raises:
-        MergeError: A layer shares a view of its weight with something else.
     """
     if not weights:
         return traced
@@ -148,12 +141,7 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
 
 
 def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
-    """Copy a model so that its graph reads other parameters.
-
-    Args:
-        model: The model.
-        parameters: The others, by the ids of those that it reads.
-    """
+    """Copy a model so that its graph reads other parameters."""
     graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
     map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
     return model.with_graph(graph_module, model.tree)

@@ -67,10 +67,6 @@ def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
     The signature of its `forward` lists the traced inputs and the labels. If PEFT is installed it is a `PeftModel` too,
     which is what transformers' Trainer checks before it writes adapter files instead of a state dict. Methods of PEFT's
     class that this one does not support raise.
-
-    Args:
-        base: `GraloraModel` or a subclass of it.
-        traced: The traced model.
     """
     source = class_name(traced) if traced.config is not None else ""
     labels: tuple[str, ...] = ()

@@ -85,14 +85,6 @@ def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None 
 
     So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
     finite when it is computed.
-
-    Args:
-        model: A rewritten model.
-        adapter_names: Names of the adapters to fold; None for the active ones.
-
-    Raises:
-        RewriteError: As `merge`.
-        MergeError: As `merge`.
     """
     names, work = _work(model, adapter_names)
     return _merged(model, names, lazy_weights(model.traced.graph_module, work))

@@ -155,13 +155,7 @@ class Switching:
 
 
 def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
-    """The plan of a configuration, or a given plan once it is known to be for this model.
-
-    Raises:
-        ConfigError: It is neither.
-        TargetError: The configuration does not fit the model.
-        RewriteError: The plan is for another model.
-    """
+    """The plan of a configuration, or a given plan once it is known to be for this model."""
     if isinstance(config_or_plan, AdapterConfig):
         return plan(traced, config_or_plan)
     if not isinstance(config_or_plan, RewritePlan):

@@ -171,14 +171,7 @@ class Trainable:
 
 
 def check_arguments(names: Container[str]) -> None:
-    """Check that no argument is one of TRL's for what a graph does not do.
-
-    Args:
-        names: Names of arguments of the forward.
-
-    Raises:
-        RewriteError: One is; the text says which of TRL's settings to change.
-    """
+    """Check that no argument is one of TRL's for what a graph does not do."""
     if _FUSED_HEAD in names:
         raise RewriteError(
             "TRL's trainers compute their loss from the hidden states before the language model's head "

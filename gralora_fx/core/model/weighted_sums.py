@@ -23,18 +23,6 @@ def weighted_sum(
     loads the sum: ranks add up, missing ones are filled with zeros, and different `gralora_k` become one. The sum of
     LoRA adapters is a LoRA adapter; of different methods it is a GraLoRA adapter, with the LoRA in its `hybrid_r`.
     Everything that is not a size comes from the first adapter's configuration.
-
-    Args:
-        adapters: Adapters of one model; their sizes and their sites may differ.
-        weights: One factor for each.
-
-    Returns:
-        The configuration, and the tensors by site path.
-
-    Raises:
-        ConfigError: There are no adapters, the number of weights differs, or a weight is not finite.
-        RewriteError: An adapter trains biases or whole modules, or its update is not of low rank, for which there is
-            no exact sum.
     """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(

@@ -34,14 +34,7 @@ class DotProducts(Call[V]):
     def attended(
         self: DotProducts[Tensor], mask: Tensor | None, scale: float, *, dropout: float = 0.0, is_causal: bool = False
     ) -> Tensor:
-        """`softmax(scale * query @ key.T + mask) @ value`, as `[batch, heads, length, value size]`.
-
-        Args:
-            mask: Boolean, false where a key is hidden, or additive.
-            scale: Factor of the scores.
-            dropout: Probability with which attention weights are zeroed.
-            is_causal: Whether each position attends only to itself and earlier ones; `mask` is None then.
-        """
+        """`softmax(scale * query @ key.T + mask) @ value`, as `[batch, heads, length, value size]`."""
         # bool: a comparison of symbolic sizes is not one
         shares_keys = bool(self.query.shape[1] != self.key.shape[1])
         return nn.functional.scaled_dot_product_attention(

@@ -76,11 +76,7 @@ class Call(Generic[V]):
 
     @classmethod
     def compute(cls, **arguments: Any) -> Tensor:
-        """What the operator gives, of tensors; of those without values, as a model's that is traced, the shape alone.
-
-        Args:
-            arguments: Every argument by name.
-        """
+        """Return what the operator gives; of tensors without values, as in a trace, the shape alone."""
         result: Tensor = cls._called(arguments)
         return result
 
@@ -117,11 +113,7 @@ class Call(Generic[V]):
 
     @classmethod
     def position(cls, name: str) -> int:
-        """Which argument a name is.
-
-        Raises:
-            ValueError: The operator has no such argument.
-        """
+        """Which argument a name is."""
         return cls.names().index(name)
 
     def insert(self, graph: fx.Graph) -> fx.Node:
@@ -146,12 +138,6 @@ def operator(
     """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
 
     PyTorch takes the operator's gradients, its shape of fake tensors and its decomposition from the class's `result`.
-
-    Args:
-        name: The operator's name.
-        tags: PyTorch's tags, such as of operators that draw random numbers.
-        train: The argument that says whether the operator is in training, if it has one.
-        dropout: The argument that is a probability of dropout, which evaluation sets to zero, if it has one.
     """
 
     def define(kind: type[C]) -> type[C]:
@@ -176,16 +162,7 @@ def operator(
 
 
 def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any:
-    """Define the shape-only counterpart of an operator, of this project or of PyTorch.
-
-    Args:
-        schema: Its schema, with the arguments of `target`.
-        rule: Takes fake tensors, and returns one with the shape and dtype of the result, or one for each result.
-        target: The overload that it replaces in a trace.
-
-    Returns:
-        The operator of the namespace `gralora_shapes`.
-    """
+    """Define the shape-only counterpart of an operator, of this project or of PyTorch."""
     _shapes.define(schema)
     name = schema.partition("(")[0]
     _shapes.impl(name, rule, "CompositeImplicitAutograd")
@@ -211,14 +188,7 @@ def without_values(target: Any) -> Any:
 
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Every argument of a node that calls an operator, by its name in the schema; the default where none is given.
-
-    Args:
-        node: A call of an operator of PyTorch or of this project.
-
-    Raises:
-        TypeError: It calls something else.
-    """
+    """Every argument of a node that calls an operator, by its name in the schema; the default where none is given."""
     if not isinstance(node.target, OpOverload):
         raise TypeError(f"{node.name} calls {node.target}, which is not an operator; read its arguments by hand")
     arguments = schema_of(node.target).arguments

@@ -20,15 +20,7 @@ def chosen_parameters(
     others: Iterable[ParameterSite],
     saved: Iterable[str],
 ) -> ChosenParameters:
-    """The parameters that a configuration names.
-
-    Args:
-        config: The configuration.
-        rule: Its choice of modules, none of which may own a named parameter.
-        traced: The model.
-        others: The model's parameters that are not the weights of linear layers.
-        saved: Paths of the modules that train as a whole.
-    """
+    """The parameters that a configuration names."""
     names = config.target_parameters or []
     parameters = {site.path: site for site in others}
     layers = {id(site.weight): site for site in traced.sites}

@@ -57,15 +57,7 @@ def problems_of(
     saved: Iterable[str],
     selected: Sequence[PlannedSite],
 ) -> list[str]:
-    """Every problem of a configuration with a model; empty if there is none.
-
-    Args:
-        rule: The configuration's choice of modules.
-        config: The configuration.
-        traced: The model.
-        saved: Paths of the modules that train as a whole.
-        selected: The sites that the rule takes, with their ranks.
-    """
+    """Every problem of a configuration with a model; empty if there is none."""
     sites = {site.path: site for site in traced.sites}
     return [
         *([] if config.target_parameters else _missing(rule, config, traced, sites, saved)),
@@ -197,15 +189,7 @@ def warn_of_gaps(
     selected: Sequence[PlannedSite],
     others: Iterable[str] = (),
 ) -> None:
-    """Warn about names and layer indices that match nothing while others do, and about a corrected `fan_in_fan_out`.
-
-    Args:
-        rule: The configuration's choice of modules.
-        config: The configuration as it was given.
-        traced: The model.
-        selected: The sites that get an adapter.
-        others: Other gaps to warn of, a sentence each.
-    """
+    """Warn about names and layer indices that match nothing while others do, and about a corrected `fan_in_fan_out`."""
     paths = _paths(traced)
     gaps = []
     if config.target_modules is not None:

@@ -76,12 +76,7 @@ class TargetRule:
     layer_patterns: tuple[str, ...] = ()
 
     def rejection(self, path: str, *, is_linear_layer: bool = True) -> str | None:
-        """Why the module at `path` is not selected, or None if it is.
-
-        Args:
-            path: A module path.
-            is_linear_layer: Whether it is a linear layer, rather than a container or a functional call.
-        """
+        """Why the module at `path` is not selected, or None if it is."""
         if self.is_excluded(path):
             return "exclude_modules names it"
         for name in self.saved:
@@ -134,16 +129,7 @@ def counts_below(container: str | None, path: str) -> int | None:
 
 
 def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | None) -> TargetRule:
-    """Resolve a configuration's targets for one model.
-
-    Args:
-        config: The configuration.
-        tree: The model's modules.
-        model_type: transformers' type of the model, for `target_modules=None`.
-
-    Raises:
-        TargetError: `target_modules` is None and there is no default for the model's type.
-    """
+    """Resolve a configuration's targets for one model."""
     if config.target_modules is None and (model_type or "") not in _DEFAULTS and not config.target_parameters:
         raise TargetError(
             f"target_modules is None and no default is known for model type {model_type!r}; name the modules, "
@@ -154,12 +140,7 @@ def resolve_targets(config: AdapterConfig, tree: ModuleTree, model_type: str | N
 
 
 def rule_of(config: AdapterConfig, model_type: str | None) -> TargetRule:
-    """A configuration's targets by paths alone; of `all-linear`, without what it leaves out of a model.
-
-    Args:
-        config: The configuration.
-        model_type: transformers' type of the model, for `target_modules=None`.
-    """
+    """A configuration's targets by paths alone; of `all-linear`, without what it leaves out of a model."""
     targets = config.target_modules
     if targets is None:
         default = _DEFAULTS.get(model_type or "", ())

@@ -103,11 +103,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return next(types, torch.get_default_dtype())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph with the inputs of a step of `generate`.
-
-        Raises:
-            TraceError: An input was not part of the trace.
-        """
+        """Run the graph with the inputs of a step of `generate`."""
         keeps_cache = kwargs.pop("use_cache", None) is not False
         kwargs.pop("return_dict", None)
         for name in ("output_attentions", "output_hidden_states"):
@@ -146,22 +142,14 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         return super().generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embeddings, as a module over the parameter that the graph reads.
-
-        Raises:
-            TraceError: The model has none, or the module is more than a table.
-        """
+        """Return the token embeddings, as a module over the parameter that the graph reads."""
         path = self.traced.tree.input_embedding
         if path is None:
             raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
         return module_at(self.traced.tree, path, self._read)
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the language-model head, as a module over the parameters that the graph reads; None without one.
-
-        Raises:
-            TraceError: It is more than a linear layer.
-        """
+        """Return the language-model head, as a module over the parameters that the graph reads; None without one."""
         path = self.traced.tree.output_embedding
         return None if path is None else module_at(self.traced.tree, path, self._read)
 
@@ -217,15 +205,7 @@ def view_of(
     labels: bool,
     assign: Callable[[GenerationConfig], None] | None = None,
 ) -> TransformersView:
-    """A traced model as a transformers model.
-
-    Args:
-        traced: The traced model.
-        run: Runs the graph; called like the model.
-        parameters: The parameters that `run` reads, by the names of the source model.
-        labels: Whether `run` takes labels.
-        assign: Takes a generation configuration that is assigned to the view; None for a traced model, which is frozen.
-    """
+    """A traced model as a transformers model."""
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
@@ -241,16 +221,7 @@ def _option(view: TransformersView, options: dict[str, Any], name: str) -> Any:
 
 
 def check_generation(name: str, source: type[Any] | None, options: Mapping[str, Any]) -> None:
-    """Check that transformers' generation loop can run over a trace.
-
-    Args:
-        name: Name of the class that was traced.
-        source: The class itself, if it is known.
-        options: Keyword arguments of `generate`.
-
-    Raises:
-        TraceError: The class customises generation, or an option is not supported over a trace.
-    """
+    """Check that transformers' generation loop can run over a trace."""
     if source is not None and name not in _ALIKE:
         overridden = sorted(
             hook for hook in _HOOKS if getattr(source, hook, None) not in (None, getattr(GenerationMixin, hook))

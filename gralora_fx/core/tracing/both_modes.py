@@ -24,9 +24,6 @@ def trace_both_modes(draft: Draft) -> Captured:
 
     If that fails, or differs from the model in evaluation mode, the modules with a separate training branch are traced
     in evaluation mode, or else the whole model; a warning says what training then lacks.
-
-    Raises:
-        TraceError: The model cannot be traced, or differs from its trace, if only for other sizes that may vary.
     """
     captured = _first_right(draft)
     check_other_sizes(captured)
@@ -71,12 +68,7 @@ def _first_right(draft: Draft) -> Captured:
 
 
 def _in_training(draft: Draft, *, evaluated: Collection[str] = ()) -> tuple[Captured | None, str | None]:
-    """An attempt in training mode, or None, and why it is wrong in evaluation mode, or None.
-
-    Args:
-        draft: The draft.
-        evaluated: Paths of modules to put into evaluation mode.
-    """
+    """An attempt in training mode, or None, and why it is wrong in evaluation mode, or None."""
     try:
         captured = _attempt(draft, evaluated=evaluated)
     except TraceError as error:
@@ -96,10 +88,6 @@ def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[s
     """Paths of the modules whose own operators differ between traces of a model in its two modes.
 
     Differences that `AnnotateModes` annotates, such as dropout and batch statistics, do not count.
-
-    Args:
-        in_training: The trace in training mode.
-        in_evaluation: The trace in evaluation mode.
     """
     training, evaluation = _operators_by_module(in_training), _operators_by_module(in_evaluation)
     paths = dict.fromkeys([*training, *evaluation])

@@ -30,11 +30,7 @@ from gralora_fx.format.input_names import IMAGES, PAST
 
 
 def capture(draft: Draft) -> Captured:
-    """The draft with the graph of its model in the model's current mode, as it was exported.
-
-    Raises:
-        TraceError: The model cannot be traced; the message says where and why.
-    """
+    """The draft with the graph of its model in the model's current mode, as it was exported."""
     model, sample = draft.model, draft.sample
     try:
         with (
@@ -62,16 +58,7 @@ def capture(draft: Draft) -> Captured:
 def export_transformers_model(
     model: PreTrainedModel, inputs: Mapping[str, Any], axes: Axes
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in its current mode, with a cache if one is given.
-
-    Args:
-        model: The model; its modules and parameters stay unchanged.
-        inputs: Keyword inputs of its forward; with past keys and values it is a step with a cache.
-        axes: Which axes may vary.
-
-    Returns:
-        A program over the model's own parameters.
-    """
+    """Export a transformers model in its current mode, with a cache if one is given."""
     shapes, own, forward = dynamic_axes(inputs, axes), own_inputs(inputs), model.forward
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=PAST in inputs)
@@ -81,11 +68,7 @@ def export_transformers_model(
 
 @contextmanager
 def experts_as_nodes(model: nn.Module) -> Iterator[None]:
-    """Let a model's experts be one node a layer within the block, if it has any.
-
-    Args:
-        model: The model; it is restored when the block ends.
-    """
+    """Let a model's experts be one node a layer within the block, if it has any."""
     with ExitStack() as changed:
         if has_experts(model):
             from gralora_fx.core.tracing.patches.expert_layers import experts_as_operators
@@ -113,10 +96,6 @@ def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict
     """`dynamic_shapes` for `torch.export`: all axes may vary; of caches batch and length, of images mostly the batch.
 
     Many vision models are made for one image size; with dynamic height and width some cannot be traced.
-
-    Args:
-        inputs: Inputs by name.
-        axes: Which axes may vary.
     """
     if axes is Axes.NONE:
         return None
@@ -136,9 +115,6 @@ def traceable_modes() -> Iterator[list[str]]:
     """Within the block, checkpoints call their function directly, and inference mode only turns gradients off.
 
     A trace would record a reentrant checkpoint as a forward without gradients, and inference mode not at all.
-
-    Yields:
-        A list to which each use of a checkpoint adds the name of its function.
     """
     used: list[str] = []
     around = checkpoint._checkpoint_without_reentrant_generator

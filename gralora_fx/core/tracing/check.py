@@ -28,11 +28,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, tor
 
 
 def check(draft: Captured) -> Captured:
-    """The draft with what is wrong with its graph in evaluation mode, as its problem; None if nothing is.
-
-    Raises:
-        TraceError: The model itself fails on the sample.
-    """
+    """The draft with what is wrong with its graph in evaluation mode, as its problem; None if nothing is."""
     if draft.drawn is not None and not draft.evaluates:
         return dataclasses.replace(draft, problem=f"it draws random numbers ({draft.drawn})")
     return dataclasses.replace(draft, problem=difference(draft))
@@ -42,13 +38,6 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
     """A description of how a graph differs from the eager model in evaluation mode, or None.
 
     Both run with the same random seed.
-
-    Args:
-        draft: The draft, its graph in evaluation mode.
-        sample: Inputs by name; None for those that it was captured from.
-
-    Raises:
-        TraceError: The model itself fails on them.
     """
     if not draft.has_values:
         return None
@@ -96,11 +85,7 @@ def with_call_signature(draft: Captured) -> Captured:
 
 
 def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
-    """Inputs that may be left out of a call, because `default_input` gives the eager model's default.
-
-    Returns:
-        Their names, and whether default positions count the padding before them.
-    """
+    """Inputs that may be left out of a call, because `default_input` gives the eager model's default."""
     model, sample, names = draft.model, draft.sample, draft.signature.may_be_left_out
     if not draft.has_values:
         return frozenset(names), False
@@ -139,12 +124,7 @@ def _defaults(name: str, rest: Mapping[str, Any]) -> Iterator[tuple[bool, Tensor
 
 
 def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[int | None, ...]]:
-    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary.
-
-    Args:
-        graph: A traced graph, its inputs flattened.
-        inputs: The inputs it was traced with, in the graph's order.
-    """
+    """The sizes to which a trace fixes each input tensor, by path; None for an axis that may vary."""
     leaves = list(leaf_paths(inputs))
     placeholders = graph.find_nodes(op="placeholder")
     if len(leaves) != len(placeholders):  # there is a cache, which has checks of its own
@@ -160,11 +140,7 @@ def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[in
 
 
 def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Run a ready-made graph on its example inputs.
-
-    Raises:
-        TraceError: It fails on them.
-    """
+    """Run a ready-made graph on its example inputs."""
     if any(parameter.is_meta for parameter in graph_module.parameters()):
         return
     buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]
@@ -224,11 +200,7 @@ def _is_close(want: Any, got: Any) -> bool:
 
 
 def check_other_sizes(draft: Captured) -> None:
-    """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in.
-
-    Raises:
-        TraceError: It does not.
-    """
+    """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in."""
     model = draft.model
     if draft.axes is Axes.NONE or not draft.has_values:
         return
@@ -253,10 +225,6 @@ def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[s
 
     They have one row, one more row, and longer sequences; with a cache, one position after a long past, and an empty
     cache.
-
-    Args:
-        model: The model that was traced.
-        sample: The inputs that it was traced with.
     """
     if PAST in sample and isinstance(model, PreTrainedModel):
         from gralora_fx.core.tracing.inputs.cached_steps import other_steps
@@ -293,12 +261,7 @@ def _with_another_position(value: Any) -> Any:
 
 
 def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
-    """What a model gives for inputs, whose cache stays as it is.
-
-    Args:
-        model: The model.
-        sample: Inputs by name; with a cache it is a step of a decoder, whose next cache is returned.
-    """
+    """What a model gives for inputs, whose cache stays as it is."""
     inputs = own_inputs(sample)
     if isinstance(model, PreTrainedModel) and "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = PAST in sample
@@ -312,12 +275,7 @@ def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
 
 
 def _by_token(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    """What a model gives for a step of several tokens, one after the other: the logits of all, and the last cache.
-
-    Args:
-        model: A decoder whose code is right for single tokens alone.
-        inputs: Inputs of the step, by the names of its forward.
-    """
+    """What a model gives for a step of several tokens, one after the other: the logits of all, and the last cache."""
     from gralora_fx.core.tracing.inputs.cache import cached_length, returned_cache
 
     tokens = {name: inputs.pop(name) for name in ("input_ids", "position_ids") if name in inputs}

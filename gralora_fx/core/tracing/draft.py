@@ -100,20 +100,7 @@ def first_draft(
     image_size: ImageSize,
     has_values: bool,
 ) -> Draft:
-    """The draft of a live module: the inputs to capture it from, and how it is called.
-
-    Args:
-        model: The module.
-        arguments: Example inputs, positional and by name; None for those of the task.
-        task: As of `trace`.
-        dynamic: As of `trace`.
-        sentence: The modules after the transformer that make a sentence encoder of it, or None.
-        image_size: As of `trace`.
-        has_values: Whether every parameter has values.
-
-    Raises:
-        TraceError: The task does not fit the model, or inputs are missing or do not fit.
-    """
+    """The draft of a live module: the inputs to capture it from, and how it is called."""
     if isinstance(model, PreTrainedModel):
         from gralora_fx.core.tracing.inputs.samples import check_head, infer_task, inputs_for_task
         from gralora_fx.format.tasks import check_task
@@ -185,11 +172,6 @@ def forward_with(model: nn.Module, inputs: Collection[str], constants: Mapping[s
     """A model's forward that takes some arguments as they are; a plain module's as if its signature were its inputs.
 
     A plain module may also return dataclasses and take keywords that its signature does not name.
-
-    Args:
-        model: The model.
-        inputs: Names of the arguments that are passed by name.
-        constants: The other arguments by name.
     """
     if isinstance(model, PreTrainedModel):
         return functools.partial(model.forward, **constants) if constants else model.forward
@@ -213,10 +195,6 @@ def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
     """Let a transformers model whose forward has no `use_cache` return a cache or none, within the block.
 
     Such a forward passes its keywords on, and the text model in it decides by the configuration.
-
-    Args:
-        model: A model; its configuration is as before when the block ends.
-        use_cache: Whether it returns a cache.
     """
     configs: list[Any] = []
     if isinstance(model, PreTrainedModel) and "use_cache" not in inspect.signature(model.forward).parameters:

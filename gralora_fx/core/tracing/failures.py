@@ -37,11 +37,7 @@ _STDLIB, _SITE = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("pu
 
 
 def reason(error: BaseException) -> str:
-    """Explain an error raised while tracing, in a sentence.
-
-    Args:
-        error: The error from `torch.export`; if it is unknown, its own first line is returned.
-    """
+    """Explain an error raised while tracing, in a sentence."""
     text = str(error)
     unknown = _UNKNOWN_OUTPUT.search(text)
     if unknown is not None:

@@ -120,11 +120,7 @@ class GraphRecord:
 
     @classmethod
     def of(cls, graph: fx.Graph) -> GraphRecord:
-        """Record a graph.
-
-        Raises:
-            TraceError: A node calls a function that cannot be found by its name.
-        """
+        """Record a graph."""
         return cls(tuple(_record(node) for node in graph.nodes), _CallingConvention.of(convention_of(graph)))
 
     def graph(self) -> fx.Graph:
@@ -157,11 +153,7 @@ class PackedModule(nn.Module):
 
 
 def pack_module(module: nn.Module) -> nn.Module:
-    """A copy of a module tree over the same tensors, in which every graph module is a record.
-
-    Raises:
-        TraceError: A graph calls a function that cannot be found by its name.
-    """
+    """A copy of a module tree over the same tensors, in which every graph module is a record."""
     if not any(isinstance(inner, fx.GraphModule) for inner in module.modules()):
         return module
     result: nn.Module
@@ -186,12 +178,7 @@ def unpack_module(module: nn.Module) -> nn.Module:
 
 
 def deep_copy(graph_module: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
-    """A copy with its own tensors and modules, and the same nodes with their metadata.
-
-    Args:
-        graph_module: The module to copy.
-        memo: The memo of `copy.deepcopy`.
-    """
+    """A copy with its own tensors and modules, and the same nodes with their metadata."""
     root = nn.Module()
     for table in (*_TABLES, "_modules"):
         root.__dict__[table] = graph_module.__dict__[table]

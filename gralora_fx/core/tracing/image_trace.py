@@ -25,17 +25,7 @@ _LARGE = 8192  # a height and a width for which no size in a model is empty
 
 
 def trace_images(draft: Draft) -> Captured:
-    """Trace a model that takes images, with their height and width dynamic where that equals the eager model.
-
-    Args:
-        draft: The draft, its sample in the requested image size.
-
-    Returns:
-        The draft with its graph, the sample that it was captured from, and the image sizes that it takes.
-
-    Raises:
-        TraceError: The model cannot be traced, or not as requested.
-    """
+    """Trace a model that takes images, with their height and width dynamic where that equals the eager model."""
     model, size = draft.model, _size_of(draft.sample)
     step = _step(model)
     other = dataclasses.replace(draft, sample=resized(draft.sample, _other_size(size, step)), axes=Axes.IMAGES)
@@ -99,11 +89,7 @@ def _other_size(size: tuple[int, int], step: int) -> tuple[int, int]:
 
 
 def _sizes_of(draft: Captured, own: tuple[int, int], step: int) -> ImageSizes:
-    """The sizes for which a trace equals the eager model.
-
-    Raises:
-        TraceError: Height or width is fixed in the trace, or it differs from the model for other multiples of the step.
-    """
+    """The sizes for which a trace equals the eager model."""
     graph = draft.graph_module.graph
     fixed = fixed_axes(graph, draft.sample)[IMAGES][2:]
     if any(axis is not None for axis in fixed):

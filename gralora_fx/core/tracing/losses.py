@@ -46,9 +46,6 @@ def decoder_inputs(labels: Tensor, config: PreTrainedConfig, shift: Callable[[Te
         labels: `[batch, length]`, -100 where no loss is taken.
         config: The model's configuration.
         shift: The model's own function; None shifts them after the start token.
-
-    Raises:
-        RewriteError: The configuration names no start token.
     """
     start = getattr(config, "decoder_start_token_id", None)
     if start is None:
@@ -71,19 +68,7 @@ def model_loss(
     config: PreTrainedConfig | None,
     item_count: Tensor | int | None = None,
 ) -> Tensor:
-    """The loss of a model's outputs, by transformers' loss function for the model's class.
-
-    Args:
-        outputs: What the graph returned.
-        labels: The labels given, by name.
-        loss_function: transformers' loss function of the model's class.
-        config: The model's configuration.
-        item_count: Number by which the sum of the losses is divided, as Trainer counts labels over accumulated batches;
-            None for the mean over these.
-
-    Raises:
-        RewriteError: The model has no loss function, its outputs do not fit it, or it cannot be divided by a count.
-    """
+    """The loss of a model's outputs, by transformers' loss function for the model's class."""
     if loss_function is None or config is None:
         raise RewriteError("labels were given, but the traced model has no loss function; compute the loss outside")
     if getattr(config, "output_router_logits", False):

@@ -41,16 +41,7 @@ _PREFIX = "graph_module."
 def trace_ready_graph(
     model: fx.GraphModule | torch.export.ExportedProgram, arguments: Arguments | None, task: str | None
 ) -> Captured:
-    """The draft of a trace of a graph: an exported program, or an exported or symbolic `GraphModule`.
-
-    Args:
-        model: The graph; it is left unchanged.
-        arguments: Example inputs, positional and by name; None for those that a program was exported with.
-        task: The task it is for, or None.
-
-    Raises:
-        TraceError: The example inputs do not fit it.
-    """
+    """The draft of a trace of a graph: an exported program, or an exported or symbolic `GraphModule`."""
     exported_with: Any = None
     if isinstance(model, fx.GraphModule):
         graph_module = model
@@ -131,11 +122,7 @@ def _call_names(graph_module: fx.GraphModule) -> tuple[str, ...]:
 
 
 def is_operator_graph(graph: fx.Graph) -> bool:
-    """Whether a graph consists of PyTorch's operators with traced values, and has dynamic axes.
-
-    Args:
-        graph: Any graph.
-    """
+    """Whether a graph consists of PyTorch's operators with traced values, and has dynamic axes."""
     nodes = list(graph.nodes)
     inputs = [value for node in nodes if node.op == "placeholder" and isinstance(value := node.meta.get("val"), Tensor)]
     varies = any(isinstance(size, torch.SymInt) for value in inputs for size in value.shape)
@@ -160,14 +147,6 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
 
     Before: `x = input.flatten(1); y = self.act(torch.nn.functional.linear(x, w))`
     After:  `x = aten.flatten(input, 1); y = aten.relu(aten.linear(x, w))`
-
-    Args:
-        graph_module: Any graph in evaluation mode; its parameters may be on the meta device.
-        inputs: Its inputs by name.
-        dynamic: Whether axes may vary; False for a trace with fixed sizes.
-
-    Returns:
-        A graph over the same parameters, under their own names.
     """
     graph_module.recompile()
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():

@@ -43,17 +43,7 @@ class SentenceEncoderOutput(ModelOutput):  # type: ignore[misc]  # transformers 
 
 
 def sentence_modules_of(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
-    """The modules after a model for the task `sentence-similarity`; None for any other task.
-
-    Args:
-        model: The model.
-        task: The task.
-        source: Directory or hub id with `modules.json`; None for where the model was loaded from.
-
-    Raises:
-        TraceError: The model cannot be a sentence encoder's transformer, or the directory is damaged or has a module
-            that is not supported; or a source is given for another task.
-    """
+    """The modules after a model for the task `sentence-similarity`; None for any other task."""
     if task != SENTENCE_TASK:
         if source is not None:
             raise TraceError(f"sentence_modules have no effect for the task {task!r}; give task={SENTENCE_TASK!r}")
@@ -99,13 +89,6 @@ def followed_by(model: nn.Module, modules: SentenceModules) -> Iterator[None]:
     """Let a model's forward end with the modules of a sentence encoder, within the block.
 
     The paths of the model's own modules stay as they are, so that adapters find them.
-
-    Args:
-        model: The model; its forward then returns a `SentenceEncoderOutput`.
-        modules: The modules.
-
-    Raises:
-        TraceError: The weights of a module cannot be read, or do not fit.
     """
     assert isinstance(model, PreTrainedModel)
     device = "cpu" if model.device.type == "meta" else model.device

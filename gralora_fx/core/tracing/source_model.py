@@ -46,13 +46,7 @@ class Traced(Protocol):
 
 
 def with_signature(function: Callable[..., Any], inputs: Iterable[str], labels: Iterable[str]) -> Callable[..., Any]:
-    """A method that calls another, with a model's inputs and labels in its signature.
-
-    Args:
-        function: Takes the object, `*args` and `**kwargs`.
-        inputs: Names of the inputs, in order.
-        labels: Names of the labels.
-    """
+    """A method that calls another, with a model's inputs and labels in its signature."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
@@ -92,11 +86,7 @@ class _NotCalled(nn.Module):
     """A module over parameters of a graph, which the graph does not call."""
 
     def register_forward_hook(self, *_: Any, **__: Any) -> NoReturn:
-        """Not supported: a hook would never run.
-
-        Raises:
-            TraceError: Always.
-        """
+        """Not supported: a hook would never run."""
         raise TraceError(
             "the graph does not call this module, so a hook on it would never run; leave out what needs one "
             "(neftune_noise_alpha, for example), or edit the graph with add_pass"
@@ -114,16 +104,7 @@ class OutputHead(_NotCalled, nn.Linear):
 
 
 def module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module over the parameters at a path, which are those that the graph reads.
-
-    Args:
-        tree: The modules of the source model.
-        path: Path of an embedding or of a linear layer.
-        parameters: The parameters that the graph reads, by the names of the source model.
-
-    Raises:
-        TraceError: The module is of another class, which may compute something else.
-    """
+    """A module over the parameters at a path, which are those that the graph reads."""
     kind = tree.types[path]
     weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")
     if kind == "torch.nn.modules.sparse.Embedding" and weight is not None:

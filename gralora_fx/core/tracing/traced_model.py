@@ -156,18 +156,7 @@ class TracedModel:
         return self.with_graph(graph_module, self.tree)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph like the model.
-
-        Args:
-            *args: Inputs by position, in the order of the model's forward.
-            **kwargs: Inputs by name. A mask, token types, positions or a cache that were traced may be left out.
-
-        Returns:
-            What the model returns.
-
-        Raises:
-            TraceError: An input is missing or was not part of the trace.
-        """
+        """Run the graph like the model."""
         return self.graph_module(**self.bind(args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -282,11 +271,7 @@ class TracedModel:
         return dataclasses.replace(self, graph_module=graph_module, tree=tree, **layers._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle: the graph as a record of its nodes (see `graph_record`).
-
-        Raises:
-            TraceError: The graph calls a function that cannot be found by its name, or weights are left in their files.
-        """
+        """The state for pickle: the graph as a record of its nodes (see `graph_record`)."""
         from gralora_fx.core.tracing.graph_record import pack_module
 
         if streamed := [name for name, parameter in self.tree.parameters.items() if is_lazy(parameter)]:
@@ -326,16 +311,7 @@ class TracedModel:
 
 
 def check_traced(model: object, error: type[GraloraError], action: str) -> None:
-    """Check that an object is a traced model.
-
-    Args:
-        model: The object.
-        error: The error to raise.
-        action: The intended action for the message, such as `rewrite`.
-
-    Raises:
-        GraloraError: Of the given type: it is not.
-    """
+    """Check that an object is a traced model."""
     if not isinstance(model, TracedModel):
         is_rewritten = isinstance(getattr(model, "traced", None), TracedModel)
         remedy = (

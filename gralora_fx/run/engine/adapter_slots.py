@@ -35,12 +35,7 @@ class AdapterSlots:
     """
 
     def __init__(self, inputs: AdapterInputs, count: int) -> None:
-        """Begin without buffers.
-
-        Args:
-            inputs: The adapter tensors of the export.
-            count: The most adapters in use at a time.
-        """
+        """Begin without buffers."""
         self._inputs, self._count = inputs, count
         self._room: Ranks = ()
         self._most = 0  # the most adapters that these buffers had at a time
@@ -50,11 +45,7 @@ class AdapterSlots:
         self._ranks: WeakKeyDictionary[LoadedAdapter, Ranks] = WeakKeyDictionary()
 
     def stack_of(self, used: Sequence[LoadedAdapter]) -> Stack:
-        """A stack of some adapters, which holds until the next one is asked for.
-
-        Args:
-            used: The adapters, each once.
-        """
+        """A stack of some adapters, which holds until the next one is asked for."""
         self._make_room(used)
         self._most, last = max(self._most, len(used)), BASE + len(used)
         ids: dict[LoadedAdapter | None, int] = {None: BASE}
@@ -72,30 +63,18 @@ class AdapterSlots:
         return Stack(ids, self._values[last])
 
     def size(self, used: Sequence[LoadedAdapter]) -> int:
-        """Return how many bytes a stack of some adapters takes in buffers that are as large as it needs.
-
-        Args:
-            used: The adapters, each once.
-        """
+        """Return how many bytes a stack of some adapters takes in buffers that are as large as it needs."""
         return (BASE + 1 + len(used)) * slot_size(self._needed(used), self._inputs) if used else 0
 
     def spare(self, used: Sequence[LoadedAdapter]) -> int:
-        """Return how many bytes more it takes in these buffers.
-
-        Args:
-            used: The adapters, each once.
-        """
+        """Return how many bytes more it takes in these buffers."""
         if not self._arrays or self.is_misfit(used):
             return 0
         count = BASE + 1 + max(self._most, len(used))
         return count * slot_size(self._room, self._inputs) - self.size(used)
 
     def is_misfit(self, used: Sequence[LoadedAdapter]) -> bool:
-        """Return whether there are buffers that are too narrow for some adapters, or much too wide.
-
-        Args:
-            used: The adapters, each once.
-        """
+        """Return whether there are buffers that are too narrow for some adapters, or much too wide."""
         if not self._arrays or not used:
             return False
         needed = self._needed(used)
@@ -122,22 +101,12 @@ class RowStacks:
     """The stacks that a decoder's rows choose from: one, or one of small and one of large adapters."""
 
     def __init__(self, inputs: AdapterInputs, rows: int, weights: int) -> None:
-        """Begin without adapters.
-
-        Args:
-            inputs: The adapter tensors of the export.
-            rows: How many rows there are.
-            weights: Bytes of the model's weights, which each run reads.
-        """
+        """Begin without adapters."""
         self._inputs, self._count, self._weights = inputs, rows, weights
         self.clear()
 
     def of(self, used: Sequence[LoadedAdapter | None]) -> list[Stack]:
-        """The stacks for a step; every adapter is in one of them, and the base in all.
-
-        Args:
-            used: The adapter of each open row.
-        """
+        """The stacks for a step; every adapter is in one of them, and the base in all."""
         return [slots.stack_of(part) for slots, part in self._parts(used)]
 
     def clear(self) -> None:
@@ -145,27 +114,15 @@ class RowStacks:
         self._slots = tuple(AdapterSlots(self._inputs, self._count) for _ in range(2))
 
     def size(self, used: Sequence[LoadedAdapter | None]) -> int:
-        """Return how many bytes the stacks for a step take in buffers that are as large as they need.
-
-        Args:
-            used: The adapter of each open row.
-        """
+        """Return how many bytes the stacks for a step take in buffers that are as large as they need."""
         return sum(slots.size(part) for slots, part in self._parts(used))
 
     def is_misfit(self, used: Sequence[LoadedAdapter | None]) -> bool:
-        """Return whether they would take the place of others, which are too narrow or much too wide.
-
-        Args:
-            used: The adapter of each open row.
-        """
+        """Return whether they would take the place of others, which are too narrow or much too wide."""
         return any(slots.is_misfit(part) for slots, part in self._parts(used))
 
     def spare(self, used: Sequence[LoadedAdapter | None]) -> int:
-        """Return how many bytes more they take in these buffers.
-
-        Args:
-            used: The adapter of each open row.
-        """
+        """Return how many bytes more they take in these buffers."""
         parts = dict(self._parts(used))
         return sum(slots.spare(parts.get(slots, [])) for slots in self._slots)
 
@@ -181,10 +138,6 @@ def _small(sizes: Sequence[int], weights: int) -> int:
     """How many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
 
     A run reads the weights once, and each adapter as if it were as large as the largest of the run.
-
-    Args:
-        sizes: Bytes of each, ascending.
-        weights: Bytes of the weights.
     """
 
     def cost(small: int) -> int:

@@ -74,12 +74,7 @@ class Stack:
 
     @classmethod
     def of(cls, adapters: Iterable[LoadedAdapter], inputs: AdapterInputs) -> Stack:
-        """Some adapters stacked, each once.
-
-        Args:
-            adapters: The adapters, which fit the export.
-            inputs: The adapter tensors of the export.
-        """
+        """Some adapters stacked, each once."""
         ids: dict[LoadedAdapter | None, int] = {None: BASE}
         for adapter in adapters:
             ids.setdefault(adapter, len(ids))
@@ -87,15 +82,7 @@ class Stack:
 
 
 def names_of_rows(adapter: object, batch: int) -> list[Any]:
-    """What is given as the name of each row's adapter.
-
-    Args:
-        adapter: A name or None for all rows, or a list of one for each.
-        batch: How many rows there are.
-
-    Raises:
-        ServingError: There are not as many names as rows.
-    """
+    """What is given as the name of each row's adapter."""
     names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
     if len(names) != batch:
         raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
@@ -109,13 +96,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
     """
 
     def __init__(self, directory: Path, manifest: Manifest, max_rank: int | None = None) -> None:
-        """Start with none loaded.
-
-        Args:
-            directory: The export directory.
-            manifest: Its manifest.
-            max_rank: The largest rank that an adapter may have; None for no limit.
-        """
+        """Start with none loaded."""
         self._directory, self._manifest, self._max_rank = directory, manifest, max_rank
         self._loaded: dict[str, LoadedAdapter] = {}
         self._stack: Stack | None = None
@@ -123,11 +104,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         self._prefixes: WeakSet[PrefixCache] = WeakSet()
 
     def __getitem__(self, name: str) -> LoadedAdapter:
-        """An adapter that is loaded, or that the export's own directory holds.
-
-        Raises:
-            ServingError: There is none of the name, the export takes no adapters, or the file may not be used.
-        """
+        """An adapter that is loaded, or that the export's own directory holds."""
         if isinstance(name, str) and (found := self._loaded.get(name)) is not None:
             return found
         self.inputs()
@@ -161,24 +138,12 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return sorted({*self._loaded, *filter(is_name, own_adapters(self._directory, ServingError))})
 
     def to_bind(self, name: str | None) -> dict[str, Any]:
-        """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base.
-
-        Raises:
-            ServingError: There is no such adapter.
-        """
+        """A tensor for every adapter input: those of an adapter, of rank 0 where it has none, or for the base."""
         inputs = self.inputs()
         return empty_adapter(inputs) | ({} if name is None else self[name].values)
 
     def tensors_for(self, name: str | None, session: Any) -> dict[str, Any]:
-        """What a session over a graph with one adapter a run is fed, for an adapter or the base.
-
-        Args:
-            name: The adapter's name; None for the base.
-            session: The session.
-
-        Raises:
-            ServingError: There is no such adapter.
-        """
+        """What a session over a graph with one adapter a run is fed, for an adapter or the base."""
         inputs = self._manifest.adapter_inputs
         values = {} if name is None else self[name].values
         return values if inputs is None else adapter_values(values, inputs, session)
@@ -194,9 +159,6 @@ class Adapters(Mapping[str, LoadedAdapter]):
         It has all that are loaded, if they are few, and is made anew when a run needs one that the last stack lacks.
         Runs in other threads go on with the stack that they have, and wait for none that is being made for adapters of
         others.
-
-        Args:
-            used: The adapters, of several rows maybe the same.
         """
         if (found := self._stack_with(used)) is not None:
             return found
@@ -216,30 +178,13 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return stack if stack is not None and all(adapter in stack.ids for adapter in used) else None
 
     def rows(self, adapter: object, count: int) -> dict[str, Any]:
-        """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has.
-
-        Args:
-            adapter: A name or None for all rows, or a list of one for each.
-            count: How many rows there are.
-
-        Raises:
-            ServingError: An adapter is not there, or there are not as many names as rows.
-        """
+        """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has."""
         chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
         stack = self.stack_of([each for each in chosen if each is not None])
         return {**stack.values, ADAPTER_IDS: np.array([stack.ids[each] for each in chosen], dtype=np.int64)}
 
     def load(self, name: str, path: AdapterSource, *, exist_ok: bool = False) -> LoadedAdapter:
-        """Load an adapter file, checked against its record and the export.
-
-        Args:
-            name: The name to give it here.
-            path: The `.onnx_adapter` file, what was read of it and its record, or what one was to hold.
-            exist_ok: Whether an adapter of the name may be loaded already, which is then returned.
-
-        Raises:
-            ServingError: The name is taken or invalid, or the file may not be used; the message says why.
-        """
+        """Load an adapter file, checked against its record and the export."""
         inputs = self.inputs()
         check_name(name, ServingError)
         if isinstance(path, AdapterInMemory):
@@ -253,16 +198,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return self._add(LoadedAdapter(name, record, tensors), exist_ok=exist_ok)
 
     def mix(self, name: str, weights: Mapping[str, float]) -> LoadedAdapter:
-        """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is.
-
-        Args:
-            name: The name of the sum.
-            weights: A weight for each adapter, by name.
-
-        Raises:
-            ServingError: The name is taken or invalid, there is no such adapter, a weight is not a finite number, or
-                the sum's rank is above the limit or its values are too large for their dtype.
-        """
+        """Load the weighted sum of adapters under a name of its own; unloading one of them leaves the sum as it is."""
         inputs = self.inputs()
         check_name(name, ServingError)
         if not isinstance(weights, Mapping) or not weights:
@@ -281,11 +217,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return self._add(LoadedAdapter(name, record, tensors))
 
     def unload(self, name: str) -> None:
-        """Forget an adapter; calls that run with it end undisturbed.
-
-        Raises:
-            ServingError: It is not loaded.
-        """
+        """Forget an adapter; calls that run with it end undisturbed."""
         self.inputs()
         with self._lock:
             if not isinstance(name, str) or name not in self._loaded:
@@ -309,11 +241,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return adapter
 
     def inputs(self) -> AdapterInputs:
-        """The inputs of the export for adapters.
-
-        Raises:
-            ServingError: It takes none.
-        """
+        """The inputs of the export for adapters."""
         return check_takes_adapters(self._manifest, self._directory, ServingError)
 
 
@@ -325,11 +253,7 @@ def _is_number(value: object) -> bool:
 
 
 def _file(path: str | Path) -> Path:
-    """The absolute path of an adapter file; that it is there is for its reader to find.
-
-    Raises:
-        ServingError: It is not a path, a directory, or a file of another kind.
-    """
+    """The absolute path of an adapter file; that it is there is for its reader to find."""
     file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
     if file.is_dir() or file.suffix != SUFFIX:
         raise ServingError(f"{file} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")

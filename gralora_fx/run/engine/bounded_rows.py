@@ -99,11 +99,7 @@ class BoundedRows(ABC):
         self.memory.open(row, self._row_memory(max_length, source), self._copies_size())
 
     def _reserve_all(self, read: Mapping[int, NDArray[Any]]) -> None:
-        """Take the memory of what rows read.
-
-        Raises:
-            NoRoomError: There is no room now.
-        """
+        """Take the memory of what rows read."""
         resting = [row for row, array in read.items() if not self.reserve(row, len(array))]
         if resting:
             raise NoRoomError(
@@ -119,22 +115,12 @@ class BoundedRows(ABC):
 
     @abstractmethod
     def _row_size(self, tokens: int, count: int) -> int:
-        """Return how many bytes the caches of a row take, without those of its source.
-
-        Args:
-            tokens: How many tokens it has read.
-            count: How many it reads next.
-        """
+        """Return how many bytes the caches of a row take, without those of its source."""
 
     def _source_size(self, source: Source | None) -> int:
         """Return how many bytes the caches of a row's source take."""
         return 0
 
     def _copies_size(self, adapter: str | None = None, *, alone: bool = False) -> int:
-        """Return how many bytes the copies of the adapters of open rows take, and of one more.
-
-        Args:
-            adapter: The one more; None for none.
-            alone: Whether to leave out the open rows.
-        """
+        """Return how many bytes the copies of the adapters of open rows take, and of one more."""
         return 0

@@ -35,12 +35,7 @@ class BufferedSteps:
     """
 
     def __init__(self, session: Any, buffers: CacheBuffers) -> None:
-        """Take the buffers.
-
-        Args:
-            session: The session.
-            buffers: The caches of its rows.
-        """
+        """Take the buffers."""
         self._session, self._rows, self._caches = session, buffers.rows, buffers.values
         self._kinds = {value.name: value.type for value in session.get_inputs()}
         self._copies = session.get_providers() != [CPU]  # a binding copies an input to the device when it is bound
@@ -49,16 +44,7 @@ class BufferedSteps:
     def __call__(
         self, arrays: Mapping[str, NDArray[Any]], adapters: Mapping[str, Any], rows: range | None = None
     ) -> Tensor:
-        """Take a step of some rows.
-
-        Args:
-            arrays: What the step reads, of these rows, by the names of the inputs.
-            adapters: The adapters' tensors by name, as `OrtValue`s; the very same mapping of late is bound once.
-            rows: The rows, which follow each other; None for all.
-
-        Returns:
-            The logits of these rows.
-        """
+        """Take a step of some rows."""
         rows = range(self._rows) if rows is None else rows
         window = self._window(rows, adapters)
         values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
@@ -115,11 +101,7 @@ def _bind(binding: Any, values: Mapping[str, Any]) -> None:
 
 
 def takes_buffers(path: Path) -> bool:
-    """Whether a decoder's cache may be a buffer that is longer than what it holds: fused attention alone reads it.
-
-    Args:
-        path: The ONNX model; its weights are not read.
-    """
+    """Whether a decoder's cache may be a buffer that is longer than what it holds: fused attention alone reads it."""
     graph = onnx.load(str(path), load_external_data=False).graph
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         return False  # a branch may read any value

@@ -41,13 +41,7 @@ class RowLayout:
     """
 
     def __init__(self, inputs: Iterable[Any], part: str = "decoder", length: int | None = None) -> None:
-        """Take the inputs of a session.
-
-        Args:
-            inputs: The inputs.
-            part: Of an encoder-decoder's cache, `"decoder"` or `"encoder"`.
-            length: How many positions a row has room for, at least; None for no limit.
-        """
+        """Take the inputs of a session."""
         counts: Counter[tuple[int, bool]] = Counter()
         for slot, value in past_slots(inputs).items():
             if slot.part not in ("", part):
@@ -65,32 +59,20 @@ class RowLayout:
         """Return for how many positions a row takes memory: up to a sixteenth more than it needs, or a few pages.
 
         Pages that are taken together lie together in memory, where the processor finds them sooner.
-
-        Args:
-            positions: How many it needs.
         """
         pages = -(-positions // self._step)
         run = max(1 << (pages // _SHARE).bit_length() >> 1, _LEAST)
         return self._within(-(-pages // run) * run)
 
     def ahead(self, positions: int, known: int) -> int:
-        """Return for how many positions a row takes memory that reads a text.
-
-        Args:
-            positions: How many it needs.
-            known: How many it will need at the end of the text.
-        """
+        """Return for how many positions a row takes memory that reads a text."""
         return self._within(min(-(-known // self._step), -(-positions // self._step) + _AHEAD))
 
     def _within(self, pages: int) -> int:
         return pages * self._step if self.length is None else min(pages * self._step, self.length)
 
     def row_size(self, positions: int) -> int:
-        """Return how many bytes a row takes.
-
-        Args:
-            positions: How many positions it needs.
-        """
+        """Return how many bytes a row takes."""
         count = self.extent(positions)
         return sum(each.count * whole_pages(each.width * (count if each.grows else 1)) for each in self._parts)
 
@@ -108,16 +90,7 @@ class CacheBuffers:
     """
 
     def __init__(self, session: Any, rows: int, length: int) -> None:
-        """Make the buffers, on the CPU.
-
-        Args:
-            session: The session that reads and writes them.
-            rows: How many rows there are.
-            length: How many positions a row has room for, at least.
-
-        Raises:
-            OSError: There are no addresses for so many.
-        """
+        """Make the buffers, on the CPU."""
         inputs = session.get_inputs()
         self.layout = RowLayout(inputs, length=length)
         assert self.layout.length is not None
@@ -140,12 +113,7 @@ class CacheBuffers:
         self._known[row] = positions
 
     def take(self, row: int, positions: int) -> None:
-        """Take the memory of what a row writes next.
-
-        Args:
-            row: Its number.
-            positions: How many positions it has then.
-        """
+        """Take the memory of what a row writes next."""
         before = self._taken[row]
         if positions <= before:
             return

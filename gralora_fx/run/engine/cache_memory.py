@@ -73,15 +73,7 @@ class CacheMemory:
             return self._sum()
 
     def check(self, row: RowMemory, copies: int) -> None:
-        """Check that a row has room where no other is open.
-
-        Args:
-            row: The row's memory.
-            copies: Bytes of the copy of its adapter.
-
-        Raises:
-            NeverRoomError: It has none.
-        """
+        """Check that a row has room where no other is open."""
         size = row.claim + copies
         if self.limit is not None and size > self.limit:
             raise NeverRoomError(
@@ -90,46 +82,25 @@ class CacheMemory:
             )
 
     def admits(self, row: RowMemory, copies: int) -> bool:
-        """Return whether a row may be opened now.
-
-        Args:
-            row: The row's memory.
-            copies: Bytes of the copies of all rows' adapters, its own included.
-        """
+        """Return whether a row may be opened now."""
         with self._lock:
             return self._is_safe([*self._rows.values(), row], copies)
 
     def open(self, number: int, row: RowMemory, copies: int) -> None:
-        """Add a row, which has room.
-
-        Args:
-            number: Its number.
-            row: Its memory.
-            copies: Bytes of the copies of all rows' adapters, its own included.
-        """
+        """Add a row, which has room."""
         with self._lock:
             self._rows[number], self._copies = row, copies
             self._bound_shared()
 
     def close(self, number: int, copies: int) -> None:
-        """Remove a row, which has given back what it took.
-
-        Args:
-            number: Its number.
-            copies: Bytes of the copies of the other rows' adapters.
-        """
+        """Remove a row, which has given back what it took."""
         with self._lock:
             del self._rows[number]
             self._copies = copies
             self._bound_shared()
 
     def reserve(self, number: int, size: int) -> bool:
-        """Let a row grow; return whether it may now. It keeps what it took until it is closed.
-
-        Args:
-            number: Its number.
-            size: Bytes that it is to have, without those of its source.
-        """
+        """Let a row grow; return whether it may now. It keeps what it took until it is closed."""
         with self._lock:
             row = self._rows[number]
             size += row.source

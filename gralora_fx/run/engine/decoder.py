@@ -339,10 +339,6 @@ def part_length(left: int, most: int) -> int:
 
     A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
     that is alone in a block.
-
-    Args:
-        left: How many tokens are left.
-        most: The most that a step reads.
     """
     part = min(left, most)
     while part > 2 and 1 in (left - part, part % QUERIES):

@@ -43,14 +43,7 @@ class Encodings:
         self._lock = threading.Lock()
 
     def get(self, source: Source, name: str | None, adapter: Any, encode: Callable[[], Any]) -> Any:
-        """The encoder's output for a source.
-
-        Args:
-            source: What it reads, by name.
-            name: The adapter's name; None for the base.
-            adapter: The adapter itself, since another may get its name; None for the base.
-            encode: Runs the encoder.
-        """
+        """The encoder's output for a source."""
         key = name, _digest(source)
         with self._lock:
             ref, output = self._known.get(key, (None, None))
@@ -100,18 +93,7 @@ class EncoderDecoder(Decoder):
         size: DecoderSize,
         encodings: Encodings,
     ) -> None:
-        """Begin without rows.
-
-        Args:
-            session: The sessions over the two models.
-            adapters: The adapters that rows choose among.
-            limits: As of `Decoder`; the context counts the decoder's positions.
-            size: As of `Decoder`.
-            encodings: What the encoder gave lately.
-
-        Raises:
-            ServingError: As of `Decoder`.
-        """
+        """Begin without rows."""
         super().__init__(limits, size)
         self._session, self._adapters, self._encodings = session, adapters, encodings
         self._open: dict[int, _Row] = {}
@@ -150,11 +132,7 @@ class EncoderDecoder(Decoder):
 
 
 def _checked(source: Source, session: EncoderDecoderSession) -> Source:
-    """A source as arrays of one row each.
-
-    Raises:
-        ServingError: It is not what the encoder reads.
-    """
+    """A source as arrays of one row each."""
     if not isinstance(source, Mapping):
         raise ServingError(f"a source is what the encoder reads by name, but got {shown(source)}")
     inputs = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}

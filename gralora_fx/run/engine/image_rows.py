@@ -22,11 +22,7 @@ class ImageRows:
     """The rows of a decoder that begin with embeddings in the place of tokens."""
 
     def __init__(self, session: Any) -> None:
-        """Begin without rows.
-
-        Args:
-            session: A session over the decoder.
-        """
+        """Begin without rows."""
         self._taken = {value.name: value for value in image_arguments(session)}
         self._specs: dict[str, ImageInput] = {}
         if self._taken:
@@ -44,9 +40,6 @@ class ImageRows:
             source: What images put in the place of its first tokens, by name, as `model.onnx` takes it of one row:
                 `inputs_embeds [1, tokens, hidden]`, and with it what the model takes (see `IMAGE_INPUTS`). None for a
                 row of text alone.
-
-        Raises:
-            ServingError: The export takes no embeddings, or not these.
         """
         self._rows.pop(row, None)
         if source is None:

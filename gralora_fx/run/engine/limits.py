@@ -49,16 +49,7 @@ class DecoderLimits:
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
-        """The limits of an export.
-
-        Args:
-            directory: The export directory.
-            config: Fields of the model's `config.json`.
-            position_offset: By how many positions the model has fewer than that says.
-
-        Raises:
-            ServingError: Its end tokens are not ids.
-        """
+        """The limits of an export."""
         text = config.get("text_config") or config
         is_pair = bool(config.get("is_encoder_decoder"))
         vocabulary = text.get("decoder_vocab_size") if is_pair else None
@@ -68,15 +59,7 @@ class DecoderLimits:
         return cls(vocabulary, context, ends, is_assumed=named is None)
 
     def within(self, context: int, name: str) -> DecoderLimits:
-        """Limits with a shorter context, or any where the configuration names none.
-
-        Args:
-            context: Its tokens.
-            name: The option that gives it, for the message.
-
-        Raises:
-            ServingError: It is longer than the model's.
-        """
+        """Limits with a shorter context, or any where the configuration names none."""
         if context > self.context and not self.is_assumed:
             raise ServingError(f"{name}={context} is above the model's context of {self.context} tokens; give less")
         return replace(self, context=context, is_assumed=False)
@@ -112,11 +95,7 @@ class DecoderSize:
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
-        """Check that each is a count.
-
-        Raises:
-            ServingError: One is not.
-        """
+        """Check that each is a count."""
         for name, value in vars(self).items():
             if (type(value) is not int or value < 1) and not (
                 name in ("capacity", "prefix_cache", "max_memory") and value is None
@@ -125,12 +104,7 @@ class DecoderSize:
 
 
 def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | None:
-    """The number of positions in a configuration, or None if it names none.
-
-    Args:
-        config: A configuration's fields, as in `config.json`.
-        name: The input whose positions are counted; in an encoder-decoder each has its own.
-    """
+    """The number of positions in a configuration, or None if it names none."""
     text = config.get("text_config")
     fields = text if isinstance(text, Mapping) else config
     names = _READ_BY.get(name, ()) if config.get("is_encoder_decoder") else CONTEXT_FIELDS
@@ -139,18 +113,7 @@ def context_length(config: Mapping[str, Any], name: str = "input_ids") -> int | 
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """Ids of the tokens that end an answer: those of `generation_config.json`, else those of `config.json`.
-
-    Args:
-        directory: The export directory.
-        config: Fields of the model's `config.json`.
-
-    Returns:
-        The ids; none for a model that answers until it is stopped.
-
-    Raises:
-        ServingError: The field is not an id or a list of ids.
-    """
+    """Ids of the tokens that end an answer: those of `generation_config.json`, else those of `config.json`."""
     path = directory / GENERATION_CONFIG
     named = read_json_object(path, ServingError).get(_ENDS) if path.is_file() else None
     if named is None:

@@ -61,9 +61,6 @@ class PrefixCache:
             limit: The most bytes.
             like: What a row's keys and values are, tensors `[heads, positions, size]` on the CPU.
             states: What its states are; none of a model that has none.
-
-        Raises:
-            PrefixCacheError: There is no room for one block.
         """
         self._like = [(tensor.shape[0], tensor.shape[2], tensor.dtype) for tensor in like]
         self._states: list[Kind] = [(tuple(tensor.shape), tensor.dtype) for tensor in states]
@@ -103,12 +100,7 @@ class PrefixCache:
         return bool(self._states)
 
     def known(self, root: Root, tokens: Sequence[int]) -> int:
-        """How many tokens of a text are those of another one, whether or not a text can go on from there.
-
-        Args:
-            root: The version of the row's adapter, and the salt.
-            tokens: The text.
-        """
+        """How many tokens of a text are those of another one, whether or not a text can go on from there."""
         with self._lock:
             return sum(count for _, count in self._path(root, tokens))
 
@@ -123,9 +115,6 @@ class PrefixCache:
             start: How many of the tokens the row has already.
             row: The row's keys and values, `[heads, positions, size]`.
             states: Its states, which become those of a snapshot if there is one after `start`.
-
-        Returns:
-            How many of the tokens the row has now.
         """
         with self._lock:
             path = list(self._path(root, tokens))
@@ -199,11 +188,7 @@ class PrefixCache:
             self._make_room(0, None)
 
     def drop(self, version: Any) -> None:
-        """Free the blocks of a version of an adapter, for good.
-
-        Args:
-            version: The version, which no row that is opened from now on has.
-        """
+        """Free the blocks of a version of an adapter, for good."""
         with self._lock:
             self._gone.add(version)
             for root in [root for root in self._roots if root[0] is version]:

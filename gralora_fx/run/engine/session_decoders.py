@@ -52,20 +52,7 @@ class RowsDecoder(Decoder):
         is_float32: bool = False,
         weights: int = 0,
     ) -> None:
-        """Make the caches of the rows.
-
-        Args:
-            session: A session over a rows' graph.
-            adapters: The adapters that rows choose among.
-            limits: As of `Decoder`.
-            size: As of `Decoder`.
-            is_float32: Whether nothing in the model is rounded to fewer bits (see `SharedRows`).
-            weights: Bytes of the model's weights (see `RowStacks`).
-
-        Raises:
-            ServingError: As of `Decoder`.
-            PrefixCacheError: The prefix cache has no room for a block, or steps are too short to share what they read.
-        """
+        """Make the caches of the rows."""
         inputs = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
         self._pads_attention, self._chooses_logits = ATTENTION_SEQLENS in inputs, LOGITS_INDICES in inputs
         can_verify = self._pads_attention and (self._chooses_logits or gives_all(session))
@@ -118,9 +105,6 @@ class RowsDecoder(Decoder):
 
     def cached(self, row: int) -> dict[str, Tensor]:
         """What is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
-
-        Args:
-            row: Its number, as `open` gave it.
 
         Returns:
             Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.
@@ -273,18 +257,7 @@ class SequentialDecoder(Decoder):
         *,
         takes_buffers: bool,
     ) -> None:
-        """Begin without rows.
-
-        Args:
-            session: A session over the model.
-            adapters: The adapters that rows choose among.
-            limits: As of `Decoder`.
-            size: As of `Decoder`.
-            takes_buffers: Whether a cache may be longer than what it holds (see `takes_buffers`).
-
-        Raises:
-            ServingError: As of `Decoder`.
-        """
+        """Begin without rows."""
         super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces

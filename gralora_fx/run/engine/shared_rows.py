@@ -73,13 +73,7 @@ class SharedRows:
         self._rows: dict[int, _SharedRow] = {}
 
     def begin(self, row: int, version: Any, salt: str | None) -> None:
-        """A row is opened.
-
-        Args:
-            row: Its number.
-            version: The version of its adapter; None for the base.
-            salt: What keeps it apart from rows with another one.
-        """
+        """A row is opened."""
         self._rows[row] = _SharedRow((version, salt))
 
     def end(self, row: int, length: int) -> None:
@@ -96,15 +90,7 @@ class SharedRows:
             self._rows[row].exact = -1
 
     def read(self, row: int, length: int, tokens: Sequence[int], drafts: int = 0, *, is_several: bool = True) -> None:
-        """A row has read tokens, after so many others.
-
-        Args:
-            row: Its number.
-            length: How many tokens it had read before.
-            tokens: The tokens.
-            drafts: How many of them, at the end, the row may not keep.
-            is_several: Whether they were read as several tokens are.
-        """
+        """A row has read tokens, after so many others."""
         shared = self._at(row, length)
         if drafts:
             self._keep_blocks(row, shared)
@@ -133,13 +119,7 @@ class SharedRows:
         self.cache.store(shared.root, shared.text[:stop], self._tensors(row), states, is_chance=is_chance)
 
     def cut(self, row: int, length: int, count: int) -> int:
-        """How many of the tokens that a row is about to read it reads in a step by themselves; 0 for no cut.
-
-        Args:
-            row: Its number.
-            length: How many tokens it has read.
-            count: How many it is about to read.
-        """
+        """How many of the tokens that a row is about to read it reads in a step by themselves; 0 for no cut."""
         shared = self._at(row, length)
         chance = (len(shared.planned) - _LEFT) // BLOCK * BLOCK
         stops = {*shared.stops, chance} if chance - shared.kept >= _APART else shared.stops
@@ -156,16 +136,7 @@ class SharedRows:
         return 0
 
     def fill(self, row: int, length: int, tokens: Sequence[int]) -> int:
-        """Fill in what is known of the tokens that a row would read next, without the last ones.
-
-        Args:
-            row: The row's number.
-            length: How many tokens it has read.
-            tokens: The tokens.
-
-        Returns:
-            How many of them it need not read.
-        """
+        """Fill in what is known of the tokens that a row would read next, without the last ones."""
         shared = self._at(row, length)
         if len(tokens) <= _LEFT or self._sharable(shared) < length:
             return 0

@@ -35,12 +35,7 @@ class FormError(ServingError):
     """The form of an answer cannot be followed."""
 
     def __init__(self, field: str | None, problem: str) -> None:
-        """Say what is wrong.
-
-        Args:
-            field: The option or field that asks for the form; None if that is not known.
-            problem: What is wrong with it.
-        """
+        """Say what is wrong."""
         super().__init__(problem if field is None else f"{field}: {problem}")
         self.field = field
 
@@ -65,20 +60,7 @@ class AnswerForm:
 
     @classmethod
     def of(cls, kind: FormKind, value: Any, field: str | None = None) -> AnswerForm:
-        """A form of what a caller gives.
-
-        Args:
-            kind: Of which kind it is.
-            value: A schema as an object or JSON text, a regular expression in the syntax of Rust's `regex` that the
-                whole answer matches, a list of texts of which the answer is one, or a grammar in llguidance's variant
-                of Lark or in GBNF. JSON schemas within Lark, after `%json`, are checked as others are. Classes of
-                characters are those of `character_classes`.
-            field: The option or field that asks for it.
-
-        Raises:
-            FormError: It is of another type, larger than 64 KiB, a schema that cannot be followed, or a grammar of more
-                than 2000 rules.
-        """
+        """A form of what a caller gives."""
         try:
             return cls(kind, schema_text(value) if kind == "json" else _checked(kind, value), field)
         except ServingError as error:
@@ -114,9 +96,6 @@ def with_checked_parts(grammar: str) -> str:
 
     Before:  `start: /\d/ %json {"type": "string", "format": "path"}`
     After:   `start: /[0-9]/ %json {"x-guidance": {"whitespace_flexible": false, ...}, "type": "string"}`
-
-    Raises:
-        ServingError: The grammar is JSON itself, a rule has a temperature, or a schema cannot be followed.
     """
     if grammar.lstrip().startswith("{"):  # llguidance's own form, in which schemas would not be checked
         raise ServingError("it is JSON; give rules in Lark or GBNF")
@@ -143,14 +122,7 @@ def with_checked_parts(grammar: str) -> str:
 
 
 def one_form(given: GivenForms) -> AnswerForm | None:
-    """The one form among what may be given, by its name; None if there is none.
-
-    Args:
-        given: What may be given.
-
-    Raises:
-        FormError: There are several, or one is wrong.
-    """
+    """The one form among what may be given, by its name; None if there is none."""
     forms = {name: pair for name, pair in given.items() if pair[1] is not None}
     if len(forms) > 1:
         first, second, *_ = forms

@@ -40,35 +40,18 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits | None = None) -> None:
-        """Begin without grammars.
-
-        Args:
-            tokenizer: The tokenizer, which is read when the first form comes; None if there is none.
-            limits: The vocabulary and end tokens of the model; None for those of the tokenizer.
-        """
+        """Begin without grammars."""
         self.tokenizer, self._limits = tokenizer, limits
         self._tokens: Any = None  # llguidance's form of the tokenizer
         self._lock = threading.Lock()
 
     def of(self, given: GivenForms) -> AnswerGrammar | None:
-        """The grammar of the one form among what may be given; None if there is none.
-
-        Args:
-            given: What may be given.
-
-        Raises:
-            FormError: There are several forms, or one cannot be followed.
-        """
+        """The grammar of the one form among what may be given; None if there is none."""
         found = one_form(given)
         return None if found is None else self.compiled(found)
 
     def compiled(self, form: AnswerForm) -> AnswerGrammar:
-        """A form as a grammar.
-
-        Raises:
-            FormError: llguidance is not installed, there is no tokenizer or it cannot read that, the form cannot be
-                compiled, or no token can begin such an answer.
-        """
+        """A form as a grammar."""
         try:
             tokens = self._read()
         except ServingError as error:
@@ -76,11 +59,7 @@ class Grammars:
         return AnswerGrammar(tokens, form, None if self._limits is None else self._limits.vocabulary)
 
     def part(self, form: AnswerForm) -> dict[str, Any]:
-        """A form as one of the grammars that a form of the kind `calls` is made of, without a name.
-
-        Raises:
-            FormError: It is nested too deeply.
-        """
+        """A form as one of the grammars that a form of the kind `calls` is made of, without a name."""
         text = _source(form)
         if not text.startswith("{"):
             return {"lark_grammar": text}
@@ -88,11 +67,7 @@ class Grammars:
         return {name: value for name, value in own.items() if name != "name"}
 
     def special_tokens(self) -> frozenset[int]:
-        """Ids of the tokens that no text within a grammar has, and which a grammar can name; without end tokens.
-
-        Raises:
-            ServingError: As of `compiled`.
-        """
+        """Ids of the tokens that no text within a grammar has, and which a grammar can name; without end tokens."""
         tokens = self._read()
         special = filter(tokens.is_special_token, range(tokens.vocab_size))
         return frozenset(special) - frozenset(tokens.eos_tokens)
@@ -113,16 +88,7 @@ class AnswerGrammar:
     """
 
     def __init__(self, tokens: Any, form: AnswerForm, vocabulary: int | None = None) -> None:
-        """Compile a form.
-
-        Args:
-            tokens: llguidance's form of the tokenizer.
-            form: The form.
-            vocabulary: How many tokens the model has; None for no fewer than the tokenizer.
-
-        Raises:
-            FormError: It cannot be compiled, or no token can begin such an answer.
-        """
+        """Compile a form."""
         import llguidance
 
         limits = llguidance.LLParserLimits(**_LIMITS)
@@ -138,15 +104,7 @@ class AnswerGrammar:
             raise FormError(form.field, "no token of the model can begin such an answer")
 
     def begin(self, ends: frozenset[int], most: int) -> RowGrammar:
-        """The state of a row that has no token of its answer yet.
-
-        Args:
-            ends: Ids of the tokens that end the answer.
-            most: The most tokens of the answer.
-
-        Raises:
-            DeadEndError: No token can begin it, or it is too complex.
-        """
+        """The state of a row that has no token of its answer yet."""
         return RowGrammar(self._start.deep_copy(), self._ends, ends, most, self._vocabulary, self._field)
 
 
@@ -187,11 +145,7 @@ def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> An
 
 
 def _source(form: AnswerForm) -> str:
-    """A form as llguidance takes it.
-
-    Raises:
-        FormError: It is nested too deeply, or is no grammar.
-    """
+    """A form as llguidance takes it."""
     import llguidance
 
     if form.kind == "calls":

@@ -26,14 +26,7 @@ class AnswerRow:
     """
 
     def __init__(self, choose: TokenChooser, prompt: tuple[int, ...], most: int, verifies: bool) -> None:
-        """Begin an answer.
-
-        Args:
-            choose: Chooses its tokens.
-            prompt: The tokens before it.
-            most: The most tokens of it.
-            verifies: Whether the decoder can verify drafts.
-        """
+        """Begin an answer."""
         self._choose, self._left = choose, most
         self._text = NGrams(prompt) if verifies else None
         self.unread: tuple[int, ...] = ()
@@ -66,9 +59,6 @@ class AnswerRow:
 
         Where the text repeats itself, a token computes as one of several, whether there is a draft or not: so an answer
         depends on its text alone, and not on what it pays to propose.
-
-        Args:
-            read: How many tokens the step reads.
         """
         is_all = read == len(self.unread) + len(self.draft)
         return len(self.draft) + 1 if self.matched and is_all else None

@@ -63,11 +63,7 @@ class CallFormat:
         return f"call_{secrets.token_hex(12)}"
 
     def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """Calls as an answer has them.
-
-        Args:
-            calls: The `name` and the `arguments` of each.
-        """
+        """Calls as an answer has them."""
         texts = [f"{self.head}{call['name']}{self.middle}{json.dumps(call['arguments'])}{self.tail}" for call in calls]
         return self.start + (self.between or "\n").join(texts) + self.end
 

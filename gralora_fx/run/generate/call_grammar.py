@@ -32,17 +32,7 @@ class Tool:
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str) -> Tool:
-        """A tool, whose arguments are checked as far as that needs no tokenizer.
-
-        Args:
-            name: Its name.
-            parameters: The schema of its arguments, an object's; None for no arguments. An object whose schema does
-                not say otherwise has no members but its properties.
-            field: The field of the request that has the schema.
-
-        Raises:
-            FormError: That is no schema of an object, or one that cannot be followed.
-        """
+        """A tool, whose arguments are checked as far as that needs no tokenizer."""
         schema: dict[str, Any] = {"type": "object", **(parameters or {})}
         if schema["type"] != "object":
             raise FormError(field, "the arguments of a function are an object; give a schema with the type 'object'")
@@ -69,17 +59,7 @@ class ToolUse:
 def call_grammar(
     grammars: Grammars, form: CallFormat, use: ToolUse, content: AnswerForm | None = None
 ) -> AnswerGrammar:
-    """The grammar of answers that may call tools.
-
-    Args:
-        grammars: Compiles it.
-        form: How calls are written.
-        use: The tools.
-        content: The form of an answer that calls none; None for any text.
-
-    Raises:
-        FormError: A schema or the form cannot be compiled, or they are too large together.
-    """
+    """The grammar of answers that may call tools."""
     if content is not None and not use.is_required and form.begins_answer:
         raise FormError(
             content.field,
@@ -111,11 +91,7 @@ class _Lark:
         self._other = special - set(self._tokens.values())
 
     def text(self, *, has_form: bool) -> str:
-        """The grammar.
-
-        Args:
-            has_form: Whether an answer without calls has a form of its own, the grammar `content`.
-        """
+        """The grammar."""
         start = self._form.start
         if self._use.is_required:
             rules = {"start": "calls"}
@@ -129,11 +105,7 @@ class _Lark:
         return "\n".join(f"{name}: {body}" for name, body in (rules | self._calls(start)).items())
 
     def _calls(self, start: str) -> dict[str, str]:
-        """Rules of calls.
-
-        Args:
-            start: What is before the first one.
-        """
+        """Rules of calls."""
         form, count = self._form, len(self._use.tools)
         several = form.between is not None and self._use.is_parallel
         rules = {"calls": f"{_any_of('first', count)} {'more*' if several else ''} {self._literal(form.end)}"}

@@ -50,11 +50,7 @@ class CallReader:
     """
 
     def __init__(self, form: CallFormat) -> None:
-        """Begin an answer.
-
-        Args:
-            form: How calls are written.
-        """
+        """Begin an answer."""
         self._form = form
         self._at = _At.BEGIN if form.begins_answer else _At.TEXT
         self._held = ""
@@ -67,11 +63,7 @@ class CallReader:
         return self._at not in (_At.HEAD, _At.NAME, _At.ARGUMENTS)
 
     def step(self, text: str) -> list[AnswerPart]:
-        """Read text.
-
-        Args:
-            text: What comes next of the answer.
-        """
+        """Read text."""
         self._held += text
         parts: list[AnswerPart] = []
         steps = {

@@ -26,9 +26,6 @@ def portable(expression: str) -> str:
 
     Before:  `\d{3}[^\s,]`
     After:   `[0-9]{3}[^[\p{White_Space}\x1c-\x1f\ufeff],]`
-
-    Args:
-        expression: The expression; one that is wrong stays so.
     """
     has_dots = _ALL_DOTS.search(expression) is None
     negated: list[bool] = []  # of each class that is open: whether what stands in it is what does not match

@@ -66,21 +66,13 @@ class TextRequest:
         return self.images if self.source is None else self.source.arrays
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
-        """What chooses its tokens.
-
-        Args:
-            ends: Ids of the tokens that end the answer.
-        """
+        """What chooses its tokens."""
         rules = [] if self.source is None else self.source.processors(self.sampling, self.prompt, self.max_new_tokens)
         grammar = None if self.grammar is None else self.grammar.begin(ends, self.max_new_tokens)
         return TokenChooser(self.sampling, self.prompt, ends, rules, grammar)
 
     def check(self, limits: DecoderLimits) -> None:
-        """Check that a decoder can run it.
-
-        Raises:
-            ServingError: The prompt is empty, too long, or holds ids outside the vocabulary, or an option does.
-        """
+        """Check that a decoder can run it."""
         length = len(self.prompt)
         if not length:
             raise ServingError("the prompt has no tokens; give at least one")
@@ -126,14 +118,7 @@ class Completion:
         stop: Sequence[str],
         shown: frozenset[int] = frozenset(),
     ) -> None:
-        """Start an empty completion.
-
-        Args:
-            tokenizer: Decodes tokens; None for tokens without text.
-            ends: Ids of the tokens that end an answer.
-            stop: Strings that end an answer.
-            shown: Special tokens that are part of the text.
-        """
+        """Start an empty completion."""
         self._stream = None if tokenizer is None else TextStream(tokenizer, shown)
         self._ends, self._stops = ends, [StopSearch(string) for string in stop]
         self._held = ""
@@ -157,12 +142,7 @@ class Completion:
         return "" if self._stream is None else self._add(self._stream.step(token))
 
     def extend(self, choice: Choice, most: int) -> str:
-        """Add the tokens of a choice, up to the end of the answer; returns the new text.
-
-        Args:
-            choice: What was chosen.
-            most: The most tokens of the answer.
-        """
+        """Add the tokens of a choice, up to the end of the answer; returns the new text."""
         text, last = "", len(choice.tokens)
         for number, token in enumerate(choice.tokens, 1):
             text += self.take(token)

@@ -24,12 +24,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: frozenset[int] = frozenset()) -> None:
-        """Start an empty text.
-
-        Args:
-            tokenizer: The tokenizer.
-            shown: Ids of special tokens that are part of the text by their names.
-        """
+        """Start an empty text."""
         self._tokenizer = tokenizer
         special = _special_tokens(tokenizer)
         self._skipped, self._shown = special - shown, special & shown
@@ -83,11 +78,7 @@ class TokenBytes:
     """What each token adds to a text; a token may be a part of a letter, whose bytes are then no text by themselves."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Read how the tokenizer writes bytes.
-
-        Args:
-            tokenizer: The tokenizer.
-        """
+        """Read how the tokenizer writes bytes."""
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
 

@@ -65,18 +65,7 @@ class EncoderInputs:
         limits: DecoderLimits,
         position_offset: int,
     ) -> None:
-        """Read the rules and limits.
-
-        Args:
-            directory: The export directory.
-            config: Fields of its `config.json`.
-            session: The sessions over its models.
-            limits: What its decoder takes.
-            position_offset: By how many positions the model has fewer than its configuration says.
-
-        Raises:
-            ServingError: Its `generation_config.json` cannot be followed.
-        """
+        """Read the rules and limits."""
         self._directory, self._vocabulary = directory, config.get("vocab_size")
         taken = session.encoder.get_inputs()
         self._inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
@@ -90,26 +79,13 @@ class EncoderInputs:
 
     @cached_property
     def speech(self) -> SpeechReader:
-        """Reads recordings.
-
-        Raises:
-            ServingError: The model reads text, or the export holds no feature extractor.
-        """
+        """Reads recordings."""
         if self.takes_text:
             raise ServingError(f"{self._directory} reads text, not sound; give it text or token ids")
         return SpeechReader(self._directory, self._inputs)
 
     def of_ids(self, ids: Sequence[int], forced_first: int | None = None) -> EncoderInput:
-        """What the encoder reads of a text.
-
-        Args:
-            ids: Its token ids.
-            forced_first: The token that the answer begins with; None for the model's.
-
-        Raises:
-            ServingError: The model reads no text, or there are no ids, or some outside the vocabulary.
-            TooLargeError: There are too many.
-        """
+        """What the encoder reads of a text."""
         if not self.takes_text:
             raise ServingError(
                 f"{self._directory} reads sound, not text; give a recording as an array of floats, or over HTTP to "
@@ -128,36 +104,17 @@ class EncoderInputs:
 
     @staticmethod
     def check_texts(prompts: Any) -> None:
-        """Check that no text is empty, to which many tokenizers give an end token all the same.
-
-        Args:
-            prompts: A prompt, or several.
-
-        Raises:
-            ServingError: One is.
-        """
+        """Check that no text is empty, to which many tokenizers give an end token all the same."""
         for prompt in [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, (list, tuple)) else ():
             if isinstance(prompt, str) and not prompt.strip():
                 raise ServingError("the source is empty; give a text")
 
     def of_recording(self, audio: Audio) -> EncoderInput:
-        """What the encoder reads of a recording.
-
-        Raises:
-            ServingError: The model reads text, or the export holds no feature extractor.
-            TooLargeError: It is too long.
-        """
+        """What the encoder reads of a recording."""
         return EncoderInput(self._checked(self.speech.features(audio)), self.rules)
 
     def of_features(self, values: Mapping[str, Any]) -> list[EncoderInput]:
-        """What the encoder reads of features, a row each.
-
-        Args:
-            values: Arrays or tensors by name, the batch as their first axis.
-
-        Raises:
-            ServingError: The model reads others.
-        """
+        """What the encoder reads of features, a row each."""
         unknown = [name for name in values if name not in self._inputs]
         if unknown:
             raise ServingError(f"the encoder of {self._directory} takes {', '.join(self._inputs)}, not {unknown[0]}")
@@ -169,11 +126,7 @@ class EncoderInputs:
         return [EncoderInput(self._checked(row), self.rules) for row in rows]
 
     def example(self, ids: Sequence[int]) -> EncoderInput:
-        """An input to try the model with.
-
-        Args:
-            ids: Tokens of a text.
-        """
+        """An input to try the model with."""
         if self.takes_text:
             return self.of_ids(ids)
         silence = np.zeros(self.speech.rate // 10, dtype=np.float32)

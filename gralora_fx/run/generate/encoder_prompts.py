@@ -117,11 +117,7 @@ def _recordings(reader: EncoderInputs, inputs: GenerateInputs) -> tuple[bool, bo
 
 
 def _rows(prompts: Any) -> list[Any]:
-    """The recordings of a list, or of an array of several.
-
-    Raises:
-        ServingError: The array is one of several channels.
-    """
+    """The recordings of a list, or of an array of several."""
     if isinstance(prompts, (torch.Tensor, np.ndarray)) and prompts.ndim == 2:
         if prompts.shape[0] > prompts.shape[1]:
             raise ServingError(

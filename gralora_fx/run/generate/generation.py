@@ -39,16 +39,7 @@ class Generation:
     speculation: Speculation = field(default_factory=Speculation)
 
     def read(self, inputs: GenerateInputs, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
-        """What `generate` was given, as what encoder and decoder read.
-
-        Args:
-            inputs: What it was given: prompts are a text, a recording, a list of token ids, or a list of any of them.
-            adapter: The adapter of all prompts, or of each, which detects the language of recordings.
-            tokenizer: The tokenizer beside the model, or None.
-
-        Raises:
-            ServingError: It is not what the model reads, or an option has no effect.
-        """
+        """What `generate` was given, as what encoder and decoder read."""
         reader = self.encoder_inputs
         if reader is None:
             reason = "the model is a decoder, without an encoder"

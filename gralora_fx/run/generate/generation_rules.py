@@ -68,16 +68,7 @@ class GenerationRules:
 
     @classmethod
     def of(cls, directory: Path, model_config: Mapping[str, Any], ends: frozenset[int]) -> GenerationRules:
-        """The rules of an export.
-
-        Args:
-            directory: The export directory.
-            model_config: Fields of its `config.json`, in which old models have the same fields.
-            ends: Ids of the tokens that end an answer.
-
-        Raises:
-            ServingError: They cannot be read or followed.
-        """
+        """The rules of an export."""
         path = directory / GENERATION_CONFIG
         fields = read_json_object(path, ServingError) if path.is_file() else {}
         names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
@@ -101,11 +92,7 @@ class GenerationRules:
 
     @property
     def start(self) -> int:
-        """The token that an answer's decoder begins with.
-
-        Raises:
-            ServingError: None is named.
-        """
+        """The token that an answer's decoder begins with."""
         for name in ("decoder_start_token_id", "bos_token_id"):
             found = getattr(self.config, name, None)
             if type(found) is int and found >= 0:
@@ -115,11 +102,7 @@ class GenerationRules:
         )
 
     def new_tokens(self, prompt_length: int) -> int | None:
-        """How many tokens an answer has at most where a request does not say; None if the model does not say either.
-
-        Args:
-            prompt_length: Tokens of the decoder before the answer.
-        """
+        """How many tokens an answer has at most where a request does not say; None if the model does not say either."""
         if self.config.max_new_tokens is not None:
             return int(self.config.max_new_tokens)
         most = self.config.max_length
@@ -133,15 +116,7 @@ class GenerationRules:
         source: Sequence[int] | None = None,
         forced_first: int | None = None,
     ) -> list[Any]:
-        """What changes the logits of every answer, in transformers' order, before anything is drawn.
-
-        Args:
-            sampling: A request's own options, each of which takes the place of the model's.
-            prompt: Tokens of the decoder before the answer.
-            new_tokens: The most tokens of the answer.
-            source: Tokens that the encoder reads; None if it reads others.
-            forced_first: The token after the first of the decoder; None for the model's.
-        """
+        """What changes the logits of every answer, in transformers' order, before anything is drawn."""
         ends = sorted(self.ends if sampling.ends is None else sampling.ends)
         return [
             *self._of_repetition(sampling, source, ends),

@@ -37,9 +37,6 @@ def schema_text(schema: Any) -> str:
     Formats that no grammar knows, which are notes, are left out, classes of characters in a pattern are written out
     (see `character_classes`), and choices that a `discriminator` tells apart by a member are written as `anyOf`.
 
-    Args:
-        schema: The schema as an object, or as JSON text.
-
     Raises:
         ServingError: It is not an object, is larger than `LARGEST` bytes, has more than 1000 properties or a keyword
             that no grammar follows, refers to what is not within it, or every value of it holds another of its kind
@@ -83,11 +80,7 @@ class _Walk:
         self._properties = 0
 
     def check(self) -> None:
-        """Check the keywords and references of all, write them plainly, and check that the first has a value that ends.
-
-        Raises:
-            ServingError: One is wrong.
-        """
+        """Check all keywords and references, write them plainly, and check that the first has a value that ends."""
         waiting, seen = [self._root], set[int]()
         while waiting:
             schema = waiting.pop()

@@ -18,11 +18,7 @@ class NGrams:
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        """Begin with a prompt.
-
-        Args:
-            tokens: Its tokens.
-        """
+        """Begin with a prompt."""
         self._tokens = list(tokens)
         grams = zip(*(self._tokens[start:] for start in range(ORDER)), strict=False)
         # where the text goes on after each, the last time; the last of all has nothing after it yet

@@ -55,21 +55,7 @@ class Completions(Iterator[Any]):
         grammar: AnswerGrammar | None = None,
         most_drafted: int | None = None,
     ) -> None:
-        """Check the prompts, and let a decoder read them.
-
-        Args:
-            generation: How the model generates.
-            prompts: The prompts to answer.
-            tokenizer: For texts, and for stop strings.
-            sampling: How tokens are chosen.
-            stop: Strings that end an answer.
-            adapter: The adapter to answer with, or of each; None for the base.
-            grammar: What the tokens of every answer may be; None for any.
-            most_drafted: The most tokens of an answer that are proposed for a step; None for the model's own.
-
-        Raises:
-            ServingError: The decoder does not take a prompt, an option or the adapter, or it fails.
-        """
+        """Check the prompts, and let a decoder read them."""
         most = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
         names = names_of_rows(adapter, len(prompts.rows))
         sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)

@@ -36,23 +36,11 @@ class PromptLimit:
         return cls(positions, "the source", f"more than the encoder's {positions} positions")
 
     def check_text(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that a text may fit.
-
-        Args:
-            text: What is to be tokenized.
-            tokenizer: What tokenizes it.
-
-        Raises:
-            TooLargeError: It surely does not.
-        """
+        """Check that a text may fit."""
         if self.most is not None and surely_exceeds(text, self.most, tokenizer):
             raise TooLargeError(f"{self.what} has {len(text)} characters, which are {self.excess}; shorten it")
 
     def check_tokens(self, tokens: Sized) -> None:
-        """Check that tokens fit.
-
-        Raises:
-            TooLargeError: They do not.
-        """
+        """Check that tokens fit."""
         if self.most is not None and len(tokens) > self.most:
             raise TooLargeError(f"{self.what} has {len(tokens)} tokens, {self.excess}; shorten it")

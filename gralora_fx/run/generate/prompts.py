@@ -74,29 +74,12 @@ class GenerateInputs:
     inputs_embeds: Any = None
 
     def check_unused(self, reason: str, *names: str) -> None:
-        """Check that some options are not given.
-
-        Args:
-            reason: Why they have no effect.
-            names: The options.
-
-        Raises:
-            ServingError: One is given.
-        """
+        """Check that some options are not given."""
         if unused := [name for name in names if getattr(self, name) is not None]:
             raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
 
     def read(self, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
-        """Prompts, or a tokenizer's result, as token ids.
-
-        Args:
-            tokenizer: For texts and chats, or None.
-            limit: The most tokens of each; None for any.
-
-        Raises:
-            ServingError: Neither or both are given, or they are not prompts.
-            TooLargeError: A text surely has more tokens.
-        """
+        """Prompts, or a tokenizer's result, as token ids."""
         if self.input_ids is None:
             if self.prompts is None or self.attention_mask is not None:
                 raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
@@ -107,17 +90,7 @@ class GenerateInputs:
 
 
 def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
-    """Convert the prompts of `generate` to token ids.
-
-    Args:
-        prompts: One prompt, or several of them.
-        tokenizer: For texts and chats, or None.
-        limit: The most tokens of each; None for any.
-
-    Raises:
-        ServingError: They are not prompts, or need a tokenizer and there is none.
-        TooLargeError: A text surely has more tokens.
-    """
+    """Convert the prompts of `generate` to token ids."""
     if isinstance(prompts, Mapping):
         raise ServingError("pass a tokenizer's result by name: generate(**tokenizer(...))")
     is_single = isinstance(prompts, str) or is_chat(prompts) or is_ids(prompts)
@@ -140,9 +113,6 @@ def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
     Args:
         input_ids: `[batch, length]`, or `[length]` for one prompt; rows of lists may differ in length.
         attention_mask: As `input_ids`, 0 where a position is padding; None without padding.
-
-    Raises:
-        ServingError: They are not token ids, or the mask does not fit them.
     """
     ids = _as_lists("input_ids", input_ids)
     is_single = not any(isinstance(row, list) for row in ids)
@@ -172,9 +142,6 @@ def with_images(prompts: Prompts, embeds: Any) -> Prompts:
         prompts: The prompts.
         embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each; None
             of texts alone.
-
-    Raises:
-        ServingError: There are not as many, or not of as many tokens, as the prompts have.
     """
     if embeds is None:
         return prompts
@@ -204,11 +171,7 @@ def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
-    """Strings that end an answer, checked.
-
-    Raises:
-        ServingError: One is not text or is empty, or there is no tokenizer for them.
-    """
+    """Strings that end an answer, checked."""
     if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
         raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

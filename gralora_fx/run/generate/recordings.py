@@ -38,11 +38,7 @@ class Audio:
     rate: int
 
     def __post_init__(self) -> None:
-        """Check the samples and their rate.
-
-        Raises:
-            ServingError: There are none, they are not finite numbers, or the rate is none of audio.
-        """
+        """Check the samples and their rate."""
         if not _SLOWEST <= self.rate <= _FASTEST:
             raise ServingError(f"the audio's sampling rate is {self.rate} Hz; give one of {_SLOWEST} to {_FASTEST} Hz")
         if not self.samples.size:
@@ -56,11 +52,7 @@ class Audio:
         return len(self.samples) / self.rate
 
     def at(self, rate: int) -> NDArray[np.float32]:
-        """The samples at another rate, band-limited: frequencies that it cannot hold are left out.
-
-        Args:
-            rate: Samples a second.
-        """
+        """The samples at another rate, band-limited: frequencies that it cannot hold are left out."""
         if rate == self.rate:
             return self.samples
         common = int(np.gcd(rate, self.rate))
@@ -78,16 +70,7 @@ class Audio:
 
 
 def read_audio(data: bytes, most_seconds: float) -> Audio:
-    """Read an audio file; its channels are averaged.
-
-    Args:
-        data: The file's content.
-        most_seconds: How long it may be.
-
-    Raises:
-        ServingError: It is not an audio file that can be read, or holds no audio.
-        TooLargeError: It is longer.
-    """
+    """Read an audio file; its channels are averaged."""
     if not data:
         raise ServingError("the audio file is empty; send one with samples")
     is_wav = data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE"
@@ -96,11 +79,7 @@ def read_audio(data: bytes, most_seconds: float) -> Audio:
 
 
 def check_length(seconds: float, most: float) -> None:
-    """Check how long a recording is.
-
-    Raises:
-        TooLargeError: It is longer than the model reads.
-    """
+    """Check how long a recording is."""
     if seconds > most:
         raise TooLargeError(
             f"the audio is {seconds:.1f} seconds long, and the model reads {most:g} at a time; send it in parts"
@@ -163,11 +142,7 @@ _DECODERS: dict[tuple[int, int], Any] = {
 
 
 def _by_soundfile(data: bytes, most_seconds: float, *, is_wav: bool) -> Audio:
-    """Audio of another format.
-
-    Raises:
-        ServingError: soundfile is not installed, or does not know the format either.
-    """
+    """Audio of another format."""
     try:
         soundfile: Any = importlib.import_module("soundfile")  # of an extra
     except ImportError as error:
@@ -197,15 +172,7 @@ class SpeechReader:
     """
 
     def __init__(self, directory: Path, inputs: Mapping[str, Any]) -> None:
-        """Load it.
-
-        Args:
-            directory: The export directory.
-            inputs: What the encoder takes, by name, as its session describes it.
-
-        Raises:
-            ServingError: There is none, or it cannot be loaded.
-        """
+        """Load it."""
         extractor = load_feature_extractor(directory, ServingError)
         if extractor is None:
             raise ServingError(
@@ -223,15 +190,7 @@ class SpeechReader:
         self.most_seconds = math.inf if samples is None else samples / self.rate
 
     def features(self, audio: Audio) -> dict[str, NDArray[Any]]:
-        """What the encoder reads of a recording.
-
-        Args:
-            audio: The recording.
-
-        Raises:
-            TooLargeError: It is longer than `most_seconds`.
-            ServingError: The extractor is not the model's.
-        """
+        """What the encoder reads of a recording."""
         check_length(audio.seconds, self.most_seconds)
         samples = audio.at(self.rate)
         try:
@@ -252,15 +211,7 @@ def is_recording(value: Any) -> bool:
 
 
 def recording(value: Any, rate: int) -> Audio:
-    """A recording as it is given in Python.
-
-    Args:
-        value: Samples of one channel, or a dict of them with their rate.
-        rate: The rate of samples without one.
-
-    Raises:
-        ServingError: It is not a recording.
-    """
+    """A recording as it is given in Python."""
     if isinstance(value, Mapping):
         value, rate = value[SAMPLES], value[RATE]
     if isinstance(rate, bool) or not isinstance(rate, (int, np.integer)):

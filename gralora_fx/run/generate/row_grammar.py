@@ -38,19 +38,7 @@ class RowGrammar:
         vocabulary: int,
         field: str | None = None,
     ) -> None:
-        """Begin an answer; see `AnswerGrammar.begin`.
-
-        Args:
-            matcher: llguidance's state, which nobody else uses.
-            own_ends: Ids of the tokens that llguidance lets end an answer.
-            ends: Ids of the tokens that end this one.
-            most: The most tokens of the answer.
-            vocabulary: How many tokens both the model and the tokenizer have.
-            field: The option or field that asks for its form; None if that is not known.
-
-        Raises:
-            DeadEndError: No token can begin it, or it is too complex.
-        """
+        """Begin an answer; see `AnswerGrammar.begin`."""
         self._vocabulary, self._field = vocabulary, field
         self._matcher, self._own_ends, self._ends, self._left = matcher, own_ends, ends, most
         self.forced: deque[int] = deque()
@@ -80,14 +68,7 @@ class RowGrammar:
         return token < self._vocabulary and token not in self._own_ends and self._matcher.validate_tokens([token]) == 1
 
     def allowed(self, size: int) -> NDArray[np.bool_]:
-        """Which tokens may come next, `[size]`.
-
-        Args:
-            size: How many logits there are; tokens that the tokenizer does not know may not come.
-
-        Raises:
-            DeadEndError: No token can go on.
-        """
+        """Which tokens may come next, `[size]`."""
         self._settle()
         if self._allowed is None:
             self._allowed = self._find_allowed()
@@ -100,11 +81,7 @@ class RowGrammar:
         return int(self._matcher.validate_tokens(list(tokens[: self._left]))) if self._goes_on else 0
 
     def take(self, token: int) -> None:
-        """Go on after a token that was chosen among those that are allowed.
-
-        Raises:
-            DeadEndError: The grammar is at a point where no token can go on, or is too complex there.
-        """
+        """Go on after a token that was chosen among those that are allowed."""
         self._settle()
         self._left -= 1
         if token in self._ends:

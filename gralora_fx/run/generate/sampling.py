@@ -70,11 +70,7 @@ class Sampling:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sampling:
-        """Sampling by the options of a call.
-
-        Raises:
-            ServingError: An option is unknown, invalid or without effect.
-        """
+        """Sampling by the options of a call."""
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in names]:
             raise ServingError(
@@ -91,17 +87,7 @@ class Sampling:
     def new_tokens(
         self, prompts: Sequence[Sequence[int]], limits: DecoderLimits, defaults: Sequence[int | None] = ()
     ) -> list[int]:
-        """The most tokens that the answer to each prompt has, after a check that a decoder can take them.
-
-        Args:
-            prompts: Their token ids.
-            limits: What the decoder can take.
-            defaults: What the model says of each, where the options do not; none, or None, for 64.
-
-        Raises:
-            ServingError: There is no prompt, one is empty, too long or holds ids out of range, or an option names
-                tokens that there are not.
-        """
+        """The most tokens that the answer to each prompt has, after a check that a decoder can take them."""
         if not prompts:
             raise ServingError("there is no prompt; give at least one")
         for index, row in enumerate(prompts):
@@ -128,11 +114,7 @@ class Sampling:
         return [min(most or _NEW_TOKENS, limits.context - len(row)) for row, most in zip(prompts, named, strict=True)]
 
     def check_tokens(self, limits: DecoderLimits) -> None:
-        """Check the tokens that options name.
-
-        Raises:
-            ServingError: One is not in a decoder's vocabulary.
-        """
+        """Check the tokens that options name."""
         outside = f"outside the vocabulary of {limits.vocabulary} tokens"
         if (wrong := limits.outside([*(self.logit_bias or ())])) is not None:
             raise ServingError(f"logit_bias names token {wrong}, {outside}").about("logit_bias")

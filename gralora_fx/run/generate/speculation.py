@@ -87,16 +87,7 @@ class Speculation:
             self._likely[matched] += _WEIGHT * (is_proposed - self._likely[matched])
 
     def propose(self, rows: Sequence[AnswerRow], room: int, most: int) -> int:
-        """Make the drafts of a step in which rows read the tokens that were chosen.
-
-        Args:
-            rows: The rows that read.
-            room: The most tokens that a row may read.
-            most: The most tokens of a draft; 0 for none.
-
-        Returns:
-            How many tokens are proposed.
-        """
+        """Make the drafts of a step in which rows read the tokens that were chosen."""
         base = sum(len(row.unread) for row in rows)
         limits = [min(most, row.most, room - len(row.unread)) if row.matched else 0 for row in rows]
         if max(limits, default=0) < 1 or not self._costs.knows(base) or any(row.credit < 0 for row in rows):
@@ -139,10 +130,5 @@ class Speculation:
         self._excess = cost / self._costs(base) - 1 if drafted else 0.0
 
     def settle(self, row: AnswerRow, gained: int) -> None:
-        """Take note of what a row that read in the last step got.
-
-        Args:
-            row: The row.
-            gained: How many tokens of a draft were chosen.
-        """
+        """Take note of what a row that read in the last step got."""
         row.credit = min(row.credit + gained - self._excess + _LOSS, _MOST_CREDIT)

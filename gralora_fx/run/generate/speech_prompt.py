@@ -40,11 +40,7 @@ class SpeechPrompt:
     earlier: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check language and task.
-
-        Raises:
-            ServingError: The model knows none, or not this one.
-        """
+        """Check language and task."""
         for name, known in (("language", "lang_to_id"), ("task", "task_to_id")):
             value = getattr(self, name)
             if value is None:
@@ -68,14 +64,7 @@ class SpeechPrompt:
         return [] if is_known else sorted(self._ids("lang_to_id").values())
 
     def tokens(self, heard: int | None = None) -> list[int]:
-        """The tokens before the answer.
-
-        Args:
-            heard: The language that was heard, one of `languages`; None where they are none.
-
-        Raises:
-            ServingError: `generation_config.json` names a language or a task that it does not define.
-        """
+        """The tokens before the answer."""
         tokens: list[int | None] = [self.rules.start, *self._forced()]
         language = heard if self._language is None else self._language_id(self._language)
         if language is not None:
@@ -106,11 +95,7 @@ class SpeechPrompt:
         return getattr(self.rules.config, name, None)
 
     def _ids(self, name: str) -> Mapping[str, int]:
-        """Token ids by name, as a field has them; none where it is not there.
-
-        Raises:
-            ServingError: It has something else.
-        """
+        """Token ids by name, as a field has them; none where it is not there."""
         found = self._field(name) or {}
         if not isinstance(found, Mapping) or not all(type(token) is int and token >= 0 for token in found.values()):
             raise ServingError(f"{name} of {self.rules.directory} is {shown(found)}, not ids of tokens; {_REPAIR}")
@@ -142,16 +127,7 @@ class SpeechPrompt:
 
 
 def earlier_text(tokenizer: PreTrainedTokenizerBase, text: str, positions: int) -> tuple[int, ...]:
-    """Text before a recording as the tokens that Whisper's decoder takes for it, the last of them if they are many.
-
-    Args:
-        tokenizer: Whisper's tokenizer.
-        text: The text.
-        positions: Positions of the decoder; half of them are the answer's.
-
-    Raises:
-        ServingError: The tokenizer has no tokens for earlier text, or the text names special tokens.
-    """
+    """Text before a recording as the tokens that Whisper's decoder takes for it, the last of them if they are many."""
     read, most = getattr(tokenizer, "get_prompt_ids", None), max(positions // 2 - 1, 1)
     if read is None:
         raise ServingError("prompt has no effect: the model's tokenizer takes no earlier text; leave it out")

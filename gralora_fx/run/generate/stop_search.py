@@ -14,11 +14,7 @@ class StopSearch:
     """
 
     def __init__(self, string: str) -> None:
-        """Begin without text.
-
-        Args:
-            string: The stop string.
-        """
+        """Begin without text."""
         self.string = string
         self.matched = 0
         self._borders = [0]  # for each prefix: the length of its longest proper prefix that is also its suffix

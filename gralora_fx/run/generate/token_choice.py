@@ -76,15 +76,7 @@ class TokenChooser:
         rules: Sequence[Any] = (),
         grammar: RowGrammar | None = None,
     ) -> None:
-        """Prepare the processors, in the order of transformers' `generate`.
-
-        Args:
-            sampling: How tokens are chosen.
-            prompt: The tokens before the answer.
-            ends: Ids of the tokens that end the answer.
-            rules: The processors of the model itself, which come after those of the options.
-            grammar: What the tokens may be, before anything is drawn; None for any. What it forces is not chosen.
-        """
+        """Prepare the processors, in the order of transformers' `generate`."""
         self._ids = list(prompt)
         self._top = sampling.logprobs
         self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
@@ -105,9 +97,6 @@ class TokenChooser:
 
         Args:
             logits: `[vocabulary]`, what the model gives after the prompt and the tokens that were chosen before.
-
-        Raises:
-            DeadEndError: No token can go on with the grammar.
         """
         grammar = self._grammar
         if grammar is not None and grammar.forced:
@@ -173,13 +162,7 @@ class OccurrencePenalty:
     """OpenAI's penalties: what a token of the answer loses because it occurs there, and for each time that it does."""
 
     def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
-        """Set the penalties.
-
-        Args:
-            presence: What a token loses once.
-            frequency: What it loses each time.
-            prompt_length: How many of the ids are the prompt's.
-        """
+        """Set the penalties."""
         self._presence, self._frequency, self._start = presence, frequency, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

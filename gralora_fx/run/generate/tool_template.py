@@ -40,11 +40,7 @@ class ToolTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:
-        """Find the form of a tokenizer's template.
-
-        Args:
-            tokenizer: The tokenizer; one without a template has the general form.
-        """
+        """Find the form of a tokenizer's template."""
         templates = getattr(tokenizer, "chat_template", None) or ""
         if isinstance(templates, dict):  # by their names
             templates = templates.get("tool_use") or templates.get("default") or ""
@@ -65,12 +61,7 @@ class ToolTemplate:
         return "tool calls: JSON, since the tokenizer's template has none; a message describes the tools"
 
     def messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-        """Messages as the template takes them: as they are, unless it does not know of tools.
-
-        Args:
-            messages: Messages of a chat, which may hold calls of tools and their results.
-            tools: The tools as OpenAI's clients send them.
-        """
+        """Messages as the template takes them: as they are, unless it does not know of tools."""
         if self.has_tools:
             return [dict(message) for message in messages]
         plain = _plain_messages(messages, self.format)
@@ -104,10 +95,6 @@ def attempts(
     """A chat and its tools as they are, and then as a template may need them that does not take them so.
 
     Some templates need every field of a function, and some the arguments of calls as text.
-
-    Args:
-        messages: The messages of the chat.
-        tools: The tools.
     """
     yield messages, tools
     whole = [{**tool, "function": tool["function"] | _without(_UNSAID, tool["function"])} for tool in tools]

@@ -58,12 +58,7 @@ def _array(value: Any) -> NDArray[Any]:
 
 
 def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]:
-    """Adapters stacked as `OrtValue`s by name, padded with zeros to the largest rank at each layer.
-
-    Args:
-        adapters: The tensors of each, which fit the export; its id is its place, from 1 on.
-        inputs: The adapter tensors of the export.
-    """
+    """Adapters stacked as `OrtValue`s by name, padded with zeros to the largest rank at each layer."""
     ranks = largest_ranks([ranks_of(tensors, inputs) for tensors in adapters], inputs)
     arrays = empty_stack(len(adapters), ranks, inputs)
     for number, tensors in enumerate(adapters, BASE + 1):
@@ -87,11 +82,6 @@ def largest_ranks(several: Sequence[Ranks], inputs: AdapterInputs) -> Ranks:
 
 def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
     """Zeros with room for adapters, and for the base before them.
-
-    Args:
-        count: How many adapters.
-        ranks: The ranks that there is room for at each layer.
-        inputs: The adapter tensors of the export.
 
     Returns:
         `[1 + count, ...]` by name; what nobody has written to takes no memory yet.
@@ -119,12 +109,6 @@ def write_adapter(stack: Mapping[str, NDArray[Any]], number: int, tensors: Array
 
     Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
     belong to output block j, and so for the rows of `B`.
-
-    Args:
-        stack: From `empty_stack`, with room for its ranks.
-        number: Its id.
-        tensors: Its tensors, which fit the export.
-        inputs: The adapter tensors of the export.
     """
     for site in inputs.sites:
         for place, name in zip(_places(site, inputs.k), site.names(inputs.k), strict=True):
@@ -158,13 +142,6 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
     The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
     s columns of `A[n]` and rows of `B[j]`, so those are joined pair by pair; plain LoRA's are joined as they are.
     Changes of biases are added.
-
-    Args:
-        parts: The tensors of each adapter by name, and its weight; at least one.
-        inputs: The adapter tensors of the export.
-
-    Returns:
-        Tensors by name at every layer that one of them adapts.
     """
     tensors: dict[str, NDArray[Any]] = {}
     for site in inputs.sites:

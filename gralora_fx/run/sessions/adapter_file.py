@@ -100,16 +100,7 @@ AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # what
 def read_record(
     path: Path, error: type[GraloraError] = ExportError, content: AdapterContent | None = None
 ) -> AdapterRecord:
-    """The record of an adapter file.
-
-    Args:
-        path: The adapter file.
-        error: The error type to raise.
-        content: What was read of it; None to read it now.
-
-    Raises:
-        GraloraError: Of the given type: there is none, or it is damaged.
-    """
+    """The record of an adapter file."""
     place = record_path(path)
     remedy = "make the adapter again with export_adapter"
     try:
@@ -140,11 +131,7 @@ def read_record(
 
 
 def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> None:
-    """Check that an adapter's ranks are within a limit.
-
-    Raises:
-        ServingError: One is above it.
-    """
+    """Check that an adapter's ranks are within a limit."""
     rank = max(record.r, record.hybrid_r)
     if most is not None and rank > most:
         raise ServingError(f"{place} has rank {rank}, above the limit of {most} (max_rank)")
@@ -183,17 +170,7 @@ def record_of(
     fingerprint: str | None,
     base: Mapping[str, Any] | None = None,
 ) -> AdapterRecord:
-    """The record of an adapter file that was written.
-
-    Args:
-        path: The file.
-        name: The adapter's name.
-        tensors: Its tensors.
-        config: Its `adapter_config.json`.
-        inputs: The adapter tensors of the export that it is for.
-        fingerprint: Fingerprint of the export's base.
-        base: What was compared of the adapter's base and the export's, or None.
-    """
+    """The record of an adapter file that was written."""
     content = path.read_bytes()
     record = record_in_memory(name, tensors, config, inputs, fingerprint)
     digest = hashlib.sha256(content).hexdigest()
@@ -253,20 +230,7 @@ def read_tensors(
     error: type[GraloraError],
     content: AdapterContent | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """The tensors of an adapter file, if they are what an export takes.
-
-    Args:
-        path: The file.
-        record: What it should hold.
-        inputs: The adapter tensors of the export.
-        fingerprint: Fingerprint of the export's base.
-        error: The error type to raise.
-        content: What was read of it; None to read it now.
-
-    Raises:
-        GraloraError: Of the given type: the file was changed, is for another export or base, or its tensors are
-            incomplete, misshapen, of another dtype or not finite. All problems are named.
-    """
+    """The tensors of an adapter file, if they are what an export takes."""
     problems = [*_record_problems(record, inputs, fingerprint)]
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
@@ -286,11 +250,7 @@ def read_tensors(
 def check_file(
     path: Path, record: AdapterRecord, error: type[GraloraError], content: AdapterContent | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes of an adapter file, which is the one that its record describes.
-
-    Raises:
-        GraloraError: Of the given type: it cannot be read, or its size or SHA-256 differs.
-    """
+    """The bytes of an adapter file, which is the one that its record describes."""
     try:
         file = np.fromfile(path, np.uint8) if content is None else content.file
     except OSError as failure:

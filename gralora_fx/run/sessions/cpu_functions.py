@@ -19,12 +19,6 @@ def call_cpu_functions(model: onnx.ModelProto) -> bool:
 
     Each entry of an initializer is a constant of its own over the same bytes: ONNX Runtime packs the constant matrices
     of products once, when it makes the session.
-
-    Args:
-        model: A model; its weights are not read.
-
-    Returns:
-        Whether it was changed.
     """
     graph = model.graph
     marked = [(node, note.value) for node in graph.node for note in node.metadata_props if note.key == CPU_FUNCTION]

@@ -10,13 +10,7 @@ from gralora_fx.format.manifest import Manifest
 
 
 def base_of_export(directory: str | Path, manifest: Manifest | None, given: str | Path | None = None) -> BaseSource:
-    """Return what is known of the base of an export.
-
-    Args:
-        directory: The export directory, whose `config.json` is the exported model's.
-        manifest: Its manifest; None of another exporter's.
-        given: The base as the caller names it, for an export that does not.
-    """
+    """Return what is known of the base of an export."""
     fields = read_config_fields(Path(directory))
     if manifest is not None and manifest.base is not None:
         return BaseSource(manifest.base.name, manifest.base.revision, fields, manifest.base.quantization)

@@ -30,18 +30,7 @@ def is_openvino(name: str) -> bool:
 def complete_options(
     options: Mapping[str, Any], device: Device, threads: int, *, threads_are_given: bool
 ) -> dict[str, Any]:
-    """Options as OpenVINO takes them, with the number of threads.
-
-    Args:
-        options: A user's options.
-        device: The device to run on.
-        threads: Threads of a run on the CPU.
-        threads_are_given: Whether the user said so.
-
-    Raises:
-        ServingError: An option is unknown, `load_config` is not an object by device, or has another device's
-            properties, or the number of threads is given twice.
-    """
+    """Options as OpenVINO takes them, with the number of threads."""
     for name in options:
         if name in _PROPERTIES:
             raise ServingError(
@@ -73,11 +62,6 @@ def arithmetic(options: Mapping[str, Any], device: Device, *, is_quantized: bool
     OpenVINO may compute in less than the model's precision unless it is told: in bfloat16 on processors that have it,
     in float16 on other devices. On a processor without float16 a hint of it gives bfloat16. What multiplies quantized
     weights is rounded to int8 in groups, unless `DYNAMIC_QUANTIZATION_GROUP_SIZE` is 0.
-
-    Args:
-        options: The provider's options.
-        device: The device that it runs on.
-        is_quantized: Whether the model has quantized weights.
     """
     config = _load_config(options)
     sections = [section for name, section in config.items() if name.partition(".")[0] == device.kind.partition(".")[0]]

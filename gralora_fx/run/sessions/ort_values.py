@@ -35,21 +35,7 @@ def run_values(
     names: Sequence[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> dict[str, Any]:
-    """Run a session on tensors, which are cast to its input dtypes, or on its own output values.
-
-    Args:
-        session: An ONNX Runtime session.
-        feed: A tensor or an `OrtValue` for every input.
-        description: What is being run, for messages.
-        names: Outputs to return; None for all.
-        error: The error type to raise.
-
-    Returns:
-        Outputs by name, as `OrtValue`; `as_tensor` makes tensors of them.
-
-    Raises:
-        GraloraError: Of the given type: ONNX Runtime fails.
-    """
+    """Run a session on tensors, which are cast to its input dtypes, or on its own output values."""
     kinds = {value.name: value.type for value in (*session.get_inputs(), *image_arguments(session))}
     if unknown := [name for name in feed if name not in kinds]:
         raise error(f"{description}: the session takes no {', '.join(unknown)}")
@@ -71,12 +57,7 @@ def image_arguments(session: Any) -> list[Any]:
 
 
 def as_value(tensor: Tensor, kind: str) -> Any:
-    """A tensor as an `OrtValue` for a session.
-
-    Args:
-        tensor: Any tensor on the CPU.
-        kind: The input's type in ONNX Runtime's words, such as `tensor(float16)`.
-    """
+    """A tensor as an `OrtValue` for a session."""
     array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous()
     if array.dtype == torch.bfloat16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
@@ -84,12 +65,7 @@ def as_value(tensor: Tensor, kind: str) -> Any:
 
 
 def own_value(tensor: Tensor, kind: str) -> Any:
-    """A tensor as an `OrtValue` in memory of its own, like a session's output; not of bfloat16.
-
-    Args:
-        tensor: Any tensor on the CPU.
-        kind: The type in ONNX Runtime's words.
-    """
+    """A tensor as an `OrtValue` in memory of its own, like a session's output; not of bfloat16."""
     array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous().numpy()
     value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
     value.update_inplace(array)
@@ -97,13 +73,7 @@ def own_value(tensor: Tensor, kind: str) -> Any:
 
 
 def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
-    """An empty cache for a session: every `past_key_values.N...` input, states zeros.
-
-    Args:
-        session: An ONNX Runtime session.
-        batch: Number of rows.
-        length: Positions that it has room for, zeros.
-    """
+    """An empty cache for a session: every `past_key_values.N...` input, states zeros."""
     values: dict[str, Any] = {}
     for slot, value in past_slots(session.get_inputs()).items():
         shape, dtype = slot.kind.shape(value.shape, batch, length), TORCH_DTYPES[value.type]
@@ -121,16 +91,7 @@ def as_tensor(value: Any) -> Tensor:
 
 
 def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
-    """An input as an array of the type and shape that a session takes.
-
-    Args:
-        name: The input.
-        value: An array, a tensor on any device or a nested list.
-        expected: The session's description of the input.
-
-    Raises:
-        ServingError: It is empty, or of another dtype or shape.
-    """
+    """An input as an array of the type and shape that a session takes."""
     array = plain_array(name, value)
     dtype = DTYPES.get(expected.type, array.dtype)
     shape = list(expected.shape)
@@ -153,15 +114,7 @@ def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
 
 
 def plain_array(name: str, value: Any) -> NDArray[Any]:
-    """A value as an array of any type and shape.
-
-    Args:
-        name: The input.
-        value: An array, a tensor on any device or a nested list.
-
-    Raises:
-        ServingError: It is not an array.
-    """
+    """A value as an array of any type and shape."""
     try:
         if not isinstance(value, Tensor):
             return np.asarray(value)

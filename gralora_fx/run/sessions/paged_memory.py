@@ -29,9 +29,6 @@ class PagedBytes:
 
         Args:
             count: How many bytes.
-
-        Raises:
-            OSError: There are no addresses for so many.
         """
         self._map = _mapped(max(count, 1))
         if sys.platform == "linux":
@@ -44,10 +41,6 @@ class PagedBytes:
 
         Pages that are taken together mostly lie together in memory, where the processor finds them sooner. Where the
         system does not do that, each page is taken when it is first written.
-
-        Args:
-            start: The first byte, at which a page begins.
-            stop: The byte after the last.
         """
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # an older kernel
@@ -57,10 +50,6 @@ class PagedBytes:
         """Give back the pages that lie wholly within some bytes, which are zeros from then on.
 
         Where the system does not do that, the bytes stay as they are (see `kept_reason`).
-
-        Args:
-            start: The first byte.
-            stop: The byte after the last.
         """
         first, end = whole_pages(start), stop // PAGE * PAGE
         if sys.platform == "linux" and first < end and kept_reason() is None:

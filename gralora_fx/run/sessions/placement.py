@@ -28,13 +28,6 @@ def placement_of(session: Any) -> Placement | None:
     """How many nodes of each operator every provider of a session runs.
 
     Nodes are those of the file, as providers took them before ONNX Runtime fused any.
-
-    Args:
-        session: An ONNX Runtime session, or the two of an encoder-decoder, whose nodes are added.
-
-    Returns:
-        Counts by provider and operator, in the order of the session's providers, without nodes for one that runs none;
-        None where it was not recorded: for the CPU alone, or session options of a user's own.
     """
     if isinstance(session, EncoderDecoderSession):
         parts = [placement_of(part) for part in (session.encoder, session.decoder)]
@@ -50,11 +43,7 @@ def placement_of(session: Any) -> Placement | None:
 
 
 def describe_placement(placement: Placement) -> str:
-    """The nodes of each provider, as in `OpenVINOExecutionProvider 225, CPUExecutionProvider 2 (Shape 2)`.
-
-    Args:
-        placement: What `placement_of` returned. Operators are named for every provider but the first.
-    """
+    """The nodes of each provider, as in `OpenVINOExecutionProvider 225, CPUExecutionProvider 2 (Shape 2)`."""
     texts = []
     for position, (name, operators) in enumerate(placement.items()):
         most = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
@@ -78,13 +67,7 @@ def warn_of_idle(runtime: Runtime, placement: Placement | None) -> None:
 
 
 def describe_providers(runtime: Runtime, session: Any, *, is_quantized: bool = False) -> list[str]:
-    """Every provider of a session with version and device, as far as they are known, and OpenVINO's precision.
-
-    Args:
-        runtime: The providers with their options.
-        session: The session that they run.
-        is_quantized: Whether the model has quantized weights.
-    """
+    """Every provider of a session with version and device, as far as they are known, and OpenVINO's precision."""
     options = dict(runtime.providers)
     texts = {device.provider: str(device) for device in runtime.devices}
     for device in runtime.devices:

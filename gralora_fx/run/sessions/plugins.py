@@ -67,17 +67,7 @@ class Device:
 
 
 def devices_of(provider: str) -> tuple[Device, ...]:
-    """The devices of a plug-in provider; its package's library is registered once in a process.
-
-    Args:
-        provider: Name of an execution provider.
-
-    Returns:
-        One or more; none for a provider that is part of ONNX Runtime.
-
-    Raises:
-        ServingError: There is no such provider, its package cannot be loaded, or it has no device on this machine.
-    """
+    """The devices of a plug-in provider; its package's library is registered once in a process."""
     with _lock:
         if found := registered_devices(provider):
             return found
@@ -106,15 +96,7 @@ def registered_devices(provider: str) -> tuple[Device, ...]:
 
 
 def choose_device(devices: tuple[Device, ...], kind: object = None) -> Device:
-    """The device of a kind; the CPU, else the first, where none is asked for.
-
-    Args:
-        devices: The devices of a provider, one or more.
-        kind: `CPU`, `GPU`, `NPU` or one of the devices' own names; None if the user left it out.
-
-    Raises:
-        ServingError: There is none of the kind.
-    """
+    """The device of a kind; the CPU, else the first, where none is asked for."""
     if kind is None:
         return next((device for device in devices if device.kind == "CPU"), devices[0])
     chosen = next((device for device in devices if kind in (device.kind, device.kind.partition(".")[0])), None)
@@ -142,14 +124,7 @@ def _candidates(provider: str) -> Iterator[str]:
 
 
 def _register(module_name: str, provider: str) -> bool:
-    """Register a package's library, unless the package says that it brings other providers.
-
-    Returns:
-        Whether it says that it brings this one; some do not say what they bring.
-
-    Raises:
-        ServingError: It cannot be loaded.
-    """
+    """Register a package's library, unless the package says that it brings other providers."""
     path = module_name
     try:
         module = importlib.import_module(module_name)

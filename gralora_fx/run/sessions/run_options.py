@@ -30,18 +30,7 @@ def runtime_of(
     session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None,
     threads: int | None,
 ) -> Runtime:
-    """How ONNX Runtime runs a model.
-
-    Args:
-        providers: As in `load`.
-        provider_options: As in `load`.
-        session_options: As in `load`.
-        threads: As in `load`; None for the session options' number, else one for each core that this process
-            may use.
-
-    Raises:
-        ServingError: A provider is not installed, or an option is unknown, of another type, or given twice.
-    """
+    """How ONNX Runtime runs a model."""
     if isinstance(session_options, onnxruntime.SessionOptions):
         return _with_session_options(providers, provider_options, session_options, threads)
     if not (session_options is None or isinstance(session_options, Mapping)):
@@ -213,9 +202,6 @@ def available_threads(root: Path = Path("/")) -> int:
 
     A quota of two and a half cores counts as two, and one below a core as one: of more threads than the quota has
     cores, all would be stopped each time it is used up.
-
-    Args:
-        root: The directory that holds `proc` and `sys`.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *(int(quota) for quota in _quotas(root))]))

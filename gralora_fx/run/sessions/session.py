@@ -50,11 +50,7 @@ class Runtime:
 
 
 def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Session options that leave errors to exceptions.
-
-    Args:
-        threads: Threads of an operator; None for ONNX Runtime's choice.
-    """
+    """Session options that leave errors to exceptions."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     if threads is not None:
@@ -67,9 +63,6 @@ def yielding_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
     Where runs alternate with PyTorch's, waiting threads take the cores from it: each of its operations then takes
     many times as long.
-
-    Args:
-        threads: Threads of an operator; None for ONNX Runtime's choice.
     """
     options = quiet_options(threads)
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -85,20 +78,7 @@ def open_session(
     weights: Container[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two.
-
-    Args:
-        directory: An export directory.
-        runtime: How to run it; None for the CPU.
-        name: The file of the model, where it is one.
-        as_stored: Open the file as other programs do, without what fits how it is run (see `call_cpu_functions`).
-        weights: Names of the files that the export keeps its weights in; None for any of the directory.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type, when there is no model, its weights are outside the directory or in another
-            file than the export's, or ONNX Runtime cannot load it.
-    """
+    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two."""
     folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
         parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored, weights) for name in (ENCODER, DECODER)]
@@ -191,17 +171,6 @@ def check_external_data(
 
     ONNX Runtime follows hard links to external data, so a crafted model could read any file of the machine; some
     execution providers read compiled parts of a graph from paths that its `EPContext` nodes name.
-
-    Args:
-        path: The model.
-        error: The error type to raise.
-        weights: Names of the files that may hold its weights; None for any of its directory.
-
-    Returns:
-        The model, without the weights of other files.
-
-    Raises:
-        GraloraError: Of the given type, naming the other file.
     """
     check_own_file(path, error)
     try:
@@ -275,13 +244,6 @@ def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingErro
 
     x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two such products in 16 bits, which
     saturate without an error.
-
-    Args:
-        runtime: How a model is run.
-        error: The error type to raise.
-
-    Raises:
-        GraloraError: Of the given type, when sums saturate.
     """
     providers = [name for name, _ in runtime.providers]
     if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():

@@ -65,13 +65,7 @@ class EncoderDecoderSession:
         return [name for name in self.encoder.get_providers() if name in self.decoder.get_providers()]
 
     def run(self, names: Sequence[str] | None, feed: Arrays, options: Any = None) -> list[NDArray[Any]]:
-        """One call of the whole model.
-
-        Args:
-            names: Outputs to return; None for all, in the order of `get_outputs`.
-            feed: Inputs by name.
-            options: An `onnxruntime.RunOptions`, for every run of either session.
-        """
+        """One call of the whole model."""
         ids, mask = feed["decoder_input_ids"], feed.get("attention_mask")
         past = {name: value for name, value in feed.items() if name.startswith(PAST)}
         hidden = self.encode(feed, options)
@@ -111,9 +105,6 @@ class EncoderDecoderSession:
             mask: `[batch, encoder length]`, 0 where a position of the encoder is padding.
             past: Keys and values by the names of the inputs; None for the first step.
             options: An `onnxruntime.RunOptions`.
-
-        Returns:
-            `logits` and `present.N.decoder|encoder.key|value` by name.
         """
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, "encoder_hidden_states": hidden}
         if mask is not None:
@@ -140,30 +131,18 @@ def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
 
 
 def transposed_states(session: Any) -> frozenset[str]:
-    """Names of the states that a session takes and gives with the last two axes swapped, of inputs and outputs.
-
-    Args:
-        session: A session, or a view of one.
-    """
+    """Names of the states that a session takes and gives with the last two axes swapped, of inputs and outputs."""
     places = _metadata(session).get(TRANSPOSED_STATES, "").split()
     return frozenset(prefix + place for place in places for prefix in (PAST, PRESENT))
 
 
 def reads_tokens_apart(session: Any) -> bool:
-    """Whether a model computes a token that it reads by itself, after others, otherwise than one of several.
-
-    Args:
-        session: A session, or a view of one.
-    """
+    """Whether a model computes a token that it reads by itself, after others, otherwise than one of several."""
     return TOKENS_APART in _metadata(session)
 
 
 def is_current_form(session: Any) -> bool:
-    """Return whether a graph of rows is of the form that this version writes (see `batch_continuously`).
-
-    Args:
-        session: A session over `model_rows.onnx`, or a view of one.
-    """
+    """Return whether a graph of rows is of the form that this version writes (see `batch_continuously`)."""
     return _metadata(session).get(ROWS_FORM) == "2"
 
 
@@ -240,12 +219,7 @@ class AdapterSession(SessionView):
 
 
 def with_adapter(session: Any, values: Values) -> Any:
-    """A session, or an `EncoderDecoderSession`, that runs with an adapter.
-
-    Args:
-        session: The session over an export.
-        values: The adapter's tensors; of none, the session itself is returned.
-    """
+    """A session, or an `EncoderDecoderSession`, that runs with an adapter."""
     if not values:
         return session
     if isinstance(session, EncoderDecoderSession):
@@ -254,13 +228,7 @@ def with_adapter(session: Any, values: Values) -> Any:
 
 
 def adapter_values(values: Values, inputs: AdapterInputs, session: Any) -> dict[str, Any]:
-    """The tensors of an adapter as a session takes them, for layers that it does not adapt too where that is required.
-
-    Args:
-        values: The adapter's tensors by name; empty for the base.
-        inputs: The adapter tensors of the export.
-        session: The session. Overridable initializers that are left out keep their default; inputs have none.
-    """
+    """Return the tensors of an adapter as a session takes them, for layers that it does not adapt too if need be."""
     taken = [value for part in _parts(session) for value in part.get_inputs()]
     is_required = any(is_adapter_tensor(value.name) for value in taken)
     return {**(empty_adapter(inputs) if is_required else {}), **values}

@@ -46,11 +46,7 @@ class AsgiRequest:
 
 
 async def read(request: Request) -> AsgiRequest:
-    """Read a request with its body.
-
-    Raises:
-        ClientDisconnect: The client went away.
-    """
+    """Read a request with its body."""
     scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
     return AsgiRequest({"type": "http", "root_path": "", **scope}, await request.body())
 
@@ -59,10 +55,6 @@ async def answer(app: ASGIApp, request: AsgiRequest) -> AsyncIterator[Message]:
     """The messages with which an app answers a request, as they come.
 
     When the iterator is closed early, as for a client that went away, the app's work is cancelled.
-
-    Args:
-        app: The app.
-        request: The request.
     """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     body: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]

@@ -53,16 +53,7 @@ class Frontend:
         access_log: Path | None,
         adapters_folder: Path | None = None,
     ) -> None:
-        """Make the app.
-
-        Args:
-            replicas: Ray's handle of the replicas.
-            settings: What is served.
-            adapters: The adapters that requests may name.
-            metrics_folder: Where the processes of the service keep their metrics.
-            access_log: The file that requests are logged in; None for no log.
-            adapters_folder: Where adapters are that requests load, if there is a root; None if they may load none.
-        """
+        """Make the app."""
         metrics = Metrics()
         app = self._app = FastAPI(openapi_url=None)  # the replicas have the app's description
         add_handlers(app)
@@ -109,12 +100,7 @@ class Forwarding:
     """Answers requests by a replica: whole, or with an error in the protocol's form if the replica ends before."""
 
     def __init__(self, replicas: Any, is_adapter: Callable[[str | None], bool]) -> None:
-        """Take the replicas.
-
-        Args:
-            replicas: Ray's handle of them.
-            is_adapter: Tells whether what a request names is, or may be, an adapter.
-        """
+        """Take the replicas."""
         self._replicas, self._is_adapter = replicas.options(stream=True), is_adapter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

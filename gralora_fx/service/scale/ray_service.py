@@ -42,12 +42,7 @@ class ModelReplica:
     """A process with the model and all of its adapters, which answers requests by the app of `create_app`."""
 
     async def __init__(self, settings: ServiceSettings, folder: Path) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Open the model; Ray hands over requests once it is warm.
-
-        Args:
-            settings: What to serve.
-            folder: Of the adapters that requests load.
-        """
+        """Open the model; Ray hands over requests once it is warm."""
         torch.set_num_threads(1)  # as of `server.run`
         self._app = create_app(settings)
         self._engine, adapters = self._app.state.engine, self._app.state.root_adapters
@@ -87,18 +82,7 @@ class ModelReplica:
 
 
 def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
-    """Open what will be served, once, so that an error is the one line that it is without Ray.
-
-    Args:
-        settings: What to serve.
-
-    Returns:
-        The adapters that requests may name, and how many requests a replica takes at a time: as many as fill its batch,
-        and for an encoder, whose batches are short, the next one too. Others wait for whichever replica is free first.
-
-    Raises:
-        ServingError: The export or an adapter cannot be opened, or the model does not run with one.
-    """
+    """Open what will be served, once, so that an error is the one line that it is without Ray."""
     engine = open_engine(settings, Metrics())
     with closing(engine.models):
         load_given(engine, settings)
@@ -117,21 +101,7 @@ def run_replicas(
     port: int,
     has_access_log: bool = False,
 ) -> NoReturn:
-    """Serve until the process is told to end; no more requests are taken then, and those that run are answered.
-
-    Args:
-        settings: What to serve; without `threads`, the cores are divided among the replicas.
-        adapters: The adapters that requests may name.
-        at_a_time: How many requests a replica takes at a time.
-        replicas: How many processes have the model.
-        host: The address to listen on.
-        port: The port; 0 for a free one.
-        has_access_log: Whether requests are logged, in a file beside Ray's logs.
-
-    Raises:
-        ServingError: Ray cannot listen there, or a replica does not start.
-        SystemExit: The process was told to end.
-    """
+    """Serve until the process is told to end; no more requests are taken then, and those that run are answered."""
     port = _free_port(host, port)
     settings = _settled(settings, replicas)
     with tempfile.TemporaryDirectory(prefix="gralora-fx-replicas-") as place, _ray(settings, replicas) as logs:
@@ -203,11 +173,7 @@ def _deployments(
 
 @contextmanager
 def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
-    """Ray on this machine alone, whose processes end with the block; signals that end this one raise `SystemExit`.
-
-    Yields:
-        Where its logs are.
-    """
+    """Ray on this machine alone, whose processes end with the block; signals that end this one raise `SystemExit`."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         context = _started(replicas * (settings.threads or 1))
@@ -219,14 +185,7 @@ def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
 
 
 def _started(threads: int) -> Any:
-    """Ray's description of itself, once it runs.
-
-    Args:
-        threads: Of all replicas together.
-
-    Raises:
-        ServingError: It does not start.
-    """
+    """Ray's description of itself, once it runs."""
     try:
         return ray.init(
             address="local",
@@ -248,11 +207,7 @@ def _end(number: int, _: object) -> NoReturn:
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
-
-    Raises:
-        ServingError: Something listens there, or the address is not one of this machine.
-    """
+    """The port, or a free one for 0."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as server:

@@ -20,12 +20,7 @@ class ReplicaMetrics:
     """Asks all replicas, and adds up what they say; shares of something are averaged, and names joined."""
 
     def __init__(self, replicas: Any, metrics: Metrics) -> None:
-        """Take the replicas.
-
-        Args:
-            replicas: Ray's handle of them.
-            metrics: Those of the frontend, in which requests wait for a replica.
-        """
+        """Take the replicas."""
         self._replicas, self._metrics = replicas, metrics
 
     async def text(self) -> bytes:

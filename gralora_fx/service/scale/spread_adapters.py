@@ -74,24 +74,12 @@ class SpreadChanges:
     """Changes of the adapters of all replicas, one after the other."""
 
     def __init__(self, replicas: Any, root: AdapterRoot, onnx_dir: Path, folder: Path) -> None:
-        """Take the replicas.
-
-        Args:
-            replicas: Ray's handle of them.
-            root: Where adapters may be.
-            onnx_dir: The export.
-            folder: The folder of the record.
-        """
+        """Take the replicas."""
         self._replicas, self._root, self._onnx_dir, self._folder = replicas, root, onnx_dir, folder
         self._lock = asyncio.Lock()
 
     async def load(self, name: str, path: str, *, may_replace: bool, pin: bool) -> None:
-        """Load the adapter at a path of the root under a name, in every replica or none.
-
-        Raises:
-            UnevenReplicasError: A replica ended meanwhile.
-            GraloraError: As of `RootAdapters.prepare`.
-        """
+        """Load the adapter at a path of the root under a name, in every replica or none."""
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
             folder = self._folder / str(shared.number + 1)
@@ -113,11 +101,7 @@ class SpreadChanges:
                 await self._settle(replace(others, named={**others.named, name: path}))
 
     async def unload(self, name: str) -> None:
-        """Take an adapter's name away in every replica.
-
-        Raises:
-            UnknownAdapterError: There is no adapter of the name.
-        """
+        """Take an adapter's name away in every replica."""
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
             await self._spread("check_there", name)
@@ -153,13 +137,7 @@ class ReplicaAdapters:
     """The adapters of one replica, as the record has them."""
 
     def __init__(self, engine: Engine, adapters: RootAdapters, folder: Path) -> None:
-        """Begin without those of the record; `settle` loads them.
-
-        Args:
-            engine: What runs them.
-            adapters: Those of the root.
-            folder: The folder of the record.
-        """
+        """Begin without those of the record; `settle` loads them."""
         self._engine, self._adapters, self._folder = engine, adapters, folder
         self._prepared: dict[tuple[str, str], AdapterVersion] = {}  # by the name and the file
         self._applied = SharedAdapters()
@@ -184,11 +162,7 @@ class ReplicaAdapters:
         return await self._problem_of(lambda: self._adapters.check_there(name))
 
     async def settle(self) -> None:
-        """Do what the record says, if that is not done.
-
-        Raises:
-            GraloraError: An adapter of the record cannot be loaded.
-        """
+        """Do what the record says, if that is not done."""
         async with self._lock:
             shared = await run_in_threadpool(SharedAdapters.read, self._folder)
             if shared.number != self._applied.number:

@@ -86,12 +86,7 @@ class AdapterLimits:
     memory: int | None = None
 
     def allow(self, versions: Collection[AdapterVersion], size: int | None = None) -> bool:
-        """Whether some versions are within the limits, and one more beside them.
-
-        Args:
-            versions: The versions.
-            size: Bytes of the one that comes; None if none does.
-        """
+        """Whether some versions are within the limits, and one more beside them."""
         count, memory = len(versions) + (size is not None), sum(version.size for version in versions) + (size or 0)
         return (self.count is None or count <= self.count) and (self.memory is None or memory <= self.memory)
 
@@ -102,9 +97,6 @@ class AdapterLimits:
             staying: The versions that stay.
             name: The name of the one that comes.
             size: Its bytes, 0 if they are not known; None if none comes.
-
-        Raises:
-            AdapterLimitError: There is not; the message names the limit.
         """
         if self.allow(staying, size):
             return
@@ -127,10 +119,6 @@ class AdapterLimits:
             old: The one that the name stands for, which goes then; None if it is new.
             name: The name of the one that comes.
             size: Its bytes, 0 if they are not known.
-
-        Raises:
-            AdapterLimitError: Those that stay leave no room for it.
-            AdaptersInUseError: Requests hold the others.
         """
         others = [version for version in versions if version is not old or version.holds]
         if self.allow(others, size):

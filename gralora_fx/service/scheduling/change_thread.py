@@ -23,11 +23,7 @@ class ChangeThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="gralora-fx adapters")
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Run some work after the changes that wait already.
-
-        Raises:
-            TooManyChangesError: Too many wait.
-        """
+        """Run some work after the changes that wait already."""
         with self._lock:
             if self._waiting >= _MOST:
                 raise TooManyChangesError(f"{self._waiting} changes of adapters wait; ask again later")

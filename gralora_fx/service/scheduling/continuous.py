@@ -59,16 +59,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         models: ServedModels | None = None,
         most_drafted: int = SPECULATIVE_TOKENS,
     ) -> None:
-        """Make a scheduler without requests.
-
-        Args:
-            decoder: The decoder, all of whose rows are free; nobody else uses it.
-            tokenizer: Decodes answers.
-            observer: Is told what runs.
-            max_queue: The most requests that may wait for a row.
-            models: As of `JobQueue`.
-            most_drafted: The most tokens of an answer that are proposed for a step; 0 for none.
-        """
+        """Make a scheduler without requests."""
         super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
         self.limits, self.scores_prompts = decoder.limits, decoder.gives_all
         self.prefix_cache, self.memory = decoder.prefix_cache, decoder.memory
@@ -92,17 +83,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return min(filled / (self._decoder.rows * self._decoder.capacity), 1.0)
 
     def submit(self, requests: Sequence[tuple[TextRequest, Sink]]) -> list[TextJob]:
-        """Queue requests, all or none.
-
-        Args:
-            requests: Each with the function to call with its pieces, from the queue's thread.
-
-        Raises:
-            QueueFullError: There is no room for all of them now.
-            StoppedError: The queue is stopping.
-            NoRoomError: One of them needs more memory than the bound, or those that wait need all of it.
-            ServingError: One of them cannot be run, or they are more than there is ever room for.
-        """
+        """Queue requests, all or none."""
         self.check_count(len(requests))
         for request, _ in requests:
             request.check(self.limits)
@@ -117,11 +98,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return jobs
 
     def _check_memory(self) -> None:
-        """Check that the requests that wait for memory do not need all of it already.
-
-        Raises:
-            NoRoomError: They do.
-        """
+        """Check that the requests that wait for memory do not need all of it already."""
         limit = self.memory.limit
         if limit is None or not self._is_short:
             return

@@ -76,13 +76,7 @@ class OnDemandAdapters:
     """
 
     def __init__(self, models: ServedModels, source: AdapterSource, *, most_waiting: int) -> None:
-        """Begin without loads.
-
-        Args:
-            models: The models, which get this as their loader.
-            source: Where adapters are.
-            most_waiting: The most requests that may wait for loads.
-        """
+        """Begin without loads."""
         self._models, self._source, self._most = models, source, most_waiting
         self._lock = threading.Lock()
         self._loading: dict[str, _Loading] = {}
@@ -120,12 +114,6 @@ class OnDemandAdapters:
         Args:
             name: The adapter's name.
             seconds: How long that may take; None for no limit.
-
-        Raises:
-            UnknownModelError: There is no such adapter.
-            AdapterLoadError: It cannot be loaded; the message says why.
-            TooManyChangesError: Too many requests wait for loads.
-            DeadlineError: The time is over.
         """
         end = None if seconds is None else time.monotonic() + seconds
         while True:

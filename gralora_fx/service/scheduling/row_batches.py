@@ -62,15 +62,7 @@ class RowBatches(JobQueue[RowJob]):
         max_queue: int,
         models: ServedModels | None = None,
     ) -> None:
-        """Make an empty queue; `start` starts its thread.
-
-        Args:
-            run: Runs jobs of one key as a batch, and returns the result of each.
-            observer: Is told what runs.
-            max_batch: The most rows of a batch; a job of more rows runs alone.
-            max_queue: The most rows that may wait.
-            models: As of `JobQueue`.
-        """
+        """Make an empty queue; `start` starts its thread."""
         super().__init__("gralora-fx rows", observer, room=max_batch + max_queue, models=models)
         self._run, self._max_batch = run, max_batch
         self._running = 0

@@ -53,16 +53,7 @@ class ServedModels:
     """
 
     def __init__(self, base: str, host: OrtModel, limits: AdapterLimits | None = None) -> None:
-        """Take the adapters that the host has, each under its key as its name; they stay until they are unloaded.
-
-        Args:
-            base: The name of the model without an adapter.
-            host: Holds the adapters; nobody else unloads any.
-            limits: How many adapters there is room for; None for any number.
-
-        Raises:
-            AdapterLimitError: The host has more.
-        """
+        """Take the adapters that the host has, each under its key as its name; they stay until they are unloaded."""
         self.base, self.limits, self._host = base, limits or AdapterLimits(), host
         self.loader: AdapterLoader | None = None
         self.when_evicted: Callable[[], None] = lambda: None
@@ -104,11 +95,7 @@ class ServedModels:
         return is_there or (self.loader is not None and self.loader.knows(model))
 
     def check(self, model: str) -> None:
-        """Check that requests may name a model.
-
-        Raises:
-            UnknownModelError: There is no such model.
-        """
+        """Check that requests may name a model."""
         if not self.knows(model):
             raise self.unknown(model)
 
@@ -123,9 +110,6 @@ class ServedModels:
         """Hold the adapter that a model's name means, and give its key; None for the base.
 
         A queue holds it for the requests that it takes, so this is to last until they are queued.
-
-        Raises:
-            UnknownModelError: There is no such model.
         """
         if model == self.base:
             yield None
@@ -145,10 +129,6 @@ class ServedModels:
         Args:
             model: The model's name.
             seconds: How long that may take; None for no limit.
-
-        Raises:
-            UnknownModelError: There is no such model.
-            ServingError: It cannot be loaded, or not in this time.
         """
         if self.loader is None or model == self.base:
             with self.held(model) as key:
@@ -170,11 +150,7 @@ class ServedModels:
             return version
 
     def hold(self, *keys: str | None) -> None:
-        """Keep versions, all or none, until as many releases; None, the base, always stays.
-
-        Raises:
-            UnknownModelError: One is freed already.
-        """
+        """Keep versions, all or none, until as many releases; None, the base, always stays."""
         with self._lock:
             versions = [self._version(key) for key in keys if key is not None]
             for version in versions:
@@ -196,11 +172,7 @@ class ServedModels:
         return self.changes.submit(work)
 
     def check_new(self, name: str, *, replace: bool) -> None:
-        """Check that a name may be given to an adapter.
-
-        Raises:
-            AdapterNameError: It is not a name, is the base's, or is taken and not to be replaced.
-        """
+        """Check that a name may be given to an adapter."""
         if name == self.base:
             raise AdapterNameError(f"{shown(name)} is the name of the base; take another")
         check_name(name, AdapterNameError)
@@ -220,25 +192,7 @@ class ServedModels:
         pin: bool = True,
         defer_trial: bool = False,
     ) -> AdapterVersion:
-        """Load a version that its name does not stand for until `commit`; within `change`.
-
-        Args:
-            name: The adapter's name.
-            path: Its `.onnx_adapter` file, or the adapter itself.
-            try_adapter: Runs the model with the adapter of a key, and raises a `ServingError` if that fails.
-            replace: Whether the name may stand for another version before.
-            state: As of `AdapterVersion`.
-            pin: Whether it stays until it is unloaded.
-            defer_trial: Whether the first request with it tries it (see `check_outputs`).
-
-        Returns:
-            The version, which is held: `release` gives it up.
-
-        Raises:
-            AdaptersInUseError: There is no room for it until a request ends.
-            ServingError: The name is taken or is not one, the file may not be used, the model does not run with it, or
-                there is no room; nothing changes then, but that others may have gone for its room.
-        """
+        """Load a version that its name does not stand for until `commit`; within `change`."""
         self.check_new(name, replace=replace)
         self._make_room(name, 0)
         key = self._new_key(name)
@@ -268,11 +222,7 @@ class ServedModels:
         self.release(version.key)
 
     def check_outputs(self, key: str | None, outputs: NDArray[Any]) -> None:
-        """Check that the model runs with a version, by outputs of its first request.
-
-        Raises:
-            AdapterLoadError: Its outputs are not finite where the base's are; its name does not stand for it any more.
-        """
+        """Check that the model runs with a version, by outputs of its first request."""
         version = None if key is None else self._versions.get(key)
         if version is None or version.trial is None:
             return
@@ -285,11 +235,7 @@ class ServedModels:
         version.trial = None
 
     def unload(self, name: str) -> None:
-        """Take an adapter's name away; requests that run with it end undisturbed.
-
-        Raises:
-            UnknownAdapterError: There is no adapter of the name.
-        """
+        """Take an adapter's name away; requests that run with it end undisturbed."""
         with self._lock:
             version = self._current.get(name)
             if version is None:

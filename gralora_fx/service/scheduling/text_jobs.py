@@ -86,14 +86,7 @@ class TextJob:
     rows = 1
 
     def __init__(self, request: TextRequest, answer: Completion, ends: frozenset[int], sink: Sink) -> None:
-        """Start a job.
-
-        Args:
-            request: The request, checked.
-            answer: An empty answer.
-            ends: Ids of the tokens that end the answer.
-            sink: Is called with each piece, the last of which has an ending, or with the error that ends the job.
-        """
+        """Start a job."""
         self.request, self.answer = request, answer
         self.is_done = False
         self.read = self.cached = 0
@@ -134,11 +127,7 @@ class TextJob:
         self.cached += count
 
     def begin(self, *, verifies: bool = False) -> None:
-        """Get ready to choose tokens; a model's own rules may raise here that do not go with the request.
-
-        Args:
-            verifies: Whether the decoder can verify drafts.
-        """
+        """Get ready to choose tokens; a model's own rules may raise here that do not go with the request."""
         request = self.request
         self.row = AnswerRow(request.chooser(self._ends), request.prompt, request.max_new_tokens, verifies)
 
@@ -152,13 +141,7 @@ class TextJob:
     def advance(
         self, count: int, logits: NDArray[Any], saw: Callable[[int, bool], None] = lambda matched, is_proposed: None
     ) -> Iterator[Choice]:
-        """Take note of the tokens that were read; the next ones, if all are read and the answer has tokens.
-
-        Args:
-            count: How many tokens were read.
-            logits: What the decoder gave.
-            saw: As of `AnswerRow.choices`.
-        """
+        """Take note of the tokens that were read; the next ones, if all are read and the answer has tokens."""
         assert self.row is not None
         if self.is_answering:
             if not self.row.draft and not self.row.read(count):

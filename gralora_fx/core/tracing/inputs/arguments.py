@@ -23,11 +23,7 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # positional ones, and th
 
 
 def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
-    """Split example inputs, a tuple or a dict, into positional and keyword arguments.
-
-    Raises:
-        TraceError: They are of other types, or keyword arguments are given twice.
-    """
+    """Split example inputs, a tuple or a dict, into positional and keyword arguments."""
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TraceError(f"kwargs are a {type(kwargs).__name__}; give a dict of keyword arguments")
     if isinstance(example_inputs, Mapping):
@@ -45,11 +41,7 @@ def example_arguments(example_inputs: Any, kwargs: Any) -> Arguments:
 
 
 def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Example inputs by name, in the order of the forward's parameters; defaults of None are left out.
-
-    Raises:
-        TraceError: They do not fit the forward's signature.
-    """
+    """Example inputs by name, in the order of the forward's parameters; defaults of None are left out."""
     kind = type(model).__name__
     signature = inspect.signature(model.forward)
     if "self" in kwargs:
@@ -77,11 +69,7 @@ def named_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
 
 
 def split_constants(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split arguments into those with tensors, which become inputs, and constants, which become part of the graph.
-
-    Raises:
-        TraceError: There are none with tensors, or one cannot be part of a trace.
-    """
+    """Split arguments into those with tensors, which become inputs, and constants, which become part of the graph."""
     check_leaves(inputs)
     if not any(has_tensor(value) for value in inputs.values()):
         raise TraceError(f"the example inputs of {type(model).__name__} hold no tensor; give at least one")
@@ -107,9 +95,6 @@ def check_leaves(inputs: Mapping[str, Any]) -> None:
     """Check that all leaves of the inputs are values that a graph can take or hold.
 
     Dataclasses are registered with `torch.export`, as a user would have to do.
-
-    Raises:
-        TraceError: A leaf is not; numpy arrays are refused as well, since they would become constants.
     """
     register_dataclasses(inputs)
     for path, leaf in leaf_paths(inputs):

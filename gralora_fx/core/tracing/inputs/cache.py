@@ -55,12 +55,7 @@ def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
 
 
 def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
-    """A cache of the same layout with other tensors, in memory of their own.
-
-    Args:
-        like: The cache.
-        tensors: A tensor for each of its slots.
-    """
+    """A cache of the same layout with other tensors, in memory of their own."""
     source = like.self_attention_cache if isinstance(like, EncoderDecoderCache) else like
     cache = type(source)() if (keeps_beside := hasattr(source, _BESIDE)) else DynamicCache()
     by_layer: dict[int, dict[CacheSlot, Tensor]] = {}
@@ -120,14 +115,6 @@ def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
     """A cache as a trace takes it that keeps states: one that the model itself returned, or an empty one.
 
     A model keeps as many inputs of a convolution as its kernel is wide; the trace takes those that are read again.
-
-    Args:
-        cache: The cache.
-        example: The one that the model was traced with.
-        batch: The number of rows.
-
-    Raises:
-        TraceError: It is of another model, or of other rows.
     """
     are_decoders = isinstance(cache, DynamicCache) and isinstance(example, DynamicCache)
     if not are_decoders or not keeps_state(tensors_of(example)):
@@ -195,9 +182,6 @@ def default_of_step(name: str, ids: Tensor, inputs: Mapping[str, Any], *, counts
 
 def check_step_shapes(inputs: Mapping[str, Any]) -> None:
     """Check that a decoder step's mask and cache fit its tokens, since the graph's own error would be obscure.
-
-    Args:
-        inputs: All inputs of one call.
 
     Raises:
         TraceError: The mask is not `[batch, past + length]`, or the cache has other rows than the tokens.

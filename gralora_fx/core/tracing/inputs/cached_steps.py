@@ -47,20 +47,10 @@ def cached_inputs(
 ) -> dict[str, Any]:
     """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
 
-    Args:
-        model: A decoder.
-        batch: Number of rows.
-        past: Number of cached positions; 0 for an empty cache.
-        length: Number of new positions.
-        images: Whether the new positions have images.
-
     Returns:
         `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
         model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
         `[batch, key heads, past, size]` or states; and what images put beside the ids (see `IMAGE_INPUTS`).
-
-    Raises:
-        TraceError: The model has no such cache.
     """
     check_has_step(model)
     generator = torch.Generator().manual_seed(0)
@@ -104,11 +94,7 @@ def _first_cache(model: PreTrainedModel) -> DynamicCache:
 
 
 def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
-    """The cache that a model returns for some inputs, its convolution states as long as the operators' are.
-
-    Raises:
-        TraceError: It has no such cache, or the model fails.
-    """
+    """The cache that a model returns for some inputs, its convolution states as long as the operators' are."""
     try:
         with torch.no_grad(), quiet(), _noted_convolutions(model) as longer_by_one:
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
@@ -135,9 +121,6 @@ def _noted_convolutions(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
     """States that are kept within the block and hold as many inputs as a kernel: the first is not read again.
 
     Such a state is kept by a module with a single convolution, of that width.
-
-    Yields:
-        The layer and the number of each.
     """
     longer: set[tuple[int, int]] = set()
     running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
@@ -170,18 +153,9 @@ def decoder_step(
     The cache holds the decoder's own keys and values. Those of the encoder's output are computed in every call of a
     trace, which holds encoder and decoder in one graph; an export splits the two and caches them.
 
-    Args:
-        model: An encoder-decoder.
-        source: Inputs of its encoder by name.
-        past: Number of cached positions; 0 for an empty cache.
-        length: Number of new positions.
-
     Returns:
         The source, `decoder_input_ids [batch, length]` and an `EncoderDecoderCache` with keys and values
         `[batch, heads, past, size]` a layer.
-
-    Raises:
-        TraceError: The model has no such cache.
     """
     generator = torch.Generator().manual_seed(0)
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", 100)
@@ -198,13 +172,6 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
     """Make a step with the inputs of a user's example, its sizes such that no axis is fixed.
 
     Of a decoder the example's values do not matter, and its sizes would have to be changed consistently.
-
-    Args:
-        model: A decoder or an encoder-decoder.
-        sample: Inputs by name, a cache among them.
-
-    Raises:
-        TraceError: A decoder's example has inputs that its step does not take.
     """
     if model.config.is_encoder_decoder:
         source = {name: value for name, value in sample.items() if name not in (*DECODER_INPUTS, PAST)}
@@ -220,12 +187,7 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
 
 
 def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield steps of other sizes, each with its description: one position after a long past, more after none.
-
-    Args:
-        model: A decoder or an encoder-decoder.
-        sample: The step that it was traced with.
-    """
+    """Yield steps of other sizes, each with its description: one position after a long past, more after none."""
     if not model.config.is_encoder_decoder:
         images = EMBEDS in sample
         yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, images=images)
@@ -242,11 +204,7 @@ def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[t
 
 
 def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which axes of a step's cache and of what images put beside its ids may vary, for `torch.export`.
-
-    Args:
-        inputs: The inputs of a step.
-    """
+    """Return which axes of a step's cache and of what images put beside its ids may vary, for `torch.export`."""
     auto = torch.export.Dim.AUTO
     varying: dict[str, Any] = {
         name: {each.axis: auto, each.axis + 1: auto} for name, each in IMAGE_INPUTS.items() if name in inputs

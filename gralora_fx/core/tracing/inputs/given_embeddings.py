@@ -26,10 +26,6 @@ def given_embeddings(model: PreTrainedModel, names: Collection[str]) -> Iterator
 
     Whatever else reads ids, such as the embeddings that layers of Gemma 4 have of their own, reads that of padding
     there, as it does of a token that stands for an image.
-
-    Args:
-        model: The model; its forward is restored when the block ends.
-        names: The inputs of its steps, embeddings beside ids among them (see `IMAGE_INPUTS`).
     """
     forward, embedding = model.forward, embedding_of(model)
 

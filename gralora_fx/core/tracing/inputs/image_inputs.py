@@ -37,21 +37,11 @@ class ImageInput:
     follows: str = IDS
 
     def of_text(self, like: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """The values of a step of text alone.
-
-        Args:
-            like: Values of another step.
-            inputs: The step's other inputs, by name.
-        """
+        """The values of a step of text alone."""
         return like.new_full(self.shape(like.shape, inputs), self.absent)
 
     def shape(self, like: Collection[int], inputs: Mapping[str, Any]) -> list[int]:
-        """The shape for a step.
-
-        Args:
-            like: The shape for another.
-            inputs: The step's other inputs, by name.
-        """
+        """The shape for a step."""
         sizes = list(like)
         sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
         return sizes
@@ -102,12 +92,6 @@ def image_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Ten
         model: The decoder, or a model that reads images beside a text.
         ids: `[batch, length]`.
         mask: `[batch, past + length]`.
-
-    Returns:
-        The ids, `GIVEN` where an embedding is, and the inputs that the model takes.
-
-    Raises:
-        TraceError: Images come into its text in another way.
     """
     _check_is_known(model)
     generator = torch.Generator().manual_seed(1)
@@ -127,11 +111,7 @@ def image_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Ten
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:
-    """The table of a decoder's tokens.
-
-    Raises:
-        TraceError: It has none.
-    """
+    """The table of a decoder's tokens."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise TraceError(f"{type(model).__name__} has no table of embeddings, so none can be given in place of its own")

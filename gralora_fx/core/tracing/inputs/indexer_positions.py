@@ -19,9 +19,6 @@ def known_positions(model: nn.Module) -> Iterator[None]:
     """Let indexers that keep the positions of all tokens take those of earlier ones from the mask, within the block.
 
     They are counted from it, so that they need no place in the cache.
-
-    Args:
-        model: A decoder with such an indexer (see `has_key_indexer`); its forward is restored when the block ends.
     """
     forward = model.forward
 

@@ -25,11 +25,7 @@ FixedAxes = Mapping[str, tuple[int | None, ...]]
 
 
 def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every leaf of the inputs with its path, such as `images.0` or `options.scales.left`; a cache is one leaf.
-
-    Args:
-        inputs: Inputs by name.
-    """
+    """Every leaf of the inputs with its path, such as `images.0` or `options.scales.left`; a cache is one leaf."""
     for name, value in inputs.items():
         leaves, _ = tree_flatten_with_path(value, is_leaf=lambda part: isinstance(part, Cache))
         for keys, leaf in leaves:
@@ -37,21 +33,12 @@ def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def path_of(name: str, keys: KeyPath) -> str:
-    """The path of a leaf of an input, such as `images.0`.
-
-    Args:
-        name: The input's name.
-        keys: The key path of the leaf in it.
-    """
+    """The path of a leaf of an input, such as `images.0`."""
     return ".".join((name, *map(_text, keys)))
 
 
 def tensor_paths(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the inputs by its path; caches are left out.
-
-    Args:
-        inputs: Inputs by name.
-    """
+    """Every tensor of the inputs by its path; caches are left out."""
     return {path: leaf for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)}
 
 
@@ -74,17 +61,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
-    """Check that an input has the structure of the example: containers, types of leaves, axes and constants.
-
-    Args:
-        name: The input's path.
-        example: The input that the model was traced with.
-        value: The input of the call.
-        fixed: Sizes to which the trace is fixed.
-
-    Raises:
-        TraceError: It has another one, parts of which the graph would ignore.
-    """
+    """Check that an input has the structure of the example: containers, types of leaves, axes and constants."""
     if isinstance(example, Cache):
         if not isinstance(value, Cache):
             raise TraceError(f"input {name!r} is {_kind(value)}, but the trace takes a {type(example).__name__}")
@@ -185,11 +162,7 @@ def _kind(value: Any) -> str:
 
 
 def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the inputs for a run that may modify them: a model appends to the cache it gets.
-
-    Args:
-        inputs: Inputs by name.
-    """
+    """Copy the inputs for a run that may modify them: a model appends to the cache it gets."""
     own = {
         name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
         for name, value in inputs.items()

@@ -44,10 +44,6 @@ def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapp
     """Name the inputs of a step as a forward's own arguments.
 
     transformers' newer name of the cache is `cache`. Most models take the older one too; Mamba would not see it.
-
-    Args:
-        forward: The forward.
-        inputs: Inputs by name, the cache by its older one.
     """
     taken = inspect.signature(forward).parameters
     if PAST not in inputs or PAST in taken or "cache" not in taken:

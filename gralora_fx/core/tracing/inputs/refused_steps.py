@@ -40,14 +40,7 @@ class NoStepError(TraceError):
 
 
 def check_has_step(model: PreTrainedModel) -> None:
-    """Check that a decoder's step takes new tokens and a cache, and gives logits and the cache's next state.
-
-    Args:
-        model: A decoder, of which such a step is to be traced.
-
-    Raises:
-        NoStepError: It is one of those whose step does not.
-    """
+    """Check that a decoder's step takes new tokens and a cache, and gives logits and the cache's next state."""
     refused = _REFUSED.get(model.config.model_type)
     if getattr(model.config.get_text_config(), "ple_layer_ids", None):
         refused = "its embeddings of n-grams (ple_layer_ids) begin with end tokens, and states with zeros", _NOTHING

@@ -59,11 +59,7 @@ def infer_task(model: PreTrainedModel) -> str:
 
 
 def check_head(model: PreTrainedModel, task: str) -> None:
-    """Check that a task fits a model's head, so that its outputs are not misinterpreted.
-
-    Raises:
-        TraceError: The task takes another input, or the head is for another task and one of the two is classification.
-    """
+    """Check that a task fits a model's head, so that its outputs are not misinterpreted."""
     _check_main_input(model, task)
     model_task, requested = infer_task(model), task.removesuffix("-with-past")
     if task.endswith("-with-past"):  # whether it has a cache is checked when its inputs are generated
@@ -92,15 +88,7 @@ def task_of_class(name: str) -> str:
 
 
 def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
-    """Random inputs of the shapes that a task needs, read from the model's configuration.
-
-    Args:
-        model: The model to run.
-        task: One of `TASKS`.
-
-    Raises:
-        TraceError: The task is unknown, needs a cache, or does not fit the model.
-    """
+    """Random inputs of the shapes that a task needs, read from the model's configuration."""
     check_task(task)
     if task in DECODERS and main_input(model) == "input_ids":
         from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs

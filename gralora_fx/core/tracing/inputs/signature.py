@@ -65,15 +65,6 @@ class CallSignature:
 
         A mask that was traced but not given is all ones, token types are zeros, and positions count from zero, or go on
         after a cache, if these are the source's defaults.
-
-        Args:
-            args: Positional arguments of the call.
-            kwargs: Keyword arguments of the call.
-            examples: The inputs that the model was traced with; those of the call must have their structure.
-
-        Raises:
-            TraceError: An input is missing, given twice, has another structure, or was not part of the trace; or an
-                argument that is part of the graph has another value.
         """
         arguments = self._by_name(args, kwargs)
         for name, value in arguments.items():
@@ -173,17 +164,7 @@ class CallSignature:
 def signature_of(
     model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any], *, has_cache: bool
 ) -> CallSignature:
-    """The call signature of a trace of a model.
-
-    Args:
-        model: The source model, with the configuration that it was traced with.
-        inputs: Names of the arguments that became inputs of the graph.
-        constants: Arguments that were given while tracing and became part of the graph.
-        has_cache: Whether a cache is among the inputs.
-
-    Returns:
-        The signature; the caller has to determine which inputs are fillable.
-    """
+    """The call signature of a trace of a model."""
     from transformers import PreTrainedModel  # imports much that serving does not need
 
     parameters = inspect.signature(model.forward).parameters
@@ -218,15 +199,7 @@ def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, A
 
 
 def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename `cache`, transformers' newer name, to the trace's name for it.
-
-    Args:
-        names: Inputs of the trace.
-        kwargs: Keyword arguments of the call.
-
-    Raises:
-        TraceError: It was given under both names.
-    """
+    """Rename `cache`, transformers' newer name, to the trace's name for it."""
     if "cache" not in kwargs or PAST not in names or "cache" in names:
         return kwargs
     if kwargs.get(PAST) is not None:
@@ -235,13 +208,7 @@ def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[
 
 
 def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool = False) -> torch.Tensor | None:
-    """The default value of an input, or None if it is required.
-
-    Args:
-        name: Name of the input.
-        inputs: The inputs given, whose token ids determine the shape.
-        counts_padding: Whether the positions of a step count the padding before them.
-    """
+    """The default value of an input, or None if it is required."""
     if name == IDS and isinstance(inputs.get(EMBEDS), torch.Tensor):  # all of them are given
         return torch.full(inputs[EMBEDS].shape[:2], GIVEN, device=inputs[EMBEDS].device)
     ids = inputs.get("decoder_input_ids" if name.startswith("decoder_") else "input_ids")

@@ -21,10 +21,6 @@ def widen(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Enlarge inputs to at least two rows, three positions and one padded row, so that no axis is fixed.
 
     `torch.export` treats an axis of size 1 as constant, and drops a mask that masks nothing.
-
-    Args:
-        model: The model to run.
-        inputs: A user's inputs, a single text included.
     """
     sample = {name: value for name, value in inputs.items() if value is not None}
     if isinstance(model, PreTrainedModel):
@@ -68,11 +64,7 @@ def padded(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def distinct(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs without repeated tensors, since `torch.export` makes a tensor passed twice a single input.
-
-    Args:
-        inputs: Inputs by name.
-    """
+    """The inputs without repeated tensors, since `torch.export` makes a tensor passed twice a single input."""
     seen: set[int] = set()
 
     def unshared(tensor: Tensor) -> Tensor:

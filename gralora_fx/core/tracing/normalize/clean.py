@@ -129,9 +129,6 @@ def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `y = gralora_shapes.linear(x, weight, bias); z = gralora_shapes.attention(y, ...)`
     After:  `y = aten.linear(x, weight, bias); z = gralora.attention(y, ...)`
-
-    Args:
-        graph: A fresh trace; it is changed in place.
     """
     changed = 0
     for node in graph.nodes:
@@ -142,11 +139,7 @@ def restore_aten(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def cleaning_passes(graph_module: fx.GraphModule) -> tuple[Pass[fx.Graph], ...]:
-    """Return the passes that clean a fresh graph.
-
-    Args:
-        graph_module: The graph, exported or symbolic.
-    """
+    """Return the passes that clean a fresh graph."""
     inlining = inlining_passes() if _has_subgraphs(graph_module) else ()
     return (*inlining, drop_guards, drop_empty_parts, drop_dead_scalars, drop_unread_writes)
 
@@ -188,28 +181,14 @@ def _masks(draft: Captured) -> tuple[Pass[fx.Graph], ...]:
 
 
 def run_passes(draft: Captured, passes: tuple[Pass[fx.Graph], ...]) -> Captured:
-    """The draft with a copy of its graph, exported or symbolic, on which passes have run.
-
-    Args:
-        draft: The draft.
-        passes: What to run, `cleaning_passes` first.
-    """
+    """The draft with a copy of its graph, exported or symbolic, on which passes have run."""
     log = PassLog()
     graph_module = normalized(draft.graph_module, passes, log)
     return dataclasses.replace(draft, graph_module=graph_module, passes=tuple(log.reports))
 
 
 def normalized(graph_module: fx.GraphModule, passes: tuple[Pass[fx.Graph], ...], log: PassLog) -> fx.GraphModule:
-    """A copy of an exported or symbolic graph on which passes have run, over the same parameters and buffers.
-
-    Args:
-        graph_module: The result of `ExportedProgram.module()`, or a symbolic trace; it is left unchanged.
-        passes: What to run, `cleaning_passes` first.
-        log: Receives a report for each pass.
-
-    Returns:
-        A plain `GraphModule`, without what its graph does not read.
-    """
+    """A copy of an exported or symbolic graph on which passes have run, over the same parameters and buffers."""
     graph = copy_graph(graph_module)
     graph.owning_module = graph_module
     given = frozenset() if _has_subgraphs(graph_module) else frozenset({INLINED})

@@ -47,9 +47,6 @@ def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     So linear calls in them can be found. Regions without gradients or under autocast are kept; a checkpoint computes
     the same but saves no memory. Branches and loops (`torch.cond` and the like) stay subgraphs.
-
-    Args:
-        graph: A graph; it is changed in place.
     """
     count = 0
     waiting = deque(graph.nodes)
@@ -73,17 +70,7 @@ def inline_subgraphs(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def inline_call(node: fx.Node, inner: fx.Graph, operands: Sequence[Any], path: str) -> list[fx.Node]:
-    """Replace a call of a subgraph by the subgraph's nodes.
-
-    Args:
-        node: The call, of a module or by an operator.
-        inner: The subgraph.
-        operands: The values of its placeholders, in their order.
-        path: Path of the module that its targets belong to.
-
-    Returns:
-        The nodes that replace the call, in reverse order.
-    """
+    """Replace a call of a subgraph by the subgraph's nodes."""
     graph, copies = node.graph, []
     values: dict[fx.Node, Any] = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     result: Any = None
@@ -165,9 +152,6 @@ def inline_leaves(graph: fx.Graph) -> PassResult[fx.Graph]:
     After:  `y = linear(x, self.fc.weight, self.fc.bias); ...; z = linear(h, self.feed_forward.2.weight, ...)`
 
     A module that cannot be traced by itself, or has hooks, stays a call annotated with why (see `out_of_reach`).
-
-    Args:
-        graph: A symbolic trace; it is changed in place.
     """
     root, count = module_of(graph), 0
     skipped: list[Skip] = []
@@ -253,11 +237,7 @@ def _nodes_of(template: Any) -> list[fx.Node]:
 
 
 def _traced(module: nn.Module, template: Any) -> fx.Graph:
-    """Trace a module for one call of it, with a placeholder for each node that the call reads.
-
-    Raises:
-        _Untraced: It has hooks, cannot be traced, or its two modes differ by more than mode arguments.
-    """
+    """Trace a module for one call of it, with a placeholder for each node that the call reads."""
     if has_hooks(module):
         raise _Untraced("it has hooks")
     graphs = []

@@ -28,9 +28,6 @@ def without_empty_blocks(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Before: `blocks = full(size, -1); m = mask_of_blocks(blocks, mask(padding, ...), whole)`
     After:  `m = mask(padding, ...)`
-
-    Args:
-        graph: A fresh trace; it is changed in place.
     """
     masks = list(MaskOfBlocks.all_in(graph))
     for node, mask in masks:
@@ -58,9 +55,6 @@ def padding_as_argument(graph: fx.Graph) -> PassResult[fx.Graph]:
     After:  `y = attention(query, key, value, padding, window=4)`
 
     A mask with other readers, such as an addition to it, stays for those.
-
-    Args:
-        graph: A fresh trace; it is changed in place.
     """
     changed = 0
     for node, attention in Attention.all_in(graph):

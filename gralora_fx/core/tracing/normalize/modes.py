@@ -85,9 +85,6 @@ def find_rng_op(graph: fx.Graph) -> str | None:
     """An operator that draws random numbers in either mode and the line of its call, as text; None if there is none.
 
     A model that does so only in training, like some expert routers, has no mode argument for it in a training trace.
-
-    Args:
-        graph: A traced graph with annotated mode arguments.
     """
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
@@ -110,13 +107,6 @@ def set_mode(graph: fx.Graph, training: bool) -> bool:
 
     Before (training):  `dropout(x, 0.1, True)`
     After (evaluation): `dropout(x, 0.1, False)`
-
-    Args:
-        graph: A graph annotated by `AnnotateModes`.
-        training: The mode to set.
-
-    Returns:
-        Whether any node changed; if so, the module must be recompiled.
     """
     has_changed = False
     for node in graph.nodes:
@@ -136,11 +126,7 @@ def evaluate(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def mode_argument(node: fx.Node) -> int | str | None:
-    """Position or keyword of a node's mode-dependent argument, whatever its current value, or None.
-
-    Args:
-        node: A node of a trace in either mode.
-    """
+    """Position or keyword of a node's mode-dependent argument, whatever its current value, or None."""
     if node.op == "call_function" and (position := _probability(node.target)) is not None:
         return position
     switch = _mode_argument_values(node)

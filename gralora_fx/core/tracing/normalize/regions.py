@@ -26,11 +26,7 @@ _INDENT = "    "
 
 @has_side_effect
 def enter_grad_mode(enabled: bool) -> bool:
-    """Enable or disable gradients for the nodes that follow.
-
-    Returns:
-        The previous mode, for `leave_grad_mode`.
-    """
+    """Enable or disable gradients for the nodes that follow."""
     before = torch.is_grad_enabled()
     torch.set_grad_enabled(enabled)
     return before
@@ -44,11 +40,7 @@ def leave_grad_mode(before: bool) -> None:
 
 @has_side_effect
 def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None) -> Any:
-    """Enter `torch.autocast` with these arguments for the nodes that follow.
-
-    Returns:
-        The context, for `leave_autocast`.
-    """
+    """Enter `torch.autocast` with these arguments for the nodes that follow."""
     return torch_graphs.enter_autocast(device_type, dtype, enabled, cache_enabled)
 
 
@@ -73,9 +65,6 @@ def drop_idle_grad_regions(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Rotary angles and masks, which transformers computes like this, need no region. Values that depend on a parameter or
     on a float input do.
-
-    Args:
-        graph: A graph, every node with its traced value; it is changed in place.
     """
     if not any(node.target is enter_grad_mode for node in graph.nodes):
         return PassResult(0)
@@ -98,11 +87,7 @@ def drop_idle_grad_regions(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def drop_regions_for_inference(graph: fx.Graph) -> None:
-    """Drop regions that change no values: those without gradients or with autocast off; in place.
-
-    Raises:
-        ExportError: Autocast is on in a remaining region; the message names a layer within it.
-    """
+    """Drop regions that change no values: those without gradients or with autocast off; in place."""
     enters = [node for node in graph.nodes if node.target in LEAVE]
     _drop_regions(graph, {node for node in enters if node.target is enter_grad_mode or not node.args[2]})
     for enter in enters:
@@ -149,9 +134,6 @@ def leave_after_errors(graph: fx.Graph) -> PassResult[fx.Graph]:
     After:  `before = enter_grad_mode(False); try: y = linear(x, w); finally: leave_grad_mode(before)`
 
     Copies of the graph keep it, since it is part of the code generator.
-
-    Args:
-        graph: A graph; it must be compiled afterwards.
     """
     if not any(node.target in LEAVE for node in graph.nodes) or isinstance(code_transformer(graph), _Blocks):
         return PassResult(0)

@@ -50,10 +50,6 @@ def decoder_operators(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iter
 
     The nodes get no stack traces, which take a tenth of the time; each still records its module. torch 2.11 has no such
     switch, and collects them.
-
-    Args:
-        model: The model; it is restored when the block ends.
-        inputs: The inputs of the step that is traced.
     """
     noted = patch.object(model, "forward", _with_noted_sizes(model.forward, _equal_sizes(inputs)))
     without_stacks = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
@@ -85,15 +81,7 @@ def _with_noted_sizes(forward: Callable[..., Any], equal: Sequence[tuple[_Axis, 
 
 
 def _equal_sizes(inputs: Mapping[str, Any]) -> list[tuple[_Axis, _Axis]]:
-    """Axes of a step's inputs with equal size by meaning: batch, new tokens, and cached positions of each layer.
-
-    Args:
-        inputs: The inputs of a step by name.
-
-    Returns:
-        Pairs of axes, each an index among the inputs' tensors (`_tensors_of`) and an axis; layers that cache another
-        number of positions are left out.
-    """
+    """Axes of a step's inputs with equal size by meaning: batch, new tokens, and cached positions of each layer."""
     tensors = _tensors_of(inputs)
     cached = [(index, kind) for index, (_, kind, _) in enumerate(tensors) if kind is not None]
     new = [index for index, (name, *_) in enumerate(tensors) if name in ("input_ids", "inputs_embeds", "position_ids")]

@@ -32,9 +32,6 @@ def experts_as_operators(model: nn.Module) -> Iterator[None]:
 
     Those that it cannot are computed by grouped products, where transformers has that form of them: a loop runs over
     the experts that some token uses, which a graph cannot know.
-
-    Args:
-        model: The model; it is restored when the block ends.
     """
     with ExitStack() as changed:
         for part in model.modules():

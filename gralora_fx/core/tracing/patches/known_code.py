@@ -121,29 +121,17 @@ ATTENTIONS = (
 
 
 def forgets_before_prompts(model: nn.Module) -> bool:
-    """Return whether transformers' code of a model reads several tokens as if none came before, as selective scans do.
-
-    Args:
-        model: The model.
-    """
+    """Return whether transformers' code of a model reads several tokens as if none came before (selective scans)."""
     return any(code.replaces_in(part) for part in model.modules() for code in _SELECTIVE_SCANS)
 
 
 def has_key_indexer(model: nn.Module) -> bool:
-    """Return whether a decoder's indexer of keys keeps the positions of all tokens.
-
-    Args:
-        model: The model.
-    """
+    """Return whether a decoder's indexer of keys keeps the positions of all tokens."""
     return any(type(part).__name__.endswith("QSAIndexer") for part in model.modules())
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Return whether a model has experts, by transformers' interface or in a known loop of its own.
-
-    Args:
-        model: The model.
-    """
+    """Return whether a model has experts, by transformers' interface or in a known loop of its own."""
     return any(
         hasattr(part, "_apply_gate") or any(code.replaces_in(part) for code in LOOPED_EXPERTS)
         for part in model.modules()

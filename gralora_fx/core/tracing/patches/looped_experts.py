@@ -23,11 +23,7 @@ from gralora_fx.core.tracing.patches.known_code import LOOPED_EXPERTS
 
 @contextmanager
 def looped_experts_as_operators(model: nn.Module) -> Iterator[None]:
-    """Let a model whose loop is known call `gralora::experts` within the block.
-
-    Args:
-        model: The model; it is restored when the block ends.
-    """
+    """Let a model whose loop is known call `gralora::experts` within the block."""
     with ExitStack() as changed:
         for part in model.modules():
             for code in LOOPED_EXPERTS:

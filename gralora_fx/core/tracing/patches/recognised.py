@@ -112,12 +112,7 @@ def _meaning(code: CodeType) -> tuple[Any, ...]:
 
 @contextmanager
 def replaced(model: nn.Module, table: Sequence[Recognised]) -> Iterator[None]:
-    """Let a model call what replaces recognised code, within the block.
-
-    Args:
-        model: The model; its modules and Python modules are restored when the block ends.
-        table: What to replace.
-    """
+    """Let a model call what replaces recognised code, within the block."""
     with ExitStack() as changed:
         for code in table:
             code.replaced_in(model, changed)

@@ -35,9 +35,6 @@ def symbolic_counts(model: nn.Module) -> Iterator[None]:
     """Let indexers choose as many keys as there are, if these are fewer than they want, whatever a graph's sizes.
 
     Python's `min` of a size compares it, which would fix the comparison in a graph.
-
-    Args:
-        model: The model; the Python modules of its indexers are restored when the block ends.
     """
     owners = {type(part).__module__ for part in model.modules() if type(part).__name__.endswith(_ENDING)}
     with ExitStack() as changed:

@@ -35,9 +35,6 @@ def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
         x: `[batch, length, channels]`, of `in_proj`, which has read zeros at padding.
         cache: The model's cache, or None.
         mask: `[batch, length or more]`, zero at padding, or None.
-
-    Returns:
-        As `x`.
     """
     before, read = _state(cache, module.layer_idx, "conv_states"), module.conv1d.kernel_size[0] - 1
     # a projection without a bias gives zeros at padding
@@ -74,17 +71,7 @@ def _keep(cache: Any, layer: int, kind: str, state: Tensor) -> None:
 def _scan(
     module: Any, cache: Any, before: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
 ) -> Tensor:
-    """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`.
-
-    Args:
-        module: The layer.
-        cache: The model's cache, or None.
-        before: The state, as `_before` gives it.
-        query: As of `LinearAttention`, and so is what follows.
-        key: See there.
-        value: See there.
-        decay: See there.
-    """
+    """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`."""
     y, state = LinearAttention.compute_with_state(
         query=query, key=key, value=value, decay=decay, beta=None, state=before, scale=1.0
     )

@@ -94,18 +94,7 @@ class Inference:
 def read_inference(
     body: bytes, header_length: str | None, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
 ) -> Inference:
-    """A request, checked.
-
-    Args:
-        body: The request's body.
-        header_length: What its header says of the length of the JSON object; None if it is all of the body.
-        inputs: What the model takes, as a session describes it.
-        outputs: What it gives.
-
-    Raises:
-        RequestValidationError: The JSON object is damaged, or a field is unknown, missing or of another type.
-        ServingError: An input or output is unknown or given twice, or the data of one is wrong.
-    """
+    """A request, checked."""
     length = len(body) if header_length is None else _length(header_length, len(body))
     request = _parsed(memoryview(body)[:length].tobytes(), header_length)
     binary = memoryview(body)[length:]
@@ -131,12 +120,7 @@ def read_inference(
 
 
 def _parsed(head: bytes, header_length: str | None) -> InferRequest:
-    """The JSON object of a request.
-
-    Raises:
-        RequestValidationError: It is damaged, or a field is unknown, missing or of another type.
-        ServingError: It does not end where it should, or a great many fields are wrong.
-    """
+    """The JSON object of a request."""
     try:
         return InferRequest.model_validate_json(head)
     except ValidationError as error:

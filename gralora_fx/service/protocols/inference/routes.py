@@ -102,11 +102,7 @@ def server_routes(models: ServedModels) -> APIRouter:
 
 
 def inference_routes(engine: EncoderEngine) -> APIRouter:
-    """The routes of a model that is run once for each request.
-
-    Raises:
-        ServingError: An input or output has a type that the protocol does not have.
-    """
+    """The routes of a model that is run once for each request."""
     router, encoder, models = APIRouter(prefix="/v2"), engine.encoder, engine.models
     inputs = [TensorMetadata(**described(value)) for value in encoder.inputs.values()]
     outputs = [TensorMetadata(**described(value)) for value in encoder.outputs.values()]
@@ -154,11 +150,7 @@ def _add(method: Callable[..., Any], path: str, endpoint: Callable[..., Any], mo
 
 
 def _check_model(models: ServedModels, name: str, version: str) -> None:
-    """Check that there is a model of a name and version.
-
-    Raises:
-        UnknownModelError: There is no such model or version.
-    """
+    """Check that there is a model of a name and version."""
     models.check(name)
     if version != _VERSION:
         raise UnknownModelError(f"no version {shown(version)} of model {name!r}; there is {_VERSION}")

@@ -40,11 +40,7 @@ _DATATYPES = {kind: _datatype(dtype) for kind, dtype in DTYPES.items()}  # by ON
 
 
 def datatype_of(value: Any) -> Datatype:
-    """The type of an input or output of a session.
-
-    Raises:
-        ServingError: The protocol or numpy has no such type.
-    """
+    """The type of an input or output of a session."""
     datatype = _DATATYPES.get(value.type)
     if datatype is None:
         raise ServingError(f"{value.name!r} is a {value.type}, which the Open Inference Protocol cannot be served with")
@@ -58,17 +54,7 @@ def described(value: Any) -> dict[str, Any]:
 
 
 def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) -> NDArray[Any]:
-    """A tensor from numbers, flat or nested.
-
-    Args:
-        name: The tensor.
-        data: The numbers.
-        shape: Its shape.
-        datatype: Its type.
-
-    Raises:
-        ServingError: The data is not of the type and shape, or is not finite.
-    """
+    """A tensor from numbers, flat or nested."""
     kind = datatype.dtype.kind
     wrong = ServingError(f"the data of {name!r} is not of {datatype.name}; give numbers of that type alone")
     if not _types_of(data) <= _TYPES[kind]:  # numpy would make room for the longest text at every place
@@ -101,9 +87,6 @@ def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype
         data: The bytes.
         shape: Its shape.
         datatype: Its type.
-
-    Raises:
-        ServingError: They are not as many as the shape says, or a truth value is neither 0 nor 1.
     """
     count = _count(name, shape)
     size = count * datatype.dtype.itemsize
@@ -124,11 +107,7 @@ def to_bytes(array: NDArray[Any], datatype: Datatype) -> bytes:
 
 
 def to_numbers(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """A tensor as a flat array for JSON.
-
-    Raises:
-        ServingError: It has values for which JSON has no number.
-    """
+    """A tensor as a flat array for JSON."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ServingError(f"output {name!r} is not finite for these inputs; ask for it as binary data")
     return np.ascontiguousarray(array).ravel()
@@ -142,11 +121,7 @@ def _shaped(name: str, array: NDArray[Any], shape: list[int]) -> NDArray[Any]:
 
 
 def _count(name: str, shape: list[int]) -> int:
-    """How many values a shape has; -1 if a size is negative.
-
-    Raises:
-        ServingError: It has too many axes, or one of a size that none has; their product could take minutes.
-    """
+    """How many values a shape has; -1 if a size is negative."""
     if len(shape) > _AXES or any(size > _SIZE for size in shape):
         raise ServingError(f"input {name!r} cannot have shape {shown(shape)}")
     return -1 if any(size < 0 for size in shape) else prod(shape)

@@ -28,14 +28,7 @@ class ResponseFormat(StrictModel):
     json_schema: JsonSchemaFormat | None = None
 
     def named(self, name: str) -> GivenForms:
-        """The form by the field that says it.
-
-        Args:
-            name: The field that this is.
-
-        Raises:
-            FormError: A schema is missing, or given where none is asked for.
-        """
+        """The form by the field that says it."""
         if (self.type == "json_schema") is not (self.json_schema is not None):
             is_missing = self.json_schema is None
             problem = (
@@ -57,14 +50,7 @@ class StructuredOutputs(StrictModel):
     json_object: bool | None = None
 
     def named(self, name: str) -> GivenForms:
-        """The forms by the fields that say them.
-
-        Args:
-            name: The field that this is.
-
-        Raises:
-            FormError: There is none.
-        """
+        """The forms by the fields that say them."""
         whole = _ANY_OBJECT if self.json_object else None
         given: GivenForms = {
             f"{name}.json": ("json", self.json_),
@@ -89,11 +75,7 @@ class AnswerFormat(StrictModel):
     guided_grammar: str | None = None
 
     def forms(self) -> GivenForms:
-        """What the fields ask for, by their names.
-
-        Raises:
-            FormError: A field of one is missing or has no effect.
-        """
+        """What the fields ask for, by their names."""
         given: dict[str, tuple[FormKind, Any]] = {
             "guided_json": ("json", self.guided_json),
             "guided_regex": ("regex", self.guided_regex),

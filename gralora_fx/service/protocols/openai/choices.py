@@ -28,16 +28,7 @@ class ChoiceWriter:
         is_chat: bool,
         reader: CallReader | None = None,
     ) -> None:
-        """Begin an answer.
-
-        Args:
-            index: Its number.
-            request: What it answers.
-            echo: The text that it begins with.
-            texts: Tokens as text.
-            is_chat: Whether it is a message.
-            reader: Reads calls of tools in it; None if it has none.
-        """
+        """Begin an answer."""
         self._index, self._request, self._echo, self._is_chat = index, request, echo, is_chat
         self._reader = reader
         self._writer = None
@@ -114,24 +105,14 @@ class LogprobWriter:
     """
 
     def __init__(self, texts: TokenBytes, *, is_chat: bool) -> None:
-        """Begin at the first letter.
-
-        Args:
-            texts: Tokens as text.
-            is_chat: Whether the answer is a message.
-        """
+        """Begin at the first letter."""
         self._texts, self._is_chat = texts, is_chat
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._letters = 0
         self.is_begun = False
 
     def write(self, scores: Sequence[TokenScore], first: int | None = None) -> dict[str, Any]:
-        """The `logprobs` of some tokens.
-
-        Args:
-            scores: Their scores.
-            first: A token before them that has no score, of a text that begins with it.
-        """
+        """The `logprobs` of some tokens."""
         self.is_begun = True
         if self._is_chat:
             return {"content": [self._entry(score) for score in scores], "refusal": None}

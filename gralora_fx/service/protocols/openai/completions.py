@@ -23,12 +23,7 @@ from gralora_fx.service.scheduling.text_jobs import Piece
 
 
 def completion_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
-    """The routes of texts and chats.
-
-    Args:
-        engine: The decoder.
-        questions: Reads requests for it.
-    """
+    """The routes of texts and chats."""
     router, texts = APIRouter(), TokenBytes(engine.tokenizer)
 
     @router.post("/v1/completions")

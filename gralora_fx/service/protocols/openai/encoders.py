@@ -100,11 +100,7 @@ class RerankResponse(BaseModel):
 
 
 def encoder_routes(engine: EncoderEngine) -> APIRouter:
-    """The routes that an encoder has for texts: by its outputs and its task.
-
-    Raises:
-        ServingError: A cross-encoder's configuration names a function of scores that is not known.
-    """
+    """The routes that an encoder has for texts: by its outputs and its task."""
     router, encoder = APIRouter(), engine.encoder
     if not encoder.takes_texts:
         return router
@@ -187,20 +183,7 @@ async def _answer(
     texts: Sequence[Any],
     body: Callable[[Outputs], dict[str, Any]],
 ) -> Response:
-    """Run texts, and answer with what their outputs make.
-
-    Args:
-        engine: The encoder.
-        request: The request, whose body was read.
-        model: The model that it names.
-        read: Reads the texts; in another thread where they are so long that other requests would wait for it.
-        texts: Its texts.
-        body: Makes the answer of the outputs of each text; the usage is added.
-
-    Raises:
-        ServingError: There is no such model, there are no texts or more than there is ever room for, the reader does
-            not take one, or a run fails.
-    """
+    """Run texts, and answer with what their outputs make."""
     encoder, begun = engine.encoder, time.monotonic()
     async with engine.models.ready(model, timeout_of(request)) as adapter:
         note_model(request.scope, model, adapter)
@@ -219,11 +202,7 @@ async def _answer(
 
 
 def finite(output: NDArray[Any]) -> NDArray[Any]:
-    """An output of a text, checked: JSON has no number for what is not finite.
-
-    Raises:
-        ServingError: It is not finite.
-    """
+    """An output of a text, checked: JSON has no number for what is not finite."""
     if not np.isfinite(output).all():
         raise ServingError("the model's output for a text is not finite")
     return output
@@ -253,17 +232,7 @@ def labels_of(config: Mapping[str, Any], count: int) -> list[str]:
 
 
 def relevance_of(config: Mapping[str, Any]) -> Callable[[float], float]:
-    """The function from a cross-encoder's output to its score, which sentence-transformers notes in its configuration.
-
-    Args:
-        config: Fields of the model's `config.json`.
-
-    Returns:
-        That function; a sigmoid, as sentence-transformers', if none is noted.
-
-    Raises:
-        ServingError: It is neither the sigmoid nor the identity.
-    """
+    """Return the function from a cross-encoder's output to its score, which sentence-transformers notes."""
     noted = config.get("sentence_transformers")
     name = noted.get("activation_fn") if isinstance(noted, Mapping) else None
     name = name or config.get("sbert_ce_default_activation_function") or "torch.nn.modules.activation.Sigmoid"

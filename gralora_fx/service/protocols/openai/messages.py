@@ -87,28 +87,12 @@ class History:
         self._names: dict[str, str] = {}  # of the tools, by the ids of calls
 
     def say(self, role: str, text: str, name: str | None = None) -> None:
-        """Add a message.
-
-        Args:
-            role: Who says it.
-            text: What is said.
-            name: Who that is.
-        """
+        """Add a message."""
         message = {"role": "system" if role == "developer" else role, "content": text}
         self.messages.append(message if name is None else {**message, "name": name})
 
     def call(self, key: str, name: str, arguments: str, field: str) -> None:
-        """Add a call to the assistant's message, which is new unless it is the last one.
-
-        Args:
-            key: The call's id.
-            name: The name of the tool.
-            arguments: JSON.
-            field: What the arguments are called in the request.
-
-        Raises:
-            FormError: The arguments are not a JSON object.
-        """
+        """Add a call to the assistant's message, which is new unless it is the last one."""
         try:
             given = json.loads(arguments or "{}", parse_constant=_refused)
         except (ValueError, RecursionError):
@@ -122,30 +106,14 @@ class History:
         self._names[key] = name
 
     def result(self, key: str, text: str, field: str) -> None:
-        """Add the result of a call.
-
-        Args:
-            key: The call's id.
-            text: The result.
-            field: What the id is called in the request.
-
-        Raises:
-            FormError: No call has this id.
-        """
+        """Add the result of a call."""
         if key not in self._names:
             raise FormError(field, "no call before it has this id; give the id of one")
         self.messages.append({"role": "tool", "content": text, "tool_call_id": key, "name": self._names[key]})
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as templates of chats take them.
-
-    Args:
-        messages: The field `messages` of a request.
-
-    Raises:
-        FormError: Arguments of a call are not a JSON object, or a result is that of no call before it.
-    """
+    """Messages as templates of chats take them."""
     history = History()
     for number, message in enumerate(messages):
         field = f"messages.{number}"

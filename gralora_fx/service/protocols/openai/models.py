@@ -64,12 +64,7 @@ class UnloadRequest(StrictModel):
 
 
 def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRouter:
-    """The routes that change adapters.
-
-    Args:
-        changes: What changes them; None if they stay as they are.
-        metrics: Where to count.
-    """
+    """The routes that change adapters."""
     router = APIRouter()
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)

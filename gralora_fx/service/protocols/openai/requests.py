@@ -166,14 +166,7 @@ class CompletionRequest(_TextFields):
         return None
 
     def most_tokens(self, left: int) -> int:
-        """The most tokens to add to a prompt.
-
-        Args:
-            left: For how many there is room after it.
-
-        Raises:
-            ServingError: They are none, and the prompt is not asked for either.
-        """
+        """The most tokens to add to a prompt."""
         if self.max_tokens == 0 and not self.echo:
             problem = "max_tokens is 0, which leaves nothing to answer; give at least 1, or echo"
             raise ServingError(problem).about("max_tokens")
@@ -194,31 +187,19 @@ class ChatRequest(_TextFields, ToolFields):
 
     @property
     def prompts(self) -> list[list[dict[str, Any]]]:
-        """The chat, as tokenizers take it.
-
-        Raises:
-            FormError: A call or a result in it is wrong.
-        """
+        """The chat, as tokenizers take it."""
         return [template_messages(self.messages)]
 
     @property
     def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token.
-
-        Raises:
-            ServingError: `top_logprobs` is above 0 without `logprobs`.
-        """
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
         if self.top_logprobs and not self.logprobs:  # 0 asks for none, as some clients do by default
             problem = "top_logprobs has no effect without logprobs; give logprobs too, or leave it out"
             raise ServingError(problem).about("top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self, left: int) -> int:
-        """The most tokens to add to a prompt: all that there is room for, unless the request names fewer.
-
-        Args:
-            left: For how many there is room after it.
-        """
+        """The most tokens to add to a prompt: all that there is room for, unless the request names fewer."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(left, 1) if most is None else most
 

@@ -69,15 +69,7 @@ class InputItem(StrictModel):
         return self
 
     def add_to(self, history: History, field: str) -> None:
-        """Add it to a chat.
-
-        Args:
-            history: What was said before.
-            field: What it is called in the request.
-
-        Raises:
-            FormError: Arguments are not a JSON object, or a result is that of no call before it.
-        """
+        """Add it to a chat."""
         if self.type == "message":
             history.say(str(self.role), _joined(self.content))
         elif self.type == "function_call":
@@ -174,11 +166,7 @@ class ResponseRequest(SamplingFields, ToolCaller):
 
     @property
     def prompts(self) -> list[list[dict[str, Any]]]:
-        """The chat, as tokenizers take it.
-
-        Raises:
-            FormError: A call or a result in it is wrong.
-        """
+        """The chat, as tokenizers take it."""
         history = History()
         if self.instructions is not None:
             history.say("system", self.instructions)
@@ -196,11 +184,7 @@ class ResponseRequest(SamplingFields, ToolCaller):
 
     @property
     def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token.
-
-        Raises:
-            ServingError: `top_logprobs` is above 0, and the scores are not asked for.
-        """
+        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
         if _LOGPROBS in (self.include or ()):
             return self.top_logprobs or 0
         if self.top_logprobs:

@@ -29,13 +29,7 @@ class ResponseWriter:
     """Writes one response; what its events say together is what it is as a whole."""
 
     def __init__(self, asked: ResponseRequest, reader: CallReader | None, scores: LogprobWriter | None) -> None:
-        """Begin a response.
-
-        Args:
-            asked: What it answers.
-            reader: Reads calls of tools in it; None if it has none.
-            scores: Writes the scores of its tokens; None if they are not asked for.
-        """
+        """Begin a response."""
         self._reader, self._scores = reader, scores
         self._body = {"id": _new_id("resp"), "created_at": int(time.time()), "model": asked.model, **_FIXED}
         self._body |= dict(asked.echoed())
@@ -73,30 +67,17 @@ class ResponseWriter:
             self._body["completed_at"] = int(time.time())
 
     def end(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The last event.
-
-        Args:
-            usage: The tokens, in the form of completions.
-        """
+        """The last event."""
         return self._event(self._body["status"], response=self.whole(usage))
 
     def failed(self, status: int, message: str) -> dict[str, Any]:
-        """The last event where running failed.
-
-        Args:
-            status: The HTTP status that a whole answer would have had.
-            message: What is wrong.
-        """
+        """The last event where running failed."""
         error = {"code": "invalid_prompt" if status < 500 else "server_error", "message": message}
         output = [{**item, "status": item["status"].replace("in_progress", "incomplete")} for item in self._items]
         return self._event("failed", response={**self._body, "status": "failed", "error": error, "output": output})
 
     def whole(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The response.
-
-        Args:
-            usage: The tokens, in the form of completions.
-        """
+        """The response."""
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         tokens = {
             "input_tokens": usage["prompt_tokens"],

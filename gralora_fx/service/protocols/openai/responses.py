@@ -20,12 +20,7 @@ from gralora_fx.service.scheduling.queue import DeadlineError, RunError
 
 
 def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
-    """The route of responses.
-
-    Args:
-        engine: The decoder.
-        questions: Reads requests for it.
-    """
+    """The route of responses."""
     router, texts = APIRouter(), TokenBytes(engine.tokenizer)
 
     @router.post("/v1/responses")

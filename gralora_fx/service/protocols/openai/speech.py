@@ -101,16 +101,7 @@ class TranscriptionRequest(TranslationRequest):
 
 
 async def read_form(request: Request, kind: type[TranslationRequest]) -> tuple[TranslationRequest, bytes]:
-    """The fields of a form, checked, and the content of its file.
-
-    Args:
-        request: The request.
-        kind: The fields that it may have.
-
-    Raises:
-        ServingError: It is not such a form, has no file, or gives a field twice.
-        RequestValidationError: A field is unknown, missing or wrong.
-    """
+    """The fields of a form, checked, and the content of its file."""
     content_type = request.headers.get("content-type")
     if content_type is None or content_type.partition(";")[0].strip().lower() != _FORM:
         what = "is missing" if content_type is None else f"is {shown(content_type)}"
@@ -144,11 +135,7 @@ def _checked(fields: dict[str, Any], kind: type[TranslationRequest]) -> Translat
 
 
 def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
-    """A form as OpenAPI describes it.
-
-    Args:
-        kind: The fields that it may have, beside the file.
-    """
+    """A form as OpenAPI describes it."""
     fields = kind.model_json_schema()
     recording = {"type": "string", "format": "binary", "description": "The recording."}
     schema = {

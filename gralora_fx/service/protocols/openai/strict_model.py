@@ -71,25 +71,14 @@ class StrictModel(BaseModel):
 
 
 def with_ignored(response: Response, asked: StrictModel) -> Response:
-    """Name the fields of a request that have no effect in a header of its answer.
-
-    Args:
-        response: The answer.
-        asked: The request.
-    """
+    """Name the fields of a request that have no effect in a header of its answer."""
     if names := ", ".join(asked.ignored()):
         response.headers[IGNORED] = names
     return response
 
 
 def wrong_field(field: str, kind: str, problem: str) -> ValidationError:
-    """An error of a field that is wrong beside others, for a validator to raise.
-
-    Args:
-        field: The field.
-        kind: The kind of error, as pydantic's `missing`.
-        problem: What is wrong.
-    """
+    """An error of a field that is wrong beside others, for a validator to raise."""
     # in braces a problem would be taken for a template
     error = PydanticCustomError(kind, "{problem}", {"problem": problem})
     return ValidationError.from_exception_data(field, [InitErrorDetails(type=error, loc=(field,), input=None)])

@@ -57,24 +57,12 @@ class QuestionReader:
     """Reads requests for one decoder."""
 
     def __init__(self, engine: TextEngine) -> None:
-        """Begin without requests.
-
-        Args:
-            engine: The decoder.
-        """
+        """Begin without requests."""
         self._engine = engine
         self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx forms")
 
     async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
-        """Queue what a request asks for, with the adapter that its model's name means.
-
-        Args:
-            asked: The request.
-            request: The same, as it came.
-
-        Raises:
-            ServingError: There is no such model, the prompts or options cannot be taken, or there is no room.
-        """
+        """Queue what a request asks for, with the adapter that its model's name means."""
         engine, seconds, begun = self._engine, timeout_of(request), time.monotonic()
         if asked.stream_options is not None and not asked.stream:
             problem = "stream_options has no effect without stream; give stream too, or leave it out"

@@ -145,17 +145,7 @@ def chosen_tools(
     *,
     is_parallel: bool,
 ) -> ToolUse | None:
-    """The tools that an answer may call; None if it calls none.
-
-    Args:
-        functions: All tools, by the fields of the request that have them.
-        mode: Whether one may or must be called.
-        named: Names of those that may be, by the fields that name them; empty for all.
-        is_parallel: Whether an answer may have several calls.
-
-    Raises:
-        FormError: A tool's arguments are no schema, two have one name, or one that is named is not there.
-    """
+    """The tools that an answer may call; None if it calls none."""
     tools: dict[str, Tool] = {}
     for field, function in functions.items():
         if function.name in tools:
