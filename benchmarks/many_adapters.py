@@ -39,10 +39,10 @@ from gralora_fx.format.adapter_paths import SUFFIX, record_path
 from gralora_fx.format.export_directory import ADAPTERS
 from gralora_fx.run.engine.adapters import LoadedAdapter
 from gralora_fx.run.sessions.adapter_file import read_record, record_in_memory, write_tensors
-from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.named_files import RootFiles
 from gralora_fx.service.engines import open_engine
 from gralora_fx.service.metrics import Metrics
-from gralora_fx.service.root_adapters import RootAdapters
 from gralora_fx.serving import OrtModel, load
 
 RUNS, NAME = Path("runs/many_adapters"), "adapter"
@@ -251,17 +251,17 @@ def _measure_loads(report: Report, export: Path, root: Path, adapters: int) -> N
     """The processor time of loads, which says more than the clock where others use the machine, too."""
     progress("loads in this process")
     engine = open_engine(ServiceSettings(export, max_adapters=ROWS, max_context=256, prefix_cache="none"), Metrics())
-    source = RootAdapters(engine, AdapterRoot.of(root), export)
+    store, files = engine.models, RootFiles(AdapterRoot.of(root), export)
     spent: list[float] = []
 
     def work(name: str) -> None:
         began = time.thread_time()
-        source.load(name, source.state_of(name))
+        store.release(store.load_found(name, files.at(f"{name}{SUFFIX}")).key)
         spent.append(1e3 * (time.thread_time() - began))
 
     for number in range(adapters):
-        engine.models.change(partial(work, f"{NAME}{number}")).result()
-    engine.models.close()
+        store.change(partial(work, f"{NAME}{number}")).result()
+    store.close()
     full = sorted(spent[ROWS:])
     row = {"loads": len(full), "median": statistics.median(full), "95 %": full[int(0.95 * len(full))], "most": full[-1]}
     report.tables.append(Table("processor time of a load in the place of another, ms", [row]))

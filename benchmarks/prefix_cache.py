@@ -25,6 +25,7 @@ from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import trace
 from gralora_fx.base.sources.model_files import EXPORT_FILE
 from gralora_fx.exporters import export_onnx
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
@@ -87,7 +88,7 @@ class _Service(Observer):
     def answer(self, prompt: Sequence[int], count: int) -> tuple[float, list[int], int]:
         """Seconds to the first token, the answer, and how many tokens of the prompt were known."""
         pieces: queue.Queue[Any] = queue.Queue()
-        request = TextRequest(tuple(prompt), count, Sampling(eos_token_id=[]))
+        request = TextRequest(tuple(prompt), count, AnswerOptions(Sampling(eos_token_id=[])))
         started = time.perf_counter()
         (job,) = self._scheduler.submit([(request, lambda piece: pieces.put((time.perf_counter(), piece)))])
         at, piece = pieces.get()

@@ -18,11 +18,12 @@ from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
 from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.queue import Observer
-from gralora_fx.service.scheduling.served_models import ServedModels
 from gralora_fx.serving import load
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -126,7 +127,7 @@ class Interleavings:
             for version, file in enumerate(versions):
                 self._alone.load_adapter(f"a{number}-{version}", file)
         self._cold = self._alone.decoder(rows=1, chunk=CHUNK)
-        self._models = ServedModels("base", model)
+        self._models = AdapterStore("base", model)
         self._versions = dict.fromkeys(range(len(files)), 0)
         for number in self._versions:
             self._load(number)
@@ -174,9 +175,11 @@ class Interleavings:
         count = self._random.randrange(1, 12)
         draws = {"do_sample": True, "seed": self._random.randrange(100)} if self._random.random() < 0.3 else {}
         salt = self._random.choice([None, None, "a"])
-        with self._models.held("base" if number < 0 else f"a{number}") as key:
-            request = TextRequest(tuple(prompt), count, Sampling(**draws), adapter=key, salt=salt)
-            (job,) = self._scheduler.submit([(request, lambda _: None)])
+        held = self._models.hold_named(f"a{number}")
+        key = None if held is None else held.key
+        request = TextRequest(tuple(prompt), count, AnswerOptions(Sampling(**draws), salt=salt), adapter=key)
+        (job,) = self._scheduler.submit([(request, lambda _: None)])
+        self._models.release(key)
         return job, number, None if number < 0 else f"a{number}-{self._versions[number]}", request
 
     def _reload(self) -> None:
@@ -190,13 +193,15 @@ class Interleavings:
 
         def load_it() -> None:
             name = f"a{number}"
-            self._models.commit(self._models.prepare(name, file, lambda _: None, replace=True))
+            version = self._models.add(name, file, lambda _: None, None)
+            self._models.give_name(version)
+            self._models.release(version.key)
 
         self._models.change(load_it).result(20)
 
     def _answer(self, version: str | None, request: TextRequest) -> list[int]:
         """The tokens of an answer to a prompt alone, read cold."""
-        key = version, request.prompt, request.max_new_tokens, request.sampling.seed
+        key = version, request.prompt, request.max_new_tokens, request.options.sampling.seed
         if key not in self._known:
             row, left = self._cold.open(version), list(request.prompt)
             chooser, ends = request.chooser(frozenset({END})), frozenset({END})

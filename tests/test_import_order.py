@@ -59,6 +59,7 @@ ORDER = [
     "exporters.onnx_verify",
     "exporters",
     "run",
+    "service.adapter_store",
     "service.scheduling",
     "service",
     "service.scale",

@@ -160,7 +160,7 @@ def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: i
                 from gralora_fx.service.scale import prepare
 
                 prepare()
-                from gralora_fx.service.adapter_loads import converted
+                from gralora_fx.service.adapter_store.given_adapters import converted
                 from gralora_fx.service.scale.ray_service import check, run_replicas
             with timed("opening"):
                 settings = stack.enter_context(converted(settings))

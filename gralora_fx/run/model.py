@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.prompt_answers import Completions
 from gralora_fx.run.generate.prompts import GenerateInputs, stop_strings
 from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.speculation import Drafts
 from gralora_fx.run.open_export import OpenExport
 from gralora_fx.run.sessions.ort_values import image_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
@@ -25,7 +28,6 @@ from gralora_fx.run.sessions.session_views import EncoderDecoderSession, with_ad
 
 if TYPE_CHECKING:
     from gralora_fx.run.call_arrays import CallInputs, Outputs
-    from gralora_fx.run.generate.answer_form import GivenForms
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.sessions.adapter_file import AdapterSource
 
@@ -254,23 +256,20 @@ class OrtModel(OpenExport):
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
-        most = prompt_lookup_num_tokens
-        if not (most is None or (type(most) is int and most >= 0)):
-            raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {most!r:.80}")
-        tokenizer = self.tokenizer_or_none
-        stops = stop_strings(stop, tokenizer)
-        inputs = GenerateInputs(
-            prompts, input_ids, attention_mask, input_features, language, task, forced_bos_token_id, inputs_embeds
-        )
-        parsed = generation.read(inputs, adapter, tokenizer)
-        forms: GivenForms = {
-            "json_schema": ("json", json_schema),
-            "regex": ("regex", regex),
-            "choice": ("choice", choice),
-            "grammar": ("grammar", grammar),
-        }
-        compiled = None if all(value is None for _, value in forms.values()) else self.grammars.of(forms)
-        completions = Completions(generation, parsed, tokenizer, chosen, stops, adapter, compiled, most)
+        drafts, tokenizer = Drafts(prompt_lookup_num_tokens), self.tokenizer_or_none
+        options = AnswerOptions(chosen, stop_strings(stop, tokenizer), drafts=drafts)
+        if not (language is None and task is None and forced_bos_token_id is None):
+            from gralora_fx.run.generate.encoder_prompts import AnswerStart
+
+            options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
+        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds)
+        parsed = generation.read(inputs, options, adapter, tokenizer)
+        if not (json_schema is None and regex is None and choice is None and grammar is None):
+            from gralora_fx.run.generate.answer_form import FormOptions
+
+            forms = FormOptions(json_schema, regex, choice, grammar)
+            options = replace(options, grammar=self.grammars.of(forms.given))
+        completions = Completions(generation, parsed, tokenizer, options, adapter)
         return completions if stream else completions.result()
 
     def decoder(

@@ -12,8 +12,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.core.config.service_settings import ServiceSettings
-from gralora_fx.service.adapter_loads import load_given
-from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.given_adapters import load_given
+from gralora_fx.service.adapter_store.named_files import RootFiles
 from gralora_fx.service.engines import EncoderEngine, Engine, TextEngine, open_engine
 from gralora_fx.service.error_responses import add_handlers
 from gralora_fx.service.gateway_metrics import GatewayMetrics
@@ -27,8 +28,6 @@ from gralora_fx.service.protocols.openai.models import adapter_routes, model_rou
 from gralora_fx.service.protocols.openai.responses import response_routes
 from gralora_fx.service.protocols.openai.speech import speech_routes
 from gralora_fx.service.protocols.openai.text_requests import QuestionReader
-from gralora_fx.service.root_adapters import AdapterChanges, OwnChanges, RootAdapters
-from gralora_fx.service.scheduling.on_demand import OnDemandAdapters
 from gralora_fx.service.service_routes import health_routes, info_routes, page_routes, service_info
 from gralora_fx.service.spans import SpanMiddleware, Tracing, tracing_of_environment
 
@@ -62,10 +61,11 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 def _app(
     settings: ServiceSettings, engine: Engine, metrics: Metrics, root: AdapterRoot | None, tracing: Tracing | None
 ) -> FastAPI:
-    load_given(engine, settings)
-    adapters = None if root is None else RootAdapters(engine, root, settings.directory)
-    changes = None if adapters is None else _changes(settings, engine, metrics, adapters)
-    metrics.watch_adapters(engine.models)
+    models = engine.models
+    load_given(models, settings)
+    if root is not None:
+        models.files, models.pending.most = RootFiles(root, settings.directory), settings.max_queue
+    metrics.watch_adapters(models)
     metrics.now.register(GatewayMetrics(engine.models, engine.queue))
     info = service_info(settings, engine)
     metrics.describe(info.labels(), lambda: engine.queue.waiting)
@@ -92,24 +92,17 @@ def _app(
 
     app = DescribedApp(title="gralora-fx", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.timeout, app.state.is_ready = engine, settings.timeout, False
-    app.state.root_adapters, app.state.metrics = adapters, metrics
+    app.state.metrics = metrics
     app.state.asks_for_key = settings.api_key is not None
     add_handlers(app)
     add_middleware(app, settings, metrics)
     if tracing is not None:
         app.add_middleware(SpanMiddleware, tracer=tracing.tracer)
     _add_routes(app, engine, metrics)
-    app.include_router(adapter_routes(changes, metrics))
+    app.include_router(adapter_routes(None if root is None else models, metrics))
     app.include_router(info_routes(info))
     app.include_router(page_routes())
     return app
-
-
-def _changes(settings: ServiceSettings, engine: Engine, metrics: Metrics, adapters: RootAdapters) -> AdapterChanges:
-    """Let requests name the adapters of a root, and change them."""
-    on_demand = OnDemandAdapters(engine.models, adapters, most_waiting=settings.max_queue)
-    on_demand.when_loaded, engine.models.when_evicted = metrics.adapter_loaded, metrics.adapter_evicted
-    return OwnChanges(engine, adapters, on_demand.forget_failures)
 
 
 def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:

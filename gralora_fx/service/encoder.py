@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.run.model import OrtModel
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.scheduling.queue import Observer
 from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob
-from gralora_fx.service.scheduling.served_models import ServedModels
 from gralora_fx.service.text_reader import TextReader, Tokens
 
 SENTENCE = "sentence_embedding"
@@ -48,7 +48,7 @@ class Encoder:
         *,
         max_batch: int,
         max_queue: int,
-        models: ServedModels,
+        models: AdapterStore,
     ) -> None:
         """Make the queue."""
         self.model = model

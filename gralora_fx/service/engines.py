@@ -25,12 +25,13 @@ from gralora_fx.run.generate.tool_template import ToolTemplate
 from gralora_fx.run.model import OrtModel
 from gralora_fx.run.sessions.paged_memory import kept_reason
 from gralora_fx.run.sessions.run_options import runtime_of
+from gralora_fx.service.adapter_store.adapter_trial import example_prompt, try_decoder
+from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.encoder import Encoder
-from gralora_fx.service.scheduling.adapter_versions import AdapterLimits
+from gralora_fx.service.example_inputs import try_encoder
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.queue import JobQueue, Observer
-from gralora_fx.service.scheduling.served_models import ServedModels
-from gralora_fx.service.trial import AdapterTrial, example_prompt, try_decoder, try_encoder
 
 _MOST_ADAPTERS = 64  # in memory, unless there are more from the start
 _logger = logging.getLogger(__name__)
@@ -43,13 +44,11 @@ class Engine:
     Attributes:
         models: The models that requests may name.
         manifest: The export's manifest.
-        trial: Tries an adapter that is loaded.
         queue: Takes requests, or rows of them.
     """
 
-    models: ServedModels
+    models: AdapterStore
     manifest: Manifest
-    trial: AdapterTrial
     queue: JobQueue[Any]
 
     @property
@@ -66,11 +65,6 @@ class Engine:
     def notes(self) -> tuple[str, ...]:
         """What the log says of it once it is ready."""
         return ()
-
-    @property
-    def checks_outputs(self) -> bool:
-        """Whether a step with an adapter that was not tried checks its outputs (see `ServedModels.check_outputs`)."""
-        return False
 
     def stop(self) -> None:
         """Answer what is there, and end."""
@@ -94,11 +88,6 @@ class TextEngine(Engine):
     grammars: Grammars
     tools: ToolTemplate
     inputs: EncoderInputs | None = None
-
-    @property
-    def checks_outputs(self) -> bool:
-        """Whether a step with an adapter that was not tried checks its outputs: always."""
-        return True
 
     @property
     def takes_text(self) -> bool:
@@ -157,7 +146,8 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     tokenizer = load_tokenizer(model.directory, ServingError)
     encoder = Encoder(model, tokenizer, observer, max_batch=settings.rows, max_queue=settings.max_queue, models=models)
     encoder.warm_up()
-    return EncoderEngine(models, manifest, try_encoder(encoder), encoder.batches, encoder)
+    models.trial = try_encoder(encoder)
+    return EncoderEngine(models, manifest, encoder.batches, encoder)
 
 
 def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
@@ -187,9 +177,9 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
         models=models,
         most_drafted=settings.drafted,
     )
-    trial = try_decoder(model)
+    models.trial = try_decoder(model)
     tools = ToolTemplate.of(tokenizer)
-    return TextEngine(models, model.manifest, trial, queue, tokenizer, model.grammars, tools, model.encoder_inputs)
+    return TextEngine(models, model.manifest, queue, tokenizer, model.grammars, tools, model.encoder_inputs)
 
 
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
@@ -231,7 +221,7 @@ def _described_room(decoder: Decoder, source: Source | None) -> str:
     return f"{len(lengths)} rows of {lengths[len(lengths)]} tokens{more}, within {shown_size(limit)}"
 
 
-def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:
+def _open_adapters(settings: ServiceSettings, model: OrtModel) -> AdapterStore:
     """Load the export's own adapters, so that requests find them in memory."""
     adapters = model.adapters
     names = tuple(adapters.available())
@@ -242,4 +232,4 @@ def _open_adapters(settings: ServiceSettings, model: OrtModel) -> ServedModels:
             f"an adapter is called {settings.base_name!r} as the export's directory, which names the base; rename one"
         )
     most = settings.max_adapters or max(_MOST_ADAPTERS, len({*names, *settings.adapters}))
-    return ServedModels(settings.base_name, model, AdapterLimits(most, settings.adapter_bytes))
+    return AdapterStore(settings.base_name, model, AdapterLimits(most, settings.adapter_bytes))

@@ -14,15 +14,19 @@ from starlette.exceptions import HTTPException
 
 from gralora_fx.errors import GraloraError, shown
 from gralora_fx.run.engine.cache_memory import NeverRoomError, NoRoomError
-from gralora_fx.service.adapter_root import AdapterNotFoundError
-from gralora_fx.service.metrics import note_rejection
-from gralora_fx.service.scheduling.adapter_versions import (
+from gralora_fx.run.generate.request_errors import (
+    AdapterNotFoundError,
     AdaptersInUseError,
+    AnswerError,
+    DeadlineError,
+    QueueFullError,
+    RunError,
+    StoppedError,
     TooManyChangesError,
     UnknownAdapterError,
     UnknownModelError,
 )
-from gralora_fx.service.scheduling.queue import AnswerError, DeadlineError, QueueFullError, RunError, StoppedError
+from gralora_fx.service.metrics import note_rejection
 
 FAILED = "the request failed; the server's log says why"
 _RETRY_AFTER = {"Retry-After": "1"}

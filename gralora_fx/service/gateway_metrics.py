@@ -13,33 +13,32 @@ from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.scheduling.queue import JobQueue
-from gralora_fx.service.scheduling.served_models import ServedModels
 
 
 class GatewayMetrics(Collector):
     """Requests that run and wait, how full the caches of rows are, and which adapters are in memory."""
 
-    def __init__(self, models: ServedModels, queue: JobQueue[Any]) -> None:
+    def __init__(self, models: AdapterStore, queue: JobQueue[Any]) -> None:
         """Take what is measured."""
         self._models, self._queue = models, queue
 
     def collect(self) -> Iterator[Metric]:
         """The metrics, as Prometheus' client asks for them."""
         models, queue = self._models, self._queue
-        loader = models.loader
-        loading = 0 if loader is None else loader.requests
         yield self._gauge("num_requests_running", "Requests, or rows of them, that run.", queue.running)
-        yield self._gauge("num_requests_waiting", "Requests, or rows of them, that wait.", queue.waiting + loading)
+        yield self._gauge(
+            "num_requests_waiting", "Requests, or rows of them, that wait.", queue.waiting + models.pending.requests
+        )
         yield self._gauge("kv_cache_usage_perc", "Share of the rows' caches that is filled.", queue.cache_usage)
         adapters = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "When the adapters in memory, and those that requests wait for, were read.",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        waiting = () if loader is None else loader.waiting
         most = str(models.limits.count or len(models.adapters))
-        adapters.add_metric((most, ",".join(models.adapters), ",".join(waiting)), time.time())
+        adapters.add_metric((most, ",".join(models.adapters), ",".join(models.pending.names)), time.time())
         yield adapters
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:

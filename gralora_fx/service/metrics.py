@@ -14,7 +14,7 @@ from starlette.types import Scope
 from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.engine.prefix_cache import PrefixCache
-from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.service.adapter_store.store import AdapterStore
 
 _KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
 _BY_STATUS = {
@@ -122,21 +122,17 @@ class Metrics:
             "gralora_fx_adapter_evictions", "Adapters that were freed for the room of others.", registry=registry
         )
 
-    def watch_adapters(self, models: ServedModels) -> None:
-        """Measure the adapters in memory."""
+    def watch_adapters(self, models: AdapterStore) -> None:
+        """Measure the adapters in memory, and count how they come and go."""
+        models.when_evicted, models.pending.when_loaded = self._evictions.inc, self._adapter_loaded
         versions = "Versions of adapters in memory, replaced ones included."
         self._now.watch("adapters_loaded", "Adapters in memory.", lambda: len(models.adapters))
         self._now.watch("adapter_versions", versions, lambda: len(models))
         self._now.watch("adapter_bytes", "Bytes of these versions.", lambda: models.memory)
 
-    def adapter_loaded(self, is_loaded: bool, seconds: float) -> None:
-        """A load of an adapter that a request named ended."""
+    def _adapter_loaded(self, is_loaded: bool, seconds: float) -> None:
         self.adapter_load("ok" if is_loaded else "refused")
         self._load_seconds.observe(seconds)
-
-    def adapter_evicted(self) -> None:
-        """An adapter was freed for the room of another."""
-        self._evictions.inc()
 
     def adapter_load(self, outcome: Literal["ok", "refused"]) -> None:
         """A load of an adapter ended."""

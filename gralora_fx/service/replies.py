@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.request_errors import DeadlineError, RunError
 from gralora_fx.service.error_responses import error_body, status_of
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
-from gralora_fx.service.scheduling.queue import DeadlineError, RunError
 from gralora_fx.service.scheduling.text_jobs import Piece, Sink, TextJob
 from gralora_fx.service.spans import note_answers
 

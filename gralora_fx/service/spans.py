@@ -221,7 +221,7 @@ def _describe_answers(span: Span, answers: Answers) -> None:
     """Say what was asked for and what came: never a text."""
     jobs, usage = answers.jobs, answers.usage()
     request = jobs[0].request
-    sampling = request.sampling
+    sampling = request.options.sampling
     attributes: dict[str, Any] = {
         "gen_ai.request.max_tokens": request.max_new_tokens,
         "gen_ai.request.temperature": sampling.temperature if sampling.do_sample else 0.0,

@@ -22,7 +22,7 @@ from gralora_fx.core.adapters.stored_adapter import open_adapter
 from gralora_fx.core.loading.bases import load_base
 from gralora_fx.errors import CheckpointError, GraloraError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, to_lora
-from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 
 METHODS: dict[str, dict[str, Any]] = {
     "gralora": {"r": 4, "gralora_k": 2},

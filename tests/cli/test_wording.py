@@ -61,7 +61,7 @@ PYTHON = (
     "tracing.traced_model",
 )
 # about the service itself, which the command line alone starts
-SERVICE = ("cli", "demo", "serving.http", "serving.scale", "serving.scheduling")
+SERVICE = ("cli", "demo", "serving.adapter_store", "serving.http", "serving.scale", "serving.scheduling")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:

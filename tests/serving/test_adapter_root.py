@@ -15,7 +15,8 @@ from served_exports import decoders
 from gralora_fx.errors import ConfigError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter
 from gralora_fx.format.adapter_paths import record_path
-from gralora_fx.service.adapter_root import AdapterNotFoundError, AdapterRoot
+from gralora_fx.run.generate.request_errors import AdapterNotFoundError
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,14 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.run.engine.cache_memory import CacheMemory, NeverRoomError, NoRoomError, RowMemory
 from gralora_fx.run.engine.prefix_cache import PrefixCache
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.service.app import create_app
 from gralora_fx.service.scheduling import queue as queues
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
-from gralora_fx.service.scheduling.queue import Observer, RunError
+from gralora_fx.service.scheduling.queue import Observer
 from gralora_fx.serving import OrtModel, load
 
 
@@ -116,7 +118,7 @@ def test_answers_within_a_bound_are_those_without(model: OrtModel, most: int) ->
         TextRequest(
             (*head[: numbers.choice([0, 40, 80])], *(numbers.randrange(3, 90) for _ in range(30))),
             numbers.randrange(40, 90),
-            Sampling(eos_token_id=[]),
+            AnswerOptions(Sampling(eos_token_id=[])),
             adapter=names[number % 3],
         )
         for number in range(10)
@@ -154,7 +156,7 @@ def test_a_request_that_is_given_up_leaves_no_shortage(model: OrtModel) -> None:
     scheduler = ContinuousScheduler(
         model.decoder(rows=4, max_memory=330 * TOKEN), chat_tokenizer(), Mock(spec=Observer), max_queue=8
     )
-    request = TextRequest((5, 6, 7), 250, Sampling(eos_token_id=[]))
+    request = TextRequest((5, 6, 7), 250, AnswerOptions(Sampling(eos_token_id=[])))
     jobs = [scheduler.submit([(request, Caller().events.put)])[0] for _ in range(2)]
     scheduler._turn()
     assert (scheduler.running, scheduler._is_short) == (1, True)
@@ -289,7 +291,7 @@ def test_a_service_at_rest_keeps_no_copies_of_adapters(model: OrtModel, monkeypa
     assert given_back.get(timeout=20)
     for _ in range(2):
         caller = Caller()
-        request = TextRequest((5, 6, 7), 3, Sampling(), adapter="wide")
+        request = TextRequest((5, 6, 7), 3, adapter="wide")
         scheduler.submit([(request, caller.events.put)])
         caller.text()
         assert given_back.get(timeout=20)

@@ -25,6 +25,7 @@ from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.sampling import Sampling
@@ -328,7 +329,12 @@ def test_an_encoder_runs_between_two_steps_of_the_rows_that_decode(pair_of: Call
         return told
 
     requests = [
-        TextRequest((1,), 5, Sampling(eos_token_id=[100], min_new_tokens=5, logprobs=0), source=inputs.of_ids(one))
+        TextRequest(
+            (1,),
+            5,
+            AnswerOptions(Sampling(eos_token_id=[100], min_new_tokens=5, logprobs=0)),
+            source=inputs.of_ids(one),
+        )
         for one in ids
     ]
     scheduler = ContinuousScheduler(decoder, tiny_tokenizer(), MagicMock(), max_queue=4)

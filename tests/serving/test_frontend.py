@@ -180,8 +180,8 @@ def test_what_the_frontend_answers_itself_is_counted_and_logged(
 
 def test_what_replicas_measure_is_added_up(tmp_path: Path) -> None:
     def measured(running: int, usage: float, names: tuple[str, ...]) -> list[Any]:
-        limits = SimpleNamespace(count=3)
-        models: Any = SimpleNamespace(loader=None, limits=limits, adapters=names, base="base")
+        limits, pending = SimpleNamespace(count=3), SimpleNamespace(requests=0, names=())
+        models: Any = SimpleNamespace(pending=pending, limits=limits, adapters=names, base="base")
         queue: Any = SimpleNamespace(running=running, waiting=2, cache_usage=usage)
         return list(GatewayMetrics(models, queue).collect())
 

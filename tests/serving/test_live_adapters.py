@@ -24,10 +24,10 @@ from tiny_models import text_batch
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine import adapter_slots
-from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
 from gralora_fx.service.app import create_app
 from gralora_fx.service.scheduling.text_jobs import TextJob
-from gralora_fx.service.trial import AdapterTrial
 from gralora_fx.serving import OrtModel
 
 MODES = ("data", "inputs")
@@ -154,8 +154,9 @@ def test_the_memory_of_old_versions_is_freed(service: TestClient, monkeypatch: p
     loaded(service, "live", "small")
     model = models[0]
     complete(service, "live", PROMPT)
-    with served.held("live") as key:
-        old = weakref.ref(model.adapters[key])
+    key = served.hold_named("live").key
+    old = weakref.ref(model.adapters[key])
+    served.release(key)
     loaded(service, "live", "wide", load_inplace=True)
     complete(service, "live", PROMPT)
     wait_for(lambda: len(served) == len(served.adapters))

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from test_served_models import ANY, Host, settle
+from test_served_models import File, running, settle, store
 
 from gralora_fx.errors import ServingError
-from gralora_fx.service.scheduling.adapter_versions import (
-    AdapterLimits,
+from gralora_fx.run.generate.request_errors import (
     AdapterLoadError,
+    DeadlineError,
     TooManyChangesError,
     UnknownModelError,
 )
-from gralora_fx.service.scheduling.on_demand import OnDemandAdapters
-from gralora_fx.service.scheduling.queue import DeadlineError
-from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits
 
 
-class Source:
+class Files:
     """Adapters of which each has a number as its state, and some of which cannot be loaded."""
 
     def __init__(self, *names: str) -> None:
@@ -31,40 +30,52 @@ class Source:
         self.loads: list[str] = []
         self.opened = threading.Event()
         self.opened.set()
-        self.models: Any = None
+
+    by_requests = False
 
     def names(self) -> list[str]:
         return sorted(self.states)
 
-    def state_of(self, name: str) -> Hashable:
-        return self.states.get(name)
+    def find(self, name: str) -> File | None:
+        return Found(name, self.states[name], self) if name in self.states else None
 
-    def load(self, name: str, state: Hashable) -> None:
-        self.loads.append(name)
-        assert self.opened.wait(10)
+    def take_name(self, name: str) -> None:
+        """Leave the files as they are."""
 
-        def try_adapter(_: str) -> None:
-            if name in self.broken:
-                raise self.broken[name]
+    def __call__(self, key: str) -> None:
+        """Try an adapter."""
+        name = key.partition(".")[0]
+        if name in self.broken:
+            raise self.broken[name]
 
-        self.models.commit(self.models.prepare(name, ANY, try_adapter, replace=True, state=state, pin=False))
+
+@dataclass(frozen=True)
+class Found(File):
+    """An adapter as its files are now."""
+
+    files: Any = field(default=None, compare=False)
+
+    def read(self, name: str, manifest: object) -> Any:
+        self.files.loads.append(name)
+        assert self.files.opened.wait(10)
+        return super().read(name, manifest)
 
 
-def served(source: Source, *own: str, count: int | None = None, most: int = 8) -> tuple[Any, Any]:
-    models = ServedModels("base", Host(*own), AdapterLimits(count))  # type: ignore[arg-type]
-    source.models = models
-    return models, OnDemandAdapters(models, source, most_waiting=most)
+def served(files: Files, *own: str, count: int | None = None, most: int = 8) -> tuple[Any, Any]:
+    models, _ = store(*own, limits=AdapterLimits(count))
+    models.files, models.trial, models.pending.most = files, files, most  # type: ignore[assignment]
+    return models, models.pending
 
 
 async def ask(models: Any, name: str, during: Callable[[], Coroutine[Any, Any, None]] | None = None) -> str:
-    async with models.ready(name, 10) as key:
+    async with models.use(name, 10) as key:
         if during is not None:
             await during()
         return str(key)
 
 
 def test_what_is_missing_is_loaded_once_for_all_that_wait() -> None:
-    source = Source("a", "b")
+    source = Files("a", "b")
     models, adapters = served(source, "own")
 
     async def run() -> list[str]:
@@ -72,7 +83,7 @@ def test_what_is_missing_is_loaded_once_for_all_that_wait() -> None:
         asked = [asyncio.create_task(ask(models, name)) for name in ("a", "a", "b", "a")]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert (adapters.waiting, adapters.requests) == (("a", "b"), 4)
+        assert (adapters.names, adapters.requests) == (("a", "b"), 4)
         assert await ask(models, "own") == "own"  # waits for nothing
         source.opened.set()
         return await asyncio.gather(*asked)
@@ -83,11 +94,11 @@ def test_what_is_missing_is_loaded_once_for_all_that_wait() -> None:
     assert source.loads == ["a", "b"]
     with pytest.raises(UnknownModelError, match="no model 'c'; there is base, a, b, own, and those of the"):
         asyncio.run(ask(models, "c"))
-    assert adapters.waiting == models.running == ()
+    assert adapters.names == running(models) == ()
 
 
 def test_a_failure_is_remembered_until_the_files_change() -> None:
-    source = Source("a", "b")
+    source = Files("a", "b")
     models, _ = served(source)
     source.broken["a"] = ServingError("not finite")
     for _ in range(3):
@@ -101,7 +112,7 @@ def test_a_failure_is_remembered_until_the_files_change() -> None:
 
 
 def test_a_failure_that_nobody_knows_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    source = Source("a")
+    source = Files("a")
     models, _ = served(source)
     source.broken["a"] = ValueError("a secret")
     with pytest.raises(AdapterLoadError, match="the log of the server says why"):
@@ -110,7 +121,7 @@ def test_a_failure_that_nobody_knows_is_not_told(caplog: pytest.LogCaptureFixtur
 
 
 def test_files_that_change_are_a_new_version_and_damaged_ones_leave_the_old() -> None:
-    source = Source("a")
+    source = Files("a")
     models, _ = served(source, count=1)
     assert asyncio.run(ask(models, "a")) == "a.2"
     source.states["a"] = 2
@@ -126,7 +137,7 @@ def test_files_that_change_are_a_new_version_and_damaged_ones_leave_the_old() ->
 
 
 def test_a_load_waits_for_room_and_holds_nobody_up() -> None:
-    source = Source("a", "b", "c")
+    source = Files("a", "b", "c")
     models, adapters = served(source, count=1)
 
     async def run() -> str:
@@ -136,9 +147,9 @@ def test_a_load_waits_for_room_and_holds_nobody_up() -> None:
             waiting.append(asyncio.create_task(ask(models, "b")))
             while source.loads != ["a", "b"]:
                 await asyncio.sleep(0.001)
-            assert adapters.waiting == ("b",)
+            assert adapters.names == ("b",)
             with pytest.raises(DeadlineError, match="'c' was not loaded in time"):
-                async with models.ready("c", 0.02):
+                async with models.use("c", 0.02):
                     pass
             assert await ask(models, "a") == "a.2"
             assert not waiting[0].done()
@@ -147,11 +158,11 @@ def test_a_load_waits_for_room_and_holds_nobody_up() -> None:
         return await waiting[0]
 
     assert asyncio.run(run()).startswith("b.")
-    assert (models.adapters, models.running) == (("b",), ())
+    assert (models.adapters, running(models)) == (("b",), ())
 
 
 def test_a_request_that_gives_up_leaves_no_hold() -> None:
-    source = Source("a")
+    source = Files("a")
     models, adapters = served(source)
 
     async def run() -> None:
@@ -164,11 +175,11 @@ def test_a_request_that_gives_up_leaves_no_hold() -> None:
         assert await asked[1] == "a.2"
 
     asyncio.run(run())
-    assert (models.running, adapters.requests) == ((), 0)
+    assert (running(models), adapters.requests) == ((), 0)
 
 
 def test_those_that_wait_are_bounded() -> None:
-    source = Source("a", "b")
+    source = Files("a", "b")
     models, _ = served(source, most=1)
 
     async def run() -> None:
@@ -184,7 +195,7 @@ def test_those_that_wait_are_bounded() -> None:
 
 
 def test_random_requests_all_get_their_adapter() -> None:
-    source = Source(*(f"n{n}" for n in range(20)))
+    source = Files(*(f"n{n}" for n in range(20)))
     models, _ = served(source, "own", count=4, most=200)
 
     async def one(number: int) -> None:
@@ -204,4 +215,14 @@ def test_random_requests_all_get_their_adapter() -> None:
     asyncio.run(run())
     settle(models)
     assert len(models) <= 4
-    assert models.running == ()
+    assert running(models) == ()
+
+
+def test_a_load_without_room_is_tried_again_after_any_change() -> None:
+    """Also after one that a replica hears of from the others."""
+    models, _ = served(Files("a"), "own", count=1)
+    for _ in range(2):
+        with pytest.raises(AdapterLoadError, match="'a' cannot be loaded: there is no room for 'a': max_adapters is 1"):
+            asyncio.run(ask(models, "a"))
+    asyncio.run(models.changed(lambda: models.drop("own")))
+    assert asyncio.run(ask(models, "a")) == "a.2"

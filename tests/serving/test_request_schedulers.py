@@ -22,11 +22,12 @@ from transformers import (
 
 from gralora_fx.errors import ServingError
 from gralora_fx.run.engine.limits import end_tokens
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
+from gralora_fx.run.generate.request_errors import QueueFullError, RunError, StoppedError
 from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
-from gralora_fx.service.scheduling.queue import QueueFullError, RunError, StoppedError
 from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob
 from gralora_fx.serving import Decoder, load
 
@@ -100,7 +101,7 @@ def scheduler_of(path: Path, *, rows: int = 2, chunk: int = 4, max_queue: int = 
 
 
 def request(prompt: Sequence[int], adapter: str | None = None, count: int = 6, **sampling: Any) -> TextRequest:
-    return TextRequest(tuple(prompt), count, Sampling(**sampling), adapter=adapter)
+    return TextRequest(tuple(prompt), count, AnswerOptions(Sampling(**sampling)), adapter=adapter)
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,17 +14,15 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ServingError
-from gralora_fx.service.scheduling.adapter_versions import (
+from gralora_fx.run.generate.request_errors import (
     AdapterLimitError,
-    AdapterLimits,
     AdaptersInUseError,
     TooManyChangesError,
     UnknownAdapterError,
     UnknownModelError,
 )
-from gralora_fx.service.scheduling.served_models import ServedModels
-
-ANY = Path("any")
+from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits
+from gralora_fx.service.adapter_store.store import AdapterStore
 
 
 class Host:
@@ -29,6 +31,7 @@ class Host:
     def __init__(self, *keys: str) -> None:
         self.adapters: Any = self
         self.keys = set(keys)
+        self.manifest = SimpleNamespace(adapter_inputs=1, adapters=())
 
     def available(self) -> list[str]:
         return sorted(self.keys)
@@ -46,31 +49,82 @@ class Host:
         self.keys.remove(name)
 
 
-def load(models: ServedModels, name: str, *, replace: bool = True, **how: Any) -> None:
-    def work() -> None:
-        models.commit(models.prepare(name, ANY, lambda _: None, replace=replace, **how))
+@dataclass(frozen=True)
+class File:
+    """Stands for the file of an adapter, as it is at a time."""
 
-    models.change(work).result(10)
+    path: str = ""
+    state: int = 0
+
+    def read(self, name: str, manifest: object) -> Path:
+        return Path(name)
 
 
-def key_of(models: ServedModels, name: str) -> str | None:
+class Trial:
+    """Tries adapters, some of which the model does not run with."""
+
+    by_requests = False
+
+    def __init__(self) -> None:
+        self.problem: Exception | None = None
+
+    def __call__(self, key: str) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+
+def store(*keys: str, limits: AdapterLimits | None = None) -> tuple[AdapterStore, Host]:
+    """A store, and what holds its adapters."""
+    host: Any = Host(*keys)
+    made = AdapterStore("base", host, limits)
+    made.trial = Trial()  # type: ignore[assignment]
+    return made, host
+
+
+def stage(models: AdapterStore, name: str, **how: Any) -> Any:
+    return models.stage(name, File(), **{"may_replace": True, **how})  # type: ignore[arg-type]
+
+
+def load(models: AdapterStore, name: str, **how: Any) -> None:
+    models.change(lambda: models.serve(stage(models, name, **how))).result(10)
+
+
+@contextmanager
+def held(models: AdapterStore, name: str) -> Iterator[str]:
+    """Hold a name's version now."""
+    version = models.hold_named(name)
+    assert version is not None
+    yield version.key
+    models.release(version.key)
+
+
+def key_of(models: AdapterStore, name: str) -> str:
     """The key of a name's version now."""
-    with models.held(name) as key:
+    with held(models, name) as key:
         return key
 
 
-def settle(models: ServedModels) -> None:
+async def used(models: AdapterStore, name: str) -> str | None:
+    async with models.use(name) as key:
+        return key
+
+
+def running(models: AdapterStore) -> tuple[str, ...]:
+    """The adapters that requests run with, or are about to."""
+    return tuple(sorted({version.name for version in models._versions.values() if version.holds}))
+
+
+def settle(models: AdapterStore) -> None:
     """Wait until what was to be freed is."""
     models.change(lambda: None).result(10)
 
 
 def test_a_held_version_outlives_its_name() -> None:
-    host = Host("a")
-    models = ServedModels("base", host)
+    models, host = store("a")
     load(models, "a")
     settle(models)
     assert host.keys == {"a.2"}  # nobody held the first
-    with models.held("a") as key:
+    with held(models, "a") as key:
         load(models, "a")
         settle(models)
         assert key == "a.2"
@@ -85,22 +139,21 @@ def test_a_held_version_outlives_its_name() -> None:
     assert host.keys == {"a.3"}
     with pytest.raises(UnknownModelError, match=r"'a\.2' was unloaded"):
         models.hold("a.3", "a.2")
-    models.unload("a")
+    models.drop("a")
     settle(models)  # the hold that failed left no hold on the other
     assert host.keys == set()
 
 
 def test_unloading_takes_the_name_at_once() -> None:
-    host = Host("a", "b")
-    models = ServedModels("base", host)
-    with models.held("a"):
-        models.unload("a")
+    models, host = store("a", "b")
+    with held(models, "a"):
+        models.drop("a")
         assert models.adapters == ("b",)
         with pytest.raises(UnknownAdapterError, match=r"no adapter 'a' is loaded; loaded is b"):
-            models.unload("a")
+            models.drop("a")
         with pytest.raises(UnknownModelError, match=r"no model 'a'; there is base, b"):
-            key_of(models, "a")
-        load(models, "a", replace=False)
+            asyncio.run(used(models, "a"))
+        load(models, "a", may_replace=False)
         settle(models)
         assert host.keys == {"a", "b", "a.2"}
     settle(models)
@@ -108,25 +161,22 @@ def test_unloading_takes_the_name_at_once() -> None:
 
 
 def test_a_failed_load_changes_nothing() -> None:
-    host = Host("a")
-    models = ServedModels("base", host)
-
-    def fail(_: str) -> None:
-        raise ServingError("not finite")
-
+    models, host = store("a")
+    models.trial.problem = ServingError("not finite")  # type: ignore[attr-defined]
     for name in ("a", "b"):
         with pytest.raises(ServingError, match="not finite"):
-            models.prepare(name, ANY, fail, replace=True)
+            stage(models, name)
     for name, message in (("a", "is loaded already; give load_inplace"), ("../a", "is not a name"), ("", "is not")):
         with pytest.raises(ServingError, match=message):
-            models.prepare(name, ANY, fail, replace=False)
+            stage(models, name, may_replace=False)
+    with pytest.raises(ServingError, match="'base' is the name of the base"):
+        stage(models, "base")
     assert host.keys == {"a"}
     assert key_of(models, "a") == "a"
 
 
 def test_a_key_is_nobody_elses() -> None:
-    host = Host("a", "a.2", "a.3")
-    models = ServedModels("base", host)
+    models, _ = store("a", "a.2", "a.3")
     load(models, "a")
     assert key_of(models, "a") == "a.4"
     load(models, "b" * 128)
@@ -134,7 +184,7 @@ def test_a_key_is_nobody_elses() -> None:
 
 
 def test_changes_wait_up_to_a_bound() -> None:
-    models, began, go = ServedModels("base", Host()), threading.Event(), threading.Event()
+    (models, _), began, go = store(), threading.Event(), threading.Event()
 
     def wait() -> None:
         began.set()
@@ -151,15 +201,14 @@ def test_changes_wait_up_to_a_bound() -> None:
     settle(models)
 
 
-def test_a_version_that_was_prepared_has_no_name_until_it_is_committed() -> None:
-    host = Host("a")
-    models = ServedModels("base", host)
-    first = models.prepare("a", ANY, lambda _: None, replace=True)
+def test_a_version_that_was_staged_has_no_name_until_it_is_served() -> None:
+    models, host = store("a")
+    first = stage(models, "a")
     assert (key_of(models, "a"), len(models)) == ("a", 2)
     models.release(first.key)
     settle(models)
     assert host.keys == {"a"}
-    models.commit(models.prepare("a", ANY, lambda _: None, replace=True))
+    models.serve(stage(models, "a"))
     settle(models)
     assert (key_of(models, "a"), host.keys) == ("a.3", {"a.3"})
 
@@ -167,21 +216,20 @@ def test_a_version_that_was_prepared_has_no_name_until_it_is_committed() -> None
 @pytest.mark.quick
 @pytest.mark.parametrize("limits", [AdapterLimits(count=3), AdapterLimits(memory=39), AdapterLimits(3, 30)])
 def test_the_least_recently_used_goes_but_none_that_is_held_or_pinned(limits: AdapterLimits) -> None:
-    host, evicted = Host("pinned"), list[int]()
-    models = ServedModels("base", host, limits)
+    (models, host), evicted = store("pinned", limits=limits), list[int]()
     models.when_evicted = lambda: evicted.append(1)
     for name in ("a", "b"):
         load(models, name, pin=False)
     assert key_of(models, "a") == "a.2"  # so that b is the least recently used
     load(models, "c", pin=False)
     assert (models.adapters, host.keys, models.memory) == (("a", "c", "pinned"), {"a.2", "c.4", "pinned"}, 30)
-    with models.held("a"):
+    with held(models, "a"):
         load(models, "d", pin=False)
         assert models.adapters == ("a", "d", "pinned")
-        with models.held("d"):
+        with held(models, "d"):
             with pytest.raises(AdaptersInUseError, match="no room for 'e': requests run with all others"):
                 load(models, "e", pin=False)
-            assert models.running == ("a", "d")
+            assert running(models) == ("a", "d")
     settle(models)
     assert len(models) == 3
     load(models, "e")
@@ -194,6 +242,6 @@ def test_the_least_recently_used_goes_but_none_that_is_held_or_pinned(limits: Ad
 
 def test_the_limits_hold_from_the_start() -> None:
     with pytest.raises(AdapterLimitError, match=r"max_adapters is 1, and 2 adapters of 20 bytes stay.*--max-adapters"):
-        ServedModels("base", Host("a", "b"), AdapterLimits(count=1))
+        store("a", "b", limits=AdapterLimits(count=1))
     with pytest.raises(AdapterLimitError, match=r"max_adapter_memory is 19 bytes.*raise --max-adapter-memory"):
-        ServedModels("base", Host("a", "b"), AdapterLimits(memory=19))
+        store("a", "b", limits=AdapterLimits(memory=19))

@@ -9,35 +9,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_served_models import Host, settle
+from test_served_models import settle, store, used
 
 from gralora_fx.errors import ServingError
-from gralora_fx.service.adapter_root import AdapterNotFoundError, AdapterRoot
-from gralora_fx.service.root_adapters import RootAdapters
+from gralora_fx.run.generate.request_errors import AdapterNotFoundError, UnknownAdapterError
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.named_files import RootFiles
 from gralora_fx.service.scale.spread_adapters import ReplicaAdapters, SharedAdapters, SpreadChanges, UnevenReplicasError
-from gralora_fx.service.scheduling.adapter_versions import UnknownAdapterError
-from gralora_fx.service.scheduling.served_models import ServedModels
 
 
 class Replica:
     """A replica with keys instead of adapters."""
 
     def __init__(self, root: AdapterRoot, folder: Path) -> None:
-        self.host = Host("own")
-        self.models = ServedModels("base", self.host)  # type: ignore[arg-type]
-        self.problem: Exception | None = None
-        engine: Any = SimpleNamespace(
-            models=self.models,
-            trial=self.trial,
-            manifest=SimpleNamespace(adapter_inputs=1, adapters=()),
-            checks_outputs=False,
-        )
-        self.root = RootAdapters(engine, root, folder)
-        self.adapters = ReplicaAdapters(engine, self.root, folder)
-
-    def trial(self, key: str) -> None:
-        if self.problem is not None:
-            raise self.problem
+        self.models, self.host = store("own")
+        self.models.files = self.files = RootFiles(root, folder)
+        self.models.pending.most = 8
+        self.trial: Any = self.models.trial
+        self.adapters = ReplicaAdapters(self.models, folder)
 
 
 class Handle:
@@ -97,45 +86,45 @@ def test_what_is_loaded_is_everywhere_and_later_too(spread: Spread) -> None:
     spread.load("y", "b.onnx_adapter")
     assert spread.loaded() == {("own", "x", "y")}
     spread.load("x", "b.onnx_adapter", may_replace=True)
-    asyncio.run(spread.changes.unload("own"))
-    asyncio.run(spread.changes.unload("y"))
+    asyncio.run(spread.changes.evict("own"))
+    asyncio.run(spread.changes.evict("y"))
     spread.handle.replicas.append(spread.replica())  # which has started, or again
-    asyncio.run(spread.handle.replicas[-1].adapters.settle())
+    asyncio.run(spread.handle.replicas[-1].adapters.follow())
     assert spread.loaded() == {("x",)}
     files = list(spread.folder.rglob("*.onnx_adapter"))
     assert [path.read_text() for path in files] == ["b"]  # those that nobody loads any more are gone
     with pytest.raises(UnknownAdapterError, match="no adapter 'y' is loaded; loaded is x"):
-        asyncio.run(spread.changes.unload("y"))
+        asyncio.run(spread.changes.evict("y"))
 
 
 def test_what_is_not_pinned_is_everywhere_too_until_its_room_is_needed(spread: Spread) -> None:
     spread.load("x", "a.onnx_adapter", pin=False)
     assert spread.loaded() == {("own", "x")}
     late = spread.replica()  # which loads it when a request names it
-    asyncio.run(late.adapters.settle())
+    asyncio.run(late.adapters.follow())
     for replica in (*spread.handle.replicas, late):
-        (name,) = {*replica.root.names()} - {"a", "b"}
-        state = replica.root.state_of(name)
-        assert state is not None
-        assert state[0] == "a.onnx_adapter"  # type: ignore[index]
-    late.models.change(lambda: late.root.load("x", late.root.state_of("x"))).result(10)
+        (name,) = {*replica.files.names()} - {"a", "b"}
+        file = replica.files.find(name)
+        assert file is not None
+        assert file.path == "a.onnx_adapter"
+    assert asyncio.run(used(late.models, "x")) == "x.2"
     assert late.models.adapters == ("own", "x")
     late.models.close()
     spread.load("x", "b.onnx_adapter", may_replace=True)  # and from now on pinned
-    asyncio.run(spread.changes.unload("x"))
+    asyncio.run(spread.changes.evict("x"))
     assert spread.loaded() == {("own",)}
-    assert not any("x" in replica.root.names() for replica in spread.handle.replicas)
+    assert not any("x" in replica.files.names() for replica in spread.handle.replicas)
 
 
 def test_a_load_that_one_replica_refuses_is_undone(spread: Spread) -> None:
     spread.load("x", "a.onnx_adapter")
     before = SharedAdapters.read(spread.folder)
     keys = [set(replica.host.keys) for replica in spread.handle.replicas]
-    spread.handle.replicas[1].problem = ServingError("not finite")
+    spread.handle.replicas[1].trial.problem = ServingError("not finite")
     for name in ("x", "z"):
         with pytest.raises(ServingError, match="not finite"):
             spread.load(name, "b.onnx_adapter", may_replace=True)
-    spread.handle.replicas[1].problem = None
+    spread.handle.replicas[1].trial.problem = None
     spread.handle.ended = RuntimeError("the actor died")
     with pytest.raises(UnevenReplicasError, match=r"nothing was changed \(the actor died\); try again"):
         spread.load("z", "b.onnx_adapter")
@@ -152,7 +141,7 @@ def test_a_load_that_one_replica_refuses_is_undone(spread: Spread) -> None:
 def test_a_replica_that_did_not_hear_of_a_change_reads_the_record(spread: Spread) -> None:
     late = spread.handle.replicas.pop()
     spread.load("x", "a.onnx_adapter")
-    asyncio.run(spread.changes.unload("own"))
-    asyncio.run(late.adapters.settle())
+    asyncio.run(spread.changes.evict("own"))
+    asyncio.run(late.adapters.follow())
     spread.handle.replicas.append(late)
     assert spread.loaded() == {("x",)}

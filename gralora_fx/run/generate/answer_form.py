@@ -31,6 +31,26 @@ _PIECE = re.compile(
 _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while it is compiled
 
 
+@dataclass(frozen=True)
+class FormOptions:
+    """The forms that `generate` may be asked for, of which one is given; values as of `AnswerForm.of`."""
+
+    json_schema: Mapping[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    @property
+    def given(self) -> GivenForms:
+        """The kind and value of each, by its name."""
+        return {
+            "json_schema": ("json", self.json_schema),
+            "regex": ("regex", self.regex),
+            "choice": ("choice", self.choice),
+            "grammar": ("grammar", self.grammar),
+        }
+
+
 class FormError(ServingError):
     """The form of an answer cannot be followed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from numpy.typing import NDArray
@@ -12,13 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.limits import DecoderLimits, TooLargeError
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.detokenizer import TextStream
-from gralora_fx.run.generate.sampling import Sampling
-from gralora_fx.run.generate.stop_search import StopSearch
 from gralora_fx.run.generate.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.answer_grammar import AnswerGrammar
     from gralora_fx.run.generate.encoder_inputs import EncoderInput
 
 Ending: TypeAlias = Literal["stop", "length"]
@@ -31,28 +29,17 @@ class TextRequest:
     Attributes:
         prompt: Its token ids.
         max_new_tokens: The most tokens to add.
-        sampling: How tokens are chosen; its own `max_new_tokens` is not used.
-        stop: Strings that end the answer, checked.
+        options: How it is answered; `max_new_tokens` of their sampling is not used.
         adapter: The adapter to answer with; None for the base.
-        scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
-            `sampling.logprobs` says; the answer may then have no tokens.
         source: What an encoder-decoder's encoder reads; None of a decoder.
-        grammar: What the answer's tokens may be; None for any.
-        salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
-        shown: Special tokens that are part of the answer's text.
         images: What images put in the place of a decoder's first tokens, by name; None of text alone.
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int
-    sampling: Sampling
-    stop: tuple[str, ...] = ()
+    options: AnswerOptions = field(default_factory=AnswerOptions)
     adapter: str | None = None
-    scores_prompt: bool = False
     source: EncoderInput | None = None
-    grammar: AnswerGrammar | None = None
-    salt: str | None = None
-    shown: frozenset[int] = frozenset()
     images: Source | None = None
 
     @property
@@ -67,9 +54,10 @@ class TextRequest:
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
         """What chooses its tokens."""
-        rules = [] if self.source is None else self.source.processors(self.sampling, self.prompt, self.max_new_tokens)
-        grammar = None if self.grammar is None else self.grammar.begin(ends, self.max_new_tokens)
-        return TokenChooser(self.sampling, self.prompt, ends, rules, grammar)
+        sampling, grammar = self.options.sampling, self.options.grammar
+        rules = [] if self.source is None else self.source.processors(sampling, self.prompt, self.max_new_tokens)
+        begun = None if grammar is None else grammar.begin(ends, self.max_new_tokens)
+        return TokenChooser(sampling, self.prompt, ends, rules, begun)
 
     def check(self, limits: DecoderLimits) -> None:
         """Check that a decoder can run it."""
@@ -80,7 +68,7 @@ class TextRequest:
             raise ServingError(
                 f"the prompt holds token {shown(wrong)}, outside the vocabulary of {limits.vocabulary} tokens"
             )
-        self.sampling.check_tokens(limits)
+        self.options.sampling.check_tokens(limits)
         if length + self.max_new_tokens > limits.context:
             raise TooLargeError(
                 f"the prompt has {length} tokens and {shown(self.max_new_tokens)} more are asked for, beyond the "
@@ -95,7 +83,7 @@ class TextRequest:
             logits: `[positions, vocabulary]`, what the model gives after each that was read.
         """
         tokens = self.prompt[start + 1 : start + 1 + len(logits)]
-        return token_scores(logits[: len(tokens)], tokens, self.sampling.logprobs or 0) if tokens else []
+        return token_scores(logits[: len(tokens)], tokens, self.options.sampling.logprobs or 0) if tokens else []
 
 
 class Completion:
@@ -183,6 +171,35 @@ class Completion:
         return text
 
 
-def seeded(sampling: Sampling, index: int) -> Sampling:
-    """The options for one of several answers, which draws by a seed of its own."""
-    return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + index) % 2**31)
+class StopSearch:
+    """An incremental Knuth-Morris-Pratt search for a stop string, one character at a time.
+
+    Its table is extended only as far as the text has matched, so a long string costs no more than the text.
+
+    Attributes:
+        string: The stop string.
+        matched: The length of its longest prefix that the text ends with.
+    """
+
+    def __init__(self, string: str) -> None:
+        """Begin without text."""
+        self.string = string
+        self.matched = 0
+        self._borders = [0]  # for each prefix: the length of its longest proper prefix that is also its suffix
+
+    def step(self, letter: str) -> bool:
+        """Add a character; returns whether the string is complete."""
+        while self.matched and self.string[self.matched] != letter:
+            self.matched = self._borders[self.matched - 1]
+        if self.string[self.matched] == letter:
+            self.matched += 1
+            self._extend()
+        return self.matched == len(self.string)
+
+    def _extend(self) -> None:
+        """Extend the table to the length of the match."""
+        while len(self._borders) < self.matched:
+            letter, border = self.string[len(self._borders)], self._borders[-1]
+            while border and self.string[border] != letter:
+                border = self._borders[border - 1]
+            self._borders.append(border + (self.string[border] == letter))

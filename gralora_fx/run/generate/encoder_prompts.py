@@ -24,6 +24,26 @@ _FEATURES, _MASK = "input_features", "attention_mask"
 
 
 @dataclass(frozen=True)
+class AnswerStart:
+    """Options of an encoder-decoder: what its answers begin with.
+
+    Attributes:
+        language: The language of recordings; None for the model's default, or that which it hears.
+        task: What is done with recordings; None for the model's default.
+        forced_bos_token_id: The token that the answer to a text begins with; None for the model's.
+    """
+
+    language: str | None = None
+    task: str | None = None
+    forced_bos_token_id: int | None = None
+
+    def check_unused(self, reason: str, *names: str) -> None:
+        """Raise a `ServingError` with a reason if one of some options is given, which have no effect."""
+        if unused := [name for name in names if getattr(self, name) is not None]:
+            raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
+
+
+@dataclass(frozen=True)
 class EncoderPrompts:
     """Reads the prompts of an encoder-decoder.
 
@@ -40,17 +60,21 @@ class EncoderPrompts:
     def read(
         self,
         inputs: GenerateInputs,
+        start: AnswerStart,
         adapter: Adapter,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> Prompts:
         """Read what `generate` was given (see `Generation.read`)."""
         if self.reader.takes_text:
-            return self._of_texts(inputs, tokenizer)
-        return self._of_speech(inputs, adapter, tokenizer)
+            return self._of_texts(inputs, start, tokenizer)
+        return self._of_speech(inputs, start, adapter, tokenizer)
 
-    def _of_texts(self, inputs: GenerateInputs, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
-        inputs.check_unused("the model reads text", "language", "task", _FEATURES)
-        first = inputs.forced_bos_token_id
+    def _of_texts(
+        self, inputs: GenerateInputs, start: AnswerStart, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Prompts:
+        start.check_unused("the model reads text", "language", "task")
+        inputs.check_unused("the model reads text", _FEATURES)
+        first = start.forced_bos_token_id
         if first is not None and (isinstance(first, bool) or not isinstance(first, (int, np.integer))):
             raise ServingError(f"forced_bos_token_id must be the id of a token, but got {shown(first)}")
         if first is not None and self.limits.outside([int(first)]) is not None:
@@ -69,11 +93,12 @@ class EncoderPrompts:
     def _of_speech(
         self,
         inputs: GenerateInputs,
+        start: AnswerStart,
         adapter: Adapter,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> Prompts:
-        inputs.check_unused("an answer to a recording begins with its language and task", "forced_bos_token_id")
-        speech = SpeechPrompt(self.reader.rules, inputs.language, inputs.task)
+        start.check_unused("an answer to a recording begins with its language and task", "forced_bos_token_id")
+        speech = SpeechPrompt(self.reader.rules, start.language, start.task)
         is_single, gives_text, sources = _recordings(self.reader, inputs)
         if gives_text and tokenizer is None:
             raise ServingError(

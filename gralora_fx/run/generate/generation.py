@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.generate.prompts import GenerateInputs, Prompts, with_images
 from gralora_fx.run.generate.speculation import Speculation
@@ -38,15 +39,24 @@ class Generation:
     encoder_inputs: EncoderInputs | None = None
     speculation: Speculation = field(default_factory=Speculation)
 
-    def read(self, inputs: GenerateInputs, adapter: Adapter, tokenizer: PreTrainedTokenizerBase | None) -> Prompts:
-        """What `generate` was given, as what encoder and decoder read."""
+    def read(
+        self,
+        inputs: GenerateInputs,
+        options: AnswerOptions,
+        adapter: Adapter,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Prompts:
+        """Read what `generate` was given as what encoder and decoder read."""
         reader = self.encoder_inputs
         if reader is None:
             reason = "the model is a decoder, without an encoder"
-            inputs.check_unused(reason, _FEATURES, "language", "task", "forced_bos_token_id")
+            inputs.check_unused(reason, _FEATURES)
+            if options.start is not None:
+                options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return with_images(texts, inputs.inputs_embeds)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
-        from gralora_fx.run.generate.encoder_prompts import EncoderPrompts
+        from gralora_fx.run.generate.encoder_prompts import AnswerStart, EncoderPrompts
 
-        return EncoderPrompts(reader, self.limits, self.open_decoder).read(inputs, adapter, tokenizer)
+        start = options.start or AnswerStart()
+        return EncoderPrompts(reader, self.limits, self.open_decoder).read(inputs, start, adapter, tokenizer)

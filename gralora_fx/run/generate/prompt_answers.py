@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.base.amounts import SPECULATIVE_TOKENS
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.run.engine.adapters import names_of_rows
 from gralora_fx.run.engine.decoder import LEAST_CHUNK, part_length
 from gralora_fx.run.engine.limits import DecoderSize
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.answer_row import AnswerRow
-from gralora_fx.run.generate.completion import Completion, TextRequest, seeded
+from gralora_fx.run.generate.completion import Completion, TextRequest
 from gralora_fx.run.generate.generation import Generation
 from gralora_fx.run.generate.prompts import Prompts
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.answer_grammar import AnswerGrammar
     from gralora_fx.run.generate.encoder_inputs import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
@@ -49,36 +47,31 @@ class Completions(Iterator[Any]):
         generation: Generation,
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase | None,
-        sampling: Sampling,
-        stop: Sequence[str],
+        options: AnswerOptions,
         adapter: str | Sequence[str | None] | None = None,
-        grammar: AnswerGrammar | None = None,
-        most_drafted: int | None = None,
     ) -> None:
         """Check the prompts, and let a decoder read them."""
-        most = sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
+        most = options.sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
         names = names_of_rows(adapter, len(prompts.rows))
         sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
         self._requests = [
             TextRequest(
                 tuple(row),
                 new,
-                seeded(sampling, index),
-                tuple(stop),
+                options.of_answer(index),
                 name,
-                source=source,
-                grammar=grammar,
-                images=prompts.images[index] if prompts.images else None,
+                source,
+                prompts.images[index] if prompts.images else None,
             )
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]
         self._prompts = prompts
-        self._gives_scores = sampling.logprobs is not None
-        reader = tokenizer if prompts.gives_text or stop else None
-        ends = generation.limits.ends if sampling.ends is None else sampling.ends
-        self._completions = [Completion(reader, ends, stop) for _ in prompts.rows]
+        self._gives_scores = options.sampling.logprobs is not None
+        reader = tokenizer if prompts.gives_text or options.stop else None
+        ends = options.ends(generation.limits)
+        self._completions = [Completion(reader, ends, options.stop) for _ in prompts.rows]
         self._scores: list[list[TokenScore]] = [[] for _ in prompts.rows]
-        self._rows: _Rows | None = _Rows(generation, self._requests, ends, most_drafted)
+        self._rows: _Rows | None = _Rows(generation, self._requests, ends, options)
 
     def __next__(self) -> Any:
         """What the next step adds: a text or ids, or a list of them for a list of prompts."""
@@ -125,13 +118,13 @@ class _Rows:
     """Prompts in the rows of a decoder of their own, and their answers as these read them."""
 
     def __init__(
-        self, generation: Generation, requests: Sequence[TextRequest], ends: frozenset[int], most_drafted: int | None
+        self, generation: Generation, requests: Sequence[TextRequest], ends: frozenset[int], options: AnswerOptions
     ) -> None:
         count, longest = len(requests), max(len(request.prompt) for request in requests)
         capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
         choosers = [request.chooser(ends) for request in requests]
-        self._most = SPECULATIVE_TOKENS if most_drafted is None else most_drafted
-        several = max(_FORCED if requests[0].grammar is not None else LEAST_CHUNK, 1 + self._most)
+        self._most = options.drafts.most
+        several = max(_FORCED if options.grammar is not None else LEAST_CHUNK, 1 + self._most)
         self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))
         self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]

@@ -58,9 +58,6 @@ class GenerateInputs:
         input_ids: Instead of prompts, a tokenizer's result.
         attention_mask: The mask of `input_ids` or of features.
         input_features: Instead of prompts, a feature extractor's result, `[batch, ...]`.
-        language: The language of recordings.
-        task: What is done with recordings.
-        forced_bos_token_id: The token that an encoder-decoder's answer to a text begins with.
         inputs_embeds: What images put in the place of a decoder's tokens, of a prompt or of each.
     """
 
@@ -68,15 +65,12 @@ class GenerateInputs:
     input_ids: Any = None
     attention_mask: Any = None
     input_features: Any = None
-    language: str | None = None
-    task: str | None = None
-    forced_bos_token_id: int | None = None
     inputs_embeds: Any = None
 
-    def check_unused(self, reason: str, *names: str) -> None:
-        """Check that some options are not given."""
-        if unused := [name for name in names if getattr(self, name) is not None]:
-            raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
+    def check_unused(self, reason: str, name: str) -> None:
+        """Raise a `ServingError` with a reason if an input is given that has no effect."""
+        if getattr(self, name) is not None:
+            raise ServingError(f"{name} has no effect: {reason}; leave it out")
 
     def read(self, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
         """Prompts, or a tokenizer's result, as token ids."""

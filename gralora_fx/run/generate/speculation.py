@@ -6,7 +6,10 @@ import heapq
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from gralora_fx.base.amounts import SPECULATIVE_TOKENS
+from gralora_fx.errors import ServingError
 from gralora_fx.run.generate.answer_row import AnswerRow
 from gralora_fx.run.generate.ngrams import LONGEST
 
@@ -15,6 +18,28 @@ _LOSS = 0.02  # share of its time that a row may lose to drafts
 _MOST_CREDIT = 2.0  # steps
 _WEIGHT = 0.05  # of the last token, in how often a proposed one was chosen
 _KEPT, _FORGOTTEN = 5, 500  # times of steps of a size; steps after which they say nothing any more
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """The option of drafts: the most tokens of an answer that are proposed for a step.
+
+    Attributes:
+        prompt_lookup_num_tokens: How many; None for as many as pay, 0 for none.
+    """
+
+    prompt_lookup_num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        given = self.prompt_lookup_num_tokens
+        if not (given is None or (type(given) is int and given >= 0)):
+            raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {given!r:.80}")
+
+    @property
+    def most(self) -> int:
+        """The most tokens of a draft."""
+        return SPECULATIVE_TOKENS if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
 
 
 class StepCosts:

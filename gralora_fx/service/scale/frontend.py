@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.format.adapter_paths import is_name
-from gralora_fx.service.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 from gralora_fx.service.error_responses import FAILED, add_handlers, error_body, error_response
 from gralora_fx.service.metrics import Metrics, mark_counted
 from gralora_fx.service.middleware import AccessLogMiddleware, add_middleware

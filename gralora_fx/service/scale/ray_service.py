@@ -24,7 +24,7 @@ from starlette.types import Message
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import GraloraError, ServingError, first_line
 from gralora_fx.run.sessions.run_options import available_threads
-from gralora_fx.service.adapter_loads import load_given
+from gralora_fx.service.adapter_store.given_adapters import load_given
 from gralora_fx.service.app import create_app
 from gralora_fx.service.engines import EncoderEngine, open_engine
 from gralora_fx.service.metrics import Metrics
@@ -45,10 +45,10 @@ class ModelReplica:
         """Open the model; Ray hands over requests once it is warm."""
         torch.set_num_threads(1)  # as of `server.run`
         self._app = create_app(settings)
-        self._engine, adapters = self._app.state.engine, self._app.state.root_adapters
-        self._adapters = None if adapters is None else ReplicaAdapters(self._engine, adapters, folder)
+        self._models = self._app.state.engine.models
+        self._adapters = None if settings.adapter_root is None else ReplicaAdapters(self._models, folder)
         if self._adapters is not None:
-            await self._adapters.settle()
+            await self._adapters.follow()
         self._lifespan = AsyncExitStack()
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
 
@@ -69,9 +69,9 @@ class ModelReplica:
     async def answer(self, request: AsgiRequest) -> AsyncIterator[Message]:
         """The messages that answer a request."""
         if self._adapters is not None:
-            await self._adapters.settle()
+            await self._adapters.follow()
         name = serve.get_multiplexed_model_id()
-        if name and self._engine.models.knows(name):
+        if name and self._models.knows(name):
             await self.adapter(name)
         async for message in answer(self._app, request):
             yield message
@@ -85,7 +85,7 @@ def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
     """Open what will be served, once, so that an error is the one line that it is without Ray."""
     engine = open_engine(settings, Metrics())
     with closing(engine.models):
-        load_given(engine, settings)
+        load_given(engine.models, settings)
     at_a_time = 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
     # some wait for adapters to be loaded, and hold nobody up
     return engine.models.adapters, at_a_time if settings.adapter_root is None else 2 * at_a_time

@@ -19,12 +19,11 @@ from ray.serve.exceptions import RayServeException
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import GraloraError, first_line
-from gralora_fx.service.adapter_loads import load_adapter
-from gralora_fx.service.adapter_root import AdapterRoot
-from gralora_fx.service.engines import Engine
-from gralora_fx.service.root_adapters import RootAdapters
-from gralora_fx.service.scheduling.adapter_versions import AdapterVersion
-from gralora_fx.service.scheduling.queue import StoppedError
+from gralora_fx.run.generate.request_errors import StoppedError
+from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
+from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion
+from gralora_fx.service.adapter_store.named_files import GivenFile
+from gralora_fx.service.adapter_store.store import AdapterStore
 
 _RECORD = "adapters.json"
 
@@ -59,7 +58,7 @@ class SharedAdapters:
         return cls(**{**fields, "unloaded": tuple(fields["unloaded"])})
 
     def without(self, name: str) -> SharedAdapters:
-        """What is left if a name has not been given or taken away."""
+        """Return a copy without any entry for a name."""
         loaded, named = ({n: file for n, file in files.items() if n != name} for files in (self.loaded, self.named))
         return SharedAdapters(self.number, loaded, named, tuple(other for other in self.unloaded if other != name))
 
@@ -89,29 +88,29 @@ class SpreadChanges:
                 if pin:
                     copy = await run_in_threadpool(self._root.copy, path, name, self._onnx_dir, folder)
                     path = str(copy.relative_to(self._folder))
-                await self._spread("prepare", name, path, may_replace, pin)
+                await self._spread("stage", name, path, may_replace, pin)
             except BaseException:
                 await self._spread("discard", is_sure=False)
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             others = shared.without(name)
             if pin:
-                await self._settle(replace(others, loaded={**others.loaded, name: path}))
+                await self._record(replace(others, loaded={**others.loaded, name: path}))
             else:
-                await self._settle(replace(others, named={**others.named, name: path}))
+                await self._record(replace(others, named={**others.named, name: path}))
 
-    async def unload(self, name: str) -> None:
+    async def evict(self, name: str) -> None:
         """Take an adapter's name away in every replica."""
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
-            await self._spread("check_there", name)
+            await self._spread("check", name)
             others = shared.without(name)
-            await self._settle(replace(others, unloaded=(*others.unloaded, name)))
+            await self._record(replace(others, unloaded=(*others.unloaded, name)))
 
-    async def _settle(self, shared: SharedAdapters) -> None:
+    async def _record(self, shared: SharedAdapters) -> None:
         old = SharedAdapters.read(self._folder).loaded
         replace(shared, number=shared.number + 1).write(self._folder)
-        await self._spread("settle", is_sure=False)  # a replica that does not hear it reads the record later
+        await self._spread("follow", is_sure=False)  # a replica that does not hear it reads the record later
         for file in {*old.values()} - {*shared.loaded.values()}:
             shutil.rmtree(self._folder / Path(file).parts[0], ignore_errors=True)
 
@@ -136,65 +135,65 @@ class SpreadChanges:
 class ReplicaAdapters:
     """The adapters of one replica, as the record has them."""
 
-    def __init__(self, engine: Engine, adapters: RootAdapters, folder: Path) -> None:
-        """Begin without those of the record; `settle` loads them."""
-        self._engine, self._adapters, self._folder = engine, adapters, folder
-        self._prepared: dict[tuple[str, str], AdapterVersion] = {}  # by the name and the file
+    def __init__(self, models: AdapterStore, folder: Path) -> None:
+        """Begin without those of the record; `follow` loads them."""
+        assert models.files is not None
+        self._models, self._files, self._folder = models, models.files, folder
+        self._staged: dict[tuple[str, str], AdapterVersion] = {}  # by the name and the file
         self._applied = SharedAdapters()
         self._lock = asyncio.Lock()
 
-    async def prepare(self, name: str, file: str, may_replace: bool, pin: bool) -> GraloraError | None:
-        """Load an adapter whose name does not stand for it yet, or say why that is not possible."""
+    async def stage(self, name: str, file: str, may_replace: bool, pin: bool) -> GraloraError | None:
+        """Load an adapter whose name does not stand for it yet; return why that is not possible, if it is not."""
 
         def work() -> None:
-            self._prepared[name, file] = self._load(name, file, may_replace=may_replace, pin=pin)
+            self._staged[name, file] = self._stage(name, file, may_replace=may_replace, pin=pin)
 
         return await self._problem_of(work)
 
     async def discard(self) -> None:
-        """Give up what was prepared."""
-        prepared, self._prepared = self._prepared, {}
-        for version in prepared.values():
-            self._engine.models.release(version.key)
+        """Give up what was staged."""
+        staged, self._staged = self._staged, {}
+        for version in staged.values():
+            self._models.release(version.key)
 
-    async def check_there(self, name: str) -> GraloraError | None:
-        """Say what is wrong with taking a name away."""
-        return await self._problem_of(lambda: self._adapters.check_there(name))
+    async def check(self, name: str) -> GraloraError | None:
+        """Return what is wrong with evicting an adapter, if something is."""
+        return await self._problem_of(lambda: self._models.check_adapter(name))
 
-    async def settle(self) -> None:
+    async def follow(self) -> None:
         """Do what the record says, if that is not done."""
         async with self._lock:
             shared = await run_in_threadpool(SharedAdapters.read, self._folder)
             if shared.number != self._applied.number:
-                await self._changed(lambda: self._apply(shared))
+                await self._models.changed(lambda: self._apply(shared))
 
     def _apply(self, shared: SharedAdapters) -> None:
-        before, models = self._applied, self._engine.models
+        before, models = self._applied, self._models
         for name in shared.unloaded:
-            if name not in before.unloaded and (name in models.adapters or models.knows(name)):
-                self._adapters.withdraw(name)
+            if name not in before.unloaded and models.knows(name):
+                models.drop(name)
         for name, file in shared.loaded.items():
             if before.loaded.get(name) != file:
-                version = self._prepared.pop((name, file), None) or self._load(name, file, may_replace=True, pin=True)
-                self._adapters.commit(version, "")
+                staged = self._staged.pop((name, file), None)
+                models.serve(staged or self._stage(name, file, pin=True))
         for name, path in shared.named.items():
-            if (prepared := self._prepared.pop((name, path), None)) is not None:
-                self._adapters.commit(prepared, path)
-            elif before.named.get(name) != path:
-                self._adapters.point(name, path)
+            staged = self._staged.pop((name, path), None)
+            if staged is not None:
+                models.serve(staged)
+            elif before.named.get(name) != path:  # it is loaded when a request names it
+                if name in models.adapters:
+                    models.drop(name)
+                self._files.give_name(name, path)
         self._applied = shared
 
-    def _load(self, name: str, file: str, *, may_replace: bool, pin: bool) -> AdapterVersion:
-        if not pin:
-            return self._adapters.prepare(name, file, may_replace=may_replace, pin=False)
-        return load_adapter(self._engine, name, lambda: self._folder / file, may_replace=may_replace)
+    def _stage(self, name: str, file: str, *, may_replace: bool = True, pin: bool) -> AdapterVersion:
+        place = GivenFile(self._folder / file, self._files.onnx_dir) if pin else self._files.at(file)
+        return self._models.stage(name, place, may_replace=may_replace, pin=pin)
 
     async def _problem_of(self, work: Callable[[], None]) -> GraloraError | None:
         try:
-            await self._changed(work)
+            await self._models.changed(work)
         except GraloraError as error:
             return error
         return None
-
-    async def _changed(self, work: Callable[[], None]) -> None:
-        await asyncio.shield(asyncio.wrap_future(self._engine.models.change(work)))

@@ -16,11 +16,11 @@ from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.generate.answer_form import DeadEndError
 from gralora_fx.run.generate.answer_row import AnswerRow
 from gralora_fx.run.generate.completion import Completion, TextRequest
+from gralora_fx.run.generate.request_errors import AdapterLoadError
 from gralora_fx.run.generate.speculation import Speculation
 from gralora_fx.run.sessions.paged_memory import trim_heap
-from gralora_fx.service.scheduling.adapter_versions import AdapterLoadError
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.scheduling.queue import JobQueue, Observer
-from gralora_fx.service.scheduling.served_models import ServedModels
 from gralora_fx.service.scheduling.text_jobs import Sink, TextJob
 
 _logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         observer: Observer,
         *,
         max_queue: int,
-        models: ServedModels | None = None,
+        models: AdapterStore | None = None,
         most_drafted: int = SPECULATIVE_TOKENS,
     ) -> None:
         """Make a scheduler without requests."""
@@ -91,8 +91,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self._check_memory()
         jobs = []
         for request, sink in requests:
-            ends = self.limits.ends if request.sampling.ends is None else request.sampling.ends
-            answer = Completion(self._tokenizer, ends, request.stop, request.shown)
+            options = request.options
+            ends = options.ends(self.limits)
+            answer = Completion(self._tokenizer, ends, options.stop, options.shown)
             jobs.append(TextJob(request, answer, ends, sink))
         self.put(jobs)
         return jobs
@@ -148,9 +149,9 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     break
                 job.begin(verifies=self._verifies)  # before a row is taken
                 row = self._decoder.open(
-                    job.adapter, job.request.arrays, salt=job.request.salt, max_length=job.request.max_length
+                    job.adapter, job.request.arrays, salt=job.request.options.salt, max_length=job.request.max_length
                 )
-                if not job.request.scores_prompt:  # every position's logits are wanted then
+                if not job.request.options.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read
             except Exception as error:  # noqa: BLE001  # it is told and logged
                 self._fail(job, error, "a request cannot be run")
@@ -212,7 +213,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         is_awaited = any(job.is_answering for job in self._rows.values())
         for row, job in self._rows.items():
             if not job.is_answering:
-                if not job.request.scores_prompt:
+                if not job.request.options.scores_prompt:
                     job.skip(self._decoder.fill(row, job.request.prompt[job.read :]))
                 is_alone = is_earliest and not is_awaited and job.unread > budget
                 part = job.next_tokens(self._decoder.alone if is_alone else budget)
@@ -252,7 +253,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     before = len(job.answer.ids)
                     job.take(choice)
                     self._observer.generated(len(job.answer.ids) - before)
-                if was_reading and not job.unread and not job.request.scores_prompt:
+                if was_reading and not job.unread and not job.request.options.scores_prompt:
                     self._observer.looked_up(len(job.request.prompt), job.cached)
             except Exception as error:  # noqa: BLE001  # it is told and logged
                 self._fail(job, error, "choosing a token failed")

@@ -1,4 +1,4 @@
-"""A bounded queue, its own thread, and why a request is not answered other than that it is wrong."""
+"""A bounded queue of requests, and the thread that works on them."""
 
 from __future__ import annotations
 
@@ -8,43 +8,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import ClassVar, Generic, Protocol, TypeVar
 
-from gralora_fx.errors import ServingError
 from gralora_fx.run.engine.limits import TooLargeError
-from gralora_fx.run.generate.answer_form import DeadEndError
+from gralora_fx.run.generate.request_errors import QueueFullError, StoppedError
 from gralora_fx.run.sessions.paged_memory import trim_heap
-from gralora_fx.service.scheduling.adapter_versions import AdapterLoadError
-from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.service.adapter_store.store import AdapterStore
 
 _IDLE = 1.0  # seconds without jobs after which memory is freed
-
-
-class QueueFullError(ServingError):
-    """There is no room for more requests now."""
-
-
-class StoppedError(ServingError):
-    """The service is stopping and takes no more requests."""
-
-
-class RunError(ServingError):
-    """A request was right, and running it failed."""
-
-    @classmethod
-    def of(cls, error: Exception) -> RunError:
-        """What a caller is told of an error while its request ran."""
-        if isinstance(error, (DeadEndError, AdapterLoadError)):
-            told = AnswerError(str(error))
-            told.field = error.field
-            return told
-        return cls(str(error) if isinstance(error, ServingError) else "the request failed; the server's log says why")
-
-
-class AnswerError(RunError):
-    """A request was right as far as could be told, and its answer has come to where nothing goes on in its form."""
-
-
-class DeadlineError(ServingError):
-    """A request was right, and took longer than it may."""
 
 
 class Observer(Protocol):
@@ -109,7 +78,7 @@ class JobQueue(ABC, Generic[_Job]):
     unit: ClassVar[str]
     excess: ClassVar[tuple[str, str]]
 
-    def __init__(self, name: str, observer: Observer, *, room: int, models: ServedModels | None = None) -> None:
+    def __init__(self, name: str, observer: Observer, *, room: int, models: AdapterStore | None = None) -> None:
         """Make an empty queue; `start` starts its thread.
 
         Args:

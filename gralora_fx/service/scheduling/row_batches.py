@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.errors import ServingError
-from gralora_fx.service.scheduling.queue import JobQueue, Observer, RunError
-from gralora_fx.service.scheduling.served_models import ServedModels
+from gralora_fx.run.generate.request_errors import RunError
+from gralora_fx.service.adapter_store.store import AdapterStore
+from gralora_fx.service.scheduling.queue import JobQueue, Observer
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class RowBatches(JobQueue[RowJob]):
         *,
         max_batch: int,
         max_queue: int,
-        models: ServedModels | None = None,
+        models: AdapterStore | None = None,
     ) -> None:
         """Make an empty queue; `start` starts its thread."""
         super().__init__("gralora-fx rows", observer, room=max_batch + max_queue, models=models)

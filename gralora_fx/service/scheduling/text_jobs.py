@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from gralora_fx.run.engine.decoder import part_length
 from gralora_fx.run.generate.answer_row import AnswerRow
 from gralora_fx.run.generate.completion import Completion, Ending, TextRequest
+from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
-from gralora_fx.service.scheduling.queue import RunError
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class TextJob:
             if not self.row.draft and not self.row.read(count):
                 return
         else:
-            if self.request.scores_prompt:
+            if self.request.options.scores_prompt:
                 self._prompt_scores += self.request.score_prompt(self.read, logits)
             self.read += count
             if self.unread:

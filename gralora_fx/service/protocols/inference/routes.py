@@ -16,15 +16,15 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import shown
+from gralora_fx.run.generate.request_errors import UnknownModelError
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.engines import EncoderEngine
+from gralora_fx.service.example_inputs import example_inputs
 from gralora_fx.service.protocols.inference.requests import HEADER_LENGTH, Inference, InferRequest, read_inference
 from gralora_fx.service.protocols.inference.tensors import datatype_of, described, to_bytes, to_numbers
 from gralora_fx.service.replies import timeout_of, unless_disconnected
-from gralora_fx.service.scheduling.adapter_versions import UnknownModelError
-from gralora_fx.service.scheduling.served_models import ServedModels
 from gralora_fx.service.spans import note_model
-from gralora_fx.service.trial import example_inputs
 
 _VERSION = "1"
 _LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
@@ -82,7 +82,7 @@ class InferResponse(BaseModel):
     outputs: list[OutputTensor]
 
 
-def server_routes(models: ServedModels) -> APIRouter:
+def server_routes(models: AdapterStore) -> APIRouter:
     """The routes of the protocol that every service has."""
     router = APIRouter(prefix="/v2")
 
@@ -121,7 +121,7 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
         else:
             asked = read_inference(body, length, encoder.inputs, encoder.outputs)
         begun = time.monotonic()
-        async with models.ready(name, timeout_of(request)) as adapter:
+        async with models.use(name, timeout_of(request)) as adapter:
             note_model(request.scope, name, adapter)
             return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked), begun)
 
@@ -149,7 +149,7 @@ def _add(method: Callable[..., Any], path: str, endpoint: Callable[..., Any], mo
         method(f"{prefix}{path}", response_model=model, response_model_exclude_none=True)(endpoint)
 
 
-def _check_model(models: ServedModels, name: str, version: str) -> None:
+def _check_model(models: AdapterStore, name: str, version: str) -> None:
     """Check that there is a model of a name and version."""
     models.check(name)
     if version != _VERSION:

@@ -32,7 +32,7 @@ class ChoiceWriter:
         self._index, self._request, self._echo, self._is_chat = index, request, echo, is_chat
         self._reader = reader
         self._writer = None
-        if request.sampling.logprobs is not None:
+        if request.options.sampling.logprobs is not None:
             self._writer = LogprobWriter(texts, is_chat=is_chat)
 
     def first(self) -> dict[str, Any] | None:
@@ -88,7 +88,7 @@ class ChoiceWriter:
         """The scores of a piece; those of the prompt come with the first."""
         if self._writer is None:
             return None
-        first = self._request.prompt[0] if self._request.scores_prompt else None
+        first = self._request.prompt[0] if self._request.options.scores_prompt else None
         if first is None or self._writer.is_begun:
             return self._writer.write(piece.scores)
         return self._writer.write((*piece.prompt_scores, *piece.scores), first)

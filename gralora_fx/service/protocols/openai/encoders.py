@@ -185,7 +185,7 @@ async def _answer(
 ) -> Response:
     """Run texts, and answer with what their outputs make."""
     encoder, begun = engine.encoder, time.monotonic()
-    async with engine.models.ready(model, timeout_of(request)) as adapter:
+    async with engine.models.use(model, timeout_of(request)) as adapter:
         note_model(request.scope, model, adapter)
         if not texts:
             raise ServingError("input has no texts; give at least one")

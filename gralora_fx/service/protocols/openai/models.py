@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter
 from fastapi.exceptions import HTTPException
@@ -11,14 +11,13 @@ from fastapi.responses import PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import GraloraError
+from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.error_responses import status_of
 from gralora_fx.service.metrics import Metrics
 from gralora_fx.service.protocols.openai.strict_model import StrictModel
-from gralora_fx.service.root_adapters import AdapterChanges
-from gralora_fx.service.scheduling.served_models import ServedModels
 
 
-def model_routes(served: ServedModels) -> APIRouter:
+def model_routes(served: AdapterStore) -> APIRouter:
     """The routes of the list of models."""
     router = APIRouter()
     created = int(time.time())
@@ -63,15 +62,25 @@ class UnloadRequest(StrictModel):
     lora_name: str
 
 
+class AdapterChanges(Protocol):
+    """Changes of adapters that requests ask for: those of an `AdapterStore`, or of one in each replica."""
+
+    async def load(self, name: str, path: str, *, may_replace: bool, pin: bool) -> None:
+        """Load the adapter at a path of the root under a name."""
+
+    async def evict(self, name: str) -> None:
+        """Take an adapter's name away."""
+
+
 def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRouter:
     """The routes that change adapters."""
     router = APIRouter()
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def load(asked: LoadRequest) -> PlainTextResponse:
-        own = _needed(changes)
+        needed = _needed(changes)
         try:
-            await own.load(asked.lora_name, asked.lora_path, may_replace=asked.load_inplace, pin=asked.pin)
+            await needed.load(asked.lora_name, asked.lora_path, may_replace=asked.load_inplace, pin=asked.pin)
         except GraloraError as error:
             metrics.adapter_load("refused")
             if status_of(error) in (400, 404):  # of the file, unless it says otherwise
@@ -82,7 +91,7 @@ def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRoute
 
     @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
     async def unload(asked: UnloadRequest) -> PlainTextResponse:
-        await _needed(changes).unload(asked.lora_name)
+        await _needed(changes).evict(asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     return router

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from gralora_fx.run.generate.detokenizer import TokenBytes
+from gralora_fx.run.generate.request_errors import DeadlineError, RunError
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.error_responses import status_of
 from gralora_fx.service.protocols.openai.choices import LogprobWriter
@@ -16,7 +17,6 @@ from gralora_fx.service.protocols.openai.response_writer import ResponseWriter
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
 from gralora_fx.service.protocols.openai.text_requests import QuestionReader
 from gralora_fx.service.replies import EventStream, TextAnswers
-from gralora_fx.service.scheduling.queue import DeadlineError, RunError
 
 
 def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:

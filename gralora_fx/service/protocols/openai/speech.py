@@ -17,9 +17,11 @@ from starlette.datastructures import UploadFile
 from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.encoder_inputs import EncoderInput, EncoderInputs
 from gralora_fx.run.generate.recordings import Audio, read_audio
+from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
 from gralora_fx.run.generate.token_choice import TokenScore
@@ -28,7 +30,6 @@ from gralora_fx.service.protocols.openai.idle_fields import EVERYWHERE, Idle
 from gralora_fx.service.protocols.openai.requests import Seed, Temperature, Whole
 from gralora_fx.service.protocols.openai.strict_model import StrictModel, with_ignored
 from gralora_fx.service.replies import EventStream, TextAnswers, timeout_of
-from gralora_fx.service.scheduling.queue import RunError
 from gralora_fx.service.spans import note_model
 
 _FORM = "multipart/form-data"
@@ -184,7 +185,7 @@ async def _answer(
     seconds, begun = timeout_of(request), time.monotonic()
     asked, content = await read_form(request, kind)
     rules, context = inputs.rules, engine.queue.limits.context
-    async with engine.models.ready(asked.model, seconds) as adapter:
+    async with engine.models.use(asked.model, seconds) as adapter:
         note_model(request.scope, asked.model, adapter)
         earlier = earlier_text(engine.tokenizer, asked.prompt, context) if asked.prompt else ()
         chosen = task if getattr(rules.config, "task_to_id", None) or task == TRANSLATE else None
@@ -194,7 +195,7 @@ async def _answer(
         prompt = tuple(speech.tokens(heard))
         room = max(context - len(prompt), 1)
         most = asked.max_completion_tokens or min(rules.new_tokens(len(prompt)) or room, room)
-        question = TextRequest(prompt, most, asked.sampling, (), adapter, source=source)
+        question = TextRequest(prompt, most, AnswerOptions(asked.sampling), adapter, source)
         left = None if seconds is None else max(seconds - (time.monotonic() - begun), 0.0)
         answers = TextAnswers(engine.queue, [question], len(prompt), left)
     if asked.streams:
@@ -212,7 +213,7 @@ async def _heard(
 ) -> int:
     """The language of a recording, as the first token of its own answer; the encoder's output is kept for the next."""
     asked = _LanguageOf(source.arrays, source.rules, languages=speech.languages)
-    question = TextRequest((source.rules.start,), 1, Sampling(logprobs=0), (), adapter, source=asked)
+    question = TextRequest((source.rules.start,), 1, AnswerOptions(Sampling(logprobs=0)), adapter, asked)
     answers = TextAnswers(engine.queue, [question], 1, seconds)
     scores: tuple[TokenScore, ...] = ()
     try:

@@ -17,9 +17,10 @@ from gralora_fx.errors import ServingError, concerning
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.generate.answer_form import GivenForms, one_form
 from gralora_fx.run.generate.answer_grammar import AnswerGrammar
+from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.call_grammar import call_grammar
 from gralora_fx.run.generate.call_reader import CallReader
-from gralora_fx.run.generate.completion import TextRequest, seeded
+from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.generate.prompts import stop_strings
 from gralora_fx.run.generate.tool_template import attempts
@@ -67,7 +68,7 @@ class QuestionReader:
         if asked.stream_options is not None and not asked.stream:
             problem = "stream_options has no effect without stream; give stream too, or leave it out"
             raise ServingError(problem).about("stream_options")
-        async with engine.models.ready(asked.model, seconds) as adapter:
+        async with engine.models.use(asked.model, seconds) as adapter:
             note_model(request.scope, asked.model, adapter)
             try:
                 asks = await self._read(asked, adapter)
@@ -101,7 +102,14 @@ class QuestionReader:
             stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
         sampling = asked.sampling(queue.limits.ends)
         grammar, calls_tools = await self._grammar(asked)
-        shown = engine.tools.shown if calls_tools else frozenset[int]()
+        options = AnswerOptions(
+            sampling,
+            stop,
+            grammar,
+            engine.tools.shown if calls_tools else frozenset(),
+            scores_prompt=scores_prompt,
+            salt=asked.cache_salt,
+        )
         rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked.template_tools())
         requests: list[TextRequest] = []
         for ids in rows:
@@ -112,9 +120,7 @@ class QuestionReader:
                 problem = f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
                 raise ServingError(problem).about("min_tokens")
             for _ in range(asked.n):
-                own = seeded(sampling, len(requests))
-                fields = prompt, most, own, stop, adapter, scores_prompt, source, grammar, asked.cache_salt, shown
-                requests.append(TextRequest(*fields))
+                requests.append(TextRequest(prompt, most, options.of_answer(len(requests)), adapter, source))
         return TextQuestions(requests, sum(map(len, rows)), calls_tools)
 
     async def _grammar(self, asked: Asked) -> tuple[AnswerGrammar | None, bool]:

@@ -22,16 +22,13 @@ from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_lin
 from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
 from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.generate.request_errors import AdapterNotFoundError
 from gralora_fx.run.open_export import adapter_as_data, in_memory
 from gralora_fx.run.sessions.adapter_file import AdapterInMemory
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
 _MOST_BYTES = 8 << 30  # of a file
 Facts = tuple[int, ...]  # of a file, which differ once it is another one or was written to
-
-
-class AdapterNotFoundError(ServingError):
-    """There is nothing at the path of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class AdapterRoot:
 
     @classmethod
     def of(cls, directory: Path) -> AdapterRoot:
-        """The root at a directory."""
+        """Return the root at a directory."""
         if os.open not in os.supports_dir_fd or not hasattr(os, "O_NOFOLLOW"):
             raise ConfigError("--adapter-root needs a system that opens files without following links, such as Linux")
         directory = usable_path(directory, ConfigError, remedy="give the directory of adapters as --adapter-root")
@@ -85,36 +82,31 @@ class AdapterRoot:
         return file if os.path.lexists(self.path / file) else name if (self.path / name / _PEFT[0]).exists() else None
 
     def state_of(self, text: str) -> tuple[Facts | None, ...]:
-        """What the files at a path are like: facts of each, None for one that cannot be found."""
+        """Return facts of each file at a path (as of `copy`), None for one that cannot be found."""
         path = self._within(text)
         files = [path, record_path(path)] if path.suffix == SUFFIX else [path / file for file in _PEFT]
         return tuple(map(_facts, files))
 
     def copy(self, text: str, name: str, onnx_dir: Path, folder: Path) -> Path:
-        """An adapter as data of an export, copied or converted."""
-        copy = self._copied(text, folder)
+        """Copy an adapter, or convert one of PEFT, into an empty folder; return its `.onnx_adapter` file there."""
+        is_directory, contents = self._contents(text)
+        copy = folder / Path(text).name
+        _write(contents, copy if is_directory else folder)
         return adapter_as_data(copy, onnx_dir, copy, name)
 
     def source(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterContent | AdapterInMemory:
-        """What an adapter's files hold, read once; of a directory that PEFT saved, as data of an export.
-
-        Arguments and errors as of `copy`, and the export's manifest.
-        """
+        """Read an adapter's files once; arguments and errors as of `copy`, and the export's manifest."""
         is_directory, contents = self._contents(text)
         if not is_directory:
             (file, content), (_, record) = contents.items()
             return AdapterContent(Path(file), content, record.tobytes())
         with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
+            copy = Path(folder, Path(text).name)
+            _write(contents, copy)
             try:
-                return in_memory(_written(contents, Path(folder, Path(text).name)), onnx_dir, name, manifest)
+                return in_memory(copy, onnx_dir, name, manifest)
             except GraloraError as error:  # the copy's place means nothing
                 raise type(error)(str(error).replace(f"{folder}/", "")) from error
-
-    def _copied(self, text: str, folder: Path) -> Path:
-        """What is at a path, copied into a folder."""
-        is_directory, contents = self._contents(text)
-        name = Path(text).name
-        return _written(contents, folder / name) if is_directory else _written(contents, folder) / name
 
     def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
         """Whether there is a directory at a path, and the bytes of its files, or of a file and its record, by name."""
@@ -125,12 +117,12 @@ class AdapterRoot:
             sources = [path / file for file in _PEFT] if is_directory else [path, record_path(path)]
             with ExitStack() as stack:
                 files = [stack.enter_context(self._opened(source)) for source in sources]
-                before = [_identity(file) for file in files]
+                before = [_facts(file.fileno()) for file in files]
                 contents = {
                     source.name: np.fromfile(file, np.uint8) for source, file in zip(sources, files, strict=True)
                 }
                 for source, facts, file in zip(sources, before, files, strict=True):
-                    if facts != _identity(file):
+                    if facts != _facts(file.fileno()):
                         raise ServingError(f"{source.name} was changed while it was read; ask again when it is whole")
         except OSError as error:
             raise ServingError(f"{shown(text)} cannot be read ({error.strerror or first_line(error)})") from error
@@ -187,16 +179,11 @@ class AdapterRoot:
             yield file
 
 
-def _written(contents: Mapping[str, NDArray[np.uint8]], folder: Path) -> Path:
-    """A folder, which may be new, with files."""
+def _write(contents: Mapping[str, NDArray[np.uint8]], folder: Path) -> None:
+    """Write files into a folder, which may be new."""
     folder.mkdir(exist_ok=True)
     for name, content in contents.items():
         content.tofile(folder / name)
-    return folder
-
-
-def _identity(file: BinaryIO) -> Facts | None:
-    return _facts(file.fileno())
 
 
 def _facts(file: Path | int) -> Facts | None:

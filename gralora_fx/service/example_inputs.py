@@ -1,10 +1,8 @@
-"""The trial of an adapter: one run of the model, whose outputs must be finite where the base's are."""
+"""Inputs of one row for a model that is run once for each request: to try its adapters, and as an example."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -12,16 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gralora_fx.core.loading.tokenizers import prompt_ids
 from gralora_fx.core.tracing.inputs.signature import default_input
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import ServingError
 from gralora_fx.format.input_names import IMAGES
-from gralora_fx.run.engine.bounded_rows import Source
-from gralora_fx.run.model import OrtModel
+from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.protocols.inference.tensors import datatype_of
 
-Run = Callable[[str | None], Sequence[NDArray[Any]]]
 _TEXTS = ("An example", "a")  # the second for the shortest of contexts
 _SIZES = (4, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)  # of axes that may have any, in this order
 _MOST_VALUES = 2**22  # of an input with such axes
@@ -31,65 +26,8 @@ _FILLS: tuple[float | None, ...] = (None, 1, 0, 0.5)  # None for different ones
 Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class AdapterTrial:
-    """Runs a model with an adapter once.
-
-    Attributes:
-        run: Runs the model with the adapter of a key, or as the base, and returns its outputs.
-        digest_of: The digest of the file of a key's adapter: one that passed is not tried again.
-    """
-
-    run: Run
-    digest_of: Callable[[str], str] = lambda key: ""
-    _passed: set[str] = field(default_factory=set, init=False)
-
-    @cached_property
-    def _base(self) -> list[NDArray[Any]]:
-        """Where the base's outputs are finite."""
-        return [np.isfinite(output) for output in self.run(None)]
-
-    def __call__(self, key: str) -> None:
-        """Try an adapter that is loaded."""
-        digest = self.digest_of(key)
-        if digest in self._passed:
-            return
-        try:
-            outputs = self.run(key)
-        except Exception as error:  # whatever it is, the adapter cannot be served
-            raise ServingError(f"the model does not run with the adapter ({first_line(error)})") from error
-        if any((is_finite & ~np.isfinite(output)).any() for is_finite, output in zip(self._base, outputs, strict=True)):
-            raise ServingError("the model's outputs with the adapter are not finite; train it again, or give another")
-        if digest:
-            self._passed.add(digest)
-
-
-def try_decoder(model: OrtModel) -> AdapterTrial:
-    """Trials of a decoder, in a row beside those that answer requests."""
-    token, source = example_prompt(model)
-    decoder = model.decoder(rows=1, capacity=1, chunk=1)
-
-    def run(key: str | None) -> list[NDArray[Any]]:
-        row = decoder.open(key, source)
-        try:
-            return [decoder.step({row: [token]})[row]]
-        finally:
-            decoder.close(row)
-
-    return AdapterTrial(run, lambda key: model.adapters[key].record.file_sha256)
-
-
-def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
-    """A token that a decoder may read first, and what the encoder of an encoder-decoder may read."""
-    ids = prompt_ids("a", model.tokenizer, ServingError)
-    inputs = model.encoder_inputs
-    if inputs is None:
-        return ids[-1], None  # that of padding may have an embedding of zeros
-    return inputs.rules.start, inputs.example(ids).arrays
-
-
 def try_encoder(encoder: Encoder) -> AdapterTrial:
-    """Trials of a model that is run once for each request, with inputs that the base takes."""
+    """Make trials of a model that is run once for each request, with inputs that the base takes."""
     inputs: Arrays = {}
 
     def run(key: str | None) -> list[NDArray[Any]]:
@@ -97,11 +35,11 @@ def try_encoder(encoder: Encoder) -> AdapterTrial:
             inputs.update(example_inputs(encoder))
         return list(encoder.model(**inputs, adapter=key).values())
 
-    return AdapterTrial(run, lambda key: encoder.model.adapters[key].record.file_sha256)
+    return AdapterTrial(run, encoder.model)
 
 
 def example_inputs(encoder: Encoder) -> Arrays:
-    """Inputs of one row that the base takes, and that give finite outputs; every one of the model's is there."""
+    """Find inputs of one row that the base takes, and that give finite outputs; every one of the model's is there."""
     problem: ServingError | None = None
     for inputs in _candidates(encoder):
         try:
@@ -132,7 +70,7 @@ def _candidates(encoder: Encoder) -> Iterator[Arrays]:
 
 
 def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
-    """Inputs that are known, those that have a default, and for the others values of a size."""
+    """Add to the known inputs those that have a default, and for the others values of a size."""
     axes = _axes(encoder, size)
     arrays: Arrays = {}
     # ids come first: what has a default has it from them

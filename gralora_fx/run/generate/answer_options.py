@@ -1,0 +1,51 @@
+"""How prompts are answered: one record, from the caller to the row that answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from gralora_fx.run.engine.limits import DecoderLimits
+from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.speculation import Drafts
+
+if TYPE_CHECKING:
+    from gralora_fx.run.generate.answer_grammar import AnswerGrammar
+    from gralora_fx.run.generate.encoder_prompts import AnswerStart
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Options of answers; each part belongs to the feature that reads it, and nobody else looks into it.
+
+    Attributes:
+        sampling: How tokens are chosen and scored, how many there are, and which end an answer.
+        stop: Strings that end an answer, checked.
+        grammar: What the tokens of an answer may be; None for any.
+        shown: Special tokens that are part of an answer's text, as those of calls of tools.
+        start: What an encoder-decoder's answer begins with; None for what the model says.
+        drafts: How many tokens are proposed for a step, where the answer runs by itself.
+        scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
+            `sampling.logprobs` says; the answer may then have no tokens.
+        salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    grammar: AnswerGrammar | None = None
+    shown: frozenset[int] = frozenset()
+    start: AnswerStart | None = None
+    drafts: Drafts = field(default_factory=Drafts)
+    scores_prompt: bool = False
+    salt: str | None = None
+
+    def of_answer(self, index: int) -> AnswerOptions:
+        """Return the options of one of several answers, which draws by a seed of its own."""
+        seed = self.sampling.seed
+        if seed is None:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=(seed + index) % 2**31))
+
+    def ends(self, limits: DecoderLimits) -> frozenset[int]:
+        """Return the ids of the tokens that end an answer: those that are asked for, or the model's."""
+        return limits.ends if self.sampling.ends is None else self.sampling.ends

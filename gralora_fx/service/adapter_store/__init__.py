@@ -1,0 +1,1 @@
+"""The adapters of a service: loaded, used by requests, and evicted."""

@@ -1,0 +1,196 @@
+"""The adapters of a service by three verbs: requests load, use and evict them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.format.adapter_paths import check_name, check_takes_adapters
+from gralora_fx.run.generate.request_errors import (
+    AdapterLoadError,
+    AdapterNameError,
+    UnknownAdapterError,
+    UnknownModelError,
+)
+from gralora_fx.run.model import OrtModel
+from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
+from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits, AdapterVersion
+from gralora_fx.service.adapter_store.memory import AdapterMemory
+from gralora_fx.service.adapter_store.named_files import GivenFile, RootFile, RootFiles
+from gralora_fx.service.adapter_store.pending_loads import PendingLoads
+
+
+class AdapterStore(AdapterMemory):
+    """The models that requests may name: the base, adapters in memory, and those of a root, loaded when first named.
+
+    Files that were changed are a new version, which requests wait for; an adapter whose files are gone is gone. While
+    new files cannot be loaded, the version in memory goes on.
+
+    Attributes:
+        base: The name of the model without an adapter.
+        trial: Tries an adapter that is loaded.
+        files: The adapters of the root; None if there is none, and adapters stay as they are.
+        pending: Loads that requests wait for.
+    """
+
+    trial: AdapterTrial  # made once what runs the model is there, which holds adapters of this store
+
+    def __init__(self, base: str, host: OrtModel, limits: AdapterLimits | None = None) -> None:
+        """Take the adapters that the host has, which nobody else unloads (see `AdapterMemory`)."""
+        super().__init__(host, limits)
+        self.base = base
+        self.files: RootFiles | None = None
+        self.pending = PendingLoads(self, self.load_found)
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """The adapters that requests may name."""
+        return tuple(sorted({*self._serving, *([] if self.files is None else self.files.names())} - {self.base}))
+
+    def knows(self, model: str) -> bool:
+        """Return whether requests may name a model."""
+        return model == self.base or model in self._serving or self._find(model) is not None
+
+    def check(self, model: str) -> None:
+        """Raise an `UnknownModelError` unless requests may name a model."""
+        if not self.knows(model):
+            raise self._unknown(model)
+
+    def check_adapter(self, name: str) -> None:
+        """Raise an `UnknownAdapterError` unless there is an adapter of the name."""
+        if name == self.base or not self.knows(name):
+            raise UnknownAdapterError(
+                f"no adapter {shown(name)} is loaded; loaded is {listed(self.adapters) or 'none'}"
+            )
+
+    async def load(self, name: str, path: str, *, may_replace: bool, pin: bool) -> None:
+        """Load the adapter at a path of the root under a name, which another adapter may lose to it.
+
+        One that is pinned stays in memory until it is evicted by name. Errors are those of `stage`.
+        """
+        files = self.files
+        assert files is not None
+
+        def work() -> None:
+            self.serve(self.stage(name, files.at(path, looks=not pin), may_replace=may_replace, pin=pin))
+
+        await self.changed(work)
+
+    @asynccontextmanager
+    async def use(self, model: str, seconds: float | None = None) -> AsyncIterator[str | None]:
+        """Hold the version that a model's name means, once it is loaded, and give its key; None for the base.
+
+        A queue holds it for the requests that it takes, so this is to last until they are queued.
+
+        Raises:
+            UnknownModelError: There is no such model.
+            ServingError: It cannot be loaded, or not in so many seconds.
+        """
+        key = None if model == self.base else (await self._held(model, seconds)).key
+        try:
+            yield key
+        finally:
+            self.release(key)
+
+    async def evict(self, name: str) -> None:
+        """Take an adapter's name away until a request gives it again; requests that run with it end undisturbed."""
+        await self.changed(lambda: self.drop(name))
+
+    async def changed(self, work: Callable[[], None]) -> None:
+        """Wait for a change of adapters, which goes on if the client goes away."""
+        await asyncio.shield(asyncio.wrap_future(self.change(work)))
+        self.pending.forget_limits()
+
+    def stage(self, name: str, file: GivenFile | RootFile, *, may_replace: bool, pin: bool = True) -> AdapterVersion:
+        """Load and try a version, which its name names once it is served; return it held; within a change."""
+        return self._load(name, file, may_replace=may_replace, pin=pin, is_tried=True)
+
+    def serve(self, version: AdapterVersion) -> None:
+        """Let its name stand for a version that was staged; within a change."""
+        if self.files is not None:
+            self.files.give_name(version.name, None if version.file is None else version.file.path)
+        self.give_name(version)
+        self.release(version.key)
+
+    def drop(self, name: str) -> None:
+        """Evict an adapter, or raise an `UnknownAdapterError`; within a change."""
+        self.check_adapter(name)
+        version = self._serving.get(name)
+        if version is not None:
+            self.take_name(version)
+        if self.files is not None:
+            self.files.take_name(name)
+
+    def check_outputs(self, key: str | None, outputs: NDArray[Any]) -> None:
+        """Try a version by the outputs of its first request; one that fails loses its name, and is not read again."""
+        version = None if key is None else self._versions.get(key)
+        if version is None or version.is_tried:
+            return
+        if not np.isfinite(outputs).all():
+            try:
+                self.trial(version.key)
+            except ServingError as error:
+                assert version.file is not None  # others are tried before
+                text = self.pending.refuse(version.name, version.file, error)
+                self.take_name(version)
+                raise AdapterLoadError(text) from error
+        version.is_tried = True
+
+    async def _held(self, name: str, seconds: float | None) -> AdapterVersion:
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            file, version = self._find(name), self.hold_named(name)
+            if version is not None:
+                if version.file in (None, file):
+                    return version
+                self.release(version.key)  # it would keep the room of the next one
+            if file is None:
+                if version is not None:
+                    self.take_name(version)
+                raise self._unknown(name)
+            try:
+                loaded = await self.pending.wait(name, file, end)
+            except AdapterLoadError:
+                older = self.hold_named(name)
+                if older is None:
+                    raise
+                return older  # the files are damaged, and this version is not
+            if loaded.file == file:
+                return loaded
+            self.release(loaded.key)  # of files as they were before this request
+
+    def _find(self, name: str) -> RootFile | None:
+        return None if self.files is None else self.files.find(name)
+
+    def _unknown(self, model: str) -> UnknownModelError:
+        others = "" if self.files is None else ", and those of the adapter root, which /v1/models lists"
+        names = [self.base, *(name for name in self.adapters if name != model)]  # it may be one whose files are gone
+        return UnknownModelError(f"no model {shown(model)}; there is {listed(names)}{others}")
+
+    def load_found(self, name: str, file: RootFile) -> AdapterVersion:
+        """Load what requests wait for; the first of them tries it, where that is how adapters are tried."""
+        version = self._load(name, file, may_replace=True, pin=False, is_tried=not self.trial.by_requests)
+        self.give_name(version)
+        return version
+
+    def _load(
+        self, name: str, file: GivenFile | RootFile, *, may_replace: bool, pin: bool, is_tried: bool
+    ) -> AdapterVersion:
+        check_takes_adapters(self._host.manifest, self.base, ServingError)
+        if name == self.base:
+            raise AdapterNameError(f"{shown(name)} is the name of the base; take another")
+        check_name(name, AdapterNameError)
+        if name in self._serving and not may_replace:
+            raise AdapterNameError(
+                f"an adapter {name!r} is loaded already; give load_inplace to replace it, or unload it"
+            )
+        source = file.read(name, self._host.manifest)
+        kept = None if pin or isinstance(file, GivenFile) else file
+        return self.add(name, source, self.trial if is_tried else None, kept)
