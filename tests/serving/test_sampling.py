@@ -143,6 +143,8 @@ def test_penalties_for_what_an_answer_holds() -> None:
         ({"min_p": 0.1}, "min_p has no effect where the likeliest token is taken"),
         ({"do_sample": True, "min_p": 2}, r"min_p must be in \[0, 1\], but got 2"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0, but got 0; take 1 for none"),
+        ({"repetition_penalty": 1e-166}, "repetition_penalty must be 1e-06 or more, but got 1e-166; take 1 for none"),
+        ({"do_sample": True, "temperature": 1e-300}, "temperature must be 1e-06 or more, but got 1e-300"),
         ({"presence_penalty": "x"}, "presence_penalty must be a number, but got 'x'; take 0 for none"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty must be a number"),
         ({"logit_bias": [5]}, r"logit_bias must be a number for each token id, but got \[5\]"),

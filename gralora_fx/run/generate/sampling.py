@@ -14,6 +14,7 @@ from gralora_fx.run.engine.limits import DecoderLimits
 
 _NEW_TOKENS = 64
 _LARGEST = 2**31 - 1  # ids and seeds that runtimes accept
+LEAST_DIVISOR = 1e-6  # of logits, which smaller ones make infinite in float32
 _DRAWS = ("top_k", "top_p", "min_p", "temperature", "seed")  # of no effect where the likeliest token is taken
 
 
@@ -126,12 +127,12 @@ class Sampling:
             raise ServingError(f"top_p must be in (0, 1], but got {self.top_p!r:.80}; take 1 for no limit")
         if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ServingError(f"min_p must be in [0, 1], but got {self.min_p!r:.80}; take 0 for no limit")
-        if not (_is_number(self.temperature) and self.temperature > 0):
-            raise ServingError(f"temperature must be above 0, but got {self.temperature!r:.80}; take do_sample=False")
-        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ServingError(
-                f"repetition_penalty must be above 0, but got {self.repetition_penalty!r:.80}; take 1 for none"
-            )
+        for name, remedy in (("temperature", "take do_sample=False"), ("repetition_penalty", "take 1 for none")):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0):
+                raise ServingError(f"{name} must be above 0, but got {value!r:.80}; {remedy}")
+            if value < LEAST_DIVISOR:
+                raise ServingError(f"{name} must be {LEAST_DIVISOR:g} or more, but got {value!r:.80}; {remedy}")
         for name in ("presence_penalty", "frequency_penalty"):
             if not _is_number(getattr(self, name)):
                 raise ServingError(f"{name} must be a number, but got {getattr(self, name)!r:.80}; take 0 for none")

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.generate.call_grammar import ToolUse
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.sampling import LEAST_DIVISOR, Sampling
 from gralora_fx.service.protocols.openai.answer_format import AnswerFormat
 from gralora_fx.service.protocols.openai.idle_fields import CHAT, COMPLETION, EVERYWHERE, STREAM_OPTIONS, Idle
 from gralora_fx.service.protocols.openai.messages import ChatMessage, template_messages
@@ -22,7 +22,12 @@ _LARGEST = 2**31 - 1
 _SALT = 256  # characters, each of which the prefix cache keeps
 _TOKENS = 1024  # the most that an option names, since each is looked at in every step
 Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+# draws at less than the least divisor take the likeliest token, as 0 does
+Temperature = Annotated[
+    float,
+    Field(ge=0, le=2, allow_inf_nan=False),
+    AfterValidator(lambda value: value if value >= LEAST_DIVISOR else 0.0),
+]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), AfterValidator(lambda seed: seed % 2**31)]
 Whole = Annotated[int, Field(ge=1, le=_LARGEST)]
 _Count = Annotated[int, Field(ge=0, le=_LARGEST)]
@@ -61,7 +66,7 @@ class SamplingFields(StrictModel):
     seed: Seed | None = None
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=2, allow_inf_nan=False)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=LEAST_DIVISOR, le=2, allow_inf_nan=False)] = 1.0
     logit_bias: Annotated[dict[str, _Bias] | None, BeforeValidator(_few)] = None
     min_tokens: _Count = 0
     ignore_eos: bool = False
