@@ -183,9 +183,9 @@ def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair
     sites, lost, norm = [], 0.0, 0.0
     for path in adapter.sites:
         update = adapter.update(path)
-        matrices = [update] if update.experts is None else [update.of_expert(e) for e in range(update.experts)]
+        matrices = [update] if update.stack is None else [update.matrix(e) for e in range(update.stack)]
         cuts = [_cut(one, rank) for one in matrices]
-        pairs[path] = (cuts[0].A, cuts[0].B) if update.experts is None else _stacked(cuts)
+        pairs[path] = (cuts[0].A, cuts[0].B) if update.stack is None else _stacked(cuts)
         own_lost, own_norm = math.hypot(*(cut.lost for cut in cuts)), math.hypot(*(cut.norm for cut in cuts))
         exact = matrices[0].lora_form()[0].shape[0]
         sites.append(LoraSite(path, exact, cuts[0].A.shape[0], own_lost / own_norm if own_norm else 0.0))
@@ -214,10 +214,10 @@ def _cut(update: Update, rank: int | None) -> Truncated:
     return truncate(A, B, update.scale, rank)
 
 
-def _stacked(experts: Sequence[Truncated]) -> Pair:
-    """The pairs of experts as PEFT stores them: `A [experts * r, in]`, `B [out, r * experts]` (`Lora.of_experts`)."""
-    B = np.stack([expert.B for expert in experts], axis=-1)
-    return np.concatenate([expert.A for expert in experts]), B.reshape(len(B), -1)
+def _stacked(matrices: Sequence[Truncated]) -> Pair:
+    """The pairs of a stack as PEFT stores them: `A [stack * r, in]`, `B [out, r * stack]` (`Lora.of_stack`)."""
+    B = np.stack([one.B for one in matrices], axis=-1)
+    return np.concatenate([one.A for one in matrices]), B.reshape(len(B), -1)
 
 
 def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:

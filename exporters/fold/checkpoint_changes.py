@@ -24,8 +24,8 @@ from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted
 from gralora_fx.exporters.fold.checkpoint_names import Names
-from gralora_fx.exporters.fold.edits import ExpertEdit, LayerEdit, MatrixEdit, ValuesEdit
-from gralora_fx.exporters.fold.expert_changes import ExpertFolds
+from gralora_fx.exporters.fold.edits import LayerEdit, MatrixEdit, StackEdit, ValuesEdit
+from gralora_fx.exporters.fold.stack_changes import StackFolds
 
 _NOT_FINITE = (
     "{name} would hold values that are not finite in {dtype}; nothing was written. The adapter is damaged, or too "
@@ -51,7 +51,7 @@ class TensorChanges:
     def merged(self) -> list[str]:
         """Keys of the weights that an update is folded into, sorted."""
         everything = {**self.changed, **{key: tensor for key, (tensor, _) in self.added.items()}}
-        return sorted(key for key, tensor in everything.items() if isinstance(tensor.edit, (ExpertEdit, MatrixEdit)))
+        return sorted(key for key, tensor in everything.items() if isinstance(tensor.edit, (StackEdit, MatrixEdit)))
 
     @property
     def replaced(self) -> list[str]:
@@ -72,11 +72,11 @@ def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> Te
     """Decide for every tensor that an adapter changes where it comes from and where it goes."""
     problems: list[str] = []
     wanted: dict[str, NewTensor] = {}
-    folds = ExpertFolds(base, names, adapter, _NOT_FINITE)
-    experts: dict[str, NewTensor] = {}
+    folds = StackFolds(base, names, adapter, _NOT_FINITE)
+    stacks: dict[str, NewTensor] = {}
     at_parameters = adapter.parameters
     for path in at_parameters:
-        experts |= folds.at(path, problems)
+        stacks |= folds.at(path, problems)
     for path in (path for path in adapter.sites if path not in at_parameters):
         if change := _fold_at(path, base, names, adapter, problems):
             wanted[f"{path}.weight"] = change
@@ -93,7 +93,7 @@ def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> Te
             f"adapter:\n{bulleted(problems)}"
         )
     changes = _placed(wanted, base, names)
-    changes.changed.update(experts)
+    changes.changed.update(stacks)
     for key, tensor in base.tensors.items():
         if isinstance(tensor, (FourBitTensor, RoundedTensor)) and key not in changes.changed:
             changes.changed[key] = NewTensor(tensor.dtype, tensor.shape, tensor, Kept())

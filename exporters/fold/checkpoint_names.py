@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from gralora_fx.base.sources.expert_parts import ExpertPart
+    from gralora_fx.base.sources.stack_parts import StackPart
 
 _FIRST = 4096  # bytes of a tensor that are compared with those of others
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -43,7 +43,7 @@ class Names:
         model: The model without values; None for a class that transformers does not have.
         keys: Keys in the files by the model's names.
         parts: Names of parameters that are put together from several tensors of the files.
-        stacks: The parts of those of them that are stacks of experts, by name.
+        stacks: The parts of those of them that are stacks of matrices, by name.
         transposed: Without a model, whether layers store their weights `[in, out]`, if the files show it.
     """
 
@@ -51,14 +51,14 @@ class Names:
     keys: Mapping[str, str]
     parts: Set[str]
     transposed: bool | None = None
-    stacks: Mapping[str, Sequence[ExpertPart]] = field(default_factory=dict)
+    stacks: Mapping[str, Sequence[StackPart]] = field(default_factory=dict)
 
     @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by every name that they have."""
         return {} if self.model is None else dict(self.model.named_parameters(remove_duplicate=False))
 
-    def stores_experts_transposed(self, name: str) -> bool:
+    def stacks_transposed(self, name: str) -> bool:
         """Whether the module that owns a parameter says that it stores matrices `[in, out]`."""
         if self.model is None:
             return False
@@ -107,7 +107,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
     That is the class for the adapter's task, the one that the configuration names, or the bare model: the first that
     has all the parameters that the adapter names.
     """
-    from gralora_fx.base.sources.expert_parts import expert_parts
+    from gralora_fx.base.sources.stack_parts import stack_parts
     from gralora_fx.base.sources.streamed_models import keys_by_name
     from gralora_fx.core.loading.models import make_empty  # they import torch and transformers
 
@@ -129,7 +129,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
         lacking, model = min(tries, key=lambda entry: len(entry[0]))
         if not lacking:
             keys, parts = keys_by_name(model, base.tensors)
-            return Names(model, keys, set(parts.values()), stacks=expert_parts(model, base.tensors, parts))
+            return Names(model, keys, set(parts.values()), stacks=stack_parts(model, base.tensors, parts))
     if all(name in base.tensors for name in needed):
         return Names(None, {key: key for key in base.tensors}, frozenset())
     if not tries:

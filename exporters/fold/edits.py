@@ -108,16 +108,16 @@ class MatrixEdit:
 
 
 @dataclass(frozen=True)
-class ExpertEdit:
-    """Updates added to matrices of experts, of which a tensor holds one, or some of its rows, or those of all.
+class StackEdit:
+    """Updates added to a stack of matrices, of which a tensor holds one, or some of its rows, or all.
 
     Attributes:
         name: The tensor, for messages.
-        update: Reads the update of all experts.
-        shape: `[out, in]` of an expert's whole matrix.
+        update: Reads the update of the stack.
+        shape: `[out, in]` of a whole matrix.
         stored: Shape of a matrix as it is stored, where a stored row of the tensor is one; None for rows of a matrix.
-        expert: The expert whose rows those are.
-        start: The first of them in the expert's matrix.
+        index: The matrix whose rows those are.
+        start: The first of them in the matrix.
         as_modelled: Gives `[out, in]` of a stored matrix; it may be a view.
         as_stored: Undoes that.
         not_finite: Text of the error, as of `LayerEdit.prepare`.
@@ -127,7 +127,7 @@ class ExpertEdit:
     update: Callable[[], Update]
     shape: tuple[int, int]
     stored: tuple[int, ...] | None = None
-    expert: int = 0
+    index: int = 0
     start: int = 0
     as_modelled: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
     as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
@@ -140,13 +140,13 @@ class ExpertEdit:
 
         def change(rows: NDArray[Any], first: int) -> None:
             if self.stored is None:
-                own = update if update.experts is None else update.of_expert(self.expert)
+                own = update if update.stack is None else update.matrix(self.index)
                 self._fold(rows, own, self.start + first)
             else:
                 for index, row in enumerate(rows, first):
                     stored = row.reshape(self.stored)
                     matrix = self.as_modelled(stored)
-                    self._fold(matrix, update.of_expert(index), 0)
+                    self._fold(matrix, update.matrix(index), 0)
                     stored[...] = self.as_stored(matrix)
             check_finite(rows, self.name, self.not_finite)
 

@@ -15,7 +15,7 @@ from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.methods.method import Update
 from gralora_fx.core.operators.expert_gate import NO_GATE, ExpertGate
 from gralora_fx.errors import CheckpointError, MergeError, bulleted
-from gralora_fx.exporters.fold.edits import ExpertEdit
+from gralora_fx.exporters.fold.edits import StackEdit
 from gralora_fx.exporters.fold.initializers import initializer_names, initializers
 from gralora_fx.exporters.rules.experts.expert_rows import MOE, arranged, as_modelled, gate_noted_at
 
@@ -48,12 +48,12 @@ class ExpertLocation:
     gate: ExpertGate = _PLAIN
     is_up: bool = False
 
-    def edit(self, update: Callable[[], Update]) -> ExpertEdit:
+    def edit(self, update: Callable[[], Update]) -> StackEdit:
         """An update of all experts added to the matrices."""
         assert self.value.shape is not None
         _, *stored = (int(size) for size in self.value.shape.numpy())
         options: dict[str, Any] = {"gate": self.gate, "is_up": self.is_up, "is_transposed": self.is_transposed}
-        return ExpertEdit(
+        return StackEdit(
             self.path,
             update,
             self.shape,
@@ -111,7 +111,7 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
     if value is None or value.shape is None:
         return
     site = adapter.sites[path]
-    if site.experts is None or len(value.shape) != 3:
+    if site.stack is None or len(value.shape) != 3:
         raise MergeError("it is a single matrix that no product of the export reads; export the merged model instead")
     stored = tuple(int(size) for size in value.shape.numpy())
     matrix = site.features[1], site.features[0]
@@ -121,13 +121,13 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
         if gate is None:
             raise MergeError(f"{use.node.name} does not say how its rows are arranged; export it again")
         own = np.empty(stored[1:], np.bool_)
-        if stored[0] != site.experts or as_modelled(own, gate, is_up=is_up).shape != matrix:
-            raise MergeError(_unfit(stored, site.experts, matrix))
+        if stored[0] != site.stack or as_modelled(own, gate, is_up=is_up).shape != matrix:
+            raise MergeError(_unfit(stored, site.stack, matrix))
         yield ExpertLocation(path, file, value, matrix, gate=gate, is_up=is_up)
         return
-    transposed = (site.experts, *matrix[::-1])
-    if stored not in ((site.experts, *matrix), transposed):
-        raise MergeError(_unfit(stored, site.experts, matrix))
+    transposed = (site.stack, *matrix[::-1])
+    if stored not in ((site.stack, *matrix), transposed):
+        raise MergeError(_unfit(stored, site.stack, matrix))
     if matrix[0] == matrix[1]:
         raise MergeError(
             "nothing says whether its square matrices are stored [in, out]; export the merged model instead"
@@ -150,8 +150,8 @@ def _possible_features(graph: ir.Graph, name: str) -> set[tuple[int, int]]:
     return {(columns, rows), (rows, columns)}
 
 
-def _unfit(stored: tuple[int, ...], experts: int, matrix: tuple[int, int]) -> str:
+def _unfit(stored: tuple[int, ...], stack: int, matrix: tuple[int, int]) -> str:
     return (
-        f"the export has {stored[0]} experts of {list(stored[1:])}, and the adapter {experts} of {list(matrix)}; give "
+        f"the export has {stored[0]} matrices of {list(stored[1:])}, and the adapter {stack} of {list(matrix)}; give "
         "an adapter of the export's base"
     )

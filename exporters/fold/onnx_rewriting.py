@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.rewriting import Edit, NewFile, Part, StoredBytes
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
-from gralora_fx.exporters.fold.edits import ExpertEdit, LayerEdit, MatrixEdit, ValuesEdit, kept_updates
+from gralora_fx.exporters.fold.edits import LayerEdit, MatrixEdit, StackEdit, ValuesEdit, kept_updates
 from gralora_fx.exporters.fold.expert_locations import ExpertLocation
 from gralora_fx.exporters.fold.initializers import (
     ProductWeight,
@@ -91,7 +91,7 @@ class OnnxRewriting:
         else:
             self._edit(file, value, edit, (location.name, location.start))
 
-    def fold_experts(self, location: ExpertLocation, edit: ExpertEdit) -> None:
+    def fold_experts(self, location: ExpertLocation, edit: StackEdit) -> None:
         """Fold into the matrices of a parameter's experts."""
         self._edit(location.file, location.value, edit, (location.path, location.gate, location.is_transposed))
 

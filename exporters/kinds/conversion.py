@@ -162,7 +162,7 @@ def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
     if parameters := [entry.site.path for entry in model.adapted_sites() if isinstance(entry.site, ParameterSite)]:
         raise ExportError(
             f"adapters={mode!r} is for linear layers, not for parameters of the model's own code, such as stacked "
-            f"experts, where a row cannot have its own adapter: {listed(parameters, 2)}; give adapters='merged'"
+            f"matrices, where a row cannot have its own adapter: {listed(parameters, 2)}; give adapters='merged'"
         )
     trained = _trained(model)
     planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]

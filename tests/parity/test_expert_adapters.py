@@ -160,9 +160,9 @@ def test_gralora_of_experts(name: str, tmp_path: Path) -> None:
     losses(ours.train(), inputs)
     expected = logits(ours.eval(), inputs)
     assert error(logits(merge(ours), inputs), expected) < CLOSE
-    path = next(planned.site.path for planned in ours.adapted_sites() if planned.experts)
+    path = next(planned.site.path for planned in ours.adapted_sites() if planned.stack)
     update = ours.adapter("default").update(path)
-    A, B = update.of_expert(1).lora_form()
+    A, B = update.matrix(1).lora_form()
     delta = ours.delta_weight(path)[1]
     assert torch.allclose(delta.mT if ours.site(path).is_transposed else delta, update.scale * B @ A, atol=1e-6)
     with pytest.warns(UserWarning, match="target_parameters, which PEFT's GraLoRA does not read"):
@@ -250,9 +250,9 @@ def test_a_plan_says_what_of_experts_it_takes() -> None:
     assert {planned.site.path.rpartition(".")[2] for planned in made.selected} == {"down_proj", "gate"}
     reasons = {entry.site.path.rpartition(".")[2]: entry.reason for entry in made.rejected}
     assert "target_parameters does not name" in reasons["gate_up_proj"]
-    site = next(planned for planned in made.selected if planned.experts)
+    site = next(planned for planned in made.selected if planned.stack)
     assert site.parameters == sum(t.numel() for t in peft_tensors("mixtral", site.site.path))
-    assert f"r=4, {site.experts} experts" in str(made)
+    assert f"r=4, {site.stack} matrices" in str(made)
     with pytest.warns(UserWarning, match="target_parameters 'absent' matches no parameter"):
         plan(traced("mixtral"), config.changed(target_parameters=["experts.down_proj", "absent"]))
     with pytest.warns(UserWarning, match="does not concern target_parameters, as in PEFT"):
@@ -272,13 +272,15 @@ def test_experts_that_do_not_match_are_an_error(tmp_path: Path) -> None:
     saved_by_peft("mixtral", tmp_path / "adapter")
     model = tiny_decoder("MixtralForCausalLM", num_local_experts=3)
     other = trace(model)
-    with pytest.raises(CheckpointError, match=r"has shape .* instead of .*: .*gate_up_proj has 3 experts of"):
+    with pytest.raises(CheckpointError, match=r"has shape .* instead of .*: .*gate_up_proj has 3 matrices of"):
         GraloraModel.from_pretrained(other, tmp_path / "adapter")
     model.save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"experts.*down_proj has shape \[3, .* that of the adapter's \d experts"):
+    with pytest.raises(
+        CheckpointError, match=r"experts.*down_proj has shape \[3, .* that of the adapter's \d matrices"
+    ):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     export_onnx(other, tmp_path / "export", verify=False)
-    with pytest.raises(MergeError, match=r"down_proj: the export has 3 experts of .*, and the adapter \d of"):
+    with pytest.raises(MergeError, match=r"down_proj: the export has 3 matrices of .*, and the adapter \d of"):
         fold_onnx(tmp_path / "export", tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -313,7 +315,7 @@ def test_an_adapter_that_gets_no_gradient_is_named_once() -> None:
     inputs = torch.full((1, 4), 5)
     model(input_ids=inputs, labels=inputs).loss.backward()
     with pytest.warns(
-        UserWarning, match=r"in the first step, adapter 'default' got no gradient at .*\(experts .* of \d\)"
+        UserWarning, match=r"in the first step, adapter 'default' got no gradient at .*\(matrices .* of \d\)"
     ):
         optimizer.step()
     optimizer.step()  # a warning is an error here

@@ -40,7 +40,7 @@ def copy_lazy(parameter: nn.Parameter) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class EntrySource:
-    """A source of values along a first axis, such as one matrix for each expert, which can be read one at a time.
+    """A source of values along a first axis, such as stacked matrices, which can be read one at a time.
 
     Attributes:
         entries: Computes them, in order.

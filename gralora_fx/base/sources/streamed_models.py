@@ -19,11 +19,11 @@ from gralora_fx.base.compat.transformers_models import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from gralora_fx.base.sources.expert_parts import ExpertPart, expert_parts
 from gralora_fx.base.sources.four_bits import FourBitTensor, four_bit_tensors
 from gralora_fx.base.sources.lazy_tensors import EntrySource, with_source
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.base.sources.saved_weights import SavedWeights
+from gralora_fx.base.sources.stack_parts import StackPart, stack_parts
 from gralora_fx.errors import CheckpointError, bulleted
 
 
@@ -103,8 +103,8 @@ def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> 
 
 
 @dataclass(frozen=True)
-class StackedExperts(EntrySource):
-    """A parameter of all experts whose matrices are tensors of their own in the files; they are read one by one.
+class StackedMatrices(EntrySource):
+    """A stack of matrices that are tensors of their own in the files; they are read one by one.
 
     Attributes:
         shape: Its shape.
@@ -117,28 +117,28 @@ class StackedExperts(EntrySource):
     file: Path
 
     @classmethod
-    def of(cls, parts: Sequence[ExpertPart], stored: Mapping[str, StoredTensor], name: str) -> StackedExperts:
+    def of(cls, parts: Sequence[StackPart], stored: Mapping[str, StoredTensor], name: str) -> StackedMatrices:
         """The parameter of some parts."""
-        experts: dict[int, list[StoredTensor]] = {}
-        for part in sorted(parts, key=lambda part: (part.expert, part.start)):
-            experts.setdefault(part.expert, []).append(stored[part.key])
-        shapes = {(sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]) for tensors in experts.values()}
-        if len(shapes) > 1 or sorted(experts) != list(range(len(experts))):
-            raise CheckpointError(f"the experts of {name} are not all there, or differ in shape; save the model again")
-        first = experts[0][0]
+        matrices: dict[int, list[StoredTensor]] = {}
+        for part in sorted(parts, key=lambda part: (part.matrix, part.start)):
+            matrices.setdefault(part.matrix, []).append(stored[part.key])
+        shapes = {(sum(t.shape[0] for t in tensors), *tensors[0].shape[1:]) for tensors in matrices.values()}
+        if len(shapes) > 1 or sorted(matrices) != list(range(len(matrices))):
+            raise CheckpointError(f"the matrices of {name} are not all there, or differ in shape; save the model again")
+        first = matrices[0][0]
 
         def entries() -> Iterator[Tensor]:
-            return (torch.cat([tensor() for tensor in tensors]) for tensors in experts.values())
+            return (torch.cat([tensor() for tensor in tensors]) for tensors in matrices.values())
 
-        return cls(entries, (len(experts), *shapes.pop()), first.dtype, first.file)
+        return cls(entries, (len(matrices), *shapes.pop()), first.dtype, first.file)
 
 
 def _by_parameter_name(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor | StackedExperts]:
+) -> dict[str, StoredTensor | StackedMatrices]:
     """Stored tensors by the model's parameter names."""
     keys, parts = keys_by_name(model, stored)
-    stacks = expert_parts(model, stored, parts) if parts else {}
+    stacks = stack_parts(model, stored, parts) if parts else {}
     parts = {key: name for key, name in parts.items() if name not in stacks}
     if parts:
         texts = [f"{key} is a part of {name}" for key, name in parts.items()]
@@ -148,10 +148,10 @@ def _by_parameter_name(
             "cannot be streamed; load the model whole instead"
         )
     whole = {name: stored[key] for name, key in keys.items() if name not in stacks}
-    return {**whole, **{name: StackedExperts.of(of_name, stored, name) for name, of_name in stacks.items()}}
+    return {**whole, **{name: StackedMatrices.of(of_name, stored, name) for name, of_name in stacks.items()}}
 
 
-def _unfit(name: str, stored: StoredTensor | StackedExperts, parameter: nn.Parameter) -> list[str]:
+def _unfit(name: str, stored: StoredTensor | StackedMatrices, parameter: nn.Parameter) -> list[str]:
     if stored.shape != tuple(parameter.shape):
         return [f"{name} has shape {list(stored.shape)} in {stored.file.name} instead of {list(parameter.shape)}"]
     if stored.dtype not in FLOATS:

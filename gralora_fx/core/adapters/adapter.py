@@ -121,9 +121,9 @@ class ModelAdapter:
     def update(self, site_path: str) -> Update:
         """The weight update at a site."""
         planned, factors = self.planned[site_path], self.factors[site_path]
-        if planned.experts is not None:
-            factors = self.method.of_experts(factors, planned.experts)
-        return Update(factors, planned.scale, planned.experts)
+        if planned.stack is not None:
+            factors = self.method.of_stack(factors, planned.stack)
+        return Update(factors, planned.scale, planned.stack)
 
     def gradients(self, site_path: str) -> dict[str, Tensor | None]:
         """The gradients of its tensors at a site, by field of the method's named tuple; None where there is none."""
@@ -171,10 +171,10 @@ def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig)
         return values.mT if site.is_transposed else values
 
     features, sizes, scale = (site.in_features, site.out_features), planned.sizes, planned.scale
-    if planned.experts is None:
+    if planned.stack is None:
         drawn = method.initial(features, sizes, config, weight=weight, scale=scale)
     else:
-        drawn = method.initial_of_experts(features, sizes, config, planned.experts, weight=weight, scale=scale)
+        drawn = method.initial_of_stack(features, sizes, config, planned.stack, weight=weight, scale=scale)
     return method.tensors(*(None if tensor is None else tensor.to(device, dtype) for tensor in drawn))
 
 

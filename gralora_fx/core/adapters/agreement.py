@@ -22,7 +22,7 @@ class KnownLayers:
         paths: Paths of its linear layers.
         model_type: transformers' type of the model, or None.
         functional: Paths of functional calls, which PEFT has no adapter at, and whose weights have other names.
-        parameters: Names of its parameters, stacks of experts among them.
+        parameters: Names of its parameters, stacks of matrices among them.
     """
 
     paths: Collection[str]

@@ -39,7 +39,7 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
             problems.append(f"{key} is the result of a parametrization here, which cannot be written")
         elif tensor.shape != target.shape:
             shapes = f"{list(tensor.shape)} instead of {list(target.shape)}"
-            problems.append(f"{key} has shape {shapes}{_experts_at(adapter, target)}")
+            problems.append(f"{key} has shape {shapes}{_stack_at(adapter, target)}")
         elif not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             problems.append(f"{key} is {tensor.dtype}, not a float tensor")
         elif not bool(torch.isfinite(tensor.to(target.dtype)).all()):
@@ -54,14 +54,14 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
             parameter.copy_(tensors[key])
 
 
-def _experts_at(adapter: ModelAdapter, tensor: Tensor) -> str:
-    """What the site of a tensor has of experts, for the message of one that does not fit."""
+def _stack_at(adapter: ModelAdapter, tensor: Tensor) -> str:
+    """Describe the stack of matrices that a tensor is for, if it is for one, after its shape in a message."""
     sites = (p for p in adapter.plan.selected if any(own is tensor for own in adapter.factors[p.site.path]))
     planned = next(sites, None)
-    if planned is None or planned.experts is None:
+    if planned is None or planned.stack is None:
         return ""
     widths = f"{planned.site.in_features} -> {planned.site.out_features}"
-    return f": {planned.site.path} has {planned.experts} experts of {widths}, and the rank is {planned.r}"
+    return f": {planned.site.path} has {planned.stack} matrices of {widths}, and the rank is {planned.r}"
 
 
 def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> None:

@@ -60,9 +60,9 @@ def _warn_of_idle(adapter: ModelAdapter) -> None:
         gradients = adapter.gradients(planned.site.path)
         if all(gradient is None for gradient in gradients.values()):
             unreached.append(planned.site.path)
-        elif (experts := list(_idle_experts(adapter, planned, gradients))) and len(experts) < (planned.experts or 1):
-            idle.append(f"{planned.site.path} (experts {listed(experts, _MOST)} of {planned.experts})")
-        elif experts:
+        elif (matrices := list(_idle_matrices(adapter, planned, gradients))) and len(matrices) < (planned.stack or 1):
+            idle.append(f"{planned.site.path} (matrices {listed(matrices, _MOST)} of {planned.stack})")
+        elif matrices:
             idle.append(planned.site.path)
     text = f"in the first step, adapter {adapter.name!r} got no gradient at"
     if unreached:
@@ -74,18 +74,19 @@ def _warn_of_idle(adapter: ModelAdapter) -> None:
         )
     if idle:
         warn_caller(
-            f"{text} {listed(idle, _MOST)}: it is zero there. Experts get none while no token of a batch is routed to "
-            "them; elsewhere the layer's output is multiplied by zero, or gradients are too small for half precision",
+            f"{text} {listed(idle, _MOST)}: it is zero there. A matrix of an MoE layer gets none while no token of a "
+            "batch is routed to it; elsewhere the layer's output is multiplied by zero, or gradients are too small for half "
+            "precision",
             also=("torch",),
         )
 
 
-def _idle_experts(adapter: ModelAdapter, planned: PlannedSite, gradients: dict[str, Tensor | None]) -> Iterator[int]:
-    """The experts of a site whose gradients are all zero; of a site without experts, 0 if they are."""
-    count = planned.experts or 1
+def _idle_matrices(adapter: ModelAdapter, planned: PlannedSite, gradients: dict[str, Tensor | None]) -> Iterator[int]:
+    """Yield the places in a site's stack of the matrices whose gradients are all zero; 0 for a single such matrix."""
+    count = planned.stack or 1
     present = {field: torch.zeros(()) if tensor is None else tensor for field, tensor in gradients.items()}
-    if planned.experts is not None and all(tensor is not None for tensor in gradients.values()):
-        stacked = adapter.method.of_experts(adapter.method.tensors(**present), count)
+    if planned.stack is not None and all(tensor is not None for tensor in gradients.values()):
+        stacked = adapter.method.of_stack(adapter.method.tensors(**present), count)
         tensors = [tensor.reshape(count, -1) for tensor in stacked if tensor is not None]
     else:
         tensors, count = [tensor.reshape(1, -1) for tensor in present.values()], 1

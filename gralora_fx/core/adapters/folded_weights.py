@@ -69,12 +69,12 @@ def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
         _check_finite({site.path: result})
         return result
 
-    def experts() -> Iterator[Tensor]:
+    def matrices() -> Iterator[Tensor]:
         for index, matrix in enumerate(value_entries(site.weight, site.path)):
-            yield folded(matrix, [update.of_expert(index) for update in entry.updates])
+            yield folded(matrix, [update.matrix(index) for update in entry.updates])
 
-    source: Callable[[], Tensor] = EntrySource(experts)
-    if entry.updates[0].experts is None:
+    source: Callable[[], Tensor] = EntrySource(matrices)
+    if entry.updates[0].stack is None:
         source = lambda: folded(raw_values_of(site.weight, site.path), entry.updates)  # noqa: E731
     return lazy_parameter(source, site.weight.shape, site.weight.dtype)
 

@@ -56,10 +56,10 @@ class InsertAdapter:
     After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
 
     The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies. A parameter of
-    other code, such as stacked experts, is changed where the graph reads it, whatever is computed with it:
+    other code, such as stacked matrices, is changed where the graph reads it, whatever is computed with it:
 
-    Before: `w = self.experts.down_proj; y = grouped_mm(x, w, offsets)`
-    After:  `w = self.experts.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
+    Before: `w = self.moe.down_proj; y = grouped_mm(x, w, offsets)`
+    After:  `w = self.moe.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
 
     Attributes:
         adapter: Name of the adapter.
@@ -157,7 +157,7 @@ class InsertAdapter:
         before, tracer = set(graph.nodes), GraphAppendingTracer(graph)
         with graph.inserting_before(first):  # so that no more weights are in memory at once than are used
             factors = self._tensors(graph, tracer, insertion)
-            factors = factors if site.experts is None else self.method.of_experts(factors, site.experts)
+            factors = factors if site.stack is None else self.method.of_stack(factors, site.stack)
             weight: Any = _proxy(node, tracer)
             weight = weight if insertion.dtype is None else weight.to(insertion.dtype)
             result: Any = self.method.new_weight(
@@ -166,7 +166,7 @@ class InsertAdapter:
                 insertion.scale,
                 features=insertion.features,
                 sizes=insertion.sizes,
-                experts=site.experts,
+                stack=site.stack,
             )
             result = result.transpose(-2, -1) if site.is_transposed else result
             result = result if insertion.dtype is None else result.to(site.weight.dtype)

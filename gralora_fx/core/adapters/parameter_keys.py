@@ -1,9 +1,9 @@
 """PEFT's keys of adapters of parameters, which say in which order a module's parameters are wrapped, not their names.
 
 PEFT wraps a module once for each parameter of it that is adapted, in the order of the module's own definition. So the
-last one has the key of the module, `mlp.experts.lora_A.weight`, and each one before it a `base_layer` more:
-`mlp.experts.base_layer.lora_A.weight`. Of a method in which PEFT has no adapters of parameters (GraLoRA), the key has
-the parameter's name: `mlp.experts.down_proj.gralora_A`.
+last one has the key of the module, `moe.lora_A.weight`, and each one before it a `base_layer` more:
+`moe.base_layer.lora_A.weight`. Of a method in which PEFT has no adapters of parameters (GraLoRA), the key has
+the parameter's name: `moe.down_proj.gralora_A`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class StoredSite:
         features: Widths `in` and `out` of the layer.
         sizes: The adapter's sizes there.
         scale: Factor of its update.
-        experts: Number of experts, whose matrices its parameter holds; None for a single matrix.
+        stack: Number of matrices that its parameter holds; None for a single one.
         key: What its keys begin with, which is not its name where PEFT's say the order of a module's parameters alone.
     """
 
@@ -45,7 +45,7 @@ class StoredSite:
     features: tuple[int, int]
     sizes: Sizes
     scale: float
-    experts: int | None = None
+    stack: int | None = None
     key: str = ""
 
 
@@ -88,8 +88,8 @@ class StoredAdapter:
         return _without_values(self.method, tensors).features
 
     def is_at_parameter(self, path: str) -> bool:
-        """Whether a site is a parameter that is no layer's weight, such as a stack of experts."""
-        return self.sites[path].experts is not None or any(
+        """Whether a site is a parameter that is no layer's weight, such as a stack of matrices."""
+        return self.sites[path].stack is not None or any(
             ends_with(path, n) for n in self.config.target_parameters or ()
         )
 
@@ -121,9 +121,9 @@ class StoredAdapter:
             names = self.parameters if not self.unnamed else self.config.target_parameters or list(self.unnamed)
             raise error(
                 f"{self.directory} adapts parameters of the model's own code ({listed(list(names), 2)}), such as "
-                f"stacked experts, and {purpose} is for linear layers; merge it (export the model merged, "
+                f"stacked matrices, and {purpose} is for linear layers; merge it (export the model merged, "
                 "adapters='merged', or write its files with merge_checkpoint), or train without target_parameters, "
-                "which PEFT itself fills for target_modules='all-linear' of a mixture of experts"
+                "which PEFT itself fills for target_modules='all-linear' of an MoE model"
             )
 
     def update(self, path: str) -> Update:
@@ -133,9 +133,9 @@ class StoredAdapter:
         if not self.method.RUNS_ON_NUMPY:
             arrays = {field: to_torch(array) for field, array in arrays.items()}
         factors = self.method.tensors(**arrays)
-        if site.experts is not None:
-            factors = self.method.of_experts(factors, site.experts)
-        return Update(factors, site.scale, site.experts)
+        if site.stack is not None:
+            factors = self.method.of_stack(factors, site.stack)
+        return Update(factors, site.scale, site.stack)
 
     def check_layers(self, known: KnownLayers) -> None:
         """Check that every layer of a model that the configuration selects has tensors, and no other layer."""
@@ -225,7 +225,7 @@ def _by_site(
 
 def _path_of(name: str, site: StoredSite) -> str:
     """The path of a site: the name of a parameter, or the layer that owns it as its weight."""
-    return name.removesuffix(".weight") if site.experts is None else name
+    return name.removesuffix(".weight") if site.stack is None else name
 
 
 def _site(
@@ -250,22 +250,22 @@ def _site(
     unfit += [f"unexpected {KEY_PREFIX}{key}.{method.keys[field]}" for field in tensors if field not in expected]
     if not unfit:
         unfit = method.problems(0, 0, sizes)
-    experts = None if unfit or not names_parameter(config, path) else _experts(tensors, expected, method)
-    stored = method.stored_shapes(0, 0, sizes, experts)
+    stack = None if unfit or not names_parameter(config, path) else _stack(tensors, expected, method)
+    stored = method.stored_shapes(0, 0, sizes, stack)
     if not unfit and all(len(tensors[field].shape) == len(shape) for field, shape in stored.items()):
         features = _without_values(method, tensors).features
-        stored = method.stored_shapes(*features, sizes, experts)
+        stored = method.stored_shapes(*features, sizes, stack)
         if all(tensors[field].shape == shape for field, shape in stored.items()):
-            return StoredSite(tensors, features, sizes, scale, experts, key)
+            return StoredSite(tensors, features, sizes, scale, stack, key)
     shapes = ", ".join(f"{method.keys[field]} {list(tensor.shape)}" for field, tensor in tensors.items())
     problems += unfit or [f"{path} has {shapes}, which is not {method.text(sizes)}"]
     return None
 
 
-def _experts(
+def _stack(
     tensors: Mapping[str, StoredTensor], of_one: Mapping[str, tuple[int, ...]], method: AdapterMethod
 ) -> int | None:
-    """The number of experts of a parameter's tensors; None where they are those of a single matrix."""
+    """Return how many matrices a parameter's tensors are for; None where they are those of a single one."""
     name, shape = next(iter(of_one.items()))
     if not method.NESTS_PARAMETERS:
         return tensors[name].shape[0] if len(tensors[name].shape) > len(shape) else None

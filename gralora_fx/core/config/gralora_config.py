@@ -47,7 +47,7 @@ class GraloraConfig(AdapterConfig):
         base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
             it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
         target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), as in PEFT's LoRA:
-            each matrix of a stack of experts gets an adapter of its own.
+            each matrix of a stack gets an adapter of its own.
 
     The last six go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
     it ignores them.

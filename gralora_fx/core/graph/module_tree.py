@@ -27,7 +27,7 @@ class ModuleTree:
         parameters: Parameters by every name that reaches them, aliases included.
         output_embedding: Path of the language-model head, if transformers names one.
         input_embedding: Path of the token embeddings, if transformers names them.
-        transposed: Paths of the modules that say that they store their experts `[experts, in, out]`.
+        transposed: Paths of the modules that say that they store stacked matrices `[stack, in, out]`.
     """
 
     types: Mapping[str, str]

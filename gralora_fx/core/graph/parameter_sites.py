@@ -1,4 +1,4 @@
-"""Parameters that a graph reads other than as the weight of a linear layer, such as a model's stacked experts."""
+"""Parameters that a graph reads other than as the weight of a linear layer, such as stacked matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gralora_fx.core.graph.weight_views import tensor_at
 class ParameterSite(LinearSite):
     """A parameter of 2 or 3 dimensions that an adapter can change, whatever the graph computes with it.
 
-    One of 3 dimensions holds a matrix for each expert. `path` is the parameter's name, `kind` is `"parameter"`, and
+    One of 3 dimensions is a stack of matrices. `path` is the parameter's name, `kind` is `"parameter"`, and
     `calls` are the names of the nodes that read the parameter itself (`get_attr`).
 
     Attributes:
@@ -27,8 +27,8 @@ class ParameterSite(LinearSite):
     is_transposed: bool = False
 
     @property
-    def experts(self) -> int | None:
-        """How many matrices it holds, one for each expert; None for a single one, of 2 dimensions."""
+    def stack(self) -> int | None:
+        """How many matrices it holds; None for a single one, of 2 dimensions."""
         return self.weight.shape[0] if self.weight.ndim == 3 else None
 
     @property
@@ -39,7 +39,7 @@ class ParameterSite(LinearSite):
     @property
     def is_stack_of_experts(self) -> bool:
         """Whether it looks like experts, rather than a convolution or another parameter of 3 dimensions."""
-        return (self.experts or 0) > 1 and "conv" not in self.path and "expert" in self.path.lower()
+        return (self.stack or 0) > 1 and "conv" not in self.path and "expert" in self.path.lower()
 
 
 def parameter_sites(

@@ -54,7 +54,7 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
         if self.target_parameters:
             raise ConfigError(
                 f"use_dora=True does not work with target_parameters={shown(self.target_parameters)}, as in PEFT; take "
-                "plain LoRA or GraLoRA for experts, and DoRA for linear layers only"
+                "plain LoRA or GraLoRA for parameters, and DoRA for linear layers only"
             )
 
     @classmethod

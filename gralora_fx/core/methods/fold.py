@@ -31,7 +31,7 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
     Half-precision weights are accumulated in float32 one block at a time and rounded once.
 
     Args:
-        weight: `[out, in]`, or `[in, out]` if `transposed`; read only. Of experts, with an axis of theirs before these.
+        weight: `[out, in]`, or `[in, out]` if `transposed`; read only. Of a stack, with its axis before these.
         updates: The updates; their methods and sizes may differ.
         transposed: Whether the weight is stored `[in, out]`.
         out: Where to write, of the weight's shape and dtype; the weight itself folds in place. None makes a tensor.
@@ -41,7 +41,7 @@ def fold(weight: Tensor, updates: Sequence[Update], *, transposed: bool = False,
     result = torch.empty_like(weight, memory_format=torch.contiguous_format) if out is None else out
     if weight.ndim == 3:
         for index, matrix in enumerate(weight):
-            fold(matrix, [update.of_expert(index) for update in updates], transposed=transposed, out=result[index])
+            fold(matrix, [update.matrix(index) for update in updates], transposed=transposed, out=result[index])
         return result
     source, target = (weight.t(), result.t()) if transposed else (weight, result)
     everything = slice(0, source.shape[0]), slice(0, source.shape[1])
@@ -134,7 +134,7 @@ def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | N
         weight: The layer's weight as it is stored, for an update that depends on it.
 
     Returns:
-        `[out, in]`, or `[in, out]` if `transposed`; of experts, with an axis of theirs before these.
+        `[out, in]`, or `[in, out]` if `transposed`; of a stack, with its axis before these.
     """
     import torch
 
@@ -145,6 +145,6 @@ def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | N
         return fold(wide, [update], transposed=transposed) - wide
     in_features, out_features = update.factors.features
     matrix = (in_features, out_features) if transposed else (out_features, in_features)
-    shape = matrix if update.experts is None else (update.experts, *matrix)
+    shape = matrix if update.stack is None else (update.stack, *matrix)
     zero = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
     return fold(zero, [update], transposed=transposed, out=zero)

@@ -213,14 +213,14 @@ class Gralora(AdapterMethod):
         *,
         features: tuple[int, int],
         sizes: GraloraSizes,
-        experts: int | None = None,
+        stack: int | None = None,
     ) -> Tensor:
-        """`weight + scale * dW`, with dW as one matrix; that of each expert [e] likewise."""
+        """`weight + scale * dW`, with dW as one matrix; that of each matrix [e] of a stack likewise."""
         import torch
 
         r, k, _ = sizes
         in_block, out_block, s = features[0] // k, features[1] // k, r // k
-        e, pairs = (() if experts is None else (experts,)), (experts or 1) * k * k
+        e, pairs = (() if stack is None else (stack,)), (stack or 1) * k * k
         order = (*range(len(e)), *(len(e) + axis for axis in (2, 0, 3, 1)))
         left = factors.B.view(*e, k, k, s, out_block).transpose(-2, -1)
         right = factors.A.view(*e, k, in_block, k, s).permute(*order)
@@ -229,7 +229,7 @@ class Gralora(AdapterMethod):
         blocks = torch.bmm(left, right).view(*e, k, k, out_block, in_block).transpose(-3, -2)  # [e, j, out/k, n, in/k]
         update = blocks.reshape(*e, features[1], features[0])
         if factors.A_general is not None and factors.B_general is not None:
-            product = torch.mm if experts is None else torch.bmm
+            product = torch.mm if stack is None else torch.bmm
             update = update + product(factors.B_general, factors.A_general)
         return torch.add(weight, update, alpha=scale)
 

@@ -63,8 +63,8 @@ class LoraConfig(AdapterConfig):
         use_dora: Whether the norms of the weights' rows train too: `LoraConfig(use_dora=True)` is a `DoraConfig`.
         base_quantization: How that model was quantized when the adapter was trained, as `BaseQuantization.to_dict` says
             it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
-        target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), such as a mixture's
-            stacked experts `"mlp.experts.down_proj"`: those that are no module's `weight` to name by `target_modules`.
+        target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), such as stacked
+            matrices `"moe.down_proj"`: those that are no module's `weight` to name by `target_modules`.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -253,16 +253,16 @@ class Lora(SummableMethod):
 
     def initial(self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, **_: Any) -> LoraFactors:
         """Fresh tensors; the draws are those of `peft.tuners.lora`, in its order: one seed gives the same tensors."""
-        return self.initial_of_experts(features, sizes, config, 1)
+        return self.initial_of_stack(features, sizes, config, 1)
 
-    def initial_of_experts(
-        self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, experts: int, /, **_: Any
+    def initial_of_stack(
+        self, features: tuple[int, int], sizes: LoraSizes, config: LoraConfig, stack: int, /, **_: Any
     ) -> LoraFactors:
-        """Fresh tensors of experts, by PEFT's draws."""
+        """Fresh tensors of stacked matrices, by PEFT's draws."""
         from torch import nn
 
         # PEFT makes two linear layers, whose initial draws are those of `init_lora_weights=False`, and draws A again
-        rank = sizes.r * experts
+        rank = sizes.r * stack
         A, B = nn.Linear(features[0], rank, bias=False).weight, nn.Linear(rank, features[1], bias=False).weight
         A, B = A.detach(), B.detach()
         if config.init_lora_weights is True:
@@ -282,26 +282,26 @@ class Lora(SummableMethod):
         return add_low_rank(call, factors.A, factors.B, scale, dropout=dropout)
 
     def new_weight(
-        self, weight: Tensor, factors: LoraFactors, scale: float, *, experts: int | None = None, **_: Any
+        self, weight: Tensor, factors: LoraFactors, scale: float, *, stack: int | None = None, **_: Any
     ) -> Tensor:
         """`weight + scale * B @ A`."""
         import torch
 
-        if experts is not None:
+        if stack is not None:
             return torch.baddbmm(weight, factors.B, factors.A, alpha=scale)
         return torch.add(weight, torch.mm(factors.B, factors.A), alpha=scale)
 
     def stored_shapes(
-        self, in_features: int, out_features: int, sizes: LoraSizes, experts: int | None
+        self, in_features: int, out_features: int, sizes: LoraSizes, stack: int | None
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors as they are stored, of experts `A [experts * r, in]` and `B [out, r * experts]`."""
-        return self.shapes(in_features, out_features, LoraSizes(sizes.r * (experts or 1)))
+        """Shapes of the tensors as they are stored, of a stack `A [stack * r, in]` and `B [out, r * stack]`."""
+        return self.shapes(in_features, out_features, LoraSizes(sizes.r * (stack or 1)))
 
-    def of_experts(self, factors: LoraFactors, experts: int) -> LoraFactors:
-        """`A [experts, r, in]` and `B [experts, out, r]`: in PEFT's tensors the experts come first in A, last in B."""
+    def of_stack(self, factors: LoraFactors, stack: int) -> LoraFactors:
+        """`A [stack, r, in]` and `B [stack, out, r]`: in PEFT's tensors that axis comes first in A, last in B."""
         A, B = factors
-        rows, columns = A.shape[0] // experts, A.shape[1]
-        return LoraFactors(A.reshape(experts, rows, columns), moved(B.reshape(-1, rows, experts), -1, 0))
+        rows, columns = A.shape[0] // stack, A.shape[1]
+        return LoraFactors(A.reshape(stack, rows, columns), moved(B.reshape(-1, rows, stack), -1, 0))
 
     def text(self, sizes: LoraSizes) -> str:
         """Sizes in words, such as `r=8`."""

@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.methods.expert_tensors import ExpertTensors
+from gralora_fx.core.methods.stacked_tensors import StackedTensors
 
 if TYPE_CHECKING:
     import torch
@@ -109,14 +109,14 @@ class Update:
     """What an adapter does to a weight: its tensors and the factor they are scaled by.
 
     Attributes:
-        factors: The tensors; of experts, each with an axis of the experts before the others.
+        factors: The tensors; of stacked matrices, each with an axis of the stack before the others.
         scale: The factor.
-        experts: Number of experts, whose weights are the matrices of one of 3 dimensions; None for a single matrix.
+        stack: Number of matrices that the weight, of 3 dimensions, holds; None for a single one, of 2.
     """
 
     factors: AdapterTensors
     scale: float
-    experts: int | None = None
+    stack: int | None = None
 
     @property
     def is_low_rank(self) -> bool:
@@ -128,8 +128,8 @@ class Update:
         assert is_low_rank(self.factors)
         return self.factors.lora_form()
 
-    def of_expert(self, index: int) -> Update:
-        """The update of one expert's matrix."""
+    def matrix(self, index: int) -> Update:
+        """The update of one matrix of a stack."""
         factors = {name: None if t is None else t[index] for name, t in self.factors._asdict().items()}
         return Update(type(self.factors)(**factors), self.scale)
 
@@ -177,8 +177,8 @@ class LayerCall(NamedTuple):
         return self._replace(x=self.x.to(dtype), y=self.y.to(dtype), weight=weight, bias=bias)
 
 
-class AdapterMethod(ExpertTensors):
-    """A method of adaptation; `shapes`, `initial` and what there is of experts are those of `ExpertTensors`.
+class AdapterMethod(StackedTensors):
+    """A method of adaptation; `shapes`, `initial` and those of stacks are of `StackedTensors`.
 
     Attributes:
         config: Its configuration.
@@ -228,17 +228,17 @@ class AdapterMethod(ExpertTensors):
         *,
         features: tuple[int, int],
         sizes: Any,
-        experts: int | None = None,
+        stack: int | None = None,
     ) -> Tensor:
         """The layer's weight `[out, in]` with the adapter, on proxies too; gradients reach the adapter's tensors.
 
         Args:
-            weight: The weight; of experts, `[experts, out, in]`.
-            factors: The adapter's tensors, of experts as `of_experts` gives them.
+            weight: The weight; of a stack, `[stack, out, in]`.
+            factors: The adapter's tensors, of a stack as `of_stack` gives them.
             scale: Factor of its update.
             features: Widths `in` and `out`.
             sizes: The adapter's sizes.
-            experts: Number of experts, or None for a single matrix.
+            stack: Number of stacked matrices, or None for a single one.
         """
 
     def problems(self, in_features: int, out_features: int, sizes: Any) -> list[str]:

@@ -137,7 +137,7 @@ class Inspection:
 
         site, updates = self.site(path), self._updates(path, adapter_name)
         transposed = site.is_transposed
-        if len(updates) > 1 and updates[0].experts is not None:
+        if len(updates) > 1 and updates[0].stack is not None:
             return torch.stack([delta_weight(update, transposed=transposed) for update in updates]).sum(0)
         if not all(update.is_low_rank for update in updates):
             weight = values_of(site.weight, path)
@@ -154,7 +154,7 @@ class Inspection:
 
         Returns:
             `[k, k]` float64: row j is an output block, column n an input block; `[1, 1]` for a sum of
-            different `k`, for an update that is not of low rank, and for experts, over all of them.
+            different `k`, for an update that is not of low rank, and for a stack of matrices, over all of them.
 
         Raises:
             TargetError: The site does not exist.
@@ -163,7 +163,7 @@ class Inspection:
         from gralora_fx.core.methods.forms import block_norms
 
         updates = self._updates(path, adapter_name)
-        if updates[0].experts is not None or not all(update.is_low_rank for update in updates):
+        if updates[0].stack is not None or not all(update.is_low_rank for update in updates):
             norm: Tensor = torch.linalg.vector_norm(self.delta_weight(path, adapter_name).double())
             return norm.cpu().reshape(1, 1)
         update = _sum(updates)

@@ -50,7 +50,7 @@ def chosen_parameters(
         left_out = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
         problems.append(f"every parameter that target_parameters names is left out: {left_out}")
     if config.layer_indices is not None:
-        example = next(iter(sites), "layers.0.mlp.experts.down_proj")
+        example = next(iter(sites), "layers.0.moe.down_proj")
         gaps.append(
             f"layers_to_transform={config.layers_to_transform} does not concern target_parameters, as in PEFT; name "
             f"the parameters of single layers there, such as {example!r}"
@@ -87,6 +87,6 @@ def _unfit_values(site: ParameterSite) -> str | None:
 def _no_match(target: str, traced: TracedModel) -> str:
     names = [name for name, parameter in traced.tree.parameters.items() if parameter.ndim in (2, 3)]
     near = nearest_names(target, names)
-    experts = dict.fromkeys(".".join(site.path.split(".")[-3:]) for site in traced.parameter_sites if site.experts)
-    hint = f"nearest names: {', '.join(near)}" if near else f"stacked parameters: {', '.join(experts) or 'none'}"
+    stacks = dict.fromkeys(".".join(site.path.split(".")[-3:]) for site in traced.parameter_sites if site.stack)
+    hint = f"nearest names: {', '.join(near)}" if near else f"stacked parameters: {', '.join(stacks) or 'none'}"
     return f"target_parameters {target!r} matches no parameter; {hint}"

@@ -116,8 +116,8 @@ def _with_sizes(site: LinearSite, config: AdapterConfig, traced: TracedModel, pa
     method = method_of(config)
     sizes, scale = method.sizes(config, value_of)
     count = method.parameter_count(site.in_features, site.out_features, sizes)
-    experts = site.experts if isinstance(site, ParameterSite) else None
-    return PlannedSite(site, sizes, scale, count * (experts or 1), parameter)
+    stack = site.stack if isinstance(site, ParameterSite) else None
+    return PlannedSite(site, sizes, scale, count * (stack or 1), parameter)
 
 
 def _parameters_under(traced: TracedModel, path: str) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ from gralora_fx.errors import listed, warn_caller
 TABLE = "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers"
 _MOST_UNMATCHED = 3  # names that get a warning each, with those that are nearest
 
-UNNAMED = "it is a parameter with one matrix for each expert, which target_parameters does not name"
+UNNAMED = "it is a parameter of stacked matrices, which target_parameters does not name"
 
 
 def trains_whole(path: str, saved: Iterable[str]) -> str | None:

@@ -31,9 +31,9 @@ class PlannedSite:
     parameter: str | None = None
 
     @property
-    def experts(self) -> int | None:
-        """Number of experts, whose matrices its parameter holds; None for a single matrix."""
-        return self.site.experts if isinstance(self.site, ParameterSite) else None
+    def stack(self) -> int | None:
+        """Number of matrices that its parameter holds; None for a single one."""
+        return self.site.stack if isinstance(self.site, ParameterSite) else None
 
     @property
     def r(self) -> int:
@@ -133,7 +133,7 @@ class RewritePlan:
         """A table: every site, its shape, and its ranks or the reason why it gets no adapter."""
         method = method_of(self.config)
         adapted = {planned.site.path: method.text(planned.sizes) for planned in self.selected}
-        adapted |= {p.site.path: f"{adapted[p.site.path]}, {p.experts} experts" for p in self.selected if p.experts}
+        adapted |= {p.site.path: f"{adapted[p.site.path]}, {p.stack} matrices" for p in self.selected if p.stack}
         adapted |= {
             planned.site.path: f"{adapted[planned.site.path]} (the traced forward never calls it)"
             for planned in self.selected

@@ -1,4 +1,4 @@
-"""Adapters of stacked experts: one parameter holds a matrix for each expert, and each has an adapter of its own."""
+"""Adapters of stacked matrices: one parameter of 3 dimensions holds several, and each has an adapter of its own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class ExpertTensors(ABC):
-    """What a method says of experts, from what it says of a matrix.
+class StackedTensors(ABC):
+    """Tensors of an adapter at a stack of matrices, made from those at a single one.
 
-    Their tensors are stored with an axis of the experts before the others, unless the method overrides these.
+    They are stored with an axis of the stack before the others, unless the method overrides these.
 
     Attributes:
         NESTS_PARAMETERS: Whether PEFT has adapters of parameters in this method (`target_parameters`): the keys of
@@ -42,21 +42,21 @@ class ExpertTensors(ABC):
         """
 
     def stored_shapes(
-        self, in_features: int, out_features: int, sizes: Any, experts: int | None
+        self, in_features: int, out_features: int, sizes: Any, stack: int | None
     ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors as they train and are stored, of experts or (None) of a single matrix."""
+        """Shapes of the tensors as they train and are stored, of a stack or (None) of a single matrix."""
         shapes = self.shapes(in_features, out_features, sizes)
-        return shapes if experts is None else {name: (experts, *shape) for name, shape in shapes.items()}
+        return shapes if stack is None else {name: (stack, *shape) for name, shape in shapes.items()}
 
-    def of_experts(self, factors: Any, experts: int) -> Any:
-        """Stored tensors of experts as those of a matrix, with an axis of the experts before the others."""
+    def of_stack(self, factors: Any, stack: int) -> Any:
+        """Stored tensors of a stack as those of a matrix, with an axis of the stack before the others."""
         return factors
 
-    def initial_of_experts(
-        self, features: tuple[int, int], sizes: Any, config: Any, experts: int, /, **options: Any
+    def initial_of_stack(
+        self, features: tuple[int, int], sizes: Any, config: Any, stack: int, /, **options: Any
     ) -> Any:
-        """Fresh tensors of experts, as they are stored; the arguments are those of `initial`."""
+        """Fresh tensors of a stack of matrices, as they are stored; the other arguments are those of `initial`."""
         import torch
 
-        drawn = [self.initial(features, sizes, config, **options) for _ in range(experts)]
+        drawn = [self.initial(features, sizes, config, **options) for _ in range(stack)]
         return self.tensors(*(None if t[0] is None else torch.stack(t) for t in zip(*drawn, strict=True)))

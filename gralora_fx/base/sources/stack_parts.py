@@ -1,4 +1,4 @@
-"""Stacked experts in files that store a matrix for each: which tensor is which part of which parameter."""
+"""Stacked matrices in files that store each apart: which tensor is which part of which parameter."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from gralora_fx.base.sources.safetensors_files import StoredTensor
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-class ExpertPart(NamedTuple):
-    """A tensor of the files that holds rows of one expert's matrix.
+class StackPart(NamedTuple):
+    """A tensor of the files that holds rows of one matrix of a stack.
 
     Attributes:
         key: Its key.
-        expert: The expert.
-        start: The first of its rows in the expert's matrix, as of the up projection below the gate.
+        matrix: Its place in the stack.
+        start: The first of its rows in that matrix, as of the up projection below the gate.
     """
 
     key: str
-    expert: int
+    matrix: int
     start: int
 
 
-def expert_parts(
+def stack_parts(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor], parts: Mapping[str, str]
-) -> dict[str, tuple[ExpertPart, ...]]:
-    """The parts of each parameter that transformers stacks from a matrix for each expert, by the parameter's name.
+) -> dict[str, tuple[StackPart, ...]]:
+    """The parts of each parameter that transformers stacks from matrices of their own, by the parameter's name.
 
     Those that it puts together in other ways are left out.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    found: dict[str, dict[str, tuple[int, int]]] = {}  # key to its expert and the place of its kind among the rows
+    found: dict[str, dict[str, tuple[int, int]]] = {}  # key to its matrix and the place of its kind among the rows
     for key, name in parts.items():
         _, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, model.state_dict())
         converter = next(entry for entry in converters if pattern in entry.source_patterns)
@@ -53,9 +53,7 @@ def expert_parts(
         place = converter.source_patterns.index(pattern) if _stacks_rows(converter) and numbers else -1
         found.setdefault(name, {})[key] = int(numbers[-1]) if numbers else 0, place
     return {
-        name: tuple(
-            ExpertPart(key, expert, _start(keys, expert, place, stored)) for key, (expert, place) in keys.items()
-        )
+        name: tuple(StackPart(key, index, _start(keys, index, place, stored)) for key, (index, place) in keys.items())
         for name, keys in found.items()
         if all(place >= 0 for _, place in keys.values())
     }
@@ -68,6 +66,6 @@ def _stacks_rows(converter: WeightConverter) -> bool:
     return is_stack and all(isinstance(entry, Concatenate) and entry.dim == 1 for entry in rest) and len(rest) < 2
 
 
-def _start(keys: Mapping[str, tuple[int, int]], expert: int, place: int, stored: Mapping[str, StoredTensor]) -> int:
-    before = [key for key, (other, at) in keys.items() if other == expert and at < place]
+def _start(keys: Mapping[str, tuple[int, int]], index: int, place: int, stored: Mapping[str, StoredTensor]) -> int:
+    before = [key for key, (other, at) in keys.items() if other == index and at < place]
     return sum(stored[key].shape[0] for key in before)
