@@ -30,7 +30,7 @@ from gralora_fx.exporters.kinds import flavour_of
 from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.formats import DYNAMIC
-from gralora_fx.exporters.reports import ExportReport, attention_report, experts_report
+from gralora_fx.exporters.reports import ExportReport, layers_reports
 from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 from gralora_fx.exporters.translation.export_graphs import check_exportable
 from gralora_fx.format.export_files import describe_files, file_names
@@ -181,14 +181,13 @@ def export_onnx(  # noqa: D417  # the options are documented by name
         file_sizes(output_dir),
         seconds,
         verification,
-        attention_report(conversion.log),
-        experts_report(conversion.log),
-        tuple(conversion.log.reports),
-        quality,
-        manifest.adapter_inputs,
-        manifest.rows,
-        manifest.quantization,
-        usage_of(output_dir, manifest.task, files, _input_names(manifest), next(iter(active), None)),
+        passes=tuple(conversion.log.reports),
+        quality=quality,
+        adapter_inputs=manifest.adapter_inputs,
+        rows=manifest.rows,
+        quantization=manifest.quantization,
+        usage=usage_of(output_dir, manifest.task, files, _input_names(manifest), next(iter(active), None)),
+        **layers_reports(conversion.log),
     )
 
 

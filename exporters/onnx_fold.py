@@ -27,7 +27,6 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.fold.expert_locations import ExpertLocation, find_experts, named_by_export
 from gralora_fx.exporters.fold.fold_report import FoldedSite, FoldReport
 from gralora_fx.exporters.fold.matching_weights import BaseWeights
 from gralora_fx.exporters.fold.onnx_rewriting import OnnxRewriting, plan_rewriting
@@ -40,6 +39,7 @@ from gralora_fx.exporters.fold.source_export import (
     open_export,
     with_adapter,
 )
+from gralora_fx.exporters.fold.stack_locations import StackLocation, find_stacks, named_by_export
 from gralora_fx.exporters.fold.weight_locations import BY_NAME, Export, WeightLocation, find_locations
 from gralora_fx.format.export_directory import MANIFEST_NAME
 from gralora_fx.format.export_files import check_files, describe_files
@@ -118,11 +118,11 @@ def fold_onnx(
             adapter = adapter.without(unread)
             export = Export(graphs, manifest, None if base is None else _base_weights(base, manifest))
             locations = find_locations(export, adapter)
-            experts = find_experts(graphs, adapter)
+            stacks = find_stacks(graphs, adapter)
             replacements = find_replacements(export, adapter, locations)
             _check_quantized(export, locations, replacements, requantize=requantize)
         with timed("fold", seconds, "folding"), staged(output_dir) as stage:
-            rewriting, quantized = plan_rewriting(source.models, export, adapter, locations, replacements, experts)
+            rewriting, quantized = plan_rewriting(source.models, export, adapter, locations, replacements, stacks)
             files = rewriting.files(source.data)
             require_space(output_dir, sum(file.nbytes for file in files))
             written = _write(stage, source, rewriting.changed, files)
@@ -137,7 +137,7 @@ def fold_onnx(
     return FoldReport(
         Path(output_dir),
         name,
-        (*(_site(location, rewriting, survival) for location in locations), *map(_stack, experts)),
+        (*(_site(location, rewriting, survival) for location in locations), *map(_stack, stacks)),
         tuple(adapter.copies),
         rewriting.bytes_changed,
         overall_share(survival),
@@ -235,7 +235,7 @@ def _renamed(manifest: Manifest, rewriting: OnnxRewriting) -> Mapping[str, tuple
     }
 
 
-def _stack(at: ExpertLocation) -> FoldedSite:
+def _stack(at: StackLocation) -> FoldedSite:
     return FoldedSite(at.path, at.file, str(at.value.name), 0, at.shape[0], BY_NAME)
 
 

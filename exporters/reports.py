@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self, TypeVar
 
 from gralora_fx.base.progress.report import Invocation, Report, Summary, slowest, times, written, written_lines
 from gralora_fx.core.graph.pipeline import PassLog, PassReport, Skip
@@ -15,6 +15,8 @@ from gralora_fx.format.export_directory import ROWS_NAME
 from gralora_fx.format.export_usage import comparison_of
 from gralora_fx.format.manifest import RowsEntry
 from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
+
+Summed = TypeVar("Summed", bound="LayersReport")
 
 # what the stages of an export are called, with how each is left out
 _STAGES = {
@@ -27,16 +29,22 @@ _STAGES = {
 
 
 @dataclass(frozen=True)
-class AttentionReport:
-    """How attention was exported, by one pass or by all of a model's.
+class LayersReport:
+    """How layers of a kind were exported, by one pass or by all of a model's.
 
     Attributes:
         fused: Number of layers that use ONNX Runtime's fused operator.
-        plain: Layers that use plain operators, each with the reason.
+        plain: Layers that use other operators, each with the reason.
+        FIELD: The kind: the field of `ExportReport`, and what it is called in texts.
+        FUSED: What is said of the number of fused layers, as text.
+        PLAIN: Likewise of the others.
     """
 
     fused: int
     plain: Mapping[str, str]
+    FIELD: ClassVar[str]
+    FUSED: ClassVar[str] = "layers fused"
+    PLAIN: ClassVar[str] = "not"
 
     @classmethod
     def of(cls, fused: int, skipped: Sequence[Skip]) -> Self:
@@ -45,8 +53,14 @@ class AttentionReport:
 
     def __str__(self) -> str:
         """The number of fused layers, and each of the others."""
-        lines = [f"attention: {self.fused} layers fused, {len(self.plain)} not"]
+        lines = [f"{self.FIELD}: {self.fused} {self.FUSED}, {len(self.plain)} {self.PLAIN}"]
         return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
+
+
+class AttentionReport(LayersReport):
+    """How attention was exported."""
+
+    FIELD = "attention"
 
 
 class CachedAttentionReport(AttentionReport):
@@ -56,35 +70,22 @@ class CachedAttentionReport(AttentionReport):
 def attention_report(log: PassLog) -> AttentionReport | None:
     """Which layers' attention is fused, in all parts of the model, where there is any."""
     over_cache, reports = log.summaries(CachedAttentionReport), log.summaries(AttentionReport)
-    if over_cache or not reports:
-        return next(iter(over_cache), None)
+    return next(iter(over_cache), None) if over_cache or not reports else _added(reports)
+
+
+def layers_reports(log: PassLog) -> dict[str, LayersReport]:
+    """Return which layers are fused in all parts of a model, by kind, as far as it has layers of the kind."""
+    reports: dict[str, list[LayersReport]] = {}
+    for report in log.summaries(LayersReport):
+        reports.setdefault(report.FIELD, []).append(report)
+    attention = attention_report(log)
+    added = {kind: _added(of_kind) for kind, of_kind in reports.items()}
+    return added if attention is None else added | {attention.FIELD: attention}
+
+
+def _added(reports: Sequence[Summed]) -> Summed:
     plain = {layer: why for report in reports for layer, why in report.plain.items()}
-    return AttentionReport(sum(report.fused for report in reports), plain)
-
-
-@dataclass(frozen=True)
-class ExpertsReport:
-    """How a mixture's experts were exported.
-
-    Attributes:
-        fused: How many layers have one operator for their experts.
-        plain: The other layers, whose experts are computed in a loop or in products of their own, each with the reason.
-    """
-
-    fused: int
-    plain: Mapping[str, str]
-
-    def __str__(self) -> str:
-        """The number of fused layers, and each of the others."""
-        lines = [f"experts: {self.fused} layers with one operator each, {len(self.plain)} without"]
-        return "\n".join([*lines, *(f"  {layer}: {why}" for layer, why in self.plain.items())])
-
-
-def experts_report(log: PassLog) -> ExpertsReport | None:
-    """How the experts of all parts of a model were exported; None for a model without any."""
-    reports = log.summaries(ExpertsReport)
-    plain = {layer: why for report in reports for layer, why in report.plain.items()}
-    return ExpertsReport(sum(report.fused for report in reports), plain) if reports else None
+    return type(reports[0])(sum(report.fused for report in reports), plain)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class ExportReport(Report):
     files: dict[str, int]
     seconds: dict[str, float] = field(default_factory=dict)
     verification: VerifyReport | None = None
-    attention: AttentionReport | None = None
-    experts: ExpertsReport | None = None
+    attention: LayersReport | None = None
+    experts: LayersReport | None = None
     passes: tuple[PassReport, ...] = ()
     quality: Quality | None = None
     adapter_inputs: AdapterInputs | None = None

@@ -77,7 +77,8 @@ SAME_NAMES = {
     ("exporters.kinds.encoder_decoder", "run.engine.encoder_decoder"): "the same of another kind",
     ("exporters.artifact.manifest", "format.manifest"): "how it is written, and how it is read",
 }
-PROTOCOLS = "service.protocols"  # each folder in it is a protocol, whose files are named alike
+# each folder in these is a protocol or a feature, whose files are named by the stage that they are for
+NAMED_ALIKE = ("service.protocols", "features")
 FILES = sorted({file.resolve() for folder in ("gralora_fx", "exporters") for file in (ROOT / folder).rglob("*.py")})
 
 
@@ -165,13 +166,14 @@ def recurring(names: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(having)) for name, having in modules.items() if len(having) > 1}
 
 
-def is_of_a_protocol(module: str) -> bool:
-    return module.startswith(f"{PROTOCOLS}.") and module.count(".") > PROTOCOLS.count(".") + 1
+def is_of_one(module: str) -> bool:
+    """Return whether a module is within one of several folders whose files are named alike."""
+    return any(module.startswith(f"{of}.") and module.count(".") > of.count(".") + 1 for of in NAMED_ALIKE)
 
 
 def test_a_files_name_occurs_once_or_its_folder_tells_the_difference() -> None:
     files = [(name.rpartition(".")[2], name) for name, file in NAMES.items() if file.stem != "__init__"]
-    same = set(recurring(file for file in files if not is_of_a_protocol(file[1])).values())
+    same = set(recurring(file for file in files if not is_of_one(file[1])).values())
     assert sorted(same - SAME_NAMES.keys()) == [], "rename one, or say in SAME_NAMES what tells them apart"
     assert sorted(SAME_NAMES.keys() - same) == [], "these are no longer named alike; take them out of SAME_NAMES"
 
@@ -190,8 +192,9 @@ def test_recurring_names_are_seen() -> None:
     assert recurring([("plain", "b.plain"), ("fold", "fold"), ("plain", "a.plain")]) == {
         "plain": ("a.plain", "b.plain")
     }
-    assert is_of_a_protocol("service.protocols.openai.routes")
-    assert not is_of_a_protocol("service.app")
+    assert is_of_one("service.protocols.openai.routes")
+    assert is_of_one("features.experts.operators")
+    assert not is_of_one("service.app")
 
 
 def test_no_file_is_long() -> None:

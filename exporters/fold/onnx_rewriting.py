@@ -17,7 +17,6 @@ from gralora_fx.base.sources.rewriting import Edit, NewFile, Part, StoredBytes
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.fold.edits import LayerEdit, MatrixEdit, StackEdit, ValuesEdit, kept_updates
-from gralora_fx.exporters.fold.expert_locations import ExpertLocation
 from gralora_fx.exporters.fold.initializers import (
     ProductWeight,
     Reader,
@@ -30,6 +29,7 @@ from gralora_fx.exporters.fold.initializers import (
 )
 from gralora_fx.exporters.fold.replaced_parameters import Replacements, ValueLocation
 from gralora_fx.exporters.fold.requantize import QuantizedEdit
+from gralora_fx.exporters.fold.stack_locations import StackLocation
 from gralora_fx.exporters.fold.weight_locations import Export, WeightLocation
 from gralora_fx.exporters.rules.builder import attributes_of
 
@@ -91,9 +91,9 @@ class OnnxRewriting:
         else:
             self._edit(file, value, edit, (location.name, location.start))
 
-    def fold_experts(self, location: ExpertLocation, edit: StackEdit) -> None:
-        """Fold into the matrices of a parameter's experts."""
-        self._edit(location.file, location.value, edit, (location.path, location.gate, location.is_transposed))
+    def fold_stack(self, location: StackLocation, edit: StackEdit) -> None:
+        """Fold into the matrices of a parameter."""
+        self._edit(location.file, location.value, edit, (location.path, location.arrangement))
 
     def files(self, data: Iterable[Path]) -> list[NewFile]:
         """What is written instead of data files: changed tensors where they are, new ones behind, all else as it is.
@@ -182,7 +182,7 @@ def plan_rewriting(
     adapter: StoredAdapter,
     locations: Iterable[WeightLocation],
     replacements: Replacements,
-    experts: Sequence[ExpertLocation] = (),
+    stacks: Sequence[StackLocation] = (),
 ) -> tuple[OnnxRewriting, list[QuantizedEdit]]:
     """What is to be rewritten, and the edits of quantized weights.
 
@@ -211,8 +211,8 @@ def plan_rewriting(
             quantized.append(QuantizedEdit(weights[key], tuple(edits), None if export.base is None else base_weight))
             rewriting.fold_quantized(key[0], quantized[-1])
     update = kept_updates(adapter)
-    for at in experts:
-        rewriting.fold_experts(at, at.edit(functools.partial(update, at.path)))
+    for at in stacks:
+        rewriting.fold_stack(at, at.edit(functools.partial(update, at.path)))
     for value_location, values in replacements.values:
         rewriting.replace(value_location, values)
     return rewriting, quantized

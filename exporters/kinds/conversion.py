@@ -89,7 +89,7 @@ def conversion_of(model: TracedModel | GraloraModel, options: ExportOptions) -> 
         traced, adapters = model.traced, data_sites(model, options)
     plan = None
     if options.format is not None:
-        from gralora_fx.exporters.quantize.expert_formats import plan_of_model
+        from gralora_fx.exporters.quantize.plan import plan_of_model
 
         plan = plan_of_model(options.format, traced)
     return Conversion(model, traced, options, log, adapters, plan)

@@ -22,6 +22,7 @@ from gralora_fx.exporters.kinds.flavour import (
     insertion_passes,
     lowering_passes,
     marking_passes,
+    noting_passes,
     storing_passes,
     with_rows,
 )
@@ -50,7 +51,6 @@ from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.cast_graph import CastGraph
 from gralora_fx.exporters.translation.export_graphs import step_to_translate
 from gralora_fx.exporters.translation.names import name_axes
-from gralora_fx.exporters.translation.note_experts import note_experts
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import Verification
@@ -79,7 +79,7 @@ def decoder_models(conversion: Conversion) -> Models:
         match_rms_norms,
         match_rotary,
         match_attention,
-        note_experts,
+        *noting_passes(conversion),
         first=[casts],  # casts are seen before anything is simplified
         log=log,
     )

@@ -15,6 +15,7 @@ from gralora_fx.exporters.kinds.flavour import (
     Models,
     insertion_passes,
     note_rows,
+    noting_passes,
     storing_passes,
     translated_passes,
 )
@@ -27,7 +28,6 @@ from gralora_fx.exporters.rules.rows.float32_inputs import float32_inputs
 from gralora_fx.exporters.translation.cast_graph import CastGraph
 from gralora_fx.exporters.translation.export_graphs import graph_to_translate, split
 from gralora_fx.exporters.translation.names import name_axes
-from gralora_fx.exporters.translation.note_experts import note_experts
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import Verification
@@ -74,9 +74,8 @@ def encoder_decoder_models(conversion: Conversion) -> Models:
 
 def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule, cast: CastGraph) -> ir.Model:
     first = [cast]  # casts are seen before anything is simplified
-    model = translate(
-        graph_module, match_rms_norms, match_attention, note_experts, first=first, log=conversion.log, name=name
-    )
+    passes = (match_rms_norms, match_attention, *noting_passes(conversion))
+    model = translate(graph_module, *passes, first=first, log=conversion.log, name=name)
     return translated_pipeline(conversion, name).run(model, conversion.log)
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from torch import fx
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Skip
+from gralora_fx.core.operators.call import NAMESPACE
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
@@ -28,7 +31,8 @@ from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.format.manifest import RowsEntry
 
-_STATES = {"linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp"}  # operators of layers that keep one
+# operators of layers that keep one
+_STATES = {f"{NAMESPACE}::{name}" for name in ("linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp")}
 Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
@@ -54,17 +58,18 @@ def has_states(conversion: Conversion) -> bool:
 
 
 def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what lowers the operators of states and of experts, as far as the trace has any."""
+    """Return what lowers the operators of states and of features, as far as the trace has any."""
     passes: tuple[Pass[ir.Model], ...] = ()
     if has_states(conversion):
         from gralora_fx.exporters.rules.states.state_operators import lower_state_operators
 
         passes += (lower_state_operators,)
-    if "experts" in conversion.traced.operators:
-        from gralora_fx.exporters.rules.experts.expert_products import LowerExperts
+    return (*passes, *parts("lowering passes", conversion.traced.operators))
 
-        passes += (LowerExperts(),)
-    return passes
+
+def noting_passes(conversion: Conversion) -> tuple[Pass[fx.Graph], ...]:
+    """Return what says of which layers a trace has no operator, as far as it has layers of the kind."""
+    return tuple(parts("noting passes", conversion.traced.operators))
 
 
 def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset()) -> tuple[Pass[ir.Model], ...]:
@@ -73,12 +78,9 @@ def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset())
     if conversion.plan is not None:
         from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
 
-        passes += (QuantizeWeights(conversion.plan, tables),)
-    if "experts" in conversion.traced.operators:
-        from gralora_fx.exporters.rules.experts.expert_functions import write_expert_functions
-
-        passes += (write_expert_functions,)  # for those that stay floats
-    return passes
+        quantizers = tuple(parts("quantized weights", conversion.traced.operators))
+        passes += (QuantizeWeights(conversion.plan, tables, quantizers),)
+    return (*passes, *parts("storing passes", conversion.traced.operators))
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:

@@ -26,6 +26,7 @@ from gralora_fx.exporters.kinds.flavour import (
     Flavour,
     Models,
     insertion_passes,
+    noting_passes,
     storing_passes,
     translated_passes,
     with_rows,
@@ -43,7 +44,6 @@ from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.cast_graph import CastGraph
 from gralora_fx.exporters.translation.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
-from gralora_fx.exporters.translation.note_experts import note_experts
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import Verification
@@ -58,7 +58,8 @@ def plain_models(conversion: Conversion) -> Models:
     log = conversion.log
     graph_module, outputs = _with_flat_outputs(graph_to_translate(conversion.traced))
     first = [CastGraph(conversion.options.precision)]  # casts are seen before anything is simplified
-    model = translate(graph_module, match_rms_norms, match_attention, note_experts, first=first, log=log)
+    passes = (match_rms_norms, match_attention, *noting_passes(conversion))
+    model = translate(graph_module, *passes, first=first, log=log)
     model = plain_pipeline(conversion, outputs).run(model, log)
     copy = copied(model) if conversion.options.adapters == DATA else None
     model = finishing_pipeline(conversion, "plain").run(model, log)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -31,8 +32,8 @@ class QuantizationPlan:
         rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
             others are rounded when they are written.
         inputs: What is known of the inputs of a matrix that is stored in columns, by the same names.
-        layers: Names of the weights of linear layers and experts, which alone are quantized; a router that multiplies
-            in float32 whatever the model's precision is neither. None for every constant matrix.
+        layers: Names of the weights of linear layers and stacks of layers, which alone are quantized; a router that
+            multiplies in float32 whatever the model's precision is neither. None for every constant matrix.
     """
 
     default: Format
@@ -70,10 +71,13 @@ class QuantizationPlan:
         return next((self.inputs[name] for name in names if name in self.inputs), None)
 
 
-def plan_of_layers(default: Format, traced: TracedModel) -> QuantizationPlan:
-    """The plan of a model's linear layers, all in one format."""
+def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
+    """Return the plan of a model's linear layers, all in one format, and of what features have beside them."""
     names = {name for site in traced.sites for name in (*weight_names(traced, site), f"{site.path}.weight")}
-    return QuantizationPlan(default, layers=names)
+    plan = QuantizationPlan(default, layers=names)
+    for with_formats in parts("weight formats", traced.operators):
+        plan = with_formats(plan, traced)
+    return plan
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from gralora_fx.core.graph.overlay import map_parameters
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.graph.weight_views import tensor_at
+from gralora_fx.core.operators.call import CONTRACTIONS
 from gralora_fx.errors import ExportError
 from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST
@@ -29,8 +30,8 @@ _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy
 _LIKE = {_aten.type_as.default, _aten.to.other}  # casts to the dtype of another tensor
 # contractions with weights or between activations, which run in the model's own precision
 _CONTRACTIONS = {
-    "addbmm", "addmm", "addmv", "attention", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "convolution",
-    "einsum", "embedding", "experts", "grouped_mm_fallback", "linear", "matmul", "mm", "mv",
+    "addbmm", "addmm", "addmv", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "convolution",
+    "einsum", "embedding", "grouped_mm_fallback", "linear", "matmul", "mm", "mv",
     "scaled_dot_product_attention",
 }  # fmt: skip
 _FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
@@ -214,7 +215,7 @@ class _GraphCast:
             return _Kind.RAISED if dtype == torch.float32 else _Kind.OWN
         if kinds <= {_Kind.FREE}:
             return _Kind.FREE
-        if _Kind.RAISED not in kinds or (_Kind.OWN in kinds and _name(node) in _CONTRACTIONS):
+        if _Kind.RAISED not in kinds or (_Kind.OWN in kinds and _contracts(node)):
             return _Kind.OWN
         return _Kind.RAISED
 
@@ -280,7 +281,7 @@ def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> n
             )
         return values.to(dtype)
 
-    entries = EntrySource(lambda: map(cast, raw_entries(parameter, name)))  # experts, which are cast one by one
+    entries = EntrySource(lambda: map(cast, raw_entries(parameter, name)))  # stacks, which are cast one by one
     source = entries if parameter.ndim == 3 else lambda: cast(raw_values_of(parameter, name))
     return lazy_parameter(source, parameter.shape, dtype)
 
@@ -291,9 +292,10 @@ def _scope(node: fx.Node) -> str:
     return f"{paths[-1]}." if paths and paths[-1] else ""
 
 
-def _name(node: fx.Node) -> str:
+def _contracts(node: fx.Node) -> bool:
     target = node.target
-    return base_name(target) if isinstance(target, OpOverload) else str(target)
+    name = base_name(target) if isinstance(target, OpOverload) else str(target)
+    return target in CONTRACTIONS or name in _CONTRACTIONS
 
 
 def _dtype_argument(node: fx.Node) -> torch.dtype | None:

@@ -16,7 +16,6 @@ import onnx_ir as ir
 from gralora_fx.base.compat.torch_onnx import current_builder
 from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.core.operators.call import Call
-from gralora_fx.core.operators.experts import Experts
 from gralora_fx.core.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.core.operators.linear_attention import LinearAttention
 from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
@@ -95,12 +94,6 @@ class RotaryNode(DomainNode, Rotary[ir.Value]):
     op_type = "RotaryEmbedding"
 
 
-class ExpertsNode(DomainNode, Experts[ir.Value]):
-    """`Experts`: as `gralora::experts`; `is_transposed` is 0 or 1."""
-
-    op_type = "Experts"
-
-
 class LinearAttentionNode(DomainNode, LinearAttention[ir.Value]):
     """`LinearAttention`: as `gralora::linear_attention`, with two outputs."""
 
@@ -125,8 +118,8 @@ class PromptClampNode(DomainNode, PromptClamp[ir.Value]):
     op_type = "PromptClamp"
 
 
-def _as_node(kind: type[DomainNode]) -> Callable[..., Any]:
-    """The translation of an operator to its node of the domain; it takes the operator's arguments in their order."""
+def translation_of(kind: type[DomainNode]) -> Callable[..., Any]:
+    """Return the translation of an operator to its node of the domain; it takes the operator's arguments in order."""
 
     def translation(*values: Any) -> Any:
         arguments = dict(zip(kind.names(), values, strict=True))
@@ -166,9 +159,20 @@ def _append(node: ir.Node) -> ir.Value:
     return node.outputs[0]
 
 
+_NODES = (
+    AttentionNode,
+    DotProductAttentionNode,
+    MaskNode,
+    RmsNormNode,
+    RotaryNode,
+    LinearAttentionNode,
+    CausalConvNode,
+    GatedRmsNormNode,
+    PromptClampNode,
+)
 # each takes the arguments of the operator's schema
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Reshape.target: _reshape,
     Slice.target: _slice,
-    **{kind.target: _as_node(kind) for kind in DomainNode.__subclasses__()},
+    **{kind.target: translation_of(kind) for kind in _NODES},
 }

@@ -128,7 +128,7 @@ def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) ->
 
 
 def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:
-    """How many numbers lie in each of `bins` equal parts of `[min, max]`, such as the tokens of each expert.
+    """How many numbers lie in each of `bins` equal parts of `[min, max]`, such as the tokens of each route.
 
     torchlib's translation looks for NaN first. Here a number that lies in no part, as NaN does, equals no part's index.
     """

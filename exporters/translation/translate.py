@@ -24,13 +24,15 @@ from gralora_fx.base.compat.torch_onnx import (
     translate_graph,
 )
 from gralora_fx.base.compat.transformers_exporters import onnx_translations
+from gralora_fx.base.features import parts as parts_of_features
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.graph.weight_views import tensor_at
+from gralora_fx.core.operators.call import operators_called
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
-from gralora_fx.exporters.translation.operators import TRANSLATIONS
+from gralora_fx.exporters.translation.operators import TRANSLATIONS, DomainNode, translation_of
 from gralora_fx.exporters.translation.plain_forms import (
     bfloat16_in_float32,
     eliminate_common_subexpressions,
@@ -116,6 +118,8 @@ def _translate_into(
     graph = fx.GraphModule(values | parts, graph).graph
     with quiet():
         registry = _registry()
+        for kind in parts_of_features("onnx operators", operators_called(graph)):
+            _register(kind)
     known = operators_in(registry)
     graph = Pipeline[fx.Graph](
         name,
@@ -211,6 +215,11 @@ def _registry() -> Any:
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry
+
+
+@functools.cache  # once, in the one registry
+def _register(kind: type[DomainNode]) -> None:
+    _registry().register_op(kind.target, translation_of(kind))
 
 
 def _unsqueeze_complex(tensor: Any, dim: int) -> Any:

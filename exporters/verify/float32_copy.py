@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gralora_fx.base.features import marks, parts
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.rules.builder import add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
 from gralora_fx.exporters.rules.products.quantized_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
-from gralora_fx.exporters.verify.expert_references import experts_in_floats
 from gralora_fx.run.sessions.session import check_external_data
 
 _IN_FLOAT32 = 1  # the accuracy level
@@ -49,7 +49,9 @@ def _in_float32(model: ir.Model) -> None:
             value.const_value = _as_float32(tensor)
     for product in quantized_products(model):
         _multiply_in_float32(model.graph, product)
-    experts_in_floats(model)
+    signs = marks({key for node in model.graph.all_nodes() for key in node.metadata_props})
+    for in_floats in parts("float weights", signs) if signs else ():
+        in_floats(model)
     for node in model.graph.all_nodes():
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", _IN_FLOAT32)

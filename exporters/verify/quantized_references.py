@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.model.merging import replace_weights, with_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -17,7 +18,6 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.fold.initializers import ProductWeight, product_weights
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.fold.weight_names import weight_entries
-from gralora_fx.exporters.verify.expert_references import rounded_experts
 from gralora_fx.format.export_directory import ROWS_NAME
 from gralora_fx.format.quantized_weights import QuantizedWeights
 
@@ -30,12 +30,13 @@ def with_stored_weights(
     """Return a float32 model with the values that an export holds of its weights (see `reference_model`)."""
     stored = _stored_weights(directory, traced)
     found = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls and site.path in stored}
-    experts, of_experts = rounded_experts(directory, reference)
-    if quantized.values != sum(found.values()) + of_experts:
+    others = [rounded(directory, reference) for rounded in parts("rounded weights", reference.operators)]
+    count = sum(found.values()) + sum(values for _, values in others)
+    if quantized.values != count:
         raise ExportError(
-            f"the export holds {quantized.values:,} quantized values and the model's linear layers and experts "
-            f"{sum(found.values()) + of_experts:,} of them, so it cannot be compared with a model of the same rounded "
-            "weights; export with verify=False and judge the export by its results"
+            f"the export holds {quantized.values:,} quantized values and the model's layers {count:,} of them, so it "
+            "cannot be compared with a model of the same rounded weights; export with verify=False and judge the "
+            "export by its results"
         )
     weights = {site.path: _rounded(site, stored[site.path]) for site in reference.sites if site.path in stored}
     readers = other_readers(reference.graph_module, reference.sites) if quantized.lookups else {}
@@ -45,7 +46,9 @@ def with_stored_weights(
         if quantized.lookups and site.path in stored and _is_shared(site, readers[site.path], stored[site.path].weight)
     ]
     tables = {id(site.weight): weights.pop(site.path) for site in shared}
-    return with_parameters(replace_weights(reference, weights), tables | experts)
+    for rounded, _ in others:
+        tables |= rounded
+    return with_parameters(replace_weights(reference, weights), tables)
 
 
 class _StoredWeight(NamedTuple):

@@ -7,7 +7,7 @@ point, whose contract `POINTS` states, and imports no feature itself.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -15,7 +15,26 @@ from typing import Any
 
 _PACKAGE = f"{__name__.partition('.')[0]}.features"
 # what a feature may add, by point: what a part is, and who asks for it
-POINTS: dict[str, str] = {}
+POINTS: dict[str, str] = {
+    "config sizes": "Fields of `config.json` that set shapes, by which adapters' bases are told apart.",
+    "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
+    "why one has no adapter.",
+    "trace patches": "`patches(model)`, a context in which the model's layers call the feature's operators; it does "
+    "nothing for a model without any. A trace enters it.",
+    "operators": "A module that defines operators of graphs when it is imported: what reads a saved graph imports it.",
+    "onnx operators": "Subclasses of `DomainNode`, to which the translation turns the operators.",
+    "noting passes": "A pass over a `torch.fx` graph that says of which layers the operators could not be made.",
+    "lowering passes": "A pass over an ONNX model that replaces the translated operators by those of ONNX Runtime.",
+    "storing passes": "A pass over an ONNX model that runs once weights are stored as the plan says.",
+    "weight formats": "`formats(plan, traced)`, the plan of quantization with what the feature's weights differ in.",
+    "quantized weights": "`quantize(model, plan)` stores weights as the plan says, and returns a `Quantized`.",
+    "rounded weights": "`rounded(directory, reference)` reads what an export holds of a model's quantized weights: "
+    "parameters by the ids of the model's own, and how many values are quantized.",
+    "float weights": "`in_floats(model)` lets an export's operators multiply by floats, for verification.",
+    "arrangements": "`arrangement_at(node, position)` says how an operator stores the matrices of an input, or None "
+    "(see `Arrangement`): where adapters are folded into an export.",
+}
+_OWN = "gralora_"  # how the keys of metadata begin that this project writes
 
 
 @dataclass(frozen=True)
@@ -24,10 +43,13 @@ class Feature:
 
     Attributes:
         name: Name of its folder.
+        signs: Names by which a graph shows that it has something of the feature: operators of a trace, such as
+            `"gralora::attention"`, and keys of the metadata of an export's nodes.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 
     name: str
+    signs: frozenset[str] = frozenset()
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, point: str) -> Any:
@@ -45,6 +67,12 @@ def features() -> tuple[Feature, ...]:
     return tuple(import_module(f"{_PACKAGE}.{name}").FEATURE for name in names)
 
 
-def parts(point: str) -> list[Any]:
+def parts(point: str, signs: Collection[str] | None = None) -> list[Any]:
     """Import what features add at a point."""
-    return [feature.part(point) for feature in features() if point in feature.parts]
+    asked = features() if signs is None else [feature for feature in features() if not feature.signs.isdisjoint(signs)]
+    return [feature.part(point) for feature in asked if point in feature.parts]
+
+
+def marks(keys: Collection[str]) -> set[str]:
+    """Return those keys of the metadata of an export's nodes that this project wrote, of which some are signs."""
+    return {key for key in keys if key.startswith(_OWN)}

@@ -50,9 +50,9 @@ class BlockMap:
     """Which frames a module path lies in.
 
     A numbered layer is the outermost module of a path that is named by a number and holds sites, such as
-    `encoder.layer.0`. Within it, a second numbering makes frames only if its children are alike, as stages and experts
-    are, but `layer.0` and `layer.1` of a T5 block are not. Branches are the modules at which the paths to several
-    numbered containers diverge: an encoder and a decoder.
+    `encoder.layer.0`. Within it, a second numbering makes frames only if its children are alike, as stages and
+    parallel layers are, but `layer.0` and `layer.1` of a T5 block are not. Branches are the modules at which the paths
+    to several numbered containers diverge: an encoder and a decoder.
     """
 
     def __init__(self, site_paths: Collection[str]) -> None:

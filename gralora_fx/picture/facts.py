@@ -245,7 +245,7 @@ def _sites(
             )
         for rejected in plan.rejected:
             site = rejected.site
-            if site.path not in sites:  # stacked expert matrices, which are not sites of the graph
+            if site.path not in sites:  # stacked matrices, which are not sites of the graph
                 sites[site.path] = site, len(site.calls)
             reasons.setdefault(site.path, {})[name] = rejected.reason
         for path in {bias.rpartition(".")[0] for bias in plan.trained_biases} & set(sites):

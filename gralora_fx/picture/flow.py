@@ -90,7 +90,7 @@ class _Owners:
                 self._calls.setdefault(name, []).append(path)
 
     def items_of(self, node: fx.Node) -> list[Item]:
-        """The items that a node computes, in order: several of experts, whose products are one node."""
+        """The items that a node computes, in order: several of stacks of matrices, whose products are one node."""
         if node.op == "placeholder":
             return [Item("input", str(node.target))] if node.users else []
         if node.op == "output":

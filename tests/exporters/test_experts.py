@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 from gralora_fx import trace
-from gralora_fx.core.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
-from gralora_fx.core.operators.experts import ACTIVATIONS, Experts
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.rules.experts import expert_functions
-from gralora_fx.exporters.rules.experts.expert_products import moe_attributes
-from gralora_fx.exporters.rules.experts.expert_rows import arranged, as_modelled
-from gralora_fx.exporters.verify.expert_references import expert_weights
+from gralora_fx.features.experts import functions
+from gralora_fx.features.experts.gate import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate
+from gralora_fx.features.experts.lowering import moe_attributes
+from gralora_fx.features.experts.operators import Experts
+from gralora_fx.features.experts.references import expert_weights
+from gralora_fx.features.experts.rows import arranged, as_modelled
 from gralora_fx.format.export_directory import CPU_FUNCTION
 from gralora_fx.run.sessions import session as opening
 from gralora_fx.run.sessions.cpu_functions import call_cpu_functions
@@ -80,6 +80,25 @@ def exported(model: nn.Module, directory: Path, **options: Any) -> tuple[Any, li
     return report, [node.op_type for node in ir.load(directory / "model.onnx").graph.all_nodes()]
 
 
+def _routed(kind: type[nn.Module]) -> nn.Module:
+    """A layer of experts of a class, and a router that gives each token two of them."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config = MixtralConfig(hidden_size=32, intermediate_size=32, num_local_experts=4)
+            config._experts_implementation = "grouped_mm"
+            self.router, self.experts = nn.Linear(32, 4), kind(config)
+            for parameter in self.experts.parameters():
+                nn.init.normal_(parameter, std=0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores, index = self.router(x).topk(2)
+            return self.experts(x, index, scores)
+
+    return Layer()
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_each_gate_is_one_operator_whatever_the_layout(tmp_path: Path, name: str) -> None:
     is_other = GATES[name].layout == INTERLEAVED
@@ -114,9 +133,9 @@ def test_experts_in_float32_have_a_function_for_the_cpu_which_layers_of_one_form
     assert opened(Mixture(SILU), quantize="int8") == (["QMoE"], 0)
     assert opened(Mixture(SILU), precision="fp16") == (["MoE"], 0)
     size = 4 * 4 * 3 * 48 * 32
-    monkeypatch.setattr(expert_functions, "MOST_BYTES", size)
+    monkeypatch.setattr(functions, "MOST_BYTES", size)
     assert opened(Mixture(SILU)) == (["Experts_0"], 1)
-    monkeypatch.setattr(expert_functions, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(functions, "MOST_BYTES", size - 1)
     assert opened(Mixture(SILU)) == (["MoE"], 0)
 
 
@@ -152,6 +171,24 @@ def test_what_the_operator_does_not_compute_is_a_loop_with_the_reason(tmp_path: 
     assert reason.startswith(f"ONNX Runtime's operator has {why}")
     assert reason.endswith("its experts are computed in a loop, in floats")
     assert f"  {next(iter(report.experts.plain))}: {reason}" in report.details
+
+
+def test_an_activation_is_one_line_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the folder's page adds one: a trace recognises the model's code, and the export computes it."""
+
+    def cubed(at: Any, gate: ExpertGate, x: Any) -> Any:
+        return at.multiply(at.relu(x), ACTIVATIONS["relu2"](at, gate, x))
+
+    class Cubed(MixtralExperts):
+        def _apply_gate(self, gate_up: Tensor) -> Tensor:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return gate.relu() ** 3 * up
+
+    monkeypatch.setitem(ACTIVATIONS, "relu3", cubed)
+    report, operators = exported(_routed(Cubed), tmp_path / "onnx")
+    assert operators.count("Loop") == 1
+    assert next(iter(report.experts.plain.values())).startswith("ONNX Runtime's operator has no relu3 of a gate")
+    assert report.verification.passed
 
 
 @pytest.mark.parametrize("quantize", ["int4", "int8", "int8-dynamic"])
@@ -252,20 +289,7 @@ def test_experts_without_the_operator_are_named(tmp_path: Path) -> None:
             gate, up = gate_up.chunk(2, dim=-1)
             return gate**3 * up
 
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            config = MixtralConfig(hidden_size=32, intermediate_size=32, num_local_experts=4)
-            config._experts_implementation = "grouped_mm"
-            self.router, self.experts = nn.Linear(32, 4), Cubed(config)
-            for parameter in self.experts.parameters():
-                nn.init.normal_(parameter, std=0.3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            scores, index = self.router(x).topk(2)
-            return self.experts(x, index, scores)
-
-    report, operators = exported(Layer(), tmp_path / "onnx")
+    report, operators = exported(_routed(Cubed), tmp_path / "onnx")
     assert "MoE" not in operators
     assert list(report.experts.plain) == ["experts"]
     assert "experts: 0 layers with one operator each, 1 without\n  experts: between its products" in report.details

@@ -16,16 +16,19 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gralora_fx.core.operators
+from gralora_fx.base.features import parts
 from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask, MaskOfBlocks
 from gralora_fx.core.operators.call import Call, named_arguments, operator_for
-from gralora_fx.core.operators.experts import Experts
 from gralora_fx.core.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.core.operators.linear_attention import LinearAttention
 from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
-from gralora_fx.exporters.translation.operators import TRANSLATIONS
+from gralora_fx.exporters.translation.operators import TRANSLATIONS, translation_of
+from gralora_fx.features.experts.operators import Experts
 
 for module in pkgutil.iter_modules(gralora_fx.core.operators.__path__):
     importlib.import_module(f"gralora_fx.core.operators.{module.name}")
+parts("operators")
+FORMS = TRANSLATIONS | {kind.target: translation_of(kind) for kind in parts("onnx operators")}
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,7 @@ def schema_names(target: Any) -> list[str]:
 def test_every_operator_has_a_case() -> None:
     defined = {operator for operator in subclasses(Call) if "target" in vars(operator)}
     assert set(OPERATORS) == defined
-    assert {operator.target for operator in OPERATORS} >= set(TRANSLATIONS)
+    assert {operator.target for operator in OPERATORS} >= set(FORMS)
 
 
 def subclasses(kind: type) -> Iterator[type]:
@@ -286,9 +289,9 @@ def test_a_call_names_the_arguments_of_the_schema_in_their_order(operator: type[
     assert [operator.position(name) for name in schema_names(operator.target)] == list(range(len(fields(operator))))
 
 
-@pytest.mark.parametrize("target", TRANSLATIONS, ids=str)
+@pytest.mark.parametrize("target", FORMS, ids=str)
 def test_an_onnx_form_takes_the_arguments_of_the_schema_in_their_order(target: Any) -> None:
-    assert list(inspect.signature(TRANSLATIONS[target]).parameters) == schema_names(target)
+    assert list(inspect.signature(FORMS[target]).parameters) == schema_names(target)
 
 
 def test_a_call_is_read_and_written_whether_arguments_have_positions_or_names() -> None:

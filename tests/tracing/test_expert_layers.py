@@ -12,8 +12,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
 
-from gralora_fx.core.operators.expert_gate import ExpertGate
-from gralora_fx.core.tracing.patches.expert_layers import experts_as_operators, gate_of
+from gralora_fx.features.experts.gate import ExpertGate
+from gralora_fx.features.experts.interface import experts_as_operators, gate_of
 
 pytestmark = pytest.mark.quick
 

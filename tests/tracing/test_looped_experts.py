@@ -9,10 +9,11 @@ import torch
 from traces import relative_error
 
 from gralora_fx import trace
-from gralora_fx.core.operators.experts import Experts
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
 from gralora_fx.core.tracing.inputs.input_trees import own_inputs
-from gralora_fx.core.tracing.patches.looped_experts import looped_experts_as_operators
+from gralora_fx.features.experts.known_loops import looped_experts_as_operators
+from gralora_fx.features.experts.operators import Experts
+from gralora_fx.features.experts.recognised import LOOPS
 from tests.architectures.tiny_decoders import tiny_decoder
 
 MODELS = {"DbrxForCausalLM": "DbrxExperts", "LongcatFlashForCausalLM": "LongcatFlashExperts"}
@@ -35,7 +36,7 @@ def test_the_operator_computes_what_the_loop_does(name: str, kind: str) -> None:
     inputs = routed(experts)
     with torch.no_grad():
         expected = experts(*inputs)
-        with looped_experts_as_operators(model):
+        with looped_experts_as_operators(model, LOOPS):
             actual = experts(*inputs)
         assert experts(*inputs).equal(expected)  # it is as before
     assert actual.shape == expected.shape

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.exporters.quantize.formats import Blocks, Format
 from gralora_fx.exporters.quantize.plan import Counts, QuantizationPlan
 from gralora_fx.exporters.rules.attention.pack_qkv import concat_initializers
 from gralora_fx.exporters.rules.builder import add_initializer
-from gralora_fx.exporters.rules.experts.expert_blocks import quantize_experts
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.products.block_products import BlockProducts, tables_of_heads
 from gralora_fx.exporters.rules.products.column_products import ColumnProducts
@@ -23,6 +24,18 @@ from gralora_fx.exporters.rules.products.constant_matrices import (
     unquantized,
 )
 from gralora_fx.exporters.translation.weights import parts_of
+
+
+class Quantized(NamedTuple):
+    """Weights of a feature that are quantized now.
+
+    Attributes:
+        matrices: Format, inputs, outputs and bits of the floats of each, as `Counts.of` takes them.
+        floats: What stays float, with the reason.
+    """
+
+    matrices: list[tuple[Format, int, int, int]]
+    floats: tuple[Skip, ...] = ()
 
 
 @contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})
@@ -37,10 +50,12 @@ class QuantizeWeights:
         plan: The format of each matrix.
         tables: Names of embeddings that are a head's weight in another part of the model, so that they are stored as
             the head is in this one too.
+        others: What quantizes weights of features, given the model and the plan.
     """
 
     plan: QuantizationPlan
     tables: frozenset[str] = frozenset()
+    others: tuple[Callable[[ir.Model, QuantizationPlan], Quantized], ...] = ()
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Quantize them, in place; the summary is `Counts`."""
@@ -54,7 +69,8 @@ class QuantizeWeights:
             if matrix is not None and form is not None:
                 products.of(form).multiply(node, matrix)
                 multiplications += 1
-        experts, floats = quantize_experts(model, self.plan)
+        others = [quantize(model, self.plan) for quantize in self.others]
+        matrices = [matrix for other in others for matrix in other.matrices]
         counts = Counts.of(
             [
                 *(
@@ -62,7 +78,7 @@ class QuantizeWeights:
                     for writer in products.all
                     for matrix in writer.matrices
                 ),
-                *experts,
+                *matrices,
             ]
         )
         for name in sorted(tables):
@@ -71,9 +87,13 @@ class QuantizeWeights:
                 products.of(form).store_table(name)
         lookups = sum(writer.look_up() for writer in products.all)
         drop_unread(model.graph, [str(matrix.value.name) for writer in products.all for matrix in writer.matrices])
-        multiplications += len(experts)
+        multiplications += len(matrices)
         counts = counts._replace(multiplications=multiplications, lookups=lookups)
-        return PassResult(multiplications + lookups, (*unquantized(model), *floats), summary=counts)
+        return PassResult(
+            multiplications + lookups,
+            (*unquantized(model), *(skip for other in others for skip in other.floats)),
+            summary=counts,
+        )
 
     def _part(self, model: ir.Model) -> None:
         """Multiply by each part of a matrix whose parts have several formats."""

@@ -20,7 +20,7 @@ def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
 
     The values after a tensor's last whole vector are computed one by one, by a function with other last digits. A row
     is added one by one up to the first address of a whole vector, then vector by vector: in another order than a row
-    that begins there, such as the weights of a token's six experts. Where a row is a multiple of a vector, there are
+    that begins there, such as the weights of six routes of a token. Where a row is a multiple of a vector, there are
     none of either.
     """
     count = 0

@@ -46,7 +46,7 @@ def register_cache(kind: type) -> None:
 
 
 def onnx_translations() -> dict[Any, Any]:
-    """The translations that transformers has of operators, such as of experts, as onnxscript functions."""
+    """The translations that transformers has of operators, such as of grouped products, as onnxscript functions."""
     return dict(_ONNX_TRANSLATION_TABLE)
 
 

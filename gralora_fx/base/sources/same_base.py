@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gralora_fx.base.features import parts
 from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, recorded_quantization
 from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
 from gralora_fx.errors import ConfigError, GraloraError, listed, shown, warn_caller
@@ -32,7 +33,6 @@ _SIZES = (
     *("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim"),
     *("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
     *("num_key_value_heads", "head_dim", "d_kv"),
-    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size"),
     *("patch_size", "num_channels", "num_mel_bins", "hidden_sizes", "depths"),
 )
 
@@ -271,9 +271,13 @@ def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(value)
 
 
+def _sizes() -> tuple[str, ...]:
+    return (*_SIZES, *(name for names in parts("config sizes") for name in names))
+
+
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str] | None:
     """Fields that differ, those of parts that have the same name included; None if both have none in common."""
-    fields = [name for name in ("model_type", *_SIZES) if one.get(name) is not None and other.get(name) is not None]
+    fields = [name for name in ("model_type", *_sizes()) if one.get(name) is not None and other.get(name) is not None]
     pairs = {name: (_plain(one[name]), _plain(other[name])) for name in fields}
     found = [
         f"{prefix}{name} {first} and {second}"

@@ -75,8 +75,8 @@ def _warn_of_idle(adapter: ModelAdapter) -> None:
     if idle:
         warn_caller(
             f"{text} {listed(idle, _MOST)}: it is zero there. A matrix of an MoE layer gets none while no token of a "
-            "batch is routed to it; elsewhere the layer's output is multiplied by zero, or gradients are too small for half "
-            "precision",
+            "batch is routed to it; elsewhere the layer's output is multiplied by zero, or gradients are too small for "
+            "half precision",
             also=("torch",),
         )
 

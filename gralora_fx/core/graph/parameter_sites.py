@@ -36,11 +36,6 @@ class ParameterSite(LinearSite):
         """Path of the module that owns it."""
         return self.path.rpartition(".")[0]
 
-    @property
-    def is_stack_of_experts(self) -> bool:
-        """Whether it looks like experts, rather than a convolution or another parameter of 3 dimensions."""
-        return (self.stack or 0) > 1 and "conv" not in self.path and "expert" in self.path.lower()
-
 
 def parameter_sites(
     graph_module: fx.GraphModule, tree: ModuleTree, sites: Iterable[LinearSite]

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gralora_fx.base.compat.extras import missing_packages
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.source_model import class_name, with_signature
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -49,9 +48,11 @@ def _peft_model() -> type[nn.Module] | None:
 
     It needs accelerate, without which PEFT cannot be imported either.
     """
-    if not _is_for_trainer.get() or missing_packages("train"):
+    if not _is_for_trainer.get():
         return None
-    return _imported_peft_model()
+    from gralora_fx.base.compat.extras import missing_packages
+
+    return None if missing_packages("train") else _imported_peft_model()
 
 
 @functools.cache

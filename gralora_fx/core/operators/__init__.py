@@ -3,11 +3,18 @@
 from functools import cache
 from importlib import import_module
 
-FILES = ("attention", "experts", "layers", "linear_attention", "state_spaces")  # that define some
+from gralora_fx.base.features import parts
+
+FILES = ("attention", "layers", "linear_attention", "state_spaces")  # that define some
 
 
 @cache
-def define_operators() -> None:
-    """Define every operator, so that a graph may call any by its name."""
-    for name in FILES:
-        import_module(f"gralora_fx.core.operators.{name}")
+def define_operators(name: str) -> None:
+    """Define this project's operators, so that a graph may call one by its name.
+
+    Args:
+        name: The one that is needed, such as `"gralora::attention"`, which may be a feature's.
+    """
+    for file in FILES:
+        import_module(f"gralora_fx.core.operators.{file}")
+    parts("operators", {name})

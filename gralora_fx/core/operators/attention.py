@@ -42,7 +42,7 @@ class DotProducts(Call[V]):
         )
 
 
-@operator("attention", dropout="dropout")
+@operator("attention", dropout="dropout", contracts=True)
 class Attention(DotProducts[V]):
     """`gralora::attention`: causal attention over a cache, as transformers' models compute it.
 

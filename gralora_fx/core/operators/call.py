@@ -50,6 +50,7 @@ _shape_only: dict[Any, Any] = {}  # the other way round
 # evaluation sets to zero
 TRAIN_FLAGS: dict[Any, int] = {}
 DROPOUTS: dict[Any, int] = {}
+CONTRACTIONS: set[Any] = set()  # operators that multiply by weights or activations and sum
 
 
 class Call(Generic[V]):
@@ -133,11 +134,17 @@ C = TypeVar("C", bound=Call[Any])
 
 @dataclass_transform(frozen_default=True)
 def operator(
-    name: str, *, tags: tuple[torch.Tag, ...] = (), train: str | None = None, dropout: str | None = None
+    name: str,
+    *,
+    tags: tuple[torch.Tag, ...] = (),
+    train: str | None = None,
+    dropout: str | None = None,
+    contracts: bool = False,
 ) -> Callable[[type[C]], type[C]]:
     """Make a class of calls a frozen dataclass, and define its operator in the namespace `gralora`.
 
     PyTorch takes the operator's gradients, its shape of fake tensors and its decomposition from the class's `result`.
+    One that `contracts` multiplies and sums, by weights or between activations: it runs in a model's own precision.
     """
 
     def define(kind: type[C]) -> type[C]:
@@ -153,6 +160,8 @@ def operator(
             TRAIN_FLAGS[call.target] = call.position(train)
         if dropout is not None:
             DROPOUTS[call.target] = call.position(dropout)
+        if contracts:
+            CONTRACTIONS.add(call.target)
         call.tensors = tuple(field for field in call.names() if hints[field] in (V, V | None, V | int))
         if hasattr(kind, "shape_only"):
             define_shape_only(schema, lambda *args, **named: call(*args, **named).shape_only(), call.target)
@@ -170,6 +179,12 @@ def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any
     STANDS_FOR[shape_only] = target
     _shape_only[target] = shape_only
     return shape_only
+
+
+def operators_called(graph: fx.Graph) -> set[str]:
+    """Return the names of the operators that a graph calls, such as `"gralora::attention"`."""
+    targets = {node.target for node in graph.nodes if node.op == "call_function"}
+    return {schema_of(target).name for target in targets if isinstance(target, OpOverload)}
 
 
 def is_shape_only(tensor: object) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.expressions import pattern_key
 from gralora_fx.core.graph.parameter_sites import ParameterSite
@@ -53,7 +55,7 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     reasons = {
         path: _reason_against(s, rule, saved, traced, config) for path, s in sites.items() if path not in by_name
     }
-    reasons |= {site.path: UNNAMED for site in others if site.is_stack_of_experts and site.path not in by_name}
+    reasons |= {site.path: UNNAMED for site in others if _is_stack_of_layers(site) and site.path not in by_name}
     reasons |= {path: chosen.reasons.get(path) for path in by_name}  # after the modules, as PEFT draws its tensors
     sites |= {site.path: site for site in others}
     rejected = [RejectedSite(sites[path], reason) for path, reason in reasons.items() if reason]
@@ -101,6 +103,12 @@ def _reason_against(
         return reasons[0] or next(filter(None, reasons))
     reason = (reasons[0] if None not in reasons else None) or trains_whole(site.path, saved)
     return reason or out_of_reach(site, traced, config)
+
+
+def _is_stack_of_layers(site: ParameterSite) -> bool:
+    """Return whether a parameter is stacked matrices of layers, not of a convolution or of other code."""
+    is_stack = (site.stack or 0) > 1 and "conv" not in site.path
+    return is_stack and any(re.search(pattern, site.path) for pattern in parts("stacks"))
 
 
 def _with_sizes(site: LinearSite, config: AdapterConfig, traced: TracedModel, parameter: str | None) -> PlannedSite:

@@ -1,7 +1,7 @@
 """Capture of a live model as a graph, by transformers' exporter or PyTorch's.
 
 While it is traced, patches give what a trace cannot record a form that it can: checkpoints, inference mode, loops,
-branches; and attention of a decoder with a cache, and experts, become one node for each layer.
+branches; and attention of a decoder with a cache, and layers of features, become one node each.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import own_inputs
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
-from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL, has_experts
+from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL
 from gralora_fx.core.tracing.patches.recognised import replaced
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.format.input_names import IMAGES, PAST
@@ -36,7 +37,7 @@ def capture(draft: Draft) -> Captured:
         with (
             quiet(),
             replaced(model, IN_EVERY_MODEL),
-            experts_as_nodes(model),
+            features_as_nodes(model),
             traceable_modes() as checkpoints,
         ):
             if isinstance(model, PreTrainedModel):
@@ -67,15 +68,11 @@ def export_transformers_model(
 
 
 @contextmanager
-def experts_as_nodes(model: nn.Module) -> Iterator[None]:
-    """Let a model's experts be one node a layer within the block, if it has any."""
+def features_as_nodes(model: nn.Module) -> Iterator[None]:
+    """Let layers that features have operators for be one node each within the block."""
     with ExitStack() as changed:
-        if has_experts(model):
-            from gralora_fx.core.tracing.patches.expert_layers import experts_as_operators
-            from gralora_fx.core.tracing.patches.looped_experts import looped_experts_as_operators
-
-            changed.enter_context(experts_as_operators(model))
-            changed.enter_context(looped_experts_as_operators(model))
+        for patches in parts("trace patches"):
+            changed.enter_context(patches(model))
         yield
 
 

@@ -237,7 +237,7 @@ def _check_function(node: fx.Node, function: Callable[..., Any]) -> None:
 
 def _operator_at(operator: _Operator) -> Any:
     if operator.path[0] == NAMESPACE:
-        define_operators()  # in a process that traced nothing
+        define_operators("::".join(operator.path[:2]))  # in a process that traced nothing
     target: Any = torch.ops
     try:
         for part in operator.path:

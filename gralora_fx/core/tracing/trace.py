@@ -16,7 +16,7 @@ from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.both_modes import trace_both_modes
-from gralora_fx.core.tracing.capture import experts_as_nodes
+from gralora_fx.core.tracing.capture import features_as_nodes
 from gralora_fx.core.tracing.check import with_call_signature
 from gralora_fx.core.tracing.draft import Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
@@ -95,7 +95,7 @@ def trace(
 
             changed.enter_context(followed_by(model, sentence))
         with placeholder_parameters(model) as originals, gc_pause():
-            with experts_as_nodes(model) if originals else nullcontext():  # grouped products take no placeholders
+            with features_as_nodes(model) if originals else nullcontext():  # grouped products take no placeholders
                 first = first_draft(
                     model,
                     arguments,

@@ -20,7 +20,7 @@ from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.operators.call import NAMESPACE
+from gralora_fx.core.operators.call import operators_called
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
 from gralora_fx.core.tracing.inputs.signature import CallSignature, with_cache_name
 from gralora_fx.core.tracing.normalize.modes import set_mode
@@ -107,12 +107,9 @@ class TracedModel:
 
     @functools.cached_property
     def operators(self) -> frozenset[str]:
-        """Names of this project's operators that the graph calls, in branches and loops too."""
+        """Names of the operators that the graph calls, in branches and loops too, such as `"gralora::attention"`."""
         graphs = (part.graph for part in self.graph_module.modules() if isinstance(part, fx.GraphModule))
-        targets = {node.target for graph in graphs for node in graph.nodes if node.op == "call_function"}
-        return frozenset(
-            target.name().partition("::")[2] for target in targets if getattr(target, "namespace", None) == NAMESPACE
-        )
+        return frozenset[str]().union(*map(operators_called, graphs))
 
     @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:

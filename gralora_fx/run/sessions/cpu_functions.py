@@ -14,8 +14,8 @@ from gralora_fx.format.export_directory import CPU_FUNCTION
 def call_cpu_functions(model: onnx.ModelProto) -> bool:
     """Call the functions that nodes of a graph name, in place.
 
-    Before: `y = MoE(x, scores, up, "", down)`, with `up [2, N, K]`, whose metadata names `gralora.Experts_0`
-    After:  `y = gralora.Experts_0(x, scores, up.0, up.1, down.0, down.1)`, with `up.0 [N, K]`
+    Before: `y = MoE(x, scores, up, "", down)`, with `up [2, N, K]`, whose metadata names `gralora.Layer_0`
+    After:  `y = gralora.Layer_0(x, scores, up.0, up.1, down.0, down.1)`, with `up.0 [N, K]`
 
     Each entry of an initializer is a constant of its own over the same bytes: ONNX Runtime packs the constant matrices
     of products once, when it makes the session.

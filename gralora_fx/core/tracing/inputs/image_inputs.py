@@ -69,7 +69,7 @@ _REFUSED = {
     "chameleon": "its images are ids of its own vocabulary",
     "deepseek_ocr2": "its prompts are read by an encoder whose masks tell images from queries",
     "emu3": "its images are ids of its own vocabulary",
-    "ernie4_5_vl_moe": "its experts are chosen by whether a token is of an image (moe_mm_token_type_ids)",
+    "ernie4_5_vl_moe": "its tokens are routed by whether they are of an image (moe_mm_token_type_ids)",
     "fuyu": "its images are cut into lines in the middle of its text",
     "git": "its images come before the text, and its mask tells them apart",
     "granite4_vision": "features of an image are added in layers of their own (deepstack_features)",

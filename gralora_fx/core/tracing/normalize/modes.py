@@ -84,7 +84,7 @@ def is_in_training(graph: fx.Graph) -> bool:
 def find_rng_op(graph: fx.Graph) -> str | None:
     """An operator that draws random numbers in either mode and the line of its call, as text; None if there is none.
 
-    A model that does so only in training, like some expert routers, has no mode argument for it in a training trace.
+    A model that does so only in training, like some routers, has no mode argument for it in a training trace.
     """
     for node in graph.nodes:
         tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()

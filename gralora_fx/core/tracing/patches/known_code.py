@@ -77,16 +77,6 @@ BLOCK_SPARSE_ATTENTION = Recognised(
     ending="QSAIndexer",
     fits=lambda module: module.index_kv_heads == 1,
 )
-# experts that a model computes in a loop of its own, not through transformers' interface
-LOOPED_EXPERTS = (
-    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", "looped_experts:dbrx", ending="DbrxExperts"),
-    Recognised(
-        "longcat_flash.modeling_longcat_flash:LongcatFlashExperts.forward",
-        "looped_experts:longcat",
-        ending="FlashExperts",
-        fits=lambda experts: experts.num_routed_experts > 0,
-    ),
-)
 IN_EVERY_MODEL = (
     DROP_PATH,
     *SAME_PADDING,
@@ -128,11 +118,3 @@ def forgets_before_prompts(model: nn.Module) -> bool:
 def has_key_indexer(model: nn.Module) -> bool:
     """Return whether a decoder's indexer of keys keeps the positions of all tokens."""
     return any(type(part).__name__.endswith("QSAIndexer") for part in model.modules())
-
-
-def has_experts(model: nn.Module) -> bool:
-    """Return whether a model has experts, by transformers' interface or in a known loop of its own."""
-    return any(
-        hasattr(part, "_apply_gate") or any(code.replaces_in(part) for code in LOOPED_EXPERTS)
-        for part in model.modules()
-    )

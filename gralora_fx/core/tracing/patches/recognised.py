@@ -31,12 +31,13 @@ class Recognised:
     Attributes:
         place: A method or a function by its path below `transformers.models`, as in
             `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
-        replacement: A function by its path below `gralora_fx.core.tracing.patches`, as `"recurrences:delta_rule"`. It
+        replacement: A function by its path below `folder`, as `"recurrences:delta_rule"`. It
             takes the same arguments and gives the same results; a method's takes the module first. It is imported once
             a model has the code.
         ending: How the names of the classes end whose method may be it, or several such endings.
         beside: Functions or methods that must be of the same code too, since it calls them.
         fits: Whether a module with the method is one that the replacement is for.
+        folder: The package of the replacement.
     """
 
     place: str
@@ -44,6 +45,7 @@ class Recognised:
     ending: str | tuple[str, ...] = ""
     beside: tuple[str, ...] = ()
     fits: Callable[[Any], bool] = lambda _: True
+    folder: str = _PATCHES
 
     @property
     def path(self) -> list[str]:
@@ -72,7 +74,7 @@ class Recognised:
     def load(self) -> Callable[..., Any]:
         """Import the replacement."""
         file, _, name = self.replacement.partition(":")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"{_PATCHES}.{file}"), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{self.folder}.{file}"), name)
         return function
 
     def replaced_in(self, model: nn.Module, changed: ExitStack) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.core.operators.expert_gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
+from gralora_fx.errors import MergeError
+from gralora_fx.features.experts.gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
 
 MOE = "MoE"
+_UP = 2  # position of the first product's weights among the operator's inputs
 
 
 def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
@@ -35,6 +38,45 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
     elif is_up and is_read_twice(gate):
         matrix = matrix[::2]
     return matrix.T if is_transposed else matrix
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the operator stores the matrices of a product (see `Arrangement`).
+
+    Attributes:
+        gate: What is computed of a first product.
+        is_up: Whether it is of the first product.
+    """
+
+    gate: ExpertGate
+    is_up: bool
+
+    def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return the matrix with the rows in the model's order."""
+        return as_modelled(matrix, self.gate, is_up=self.is_up)
+
+    def as_stored(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return the matrix with the rows in the operator's order."""
+        return arranged(matrix, self.gate, is_up=self.is_up)
+
+
+def arrangement_at(node: ir.Node, position: int) -> Rows | None:
+    """Return how a node stores the matrices that it reads; None for another operator.
+
+    Args:
+        node: The node.
+        position: Which of its inputs they are.
+
+    Raises:
+        MergeError: The operator does not say it, as that of another exporter.
+    """
+    if node.op_type != MOE:
+        return None
+    gate = gate_noted_at(node)
+    if gate is None:
+        raise MergeError(f"{node.name} does not say how its rows are arranged; export it again")
+    return Rows(gate, is_up=position == _UP)
 
 
 def gate_noted_at(node: ir.Node) -> ExpertGate | None:

@@ -1,66 +1,82 @@
-"""Where an adapter's parameters lie in an export."""
+"""Where the stacks of matrices that an adapter changes lie in an export."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.adapters.parameter_keys import names_parameter, parameters_in
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.methods.method import Update
-from gralora_fx.core.operators.expert_gate import NO_GATE, ExpertGate
 from gralora_fx.errors import CheckpointError, MergeError, bulleted
 from gralora_fx.exporters.fold.edits import StackEdit
 from gralora_fx.exporters.fold.initializers import initializer_names, initializers
-from gralora_fx.exporters.rules.experts.expert_rows import MOE, arranged, as_modelled, gate_noted_at
 
 _NOT_FOUND = (
-    "no initializer of floats has the name of its parameter, as in an export whose experts are quantized; export the "
-    "model with the adapter merged, which quantizes afterwards (export_onnx with the adapter)"
+    "no initializer of floats has the name of its parameter, as in an export that quantizes it; export the model "
+    "with the adapter merged, which quantizes afterwards (export_onnx with the adapter)"
 )
-_PLAIN = ExpertGate("identity", NO_GATE)
+
+
+class Arrangement(Protocol):
+    """How an operator of an export stores the matrices of a stack; equal ones store them alike."""
+
+    def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return a stored matrix as the model has it, `[out, in]`; it may be a view."""
+        ...
+
+    def as_stored(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return the model's matrix as it is stored."""
+        ...
 
 
 @dataclass(frozen=True)
-class ExpertLocation:
-    """An initializer with the matrices of a parameter's experts.
+class Transposed:
+    """Matrices that are stored `[in, out]`."""
+
+    def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return it transposed."""
+        return matrix.T
+
+    def as_stored(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """Return it transposed."""
+        return matrix.T
+
+
+@dataclass(frozen=True)
+class StackLocation:
+    """An initializer with the matrices of a parameter.
 
     Attributes:
         path: The parameter.
         file: The ONNX file.
-        value: The initializer, `[experts, ...]`.
+        value: The initializer, `[stack, ...]`.
         shape: `[out, in]` of a matrix, as the adapter has it.
-        is_transposed: Whether matrices are stored `[in, out]`.
-        gate: How the rows of a matrix are arranged.
-        is_up: Whether it is of the first product, whose rows are.
+        arrangement: How they are stored; None for as the adapter has them.
     """
 
     path: str
     file: str
     value: ir.Value
     shape: tuple[int, int]
-    is_transposed: bool = False
-    gate: ExpertGate = _PLAIN
-    is_up: bool = False
+    arrangement: Arrangement | None = None
 
     def edit(self, update: Callable[[], Update]) -> StackEdit:
-        """An update of all experts added to the matrices."""
+        """Return an update of the stack added to its matrices."""
         assert self.value.shape is not None
         _, *stored = (int(size) for size in self.value.shape.numpy())
-        options: dict[str, Any] = {"gate": self.gate, "is_up": self.is_up, "is_transposed": self.is_transposed}
-        return StackEdit(
-            self.path,
-            update,
-            self.shape,
-            tuple(stored),
-            as_modelled=functools.partial(as_modelled, **options),
-            as_stored=functools.partial(arranged, **options),
-        )
+        new = StackEdit(self.path, update, self.shape, tuple(stored))
+        if self.arrangement is None:
+            return new
+        at = self.arrangement
+        return dataclasses.replace(new, as_modelled=at.as_modelled, as_stored=at.as_stored)
 
 
 def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> StoredAdapter:
@@ -87,9 +103,9 @@ def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> S
         raise MergeError(str(error)) from error
 
 
-def find_experts(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[ExpertLocation]:
+def find_stacks(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[StackLocation]:
     """Where the parameters of an adapter lie; one may lie in several files."""
-    found: list[ExpertLocation] = []
+    found: list[StackLocation] = []
     problems: list[str] = []
     for path in adapter.parameters:
         try:
@@ -105,7 +121,7 @@ def find_experts(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list
     return found
 
 
-def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterator[ExpertLocation]:
+def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterator[StackLocation]:
     """The location of a parameter in a graph, if it is there."""
     value = next((value for value in initializers(graph) if value.name == path), None)
     if value is None or value.shape is None:
@@ -115,15 +131,11 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
         raise MergeError("it is a single matrix that no product of the export reads; export the merged model instead")
     stored = tuple(int(size) for size in value.shape.numpy())
     matrix = site.features[1], site.features[0]
-    use = next(use for use in value.uses())
-    if use.node.op_type == MOE:
-        gate, is_up = gate_noted_at(use.node), use.idx == _UP
-        if gate is None:
-            raise MergeError(f"{use.node.name} does not say how its rows are arranged; export it again")
-        own = np.empty(stored[1:], np.bool_)
-        if stored[0] != site.stack or as_modelled(own, gate, is_up=is_up).shape != matrix:
+    arrangement = _arrangement(value)
+    if arrangement is not None:
+        if stored[0] != site.stack or arrangement.as_modelled(np.empty(stored[1:], np.bool_)).shape != matrix:
             raise MergeError(_unfit(stored, site.stack, matrix))
-        yield ExpertLocation(path, file, value, matrix, gate=gate, is_up=is_up)
+        yield StackLocation(path, file, value, matrix, arrangement)
         return
     transposed = (site.stack, *matrix[::-1])
     if stored not in ((site.stack, *matrix), transposed):
@@ -132,10 +144,14 @@ def _at(graph: ir.Graph, file: str, path: str, adapter: StoredAdapter) -> Iterat
         raise MergeError(
             "nothing says whether its square matrices are stored [in, out]; export the merged model instead"
         )
-    yield ExpertLocation(path, file, value, matrix, is_transposed=stored == transposed)
+    yield StackLocation(path, file, value, matrix, Transposed() if stored == transposed else None)
 
 
-_UP = 2  # position of the first product's weights among the operator's inputs
+def _arrangement(value: ir.Value) -> Arrangement | None:
+    """Return how the operator of a feature that reads an initializer has it stored; None for other operators."""
+    use = next(iter(value.uses()), None)
+    found = [] if use is None else [arrangement_at(use.node, use.idx) for arrangement_at in parts("arrangements")]
+    return next((arrangement for arrangement in found if arrangement is not None), None)
 
 
 def _possible_features(graph: ir.Graph, name: str) -> set[tuple[int, int]]:
@@ -144,9 +160,9 @@ def _possible_features(graph: ir.Graph, name: str) -> set[tuple[int, int]]:
     if value is None or value.shape is None or len(value.shape) != 3:
         return set()
     rows, columns = (int(size) for size in value.shape.numpy()[1:])
-    use = next(iter(value.uses()), None)
-    if use is not None and use.node.op_type == MOE and (gate := gate_noted_at(use.node)) is not None:
-        return {(columns, as_modelled(np.empty((rows, 1), np.bool_), gate, is_up=use.idx == _UP).shape[0])}
+    arrangement = _arrangement(value)
+    if arrangement is not None:
+        return {(columns, arrangement.as_modelled(np.empty((rows, 1), np.bool_)).shape[0])}
     return {(columns, rows), (rows, columns)}
 
 

@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, nn
 
 from gralora_fx.base.compat.transformers_models import grouped_product
 from gralora_fx.core.operators.call import Call, V, operator
-from gralora_fx.core.operators.expert_gate import HALVES, NO_GATE, ExpertGate
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu": nn.functional.relu,
-    "relu2": lambda x: nn.functional.relu(x).square(),
-    "identity": lambda x: x,
-}
+from gralora_fx.features.experts.gate import HALVES, NO_GATE, ExpertGate, activated, gated
 
 
-def gated(gate: ExpertGate, x: Tensor) -> Tensor:
-    """The second product's input, `[..., width]`, of the first one's output.
+class GateTensors:
+    """Gates computed with PyTorch (see `Arithmetic`)."""
+
+    def number(self, value: float) -> float:
+        """Return the number itself."""
+        return value
+
+    def minimum(self, x: Tensor, high: float) -> Tensor:
+        """Return the tensor, bounded from above."""
+        return x.clamp(max=high)
+
+    def clip(self, x: Tensor, low: float, high: float) -> Tensor:
+        """Return the tensor, bounded on both sides."""
+        return x.clamp(low, high)
+
+    def add(self, x: Tensor, number: float) -> Tensor:
+        """Return the sum."""
+        return x + number
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the product."""
+        return x * y
+
+    def relu(self, x: Tensor) -> Tensor:
+        """Return the positive part."""
+        return nn.functional.relu(x)
+
+    def silu(self, x: Tensor, alpha: float) -> Tensor:
+        """Return `x * sigmoid(alpha * x)`."""
+        return nn.functional.silu(x) if alpha == 1 else x * torch.sigmoid(x * alpha)
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """Return GELU."""
+        return nn.functional.gelu(x, approximate=approximate)
+
+
+def between(gate: ExpertGate, x: Tensor) -> Tensor:
+    """Return the second product's input, `[..., width]`, of the first one's output.
 
     Args:
         gate: What is computed.
         x: `[..., outputs]`.
     """
     if gate.layout == NO_GATE:
-        return _activated(gate, x)
+        return activated(GateTensors(), gate, x)
     part, linear = x.chunk(2, dim=-1) if gate.layout == HALVES else (x[..., ::2], x[..., 1::2])
-    if gate.limit:
-        part, linear = part.clamp(max=gate.limit), linear.clamp(-gate.limit, gate.limit)
-    return _activated(gate, part) * (linear + gate.offset if gate.offset else linear)
+    return gated(GateTensors(), gate, part, linear)
 
 
-def _activated(gate: ExpertGate, x: Tensor) -> Tensor:
-    if gate.activation == "silu" and gate.alpha != 1:
-        return x * torch.sigmoid(x * gate.alpha)
-    return ACTIVATIONS[gate.activation](x)
-
-
-@operator("experts")
+@operator("experts", contracts=True)
 class Experts(Call[V]):
     """`gralora::experts`: `sum(weight * expert(x))` over the experts of each token, as transformers' models have them.
 
@@ -90,7 +107,7 @@ class Experts(Call[V]):
         experts, order = torch.sort(self.index.clamp(max=last).reshape(-1), stable=True)
         ends = torch.searchsorted(experts, torch.arange(self.up.shape[0], device=experts.device), right=True)
         x = self.hidden[order // self.index.shape[1]]
-        inner = gated(self.gate, self._product(x, self.up, self.up_bias, experts, ends))
+        inner = between(self.gate, self._product(x, self.up, self.up_bias, experts, ends))
         outer = self._product(inner, self.down, self.down_bias, experts, ends)
         outer = outer[torch.argsort(order)].reshape(*self.index.shape, -1)
         return (outer * weights.unsqueeze(-1)).sum(1).to(self.hidden.dtype)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.core.operators.expert_gate import NO_GATE, ExpertGate
 from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, add_function, fixed_dim
-from gralora_fx.exporters.rules.experts.expert_loop import activated, gated, order_of
-from gralora_fx.exporters.rules.experts.expert_rows import MOE, gate_noted_at, is_read_twice
+from gralora_fx.features.experts.gate import NO_GATE, ExpertGate, activated, gated
+from gralora_fx.features.experts.loop import order_of
+from gralora_fx.features.experts.onnx_nodes import GateNodes
+from gralora_fx.features.experts.rows import MOE, gate_noted_at, is_read_twice
 from gralora_fx.format.export_directory import CPU_FUNCTION
 
 MOST_BYTES = 8 << 30  # of experts in a model; larger ones stay in the file, of which ONNX Runtime maps what is read
@@ -77,11 +78,11 @@ def _add_function(model: ir.Model, name: str, gate: ExpertGate, count: int, stac
                 outputs.append(build("Gemm", part, *operands, transB=1))
             return build("Concat", *outputs, axis=0)
 
-        rows, dtype = build("Gather", x, order), ir.DataType.FLOAT
+        rows, at = build("Gather", x, order), GateNodes(build, ir.DataType.FLOAT)
         if gate.layout != NO_GATE:
-            inner = gated(build, gate, products(rows, "up", 0), products(rows, "up", 1), dtype)
+            inner = gated(at, gate, products(rows, "up", 0), products(rows, "up", 1))
         else:
-            inner = activated(build, gate, products(rows, "up", 0 if is_read_twice(gate) else None), dtype)
+            inner = activated(at, gate, products(rows, "up", 0 if is_read_twice(gate) else None))
         return {"y": build("Gather", products(inner, "down"), order_of(build, order))}
 
     names = [f"{stack}.{index}" for stack in stacks for index in range(count)]

@@ -6,7 +6,7 @@ from torch import fx
 
 from gralora_fx.core.graph.module_tree import innermost_path
 from gralora_fx.core.graph.pipeline import PassResult, Skip
-from gralora_fx.exporters.reports import ExpertsReport
+from gralora_fx.features.experts.report import ExpertsReport
 
 _WHY = "between its products it computes what no operator does, so that each of its experts is a product of its own"
 

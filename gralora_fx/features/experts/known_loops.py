@@ -6,7 +6,7 @@ The loop asks which experts some token has, a value that a graph does not know.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,18 +15,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.core.operators.expert_gate import HALVES, ExpertGate
-from gralora_fx.core.operators.experts import Experts
-from gralora_fx.core.tracing.patches.expert_layers import ungated
-from gralora_fx.core.tracing.patches.known_code import LOOPED_EXPERTS
+from gralora_fx.core.tracing.patches.recognised import Recognised
+from gralora_fx.features.experts.gate import HALVES, ExpertGate
+from gralora_fx.features.experts.interface import ungated
+from gralora_fx.features.experts.operators import Experts
 
 
 @contextmanager
-def looped_experts_as_operators(model: nn.Module) -> Iterator[None]:
+def looped_experts_as_operators(model: nn.Module, table: Sequence[Recognised]) -> Iterator[None]:
     """Let a model whose loop is known call `gralora::experts` within the block."""
     with ExitStack() as changed:
         for part in model.modules():
-            for code in LOOPED_EXPERTS:
+            for code in table:
                 if code.replaces_in(part):
                     compute = code.load()
                     gate = ungated(_ACTIVATIONS[compute](part))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.core.operators.expert_gate import HALVES, INTERLEAVED, NO_GATE, ExpertGate
-from gralora_fx.core.operators.experts import ACTIVATIONS, Experts, gated
+from gralora_fx.features.experts.gate import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate
+from gralora_fx.features.experts.operators import Experts, between
 
 _LOOP = "eager"
 _PRODUCTS = "grouped_mm"  # transformers' own default for most models
@@ -84,7 +84,7 @@ def gate_of(module: Any) -> ExpertGate | None:
 def ungated(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
     """What an activation computes, of experts without a gate; None where the operator has no such form of it."""
     x = torch.linspace(-9, 9, 73, dtype=torch.float64)
-    return next((gate for gate in _gates(NO_GATE) if torch.allclose(function(x), gated(gate, x), 1e-5, 1e-6)), None)
+    return next((gate for gate in _gates(NO_GATE) if torch.allclose(function(x), between(gate, x), 1e-5, 1e-6)), None)
 
 
 def _measured(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
@@ -113,7 +113,7 @@ def _measured(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
         both = torch.cartesian_prod(x, x)  # every gate with every linear part
         x = both.T.reshape(1, -1) if layout == HALVES else both.reshape(1, -1)
         expected = function(x)
-        found = next((gate for gate in gates if torch.allclose(expected, gated(gate, x), 1e-5, 1e-6)), None)
+        found = next((gate for gate in gates if torch.allclose(expected, between(gate, x), 1e-5, 1e-6)), None)
         if found is not None:
             return found
     return None

@@ -7,20 +7,19 @@ import dataclasses
 from torch import Tensor
 
 from gralora_fx.core.graph.weight_views import tensor_at
-from gralora_fx.core.operators.experts import Experts
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.quantize.formats import LEAST_BLOCK, Blocks, Format
-from gralora_fx.exporters.quantize.plan import QuantizationPlan, plan_of_layers
+from gralora_fx.exporters.quantize.plan import QuantizationPlan
+from gralora_fx.features.experts.operators import Experts
 from gralora_fx.format.quantized_weights import WIDEST_EXACT
 
 
-def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
-    """Return the plan that stores linear layers and experts in a format, or in one of their own where it does not fit.
+def with_formats_of_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
+    """Return the plan that stores experts in its format too, or in one of their own where it does not fit.
 
     Experts whose activations would be rounded in `int8-dynamic` have blocks of eight bits, whose activations ONNX
     Runtime rounds block by block.
     """
-    plan = plan_of_layers(default, traced)
     own: dict[str, Format | None] = {}
     names = set[str]()
     for _, experts in Experts.all_in(traced.graph_module.graph):

@@ -15,10 +15,11 @@ from gralora_fx.exporters.quantize.block_arrays import quantize_blocks
 from gralora_fx.exporters.quantize.formats import Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
-from gralora_fx.exporters.rules.experts.expert_rows import MOE
 from gralora_fx.exporters.rules.products.block_products import stored_as, widened
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
+from gralora_fx.exporters.rules.products.quantize_weights import Quantized
 from gralora_fx.exporters.translation.weights import StackedTensor, StackedTogether, derived, entries_of
+from gralora_fx.features.experts.rows import MOE
 
 QMOE = "QMoE"
 # which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
@@ -28,9 +29,7 @@ OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_
 _UP, _DOWN = (at for at, _ in MATRICES[MOE])
 
 
-def quantize_experts(
-    model: ir.Model, plan: QuantizationPlan
-) -> tuple[list[tuple[Format, int, int, int]], tuple[Skip, ...]]:
+def quantize_experts(model: ir.Model, plan: QuantizationPlan) -> Quantized:
     """Store the matrices of experts in blocks, as the plan says; in place.
 
     Before: `y = MoE(x, scores, up, up_bias, down, down_bias)`
@@ -58,7 +57,7 @@ def quantize_experts(
             experts, outputs, inputs = (int(size) for size in value.shape.numpy())
             matrices.append((form, inputs, experts * outputs, value.dtype.bitwidth if value.dtype else 32))
         drop_unread(model.graph, [str(value.name) for value in weights])
-    return matrices, tuple(skipped)
+    return Quantized(matrices, tuple(skipped))
 
 
 def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.Node:

@@ -11,17 +11,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.graph.pipeline import PassResult, Skip
-from gralora_fx.core.operators.expert_gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
-from gralora_fx.exporters.reports import ExpertsReport
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, fixed_dim
-from gralora_fx.exporters.rules.experts.expert_loop import loop_over_experts, weighted, width_of
-from gralora_fx.exporters.rules.experts.expert_rows import MOE, arranged, is_read_twice
 from gralora_fx.exporters.translation.names import layer_of
-from gralora_fx.exporters.translation.operators import ExpertsNode
 from gralora_fx.exporters.translation.weights import StackedTensor, derived, entries_of
+from gralora_fx.features.experts.gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
+from gralora_fx.features.experts.loop import loop_over_experts, weighted, width_of
+from gralora_fx.features.experts.onnx_nodes import ExpertsNode
+from gralora_fx.features.experts.report import ExpertsReport
+from gralora_fx.features.experts.rows import MOE, arranged, is_read_twice
 
 _STEP = 1e20  # times a number it is so far from 0 that its sigmoid is 0 or 1
-_UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names
+UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names
 _ARRANGED = "gralora_experts"  # key in the metadata of a value: how it was arranged
 
 
@@ -59,10 +59,13 @@ class LowerExperts:
         return PassResult(fused, tuple(skipped), summary=report)
 
 
+LOWER_EXPERTS = LowerExperts()
+
+
 def moe_attributes(gate: ExpertGate) -> dict[str, Any] | str:
     """The attributes of `MoE` and `QMoE` for experts with a gate, or why they cannot compute it."""
-    if gate.layout == NO_GATE and gate.activation in _UNGATED and gate.alpha == 1:
-        return {"activation_type": _UNGATED[gate.activation]}
+    if gate.layout == NO_GATE and gate.activation in UNGATED and gate.alpha == 1:
+        return {"activation_type": UNGATED[gate.activation]}
     is_step = gate.activation == ("relu2" if gate.layout == NO_GATE else "relu")
     if not is_step and (gate.layout == NO_GATE or gate.activation != "silu"):
         return f"ONNX Runtime's operator has no {gate.activation}{'' if gate.layout == NO_GATE else ' of a gate'}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gralora_fx.core.operators.expert_gate import HALVES, NO_GATE, ExpertGate
 from gralora_fx.exporters.rules.builder import Builder, fixed_dim, loop
-from gralora_fx.exporters.translation.operators import ExpertsNode
+from gralora_fx.features.experts.gate import HALVES, NO_GATE, ExpertGate, activated, gated
+from gralora_fx.features.experts.onnx_nodes import ExpertsNode, GateNodes
 
 
 def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Value:
@@ -81,33 +81,11 @@ def _product(build: Builder, x: ir.Value, experts: ExpertsNode, expert: ir.Value
 def _between(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
     """Return what a second product reads of the outputs of a first one."""
     if gate.layout == NO_GATE:
-        return activated(build, gate, x, dtype)
+        return activated(GateNodes(build, dtype), gate, x)
     if gate.layout == HALVES:
         part, linear = build.split(x, 2, axis=-1)
     else:
         part, linear = (
             build("Slice", x, build.ints(start), build.ints(2**31), build.ints(-1), build.ints(2)) for start in (0, 1)
         )
-    return gated(build, gate, part, linear, dtype)
-
-
-def gated(build: Builder, gate: ExpertGate, part: ir.Value, linear: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return what gates and linear parts give (see `ExpertGate`)."""
-    if gate.limit:
-        low, high = (build.tensor(sign * gate.limit, dtype) for sign in (-1, 1))
-        part, linear = build("Min", part, high), build("Clip", linear, low, high)
-    linear = build("Add", linear, build.tensor(gate.offset, dtype)) if gate.offset else linear
-    return build("Mul", activated(build, gate, part, dtype), linear)
-
-
-def activated(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return the activation of gates."""
-    if gate.activation == "silu":
-        scaled = x if gate.alpha == 1 else build("Mul", x, build.tensor(gate.alpha, dtype))
-        return build("Mul", x, build("Sigmoid", scaled))
-    if gate.activation in ("gelu", "gelu_tanh"):
-        return build("Gelu", x, approximate="tanh" if gate.activation == "gelu_tanh" else "none")
-    if gate.activation == "identity":
-        return x
-    positive = build("Relu", x)
-    return build("Mul", positive, positive) if gate.activation == "relu2" else positive
+    return gated(GateNodes(build, dtype), gate, part, linear)

@@ -1,1 +1,0 @@
-"""Experts as products of the tokens that each one has."""

@@ -1,0 +1,103 @@
+"""What an expert computes between its two products, written once: with PyTorch's tensors, and with nodes of ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")  # a tensor, or a value of an ONNX model
+NO_GATE, HALVES, INTERLEAVED = "none", "halves", "interleaved"  # how the outputs of a first product hold gates
+GATE_NOTE = "gralora_gate"  # key in the metadata of an exported operator: `<activation> <layout>` of its gate
+
+
+@dataclass(frozen=True)
+class ExpertGate:
+    """What an expert computes between its two products: of a gate `g` and a linear part `l`, or of `g` alone.
+
+    `act(min(g, limit)) * (clamp(l, -limit, limit) + offset)`, where `silu` is `g * sigmoid(alpha * g)`. The fields are
+    arguments of the operator `experts`, of the same names.
+
+    Attributes:
+        activation: One of `ACTIVATIONS`.
+        layout: Where gates are among the first product's outputs: in the first half (`"halves"`), at even places
+            (`"interleaved"`), or everywhere, so that nothing is multiplied (`"none"`).
+        alpha: Factor within `silu`'s sigmoid.
+        offset: What is added to the linear part.
+        limit: Bound of the gate from above, and of the linear part on both sides; 0 for none.
+    """
+
+    activation: str
+    layout: str
+    alpha: float = 1.0
+    offset: float = 0.0
+    limit: float = 0.0
+
+
+class Arithmetic(Protocol[T]):
+    """What gates are computed with."""
+
+    def number(self, value: float) -> Any:
+        """Return a number as `minimum`, `clip` and `add` take it."""
+        ...
+
+    def minimum(self, x: T, high: Any) -> T: ...  # noqa: D102
+
+    def clip(self, x: T, low: Any, high: Any) -> T: ...  # noqa: D102
+
+    def add(self, x: T, number: Any) -> T: ...  # noqa: D102
+
+    def multiply(self, x: T, y: T) -> T: ...  # noqa: D102
+
+    def relu(self, x: T) -> T: ...  # noqa: D102
+
+    def silu(self, x: T, alpha: float) -> T:
+        """Return `x * sigmoid(alpha * x)`."""
+        ...
+
+    def gelu(self, x: T, approximate: str) -> T:
+        """Return GELU; `approximate` is `"none"` or `"tanh"`."""
+        ...
+
+
+def _squared_relu(at: Arithmetic[T], gate: ExpertGate, x: T) -> T:
+    positive = at.relu(x)
+    return at.multiply(positive, positive)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Arithmetic[Any], ExpertGate, Any], Any]] = {
+    "silu": lambda at, gate, x: at.silu(x, gate.alpha),
+    "gelu": lambda at, gate, x: at.gelu(x, "none"),
+    "gelu_tanh": lambda at, gate, x: at.gelu(x, "tanh"),
+    "relu": lambda at, gate, x: at.relu(x),
+    "relu2": _squared_relu,
+    "identity": lambda at, gate, x: x,
+}
+
+
+def activated(at: Arithmetic[T], gate: ExpertGate, x: T) -> T:
+    """Return the activation of gates.
+
+    Args:
+        at: What computes it.
+        gate: What is computed.
+        x: The gates.
+    """
+    result: T = ACTIVATIONS[gate.activation](at, gate, x)
+    return result
+
+
+def gated(at: Arithmetic[T], gate: ExpertGate, part: T, linear: T) -> T:
+    """Return what gates and linear parts give (see `ExpertGate`).
+
+    Args:
+        at: What computes it.
+        gate: What is computed.
+        part: The gates.
+        linear: The linear parts.
+    """
+    if gate.limit:
+        low, high = (at.number(sign * gate.limit) for sign in (-1, 1))
+        part, linear = at.minimum(part, high), at.clip(linear, low, high)
+    linear = at.add(linear, at.number(gate.offset)) if gate.offset else linear
+    return at.multiply(activated(at, gate, part), linear)

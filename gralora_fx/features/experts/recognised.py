@@ -1,0 +1,41 @@
+"""Which models have experts, and how they compute them: through transformers' interface, or in a loop of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from gralora_fx.core.tracing.patches.recognised import Recognised
+
+LOOPS = (
+    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", "known_loops:dbrx", ending="DbrxExperts", folder=__package__),
+    Recognised(
+        "longcat_flash.modeling_longcat_flash:LongcatFlashExperts.forward",
+        "known_loops:longcat",
+        ending="FlashExperts",
+        fits=lambda experts: experts.num_routed_experts > 0,
+        folder=__package__,
+    ),
+)
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has experts, by transformers' interface or in a known loop of its own."""
+    return any(
+        hasattr(part, "_apply_gate") or any(code.replaces_in(part) for code in LOOPS) for part in model.modules()
+    )
+
+
+@contextmanager
+def as_operators(model: nn.Module) -> Iterator[None]:
+    """Let a model's experts be one node a layer within the block, if it has any."""
+    if not has_experts(model):
+        yield
+        return
+    from gralora_fx.features.experts.interface import experts_as_operators
+    from gralora_fx.features.experts.known_loops import looped_experts_as_operators
+
+    with experts_as_operators(model), looped_experts_as_operators(model, LOOPS):
+        yield
