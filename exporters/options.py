@@ -22,7 +22,7 @@ from gralora_fx.exporters.quantize.formats import (
     block_size_problem,
 )
 from gralora_fx.format.adapter_inputs import AS_DATA, EARLIER_MODES
-from gralora_fx.format.tasks import ENCODER_DECODERS
+from gralora_fx.format.tasks import is_encoder_decoder
 
 if TYPE_CHECKING:
     from gralora_fx.core.methods import AdapterMethod
@@ -180,7 +180,7 @@ class ExportOptions:
             )
         for name, method in methods.items() if as_data else ():
             method.check_lora_form(f"adapter {name!r}", f"adapters={self.adapters!r}", ExportError)
-        if task in ENCODER_DECODERS and self.texts is not None:
+        if is_encoder_decoder(task) and self.texts is not None:
             raise ExportError(
                 f"texts=... is for decoders and models without a cache, and the task {task} is an encoder-decoder's "
                 "with one; leave it out"

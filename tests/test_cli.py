@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 from gralora_fx.cli import app, main
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceError
-from gralora_fx.format.tasks import TASKS
+from gralora_fx.format.tasks import task_names
 from gralora_fx.serving import load
 
 
@@ -354,7 +354,7 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path: Path, options: 
 @pytest.mark.parametrize("command", ["inspect", "export", "verify"])
 def test_help_lists_tasks_and_choices(command: str) -> None:
     text = " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())
-    assert f"Use the model for this task: {', '.join(TASKS)}." in text
+    assert f"Use the model for this task: {', '.join(task_names())}." in text
     assert command != "export" or all(
         f"[{choices}]" in text for choices in ("fp32|fp16|bf16", "int4|int8|int8-dynamic", "last|all")
     )

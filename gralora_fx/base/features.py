@@ -33,6 +33,13 @@ POINTS: dict[str, str] = {
     "float weights": "`in_floats(model)` lets an export's operators multiply by floats, for verification.",
     "arrangements": "`arrangement_at(node, position)` says how an operator stores the matrices of an input, or None "
     "(see `Arrangement`): where adapters are folded into an export.",
+    # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
+    "tasks": "A tuple of `format.tasks.Task`: tasks that models can be traced for.",
+    "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
+    "the input, or None where it knows none (`core.tracing.inputs.samples`).",
+    "encoder inputs": "A subclass of `run.generate.encoder_inputs.EncoderInputs`: reads prompts that are not texts.",
+    "generate options": "A dataclass as `cli.generate.PromptOptions`: options of the command for such prompts.",
+    "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any.",
 }
 _OWN = "gralora_"  # how the keys of metadata begin that this project writes
 

@@ -29,7 +29,7 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.format.image_sizes import ImageSize
-from gralora_fx.format.tasks import ENCODER_DECODERS, check_adapter_task, requested_task
+from gralora_fx.format.tasks import TEXT_TO_TEXT, check_adapter_task, requested_task
 
 _IMAGES = "image-classification"
 
@@ -217,7 +217,7 @@ def check_request(
     from gralora_fx.core.methods import method_described  # numpy comes with it
 
     methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}
-    options.check_model(methods=methods, task=known or (ENCODER_DECODERS[0] if _is_pair(base) else None))
+    options.check_model(methods=methods, task=known or (TEXT_TO_TEXT if _is_pair(base) else None))
     if image_size is not None and known not in (None, _IMAGES):
         raise ConfigError(f"--image-size is for {_IMAGES}, and the task is {known}; leave it out")
     _check_apart(output, (base, adapter))

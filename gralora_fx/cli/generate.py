@@ -5,43 +5,31 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol
 
 import typer
 
-from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
-from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.cli.options import Directory, OnnxToRun
-from gralora_fx.cli.values import export_directory, read_adapter, utf8
+from gralora_fx.cli.values import export_directory, read_adapter, takes, utf8
+from gralora_fx.core.config.option import declared_options
 from gralora_fx.errors import ConfigError, ServingError, listed
 from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters, own_adapters
 from gralora_fx.format.manifest import Manifest, read_manifest
-from gralora_fx.format.tasks import GENERATING
+from gralora_fx.format.tasks import generates, with_past
 
 _STDIN = "-"
-_SPEECH = "automatic-speech-recognition-with-past"
 
 Prompt = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
         help="Continue this text, or answer it where --chat is given; - reads it from stdin.",
-    ),
-]
-Audio = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Write this recording down, a WAV file, with a model of speech.", callback=utf8),
-]
-Language = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Expect this language in --audio, such as en or English.  [default: the one that the model hears]",
-        callback=utf8,
     ),
 ]
 Chosen = Annotated[
@@ -90,10 +78,28 @@ RunThreads = Annotated[
 ]
 
 
+class PromptOptions(Protocol):
+    """Options for prompts other than texts, as a feature adds them: a dataclass.
+
+    The first option is the prompt, and further ones have an effect beside it alone.
+    """
+
+    TASK: ClassVar[str]  # the task whose exports are given such a prompt
+
+    def content(self) -> Any:
+        """Read the prompt's file, before anything slow is imported."""
+
+    def inputs(self, model: Any, content: Any) -> Mapping[str, Any]:
+        """Return the arguments of `generate` for what the file holds."""
+
+
+_OTHERS: list[Any] = parts("generate options")
+
+
+@takes(*_OTHERS)
 def generate(
     prompt: Prompt = None,
-    audio: Audio = None,
-    language: Language = None,
+    *,
     onnx: OnnxToRun = None,
     directory: Directory = None,
     adapter: Chosen = None,
@@ -103,22 +109,22 @@ def generate(
     top_p: TopP = None,
     seed: DrawSeed = None,
     threads: RunThreads = None,
+    **options: Any,
 ) -> None:
     """Answer one prompt with an exported model.
 
-    The answer goes to stdout as it comes, and nothing else does. A language model continues the prompt, an
-    encoder-decoder answers it, and a model of speech writes --audio down. The likeliest token is taken, unless
-    --temperature, --top-p or --seed asks for draws.
+    The answer goes to stdout as it comes, and nothing else does. A language model continues the prompt, and an
+    encoder-decoder answers it. The likeliest token is taken, unless --temperature, --top-p or --seed asks for draws.
     """
     path = export_directory(onnx, directory)
     manifest = read_manifest(path, ServingError)
     _check_generates(path, manifest)
-    _check_input(path, manifest, prompt, audio, language, chat=chat)
+    other = _check_input(path, manifest, prompt, options, chat=chat)
     name, source = _read_adapter(path, manifest, adapter)
     sampling = _sampling(temperature, top_p, seed)
-    data = _read_audio(audio) if audio is not None else None
+    content = None if other is None else other.content()
     text = _read_stdin() if prompt == _STDIN else str(utf8(prompt or ""))
-    if data is None and not text:
+    if other is None and not text:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
     with ExitStack() as stack:
         with CommandProgress():
@@ -136,12 +142,13 @@ def generate(
                 if name is not None and source is not None:
                     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gralora-fx-"))
                     model.load_adapter(name, adapter_as_data(source, path, Path(folder), name))
-            given: Any = [{"role": "user", "content": text}] if chat else text
             with timed("reading the prompt"):
-                if data is not None:
-                    given, sampling["language"] = _recording(model, data), language
-                pieces = model.generate(given, stream=True, adapter=name, max_new_tokens=max_new_tokens, **sampling)
-        if has_template and not chat and data is None:
+                if other is not None:
+                    given = other.inputs(model, content)
+                else:
+                    given = {"prompts": [{"role": "user", "content": text}] if chat else text}
+                pieces = model.generate(**given, stream=True, adapter=name, max_new_tokens=max_new_tokens, **sampling)
+        if has_template and not chat and other is None:
             print(
                 "the tokenizer has a chat template, which --chat uses; the prompt is continued as it is",
                 file=sys.stderr,
@@ -153,50 +160,40 @@ def generate(
 
 def _check_generates(directory: Path, manifest: Manifest) -> None:
     """Check that an export generates text from text."""
-    if manifest.task in GENERATING:
+    task = manifest.task
+    if generates(task):
         return
-    if manifest.task in ("text-generation", "text2text-generation", "automatic-speech-recognition"):
-        how = f"it gives logits and has no cache; export the model with task='{manifest.task}-with-past'"
+    if task is not None and (cached := with_past(task)) != task:
+        how = f"it gives logits and has no cache; export the model with task={cached!r}"
     else:
         how = f"serve it: gralora-fx serve --onnx {shlex.quote(str(directory))}"
     raise ServingError(f"{directory} was exported for the task {manifest.task}, which does not go on from text: {how}")
 
 
 def _check_input(
-    directory: Path, manifest: Manifest, prompt: str | None, audio: str | None, language: str | None, *, chat: bool
-) -> None:
-    """Check that an export is given what it answers: a model of speech a recording, others a text."""
-    takes_audio = manifest.task == _SPEECH
-    wanted, given = ("--audio FILE", prompt) if takes_audio else ("--prompt TEXT", audio)
-    if given is not None or (chat and takes_audio):
-        other = "--prompt" if takes_audio else "--audio"
+    directory: Path, manifest: Manifest, prompt: str | None, options: Mapping[str, Any], *, chat: bool
+) -> PromptOptions | None:
+    """Check that an export is given what it answers: a text, or the prompt of a feature, which is returned."""
+    own = next((kind for kind in _OTHERS if manifest.task == kind.TASK), None)
+    mains = {kind: declared_options(kind)[0] for kind in _OTHERS}
+    wanted = "--prompt TEXT" if own is None else f"{mains[own].flag} {mains[own].metavar}"
+    unfit: dict[str, Any] = {main.flag: options[main.name] for kind, main in mains.items() if kind is not own}
+    if own is not None:
+        unfit = {"--prompt": prompt, **unfit, "--chat": chat or None}
+    if wrong := [flag for flag, value in unfit.items() if value is not None]:
         raise ConfigError(
-            f"{directory} was exported for the task {manifest.task}; give {wanted} and leave "
-            f"{other if given is not None else '--chat'} out"
+            f"{directory} was exported for the task {manifest.task}; give {wanted} and leave {wrong[0]} out"
         )
-    if (audio if takes_audio else prompt) is None:
+    if (prompt if own is None else options[mains[own].name]) is None:
         raise ConfigError(f"there is nothing to answer; give {wanted}")
-    if language is not None and not takes_audio:
-        raise ConfigError("--language is of --audio, and has no effect; leave it out")
-
-
-def _read_audio(path: str) -> bytes:
-    """The content of an audio file."""
-    try:
-        data = usable_path(path, ConfigError).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of an audio file") from error
-    if not data.startswith((b"RIFF", b"RF64")):  # as WAV does
-        require_extra("audio", f"{path}, which is not WAV,", ConfigError)
-    return data
-
-
-def _recording(model: Any, data: bytes) -> dict[str, Any]:
-    """A recording as `generate` takes it."""
-    from gralora_fx.run.generate.recordings import read_audio
-
-    audio = read_audio(data, model.encoder_inputs.speech.most_seconds)
-    return {"array": audio.samples, "sampling_rate": audio.rate}
+    for kind, main in mains.items():
+        idle = [each.flag for each in declared_options(kind)[1:] if options[each.name] is not None]
+        if idle and kind is not own:
+            raise ConfigError(f"{idle[0]} is of {main.flag}, and has no effect; leave it out")
+    if own is None:
+        return None
+    found: PromptOptions = own(**{each.name: options[each.name] for each in declared_options(own)})
+    return found
 
 
 def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tuple[str | None, Path | None]:

@@ -11,7 +11,7 @@ import typer
 from gralora_fx.cli.help import REQUIRED
 from gralora_fx.cli.values import file_name, model_name, quantization_words, task_name, utf8
 from gralora_fx.core.config.option import MODEL, WRITTEN
-from gralora_fx.format.tasks import TASKS
+from gralora_fx.format.tasks import task_names
 
 
 def _show_version(is_asked: bool) -> None:
@@ -43,7 +43,7 @@ Task = Annotated[
     str | None,
     typer.Option(
         metavar="TASK",
-        help=f"Use the model for this task: {', '.join(TASKS)}.  [default: the adapter's or the model's own]",
+        help=f"Use the model for this task: {', '.join(task_names())}.  [default: the adapter's or the model's own]",
         callback=task_name,
         rich_help_panel=MODEL,
     ),

@@ -131,13 +131,14 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def takes(record: type) -> Callable[[_Command], _Command]:
-    """A command with an option for each that a record declares.
+def takes(*records: type) -> Callable[[_Command], _Command]:
+    """A command with an option for each that records declare.
 
     They come after the command's own positional parameters and before its keyword-only ones, and the command gets them
     as `**options`. One that the command names itself comes there, and is given by that name.
     """
-    declared = {option.name: _parameter(option) for option in declared_options(record) if option.option.help}
+    options = [option for record in records for option in declared_options(record)]
+    declared = {option.name: _parameter(option) for option in options if option.option.help}
 
     def with_options(command: _Command) -> _Command:
         own = inspect.signature(command, eval_str=True).parameters

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gralora_fx.base.progress.report import Invocation
-from gralora_fx.format.tasks import GENERATING
+from gralora_fx.format.tasks import find_task, generates
 
 _PROMPT = "The capital of France is"
 _LOAD = "from gralora_fx.serving import load; "
@@ -28,18 +28,19 @@ def usage_of(
     inputs: Iterable[str] = (),
     adapter: str | None = None,
 ) -> Invocation:
-    """How an export is called: one that generates by a prompt or a recording, others with their inputs."""
+    """How an export is called: one that generates by a prompt, others with their inputs."""
     place, chosen = str(directory), "" if adapter is None else f", adapter={adapter!r}"
     given = {"onnx": place} | ({} if adapter is None else {"adapter": adapter})
     loaded, has_tokenizer = f"load({place!r})", _TOKENIZER in files
-    if task == "automatic-speech-recognition-with-past":
-        call = f"{_LOAD}print({loaded}.generate({{'array': samples, 'sampling_rate': 16000}}{chosen}))"
-        return Invocation(call, _GENERATING, {**given, "audio": "FILE.wav"})
-    if task in GENERATING and has_tokenizer:
+    known, is_generating = find_task(task), generates(task)
+    if is_generating and known is not None and known.example:
+        call = f"{_LOAD}print({loaded}.generate({known.example}{chosen}))"
+        return Invocation(call, _GENERATING, {**given, **known.example_options})
+    if is_generating and has_tokenizer:
         return Invocation(
             f"{_LOAD}print({loaded}.generate({_PROMPT!r}{chosen}))", _GENERATING, {**given, "prompt": _PROMPT}
         )
-    if task in GENERATING:
+    if is_generating:
         return Invocation(f"{_LOAD}print({loaded}.generate([[1, 2, 3]]{chosen}))")
     if has_tokenizer:
         call = f"model = {loaded}; model(**model.tokenizer(['A text'], return_tensors='np'){chosen})"

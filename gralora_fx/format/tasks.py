@@ -2,37 +2,100 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from gralora_fx.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
     from gralora_fx.core.config.adapter_config import AdapterConfig
 
-TASKS = (
-    "feature-extraction",
-    "sentence-similarity",
-    "fill-mask",
-    "text-classification",
-    "token-classification",
-    "question-answering",
-    "text-generation",
-    "text-generation-with-past",
-    "image-text-to-text",
-    "image-text-to-text-with-past",
-    "text2text-generation",
-    "text2text-generation-with-past",
-    "automatic-speech-recognition",
-    "automatic-speech-recognition-with-past",
-    "image-classification",
+_PAST = "-with-past"  # ends the name of a task's variant with a cache
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that a model can be traced for.
+
+    Attributes:
+        name: Its name, without a cache.
+        auto_class: The class of transformers that loads a model for it.
+        heads: How the names of transformers' classes for it end.
+        inputs: Main inputs, one of which its models take; none for any. A model whose class could also be one for
+            text2text-generation is for the task if it takes the first.
+        cache: Which models have a variant with a cache, that generates; None for none.
+        adapters: PEFT's types of tasks whose adapters may be used for it.
+        is_classification: Whether its head is of use for no other task.
+        example: An example of what `generate` is given, as Python's code, where that is not a text.
+        example_options: The same as options of the command, by their Python names.
+    """
+
+    name: str
+    auto_class: str = ""
+    heads: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    cache: Literal["decoder", "encoder-decoder"] | None = None
+    adapters: tuple[str, ...] = ()
+    is_classification: bool = False
+    example: str = ""
+    example_options: Mapping[str, str] = field(default_factory=dict)
+
+
+_TASKS = (
+    Task("feature-extraction", "AutoModel", adapters=("FEATURE_EXTRACTION",)),
+    Task("sentence-similarity", inputs=("input_ids",), adapters=("FEATURE_EXTRACTION",)),
+    Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",)),
+    Task(
+        "text-classification",
+        "AutoModelForSequenceClassification",
+        ("ForSequenceClassification",),
+        adapters=("SEQ_CLS",),
+        is_classification=True,
+    ),
+    Task(
+        "token-classification",
+        "AutoModelForTokenClassification",
+        ("ForTokenClassification",),
+        adapters=("TOKEN_CLS",),
+        is_classification=True,
+    ),
+    Task(
+        "question-answering",
+        "AutoModelForQuestionAnswering",
+        ("ForQuestionAnswering",),
+        adapters=("QUESTION_ANS",),
+        is_classification=True,
+    ),
+    Task(
+        "text-generation",
+        "AutoModelForCausalLM",
+        ("ForCausalLM", "LMHeadModel"),
+        cache="decoder",
+        adapters=("CAUSAL_LM",),
+    ),
+    Task("image-text-to-text", "AutoModelForImageTextToText", cache="decoder", adapters=("CAUSAL_LM",)),
+    Task(
+        "text2text-generation",
+        "AutoModelForSeq2SeqLM",
+        ("ForConditionalGeneration",),
+        cache="encoder-decoder",
+        adapters=("SEQ_2_SEQ_LM",),
+    ),
+    Task(
+        "image-classification",
+        "AutoModelForImageClassification",
+        ("ForImageClassification",),
+        inputs=("pixel_values",),
+        adapters=("SEQ_CLS",),
+        is_classification=True,
+    ),
 )
-# tasks of an encoder and a decoder with a cache, which are two graphs
-ENCODER_DECODERS = ("text2text-generation-with-past", "automatic-speech-recognition-with-past")
-# those of a decoder, which is one graph: of ids, and of ids with embeddings of images beside them
+_BY_NAME = {task.name: task for task in _TASKS}
+# tasks of a decoder with a cache, which is one graph: of ids, and of ids with embeddings of images beside them
 DECODERS = ("text-generation-with-past", "image-text-to-text-with-past")
-GENERATING = (*DECODERS, *ENCODER_DECODERS)
-
-
+# that of an encoder and a decoder with a cache, which are two graphs
+TEXT_TO_TEXT = "text2text-generation-with-past"
 _PEFT_TASKS = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -41,25 +104,67 @@ _PEFT_TASKS = {
     "SEQ_2_SEQ_LM": "text2text-generation",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-# other tasks for which an adapter of a task type may be used
-_ALIKE = {
-    "SEQ_CLS": ("image-classification",),
-    "CAUSAL_LM": ("image-text-to-text",),
-    "SEQ_2_SEQ_LM": ("automatic-speech-recognition",),
-    "FEATURE_EXTRACTION": ("sentence-similarity",),
-}
-_WITH_CACHE = tuple(task.removesuffix("-with-past") for task in GENERATING)
+
+
+def all_tasks() -> Iterator[Task]:
+    """Yield the tasks; those that features add come last, and are imported when they are come to."""
+    yield from _TASKS
+    from gralora_fx.base.features import parts
+
+    for added in parts("tasks"):
+        yield from added
+
+
+def task_names() -> list[str]:
+    """Return the names of all tasks, each followed by that of its variant with a cache, if it has one."""
+    return [name for task in all_tasks() for name in dict.fromkeys((task.name, with_past(task.name)))]
+
+
+def find_task(name: str | None) -> Task | None:
+    """Return the task of a name, or of its variant with a cache; None if there is none."""
+    if name is None:
+        return None
+    base = name.removesuffix(_PAST)
+    return _BY_NAME.get(base) or next((task for task in all_tasks() if task.name == base), None)
+
+
+def task_of_class(name: str) -> str:
+    """Return the task of a transformers class by its name; `feature-extraction` if it names no head."""
+    found = next((task for task in all_tasks() if task.heads and name.endswith(task.heads)), None)
+    return "feature-extraction" if found is None else found.name
+
+
+def classifies(task: str) -> bool:
+    """Return whether the head of a task's models is of use for no other task."""
+    known = find_task(task)
+    return known is not None and known.is_classification
 
 
 def check_task(task: str | None) -> None:
     """Check the name of a task."""
-    if task is not None and task not in TASKS:
-        raise TraceError(f"unknown task {task!r}; take one of {', '.join(TASKS)}")
+    if task is None:
+        return
+    known = find_task(task)
+    if known is None or (known.cache is None and task != known.name):
+        raise TraceError(f"unknown task {task!r}; take one of {', '.join(task_names())}")
 
 
 def with_past(task: str) -> str:
-    """The `-with-past` variant of a task, if it has one."""
-    return f"{task}-with-past" if task in _WITH_CACHE else task
+    """Return the name of a task's variant with a cache, or its own if it has none."""
+    known = find_task(task)
+    return f"{task}{_PAST}" if known is not None and known.cache is not None and task == known.name else task
+
+
+def generates(task: str | None) -> bool:
+    """Return whether a task is the variant with a cache, whose exports answer prompts."""
+    known = find_task(task)
+    return known is not None and known.cache is not None and task != known.name
+
+
+def is_encoder_decoder(task: str | None) -> bool:
+    """Return whether a task is for an encoder and a decoder with a cache, which are two graphs."""
+    known = find_task(task) if generates(task) else None
+    return known is not None and known.cache == "encoder-decoder"
 
 
 def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> str | None:
@@ -84,7 +189,8 @@ def check_adapter_task(task_type: str | None, task: str | None, adapter: str) ->
     if task is None or adapter_task is None:
         return
     check_task(task)
-    if task.removesuffix("-with-past") not in (adapter_task, *_ALIKE.get(task_type or "", ())):
+    known = find_task(task)
+    if known is None or task_type not in known.adapters:
         raise ConfigError(
             f"the adapter {adapter} was trained for task_type {task_type}, which is task={adapter_task!r}, not {task}; "
             f"give task={adapter_task!r}, or another adapter"

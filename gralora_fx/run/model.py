@@ -259,7 +259,7 @@ class OrtModel(OpenExport):
         drafts, tokenizer = Drafts(prompt_lookup_num_tokens), self.tokenizer_or_none
         options = AnswerOptions(chosen, stop_strings(stop, tokenizer), drafts=drafts)
         if not (language is None and task is None and forced_bos_token_id is None):
-            from gralora_fx.run.generate.encoder_prompts import AnswerStart
+            from gralora_fx.run.generate.encoder_inputs import AnswerStart
 
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
         inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds)

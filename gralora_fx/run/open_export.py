@@ -5,7 +5,7 @@ How each kind of export is opened and generates is a `Reading`: the reading half
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from gralora_fx.base.sources.model_files import read_json_object
 from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.core.loading.tokenizers import load_tokenizer
 from gralora_fx.errors import ServingError, listed, warn_caller
+from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.adapter_paths import own_adapters
 from gralora_fx.format.export_directory import (
     DECODER_KIND,
@@ -27,6 +28,7 @@ from gralora_fx.format.export_directory import (
     check_own_file,
 )
 from gralora_fx.format.export_files import check_files, check_requirements, weight_files
+from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.buffered_steps import takes_buffers
@@ -38,6 +40,7 @@ from gralora_fx.run.sessions.session_views import is_current_form
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.answer_grammar import Grammars
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.sessions.adapter_file import AdapterInMemory
     from gralora_fx.run.sessions.placement import Placement
 
@@ -269,12 +272,24 @@ def _decoder_generation(export: OpenExport) -> Generation:
 def _encoder_decoder_generation(export: OpenExport) -> Generation:
     """A row of an encoder-decoder is opened with what the encoder reads, and rows run one after the other."""
     from gralora_fx.run.engine.encoder_decoder import EncoderDecoder, Encodings
-    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 
     limits, session = _limits(export), export.first_session
-    inputs = EncoderInputs(export.directory, export.config, session, limits, export.manifest.position_offset)
+    taken = {value.name: value for value in session.encoder.get_inputs() if not is_adapter_input(value.name)}
+    inputs = _reader_of(taken).of(export.directory, export.manifest, export.config, taken, limits)
     make = partial(EncoderDecoder, session, export.adapters, limits, encodings=Encodings())
     return Generation(limits, make, inputs)
+
+
+def _reader_of(inputs: Mapping[str, Any]) -> type[EncoderInputs]:
+    """Return what reads the prompts of an encoder: texts, those of a feature, or arrays alone."""
+    if IDS in inputs:
+        from gralora_fx.run.generate.text_sources import TextSources
+
+        return TextSources
+    from gralora_fx.base.features import parts
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
+
+    return next((kind for kind in parts("encoder inputs") if kind.reads(inputs)), EncoderInputs)
 
 
 def _limits(export: OpenExport) -> DecoderLimits:

@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 from gralora_fx.service.adapter_store.given_adapters import load_given
@@ -26,7 +27,6 @@ from gralora_fx.service.protocols.openai.completions import completion_routes
 from gralora_fx.service.protocols.openai.encoders import encoder_routes
 from gralora_fx.service.protocols.openai.models import adapter_routes, model_routes
 from gralora_fx.service.protocols.openai.responses import response_routes
-from gralora_fx.service.protocols.openai.speech import speech_routes
 from gralora_fx.service.protocols.openai.text_requests import QuestionReader
 from gralora_fx.service.service_routes import health_routes, info_routes, page_routes, service_info
 from gralora_fx.service.spans import SpanMiddleware, Tracing, tracing_of_environment
@@ -121,12 +121,20 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         texts = encoder_routes(engine)
     else:
         assert isinstance(engine, TextEngine)
-        texts = _text_routes(engine) if engine.takes_text else speech_routes(engine)
+        texts = _text_routes(engine) if engine.takes_text else _feature_routes(engine)
     app.include_router(texts)
     if texts.routes:
         metrics.measure_tokens(generated=isinstance(engine, TextEngine))
     if isinstance(engine, EncoderEngine):
         app.include_router(inference_routes(engine))
+
+
+def _feature_routes(engine: Engine) -> APIRouter:
+    """Return the routes that features add for a model."""
+    router = APIRouter()
+    for routes in parts("routes"):
+        router.include_router(routes(engine))
+    return router
 
 
 def _text_routes(engine: TextEngine) -> APIRouter:

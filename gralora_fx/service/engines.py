@@ -15,7 +15,7 @@ from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.errors import ServingError
 from gralora_fx.format.export_directory import PLAIN_KIND
 from gralora_fx.format.manifest import Manifest, read_manifest
-from gralora_fx.format.tasks import GENERATING
+from gralora_fx.format.tasks import generates
 from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.prefix_cache import PrefixCacheError
@@ -74,7 +74,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class TextEngine(Engine):
-    """A decoder that answers prompts, or an encoder-decoder that answers texts or recordings.
+    """A decoder that answers prompts, or an encoder-decoder that answers what its encoder reads.
 
     Attributes:
         tokenizer: The tokenizer beside the model.
@@ -91,7 +91,7 @@ class TextEngine(Engine):
 
     @property
     def takes_text(self) -> bool:
-        """Whether it answers texts, rather than recordings."""
+        """Whether it answers texts, rather than what else an encoder reads."""
         return self.inputs is None or self.inputs.takes_text
 
     @property
@@ -128,13 +128,13 @@ class EncoderEngine(Engine):
 
 def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     """Open the export and its own adapters, and run it once so that the first request finds it warm."""
-    generates = read_manifest(settings.directory, ServingError).task in GENERATING
+    is_generating = generates(read_manifest(settings.directory, ServingError).task)
     # an arena would keep for good what the longest prompt has taken
-    options = {"enable_cpu_mem_arena": False} if generates else None
+    options = {"enable_cpu_mem_arena": False} if is_generating else None
     runtime = runtime_of(None, None, options, settings.threads)
     model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
     manifest = model.manifest
-    if generates:
+    if is_generating:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")

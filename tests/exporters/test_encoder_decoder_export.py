@@ -159,7 +159,7 @@ def test_a_checkpoint_of_peft_generates_as_in_peft(name: str, tmp_path: Path) ->
     assert greedy_tokens(open_session(tmp_path / "onnx"), source, start, 10).equal(expected[:, -10:])
 
 
-def test_a_processor_is_saved_in_the_files_that_transformers_js_reads(tmp_path: Path) -> None:
+def test_a_processor_of_speech_is_saved_in_the_files_that_transformers_js_reads(tmp_path: Path) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer)

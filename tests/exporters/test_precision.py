@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +117,19 @@ def test_a_model_of_half_precision_exports_in_its_own_or_another(dtype: str, pre
 
 
 @pytest.mark.parametrize(("dtype", "options"), [("float16", {}), ("bfloat16", {"quantize": "int8"})])
-def test_a_model_of_half_precision_takes_images_and_sound_of_its_own(
-    dtype: str, options: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("make", "task"),
+    [(IMAGE_MODELS["vit"], None), (tiny_whisper, "automatic-speech-recognition-with-past")],
+    ids=["images", "speech"],
+)
+def test_a_model_of_half_precision_takes_inputs_of_its_own(
+    make: Callable[[], Any], task: str | None, dtype: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    tasks = {"vit": None, "whisper": "automatic-speech-recognition-with-past"}
-    for name, source in (("vit", IMAGE_MODELS["vit"]()), ("whisper", tiny_whisper())):
-        traced = trace(source.to(getattr(torch, dtype)), task=tasks[name])
-        report = export_onnx(traced, tmp_path / name, **options)
-        assert report.verification is not None
-        assert report.verification.passed, name
-        assert report.quality is not None or not options or name == "whisper"
+    report = export_onnx(trace(make().to(getattr(torch, dtype)), task=task), tmp_path / "onnx", **options)
+    assert report.verification is not None
+    assert report.verification.passed
+    assert report.quality is not None or not options or task is not None
 
 
 def test_verification_sees_wrong_weights_of_half_precision(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 from starlette.testclient import TestClient
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture
@@ -21,3 +22,19 @@ def client(service: tuple[str, Any]) -> Iterator[openai.OpenAI]:
     """The official client, at the address."""
     with openai.OpenAI(base_url=f"{service[0]}v1", api_key="none", max_retries=0, timeout=60) as made:
         yield made
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many characters tokenizers are given."""
+    sizes: list[int] = []
+    own = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, text: Any = None, pair: Any = None, **options: Any) -> Any:
+        sizes.extend(
+            len(each) for given in (text, pair) for each in ([given] if isinstance(given, str) else given or ())
+        )
+        return own(self, text, pair, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    return sizes

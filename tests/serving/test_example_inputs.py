@@ -97,7 +97,7 @@ CASES: dict[str, Callable[[], TracedModel]] = {
         for name, make in IMAGE_MODELS.items()
         if name in ("vit", "swin")
     },  # type: ignore[misc]
-    "sound and texts": texts("whisper"),
+    "speech and texts": texts("whisper"),
 }
 
 

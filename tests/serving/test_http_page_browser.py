@@ -35,7 +35,6 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
 from gralora_fx.format import adapter_paths
-from gralora_fx.run.generate.recordings import read_audio
 from gralora_fx.service.replies import TextAnswers
 from gralora_fx.serving import Decoder, load
 
@@ -625,7 +624,9 @@ def test_bars_of_relevance(page: Page, folder: Path, services: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
-def test_a_recording_is_written_down(page: Page, folder: Path, services: Any) -> None:
+def test_speech_is_written_down(page: Page, folder: Path, services: Any) -> None:
+    from gralora_fx.features.speech.recordings import read_audio
+
     traced = trace(tiny_whisper(), task="automatic-speech-recognition-with-past")
     export_onnx(traced, folder / "whisper", tokenizer=processor(), verify=False)
     (folder / "a.wav").write_bytes(wav(sound()))

@@ -19,7 +19,7 @@ from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.generate.recordings import read_audio
+from gralora_fx.features.speech.recordings import read_audio
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sentence_encoders import save_encoder
 from served_exports import chat_tokenizer, decoders
 from starlette.testclient import TestClient
 from tiny_models import tiny_model
-from tiny_speech import processor
-from transformers import PreTrainedTokenizerFast
 
 from gralora_fx import trace
 from gralora_fx.core.config.service_settings import ServiceSettings
@@ -20,7 +17,6 @@ from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine.limits import TooLargeError
-from gralora_fx.run.generate.speech_prompt import earlier_text
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
 
@@ -75,22 +71,6 @@ def ranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many characters tokenizers are given."""
-    sizes: list[int] = []
-    own = PreTrainedTokenizerFast.__call__
-
-    def counted(self: Any, text: Any = None, pair: Any = None, **options: Any) -> Any:
-        sizes.extend(
-            len(each) for given in (text, pair) for each in ([given] if isinstance(given, str) else given or ())
-        )
-        return own(self, text, pair, **options)
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
-    return sizes
-
-
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_no_request_has_it_tokenized(request: pytest.FixtureRequest, read: list[int], name: str) -> None:
     kind, path, body, field = TOO_LONG[name]
@@ -119,15 +99,3 @@ def test_python_refuses_it_likewise(exported: Path, read: list[int]) -> None:
     assert max(read) < 100
     with pytest.raises(ServingError, match="prompt 0 has 64 tokens, more than the context of 64"):
         model.generate("a" * 64)
-
-
-def test_of_text_before_a_recording_the_end_is_tokenized(read: list[int]) -> None:
-    tokenizer = processor().tokenizer
-    words = " ".join(f"word{number}" for number in range(50_000))
-    expected = tokenizer.get_prompt_ids(words, return_tensors="np").tolist()
-    read.clear()
-    found = earlier_text(tokenizer, words, 448)
-    assert found == (expected[0], *expected[-223:])
-    assert max(read) < 100_000
-    unbroken = "a" * 10_000  # is tokenized whole, since no cut is sure
-    assert len(earlier_text(tokenizer, unbroken, 448)) == 224

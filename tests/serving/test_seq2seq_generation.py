@@ -1,4 +1,4 @@
-"""`generate` of encoder-decoders: texts, ids, recordings and features, with transformers' `generate` as the oracle."""
+"""`generate` of encoder-decoders that read texts, with transformers' `generate` as the oracle."""
 
 from __future__ import annotations
 
@@ -10,27 +10,19 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import WIDE
-from tiny_speech import END, RATE, VOCABULARY, features, processor, sound, tiny_whisper
 from tiny_tokenizers import tiny_tokenizer
 from traces import fresh
-from transformers import (
-    MoonshineConfig,
-    MoonshineForConditionalGeneration,
-    PreTrainedModel,
-    Wav2Vec2FeatureExtractor,
-    Wav2Vec2Processor,
-)
+from transformers import PreTrainedModel
 
-from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
+from gralora_fx import GraloraConfig, LoraConfig, rewrite
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.generate.recordings import Audio
 from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-TEXT, SPEECH = "text2text-generation-with-past", "automatic-speech-recognition-with-past"
+TEXT = "text2text-generation-with-past"
 SOURCES = ("a short one", "b", "and this is a longer text")
 
 
@@ -43,14 +35,6 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, PreTrained
         setattr(model.generation_config, name, value)
         setattr(traced.generation_config, name, value)
     export_onnx(traced, path, tokenizer=tiny_tokenizer(), verify=False)
-    return load(path), model
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> tuple[OrtModel, PreTrainedModel]:
-    path = tmp_path_factory.mktemp("whisper") / "onnx"
-    model = tiny_whisper()
-    export_onnx(trace(model, task=SPEECH), path, tokenizer=processor(), verify=False)
     return load(path), model
 
 
@@ -118,38 +102,6 @@ def test_streams_stops_and_scores_are_those_of_decoders(bart: tuple[OrtModel, Pr
     assert abs(first.logprob - float(logits.log_softmax(-1)[7])) < 1e-3  # the model's own, before it was forced
 
 
-def test_recordings_are_written_down_as_transformers_does(whisper: tuple[OrtModel, PreTrainedModel]) -> None:
-    model, source = whisper
-    sounds = [sound(seed) for seed in range(3)]
-    expected = [source.generate(features(one))[0].tolist() for one in sounds]
-    expected = [tokens[: tokens.index(END)] if END in tokens else tokens for tokens in expected]
-    texts = [processor().decode(tokens, skip_special_tokens=True) for tokens in expected]
-    assert model.generate(sounds[0]) == texts[0]
-    assert model.generate(sounds) == texts
-    assert model.generate(torch.from_numpy(np.stack(sounds))) == texts
-    assert model.generate({"array": sounds[1], "sampling_rate": RATE}) == texts[1]
-    assert model.generate(input_features=torch.cat([features(one) for one in sounds])) == expected
-    assert len(set(texts)) == 3
-
-
-@pytest.mark.parametrize(
-    "options", [{"language": "de"}, {"language": "english", "task": "translate"}, {"max_new_tokens": 4}]
-)
-def test_language_task_and_length_of_a_recording(whisper: tuple[OrtModel, PreTrainedModel], options: Any) -> None:
-    model, source = whisper
-    expected = source.generate(features(sound(5)), **options)[0].tolist()
-    (found,) = model.generate(input_features=features(sound(5)), **options)
-    assert found == (expected[: expected.index(END)] if END in expected else expected)
-
-
-def test_a_recording_at_another_rate_is_resampled(whisper: tuple[OrtModel, PreTrainedModel]) -> None:
-    model, _ = whisper
-    high = sound(rate=48_000)
-    found = model.generate({"array": high, "sampling_rate": 48_000}, language="en")
-    assert found == model.generate(Audio(high, 48_000).at(RATE), language="en")
-    assert found != model.generate(high[:RATE], language="en")
-
-
 @pytest.mark.parametrize("mode", ["data", "inputs"])
 @pytest.mark.parametrize(
     "config",
@@ -203,8 +155,8 @@ def until_end(tokens: list[int]) -> list[int]:
         (["a", " \n"], {}, "the source is empty; give a text"),
         ([3, 101], {}, "the source holds token 101, outside the vocabulary of 101"),
         ([3, -1], {}, "the source holds token -1"),
-        (sound(), {}, "the model reads text, not sound"),
-        ({"array": sound(), "sampling_rate": RATE}, {}, "the model reads text, not sound"),
+        (np.zeros(20, np.float32), {}, "the model reads text, not sound"),
+        ({"array": [0.5], "sampling_rate": 16_000}, {}, "the model reads text, not sound"),
         ([3], {"language": "de"}, "language has no effect: the model reads text"),
         ([3], {"task": "translate"}, "task has no effect: the model reads text"),
         (None, {"input_features": np.zeros((1, 8, 40))}, "input_features has no effect: the model reads text"),
@@ -221,78 +173,6 @@ def test_what_a_model_of_text_does_not_take_is_said(
 ) -> None:
     with pytest.raises(ServingError, match=message):
         bart[0].generate(given, **options)
-
-
-@pytest.mark.parametrize(
-    ("given", "options", "message"),
-    [
-        ("text", {}, "reads sound, not text"),
-        (np.zeros((200, 2), np.float32), {}, r"shape \[200, 2\]; give the samples of one channel"),
-        (np.zeros(20, np.int16), {}, "reads sound, not text; give a recording as an array of floats"),
-        ([1, 2, 3], {}, "reads sound, not text"),
-        (["a", "b"], {}, "reads sound, not text"),
-        ([], {}, "there is no recording"),
-        (None, {}, "give either recordings, as arrays of samples, or input_features"),
-        (None, {"input_ids": [[1]]}, "reads sound, not text"),
-        (sound(), {"input_features": np.zeros((1, 8, 40))}, "give either recordings"),
-        (sound(), {"attention_mask": [[1]]}, "attention_mask is given without input_features"),
-        (None, {"input_features": np.zeros((1, 8, 41))}, r"shape \[1, 8, 41\], but the model takes"),
-        (None, {"input_features": np.zeros((8, 40))}, r"shape \[8, 40\], but the model takes"),
-        (sound(seconds=1.1), {}, r"the audio is 1\.1 seconds long, and the model reads 1 at a time"),
-        (np.zeros(0, np.float32), {}, "the audio has no samples"),
-        (sound(), {"language": "fr"}, "no language 'fr'; there is de, en"),
-        (sound(), {"language": ["de"]}, "language must be a text, but got"),
-        (sound(), {"task": "sing"}, "no task 'sing'"),
-        (sound(), {"task": [1]}, "task must be a text, but got"),
-        (sound(), {"adapter": []}, "adapter has 0 names for 1 rows"),
-        (sound(), {"forced_bos_token_id": 3}, "forced_bos_token_id has no effect"),
-        (sound(), {"max_new_tokens": 40}, "more than the context of 32"),
-    ],
-)
-def test_what_a_model_of_speech_does_not_take_is_said(
-    whisper: tuple[OrtModel, PreTrainedModel], given: Any, options: Any, message: str
-) -> None:
-    with pytest.raises(ServingError, match=message):
-        whisper[0].generate(given, **options)
-
-
-def test_a_model_of_speech_without_its_processor_takes_features_alone(tmp_path: Path) -> None:
-    export_onnx(trace(tiny_whisper(), task=SPEECH), tmp_path / "onnx", verify=False)
-    model = load(tmp_path / "onnx")
-    (found,) = model.generate(input_features=features(sound()), max_new_tokens=4)
-    assert len(found) == 4
-    assert max(found) < VOCABULARY
-    with pytest.raises(ServingError, match=r"holds no preprocessor_config\.json"):
-        model.generate(sound())
-
-
-def test_a_model_that_reads_samples_themselves_takes_recordings_of_any_length(tmp_path: Path) -> None:
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "encoder_num_hidden_layers": 1,
-        "decoder_num_hidden_layers": 1,
-        "encoder_num_attention_heads": 4,
-        "decoder_num_attention_heads": 4,
-        "vocab_size": 101,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.6,
-    }
-    torch.manual_seed(0)
-    model = MoonshineForConditionalGeneration(MoonshineConfig(**{**SPECIAL, **sizes})).eval()
-    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE)
-    whole = Wav2Vec2Processor(extractor, tiny_tokenizer())
-    export_onnx(trace(model, task=SPEECH), tmp_path / "onnx", tokenizer=whole, verify=False)
-    samples = [sound(seed, seconds=0.4 + 0.3 * seed) for seed in range(2)]
-    expected = []
-    for one in samples:
-        read = extractor(one, sampling_rate=RATE, return_attention_mask=True, return_tensors="pt")
-        tokens = model.generate(**read, max_new_tokens=6, num_beams=1)[0].tolist()[1:]
-        expected.append(tiny_tokenizer().decode(until_end(tokens), skip_special_tokens=True))
-    served = load(tmp_path / "onnx")
-    assert served.generate(samples, max_new_tokens=6) == expected
-    with pytest.raises(ServingError, match="language='en' has no effect"):
-        served.generate(samples[0], language="en")
 
 
 def test_a_decoder_has_no_source(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from traces import fresh
 from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
+from gralora_fx.features.speech.speech_prompt import SpeechPrompt, earlier_text
 from gralora_fx.run.generate.generation_rules import GenerationRules
-from gralora_fx.run.generate.recordings import Audio, SpeechReader, is_recording, recording
+from gralora_fx.run.generate.prompts import is_signal
 from gralora_fx.run.generate.sampling import Sampling
-from gralora_fx.run.generate.speech_prompt import SpeechPrompt, earlier_text
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import load
 
@@ -146,7 +147,7 @@ def test_a_recording_is_read_as_the_processor_reads_it(export: Path) -> None:
     reader = SpeechReader(export, {value.name: value for value in session.encoder.get_inputs()})
     assert (reader.rate, reader.most_seconds) == (RATE, 1.0)
     for value in (sound(), torch.from_numpy(sound()), {"array": sound(), "sampling_rate": RATE}, sound().tolist()):
-        assert is_recording(value)
+        assert is_signal(value)
         found = reader.features(recording(value, reader.rate))
         assert list(found) == ["input_features"]
         assert np.allclose(found["input_features"], features(sound()).numpy(), atol=1e-5)
@@ -156,7 +157,7 @@ def test_a_recording_is_read_as_the_processor_reads_it(export: Path) -> None:
 
 @pytest.mark.parametrize("value", ["text", [1, 2, 3], np.zeros((2, 3)), np.arange(4), {"array": [0.5]}, None, []])
 def test_what_is_not_a_recording(value: Any) -> None:
-    assert not is_recording(value)
+    assert not is_signal(value)
 
 
 @pytest.mark.parametrize(
@@ -218,8 +219,21 @@ def test_the_length_of_an_answer_is_that_of_whispers_generate(export: Path, leng
     source = model()
     source.generation_config = transformers.GenerationConfig(**{**RULES, "max_length": length, "eos_token_id": 60})
     expected = source.generate(features(sound(8)), language="de")[0].tolist()
-    rules = GenerationRules.of(export, load(export).config, frozenset({60}))
-    rules = dataclasses.replace(rules, config=source.generation_config)
+    inputs = load(export).encoder_inputs
+    assert inputs is not None
+    rules = dataclasses.replace(inputs.rules, config=source.generation_config, ends=frozenset({60}))
     tokens = SpeechPrompt(rules, "de").tokens()
     most = rules.new_tokens(len(tokens))
     assert min(most or 20, 32 - len(tokens)) == len(expected)  # 20 where nothing is said, by transformers alone
+
+
+def test_of_text_before_a_recording_the_end_is_tokenized(read: list[int]) -> None:
+    tokenizer = processor().tokenizer
+    words = " ".join(f"word{number}" for number in range(50_000))
+    expected = tokenizer.get_prompt_ids(words, return_tensors="np").tolist()
+    read.clear()
+    found = earlier_text(tokenizer, words, 448)
+    assert found == (expected[0], *expected[-223:])
+    assert max(read) < 100_000
+    unbroken = "a" * 10_000  # is tokenized whole, since no cut is sure
+    assert len(earlier_text(tokenizer, unbroken, 448)) == 224

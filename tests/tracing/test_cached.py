@@ -115,6 +115,9 @@ def test_a_model_without_such_a_cache_is_refused() -> None:
         trace(tiny_model("bert"), task=TASK)
     with pytest.raises(TraceError, match=r"'text2text-generation-with-past' is not one of BertForSequence"):
         trace(tiny_model("bert"), task="text2text-generation-with-past")
+
+
+def test_t5_is_no_model_of_speech() -> None:
     with pytest.raises(TraceError, match=r"takes input_features or .*, but T5ForConditionalGeneration takes input_ids"):
         trace(tiny_model("t5"), task="automatic-speech-recognition-with-past")
 

@@ -119,6 +119,9 @@ def test_one_row_may_be_the_example() -> None:
 def test_a_task_that_does_not_fit_is_refused() -> None:
     with pytest.raises(TraceError, match=r"'text2text-generation-with-past' is not one of LlamaForCausalLM"):
         trace(tiny_model("llama"), task="text2text-generation-with-past")
+
+
+def test_a_model_of_texts_is_not_one_of_speech() -> None:
     with pytest.raises(
         TraceError, match=r"takes input_features or .*, but BartForConditionalGeneration takes input_ids"
     ):

@@ -30,8 +30,8 @@ from transformers.exporters import utils as exporter_utils
 from transformers.pytorch_utils import Conv1D
 
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.core.tracing.inputs.samples import task_of_class
 from gralora_fx.errors import TraceError
+from gralora_fx.format.tasks import task_of_class
 
 
 class Mlp(nn.Module):

@@ -31,26 +31,11 @@ from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, empty_model
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
-from gralora_fx.core.tracing.inputs.samples import task_of_class
 from gralora_fx.core.tracing.sentence_encoder import SENTENCE_TASK
 from gralora_fx.errors import GraloraError, TraceError, first_line, warn_caller
-from gralora_fx.format.tasks import check_task
+from gralora_fx.format.tasks import check_task, classifies, find_task, task_of_class
 
 _log = logging.getLogger(__name__)
-
-_AUTO_CLASSES = {
-    "feature-extraction": "AutoModel",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
-    "text-generation": "AutoModelForCausalLM",
-    "image-text-to-text": "AutoModelForImageTextToText",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
-    "image-classification": "AutoModelForImageClassification",
-}
-_CLASSIFIERS = ("text-classification", "token-classification", "question-answering", "image-classification")
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:
@@ -76,7 +61,9 @@ def _auto_class(config: PreTrainedConfig, task: str) -> str:
         task = "text-generation"
     if task == "text-generation" and reads_images and not is_decoder:
         task = "image-text-to-text"
-    return _AUTO_CLASSES[task]
+    known = find_task(task)
+    assert known is not None  # which was checked
+    return known.auto_class
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:
@@ -96,7 +83,7 @@ def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
     """Warn if a head trained for one task is used for another, since both classes may have the same tensors."""
     saved = _saved_class(model.config)
     saved_task, requested = task_of_class(saved or ""), task_of_class(type(model).__name__)
-    if saved_task != requested and saved_task in _CLASSIFIERS and requested in _CLASSIFIERS:
+    if saved_task != requested and classifies(saved_task) and classifies(requested):
         warn_caller(
             f"{origin} was saved as {saved}: its head was trained for {saved_task}, not for {requested}; take "
             f"task={saved_task!r}"

@@ -26,7 +26,7 @@ class RowMemory:
     Attributes:
         taken: Bytes that it has now.
         claim: Bytes that it has at most, at its end.
-        source: Bytes of both that are of what the row was opened with, such as a recording.
+        source: Bytes of both that are of what the row was opened with, such as the source of an encoder.
     """
 
     taken: int

@@ -11,7 +11,7 @@ from gralora_fx.run.generate.speculation import Drafts
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.answer_grammar import AnswerGrammar
-    from gralora_fx.run.generate.encoder_prompts import AnswerStart
+    from gralora_fx.run.generate.encoder_inputs import AnswerStart
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gralora_fx.run.generate.detokenizer import TextStream
 from gralora_fx.run.generate.token_choice import Choice, TokenChooser, TokenScore, token_scores
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.encoder_inputs import EncoderInput
+    from gralora_fx.run.generate.prompts import EncoderInput
 
 Ending: TypeAlias = Literal["stop", "length"]
 

@@ -19,7 +19,6 @@ from gralora_fx.run.generate.speculation import Speculation
 if TYPE_CHECKING:
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 
-_FEATURES, _MASK = "input_features", "attention_mask"
 Adapter: TypeAlias = str | Sequence[str | None] | None
 
 
@@ -50,13 +49,12 @@ class Generation:
         reader = self.encoder_inputs
         if reader is None:
             reason = "the model is a decoder, without an encoder"
-            inputs.check_unused(reason, _FEATURES)
+            inputs.check_unused(reason, "input_features")
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return with_images(texts, inputs.inputs_embeds)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
-        from gralora_fx.run.generate.encoder_prompts import AnswerStart, EncoderPrompts
+        from gralora_fx.run.generate.encoder_inputs import AnswerStart
 
-        start = options.start or AnswerStart()
-        return EncoderPrompts(reader, self.limits, self.open_decoder).read(inputs, start, adapter, tokenizer)
+        return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)

@@ -43,10 +43,6 @@ _SEARCH: Mapping[str, tuple[Any, ...]] = {
     "watermarking_config": (None,),
     "stop_strings": (None,),
     "max_time": (None,),
-    "return_timestamps": (None, False),
-    "logprob_threshold": (None,),
-    "compression_ratio_threshold": (None,),
-    "no_speech_threshold": (None,),
 }
 
 
@@ -58,7 +54,7 @@ class GenerationRules:
         directory: The export directory, for messages.
         config: What its `generation_config.json` says; where there is none, its `config.json`.
         ends: Ids of the tokens that end an answer.
-        uncounted: How many tokens before an answer its `max_length` does not count: of Whisper all that it begins with.
+        uncounted: How many tokens before an answer its `max_length` does not count.
     """
 
     directory: Path
@@ -67,8 +63,26 @@ class GenerationRules:
     uncounted: int = 0
 
     @classmethod
-    def of(cls, directory: Path, model_config: Mapping[str, Any], ends: frozenset[int]) -> GenerationRules:
-        """The rules of an export."""
+    def of(
+        cls,
+        directory: Path,
+        model_config: Mapping[str, Any],
+        ends: frozenset[int],
+        *,
+        reads_ids: bool = False,
+        uncounted: int = 0,
+        more_search: Mapping[str, tuple[Any, ...]] | None = None,
+    ) -> GenerationRules:
+        """Read the rules of an export.
+
+        Args:
+            directory: The export directory.
+            model_config: Fields of its `config.json`, in which old models have the same fields.
+            ends: Ids of the tokens that end an answer.
+            reads_ids: Whether the encoder reads tokens, which rules of repetition look at.
+            uncounted: As of the class.
+            more_search: More fields that choose how `generate` searches, with the values that are followed.
+        """
         path = directory / GENERATION_CONFIG
         fields = read_json_object(path, ServingError) if path.is_file() else {}
         names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
@@ -76,10 +90,8 @@ class GenerationRules:
         try:
             with quiet():
                 config = GenerationConfig.from_dict({**named, **fields})
-            is_whisper = model_config.get("model_type") == "whisper"
-            positions = model_config.get("max_target_positions") if is_whisper else None
-            rules = cls(directory, config, ends, positions // 2 - 1 if isinstance(positions, int) else 0)
-            rules.processors(Sampling(), [rules.start], 1, None if is_whisper else [rules.start])
+            rules = cls(directory, config, ends, uncounted)
+            rules.processors(Sampling(), [rules.start], 1, [rules.start] if reads_ids else None)
         except ServingError:
             raise
         except Exception as error:  # whatever a value of another type makes transformers raise
@@ -87,7 +99,7 @@ class GenerationRules:
                 f"{path if path.is_file() else directory / 'config.json'} cannot be followed ({first_line(error)}); "
                 "repair it, or export the model again"
             ) from error
-        rules.warn_of_search()
+        rules.warn_of_search({**_SEARCH, **(more_search or {})})
         return rules
 
     @property
@@ -169,11 +181,11 @@ class GenerationRules:
             begin = length if length > 1 or first is None else length + 1
             yield SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin)
 
-    def warn_of_search(self) -> None:
-        """Warn of fields that choose another search than one token after the other, which are not followed."""
+    def warn_of_search(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
+        """Warn of fields whose values are not among those that are followed: they choose another search."""
         others = [
             f"{name}={value}"
-            for name, followed in _SEARCH.items()
+            for name, followed in fields.items()
             if (value := getattr(self.config, name, None)) not in followed
         ]
         if others:

@@ -21,7 +21,7 @@ from gralora_fx.run.generate.prompts import Prompts
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.encoder_inputs import EncoderInput
+    from gralora_fx.run.generate.prompts import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
 _FORCED = 32  # tokens that a grammar forces, in a step

@@ -20,9 +20,32 @@ from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.sessions.ort_values import plain_array
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.encoder_inputs import EncoderInput
+    from gralora_fx.run.generate.generation_rules import GenerationRules
+    from gralora_fx.run.generate.sampling import Sampling
 
+SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets package names them
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """What an encoder reads for an answer, and what the model's own rules say of it.
+
+    Attributes:
+        arrays: What it reads, by name, each `[1, ...]`.
+        rules: The rules of the model.
+        ids: The tokens that it reads; None for features.
+        forced_first: The token that the answer begins with; None for the model's, if it has one.
+    """
+
+    arrays: Source
+    rules: GenerationRules
+    ids: tuple[int, ...] | None = None
+    forced_first: int | None = None
+
+    def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
+        """What changes the logits of the answer (see `GenerationRules.processors`)."""
+        return self.rules.processors(sampling, prompt, new_tokens, self.ids, self.forced_first)
 
 
 @dataclass(frozen=True)
@@ -127,6 +150,19 @@ def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
         [token for token, counts in zip(*pair, strict=True) if counts] for pair in zip(rows, masks, strict=True)
     ]
     return Prompts(unpadded, is_single and bool(ids), gives_text=False)
+
+
+def is_signal(value: Any) -> bool:
+    """Return whether a prompt is a signal: samples of one channel, or a dict of them with their rate."""
+    if isinstance(value, Mapping):
+        return SAMPLES in value and RATE in value
+    array = np.asarray(value) if isinstance(value, (list, tuple)) and value and _is_float(value[0]) else value
+    kind = str(getattr(array, "dtype", "")).rpartition(".")[2]
+    return getattr(array, "ndim", None) == 1 and kind.startswith(("float", "bfloat"))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, (float, np.floating))
 
 
 def with_images(prompts: Prompts, embeds: Any) -> Prompts:

@@ -8,36 +8,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gralora_fx.core.graph.module_tree import kept_modes
 from gralora_fx.core.tracing.inputs.widened import padded
 from gralora_fx.errors import TraceError
-from gralora_fx.format.tasks import DECODERS, check_task
+from gralora_fx.format.tasks import (
+    DECODERS,
+    all_tasks,
+    check_task,
+    classifies,
+    find_task,
+    is_encoder_decoder,
+    task_of_class,
+    with_past,
+)
 
-_HEADS = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForImageClassification": "image-classification",
-    "ForSpeechSeq2Seq": "automatic-speech-recognition",
-    "ForConditionalGeneration": "text2text-generation",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-}
-_CLASSIFIERS = {"text-classification", "token-classification", "question-answering", "image-classification"}
-_TAKES = {
-    "sentence-similarity": ("input_ids",),
-    "image-classification": ("pixel_values",),
-    "automatic-speech-recognition": ("input_features", "input_values"),
-}
 _MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
-_BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
-_FRAMES = 20  # of speech
-_SAMPLES = 4000  # a quarter of a second of speech
+BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 
 
 def main_input(model: PreTrainedModel) -> str:
-    """The name of the input that holds a text, an image or a sound.
+    """The name of the input that holds a text, an image or another signal.
 
     Where the class names one that may be any of them, it is the first of their usual names that its forward takes.
     """
@@ -49,13 +38,17 @@ def main_input(model: PreTrainedModel) -> str:
 def infer_task(model: PreTrainedModel) -> str:
     """The task of a model by its class name; `feature-extraction` for a bare model."""
     task = task_of_class(type(model).__name__)
-    if task == "text2text-generation" and main_input(model) == "input_features":
-        return "automatic-speech-recognition"
-    if task == "text2text-generation":
-        from gralora_fx.core.tracing.inputs.image_inputs import reads_images
+    if task != "text2text-generation":
+        return task
+    main = main_input(model)
+    other = next(
+        (other for other in all_tasks() if other.cache == "encoder-decoder" and main in other.inputs[:1]), None
+    )
+    if other is not None:
+        return other.name
+    from gralora_fx.core.tracing.inputs.image_inputs import reads_images
 
-        return "image-text-to-text" if reads_images(model) else task
-    return task
+    return "image-text-to-text" if reads_images(model) else task
 
 
 def check_head(model: PreTrainedModel, task: str) -> None:
@@ -68,7 +61,7 @@ def check_head(model: PreTrainedModel, task: str) -> None:
         model_task,
         requested,
     )  # a class may name no head, and any model can return features
-    if model_task != requested and is_known and not _CLASSIFIERS.isdisjoint((model_task, requested)):
+    if model_task != requested and is_known and (classifies(model_task) or classifies(requested)):
         raise TraceError(
             f"{type(model).__name__} is a model for {model_task}, not for {task}; leave task out, or load the class "
             f"for {task}"
@@ -76,15 +69,11 @@ def check_head(model: PreTrainedModel, task: str) -> None:
 
 
 def _check_main_input(model: PreTrainedModel, task: str) -> None:
-    takes, main = _TAKES.get(task.removesuffix("-with-past")), main_input(model)
-    if takes is not None and main not in takes and task != infer_task(model):  # some classify images given as tokens
+    known, main = find_task(task), main_input(model)
+    takes = () if known is None else known.inputs
+    if takes and main not in takes and task != infer_task(model):  # some classify images given as tokens
         expected = " or ".join(takes)
         raise TraceError(f"task {task!r} takes {expected}, but {type(model).__name__} takes {main}; give its task")
-
-
-def task_of_class(name: str) -> str:
-    """The task of a transformers class by its name; `feature-extraction` if it names no head."""
-    return next((task for head, task in _HEADS.items() if name.endswith(head)), "feature-extraction")
 
 
 def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
@@ -95,8 +84,8 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
 
         return cached_inputs(model, images=task != DECODERS[0])
     main = main_input(model)
-    with_past = task.endswith("-with-past")
-    if with_past and (task in DECODERS or not model.config.is_encoder_decoder):
+    has_cache = task.endswith("-with-past")
+    if has_cache and (task in DECODERS or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
     _check_main_input(model, task)
     generator = torch.Generator().manual_seed(0)
@@ -107,11 +96,11 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
         inputs["attention_mask"] = torch.ones_like(inputs[main])
         if "token_type_ids" in accepted and _has_token_types(model, task):
             inputs["token_type_ids"] = torch.zeros_like(inputs[main])
-    if with_past:
+    if has_cache:
         from gralora_fx.core.tracing.inputs.cached_steps import decoder_step
 
         return decoder_step(model, padded(inputs))
-    feeds_decoder = task.startswith(("text2text", "automatic-speech")) or task == "feature-extraction"
+    feeds_decoder = is_encoder_decoder(with_past(task)) or task == "feature-extraction"
     if feeds_decoder and "decoder_input_ids" in accepted and model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = _token_ids(model, _DECODER_LENGTH, generator)
     return inputs
@@ -128,49 +117,20 @@ def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -
     if name == "input_ids":
         return _token_ids(model, _LENGTH, generator)
     if name == "pixel_values":
-        config = _part_with(config, "image_size")
+        config = part_with(config, "image_size")
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return torch.randn(_BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
-    sounds = [torch.randn(shape, generator=generator) for shape in _sound_shapes(config, name)]
-    if sounds:
-        return next((sound for sound in sounds if len(sounds) > 1 and _takes(model, name, sound)), sounds[0])
+        return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+    from gralora_fx.base.features import parts
+
+    for example_of in parts("example inputs"):
+        example: torch.Tensor | None = example_of(model, name, generator)
+        if example is not None:
+            return example
     raise TraceError(f"{type(model).__name__} takes {name}, for which no example is known; give example_inputs")
 
 
-def _sound_shapes(config: Any, name: str) -> list[tuple[int, ...]]:
-    """The shapes that a sound may have for a model, the most common first; none of another input."""
-    bins = getattr(_part_with(config, "num_mel_bins"), "num_mel_bins", None)
-    if name == "input_values":
-        if bins and hasattr(config, "max_length"):
-            return [(_BATCH, config.max_length, bins)]  # a spectrogram
-        return [(_BATCH, _SAMPLES), (_BATCH, 1, _SAMPLES)]  # some take a channel
-    if name != "input_features":
-        return []
-    width = _frame_width(config)
-    frames = 2 * getattr(config, "max_source_positions", 64)
-    shapes: list[tuple[int, ...]] = [(_BATCH, bins, frames), (_BATCH, frames, bins)] if bins else []
-    return shapes or ([(_BATCH, _FRAMES, width)] if width else [])
-
-
-def _takes(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
-    """Whether a model, in evaluation mode, runs on an input alone."""
-    try:
-        with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=()):
-            model.eval()
-            model(**{name: value.to(model.dtype)})
-    except Exception:  # noqa: BLE001  # a model raises what it likes where a shape is not its own
-        return False
-    return True
-
-
-def _frame_width(config: Any) -> int | None:
-    """How many features a frame of speech has, of a model that takes `[batch, frames, features]`; None of another."""
-    names = ("feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
-    return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)
-
-
-def _part_with(config: Any, field: str) -> Any:
+def part_with(config: Any, field: str) -> Any:
     """The part of a configuration that has a field; the configuration itself where none does."""
     if hasattr(config, field):
         return config
@@ -181,7 +141,7 @@ def _part_with(config: Any, field: str) -> Any:
 def _token_ids(model: PreTrainedModel, length: int, generator: torch.Generator) -> torch.Tensor:
     text_config = model.config.get_text_config()
     size = getattr(text_config, "vocab_size", 100)
-    ids = torch.randint(min(3, size - 1), size, (_BATCH, length), generator=generator)
+    ids = torch.randint(min(3, size - 1), size, (BATCH, length), generator=generator)
     for special in ("pad_token_id", "eos_token_id"):
         token = getattr(text_config, special, None)
         if isinstance(token, int):

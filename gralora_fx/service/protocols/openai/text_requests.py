@@ -23,6 +23,7 @@ from gralora_fx.run.generate.call_reader import CallReader
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.generate.prompts import stop_strings
+from gralora_fx.run.generate.text_sources import TextSources
 from gralora_fx.run.generate.tool_template import attempts
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.idle_fields import OF_REASONING
@@ -60,6 +61,7 @@ class QuestionReader:
     def __init__(self, engine: TextEngine) -> None:
         """Begin without requests."""
         self._engine = engine
+        self._sources = engine.inputs if isinstance(engine.inputs, TextSources) else None
         self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx forms")
 
     async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
@@ -81,14 +83,14 @@ class QuestionReader:
 
     async def _read(self, asked: Asked, adapter: str | None) -> TextQuestions:
         """What a request asks for, with an adapter by its key; None for the base."""
-        engine, queue, prompts = self._engine, self._engine.queue, asked.prompts
+        engine, queue, prompts, reader = self._engine, self._engine.queue, asked.prompts, self._sources
         with concerning("n" if asked.n > 1 else asked.prompt_field):
             queue.check_count(len(prompts) * asked.n)
         if engine.tools.reasons and (wrong := [name for name in asked.ignored() if name in OF_REASONING]):
             problem = f"{wrong[0]} is not supported for this model, which reasons as its template says; leave it out"
             raise ServingError(problem).about(wrong[0])
-        if engine.inputs is not None:
-            engine.inputs.check_texts(prompts)
+        if reader is not None:
+            reader.check_texts(prompts)
             if asked.echo:
                 problem = "echo has no effect: an encoder-decoder does not go on from its prompt; leave it out"
                 raise ServingError(problem).about("echo")
@@ -113,7 +115,7 @@ class QuestionReader:
         rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked.template_tools())
         requests: list[TextRequest] = []
         for ids in rows:
-            source = None if engine.inputs is None else engine.inputs.of_ids(ids)
+            source = None if reader is None else reader.of_ids(ids)
             prompt = tuple(ids) if source is None else (source.rules.start,)
             most = asked.most_tokens(queue.limits.context - len(prompt))
             if sampling.min_new_tokens > most:
@@ -139,8 +141,8 @@ class QuestionReader:
 
     def _rows(self, prompts: Sequence[Any], tools: list[dict[str, Any]]) -> list[list[int]]:
         """The tokens of prompts."""
-        inputs = self._engine.inputs
-        limit = PromptLimit.of_context(self._engine.queue.limits) if inputs is None else inputs.sources
+        reader = self._sources
+        limit = PromptLimit.of_context(self._engine.queue.limits) if reader is None else reader.sources
         rows = []
         for prompt in prompts:
             rows.append(self._row(prompt, tools, limit))

@@ -18,9 +18,9 @@ from gralora_fx.base.compat.extras import installation
 from gralora_fx.core.loading.tokenizers import PREPROCESSOR, load_feature_extractor
 from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.run.engine.limits import TooLargeError
+from gralora_fx.run.generate.prompts import RATE, SAMPLES
 from gralora_fx.run.sessions.ort_values import as_array
 
-SAMPLES, RATE = "array", "sampling_rate"  # fields of a recording, as the datasets package names them
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE  # format tags of WAV
 _SLOWEST, _FASTEST = 1_000, 768_000  # sampling rates, in Hz
 
@@ -201,15 +201,6 @@ class SpeechReader:
         return {name: as_array(name, values[name], self._inputs[name]) for name in names}
 
 
-def is_recording(value: Any) -> bool:
-    """Whether a value is a recording: samples of one channel, or a dict of them with their rate."""
-    if isinstance(value, Mapping):
-        return SAMPLES in value and RATE in value
-    array = np.asarray(value) if isinstance(value, (list, tuple)) and value and _is_float(value[0]) else value
-    kind = str(getattr(array, "dtype", "")).rpartition(".")[2]
-    return getattr(array, "ndim", None) == 1 and kind.startswith(("float", "bfloat"))
-
-
 def recording(value: Any, rate: int) -> Audio:
     """A recording as it is given in Python."""
     if isinstance(value, Mapping):
@@ -226,7 +217,3 @@ def recording(value: Any, rate: int) -> Audio:
     if array.dtype.kind not in "f":
         raise ServingError(f"the audio's samples are {array.dtype}; give floats from -1 to 1")
     return Audio(samples, int(rate))
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, (float, np.floating))

@@ -17,13 +17,14 @@ from starlette.datastructures import UploadFile
 from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.features.speech.recordings import Audio, read_audio
+from gralora_fx.features.speech.speech_inputs import SpeechInputs
+from gralora_fx.features.speech.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
 from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.encoder_inputs import EncoderInput, EncoderInputs
-from gralora_fx.run.generate.recordings import Audio, read_audio
+from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.sampling import Sampling
-from gralora_fx.run.generate.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
 from gralora_fx.run.generate.token_choice import TokenScore
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.idle_fields import EVERYWHERE, Idle
@@ -149,9 +150,10 @@ def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
 
 
 def speech_routes(engine: TextEngine) -> APIRouter:
-    """The routes of a model of speech."""
+    """Return the routes of a model of speech; none of another."""
     router, inputs = APIRouter(), engine.inputs
-    assert inputs is not None
+    if not isinstance(inputs, SpeechInputs):
+        return router
 
     @router.post(_TRANSCRIPTIONS, openapi_extra=form_schema(TranscriptionRequest))
     async def transcribe(request: Request) -> Response:
@@ -180,7 +182,7 @@ class _LanguageOf(EncoderInput):
 
 
 async def _answer(
-    engine: TextEngine, inputs: EncoderInputs, request: Request, kind: type[TranslationRequest], task: str
+    engine: TextEngine, inputs: SpeechInputs, request: Request, kind: type[TranslationRequest], task: str
 ) -> Response:
     seconds, begun = timeout_of(request), time.monotonic()
     asked, content = await read_form(request, kind)
@@ -203,7 +205,7 @@ async def _answer(
     return with_ignored(await answers.respond(request, partial(_whole, answers, asked, audio)), asked)
 
 
-def _source(inputs: EncoderInputs, content: bytes) -> tuple[Audio, EncoderInput]:
+def _source(inputs: SpeechInputs, content: bytes) -> tuple[Audio, EncoderInput]:
     audio = read_audio(content, inputs.speech.most_seconds)
     return audio, inputs.of_recording(audio)
 

@@ -15,8 +15,8 @@ from scipy.io import wavfile
 from tiny_speech import sound, wav
 
 from gralora_fx.errors import ServingError
+from gralora_fx.features.speech.recordings import Audio, read_audio
 from gralora_fx.run.engine.limits import TooLargeError
-from gralora_fx.run.generate.recordings import Audio, read_audio
 
 RATE = 16_000
 

@@ -1,0 +1,18 @@
+"""The task of a model of speech."""
+
+from __future__ import annotations
+
+from gralora_fx.format.tasks import Task
+
+TASKS = (
+    Task(
+        "automatic-speech-recognition",
+        "AutoModelForSpeechSeq2Seq",
+        ("ForSpeechSeq2Seq",),
+        inputs=("input_features", "input_values"),
+        cache="encoder-decoder",
+        adapters=("SEQ_2_SEQ_LM",),
+        example="{'array': samples, 'sampling_rate': 16000}",
+        example_options={"audio": "FILE.wav"},
+    ),
+)
