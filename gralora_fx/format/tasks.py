@@ -11,6 +11,7 @@ from gralora_fx.errors import ConfigError, TraceError
 if TYPE_CHECKING:
     from gralora_fx.core.config.adapter_config import AdapterConfig
 
+SENTENCE_TASK = "sentence-similarity"
 _PAST = "-with-past"  # ends the name of a task's variant with a cache
 
 
@@ -44,7 +45,7 @@ class Task:
 
 _TASKS = (
     Task("feature-extraction", "AutoModel", adapters=("FEATURE_EXTRACTION",)),
-    Task("sentence-similarity", inputs=("input_ids",), adapters=("FEATURE_EXTRACTION",)),
+    Task(SENTENCE_TASK, inputs=("input_ids",), adapters=("FEATURE_EXTRACTION",)),
     Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",)),
     Task(
         "text-classification",

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.core.loading.tokenizers import is_ids
 from gralora_fx.errors import ServingError, first_line, shown
-from gralora_fx.run.engine.limits import context_length
-from gralora_fx.run.generate.prompt_limit import PromptLimit
+from gralora_fx.run.engine.limits import PromptLimit, context_length
 
 _IDS, _TYPES, _MASK = "input_ids", "token_type_ids", "attention_mask"
 

@@ -12,9 +12,8 @@ from gralora_fx.base.sources.atomic_save import Writer, save_together
 from gralora_fx.base.sources.base_quantization import RECORD
 from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases
-from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers
-from gralora_fx.core.adapters.peft_keys import checkpoint_parameters
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree

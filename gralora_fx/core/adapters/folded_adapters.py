@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gralora_fx.core.adapters.adapter import ModelAdapter
-from gralora_fx.core.adapters.peft_keys import checkpoint_parameters
+from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import warn_caller
 

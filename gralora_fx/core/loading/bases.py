@@ -25,12 +25,11 @@ from gralora_fx.core.loading.models import load_streamed, load_with_report, warn
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.refused_steps import NoStepError
 from gralora_fx.core.tracing.inputs.samples import infer_task
-from gralora_fx.core.tracing.sentence_encoder import SENTENCE_TASK
 from gralora_fx.core.tracing.trace import trace
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import CheckpointError, GraloraError, TargetError, TraceError, bulleted, warn_caller
 from gralora_fx.format.image_sizes import ImageSize
-from gralora_fx.format.tasks import task_of, with_past
+from gralora_fx.format.tasks import SENTENCE_TASK, task_of, with_past
 
 _BARE = (None, "feature-extraction")  # what a task is where only the transformer is known
 

@@ -31,9 +31,8 @@ from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, empty_model
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
-from gralora_fx.core.tracing.sentence_encoder import SENTENCE_TASK
 from gralora_fx.errors import GraloraError, TraceError, first_line, warn_caller
-from gralora_fx.format.tasks import check_task, classifies, find_task, task_of_class
+from gralora_fx.format.tasks import SENTENCE_TASK, check_task, classifies, find_task, task_of_class
 
 _log = logging.getLogger(__name__)
 

@@ -3,8 +3,6 @@
 from functools import cache
 from importlib import import_module
 
-from gralora_fx.base.features import parts
-
 FILES = ("attention", "layers", "linear_attention", "state_spaces")  # that define some
 
 
@@ -15,6 +13,8 @@ def define_operators(name: str) -> None:
     Args:
         name: The one that is needed, such as `"gralora::attention"`, which may be a feature's.
     """
+    from gralora_fx.base.features import parts
+
     for file in FILES:
         import_module(f"gralora_fx.core.operators.{file}")
     parts("operators", {name})

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from gralora_fx.base.features import parts
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.expressions import pattern_key
 from gralora_fx.core.graph.parameter_sites import ParameterSite
@@ -107,8 +106,11 @@ def _reason_against(
 
 def _is_stack_of_layers(site: ParameterSite) -> bool:
     """Return whether a parameter is stacked matrices of layers, not of a convolution or of other code."""
-    is_stack = (site.stack or 0) > 1 and "conv" not in site.path
-    return is_stack and any(re.search(pattern, site.path) for pattern in parts("stacks"))
+    if (site.stack or 0) < 2 or "conv" in site.path:
+        return False
+    from gralora_fx.base.features import parts
+
+    return any(re.search(pattern, site.path) for pattern in parts("stacks"))
 
 
 def _with_sizes(site: LinearSite, config: AdapterConfig, traced: TracedModel, parameter: str | None) -> PlannedSite:

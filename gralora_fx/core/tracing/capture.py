@@ -19,13 +19,10 @@ from torch.utils import checkpoint
 from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
-from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import own_inputs
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
-from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL
-from gralora_fx.core.tracing.patches.recognised import replaced
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.format.input_names import IMAGES, PAST
 
@@ -36,8 +33,7 @@ def capture(draft: Draft) -> Captured:
     try:
         with (
             quiet(),
-            replaced(model, IN_EVERY_MODEL),
-            features_as_nodes(model),
+            _as_traced(model),
             traceable_modes() as checkpoints,
         ):
             if isinstance(model, PreTrainedModel):
@@ -68,12 +64,33 @@ def export_transformers_model(
 
 
 @contextmanager
+def _as_traced(model: nn.Module) -> Iterator[None]:
+    """Replace known code of a model by what can be traced, and layers of features by operators, within the block."""
+    with ExitStack() as changed:
+        if _has_own_code(model):
+            from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL
+            from gralora_fx.core.tracing.patches.recognised import replaced
+
+            changed.enter_context(replaced(model, IN_EVERY_MODEL))
+        changed.enter_context(features_as_nodes(model))
+        yield
+
+
+@contextmanager
 def features_as_nodes(model: nn.Module) -> Iterator[None]:
     """Let layers that features have operators for be one node each within the block."""
     with ExitStack() as changed:
-        for patches in parts("trace patches"):
-            changed.enter_context(patches(model))
+        if _has_own_code(model):
+            from gralora_fx.base.features import parts
+
+            for patches in parts("trace patches"):
+                changed.enter_context(patches(model))
         yield
+
+
+def _has_own_code(model: nn.Module) -> bool:
+    """Return whether a model has modules of other classes than torch's."""
+    return any(not type(part).__module__.startswith("torch.nn.") for part in model.modules())
 
 
 @contextmanager

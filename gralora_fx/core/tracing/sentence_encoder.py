@@ -22,9 +22,7 @@ from gralora_fx.base.sources import sentence_modules as described
 from gralora_fx.base.sources.sentence_modules import SENTENCE, TOKENS, SentenceModules
 from gralora_fx.core.tracing.inputs.samples import check_head
 from gralora_fx.errors import TraceError, first_line, warn_caller
-from gralora_fx.format.tasks import task_of_class
-
-SENTENCE_TASK = "sentence-similarity"
+from gralora_fx.format.tasks import SENTENCE_TASK, task_of_class
 
 _NAME = "sentence_modules"
 _SMALLEST_COUNT = 1e-9

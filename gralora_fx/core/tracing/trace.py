@@ -117,6 +117,10 @@ def _sentence_modules(model: object, task: str | None, source: str | Path | None
     """Return the modules after a transformer that make a sentence encoder of it; None for another task."""
     if task is None and source is None:
         return None
+    from gralora_fx.format.tasks import SENTENCE_TASK
+
+    if task != SENTENCE_TASK and source is None:
+        return None
     from gralora_fx.core.tracing.sentence_encoder import sentence_modules_of
 
     return sentence_modules_of(model, task, source)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
+from gralora_fx.core.loading.token_bounds import surely_exceeds
 from gralora_fx.errors import ServingError, shown
 
 _ENDS = "eos_token_id"
@@ -125,3 +128,38 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
             f"{_ENDS} of {directory} has {shown(wrong[0])}, not an id of a token; export the model again"
         )
     return frozenset(ends)
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """The most tokens of a prompt.
+
+    Attributes:
+        most: How many; None for any.
+        what: What a prompt is called in messages.
+        excess: What is said of more tokens.
+    """
+
+    most: int | None
+    what: str
+    excess: str
+
+    @classmethod
+    def of_context(cls, limits: DecoderLimits) -> PromptLimit:
+        """That of a decoder."""
+        return cls(limits.context, "the prompt", f"beyond the context of {limits.context} tokens{limits.note}")
+
+    @classmethod
+    def of_source(cls, positions: int | None) -> PromptLimit:
+        """That of an encoder-decoder, whose encoder has so many positions; None for any."""
+        return cls(positions, "the source", f"more than the encoder's {positions} positions")
+
+    def check_text(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that a text may fit."""
+        if self.most is not None and surely_exceeds(text, self.most, tokenizer):
+            raise TooLargeError(f"{self.what} has {len(text)} characters, which are {self.excess}; shorten it")
+
+    def check_tokens(self, tokens: Sized) -> None:
+        """Check that tokens fit."""
+        if self.most is not None and len(tokens) > self.most:
+            raise TooLargeError(f"{self.what} has {len(tokens)} tokens, {self.excess}; shorten it")

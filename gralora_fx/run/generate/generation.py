@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
 from gralora_fx.run.generate.answer_options import AnswerOptions
-from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.generate.prompts import GenerateInputs, Prompts, with_images
 from gralora_fx.run.generate.speculation import Speculation
 

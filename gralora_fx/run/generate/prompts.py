@@ -16,7 +16,7 @@ from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.bounded_rows import Source
-from gralora_fx.run.generate.prompt_limit import PromptLimit
+from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.sessions.ort_values import plain_array
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from gralora_fx.base.amounts import SPECULATIVE_TOKENS
 from gralora_fx.errors import ServingError
-from gralora_fx.run.generate.answer_row import AnswerRow
-from gralora_fx.run.generate.ngrams import LONGEST
+from gralora_fx.run.generate.answer_row import LONGEST, AnswerRow
 
 _LEAST_LIKELY = 0.1
 _LOSS = 0.02  # share of its time that a row may lose to drafts

@@ -14,10 +14,9 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, context_length
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit, context_length
 from gralora_fx.run.generate.encoder_inputs import Adapter, AnswerStart, EncoderInputs
 from gralora_fx.run.generate.generation_rules import GenerationRules
-from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
 
 _MASK = "attention_mask"

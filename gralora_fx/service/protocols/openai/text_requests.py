@@ -14,14 +14,13 @@ from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.errors import ServingError, concerning
-from gralora_fx.run.engine.limits import TooLargeError
+from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
 from gralora_fx.run.generate.answer_form import GivenForms, one_form
 from gralora_fx.run.generate.answer_grammar import AnswerGrammar
 from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.call_grammar import call_grammar
 from gralora_fx.run.generate.call_reader import CallReader
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.prompt_limit import PromptLimit
 from gralora_fx.run.generate.prompts import stop_strings
 from gralora_fx.run.generate.text_sources import TextSources
 from gralora_fx.run.generate.tool_template import attempts
