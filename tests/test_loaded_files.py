@@ -28,10 +28,16 @@ def test_a_job_loads_no_more_files_than_it_did(job: str, files: dict[str, list[P
     assert len(files[job]) <= MOST[job], f"{job} loads {len(files[job])} files; import what it does not need later"
 
 
-def test_a_net_of_two_layers_needs_no_cache_image_expert_picture_or_file(files: dict[str, list[Path]]) -> None:
+def test_a_net_of_two_layers_needs_no_cache_image_picture_or_file(files: dict[str, list[Path]]) -> None:
     names = {file.relative_to(Path(__file__).resolve().parents[1]).as_posix() for file in files[next(iter(MOST))]}
-    others = ("picture/", "inputs/cache", "image", "expert_layers", "quantiz", "adapter_files", "methods/lora.py")
+    others = ("picture/", "inputs/cache", "image", "quantiz", "adapter_files", "methods/lora.py")
     assert [name for name in sorted(names) if any(other in name for other in others)] == []
+
+
+@pytest.mark.parametrize("job", MOST)
+def test_a_model_without_experts_loads_at_most_what_recognises_them(job: str, files: dict[str, list[Path]]) -> None:
+    names = {file.name for file in files[job] if file.parent.name == "experts"}
+    assert names == (set() if job == "load and generate" else {"__init__.py", "recognised.py"})
 
 
 def test_an_export_is_opened_without_torchs_exporter_or_configurations(files: dict[str, list[Path]]) -> None:

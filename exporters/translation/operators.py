@@ -159,20 +159,9 @@ def _append(node: ir.Node) -> ir.Value:
     return node.outputs[0]
 
 
-_NODES = (
-    AttentionNode,
-    DotProductAttentionNode,
-    MaskNode,
-    RmsNormNode,
-    RotaryNode,
-    LinearAttentionNode,
-    CausalConvNode,
-    GatedRmsNormNode,
-    PromptClampNode,
-)
-# each takes the arguments of the operator's schema
+# each takes the arguments of the operator's schema; those of features are added to a translation that has them
 TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     Reshape.target: _reshape,
     Slice.target: _slice,
-    **{kind.target: translation_of(kind) for kind in _NODES},
+    **{kind.target: translation_of(kind) for kind in DomainNode.__subclasses__()},
 }

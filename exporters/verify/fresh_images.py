@@ -9,16 +9,14 @@ from torch import Tensor
 
 from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, takes_image_inputs
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 
 _IMAGES = 0.4  # the share of positions that have an image
 
 
 def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """What a step has of images, at some of its positions; nothing of a model that takes no embeddings beside ids."""
+    """Draw what a step of a model that takes embeddings beside ids has of images, at some of its positions."""
     examples = model.example_inputs
-    if not takes_image_inputs(examples):
-        return {}
     given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES
     drawn: dict[str, Tensor] = {IDS: torch.where(given, GIVEN, case[IDS])}
     for name in filter(examples.__contains__, IMAGE_INPUTS):

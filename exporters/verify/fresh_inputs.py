@@ -31,9 +31,8 @@ from gralora_fx.exporters.verify.cases import (
     text_like,
     vocabulary_of,
 )
-from gralora_fx.exporters.verify.fresh_images import images_beside
 from gralora_fx.format.image_sizes import pixels
-from gralora_fx.format.input_names import IMAGES, PAST
+from gralora_fx.format.input_names import IMAGES, PAST, takes_image_inputs
 
 _BATCH = 16  # a user's texts that are compared at once
 _STEPS = (  # rows, positions before, new positions, side of the padding
@@ -190,7 +189,11 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
             with torch.no_grad():
                 cache = returned_cache(model(**model.constants, **first)) or cache
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
-        yield name, {**case, **images_beside(model, case, generator), PAST: cache}
+        if takes_image_inputs(model.example_inputs):
+            from gralora_fx.exporters.verify.fresh_images import images_beside
+
+            case |= images_beside(model, case, generator)
+        yield name, {**case, PAST: cache}
 
 
 def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[PromptBatch]:

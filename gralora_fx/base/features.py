@@ -16,23 +16,23 @@ from typing import Any
 _PACKAGE = f"{__name__.partition('.')[0]}.features"
 # what a feature may add, by point: what a part is, and who asks for it
 POINTS: dict[str, str] = {
-    "config sizes": "Fields of `config.json` that set shapes, by which adapters' bases are told apart.",
+    "config sizes": "Fields of config.json that set shapes, by which adapters' bases are told apart.",
     "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
     "why one has no adapter.",
-    "trace patches": "`patches(model)`, a context in which the model's layers call the feature's operators; it does "
-    "nothing for a model without any. A trace enters it.",
-    "operators": "A module that defines operators of graphs when it is imported: what reads a saved graph imports it.",
-    "onnx operators": "Subclasses of `DomainNode`, to which the translation turns the operators.",
-    "noting passes": "A pass over a `torch.fx` graph that says of which layers the operators could not be made.",
+    "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
+    "does nothing for a model without any.",
+    "operators": "A module that defines operators of graphs when it is imported; what reads a saved graph imports it.",
+    "onnx operators": "A DomainNode, to which the translation turns an operator.",
+    "noting passes": "A pass over a torch.fx graph that says of which layers the operators could not be made.",
     "lowering passes": "A pass over an ONNX model that replaces the translated operators by those of ONNX Runtime.",
     "storing passes": "A pass over an ONNX model that runs once weights are stored as the plan says.",
-    "weight formats": "`formats(plan, traced)`, the plan of quantization with what the feature's weights differ in.",
-    "quantized weights": "`quantize(model, plan)` stores weights as the plan says, and returns a `Quantized`.",
-    "rounded weights": "`rounded(directory, reference)` reads what an export holds of a model's quantized weights: "
-    "parameters by the ids of the model's own, and how many values are quantized.",
-    "float weights": "`in_floats(model)` lets an export's operators multiply by floats, for verification.",
-    "arrangements": "`arrangement_at(node, position)` says how an operator stores the matrices of an input, or None "
-    "(see `Arrangement`): where adapters are folded into an export.",
+    "weight formats": "Returns a plan of quantization of a trace with what the feature's weights differ in.",
+    "quantized weights": "Stores the weights of an ONNX model as a plan says, and returns what is Quantized.",
+    "rounded weights": "Reads what an export's directory holds of a trace's quantized weights: parameters by the ids "
+    "of the trace's own, and how many values are quantized.",
+    "float weights": "Lets an export's operators multiply by floats, in place, for verification.",
+    "arrangements": "Says how a node stores the matrices of one of its inputs, as an Arrangement, or None; folding "
+    "asks it.",
     # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
     "tasks": "A tuple of `format.tasks.Task`: tasks that models can be traced for.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
 from gralora_fx import trace
+from gralora_fx.base.compat.torch_graphs import schema_of
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.experts import functions
-from gralora_fx.features.experts.gate import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate
+from gralora_fx.features.experts import FEATURE, functions
+from gralora_fx.features.experts.gate import ACTIVATIONS, GATE_NOTE, HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.features.experts.lowering import moe_attributes
 from gralora_fx.features.experts.operators import Experts
 from gralora_fx.features.experts.references import expert_weights
@@ -238,6 +239,11 @@ def test_the_models_order_of_rows_comes_back(gate: ExpertGate, is_transposed: bo
     matrix = np.random.default_rng(0).normal(size=(8, 6))
     stored = arranged(matrix, gate, is_up=is_up, is_transposed=is_transposed)
     assert np.array_equal(as_modelled(stored, gate, is_up=is_up, is_transposed=is_transposed), matrix)
+
+
+@pytest.mark.quick
+def test_the_record_knows_what_graphs_show() -> None:
+    assert {GATE_NOTE, schema_of(Experts.target).name} <= FEATURE.signs
 
 
 @pytest.mark.quick
