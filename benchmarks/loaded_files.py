@@ -77,6 +77,7 @@ _NAMED = {
     "experts": "expert",
     "quantization": "quantiz",
     "images": "image|pixel",
+    "speech": r"speech|audio|whisper|\brecordings?\b",  # a span's `is_recording` is OpenTelemetry's
     "states": "states?_|linear_attention",
 }
 _NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
@@ -96,7 +97,8 @@ def add_to(report: Report) -> None:
     report.tables.append(Table("loaded", rows))
     named = {feature: list(naming(feature, word)) for feature, word in _NAMED.items()}
     report.tables.append(Table("files outside its folder that name a feature", [_row(*item) for item in named.items()]))
-    report.claims.append(Claim("files that name experts", len(named["experts"]), at_most=_NAMED_OUTSIDE))
+    for feature in ("experts", "speech"):
+        report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=_NAMED_OUTSIDE))
 
 
 def loaded(program: str, directory: Path) -> list[Path]:

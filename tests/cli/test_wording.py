@@ -46,22 +46,22 @@ UNREACHABLE = (
 FIELDS = {field.name for config in (GraloraConfig, LoraConfig) for field in dataclasses.fields(config)}
 # reached from Python alone: what a user does with a model in hand, and what a trace is given by hand
 PYTHON = (
-    "adapters.adapter_graph",
-    "adapters.current_graph",
-    "adapters.state_graph",
+    "core.adapters.adapter_graph",
+    "core.adapters.current_graph",
+    "core.adapters.state_graph",
     "demo",
-    "graph",
-    "model",
+    "core.graph",
+    "core.model",
     "picture.facts",
-    "runtime.export_usage",  # calls, beside the command of each
-    "tracing.as_transformers",
-    "tracing.inputs.arguments",
-    "tracing.inputs.input_trees",
-    "tracing.inputs.signature",
-    "tracing.traced_model",
+    "format.export_usage",  # calls, beside the command of each
+    "core.tracing.as_transformers",
+    "core.tracing.inputs.arguments",
+    "core.tracing.inputs.input_trees",
+    "core.tracing.inputs.signature",
+    "core.tracing.traced_model",
 )
 # about the service itself, which the command line alone starts
-SERVICE = ("cli", "demo", "serving.adapter_store", "serving.http", "serving.scale", "serving.scheduling")
+SERVICE = ("cli", "demo", "service")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
