@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,20 +45,16 @@ def test_a_feature_is_named_as_its_folder_which_has_a_page_and_is_short(feature:
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in folder.rglob("*.py")) <= LONGEST
 
 
-def points_asked_for() -> set[str]:
-    """The points of all calls `parts("...")`."""
-    calls = [node for file in NAMES.values() for node in ast.walk(ast.parse(file.read_text())) if is_of_parts(node)]
-    return {call.args[0].value for call in calls}  # type: ignore[attr-defined]
-
-
-def is_of_parts(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "parts"
-        and isinstance(node.args[0], ast.Constant)
-    )
+def points_asked_for(file: Path) -> Iterator[str]:
+    """The points of a module's calls of `parts`."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "gralora_fx.base.features"]
+    names = {alias.asname or alias.name for node in imports for alias in node.names if alias.name == "parts"}
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            assert isinstance(node.args[0], ast.Constant)
+            yield str(node.args[0].value)
 
 
 def test_every_point_is_asked_for_by_a_stage() -> None:
-    assert POINTS.keys() == points_asked_for()
+    assert POINTS.keys() == {point for file in NAMES.values() for point in points_asked_for(file)}
