@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.core.tracing.inputs.cache import cached_slots
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
@@ -18,7 +19,6 @@ from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import (
     Flavour,
     Models,
-    has_states,
     insertion_passes,
     lowering_passes,
     marking_passes,
@@ -114,7 +114,7 @@ def attention_pipeline(conversion: Conversion, tables: RotaryTables) -> OnnxPipe
             FuseDotProductAttention(),  # attention without a cache, or that the model computes by hand
             *lowering_passes(conversion),
             NameCache(slots),
-            *_state_layout(conversion),
+            *parts("cache passes", conversion.traced.operators),
         ),
     )
 
@@ -126,7 +126,7 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
         (
             *positions,
             LowerNorms(),
-            *_state_forms(conversion),
+            *(form for passes in parts("form passes", conversion.traced.operators) for form in passes),
             remove_unused_nodes,  # so that a matmul that nothing reads any more is not merged
             merge_matmuls,
             FoldConstants(unless_weight),
@@ -142,25 +142,6 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
         ),
         given=TRANSLATED - {ROTARY_NODES} | {FOLDED_TRANSPOSES, FUSED_CACHED_ATTENTION},
     )
-
-
-def _state_layout(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what keeps states as their operators have them, if the trace has any."""
-    if not has_states(conversion):
-        return ()
-    from gralora_fx.exporters.rules.states.state_layout import keep_state_layout
-
-    return (keep_state_layout,)
-
-
-def _state_forms(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what makes the operators of states fast, if the trace has any."""
-    if not has_states(conversion):
-        return ()
-    from gralora_fx.exporters.rules.rows.prompt_clamps import lower_prompt_clamps
-    from gralora_fx.exporters.rules.states.state_forms import fast_state_forms
-
-    return lower_prompt_clamps, fast_state_forms
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import fx
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Skip
-from gralora_fx.core.operators.call import NAMESPACE
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
@@ -31,8 +30,6 @@ from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
 from gralora_fx.format.manifest import RowsEntry
 
-# operators of layers that keep one
-_STATES = {f"{NAMESPACE}::{name}" for name in ("linear_attention", "causal_conv", "gated_rms_norm", "prompt_clamp")}
 Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 
 
@@ -52,19 +49,10 @@ def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     return (InsertAdapters(adapters.inputs, conversion.options.quantize is not None),)
 
 
-def has_states(conversion: Conversion) -> bool:
-    """Return whether a trace has layers that keep a state in place of keys and values."""
-    return not conversion.traced.operators.isdisjoint(_STATES)
-
-
 def lowering_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """Return what lowers the operators of states and of features, as far as the trace has any."""
-    passes: tuple[Pass[ir.Model], ...] = ()
-    if has_states(conversion):
-        from gralora_fx.exporters.rules.states.state_operators import lower_state_operators
-
-        passes += (lower_state_operators,)
-    return (*passes, *parts("lowering passes", conversion.traced.operators))
+    """Return what lowers the operators of features, as far as the trace has any."""
+    operators = conversion.traced.operators
+    return (*parts("mixing passes", operators), *parts("lowering passes", operators))
 
 
 def noting_passes(conversion: Conversion) -> tuple[Pass[fx.Graph], ...]:

@@ -17,8 +17,6 @@ from gralora_fx.base.compat.torch_onnx import current_builder
 from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask
 from gralora_fx.core.operators.call import Call
 from gralora_fx.core.operators.layers import Reshape, RmsNorm, Rotary, Slice
-from gralora_fx.core.operators.linear_attention import LinearAttention
-from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
 
 DOMAIN = "gralora"
 
@@ -92,30 +90,6 @@ class RotaryNode(DomainNode, Rotary[ir.Value]):
     """`RotaryEmbedding`: as `gralora::rotary`; `interleaved` is 0 or 1."""
 
     op_type = "RotaryEmbedding"
-
-
-class LinearAttentionNode(DomainNode, LinearAttention[ir.Value]):
-    """`LinearAttention`: as `gralora::linear_attention`, with two outputs."""
-
-    op_type = "LinearAttention"
-
-
-class CausalConvNode(DomainNode, CausalConv[ir.Value]):
-    """`CausalConv`: as `gralora::causal_conv`, with two outputs; `silu` is 0 or 1."""
-
-    op_type = "CausalConv"
-
-
-class GatedRmsNormNode(DomainNode, GatedRmsNorm[ir.Value]):
-    """`GatedRMSNorm`: as `gralora::gated_rms_norm`; `silu` is 0 or 1."""
-
-    op_type = "GatedRMSNorm"
-
-
-class PromptClampNode(DomainNode, PromptClamp[ir.Value]):
-    """`PromptClamp`: as `gralora::prompt_clamp`."""
-
-    op_type = "PromptClamp"
 
 
 def translation_of(kind: type[DomainNode]) -> Callable[..., Any]:

@@ -118,8 +118,9 @@ def _translate_into(
     graph = fx.GraphModule(values | parts, graph).graph
     with quiet():
         registry = _registry()
-        for kind in parts_of_features("onnx operators", operators_called(graph)):
-            _register(kind)
+        for kinds in parts_of_features("onnx operators", operators_called(graph)):
+            for kind in kinds:
+                _register(kind)
     known = operators_in(registry)
     graph = Pipeline[fx.Graph](
         name,

@@ -19,12 +19,22 @@ POINTS: dict[str, str] = {
     "config sizes": "Fields of config.json that set shapes, by which adapters' bases are told apart.",
     "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
     "why one has no adapter.",
+    "known code": "A tuple of Recognised: code of layers, and what a trace calls in its place.",
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
     "does nothing for a model without any.",
+    "step patches": "A context over a decoder's inputs, a cache among them, in which a step is traced.",
+    "single tokens": "Returns whether transformers' code of a model is right only for steps of a single token, by which "
+    "a trace is then checked.",
     "operators": "A module that defines operators of graphs when it is imported; what reads a saved graph imports it.",
-    "onnx operators": "A DomainNode, to which the translation turns an operator.",
+    "onnx operators": "A tuple of subclasses of DomainNode, to which the translation turns operators.",
     "noting passes": "A pass over a torch.fx graph that says of which layers the operators could not be made.",
+    "mixing passes": "As a lowering pass, of operators that mix tokens as attention does; they are lowered first.",
     "lowering passes": "A pass over an ONNX model that replaces the translated operators by those of ONNX Runtime.",
+    "cache passes": "A pass over an ONNX decoder whose fused layers read a cache that has its names.",
+    "form passes": "A tuple of passes over an ONNX decoder whose rows are told apart: they give operators that earlier "
+    "passes look for their last form.",
+    "rows": "CachedLayers of a model: those that keep something else than keys and values, in a graph whose rows have "
+    "lengths of their own.",
     "storing passes": "A pass over an ONNX model that runs once weights are stored as the plan says.",
     "weight formats": "Returns a plan of quantization of a trace with what the feature's weights differ in.",
     "quantized weights": "Stores the weights of an ONNX model as a plan says, and returns what is Quantized.",
@@ -50,8 +60,8 @@ class Feature:
 
     Attributes:
         name: Name of its folder.
-        signs: Names by which a graph shows that it has something of the feature: operators of a trace, such as
-            `"gralora::attention"`, and keys of the metadata of an export's nodes.
+        signs: Names by which a graph shows that it has something of the feature: operators of a trace or an
+            ONNX model, such as `"gralora::attention"`, and keys of the metadata of an export's nodes.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 

@@ -20,17 +20,19 @@ from torch import nn
 from gralora_fx.core.tracing.patches.known_code import (
     ANGLES_OF_GRIDS,
     ATTENTIONS,
+    DROP_PATH,
+    RMS_NORM,
+    ROTARY_EMBEDDING,
+)
+from gralora_fx.core.tracing.patches.recognised import Recognised
+from gralora_fx.features.states.recognised import (
     CAUSAL_CONV,
     DELTA_RULE,
-    DROP_PATH,
     GATED_NORMS,
     KIMI_RULE,
     LIGHTNING,
-    RMS_NORM,
-    ROTARY_EMBEDDING,
     STATE_SPACES,
 )
-from gralora_fx.core.tracing.patches.recognised import Recognised
 
 NORMS = """
     aimv2 apertus apertus1p5 arcee aria axk1 axk2 bailing_hybrid bamba bitnet blt chameleon clvp cohere2_moe

@@ -17,8 +17,8 @@ from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.rules.builder import Builder, add_input
-from gralora_fx.exporters.rules.rows.row_states import RowStates
 from gralora_fx.exporters.rules.rows.row_tokens import row_tokens
+from gralora_fx.features.states.rows import RowStates
 from tests.architectures.tiny_decoders import tiny_decoder
 
 LFM2: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}

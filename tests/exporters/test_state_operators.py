@@ -11,19 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gralora_fx.core.operators.linear_attention import LinearAttention
-from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm
 from gralora_fx.exporters.rules.builder import Builder
 from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
 from gralora_fx.exporters.rules.onnx_pipeline import import_domains
-from gralora_fx.exporters.rules.states.state_operators import lower_state_operators
-from gralora_fx.exporters.translation.operators import (
-    CausalConvNode,
-    DomainNode,
-    GatedRmsNormNode,
-    LinearAttentionNode,
-)
+from gralora_fx.exporters.translation.operators import DomainNode
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
+from gralora_fx.features.states.linear_attention import LinearAttention
+from gralora_fx.features.states.lowering import lower_state_operators
+from gralora_fx.features.states.onnx_nodes import CausalConvNode, GatedRmsNormNode, LinearAttentionNode
+from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm
 from tests.operators.test_linear_attention import RULES, arguments
 
 

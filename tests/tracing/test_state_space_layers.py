@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.cache_utils import LinearAttentionLayer
 
-from gralora_fx.core.tracing.patches.known_code import GATED_NORMS, STATE_SPACES
 from gralora_fx.core.tracing.patches.recognised import replaced
+from gralora_fx.features.states.recognised import GATED_NORMS, STATE_SPACES
 
 WIDTH, LENGTH = 16, 11
 _SIZES = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 8}

@@ -6,11 +6,13 @@ the tokens that count, as one row of them, so that padding and idle rows cost no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import onnx_ir as ir
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.errors import listed
@@ -20,8 +22,6 @@ from gralora_fx.exporters.rules.builder import Builder, add_input, attributes_of
 from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
 from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATTENTION
 from gralora_fx.exporters.rules.rows.keep_last_position import Head, head_of
-from gralora_fx.exporters.rules.rows.prompt_clamps import clamp_rows
-from gralora_fx.exporters.rules.rows.row_states import STATE_OPERATORS, RowStates, drop_padding_mask
 from gralora_fx.exporters.rules.rows.row_tokens import (
     NUM_TOKENS,
     RowsError,
@@ -45,10 +45,28 @@ GQA = "GroupQueryAttention"
 _PAST_KEY, _PAST_VALUE, _LENGTHS, _TOTAL, _BIAS, _QUERY_LENGTHS = 3, 4, 5, 6, 10, 16
 _NUM_LOGITS = "num_logits"
 _ACROSS_TOKENS = frozenset({"Conv", "CumSum", "GRU", "LSTM", "RNN", "ReduceMax", "ReduceMin", "Scan"})
-_OF_STATES = {"Reshape", "Transpose"}  # a state whose values are single numbers, or one whose channels come last
-# a concatenation is of a convolution's state and inputs
-_READS_CACHE = {GQA, "Concat", *_OF_STATES, *STATE_OPERATORS}
 _LOOKED_THROUGH = frozenset({"Add", "Cast", "Identity", "Reshape", "Sub", "Unsqueeze"})
+
+
+class CachedLayers(Protocol):
+    """Layers of a model, other than attention, that keep something of each row: a part of the point "rows".
+
+    It is made of the model, before anything is rewritten.
+
+    Attributes:
+        readers: Operators that may read the cache.
+    """
+
+    readers: Collection[str]
+
+    def drop_padding_mask(self, mask: ir.Value, ids: ir.Value) -> None:
+        """Take away what hides padding from the layers, since all tokens of a row count."""
+
+    def values_of_rows(self) -> set[ir.Value]:
+        """Return the values that are one of each row, beside the cache: they keep their shapes."""
+
+    def rewrite(self, tokens: RowTokens) -> int:
+        """Let the layers read and give rows of tokens, in place; return how many there are."""
 
 
 @contract(needs={FUSED_CACHED_ATTENTION})
@@ -76,16 +94,17 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     if isinstance(batch, int) or isinstance(length, int):
         raise RowsError(f"input_ids has a fixed shape, [{batch}, {length}]; trace the model with dynamic=True")
     layers = [node for node in graph if node.op_type == GQA]
-    states = [node for node in graph if node.op_type in STATE_OPERATORS]
+    signs = {f"{node.domain}::{node.op_type}" for node in graph}
+    others: list[CachedLayers] = [layers_of(model) for layers_of in parts("rows", signs)]
     _check_layers(graph, layers)
-    if "attention_mask" in inputs:
-        drop_padding_mask(graph, inputs["attention_mask"], ids)
-    _rename_inner(graph, str(batch), str(length))
+    for other in others if "attention_mask" in inputs else ():
+        other.drop_padding_mask(inputs["attention_mask"], ids)
+    _rename_inner(graph, str(batch), str(length), others)
     query, past = (add_input(graph, name, ir.DataType.INT32, [batch]) for name in (QUERY_SEQLENS, PAST_SEQLENS))
     build = Builder(graph)
     readers = {name: list(value.uses()) for name, value in inputs.items()}
     attended = query
-    if not states:
+    if not others:
         attended = build("Max", query, add_input(graph, ATTENTION_SEQLENS, ir.DataType.INT32, [batch]))
     tokens = row_tokens(build, ids, query, past, attended)
     build.insert_before(graph[0])
@@ -100,18 +119,15 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     _count_one_row(inputs, tokens.ids)
     for node in layers:
         _by_rows(graph, node, tokens)
-    clamp_rows(model, tokens)
-    row_states = RowStates(graph, tokens)
-    for node in states:
-        row_states.rewrite(node)
+    changed = len(layers) + sum(other.rewrite(tokens) for other in others)
     for value in graph.outputs[1:]:
         past_value = inputs[str(value.name).replace(PRESENT_PREFIX, PAST_PREFIX)]
         value.shape = past_value.shape
     remove_unused_nodes(model)
-    _check_readers(inputs)
+    _check_readers(inputs, {GQA}.union(*(other.readers for other in others)))
     graph.inputs[:] = [value for value in graph.inputs if value.name not in ("attention_mask", "position_ids")]
     model.metadata_props[ROWS_FORM] = "2"
-    return PassResult(len(layers) + len(states))
+    return PassResult(changed)
 
 
 def _by_rows(graph: ir.Graph, node: ir.Node, tokens: RowTokens) -> None:
@@ -144,7 +160,7 @@ def _count_one_row(inputs: Mapping[str, ir.Value], ids: ir.Value) -> None:
                 usage.node.replace_input_with(0, ids)
 
 
-def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
+def _rename_inner(graph: ir.Graph, batch: str, length: str, others: Sequence[CachedLayers]) -> None:
     """Give values that nodes compute the sizes that they have now; a plan of memory relies on them."""
     tokens = ir.SymbolicDim(NUM_TOKENS)
     names: dict[str, int | ir.SymbolicDim] = {
@@ -153,15 +169,10 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str) -> None:
         f"{batch}*{length}": tokens,
         f"{length}*{batch}": tokens,
     }
-    # those of the cache, and what is one of each row too
-    states = {value for value in graph.inputs if str(value.name).startswith(PAST_PREFIX)}
+    of_rows = set[ir.Value]().union(*(other.values_of_rows() for other in others))
     for node in graph:
-        if node.op_type in STATE_OPERATORS:
-            states.add(node.outputs[1])
-        elif node.op_type in _OF_STATES and node.inputs[0] in states:
-            states.add(node.outputs[0])
         for value in node.outputs:
-            if value.shape is None or value in states:
+            if value.shape is None or value in of_rows:
                 continue
             unknown = ir.SymbolicDim(None)
             value.shape = ir.Shape(
@@ -206,12 +217,12 @@ def _across_positions(graph: ir.Graph) -> Iterator[ir.Node]:
                 waiting += usage.node.outputs
 
 
-def _check_readers(inputs: Mapping[str, ir.Value]) -> None:
-    """Check that nothing but attention reads the cache, and nothing the mask."""
+def _check_readers(inputs: Mapping[str, ir.Value], known: Collection[str]) -> None:
+    """Check that nothing but known operators reads the cache, and nothing the mask."""
     problems = []
     for name, value in inputs.items():
         for usage in value.uses():
-            is_cache = name.startswith(PAST_PREFIX) and usage.node.op_type in _READS_CACHE
+            is_cache = name.startswith(PAST_PREFIX) and usage.node.op_type in known
             if not is_cache and name != "input_ids" and name not in IMAGE_INPUTS:
                 problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
     if problems:

@@ -3,7 +3,7 @@
 from functools import cache
 from importlib import import_module
 
-FILES = ("attention", "layers", "linear_attention", "state_spaces")  # that define some
+FILES = ("attention", "layers")  # that define some
 
 
 @cache

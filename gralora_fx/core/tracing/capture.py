@@ -68,10 +68,12 @@ def _as_traced(model: nn.Module) -> Iterator[None]:
     """Replace known code of a model by what can be traced, and layers of features by operators, within the block."""
     with ExitStack() as changed:
         if _has_own_code(model):
+            from gralora_fx.base.features import parts
             from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL
             from gralora_fx.core.tracing.patches.recognised import replaced
 
-            changed.enter_context(replaced(model, IN_EVERY_MODEL))
+            for table in (IN_EVERY_MODEL, *parts("known code")):
+                changed.enter_context(replaced(model, table))
         changed.enter_context(features_as_nodes(model))
         yield
 
@@ -98,11 +100,12 @@ def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Let the layers of a decoder's step be one node each, if the inputs are those of one."""
     with ExitStack() as changed:
         if cache_layout(inputs) is CacheLayout.DECODER:
-            from gralora_fx.core.tracing.patches.cached_states import fresh_states
+            from gralora_fx.base.features import parts
             from gralora_fx.core.tracing.patches.decoder_operators import decoder_operators
 
             changed.enter_context(decoder_operators(model, inputs))
-            changed.enter_context(fresh_states())
+            for patches in parts("step patches"):
+                changed.enter_context(patches(inputs))
         yield
 
 

@@ -267,9 +267,9 @@ def call_eager(model: nn.Module, sample: Mapping[str, Any]) -> Any:
         inputs["use_cache"] = PAST in sample
     inputs = dict(by_own_names(model.forward, inputs))
     if PAST in sample:
-        from gralora_fx.core.tracing.patches.known_code import forgets_before_prompts
+        from gralora_fx.base.features import parts
 
-        if forgets_before_prompts(model):
+        if any(reads_single_tokens(model) for reads_single_tokens in parts("single tokens")):
             return _by_token(model, inputs)
     return model(**inputs)
 

@@ -10,7 +10,7 @@ FEATURE = Feature(
         "stacks": "names:STACKS",
         "trace patches": "recognised:as_operators",
         "operators": "operators",
-        "onnx operators": "onnx_nodes:ExpertsNode",
+        "onnx operators": "onnx_nodes:NODES",
         "noting passes": "note_layers:note_experts",
         "lowering passes": "lowering:LOWER_EXPERTS",
         "storing passes": "functions:write_expert_functions",

@@ -60,3 +60,6 @@ class GateNodes:
     def gelu(self, x: ir.Value, approximate: str) -> ir.Value:
         """Return `Gelu`."""
         return self.build("Gelu", x, approximate=approximate)
+
+
+NODES = (ExpertsNode,)

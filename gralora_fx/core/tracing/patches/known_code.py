@@ -11,15 +11,9 @@ from torch import nn
 
 from gralora_fx.core.tracing.patches.recognised import Recognised
 
-SILU = ("silu", "swish")  # its names in configurations
-
 
 def _rotates_all(module: Any) -> bool:
     return "dynamic" not in module.rope_type and module.rope_type != "longrope"
-
-
-def _has_gate(norm: Any) -> bool:
-    return norm.activation in (*SILU, "sigmoid")
 
 
 DROP_PATH = Recognised(
@@ -34,43 +28,6 @@ SAME_PADDING = (
     ),  # dilations are all one
     Recognised("mobilenet_v2.modeling_mobilenet_v2:apply_tf_padding", "other_layers:same_padding"),
 )
-CAUSAL_CONV = Recognised("qwen3_next.modeling_qwen3_next:causal_conv1d_fn", "recurrences:convolve")
-DELTA_RULE = Recognised(
-    "qwen3_next.modeling_qwen3_next:torch_chunk_gated_delta_rule", "recurrences:delta_rule", beside=("l2norm",)
-)
-KIMI_RULE = Recognised(
-    "kimi_linear.modeling_kimi_linear:chunk_kimi_delta_attention", "recurrences:delta_rule", beside=("l2norm",)
-)
-LIGHTNING = Recognised(
-    "minimax.modeling_minimax:MiniMaxLightningAttention.forward", "recurrences:lightning", ending="LightningAttention"
-)
-RECURRENCES = (CAUSAL_CONV, DELTA_RULE, KIMI_RULE, LIGHTNING)
-_MIXERS = ("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "FalconMambaMixer", "HybridMambaLayer")
-STATE_SPACES = (
-    Recognised("mamba2.modeling_mamba2:Mamba2Mixer.forward", "state_space_layers:mamba2", _MIXERS),
-    Recognised("falcon_h1.modeling_falcon_h1:FalconH1Mixer.forward", "state_space_layers:mamba2", _MIXERS),
-    Recognised("mamba.modeling_mamba:MambaMixer.forward", "state_space_layers:mamba", _MIXERS),
-    Recognised("falcon_mamba.modeling_falcon_mamba:FalconMambaMixer.forward", "state_space_layers:mamba", _MIXERS),
-    Recognised("jamba.modeling_jamba:JambaMambaMixer.forward", "state_space_layers:mamba", _MIXERS),
-    Recognised("zamba.modeling_zamba:ZambaMambaMixer.forward", "state_space_layers:zamba", _MIXERS),
-)
-_SELECTIVE_SCANS = STATE_SPACES[2:]
-_GATED = "RMSNormGated"
-GATED_NORMS = (
-    Recognised("mamba2.modeling_mamba2:MambaRMSNormGated.forward", "state_space_layers:norm_of_gated", _GATED),
-    Recognised(
-        "qwen3_next.modeling_qwen3_next:Qwen3NextRMSNormGated.forward",
-        "state_space_layers:gate_of_normed",
-        _GATED,
-        fits=_has_gate,
-    ),
-    Recognised(
-        "kimi_linear.modeling_kimi_linear:KimiLinearRMSNormGated.forward",
-        "state_space_layers:gate_of_normed",
-        _GATED,
-        fits=_has_gate,
-    ),
-)
 BLOCK_SPARSE_ATTENTION = Recognised(
     "qwen4_exp.modeling_qwen4_exp:Qwen4ExpTextQSAIndexer.forward",
     "block_sparse_attention:chosen",
@@ -80,9 +37,6 @@ BLOCK_SPARSE_ATTENTION = Recognised(
 IN_EVERY_MODEL = (
     DROP_PATH,
     *SAME_PADDING,
-    *RECURRENCES,
-    *STATE_SPACES,
-    *GATED_NORMS,
     BLOCK_SPARSE_ATTENTION,
 )
 
@@ -108,11 +62,6 @@ ATTENTIONS = (
         fits=lambda module: not module.config.alibi,  # a bias for each head is more than a mask
     ),
 )
-
-
-def forgets_before_prompts(model: nn.Module) -> bool:
-    """Return whether transformers' code of a model reads several tokens as if none came before (selective scans)."""
-    return any(code.replaces_in(part) for part in model.modules() for code in _SELECTIVE_SCANS)
 
 
 def has_key_indexer(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ class Recognised:
     Attributes:
         place: A method or a function by its path below `transformers.models`, as in
             `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
-        replacement: A function by its path below `folder`, as `"recurrences:delta_rule"`. It
+        replacement: A function by its path below `folder`, as `"other_layers:drop_path"`. It
             takes the same arguments and gives the same results; a method's takes the module first. It is imported once
             a model has the code.
         ending: How the names of the classes end whose method may be it, or several such endings.

@@ -11,7 +11,8 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.adapters.site_marks import SITES
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, fixed_dim, replace_value, static_dim
 from gralora_fx.exporters.rules.joined_slices import join_slices
-from gralora_fx.exporters.translation.operators import CausalConvNode, DomainNode, GatedRmsNormNode, LinearAttentionNode
+from gralora_fx.exporters.translation.operators import DomainNode
+from gralora_fx.features.states.onnx_nodes import CausalConvNode, GatedRmsNormNode, LinearAttentionNode
 
 _RULES = {  # whether there is a decay, and a beta
     (False, False): "linear",

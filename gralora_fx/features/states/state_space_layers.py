@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.core.operators.layers import RmsNorm
-from gralora_fx.core.operators.linear_attention import LinearAttention
-from gralora_fx.core.operators.state_spaces import CausalConv, GatedRmsNorm, PromptClamp
-from gralora_fx.core.tracing.patches.known_code import SILU
+from gralora_fx.features.states.linear_attention import LinearAttention
+from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, PromptClamp
+from gralora_fx.features.states.recognised import SILU
 
 
 def shown(x: Tensor, mask: Tensor | None) -> Tensor:

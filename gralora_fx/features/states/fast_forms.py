@@ -21,6 +21,7 @@ from gralora_fx.exporters.rules.builder import (
     swaps_last_axes,
 )
 from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.features.states.prompt_clamps import lower_prompt_clamps
 
 _BLOCK = 16  # channels that ONNX Runtime's convolution computes at once; with others left it has no fast form
 
@@ -126,3 +127,4 @@ def _scan(build: Builder, node: ir.Node) -> bool:
 
 
 _FORMS: dict[str, Callable[[Builder, ir.Node], bool]] = {"CausalConvWithState": _convolve, "LinearAttention": _scan}
+FORM_PASSES = (lower_prompt_clamps, fast_state_forms)

@@ -21,8 +21,11 @@ from gralora_fx.exporters.rules.builder import (
 )
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError, RowTokens, longest_row
 from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.features.states.prompt_clamps import clamp_rows
+from gralora_fx.format.input_names import PAST_PREFIX
 
 _CHANNELS_LAST = [0, 2, 1]
+_OF_STATES = frozenset({"Reshape", "Transpose"})  # of states of single numbers, or whose channels come last
 STATE = 3  # the position of the state among the inputs of either operator
 
 
@@ -99,18 +102,47 @@ STATE_OPERATORS: dict[str, Callable[[RowStates, Builder, ir.Node], None]] = {
 }
 
 
-def drop_padding_mask(graph: ir.Graph, mask: ir.Value, ids: ir.Value) -> None:
-    """Take away what hides padding from layers with a state, since all tokens of a row count.
+class StateRows:
+    """Layers with a state as layers of rows (see `CachedLayers`)."""
 
-    Before: `y = Mul(x, Cast(Unsqueeze(Slice(attention_mask))))`, the mask of the new positions
-    After:  `y = x`
-    """
-    for usage in list(mask.uses()):
-        new = usage.node.outputs[0]
-        if usage.node.op_type == "Slice" and new.shape is not None and new.shape == ids.shape:
-            for product, other in list(_products(new)):
-                for reader in list(product.outputs[0].uses()):
-                    reader.node.replace_input_with(reader.idx, other)
+    # a concatenation is of a convolution's state and inputs
+    readers = frozenset({"Concat", *_OF_STATES, *STATE_OPERATORS})
+
+    def __init__(self, model: ir.Model) -> None:
+        """Find the layers."""
+        self._model = model
+        self._nodes = [node for node in model.graph if node.op_type in STATE_OPERATORS]
+
+    def drop_padding_mask(self, mask: ir.Value, ids: ir.Value) -> None:
+        """Take away what hides padding from layers with a state, since all tokens of a row count.
+
+        Before: `y = Mul(x, Cast(Unsqueeze(Slice(attention_mask))))`, the mask of the new positions
+        After:  `y = x`
+        """
+        for usage in list(mask.uses()):
+            new = usage.node.outputs[0]
+            if usage.node.op_type == "Slice" and new.shape is not None and new.shape == ids.shape:
+                for product, other in list(_products(new)):
+                    for reader in list(product.outputs[0].uses()):
+                        reader.node.replace_input_with(reader.idx, other)
+
+    def values_of_rows(self) -> set[ir.Value]:
+        """Return the next states, and other views of states."""
+        states = {value for value in self._model.graph.inputs if str(value.name).startswith(PAST_PREFIX)}
+        for node in self._model.graph:
+            if node.op_type in STATE_OPERATORS:
+                states.add(node.outputs[1])
+            elif node.op_type in _OF_STATES and node.inputs[0] in states:
+                states.add(node.outputs[0])
+        return states
+
+    def rewrite(self, tokens: RowTokens) -> int:
+        """Let the layers read and give rows of tokens, in place; return how many there are."""
+        clamp_rows(self._model, tokens)
+        states = RowStates(self._model.graph, tokens)
+        for node in self._nodes:
+            states.rewrite(node)
+        return len(self._nodes)
 
 
 def _products(mask: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:

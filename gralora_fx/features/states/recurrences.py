@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from gralora_fx.core.operators.layers import RmsNorm
-from gralora_fx.core.operators.linear_attention import LinearAttention
-from gralora_fx.core.operators.state_spaces import CausalConv
-from gralora_fx.core.tracing.patches.cached_states import conv_read
-from gralora_fx.core.tracing.patches.known_code import SILU
-from gralora_fx.core.tracing.patches.state_space_layers import shown
+from gralora_fx.features.states.cached_states import conv_read
+from gralora_fx.features.states.linear_attention import LinearAttention
+from gralora_fx.features.states.operators import CausalConv
+from gralora_fx.features.states.recognised import SILU
+from gralora_fx.features.states.state_space_layers import shown
 
 _L2_EPS = 1e-6  # what transformers adds to a sum of squares
 

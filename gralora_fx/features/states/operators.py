@@ -1,4 +1,4 @@
-"""What state space models have beside their recurrence: a convolution with a state, a norm with a gate, limits."""
+"""Operators beside linear attention: a convolution with a state, a norm with a gate, limits of prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from gralora_fx.core.operators.call import Call, V, operator
 from gralora_fx.core.operators.layers import RmsNorm
+from gralora_fx.features.states.linear_attention import LinearAttention
+
+__all__ = ["CausalConv", "GatedRmsNorm", "LinearAttention", "PromptClamp"]  # those that importing this defines
 
 
 @operator("causal_conv")

@@ -1,1 +1,0 @@
-"""States of recurrent layers as inputs and outputs."""
