@@ -78,7 +78,7 @@ _NAMED = {
     "quantization": "quantiz",
     "images": "image|pixel",
     "speech": r"speech|audio|whisper|\brecordings?\b",  # a span's `is_recording` is OpenTelemetry's
-    "states": "states?_|linear_attention",
+    "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
 _NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
 

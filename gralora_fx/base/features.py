@@ -23,8 +23,8 @@ POINTS: dict[str, str] = {
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
     "does nothing for a model without any.",
     "step patches": "A context over a decoder's inputs, a cache among them, in which a step is traced.",
-    "single tokens": "Returns whether transformers' code of a model is right only for steps of a single token, by which "
-    "a trace is then checked.",
+    "single tokens": "Returns whether transformers' code of a model is right for steps of a single token alone, by "
+    "which a trace is then checked.",
     "operators": "A module that defines operators of graphs when it is imported; what reads a saved graph imports it.",
     "onnx operators": "A tuple of subclasses of DomainNode, to which the translation turns operators.",
     "noting passes": "A pass over a torch.fx graph that says of which layers the operators could not be made.",

@@ -20,7 +20,7 @@ from gralora_fx.features.states.linear_attention import LinearAttention
 from gralora_fx.features.states.lowering import lower_state_operators
 from gralora_fx.features.states.onnx_nodes import CausalConvNode, GatedRmsNormNode, LinearAttentionNode
 from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm
-from tests.operators.test_linear_attention import RULES, arguments
+from tests.features.test_linear_attention import RULES, arguments
 
 
 def model_of(kind: type[DomainNode], given: dict[str, Any]) -> ir.Model:

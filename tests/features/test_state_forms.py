@@ -16,7 +16,7 @@ from gralora_fx.features.states.linear_attention import LinearAttention
 from gralora_fx.features.states.lowering import lower_state_operators
 from gralora_fx.features.states.onnx_nodes import CausalConvNode, LinearAttentionNode
 from gralora_fx.features.states.operators import CausalConv
-from tests.exporters.test_state_operators import model_of
+from tests.features.test_state_operators import model_of
 
 CHANNELS, KERNEL = 32, 4
 
