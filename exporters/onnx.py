@@ -166,7 +166,7 @@ def export_onnx(  # noqa: D417  # the options are documented by name
                     f"the export's results differ from the model's, so it was not written:\n{verification.details}"
                 )
             if flavour.measures_quality(options):
-                from gralora_fx.exporters.verify.measure_quality import measure_quality
+                from gralora_fx.exporters.verify.quality import measure_quality
 
                 with timed("quality", seconds, "measuring"):
                     quality = measure_quality(

@@ -18,13 +18,11 @@ from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.verify.cases import TokenRun
-from gralora_fx.exporters.verify.comparable import open_comparable
+from gralora_fx.exporters.verify.comparable import Variant, evaluating, open_comparable, variants
 from gralora_fx.exporters.verify.fresh_inputs import user_prompts
-from gralora_fx.exporters.verify.output_comparison import OutputComparison
-from gralora_fx.exporters.verify.reference_models import evaluating
+from gralora_fx.exporters.verify.outputs import OutputComparison
 from gralora_fx.exporters.verify.same_model import check_inputs, check_same_model
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
-from gralora_fx.exporters.verify.variants import Variant, variants
 from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.export_files import check_files
@@ -121,14 +119,14 @@ def verify_onnx(
         """Outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
         reference = variant.reference
         check = ToleranceCheck(reference, limit, use_float64=tolerance is None, least_scale=least_scale)
-        tensors, passed = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
+        outputs = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
         run = TokenRun(variant.session, reference, cases, batches, check, quick, adapters, variant.rows)
         tokens = verification.compare_tokens(run)
         return VerifyReport(
-            passed and tokens.passed,
+            outputs.passed and tokens.passed,
             limit,
             tuple(description for description, _ in cases),
-            (*tensors, *tokens.tensors),
+            (*outputs.tensors, *tokens.tensors),
             tokens.tokens,
             describe_weights(manifest),
             arithmetic,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gralora_fx.exporters.verify.mixed_rows import RowSteps
+from gralora_fx.exporters.verify.greedy_tokens import RowSteps
 
 
 class ShiftedSteps(RowSteps):

@@ -48,7 +48,7 @@ from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.exporters.verify.fresh_inputs import plain_inputs
-from gralora_fx.exporters.verify.output_comparison import compare_rows
+from gralora_fx.exporters.verify.outputs import compare_rows
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 

@@ -18,14 +18,14 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.quantize.draws import draw
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, measure_sensitivities
 from gralora_fx.exporters.translation.cast_graph import precision_of
-from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.compared_tensors import step_inputs
+from gralora_fx.exporters.verify.cases import Verification, drawn_texts, user_texts
+from gralora_fx.exporters.verify.comparable import evaluating, float32_model
 from gralora_fx.exporters.verify.fresh_inputs import random_answers, text_cases
 from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
-from gralora_fx.exporters.verify.reference_models import evaluating, float32_model
-from gralora_fx.exporters.verify.token_quality import draw_tokens, drawn_texts, user_texts
+from gralora_fx.exporters.verify.outputs import step_inputs
 from gralora_fx.format.input_names import PAST
 
 _DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a text that the model draws; texts at least and at most
@@ -171,7 +171,7 @@ def _drawn(traced: TracedModel) -> Tensor:
     steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
     for length in counted(range(1, texts.drawn + 1), "drawing texts", "tokens"):
         logits = steps(ids[:, -1:], torch.ones(len(ids), length, dtype=torch.long))[:, -1]
-        ids = torch.cat([ids, draw_tokens(logits.float(), texts.end, generator)[:, None]], dim=1)
+        ids = torch.cat([ids, draw(logits.float(), generator, texts.end)[:, None]], dim=1)
     return ids
 
 

@@ -23,7 +23,7 @@ from gralora_fx.exporters.quantize.row_errors import plan_rows
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities
 from gralora_fx.exporters.quantize.sequential import round_in_order
 from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.reference_models import evaluating
+from gralora_fx.exporters.verify.comparable import evaluating
 from gralora_fx.format.quantized_weights import WIDEST_EXACT
 
 _ROWS = 4096  # output features of a matrix whose errors stand for all

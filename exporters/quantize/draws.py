@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 
-def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, generator: torch.Generator, left_out: Sequence[int] = ()) -> Tensor:
     """Draw a column of every row by its probability; one of `-inf` is never drawn.
 
     A row takes one random number, by which its cumulative sums are searched; `torch.multinomial` takes one for each
@@ -17,10 +19,14 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         logits: `[rows, columns]`, float32.
         generator: Draws the numbers.
+        left_out: Columns that are not drawn.
 
     Returns:
         The columns, `[rows]`.
     """
+    if left_out:
+        logits = logits.clone()
+        logits[:, list(left_out)] = float("-inf")
     numbers = 1 - torch.rand(len(logits), dtype=torch.double, generator=generator)
     drawn = []
     with np.errstate(invalid="ignore"):

@@ -1,15 +1,16 @@
-"""Adapters that are data of an export: compared with those of the model, in sessions, and folded into a reference."""
+"""Adapters that are data of an export: compared with the model's, in sessions, in rows beside others, and folded."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnxruntime import OrtValue
 from torch import nn
 
 from gralora_fx.core.methods import AdapterTensors, Update
@@ -22,11 +23,13 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
 from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
-from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_input
 from gralora_fx.format.adapter_paths import check_name, own_adapters
+from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.sessions.adapter_arrays import as_ort_value, cast
 from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
-from gralora_fx.run.sessions.session_views import adapter_dtype, adapter_values, with_adapter
+from gralora_fx.run.sessions.ort_values import as_tensor, as_value, own_value
+from gralora_fx.run.sessions.session_views import SessionView, adapter_dtype, adapter_values, with_adapter
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -99,3 +102,55 @@ def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: 
             before = base.tree.parameters[f"{entry.path}.bias"]
             biases[id(before)] = nn.Parameter(before.detach() + bias, requires_grad=False)
     return with_parameters(replace_weights(base, weights), biases)
+
+
+class MixedRows(SessionView):
+    """A session over `model_rows.onnx` of a model without a cache, seen as one whose rows all have one adapter.
+
+    Each row is run beside a copy of itself with another adapter, or none, so that a row that gets a wrong one shows.
+    """
+
+    def __init__(self, session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> None:
+        """Stack the adapters in the types that the session takes, which may be one over a float32 copy."""
+        super().__init__(session)
+        stack, types = adapters.stack_of([adapters[other] for other in names]), _types(session)
+        self.count = 1 + len(names)
+        self.tensors = {name: as_value(as_tensor(value), types[name]) for name, value in stack.values.items()}
+        self.number = stack.ids[None if name is None else adapters[name]]
+
+    def get_inputs(self) -> list[Any]:
+        """The inputs of the model."""
+        return [value for value in self.session.get_inputs() if not is_adapter_input(value.name)]
+
+    def ids(self, rows: int) -> NDArray[np.int64]:
+        """`[2 * rows]`: the adapter of every row and, after it, of its copy: the others in turn."""
+        others = [number for number in range(self.count) if number != self.number] or [self.number]
+        return np.array([number for row in range(rows) for number in (self.number, others[row % len(others)])])
+
+    def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any], options: Any = None) -> list[Any]:
+        """Run on the rows and their copies; outputs are those of the rows."""
+        shapes, types = {value.name: value.shape for value in self.session.get_inputs()}, _types(self.session)
+        rows, doubled = 0, {}
+        for name, value in feed.items():
+            if shapes[name] and shapes[name][0] == shapes[ADAPTER_IDS][0]:
+                rows = value.shape()[0]
+                value = as_value(as_tensor(value).repeat_interleave(2, dim=0), types[name])
+            doubled[name] = value
+        ids = OrtValue.ortvalue_from_numpy(self.ids(rows))
+        results = self.session.run_with_ort_values(names, {**doubled, **self.tensors, ADAPTER_IDS: ids}, options)
+        outputs = zip(names, results, self.session.get_outputs(), strict=True)
+        return [_own_rows(name, value, rows, described.type) for name, value, described in outputs]
+
+
+def _types(session: Any) -> dict[str, str]:
+    return {value.name: value.type for value in session.get_inputs()}
+
+
+def _own_rows(name: str, value: Any, rows: int, kind: str) -> Any:
+    tensor = as_tensor(value)
+    if tensor.ndim == 0 or tensor.shape[0] != 2 * rows:
+        raise ExportError(
+            f"the output {name} of shape {list(tensor.shape)} is not made of {2 * rows} rows, so adapters cannot be "
+            "chosen by row; export the model with adapters='inputs'"
+        )
+    return own_value(tensor[::2], kind)

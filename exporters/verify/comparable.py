@@ -1,16 +1,36 @@
-"""The export that ONNX Runtime runs to be compared: as it is, or a float32 copy of it."""
+"""The two that are compared: an opened export in each state of its adapters, and the model with its weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+from torch import fx, nn
+
+from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.core.graph.overlay import map_parameters
+from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.normalize.modes import set_mode
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.translation.cast_graph import DTYPES, cast_graph, precision_of
+from gralora_fx.exporters.verify.greedy_tokens import RowSteps
 from gralora_fx.exporters.verify.tolerances import arithmetic_of
-from gralora_fx.format.export_directory import ROWS_NAME
+from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.export_directory import PAST_SEQLENS, ROWS_NAME
 from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.sessions.session import CPU, Runtime, open_session, yielding_options
 
+Arrays = Mapping[str, NDArray[Any]]
 _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes the lengths of rows
 
 
@@ -49,3 +69,154 @@ def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precis
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
     return Comparable(session, rows, precision)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An export and the model in one state of its adapters.
+
+    Attributes:
+        session: The export's session in that state.
+        rows: What runs its graph whose rows have adapters, and those of a decoder lengths, of their own: of a decoder
+            what makes the `RowSteps` of prompts, else a session; None where that is not compared.
+        model: The model that was exported.
+        inputs: What the export takes of adapters; None if they are folded.
+        name: The adapter; None for the base, or for an export whose adapters are folded.
+        tensors: The adapter's tensors in the export, by name; empty without one.
+        rounded: Gives the model with the export's rounded weights, of adapters as data the base; one for all states.
+    """
+
+    session: Any
+    rows: Any
+    model: TracedModel | GraloraModel
+    inputs: AdapterInputs | None
+    name: str | None
+    tensors: Arrays
+    rounded: Callable[[], TracedModel | GraloraModel]
+
+    def active(self) -> AbstractContextManager[None]:
+        """The model in that state within a block."""
+        if self.inputs is None or not isinstance(self.model, GraloraModel):
+            return nullcontext()
+        return self.model.disable_adapter() if self.name is None else _only(self.model, self.name)
+
+    @cached_property
+    def reference(self) -> TracedModel | GraloraModel:
+        """What the export is compared with: the model, or one with the export's rounded weights."""
+        base = self.rounded()
+        if self.inputs is None or not isinstance(self.model, GraloraModel):
+            return base
+        if base is self.model.traced:
+            return self.model
+        assert isinstance(base, TracedModel)
+        from gralora_fx.exporters.verify.adapters_as_data import with_folded
+
+        return with_folded(base, self.tensors, self.inputs)
+
+
+def variants(
+    session: Any,
+    model: TracedModel | GraloraModel,
+    manifest: Manifest,
+    directory: Path,
+    adapter_name: str | None = None,
+    rows: Any = None,
+) -> Iterator[Variant]:
+    """The states in which an export is compared: one for folded adapters, else the base and each active adapter."""
+    inputs = manifest.adapter_inputs
+    if adapter_name is not None:
+        from gralora_fx.exporters.verify.adapters_as_data import check_named
+
+        check_named(adapter_name, model, inputs, directory)
+    compared = model if inputs is None or not isinstance(model, GraloraModel) else model.traced
+    rounded = cache(partial(reference_model, compared, manifest, directory))
+    by_row = partial(_rows_with, rows, Adapters(directory, manifest))
+    if inputs is None:
+        yield Variant(session, by_row(None, ()), model, inputs, None, {}, rounded)
+        return
+    from gralora_fx.exporters.artifact.base_parameters import BaseParameters
+    from gralora_fx.exporters.verify.adapters_as_data import session_with, tensors_of
+
+    names = model.active_adapters if isinstance(model, GraloraModel) else []
+    there = {name: adapter_name or name for name in names}
+    base = BaseParameters(directory, manifest)
+    adapters = {name: tensors_of(name, exported, model, base) for name, exported in there.items()}
+    for name in (None, *names):
+        tensors: Arrays = {} if name is None else adapters[name]
+        own = by_row(None if name is None else there[name], list(there.values()))
+        yield Variant(session_with(session, inputs, tensors), own, model, inputs, name, tensors, rounded)
+
+
+def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> Any:
+    """What runs `model_rows.onnx` with an adapter or none, beside rows with the others of some (see `Variant`)."""
+    if session is None:
+        return None
+    if any(value.name == PAST_SEQLENS for value in session.get_inputs()):
+        others = [other for other in (None, *names) if other != name] or [name]
+        return partial(RowSteps, session, adapters, name, others)
+    from gralora_fx.exporters.verify.adapters_as_data import MixedRows
+
+    return MixedRows(session, adapters, name, names)
+
+
+@contextmanager
+def _only(model: GraloraModel, name: str) -> Iterator[None]:
+    """One adapter alone active within a block."""
+    before = model.active_adapters
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+
+
+@contextmanager
+def evaluating(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> Iterator[None]:
+    """The reference in evaluation mode; afterwards it is in the model's again."""
+    was_training = model.training
+    reference.eval()
+    try:
+        yield
+    finally:
+        reference.train(was_training)
+
+
+def reference_model(
+    model: TracedModel | GraloraModel, manifest: Manifest, directory: Path
+) -> TracedModel | GraloraModel:
+    """The model itself; for an export of another precision, the adapter-free model with the same rounded weights.
+
+    A quantized weight is what the export holds, if that is what the model's weight may be rounded to; else it is the
+    model's own, and a comparison shows the difference. So nothing here depends on how a weight was rounded.
+    """
+    precision, quantized = manifest.precision, manifest.quantization
+    traced = base_trace(model)
+    if quantized is None and {precision, precision_of(traced.graph_module)} == {"fp32"}:
+        return model
+    reference = float32_model(fold_adapters(model), precision)
+    if quantized is None:
+        return reference
+    from gralora_fx.exporters.verify.quantized_references import with_stored_weights
+
+    return with_stored_weights(reference, traced, quantized, directory)
+
+
+def float32_model(traced: TracedModel, precision: str) -> TracedModel:
+    """The model in float32 arithmetic with weights of its own, in memory, which were rounded to a precision."""
+    dtype = DTYPES[precision]
+    graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
+    set_mode(graph_module.graph, False)
+    graph_module = cast_graph(graph_module, "fp32")
+
+    def cast(parameter: nn.Parameter, name: str) -> nn.Parameter:
+        values = values_of(parameter, name)
+        values = values.to(dtype).float() if values.is_floating_point() else values
+        return nn.Parameter(values, requires_grad=False)
+
+    map_parameters(graph_module, cast)
+    graph_parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    names = {
+        id(own): graph_parameters[name] for name, own in traced.tree.parameters.items() if name in graph_parameters
+    }  # under other names too
+    parameters = {name: names.get(id(own), own) for name, own in traced.tree.parameters.items()}
+    return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).eval()

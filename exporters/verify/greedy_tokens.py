@@ -1,9 +1,15 @@
-"""An export's greedy tokens compared with the model's, step by step, each with a cache of its own."""
+"""An export's greedy tokens compared with the model's, step by step, each with a cache of its own.
+
+`model.onnx` is read as other programs read it: a batch with a mask. Rows of lengths of their own and encoder-decoders
+are read by the engine's decoders, as they are served.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,26 +19,31 @@ from gralora_fx.base.progress.stages import counting
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import empty_cache, returned_cache
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, first_line
+from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import PromptBatch, TokenResult, TokenRun
-from gralora_fx.exporters.verify.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
-from gralora_fx.exporters.verify.mixed_rows import engine_errors
-from gralora_fx.exporters.verify.tolerances import Float64Model, ToleranceCheck
+from gralora_fx.exporters.verify.outputs import last_logits, run_model, step_inputs
+from gralora_fx.exporters.verify.tolerances import Float64Model, Tally, ToleranceCheck
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
 from gralora_fx.format.input_names import PAST
+from gralora_fx.run.engine.adapters import Adapters
+from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.run.sessions.session_views import as_past
 
-Step = Callable[[Tensor, Tensor], Tensor]  # from new ids and the mask of all positions to logits
-_TOKENS, _QUICK_TOKENS = 8, 3  # of an encoder-decoder
+# from new ids `[batch, new]` and the mask `[batch, all]`, over those that were read before too, which is 0 where a
+# position is padding, to logits: `[batch, new, vocabulary]`, or those of the last position alone
+Step = Callable[[Tensor, Tensor], Tensor]
 Reader = Callable[[PromptBatch], Step]  # from prompts to what reads them
+_TOKENS, _QUICK_TOKENS = 8, 3  # of an encoder-decoder
+_BYSTANDER = (0, 0, 0)  # what the row reads that is idle from then on; every vocabulary has this token
 
 
 class DecoderSteps:
-    """A decoder of one graph, with the cache of the steps that it has taken."""
+    """A `Step` of `model.onnx`, with the cache of the steps that it has taken."""
 
     def __init__(self, session: Any, batch: int, description: str = "a step") -> None:
         """Begin with an empty cache."""
@@ -41,15 +52,7 @@ class DecoderSteps:
         self._cache = empty_values(session, batch)
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read new tokens.
-
-        Args:
-            ids: `[batch, new]`.
-            mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
-
-        Returns:
-            Logits `[batch, new, vocabulary]`, or `[batch, 1, vocabulary]` of an export that gives the last alone.
-        """
+        """Read new tokens."""
         inputs = step_inputs(ids, mask, self._names)
         results = run_values(self._session, {**inputs, **self._cache}, self._description)
         self._cache = as_past(results)
@@ -57,36 +60,148 @@ class DecoderSteps:
 
 
 class ModelSteps:
-    """A traced decoder with the cache of the steps that it has taken; what `DecoderSteps` is for an export."""
+    """A `Step` of a traced decoder, with the cache of the steps that it has taken."""
 
-    def __init__(self, model: TracedModel | GraloraModel, batch: int, description: str = "a step") -> None:
-        """Begin with an empty cache."""
-        self._model, self._traced, self._description = model, base_trace(model), description
+    def __init__(
+        self,
+        model: TracedModel | GraloraModel,
+        batch: int,
+        description: str = "a step",
+        run: Callable[..., Any] | None = None,
+    ) -> None:
+        """Begin with an empty cache; `run` is called instead of the model."""
+        self._traced, self._run = base_trace(model), run or partial(run_model, model, description)
         self._cache: Any = empty_cache(self._traced.example_inputs[PAST], batch)
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read new tokens.
-
-        Args:
-            ids: `[batch, new]`.
-            mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
-
-        Returns:
-            Logits `[batch, new, vocabulary]`.
-        """
+        """Read new tokens."""
         inputs = step_inputs(ids, mask, self._traced.input_names)
-        try:
-            with torch.no_grad():
-                outputs = self._model(**self._traced.constants, **inputs, past_key_values=self._cache)
-        except Exception as error:  # a model raises what it likes
-            raise ExportError(f"the model itself fails on {self._description}: {first_line(error)}") from error
+        outputs = self._run(**self._traced.constants, **inputs, past_key_values=self._cache)
         self._cache = returned_cache(outputs)
         logits: Tensor = outputs["logits"]
         return logits
 
 
+class EngineSteps:
+    """A `Step` of the rows of an engine's decoder, as they are served: without the positions that a mask hides."""
+
+    def __init__(self, decoder: Decoder, rows: Sequence[int], description: str) -> None:
+        """Take rows that are open."""
+        self._decoder, self._rows, self._description = decoder, rows, description
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read new tokens; the logits are those after the last token of each row, `[batch, 1, vocabulary]`."""
+        is_new = mask[:, -ids.shape[1] :].bool()
+        logits = self._read([row[new].tolist() for row, new in zip(ids, is_new, strict=True)])
+        return torch.stack([torch.from_numpy(array)[None] for array in logits])
+
+    def _read(self, tokens: Sequence[list[int]]) -> list[Any]:
+        """Let every row read its tokens."""
+        logits = self._step(dict(zip(self._rows, tokens, strict=True)))
+        return [logits[row] for row in self._rows]
+
+    def _step(self, tokens: Mapping[int, list[int]]) -> dict[int, Any]:
+        with engine_errors(self._description):
+            logits = self._decoder.step(tokens)
+        return {row: array[-1] if self._decoder.gives_all else array for row, array in logits.items()}
+
+
+class RowSteps(EngineSteps):
+    """Rows of lengths of their own, each beside a copy of itself with another adapter.
+
+    New tokens are read in steps: some rows read theirs at once, some in two chunks, some are idle first. One more row
+    is idle in every step. The cache of a row that is idle has to stay as it is, bit for bit.
+    """
+
+    _decoder: RowsDecoder
+
+    def __init__(
+        self, session: Any, adapters: Adapters, name: str | None, others: Sequence[str | None], prompts: PromptBatch
+    ) -> None:
+        """Open the rows, with room for prompts and the tokens that follow."""
+        count, length = prompts.ids.shape[0], prompts.ids.shape[1] + prompts.steps
+        limits = DecoderLimits(None, max(length, len(_BYSTANDER)), frozenset())
+        with engine_errors(prompts.description):
+            decoder = RowsDecoder(session, adapters, limits, DecoderSize(2 * count + 1, chunk=limits.context))
+            names = self.adapters(name, others, count)
+            # the one that rests is between others, since a step gives the graph the rows from the first to the last
+            first, self._idle, *rest = [decoder.open(name) for name in (names[0], name, *names[1:])]
+            decoder.step({self._idle: _BYSTANDER})
+        super().__init__(decoder, [first, *rest], prompts.description)
+
+    @staticmethod
+    def adapters(name: str | None, others: Sequence[str | None], rows: int) -> list[str | None]:
+        """The adapter of every row and, after it, of its copy: the others in turn."""
+        return [adapter for row in range(rows) for adapter in (name, others[row % len(others)])]
+
+    def _read(self, tokens: Sequence[list[int]]) -> list[Any]:
+        logits: dict[int, Any] = {}
+        for part in range(2):
+            chunks = {row: _chunk(tokens[index // 2], index, part) for index, row in enumerate(self._rows)}
+            logits |= self._step({row: chunk for row, chunk in chunks.items() if chunk})
+        return [logits[row] for row in self._rows[::2]]
+
+    def _step(self, tokens: Mapping[int, list[int]]) -> dict[int, Any]:
+        idle = [row for row in (*self._rows, self._idle) if row not in tokens]
+        before = [{name: value.clone() for name, value in self._decoder.cached(row).items()} for row in idle]
+        logits = super()._step(tokens)
+        for row, own in zip(idle, before, strict=True):
+            now = self._decoder.cached(row)
+            if changed := [name for name, value in own.items() if not torch.equal(now[name], value)]:
+                raise ExportError(f"a step changes {changed[0]} of a row that reads nothing; export the model again")
+        return logits
+
+
+def _chunk(tokens: list[int], row: int, part: int) -> list[int]:
+    """What a row reads of new tokens in the first step or the second; of two, none by itself (see `PromptClamp`)."""
+    half = len(tokens) // 2 if len(tokens) > 2 else 0
+    first = (len(tokens), half, 0)[row % 3]
+    return tokens[first:] if part else tokens[:first]
+
+
+@contextmanager
+def engine_errors(case: str) -> Iterator[None]:
+    """The engine's errors as those of a verification."""
+    try:
+        yield
+    except ServingError as error:
+        raise ExportError(f"{error} ({case})") from error
+
+
+class Together(NamedTuple):
+    """The last logits of all, `[batch, vocabulary]` each, and the tokens that the step reads (see `Step`)."""
+
+    expected: Tensor
+    actual: tuple[Tensor, ...]
+    ids: Tensor
+    mask: Tensor
+
+
+def read_together(
+    steps: Sequence[Step], ids: Tensor, mask: Tensor, count: int, choose: Callable[[Tensor, int], Tensor] | None = None
+) -> Iterator[Together]:
+    """Let the model, which is the first, and graphs read the same tokens, step by step.
+
+    Args:
+        steps: What reads.
+        ids: The first tokens, `[batch, new]`.
+        mask: Theirs.
+        count: How many steps are taken.
+        choose: Gives the next token of each row by the model's logits and the number of the step; None for the
+            likeliest.
+    """
+    for index in range(count):
+        expected, *actual = (
+            (logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask))[:, -1]
+            for logits in (read(ids, mask).float() for read in steps)
+        )
+        yield Together(expected, tuple(actual), ids, mask)
+        ids = (expected.argmax(-1) if choose is None else choose(expected, index)).unsqueeze(1)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+
 def compare_decoder(run: TokenRun) -> TokenResult:
-    """What a decoder's verification compares of its greedy tokens: those after every prompt."""
+    """Compare the tokens of a decoder after every prompt."""
     if not run.prompts:  # of a context too short for any
         return TokenResult()
     readers: dict[str, Reader] = {"": reader(run.session)}
@@ -112,158 +227,87 @@ def compare_greedy(
 
     The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
     """
-    tallies = {label: _Tally(label) for label in readers}
+    tallies = {label: Tally(tolerance_check, label) for label in readers}
     done = itertools.count(1)
     with counting("comparing tokens", sum(prompts.steps for prompts in cases), "tokens") as count:
         for prompts in cases:
+            case, batch = prompts.description, prompts.ids.shape[0]
             labels = list(readers) if prompts.mask[:, -1].all() else list(readers)[:1]
             for label in labels:
-                tallies[label].cases.append(prompts.description)
-            in_float64 = _StepsInFloat64(prompts.ids.shape[0])
-            for index, step in enumerate(_steps([readers[label] for label in labels], model, prompts)):
+                tallies[label].cases.append(case)
+            in_float64 = _StepsInFloat64(model, batch)
+            steps: list[Step] = [ModelSteps(model, batch, case), *(readers[label](prompts) for label in labels)]
+            for index, step in enumerate(read_together(steps, prompts.ids, prompts.mask, prompts.steps)):
                 in_float64.taken.append((step.ids, step.mask))
                 for label, actual in zip(labels, step.actual, strict=True):
-                    tallies[label].add(index, step, actual, tolerance_check, prompts.description, in_float64)
+                    tallies[label].add_step(index, case, step.expected, actual, in_float64)
                 count(next(done))
-    return [tally.result() for tally in tallies.values()]
-
-
-class _Step(NamedTuple):
-    """The logits of all for one token, and the tokens that the step reads.
-
-    Attributes:
-        expected: Logits of the model, `[batch, vocabulary]`.
-        actual: Those of each graph.
-        ids: `[batch, new]`: the prompt, then a token.
-        mask: `[batch, all]`, over the tokens that were read before too.
-    """
-
-    expected: Tensor
-    actual: tuple[Tensor, ...]
-    ids: Tensor
-    mask: Tensor
-
-
-def _steps(readers: Sequence[Reader], model: TracedModel | GraloraModel, prompts: PromptBatch) -> Iterator[_Step]:
-    """The last position's logits of model and export, step by step."""
-    ids, mask = prompts.ids, prompts.mask
-    own = ModelSteps(model, ids.shape[0], prompts.description)
-    steps: list[Step] = [own, *(reader(prompts) for reader in readers)]
-    for _ in range(prompts.steps):
-        expected, *actual = (
-            logits if logits.shape[1] < ids.shape[1] else last_logits(logits, mask)
-            for logits in (read(ids, mask).float() for read in steps)
-        )
-        yield _Step(expected[:, -1], tuple(logits[:, -1] for logits in actual), ids, mask)
-        ids = expected[:, -1].argmax(-1, keepdim=True)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return [tally.tokens for tally in tallies.values()]
 
 
 class _StepsInFloat64:
     """The steps of a batch in float64, each model with a cache of its own; none is run before it is needed.
 
+    Some models compute a token that is read by itself differently from one of several (see `PromptClamp`), so a text at
+    once is no reference for one that is read in steps.
+
     Attributes:
         taken: The new ids and the mask of every step until now.
     """
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, model: TracedModel | GraloraModel, batch: int) -> None:
         self.taken: list[tuple[Tensor, Tensor]] = []
-        self._batch = batch
+        self._begin = partial(ModelSteps, model, batch)
         self._read: dict[Float64Model, Step] = {}
         self._logits: dict[Float64Model, list[Tensor]] = {}
 
     def __call__(self, model: Float64Model) -> Tensor:
         """Return the logits of the last step, `[batch, vocabulary]`, after those before it."""
-        read = self._read.setdefault(model, model.steps(self._batch))
+        read = self._read.setdefault(model, self._begin(run=model))
         logits = self._logits.setdefault(model, [])
-        logits += [read(ids, mask) for ids, mask in self.taken[len(logits) :]]
+        logits += [last_logits(read(ids, mask), mask)[:, -1] for ids, mask in self.taken[len(logits) :]]
         return logits[-1]
 
 
-class _Tally:
-    """The results of all steps of a graph, accumulated."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self.cases: list[str] = []
-        self._compared = self._equal = self._ties = 0
-        self._first: str | None = None
-        self._errors: dict[int, float] = {}
-        self._passed = True
-
-    def add(
-        self,
-        index: int,
-        step: _Step,
-        actual: Tensor,
-        tolerance_check: ToleranceCheck,
-        case: str,
-        in_float64: _StepsInFloat64,
-    ) -> None:
-        """Count one step of every row."""
-        expected = step.expected
-        self._passed &= tolerance_check.accepts(f"{self._label}{case}, token {index}", expected, actual, in_float64)
-        scale = max(tolerance_check.least_scale, largest_value(expected))
-        self._errors[index] = max(self._errors.get(index, 0.0), largest_gap(expected, actual) / scale)
-        wanted, got = expected.argmax(-1), actual.argmax(-1)
-        self._compared += wanted.shape[0]
-        self._equal += int((wanted == got).sum())
-        for row in (wanted != got).nonzero().flatten().tolist():
-            token, other = int(wanted[row]), int(got[row])
-            is_tie = float(expected[row, token] - expected[row, other]) <= 2 * tolerance_check.tolerance * scale
-            self._ties += is_tie
-            if self._first is None:
-                tie = " (a near tie)" if is_tie else ""
-                self._first = f"{case}: row {row}, token {index} is {other} instead of {token}{tie}"
-
-    def result(self) -> TokenCheck:
-        errors = tuple(self._errors[step] for step in sorted(self._errors))
-        return TokenCheck(tuple(self.cases), self._compared, self._equal, self._ties, self._first, errors, self._passed)
-
-
 def compare_encoder_decoder(run: TokenRun) -> TokenResult:
-    """What an encoder-decoder's verification compares of its greedy tokens: that all are PyTorch's."""
-    share = _equal_share(run)
-    check = TensorCheck("greedy tokens", 1.0 - share, 1.0 - share, share)
-    return TokenResult(share == 1.0, tensors=(check,))
+    """Compare the greedy tokens of an encoder-decoder: all have to be PyTorch's.
 
-
-def _equal_share(run: TokenRun) -> float:
-    """The share of greedy tokens equal to PyTorch's, for the largest batch that starts with an empty cache.
-
-    Both decode step by step with their caches, the export in the engine that `generate` and the service drive; PyTorch
-    is fed the export's tokens.
+    They are those of the largest batch of inputs that starts with an empty cache.
     """
-    steps = _QUICK_TOKENS if run.quick else _TOKENS
     empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]
     case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
     source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
+    start, count = case["decoder_input_ids"][:, :1], _QUICK_TOKENS if run.quick else _TOKENS
+    steps = [_answers_of_model(run.model, source), _answers_of_export(run, source, len(start), count)]
+    same = [
+        step.expected.argmax(-1) == step.actual[0].argmax(-1)
+        for step in read_together(steps, start, torch.ones_like(start), count)
+    ]
+    share = float(torch.cat(same).float().mean())
+    return TokenResult(share == 1.0, tensors=(TensorCheck("greedy tokens", 1.0 - share, 1.0 - share, share),))
+
+
+def _answers_of_model(model: TracedModel | GraloraModel, source: Mapping[str, Any]) -> Step:
+    cache: Any = None
+
+    def read(ids: Tensor, mask: Tensor) -> Tensor:
+        nonlocal cache
+        outputs = run_model(model, "greedy tokens", **source, decoder_input_ids=ids, past_key_values=cache)
+        cache = returned_cache(outputs)
+        logits: Tensor = outputs["logits"]
+        return logits
+
+    return read
+
+
+def _answers_of_export(run: TokenRun, source: Mapping[str, Any], rows: int, count: int) -> Step:
+    """The export in the engine that `generate` and the service drive, a row for each of what its encoder reads."""
     tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
-    start = case["decoder_input_ids"][:, :1]
-    generated = _tokens_of_export(run, tensors, start, steps)
-    read = torch.cat([start, generated], dim=1)
-    cache, equal = None, []
-    for place in range(steps):
-        with torch.no_grad():
-            result = run.model(**source, decoder_input_ids=read[:, place : place + 1], past_key_values=cache)
-        cache = returned_cache(result)
-        equal.append(result.logits[:, -1].argmax(-1) == generated[:, place])
-    return float(torch.cat(equal).float().mean())
-
-
-def _tokens_of_export(run: TokenRun, source: Mapping[str, Tensor], start: Tensor, steps: int) -> Tensor:
-    """The export's tokens after `start`, `[batch, 1]`, for what its encoder reads: `[batch, steps]`."""
-    limits = DecoderLimits(None, steps, frozenset())
-    generated: dict[int, list[int]] = {}
+    arrays = {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors.items()}
+    limits = DecoderLimits(None, count, frozenset())
     with engine_errors("greedy tokens"):
-        decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(len(start)), Encodings())
-        last: dict[int, list[int]] = {}
-        for row, token in enumerate(start):
-            of_row = {name: value[row : row + 1] for name, value in source.items()}
-            source_of_row = {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in of_row.items()}
-            last[decoder.open(source=source_of_row)] = [int(token)]
-        for _ in range(steps):
-            last = {row: [int(logits.argmax())] for row, logits in decoder.step(last).items()}
-            for row, tokens in last.items():
-                generated.setdefault(row, []).extend(tokens)
-    return torch.tensor([generated[row] for row in sorted(generated)])
+        decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(rows), Encodings())
+        opened = [
+            decoder.open(source={name: array[row : row + 1] for name, array in arrays.items()}) for row in range(rows)
+        ]
+    return EngineSteps(decoder, opened, "greedy tokens")

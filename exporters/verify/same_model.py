@@ -20,7 +20,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.kinds.conversion import base_trace, fingerprint_of
-from gralora_fx.exporters.verify.compared_tensors import flat
+from gralora_fx.exporters.verify.outputs import flat
 from gralora_fx.format.manifest import AdapterEntry, Manifest
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

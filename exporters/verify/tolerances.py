@@ -1,9 +1,9 @@
-"""What differences verification allows: by an export's arithmetic, or by float32's own rounding (a float64 run)."""
+"""The tally of what is compared, and what differences are allowed: by arithmetic, or by float32's own rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,19 +13,17 @@ from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias
 from gralora_fx.core.graph.overlay import map_parameters
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.tracing.inputs.cache import empty_cache, returned_cache, tensors_of, with_tensors
+from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import first_line
 from gralora_fx.exporters.kinds.conversion import base_trace
-from gralora_fx.exporters.verify.compared_tensors import largest_gap, largest_value, last_logits, step_inputs
-from gralora_fx.exporters.verify_report import RoundingCheck
-from gralora_fx.format.input_names import PAST
+from gralora_fx.exporters.verify_report import RoundingCheck, TensorCheck, TokenCheck
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.sessions.session import CPU, Runtime
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
 # seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
-# their own weights and constants (see `comparable`); the constants round differently: largest seen 0.0004.
+# their own weights and constants (see `open_comparable`); the constants round differently: largest seen 0.0004.
 _TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 # Of a provider's arithmetic that is less exact than float32: 20 times its largest rounding error of a number, which is
 # 2^-11 where numbers have 11 bits, and 2^-8 where they have 8. The fp16 above is as much. In int8 it is 2^-8 of the
@@ -121,6 +119,99 @@ class ToleranceCheck:
         return not self._is_lost
 
 
+class _Difference(NamedTuple):
+    """How two tensors differ: at most, beside the largest value, and in which rows of logits another one is largest."""
+
+    absolute: float
+    largest: float
+    is_same: Tensor | None  # None for other outputs, and for logits of no row
+
+    @property
+    def relative(self) -> float:
+        return self.absolute / self.largest if self.largest else self.absolute
+
+
+class Tally:
+    """What an export was compared with: the largest differences, and how many tokens are equal.
+
+    Attributes:
+        cases: What was compared, in words.
+        passed: Whether everything is close enough.
+    """
+
+    def __init__(self, check: ToleranceCheck, label: str = "") -> None:
+        """Begin with nothing compared."""
+        self.cases: list[str] = []
+        self.passed = True
+        self._check, self._label = check, label
+        self._found: dict[str | int, list[_Difference]] = {}
+        self._ties, self._first = 0, ""
+
+    def add(
+        self,
+        name: str | int,
+        place: str,
+        expected: Tensor,
+        actual: Tensor,
+        in_float64: Callable[[Float64Model], Tensor],
+    ) -> Tensor | None:
+        """Count an output or, by its number, the logits of a step; returns which rows of logits have the same token."""
+        self.passed &= self._check.accepts(f"{self._label}{place}", expected, actual, in_float64)
+        is_logits = (isinstance(name, int) or "logits" in name) and expected.numel() > 0
+        is_same = expected.argmax(-1) == actual.argmax(-1) if is_logits else None
+        difference = _Difference(largest_gap(expected, actual), largest_value(expected), is_same)
+        self._found.setdefault(name, []).append(difference)
+        return is_same
+
+    def add_step(
+        self, index: int, case: str, expected: Tensor, actual: Tensor, in_float64: Callable[[Float64Model], Tensor]
+    ) -> None:
+        """Count the logits of a step, `[batch, vocabulary]`, and tell near ties from other tokens."""
+        is_same = self.add(index, f"{case}, token {index}", expected, actual, in_float64)
+        assert is_same is not None
+        allowed = 2 * self._check.tolerance * max(self._check.least_scale, largest_value(expected))
+        for row in (~is_same).nonzero().flatten().tolist():
+            token, other = int(expected[row].argmax()), int(actual[row].argmax())
+            is_tie = float(expected[row, token] - expected[row, other]) <= allowed
+            self._ties += is_tie
+            tie = " (a near tie)" if is_tie else ""
+            self._first = self._first or f"{case}: row {row}, token {index} is {other} instead of {token}{tie}"
+
+    @property
+    def tensors(self) -> tuple[TensorCheck, ...]:
+        """The report of each output."""
+        checks = []
+        for name, found in self._found.items():
+            shares = [float(each.is_same.float().mean()) for each in found if each.is_same is not None]
+            absolute, relative = max(each.absolute for each in found), max(each.relative for each in found)
+            checks.append(TensorCheck(str(name), absolute, relative, min(shares, default=None)))
+        return tuple(checks)
+
+    @property
+    def tokens(self) -> TokenCheck:
+        """The report of all steps."""
+        least, steps = self._check.least_scale, [found for _, found in sorted(self._found.items())]
+        errors = tuple(max(each.absolute / max(least, each.largest) for each in found) for found in steps)
+        same = [each.is_same for found in steps for each in found if each.is_same is not None]
+        compared, equal = sum(map(len, same)), sum(int(rows.sum()) for rows in same)
+        return TokenCheck(tuple(self.cases), compared, equal, self._ties, self._first or None, errors, self.passed)
+
+
+def largest_gap(expected: Tensor, actual: Tensor) -> float:
+    """The largest absolute difference; infinite if only one of two values is finite."""
+    both_missing = expected.isnan() & actual.isnan()
+    gap = (expected - actual).abs().masked_fill((expected == actual) | both_missing, 0.0)  # inf equals inf
+    if not gap.numel():
+        return 0.0
+    return float(gap.max()) if bool(torch.isfinite(gap).all()) else float("inf")
+
+
+def largest_value(tensor: Tensor) -> float:
+    """The largest finite absolute value; 0 if there is none."""
+    finite = tensor[torch.isfinite(tensor)]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
 class Float64Model:
     """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
 
@@ -142,27 +233,6 @@ class Float64Model:
                 )
         finally:
             torch.set_default_dtype(before)
-
-    def steps(self, batch: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """Begin a text with an empty cache; what is returned reads new tokens, as the model does in the same steps.
-
-        Some models compute a token that is read by itself differently from one of several (see `PromptClamp`), so a
-        text at once is no reference for one that is read in steps.
-
-        Returns:
-            From new ids `[batch, new]` and the mask of all positions to the logits after each row's last token,
-            `[batch, vocabulary]`.
-        """
-        traced = base_trace(self._model)
-        cache: Any = empty_cache(traced.example_inputs[PAST], batch)
-
-        def read(ids: Tensor, mask: Tensor) -> Tensor:
-            nonlocal cache
-            outputs = self(**step_inputs(ids, mask, traced.input_names), past_key_values=cache)
-            cache = returned_cache(outputs)
-            return last_logits(outputs["logits"], mask)[:, -1]
-
-        return read
 
 
 class _RoundingNoise:

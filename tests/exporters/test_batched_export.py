@@ -19,8 +19,8 @@ from wrong_rows import ShiftedSteps
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verify import variants
-from gralora_fx.exporters.verify.mixed_rows import MixedRows
+from gralora_fx.exporters.verify import adapters_as_data, comparable
+from gralora_fx.exporters.verify.adapters_as_data import MixedRows
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.engine.adapters import Adapters, Stack
 from gralora_fx.serving import load
@@ -145,7 +145,7 @@ def test_a_wrong_row_fails_verification(
             right = super().ids(rows)
             return np.where(np.arange(len(right)) == 2, (right + 1) % self.count, right)
 
-    monkeypatch.setattr(variants, "MixedRows", Shifted)
+    monkeypatch.setattr(adapters_as_data, "MixedRows", Shifted)
     assert not verify_onnx(path, model, "quick").passed
 
 
@@ -184,7 +184,7 @@ def test_a_window_of_positions(tmp_path: Path) -> None:
 
 def test_a_wrong_row_of_a_decoder_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = adapted("llama", tmp_path, task=CACHED)
-    monkeypatch.setattr(variants, "RowSteps", ShiftedSteps)
+    monkeypatch.setattr(comparable, "RowSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(model, tmp_path / "onnx", adapters="data")
 

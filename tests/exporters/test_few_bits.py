@@ -30,7 +30,7 @@ from gralora_fx.exporters.quantize.block_search import InputProducts
 from gralora_fx.exporters.quantize.formats import Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.quantize.sensitivity import measure_sensitivities
-from gralora_fx.exporters.verify.compared_tensors import step_inputs
+from gralora_fx.exporters.verify.outputs import step_inputs
 from gralora_fx.format.input_names import PAST
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load

@@ -18,8 +18,8 @@ from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.kinds.decoder import DECODER
-from gralora_fx.exporters.verify.compared_tensors import flat
-from gralora_fx.exporters.verify.measure_quality import measure_quality
+from gralora_fx.exporters.verify.outputs import flat
+from gralora_fx.exporters.verify.quality import measure_quality
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.format.quantized_weights import TokenQuality
 from gralora_fx.serving import load

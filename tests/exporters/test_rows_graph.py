@@ -24,7 +24,7 @@ from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
-from gralora_fx.exporters.verify import variants
+from gralora_fx.exporters.verify import comparable
 from gralora_fx.format.export_directory import ROWS_NAME
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.engine.adapters import Adapters
@@ -343,7 +343,7 @@ def test_an_export_with_a_missing_or_another_graph_is_told(tmp_path: Path) -> No
 def test_a_wrong_adapter_of_a_row_fails_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False)
     model = rewrite(fresh_trace("llama", task=CACHED), config)
-    monkeypatch.setattr(variants, "RowSteps", ShiftedSteps)
+    monkeypatch.setattr(comparable, "RowSteps", ShiftedSteps)
     with pytest.raises(ExportError, match="results differ from the model's"):
         export_onnx(model, tmp_path / "onnx", adapters="data")
 

@@ -24,10 +24,9 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.verify import same_model
-from gralora_fx.exporters.verify.compared_tensors import largest_gap, largest_value
 from gralora_fx.exporters.verify.fresh_inputs import pad_prompts, random_prompts
 from gralora_fx.exporters.verify.greedy_tokens import compare_greedy, reader
-from gralora_fx.exporters.verify.tolerances import ToleranceCheck, tolerance_of
+from gralora_fx.exporters.verify.tolerances import ToleranceCheck, largest_gap, largest_value, tolerance_of
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck, VerifyReport
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.sessions.session import open_session

@@ -16,7 +16,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.quantize import calibration
 from gralora_fx.exporters.quantize.draws import draw
 from gralora_fx.exporters.quantize.sequential import Moments
-from gralora_fx.exporters.verify import token_quality
+from gralora_fx.exporters.verify import cases, quality
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -58,9 +58,9 @@ def test_a_small_model_is_run_for_few_tokens(tmp_path: Path, monkeypatch: pytest
     assert taken == {"drawn": 16 * (length - 1), "rounded by": 16 * length * inputs}
     taken.clear()
     count(DecoderSteps, "__call__", "compared", tokens)
-    monkeypatch.setattr(token_quality, "_CONTINUED", 8)
+    monkeypatch.setattr(cases, "_CONTINUED", 8)
     session = onnxruntime.InferenceSession(tmp_path / "first" / "model.onnx")
-    token_quality.token_quality(session, traced, token_quality.drawn_texts(traced))
+    quality.token_quality(session, traced, cases.drawn_texts(traced))
     assert taken == {"drawn": 16 * (24 + 8 - 1), "compared": 16 * (24 + 8 - 1)}
 
 
@@ -103,5 +103,5 @@ def test_a_divergence_is_that_of_pytorch() -> None:
         )
         for a, b, mask in zip(p, q, kept, strict=True)
     ]
-    torch.testing.assert_close(token_quality.kl_divergence(p, q), torch.stack(expected))
-    assert token_quality.kl_divergence(p[:0], q[:0]).shape == (0,)
+    torch.testing.assert_close(quality.kl_divergence(p, q), torch.stack(expected))
+    assert quality.kl_divergence(p[:0], q[:0]).shape == (0,)

@@ -1,0 +1,197 @@
+"""Outputs of an export compared with the model's on the same inputs: by name, at the positions that count."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, EncoderDecoderCache
+
+from gralora_fx.base.progress.stages import counted
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.inputs.cache import positions, returned_cache, tensors_of
+from gralora_fx.core.tracing.inputs.input_trees import own_inputs, tensor_paths
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.verify.cases import Case, TokenResult, TokenRun
+from gralora_fx.exporters.verify.tolerances import Float64Model, Tally, ToleranceCheck
+from gralora_fx.format.cache_slots import slot_of
+from gralora_fx.format.export_directory import ROWS_NAME
+from gralora_fx.format.input_names import PRESENT_PREFIX
+from gralora_fx.run.sessions.ort_values import as_tensor, image_arguments, run_values
+from gralora_fx.run.sessions.session_views import transposed_states
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """An export and the model that it is compared with.
+
+    Attributes:
+        session: The export.
+        model: The model, in evaluation mode.
+        logits: Which positions' logits the export gives: `"last"` or `"all"`.
+    """
+
+    session: Any
+    model: TracedModel | GraloraModel
+    logits: str
+
+    def run(self, cases: Sequence[Case], check: ToleranceCheck) -> Tally:
+        """Compare every output on inputs."""
+        tally = Tally(check)
+        for description, case in counted(cases, "comparing outputs", "inputs"):
+            expected, actual = (without_padding(outputs, case) for outputs in self.both(case, description))
+            in_float64 = cache(partial(self._counted, case))  # by model: each runs once
+            for index, (name, value) in enumerate(expected.items()):
+                if value.shape != actual[name].shape:
+                    ours, models = list(actual[name].shape), list(value.shape)
+                    raise ExportError(
+                        f"{name} has shape {ours} in the export and {models} in the model on {description}; it is an "
+                        "export of another model"
+                    )
+                pair, place = (value.float(), actual[name].float()), f"{description}, {name}"
+                tally.add(name, place, *pair, partial(_output, in_float64, index))
+        return tally
+
+    def both(self, case: Mapping[str, Any], description: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All outputs of the model and of the export, by the export's names, padding included."""
+        values, names = flat(case), [value.name for value in self.session.get_inputs()]
+        names += [value.name for value in image_arguments(self.session)]
+        expected = self._outputs(partial(run_model, self.model, description), case)
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ExportError(f"{description} lack {', '.join(missing)}, which the export takes; give every input")
+        swapped = transposed_states(self.session)
+        feed = {name: values[name].mT if name in swapped else values[name] for name in names}
+        results = {name: as_tensor(value) for name, value in run_values(self.session, feed, description).items()}
+        actual = {name: value.mT if name in swapped else value for name, value in results.items()}
+        if len(expected) != len(actual):
+            raise ExportError(f"the export gives {', '.join(actual)}, the model {', '.join(expected)}; export it again")
+        if set(expected) != set(actual):
+            expected = dict(zip(actual, expected.values(), strict=True))
+        return expected, actual
+
+    def _outputs(self, model: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A model's outputs by name, with the logits that the export returns."""
+        outputs = named_outputs(model(**own_inputs(case)))
+        if self.logits == "last":
+            outputs["logits"] = last_logits(outputs["logits"], flat(case)["attention_mask"])
+        return outputs
+
+    def _counted(self, case: Mapping[str, Any], model: Float64Model) -> list[Tensor]:
+        """A float64 model's outputs in their order, without padding."""
+        return list(without_padding(self._outputs(model, case), case).values())
+
+
+def _output(run: Callable[[Float64Model], list[Tensor]], index: int, model: Float64Model) -> Tensor:
+    return run(model)[index]
+
+
+def compare_rows(run: TokenRun) -> TokenResult:
+    """Compare the outputs of `model_rows.onnx`, where there is one, on the inputs of `model.onnx`."""
+    if run.rows is None:
+        return TokenResult()
+    tally = OutputComparison(run.rows, run.model, "all").run(run.cases, run.tolerance_check)
+    named = (dataclasses.replace(tensor, name=f"{ROWS_NAME}: {tensor.name}") for tensor in tally.tensors)
+    return TokenResult(tally.passed, tensors=tuple(named))
+
+
+def run_model(model: TracedModel | GraloraModel, description: str, **inputs: Any) -> Any:
+    """Run the model that an export is compared with."""
+    try:
+        with torch.no_grad():
+            return model(**inputs)
+    except Exception as error:  # a model raises what it likes
+        raise ExportError(f"the model itself fails on {description}: {first_line(error)}") from error
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Input or output tensors by the names of an exported graph: nested ones by path, a cache by layer."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if isinstance(value, Cache):
+            tensors |= _named(value, is_present="logits" in values)
+        else:
+            tensors |= tensor_paths({name: value})
+    return tensors
+
+
+def _named(cache: Cache, *, is_present: bool) -> dict[str, Tensor]:
+    tensors = tensors_of(cache)
+    if isinstance(cache, EncoderDecoderCache):
+        crossed = tensors_of(cache.cross_attention_cache)
+        tensors |= {dataclasses.replace(slot, part="encoder"): tensor for slot, tensor in crossed.items()}
+    return {slot.present if is_present else slot.past: tensor for slot, tensor in tensors.items()}
+
+
+def named_outputs(outputs: Any) -> dict[str, Tensor]:
+    """The tensors of a model's return value by name, nested ones by their path."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if (cache := returned_cache(outputs)) is not None:
+        step = outputs if isinstance(cache, EncoderDecoderCache) else {"logits": outputs["logits"], "cache": cache}
+        return flat(step)  # what a decoder's model returns beside them is not exported
+    if isinstance(outputs, (list, tuple)):
+        outputs = {str(index): value for index, value in enumerate(outputs)}
+    if isinstance(outputs, Mapping):
+        return tensor_paths({str(name): value for name, value in outputs.items()})
+    return {path.removeprefix("output."): tensor for path, tensor in tensor_paths({"output": outputs}).items()}
+
+
+def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the last position of each row that is not padding, `[batch, 1, vocabulary]`.
+
+    Args:
+        logits: `[batch, length, vocabulary]`.
+        mask: `[batch, past + length]`.
+    """
+    window = mask[:, mask.shape[1] - logits.shape[1] :]
+    last = window.shape[1] - 1 - window.flip(1).argmax(1)
+    return logits[torch.arange(logits.shape[0]), last].unsqueeze(1)
+
+
+def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Outputs without the positions that the attention mask hides, whose values no one defines.
+
+    Of keys and values, those of the mask's positions remain; states as they are; of a decoder's logits, the last ones;
+    of other outputs, the positions of the text that the mask is of, which the encoder of an encoder-decoder reads.
+
+    Args:
+        outputs: Output tensors by name: `[batch, length, ...]`, keys and values `[batch, heads, length, size]`.
+        inputs: The inputs from which they were computed.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or bool(mask.all()):
+        return dict(outputs)
+    has_encoder, has_cache = "decoder_input_ids" in inputs, any(name.startswith(PRESENT_PREFIX) for name in outputs)
+
+    def counted(name: str, value: Tensor) -> Tensor:
+        slot = slot_of(name)
+        if slot is not None:
+            if slot.kind.grows is None:
+                return value
+            by_position = value.movedim(slot.kind.grows, 1)
+            return by_position[mask.bool()] if ".encoder." in name or not has_encoder else value
+        if has_cache and not has_encoder:
+            return value if value.shape[1] == 1 else last_logits(value, mask)
+        is_masked = name.startswith("encoder") if has_encoder else value.shape[:2] == mask.shape
+        return value[mask.bool()] if is_masked else value
+
+    return {name: counted(name, value) for name, value in outputs.items()}
+
+
+def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+    """What a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
+
+    Args:
+        ids: `[batch, new]`.
+        mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
+        names: The inputs that the decoder has.
+    """
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
+    return {name: value for name, value in inputs.items() if name in names}

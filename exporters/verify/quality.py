@@ -1,0 +1,246 @@
+"""What quantization changes: a quantized export, as it is run, compared with the float32 model.
+
+Of a decoder both read a user's texts, or beginnings of texts that the model draws, token by token.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.base.progress.stages import counted
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
+from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.quantize.draws import draw
+from gralora_fx.exporters.translation.cast_graph import precision_of
+from gralora_fx.exporters.verify.cases import Case, MeasuredTexts, Verification, drawn_texts, user_texts
+from gralora_fx.exporters.verify.comparable import evaluating, float32_model, variants
+from gralora_fx.exporters.verify.fresh_inputs import random_answers, text_cases
+from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
+from gralora_fx.exporters.verify.outputs import OutputComparison
+from gralora_fx.format.manifest import read_manifest
+from gralora_fx.format.quantized_weights import OutputQuality, Quality, TokenQuality
+from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
+
+_BATCH = 16  # texts at a time
+
+
+def measure_quality(
+    directory: Path,
+    model: TracedModel | GraloraModel,
+    verification: Verification,
+    *,
+    texts: Sequence[str] | None,
+    tokenizer: Any,
+) -> Quality:
+    """Run a quantized export and the float32 model on the same inputs, both without adapters that are its data.
+
+    Of a decoder's export that takes adapters as data, tokens are compared without one and with each active one.
+    """
+    traced, manifest = base_trace(model), read_manifest(directory)
+    session = open_session(directory, Runtime(session_options=yielding_options()))
+    states = variants(session, model, manifest, directory)
+    if traced.cache_layout is CacheLayout.DECODER:
+        chosen = drawn_texts(traced) if texts is None else user_texts(texts, loaded_tokenizer(tokenizer), traced)
+        tokens: list[TokenQuality] = []
+        for variant in states:
+            with variant.active(), _float32(model) as reference:
+                tokens.append(token_quality(variant.session, reference, chosen, variant.name))
+        return Quality(str(chosen), (), tuple(tokens))
+    base = next(states)  # without adapters that are data
+    cases: Iterable[Case]
+    if traced.cache_layout is CacheLayout.ENCODER_DECODER:
+        cases, inputs = random_answers(traced, seed=0), "random inputs"
+    elif texts is None:
+        cases, inputs = verification.cases(traced, seed=0, quick=True), "random inputs"
+    else:
+        cases, inputs = text_cases(texts, tokenizer, traced), f"{len(texts)} given text{'s' * (len(texts) > 1)}"
+    with base.active(), _float32(model) as reference:
+        return compare_outputs(OutputComparison(base.session, reference, manifest.logits), cases, inputs)
+
+
+@contextmanager
+def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | GraloraModel]:
+    """What quantization is measured by: the model itself, or one of half precision in float32 arithmetic.
+
+    It is in evaluation mode within a block.
+    """
+    is_float32 = precision_of(base_trace(model).graph_module) == "fp32"
+    reference = model if is_float32 else float32_model(fold_adapters(model), "fp32")
+    with evaluating(model, reference):
+        yield reference
+
+
+def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:
+    """Compare the outputs of an export with those of the float32 model; what a mask hides and a cache are left out."""
+    tallies: dict[str, _Tally] = {}
+    for description, case in cases:
+        expected, actual = comparison.both(case, description)
+        for name, value in expected.items():
+            if name.startswith("present.") or not value.is_floating_point() or value.ndim < 2:
+                continue
+            rows = _rows(name, value.float(), case), _rows(name, actual[name].float(), case)
+            _check_finite(name, description, value, actual[name])
+            tally = tallies.setdefault(name, _Tally())
+            (tally.add_logits if _is_logits(name, value) else tally.add_vectors)(*rows)
+    return Quality(inputs, tuple(tally.of_output(name) for name, tally in tallies.items() if tally.rows))
+
+
+def _is_logits(name: str, value: Tensor) -> bool:
+    """Whether an output's last axis is classes, or positions of a text; a regression's single value is neither."""
+    return "logits" in name and (name.endswith("_logits") or value.shape[-1] > 1)
+
+
+def _rows(name: str, value: Tensor, case: Mapping[str, Any]) -> Tensor:
+    """An output as rows `[rows, width]`, without the positions that a mask hides."""
+    mask = case.get("attention_mask")
+    if mask is not None and (mask.ndim != 2 or "decoder_input_ids" in case):
+        mask = None  # of other positions than the outputs'
+    if value.ndim == 2:
+        if (
+            mask is not None and name.endswith("_logits") and value.shape == mask.shape
+        ):  # a logit a position: of an answer's start or end
+            value = value.masked_fill(~mask.bool(), float("-inf"))
+    elif value.ndim == 3:
+        is_text = mask is not None and value.shape[:2] == mask.shape
+        value = value[mask.bool()] if mask is not None and is_text else value.flatten(0, 1)
+    else:
+        value = value.flatten(1)
+    is_regression = value.shape[-1] == 1 and not _is_logits(name, value)
+    return value.reshape(1, -1) if is_regression else value  # all values of a regression are one vector
+
+
+def token_quality(
+    session: Any, model: TracedModel | GraloraModel, texts: MeasuredTexts, adapter: str | None = None
+) -> TokenQuality:
+    """Compare the probabilities of the next token at every position; both read the same tokens.
+
+    Every text is followed by tokens that are the float32 model's likeliest. As long as the export's are the same, they
+    are what it would generate. Tokens are read one by one, so that every logit is one that the export serves.
+    """
+    tally, equal_tokens = _Tally(), []
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(texts.rows), _BATCH):
+        rows = texts.rows[start : start + _BATCH]
+        where = f"texts {start + 1} to {start + len(rows)}"
+        steps: list[Step] = [ModelSteps(model, len(rows), where), DecoderSteps(session, len(rows), where)]
+        lengths = torch.tensor([len(row) + texts.drawn for row in rows])
+        equal = torch.full((len(rows),), texts.continued)
+        positions = range(int(lengths.max()) + texts.continued - 1)
+        first = torch.tensor([[row[0]] for row in rows])
+        choose = partial(_following, rows=rows, texts=texts, generator=generator)
+        together = read_together(steps, first, torch.ones_like(first), len(positions), choose)
+        for position, step in zip(counted(positions, "comparing with float32", "tokens"), together, strict=True):
+            expected, (actual,) = step.expected, step.actual
+            _check_finite("logits", where, expected, actual)
+            after = position + 1 - lengths  # how many tokens of the continuation were read: negative before the first
+            tally.add_logits(expected[after <= 0], actual[after <= 0], is_text=True)
+            parts = (after >= 0) & (after < equal) & (expected.argmax(-1) != actual.argmax(-1))
+            equal[parts] = after[parts]
+        equal_tokens += equal.tolist()
+    return tally.of_tokens(adapter, equal_tokens, texts.continued)
+
+
+def _following(
+    logits: Tensor, last: int, rows: Sequence[Sequence[int]], texts: MeasuredTexts, generator: torch.Generator
+) -> Tensor:
+    """The token of each row after a position: its text's, one that is drawn, or the model's likeliest."""
+    position, chosen, longest = last + 1, logits.argmax(-1), max(map(len, rows)) + texts.drawn
+    drawn = draw(logits, generator, texts.end) if position < longest else chosen
+    for index, row in enumerate(rows):
+        if position < len(row):
+            chosen[index] = row[position]
+        elif position < len(row) + texts.drawn:
+            chosen[index] = drawn[index]
+    return chosen
+
+
+@dataclass
+class _Tally:
+    """Figures of an output, or of a decoder's next tokens, over all inputs."""
+
+    rows: int = 0
+    equal: int = 0
+    change: float = 0.0
+    divergence: float = 0.0
+    cosines: list[Tensor] = field(default_factory=list)
+
+    def add_logits(self, expected: Tensor, actual: Tensor, *, is_text: bool = False) -> None:
+        """Count logits `[rows, width]`: the largest change of a probability, or of a text the divergence."""
+        self.rows += expected.shape[0]
+        if not expected.numel():
+            return
+        self.equal += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        if is_text:
+            self.divergence += float(kl_divergence(expected, actual).sum())
+        else:
+            self.change = max(self.change, float((expected.softmax(-1) - actual.softmax(-1)).abs().max()))
+
+    def add_vectors(self, expected: Tensor, actual: Tensor) -> None:
+        """Count vectors `[rows, width]`."""
+        if expected.numel():
+            self.rows += expected.shape[0]
+            similarity = torch.cosine_similarity(expected.double(), actual.double(), dim=-1)
+            self.cosines.append(similarity.masked_fill((expected == actual).all(-1), 1.0))  # zeros have no direction
+
+    def of_output(self, name: str) -> OutputQuality:
+        if not self.cosines:
+            return OutputQuality(name, self.rows, self.equal / self.rows, self.change, None, None)
+        cosines = torch.cat(self.cosines)
+        return OutputQuality(name, self.rows, None, None, float(cosines.mean()), float(cosines.min()))
+
+    def of_tokens(self, adapter: str | None, equal_tokens: list[int], continued: int) -> TokenQuality:
+        median, share = float(statistics.median(equal_tokens)), self.equal / self.rows
+        return TokenQuality(
+            adapter, len(equal_tokens), self.rows, share, self.divergence / self.rows, continued, median
+        )
+
+
+def _check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> None:
+    """Check that an output is finite wherever the model's is."""
+    if bool((expected.isfinite() & ~actual.isfinite()).any()):
+        raise ExportError(
+            f"the quantized export gives values of {name} that are not finite on {where}, and the model's are finite; "
+            "export it without quantize"
+        )
+
+
+def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
+    """KL(p || q) of the distributions of two sets of logits, in nats.
+
+    Rows are worked on as in `draw`: one at a time and by numpy.
+
+    Args:
+        expected: Logits of p, `[rows, vocabulary]`.
+        actual: Those of q.
+
+    Returns:
+        `[rows]`, float64.
+    """
+    found = []
+    with np.errstate(invalid="ignore"):
+        for pair in zip(expected.numpy(), actual.numpy(), strict=True):
+            log_p, log_q = (_log_softmax(row.astype(np.float64)) for row in pair)
+            p = np.exp(log_p)
+            found.append(np.where(p > 0, p * (log_p - log_q), 0.0).sum())
+    return torch.tensor(found, dtype=torch.double)
+
+
+def _log_softmax(row: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = row - row.max()
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result
