@@ -26,8 +26,8 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
-from gralora_fx.exporters.kinds import flavour_of
 from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
+from gralora_fx.exporters.kinds.flavours import flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, layers_reports

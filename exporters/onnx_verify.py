@@ -13,8 +13,8 @@ from gralora_fx.base.progress.console import with_progress
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.kinds import flavour_of
 from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
+from gralora_fx.exporters.kinds.flavours import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.verify.cases import TokenRun

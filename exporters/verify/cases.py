@@ -45,50 +45,26 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """What greedy tokens are compared of.
-
-    Attributes:
-        session: The export.
-        model: The model that it is compared with, in evaluation mode.
-        cases: The inputs that were compared before.
-        prompts: Prompts to begin with.
-        tolerance_check: Decides which differences of the logits are acceptable.
-        quick: Whether few tokens are enough.
-        adapters: The export's adapters.
-        rows: Its graph whose rows have adapters, and those of a decoder lengths, of their own: of a decoder what
-            makes a `Step` of prompts, else a session; None for none.
-    """
+    """An export and the model that its greedy tokens are compared with, after their outputs."""
 
     session: Any
-    model: TracedModel | GraloraModel
-    cases: Sequence[Case]
+    model: TracedModel | GraloraModel  # in evaluation mode
+    cases: Sequence[Case]  # the inputs that were compared before
     prompts: Sequence[PromptBatch]
     tolerance_check: ToleranceCheck
     quick: bool
     adapters: Adapters
-    rows: Any = None
+    rows: Any = None  # see `Variant`
 
 
 @dataclass(frozen=True)
 class TokenResult:
-    """How greedy tokens compare.
-
-    Attributes:
-        passed: Whether they are close enough.
-        tokens: The report of each step.
-        tensors: What is said of them as of an output.
-        rows: The report of each step of the graph whose rows have lengths of their own.
-    """
+    """How greedy tokens compare, those of `model.onnx` and of the graph of rows; nothing of a model without a cache."""
 
     passed: bool = True
     tokens: TokenCheck | None = None
-    tensors: tuple[TensorCheck, ...] = ()
+    tensors: tuple[TensorCheck, ...] = ()  # what is said as of an output
     rows: TokenCheck | None = None
-
-
-def _compare_none(run: TokenRun) -> TokenResult:
-    """A model without a cache is not run step by step."""
-    return TokenResult()
 
 
 @dataclass(frozen=True)
@@ -103,7 +79,7 @@ class Verification:
 
     inputs: Callable[[TracedModel, torch.Generator, bool], Iterator[Case]]
     prompts: Callable[[TracedModel, int, bool], Iterator[PromptBatch]] | None = None
-    compare_tokens: Callable[[TokenRun], TokenResult] = _compare_none
+    compare_tokens: Callable[[TokenRun], TokenResult] = lambda _: TokenResult()
 
     def cases(self, model: TracedModel, seed: int, *, quick: bool) -> list[Case]:
         """Fresh inputs with the constants that a call of the model gives again."""
@@ -132,19 +108,12 @@ def longest_text(model: TracedModel) -> int:
 
 @dataclass(frozen=True)
 class MeasuredTexts:
-    """Texts, each of which the float32 model continues greedily.
+    """Texts, each of which the float32 model continues greedily."""
 
-    Attributes:
-        rows: Token ids by text, at least one each.
-        drawn: Tokens that the float32 model draws after each row; they belong to the text.
-        continued: Greedy tokens after each text.
-        end: Tokens that end a text or pad it, which are not drawn.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    drawn: int
-    continued: int
-    end: tuple[int, ...] = ()
+    rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
+    drawn: int  # tokens that the float32 model draws after each row; they belong to the text
+    continued: int  # greedy tokens after each text
+    end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
 
     def __str__(self) -> str:
         """How many there are, and where they are from."""

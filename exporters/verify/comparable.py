@@ -24,7 +24,6 @@ from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.translation.cast_graph import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.verify.greedy_tokens import RowSteps
 from gralora_fx.exporters.verify.tolerances import arithmetic_of
-from gralora_fx.format.adapter_inputs import AdapterInputs
 from gralora_fx.format.export_directory import PAST_SEQLENS, ROWS_NAME
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import Adapters
@@ -35,18 +34,11 @@ _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes th
 
 
 class Comparable(NamedTuple):
-    """An export, or its float32 copy, opened to be compared.
-
-    Attributes:
-        session: A session over it.
-        rows: A session over its graph whose rows have lengths of their own; None where there is none, or the providers
-            are not known to run it.
-        arithmetic: Precision that it is run in.
-    """
+    """An export, or its float32 copy, opened to be compared."""
 
     session: Any
-    rows: Any
-    arithmetic: str
+    rows: Any  # a session over the graph of rows; None where there is none, or the providers are not known to run it
+    arithmetic: str  # precision that it is run in
 
 
 def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
@@ -73,45 +65,20 @@ def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precis
 
 @dataclass(frozen=True)
 class Variant:
-    """An export and the model in one state of its adapters.
-
-    Attributes:
-        session: The export's session in that state.
-        rows: What runs its graph whose rows have adapters, and those of a decoder lengths, of their own: of a decoder
-            what makes the `RowSteps` of prompts, else a session; None where that is not compared.
-        model: The model that was exported.
-        inputs: What the export takes of adapters; None if they are folded.
-        name: The adapter; None for the base, or for an export whose adapters are folded.
-        tensors: The adapter's tensors in the export, by name; empty without one.
-        rounded: Gives the model with the export's rounded weights, of adapters as data the base; one for all states.
-    """
+    """An export and the model in one state of its adapters."""
 
     session: Any
+    # of the graph of rows (see `RowSteps`) what makes the steps of prompts, of a model without a cache a session; None
+    # where that is not compared
     rows: Any
-    model: TracedModel | GraloraModel
-    inputs: AdapterInputs | None
-    name: str | None
-    tensors: Arrays
-    rounded: Callable[[], TracedModel | GraloraModel]
-
-    def active(self) -> AbstractContextManager[None]:
-        """The model in that state within a block."""
-        if self.inputs is None or not isinstance(self.model, GraloraModel):
-            return nullcontext()
-        return self.model.disable_adapter() if self.name is None else _only(self.model, self.name)
+    name: str | None  # the adapter; None for the base, or for an export whose adapters are folded
+    active: Callable[[], AbstractContextManager[None]]  # the model in that state within a block
+    build: Callable[[], TracedModel | GraloraModel]
 
     @cached_property
     def reference(self) -> TracedModel | GraloraModel:
         """What the export is compared with: the model, or one with the export's rounded weights."""
-        base = self.rounded()
-        if self.inputs is None or not isinstance(self.model, GraloraModel):
-            return base
-        if base is self.model.traced:
-            return self.model
-        assert isinstance(base, TracedModel)
-        from gralora_fx.exporters.verify.adapters_as_data import with_folded
-
-        return with_folded(base, self.tensors, self.inputs)
+        return self.build()
 
 
 def variants(
@@ -128,23 +95,30 @@ def variants(
         from gralora_fx.exporters.verify.adapters_as_data import check_named
 
         check_named(adapter_name, model, inputs, directory)
-    compared = model if inputs is None or not isinstance(model, GraloraModel) else model.traced
-    rounded = cache(partial(reference_model, compared, manifest, directory))
     by_row = partial(_rows_with, rows, Adapters(directory, manifest))
     if inputs is None:
-        yield Variant(session, by_row(None, ()), model, inputs, None, {}, rounded)
+        build = partial(reference_model, model, manifest, directory)
+        yield Variant(session, by_row(None, ()), None, nullcontext, build)
         return
     from gralora_fx.exporters.artifact.base_parameters import BaseParameters
-    from gralora_fx.exporters.verify.adapters_as_data import session_with, tensors_of
+    from gralora_fx.exporters.verify.adapters_as_data import session_with, tensors_of, with_folded
+
+    rounded = cache(partial(reference_model, base_trace(model), manifest, directory))  # one for all states
+
+    def reference(tensors: Arrays) -> TracedModel | GraloraModel:
+        return model if rounded() is base_trace(model) else with_folded(base_trace(rounded()), tensors, inputs)
 
     names = model.active_adapters if isinstance(model, GraloraModel) else []
-    there = {name: adapter_name or name for name in names}
+    there = [adapter_name or name for name in names]
     base = BaseParameters(directory, manifest)
-    adapters = {name: tensors_of(name, exported, model, base) for name, exported in there.items()}
-    for name in (None, *names):
-        tensors: Arrays = {} if name is None else adapters[name]
-        own = by_row(None if name is None else there[name], list(there.values()))
-        yield Variant(session_with(session, inputs, tensors), own, model, inputs, name, tensors, rounded)
+    adapters = [tensors_of(*pair, model, base) for pair in zip(names, there, strict=True)]
+    disabled = model.disable_adapter if isinstance(model, GraloraModel) else nullcontext
+    yield Variant(session_with(session, inputs, {}), by_row(None, there), None, disabled, partial(reference, {}))
+    if not isinstance(model, GraloraModel):
+        return
+    for name, exported, tensors in zip(names, there, adapters, strict=True):
+        own, beside = session_with(session, inputs, tensors), by_row(exported, there)
+        yield Variant(own, beside, name, partial(_only, model, name), partial(reference, tensors))
 
 
 def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> Any:

@@ -180,15 +180,9 @@ class Together(NamedTuple):
 def read_together(
     steps: Sequence[Step], ids: Tensor, mask: Tensor, count: int, choose: Callable[[Tensor, int], Tensor] | None = None
 ) -> Iterator[Together]:
-    """Let the model, which is the first, and graphs read the same tokens, step by step.
+    """Let the model, whose steps are the first, and graphs read the same tokens (see `Step`), step by step.
 
-    Args:
-        steps: What reads.
-        ids: The first tokens, `[batch, new]`.
-        mask: Theirs.
-        count: How many steps are taken.
-        choose: Gives the next token of each row by the model's logits and the number of the step; None for the
-            likeliest.
+    `choose` gives the next token of each row by the model's logits and the number of the step; None for the likeliest.
     """
     for index in range(count):
         expected, *actual = (

@@ -28,21 +28,13 @@ _HALVES = 1  # the row between two steps, where there are 16 bits
 
 
 class _Case(NamedTuple):
-    """A product by itself.
-
-    Attributes:
-        input: Name of its input.
-        output: Name of its output.
-        weight: int8 `[K, N]`.
-        scale: float32 `[N]`.
-        has_rest: Whether activations have 16 bits: what rounding leaves is multiplied too.
-    """
+    """A product by itself, with the names of its input and output."""
 
     input: str
     output: str
-    weight: ir.TensorProtocol
-    scale: ir.TensorProtocol
-    has_rest: bool
+    weight: ir.TensorProtocol  # int8 [K, N]
+    scale: ir.TensorProtocol  # float32 [N]
+    has_rest: bool  # whether activations have 16 bits: what rounding leaves is multiplied too
 
 
 def compare_products(directory: Path) -> TensorCheck:

@@ -29,17 +29,11 @@ from gralora_fx.run.sessions.session_views import transposed_states
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """An export and the model that it is compared with.
-
-    Attributes:
-        session: The export.
-        model: The model, in evaluation mode.
-        logits: Which positions' logits the export gives: `"last"` or `"all"`.
-    """
+    """An export and the model that it is compared with."""
 
     session: Any
-    model: TracedModel | GraloraModel
-    logits: str
+    model: TracedModel | GraloraModel  # in evaluation mode
+    logits: str  # which positions' logits the export gives: "last" or "all"
 
     def run(self, cases: Sequence[Case], check: ToleranceCheck) -> Tally:
         """Compare every output on inputs."""
