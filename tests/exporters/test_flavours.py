@@ -18,8 +18,7 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters import kinds as flavours
-from gralora_fx.exporters.kinds import decoder, encoder_decoder, plain
+from gralora_fx.exporters.kinds import decoder, encoder_decoder, flavours, plain
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import Flavour, Models
 from gralora_fx.exporters.translation.export_graphs import graph_to_translate
