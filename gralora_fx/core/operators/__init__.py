@@ -8,11 +8,7 @@ FILES = ("attention", "layers")  # that define some
 
 @cache
 def define_operators(name: str) -> None:
-    """Define this project's operators, so that a graph may call one by its name.
-
-    Args:
-        name: The one that is needed, such as `"gralora::attention"`, which may be a feature's.
-    """
+    """Define this project's operators, so that a graph may call one by its name."""
     from gralora_fx.base.features import parts
 
     for file in FILES:

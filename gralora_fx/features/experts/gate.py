@@ -76,26 +76,13 @@ ACTIVATIONS: Mapping[str, Callable[[Arithmetic[Any], ExpertGate, Any], Any]] = {
 
 
 def activated(at: Arithmetic[T], gate: ExpertGate, x: T) -> T:
-    """Return the activation of gates.
-
-    Args:
-        at: What computes it.
-        gate: What is computed.
-        x: The gates.
-    """
+    """Return the activation of gates."""
     result: T = ACTIVATIONS[gate.activation](at, gate, x)
     return result
 
 
 def gated(at: Arithmetic[T], gate: ExpertGate, part: T, linear: T) -> T:
-    """Return what gates and linear parts give (see `ExpertGate`).
-
-    Args:
-        at: What computes it.
-        gate: What is computed.
-        part: The gates.
-        linear: The linear parts.
-    """
+    """Return what gates and linear parts give (see `ExpertGate`)."""
     if gate.limit:
         low, high = (at.number(sign * gate.limit) for sign in (-1, 1))
         part, linear = at.minimum(part, high), at.clip(linear, low, high)

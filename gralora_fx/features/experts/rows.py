@@ -62,15 +62,7 @@ class Rows:
 
 
 def arrangement_at(node: ir.Node, position: int) -> Rows | None:
-    """Return how a node stores the matrices that it reads; None for another operator.
-
-    Args:
-        node: The node.
-        position: Which of its inputs they are.
-
-    Raises:
-        MergeError: The operator does not say it, as that of another exporter.
-    """
+    """Return how a node stores the matrices that it reads; None for another operator."""
     if node.op_type != MOE:
         return None
     gate = gate_noted_at(node)

@@ -15,17 +15,7 @@ _SAMPLES = 4000  # a quarter of a second
 
 
 def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor | None:
-    """Return random sound of the shape that a model takes.
-
-    Args:
-        model: The model.
-        name: Its main input.
-        generator: Draws the values.
-
-    Returns:
-        The most common shape that the model runs on, or the most common one if it runs on none alone; None where the
-        input is not of sound.
-    """
+    """Return random sound of the shape that a model takes."""
     sounds = [torch.randn(shape, generator=generator) for shape in _shapes(model.config, name)]
     if not sounds:
         return None

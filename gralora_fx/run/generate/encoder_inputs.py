@@ -76,18 +76,7 @@ class EncoderInputs:
         inputs: Mapping[str, Any],
         limits: DecoderLimits,
     ) -> EncoderInputs:
-        """Read the rules of an export.
-
-        Args:
-            directory: The export directory.
-            manifest: Its manifest.
-            config: Fields of its `config.json`.
-            inputs: What its encoder takes, by name.
-            limits: What its decoder takes.
-
-        Raises:
-            ServingError: Its `generation_config.json` cannot be followed.
-        """
+        """Read the rules of an export."""
         return cls(directory, manifest.task, inputs, limits, GenerationRules.of(directory, config, limits.ends))
 
     @classmethod
@@ -103,18 +92,7 @@ class EncoderInputs:
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
-        """Read what `generate` was given (see `Generation.read`).
-
-        Args:
-            inputs: What it was given to answer.
-            start: What the answers begin with.
-            adapter: The adapter of all prompts, or of each.
-            tokenizer: The tokenizer beside the model, or None.
-            open_decoder: Opens the decoder, for what a prompt depends on.
-
-        Raises:
-            ServingError: It is not what the model reads, or an option has no effect.
-        """
+        """Read what `generate` was given (see `Generation.read`)."""
         self.refuse()
 
     def example(self, ids: Sequence[int]) -> EncoderInput:

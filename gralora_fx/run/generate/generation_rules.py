@@ -73,16 +73,7 @@ class GenerationRules:
         uncounted: int = 0,
         more_search: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> GenerationRules:
-        """Read the rules of an export.
-
-        Args:
-            directory: The export directory.
-            model_config: Fields of its `config.json`, in which old models have the same fields.
-            ends: Ids of the tokens that end an answer.
-            reads_ids: Whether the encoder reads tokens, which rules of repetition look at.
-            uncounted: As of the class.
-            more_search: More fields that choose how `generate` searches, with the values that are followed.
-        """
+        """Read the rules of an export."""
         path = directory / GENERATION_CONFIG
         fields = read_json_object(path, ServingError) if path.is_file() else {}
         names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
