@@ -101,6 +101,26 @@ def test_the_two_commands_are_in_the_readmes_first_screen() -> None:
     assert all(f"\n{command} " in first for command in COMMANDS)
 
 
+def folders_of_code() -> list[Path]:
+    """Folders that hold modules, below the two packages."""
+    modules = [file for root in ("gralora_fx", "exporters") for file in (ROOT / root).rglob("*.py")]
+    return sorted(
+        {file.parent for file in modules if file.stem != "__init__"} - {ROOT / "gralora_fx", ROOT / "exporters"}
+    )
+
+
+@pytest.mark.parametrize("folder", folders_of_code(), ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_a_folder_has_a_page_that_names_its_files(folder: Path) -> None:
+    """Its own, or that of the folder that it is in."""
+    page = next(place / "README.md" for place in (folder, *folder.parents) if (place / "README.md").is_file())
+    assert page.parent != ROOT
+    text = page.read_text(encoding="utf-8")
+    assert [file.name for file in folder.glob("*.py") if file.stem != "__init__" and f"`{file.name}`" not in text] == []
+    named = re.findall(r"`([a-z0-9_]+\.py)`", text)
+    assert [name for name in named if not any(page.parent.rglob(name))] == []
+    assert len(text.splitlines()) <= 60
+
+
 @pytest.mark.parametrize("root", ["gralora_fx", "exporters"])
 def test_folders_are_described_in_the_order_of_imports(root: str) -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
