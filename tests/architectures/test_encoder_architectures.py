@@ -27,15 +27,17 @@ FUSED = {
     "MBartForSequenceClassification": 3,  # it squeezes axes that it does not name
     "ModernBertForMaskedLM": 2,  # one layer with a window
     "MvpForSequenceClassification": 3,
-    "Wav2Vec2BertForSequenceClassification": 1,  # it takes frames
     "XLMWithLMHeadModel": 1,  # masked_fill hides the keys
     "CLIPForImageClassification": 1,  # a part of its configuration says how large images are
-    "ASTForAudioClassification": 1,  # it takes spectrograms
     "Gemma3ForSequenceClassification": 2,  # its configuration alone says whether it returns a cache
     "LayoutLMv3ForSequenceClassification": 1,  # it clamps in place what it reads again
     "LevitForImageClassification": 5,  # its values are wider than its keys
     "T5Gemma2ForTokenClassification": 4,  # its mask is built by vmap
     "CLIPTextModel": 1,  # it pools at the largest token
+}
+OF_SPEECH = {
+    "Wav2Vec2BertForSequenceClassification": 1,  # it takes frames
+    "ASTForAudioClassification": 1,  # it takes spectrograms
     "ParakeetEncoder": 1,  # it takes frames, of as many numbers as a spectrogram's
 }
 
@@ -48,10 +50,19 @@ def task_of(name: str) -> str | None:
 
 @pytest.mark.parametrize("name", [*FUSED])
 def test_the_export_gives_the_models_values_and_every_layer_is_fused(tmp_path: Path, name: str) -> None:
+    check_fused(name, FUSED[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", [*OF_SPEECH])
+def test_models_that_read_speech_are_exported_likewise(tmp_path: Path, name: str) -> None:
+    check_fused(name, OF_SPEECH[name], tmp_path)
+
+
+def check_fused(name: str, layers: int, folder: Path) -> None:
     skip_if_torch_is_too_old(name)
-    result = check_encoder(tiny_encoder(name), task_of(name), tmp_path / "onnx")
+    result = check_encoder(tiny_encoder(name), task_of(name), folder / "onnx")
     assert (result.difference, result.plain, result.nan_checks) == ("", {}, 0)
-    assert result.fused == FUSED[name]
+    assert result.fused == layers
     assert result.sites > 2
 
 
@@ -86,6 +97,6 @@ def test_a_mask_that_hides_all_keys_from_a_query_is_not_fused(tmp_path: Path) ->
 
 
 def test_the_list_is_transformers_own() -> None:
-    assert set(FUSED) <= set(TASKS)
+    assert {*FUSED, *OF_SPEECH} <= set(TASKS)
     assert len(TASKS) > 500
     assert "an encoder-decoder" in skipped_types()

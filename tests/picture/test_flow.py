@@ -61,7 +61,7 @@ def test_order_is_that_of_computation() -> None:
     assert (f"{layer}.attention.output.dense", "bert.encoder.layer.1.attention.self.query") not in edges
 
 
-def test_an_encoder_feeds_the_cross_attention_of_every_decoder_layer() -> None:
+def test_an_encoder_of_speech_feeds_the_cross_attention_of_every_decoder_layer() -> None:
     edges = {(a.path, b.path) for a, b in flow_of(traced("whisper")).edges}
     for index in range(2):
         assert ("model.encoder.layer_norm", f"model.decoder.layers.{index}.encoder_attn.k_proj") in edges
