@@ -73,7 +73,8 @@ class QuantizationPlan:
 
 def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
     """Return the plan of a model's linear layers, all in one format, and of what features have beside them."""
-    names = {name for site in traced.sites for name in (*weight_names(traced, site), f"{site.path}.weight")}
+    called = [site for site in traced.sites if site.calls]  # a router that casts its weight has none
+    names = {name for site in called for name in (*weight_names(traced, site), f"{site.path}.weight")}
     plan = QuantizationPlan(default, layers=names)
     for with_formats in parts("weight formats", traced.operators):
         plan = with_formats(plan, traced)

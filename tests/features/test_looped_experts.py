@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from traces import relative_error
 from gralora_fx import trace
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
 from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.exporters import export_onnx
 from gralora_fx.features.experts.known_loops import looped_experts_as_operators
 from gralora_fx.features.experts.operators import Experts
 from gralora_fx.features.experts.recognised import LOOPS
@@ -51,3 +53,10 @@ def test_every_layer_is_one_operator_for_any_number_of_tokens() -> None:
     with torch.no_grad():
         expected, actual = model(**own_inputs(inputs), use_cache=True), traced(**inputs)
     assert relative_error(actual.logits, expected.logits) < 1e-5
+
+
+def test_a_router_that_casts_its_weight_stays_float_in_few_bits(tmp_path: Path) -> None:
+    traced = trace(tiny_decoder("LongcatFlashForCausalLM", num_layers=1), task="text-generation-with-past")
+    report = export_onnx(traced, tmp_path / "int8", quantize="int8")
+    assert report.verification is not None
+    assert report.verification.passed
