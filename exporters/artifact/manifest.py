@@ -12,7 +12,7 @@ import torch
 
 from gralora_fx.base.compat.versions import installed_version
 from gralora_fx.base.sources.base_quantization import RECORD
-from gralora_fx.core.adapters.checkpoint import base_of
+from gralora_fx.core.adapters.base import base_of
 from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.model.gralora_model import GraloraModel

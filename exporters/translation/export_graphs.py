@@ -15,7 +15,6 @@ from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.cache import returned_cache
 from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
-from gralora_fx.core.tracing.ready_graphs import is_operator_graph, recapture
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, warn_caller
 from gralora_fx.exporters.translation.cast_graph import precision_of
@@ -79,6 +78,8 @@ def step_to_translate(traced: TracedModel) -> fx.GraphModule:
 
 def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:
     """The graph itself if it can be translated, else captured again, such as a symbolic trace that calls modules."""
+    from gralora_fx.core.tracing.ready_graphs import is_operator_graph, recapture
+
     if is_operator_graph(graph_module.graph):
         return graph_module
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
@@ -13,6 +13,9 @@ from gralora_fx.core.graph.overlay import copy_in_mode, parameter_tree
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError
+
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.same_base import BaseSource
 
 
 class _ParameterSlot(NamedTuple):
@@ -132,3 +135,13 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         and one.dtype == other.dtype
         and (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
     )
+
+
+def base_of(traced: TracedModel) -> BaseSource:
+    """Return what is known of a traced model: the name that it was loaded by, and its configuration."""
+    from gralora_fx.base.sources.same_base import BaseSource
+
+    config = traced.config
+    if config is None:
+        return BaseSource(None)
+    return BaseSource(traced.tokenizer_source, getattr(config, "_commit_hash", None), config.to_dict())

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from gralora_fx.base.sources.atomic_save import Writer, save_together
 from gralora_fx.base.sources.base_quantization import RECORD
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases
+from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers
+from gralora_fx.core.adapters.base import base_of
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
@@ -184,14 +185,6 @@ def _repeats(tensor: Tensor, other: Tensor) -> bool:
 
 
 # -- the base that an adapter was made for --------------------------------------------------------------------------
-
-
-def base_of(traced: TracedModel) -> BaseSource:
-    """What is known of a traced model: the name that it was loaded by, and its configuration."""
-    config = traced.config
-    if config is None:
-        return BaseSource(None)
-    return BaseSource(traced.tokenizer_source, getattr(config, "_commit_hash", None), config.to_dict())
 
 
 def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Path, *, strict: bool) -> BaseComparison:
