@@ -1,7 +1,6 @@
 """Signatures that the source does not spell out, for the API reference.
 
-They are those of the methods that `GraloraModel` has of the base model, `name = _of_base_model(View.name)`, and of a
-function that takes the options of a record as keywords, `@by_keywords(Record)`.
+They are those of the methods that `GraloraModel` has of the base model, `name = _of_base_model(View.name)`.
 """
 
 from __future__ import annotations
@@ -27,32 +26,6 @@ class BaseModelMethods(griffe.Extension):
                         found = copy.copy(pkg.modules_collection[f"{cls.resolve(view)}.{method}"])
                         found.lineno, found.endlineno = attribute.lineno, attribute.endlineno  # the order of the page
                         cls.set_member(name, found)
-
-
-class OptionKeywords(griffe.Extension):
-    """Gives a function that takes a record the fields of it as keywords, in place of its last parameter."""
-
-    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Replace the parameter, now that the record's class is loaded."""
-        for module in _modules(pkg):
-            for function in (found for found in module.functions.values() if not found.is_alias):
-                for value in (decorator.value for decorator in function.decorators):
-                    if isinstance(value, griffe.ExprCall) and value.canonical_path.endswith("by_keywords"):
-                        record = pkg.modules_collection[value.arguments[0].canonical_path]  # type: ignore[union-attr]
-                        del function.parameters[function.parameters[-1].name]
-                        for field in record.attributes.values():
-                            if isinstance(field.annotation, griffe.ExprSubscript):
-                                function.parameters.add(_keyword(field))
-
-
-def _keyword(field: griffe.Attribute) -> griffe.Parameter:
-    declared: Any = field.annotation
-    return griffe.Parameter(
-        field.name,
-        annotation=declared.slice.elements[0],  # of Annotated[type, Option(...)]
-        kind=griffe.ParameterKind.keyword_only,
-        default=field.value,
-    )
 
 
 def _modules(module: griffe.Module) -> list[griffe.Module]:

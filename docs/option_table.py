@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gralora_fx.core.config.option import declared_options
+from gralora_fx.errors import Message
 from gralora_fx.exporters.options import ExportOptions
 
 PAGE = Path(__file__).parent / "export.md"
@@ -16,7 +17,7 @@ _HEAD = "| command line | `export_onnx` | default | meaning |\n|---|---|---|---|
 def rows() -> Iterator[str]:
     """A row for each option that the command line has too: its names, its default, its text."""
     for declared in declared_options(ExportOptions):
-        if text := declared.option.help.removesuffix("."):
+        if text := Message(declared.option.help).removesuffix("."):
             value = "" if declared.is_flag else f" {declared.metavar}".replace("|", "\\|")
             default = declared.option.left_out or declared.default
             yield f"| `{declared.flag}{value}` | `{declared.name}` | `{default}` | {text} |\n"

@@ -12,7 +12,7 @@ from typing import Any
 from gralora_fx.base.progress.report import Invocation, Report, Summary, size_of
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.stored_adapter import open_adapter
-from gralora_fx.errors import CheckpointError, ExportError, listed, warn_caller
+from gralora_fx.errors import CheckpointError, ExportError, command, listed, option, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters
 from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND
@@ -97,11 +97,11 @@ def export_adapter(
     """
     check_name(name)
     manifest = read_manifest(onnx_dir)
-    remedy = "export the model with adapters='data', or fold the adapter into it with fold_onnx"
+    remedy = f"export the model with {option(adapters='data')}, or fold the adapter into it with {command('fold_onnx')}"
     check_takes_adapters(manifest, onnx_dir, ExportError, remedy=remedy)
     path = Path(onnx_dir) / ADAPTERS / f"{name}{SUFFIX}"
     if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists; give overwrite=True to replace it, or another name")
+        raise ExportError(f"{path} exists; give {option(overwrite=True)} to replace it, or another name")
     return convert_adapter(adapter_dir, onnx_dir, onnx_dir, name, revision=revision, strict_base=strict_base)
 
 

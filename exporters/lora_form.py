@@ -25,7 +25,7 @@ from gralora_fx.core.methods.forms import Truncated, truncate, update_norm
 from gralora_fx.core.methods.lora import Lora, LoraConfig
 from gralora_fx.core.methods.method import Update
 from gralora_fx.core.planning.targets import rule_of
-from gralora_fx.errors import CheckpointError, ConfigError
+from gralora_fx.errors import CheckpointError, ConfigError, command, option
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, staged
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def to_lora(
         ExportError: The output may not be written, or writing fails.
     """
     if rank is not None:
-        check_integer("rank", rank, 1)
+        check_integer(option("rank"), rank, 1)
     with open_adapter(adapter_dir) as adapter:
         check = functools.partial(check_converted, sources=[adapter.directory], marker=CONFIG_NAME, overwrite=overwrite)
         check(output_dir)
@@ -165,7 +165,7 @@ def to_lora(
 
 
 def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
-    adapter.method.check_lora_form(adapter.directory, "to_lora", ConfigError)
+    adapter.method.check_lora_form(adapter.directory, command("to_lora"), ConfigError)
     if adapter.unnamed or not set(adapter.parameters) <= set(adapter.config.target_parameters or ()):
         raise ConfigError(
             f"{adapter.directory} does not say which of its tensors is at which parameter; load it into its model "
@@ -173,7 +173,7 @@ def _check_form(adapter: StoredAdapter, rank: int | None) -> None:
         )
     if rank is None and isinstance(adapter.method, Lora):
         raise ConfigError(
-            f"{adapter.directory} is a LoRA adapter already; use it as it is, or give rank=... to truncate it"
+            f"{adapter.directory} is a LoRA adapter already; use it as it is, or give {option(rank=...)} to truncate it"
         )
 
 
@@ -195,8 +195,8 @@ def _converted(adapter: StoredAdapter, rank: int | None) -> tuple[dict[str, Pair
     largest = max(site.exact_rank for site in sites)
     if rank is not None and rank > largest:
         raise ConfigError(
-            f"rank={rank} is more than the rank of every update of {adapter.directory}, which is at most {largest}; "
-            "nothing is to be truncated, so give a lower rank, or none for the exact form"
+            f"{option(rank=rank)} is more than the rank of every update of {adapter.directory}, which is at most "
+            f"{largest}; nothing is to be truncated, so give a lower rank, or none for the exact form"
         )
     dtype = functools.reduce(_wider, (array.dtype for pair in pairs.values() for array in pair))
     return (

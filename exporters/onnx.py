@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, Protocol
+from typing import Any, Literal
 
 from gralora_fx.base.progress.console import with_progress
 from gralora_fx.base.progress.stages import gc_pause, timed
-from gralora_fx.core.config.option import by_keywords
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, listed, warn_caller
+from gralora_fx.errors import ExportError, listed, marked, warn_caller
 from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.manifest import describe, write_manifest
 from gralora_fx.exporters.artifact.save import save_models
@@ -38,32 +37,25 @@ from gralora_fx.format.export_usage import usage_of
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.sessions.session import Runtime, check_integer_sums
 
-Keywords = ParamSpec("Keywords")
 
-
-class _ExportOnnx(Protocol[Keywords]):
-    """`export_onnx` as its callers have it: the options are keywords."""
-
-    def __call__(
-        self,
-        model: TracedModel | GraloraModel,
-        output_dir: str | Path,
-        *args: Keywords.args,
-        **options: Keywords.kwargs,
-    ) -> ExportReport:
-        """Export a model."""
-
-
-def _by_keywords(
-    options: Callable[Keywords, ExportOptions],
-) -> Callable[[Callable[[TracedModel | GraloraModel, str | Path, ExportOptions], ExportReport]], _ExportOnnx[Keywords]]:
-    return by_keywords(ExportOptions)
-
-
-@_by_keywords(ExportOptions)
 @with_progress
-def export_onnx(  # noqa: D417  # the options are documented by name
-    model: TracedModel | GraloraModel, output_dir: str | Path, options: ExportOptions
+def export_onnx(
+    model: TracedModel | GraloraModel,
+    output_dir: str | Path,
+    *,
+    adapters: Literal["merged", "data", "inputs"] = "merged",
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32",
+    quantize: Literal["int4", "int8", "int8-dynamic"] | None = None,
+    bits: float | None = None,
+    block_size: int | None = None,
+    accuracy_level: int | None = None,
+    logits: Literal["last", "all"] = "last",
+    keep_padding: bool = False,
+    tokenizer: Any = None,
+    verify: bool | Literal["quick", "full"] = True,
+    overwrite: bool = False,
+    texts: Sequence[str] | None = None,
+    dump: str | Path | None = None,
 ) -> ExportReport:
     """Export a model to `model.onnx` with its weights in `model.onnx_data`, and check it against PyTorch.
 
@@ -117,6 +109,21 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             be compared, or the export's results differ from the model's.
         MergeError: An adapter cannot be folded.
     """
+    options = ExportOptions(
+        adapters=adapters,
+        precision=precision,
+        quantize=quantize,
+        bits=bits,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        logits=logits,
+        keep_padding=keep_padding,
+        tokenizer=tokenizer,
+        verify=verify,
+        overwrite=overwrite,
+        texts=texts,
+        dump=dump,
+    )
     check_output(output_dir)
     if options.quantize == DYNAMIC and options.level is not None:
         check_integer_sums(Runtime(), ExportError)
@@ -162,9 +169,8 @@ def export_onnx(  # noqa: D417  # the options are documented by name
             with timed("verify", seconds, "comparing"):
                 verification = verify_onnx(stage, model, options.level)
             if not verification.passed:
-                raise ExportError(
-                    f"the export's results differ from the model's, so it was not written:\n{verification.details}"
-                )
+                found = marked(verification.details)
+                raise ExportError(f"the export's results differ from the model's, so it was not written:\n{found}")
             if flavour.measures_quality(options):
                 from gralora_fx.exporters.verify.quality import measure_quality
 

@@ -18,7 +18,7 @@ from gralora_fx.base.sources.rewriting import NewFile, write_files
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.core.loading.adapter_facts import needed_quantization
-from gralora_fx.errors import CheckpointError, ExportError, MergeError
+from gralora_fx.errors import CheckpointError, ExportError, MergeError, command, option
 from gralora_fx.exporters.artifact.staging import (
     check_output,
     check_replaced,
@@ -184,15 +184,16 @@ def _check_quantized(
     if quantized and not requantize:
         raise MergeError(
             f"the weights of {quantized[0]}{f' and {len(quantized) - 1} other layers' if len(quantized) > 1 else ''} "
-            "are quantized, so that a small update may be rounded away: fold before quantizing (export_onnx with the "
-            "adapter), or quantize again with requantize=True, best with base=..."
+            "are quantized, so that a small update may be rounded away: fold before quantizing "
+            f"({command('export_onnx')} with the adapter), or quantize again with {option(requantize=True)}, best "
+            f"with {option(base=...)}"
         )
     if requantize and not quantized:
-        raise MergeError("requantize=True has no effect: no weight that changes is quantized; leave it out")
+        raise MergeError(f"{option(requantize=True)} has no effect: no weight that changes is quantized; leave it out")
     if quantized and export.base is not None and export.manifest is not None and export.manifest.adapters:
         raise MergeError(
             f"the export has {', '.join(export.manifest.adapters)} folded in, so that the base's weights are not its "
-            "own; leave base=... out"
+            f"own; leave {option(base=...)} out"
         )
 
 

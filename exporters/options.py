@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gralora_fx.core.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.quantize.formats import (
     BLOCK_BITS,
     DYNAMIC,
@@ -39,7 +39,7 @@ def _tokenizer_problem(value: Any) -> str | None:
 
 def _texts_problem(value: Any) -> str | None:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(text, str) for text in value):
-        return f"texts must be a sequence of texts, but got {value!r:.80}"
+        return f"{option('texts')} must be a sequence of texts, but got {value!r:.80}"
     return None if value else "texts is empty; give at least one text, or leave it out to compare on others"
 
 
@@ -51,7 +51,7 @@ class ExportOptions:
         Literal["merged", "data", "inputs"],
         Option(
             "Merge the adapter into the weights, or keep adapters as data or as inputs, of which each call chooses one "
-            "and others can be added; both need adapter=....",
+            f"and others can be added; both need {option(adapter=...)}.",
             ADAPTERS,
         ),
     ] = "merged"
@@ -124,10 +124,10 @@ class ExportOptions:
             object.__setattr__(self, "adapters", EARLIER_MODES.get(self.adapters, self.adapters))
         check_options(self, ExportError)
         if self.bits is not None and self.quantize != "int4":
-            has = f"quantize={self.quantize!r} has 8 bits everywhere" if self.quantize else "nothing is quantized"
+            has = f"{option(quantize=self.quantize)} has 8 bits everywhere" if self.quantize else "nothing is quantized"
             raise ExportError(
-                f"bits={self.bits} is the budget of quantize='int4', and {has}; leave it out, or take quantize='int4', "
-                "some of whose layers have 8 bits"
+                f"{option(bits=self.bits)} is the budget of {option(quantize='int4')}, and {has}; leave it out, or "
+                f"take {option(quantize='int4')}, some of whose layers have 8 bits"
             )
         if self.quantize == DYNAMIC:
             self._check_dynamic()
@@ -136,38 +136,41 @@ class ExportOptions:
 
     def _check_dynamic(self) -> None:
         given = {"block_size": self.block_size, "accuracy_level": self.accuracy_level}
-        if unused := [f"{name}={value}" for name, value in given.items() if value is not None]:
+        if unused := [option(**{name: value}) for name, value in given.items() if value is not None]:
             raise ExportError(
-                f"{' and '.join(unused)} has no effect with quantize={DYNAMIC!r}, which has a scale for each column "
-                "and multiplies in int8; leave it out"
+                f"{' and '.join(unused)} has no effect with {option(quantize=DYNAMIC)}, which has a scale for each "
+                "column and multiplies in int8; leave it out"
             )
         if self.precision != "fp32":
             raise ExportError(
-                f"quantize={DYNAMIC!r} rounds float32 activations, so it does not go with "
-                f"precision={self.precision!r}; take precision='fp32'"
+                f"{option(quantize=DYNAMIC)} rounds float32 activations, so it does not go with "
+                f"{option(precision=self.precision)}; take {option(precision='fp32')}"
             )
 
     def _check_texts(self) -> None:
         if self.quantize is None:
             raise ExportError(
-                "texts=... has no effect without quantize=...: they are what a quantized export is compared on; leave "
-                "them out"
+                f"{option(texts=...)} has no effect without {option(quantize=...)}: they are what a quantized export "
+                "is compared on; leave them out"
             )
         if self.precision == "bf16":
             raise ExportError(
-                "texts=... does not go with precision='bf16', which ONNX Runtime's CPU provider does not run; leave "
-                "one of them out"
+                f"{option(texts=...)} does not go with {option(precision='bf16')}, which ONNX Runtime's CPU provider "
+                "does not run; leave one of them out"
             )
         if self.quantize in _CHOOSING and self.level is not None and len(self.texts or ()) == 1:
             raise ExportError(
-                f"texts=... has one text, and {self.quantize} needs two: every second one chooses bits, and the export "
-                "is compared on the others; give more, or leave it out"
+                f"{option(texts=...)} has one text, and {self.quantize} needs two: every second one chooses bits, and "
+                "the export is compared on the others; give more, or leave it out"
             )
         if self.tokenizer is None:
-            raise ExportError("texts=... needs tokenizer=...; give it too, or leave texts=... out")
+            raise ExportError(
+                f"{option(texts=...)} needs {option(tokenizer=...)}; give it too, or leave {option(texts=...)} out"
+            )
         if self.level is None and self.quantize not in _CHOOSING:
             raise ExportError(
-                "texts=... has no effect with verify=False, which compares nothing; leave one of them out"
+                f"{option(texts=...)} has no effect with {option(verify=False)}, which compares nothing; leave one of "
+                "them out"
             )
 
     def check_model(self, *, methods: Mapping[str, AdapterMethod], task: str | None) -> None:
@@ -175,15 +178,15 @@ class ExportOptions:
         as_data = self.adapters in AS_DATA
         if as_data and not methods:
             raise ExportError(
-                f"adapters={self.adapters!r} needs a model with an adapter, at whose layers the export then takes "
-                "others; give adapter=..., or adapters='merged'"
+                f"{option(adapters=self.adapters)} needs a model with an adapter, at whose layers the export then "
+                f"takes others; give {option(adapter=...)}, or {option(adapters='merged')}"
             )
         for name, method in methods.items() if as_data else ():
-            method.check_lora_form(f"adapter {name!r}", f"adapters={self.adapters!r}", ExportError)
+            method.check_lora_form(f"adapter {name!r}", option(adapters=self.adapters), ExportError)
         if is_encoder_decoder(task) and self.texts is not None:
             raise ExportError(
-                f"texts=... is for decoders and models without a cache, and the task {task} is an encoder-decoder's "
-                "with one; leave it out"
+                f"{option(texts=...)} is for decoders and models without a cache, and the task {task} is an "
+                "encoder-decoder's with one; leave it out"
             )
 
     @property
@@ -226,4 +229,4 @@ class ExportOptions:
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Check that a value is among the choices."""
     if value not in choices:
-        raise ExportError(f"{name}={value!r} is not available; take {' or '.join(map(repr, choices))}")
+        raise ExportError(f"{option(**{name: value})} is not available; take {' or '.join(map(repr, choices))}")

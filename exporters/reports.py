@@ -9,6 +9,7 @@ from typing import ClassVar, Self, TypeVar
 
 from gralora_fx.base.progress.report import Invocation, Report, Summary, slowest, times, written, written_lines
 from gralora_fx.core.graph.pipeline import PassLog, PassReport, Skip
+from gralora_fx.errors import joined, option
 from gralora_fx.exporters.verify_report import VerifyReport
 from gralora_fx.format.adapter_inputs import AdapterInputs
 from gralora_fx.format.export_directory import ROWS_NAME
@@ -21,10 +22,12 @@ Summed = TypeVar("Summed", bound="LayersReport")
 # what the stages of an export are called, with how each is left out
 _STAGES = {
     "fold": "merging adapters",
-    "choose": "choosing bits: quantize='int8' chooses none",
+    "choose": f"choosing bits: {option(quantize='int8')} chooses none",
     "convert": "conversion",
     "write": "writing",
-    "quality": "measuring what quantization changes: verify=False leaves it out",
+    "verify": f"verification: {option(verify=False)} leaves it out",
+    "verify-full": f"verification: {option(verify='quick')} compares less, {option(verify=False)} nothing",
+    "quality": f"measuring what quantization changes: {option(verify=False)} leaves it out",
 }
 
 
@@ -143,8 +146,8 @@ class ExportReport(Report):
     @property
     def _slowest(self) -> str:
         level = "" if self.verification is None else self.verification.level
-        less = "verify='quick' compares less, verify=False nothing" if level == "full" else "verify=False leaves it out"
-        return slowest(self.seconds, {**_STAGES, "verify": f"verification: {less}"})
+        stage = "verify-full" if level == "full" else "verify"
+        return slowest(self.seconds, {**_STAGES, "verify": _STAGES[stage]})
 
     @property
     def details(self) -> str:
@@ -159,7 +162,7 @@ class ExportReport(Report):
         if self.quality is not None:
             lines.append(str(self.quality))
         lines.append(times(self.seconds))
-        return "\n".join([*lines, self._slowest] if self._slowest else lines)
+        return joined([*lines, self._slowest] if self._slowest else lines)
 
 
 def _taken(inputs: AdapterInputs) -> str:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.paths import usable_directory, usable_path
-from gralora_fx.errors import ExportError, listed, shown
+from gralora_fx.errors import ExportError, Message, command, joined, listed, marked, option, shown
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
@@ -75,7 +75,7 @@ class TritonReport(Report):
         if ADAPTER_IDS in given:
             ids = listed(["0 the base", *(f"{number} {name}" for name, number in self.adapters.items())])
             lines.append(f"{ADAPTER_IDS}: {ids}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return joined([*lines, *(Message(f"note: {marked(note)}") for note in self.notes)])
 
 
 def export_triton(
@@ -113,9 +113,9 @@ def export_triton(
     source = usable_path(onnx_dir, ExportError, remedy="give the directory of an export")
     manifest = _checked_manifest(source, adapters)
     name = _checked_name(source.absolute().name if name is None else name)
-    for option, value in (("max_batch", max_batch), ("threads", threads)):
+    for keyword, value in (("max_batch", max_batch), ("threads", threads)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ExportError(f"{option} must be a whole number of at least 1, but got {shown(value)}")
+            raise ExportError(f"{option(keyword)} must be a whole number of at least 1, but got {shown(value)}")
     output = usable_directory(repository, ExportError, remedy="give a model repository") / name
     check = functools.partial(check_converted, sources=[source], marker=_CONFIG, overwrite=overwrite)
     check(output)
@@ -142,8 +142,8 @@ def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -
         if manifest.rows is not None:
             raise ExportError(f"no adapter can become a part of {source}: it has {manifest.rows}; fold one into it")
         raise ExportError(
-            f"{source} was exported with adapters={manifest.adapters_mode!r}, so no adapter can become a part of the "
-            "model; export it with adapters='data'"
+            f"{source} was exported with {option(adapters=manifest.adapters_mode)}, so no adapter can become a part "
+            f"of the model; export it with {option(adapters='data')}"
         )
     return manifest
 
@@ -194,7 +194,7 @@ def _files_of_adapters(source: Path, given: Mapping[str, str | Path]) -> dict[st
 def _tensors(name: str, path: Path, inputs: AdapterInputs, fingerprint: str | None) -> Mapping[str, Any]:
     check_name(name)
     if path.suffix != SUFFIX:
-        raise ExportError(f"{path} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
+        raise ExportError(f"{path} is not an {SUFFIX} file; {command('export_adapter')} makes one of a PEFT adapter")
     return read_tensors(path, read_record(path), inputs, fingerprint, ExportError)
 
 
@@ -244,8 +244,8 @@ def _notes(manifest: Manifest, *, takes_adapters: bool, batched: bool) -> Iterat
     if batched:
         yield "requests run together only if their shapes are equal; pad them to the same length"
     elif takes_adapters:
-        remedy = "export with adapters='data' for that" if manifest.rows is None else str(manifest.rows)
-        yield (
+        remedy = f"export with {option(adapters='data')} for that" if manifest.rows is None else str(manifest.rows)
+        yield Message(
             "no requests run together, and each gives its adapter's tensors, since the backend has no inputs that the "
             f"rows of a batch share; {remedy}"
         )

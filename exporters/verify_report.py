@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_fx.base.progress.report import Report, Summary
-from gralora_fx.errors import listed
+from gralora_fx.errors import Message, joined, listed, option
 from gralora_fx.format.export_directory import ROWS_NAME
 
 
@@ -217,7 +217,7 @@ class VerifyReport(Report):
     def _overflow(self) -> list[str]:
         if self.weights != "fp16" or math.isfinite(self.max_abs_error):
             return []
-        return ["the model computes numbers above 65504, where float16 ends; take precision='fp32'"]
+        return [Message(f"the model computes numbers above 65504, where float16 ends; take {option(precision='fp32')}")]
 
     @property
     def summary(self) -> Summary:
@@ -259,7 +259,7 @@ class VerifyReport(Report):
             lines.append(f"weights in {self.weights}, run in {self.arithmetic} arithmetic")
         lines += self._overflow
         lines += [] if self.provider is None else [f"run on {self.provider}"]
-        return "\n".join([*lines, self._compared])
+        return joined([*lines, self._compared])
 
 
 def _cases(cases: Sequence[str]) -> str:

@@ -1,10 +1,79 @@
-"""Errors and warnings of gralora-fx: each message says what is wrong, where, and what to do."""
+"""Errors and warnings of gralora-fx: each message says what is wrong, where, and what to do.
 
+What to do is an option, a function or another remedy: `f"give {option(overwrite=True)} to replace it"`. A `Message` has
+it in the words of Python, `overwrite=True`, and in those of the command line, `--overwrite`.
+"""
+
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
+
+_REMEDY = re.compile("\0([^\0]*)\0([^\0]*)\0")  # within a text: in the words of Python, and of the command line
+_COMMAND_OPTIONS = {  # options that are not named or given on the command line as in Python
+    "base": "--model",
+    "do_sample=False": "--temperature 0",
+    "do_sample=True": "--temperature",
+    "tokenizer=...": "--model with a tokenizer, and no --no-tokenizer",
+    "verify=False": "--no-verify",
+    "verify=True": "--verify quick",
+}
+
+
+def remedy(python: str, command: str) -> str:
+    """Name a remedy, as a part of a message, in the words of Python and in those of the command line."""
+    return f"\0{python}\0{command}\0"
+
+
+def option(name: str = "", /, **given: object) -> str:
+    """Name an option, as a part of a message: by its name alone, or as a keyword with its value, `...` for any."""
+    [(keyword, value)] = given.items() if given else [(name, ...)]
+    flag = _COMMAND_OPTIONS.get(keyword, f"--{keyword.replace('_', '-')}")
+    if name:
+        return remedy(name, flag)
+    python = f"{keyword}={'...' if value is ... else shown(value)}"
+    if value is None or value is False:
+        flag = f"no {flag}"
+    elif value is not ... and value is not True:
+        flag += f" {shlex.quote(str(value))}"
+    return remedy(python, _COMMAND_OPTIONS.get(python, flag))
+
+
+def command(function: str) -> str:
+    """Name an exporting function, as a part of a message, or the command that does the same."""
+    return remedy(function, f"gralora-fx {re.sub('_(onnx|checkpoint)$', '', function).replace('_', '-')}")
+
+
+class Message(str):
+    """A text in the words of Python; `marked` is the text with its remedies."""
+
+    marked: str
+
+    def __new__(cls, told: object) -> Self:
+        """Word the remedies of a text, or of another message or error."""
+        text = marked(told)
+        self = super().__new__(cls, _REMEDY.sub(r"\1", text))
+        self.marked = text
+        return self
+
+
+def marked(told: object) -> str:
+    """Return the text of an error, a warning or a message with its remedies, to be a part of another message."""
+    text = told.args[0] if isinstance(told, Exception) and told.args else told
+    return text.marked if isinstance(text, Message) else str(told)
+
+
+def in_command(told: object) -> str:
+    """Return the text of an error, a warning or a message in the words of the command line."""
+    return _REMEDY.sub(r"\2", marked(told))
+
+
+def joined(parts: Iterable[str], separator: str = "\n") -> Message:
+    """Join texts, some of them messages, to one."""
+    return Message(separator.join(map(marked, parts)))
 
 
 class GraloraError(Exception):
@@ -15,6 +84,10 @@ class GraloraError(Exception):
     """
 
     field: str | None = None
+
+    def __init__(self, message: str = "") -> None:
+        """Word the remedies of a text."""
+        super().__init__(Message(message))
 
     def about(self, field: str) -> Self:
         """The same error, with what it is about.
@@ -113,7 +186,7 @@ def warn_caller(message: str, *, also: tuple[str, ...] = ()) -> None:
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in within:
         frame = frame.f_back
         level += "importlib._bootstrap" not in frame.f_code.co_filename  # `warn` does not count these
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(Message(message), stacklevel=level)
 
 
 def first_line(error: BaseException) -> str:

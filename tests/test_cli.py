@@ -366,7 +366,7 @@ def test_a_decoder_without_a_cache_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["export", "--model", str(tmp_path / "base"), "--output", str(tmp_path / "onnx")])
     assert isinstance(result.exception, TraceError)
     assert "OpenAIGPTLMHeadModel" in str(result.exception)
-    assert str(result.exception).endswith('task="text-generation" traces it without a cache')
+    assert str(result.exception).endswith("task='text-generation' traces it without a cache")
     assert not (tmp_path / "onnx").exists()
 
 

@@ -18,7 +18,7 @@ from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import as_update
 from gralora_fx.core.methods.method import Update
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import ExportError, listed, option
 from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
 from gralora_fx.exporters.fold.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.fold.replaced_parameters import named_values
@@ -98,7 +98,9 @@ class BaseParameters:
         if site is None or (last == "weight" and site.form == BIAS) or (last == "bias" and not site.has_bias):
             return f"{parameter}: the export takes no values for it; export a model whose adapter trains it too"
         values = self._weights(path) if last == "weight" else self._biases(parameter, site.out_features)
-        return next(values, f"{parameter}: the export's files do not hold it by itself; use adapters='merged'")
+        return next(
+            values, f"{parameter}: the export's files do not hold it by itself; use {option(adapters='merged')}"
+        )
 
     def _weights(self, path: str) -> Iterator[NDArray[Any]]:
         for entry in (self.manifest.weights or {}).get(path, ()):

@@ -15,7 +15,7 @@ from gralora_fx.base.sources.same_base import BaseComparison
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import as_data
 from gralora_fx.core.methods.method import Update
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import ExportError, command, listed
 from gralora_fx.format.adapter_inputs import BIAS, AdapterInputs, AdapterSite
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, record_path
 from gralora_fx.format.export_directory import ADAPTERS
@@ -102,7 +102,8 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
 
 def _remedy_for_blocks(inputs: AdapterInputs) -> str:
     """What to do with an adapter of another `gralora_k`, which an export in GraLoRA's form fixes."""
-    return f"give one of gralora_k={inputs.k}, or convert it with to_lora, which gives the plain LoRA that it equals"
+    plain = f"convert it with {command('to_lora')}, which gives the plain LoRA that it equals"
+    return f"give one of gralora_k={inputs.k}, or {plain}"
 
 
 class _OtherBlocksError(ValueError):

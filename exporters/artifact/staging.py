@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from gralora_fx.base.sources.paths import shown_path, usable_directory, usable_file
-from gralora_fx.errors import ExportError, warn_caller
+from gralora_fx.errors import ExportError, command, marked, option, warn_caller
 from gralora_fx.format.adapter_paths import own_adapters
 from gralora_fx.format.export_directory import MANIFEST_NAME, is_export
 from gralora_fx.format.manifest import Manifest, read_manifest
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LOCK, _OLD = "lock", "old"  # in the folder that a run works in, beside the output
 _REMEDY = "give another output directory"
+_REPLACING = f"{option(overwrite=True)} to replace it, or another output directory"
 _LITTLE = 1 << 20  # bytes; with less free space, a write error without a reason is taken for a full disk
 
 
@@ -55,7 +56,7 @@ def check_converted(directory: str | Path, sources: Iterable[Path], marker: str,
             "or empty this one"
         )
     if not overwrite:
-        raise ExportError(f"{path} is not empty; give overwrite=True to replace it, or another output directory")
+        raise ExportError(f"{path} is not empty; give {_REPLACING}")
     return path
 
 
@@ -126,7 +127,7 @@ def check_base_replaced(directory: str | Path, base: BaseSource) -> None:
     compared = compare_bases(made, base)
     if compared.is_proven_different:
         named = f", {made.name}" if made.name else ""
-        raise _another(directory, f"of another base{named}: {compared.reason}")
+        raise _another(directory, f"of another base{named}: {marked(compared.reason)}")
 
 
 def warn_of_lost_adapters(directory: str | Path, brought: Iterable[str]) -> None:
@@ -137,7 +138,9 @@ def warn_of_lost_adapters(directory: str | Path, brought: Iterable[str]) -> None
     names = set(brought)
     if lost := [name for name in own_adapters(path, ExportError) if name not in names]:
         which = f"the adapter {lost[0]}" if len(lost) == 1 else f"the adapters {', '.join(lost)}"
-        warn_caller(f"{directory} holds {which}, which this export removes; add them again with export_adapter")
+        warn_caller(
+            f"{directory} holds {which}, which this export removes; add them again with {command('export_adapter')}"
+        )
 
 
 def _earlier(path: Path) -> Manifest | None:
@@ -147,13 +150,11 @@ def _earlier(path: Path) -> Manifest | None:
     try:
         return read_manifest(path)
     except ExportError as error:
-        raise _another(path, f"of which nothing is known ({error})") from error
+        raise _another(path, f"of which nothing is known ({marked(error)})") from error
 
 
 def _another(directory: str | Path, difference: str) -> ExportError:
-    return ExportError(
-        f"{directory} holds an export {difference}; give overwrite=True to replace it, or another output directory"
-    )
+    return ExportError(f"{directory} holds an export {difference}; give {_REPLACING}")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
-from gralora_fx.errors import MergeError, bulleted
+from gralora_fx.errors import MergeError, bulleted, marked, option
 from gralora_fx.exporters.fold.edits import LayerEdit, ValuesEdit, constant
 from gralora_fx.exporters.fold.initializers import ProductWeight, Reader, initializers, read_rows, rows_and_columns
 from gralora_fx.exporters.fold.matching_weights import foreign_names, holds, ranges, reduced
@@ -76,7 +76,7 @@ def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[
             layers += edits
             values += [] if edits else _value_edits(export, name, tensor)
         except MergeError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{name}: {marked(error)}")
     known: dict[str, list[WeightLocation]] = {}
     for location in adapted:
         known.setdefault(location.path, []).append(location)
@@ -133,7 +133,7 @@ def _as_matrix(export: Export, location: WeightLocation, tensor: NDArray[Any], s
     readings = () if export.base is None else export.base_values(location.path, (shape[1], shape[0]))
     fitting = [index for index, values in enumerate(readings) if holds(location.weight, location.start, values)]
     if not fitting:
-        raise MergeError(f"nothing says whether {location.weight.name} is stored transposed; give base=...")
+        raise MergeError(f"nothing says whether {location.weight.name} is stored transposed; give {option(base=...)}")
     return tensor.T if fitting[0] else tensor
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.rewriting import RowEdit
-from gralora_fx.errors import ExportError, MergeError
+from gralora_fx.errors import ExportError, MergeError, command, option
 from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
 from gralora_fx.exporters.fold.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.quantize.formats import Blocks
@@ -106,7 +106,7 @@ class QuantizedEdit:
             if not stored.is_rounded(source, outputs):
                 raise MergeError(
                     f"{layer.name}: {self.weight.name} is not what the base's weight is rounded to; give the base that "
-                    "was exported, or leave base=... out"
+                    f"was exported, or leave {option(base=...)} out"
                 )
         result = source.copy()
         change(result, rows, slice(0, self.weight.in_features))
@@ -297,6 +297,7 @@ def check_survival(survival: Mapping[str, Survival]) -> None:
     more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
     raise MergeError(
         f"rounding leaves {100 * (overall_share(survival) or 0):.0f} % of the update, and half or less of it at "
-        f"{len(lost)} of {len(shares)} layers: {worst}{more}. Give base=..., to round the base's own weights with the "
-        "update, fold before quantizing (export_onnx), or write it all the same with force=True"
+        f"{len(lost)} of {len(shares)} layers: {worst}{more}. Give {option(base=...)}, to round the base's own "
+        f"weights with the update, fold before quantizing ({command('export_onnx')}), or write it all the same with "
+        f"{option(force=True)}"
     )

@@ -19,7 +19,7 @@ from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods import config_from_fields, method_of
 from gralora_fx.core.planning.targets import rule_of, trains_whole_at
-from gralora_fx.errors import ExportError, MergeError, first_line, listed, warn_caller
+from gralora_fx.errors import ExportError, MergeError, first_line, listed, marked, option, warn_caller
 from gralora_fx.exporters.fold.initializers import external_tensors, initializer_names, stored_bytes
 from gralora_fx.format.export_directory import MANIFEST_NAME, not_an_export
 from gralora_fx.format.export_files import check_files, weight_files
@@ -74,7 +74,7 @@ def open_export(onnx_dir: str | Path) -> SourceExport:
         if manifest.adapters_mode != "merged":
             raise ExportError(
                 f"{directory} holds its adapters apart ({manifest.adapters_mode}), to be loaded when it is served; "
-                "fold into an export with adapters='merged'"
+                f"fold into an export with {option(adapters='merged')}"
             )
     weights = None if manifest is None else weight_files(manifest)
     models = {path.name: _load(path, weights) for path in files}
@@ -138,28 +138,29 @@ def check_earlier_adapters(manifest: Manifest, adapter: StoredAdapter, sha256: s
             pair = f"{adapter.directory} is an adapter of {own}, but the export has the adapter {name!r} of {other}"
             if compared.is_proven_different:
                 raise MergeError(
-                    f"{pair}, another base: {compared.reason}; give one of the same base, or force=True to fold it"
+                    f"{pair}, another base: {marked(compared.reason)}; give one of the same base, or "
+                    f"{option(force=True)} to fold it"
                 )
             if compared.outcome != SAME and manifest.base is None:  # else the export's own base is compared
-                warn_caller(f"{pair}, which may be another base: {compared.reason}")
+                warn_caller(f"{pair}, which may be another base: {marked(compared.reason)}")
         if entry.sha256 is not None and entry.sha256 == sha256:
             raise MergeError(
                 f"{adapter.directory} is folded into the export already, as {name!r}: its update would be added twice; "
-                "give another adapter, or force=True to add it again"
+                f"give another adapter, or {option(force=True)} to add it again"
             )
         earlier = config_from_fields(entry.config, f"the adapter {name!r} of the export")
         if shared := sorted({*_replaced_again(earlier, adapter), *_replaced_before(earlier, adapter)}):
             raise MergeError(
                 f"{adapter.directory} and the adapter {name!r} of the export both change {listed(shared, 3)}, which "
-                "one of them replaces as a whole; fold one of them into the base's export, or give force=True, "
-                "and the result has what is folded last"
+                "one of them replaces as a whole; fold one of them into the base's export, or give "
+                f"{option(force=True)}, and the result has what is folded last"
             )
         for config in (adapter.config, earlier):
             if not method_of(config).IS_ADDITIVE and (shared := sorted(_adapted_again(earlier, adapter))):
                 raise MergeError(
                     f"{adapter.directory} and the adapter {name!r} of the export both adapt {listed(shared, 3)}, and "
                     f"what a {config.TITLE} adapter does there depends on the weight; fold one of them into the base's "
-                    "export, or give force=True, and the result has what is folded last over the rest"
+                    f"export, or give {option(force=True)}, and the result has what is folded last over the rest"
                 )
 
 

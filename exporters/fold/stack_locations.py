@@ -15,13 +15,13 @@ from gralora_fx.base.features import parts
 from gralora_fx.core.adapters.parameter_keys import names_parameter, parameters_in
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.methods.method import Update
-from gralora_fx.errors import CheckpointError, MergeError, bulleted
+from gralora_fx.errors import CheckpointError, MergeError, bulleted, command, marked
 from gralora_fx.exporters.fold.edits import StackEdit
 from gralora_fx.exporters.fold.initializers import initializer_names, initializers
 
 _NOT_FOUND = (
     "no initializer of floats has the name of its parameter, as in an export that quantizes it; export the model "
-    "with the adapter merged, which quantizes afterwards (export_onnx with the adapter)"
+    f"with the adapter merged, which quantizes afterwards ({command('export_onnx')} with the adapter)"
 )
 
 
@@ -100,7 +100,7 @@ def named_by_export(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> S
     try:
         return adapter.named(order)
     except CheckpointError as error:
-        raise MergeError(str(error)) from error
+        raise MergeError(marked(error)) from error
 
 
 def find_stacks(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[StackLocation]:
@@ -111,7 +111,7 @@ def find_stacks(graphs: Mapping[str, ir.Graph], adapter: StoredAdapter) -> list[
         try:
             of_path = [location for file, graph in graphs.items() for location in _at(graph, file, path, adapter)]
         except MergeError as error:
-            problems.append(f"{path}: {error}")
+            problems.append(f"{path}: {marked(error)}")
         else:
             found += of_path
             if not of_path:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
-from gralora_fx.errors import MergeError, bulleted
+from gralora_fx.errors import MergeError, bulleted, marked, option, remedy
 from gralora_fx.exporters.fold.initializers import ProductWeight, product_weights
 from gralora_fx.exporters.fold.matching_weights import (
     BaseWeights,
@@ -131,7 +131,7 @@ def find_locations(export: Export, adapter: StoredAdapter) -> list[WeightLocatio
             _check_shared(export, of_layer)
             _check_base(export, of_layer, site.features)
         except MergeError as error:
-            problems.append(f"{path}: {error}")
+            problems.append(f"{path}: {marked(error)}")
         else:
             locations += of_layer
     problems += list(_overlaps(locations))
@@ -158,8 +158,11 @@ def _locate(export: Export, adapter: StoredAdapter, path: str) -> list[WeightLoc
         or list(locations_by_value(export, path, adapter.sites[path].features))
     )
     if not locations:
-        hint = "" if export.base is not None else "; give base=..., the base model's directory, to find it by value"
-        raise MergeError(f"no initializer that a product multiplies by is named after it, or holds its values{hint}")
+        base = f"; give {option(base=...)}, the base model's directory, to find it by value"
+        raise MergeError(
+            "no initializer that a product multiplies by is named after it, or holds its values"
+            + (base if export.base is None else "")
+        )
     return locations
 
 
@@ -205,7 +208,9 @@ def unique(locations: list[WeightLocation]) -> list[WeightLocation]:
     for file in {location.file for location in locations}:
         names = [location.weight.name for location in locations if location.file == file]
         if len(names) > 1:
-            raise MergeError(f"its weight may be any of {', '.join(names)} in {file}; give base=... to tell them")
+            raise MergeError(
+                f"its weight may be any of {', '.join(names)} in {file}; give {option(base=...)} to tell them"
+            )
     return locations
 
 
@@ -245,12 +250,13 @@ def _check_shared(export: Export, locations: Iterable[WeightLocation]) -> None:
             if same := export.sharing([location]):
                 raise MergeError(
                     f"{weight.name} is the weight of {', '.join(same)} too, which would change with it; export the "
-                    "merged model (merge with untie=True), or leave the layer out (exclude_modules)"
+                    f"merged model ({remedy('merge with untie=True', 'run gralora-fx merge')}), or leave the layer "
+                    "out (exclude_modules)"
                 )
         elif _is_read_several_times(weight) and not _is_named_apart(export, weight) and export.base is None:
             raise MergeError(
                 f"{len(weight.readers)} products read {weight.name}, and nothing says that all are of this layer; give "
-                "base=..., or export the model again"
+                f"{option(base=...)}, or export the model again"
             )
 
 

@@ -21,7 +21,7 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.planning.rewrite_plan import PlannedSite
 from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import ExportError, command, listed, option
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.onnx_pipeline import export_log
 from gralora_fx.format.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
@@ -120,7 +120,7 @@ def check_runnable(model: TracedModel | GraloraModel) -> None:
     if missing is not None:
         raise ExportError(
             f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
-            "verify=False, and compare the export with the model loaded whole (verify_onnx)"
+            f"{option(verify=False)}, and compare the export with the model loaded whole ({command('verify_onnx')})"
         )
 
 
@@ -156,13 +156,14 @@ def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
     mode, is_quantized = options.adapters, options.quantize is not None
     if model.merged_adapters:
         raise ExportError(
-            f"adapters={mode!r} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged into its "
-            "weights; call unmerge_adapter() first"
+            f"{option(adapters=mode)} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged "
+            "into its weights; call unmerge_adapter() first"
         )
     if parameters := [entry.site.path for entry in model.adapted_sites() if isinstance(entry.site, ParameterSite)]:
         raise ExportError(
-            f"adapters={mode!r} is for linear layers, not for parameters of the model's own code, such as stacked "
-            f"matrices, where a row cannot have its own adapter: {listed(parameters, 2)}; give adapters='merged'"
+            f"{option(adapters=mode)} is for linear layers, not for parameters of the model's own code, such as "
+            f"stacked matrices, where a row cannot have its own adapter: {listed(parameters, 2)}; give "
+            f"{option(adapters='merged')}"
         )
     trained = _trained(model)
     planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]
@@ -198,7 +199,7 @@ def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
             "branches and loops; leave it untrained (bias='none', or the adapted layers' alone)"
         )
     if reasons:
-        raise ExportError(f"{'; '.join(reasons)}; or export with adapters='merged'")
+        raise ExportError(f"{'; '.join(reasons)}; or export with {option(adapters='merged')}")
 
 
 def _trained(model: GraloraModel) -> set[str]:
@@ -210,7 +211,7 @@ def _trained(model: GraloraModel) -> set[str]:
         if others := sorted(set(trained) - known):
             raise ExportError(
                 f"adapter {name!r} trains {listed(others, 3)} (modules_to_save or bias), and only linear layers and "
-                "biases can be data; export it with adapters='merged', or train it without these"
+                f"biases can be data; export it with {option(adapters='merged')}, or train it without these"
             )
     return {base for trained in names.values() for base in trained}
 

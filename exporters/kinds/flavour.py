@@ -15,7 +15,7 @@ from torch import fx
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Skip
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, warn_caller
+from gralora_fx.errors import ExportError, option, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
@@ -141,13 +141,13 @@ class Flavour:
         """Check that an export of the kind can have the options."""
         if options.logits == "all" and not self.has_last_logits:
             warn_caller(
-                "logits='all' is for a decoder with a cache; this model returns all that its forward does, so leave it "
-                "out"
+                f"{option(logits='all')} is for a decoder with a cache; this model returns all that its forward does, "
+                "so leave it out"
             )
         if options.texts is not None and not self.takes_texts:
             raise ExportError(
-                "texts=... is for decoders and models without a cache, and the task is an encoder-decoder's with one; "
-                "leave it out"
+                f"{option(texts=...)} is for decoders and models without a cache, and the task is an "
+                "encoder-decoder's with one; leave it out"
             )
 
     def measures_quality(self, options: ExportOptions) -> bool:

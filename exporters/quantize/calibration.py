@@ -14,7 +14,7 @@ from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, first_line
+from gralora_fx.errors import ExportError, first_line, option
 from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.options import ExportOptions
@@ -60,8 +60,8 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
     if _is_streamed(conversion):
         if conversion.options.choosing_texts is not None:
             raise ExportError(
-                "texts=... choose bits by what the model computes of them, and a streamed model is not run: leave them "
-                "out, or load the model whole"
+                f"{option(texts=...)} choose bits by what the model computes of them, and a streamed model is not "
+                "run: leave them out, or load the model whole"
             )
         return Calibration(problem="a streamed model is not run")
     given = _given(conversion.traced, conversion.options)  # what is wrong with them is said before a copy is made
@@ -134,8 +134,8 @@ def _some(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 def _check_long(positions: int) -> None:
     if positions < _LEAST_POSITIONS:
         raise ExportError(
-            f"texts=... has {positions} tokens in every second text, by which bits are chosen, and they are too few: "
-            f"give texts with {_LEAST_POSITIONS} at least, or leave them out"
+            f"{option(texts=...)} has {positions} tokens in every second text, by which bits are chosen, and they are "
+            f"too few: give texts with {_LEAST_POSITIONS} at least, or leave them out"
         )
 
 

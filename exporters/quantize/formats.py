@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 
 DYNAMIC = "int8-dynamic"
 BLOCK_BITS = {"int4": 4, "int8": 8}
@@ -38,7 +38,7 @@ class Blocks:
     def __post_init__(self) -> None:
         """Check every field."""
         if self.bits not in BLOCK_BITS.values():
-            raise ExportError(f"bits={self.bits!r} is not a width of blocks; take 4 or 8")
+            raise ExportError(f"{option(bits=self.bits)} is not a width of blocks; take 4 or 8")
         problem = block_size_problem(self.block_size) or accuracy_level_problem(self.accuracy_level)
         if problem is not None:
             raise ExportError(problem)
@@ -86,7 +86,7 @@ def block_size_problem(value: object) -> str | None:
     """What is wrong with a number of values that share a scale, or None."""
     if _is_int(value) and value >= LEAST_BLOCK and not value & (value - 1):  # type: ignore[operator]
         return None
-    return f"block_size={value!r} is not a block size; take a power of two, {LEAST_BLOCK} or more, such as 32"
+    return f"{option(block_size=value)} is not a block size; take a power of two, {LEAST_BLOCK} or more, such as 32"
 
 
 def bits_problem(value: object) -> str | None:
@@ -94,7 +94,7 @@ def bits_problem(value: object) -> str | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and 4 <= value <= 8:  # type: ignore[operator]
         return None
-    return f"bits={value!r} cannot be the mean of layers of 4 and of 8 bits; take 4 to 8, such as {MEAN_BITS}"
+    return f"{option(bits=value)} cannot be the mean of layers of 4 and of 8 bits; take 4 to 8, such as {MEAN_BITS}"
 
 
 def accuracy_level_problem(value: object) -> str | None:
@@ -102,8 +102,8 @@ def accuracy_level_problem(value: object) -> str | None:
     if _is_int(value) and 0 <= value <= 4:  # type: ignore[operator]
         return None
     return (
-        f"accuracy_level={value!r} is not an accuracy level; take 0 (the runtime's choice), 1 (float32), 2 (float16), "
-        "3 (bfloat16) or 4 (int8)"
+        f"{option(accuracy_level=value)} is not an accuracy level; take 0 (the runtime's choice), 1 (float32), 2 "
+        "(float16), 3 (bfloat16) or 4 (int8)"
     )
 
 

@@ -19,7 +19,7 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.graph.weight_views import tensor_at
 from gralora_fx.core.operators.call import CONTRACTIONS
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST
 
@@ -277,7 +277,8 @@ def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> n
         largest = max(abs(float(bound)) for bound in torch.aminmax(values)) if values.numel() else 0.0
         if dtype == torch.float16 and not largest < _FLOAT16_OVERFLOW:
             raise ExportError(
-                f"{name} holds {largest:.3g}, which float16 cannot; take precision='bf16' or precision='fp32'"
+                f"{name} holds {largest:.3g}, which float16 cannot; take {option(precision='bf16')} or "
+                f"{option(precision='fp32')}"
             )
         return values.to(dtype)
 

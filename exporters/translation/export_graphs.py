@@ -16,7 +16,7 @@ from gralora_fx.core.tracing.inputs.cache import returned_cache
 from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
 from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, first_line, warn_caller
+from gralora_fx.errors import ExportError, first_line, option, warn_caller
 from gralora_fx.exporters.translation.cast_graph import precision_of
 from gralora_fx.exporters.translation.matching import is_size
 from gralora_fx.format.input_names import PAST
@@ -37,7 +37,7 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
     if verify and (drawn := find_rng_op(graph)) is not None:
         raise ExportError(
             f"the model draws random numbers in evaluation ({drawn}), so no two runs agree and none can be verified; "
-            "make the noise an input of its forward, or export with verify=False"
+            f"make the noise an input of its forward, or export with {option(verify=False)}"
         )
     precision_of(traced.graph_module)
 

@@ -20,7 +20,7 @@ from gralora_fx.core.methods.lora import LoraFactors
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.merging import replace_weights, with_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import ExportError, command, listed, option
 from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
 from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_input
@@ -45,12 +45,12 @@ def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInp
     """Check that a name in the export can be that of the model's adapter."""
     check_name(name)
     if inputs is None:
-        raise ExportError(f"{directory} holds no adapters as data; leave adapter_name={name!r} out")
+        raise ExportError(f"{directory} holds no adapters as data; leave {option(adapter_name=name)} out")
     active = model.active_adapters if isinstance(model, GraloraModel) else []
     if len(active) != 1:
         raise ExportError(
-            f"adapter_name={name!r} is for a model with one active adapter, and this one has {listed(active) or 'none'}"
-            "; leave it out, or make one active"
+            f"{option(adapter_name=name)} is for a model with one active adapter, and this one has "
+            f"{listed(active) or 'none'}; leave it out, or make one active"
         )
 
 
@@ -63,11 +63,11 @@ def tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base
     there = own_adapters(directory, ExportError)
     path = there.get(exported)
     if path is None:
-        names = " or ".join(map(repr, there)) if len(model.active_adapters) == 1 else ""
-        named = f"give adapter_name={names} if it has that name there, " if names else ""
+        names = [option(adapter_name=one) for one in there] if len(model.active_adapters) == 1 else []
+        named = f"give {' or '.join(names)} if it has that name there, " if names else ""
         raise ExportError(
             f"the model's adapter {exported!r} is not in {directory}, which has {listed(there) or 'none'}; {named}add "
-            "it with export_adapter, or make another one active"
+            f"it with {command('export_adapter')}, or make another one active"
         )
     tensors = read_tensors(path, read_record(path), inputs, manifest.base_fingerprint, ExportError)
     changes = installed_changes(model, name, base)
@@ -80,7 +80,7 @@ def _check_equal(name: str, path: Path, tensors: Arrays, expected: Arrays) -> No
     if differing or expected.keys() != tensors.keys():
         raise ExportError(
             f"{path} holds another adapter than the model's {name!r}: {listed(differing or ['layers'], 3)} differ; "
-            "export it again with export_adapter"
+            f"export it again with {command('export_adapter')}"
         )
 
 
@@ -151,6 +151,6 @@ def _own_rows(name: str, value: Any, rows: int, kind: str) -> Any:
     if tensor.ndim == 0 or tensor.shape[0] != 2 * rows:
         raise ExportError(
             f"the output {name} of shape {list(tensor.shape)} is not made of {2 * rows} rows, so adapters cannot be "
-            "chosen by row; export the model with adapters='inputs'"
+            f"chosen by row; export the model with {option(adapters='inputs')}"
         )
     return own_value(tensor[::2], kind)

@@ -19,7 +19,7 @@ from gralora_fx.base.progress.stages import counting
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import empty_cache, returned_cache
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, ServingError
+from gralora_fx.errors import ExportError, ServingError, marked
 from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import PromptBatch, TokenResult, TokenRun
 from gralora_fx.exporters.verify.outputs import last_logits, run_model, step_inputs
@@ -165,7 +165,7 @@ def engine_errors(case: str) -> Iterator[None]:
     try:
         yield
     except ServingError as error:
-        raise ExportError(f"{error} ({case})") from error
+        raise ExportError(f"{marked(error)} ({case})") from error
 
 
 class Together(NamedTuple):

@@ -14,7 +14,7 @@ from gralora_fx.base.features import parts
 from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.model.merging import replace_weights, with_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.fold.initializers import ProductWeight, product_weights
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.fold.weight_names import weight_entries
@@ -35,8 +35,8 @@ def with_stored_weights(
     if quantized.values != count:
         raise ExportError(
             f"the export holds {quantized.values:,} quantized values and the model's layers {count:,} of them, so it "
-            "cannot be compared with a model of the same rounded weights; export with verify=False and judge the "
-            "export by its results"
+            f"cannot be compared with a model of the same rounded weights; export with {option(verify=False)} and "
+            "judge the export by its results"
         )
     weights = {site.path: _rounded(site, stored[site.path]) for site in reference.sites if site.path in stored}
     readers = other_readers(reference.graph_module, reference.sites) if quantized.lookups else {}

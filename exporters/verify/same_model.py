@@ -17,7 +17,7 @@ from gralora_fx.core.methods import method_described, method_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.kinds.conversion import base_trace, fingerprint_of
 from gralora_fx.exporters.verify.outputs import flat
@@ -89,7 +89,7 @@ def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[
     left = dict(manifest.adapters)
     if not left:
         if adapters:
-            raise ExportError(f"{origin} was exported without an adapter; leave adapter={adapters[0]!r} out")
+            raise ExportError(f"{origin} was exported without an adapter; leave {option(adapter=adapters[0])} out")
         return
     for adapter in adapters:
         name, differing = _nearest(left, adapter)
@@ -102,8 +102,8 @@ def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[
             )
         raise ExportError(f"{origin} was exported with {_all(left)}, and {adapter} is another one: {differing}")
     if left:
-        each = "its directory as adapter=..." if len(left) == 1 else "the directory of each as adapter=..."
-        raise ExportError(f"{origin} was exported with {_all(left)}; give {each}{' too' if adapters else ''}")
+        each, too = "its directory" if len(left) == 1 else "the directory of each", " too" if adapters else ""
+        raise ExportError(f"{origin} was exported with {_all(left)}; give {each} as {option(adapter=...)}{too}")
 
 
 def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gralora_fx.errors import shown
+from gralora_fx.errors import option, shown
 
 SPECULATIVE_TOKENS = 16  # most tokens of a draft, where nothing else is said
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -24,7 +24,7 @@ def size_problem(name: str, text: object) -> str | None:
     """What is wrong with the size that an option has; None if nothing is."""
     if read_size(text) is not None:
         return None
-    return f"{name} must be a number of bytes above 0, such as 512MiB or 2GB, but got {shown(text)}"
+    return f"{option(name)} must be a number of bytes above 0, such as 512MiB or 2GB, but got {shown(text)}"
 
 
 def shown_size(size: int) -> str:

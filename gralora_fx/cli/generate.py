@@ -164,7 +164,7 @@ def _check_generates(directory: Path, manifest: Manifest) -> None:
     if generates(task):
         return
     if task is not None and (cached := with_past(task)) != task:
-        how = f"it gives logits and has no cache; export the model with task={cached!r}"
+        how = f"it gives logits and has no cache; export the model with --task {cached}"
     else:
         how = f"serve it: gralora-fx serve --onnx {shlex.quote(str(directory))}"
     raise ServingError(f"{directory} was exported for the task {manifest.task}, which does not go on from text: {how}")
@@ -206,12 +206,14 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
         manifest,
         directory,
         ServingError,
-        remedy="leave adapter=... out, or export the model with adapters='data'",
+        remedy="leave --adapter out, or export the model with --adapters data",
     )
     if path is None:
         there = own_adapters(directory, ServingError)
         if name not in there:
-            raise ServingError(f"no adapter {name!r}; there is {listed(there) or 'none'}: load it with load_adapter()")
+            raise ServingError(
+                f"no adapter {name!r}; there is {listed(there) or 'none'}: load it with --adapter NAME=PATH"
+            )
         return name, None
     return name, adapter_path(path)
 

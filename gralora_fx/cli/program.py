@@ -15,8 +15,8 @@ from typer.main import get_command
 
 from gralora_fx.cli.commands import app
 from gralora_fx.cli.help import name_of
-from gralora_fx.cli.wording import Wording, notes, use_wording
-from gralora_fx.errors import GraloraError
+from gralora_fx.cli.wording import notes
+from gralora_fx.errors import GraloraError, in_command
 
 _shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
@@ -35,13 +35,11 @@ def main() -> None:
     """
     program: Any = get_command(app)
     running = next((argument for argument in sys.argv[1:] if argument in program.commands), None)
-    wording = Wording(program.commands, running)
-    use_wording(wording)
     signal.signal(signal.SIGTERM, _terminate)
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         """Show a warning as one line, without the source line that raised it."""
-        text = wording(str(message))
+        text = in_command(message)
         if text not in _shown:  # an adapter's configuration is read by several stages
             _shown.add(text)
             notes.print(f"warning: {text}", markup=False)
@@ -51,7 +49,7 @@ def main() -> None:
     try:
         sys.exit(program(prog_name="gralora-fx", standalone_mode=False))
     except GraloraError as error:
-        notes.print(f"error: {wording(str(error))}", markup=False)
+        notes.print(f"error: {in_command(error)}", markup=False)
         sys.exit(1)
     except _UsageError as error:
         command = program if running is None else program.commands[running]

@@ -11,15 +11,14 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from gralora_fx.base.compat.extras import require_extra
-from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization
+from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.core.config.checks import check_adapter_letters
 from gralora_fx.core.config.option import DeclaredOption, declared_options
-from gralora_fx.errors import ConfigError, first_line, shown
+from gralora_fx.errors import ConfigError, first_line, in_command, option, shown
 from gralora_fx.format.adapter_paths import check_name
 from gralora_fx.format.image_sizes import DYNAMIC, ImageSize
 from gralora_fx.format.tasks import check_task
 
-_ARGUMENT = re.compile(r"\b([a-z_]+)=\.\.\.")  # as a text of the library names one
 Declared = Any  # the type of a command's parameter that is an option which its record declares, default included
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
@@ -74,7 +73,7 @@ def quantization_words(words: str | None) -> str | None:
 def check_rounding(quantization: object | None) -> None:
     """Check that a base can be rounded before anything slow is imported."""
     if quantization is not None:
-        require_extra("nf4", f"{RECORD}={str(quantization)!r}", ConfigError)
+        require_extra("nf4", option(base_quantization=str(quantization)), ConfigError)
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:
@@ -158,7 +157,7 @@ def takes(*records: type) -> Callable[[_Command], _Command]:
 def _parameter(declared: DeclaredOption) -> inspect.Parameter:
     """An option as a parameter that typer reads; a choice is a text, whose check is the record's."""
     option = declared.option
-    text = _ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')}", option.help)
+    text = in_command(option.help)
     info: dict[str, Any] = {"help": f"{text}  [default: {option.left_out}]" if option.left_out else text}
     info |= {"rich_help_panel": option.group} if option.group else {}
     if declared.is_flag:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from gralora_fx.base.sources.paths import shown_path, usable_path
-from gralora_fx.errors import ExportError, GraloraError, ServingError, shown
+from gralora_fx.errors import ExportError, GraloraError, ServingError, option, shown
 from gralora_fx.format.adapter_inputs import AdapterInputs
 from gralora_fx.format.export_directory import ADAPTERS, check_own_file
 from gralora_fx.format.manifest import Manifest
@@ -40,12 +40,12 @@ def check_takes_adapters(
     name: object,
     error: type[GraloraError],
     *,
-    remedy: str = "export the model with adapters='data'",
+    remedy: str = f"export the model with {option(adapters='data')}",
 ) -> AdapterInputs:
     """The inputs of an export that takes adapters as data."""
     if manifest.adapter_inputs is None:
         merged = f" and has {', '.join(manifest.adapters)} merged into its weights" if manifest.adapters else ""
-        raise error(f"{name} takes no adapters: it was exported with adapters='merged'{merged}; {remedy}")
+        raise error(f"{name} takes no adapters: it was exported with {option(adapters='merged')}{merged}; {remedy}")
     return manifest.adapter_inputs
 
 

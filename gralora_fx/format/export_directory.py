@@ -8,10 +8,11 @@ wherever it is, since nothing tells whether another of its names is outside.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from gralora_fx.base.sources.model_files import EXPORT_FILE, described
-from gralora_fx.errors import GraloraError, first_line
+from gralora_fx.errors import GraloraError, first_line, option, remedy
 
 MANIFEST_NAME = EXPORT_FILE
 PLAIN_KIND, DECODER_KIND, ENCODER_DECODER_KIND = "plain", "decoder", "encoder-decoder"  # kinds of export
@@ -40,10 +41,15 @@ def not_an_export(directory: Path) -> str:
     if is_export(directory.parent):
         return f"{directory} is a part of an export; give the directory of the export, {directory.parent}"
     if kind == "is a model":
-        call = f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)"
-        return f"{directory} {kind}, not an export; export it first: {call}"
+        export = remedy(
+            f"export_onnx(trace(AutoModel.from_pretrained({str(directory)!r})), output_dir)",
+            f"gralora-fx export --model {shlex.quote(str(directory))} --output DIR",
+        )
+        return f"{directory} {kind}, not an export; export it first: {export}"
     if kind == "is an adapter":
-        return f"{directory} {kind}, not an export; give the directory of an export, and this one as adapter=..."
+        return (
+            f"{directory} {kind}, not an export; give the directory of an export, and this one as {option(adapter=...)}"
+        )
     return f"no {MANIFEST_NAME} in {directory}, which {kind}; give the directory of an export"
 
 

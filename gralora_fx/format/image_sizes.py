@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from gralora_fx.errors import TraceError, shown
+from gralora_fx.errors import TraceError, option, shown
 from gralora_fx.format.input_names import IMAGES, takes_images
 
 if TYPE_CHECKING:  # the command line reads sizes before torch is loaded
@@ -106,8 +106,8 @@ def at_image_size(
     check_image_size(image_size)
     if not takes_images(inputs):
         raise TraceError(
-            f"image_size=... is for models that take images, {IMAGES} of [batch, channels, height, width], and "
-            f"{type(model).__name__} takes {', '.join(inputs)}; leave it out"
+            f"{option(image_size=...)} is for models that take images, {IMAGES} of [batch, channels, height, width], "
+            f"and {type(model).__name__} takes {', '.join(inputs)}; leave it out"
         )
     if isinstance(image_size, (tuple, list)):
         inputs = resized(inputs, (image_size[0], image_size[1]))

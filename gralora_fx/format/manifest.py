@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from gralora_fx.base.sources.paths import usable_path
-from gralora_fx.errors import ExportError, GraloraError
+from gralora_fx.errors import ExportError, GraloraError, option
 from gralora_fx.format.adapter_inputs import (
     AS_DATA,
     BIAS,
@@ -242,8 +242,8 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
         raise error(f"{path} has schema {version}, older than {SCHEMA_VERSION}; {remedy}")
     if "batched" in (content.get("adapters_mode"), _object(content, "adapter_inputs").get("mode")):
         raise error(
-            f"{path} is of an export with adapters='batched', which is a part of adapters='data' now; make it anew "
-            f"with {_command(content, path.parent)}"
+            f"{path} is of an export with {option(adapters='batched')}, which is a part of {option(adapters='data')} "
+            f"now; make it anew with {_command(content, path.parent)}"
         )
     fields = _in_todays_form(content)
     if (name := _undescribed_file(fields)) is not MISSING:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from gralora_fx.errors import ConfigError, TraceError
+from gralora_fx.errors import ConfigError, TraceError, option
 
 if TYPE_CHECKING:
     from gralora_fx.core.config.adapter_config import AdapterConfig
@@ -193,6 +193,6 @@ def check_adapter_task(task_type: str | None, task: str | None, adapter: str) ->
     known = find_task(task)
     if known is None or task_type not in known.adapters:
         raise ConfigError(
-            f"the adapter {adapter} was trained for task_type {task_type}, which is task={adapter_task!r}, not {task}; "
-            f"give task={adapter_task!r}, or another adapter"
+            f"the adapter {adapter} was trained for task_type {task_type}, which is {option(task=adapter_task)}, not "
+            f"{task}; give {option(task=adapter_task)}, or another adapter"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gralora_fx.errors import RewriteError
+from gralora_fx.errors import RewriteError, option
 from gralora_fx.picture.blocks import Block, BlockMap, Folding
 from gralora_fx.picture.boxes import Box, Line, Strip, rows_of
 from gralora_fx.picture.facts import ModelFacts
@@ -41,7 +41,7 @@ def lay_out(source: str) -> str:
         )  # a trap's last line is its cause
         raise PictureError(
             f"Graphviz cannot draw this graph of {source.count(' -> '):,} arrows ({reason}); "
-            "draw it without full=True, or print the plan, which is a table of the same sites"
+            f"draw it without {option(full=True)}, or print the plan, which is a table of the same sites"
         ) from error
     return svg.decode()
 

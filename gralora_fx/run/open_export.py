@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.base.sources.model_files import read_json_object
 from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.core.loading.tokenizers import load_tokenizer
-from gralora_fx.errors import ServingError, listed, warn_caller
+from gralora_fx.errors import ServingError, listed, option, warn_caller
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.adapter_paths import own_adapters
 from gralora_fx.format.export_directory import (
@@ -178,7 +178,9 @@ class OpenExport:
         """
         tokenizer = self.tokenizer_or_none
         if tokenizer is None:
-            raise ServingError(f"{self.directory} holds no tokenizer; export with tokenizer=..., or tokenize yourself")
+            raise ServingError(
+                f"{self.directory} holds no tokenizer; export with {option(tokenizer=...)}, or tokenize yourself"
+            )
         return tokenizer
 
     @cached_property
@@ -257,7 +259,7 @@ def _decoder_generation(export: OpenExport) -> Generation:
             warn_caller(
                 f"{export.directory / ROWS_NAME} was written by an earlier version: drafts are not verified by it, and "
                 "the last digits of an adapter's answer may depend on the rows beside it; export the model again, with "
-                "overwrite=True"
+                f"{option(overwrite=True)}"
             )
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None
         weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))

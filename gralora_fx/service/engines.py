@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.base.amounts import shown_size
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, option
 from gralora_fx.format.export_directory import PLAIN_KIND
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.tasks import generates
@@ -214,7 +214,8 @@ def _described_room(decoder: Decoder, source: Source | None) -> str:
     if not lengths:
         size = shown_size(decoder.row_size(1, source))
         raise ServingError(
-            f"max_memory={limit} has no room for a row, whose caches take {size} or more of this model; give more"
+            f"{option(max_memory=limit)} has no room for a row, whose caches take {size} or more of this model; give "
+            "more"
         )
     few = max(count for count, length in lengths.items() if length == lengths[1])
     more = "" if few == len(lengths) else f", or {few} of {lengths[1]}"

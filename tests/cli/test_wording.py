@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +14,21 @@ import pytest
 from test_import_order import FILES, NAMES, module_name
 from typer.main import get_command
 
-from gralora_fx import GraloraConfig, LoraConfig
+from gralora_fx import GraloraConfig, LoraConfig, errors
 from gralora_fx.base.progress.report import Report, Summary
 from gralora_fx.cli import app
-from gralora_fx.cli.wording import Wording, show
+from gralora_fx.cli.wording import show
+from gralora_fx.errors import ConfigError, command, in_command, marked, option
 from gralora_fx.format.export_usage import comparison_of
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+OPTIONS: dict[str, set[str]] = {}
+for param in (param for each in COMMANDS.values() for param in each.params):
+    OPTIONS.setdefault(param.name, set()).update(param.opts)
+ERRORS = [name for name in vars(errors) if name.endswith("Error")]
+SPOKEN = ("tokenizer", "do_sample", "verify")  # each value of these has words of its own
 ANY = "x"  # in place of what a message holds
+REMEDIES = ("option", "command", "remedy")
 REMEDY = re.compile(
     r"(?<![\w.\-/=])(?<!\w\()([a-z][a-z_]*)=(?:'[^']*'|\"|True|False|None|\.{3}|-?\d|\(|\[)|(?<![.\w])([a-z_]+)\((?=\)|[a-z_=.*]+[,)])"
 )
@@ -32,7 +40,7 @@ UNREACHABLE = (
     "give them to trace()",  # a command makes example inputs
     "trace the model with dynamic=True",  # a command always does
     "it was traced with dynamic=False",
-    "from Python with dynamic=False",
+    "with dynamic=False",
     "truncation=True and max_length",  # a command tokenizes itself
     "model(input_ids=...), or model(**tokenizer(...))",
     "generate(**tokenizer(...))",
@@ -48,20 +56,15 @@ FIELDS = {field.name for config in (GraloraConfig, LoraConfig) for field in data
 PYTHON = (
     "core.adapters.adapter_graph",
     "core.adapters.current_graph",
-    "core.adapters.state_graph",
-    "demo",
-    "core.graph",
     "core.model",
+    "core.tracing.inputs.arguments",
+    "core.tracing.traced_model",
+    "demo",
     "picture.facts",
     "format.export_usage",  # calls, beside the command of each
-    "core.tracing.as_transformers",
-    "core.tracing.inputs.arguments",
-    "core.tracing.inputs.input_trees",
-    "core.tracing.inputs.signature",
-    "core.tracing.traced_model",
 )
 # about the service itself, which the command line alone starts
-SERVICE = ("cli", "demo", "service")
+SERVICE = ("cli", "demo", "errors", "service")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
@@ -73,6 +76,7 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
     }
     skipped |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    skipped |= {id(part) for call in remedies(tree) for argument in call.args for part in ast.walk(argument)}
     for node in ast.walk(tree):
         if id(node) in skipped:
             continue
@@ -84,6 +88,12 @@ def texts(file: Path) -> Iterator[tuple[int, str]]:
             continue
         if " " in text:
             yield node.lineno, text
+
+
+def remedies(tree: ast.AST) -> list[ast.Call]:
+    """The calls that name an option, a function or another remedy."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in REMEDIES]
 
 
 def placed(part: ast.expr) -> str:
@@ -107,13 +117,42 @@ def within(name: str, places: tuple[str, ...]) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not within(name, PYTHON)])
 def test_every_remedy_has_a_form_on_the_command_line(name: str) -> None:
-    wording = Wording(COMMANDS, None)
     left = [
         f"{line}: {text}"
         for line, text in texts(NAMES[name])
-        if any((found[1] or found[2]) not in FIELDS | {ANY} for found in REMEDY.finditer(reachable(wording(text))))
+        if any((found[1] or found[2]) not in FIELDS | {ANY} for found in REMEDY.finditer(reachable(text)))
     ]
     assert left == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_a_remedy_names_an_option_or_a_command_that_there_is(file: Path) -> None:
+    for call in (
+        [] if within(module_name(file), ("cli.commands",)) else remedies(ast.parse(file.read_text(encoding="utf-8")))
+    ):
+        place, kind = f"line {call.lineno}", ast.unparse(call.func)
+        words = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+        if kind == "command":
+            assert in_command(command(words[0])).removeprefix("gralora-fx ") in COMMANDS, place
+        elif kind == "option":
+            names = words + [keyword.arg for keyword in call.keywords if keyword.arg and keyword.arg not in SPOKEN]
+            assert all(in_command(option(name)) in OPTIONS.get(name, ()) for name in names), place
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_name)
+def test_an_error_within_another_is_marked(file: Path) -> None:
+    for handler in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(handler, ast.ExceptHandler) and handler.name and ast.unparse(handler.type or handler) in ERRORS:
+            assert f"{{{handler.name}}}" not in ast.unparse(handler), handler.lineno
+
+
+def test_an_error_keeps_its_remedies_in_another() -> None:
+    error = ConfigError(f"it exists; give {option(overwrite=True)}, or {option(output=...)} to {command('to_lora')}")
+    assert str(error) == "it exists; give overwrite=True, or output=... to to_lora"
+    again = pickle.loads(pickle.dumps(ConfigError(f"a: {marked(error)}")))
+    assert in_command(again) == "a: it exists; give --overwrite, or --output to gralora-fx to-lora"
+    assert in_command(ConfigError(option(model="a b"))) == "--model 'a b'"
+    assert repr(ConfigError(option(full=False))) == "ConfigError('full=False')"
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_name)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.errors import ExportError, listed
+from gralora_fx.errors import ExportError, listed, option
 from gralora_fx.exporters.rules.adapters.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.rules.adapters.adapter_groups import Grouping, Groups
 from gralora_fx.exporters.rules.adapters.site_marks import MARKED, SITES, SiteOutput, sites_in
@@ -65,7 +65,7 @@ class InsertAdapters:
         if lost:
             raise ExportError(
                 f"the outputs of {listed(sorted(lost))} are not in the graph any more, so no adapter can be data "
-                "there; leave these layers out (exclude_modules), or export with adapters='merged'"
+                f"there; leave these layers out (exclude_modules), or export with {option(adapters='merged')}"
             )
         return PassResult(insertion.count)
 
@@ -291,6 +291,6 @@ def _input_of(value: ir.Value) -> ir.Value:
     if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
         raise ExportError(
             f"{sites_in(value)[0].path}: its output is not computed by a matmul in the ONNX graph, so no adapter can "
-            "be data there; leave the layer out (exclude_modules), or export with adapters='merged'"
+            f"be data there; leave the layer out (exclude_modules), or export with {option(adapters='merged')}"
         )
     return node.inputs[0]

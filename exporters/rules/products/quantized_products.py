@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import onnx_ir as ir
 
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 
 _T = TypeVar("_T")
 
@@ -15,7 +15,7 @@ MARK = "gralora_int8"  # key in the metadata of the nodes of products with colum
 FACTORS, STEP, WEIGHT, PRODUCT = "factors", "step", "weight", "product"  # before it, in it, its int8 columns, its last
 EARLIER = (
     "it is not marked as this version marks products of int8-dynamic exports; export the model again with "
-    "quantize='int8-dynamic'"
+    f"{option(quantize='int8-dynamic')}"
 )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.errors import ExportError
+from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.rules.builder import Builder
 from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS
 from gralora_fx.exporters.translation.matching import END
@@ -77,7 +77,7 @@ def head_of(model: ir.Model) -> Head:
         chain.append(value)
     if node is None or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None:
         raise ExportError(
-            "no projection leads to the logits, so the last position cannot be cut out; take logits='all'"
+            f"no projection leads to the logits, so the last position cannot be cut out; take {option(logits='all')}"
         )
     return Head(node.inputs[0], node, tuple(chain))
 
@@ -85,5 +85,7 @@ def head_of(model: ir.Model) -> Head:
 def _input(model: ir.Model, name: str) -> ir.Value:
     match = next((value for value in model.graph.inputs if value.name == name), None)
     if match is None:
-        raise ExportError(f"the trace takes no {name}, so the last position cannot be cut out; take logits='all'")
+        raise ExportError(
+            f"the trace takes no {name}, so the last position cannot be cut out; take {option(logits='all')}"
+        )
     return match

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-DETAILS = "print(report.details)"  # of which the command line makes its own option
+from gralora_fx.errors import Message, joined, marked, remedy
+
+DETAILS = remedy("print(report.details)", "-v")
 _LONG = 10.0  # seconds of work whose longest part is named
 
 
@@ -46,7 +48,7 @@ class Summary:
     slowest: str = ""
     comparison: Invocation | None = None
 
-    def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> str:
+    def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> Message:
         """The lines."""
         result = self.result
         if self.comparison is not None:
@@ -56,8 +58,8 @@ class Summary:
         else:
             lines = [result, f"{self.written} (every figure: {DETAILS})", f"use it: {words(self.usage)}"]
         if self.notes:
-            lines.append(f"note: {'; '.join(self.notes)}")
-        return "\n".join([*lines, self.slowest] if self.slowest else lines)
+            lines.append(Message(f"note: {marked(joined(self.notes, '; '))}"))
+        return joined([*lines, self.slowest] if self.slowest else lines)
 
 
 class Report:
@@ -114,7 +116,7 @@ def times(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
 
 
-def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> str:
+def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> Message:
     """Say which stage took longest, and how to leave it out; nothing of short work.
 
     Args:
@@ -124,7 +126,7 @@ def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: f
     """
     total = sum(seconds.values())
     if not seconds or total < least:
-        return ""
+        return Message("")
     stage = max(seconds, key=seconds.__getitem__)
-    name, colon, remedy = stages.get(stage, stage).partition(": ")
-    return f"{name} took {seconds[stage]:.0f} s of {total:.0f} s{colon}{remedy}"
+    name, colon, rest = stages.get(stage, stage).partition(": ")
+    return Message(f"{name} took {seconds[stage]:.0f} s of {total:.0f} s{colon}{rest}")

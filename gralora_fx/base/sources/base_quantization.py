@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gralora_fx.base.sources.other_formats import of_quantized
-from gralora_fx.errors import ConfigError, GraloraError, shown
+from gralora_fx.errors import ConfigError, GraloraError, marked, option, shown
 
 KINDS = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
@@ -112,7 +112,7 @@ def _of_words(text: str) -> BaseQuantization:
     else:
         if kind in KINDS:
             return BaseQuantization(kind, **fields | {"block_size": int(fields.get("block_size", 64))})
-    raise ConfigError(f"{RECORD}={shown(text)} is not available; take {FORM}")
+    raise ConfigError(f"{option(base_quantization=text)} is not available; take {FORM}")
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
@@ -148,7 +148,7 @@ def packed_quantization(
         try:
             return BaseQuantization.of(config)
         except ConfigError as failure:
-            raise error(f"{origin}: its {_FIELD} cannot be read ({failure}); save the model again") from failure
+            raise error(f"{origin}: its {_FIELD} cannot be read ({marked(failure)}); save the model again") from failure
     title = _TITLES.get(method, method.upper() if len(method) < 5 else method)
     raise error(
         f"{origin} is quantized by {title}, which is not read (of quantized bases, NF4 of bitsandbytes is); "
@@ -162,6 +162,6 @@ def check_not_packed(
     """Check that a checkpoint's weights are floats, before they are rounded."""
     if packed_quantization(fields, origin, error) is not None:
         raise ConfigError(
-            f"{origin} is quantized already, and its own values are taken: leave {RECORD}={str(asked)!r} out, or give "
-            "the float checkpoint that it was made from"
+            f"{origin} is quantized already, and its own values are taken: leave "
+            f"{option(base_quantization=str(asked))} out, or give the float checkpoint that it was made from"
         )

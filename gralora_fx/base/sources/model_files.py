@@ -9,7 +9,7 @@ from typing import Any
 
 from gralora_fx.base.sources import ADAPTER_FILE
 from gralora_fx.base.sources.paths import usable_path
-from gralora_fx.errors import GraloraError, shown
+from gralora_fx.errors import GraloraError, option, shown
 
 MODEL_FILE, EXPORT_FILE = "config.json", "gralora_export.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -80,7 +80,7 @@ def check_model_files(name: str | Path, error: type[GraloraError], *, named_by: 
         except error as problem:
             reason = str(problem).partition("; give ")[0]
             raise error(
-                f"{reason}; it is the base that {named_by} names, so give where it is as model=..."
+                f"{reason}; it is the base that {named_by} names, so give where it is as {option(model=...)}"
             ) from problem
     from gralora_fx.base.sources.base_quantization import packed_quantization
     from gralora_fx.base.sources.other_formats import gguf_file, of_gguf

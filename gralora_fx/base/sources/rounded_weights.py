@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.compat.extras import installation
 from gralora_fx.base.progress.stages import quiet
-from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization
+from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.four_bits import as_tensor, scales_of, values_of
 from gralora_fx.base.sources.rewriting import bytes_of
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
-from gralora_fx.errors import ConfigError
+from gralora_fx.errors import ConfigError, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +33,8 @@ def rounded_to_four_bits(weight: NDArray[Any], quantization: BaseQuantization) -
             from bitsandbytes.functional import quantize_4bit
     except ImportError as error:
         raise ConfigError(
-            f"{RECORD}={str(quantization)!r} needs bitsandbytes, which rounds the base as it did for the adapter "
-            f"({error}): {installation('nf4')}. A base that it saved in four bits is read without it"
+            f"{option(base_quantization=str(quantization))} needs bitsandbytes, which rounds the base as it did for "
+            f"the adapter ({error}): {installation('nf4')}. A base that it saved in four bits is read without it"
         ) from error
     values = torch.from_numpy(np.array(weight, np.float32, order="C"))
     codes, state = quantize_4bit(

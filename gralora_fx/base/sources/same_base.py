@@ -16,7 +16,7 @@ from typing import Any
 from gralora_fx.base.features import parts
 from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, recorded_quantization
 from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
-from gralora_fx.errors import ConfigError, GraloraError, listed, shown, warn_caller
+from gralora_fx.errors import ConfigError, GraloraError, Message, listed, marked, option, shown, warn_caller
 
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 NAME, REVISION, CONFIG, WEIGHTS, QUANTIZATION = "name", "revision", "config.json", "weights", "quantization"
@@ -147,17 +147,19 @@ class BaseComparison:
         if self.outcome == SAME:
             return
         if strict:
-            raise error(f"{self._text(adapter)}; give the base that it was made for, or leave strict_base=True out")
+            raise error(
+                f"{self._text(adapter)}; give the base that it was made for, or leave {option(strict_base=True)} out"
+            )
         if self.made_for and (self.used_with or self.outcome == DIFFERENT):
             warn_caller(self._text(adapter))
 
     def _text(self, adapter: object) -> str:
         if not self.made_for:
-            return f"{adapter} is used with {self.used_with or 'a model without a name'}: {self.reason}"
+            return f"{adapter} is used with {self.used_with or 'a model without a name'}: {marked(self.reason)}"
         made_for = f"{self.made_for} (revision {self.revision})" if self.revision else self.made_for
         may_be = "another base" if self.outcome == DIFFERENT else "which may be another base"
         used_with = self.used_with or "a model without a name"
-        return f"{adapter} was made for {made_for}, and is used with {used_with}, {may_be}: {self.reason}"
+        return f"{adapter} was made for {made_for}, and is used with {used_with}, {may_be}: {marked(self.reason)}"
 
 
 def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
@@ -183,14 +185,17 @@ def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, flo
         try:
             found = differing_weights(one, two, made.quantization, used.quantization)
         except ConfigError as error:
-            found, measured = None, f"by how much is not measured ({error})"
+            found, measured = None, f"by how much is not measured ({marked(error)})"
         else:
             measured = "by how much is not measured, since their weights cannot be compared"
         change = None if found is None else found.change
     if change is not None:
         measured = f"they differ by {100 * change:.2g} % of their norm"
-    remedy = f"take base_quantization={str(made.quantization)!r} with the float base, or its checkpoint in four bits"
-    return f"its base was in {made.quantization}, and the weights here are {other}: {measured}; {remedy}", change
+    remedy = (
+        f"take {option(base_quantization=str(made.quantization))} with the float base, or its checkpoint in four bits"
+    )
+    reason = f"its base was in {made.quantization}, and the weights here are {other}: {measured}; {remedy}"
+    return Message(reason), change
 
 
 def read_config_fields(directory: Path) -> Mapping[str, Any] | None:

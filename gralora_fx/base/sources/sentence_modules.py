@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.base.sources.model_files import read_json, read_json_object, resolve_directory
-from gralora_fx.errors import TraceError, shown, warn_caller
+from gralora_fx.errors import TraceError, option, shown, warn_caller
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
@@ -35,7 +35,7 @@ _OTHER_MODELS = (
 )
 _TOKENIZING = ("processing_kwargs", "query_length", "document_length")
 _ACTIVATIONS = "torch.nn.modules."
-_REMEDY = "take task='feature-extraction' to export the transformer alone"
+_REMEDY = f"take {option(task='feature-extraction')} to export the transformer alone"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import CheckpointError, bulleted, warn_caller
+from gralora_fx.errors import CheckpointError, bulleted, command, warn_caller
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
@@ -87,7 +87,8 @@ def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, 
         if adapter.config.target_parameters and not adapter.method.NESTS_PARAMETERS:
             warn_caller(
                 f"adapter {adapter.name!r} has target_parameters, which PEFT's {adapter.config.TITLE} does not read: "
-                "what was saved loads here, but not in PEFT; to_lora makes a LoRA of it, exactly, which PEFT loads"
+                f"what was saved loads here, but not in PEFT; {command('to_lora')} makes a LoRA of it, exactly, which "
+                "PEFT loads"
             )
         if patterns:
             warn_caller(

@@ -14,7 +14,7 @@ from gralora_fx.core.graph.sites import LinearSite, computed_sites, other_reader
 from gralora_fx.core.methods.arrays import accumulator_of
 from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.method import Update
-from gralora_fx.errors import MergeError
+from gralora_fx.errors import MergeError, remedy
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -
     if tied := [f"{path} ({why})" for path, why in shared.items() if path not in unused]:
         raise MergeError(
             f"the weight of {'; '.join(tied)} is shared, so folding into it would change more than the layer; "
-            "merge with untie=True to give the layer a weight of its own, or leave it out (exclude_modules)"
+            f"{remedy('merge with untie=True', 'run gralora-fx merge')} to give the layer a weight of its own, or "
+            "leave it out (exclude_modules)"
         )
 
 

@@ -20,7 +20,7 @@ from gralora_fx.core.config.expressions import pattern_key
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
 from gralora_fx.core.methods.arrays import to_torch
 from gralora_fx.core.planning.targets import ends_with, trains_whole_at
-from gralora_fx.errors import CheckpointError, bulleted, listed
+from gralora_fx.errors import CheckpointError, bulleted, command, listed, option
 
 _ORIGINAL = ".original_module."  # the base's values of a saved module, which PEFT repeats where all biases train
 
@@ -122,8 +122,8 @@ class StoredAdapter:
             raise error(
                 f"{self.directory} adapts parameters of the model's own code ({listed(list(names), 2)}), such as "
                 f"stacked matrices, and {purpose} is for linear layers; merge it (export the model merged, "
-                "adapters='merged', or write its files with merge_checkpoint), or train without target_parameters, "
-                "which PEFT itself fills for target_modules='all-linear' of an MoE model"
+                f"{option(adapters='merged')}, or write its files with {command('merge_checkpoint')}), or train "
+                "without target_parameters, which PEFT itself fills for target_modules='all-linear' of an MoE model"
             )
 
     def update(self, path: str) -> Update:

@@ -2,15 +2,13 @@
 
     precision: Annotated[Literal["fp32", "fp16"], Option("Precision of weights and cache.")] = "fp32"
 
-The rest is derived from the declaration: the check of a value (`check_options`), the keyword of a function
-(`by_keywords`), the parameter of a command (`cli.values`) and the row of a table in the documentation.
+The rest is derived from the declaration: the check of a value (`check_options`), the parameter of a command
+(`cli.values`) and the row of a table in the documentation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import types
 import typing
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from gralora_fx.errors import GraloraError, shown
+from gralora_fx.errors import GraloraError, option, shown
 
 # headings of the command line's help
 MODEL, ADAPTERS, NUMBERS, WRITTEN, COMPARISON = (
@@ -37,7 +35,6 @@ class Option:
     Attributes:
         help: What it means, for the command line and the documentation; empty for an option of Python alone.
         group: The heading in a command's help under which it is listed; empty for that of all others.
-        flag: Its name on the command line, if that is not `--` and the field's name.
         metavar: The placeholder of its value; empty for the choices that its type has.
         left_out: What holds where it is left out, in words, if its default does not say so.
         least: The least value of a number; None for no check.
@@ -47,7 +44,6 @@ class Option:
 
     help: str = ""
     group: str = ""
-    flag: str = ""
     metavar: str = ""
     left_out: str = ""
     least: int | None = None
@@ -90,7 +86,7 @@ class DeclaredOption:
     @property
     def flag(self) -> str:
         """Its name on the command line."""
-        return self.option.flag or f"--{self.name.replace('_', '-')}"
+        return f"--{self.name.replace('_', '-')}"
 
     @property
     def metavar(self) -> str:
@@ -104,13 +100,15 @@ class DeclaredOption:
             return None
         if self.choices and value not in self.choices:
             left_out = ", or leave it out" if is_optional else ""
-            return f"{self.name}={value!r} is not available; take {' or '.join(map(repr, self.choices))}{left_out}"
+            given = option(**{self.name: value}) if self.option.help else f"{self.name}={value!r}"
+            return f"{given} is not available; take {' or '.join(map(repr, self.choices))}{left_out}"
+        name = option(self.name) if self.option.help else self.name
         if self.is_flag:
-            return f"{self.name} must be True or False, but got {value!r:.80}"
+            return f"{name} must be True or False, but got {value!r:.80}"
         if self.option.least is not None and (type(value) is not int or value < self.option.least):
-            return f"{self.name} must be a whole number of at least {self.option.least}, but got {shown(value)}"
+            return f"{name} must be a whole number of at least {self.option.least}, but got {shown(value)}"
         if Path in self.types and not isinstance(value, (str, Path)):
-            return f"{self.name} must be the path of a directory or None, but got {value!r:.80}"
+            return f"{name} must be the path of a directory or None, but got {value!r:.80}"
         return self.option.problem(value)
 
 
@@ -131,34 +129,3 @@ def check_options(record: Any, error: type[GraloraError]) -> None:
     for declared in declared_options(type(record)):
         if problem := declared.problem(getattr(record, declared.name)):
             raise error(problem)
-
-
-def by_keywords(record: type) -> Callable[[Callable[..., Any]], Any]:
-    """A function that takes the options of a record as keywords, made of one whose last parameter is the record.
-
-    Its signature has every keyword with its type and its default, for `help` and for editors.
-    """
-    keywords = [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-        for each in declared_options(record)
-    ]
-
-    def with_keywords(function: Callable[..., Any]) -> Any:
-        own = inspect.signature(function)
-        signature = own.replace(parameters=[*list(own.parameters.values())[:-1], *keywords])
-
-        @functools.wraps(function)
-        def called(*args: Any, **given: Any) -> Any:
-            try:
-                arguments = signature.bind(*args, **given).arguments
-            except TypeError as error:
-                raise TypeError(f"{function.__name__}() {error}") from None
-            options = {each.name: arguments.pop(each.name) for each in keywords if each.name in arguments}
-            return function(*arguments.values(), record(**options))
-
-        vars(called)["__signature__"] = signature
-        called.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
-        called.__annotations__["return"] = own.return_annotation
-        return called
-
-    return with_keywords

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.core.config.checks import ALL_LINEAR, CONFIG_NAME, check_integer, is_number
-from gralora_fx.errors import ConfigError, shown, warn_caller
+from gralora_fx.errors import ConfigError, marked, shown, warn_caller
 
 
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
@@ -128,4 +128,4 @@ def read_as(kind: Any, fields: Mapping[str, Any], origin: str) -> Any:
     try:
         return kind(**accepted).changed(**only_in_peft)
     except ConfigError as error:
-        raise ConfigError(f"{origin}: {error}") from error
+        raise ConfigError(f"{origin}: {marked(error)}") from error

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from gralora_fx.base.amounts import SPECULATIVE_TOKENS, read_size, size_problem
 from gralora_fx.core.config.option import Option, check_options
-from gralora_fx.errors import ConfigError, shown
+from gralora_fx.errors import ConfigError, option, shown
 
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
@@ -22,7 +22,7 @@ _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 def _timeout_problem(value: Any) -> str | None:
     if isinstance(value, (int, float)) and 0 < value < math.inf:
         return None
-    return f"timeout must be a number of seconds above 0, but got {shown(value)}"
+    return f"{option('timeout')} must be a number of seconds above 0, but got {shown(value)}"
 
 
 def _key_problem(value: str) -> str | None:
@@ -38,7 +38,7 @@ def _origin_problem(value: Any) -> str | None:
     if wrong is None:
         return None
     return (
-        f"allow_origin must be * or an origin as browsers name it, such as https://example.org or "
+        f"{option('allow_origin')} must be * or an origin as browsers name it, such as https://example.org or "
         f"http://localhost:5173, in lower case and without a path, but got {shown(wrong)}"
     )
 
@@ -46,7 +46,7 @@ def _origin_problem(value: Any) -> str | None:
 def _cache_problem(value: Any) -> str | None:
     if value in _NO_CACHE or read_size(value) is not None:
         return None
-    return f"prefix_cache must be a number of bytes, such as 512MiB or 2GB, or none, but got {shown(value)}"
+    return f"{option('prefix_cache')} must be a number of bytes, such as 512MiB or 2GB, or none, but got {shown(value)}"
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ class ServiceSettings:
         check_options(self, ConfigError)
         if self.max_memory is not None and (read_size(self.prefix_cache) or 0) > (self.memory_bytes or 0):
             raise ConfigError(
-                f"prefix_cache={self.prefix_cache} is more than max_memory={self.max_memory}, of which it is a part; "
-                "give less, or leave it out"
+                f"{option(prefix_cache=self.prefix_cache)} is more than {option(max_memory=self.max_memory)}, of "
+                "which it is a part; give less, or leave it out"
             )
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 from gralora_fx.base.sources.base_quantization import BaseQuantization, packed_quantization
 from gralora_fx.base.sources.same_base import BaseSource, read_config_fields
 from gralora_fx.core.config.reading import config_fields
-from gralora_fx.errors import ConfigError, TraceError, shown
+from gralora_fx.errors import ConfigError, TraceError, option, shown
 
 _HEAD_KEY = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj|\.dense)?\.weight$")
 
@@ -18,16 +18,18 @@ def base_name(model: str | None, adapter: str | None, fields: Mapping[str, objec
     """The name of the base: the given one, or that in an adapter's configuration."""
     if model is None and adapter is None:
         raise ConfigError(
-            "no model was named; give model=..., or an adapter=... whose base_model_name_or_path names it"
+            f"no model was named; give {option(model=...)}, or an {option(adapter=...)} whose base_model_name_or_path "
+            "names it"
         )
     if fields is None:
         fields = {} if model else config_fields(adapter or "")[0]
     name = model or fields.get("base_model_name_or_path")
     if name is None:
-        raise ConfigError(f"{adapter} names no base model; give model=...")
+        raise ConfigError(f"{adapter} names no base model; give {option(model=...)}")
     if not isinstance(name, str) or not name:
         raise ConfigError(
-            f"base_model_name_or_path must be a string or None, but got {shown(name)}, in {adapter}; give model=..."
+            f"base_model_name_or_path must be a string or None, but got {shown(name)}, in {adapter}; give "
+            f"{option(model=...)}"
         )
     return name
 

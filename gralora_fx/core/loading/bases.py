@@ -27,7 +27,16 @@ from gralora_fx.core.tracing.inputs.refused_steps import NoStepError
 from gralora_fx.core.tracing.inputs.samples import infer_task
 from gralora_fx.core.tracing.trace import trace
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import CheckpointError, GraloraError, TargetError, TraceError, bulleted, warn_caller
+from gralora_fx.errors import (
+    CheckpointError,
+    GraloraError,
+    TargetError,
+    TraceError,
+    bulleted,
+    marked,
+    option,
+    warn_caller,
+)
 from gralora_fx.format.image_sizes import ImageSize
 from gralora_fx.format.tasks import SENTENCE_TASK, task_of, with_past
 
@@ -192,7 +201,8 @@ def trace_base(
         except TraceError as error:
             if not base.is_asked and task.endswith("-with-past"):
                 without = task.removesuffix("-with-past")
-                raise TraceError(f"{error}; take task={without!r} for an export without a cache") from error
+                told = marked(error)
+                raise TraceError(f"{told}; take {option(task=without)} for an export without a cache") from error
             raise
     traced = dataclasses.replace(traced, tokenizer_source=traced.tokenizer_source or base.name)
     if base.adapter is None:
@@ -213,17 +223,17 @@ def trace_base(
 
 def _misfit(error: GraloraError, base: LoadedBase) -> str:
     """The message for an adapter that does not fit its base: a headline, then a line for each problem."""
-    lines = str(error).splitlines()
+    lines = marked(error).splitlines()
     problems = [line.removeprefix("- ") for line in lines if line.startswith("- ")] or lines
     if base.config is not None and base.made_for:
         if compare_bases(base.config.made_for, BaseSource(base.name)).outcome == SAME:
             return (
                 f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}), the base that it "
                 "was made for: its adapter_config.json and its tensors do not agree, or not with this model; save it "
-                "again, or give another as adapter=...:\n" + bulleted(problems)
+                f"again, or give another as {option(adapter=...)}:\n" + bulleted(problems)
             )
     hint = f"it was made for {base.made_for}" if base.made_for else "it does not say which base it was made for"
     return (
         f"the adapter {base.adapter} does not fit {base.name} ({type(base.model).__name__}); {hint}, "
-        "so give that base as model=..., or another as adapter=...:\n" + bulleted(problems)
+        f"so give that base as {option(model=...)}, or another as {option(adapter=...)}:\n" + bulleted(problems)
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gralora_fx.errors import CheckpointError, bulleted
+from gralora_fx.errors import CheckpointError, bulleted, option
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class LoadReport:
             base = f"the base that the adapter was made for ({made_for})" if made_for else "a checkpoint that has them"
             raise CheckpointError(
                 f"{self.name} does not hold all of {self.class_name}, so that it would have random values; give "
-                f"{base}, task=... as it was saved for, an adapter that brings them (modules_to_save), "
-                f"or allow_random_head=True for a head that is still to be trained:\n{bulleted(problems)}"
+                f"{base}, {option(task=...)} as it was saved for, an adapter that brings them (modules_to_save), "
+                f"or {option(allow_random_head=True)} for a head that is still to be trained:\n{bulleted(problems)}"
             )
 
     def describe(self, supplied: Collection[str] = ()) -> str:

@@ -31,7 +31,7 @@ from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, empty_model
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
-from gralora_fx.errors import GraloraError, TraceError, first_line, warn_caller
+from gralora_fx.errors import GraloraError, TraceError, first_line, option, warn_caller
 from gralora_fx.format.tasks import SENTENCE_TASK, check_task, classifies, find_task, task_of_class
 
 _log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def warn_of_another_head(model: PreTrainedModel, origin: str | Path) -> None:
     if saved_task != requested and classifies(saved_task) and classifies(requested):
         warn_caller(
             f"{origin} was saved as {saved}: its head was trained for {saved_task}, not for {requested}; take "
-            f"task={saved_task!r}"
+            f"{option(task=saved_task)}"
         )
 
 

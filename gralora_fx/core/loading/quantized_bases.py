@@ -16,7 +16,7 @@ from gralora_fx.base.compat.transformers_models import should_convert_module, un
 from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, check_not_packed, packed_quantization
 from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
 from gralora_fx.base.sources.rounded_weights import rounded_to_four_bits
-from gralora_fx.errors import ConfigError, TraceError
+from gralora_fx.errors import ConfigError, TraceError, option
 
 
 def quantization_of(
@@ -38,8 +38,8 @@ def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> 
     }
     if not layers:
         raise ConfigError(
-            f"{RECORD}={str(quantization)!r} has no effect: transformers finds no linear layer to quantize in "
-            f"{type(model).__name__}; leave it out"
+            f"{option(base_quantization=str(quantization))} has no effect: transformers finds no linear layer to "
+            f"quantize in {type(model).__name__}; leave it out"
         )
     return layers
 

@@ -18,7 +18,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, 
 
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import MODEL_FILE, check_json_objects, local_directory
-from gralora_fx.errors import CheckpointError, GraloraError, first_line
+from gralora_fx.errors import CheckpointError, GraloraError, first_line, option
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.sentence_modules import SentenceModules
@@ -174,7 +174,7 @@ def prompt_ids(
         if "role" not in message or message.keys().isdisjoint(_MESSAGE_CONTENTS):
             raise error(f"a message of a chat has a 'role' and its 'content', but got {message!r:.80}")
     if tokenizer is None:
-        raise error("the export holds no tokenizer; give token ids, or export with tokenizer=...")
+        raise error(f"the export holds no tokenizer; give token ids, or export with {option(tokenizer=...)}")
     if not isinstance(prompt, str) and getattr(tokenizer, "chat_template", "") is None:
         raise error(
             "the tokenizer has no chat template: write one to chat_template.jinja in the tokenizer's directory and "

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods.stacked_tensors import StackedTensors
+from gralora_fx.errors import command, option
 
 if TYPE_CHECKING:
     import torch
@@ -283,8 +284,8 @@ class AdapterMethod(StackedTensors):
         if not self.has_lora_form:
             raise error(
                 f"{adapter} is a {self.config.TITLE} adapter: its update is not of low rank, which {purpose} needs; "
-                "export it merged (adapters='merged'), or fold it into an export (fold_onnx) or a model's files "
-                "(merge_checkpoint)"
+                f"export it merged ({option(adapters='merged')}), or fold it into an export ({command('fold_onnx')}) "
+                f"or a model's files ({command('merge_checkpoint')})"
             )
 
     def add_output(

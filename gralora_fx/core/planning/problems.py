@@ -20,10 +20,13 @@ from gralora_fx.core.planning.targets import (
     unmatched_names,
 )
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import listed, warn_caller
+from gralora_fx.errors import listed, remedy, warn_caller
 
 # where a user finds the names: a plan that takes every layer can be made of any model with linear layers
-TABLE = "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers"
+TABLE = remedy(
+    "the table of plan(traced, config), with target_modules='all-linear' in the config, lists the linear layers",
+    "gralora-fx inspect without --adapter lists the linear layers",
+)
 _MOST_UNMATCHED = 3  # names that get a warning each, with those that are nearest
 
 UNNAMED = "it is a parameter of stacked matrices, which target_parameters does not name"

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
 from gralora_fx.core.tracing.losses import counts_items, decoder_inputs, label_names
 from gralora_fx.core.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError, option, warn_caller
 from gralora_fx.format.input_names import PAST
 
 # A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
@@ -136,7 +136,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
                 task = "text2text-generation" if self.is_encoder_decoder else "text-generation"
                 warn_caller(
                     "the model was traced without a cache, so every new token computes all positions again; "
-                    f"trace it with task='{task}-with-past' to generate faster"
+                    f"trace it with {option(task=f'{task}-with-past')} to generate faster"
                 )
             kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)
@@ -182,7 +182,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         if bool((mask == 0).any()):
             raise TraceError(
                 "rows of unequal length need position_ids, which the trace does not take; trace the model with "
-                "task='text-generation-with-past', or generate row by row without padding"
+                f"{option(task='text-generation-with-past')}, or generate row by row without padding"
             )
 
 
@@ -229,14 +229,13 @@ def check_generation(name: str, source: type[Any] | None, options: Mapping[str, 
         if overridden:
             raise TraceError(
                 f"{name} customises generation ({', '.join(overridden)}), which a trace does not support; generate "
-                "with "
-                "the source model"
+                "with the source model"
             )
     config = options.get("generation_config")
-    for option in _UNSUPPORTED:
-        value = options.get(option, getattr(config, option, None))
+    for name in _UNSUPPORTED:
+        value = options.get(name, getattr(config, name, None))
         if value is not None and value != "dynamic":
-            raise TraceError(f"generate over a trace does not support {option}; leave it out")
+            raise TraceError(f"generate over a trace does not support {name}; leave it out")
     cache = options.get("past_key_values", options.get("cache"))
     if cache is not None and not isinstance(cache, (DynamicCache, EncoderDecoderCache)):
         raise TraceError(

@@ -14,7 +14,7 @@ from gralora_fx.core.tracing.check import check, check_other_sizes, difference
 from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.core.tracing.normalize.clean import normalize
 from gralora_fx.core.tracing.normalize.modes import mode_argument
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError, marked, warn_caller
 
 _SHOWN = 6  # names of modules in a message
 
@@ -72,7 +72,7 @@ def _in_training(draft: Draft, *, evaluated: Collection[str] = ()) -> tuple[Capt
     try:
         captured = _attempt(draft, evaluated=evaluated)
     except TraceError as error:
-        return None, str(error)
+        return None, marked(error)
     return captured, captured.problem
 
 

@@ -20,7 +20,7 @@ from gralora_fx.core.tracing.draft import Axes, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
 from gralora_fx.core.tracing.inputs.layouts import by_own_names
 from gralora_fx.core.tracing.inputs.signature import default_input
-from gralora_fx.errors import TraceError, first_line
+from gralora_fx.errors import TraceError, first_line, remedy
 from gralora_fx.format.input_names import PAST, TEXT_INPUTS
 
 # Largest difference from the eager model, relative to its largest output, by the dtype of that output.
@@ -214,9 +214,8 @@ def check_other_sizes(draft: Captured) -> None:
 
             raise TraceError(
                 f"the trace of {type(model).__name__} is valid for the example's sizes only; with {description} "
-                f"{problem}. "
-                f"The forward{where_defined(model)} branches or loops on a size: trace with dynamic=False for one "
-                "size, or rewrite it"
+                f"{problem}. The forward{where_defined(model)} branches or loops on a size: "
+                f"{remedy('trace', 'trace it from Python')} with dynamic=False for one size, or rewrite it"
             )
 
 

@@ -15,7 +15,7 @@ from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.core.tracing.both_modes import trace_both_modes
 from gralora_fx.core.tracing.check import difference, eager_failure, fixed_axes
 from gralora_fx.core.tracing.draft import Axes, Captured, Draft
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import Message, TraceError, marked, option, remedy, warn_caller
 from gralora_fx.format.image_sizes import DYNAMIC, INTERPOLATE, ImageSizes, may_interpolate, pixels, resized
 from gralora_fx.format.input_names import IMAGES, PAST
 
@@ -39,14 +39,15 @@ def trace_images(draft: Draft) -> Captured:
                 traced = trace_both_modes(other)
             sizes = _sizes_of(traced, size, step)
         except TraceError as error:
-            reason = str(error)
+            reason = Message(error)
         else:
             for warning in caught:
-                warn_caller(str(warning.message))
+                warn_caller(marked(warning.message))
             return dataclasses.replace(traced, image_sizes=sizes)
     if draft.image_size == DYNAMIC:
         raise TraceError(
-            f"{type(model).__name__} cannot be traced for images of any size: {reason}; give image_size=(height, width)"
+            f"{type(model).__name__} cannot be traced for images of any size: {marked(reason)}; give "
+            f"{remedy('image_size=(height, width)', '--image-size [HxW|dynamic]')}"
         )
     return dataclasses.replace(trace_both_modes(draft), image_sizes=ImageSizes(size, reason))
 
@@ -60,7 +61,7 @@ def _why_fixed(draft: Draft) -> str | None:
     if PAST in draft.sample:
         return "it was traced with a cache"
     if may_interpolate(draft.model) and draft.constants.get(INTERPOLATE) is not True:
-        return f"its positions are those of one size, unless it is traced with image_size={DYNAMIC!r}"
+        return Message(f"its positions are those of one size, unless it is traced with {option(image_size=DYNAMIC)}")
     others = [name for name in draft.sample if name not in (IMAGES, *_TEXT)]
     if others:
         return f"its input {others[0]!r} may depend on the size"

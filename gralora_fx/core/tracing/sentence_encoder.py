@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from gralora_fx.base.sources import sentence_modules as described
 from gralora_fx.base.sources.sentence_modules import SENTENCE, TOKENS, SentenceModules
 from gralora_fx.core.tracing.inputs.samples import check_head
-from gralora_fx.errors import TraceError, first_line, warn_caller
+from gralora_fx.errors import TraceError, first_line, option, warn_caller
 from gralora_fx.format.tasks import SENTENCE_TASK, task_of_class
 
 _NAME = "sentence_modules"
@@ -45,7 +45,9 @@ def sentence_modules_of(model: object, task: str | None, source: str | Path | No
     """The modules after a model for the task `sentence-similarity`; None for any other task."""
     if task != SENTENCE_TASK:
         if source is not None:
-            raise TraceError(f"sentence_modules have no effect for the task {task!r}; give task={SENTENCE_TASK!r}")
+            raise TraceError(
+                f"sentence_modules have no effect for the task {task!r}; give {option(task=SENTENCE_TASK)}"
+            )
         return None
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):

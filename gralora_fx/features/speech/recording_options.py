@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from gralora_fx.base.compat.extras import require_extra
 from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.core.config.option import Option
-from gralora_fx.errors import ConfigError
+from gralora_fx.errors import ConfigError, option
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RecordingOptions:
     language: Annotated[
         str | None,
         Option(
-            "Expect this language in audio=..., such as en or English.",
+            f"Expect this language in {option(audio=...)}, such as en or English.",
             metavar="NAME",
             left_out="the one that the model hears",
         ),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.compat.extras import installation
 from gralora_fx.core.loading.tokenizers import PREPROCESSOR, load_feature_extractor
-from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.generate.prompts import RATE, SAMPLES
 from gralora_fx.run.sessions.ort_values import as_array
@@ -177,7 +177,7 @@ class SpeechReader:
         if extractor is None:
             raise ServingError(
                 f"{directory} holds no {PREPROCESSOR}, which says how audio becomes what the model reads; export with "
-                "tokenizer=..., the model's processor, or give input_features"
+                f"{option(tokenizer=...)}, the model's processor, or give input_features"
             )
         if type(getattr(extractor, "sampling_rate", None)) is not int:
             raise ServingError(

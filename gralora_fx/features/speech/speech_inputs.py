@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, option
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
 from gralora_fx.features.speech.speech_prompt import SpeechPrompt
 from gralora_fx.format.manifest import Manifest
@@ -91,7 +91,8 @@ class SpeechInputs(EncoderInputs):
         is_single, gives_text, sources = self._recordings(inputs)
         if gives_text and tokenizer is None:
             raise ServingError(
-                "the export holds no tokenizer to write text with; give input_features, or export with tokenizer=..."
+                "the export holds no tokenizer to write text with; give input_features, or export with "
+                f"{option(tokenizer=...)}"
             )
         languages: Sequence[int | None] = [None] * len(sources)
         if prompt.languages:

@@ -14,7 +14,7 @@ from weakref import WeakSet
 import numpy as np
 
 from gralora_fx.base.sources.paths import usable_path
-from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.errors import ServingError, command, listed, remedy, shown
 from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
@@ -113,7 +113,10 @@ class Adapters(Mapping[str, LoadedAdapter]):
         path = own_adapters(self._directory, ServingError).get(name)
         if path is None:
             names = listed(self.available()) or "none"
-            raise ServingError(f"no adapter {shown(name)}; there is {names}: load it with load_adapter()")
+            raise ServingError(
+                f"no adapter {shown(name)}; there is {names}: load it with "
+                f"{remedy('load_adapter()', '--adapter NAME=PATH')}"
+            )
         return self.load(name, path, exist_ok=True)
 
     def __iter__(self) -> Iterator[str]:
@@ -256,5 +259,5 @@ def _file(path: str | Path) -> Path:
     """The absolute path of an adapter file; that it is there is for its reader to find."""
     file = usable_path(path, ServingError, remedy="give the path of an .onnx_adapter file").absolute()
     if file.is_dir() or file.suffix != SUFFIX:
-        raise ServingError(f"{file} is not an {SUFFIX} file; export_adapter makes one of a PEFT adapter")
+        raise ServingError(f"{file} is not an {SUFFIX} file; {command('export_adapter')} makes one of a PEFT adapter")
     return file

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError, first_line, shown
+from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.run.engine.bounded_rows import BoundedRows, Source
 from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
@@ -76,8 +76,8 @@ class Decoder(BoundedRows):
         self.chosen = 1 if is_apart else self.chunk
         if is_apart and self.chunk < min(LEAST_CHUNK, self.limits.context):
             raise ServingError(
-                f"chunk={size.chunk} would have a token of a prompt read by itself, which this model computes as one "
-                f"of an answer; give at least {LEAST_CHUNK}"
+                f"{option(chunk=size.chunk)} would have a token of a prompt read by itself, which this model computes "
+                f"as one of an answer; give at least {LEAST_CHUNK}"
             )
         self.gives_all, self.draft_problem = gives_all, draft_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read

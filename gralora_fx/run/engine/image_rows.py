@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.errors import ServingError, listed, option, shown
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, image_arguments
 
@@ -47,7 +47,7 @@ class ImageRows:
         if not self._taken:
             raise ServingError(
                 "the export takes ids alone, so nothing can be put in their place; leave inputs_embeds out, or export "
-                'the model with task="image-text-to-text-with-past"'
+                f"the model with {option(task='image-text-to-text-with-past')}"
             )
         if blocks := [name for name in self._taken if self._specs[name].follows != IDS]:
             raise ServingError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
 from gralora_fx.core.loading.token_bounds import surely_exceeds
-from gralora_fx.errors import ServingError, shown
+from gralora_fx.errors import ServingError, option, shown
 
 _ENDS = "eos_token_id"
 UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
@@ -64,7 +64,8 @@ class DecoderLimits:
     def within(self, context: int, name: str) -> DecoderLimits:
         """Limits with a shorter context, or any where the configuration names none."""
         if context > self.context and not self.is_assumed:
-            raise ServingError(f"{name}={context} is above the model's context of {self.context} tokens; give less")
+            given = option(**{name: context})
+            raise ServingError(f"{given} is above the model's context of {self.context} tokens; give less")
         return replace(self, context=context, is_assumed=False)
 
     @property

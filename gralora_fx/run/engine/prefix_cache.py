@@ -21,7 +21,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, option
 from gralora_fx.run.engine.prefix_blocks import (
     BLOCK,
     OF_TOKEN,
@@ -68,8 +68,8 @@ class PrefixCache:
         if limit < block:
             what = f"{BLOCK} tokens and the states after it" if states else f"{BLOCK} tokens"
             raise PrefixCacheError(
-                f"prefix_cache={limit} has no room for a block of {what}, which takes {block} bytes of this model; "
-                "give more, or none"
+                f"{option(prefix_cache=limit)} has no room for a block of {what}, which takes {block} bytes of this "
+                "model; give more, or none"
             )
         self.limit, self.room, self.evictions = limit, limit, 0
         self._bytes_used = self._count = 0

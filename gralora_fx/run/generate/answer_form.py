@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from gralora_fx.errors import ServingError, shown
+from gralora_fx.errors import ServingError, marked, shown
 from gralora_fx.run.generate.character_classes import portable
 from gralora_fx.run.generate.json_schema import check_size, schema_text
 
@@ -84,7 +84,7 @@ class AnswerForm:
         try:
             return cls(kind, schema_text(value) if kind == "json" else _checked(kind, value), field)
         except ServingError as error:
-            raise FormError(field, str(error)) from error
+            raise FormError(field, marked(error)) from error
 
 
 def _checked(kind: FormKind, value: Any) -> str | tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.compat.extras import installation
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import ServingError, first_line, marked, option
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.generate.answer_form import JSON_STYLE, AnswerForm, FormError, GivenForms, is_gbnf, one_form
 from gralora_fx.run.generate.row_grammar import RowGrammar, problem_of
@@ -55,7 +55,7 @@ class Grammars:
         try:
             tokens = self._read()
         except ServingError as error:
-            raise FormError(form.field, str(error)) from error
+            raise FormError(form.field, marked(error)) from error
         return AnswerGrammar(tokens, form, None if self._limits is None else self._limits.vocabulary)
 
     def part(self, form: AnswerForm) -> dict[str, Any]:
@@ -123,7 +123,9 @@ def _with_stack(work: Callable[[], _Result]) -> _Result:
 def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> Any:
     """A tokenizer as llguidance takes it; large ones take about a second."""
     if tokenizer is None:
-        raise ServingError("a grammar needs a tokenizer, and the export holds none; export with tokenizer=...")
+        raise ServingError(
+            f"a grammar needs a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
+        )
     try:
         from llguidance.hf import from_tokenizer
     except ImportError as error:

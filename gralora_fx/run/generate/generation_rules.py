@@ -28,7 +28,7 @@ from transformers import (
 
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
-from gralora_fx.errors import ServingError, first_line, warn_caller
+from gralora_fx.errors import ServingError, first_line, option, warn_caller
 from gralora_fx.run.generate.sampling import Sampling
 
 # fields that choose how `generate` searches, with the only values that are followed; a request's own options draw
@@ -182,7 +182,7 @@ class GenerationRules:
         if others:
             warn_caller(
                 f"{GENERATION_CONFIG} of {self.directory} asks for {', '.join(others)}, which is not done here: each "
-                "token is the likeliest, or drawn with do_sample=True"
+                f"token is the likeliest, or drawn with {option(do_sample=True)}"
             )
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import ServingError, first_line, option
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.limits import PromptLimit
@@ -206,7 +206,9 @@ def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
         raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if stops and tokenizer is None:
-        raise ServingError("stop strings need a tokenizer, and the export holds none; export with tokenizer=...")
+        raise ServingError(
+            f"stop strings need a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
+        )
     if wrong := next(filter(_SURROGATE.search, stops), None):
         raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
     if "" in stops:

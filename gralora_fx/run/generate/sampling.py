@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, option
 from gralora_fx.run.engine.limits import DecoderLimits
 
 _NEW_TOKENS = 64
@@ -62,7 +62,7 @@ class Sampling:
             raise ServingError(f"do_sample must be True or False, but got {self.do_sample!r:.80}")
         for name, least in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), least)
+                _check_whole(option(name), getattr(self, name), least)
         for name in ("top_k", "min_new_tokens"):
             _check_whole(name, getattr(self, name), 0)
         self._check_numbers()
@@ -102,12 +102,12 @@ class Sampling:
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
         length, new = len(prompts[longest]), self.max_new_tokens
         if length + (new or 1) > limits.context:
-            request = "" if new is None else f" and max_new_tokens={new}"
+            request = "" if new is None else f" and {option(max_new_tokens=new)}"
             room = limits.context - length
-            remedy = "shorten it" if new is None or room < 1 else f"give max_new_tokens={room} or less, or shorten it"
+            less = "" if new is None or room < 1 else f"give {option(max_new_tokens=room)} or less, or "
             raise ServingError(
                 f"prompt {longest} has {length} tokens{request}, more than the context of "
-                f"{limits.context}{limits.note}; {remedy}"
+                f"{limits.context}{limits.note}; {less}shorten it"
             )
         if new is not None:
             return [int(new)] * len(prompts)
@@ -124,11 +124,14 @@ class Sampling:
 
     def _check_numbers(self) -> None:
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ServingError(f"top_p must be in (0, 1], but got {self.top_p!r:.80}; take 1 for no limit")
+            raise ServingError(f"{option('top_p')} must be in (0, 1], but got {self.top_p!r:.80}; take 1 for no limit")
         if not (_is_number(self.min_p) and 0 <= self.min_p <= 1):
             raise ServingError(f"min_p must be in [0, 1], but got {self.min_p!r:.80}; take 0 for no limit")
-        for name, remedy in (("temperature", "take do_sample=False"), ("repetition_penalty", "take 1 for none")):
-            value = getattr(self, name)
+        greedy = f"take {option(do_sample=False)}"
+        for name, value, remedy in (
+            (option("temperature"), self.temperature, greedy),
+            ("repetition_penalty", self.repetition_penalty, "take 1 for none"),
+        ):
             if not (_is_number(value) and value > 0):
                 raise ServingError(f"{name} must be above 0, but got {value!r:.80}; {remedy}")
             if value < LEAST_DIVISOR:
@@ -156,11 +159,11 @@ class Sampling:
             if idle:
                 raise ServingError(
                     f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect where the likeliest token is "
-                    f"taken; give do_sample=True, or leave {'it' if len(idle) == 1 else 'them'} out"
+                    f"taken; give {option(do_sample=True)}, or leave {'it' if len(idle) == 1 else 'them'} out"
                 )
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise ServingError(
-                f"min_new_tokens={self.min_new_tokens} is above max_new_tokens={self.max_new_tokens}; give less"
+                f"min_new_tokens={self.min_new_tokens} is above {option(max_new_tokens=self.max_new_tokens)}; give less"
             )
 
 

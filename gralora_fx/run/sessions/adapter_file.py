@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, listed
+from gralora_fx.errors import ExportError, GraloraError, ServingError, command, first_line, listed
 from gralora_fx.format.adapter_format import AdapterContent, FormatError, read_parameters
 from gralora_fx.format.adapter_inputs import AdapterInputs, AdapterSite
 from gralora_fx.format.adapter_paths import record_path
@@ -102,7 +102,7 @@ def read_record(
 ) -> AdapterRecord:
     """The record of an adapter file."""
     place = record_path(path)
-    remedy = "make the adapter again with export_adapter"
+    remedy = f"make the adapter again with {command('export_adapter')}"
     try:
         size = place.stat().st_size if content is None else len(content.record)
         if size > _MOST_BYTES:
@@ -258,7 +258,7 @@ def check_file(
     if len(file) != record.size or hashlib.sha256(file.data).hexdigest() != record.file_sha256:
         raise error(
             f"{path} is not what {record_path(path).name} describes: it was changed or cut short; copy both files "
-            "again, or make the adapter again with export_adapter"
+            f"again, or make the adapter again with {command('export_adapter')}"
         )
     return file
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime
 
-from gralora_fx.errors import ServingError, first_line, warn_caller
+from gralora_fx.errors import ServingError, first_line, option, warn_caller
 from gralora_fx.run.sessions.session import CPU, Runtime, quiet_options
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _threads(value: object) -> int:
     if value is None:
         return available_threads()
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= 1024:
-        raise ServingError(f"threads must be a whole number from 1 to 1024, but got {value!r:.80}")
+        raise ServingError(f"{option('threads')} must be a whole number from 1 to 1024, but got {value!r:.80}")
     return int(value)
 
 

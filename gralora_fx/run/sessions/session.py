@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from gralora_fx.base.compat.onnxruntime import NoKernel
 from gralora_fx.base.sources.paths import usable_path
-from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
+from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, option
 from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
 from gralora_fx.run.sessions.session_views import EncoderDecoderSession
 
@@ -249,7 +249,7 @@ def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingErro
     if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():
         raise error(
             "the export multiplies int8 weights by activations of 8 bits, whose sums this processor does not add "
-            "exactly (it has no VNNI): take another processor, or export with quantize='int8'"
+            f"exactly (it has no VNNI): take another processor, or export with {option(quantize='int8')}"
         )
 
 

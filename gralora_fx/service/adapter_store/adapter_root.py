@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.paths import usable_path
-from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, shown
+from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, marked, shown
 from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path
 from gralora_fx.format.manifest import Manifest
@@ -106,7 +106,7 @@ class AdapterRoot:
             try:
                 return in_memory(copy, onnx_dir, name, manifest)
             except GraloraError as error:  # the copy's place means nothing
-                raise type(error)(str(error).replace(f"{folder}/", "")) from error
+                raise type(error)(marked(error).replace(f"{folder}/", "")) from error
 
     def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
         """Whether there is a directory at a path, and the bytes of its files, or of a file and its record, by name."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from gralora_fx.core.config.service_settings import ServiceSettings
-from gralora_fx.errors import GraloraError, ServingError, shown, warn_caller
+from gralora_fx.errors import GraloraError, ServingError, marked, shown, warn_caller
 from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.open_export import adapter_as_data
@@ -49,4 +49,4 @@ def _named(name: str) -> Iterator[None]:
         start = f"adapter {shown(name)}"
         if str(error).startswith(start):
             raise
-        raise type(error)(f"{start}: {error}") from error
+        raise type(error)(f"{start}: {marked(error)}") from error

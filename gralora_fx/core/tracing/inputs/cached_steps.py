@@ -31,7 +31,7 @@ from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS, image_inpu
 from gralora_fx.core.tracing.inputs.layouts import by_own_names
 from gralora_fx.core.tracing.inputs.refused_steps import check_has_step
 from gralora_fx.core.tracing.inputs.widened import widen
-from gralora_fx.errors import TraceError, first_line
+from gralora_fx.errors import TraceError, first_line, option
 from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST
 from gralora_fx.format.tasks import DECODERS
@@ -180,7 +180,7 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
     if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
         raise TraceError(
             f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
-            f"trace it without them (images come in as {EMBEDS}, with task={DECODERS[1]!r}), or for a task "
+            f"trace it without them (images come in as {EMBEDS}, with {option(task=DECODERS[1])}), or for a task "
             "without a cache"
         )
     return step

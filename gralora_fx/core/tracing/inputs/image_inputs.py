@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError, option, warn_caller
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 
 if TYPE_CHECKING:  # imports much that serving does not need
@@ -63,7 +63,7 @@ IMAGE_INPUTS = {
 # by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
 _COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
 _COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
-_TEXT_ALONE = 'task="text-generation-with-past" exports the decoder of its texts'
+_TEXT_ALONE = f"{option(task='text-generation-with-past')} exports the decoder of its texts"
 # by the configuration's `model_type`: why embeddings in the place of ids are not all that a text has of its images
 _REFUSED = {
     "chameleon": "its images are ids of its own vocabulary",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, option
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
 
-_WITHOUT = 'task="text-generation" traces it without a cache'
-_ONE_LENGTH = 'task="text-generation" traces it for texts of one length, from Python with dynamic=False'
+_WITHOUT = f"{option(task='text-generation')} traces it without a cache"
+_ONE_LENGTH = f"{option(task='text-generation')} traces it for texts of one length, from Python with dynamic=False"
 _NOTHING = "no task traces it"
 # by the configuration's `model_type`: why, and what to do
 _REFUSED = {

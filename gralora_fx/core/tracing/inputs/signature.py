@@ -12,7 +12,7 @@ from torch import nn
 
 from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, option
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, IMAGES, PAST, takes_image_inputs
 
 if TYPE_CHECKING:  # of a model that takes images alone
@@ -113,7 +113,7 @@ class CallSignature:
                 "trace again with it among the example inputs"
             )
         if name == "use_cache" and value is True:
-            remedy = 'trace again for a task with a cache, such as task="text-generation-with-past"'
+            remedy = f"trace again for a task with a cache, such as {option(task='text-generation-with-past')}"
         else:
             remedy = "trace again with that value among the example inputs"
         raise TraceError(

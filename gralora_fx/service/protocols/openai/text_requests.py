@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
-from gralora_fx.errors import ServingError, concerning
+from gralora_fx.errors import ServingError, concerning, option
 from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
 from gralora_fx.run.generate.answer_form import GivenForms, one_form
 from gralora_fx.run.generate.answer_grammar import AnswerGrammar
@@ -97,7 +97,7 @@ class QuestionReader:
         if scores_prompt and not queue.scores_prompts:
             raise ServingError(
                 "echo with logprobs needs the logits of every position, and the export gives those of the last; export "
-                "the model with logits='all', or leave one of them out"
+                f"the model with {option(logits='all')}, or leave one of them out"
             ).about("echo")
         with concerning("stop"):
             stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
