@@ -275,7 +275,7 @@ def test_the_start_says_what_there_is_room_for(path: Path, caplog: pytest.LogCap
     assert "room: 4 rows of 752 tokens, or 1 of 2048, within 6.0 MiB" in caplog.text
     with pytest.raises(ServingError, match=r"max_memory=100000 has no room for a row, whose caches take 262,144 bytes"):
         create_app(ServiceSettings(path, max_memory="100kB"))
-    with pytest.raises(ConfigError, match="prefix_cache=2GB is more than max_memory=1GB, of which it is a part"):
+    with pytest.raises(ConfigError, match="prefix_cache='2GB' is more than max_memory='1GB', of which it is a part"):
         ServiceSettings(path, prefix_cache="2GB", max_memory="1GB")
     with pytest.raises(ConfigError, match="max_memory must be a number of bytes above 0, such as 512MiB"):
         ServiceSettings(path, max_memory="lots")
