@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
+from gralora_fx.base.sources.atomic_save import save_together
 from gralora_fx.base.sources.paths import usable_file
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -43,14 +42,7 @@ def draw(facts: ModelFacts, *, full: bool) -> str:
 def save(text: str, path: str | Path) -> Path:
     """Write a picture or page atomically, creating missing folders."""
     target = usable_file(path, PictureError, writes=True)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            draft = Path(folder) / "draft"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, target)
-    except OSError as error:
-        raise PictureError(f"cannot write {target} ({error.strerror}); give the path of a file") from error
+    save_together(target.parent, {"": {target.name: lambda draft: draft.write_bytes(text.encode())}}, PictureError)
     return target
 
 

@@ -34,7 +34,7 @@ _READS, _PAUSE = 50, 0.02  # attempts to read files that change meanwhile, and s
 _NO_LOCKS = (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # from file systems that cannot lock a directory
 
 T = TypeVar("T")
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 
 def save_together(

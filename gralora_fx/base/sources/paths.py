@@ -51,6 +51,8 @@ def usable_file(
     path = usable_path(value, error, remedy=remedy, writes=writes)
     if path.is_dir():
         raise _refusal(value, error, os.strerror(errno.EISDIR), remedy, writes)
+    if writes and any(parent.is_file() for parent in path.parents):
+        raise _refusal(value, error, os.strerror(errno.ENOTDIR), remedy, writes)
     return path
 
 
