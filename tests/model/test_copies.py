@@ -259,7 +259,7 @@ def test_a_fresh_process_knows_every_operator() -> None:
         folder, _, name = kind.__module__.rpartition(".")
         if folder == operators.__name__:
             core.add(name)
-        else:
+        elif hasattr(kind, "target"):  # not those of ONNX nodes
             assert kind.target.name() in signs[folder.rpartition(".")[2]]
     assert core == set(operators.FILES)
     assert signs
