@@ -44,11 +44,11 @@ POINTS: dict[str, str] = {
     "arrangements": "Says how a node stores the matrices of one of its inputs, as an Arrangement, or None; folding "
     "asks it.",
     # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
-    "tasks": "A tuple of `format.tasks.Task`: tasks that models can be traced for.",
+    "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
-    "the input, or None where it knows none (`core.tracing.inputs.samples`).",
-    "encoder inputs": "A subclass of `run.generate.encoder_inputs.EncoderInputs`: reads prompts that are not texts.",
-    "generate options": "A dataclass as `cli.generate.PromptOptions`: options of the command for such prompts.",
+    "the input, or None where it knows none (core.tracing.inputs.samples).",
+    "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",
+    "generate options": "A dataclass as cli.generate.PromptOptions: options of the command for such prompts.",
     "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any.",
 }
 _OWN = "gralora_"  # how the keys of metadata begin that this project writes
@@ -85,7 +85,7 @@ def features() -> tuple[Feature, ...]:
 
 
 def parts(point: str, signs: Collection[str] | None = None) -> list[Any]:
-    """Import what features add at a point."""
+    """Import what features add at a point; if the signs of a graph are given, of the features that it shows."""
     asked = features() if signs is None else [feature for feature in features() if not feature.signs.isdisjoint(signs)]
     return [feature.part(point) for feature in asked if point in feature.parts]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,6 @@ from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
 from gralora_fx.errors import GraloraError, TraceError, first_line, option, warn_caller
 from gralora_fx.format.tasks import SENTENCE_TASK, check_task, classifies, find_task, task_of_class
-
-_log = logging.getLogger(__name__)
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:

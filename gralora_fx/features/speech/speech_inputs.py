@@ -15,10 +15,10 @@ from gralora_fx.errors import ServingError, option
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
 from gralora_fx.features.speech.speech_prompt import SpeechPrompt
 from gralora_fx.format.manifest import Manifest
-from gralora_fx.run.engine.adapters import names_of_rows
+from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.generate.encoder_inputs import Adapter, AnswerStart, EncoderInputs
+from gralora_fx.run.generate.encoder_inputs import AnswerStart, EncoderInputs
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
 
@@ -81,7 +81,7 @@ class SpeechInputs(EncoderInputs):
         self,
         inputs: GenerateInputs,
         start: AnswerStart,
-        adapter: Adapter,
+        adapter: AdapterNames,
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
@@ -123,7 +123,7 @@ class SpeechInputs(EncoderInputs):
 def _detected(
     prompt: SpeechPrompt,
     sources: Sequence[EncoderInput],
-    adapter: Adapter,
+    adapter: AdapterNames,
     open_decoder: Callable[[DecoderSize], Decoder],
 ) -> list[int]:
     """Return the language of each recording: the likeliest token after the start token."""

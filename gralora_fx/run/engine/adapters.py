@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
@@ -32,6 +32,7 @@ from gralora_fx.run.sessions.adapter_file import (
 )
 from gralora_fx.run.sessions.session_views import adapter_values, empty_adapter
 
+AdapterNames: TypeAlias = str | Sequence[str | None] | None  # the adapter of all rows, or of each; None for the base
 _STACKED = 16  # most adapters that a stack has beside those that are used
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
-from gralora_fx.core.loading.token_bounds import surely_exceeds
 from gralora_fx.errors import ServingError, option, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _ENDS = "eos_token_id"
 UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
@@ -157,6 +157,8 @@ class PromptLimit:
 
     def check_text(self, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that a text may fit."""
+        from gralora_fx.core.loading.token_bounds import surely_exceeds
+
         if self.most is not None and surely_exceeds(text, self.most, tokenizer):
             raise TooLargeError(f"{self.what} has {len(text)} characters, which are {self.excess}; shorten it")
 

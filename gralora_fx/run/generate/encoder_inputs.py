@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeAlias
+from typing import Any, ClassVar, NoReturn
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError
 from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.engine.adapters import AdapterNames
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts
 from gralora_fx.run.sessions.ort_values import as_array
-
-Adapter: TypeAlias = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class EncoderInputs:
         self,
         inputs: GenerateInputs,
         start: AnswerStart,
-        adapter: Adapter,
+        adapter: AdapterNames,
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.format.input_names import EMBEDS
+from gralora_fx.run.engine.adapters import AdapterNames
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
 from gralora_fx.run.generate.answer_options import AnswerOptions
@@ -17,8 +18,6 @@ from gralora_fx.run.generate.speculation import Speculation
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
-
-Adapter: TypeAlias = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Generation:
         self,
         inputs: GenerateInputs,
         options: AnswerOptions,
-        adapter: Adapter,
+        adapter: AdapterNames,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> Prompts:
         """Read what `generate` was given as what encoder and decoder read."""

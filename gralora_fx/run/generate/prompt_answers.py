@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.run.engine.adapters import names_of_rows
+from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import LEAST_CHUNK, part_length
 from gralora_fx.run.engine.limits import DecoderSize
 from gralora_fx.run.generate.answer_options import AnswerOptions
@@ -48,7 +48,7 @@ class Completions(Iterator[Any]):
         prompts: Prompts,
         tokenizer: PreTrainedTokenizerBase | None,
         options: AnswerOptions,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: AdapterNames = None,
     ) -> None:
         """Check the prompts, and let a decoder read them."""
         most = options.sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.engine.adapters import AdapterNames
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit, context_length
-from gralora_fx.run.generate.encoder_inputs import Adapter, AnswerStart, EncoderInputs
+from gralora_fx.run.generate.encoder_inputs import AnswerStart, EncoderInputs
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
 
@@ -82,7 +83,7 @@ class TextSources(EncoderInputs):
         self,
         inputs: GenerateInputs,
         start: AnswerStart,
-        adapter: Adapter,
+        adapter: AdapterNames,
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
