@@ -61,6 +61,7 @@ def test_signatures() -> None:
         "dynamic",
         "sentence_modules",
         "image_size",
+        "blocks",
     ]
     assert names(gralora_fx.plan) == ["traced", "config"]
     assert names(gralora_fx.rewrite) == ["traced", "config_or_plan", "adapter_name"]

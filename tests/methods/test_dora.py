@@ -235,6 +235,12 @@ def test_what_no_configuration_of_dora_is() -> None:
         DoraConfig.from_fields({**fields, "lora_bias": True}, "a file")
 
 
+def test_a_lora_config_that_asks_for_dora_is_one_in_a_process_that_has_made_none() -> None:
+    code = "from gralora_fx import LoraConfig; print(type(LoraConfig(r=4, use_dora=True)).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "DoraConfig"
+
+
 def test_the_plan_says_what_it_trains() -> None:
     model = adapted()
     assert "r=4 and magnitudes" in str(model.plans["default"])

@@ -237,9 +237,6 @@ def test_a_copy_has_the_same_class_and_signature(llamas: Pair) -> None:
     assert signature == ["input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "kwargs"]
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "enable_input_require_grads", "get_layer_status"])
-def test_methods_that_a_graph_cannot_follow_say_so(llamas: Pair, name: str) -> None:
+def test_a_method_that_a_graph_cannot_follow_says_so(llamas: Pair) -> None:
     with pytest.raises(RewriteError, match="graph"):
-        getattr(llamas[0], name)()
-    llamas[0].gradient_checkpointing_disable()
-    assert not llamas[0].is_gradient_checkpointing
+        llamas[0].get_layer_status()  # type: ignore[operator]  # PEFT's

@@ -353,21 +353,20 @@ def test_what_accelerate_gives_when_it_saves(pair_of: Any, tmp_path: Path) -> No
 # -- what a graph cannot do -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    ("fields", "error", "message"),
-    [
-        (
-            {"gradient_checkpointing": True},
-            RewriteError,
-            "gradient checkpointing is not supported.*Set gradient_checkpointing=False",
-        ),
-        ({"neftune_noise_alpha": 5.0}, TraceError, "a hook on it would never run; .*neftune_noise_alpha"),
-    ],
-)
-def test_what_is_refused(fields: Any, error: Any, message: str, pair_of: Any, tmp_path: Path) -> None:
-    with pytest.raises(error, match=message):
-        trained(pair_of("sequences")[0], tmp_path, "sequences", **fields)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"every_n_layers": 2}])
+def test_trainer_checkpoints_without_another_loss(options: Any, pair_of: Any, tmp_path: Path) -> None:
+    plain = trained(pair_of("sequences")[0], tmp_path / "plain", "sequences")
+    model = pair_of("sequences")[0]
+    fields = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
+    again = trained(model, tmp_path / "checkpoints", "sequences", **fields)
+    assert model.is_gradient_checkpointing
+    assert logged(again) == logged(plain)
+
+
+def test_noise_on_embeddings_is_refused(pair_of: Any, tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match=r"a hook on it would never run; .*neftune_noise_alpha"):
+        trained(pair_of("sequences")[0], tmp_path, "sequences", neftune_noise_alpha=5.0)
 
 
 def test_without_peft_labels_and_losses_are_found_all_the_same(

@@ -37,14 +37,6 @@ def test_tags_are_kept_once_and_reach_the_card_that_peft_writes(model: GraloraMo
     assert "\n- sft\n" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "enable_input_require_grads"])
-def test_gradient_checkpointing_names_the_argument_of_trainer_and_of_trl(model: GraloraModel, name: str) -> None:
-    with pytest.raises(
-        RewriteError, match=r"Set gradient_checkpointing=False in TrainingArguments, or in TRL's SFTConfig"
-    ):
-        getattr(model, name)()
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -79,10 +71,9 @@ def _sft(model: Any, directory: Path, *, with_loss: bool = True, **settings: Any
 @pytest.mark.parametrize(
     ("with_loss", "settings", "message"),
     [
-        (True, {}, "Set gradient_checkpointing=False in TrainingArguments, or in TRL's SFTConfig"),
-        (False, {"gradient_checkpointing": False}, "compute_loss = Trainer.compute_loss"),
-        (True, {"gradient_checkpointing": False, "packing": True, "max_length": 16}, "set packing=False"),
-        (True, {"gradient_checkpointing": False, "padding_free": True, "max_length": None}, "padding_free=False"),
+        (False, {}, "compute_loss = Trainer.compute_loss"),
+        (True, {"packing": True, "max_length": 16}, "set packing=False"),
+        (True, {"padding_free": True, "max_length": None}, "padding_free=False"),
     ],
 )
 def test_what_sft_asks_for_by_default_is_refused_with_the_setting_to_change(
@@ -92,13 +83,15 @@ def test_what_sft_asks_for_by_default_is_refused_with_the_setting_to_change(
         _sft(model, tmp_path, with_loss=with_loss, **settings).train()
 
 
-def test_sft_with_the_loss_of_trainer_trains_as_with_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoints", [True, False])  # True is TRL's default
+def test_sft_with_the_loss_of_trainer_trains_as_with_peft(checkpoints: bool, tmp_path: Path) -> None:
     ours, theirs = same_adapter(tiny_model("llama", num_hidden_layers=1), tmp_path / "adapter")
     losses = []
     for name, model in (("ours", ours), ("theirs", theirs)):
-        trainer = _sft(model, tmp_path / name, gradient_checkpointing=False)
+        trainer = _sft(model, tmp_path / name, gradient_checkpointing=checkpoints)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert ours.is_gradient_checkpointing is checkpoints
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
     saved = GraloraModel.from_pretrained(ours.traced, tmp_path / "ours" / "checkpoint-3")

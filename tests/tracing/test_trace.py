@@ -457,13 +457,14 @@ def test_flags_of_the_eager_call_are_let_through() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
-def test_gradient_checkpointing_is_said_to_vanish() -> None:
+def test_a_model_that_checkpoints_is_as_it_was_and_without_blocks_the_trace_says_so() -> None:
     model = tiny_model("bert")
     model.gradient_checkpointing_enable()
     before = snapshot(model)["attributes"], [vars(module).get("gradient_checkpointing") for module in model.modules()]
     assert True in before[1]
-    with pytest.warns(UserWarning, match="gradient checkpointing is not part of a trace"):
-        trace(model)
+    assert trace(model).checkpointing is not None
+    with pytest.warns(UserWarning, match="gradient checkpointing is not part of a trace.*no blocks.*blocks="):
+        assert trace(model, blocks=[]).checkpointing is None
     after = snapshot(model)["attributes"], [vars(module).get("gradient_checkpointing") for module in model.modules()]
     assert after == before
 

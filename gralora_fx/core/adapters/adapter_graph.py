@@ -224,6 +224,7 @@ class AdapterGraph(CurrentGraph):
         """The weight updates of adapters that fold into one weight, by site."""
         chosen = [self[name] for name in names]
         self.check_beside_each_other(names)
+        self.base.check_whole()
         return [
             SiteUpdate(site, updates)
             for site in self.traced.adaptable

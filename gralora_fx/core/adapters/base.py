@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from gralora_fx.core.graph.overlay import copy_in_mode, parameter_tree
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import RewriteError
+from gralora_fx.errors import MergeError, RewriteError
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseSource
@@ -41,6 +41,7 @@ class Base:
         tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
         traced: The trace.
         trainable: Names of the parameters that required gradients before there was an adapter.
+        running_block: Returns a block of the module that runs, by its path.
     """
 
     def __init__(self, traced: TracedModel) -> None:
@@ -48,6 +49,7 @@ class Base:
         copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
         self.tree = parameter_tree(copied)
         self.traced = traced
+        self._install_blocks()
         self.trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
         self._slots = self._find_slots(traced)
 
@@ -65,7 +67,7 @@ class Base:
         """What pickle writes."""
         from gralora_fx.core.tracing.graph_record import pack_module
 
-        return {"tree": pack_module(self.tree), "traced": self.traced, "trainable": self.trainable}
+        return {"tree": pack_module(self._plain_tree()), "traced": self.traced, "trainable": self.trainable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Find the parameters in the tree again."""
@@ -73,6 +75,7 @@ class Base:
 
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
         self.trainable = state["trainable"]
+        self._install_blocks()
         self._slots = self._find_slots(self.traced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
@@ -80,10 +83,41 @@ class Base:
         other = object.__new__(type(self))
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)
-        other.tree = copy.deepcopy(self.tree, memo)
+        other.tree = copy.deepcopy(self._plain_tree(), memo)
         other.trainable = list(self.trainable)
+        other._install_blocks()
         other._slots = other._find_slots(other.traced)
         return other
+
+    def check_whole(self) -> None:
+        """Check that no process holds only a part of the weights, for what one process does with whole ones."""
+        if any(hasattr(slot.now, "full_tensor") for slot in self._slots):
+            raise MergeError(
+                "the model is distributed over processes (FSDP2), which hold parts of its weights; save the adapter "
+                "with save_pretrained, and merge it in a process that loads the model whole"
+            )
+
+    def _install_blocks(self) -> None:
+        """Let the tree have modules where the trace has blocks."""
+        self.running_block: Callable[[str], fx.GraphModule] | None = None
+        if not self.traced.blocks:
+            return
+        from gralora_fx.core.graph.block_modules import install_blocks
+
+        kinds = {path: self.traced.tree.types[path].rpartition(".")[2] for path in self.traced.blocks}
+        install_blocks(self.tree, kinds, self._running_block)
+
+    def _plain_tree(self) -> nn.Module:
+        """The tree, without the modules that blocks are."""
+        if not self.traced.blocks:
+            return self.tree
+        from gralora_fx.core.graph.block_modules import without_blocks
+
+        return without_blocks(self.tree)
+
+    def _running_block(self, path: str) -> fx.GraphModule:
+        assert self.running_block is not None  # which whoever runs the graphs has set
+        return self.running_block(path)
 
     def follow(self) -> None:
         """Rebuild the trace over the tree's current tensors."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.base.sources.atomic_save import Writer, save_together
+from gralora_fx.base.sources.atomic_save import save_together
 from gralora_fx.base.sources.base_quantization import RECORD
 from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers
 from gralora_fx.core.adapters.base import base_of
+from gralora_fx.core.adapters.sharded import as_sharded
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
@@ -51,7 +53,7 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
         )
     with torch.no_grad():
         for key, parameter in expected.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(as_sharded(tensors[key], parameter))
 
 
 def _stack_at(adapter: ModelAdapter, tensor: Tensor) -> str:
@@ -75,13 +77,22 @@ def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) ->
             )
 
 
-def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, traced: TracedModel) -> None:
+def write_adapters(
+    adapters: Mapping[str, ModelAdapter],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    directory: str | Path,
+    traced: TracedModel,
+) -> None:
     """Write adapters in PEFT's format, with the same meaning there: all of them, or none after an error.
 
     Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
     `exclude_modules`, which PEFT does not know.
     """
-    save_together(directory, {name: _writers(adapter, traced) for name, adapter in adapters.items()}, CheckpointError)
+    writers = {  # a parameter with two names is written under both
+        name: adapter_writers(saved_config(adapter, traced), functools.partial(dict, tensors[name]))
+        for name, adapter in adapters.items()
+    }
+    save_together(directory, writers, CheckpointError)
     for adapter in adapters.values():
         patterns = [name for name in adapter.config.used_patterns if name in adapter.config.BEYOND_PEFT]
         if adapter.config.target_parameters and not adapter.method.NESTS_PARAMETERS:
@@ -96,12 +107,6 @@ def write_adapters(adapters: Mapping[str, ModelAdapter], directory: str | Path, 
                 "read: what was saved loads here, but not in PEFT; a sum of it alone, "
                 f"add_weighted_adapter([{adapter.name!r}], [1.0], <name>), does without"
             )
-
-
-def _writers(adapter: ModelAdapter, traced: TracedModel) -> dict[str, Writer]:
-    """The functions that write an adapter's files, by file name."""
-    # a parameter with two names is written under both
-    return adapter_writers(saved_config(adapter, traced), lambda: checkpoint_parameters(adapter))
 
 
 def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:

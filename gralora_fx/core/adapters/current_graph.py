@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import fx
@@ -16,12 +16,15 @@ from torch import fx
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.state_graph import GraphCache, GraphState, StateGraph, build_graph, dtypes_of
-from gralora_fx.core.graph.overlay import overlay, share_adapters
+from gralora_fx.core.graph.overlay import overlay
 from gralora_fx.core.graph.pipeline import GraphPass
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError, first_line
+
+if TYPE_CHECKING:
+    from gralora_fx.core.graph.block_modules import Checkpointing
 
 
 class CurrentGraph:
@@ -37,7 +40,7 @@ class CurrentGraph:
     def __init__(self, traced: TracedModel) -> None:
         """Start with a traced model and no adapter."""
         self._begin(Base(traced))
-        self._state = GraphState(training=traced.training)
+        self._state = GraphState(training=traced.training, checkpointing=traced.checkpointing)
 
     def _begin(self, base: Base) -> None:
         self.base = base
@@ -46,6 +49,7 @@ class CurrentGraph:
         self._readers = ReadWriteLock()
         self._current: StateGraph | None = None  # built on first access, possibly after adapters were added
         self._cache = GraphCache()
+        base.running_block = lambda path: self.current.running.get_submodule(path)  # type: ignore[assignment,return-value]
         self._suspended: GraphState | None = None  # to which the end of a `disabled()` block returns
 
     def __getitem__(self, name: str) -> ModelAdapter:
@@ -118,18 +122,18 @@ class CurrentGraph:
         """Run the graph of one state, even if another thread switches adapters meanwhile."""
         if torch.compiler.is_compiling():
             self.current.is_lent = True
-            return self.current.graph_module(**inputs)
+            return self.current.running(**inputs)
         with self._readers:
             current = self.current
             current.check_fresh()
             current.is_lent |= torch.is_grad_enabled()
-            return current.graph_module(**inputs)
+            return current.running(**inputs)
 
     def lend(self) -> fx.GraphModule:
         """The current graph, for a caller that may keep it."""
         current = self.current
         current.is_lent = True
-        return current.graph_module
+        return current.flat.compiled()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -148,17 +152,28 @@ class CurrentGraph:
                 self.current = other
                 self._remember()
                 return
-            graph = copy_graph(before.graph_module)
-            graph_module = before.graph_module
+            flat = before.flat.module
+            graph = copy_graph(flat)
             if set_mode(graph, training) or graph.find_nodes(op="call_module"):
-                graph_module = overlay(graph_module, graph, training)
-                graph_module.recompile()
-            self.current = before.with_mode(training, graph_module)
+                flat = overlay(flat, graph, training)
+            self.current = before.with_state(dataclasses.replace(before.state, training=training), flat)
+            self._remember()
+
+    def set_checkpointing(self, checkpointing: Checkpointing | None) -> None:
+        """Choose which blocks are computed again in the backward pass."""
+        with self._lock:
+            if checkpointing == self.state.checkpointing:
+                return
+            state = dataclasses.replace(self.state, checkpointing=checkpointing)
+            if self._current is None:
+                self._state = state
+                return
+            self.current = self.current.with_state(state)
             self._remember()
 
     def _show_adapters(self) -> None:
         """Update the current graph module's adapter tensors to the current adapters."""
-        share_adapters(self.current.graph_module, self.base.tree)
+        self.current.show_adapters()
         self._cache.clear()
         self._remember()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,14 +14,17 @@ from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.insert_adapter import INSERTED, protect_outputs
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
-from gralora_fx.core.graph.overlay import overlay
+from gralora_fx.core.graph.overlay import CountedGraph, FlatGraph, overlay, share_adapters
 from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.methods import first_tensor
 from gralora_fx.core.operators.call import COMPUTING
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import MergeError
+from gralora_fx.errors import MergeError, RewriteError
+
+if TYPE_CHECKING:
+    from gralora_fx.core.graph.block_modules import Checkpointing
 
 _MOST = 32  # graphs that are kept; each has its own nodes and code, over shared tensors
 
@@ -38,6 +40,7 @@ class GraphState:
         unties: Whether tied weights were untied for that.
         passes: The user's passes, which run over every graph.
         training: The mode.
+        checkpointing: Which blocks are computed again in the backward pass of training; None for none.
     """
 
     active: tuple[str, ...] = ()
@@ -46,11 +49,12 @@ class GraphState:
     unties: bool = False
     passes: tuple[GraphPass, ...] = ()
     training: bool = False
+    checkpointing: Checkpointing | None = None
 
     @property
     def identity(self) -> Hashable:
         """What tells it from other states, the mode apart: the names, and which weights and passes these are."""
-        return (self.active, self.merged, *map(id, self.weights.values()), *map(id, self.passes))
+        return (self.active, self.merged, self.checkpointing, *map(id, self.weights.values()), *map(id, self.passes))
 
     @property
     def is_repeatable(self) -> bool:
@@ -82,9 +86,11 @@ class Source(NamedTuple):
 class StateGraph:
     """A state and its graph, which no later switch changes for a thread that runs it.
 
+    The flat graph is what passes, pictures and users read and edit; what runs calls its blocks as modules.
+
     Attributes:
         state: The state.
-        graph_module: The graph, over tensors of the parameter tree and the merged weights.
+        flat: The flat graph, over tensors of the parameter tree and the merged weights.
         casts: The dtypes of adapters and layers for which it was built.
         is_lent: Whether someone else may hold the merged weights (a caller that was given the graph, autograd, a
             compiled program), so that their memory must not be written again.
@@ -93,29 +99,66 @@ class StateGraph:
     def __init__(
         self,
         state: GraphState,
-        graph_module: fx.GraphModule,
+        flat: FlatGraph,
+        base: Base,
         casts: tuple[tuple[torch.dtype, torch.dtype], ...],
         sources: Iterable[Source],
     ) -> None:
         """Pair a state with its graph."""
         self.state = state
-        self.graph_module = graph_module
+        self.flat = flat
         self.casts = casts
         self.is_lent = False
-        self._code = graph_module.code
+        self._base = base
+        self._was_edited = False
         self._sources = tuple(sources)
+        self._running_edits = flat.edits
+        self._running = self._new_running()
 
-    def with_mode(self, training: bool, graph_module: fx.GraphModule) -> StateGraph:
-        """The same state in the other mode, with its graph, over the same merged weights; it is edited if this is."""
-        other = StateGraph(dataclasses.replace(self.state, training=training), graph_module, self.casts, self._sources)
-        other._code = other._code if not self.is_edited else ""
+    @property
+    def running(self) -> fx.GraphModule:
+        """The module that runs: the graph, which calls its blocks; made anew once someone has edited the graph."""
+        edits = self.flat.edits
+        if edits != self._running_edits:
+            if torch.compiler.is_compiling():
+                return self.flat.module
+            self._running, self._running_edits = self._new_running(), edits
+        return self._running
+
+    def _new_running(self) -> fx.GraphModule:
+        traced = self._base.traced
+        if not traced.blocks:
+            return self.flat.compiled()
+        from gralora_fx.core.graph.block_calls import NoBlock
+        from gralora_fx.core.graph.block_modules import running_module
+
+        checkpointing = self.state.checkpointing if self.state.training else None
+        try:
+            return running_module(self.flat.module, self._base.tree, traced.blocks, checkpointing)
+        except NoBlock as error:
+            others = [path for path in traced.blocks if path != error.path]
+            raise RewriteError(
+                f"the graph's block {error.path} cannot run as a module: {error.reason}. Change the pass that put it "
+                f"there, or trace the model without this block (blocks={others})"
+            ) from error
+
+    def show_adapters(self) -> None:
+        """Update the graph's adapters to those of the tree."""
+        share_adapters(self.flat.module, self._base.tree)
+        share_adapters(self._running, self._base.tree)
+
+    def with_state(self, state: GraphState, flat: CountedGraph | None = None) -> StateGraph:
+        """The same adapters in another mode, with its graph over the same tensors, or with other checkpoints."""
+        shared = self.flat if flat in (None, self.flat.module) else FlatGraph(flat)
+        other = StateGraph(state, shared, self._base, self.casts, self._sources)
+        other._was_edited = self.is_edited
         self.is_lent = other.is_lent = True
         return other
 
     @property
     def is_edited(self) -> bool:
         """Whether the graph was recompiled since it was built, as after an edit."""
-        return self.graph_module.code is not self._code
+        return self._was_edited or self.flat.edits > 0
 
     @property
     def is_fresh(self) -> bool:
@@ -179,8 +222,8 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
         set_mode(graph, state.training)
         _adopt(graph_module, base.tree)
     graph.lint()
-    graph_module.recompile()
-    return StateGraph(state, graph_module, dtypes_of(state, adapters), _sources(state, graph_module, base, adapters))
+    sources = _sources(state, graph_module, base, adapters)
+    return StateGraph(state, FlatGraph(graph_module), base, dtypes_of(state, adapters), sources)
 
 
 def _passes(state: GraphState, traced: TracedModel, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:

@@ -5,13 +5,58 @@ Overlaid trees share tables of tensors, but a replacement in one stays there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 ROOT = "gralora"  # attribute of a tree, below which it has the adapters' tensors
+
+
+class CountedGraph(fx.GraphModule):
+    """A graph module that counts how often it was compiled, so that an edit of its graph is noticed.
+
+    Attributes:
+        compilations: How often.
+    """
+
+    compilations: int = 0
+
+    def recompile(self) -> Any:
+        """Compile the graph."""
+        self.__dict__["compilations"] = self.compilations + 1
+        return super().recompile()
+
+
+class FlatGraph:
+    """A graph module that is compiled when someone wants to read or run it, and whose edits are noticed.
+
+    Attributes:
+        module: The graph module.
+    """
+
+    def __init__(self, module: CountedGraph) -> None:
+        """Take a graph module that is not compiled yet."""
+        self.module = module
+        self._compilations = module.compilations
+        self._is_compiled = False
+        self._compiling = threading.Lock()
+
+    def compiled(self) -> fx.GraphModule:
+        """The graph module with its code."""
+        with self._compiling:
+            if not self._is_compiled:
+                fx.GraphModule.recompile(self.module)  # which does not count
+                self._is_compiled = True
+        return self.module
+
+    @property
+    def edits(self) -> int:
+        """How often someone has compiled it again, as after an edit."""
+        return self.module.compilations - self._compilations
 
 
 def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
@@ -23,7 +68,7 @@ def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
     for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         tree.__dict__[table] = graph_module.__dict__[table]
     for path in _called(graph_module.graph):
-        _replace_module(tree, path, _in_mode(tree.get_submodule(path)))
+        replace_module(tree, path, _in_mode(tree.get_submodule(path)))
     return tree
 
 
@@ -32,17 +77,17 @@ def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: s
     graph_module = fx.GraphModule(root, graph, class_name)
     graph_module.training = training
     for path in _called(graph):
-        _replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
     return graph_module
 
 
-def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
+def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
     """A graph module over a tree's tensors, to be compiled when its graph is complete.
 
     The graph reads replacements of tensors in the tree. What `replace_parameters` puts into the result, and an adapter
     removed from the tree, affects only the one and not the other.
     """
-    graph_module = fx.GraphModule(nn.Module(), fx.Graph(), "GraloraGraph")
+    graph_module = CountedGraph(nn.Module(), fx.Graph(), "GraloraGraph")
     for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         graph_module.__dict__[table] = tree.__dict__[table]
     graph_module.__dict__["_modules"] = dict(tree._modules)
@@ -51,7 +96,7 @@ def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> fx.GraphModule:
     graph_module._graph = graph  # the public setter would compile it before it is complete
     graph_module.training = training
     for path in _called(graph):
-        _replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
     return graph_module
 
 
@@ -116,7 +161,7 @@ def restore_parameters(module: nn.Module, originals: Mapping[nn.Parameter, nn.Pa
     map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
 
 
-def _replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Replace the module at a path of a tree; modules on the way are copied, since others may share them."""
     owner, _, name = path.rpartition(".")
     _own_container(root, owner, {id(root)})._modules[name] = module

@@ -123,6 +123,9 @@ class LoraConfig(AdapterConfig):
         Args:
             fields: Arguments by name.
         """
+        from gralora_fx.core.methods.registry import known_methods
+
+        known_methods()  # their modules make their forms known
         form: type[Any] = next((form for name, form in cls._FORMS.items() if fields.get(name) is True), cls)
         return form if issubclass(form, cls) else cls
 

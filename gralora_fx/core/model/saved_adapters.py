@@ -42,7 +42,8 @@ class AdapterFiles(Switching):
             directory: Where to write; made if it does not exist.
             adapter_names: Names of the adapters; None for all.
             selected_adapters: PEFT's name for `adapter_names`.
-            is_main_process: Whether to write at all; the other processes of a distributed training do not.
+            is_main_process: Whether to write at all; the other processes of a distributed training do not. Of a model
+                that `fully_shard` has distributed, every process must call this, and the first one writes.
             state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values.
             safe_serialization: Must be True: pickles are not written.
             save_function: Accepted for Accelerate's loops, and ignored: the files are always written by safetensors.
@@ -59,15 +60,20 @@ class AdapterFiles(Switching):
             raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
         if adapter_names is not None and selected_adapters is not None:
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
+        from gralora_fx.core.adapters.adapter import checkpoint_parameters
         from gralora_fx.core.adapters.checkpoint import check_state_dict, write_adapters
+        from gralora_fx.core.adapters.sharded import gathered, is_sharded, is_writer, reshard
 
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)
         adapters = {"" if name == "default" else name: self._state[name] for name in names}
         for adapter in adapters.values() if state_dict is not None else ():
             check_state_dict(adapter, state_dict or {})
-        if is_main_process:
-            write_adapters(adapters, directory, self._state.traced)
+        reshard(self)  # type: ignore[arg-type]  # a part of a module
+        tensors = {name: gathered(checkpoint_parameters(adapter)) for name, adapter in adapters.items()}
+        writes = is_writer() or not any(is_sharded(adapter.parameters()) for adapter in adapters.values())
+        if is_main_process and writes:
+            write_adapters(adapters, tensors, directory, self._state.traced)
 
     def load_adapter(
         self,

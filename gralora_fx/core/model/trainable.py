@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
+from gralora_fx.core.model.checkpointing import Checkpointed
 from gralora_fx.errors import RewriteError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _FUSED_HEAD = "fused_lm_head"  # TRL's argument of a forward that it has replace
 _PACKED = "cu_seq_lens_q"  # where the texts of a row begin, of collators that pack
 
 
-class Trainable:
+class Trainable(Checkpointed):
     """A model with adapters as transformers, PEFT and TRL see it.
 
     Attributes:
@@ -140,34 +141,6 @@ class Trainable:
         """
         wanted = [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags)]
         self.model_tags = list(dict.fromkeys(wanted))
-
-    # -- gradient checkpointing -------------------------------------------------------------------------------------
-
-    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
-        """Refuse: a graph has no blocks to recompute.
-
-        Raises:
-            RewriteError: Always.
-        """
-        raise RewriteError(
-            "gradient checkpointing is not supported: a graph has no blocks to recompute. Set "
-            "gradient_checkpointing=False in TrainingArguments, or in TRL's SFTConfig (where True is the default), and "
-            "save memory with a smaller per_device_train_batch_size and more gradient_accumulation_steps"
-        )
-
-    activation_checkpointing_enable = enable_input_require_grads = gradient_checkpointing_enable
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Do nothing: gradient checkpointing is never on."""
-
-    activation_checkpointing_disable = disable_input_require_grads = gradient_checkpointing_disable
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Always False."""
-        return False
-
-    is_activation_checkpointing = is_gradient_checkpointing
 
 
 def check_arguments(names: Container[str]) -> None:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
     from gralora_fx.base.sources.sentence_modules import SentenceModules
     from gralora_fx.format.image_sizes import ImageSize, ImageSizes
 
-NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
+NO_CHECKPOINTS = (
+    "gradient checkpointing is not part of a trace; call gradient_checkpointing_enable() of the rewritten model, which "
+    "computes its blocks again"
+)
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
@@ -208,16 +211,14 @@ def configured_cache(model: nn.Module, *, use_cache: bool) -> Iterator[None]:
 
 @contextmanager
 def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
-    """Turn gradient checkpointing and layerdrop off within the block, and warn that training does without them.
+    """Turn gradient checkpointing and layerdrop off within the block, and warn that training does without layerdrop.
 
     Layerdrop skips whole layers, which is decided in Python and not part of a graph.
     """
     with ExitStack() as changed:
-        checkpointed = [part for part in model.modules() if getattr(part, "gradient_checkpointing", False) is True]
-        if checkpointed:
-            warn_caller(NO_CHECKPOINTS)
-        for part in checkpointed:
-            changed.enter_context(patch.object(part, "gradient_checkpointing", False))
+        for part in model.modules():
+            if getattr(part, "gradient_checkpointing", False) is True:
+                changed.enter_context(patch.object(part, "gradient_checkpointing", False))
         dropped: list[str] = []
         for path, holder in [("config", getattr(model, "config", None)), *model.named_modules()]:
             for name in _LAYERDROP:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,19 @@ from gralora_fx.base.progress.stages import gc_pause
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
+from gralora_fx.core.graph.repeated_layers import blocks_of
 from gralora_fx.core.tracing.both_modes import trace_both_modes
 from gralora_fx.core.tracing.capture import features_as_nodes
 from gralora_fx.core.tracing.check import with_call_signature
-from gralora_fx.core.tracing.draft import Captured, Draft, called_as, first_draft
+from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, option, warn_caller
 from gralora_fx.format.input_names import takes_images
 
 if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
     from gralora_fx.base.sources.sentence_modules import SentenceModules
+    from gralora_fx.core.graph.block_modules import Checkpointing
     from gralora_fx.format.image_sizes import ImageSize
 
 
@@ -38,6 +40,7 @@ def trace(
     dynamic: bool = True,
     sentence_modules: str | Path | None = None,
     image_size: ImageSize = None,
+    blocks: Sequence[str] | None = None,
 ) -> TracedModel:
     """Trace a model to a `torch.fx` graph over its own parameters.
 
@@ -59,6 +62,9 @@ def trace(
         image_size: For a model that takes images: a height and a width to trace with, or `"dynamic"` for images of any
             size. A model with a table of positions then interpolates it (`interpolate_pos_encoding`). None: of any size
             if the model takes them as it is called, else of the example's (see `signature.image_sizes`).
+        blocks: Paths or patterns of the modules that are blocks of the rewritten model, which gradient checkpointing
+            computes again and `fully_shard` takes; `*` stands for one part of a path, as in `"encoder.layers.*"`. None
+            finds the repeated ones: members of one class of a `ModuleList` or `Sequential`.
 
     Returns:
         The traced model, in the model's mode.
@@ -77,7 +83,7 @@ def trace(
         from gralora_fx.core.tracing.ready_graphs import trace_ready_graph, tree_of
 
         draft = trace_ready_graph(model, arguments, task)
-        return _with_layers(draft, tree_of(draft), training=not draft.evaluates)
+        return _with_layers(draft, tree_of(draft), blocks, training=not draft.evaluates)
     if isinstance(model, TracedModel) or isinstance(getattr(model, "traced", None), TracedModel):
         raise TraceError(
             f"the {type(model).__name__} is traced already; trace its source model again, or use it as it is"
@@ -110,7 +116,7 @@ def trace(
             if originals:
                 restore_parameters(draft.graph_module, originals)
         # the modules of a sentence encoder are still among the model's
-        return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
+        return _with_layers(draft, ModuleTree.of_module(model), blocks, training=model.training)
 
 
 def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
@@ -135,13 +141,14 @@ def _checked(draft: Draft) -> Captured:
     return trace_images(draft)
 
 
-def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> TracedModel:
+def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None, *, training: bool) -> TracedModel:
     """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
     model, config, loss = draft.model, None, None
     if isinstance(model, PreTrainedModel):
         from gralora_fx.core.tracing.losses import loss_function_of
 
         config, loss = model.config, loss_function_of(model)
+    found = blocks_of(draft.graph_module, tree, blocks)
     traced = TracedModel(
         draft.graph_module,
         tree=tree,
@@ -156,5 +163,25 @@ def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> Traced
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
         sentence=draft.sentence,
         passes=draft.passes,
+        blocks=found,
+        checkpointing=_checkpointing_of(model, found),
     )
     return traced.train(training)
+
+
+def _checkpointing_of(model: nn.Module | torch.export.ExportedProgram, blocks: Sequence[str]) -> Checkpointing | None:
+    """Return how a model computes its blocks again in the backward pass, which the rewritten model then does."""
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    checkpointed = {path: part for path, part in parts if getattr(part, "gradient_checkpointing", False) is True}
+    if not checkpointed:
+        return None
+    if not blocks:
+        warn_caller(f"{NO_CHECKPOINTS}; the trace found no blocks, so name them with {option(blocks=...)}")
+        return None
+    places = [index for index, path in enumerate(blocks) if path in checkpointed]
+    every = places[1] - places[0] if len(places) > 1 else 1
+    from gralora_fx.core.graph import block_modules
+
+    function = getattr(next(iter(checkpointed.values())), "_gradient_checkpointing_func", None)
+    given: dict[str, Any] = getattr(function, "keywords", {})
+    return block_modules.Checkpointing(every, tuple(sorted({"use_reentrant": False, **given}.items())))

@@ -30,6 +30,7 @@ from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.sentence_modules import SentenceModules
+    from gralora_fx.core.graph.block_modules import Checkpointing
     from gralora_fx.core.graph.parameter_sites import ParameterSite
     from gralora_fx.core.tracing.as_transformers import TransformersView
 
@@ -61,6 +62,8 @@ class TracedModel:
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
         sentence: The modules after the transformer that make a sentence encoder of it, or None.
         passes: What each pass that normalized the graph did, in order.
+        blocks: Paths of the modules that are blocks of the rewritten model (see `trace`).
+        checkpointing: How the source model computed blocks again in its backward pass, or None.
     """
 
     graph_module: fx.GraphModule
@@ -79,6 +82,8 @@ class TracedModel:
     merged_adapters: Mapping[str, Any] = field(default_factory=dict)
     sentence: SentenceModules | None = None
     passes: tuple[PassReport, ...] = ()
+    blocks: tuple[str, ...] = ()
+    checkpointing: Checkpointing | None = None
 
     @property
     def training(self) -> bool:

@@ -66,7 +66,7 @@ def check_form(name: str, example: Any, value: Any, fixed: FixedAxes) -> None:
         if not isinstance(value, Cache):
             raise TraceError(f"input {name!r} is {_kind(value)}, but the trace takes a {type(example).__name__}")
     elif isinstance(example, Tensor):
-        _check_tensor(name, value, fixed.get(name))
+        check_tensor(name, value, fixed.get(name))
     elif isinstance(example, (list, tuple, dict)) or _is_container(example):
         _check_container(name, example, value, fixed)
     elif not same_value(example, value):
@@ -82,7 +82,8 @@ def shown(value: Any) -> str:
     return text if text and len(text) <= 60 else _kind(value)
 
 
-def _check_tensor(name: str, value: Any, sizes: tuple[int | None, ...] | None) -> None:
+def check_tensor(name: str, value: Any, sizes: tuple[int | None, ...] | None) -> None:
+    """Check that an input is a tensor, with the sizes that the trace takes."""
     if not isinstance(value, Tensor):
         hint = "torch.from_numpy makes one" if type(value).__module__ == "numpy" else "torch.tensor makes one"
         raise TraceError(f"input {name!r} is {_kind(value)}, but the trace takes a tensor; {hint}")

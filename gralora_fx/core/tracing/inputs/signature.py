@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, check_form, same_value, shown
+from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, check_form, check_tensor, same_value, shown
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
 from gralora_fx.errors import TraceError, option
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, IMAGES, PAST, takes_image_inputs
@@ -79,7 +79,11 @@ class CallSignature:
                 inputs[name] = self._filled(name, inputs, examples)
             if name == IMAGES and self.image_sizes is not None:
                 self._check_images(inputs[name])
-            if self.has_form and name in examples:
+            if (
+                self.has_form and name in self.fixed
+            ):  # a tensor, whose example torch.compile would guard if it were read
+                check_tensor(name, inputs[name], self.fixed[name])
+            elif self.has_form and name in examples:
                 check_form(name, examples[name], inputs[name], self.fixed)
         return inputs
 

@@ -1,0 +1,226 @@
+"""A flat graph as one that calls its blocks, each with a graph of its own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from gralora_fx.base.compat.torch_graphs import is_mutable
+from gralora_fx.core.graph.module_tree import is_within
+from gralora_fx.core.graph.surgery import copy_graph, module_of
+
+
+class BlockCall(NamedTuple):
+    """One call of a block in a graph.
+
+    Attributes:
+        path: Path of the block.
+        graph: The block's graph; it reads parameters by their paths within the block.
+        outside: Modules that it calls and that are not in the block, such as branches: paths by their names in it.
+    """
+
+    path: str
+    graph: fx.Graph
+    outside: Mapping[str, str]
+
+
+class NoBlock(Exception):
+    """The operations of a block cannot run together.
+
+    Attributes:
+        path: Path of the block.
+        reason: Why not.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        """Note which block, and why."""
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+def callable_blocks(flat: fx.GraphModule, found: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return which modules a graph can call as blocks, and why not the others."""
+    owners = {str(node.target) for node in flat.graph.find_nodes(op="get_attr") if node.users}
+    owners |= {str(node.target) for node in flat.graph.find_nodes(op="call_module")}
+    owners = {prefix for target in owners for prefix in _prefixes(target)}
+    refused = {path: "the graph reads no tensor of it" for path in found if path not in owners}
+    while True:
+        paths = [path for path in found if path not in refused]
+        try:
+            called = {call.path for call in call_blocks(flat, paths)[1]}
+        except NoBlock as error:
+            refused[error.path] = error.reason
+            continue
+        refused |= {path: "the graph does not call it" for path in paths if path not in called}
+        return [path for path in found if path not in refused], refused
+
+
+def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph, list[BlockCall]]:
+    """Return a copy of a graph that calls blocks as modules, and the blocks' own graphs; the flat graph stays.
+
+    Before: `w = self.layers.0.fc.weight; h = linear(x, w); y = gelu(h); z = norm(y)`
+    After:  `y = self.layers.0(x); z = norm(y)`, and in the block `h = linear(x, self.fc.weight); return gelu(h)`
+
+    Every node keeps its place among those that draw random numbers or write into tensors. Tensors outside the block,
+    such as those of adapters, are its arguments.
+
+    Args:
+        flat: The flat graph.
+        paths: Paths of the blocks.
+
+    Returns:
+        The graph, for the module of the flat one, in which the blocks are at their paths; and the calls in order. A
+        block that is called several times has the same graph in every call.
+
+    Raises:
+        NoBlock: The nodes of a block cannot run together.
+    """
+    graph = copy_graph(flat)
+    graph.owning_module = flat
+    members: dict[tuple[str, str], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if (call := _call_of(node, paths)) is not None:
+            members.setdefault(call, []).append(node)
+    calls: dict[str, BlockCall] = {}
+    for (path, _), nodes in members.items():
+        others = {node for listed in members.values() if listed is not nodes for node in listed}
+        made = _take_out(graph, path, _together(path, nodes, others))
+        if not _is_alike(made, calls.setdefault(path, made)):
+            raise NoBlock(path, "it is called several times, and computes something else in one of its calls")
+    graph.owning_module = None
+    return graph, list(calls.values())
+
+
+def _prefixes(target: str) -> list[str]:
+    """The paths of the modules that a tensor is in."""
+    parts = target.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def _call_of(node: fx.Node, paths: Collection[str]) -> tuple[str, str] | None:
+    """The block that a node was traced in, and which of its calls."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return None
+    for entry in node.meta.get("nn_module_stack", {}).values():
+        if isinstance(entry, tuple):
+            call = entry[0].removeprefix("L['self'].")
+            if (path := call.split("@")[0]) in paths:
+                return path, call
+    return None
+
+
+def _take_out(graph: fx.Graph, path: str, nodes: Sequence[fx.Node]) -> BlockCall:
+    """Move the operations of one call of a block into a graph of its own, and call it."""
+    inside = set(nodes)
+    body, copies, outside = fx.Graph(), dict[fx.Node, fx.Node](), dict[str, str]()
+    reads, arguments = _inputs_of(nodes, inside), list[fx.Node]()
+    writes = [node for node in nodes if any(user not in inside for user in node.users)]
+    for node in reads:
+        is_attribute = node.op == "get_attr"
+        if is_attribute and (is_within(str(node.target), path) or _is_module(graph, node)):
+            copies[node] = body.get_attr(_own_name(str(node.target), path, outside))
+        else:
+            copies[node] = body.placeholder(node.name)
+            arguments.append(node)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = copied = body.node_copy(node, copies.__getitem__)
+        if node.op == "call_module":
+            copied.target = _own_name(str(node.target), path, outside)
+    results = tuple(copies[node] for node in writes)
+    body.output(results[0] if len(results) == 1 else results)
+    with graph.inserting_after(nodes[-1]):
+        call = graph.call_module(path, tuple(arguments))
+    call.meta = {"nn_module_stack": nodes[-1].meta.get("nn_module_stack", {})}
+    _hand_over(graph, call, writes, inside)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    for node in reads:
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+    return BlockCall(path, body, outside)
+
+
+def _is_module(graph: fx.Graph, node: fx.Node) -> bool:
+    """Return whether an attribute is a module, such as a branch, which is called and not computed with."""
+    found: Any = module_of(graph)
+    for name in str(node.target).split("."):
+        found = getattr(found, name)
+    return isinstance(found, nn.Module)
+
+
+def _own_name(target: str, path: str, outside: dict[str, str]) -> str:
+    """The path of an attribute in a block; modules from elsewhere get a name there."""
+    if is_within(target, path):
+        return target[len(path) + 1 :]
+    name = "outside_" + target.replace(".", "_")
+    outside[name] = target
+    return name
+
+
+def _is_alike(call: BlockCall, first: BlockCall) -> bool:
+    """Return whether two calls of a block run the same graph."""
+    if call is first:
+        return True
+
+    def described(graph: fx.Graph) -> list[Any]:
+        places = {node: index for index, node in enumerate(graph.nodes)}
+        return [
+            (
+                node.op,
+                None if node.op == "placeholder" else node.target,
+                fx.map_arg((node.args, node.kwargs), places.get),
+            )
+            for node in graph.nodes
+        ]
+
+    return call.outside == first.outside and described(call.graph) == described(first.graph)
+
+
+def _hand_over(graph: fx.Graph, call: fx.Node, writes: Sequence[fx.Node], inside: Collection[fx.Node]) -> None:
+    """Let the readers of a block's values read them from its call."""
+    after = call.next
+    for index, node in enumerate(writes):
+        value = call
+        if len(writes) > 1:
+            with graph.inserting_before(after):
+                value = graph.call_function(operator.getitem, (call, index))
+        value.meta = {**node.meta, **({"nn_module_stack": call.meta["nn_module_stack"]} if value is call else {})}
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user not in inside)
+
+
+def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes that run in a block: its own, and those between them that depend on it or must keep their place."""
+    span = [nodes[0]]
+    while span[-1] is not nodes[-1]:
+        span.append(span[-1].next)
+    taken = set(nodes)
+    for node in span:
+        if not taken.isdisjoint(node.all_input_nodes):
+            taken.add(node)
+    rest = [node for node in span if node not in taken and node.op not in ("get_attr", "placeholder")]
+    if any(_has_effect(node) for node in rest):
+        taken |= set(rest)
+    if strange := [node for node in span if node in taken and node in others]:
+        raise NoBlock(path, f"{strange[0].name}, of another block, is computed between its own operations")
+    for node in span:
+        if node not in taken:  # it reads nothing of the block
+            nodes[0].prepend(node)
+    return [node for node in span if node in taken]
+
+
+def _inputs_of(nodes: Iterable[fx.Node], inside: Collection[fx.Node]) -> list[fx.Node]:
+    """The values that nodes read from outside, each once as they are read: activations, then tensors of modules."""
+    reads = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    return sorted(reads, key=lambda node: node.op == "get_attr")
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Return whether a node draws random numbers or writes into a tensor, so that its place matters."""
+    tags = getattr(node.target, "tags", ())
+    return is_mutable(node.target) or torch.Tag.nondeterministic_seeded in tags or node.is_impure()

@@ -1,0 +1,211 @@
+"""Blocks as modules: in the tree that owns the tensors, and in the module that runs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from gralora_fx.core.graph.block_calls import call_blocks
+from gralora_fx.core.graph.overlay import overlay, replace_module
+from gralora_fx.errors import RewriteError, shown
+
+_OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind is p.KEYWORD_ONLY} | {
+    "use_reentrant",
+    "preserve_rng_state",
+}
+_TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+class Checkpointing(NamedTuple):
+    """Which blocks are computed again in the backward pass.
+
+    Attributes:
+        every: 1 for every block, n for the first of each n.
+        options: Options of `torch.utils.checkpoint.checkpoint`, as pairs.
+        offload: Whether what is kept for computing again is kept in the host's memory.
+    """
+
+    every: int = 1
+    options: tuple[tuple[str, Any], ...] = (("use_reentrant", False),)
+    offload: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> Self:
+        """Check the options of a call, and complete them.
+
+        Raises:
+            RewriteError: An option is unknown, or `every` is no number of blocks.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise RewriteError(f"every must be a whole number of blocks of at least 1, but got {shown(every)}")
+        options = {"use_reentrant": False, **(given or {})}
+        if unknown := sorted(set(options) - _OPTIONS):
+            raise RewriteError(
+                f"gradient checkpointing has no option {', '.join(unknown)}; torch's are {', '.join(sorted(_OPTIONS))}"
+            )
+        return cls(every, tuple(sorted(options.items())), offload)
+
+
+def offloaded_checkpoint(block: nn.Module, *args: Any, **options: Any) -> Any:
+    """Checkpoint a block, with its inputs kept in the host's memory."""
+    device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
+    with save_on_cpu(pin_memory=device.type != "cpu", device_type=device.type):
+        return checkpoint(block, *args, **options)
+
+
+class GraphBlock(fx.GraphModule):
+    """A block of a rewritten model in the tree of its tensors: what is sharded and hooked.
+
+    Its graph and what it computes are those of the model's current state. The modules that run share its tensors and
+    its hooks.
+    """
+
+    _running: Callable[[], fx.GraphModule]
+
+    def __init__(self, container: nn.Module, kind: str, running: Callable[[], fx.GraphModule]) -> None:
+        """Take the place of a container, over the same tensors.
+
+        Args:
+            container: The container.
+            kind: Name of the class of the source model's module.
+            running: Returns the block of the module that runs.
+        """
+        nn.Module.__init__(self)
+        for table in (*_TENSORS, "_modules", "training"):
+            self.__dict__[table] = container.__dict__[table]
+        type(self).__name__ = kind
+        self.__dict__["_running"] = running
+
+    @property  # type: ignore[misc]  # it is not assigned
+    def graph(self) -> fx.Graph:
+        """The block's graph in the current state."""
+        return self._running().graph
+
+    @property
+    def _code(self) -> str:
+        """The code of that graph, which torch's class prints."""
+        return self._running().code
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block in the current state.
+
+        Args:
+            *args: The inputs that its graph names: activations, then tensors of adapters.
+            **kwargs: The same by name.
+        """
+        running = self._running()
+        return type(running).forward(running, *args, **kwargs)  # without its hooks, which have run
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the graph and the tensors, as an `fx.GraphModule` of its own."""
+        return copy.deepcopy(self._running(), memo)
+
+
+class _RunningBlock(fx.GraphModule):
+    """A block of one state's module; its hooks are those of the tree's block."""
+
+    _tree_block: GraphBlock
+
+    @property
+    def _is_full_backward_hook(self) -> bool | None:
+        return self._tree_block._is_full_backward_hook
+
+    @_is_full_backward_hook.setter
+    def _is_full_backward_hook(self, _: bool | None) -> None:
+        pass  # torch's constructor begins with None
+
+
+def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[[str], fx.GraphModule]) -> None:
+    """Make blocks of the containers at some paths of a tree, in place.
+
+    Args:
+        tree: The tree.
+        kinds: Names of the blocks' classes, by path.
+        running: Returns the block of the module that runs, by its path.
+    """
+    for path, kind in kinds.items():
+        block = GraphBlock(tree.get_submodule(path), kind, functools.partial(running, path))
+        replace_module(tree, path, block)
+
+
+def without_blocks(tree: nn.Module) -> nn.Module:
+    """A copy of a tree's containers over the same tensors, in which blocks are plain containers again."""
+    plain = nn.Module() if isinstance(tree, GraphBlock) else object.__new__(type(tree))
+    tables = (
+        (*_TENSORS, "training", *_HOOKS, "_is_full_backward_hook") if isinstance(tree, GraphBlock) else tree.__dict__
+    )
+    plain.__dict__.update({name: tree.__dict__[name] for name in tables})
+    plain.__dict__["_modules"] = {
+        name: None if module is None else without_blocks(module) for name, module in tree._modules.items()
+    }
+    return plain
+
+
+def running_module(
+    flat: fx.GraphModule, tree: nn.Module, paths: Collection[str], checkpointing: Checkpointing | None
+) -> fx.GraphModule:
+    """Return a module that computes what a flat graph computes, and calls its blocks.
+
+    Args:
+        flat: The flat graph, over the tensors of the tree or others in their place.
+        tree: The tree, with the blocks.
+        paths: Paths of the blocks.
+        checkpointing: Which blocks are computed again in the backward pass; None for none.
+
+    Raises:
+        NoBlock: The operations of a block cannot run together.
+    """
+    graph, calls = call_blocks(flat, paths)
+    running = overlay(flat, graph, flat.training)
+    for call in calls:
+        container, owner = flat.get_submodule(call.path), tree.get_submodule(call.path)
+        assert isinstance(owner, GraphBlock)
+        block = _RunningBlock(nn.Module(), fx.Graph(), type(owner).__name__)
+        for table in _TENSORS:
+            block.__dict__[table] = container.__dict__[table]
+        for table in _HOOKS:
+            block.__dict__[table] = owner.__dict__[table]
+        outside = {name: flat.get_submodule(path) for name, path in call.outside.items()}
+        block.__dict__["_modules"] = {**container._modules, **outside}
+        block.__dict__["_tree_block"] = owner
+        block.training = flat.training
+        block.graph = call.graph  # which compiles it
+        replace_module(running, call.path, block)
+    if checkpointing is not None:
+        _checkpoint_blocks(graph, {call.path for call in calls}, checkpointing)
+    running.recompile()
+    return running
+
+
+def _checkpoint_blocks(graph: fx.Graph, paths: Collection[str], checkpointing: Checkpointing) -> None:
+    """Compute blocks again in the backward pass, instead of keeping their activations.
+
+    Before: `y = self.layers.0(x, mask)`
+    After:  `y = checkpoint(self.layers.0, x, mask, use_reentrant=False)`
+    """
+    calls = [node for node in graph.find_nodes(op="call_module") if node.target in paths]
+    for node in calls[:: checkpointing.every]:
+        with graph.inserting_before(node):
+            module = graph.get_attr(str(node.target))
+            function = offloaded_checkpoint if checkpointing.offload else checkpoint
+            again = graph.call_function(function, (module, *node.args), dict(checkpointing.options))
+        again.meta = dict(node.meta)
+        node.replace_all_uses_with(again)
+        graph.erase_node(node)

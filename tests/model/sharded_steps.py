@@ -1,0 +1,92 @@
+"""Train a tiny model with each method, distributed by block over the processes of torchrun: run by test_sharding.py.
+
+python -m torch.distributed.run --standalone --nproc-per-node N sharded_steps.py OUTPUT [ADAPTERS]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, merge, rewrite, trace
+from gralora_fx.errors import MergeError
+
+METHODS = {
+    "gralora": GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False),
+    "lora": LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False),
+    "dora": DoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+}
+
+
+def gradients(model: GraloraModel, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().mean().backward()
+    return {
+        n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def run(method: str, output: Path, resumed: Path | None) -> dict[str, float]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    traced = trace(tiny_model("llama", tie_word_embeddings=False).train())
+    torch.manual_seed(1)
+    model = rewrite(traced, METHODS[method])
+    ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
+    own = ids[rank * 4 // world : (rank + 1) * 4 // world]
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable()
+    for block in model.blocks.values():
+        fully_shard(block)
+    fully_shard(model)
+    assert all(hasattr(p, "full_tensor") for p in model.parameters())
+    actual = gradients(model, own)
+    assert actual.keys() == expected.keys()
+    worst = max(float((actual[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in expected)
+    if resumed is not None:
+        model.load_adapter(resumed / method)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=own, attention_mask=torch.ones_like(own), labels=own).loss.backward()
+        optimizer.step()
+    model.save_pretrained(output / method)
+    dist.barrier()
+    model.eval()
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        logits = model(**whole).logits
+        alone = GraloraModel.from_pretrained(trace(tiny_model("llama", tie_word_embeddings=False)), output / method)
+        loaded = float((alone(**whole).logits - logits).abs().max())
+        with model.disable_adapter():
+            base = float(
+                (model(**whole).logits - tiny_model("llama", tie_word_embeddings=False)(**whole).logits).abs().max()
+            )
+        tokens = model.generate(ids[:1, :3], attention_mask=whole["attention_mask"][:1, :3], max_new_tokens=2)
+    with pytest.raises(MergeError, match="save the adapter with save_pretrained"):
+        merge(model)
+    model.save_pretrained(output / f"{method}-again")  # after a forward pass that left tensors whole
+    return {"gradients": worst, "loaded": loaded, "base": base, "tokens": tokens.shape[1]}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    output, resumed = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    found = {method: run(method, output, resumed) for method in METHODS}
+    if dist.get_rank() == 0:
+        (output / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Blocks: the repeated layers of a source model are modules of its rewritten model, and compute what the graph does."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import text_batch
+from torch import Tensor, fx, nn
+from traces import fresh, fresh_trace
+
+from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
+from gralora_fx.errors import RewriteError, TraceError
+
+BLOCKS = {
+    "llama": ["model.layers.0", "model.layers.1"],
+    "bert": ["bert.encoder.layer.0", "bert.encoder.layer.1"],
+    "t5": ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
+    "albert": ["albert.encoder.albert_layer_groups.0"],  # a single layer that is called twice
+    "vit": ["vit.layers.0", "vit.layers.1"],
+}
+
+
+def rewritten(name: str, config: Any = None) -> GraloraModel:
+    given = GraloraConfig(r=4, target_modules="all-linear", init_weights=False) if config is None else config
+    return rewrite(fresh_trace(name), given)
+
+
+class Layer(nn.Module):
+    """A layer with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(torch.tanh(self.fc(x)))
+
+
+def own_net(depth: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*(Layer() for _ in range(depth))), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_found_and_own_their_parameters_under_the_source_models_names(name: str) -> None:
+    model, traced = fresh(name)
+    assert list(traced.blocks) == BLOCKS[name]
+    ours = rewrite(traced, GraloraConfig(r=4, target_modules="all-linear"))
+    for path, block in ours.blocks.items():
+        assert isinstance(block, fx.GraphModule)
+        assert block is ours.get_submodule(f"graph_module.{path}")
+        own = dict(block.named_parameters())
+        assert own
+        source = dict(model.get_submodule(path).named_parameters())
+        assert all(own[parameter] is source[parameter] for parameter in own)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_runs_is_bit_for_bit_the_flat_graph(name: str) -> None:
+    model = rewritten(name)
+    inputs = model.traced.graph_inputs
+    for mode in (False, True):
+        model.train(mode)
+        torch.manual_seed(1)
+        expected = model.graph_module(**inputs)
+        torch.manual_seed(1)
+        actual = model(**inputs)
+        assert torch.equal(actual[0], expected[0])
+
+
+def test_a_hook_on_a_block_runs_in_every_state_and_sees_what_the_block_computes() -> None:
+    model = rewritten("bert")
+    batch, seen = text_batch(), list[Tensor]()
+    handle = model.blocks["bert.encoder.layer.1"].register_forward_hook(lambda *call: seen.append(call[2]))
+    model(**batch)
+    with model.disable_adapter():
+        model(**batch)
+    model.merge_adapter()
+    model(**batch)
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.allclose(seen[0], seen[2], atol=1e-4)
+    handle.remove()
+    model(**batch)
+    assert len(seen) == 3
+
+
+def test_a_backward_hook_on_a_block_sees_the_gradient_of_its_output() -> None:
+    model = rewrite(trace(own_net().train(), (torch.randn(2, 8),)), LoraConfig(r=2, target_modules=["fc"]))
+    gradients = []
+    model.blocks["1.1"].register_full_backward_hook(lambda *call: gradients.append(call[2][0]))
+    output = model(torch.randn(2, 8))
+    output.sum().backward()
+    assert len(gradients) == 1
+    assert gradients[0].shape == (2, 8)
+
+
+def test_an_edit_of_the_flat_graph_reaches_what_runs() -> None:
+    model = rewrite(trace(own_net().eval(), (torch.randn(2, 8),)), LoraConfig(r=2, target_modules=["fc"]))
+    x = torch.randn(2, 8)
+    before = model(x)
+    graph_module = model.graph_module
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.tanh.default:
+            node.target = torch.ops.aten.sin.default
+    graph_module.recompile()
+    assert not torch.equal(model(x), before)
+    assert torch.equal(model(x), graph_module(x))
+
+
+def test_a_block_called_by_itself_computes_as_in_the_model() -> None:
+    model = rewrite(trace(own_net().eval(), (torch.randn(2, 8),)), LoraConfig(r=2, target_modules=["fc"]))
+    calls: list[Any] = []
+    model.blocks["1.2"].register_forward_hook(lambda *call: calls.append(call[1:]))
+    model(torch.randn(2, 8))
+    inputs, output = calls[0]
+    assert torch.equal(model.blocks["1.2"](*inputs), output)
+    assert "tanh" in str(model.blocks["1.2"].graph)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_blocks_of_its_own(copied: Any) -> None:
+    model = rewritten("llama")
+    other = copied(model)
+    assert list(other.blocks) == list(model.blocks)
+    inputs = model.traced.graph_inputs
+    with torch.no_grad():
+        next(iter(other.blocks.values())).get_parameter("self_attn.q_proj.weight").zero_()
+        assert not torch.equal(other(**inputs)[0], model(**inputs)[0])
+    other.graph_module.recompile()
+
+
+def test_own_modules_have_blocks_too_and_a_path_or_a_pattern_names_others() -> None:
+    x = torch.randn(2, 8)
+    assert trace(own_net(), (x,)).blocks == ("1.0", "1.1", "1.2")
+    assert trace(own_net(), (x,), blocks=["1.*"]).blocks == ("1.0", "1.1", "1.2")
+    assert trace(own_net(), (x,), blocks=["1"]).blocks == ("1",)
+    assert trace(own_net(), (x,), blocks=[]).blocks == ()
+    assert trace(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (x,)).blocks == ()  # single layers
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (["1.9"], "no module of the model matches '1.9'; nearest: 1"),
+        (["1", "1.0"], "1.0 is within 1, which is a block too; name one of them"),
+        ("1.*", r"blocks must be a list of paths or patterns, but got '1\.\*'; give \['1\.\*'\]"),
+        (["1.0.drop"], "1.0.drop cannot be a block: the graph reads no tensor of it; leave it out"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused_by_name(blocks: Any, message: str) -> None:
+    with pytest.raises(TraceError, match=message):
+        trace(own_net(), (torch.randn(2, 8),), blocks=blocks)
+
+
+class Interleaved(nn.Module):
+    """Two towers, the first of which reads what the second computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.towers
+        return first["b"](second["b"](first["a"](x) + second["a"](x)))  # type: ignore[index]
+
+
+def test_layers_whose_operations_cannot_run_together_are_no_blocks() -> None:
+    traced = trace(Interleaved(), (torch.randn(2, 8),))
+    assert traced.blocks == ()
+    model = rewrite(traced, LoraConfig(r=2, target_modules=["a", "b"]))
+    with pytest.raises(RewriteError, match=r"the trace has none.*trace\(model, blocks="):
+        model.gradient_checkpointing_enable()
+
+
+METHODS = {
+    "gralora": GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", gralora_dropout=0.3, init_weights=False),
+    "hybrid": GraloraConfig(r=4, hybrid_r=2, target_modules="all-linear", init_weights=False),
+    "lora": LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3, init_lora_weights=False),
+    "dora": DoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    "biases": LoraConfig(r=4, target_modules="all-linear", bias="all", init_lora_weights=False),
+}
+
+
+def step(model: nn.Module, inputs: Any) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Output, gradients, and how many numbers autograd kept for them."""
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    model.zero_grad()
+    torch.manual_seed(2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs)[0]
+    output.square().sum().backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, kept
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "bert", "albert"])
+def test_checkpointing_changes_no_bit_of_outputs_and_gradients_and_keeps_less(name: str, method: str) -> None:
+    model, inputs = rewritten(name, METHODS[method]).train(), fresh_trace(name).graph_inputs
+    output, gradients, kept = step(model, inputs)
+    sizes = []
+    for options, every in (({}, 1), ({}, 2), ({"use_reentrant": True}, 1)):
+        model.gradient_checkpointing_enable(options, every=every)
+        assert model.is_gradient_checkpointing
+        again, others, fewer = step(model, inputs)
+        assert torch.equal(again, output)
+        assert others.keys() == gradients.keys()
+        assert all(torch.equal(others[key], gradients[key]) for key in gradients)
+        sizes.append(fewer)
+    assert sizes[0] < 0.5 * kept
+    assert name == "albert" or sizes[0] < sizes[1] < kept
+    model.eval()
+    assert "checkpoint" not in model._state.current.running.code
+    model.train().gradient_checkpointing_disable()
+    assert step(model, inputs)[2] == kept
+
+
+def test_checkpoints_survive_switches_of_adapters_and_modes() -> None:
+    model = rewritten("llama").train()
+    model.gradient_checkpointing_enable()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    assert model._state.current.running.code.count("checkpoint(") == 2
+    with model.disable_adapter():
+        assert model._state.current.running.code.count("checkpoint(") == 2
+    model.eval().train()
+    assert model._state.current.running.code.count("checkpoint(") == 2
+    assert copy.deepcopy(model).is_gradient_checkpointing
+
+
+def test_blocks_inputs_can_be_offloaded() -> None:
+    model, inputs = rewritten("llama").train(), fresh_trace("llama").graph_inputs
+    expected = step(model, inputs)
+    model.activation_checkpointing_enable(offload=True)
+    actual = step(model, inputs)
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(actual[1][key], expected[1][key]) for key in expected[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "every", "message"),
+    [
+        ({"use_rentrant": False}, 1, "no option use_rentrant; torch's are .*use_reentrant"),
+        ({}, 0, "every must be a whole number of blocks of at least 1, but got 0"),
+        ({}, True, "every must be a whole number of blocks of at least 1, but got True"),
+    ],
+)
+def test_bad_options_of_checkpointing_are_refused(options: Any, every: int, message: str) -> None:
+    model = rewritten("llama")
+    with pytest.raises(RewriteError, match=message):
+        model.gradient_checkpointing_enable(options, every=every)
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_a_base_that_checkpoints_keeps_doing_so(recwarn: pytest.WarningsRecorder) -> None:
+    source, _ = fresh("llama", num_hidden_layers=3)
+    source.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    traced = trace(source)
+    assert not [warning for warning in recwarn if "checkpointing is not part" in str(warning.message)]
+    model = rewrite(traced, LoraConfig(r=2, target_modules=["q_proj"])).train()
+    assert model.is_gradient_checkpointing
+    assert model._state.state.checkpointing == (2, (("use_reentrant", True),), False)
+    assert model._state.current.running.code.count("checkpoint(") == 2  # of layers 0 and 2
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_it_compiles_whole_and_once_for_every_size(checkpoints: bool) -> None:
+    model = rewritten("llama").train()
+    if checkpoints:
+        model.gradient_checkpointing_enable()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    graphs = []
+    for batch, length in ((2, 5), (3, 7), (4, 9)):
+        ids = torch.randint(0, 90, (batch, length))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected, actual = step(model, inputs), step(compiled, inputs)
+        assert torch.equal(actual[0], expected[0])
+        assert all(torch.equal(actual[1][f"_orig_mod.{key}"], gradient) for key, gradient in expected[1].items())
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1]

@@ -1,0 +1,54 @@
+"""FSDP2 over the blocks of a rewritten model: two processes train what one does, and save the same adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parents[1]
+
+
+def trained(output: Path, processes: int, resumed: Path | None = None) -> dict[str, Any]:
+    """Train in processes of torchrun, and return what they found."""
+    output.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, str(TESTS / "model" / "sharded_steps.py"), str(output), *([str(resumed)] if resumed else [])],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = json.loads((output / "found.json").read_text())
+    return found
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest relative difference of the tensors of two adapters, whose configurations must be equal."""
+    assert (one / "adapter_config.json").read_text() == (other / "adapter_config.json").read_text()
+    first, second = load_file(one / "adapter_model.safetensors"), load_file(other / "adapter_model.safetensors")
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max() / first[key].abs().max()) for key in first)
+
+
+def test_two_processes_train_as_one_and_a_checkpoint_of_either_resumes_in_the_other(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    trained(one, 1)
+    for method, found in trained(two, 2).items():
+        assert found["gradients"] <= 1e-6, method
+        assert found["base"] <= 1e-6, method
+        assert found["loaded"] <= 1e-6, method
+        assert found["tokens"] == 5, method
+        assert difference(one / method, two / method) <= 1e-6, method
+        assert difference(two / method, two / f"{method}-again") == 0, method
+    trained(tmp_path / "resumed-in-one", 1, resumed=two)
+    for method in trained(tmp_path / "resumed-in-two", 2, resumed=one):
+        assert difference(tmp_path / "resumed-in-one" / method, tmp_path / "resumed-in-two" / method) <= 1e-6, method
+        assert difference(tmp_path / "resumed-in-one" / method, one / method) > 1e-4, method
