@@ -49,6 +49,12 @@ POINTS: dict[str, str] = {
     "the input, or None where it knows none (core.tracing.inputs.samples).",
     "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",
     "generate options": "A dataclass as cli.generate.PromptOptions: options of the command for such prompts.",
+    "constraints": "A class of run.generate.constraints.Constraints, made of a tokenizer, or None, and a decoder's "
+    "limits.",
+    "request fields": "Models of fields by the name of the request of OpenAI's protocol that has them (the decorator "
+    "with_features), and its hooks (service.protocols.openai.answer_plan).",
+    "chat templates": "A class whose `of` reads what a tokenizer's template of chats does, for the hooks of requests; "
+    "its text is a line of the log.",
     "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any.",
 }
 _OWN = "gralora_"  # how the keys of metadata begin that this project writes

@@ -249,8 +249,8 @@ class OrtModel(OpenExport):
         Raises:
             ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
                 out of range, or an option is unknown, invalid or without effect.
-            FormError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance, which
-                follows it, is not installed.
+            WrongFieldError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance,
+                which follows it, is not installed.
         """
         generation = self.generation  # first: of an export that does not generate, no option is of use
         chosen = Sampling.of(sampling)
@@ -265,10 +265,9 @@ class OrtModel(OpenExport):
         inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds)
         parsed = generation.read(inputs, options, adapter, tokenizer)
         if not (json_schema is None and regex is None and choice is None and grammar is None):
-            from gralora_fx.run.generate.answer_form import FormOptions
-
-            forms = FormOptions(json_schema, regex, choice, grammar)
-            options = replace(options, grammar=self.grammars.of(forms.given))
+            outputs = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}
+            wanted = {"json_schema" if kind == "json" else kind: (kind, value) for kind, value in outputs.items()}
+            options = replace(options, constraint=self.constraints.of(wanted))
         completions = Completions(generation, parsed, tokenizer, options, adapter)
         return completions if stream else completions.result()
 

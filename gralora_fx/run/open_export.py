@@ -39,7 +39,7 @@ from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, op
 from gralora_fx.run.sessions.session_views import is_current_form
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.answer_grammar import Grammars
+    from gralora_fx.run.generate.constraints import Constraints
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.sessions.adapter_file import AdapterInMemory
     from gralora_fx.run.sessions.placement import Placement
@@ -200,15 +200,22 @@ class OpenExport:
         return load_tokenizer(self.directory, ServingError)
 
     @cached_property
-    def grammars(self) -> Grammars:
-        """Compiles forms of answers for the tokenizer beside the model.
+    def constraints(self) -> Constraints:
+        """Compiles what answers have to be, for the tokenizer beside the model.
 
         Raises:
-            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+            ServingError: It has no cache, what its configuration says of answers cannot be followed, or no feature
+                compiles constraints.
         """
-        from gralora_fx.run.generate.answer_grammar import Grammars
+        from gralora_fx.run.generate.constraints import compiler_for
 
-        return Grammars(self.tokenizer_or_none, self.generation.limits)
+        compiler = compiler_for(self.tokenizer_or_none, self.generation.limits)
+        if compiler is None:
+            raise ServingError(
+                "no feature that is installed can say what answers have to be; install gralora-fx with all of its "
+                "features"
+            )
+        return compiler
 
     def _open_later(self, name: str) -> Any:
         self._check_unchanged()

@@ -10,7 +10,7 @@ from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.speculation import Drafts
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.answer_grammar import AnswerGrammar
+    from gralora_fx.run.generate.constraints import Constraint
     from gralora_fx.run.generate.encoder_inputs import AnswerStart
 
 
@@ -21,7 +21,7 @@ class AnswerOptions:
     Attributes:
         sampling: How tokens are chosen and scored, how many there are, and which end an answer.
         stop: Strings that end an answer, checked.
-        grammar: What the tokens of an answer may be; None for any.
+        constraint: What the tokens of an answer may be; None for any.
         shown: Special tokens that are part of an answer's text, as those of calls of tools.
         start: What an encoder-decoder's answer begins with; None for what the model says.
         drafts: How many tokens are proposed for a step, where the answer runs by itself.
@@ -32,7 +32,7 @@ class AnswerOptions:
 
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    grammar: AnswerGrammar | None = None
+    constraint: Constraint | None = None
     shown: frozenset[int] = frozenset()
     start: AnswerStart | None = None
     drafts: Drafts = field(default_factory=Drafts)

@@ -54,9 +54,9 @@ class TextRequest:
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
         """What chooses its tokens."""
-        sampling, grammar = self.options.sampling, self.options.grammar
+        sampling, constraint = self.options.sampling, self.options.constraint
         rules = [] if self.source is None else self.source.processors(sampling, self.prompt, self.max_new_tokens)
-        begun = None if grammar is None else grammar.begin(ends, self.max_new_tokens)
+        begun = None if constraint is None else constraint.begin(ends, self.max_new_tokens)
         return TokenChooser(sampling, self.prompt, ends, rules, begun)
 
     def check(self, limits: DecoderLimits) -> None:

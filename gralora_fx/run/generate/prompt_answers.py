@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gralora_fx.run.generate.prompts import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
-_FORCED = 32  # tokens that a grammar forces, in a step
+_FORCED = 32  # tokens that a constraint forces, in a step
 
 
 class Scored(NamedTuple):
@@ -124,7 +124,7 @@ class _Rows:
         capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
         choosers = [request.chooser(ends) for request in requests]
         self._most = options.drafts.most
-        several = max(_FORCED if options.grammar is not None else LEAST_CHUNK, 1 + self._most)
+        several = max(_FORCED if options.constraint is not None else LEAST_CHUNK, 1 + self._most)
         self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))
         self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]

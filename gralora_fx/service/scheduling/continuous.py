@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.base.amounts import SPECULATIVE_TOKENS, shown_size
 from gralora_fx.run.engine.cache_memory import NoRoomError
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.generate.answer_form import DeadEndError
 from gralora_fx.run.generate.answer_row import AnswerRow
 from gralora_fx.run.generate.completion import Completion, TextRequest
-from gralora_fx.run.generate.request_errors import AdapterLoadError
+from gralora_fx.run.generate.request_errors import AdapterLoadError, DeadEndError
 from gralora_fx.run.generate.speculation import Speculation
 from gralora_fx.run.sessions.paged_memory import trim_heap
 from gralora_fx.service.adapter_store.store import AdapterStore

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's choices, piece by piece or whole: texts and messages, calls of tools, log-probabilities."""
+"""Answers as OpenAI's choices, piece by piece or whole: texts and messages, what else is in them, log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import codecs
 from collections.abc import Sequence
 from typing import Any
 
-from gralora_fx.run.generate.call_reader import CallReader
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.detokenizer import TokenBytes
 from gralora_fx.run.generate.token_choice import TokenScore
+from gralora_fx.service.protocols.openai.answer_plan import AnswerReader
 from gralora_fx.service.scheduling.text_jobs import Piece
 
 _LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON does not have
@@ -26,7 +26,7 @@ class ChoiceWriter:
         texts: TokenBytes,
         *,
         is_chat: bool,
-        reader: CallReader | None = None,
+        reader: AnswerReader | None = None,
     ) -> None:
         """Begin an answer."""
         self._index, self._request, self._echo, self._is_chat = index, request, echo, is_chat
@@ -40,14 +40,13 @@ class ChoiceWriter:
         return self._fields({"delta": {"role": "assistant", "content": ""}}, None, None) if self._is_chat else None
 
     def part(self, piece: Piece) -> dict[str, Any] | None:
-        """A piece of a streamed answer; None while it may be a part of a call's name or mark."""
+        """A piece of a streamed answer; None while it may be a part of an item's mark or name."""
         text, self._echo = self._echo + piece.text, ""
         if not self._is_chat:
             return self._fields({"text": text}, self._logprobs(piece), piece.ending)
-        text, calls = self._read(piece)
-        delta: dict[str, Any] = {"content": text} if text or (piece.scores and not calls) else {}
-        if calls:
-            delta["tool_calls"] = [{"index": index, **call} for index, call in calls.items()]
+        text, items = self._read(piece, streams=True)
+        delta: dict[str, Any] = {"content": text} if text or (piece.scores and not items) else {}
+        delta |= items
         if not delta and piece.ending is None:
             return None
         return self._fields({"delta": delta}, self._logprobs(piece), self._ending(piece))
@@ -56,33 +55,29 @@ class ChoiceWriter:
         """A whole answer, as a single piece."""
         if not self._is_chat:
             return self._fields({"text": self._echo + piece.text}, self._logprobs(piece), piece.ending)
-        text, calls = self._read(piece)
-        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
-        message |= {"refusal": None, "annotations": []}
-        if calls:
-            message["tool_calls"] = list(calls.values())
+        text, items = self._read(piece, streams=False)
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if items else "")}
+        message |= {"refusal": None, "annotations": [], **items}
         return self._fields({"message": message}, self._logprobs(piece), self._ending(piece))
 
-    def _read(self, piece: Piece) -> tuple[str, dict[int, dict[str, Any]]]:
-        """The text of a message, and what it adds to calls, by their numbers."""
+    def _read(self, piece: Piece, *, streams: bool) -> tuple[str, dict[str, Any]]:
+        """The text of a message, and the fields that tell what else is in it."""
         if self._reader is None:
             return piece.text, {}
         parts = self._reader.step(piece.text)
         if piece.ending is not None:
             parts += self._reader.finish()
-        calls: dict[int, dict[str, Any]] = {}
-        for part in parts:
-            if part.call is None:
-                continue
-            call = calls.setdefault(part.call, {"function": {"arguments": ""}})
-            if part.name is not None:
-                call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
-            call["function"]["arguments"] += part.text
-        return "".join(part.text for part in parts if part.call is None), calls
+        items = [part for part in parts if part.item is not None]
+        text = "".join(part.text for part in parts if part.item is None)
+        return text, self._reader.in_chat(items, streams=streams) if items else {}
 
     def _ending(self, piece: Piece) -> str | None:
-        has_called = self._reader is not None and self._reader.calls and self._reader.is_whole
-        return "tool_calls" if piece.ending == "stop" and has_called else piece.ending
+        has_items = self._reader is not None and self._reader.items and self._reader.is_whole
+        return (
+            self._reader.finish_reason
+            if self._reader is not None and piece.ending == "stop" and has_items
+            else piece.ending
+        )
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
         """The scores of a piece; those of the prompt come with the first."""

@@ -48,7 +48,7 @@ async def _answer(
     asks, answers = await questions.ask(asked, request)
     echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(asks.requests)
     choices = [
-        ChoiceWriter(index, question, echo, texts, is_chat=is_chat, reader=asks.reader(engine))
+        ChoiceWriter(index, question, echo, texts, is_chat=is_chat, reader=asks.reader())
         for index, (question, echo) in enumerate(zip(asks.requests, echoes, strict=True))
     ]
     kind = "text_completion"

@@ -27,7 +27,7 @@ def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
     async def respond(asked: ResponseRequest, request: Request) -> Response:
         asks, answers = await questions.ask(asked, request)
         scores = None if asked.top_scores is None else LogprobWriter(texts, is_chat=True)
-        writer = ResponseWriter(asked, asks.reader(engine), scores)
+        writer = ResponseWriter(asked, asks.reader(), scores)
         if asked.stream:
             return with_ignored(EventStream(answers, _events(answers, writer), is_typed=True), asked)
 

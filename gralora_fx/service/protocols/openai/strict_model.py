@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import new_class
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from fastapi import Response
@@ -17,9 +18,11 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from gralora_fx.base.features import parts
 from gralora_fx.service.protocols.openai.idle_fields import Idle
 
 _Item = TypeVar("_Item")
+_Model = TypeVar("_Model", bound="StrictModel")
 
 ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 IGNORED = "X-Ignored-Fields"
@@ -68,6 +71,17 @@ class StrictModel(BaseModel):
         for name in type(self).model_fields:
             if isinstance(value := getattr(self, name), StrictModel):
                 yield from (f"{name}.{inner}" for inner in value.ignored())
+
+
+def with_features(model: type[_Model]) -> type[_Model]:
+    """Return a model of requests with the fields that features add to it; a decorator."""
+    added = [fields[model.__name__] for fields in parts("request fields") if model.__name__ in fields]
+    if not added:
+        return model
+    idle = {name: values for kind in (model, *added) for name, values in kind.without_effect.items()}
+    body = {"__doc__": model.__doc__, "__module__": model.__module__, "without_effect": idle}
+    made: type[_Model] = new_class(model.__name__, (*added, model), exec_body=lambda names: names.update(body))
+    return made
 
 
 def with_ignored(response: Response, asked: StrictModel) -> Response:

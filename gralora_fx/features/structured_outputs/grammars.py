@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.compat.extras import installation
 from gralora_fx.errors import ServingError, first_line, marked, option
+from gralora_fx.features.structured_outputs.answer_form import JSON_STYLE, AnswerForm, is_gbnf, one_form
+from gralora_fx.features.structured_outputs.row_grammar import RowGrammar, problem_of
 from gralora_fx.run.engine.limits import DecoderLimits
-from gralora_fx.run.generate.answer_form import JSON_STYLE, AnswerForm, FormError, GivenForms, is_gbnf, one_form
-from gralora_fx.run.generate.row_grammar import RowGrammar, problem_of
+from gralora_fx.run.generate.constraints import Wanted
+from gralora_fx.run.generate.request_errors import WrongFieldError
 
 # a state takes 1 to 2 kB, and the units of work of a step about 10 ms in all, in which other threads wait
 _LIMITS: Any = {
@@ -45,38 +47,49 @@ class Grammars:
         self._tokens: Any = None  # llguidance's form of the tokenizer
         self._lock = threading.Lock()
 
-    def of(self, given: GivenForms) -> AnswerGrammar | None:
-        """The grammar of the one form among what may be given; None if there is none."""
-        found = one_form(given)
+    @staticmethod
+    def part(wanted: Wanted) -> AnswerForm | None:
+        """Check the one form among what may be given; None if there is none."""
+        return one_form(wanted)
+
+    def of(self, wanted: Wanted) -> AnswerGrammar | None:
+        """Compile the one form among what may be given; None if there is none."""
+        found = one_form(wanted)
         return None if found is None else self.compiled(found)
 
     def compiled(self, form: AnswerForm) -> AnswerGrammar:
         """A form as a grammar."""
+        return AnswerGrammar(self._read(form.field), form, None if self._limits is None else self._limits.vocabulary)
+
+    def joined(self, rules: str, named: Mapping[str, AnswerForm], field: str) -> AnswerGrammar:
+        """Compile rules in Lark in which `@name` stands for a form; an error is about the form that is wrong."""
         try:
-            tokens = self._read()
-        except ServingError as error:
-            raise FormError(form.field, marked(error)) from error
-        return AnswerGrammar(tokens, form, None if self._limits is None else self._limits.vocabulary)
+            parts = [{**_own_rules(form), "name": name} for name, form in named.items()]
+            whole = {"grammars": [{"name": "answer", "lark_grammar": rules}, *parts]}
+            return self.compiled(AnswerForm("joined", json.dumps(whole), field))
+        except ServingError:
+            for form in named.values():
+                self.compiled(form)
+            raise
 
-    def part(self, form: AnswerForm) -> dict[str, Any]:
-        """A form as one of the grammars that a form of the kind `calls` is made of, without a name."""
-        text = _source(form)
-        if not text.startswith("{"):
-            return {"lark_grammar": text}
-        (own,) = json.loads(text)["grammars"]
-        return {name: value for name, value in own.items() if name != "name"}
+    def special_tokens(self, field: str | None = None) -> frozenset[int]:
+        """Ids of the tokens that no text within a grammar has, and which a grammar can name; without end tokens.
 
-    def special_tokens(self) -> frozenset[int]:
-        """Ids of the tokens that no text within a grammar has, and which a grammar can name; without end tokens."""
-        tokens = self._read()
+        Args:
+            field: The field whose error it is if the tokenizer cannot be read.
+        """
+        tokens = self._read(field)
         special = filter(tokens.is_special_token, range(tokens.vocab_size))
         return frozenset(special) - frozenset(tokens.eos_tokens)
 
-    def _read(self) -> Any:
+    def _read(self, field: str | None) -> Any:
         """The tokenizer as llguidance takes it."""
         with self._lock:
             if self._tokens is None:
-                self._tokens = _read(self.tokenizer, frozenset() if self._limits is None else self._limits.ends)
+                try:
+                    self._tokens = _read(self.tokenizer, frozenset() if self._limits is None else self._limits.ends)
+                except ServingError as error:
+                    raise WrongFieldError(field, marked(error)) from error
             return self._tokens
 
 
@@ -96,12 +109,12 @@ class AnswerGrammar:
             lambda: llguidance.LLMatcher(tokens, _source(form), log_level=0, limits=limits)  # without Python's lock
         )
         if self._start.is_error():
-            raise FormError(form.field, f"it cannot be compiled ({problem_of(self._start.get_error())})")
+            raise WrongFieldError(form.field, f"it cannot be compiled ({problem_of(self._start.get_error())})")
         self._field = form.field
         self._ends = frozenset(tokens.eos_tokens)
         self._vocabulary = tokens.vocab_size if vocabulary is None else min(vocabulary, tokens.vocab_size)
         if self.begin(frozenset(), 1).is_complete:
-            raise FormError(form.field, "no token of the model can begin such an answer")
+            raise WrongFieldError(form.field, "no token of the model can begin such an answer")
 
     def begin(self, ends: frozenset[int], most: int) -> RowGrammar:
         """The state of a row that has no token of its answer yet."""
@@ -146,11 +159,20 @@ def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> An
         ) from error
 
 
+def _own_rules(form: AnswerForm) -> dict[str, Any]:
+    """A form as one of llguidance's grammars."""
+    text = _source(form)
+    if not text.startswith("{"):
+        return {"lark_grammar": text}
+    (own,) = json.loads(text)["grammars"]
+    return dict(own)
+
+
 def _source(form: AnswerForm) -> str:
     """A form as llguidance takes it."""
     import llguidance
 
-    if form.kind == "calls":
+    if form.kind == "joined":
         return str(form.value)
     text = json.dumps(form.value) if form.kind == "choice" else str(form.value)
     try:
@@ -159,4 +181,4 @@ def _source(form: AnswerForm) -> str:
         kind = form.kind if form.kind != "grammar" else "gbnf" if is_gbnf(text) else "lark"
         return str(llguidance.grammar_from(kind, text))
     except ValueError as error:
-        raise FormError(form.field, f"it cannot be compiled ({first_line(error)})") from error
+        raise WrongFieldError(form.field, f"it cannot be compiled ({first_line(error)})") from error

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum, auto
+from typing import Any
 
-from gralora_fx.run.generate.call_formats import CallFormat
-
-
-@dataclass(frozen=True)
-class AnswerPart:
-    """Some text of an answer, or of a call in it.
-
-    Attributes:
-        text: Text of the answer, or of the arguments of a call.
-        call: The number of the call; None for text of the answer.
-        name: The name of the tool, where the call begins.
-        id: The call's id, likewise.
-    """
-
-    text: str = ""
-    call: int | None = None
-    name: str | None = None
-    id: str | None = None
+from gralora_fx.features.tools.call_formats import CallFormat
+from gralora_fx.service.protocols.openai.answer_plan import AnswerPart, new_id
 
 
 class _At(Enum):
@@ -45,9 +30,10 @@ class CallReader:
     out, and a call that is cut within its arguments has the beginning of them.
 
     Attributes:
-        calls: How many calls have begun.
-        is_whole: Whether all that have begun are complete.
+        items: How many calls have begun.
     """
+
+    text_field, event, finish_reason = "arguments", "function_call_arguments", "tool_calls"
 
     def __init__(self, form: CallFormat) -> None:
         """Begin an answer."""
@@ -55,7 +41,7 @@ class CallReader:
         self._at = _At.BEGIN if form.begins_answer else _At.TEXT
         self._held = ""
         self._depth, self._in_string, self._is_escaped = 0, False, False
-        self.calls = 0
+        self.items = 0
 
     @property
     def is_whole(self) -> bool:
@@ -88,6 +74,24 @@ class CallReader:
         text, self._held = self._held, ""
         return [AnswerPart(text)] if text and self._at in (_At.BEGIN, _At.TEXT) else []
 
+    def in_chat(self, parts: Sequence[AnswerPart], *, streams: bool) -> dict[str, Any]:
+        """Return the calls of a message, or what a piece of it adds to them."""
+        calls: dict[int | None, dict[str, Any]] = {}
+        for part in parts:
+            call = calls.setdefault(part.item, {"index": part.item} if streams else {})
+            if part.name is not None:
+                call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+            function = call.setdefault("function", {"arguments": ""})
+            function["arguments"] += part.text
+        return {"tool_calls": list(calls.values())}
+
+    @staticmethod
+    def begun(part: AnswerPart) -> dict[str, Any] | None:
+        """Return the item of a response that begins with a part; None if none does."""
+        if part.name is None:
+            return None
+        return {"id": new_id("fc"), "type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
+
     def _take(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
         return text
@@ -116,7 +120,7 @@ class CallReader:
     def _head(self) -> None:
         """Pass what is before a name."""
         form = self._form
-        before = form.start if not self.calls else form.tail + (form.between or "")
+        before = form.start if not self.items else form.tail + (form.between or "")
         self._pass(before + form.head, _At.NAME)
 
     def _name(self) -> AnswerPart | None:
@@ -126,8 +130,8 @@ class CallReader:
         name = self._take(found)
         self._take(len(self._form.middle))
         self._at = _At.ARGUMENTS
-        self.calls += 1
-        return AnswerPart(call=self.calls - 1, name=name, id=self._form.new_id())
+        self.items += 1
+        return AnswerPart(item=self.items - 1, name=name, id=self._form.new_id())
 
     def _arguments(self) -> AnswerPart:
         """Read JSON until its outermost object ends."""
@@ -146,7 +150,7 @@ class CallReader:
                 if not self._depth:
                     end, self._at = index + 1, _At.AFTER
                     break
-        return AnswerPart(self._take(end), call=self.calls - 1)
+        return AnswerPart(self._take(end), item=self.items - 1)
 
     def _after(self) -> None:
         """Find out whether another call follows."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gralora_fx.errors import ServingError
-from gralora_fx.run.generate.answer_form import AnswerForm, FormError
-from gralora_fx.run.generate.answer_grammar import AnswerGrammar, Grammars
-from gralora_fx.run.generate.call_formats import CallFormat
+from gralora_fx.features.tools.call_formats import CallFormat
+from gralora_fx.run.generate.constraints import Constraint, Constraints, Form
+from gralora_fx.run.generate.request_errors import WrongFieldError
 
 _LARGEST = 256 * 1024  # bytes of the schemas of all tools
 _OPEN = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties")
@@ -28,17 +27,21 @@ class Tool:
     """
 
     name: str
-    form: AnswerForm
+    form: Form
 
     @classmethod
-    def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str) -> Tool:
+    def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str, constraints: Constraints) -> Tool:
         """A tool, whose arguments are checked as far as that needs no tokenizer."""
         schema: dict[str, Any] = {"type": "object", **(parameters or {})}
         if schema["type"] != "object":
-            raise FormError(field, "the arguments of a function are an object; give a schema with the type 'object'")
+            raise WrongFieldError(
+                field, "the arguments of a function are an object; give a schema with the type 'object'"
+            )
         if schema.keys().isdisjoint(_OPEN):
             schema["additionalProperties"] = False
-        return cls(name, AnswerForm.of("json", schema, field))
+        form = constraints.part({field: ("json", schema)})
+        assert form is not None
+        return cls(name, form)
 
 
 @dataclass(frozen=True)
@@ -56,37 +59,39 @@ class ToolUse:
     is_parallel: bool
 
 
-def call_grammar(
-    grammars: Grammars, form: CallFormat, use: ToolUse, content: AnswerForm | None = None
-) -> AnswerGrammar:
-    """The grammar of answers that may call tools."""
+def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, content: Form | None = None) -> Constraint:
+    """The grammar of answers that may call tools.
+
+    Args:
+        constraints: Compiles it.
+        form: How calls are written.
+        use: The tools.
+        content: What an answer without calls has to be; None for any text.
+    """
     if content is not None and not use.is_required and form.begins_answer:
-        raise FormError(
+        raise WrongFieldError(
             content.field,
             "it and tools do not go together with this model, whose calls are JSON as the answer would be; give "
             "tool_choice 'none' or 'required', or leave one of them out",
         )
-    if sum(len(tool.form.value) for tool in use.tools) > _LARGEST:
-        raise FormError("tools", f"their schemas are larger than {_LARGEST // 1024} KiB; give fewer or simpler ones")
-    try:
-        own = _Lark(grammars, form, use).text(has_form=content is not None)
-        parts = [{"name": f"arguments_{number}", **grammars.part(tool.form)} for number, tool in enumerate(use.tools)]
-        if content is not None and not use.is_required:
-            parts.append({"name": _CONTENT, **grammars.part(content)})
-        whole = {"grammars": [{"name": "answer", "lark_grammar": own}, *parts]}
-        return grammars.compiled(AnswerForm("calls", json.dumps(whole), "tools"))
-    except ServingError:
-        for tool in use.tools:
-            grammars.compiled(tool.form)  # says which of them it is
-        raise
+    if sum(tool.form.size for tool in use.tools) > _LARGEST:
+        raise WrongFieldError(
+            "tools", f"their schemas are larger than {_LARGEST // 1024} KiB; give fewer or simpler ones"
+        )
+    rules = _Lark(constraints, form, use).text(has_form=content is not None)
+    named = {f"arguments_{number}": tool.form for number, tool in enumerate(use.tools)}
+    if content is not None and not use.is_required:
+        named[_CONTENT] = content
+    return constraints.joined(rules, named, "tools")
 
 
 class _Lark:
     """The rules of an answer around the schemas of its tools, in llguidance's variant of Lark."""
 
-    def __init__(self, grammars: Grammars, form: CallFormat, use: ToolUse) -> None:
+    def __init__(self, constraints: Constraints, form: CallFormat, use: ToolUse) -> None:
         self._form, self._use = form, use
-        special, own = grammars.special_tokens(), form.special_tokens(grammars.tokenizer)
+        special = constraints.special_tokens(use.tools[0].form.field)
+        own = form.special_tokens(constraints.tokenizer)
         self._tokens = {token: index for token, index in own.items() if index in special}
         self._other = special - set(self._tokens.values())
 

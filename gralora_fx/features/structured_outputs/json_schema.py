@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.run.generate.character_classes import portable
+from gralora_fx.features.structured_outputs.character_classes import portable
 
 LARGEST = 64 * 1024  # bytes of a form
 _MOST_PROPERTIES = 1000  # of a schema: the time to compile it, here 0.1 s, grows with their square

@@ -1,4 +1,4 @@
-"""What a tokenizer's template of chats does with tools and reasoning, and chats for one that does not know tools."""
+"""What a tokenizer's template of chats does with tools, and chats for one that does not know tools."""
 
 from __future__ import annotations
 
@@ -9,34 +9,31 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.run.generate.call_formats import FORMATS, GENERAL, CallFormat
+from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat
 
 _INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON schema of its arguments:
 {tools}
 To call one, answer with nothing but its name and arguments in this form:
 {example}"""
 _UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}  # of a function
-_REASONING = ("think", "reasoning")  # as in enable_thinking, </think> and reasoning_content
 _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "its value"}}
 
 
 @dataclass(frozen=True)
 class ToolTemplate:
-    """What a tokenizer's template of chats does with tools, and whether it has reasoning.
+    """What a tokenizer's template of chats does with tools.
 
     Attributes:
         format: The form of calls.
         has_tools: Whether the template describes tools to the model, and writes calls and their results.
         is_known: Whether its own form of calls is one of those above.
         shown: Tokens that are part of the form, whatever a tokenizer leaves out of texts.
-        reasons: Whether the template writes what a model thinks before it answers.
     """
 
     format: CallFormat
     has_tools: bool
     is_known: bool
     shown: frozenset[int]
-    reasons: bool
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:
@@ -48,8 +45,7 @@ class ToolTemplate:
         fits = [known for known in FORMATS if known.fits(text)]
         found = fits[0] if fits else GENERAL
         shown = frozenset(found.special_tokens(tokenizer).values())
-        reasons = any(mark in text.lower() for mark in _REASONING)
-        return cls(found, has_tools="tools" in text, is_known=bool(fits), shown=shown, reasons=reasons)
+        return cls(found, has_tools="tools" in text, is_known=bool(fits), shown=shown)
 
     def __str__(self) -> str:
         """What is said at the start."""

@@ -1,4 +1,4 @@
-"""The tools of a request, and which of them its answer may or must call."""
+"""Tools and choices of tools in requests: which tools there are, and which an answer may or must call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from gralora_fx.errors import shown
-from gralora_fx.run.generate.answer_form import FormError
-from gralora_fx.run.generate.call_grammar import Tool, ToolUse
+from gralora_fx.features.tools.call_grammar import Tool, ToolUse
+from gralora_fx.run.generate.constraints import Constraints
+from gralora_fx.run.generate.request_errors import WrongFieldError
 from gralora_fx.service.protocols.openai.strict_model import StrictModel
 
-_MOST = 128  # OpenAI's
+MOST = 128  # OpenAI's
 _DESCRIBED = ("name", "description", "parameters")  # what a model is told of a function
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 Mode: TypeAlias = Literal["none", "auto", "required"]
@@ -64,7 +65,7 @@ class AllowedTools(StrictModel):
     """Some of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=_MOST, fail_fast=True)]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MOST, fail_fast=True)]
 
 
 class AllowedToolsChoice(ToolChoice):
@@ -80,56 +81,37 @@ class AllowedToolsChoice(ToolChoice):
         return allowed.mode, tools
 
 
-class ToolCaller(StrictModel):
-    """What chats and responses share: tools that an answer may call, and no answer begins with its prompt."""
+class _Function(StrictModel):
+    """The kind of tools that there are; a field of its own, so that it is what is said of another kind."""
 
-    tool_choice: Mode | ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-
-    @abstractmethod
-    def functions(self) -> dict[str, FunctionFields]:
-        """The tools by the names of their fields."""
-
-    @property
-    def echo(self) -> bool:
-        """Whether the answer begins with the prompt: never."""
-        return False
-
-    @property
-    def has_tools(self) -> bool:
-        """Whether it has tools, whose schemas are to be checked."""
-        return bool(self.functions())
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether an answer may have several calls."""
-        return self.parallel_tool_calls is not False
-
-    def template_tools(self) -> list[dict[str, Any]]:
-        """The tools as templates of chats take them; none if the answer may call none."""
-        return [] if self.tool_choice == "none" else [template_tool(function) for function in self.functions().values()]
-
-    def tool_use(self) -> ToolUse | None:
-        """The tools that the answer may call; None if it calls none.
-
-        Raises:
-            FormError: A tool's arguments are no schema, two have one name, or a choice names none of them.
-        """
-        choice = self.tool_choice
-        mode, named = choice.named() if isinstance(choice, ToolChoice) else (choice or "auto", dict[str, str]())
-        named = {f"tool_choice.{field}": name for field, name in named.items()}
-        return chosen_tools(self.functions(), mode, named, is_parallel=self.is_parallel and mode != "named")
+    type: Literal["function"]
 
 
-class ToolFields(ToolCaller):
-    """The fields of a chat that are about tools."""
+class ResponseTool(FunctionFields, _Function):
+    """A function as a tool of a response."""
 
-    tools: Annotated[list[ChatTool] | None, Field(max_length=_MOST, fail_fast=True)] = None
-    tool_choice: Mode | NamedTool | AllowedToolsChoice | None = None
 
-    def functions(self) -> dict[str, FunctionFields]:
-        """The tools by the names of their fields."""
-        return {f"tools.{index}.function": tool.function for index, tool in enumerate(self.tools or ())}
+class NamedFunction(ToolChoice):
+    """A tool of a response by its name."""
+
+    type: Literal["function"]
+    name: str
+
+    def named(self) -> tuple[Literal["named"], dict[str, str]]:
+        """The one tool, which is called."""
+        return "named", {"name": self.name}
+
+
+class AllowedFunctions(ToolChoice):
+    """Some of a response's tools, and whether one of them must be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MOST, fail_fast=True)]
+
+    def named(self) -> tuple[Literal["auto", "required"], dict[str, str]]:
+        """The tools, and what their mode says."""
+        return self.mode, {f"tools.{index}.name": tool.name for index, tool in enumerate(self.tools)}
 
 
 def template_tool(function: FunctionFields) -> dict[str, Any]:
@@ -142,6 +124,7 @@ def chosen_tools(
     functions: dict[str, FunctionFields],
     mode: Literal["none", "auto", "required", "named"],
     named: dict[str, str],
+    constraints: Constraints | None,
     *,
     is_parallel: bool,
 ) -> ToolUse | None:
@@ -149,13 +132,14 @@ def chosen_tools(
     tools: dict[str, Tool] = {}
     for field, function in functions.items():
         if function.name in tools:
-            raise FormError(f"{field}.name", f"another tool is called {shown(function.name)} too; rename one")
-        tools[function.name] = Tool.of(function.name, function.parameters, f"{field}.parameters")
+            raise WrongFieldError(f"{field}.name", f"another tool is called {shown(function.name)} too; rename one")
+        assert constraints is not None
+        tools[function.name] = Tool.of(function.name, function.parameters, f"{field}.parameters", constraints)
     for field, name in named.items():
         if name not in tools:
-            raise FormError(field, f"no tool is called {shown(name)}; name one of the tools")
+            raise WrongFieldError(field, f"no tool is called {shown(name)}; name one of the tools")
     if mode != "auto" and mode != "none" and not tools:
-        raise FormError("tool_choice", "there are no tools to choose from; give tools, or leave it out")
+        raise WrongFieldError("tool_choice", "there are no tools to choose from; give tools, or leave it out")
     if mode == "none" or not tools:
         return None
     kept: Sequence[Tool] = [tools[name] for name in dict.fromkeys(named.values())] or list(tools.values())

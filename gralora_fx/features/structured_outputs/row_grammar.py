@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.run.generate.answer_form import DeadEndError
+from gralora_fx.run.generate.request_errors import DeadEndError
 
 _foreseeing = ThreadPoolExecutor(1, "gralora-fx masks")  # one, as a step of the model wants the other cores
 

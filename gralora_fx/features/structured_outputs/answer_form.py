@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from gralora_fx.errors import ServingError, marked, shown
-from gralora_fx.run.generate.character_classes import portable
-from gralora_fx.run.generate.json_schema import check_size, schema_text
+from gralora_fx.features.structured_outputs.character_classes import portable
+from gralora_fx.features.structured_outputs.json_schema import check_size, schema_text
+from gralora_fx.run.generate.constraints import Wanted
+from gralora_fx.run.generate.request_errors import WrongFieldError
 
-FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "calls"]
-GivenForms: TypeAlias = Mapping[str, tuple[FormKind, Any]]  # by a name: the kind, and a value or None
+FormKind: TypeAlias = Literal["json", "regex", "choice", "grammar", "joined"]
 # as json.dumps writes it, so that much of an answer is forced, and no row writes white space for ever; without \\uXXXX,
 # which could write the name of a member a second time
 JSON_STYLE: Any = {
@@ -32,45 +33,13 @@ _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while i
 
 
 @dataclass(frozen=True)
-class FormOptions:
-    """The forms that `generate` may be asked for, of which one is given; values as of `AnswerForm.of`."""
-
-    json_schema: Mapping[str, Any] | str | None = None
-    regex: str | None = None
-    choice: Sequence[str] | None = None
-    grammar: str | None = None
-
-    @property
-    def given(self) -> GivenForms:
-        """The kind and value of each, by its name."""
-        return {
-            "json_schema": ("json", self.json_schema),
-            "regex": ("regex", self.regex),
-            "choice": ("choice", self.choice),
-            "grammar": ("grammar", self.grammar),
-        }
-
-
-class FormError(ServingError):
-    """The form of an answer cannot be followed."""
-
-    def __init__(self, field: str | None, problem: str) -> None:
-        """Say what is wrong."""
-        super().__init__(problem if field is None else f"{field}: {problem}")
-        self.field = field
-
-
-class DeadEndError(FormError):
-    """No token can go on with an answer in its form, or the form is too complex there."""
-
-
-@dataclass(frozen=True)
 class AnswerForm:
     """A form, checked as far as that needs no tokenizer.
 
     Attributes:
         kind: Of which kind it is.
-        value: The schema as JSON text, the expression, the choices, or the grammar; of calls, llguidance's grammars.
+        value: The schema as JSON text, the expression, the choices, or the grammar; of rules that
+            name others, llguidance's grammars.
         field: The option or field that asks for it; None if that is not known.
     """
 
@@ -78,13 +47,18 @@ class AnswerForm:
     value: str | tuple[str, ...]
     field: str | None = None
 
+    @property
+    def size(self) -> int:
+        """How many characters describe it."""
+        return len(self.value) if isinstance(self.value, str) else sum(map(len, self.value))
+
     @classmethod
     def of(cls, kind: FormKind, value: Any, field: str | None = None) -> AnswerForm:
         """A form of what a caller gives."""
         try:
             return cls(kind, schema_text(value) if kind == "json" else _checked(kind, value), field)
         except ServingError as error:
-            raise FormError(field, marked(error)) from error
+            raise WrongFieldError(field, marked(error)) from error
 
 
 def _checked(kind: FormKind, value: Any) -> str | tuple[str, ...]:
@@ -141,10 +115,10 @@ def with_checked_parts(grammar: str) -> str:
     return "".join([*kept, grammar[begin:]])
 
 
-def one_form(given: GivenForms) -> AnswerForm | None:
+def one_form(given: Wanted) -> AnswerForm | None:
     """The one form among what may be given, by its name; None if there is none."""
     forms = {name: pair for name, pair in given.items() if pair[1] is not None}
     if len(forms) > 1:
         first, second, *_ = forms
-        raise FormError(second, f"an answer has one form, and {first} is given too; give one of them")
+        raise WrongFieldError(second, f"an answer has one form, and {first} is given too; give one of them")
     return next((AnswerForm.of(kind, value, name) for name, (kind, value) in forms.items()), None)
