@@ -79,8 +79,8 @@ _NAMED = {
     "images": "image|pixel",
     "speech": r"speech|audio|whisper|\brecordings?\b",  # a span's `is_recording` is OpenTelemetry's
     "tools": r"(?<!\w)tool(s?\b|_|call|choice|use)|function_call",
-    "structured_outputs": r"grammar|structured.?output|json_?schema|llguidance|response_format|guided_",
-    "speculation": r"\bdraft(s|ed)?\b|draft_|speculat|prompt_lookup",
+    "structured_outputs": r"\bgrammars?\b|structured.?output|llguidance|guided_|form of (the|an) answer",
+    "speculation": r"draft_tokens|\bdrafted\b|speculat|prompt_lookup",
     "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
 _NAMED_OUTSIDE = 3  # files outside its folder that may name a feature

@@ -100,7 +100,7 @@ class Counts(Observer):
     def generated(self, tokens: int) -> None:
         self.new += tokens
 
-    def drafted(self, proposed: int, accepted: int) -> None:
+    def proposed(self, tokens: int, accepted: int) -> None:
         pass
 
     def failed(self) -> None:

@@ -40,7 +40,7 @@ _NOWHERE = "_empty_nn_module_stack"  # what torch.export says of a node that no 
 
 
 def name_axes(model: ir.Model) -> PassResult[ir.Model]:
-    """Name the symbolic axes of a graph as tools expect them.
+    """Name the symbolic axes of a graph as other programs expect them.
 
     Before: `input_ids [s72, s53] -> logits [s72, 5]`
     After:  `input_ids [batch_size, sequence_length] -> logits [batch_size, 5]`

@@ -51,6 +51,8 @@ POINTS: dict[str, str] = {
     "generate options": "A dataclass as cli.generate.PromptOptions: options of the command for such prompts.",
     "constraints": "A class of run.generate.constraints.Constraints, made of a tokenizer, or None, and a decoder's "
     "limits.",
+    "proposers": "A class of run.generate.answer_row.Proposer, made of nothing: proposes next tokens of rows, which a "
+    "step verifies.",
     "request fields": "Models of fields by the name of the request of OpenAI's protocol that has them (the decorator "
     "with_features), and its hooks (service.protocols.openai.answer_plan).",
     "chat templates": "A class whose `of` reads what a tokenizer's template of chats does, for the hooks of requests; "

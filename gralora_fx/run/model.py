@@ -19,7 +19,6 @@ from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.prompt_answers import Completions
 from gralora_fx.run.generate.prompts import GenerateInputs, stop_strings
 from gralora_fx.run.generate.sampling import Sampling
-from gralora_fx.run.generate.speculation import Drafts
 from gralora_fx.run.open_export import OpenExport
 from gralora_fx.run.sessions.ort_values import image_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
@@ -256,8 +255,10 @@ class OrtModel(OpenExport):
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
-        drafts, tokenizer = Drafts(prompt_lookup_num_tokens), self.tokenizer_or_none
-        options = AnswerOptions(chosen, stop_strings(stop, tokenizer), drafts=drafts)
+        if prompt_lookup_num_tokens is not None:
+            generation.proposer.most(prompt_lookup_num_tokens)
+        tokenizer = self.tokenizer_or_none
+        options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
             from gralora_fx.run.generate.encoder_inputs import AnswerStart
 

@@ -34,7 +34,7 @@ from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.buffered_steps import takes_buffers
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.engine.session_decoders import RowsDecoder, SequentialDecoder
-from gralora_fx.run.generate.generation import Generation
+from gralora_fx.run.generate.prompt_answers import Generation
 from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, open_session
 from gralora_fx.run.sessions.session_views import is_current_form
 
@@ -264,8 +264,9 @@ def _decoder_generation(export: OpenExport) -> Generation:
         manifest = export.manifest
         if not is_current_form(export.first_session):
             warn_caller(
-                f"{export.directory / ROWS_NAME} was written by an earlier version: drafts are not verified by it, and "
-                "the last digits of an adapter's answer may depend on the rows beside it; export the model again, with "
+                f"{export.directory / ROWS_NAME} was written by an earlier version: proposed tokens are not verified "
+                "by it, and the last digits of an adapter's answer may depend on the rows beside it; export the model "
+                "again, with "
                 f"{option(overwrite=True)}"
             )
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None

@@ -73,8 +73,8 @@ def _app(
         metrics.measure_memory(engine.queue.memory)
     if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
         metrics.measure_prefixes(engine.queue.prefix_cache)
-    if isinstance(engine, TextEngine) and engine.queue.speculates:
-        metrics.measure_drafts()
+    if isinstance(engine, TextEngine) and engine.queue.proposes:
+        metrics.measure_proposed()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

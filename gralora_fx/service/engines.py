@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.amounts import shown_size
 from gralora_fx.base.features import parts
-from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.core.config.service_settings import OF_DECODERS, ServiceSettings
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.errors import ServingError, option
 from gralora_fx.format.export_directory import PLAIN_KIND
@@ -21,6 +21,7 @@ from gralora_fx.format.tasks import generates
 from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.prefix_cache import PrefixCacheError
+from gralora_fx.run.generate.answer_row import new_proposer
 from gralora_fx.run.generate.constraints import Constraints, compiler_for
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.model import OrtModel
@@ -142,7 +143,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
-    for name in ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens"):
+    for name in OF_DECODERS:
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
@@ -167,19 +168,14 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     decoder.step({row: [token]})
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
-    if decoder.draft_problem is None:
-        _logger.info("speculation: up to %d tokens that an answer repeats are verified in a step", settings.drafted)
-    elif settings.speculative_tokens:
-        raise ServingError(f"speculative_tokens has no effect: {decoder.draft_problem}; leave --speculative-tokens out")
-    else:
-        _logger.info("no speculation: %s", decoder.draft_problem)
+    _logger.info(new_proposer().note(settings.proposed, decoder.verify_problem))
     queue = ContinuousScheduler(
         decoder,
         tokenizer,
         observer,
         max_queue=settings.max_queue,
         models=models,
-        most_drafted=settings.drafted,
+        most_proposed=settings.proposed,
     )
     models.trial = try_decoder(model)
     template = str(getattr(tokenizer, "chat_template", None) or "").lower()

@@ -106,7 +106,7 @@ class Metrics:
         self._tokens: Counter | None = None
         self._first: Histogram | None = None
         self._prefixes: tuple[Counter, ...] = ()
-        self._drafts: tuple[Counter, ...] = ()
+        self._proposed: tuple[Counter, ...] = ()
         self._loads = Counter(
             "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
         )
@@ -178,11 +178,11 @@ class Metrics:
         made_room = "Blocks, or snapshots, that made room for others."
         self._now.watch("prefix_cache_evictions", made_room, lambda: cache.evictions)
 
-    def measure_drafts(self) -> None:
+    def measure_proposed(self) -> None:
         """Measure tokens that are proposed and verified, too, also by the names that vLLM has for them."""
         proposed, accepted = "Tokens that were proposed, and verified.", "Proposed tokens that were chosen."
         for prefix in ("gralora_fx_", "vllm:spec_decode_num_"):
-            self._drafts += (
+            self._proposed += (
                 Counter(f"{prefix}draft_tokens", proposed, registry=self.registry),
                 Counter(f"{prefix}accepted_tokens", accepted, registry=self.registry),
             )
@@ -246,9 +246,9 @@ class Metrics:
         for counter, count in zip(self._prefixes, (tokens, found) * 2, strict=False):
             counter.inc(count)
 
-    def drafted(self, proposed: int, accepted: int) -> None:
+    def proposed(self, tokens: int, accepted: int) -> None:
         """A step verified tokens that were proposed, of which some were chosen."""
-        for counter, count in zip(self._drafts, (proposed, accepted) * 2, strict=False):
+        for counter, count in zip(self._proposed, (tokens, accepted) * 2, strict=False):
             counter.inc(count)
 
     def generated(self, tokens: int) -> None:

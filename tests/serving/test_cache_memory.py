@@ -181,7 +181,7 @@ def answers(decoder: Any, requests: Sequence[TextRequest]) -> tuple[list[str], l
         return found
 
     decoder.step = noted
-    scheduler = ContinuousScheduler(decoder, chat_tokenizer(), Mock(spec=Observer), max_queue=32, most_drafted=4)
+    scheduler = ContinuousScheduler(decoder, chat_tokenizer(), Mock(spec=Observer), max_queue=32, most_proposed=4)
     callers = [Caller() for _ in requests]
     scheduler.submit([(request, caller.events.put) for request, caller in zip(requests, callers, strict=True)])
     scheduler.start()

@@ -20,6 +20,7 @@ REFUSED: dict[str, list[tuple[dict[str, object], str]]] = {
         ({"tool_choice": "none"}, "tool_choice is not supported; leave it out"),
         ({"messages": HISTORY}, "messages.1.role: Input should be 'system', 'developer', 'user' or 'assistant'"),
     ],
+    "speculation": [],
     "structured_outputs": [
         ({"response_format": {"type": "json_object"}}, "response_format is not supported; leave it out"),
         ({"guided_regex": "a"}, "guided_regex is not supported; leave it out"),
@@ -64,6 +65,8 @@ def test_its_fields_are_refused_and_texts_are_served(feature: str, tmp_path: Pat
     *refused, plain, regex, drafts = printed.splitlines()
     assert refused == [f"400 {message}" for _, message in REFUSED[feature]]
     assert plain == "answered"
+    proposed = "3 proposed tokens are asked for, and no feature that is installed proposes any; install gralora-fx"
     expected = f"{NOT_THERE} answers have to be; install gralora-fx with all of its features"
     assert regex == ("regex " + (expected if feature == "structured_outputs" else "answered"))
-    assert drafts == "prompt_lookup_num_tokens answered"
+    told = f"{proposed} with all of its features" if feature == "speculation" else "answered"
+    assert drafts == f"prompt_lookup_num_tokens {told}"

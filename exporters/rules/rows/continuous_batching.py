@@ -82,7 +82,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     are.
 
     `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime has another kernel for the attention of one
-    token than for several, with other last bits, so rows that verify drafts ask for that of several. A model that keeps
+    token than for several, with other last bits, so rows that verify tokens ask for that of several. A model that keeps
     states has no such input, since its rows cannot be set back.
     """
     graph = model.graph

@@ -1,4 +1,4 @@
-"""Inputs of a decoder's step that a caller may leave out: those of images, and those with which drafts are verified."""
+"""Inputs of a decoder's step that a caller may leave out: those of images, and those with which tokens are verified."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def optional_image_inputs(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(len(optional))
 
 
-def optional_draft_inputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Give the inputs of a rows' graph with which drafts are verified a value that stands for none.
+def optional_verifying_inputs(model: ir.Model) -> PassResult[ir.Model]:
+    """Give the inputs of a rows' graph with which proposed tokens are verified a value that stands for none.
 
     Before: `graph(input_ids, query_seqlens, past_seqlens, attention_seqlens, logits_indices, ...)`
     After:  the same with `attention_seqlens = [0]` and `logits_indices = []` where they are not given

@@ -23,7 +23,7 @@ _CONTENTS = ("contentMediaType", "contentEncoding", "contentSchema")
 _TEXTS = ("title", "description", "default", "examples", "example", "$comment")
 _NOTES = (*_TEXTS, "deprecated", "readOnly", "writeOnly", *_CONTENTS)
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # are followed
-# values of other keywords that every answer meets, as tools write them
+# values of other keywords that every answer meets, as programs write them
 _IDLE: dict[str, Any] = {"propertyNames": (True, {}, {"type": "string"}), "uniqueItems": (False,)}
 # within JSON, a control character that has no escape of its own
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(?:\\u00(?:[01][0-9a-f]|7f)|\x7f)")

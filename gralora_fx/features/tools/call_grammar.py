@@ -1,4 +1,4 @@
-"""Grammars of answers that may call tools: free text until a call begins, then a call that meets a tool's schema."""
+"""The constraint on answers that may call tools: free text until a call begins, then a call that meets a tool's schema."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ToolUse:
 
 
 def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, content: Form | None = None) -> Constraint:
-    """The grammar of answers that may call tools.
+    """The constraint on answers that may call tools.
 
     Args:
         constraints: Compiles it.
@@ -96,7 +96,7 @@ class _Lark:
         self._other = special - set(self._tokens.values())
 
     def text(self, *, has_form: bool) -> str:
-        """The grammar."""
+        """The rules."""
         start = self._form.start
         if self._use.is_required:
             rules = {"start": "calls"}

@@ -24,7 +24,7 @@ class _At(Enum):
 
 
 class CallReader:
-    """Reads one answer, whose calls are written as their grammar has them.
+    """Reads one answer, whose calls are written as their format has them.
 
     Text that may be the beginning of a call is held back until that is known. What is cut within a call's name is left
     out, and a call that is cut within its arguments has the beginning of them.

@@ -86,8 +86,8 @@ class ToolCaller(PlannedRequest):
         if (use := self.tool_use(engine.constraints)) is None:
             return super().plan(engine)
         template = engine.templates[ToolTemplate]
-        grammar = call_grammar(engine.constraints, template.format, use, engine.constraints.part(self.wanted()))
-        return AnswerPlan(grammar, template.shown, partial(CallReader, template.format))
+        constraint = call_grammar(engine.constraints, template.format, use, engine.constraints.part(self.wanted()))
+        return AnswerPlan(constraint, template.shown, partial(CallReader, template.format))
 
     def chats(
         self, chat: Sequence[Mapping[str, Any]], engine: TextEngine

@@ -63,7 +63,7 @@ class RowsDecoder(Decoder):
         if self._states:
             problem = f"{_STATES}, which cannot be set back"
         apart = reads_tokens_apart(session)
-        super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem, is_apart=apart)
+        super().__init__(limits, size, gives_all=gives_all(session), verify_problem=problem, is_apart=apart)
         self._adapters, self._images = adapters, ImageRows(session)
         self._row_stacks = None
         if ADAPTER_IDS in inputs:

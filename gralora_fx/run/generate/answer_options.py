@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.generate.sampling import Sampling
-from gralora_fx.run.generate.speculation import Drafts
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.constraints import Constraint
@@ -22,9 +21,9 @@ class AnswerOptions:
         sampling: How tokens are chosen and scored, how many there are, and which end an answer.
         stop: Strings that end an answer, checked.
         constraint: What the tokens of an answer may be; None for any.
-        shown: Special tokens that are part of an answer's text, as those of calls of tools.
+        shown: Special tokens that are part of an answer's text.
         start: What an encoder-decoder's answer begins with; None for what the model says.
-        drafts: How many tokens are proposed for a step, where the answer runs by itself.
+        proposed: The most tokens that are proposed for a step of the answer alone; None for as many as pay.
         scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
             `sampling.logprobs` says; the answer may then have no tokens.
         salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
@@ -35,7 +34,7 @@ class AnswerOptions:
     constraint: Constraint | None = None
     shown: frozenset[int] = frozenset()
     start: AnswerStart | None = None
-    drafts: Drafts = field(default_factory=Drafts)
+    proposed: int | None = None
     scores_prompt: bool = False
     salt: str | None = None
 

@@ -117,10 +117,10 @@ class TokenChooser:
             self._ids += forced
         return Choice(token, score, forced, constraint.is_complete)
 
-    def plausible(self, draft: list[int]) -> list[int]:
+    def plausible(self, proposed: list[int]) -> list[int]:
         """What proposed tokens begin with that the constraint of the answer allows."""
         constraint = self._constraint
-        return draft if constraint is None or constraint.forced else draft[: constraint.prefix(draft)]
+        return proposed if constraint is None or constraint.forced else proposed[: constraint.prefix(proposed)]
 
     def _choose(self, logits: NDArray[Any]) -> int:
         if self._generator is None and not self._rules:

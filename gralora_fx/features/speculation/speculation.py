@@ -6,39 +6,17 @@ import heapq
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from gralora_fx.base.amounts import SPECULATIVE_TOKENS
 from gralora_fx.errors import ServingError
-from gralora_fx.run.generate.answer_row import LONGEST, AnswerRow
+from gralora_fx.features.speculation.ngrams import LONGEST, NGrams
+from gralora_fx.run.generate.answer_row import AnswerRow
 
+_MOST = 16  # tokens of a draft, where nothing else is said
 _LEAST_LIKELY = 0.1
 _LOSS = 0.02  # share of its time that a row may lose to drafts
 _MOST_CREDIT = 2.0  # steps
 _WEIGHT = 0.05  # of the last token, in how often a proposed one was chosen
 _KEPT, _FORGOTTEN = 5, 500  # times of steps of a size; steps after which they say nothing any more
-
-
-@dataclass(frozen=True)
-class Drafts:
-    """The option of drafts: the most tokens of an answer that are proposed for a step.
-
-    Attributes:
-        prompt_lookup_num_tokens: How many; None for as many as pay, 0 for none.
-    """
-
-    prompt_lookup_num_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the number."""
-        given = self.prompt_lookup_num_tokens
-        if not (given is None or (type(given) is int and given >= 0)):
-            raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {given!r:.80}")
-
-    @property
-    def most(self) -> int:
-        """The most tokens of a draft."""
-        return SPECULATIVE_TOKENS if self.prompt_lookup_num_tokens is None else self.prompt_lookup_num_tokens
 
 
 class StepCosts:
@@ -105,16 +83,36 @@ class Speculation:
         self._likely = [matched / (matched + 3) for matched in range(LONGEST + 1)]
         self._excess = 0.0  # of the last step over one without drafts, in such steps
 
+    @staticmethod
+    def most(wanted: int | None) -> int:
+        """Check an option, and return the most tokens that are proposed for a row."""
+        if not (wanted is None or (type(wanted) is int and wanted >= 0)):
+            raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {wanted!r:.80}")
+        return _MOST if wanted is None else wanted
+
+    def note(self, wanted: int | None, problem: str | None) -> str:
+        """Return a line for a log."""
+        if problem is None:
+            return f"speculation: up to {self.most(wanted)} tokens that an answer repeats are verified in a step"
+        if wanted:
+            raise ServingError(f"speculative_tokens has no effect: {problem}; leave --speculative-tokens out")
+        return f"no speculation: {problem}"
+
+    @staticmethod
+    def text(prompt: Sequence[int]) -> NGrams:
+        """Begin a text."""
+        return NGrams(prompt)
+
     def saw(self, matched: int, is_proposed: bool) -> None:
         """Take note of a token: how many before it occurred earlier, and whether it went on as then."""
         if matched:
             self._likely[matched] += _WEIGHT * (is_proposed - self._likely[matched])
 
     def propose(self, rows: Sequence[AnswerRow], room: int, most: int) -> int:
-        """Make the drafts of a step in which rows read the tokens that were chosen."""
+        """Make the drafts of a step in which rows read tokens that were chosen; returns how many tokens they have."""
         base = sum(len(row.unread) for row in rows)
         limits = [min(most, row.most, room - len(row.unread)) if row.matched else 0 for row in rows]
-        if max(limits, default=0) < 1 or not self._costs.knows(base) or any(row.credit < 0 for row in rows):
+        if max(limits, default=0) < 1 or not self._costs.knows(base) or any(_text(row).credit < 0 for row in rows):
             return 0
         counts = self._best_counts(rows, limits, base)
         return sum(row.propose(count) for row, count in zip(rows, counts, strict=True) if count)
@@ -141,18 +139,24 @@ class Speculation:
             counts[index] -= 1
         return counts
 
-    def ran(self, size: int, drafted: int, seconds: float) -> None:
+    def ran(self, size: int, proposed: int, seconds: float) -> None:
         """A step of rows that answer took so long.
 
         Args:
             size: How many tokens it read.
-            drafted: How many of them were proposed.
+            proposed: How many of them were proposed.
             seconds: How long it took.
         """
         self._costs.add(size, seconds)
-        base, cost = size - drafted, self._costs(size) if self._costs.knows(size) else seconds
-        self._excess = cost / self._costs(base) - 1 if drafted else 0.0
+        base, cost = size - proposed, self._costs(size) if self._costs.knows(size) else seconds
+        self._excess = cost / self._costs(base) - 1 if proposed else 0.0
 
     def settle(self, row: AnswerRow, gained: int) -> None:
         """Take note of what a row that read in the last step got."""
-        row.credit = min(row.credit + gained - self._excess + _LOSS, _MOST_CREDIT)
+        text = _text(row)
+        text.credit = min(text.credit + gained - self._excess + _LOSS, _MOST_CREDIT)
+
+
+def _text(row: AnswerRow) -> NGrams:
+    assert isinstance(row.text, NGrams)
+    return row.text
