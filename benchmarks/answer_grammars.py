@@ -19,7 +19,7 @@ import torch
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx.features.structured_outputs.answer_form import AnswerForm
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.answer_options import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import load
 

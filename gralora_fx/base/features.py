@@ -7,10 +7,12 @@ point, whose contract `POINTS` states, and imports no feature itself.
 from __future__ import annotations
 
 import pkgutil
+import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 _PACKAGE = f"{__name__.partition('.')[0]}.features"
@@ -64,7 +66,7 @@ _OWN = "gralora_"  # how the keys of metadata begin that this project writes
 
 @dataclass(frozen=True)
 class Feature:
-    """A capability in a folder of its own.
+    """A capability in a folder of its own, as the folder's `feature.toml` says; reading it loads nothing of the folder.
 
     Attributes:
         name: Name of its folder.
@@ -87,9 +89,14 @@ class Feature:
 @cache
 def features() -> tuple[Feature, ...]:
     """Return the features whose folders are there, by name."""
-    folders = import_module(_PACKAGE).__path__
-    names = sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
-    return tuple(import_module(f"{_PACKAGE}.{name}").FEATURE for name in names)
+    (folder,) = import_module(_PACKAGE).__path__
+    names = sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
+    return tuple(_read(Path(folder, name, "feature.toml")) for name in names)
+
+
+def _read(file: Path) -> Feature:
+    record = tomllib.loads(file.read_text(encoding="utf-8"))
+    return Feature(file.parent.name, frozenset(record.get("signs", ())), record["parts"])
 
 
 def parts(point: str, signs: Collection[str] | None = None) -> list[Any]:

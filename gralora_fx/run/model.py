@@ -15,10 +15,9 @@ from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart, Sampling
 from gralora_fx.run.generate.prompt_answers import Completions
 from gralora_fx.run.generate.prompts import GenerateInputs, stop_strings
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.open_export import OpenExport
 from gralora_fx.run.sessions.ort_values import image_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
@@ -260,8 +259,6 @@ class OrtModel(OpenExport):
         tokenizer = self.tokenizer_or_none
         options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
-            from gralora_fx.run.generate.encoder_inputs import AnswerStart
-
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
         inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds)
         parsed = generation.read(inputs, options, adapter, tokenizer)

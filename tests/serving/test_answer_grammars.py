@@ -30,8 +30,8 @@ from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.features.structured_outputs.answer_form import AnswerForm
 from gralora_fx.features.structured_outputs.grammars import Grammars
 from gralora_fx.run.engine.limits import DecoderLimits
+from gralora_fx.run.generate.answer_options import Sampling
 from gralora_fx.run.generate.request_errors import DeadEndError, WrongFieldError
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import Decoder, load
 

@@ -15,8 +15,7 @@ from traces import fresh_trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.speculation.ngrams import LONGEST, NGrams
-from gralora_fx.features.speculation.speculation import Speculation, StepCosts
+from gralora_fx.features.speculation.speculation import LONGEST, NGrams, Speculation, StepCosts
 from gralora_fx.run.generate.answer_row import AnswerRow
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load

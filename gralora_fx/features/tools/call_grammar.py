@@ -1,4 +1,4 @@
-"""The constraint on answers that may call tools: free text until a call begins, then a call that meets a tool's schema."""
+"""Constraints on answers that may call tools: text until a call begins, then a call that meets a tool's schema."""
 
 from __future__ import annotations
 

@@ -15,29 +15,10 @@ from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import AdapterNames
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.generate.answer_options import AnswerStart
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts
 from gralora_fx.run.sessions.ort_values import as_array
-
-
-@dataclass(frozen=True)
-class AnswerStart:
-    """Options of an encoder-decoder: what its answers begin with.
-
-    Attributes:
-        language: The language that the encoder reads; None for the model's default, or that which it detects.
-        task: What is done with it; None for the model's default.
-        forced_bos_token_id: The token that the answer to a text begins with; None for the model's.
-    """
-
-    language: str | None = None
-    task: str | None = None
-    forced_bos_token_id: int | None = None
-
-    def check_unused(self, reason: str, *names: str) -> None:
-        """Raise a `ServingError` with a reason if one of some options is given, which have no effect."""
-        if unused := [name for name in names if getattr(self, name) is not None]:
-            raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import LEAST_CHUNK, Decoder, part_length
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart
 from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
 from gralora_fx.run.generate.prompts import GenerateInputs, Prompts, with_images
@@ -66,8 +66,6 @@ class Generation:
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return with_images(texts, inputs.inputs_embeds)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
-        from gralora_fx.run.generate.encoder_inputs import AnswerStart
-
         return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
 
 

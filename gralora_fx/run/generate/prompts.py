@@ -20,8 +20,8 @@ from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.sessions.ort_values import plain_array
 
 if TYPE_CHECKING:
+    from gralora_fx.run.generate.answer_options import Sampling
     from gralora_fx.run.generate.generation_rules import GenerationRules
-    from gralora_fx.run.generate.sampling import Sampling
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets package names them
 _SURROGATE = re.compile("[\ud800-\udfff]")

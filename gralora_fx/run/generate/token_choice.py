@@ -21,7 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.answer_options import Sampling
 
 if TYPE_CHECKING:
     from gralora_fx.run.generate.constraints import RowConstraint

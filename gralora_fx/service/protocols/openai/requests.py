@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.run.generate.sampling import LEAST_DIVISOR, Sampling
+from gralora_fx.run.generate.answer_options import LEAST_DIVISOR, Sampling
 from gralora_fx.service.protocols.openai.answer_plan import PlannedRequest
 from gralora_fx.service.protocols.openai.idle_fields import CHAT, EVERYWHERE, STREAM_OPTIONS, TEXT, Idle
 from gralora_fx.service.protocols.openai.messages import MessageFields, template_messages
