@@ -15,9 +15,9 @@ from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart, Sampling
+from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart, Sampling, stop_strings
 from gralora_fx.run.generate.prompt_answers import Completions
-from gralora_fx.run.generate.prompts import GenerateInputs, stop_strings
+from gralora_fx.run.generate.prompts import GenerateInputs
 from gralora_fx.run.open_export import OpenExport
 from gralora_fx.run.sessions.ort_values import image_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of

@@ -31,7 +31,7 @@ from gralora_fx.format.export_files import check_files, check_requirements, weig
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.run.engine.adapters import Adapters
-from gralora_fx.run.engine.buffered_steps import takes_buffers
+from gralora_fx.run.engine.cache_buffers import takes_buffers
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.engine.session_decoders import RowsDecoder, SequentialDecoder
 from gralora_fx.run.generate.prompt_answers import Generation

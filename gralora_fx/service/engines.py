@@ -18,7 +18,7 @@ from gralora_fx.errors import ServingError, option
 from gralora_fx.format.export_directory import PLAIN_KIND
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.tasks import generates
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.prefix_cache import PrefixCacheError
 from gralora_fx.run.generate.answer_row import new_proposer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -120,6 +120,8 @@ class FormattedText(StrictModel):
 
 class ResponseFormats(PlannedRequest):
     """The form of a response's text."""
+
+    changing: ClassVar[frozenset[str]] = frozenset({"text"})
 
     if TYPE_CHECKING:  # the field itself is the request's
         text: FormattedText | None

@@ -50,14 +50,6 @@ class ToolCaller(PlannedRequest):
         """The tools by the names of their fields."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether its answers are text that may be anything."""
-        if self.functions():
-            return False
-        self.tool_use(None)  # which says what is wrong with a choice among none
-        return super().is_plain
-
-    @property
     def is_parallel(self) -> bool:
         """Whether an answer may have several calls."""
         return self.parallel_tool_calls is not False
@@ -79,14 +71,15 @@ class ToolCaller(PlannedRequest):
 
     def plan(self, engine: TextEngine) -> AnswerPlan:
         """Plan the answers; constraints are compiled, which takes a while."""
-        if engine.constraints is None:
+        if (constraints := engine.constraints) is None and self.functions():
             raise WrongFieldError(
                 "tools", "no feature that is installed can say what calls of them have to be; leave it out"
             )
-        if (use := self.tool_use(engine.constraints)) is None:
+        if (use := self.tool_use(constraints)) is None:
             return super().plan(engine)
+        assert constraints is not None
         template = engine.templates[ToolTemplate]
-        constraint = call_grammar(engine.constraints, template.format, use, engine.constraints.part(self.wanted()))
+        constraint = call_grammar(constraints, template.format, use, constraints.part(self.wanted()))
         return AnswerPlan(constraint, template.shown, partial(CallReader, template.format))
 
     def chats(

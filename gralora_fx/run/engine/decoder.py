@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, option, shown
-from gralora_fx.run.engine.bounded_rows import BoundedRows, Source
-from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
+from gralora_fx.run.engine.cache_memory import BoundedRows, CacheMemory, NoRoomError, Source
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
 from gralora_fx.run.engine.shared_rows import QUERIES, SharedRows

@@ -17,9 +17,8 @@ from gralora_fx.format.cache_slots import KINDS, past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.run.engine.adapter_slots import RowStacks
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
-from gralora_fx.run.engine.bounded_rows import Source
-from gralora_fx.run.engine.buffered_steps import BufferedSteps
-from gralora_fx.run.engine.cache_buffers import CacheBuffers, RowLayout
+from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.image_rows import ImageRows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, option
 from gralora_fx.run.engine.limits import DecoderLimits
@@ -15,6 +17,7 @@ from gralora_fx.run.engine.limits import DecoderLimits
 if TYPE_CHECKING:
     from gralora_fx.run.generate.constraints import Constraint
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NEW_TOKENS = 64
 _LARGEST = 2**31 - 1  # ids and seeds that runtimes accept
 LEAST_DIVISOR = 1e-6  # of logits, which smaller ones make infinite in float32
@@ -225,6 +228,22 @@ class AnswerOptions:
     def ends(self, limits: DecoderLimits) -> frozenset[int]:
         """Return the ids of the tokens that end an answer: those that are asked for, or the model's."""
         return limits.ends if self.sampling.ends is None else self.sampling.ends
+
+
+def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
+    """Strings that end an answer, checked."""
+    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
+        raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if stops and tokenizer is None:
+        raise ServingError(
+            f"stop strings need a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
+        )
+    if wrong := next(filter(_SURROGATE.search, stops), None):
+        raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
+    if "" in stops:
+        raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
+    return stops
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import DecoderLimits, TooLargeError
 from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.detokenizer import TextStream

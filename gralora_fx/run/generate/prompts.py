@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
-from gralora_fx.errors import ServingError, first_line, option
+from gralora_fx.errors import ServingError, first_line
 from gralora_fx.format.input_names import EMBEDS
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.sessions.ort_values import plain_array
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from gralora_fx.run.generate.generation_rules import GenerationRules
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets package names them
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -198,22 +196,6 @@ def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
 
     axis = IMAGE_INPUTS[name].axis if name in IMAGE_INPUTS else 0
     return np.expand_dims(array, min(axis, array.ndim))
-
-
-def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
-    """Strings that end an answer, checked."""
-    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
-        raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if stops and tokenizer is None:
-        raise ServingError(
-            f"stop strings need a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
-        )
-    if wrong := next(filter(_SURROGATE.search, stops), None):
-        raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
-    if "" in stops:
-        raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
-    return stops
 
 
 def _rows(prompts: Iterable[Any]) -> Iterable[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from gralora_fx.run.generate.constraints import Constraint, Wanted
 from gralora_fx.service.protocols.openai.strict_model import StrictModel
@@ -86,12 +86,18 @@ class AnswerPlan:
 
 
 class PlannedRequest(StrictModel):
-    """What features may change about the answers to a request."""
+    """What features may change about the answers to a request.
+
+    Attributes:
+        changing: Fields beside those that features add which may change its answers.
+    """
+
+    changing: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def is_plain(self) -> bool:
-        """Whether its answers are text that may be anything."""
-        return all(value is None for _, value in self.wanted().values())
+        """Whether no field is given that may change its answers, which then are text that may be anything."""
+        return (self.added | self.changing).isdisjoint(self.given)
 
     def wanted(self) -> Wanted:
         """Return what the text of an answer has to be, by the fields that say so."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPart, AnswerReader, new_id
-from gralora_fx.service.protocols.openai.choices import LogprobWriter
+from gralora_fx.service.protocols.openai.completions import LogprobWriter
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
 from gralora_fx.service.scheduling.text_jobs import Piece
 

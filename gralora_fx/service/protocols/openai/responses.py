@@ -11,7 +11,7 @@ from gralora_fx.run.generate.detokenizer import TokenBytes
 from gralora_fx.run.generate.request_errors import DeadlineError, RunError
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.error_responses import status_of
-from gralora_fx.service.protocols.openai.choices import LogprobWriter
+from gralora_fx.service.protocols.openai.completions import LogprobWriter
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
 from gralora_fx.service.protocols.openai.response_writer import ResponseWriter
 from gralora_fx.service.protocols.openai.strict_model import with_ignored

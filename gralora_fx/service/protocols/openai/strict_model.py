@@ -37,10 +37,12 @@ class StrictModel(BaseModel):
 
     Attributes:
         without_effect: Fields that are accepted although they change no answer; of some only these values.
+        added: Fields that features add.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     without_effect: ClassVar[Idle] = {}
+    added: ClassVar[frozenset[str]] = frozenset()
     _ignored: tuple[str, ...] = PrivateAttr(())
     _given: tuple[str, ...] = PrivateAttr(())
 
@@ -79,8 +81,9 @@ def with_features(model: type[_Model]) -> type[_Model]:
     if not added:
         return model
     idle = {name: values for kind in (model, *added) for name, values in kind.without_effect.items()}
-    body = {"__doc__": model.__doc__, "__module__": model.__module__, "without_effect": idle}
-    made: type[_Model] = new_class(model.__name__, (*added, model), exec_body=lambda names: names.update(body))
+    names = frozenset(name for kind in added for name in kind.model_fields)
+    body = {"__doc__": model.__doc__, "__module__": model.__module__, "without_effect": idle, "added": names}
+    made: type[_Model] = new_class(model.__name__, (*added, model), exec_body=lambda namespace: namespace.update(body))
     return made
 
 

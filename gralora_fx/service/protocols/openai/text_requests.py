@@ -15,9 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.errors import ServingError, concerning, option
 from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, stop_strings
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.prompts import stop_strings
 from gralora_fx.run.generate.text_sources import TextSources
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, AnswerReader
