@@ -292,12 +292,11 @@ def _encoder_decoder_generation(export: OpenExport) -> Generation:
 
 def _reader_of(inputs: Mapping[str, Any]) -> type[EncoderInputs]:
     """Return what reads the prompts of an encoder: texts, those of a feature, or arrays alone."""
-    if IDS in inputs:
-        from gralora_fx.run.generate.text_sources import TextSources
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs, TextSources
 
+    if IDS in inputs:
         return TextSources
     from gralora_fx.base.features import parts
-    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 
     return next((kind for kind in parts("encoder inputs") if kind.reads(inputs)), EncoderInputs)
 

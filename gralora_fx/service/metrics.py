@@ -1,7 +1,8 @@
-"""What the service tells Prometheus."""
+"""What is measured: counters and gauges, also under the names that vLLM and a gateway's picker of servers know."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.engine.prefix_cache import PrefixCache
 from gralora_fx.service.adapter_store.store import AdapterStore
+from gralora_fx.service.scheduling.queue import JobQueue
 
 _KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
 _BY_STATUS = {
@@ -258,3 +260,37 @@ class Metrics:
     def _count(self, kind: str, tokens: int) -> None:
         if self._tokens is not None:
             self._tokens.labels(kind).inc(tokens)
+
+
+class GatewayMetrics(Collector):
+    """Requests that run and wait, how full the caches of rows are, and which adapters are in memory.
+
+    The Gateway API Inference Extension reads them of a model server, under vLLM's names, to choose one for a request:
+    https://github.com/kubernetes-sigs/gateway-api-inference-extension, docs/proposals/003-model-server-protocol.
+    """
+
+    def __init__(self, models: AdapterStore, queue: JobQueue[Any]) -> None:
+        """Take what is measured."""
+        self._models, self._queue = models, queue
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as Prometheus' client asks for them."""
+        models, queue = self._models, self._queue
+        yield self._gauge("num_requests_running", "Requests, or rows of them, that run.", queue.running)
+        yield self._gauge(
+            "num_requests_waiting", "Requests, or rows of them, that wait.", queue.waiting + models.pending.requests
+        )
+        yield self._gauge("kv_cache_usage_perc", "Share of the rows' caches that is filled.", queue.cache_usage)
+        adapters = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "When the adapters in memory, and those that requests wait for, were read.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        most = str(models.limits.count or len(models.adapters))
+        adapters.add_metric((most, ",".join(models.adapters), ",".join(models.pending.names)), time.time())
+        yield adapters
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=("model_name",))
+        gauge.add_metric((self._models.base,), value)
+        return gauge

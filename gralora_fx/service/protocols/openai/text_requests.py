@@ -17,7 +17,7 @@ from gralora_fx.errors import ServingError, concerning, option
 from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
 from gralora_fx.run.generate.answer_options import AnswerOptions, stop_strings
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.text_sources import TextSources
+from gralora_fx.run.generate.encoder_inputs import TextSources
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, AnswerReader
 from gralora_fx.service.protocols.openai.idle_fields import OF_REASONING
