@@ -11,8 +11,8 @@ from gralora_fx.format.adapter_inputs import is_adapter_tensor
 def float32_inputs(model: ir.Model) -> PassResult[ir.Model]:
     """Make every half-precision input float32 and cast it inside the model; cache and adapters keep their dtype.
 
-    Before: `y = MatMul(pixel_values, w)`, `pixel_values: float16`
-    After:  `y = MatMul(Cast(pixel_values, to=float16), w)`, `pixel_values: float32`
+    Before: `y = MatMul(input_values, w)`, `input_values: float16`
+    After:  `y = MatMul(Cast(input_values, to=float16), w)`, `input_values: float32`
     """
     count = 0
     for value in model.graph.inputs:

@@ -4,7 +4,9 @@ from gralora_fx.base.features import Feature
 
 FEATURE = Feature(
     "speech",
+    signs=frozenset({"input_features", "input_values"}),
     parts={
+        "main inputs": "speech_task:MAIN_INPUTS",
         "tasks": "speech_task:TASKS",
         "example inputs": "sound_examples:example_of",
         "encoder inputs": "speech_inputs:SpeechInputs",

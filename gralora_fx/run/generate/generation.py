@@ -13,7 +13,7 @@ from gralora_fx.run.engine.adapters import AdapterNames
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
 from gralora_fx.run.generate.answer_options import AnswerOptions
-from gralora_fx.run.generate.prompts import GenerateInputs, Prompts, with_images
+from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.generate.speculation import Speculation
 
 if TYPE_CHECKING:
@@ -51,8 +51,19 @@ class Generation:
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
-            return with_images(texts, inputs.inputs_embeds)
+            return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
         from gralora_fx.run.generate.encoder_inputs import AnswerStart
 
         return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
+
+
+def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
+    """Return prompts with what stands in the place of their tokens, as a feature reads it."""
+    from gralora_fx.base.features import parts
+
+    readers = parts("given prompts", (EMBEDS,))
+    if not readers:
+        inputs.check_unused("no feature that is installed reads it", EMBEDS)
+    given: Prompts = readers[0](texts, inputs.inputs_embeds)
+    return given

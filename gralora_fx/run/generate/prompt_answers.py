@@ -61,7 +61,7 @@ class Completions(Iterator[Any]):
                 options.of_answer(index),
                 name,
                 source,
-                prompts.images[index] if prompts.images else None,
+                prompts.given[index] if prompts.given else None,
             )
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]

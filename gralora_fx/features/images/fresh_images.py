@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
 
 _IMAGES = 0.4  # the share of positions that have an image
 
@@ -19,8 +18,8 @@ def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: tor
     examples = model.example_inputs
     given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES
     drawn: dict[str, Tensor] = {IDS: torch.where(given, GIVEN, case[IDS])}
-    for name in filter(examples.__contains__, IMAGE_INPUTS):
-        spec, example = IMAGE_INPUTS[name], examples[name]
+    for name, spec in beside_ids(examples).items():
+        example = examples[name]
         drawn[name] = spec.of_text(example, case)
         if example.is_floating_point():
             drawn[name] = torch.randn(drawn[name].shape, generator=generator).to(example.dtype)

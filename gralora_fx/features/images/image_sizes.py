@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from functools import partial
+from typing import Any, ClassVar, Final, Literal
 
-from gralora_fx.errors import TraceError, option, shown
-from gralora_fx.format.input_names import IMAGES, takes_images
-
-if TYPE_CHECKING:  # the command line reads sizes before torch is loaded
-    from torch import nn
+from gralora_fx.errors import TraceError, shown
+from gralora_fx.features.images.input_table import IMAGES
+from gralora_fx.format.input_facts import OtherValues
 
 DYNAMIC: Final = "dynamic"
-INTERPOLATE = "interpolate_pos_encoding"  # transformers' argument of models with a table of positions
 ImageSize = tuple[int, int] | Literal["dynamic"] | None
 
 
@@ -29,6 +26,9 @@ class ImageSizes:
         multiple_of: What they have to be multiples of, if they vary.
     """
 
+    input: ClassVar = IMAGES
+    title: ClassVar = "images"
+
     fixed: tuple[int, int] | None = None
     reason: str | None = None
     least: tuple[int, int] = (1, 1)
@@ -41,16 +41,27 @@ class ImageSizes:
         multiples = f", in multiples of {self.multiple_of}" if self.multiple_of > 1 else ""
         return f"{pixels(self.least)} or more{multiples}"
 
-    def problem(self, shape: Sequence[int], channels: int | None) -> str | None:
+    @property
+    def trace_options(self) -> Mapping[str, Any]:
+        """The size that was traced for, as an option of `trace`."""
+        return {"image_size": self.fixed or DYNAMIC}
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """The smallest height and width."""
+        return self.fitting((1, 1))
+
+    def problem(self, shape: Sequence[int], sizes: Sequence[Any]) -> str | None:
         """What is wrong with images of a shape, and what to do; None if they are taken.
 
         Args:
             shape: `[batch, channels, height, width]`.
-            channels: How many channels are taken, or None for any number.
+            sizes: The graph's own; any number of channels is taken where they have none.
         """
         if len(shape) != 4:
             return f"has shape {list(shape)}, but images are [batch, channels, height, width]; add or drop axes"
-        if channels is not None and shape[1] != channels:
+        channels = next(iter(sizes[1:2]), None)
+        if isinstance(channels, int) and shape[1] != channels:
             last = shape[3] == channels
             remedy = "its channels come last: move them to axis 1" if last else "convert them, as its processor does"
             return f"has {shape[1]} channels, of shape {list(shape)}, but the model takes {channels}; {remedy}"
@@ -78,6 +89,29 @@ class ImageSizes:
         )
         return height, width
 
+    def others(self, example: Any) -> Iterator[tuple[str, OtherValues]]:
+        """Yield sizes smaller and larger than an example's, odd if they may be, where sizes vary."""
+        if self.fixed is not None:
+            return
+        height, width = example.shape[2:]
+        for size in (self.fitting((height // 2 + 1, width)), self.fitting((width + 5, height + 3))):
+            yield f"images of {pixels(size)}", partial(_drawn, size)
+
+    def wrong_field(self) -> str | None:
+        """Return the name of a field with a size below 1; None if there is none."""
+        sizes = {"fixed": self.fixed or (), "least": self.least}
+        return next((name for name, size in sizes.items() if any(axis < 1 for axis in size)), None)
+
+
+FACTS = {"image_sizes": ImageSizes}
+
+
+def _drawn(size: tuple[int, int], images: Any, generator: Any) -> Any:
+    """Return random images of another height and width."""
+    import torch
+
+    return torch.randn(*images.shape[:2], *size, generator=generator).to(images.dtype)
+
 
 def pixels(size: tuple[int, int]) -> str:
     """A height and a width in words."""
@@ -91,49 +125,3 @@ def check_image_size(image_size: object) -> None:
     is_pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
     if not is_pair or any(type(size) is not int or size < 1 for size in image_size):  # type: ignore[attr-defined]
         raise TraceError(f"image_size is {shown(image_size)}; give a height and a width, (224, 224), or {DYNAMIC!r}")
-
-
-def at_image_size(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    constants: dict[str, Any],
-    image_size: tuple[int, int] | Literal["dynamic"],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Example inputs and constants for a requested image size.
-
-    A model with a table of positions is told to interpolate it, if the size is not its own.
-    """
-    check_image_size(image_size)
-    if not takes_images(inputs):
-        raise TraceError(
-            f"{option(image_size=...)} is for models that take images, {IMAGES} of [batch, channels, height, width], "
-            f"and {type(model).__name__} takes {', '.join(inputs)}; leave it out"
-        )
-    if isinstance(image_size, (tuple, list)):
-        inputs = resized(inputs, (image_size[0], image_size[1]))
-    if may_interpolate(model) and (image_size == DYNAMIC or tuple(image_size) != _own_size(model)):
-        constants = {INTERPOLATE: True, **constants}
-    return inputs, constants
-
-
-def may_interpolate(model: nn.Module) -> bool:
-    """Whether a model has a table of positions that it may interpolate."""
-    return INTERPOLATE in inspect.signature(type(model).forward).parameters
-
-
-def _own_size(model: nn.Module) -> tuple[int, int] | None:
-    """The image size in a model's configuration."""
-    config = getattr(model, "config", None)
-    size = getattr(getattr(config, "vision_config", config), "image_size", None)
-    if isinstance(size, int):
-        return size, size
-    return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None
-
-
-def resized(sample: Mapping[str, Any], size: tuple[int, int], rows: int | None = None) -> dict[str, Any]:
-    """The inputs with images cropped from repetitions of the example's own, and optionally only some rows."""
-    images = sample[IMAGES]
-    counts = [-(-new // old) for new, old in zip(size, images.shape[2:], strict=True)]
-    images = images.repeat(1, 1, *counts)[:, :, : size[0], : size[1]].contiguous()
-    inputs = {**sample, IMAGES: images}
-    return inputs if rows is None else {name: value[:rows] for name, value in inputs.items()}
