@@ -50,6 +50,7 @@ class ImageOptions:
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(self.image_size))
         if match is None:
             raise ConfigError(
-                f"--image-size takes a height and a width, such as 224x224, or dynamic, but got {self.image_size!r:.80}"
+                f"{option('image_size')} takes a height and a width, such as 224x224, or dynamic, but got "
+                f"{self.image_size!r:.80}"
             )
         return int(match[1]), int(match[2])
