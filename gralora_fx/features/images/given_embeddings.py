@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.core.tracing.inputs.cache import positions
 from gralora_fx.features.images.image_inputs import deepstack_part, embedding_of
-from gralora_fx.features.images.input_table import FEATURES, GRID
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID
 from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
 
 

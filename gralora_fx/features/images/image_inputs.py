@@ -1,19 +1,21 @@
-"""Example inputs of a trace: pixels, and what images put beside the ids of a decoder's step."""
+"""Example inputs of a trace, and random ones of verification: pixels, and what images put beside the ids of a step."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.features.images.image_tasks import reads_images
-from gralora_fx.features.images.input_table import FEATURES, GRID, IMAGES
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, IMAGES, reads_images
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
 
+_IMAGES = 0.4  # the share of a case's positions that have an image
 # by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
 _COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
 _COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
@@ -72,6 +74,27 @@ def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[s
     if (name := _types_of_blocks(model)) is not None:
         inputs[name] = (torch.arange(mask.shape[1]) % 4 > 1).long().expand(mask.shape).contiguous()
     return {IDS: torch.where(given, GIVEN, ids), **inputs}
+
+
+def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw what a step of a model that takes embeddings beside ids has of images, at some of its positions."""
+    examples = model.example_inputs
+    given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES
+    drawn: dict[str, Tensor] = {IDS: torch.where(given, GIVEN, case[IDS])}
+    for name, spec in beside_ids(examples).items():
+        example = examples[name]
+        drawn[name] = spec.of_text(example, case)
+        if example.is_floating_point():
+            drawn[name] = torch.randn(drawn[name].shape, generator=generator).to(example.dtype)
+            if name != EMBEDS:  # features are those of images alone
+                drawn[name] = drawn[name] * given.unsqueeze(-1)
+        elif spec.follows == IDS:
+            high = case["attention_mask"].shape[1]
+            places = torch.randint(0, high, drawn[name].shape, generator=generator)
+            drawn[name] = torch.where(given, places, drawn[name])
+        else:  # types of tokens
+            drawn[name] = (torch.rand(drawn[name].shape, generator=generator) < _IMAGES).to(example.dtype)
+    return drawn
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:

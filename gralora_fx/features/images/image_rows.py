@@ -1,20 +1,53 @@
-"""What images put in the place of the first tokens of rows: embeddings, and the positions and features with them."""
+"""What images put in the place of the first tokens of prompts and rows: embeddings, and what goes with them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.features.images.input_table import GRID, STEP_INPUTS
+from gralora_fx.features.images.tasks_and_inputs import GRID, STEP_INPUTS
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
+from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.given_rows import GivenRows
-from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_arguments
+from gralora_fx.run.generate.prompts import Prompts
+from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_arguments, plain_array
 
 _SPECS = {each.name: each for each in STEP_INPUTS}
+
+
+def with_images(prompts: Prompts, embeds: Any) -> Prompts:
+    """Return prompts with what images put in the place of their tokens.
+
+    Args:
+        prompts: The prompts.
+        embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each.
+    """
+    given = [embeds] if prompts.is_single else list(embeds) if isinstance(embeds, (list, tuple)) else None
+    if given is None or len(given) != len(prompts.rows):
+        raise ServingError(
+            f"inputs_embeds has to be a list of {len(prompts.rows)}, one for each prompt, None for one of text alone"
+        )
+    images: list[Source | None] = []
+    for index, each in enumerate(given):
+        named = each if isinstance(each, Mapping) or each is None else {EMBEDS: each}
+        arrays = {} if named is None else {name: plain_array(name, value) for name, value in named.items()}
+        images.append(None if named is None else {name: _of_one_row(name, array) for name, array in arrays.items()})
+        count, wanted = len(arrays[EMBEDS]) if EMBEDS in arrays else None, len(prompts.rows[index])
+        if count is not None and count != wanted:
+            raise ServingError(
+                f"prompt {index} has {wanted} tokens and inputs_embeds {count}; give embeddings of all of its tokens"
+            )
+    return replace(prompts, given=images)
+
+
+def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    axis = _SPECS[name].axis if name in _SPECS else 0
+    return np.expand_dims(array, min(axis, array.ndim))
 
 
 class ImageRows(GivenRows):

@@ -18,7 +18,7 @@ from gralora_fx.core.tracing.check import difference, eager_failure, fixed_axes
 from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.errors import Message, TraceError, marked, option, remedy, warn_caller
 from gralora_fx.features.images.image_sizes import DYNAMIC, ImageSize, ImageSizes, check_image_size, pixels
-from gralora_fx.features.images.input_table import IMAGES
+from gralora_fx.features.images.tasks_and_inputs import IMAGES
 from gralora_fx.format.input_names import PAST
 
 _INTERPOLATE = "interpolate_pos_encoding"  # transformers' argument of models with a table of positions
