@@ -19,7 +19,7 @@ from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart, S
 from gralora_fx.run.generate.prompt_answers import Completions
 from gralora_fx.run.generate.prompts import GenerateInputs
 from gralora_fx.run.open_export import OpenExport
-from gralora_fx.run.sessions.ort_values import image_arguments
+from gralora_fx.run.sessions.ort_values import optional_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import EncoderDecoderSession, with_adapter
@@ -90,10 +90,10 @@ class OrtModel(OpenExport):
         """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
         from gralora_fx.run.call_arrays import CallInputs
 
-        taken = (*self._called.get_inputs(), *image_arguments(self._called))
+        taken = (*self._called.get_inputs(), *optional_arguments(self._called))
         inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
         is_pair = isinstance(self._called, EncoderDecoderSession)
-        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
+        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.facts)
 
     def load_adapter(self, name: str, path: AdapterSource) -> None:
         """Load an adapter, so that calls, or rows of them, can name it.

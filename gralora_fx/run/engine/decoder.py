@@ -123,8 +123,8 @@ class Decoder(BoundedRows):
 
         Args:
             adapter: Its adapter; None for the base.
-            source: What an encoder-decoder's encoder reads, by name; of a decoder what images put in the place of the
-                row's first tokens (see `ImageRows.begin`), or None.
+            source: What an encoder-decoder's encoder reads, by name; of a decoder what stands in the place of the row's
+                first tokens (see `GivenRows.begin`), or None.
             salt: Rows share what they read with those of the same salt alone.
             max_length: The most tokens that it reads, for a bound of memory; None for its capacity.
 
@@ -146,7 +146,7 @@ class Decoder(BoundedRows):
             self._take_room(number, max_length, source)
             if self._shared is not None:
                 self._shared.begin(number, version, salt)
-                if source is not None:  # no token tells what images are in its place
+                if source is not None:  # no token tells what is in its place
                     self._shared.lose([number])
             return number
 

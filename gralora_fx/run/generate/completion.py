@@ -32,7 +32,7 @@ class TextRequest:
         options: How it is answered; `max_new_tokens` of their sampling is not used.
         adapter: The adapter to answer with; None for the base.
         source: What an encoder-decoder's encoder reads; None of a decoder.
-        images: What images put in the place of a decoder's first tokens, by name; None of text alone.
+        given: What stands in the place of a decoder's first tokens, by name; None of text alone.
     """
 
     prompt: tuple[int, ...]
@@ -40,7 +40,7 @@ class TextRequest:
     options: AnswerOptions = field(default_factory=AnswerOptions)
     adapter: str | None = None
     source: EncoderInput | None = None
-    images: Source | None = None
+    given: Source | None = None
 
     @property
     def max_length(self) -> int:
@@ -49,8 +49,8 @@ class TextRequest:
 
     @property
     def arrays(self) -> Source | None:
-        """What a row is opened with: what an encoder reads, or what images put in the place of a decoder's tokens."""
-        return self.images if self.source is None else self.source.arrays
+        """What a row is opened with: what an encoder reads, or what stands in the place of a decoder's tokens."""
+        return self.given if self.source is None else self.source.arrays
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
         """What chooses its tokens."""

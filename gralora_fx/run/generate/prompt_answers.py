@@ -19,7 +19,7 @@ from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
 from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart
 from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
-from gralora_fx.run.generate.prompts import GenerateInputs, Prompts, with_images
+from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
@@ -64,9 +64,20 @@ class Generation:
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
-            return with_images(texts, inputs.inputs_embeds)
+            return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)
         inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
         return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
+
+
+def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
+    """Return prompts with what stands in the place of their tokens, as a feature reads it."""
+    from gralora_fx.base.features import parts
+
+    readers = parts("given prompts", (EMBEDS,))
+    if not readers:
+        inputs.check_unused("no feature that is installed reads it", EMBEDS)
+    given: Prompts = readers[0](texts, inputs.inputs_embeds)
+    return given
 
 
 class Scored(NamedTuple):
@@ -103,7 +114,7 @@ class Completions(Iterator[Any]):
                 options.of_answer(index),
                 name,
                 source,
-                prompts.images[index] if prompts.images else None,
+                prompts.given[index] if prompts.given else None,
             )
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]

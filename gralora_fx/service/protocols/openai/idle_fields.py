@@ -43,7 +43,7 @@ REASONING: Idle = {"effort": None, "summary": None, "generate_summary": None}
 TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # another would be a shorter or longer answer
 STREAM_OPTIONS: Idle = {"include_obfuscation": None}
 
-# what a response is asked to hold of files, images, searches and reasoning, which no request here has
+# what a response is asked to hold of files, searches and reasoning, which no request here has
 IdleInclude: TypeAlias = Literal[
     "file_search_call.results",
     "web_search_call.results",

@@ -15,11 +15,9 @@ from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.inputs.samples import inputs_for_task
 from gralora_fx.errors import ServingError, TraceError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx
-from gralora_fx.format.input_names import IMAGE_INPUT_NAMES
 from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
 from tests.architectures.image_prompts import image_inputs_of, image_prompt, tiny_image_model
@@ -71,10 +69,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     prompt = image_prompt(model)
     logits, inputs = image_inputs_of(model, prompt)
     return Exported(model, load(directory / "onnx", threads=1), directory, prompt, logits, inputs)
-
-
-def test_sessions_know_every_input_by_its_name() -> None:
-    assert tuple(IMAGE_INPUTS) == IMAGE_INPUT_NAMES
 
 
 def test_an_image_is_what_the_model_makes_of_its_pixels(qwen: Exported) -> None:

@@ -26,7 +26,7 @@ from gralora_fx import trace
 from gralora_fx.cli.commands import app
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.format.image_sizes import ImageSizes
+from gralora_fx.features.images.image_sizes import ImageSizes
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 
@@ -72,7 +72,7 @@ def test_one_session_takes_images_of_any_size(name: str, tmp_path: Path) -> None
 def test_serving_names_the_least_size(tmp_path: Path) -> None:
     exported("convnext", tmp_path / "onnx")
     served = load(tmp_path / "onnx")
-    assert served.manifest.image_sizes == ImageSizes(least=(32, 32))
+    assert served.manifest.facts["image_sizes"] == ImageSizes(least=(32, 32))
     assert served(pixel_values=torch.randn(2, 3, 40, 64)).logits.shape == (2, 2)
     with pytest.raises(ServingError, match="images of 31 x 64, but the model takes 32 x 32 or more; enlarge them"):
         served(pixel_values=torch.randn(1, 3, 31, 64))
@@ -87,7 +87,7 @@ def test_serving_names_the_least_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "image_size", "size"), [("swin", None, (32, 32)), ("vit", (48, 16), (48, 16))])
 def test_an_export_for_one_size_names_it(name: str, image_size: Any, size: tuple[int, int], tmp_path: Path) -> None:
     model, constants, _ = exported(name, tmp_path / "onnx", image_size)
-    assert read_manifest(tmp_path / "onnx").image_size == size
+    assert read_manifest(tmp_path / "onnx").trace_options == {"image_size": size}
     served = load(tmp_path / "onnx")
     images = torch.randn(2, 3, *size)
     torch.testing.assert_close(served(pixel_values=images).logits, model(images, **constants).logits, atol=1e-4, rtol=0)
@@ -101,13 +101,13 @@ def test_the_command_line_takes_an_image_size(tmp_path: Path) -> None:
     runner = CliRunner()
     result = runner.invoke(app, ["export", *arguments, "--image-size", "dynamic"])
     assert result.exit_code == 0, result.output
-    assert read_manifest(tmp_path / "onnx").image_sizes == ImageSizes(least=(8, 8))
+    assert read_manifest(tmp_path / "onnx").facts["image_sizes"] == ImageSizes(least=(8, 8))
     verified = runner.invoke(app, ["verify", *arguments, "-v"])
     assert verified.exit_code == 0, verified.output
     assert "images of" in verified.output
     result = runner.invoke(app, ["export", *arguments, "--image-size", "48x16"])
     assert result.exit_code == 0, result.output
-    assert read_manifest(tmp_path / "onnx").image_size == (48, 16)
+    assert read_manifest(tmp_path / "onnx").trace_options == {"image_size": (48, 16)}
     inspected = runner.invoke(app, ["inspect", "--model", str(tmp_path / "vit")])
     assert "images: 32 x 32 only" in inspected.output
     refused = runner.invoke(app, ["export", *arguments, "--image-size", "48"])

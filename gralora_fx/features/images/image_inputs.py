@@ -1,65 +1,21 @@
-"""What a decoder's step takes of images beside the ids of its tokens: embeddings in their place, and what goes with it.
-
-Each is an input that may be left out, as a step of text alone does. A new one is a line of `IMAGE_INPUTS`.
-"""
+"""Example inputs of a trace, and random ones of verification: pixels, and what images put beside the ids of a step."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
+from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, IMAGES, reads_images
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
 
-if TYPE_CHECKING:  # imports much that serving does not need
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """An input of a step that has something for every position, which text alone does without.
-
-    Attributes:
-        name: Its name.
-        absent: Its value at a position of text.
-        axis: The axis of the batch; the next one is that of positions.
-        follows: The input whose batch and positions it has: those of a step, or, with the mask, of all before it too.
-    """
-
-    name: str
-    absent: float = 0
-    axis: int = 0
-    follows: str = IDS
-
-    def of_text(self, like: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """The values of a step of text alone."""
-        return like.new_full(self.shape(like.shape, inputs), self.absent)
-
-    def shape(self, like: Collection[int], inputs: Mapping[str, Any]) -> list[int]:
-        """The shape for a step."""
-        sizes = list(like)
-        sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
-        return sizes
-
-
-IMAGE_INPUTS = {
-    each.name: each
-    for each in (
-        ImageInput(EMBEDS),  # [batch, length, hidden], read where an id is `GIVEN`
-        # [3, batch, length], the positions in time, height and width; where negative, `position_ids`
-        ImageInput("grid_position_ids", -1, axis=1),
-        ImageInput("deepstack_embeds", axis=1),  # [layers, batch, length, hidden], added after each of the first layers
-        # [batch, past + length], 1 in an image, whose tokens all see each other
-        ImageInput("token_type_ids", follows="attention_mask"),
-        ImageInput("mm_token_type_ids", follows="attention_mask"),  # Gemma 4's name for it
-    )
-}
-
+_IMAGES = 0.4  # the share of a case's positions that have an image
 # by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
 _COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
 _COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
@@ -85,8 +41,18 @@ _REFUSED = {
 }
 
 
-def image_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Example inputs of a step with images, at every second position.
+def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) -> Tensor | None:
+    """Return random images of the size in a model's configuration; None for another input."""
+    if name != IMAGES:
+        return None
+    config = part_with(model.config, "image_size")
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+
+
+def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return example inputs of a step with images, at every second position: the ids, and what is beside them.
 
     Args:
         model: The decoder, or a model that reads images beside a text.
@@ -101,13 +67,34 @@ def image_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Ten
     inputs = {EMBEDS: torch.randn(batch, length, width, generator=generator).to(dtype)}
     if has_grid_positions(model):
         drawn = torch.randint(0, mask.shape[1], (3, batch, length), generator=generator)
-        inputs["grid_position_ids"] = torch.where(given, drawn, -1)
+        inputs[GRID] = torch.where(given, drawn, -1)
     if (count := _deepstack_layers(model)) is not None:
         features = torch.randn(count, batch, length, width, generator=generator)
-        inputs["deepstack_embeds"] = (features * given.unsqueeze(-1)).to(dtype)
+        inputs[FEATURES] = (features * given.unsqueeze(-1)).to(dtype)
     if (name := _types_of_blocks(model)) is not None:
         inputs[name] = (torch.arange(mask.shape[1]) % 4 > 1).long().expand(mask.shape).contiguous()
-    return torch.where(given, GIVEN, ids), inputs
+    return {IDS: torch.where(given, GIVEN, ids), **inputs}
+
+
+def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw what a step of a model that takes embeddings beside ids has of images, at some of its positions."""
+    examples = model.example_inputs
+    given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES
+    drawn: dict[str, Tensor] = {IDS: torch.where(given, GIVEN, case[IDS])}
+    for name, spec in beside_ids(examples).items():
+        example = examples[name]
+        drawn[name] = spec.of_text(example, case)
+        if example.is_floating_point():
+            drawn[name] = torch.randn(drawn[name].shape, generator=generator).to(example.dtype)
+            if name != EMBEDS:  # features are those of images alone
+                drawn[name] = drawn[name] * given.unsqueeze(-1)
+        elif spec.follows == IDS:
+            high = case["attention_mask"].shape[1]
+            places = torch.randint(0, high, drawn[name].shape, generator=generator)
+            drawn[name] = torch.where(given, places, drawn[name])
+        else:  # types of tokens
+            drawn[name] = (torch.rand(drawn[name].shape, generator=generator) < _IMAGES).to(example.dtype)
+    return drawn
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:
@@ -116,15 +103,6 @@ def embedding_of(model: PreTrainedModel) -> nn.Embedding:
     if not isinstance(embedding, nn.Embedding):
         raise TraceError(f"{type(model).__name__} has no table of embeddings, so none can be given in place of its own")
     return embedding
-
-
-def reads_images(model: nn.Module) -> bool:
-    """Whether a model has a part that reads images beside a decoder of texts."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
-        return False
-    return getattr(model.config, "vision_config", None) is not None and model.config.get_text_config() != model.config
 
 
 def _check_is_known(model: PreTrainedModel) -> None:

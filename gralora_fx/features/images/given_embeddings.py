@@ -1,4 +1,4 @@
-"""A step of ids and of embeddings beside them: where an id is negative, the embedding is the one that is given."""
+"""How a model that reads images is called for a trace: without any, or with what they put in the place of tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,39 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gralora_fx.core.tracing.inputs.cache import positions
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS, deepstack_part, embedding_of
-from gralora_fx.format.input_names import EMBEDS, IDS
-
-_GRID, _FEATURES = "grid_position_ids", "deepstack_embeds"
+from gralora_fx.features.images.image_inputs import deepstack_part, embedding_of
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID
+from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
 
 
 @contextmanager
-def given_embeddings(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
+def called_with_images(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
+    """Let a model take what images put beside ids, or know that there are none, within the block."""
+    with ExitStack() as changed:
+        changed.enter_context(_texts_alone(model))
+        if beside := beside_ids(names):
+            changed.enter_context(_given_embeddings(model, beside))
+        yield
+
+
+@contextmanager
+def _texts_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that puts images before the texts in its cache, as GIT does, know that there are none.
+
+    It widens the padding mask of a step by as many positions as an image has.
+    """
+    with ExitStack() as changed:
+        for part in model.modules():
+            if isinstance(getattr(part, "image_patch_tokens", None), int):
+                changed.enter_context(patch.object(part, "image_patch_tokens", 0))
+        yield
+
+
+@contextmanager
+def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterator[None]:
     """Let a decoder take what images put in the place of its tokens beside their ids, within the block.
+
+    Where an id is negative, the embedding is the one that is given.
 
     Whatever else reads ids, such as the embeddings that layers of Gemma 4 have of their own, reads that of padding
     there, as it does of a token that stands for an image.
@@ -34,7 +58,7 @@ def given_embeddings(model: PreTrainedModel, names: Collection[str]) -> Iterator
         embeds = inputs.pop(EMBEDS, None)
         if embeds is None or inputs.get(IDS) is None:
             return forward(*args, **inputs, **({} if embeds is None else {EMBEDS: embeds}))
-        ids, grid, features = inputs[IDS], inputs.pop(_GRID, None), inputs.pop(_FEATURES, None)
+        ids, grid, features = inputs[IDS], inputs.pop(GRID, None), inputs.pop(FEATURES, None)
         given = ids < 0
         inputs[IDS] = torch.where(given, _stands_in(model), ids)
         if grid is not None:
@@ -50,7 +74,7 @@ def given_embeddings(model: PreTrainedModel, names: Collection[str]) -> Iterator
     signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     rest = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
-    more = [name for name in IMAGE_INPUTS if name in names and name not in signature.parameters]
+    more = [name for name in beside if name not in signature.parameters]
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     placed.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*(parameter for parameter in parameters if parameter not in rest), *own, *rest]

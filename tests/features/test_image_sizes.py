@@ -25,7 +25,7 @@ from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
 from gralora_fx import TracedModel, trace
 from gralora_fx.core.tracing.patches.known_code import SAME_PADDING
 from gralora_fx.errors import TraceError
-from gralora_fx.format.image_sizes import ImageSizes
+from gralora_fx.features.images.image_sizes import ImageSizes
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **IMAGE_MODELS,
