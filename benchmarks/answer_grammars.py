@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import smollm2
 from benchmarks.harness import Claim, Ratio, Report, Table, progress
-from gralora_fx.run.generate.answer_form import AnswerForm
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.features.structured_outputs.answer_form import AnswerForm
+from gralora_fx.run.generate.answer_options import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import load
 
@@ -78,7 +78,7 @@ class _Rows:
         numbers = [self._decoder.open() for _ in range(ROWS)]
         self._choosers = {}
         for number in numbers:
-            grammar = model.grammars.compiled(_form(number)).begin(frozenset(), NEW) if has_grammars else None
+            grammar = model.constraints.compiled(_form(number)).begin(frozenset(), NEW) if has_grammars else None
             self._choosers[number] = TokenChooser(Sampling(**options), prompt, frozenset(), (), grammar)
         self._logits = self._decoder.step(dict.fromkeys(numbers, prompt))
         self.forced = 0

@@ -22,8 +22,7 @@ from gralora_fx.format.adapter_inputs import ADAPTER_IDS
 from gralora_fx.format.export_directory import PAST_SEQLENS, QUERY_SEQLENS, ROWS_NAME
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.engine.adapters import Adapters
-from gralora_fx.run.engine.buffered_steps import BufferedSteps
-from gralora_fx.run.engine.cache_buffers import CacheBuffers
+from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.run.sessions.session import Runtime, open_session, quiet_options
 from gralora_fx.run.sessions.session_views import as_past, with_adapter

@@ -76,8 +76,11 @@ JOBS = (
 _NAMED = {
     "experts": "expert",
     "quantization": "quantiz",
-    "images": "image|pixel",
+    "images": r"(?<!input_)image(?!/svg|_url)|pixel",  # a type in HTTP and a field of OpenAI's are of another kind
     "speech": r"speech|audio|whisper|\brecordings?\b",  # a span's `is_recording` is OpenTelemetry's
+    "tools": r"(?<!\w)tool(s?\b|_|call|choice|use)|function_call",
+    "structured_outputs": r"\bgrammars?\b|structured.?output|llguidance|guided_|form of (the|an) answer",
+    "speculation": r"draft_tokens|speculat|prompt_lookup_num_tokens[:=]",  # the name alone is transformers' too
     "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
 _NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
@@ -97,7 +100,7 @@ def add_to(report: Report) -> None:
     report.tables.append(Table("loaded", rows))
     named = {feature: list(naming(feature, word)) for feature, word in _NAMED.items()}
     report.tables.append(Table("files outside its folder that name a feature", [_row(*item) for item in named.items()]))
-    for feature in ("experts", "speech"):
+    for feature in ("experts", "images", "speech", "tools", "structured_outputs", "speculation"):
         report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=_NAMED_OUTSIDE))
 
 

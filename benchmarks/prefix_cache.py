@@ -25,9 +25,8 @@ from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import trace
 from gralora_fx.base.sources.model_files import EXPORT_FILE
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.queue import Observer
 from gralora_fx.serving import Decoder, OrtModel, load

@@ -158,7 +158,7 @@ def _changes(
 
 
 def _warn_of_parts_left_out(adapter_dir: str | Path, paths: Iterable[str], manifest: Manifest) -> None:
-    """Warn of layers that the decoder does not run, such as those that read images: the export has nothing of them."""
+    """Warn of layers that the decoder does not run, as a model may have beside it: the export has nothing of them."""
     uncalled = () if manifest.adapter_inputs is None else manifest.adapter_inputs.uncalled
     left = [path for path in paths if path in uncalled]
     if left and manifest.flavour == DECODER_KIND:

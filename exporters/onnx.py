@@ -203,7 +203,7 @@ def _input_names(manifest: Manifest) -> list[str]:
 
 
 def _warn_of_parts_left_out(model: TracedModel | GraloraModel, conversion: Conversion) -> None:
-    """Warn where an adapter changes layers that a decoder's step does not run, such as those that read images."""
+    """Warn where an adapter changes layers that a decoder's step does not run, as a model may have beside it."""
     if not isinstance(model, GraloraModel) or conversion.traced.cache_layout is not CacheLayout.DECODER:
         return
     for name in model.active_adapters if conversion.adapters is None else model.configs:

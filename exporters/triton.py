@@ -27,12 +27,12 @@ from gralora_fx.format.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.format.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.format.export_files import check_files, weight_files
 from gralora_fx.format.manifest import Manifest, read_manifest
+from gralora_fx.format.tasks import find_task
 from gralora_fx.run.sessions.adapter_arrays import BASE, as_arrays, stacked
 from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
 from gralora_fx.run.sessions.session import check_external_data, open_session
 
 _CONFIG, _VERSION, _LABELS, _IDS = "config.pbtxt", "1", "labels.txt", "adapters.json"
-_CLASSIFICATIONS = ("text-classification", "image-classification")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -200,7 +200,8 @@ def _tensors(name: str, path: Path, inputs: AdapterInputs, fingerprint: str | No
 
 def _write_labels(source: Path, manifest: Manifest, stage: Path) -> dict[str, str]:
     """Write the names of a classifier's classes, if the model's configuration has them; their file by the output."""
-    if manifest.task not in _CLASSIFICATIONS:
+    task = find_task(manifest.task)
+    if task is None or "SEQ_CLS" not in task.adapters:  # one class of all of an input
         return {}
     names = json.loads((source / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
     if not names:

@@ -18,9 +18,8 @@ from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
 from gralora_fx.run.engine.decoder import part_length
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.queue import Observer
@@ -100,7 +99,7 @@ class Counts(Observer):
     def generated(self, tokens: int) -> None:
         self.new += tokens
 
-    def drafted(self, proposed: int, accepted: int) -> None:
+    def proposed(self, tokens: int, accepted: int) -> None:
         pass
 
     def failed(self) -> None:

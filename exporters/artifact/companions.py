@@ -147,7 +147,7 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
 def _model_type(config: PreTrainedConfig) -> str:
     """What onnxruntime-genai calls a model that keeps states, which it knows by name alone.
 
-    The name is that of the class; the text model of one that reads images has one of its own.
+    The name is that of the class; the text model within another has one of its own.
     """
     named = getattr(config, "architectures", None) or [str(config.model_type)]
     if str(config.model_type).endswith("_text"):

@@ -52,7 +52,7 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         packages={name: found for name in ("gralora-fx", *_PACKAGES) if (found := installed_version(name))},
         attention=None if attention is None else dataclasses.asdict(attention),
         passes=tuple(entry.to_dict() for entry in log.reports),
-        image_sizes=traced.signature.image_sizes,
+        facts=traced.signature.facts,
         adapter_inputs=None if conversion.adapters is None else conversion.adapters.inputs,
         weights=weight_entries(traced, graphs),
         base=_base(traced),

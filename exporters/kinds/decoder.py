@@ -44,9 +44,8 @@ from gralora_fx.exporters.rules.products.constant_matrices import fold_transpose
 from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
 from gralora_fx.exporters.rules.rows.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.rules.rows.flatten_tokens import copied
-from gralora_fx.exporters.rules.rows.float32_inputs import float32_inputs
+from gralora_fx.exporters.rules.rows.graph_inputs import float32_inputs, optional_verifying_inputs
 from gralora_fx.exporters.rules.rows.keep_last_position import keep_last_position
-from gralora_fx.exporters.rules.rows.optional_inputs import optional_draft_inputs, optional_image_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.cast_graph import CastGraph
 from gralora_fx.exporters.translation.export_graphs import step_to_translate
@@ -135,8 +134,8 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
             name_axes,
             drop_stack_traces,
             float32_inputs,  # after the inputs have their names, which tell those of the cache
-            optional_image_inputs,  # nothing is folded any more
-            optional_draft_inputs,
+            *parts("optional inputs", conversion.traced.signature.inputs),  # nothing is folded any more
+            optional_verifying_inputs,
             *insertion_passes(conversion),  # what was packed stays packed
             *storing_passes(conversion),
         ),

@@ -8,13 +8,13 @@ from typing import Any
 import onnx_ir as ir
 from torch import Tensor
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths
 from gralora_fx.errors import ExportError
 from gralora_fx.format.cache_slots import slot_of
 from gralora_fx.format.export_directory import LOGITS_INDICES, PAST_SEQLENS
-from gralora_fx.format.input_names import IDS, PAST_PREFIX
+from gralora_fx.format.input_names import IDS, PAST_PREFIX, beside_ids
 
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
@@ -30,17 +30,14 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "decoder_attention_mask": _DECODER,
     "encoder_hidden_states": _ENCODED,
     "encoder_attention_mask": _ENCODED,
-    "pixel_values": ("batch_size", "num_channels", "height", "width"),
     "input_features": ("batch_size", "feature_size", "frames"),
     LOGITS_INDICES: ("num_logits",),
 }
-# inputs of a step that have its earlier positions too
-_OVER_ALL = {"attention_mask", *(each.name for each in IMAGE_INPUTS.values() if each.follows != IDS)}
 _NOWHERE = "_empty_nn_module_stack"  # what torch.export says of a node that no module made
 
 
 def name_axes(model: ir.Model) -> PassResult[ir.Model]:
-    """Name the symbolic axes of a graph as tools expect them.
+    """Name the symbolic axes of a graph as other programs expect them.
 
     Before: `input_ids [s72, s53] -> logits [s72, 5]`
     After:  `input_ids [batch_size, sequence_length] -> logits [batch_size, 5]`
@@ -49,10 +46,14 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
     inputs = {str(value.name) for value in model.graph.inputs}
     has_cache = any(name.startswith(PAST_PREFIX) for name in inputs)
     cache = _BUFFER if PAST_SEQLENS in inputs else {}
+    known = {**AXES, **{name: axes for table in parts("input axes", inputs) for name, axes in table.items()}}
+    if has_cache:  # inputs of a step that have its earlier positions too
+        over_all = ("attention_mask", *(each.name for each in beside_ids(inputs).values() if each.follows != IDS))
+        known |= dict.fromkeys(over_all, ("batch_size", "total_sequence_length"))
     for value in model.graph.inputs:
         for axis, symbol in enumerate(_symbols(value)):
             if symbol is not None and not symbol.isdigit() and symbol not in names:
-                names[symbol] = _axis_name(str(value.name), axis, names.values(), cache if has_cache else None)
+                names[symbol] = _axis_name(str(value.name), axis, names.values(), known, cache if has_cache else None)
     inner = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
     for renamed in (*model.graph.inputs, *inner, *model.graph.outputs):
         _rename(renamed, names)
@@ -60,7 +61,7 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def input_names(inputs: Mapping[str, Any]) -> list[str]:
-    """The names of a graph's inputs, in order: `images.0`, `options.scales.left`."""
+    """The names of a graph's inputs, in order: `pairs.0`, `options.scales.left`."""
     paths = [path for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -82,18 +83,21 @@ def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
     return PassResult(len(nameless))
 
 
-def _axis_name(name: str, axis: int, taken: Collection[str], cache: Mapping[str, str] | None) -> str:
+def _axis_name(
+    name: str,
+    axis: int,
+    taken: Collection[str],
+    known: Mapping[str, tuple[str, ...]],
+    cache: Mapping[str, str] | None,
+) -> str:
     slot = slot_of(name)
     if cache is not None and slot is not None:
         named = slot.kind.axes[axis] if axis < len(slot.kind.axes) else None
         return cache.get(named, named) if named is not None else f"{slot.kind.name}_axis_{axis}"
-    if cache is not None and axis == 1 and name in _OVER_ALL:
-        return "total_sequence_length"
     own = f"{name}_axis_{axis}"
-    if name not in AXES:  # another symbol: it may have another number of rows
+    if name not in known:  # another symbol: it may have another number of rows
         return "batch_size" if axis == 0 and "batch_size" not in taken else own
-    known = AXES[name]
-    return known[axis] if axis < len(known) else own
+    return known[name][axis] if axis < len(known[name]) else own
 
 
 def _symbols(value: ir.Value) -> list[str | None]:

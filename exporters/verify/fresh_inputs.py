@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
+from gralora_fx.base.features import parts
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache, tensors_of, with_tensors
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.inputs.input_trees import path_of
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
@@ -31,8 +31,10 @@ from gralora_fx.exporters.verify.cases import (
     text_like,
     vocabulary_of,
 )
-from gralora_fx.format.image_sizes import pixels
-from gralora_fx.format.input_names import IMAGES, PAST, takes_image_inputs
+from gralora_fx.format.input_names import PAST, beside_ids
+
+if TYPE_CHECKING:  # of a model whose inputs features know alone
+    from gralora_fx.format.input_facts import OtherValues
 
 _BATCH = 16  # a user's texts that are compared at once
 _STEPS = (  # rows, positions before, new positions, side of the padding
@@ -78,38 +80,30 @@ def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) ->
                 f"batch {batch}",
                 {name: _nested(model, name, value, batch, generator) for name, value in inputs.items()},
             )
-        for image_size in _other_image_sizes(model):
+        for changed, words, other in _others(model):
             case = {name: _nested(model, name, value, 2, generator) for name, value in inputs.items()}
-            case[IMAGES] = _images(case[IMAGES], image_size, generator)
-            yield f"2 images of {pixels(image_size)}", case
+            case[changed] = other(case[changed], generator)
+            yield f"2 {words}", case
         return
     limit = longest_text(model)
     rows, positions_held = _held_sizes(model, sample)
-    image_sizes = iter(_other_image_sizes(model))
+    others = _others(model)
     for batch, length, padding in ((1, LENGTHS[0], None), (1, LENGTHS[3], None), (3, 11, "right"), (4, 6, "left")):
         batch, size = rows or batch, positions_held or min(length, limit)
         case = {name: text_like(name, value, model, batch, size, generator) for name, value in sample.items()}
         if padding and size > 1:
             pad(case, padding)
         description = f"{batch} x {size}" + (f" padded {padding}" if padding else "")
-        for image_size in itertools.islice(image_sizes, 1):
-            case[IMAGES] = _images(case[IMAGES], image_size, generator)
-            description += f" with images of {pixels(image_size)}"
+        for changed, words, other in itertools.islice(others, 1):
+            case[changed] = other(case[changed], generator)
+            description += f" with {words}"
         yield description, case
 
 
-def _other_image_sizes(model: TracedModel) -> list[tuple[int, int]]:
-    """Image sizes to compare, of a trace in which they vary: smaller and larger than the example's, odd if they may."""
-    sizes = model.signature.image_sizes
-    if sizes is None or sizes.fixed is not None:
-        return []
-    height, width = model.example_inputs[IMAGES].shape[2:]
-    return [sizes.fitting((height // 2 + 1, width)), sizes.fitting((width + 5, height + 3))]
-
-
-def _images(images: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Random images of another height and width."""
-    return torch.randn(*images.shape[:2], *size, generator=generator).to(images.dtype)
+def _others(model: TracedModel) -> Iterator[tuple[str, str, OtherValues]]:
+    """Yield other values of inputs that features know, to compare: the input, the value in words, what makes it."""
+    for facts in model.signature.facts.values():
+        yield from ((facts.input, *other) for other in facts.others(model.example_inputs[facts.input]))
 
 
 def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
@@ -162,7 +156,7 @@ def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[
 
 def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Prompts with an empty cache, and steps after a long one, padded on the left."""
-    example = model.example_inputs[PAST]
+    example, beside = model.example_inputs[PAST], beside_ids(model.example_inputs)
     limit = longest_text(model)
     for batch, past, length, side in _QUICK_STEPS if quick else _STEPS:
         if past + length > limit:
@@ -170,7 +164,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
         case = {
             name: text_like(name, value, model, batch, length, generator)
             for name, value in model.example_inputs.items()
-            if isinstance(value, Tensor) and name not in IMAGE_INPUTS
+            if isinstance(value, Tensor) and name not in beside
         }
         mask = torch.ones(batch, past + length, dtype=torch.long)
         for row in range(1, batch) if side else ():
@@ -189,10 +183,8 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
             with torch.no_grad():
                 cache = returned_cache(model(**model.constants, **first)) or cache
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
-        if takes_image_inputs(model.example_inputs):
-            from gralora_fx.exporters.verify.fresh_images import images_beside
-
-            case |= images_beside(model, case, generator)
+        for drawn_beside in parts("fresh step inputs", beside):
+            case |= drawn_beside(model, case, generator)
         yield name, {**case, PAST: cache}
 
 

@@ -23,7 +23,7 @@ from gralora_fx.exporters.verify.tolerances import Float64Model, Tally, Toleranc
 from gralora_fx.format.cache_slots import slot_of
 from gralora_fx.format.export_directory import ROWS_NAME
 from gralora_fx.format.input_names import PRESENT_PREFIX
-from gralora_fx.run.sessions.ort_values import as_tensor, image_arguments, run_values
+from gralora_fx.run.sessions.ort_values import as_tensor, optional_arguments, run_values
 from gralora_fx.run.sessions.session_views import transposed_states
 
 
@@ -55,7 +55,7 @@ class OutputComparison:
     def both(self, case: Mapping[str, Any], description: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """All outputs of the model and of the export, by the export's names, padding included."""
         values, names = flat(case), [value.name for value in self.session.get_inputs()]
-        names += [value.name for value in image_arguments(self.session)]
+        names += [value.name for value in optional_arguments(self.session)]
         expected = self._outputs(partial(run_model, self.model, description), case)
         missing = [name for name in names if name not in values]
         if missing:

@@ -1,4 +1,4 @@
-"""Amounts that options and serving share: sizes of memory, as `512MiB`, and the default length of drafts."""
+"""Amounts that options and serving share: sizes of memory, as `512MiB`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 
 from gralora_fx.errors import option, shown
 
-SPECULATIVE_TOKENS = 16  # most tokens of a draft, where nothing else is said
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)")
 

@@ -7,10 +7,12 @@ point, whose contract `POINTS` states, and imports no feature itself.
 from __future__ import annotations
 
 import pkgutil
+import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 _PACKAGE = f"{__name__.partition('.')[0]}.features"
@@ -44,11 +46,37 @@ POINTS: dict[str, str] = {
     "arrangements": "Says how a node stores the matrices of one of its inputs, as an Arrangement, or None; folding "
     "asks it.",
     # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
+    "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
+    "own traces": "A function that captures and checks a draft by the inputs that the feature knows, as "
+    "core.tracing.both_modes.trace_both_modes does.",
+    "trace options": "A Mapping from options of `trace` to functions of the model, the tensors and constants of its "
+    "example, and the option's value; each returns the tensors and constants to trace with.",
+    "input facts": "A Mapping from keys of an export's manifest to classes of format.input_facts.InputFacts.",
+    "main inputs": "Names of inputs of which a model's forward takes one in the place of token ids.",
+    "input axes": "A Mapping from inputs to the names of their axes, of which the first alone varies, unless a trace "
+    "of the feature's own lets more vary.",
+    "step inputs": "A tuple of format.input_names.StepInput: what a decoder's step may take beside its ids.",
+    "step examples": "A function of a model, ids and mask of a step, that returns an example of the ids with the step "
+    "inputs that the model takes.",
+    "fresh step inputs": "A function of a trace, a case of verification and a generator, that draws them at random.",
+    "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
+    "given rows": "A subclass of run.engine.given_rows.GivenRows: what rows begin with in the place of tokens.",
+    "given prompts": "A function of run.generate.prompts.Prompts and the embeddings that `generate` was given, that "
+    "returns the prompts with them.",
+    "export options": "A dataclass as cli.export.TraceOptions: options of the command for models of some kind.",
     "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
-    "the input, or None where it knows none (core.tracing.inputs.samples).",
+    "the input, or None where it knows none (core.tracing.inputs.samples); asked for by the name, as a sign.",
     "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",
     "generate options": "A dataclass as cli.generate.PromptOptions: options of the command for such prompts.",
+    "constraints": "A class of run.generate.constraints.Constraints, made of a tokenizer, or None, and a decoder's "
+    "limits.",
+    "proposers": "A class of run.generate.answer_row.Proposer, made of nothing: proposes next tokens of rows, which a "
+    "step verifies.",
+    "request fields": "Models of fields by the name of the request of OpenAI's protocol that has them (the decorator "
+    "with_features), and its hooks (service.protocols.openai.answer_plan).",
+    "chat templates": "A class whose `of` reads what a tokenizer's template of chats does, for the hooks of requests; "
+    "its text is a line of the log.",
     "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any.",
 }
 _OWN = "gralora_"  # how the keys of metadata begin that this project writes
@@ -56,12 +84,13 @@ _OWN = "gralora_"  # how the keys of metadata begin that this project writes
 
 @dataclass(frozen=True)
 class Feature:
-    """A capability in a folder of its own.
+    """A capability in a folder of its own, as the folder's `feature.toml` says; reading it loads nothing of the folder.
 
     Attributes:
         name: Name of its folder.
         signs: Names by which a graph shows that it has something of the feature: operators of a trace or an
-            ONNX model, such as `"gralora::attention"`, and keys of the metadata of an export's nodes.
+            ONNX model, such as `"gralora::attention"`, keys of the metadata of an export's nodes and of its manifest,
+            inputs of traces and exports, and types of models.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 
@@ -79,9 +108,14 @@ class Feature:
 @cache
 def features() -> tuple[Feature, ...]:
     """Return the features whose folders are there, by name."""
-    folders = import_module(_PACKAGE).__path__
-    names = sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
-    return tuple(import_module(f"{_PACKAGE}.{name}").FEATURE for name in names)
+    (folder,) = import_module(_PACKAGE).__path__
+    names = sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
+    return tuple(_read(Path(folder, name, "feature.toml")) for name in names)
+
+
+def _read(file: Path) -> Feature:
+    record = tomllib.loads(file.read_text(encoding="utf-8"))
+    return Feature(file.parent.name, frozenset(record.get("signs", ())), record["parts"])
 
 
 def parts(point: str, signs: Collection[str] | None = None) -> list[Any]:

@@ -86,8 +86,8 @@ def inspect(
     if base.report is not None:
         print(base.report.describe(base.supplied))
     traced = loaded.traced if isinstance(loaded, GraloraModel) else loaded
-    if traced.signature.image_sizes is not None:
-        print(f"images: {traced.signature.image_sizes}")
+    for facts in traced.signature.facts.values():
+        print(f"{facts.title}: {facts}")
     if isinstance(loaded, GraloraModel):
         print(loaded.plans["default"])
         return

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
 import gralora_fx.cli.options as opt
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import gc_pause, timed
 from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, check_not_packed
 from gralora_fx.base.sources.model_files import MODEL_FILE, check_model_files, local_directory, read_json_object
 from gralora_fx.base.sources.same_base import BaseSource
-from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_image_size, read_texts, takes, utf8
+from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_texts, takes, utf8
 from gralora_fx.cli.wording import show
-from gralora_fx.core.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN
+from gralora_fx.core.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN, declared_options
 from gralora_fx.core.config.reading import config_fields
 from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.errors import ConfigError, ExportError, TraceError
@@ -28,10 +29,7 @@ from gralora_fx.exporters.artifact.staging import (
     check_replaced,
 )
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.format.image_sizes import ImageSize
 from gralora_fx.format.tasks import TEXT_TO_TEXT, check_adapter_task, requested_task
-
-_IMAGES = "image-classification"
 
 ExportedName = Annotated[
     str | None,
@@ -41,15 +39,6 @@ ExportedName = Annotated[
         help="Give the adapter this name in the export.  [default: default]",
         callback=graph_name,
         rich_help_panel=ADAPTERS,
-    ),
-]
-ImageSizeText = Annotated[
-    str | None,
-    typer.Option(
-        "--image-size",
-        metavar="[HxW|dynamic]",
-        help="Take images of this size, or of any (dynamic).  [default: any where the model allows it, else its own]",
-        rich_help_panel=MODEL,
     ),
 ]
 RandomHead = Annotated[
@@ -83,17 +72,29 @@ Texts = Annotated[
 ]
 
 
-@takes(ExportOptions)
+class TraceOptions(Protocol):
+    """Options of how models of some kind are traced, as a feature adds them: a dataclass."""
+
+    def check(self, task: str | None) -> None:
+        """Check that they have an effect for a task, which is None where it is not known yet."""
+
+    def trace_options(self) -> Mapping[str, Any]:
+        """Return what `trace` is given besides."""
+
+
+_OTHERS: list[Any] = parts("export options")
+
+
+@takes(*_OTHERS, ExportOptions)
 def export(
     output: opt.Output,
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     task: opt.Task = None,
-    image_size: ImageSizeText = None,
+    *,
     allow_random_head: RandomHead = False,
     base_quantization: opt.BaseQuantization = None,
     strict_base: opt.StrictBase = False,
-    *,
     adapter_name: ExportedName = None,
     no_tokenizer: NoTokenizer = False,
     stream: Stream = False,
@@ -117,7 +118,7 @@ def export(
     options |= {"overwrite": overwrite, "dump": dump, "verify": verify or not without}
     if texts is not None:
         options["texts"] = read_texts(texts)
-    size = read_image_size(image_size)
+    traced = [own(**{each.name: options.pop(each.name) for each in declared_options(own)}) for own in _OTHERS]
     # texts are tokenized by the base's tokenizer, which is not loaded yet
     checked = ExportOptions(**options, tokenizer=None if texts is None else Path())
     base = check_request(
@@ -127,7 +128,7 @@ def export(
         adapter=adapter,
         adapter_name=adapter_name,
         task=task,
-        image_size=size,
+        traced=traced,
         base_quantization=base_quantization,
     )
     with CommandProgress(), gc_pause():
@@ -149,7 +150,7 @@ def export(
                 adapter,
                 task,
                 adapter_name=named,
-                image_size=size,
+                trace_options={name: value for each in traced for name, value in each.trace_options().items()},
                 with_cache=True,
                 stream=stream,
                 allow_random_head=allow_random_head,
@@ -195,7 +196,7 @@ def check_request(
     adapter: str | None,
     adapter_name: str | None,
     task: str | None,
-    image_size: ImageSize,
+    traced: Sequence[TraceOptions] = (),
     base_quantization: str | None = None,
 ) -> str:
     """Check what is exported and where it is written, as far as their files tell."""
@@ -218,8 +219,8 @@ def check_request(
 
     methods = {} if fields is None else {str(adapter): method_described(fields, str(adapter))}
     options.check_model(methods=methods, task=known or (TEXT_TO_TEXT if _is_pair(base) else None))
-    if image_size is not None and known not in (None, _IMAGES):
-        raise ConfigError(f"--image-size is for {_IMAGES}, and the task is {known}; leave it out")
+    for each in traced:
+        each.check(known)
     _check_apart(output, (base, adapter))
     return base
 

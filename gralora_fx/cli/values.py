@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,7 +15,6 @@ from gralora_fx.core.config.checks import check_adapter_letters
 from gralora_fx.core.config.option import DeclaredOption, declared_options
 from gralora_fx.errors import ConfigError, first_line, in_command, option, shown
 from gralora_fx.format.adapter_paths import check_name
-from gralora_fx.format.image_sizes import DYNAMIC, ImageSize
 from gralora_fx.format.tasks import check_task
 
 Declared = Any  # the type of a command's parameter that is an option which its record declares, default included
@@ -103,18 +101,6 @@ def read_adapters(texts: list[str] | None) -> dict[str, Path]:
         assert path is not None
         found[name] = path
     return found
-
-
-def read_image_size(text: str | None) -> ImageSize:
-    """The image size of `--image-size`: `224x224` is a height and a width."""
-    if text is None:
-        return None
-    if text == DYNAMIC:
-        return DYNAMIC
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise ConfigError(f"--image-size takes a height and a width, such as 224x224, or dynamic, but got {text!r:.80}")
-    return int(match[1]), int(match[2])
 
 
 def read_texts(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ from gralora_fx.errors import ConfigError, ExportError
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.format.adapter_paths import own_adapters
 from gralora_fx.format.manifest import Manifest, read_manifest
-from gralora_fx.format.tasks import DECODERS
+from gralora_fx.format.tasks import is_decoder
 
 FoldedAdapters = Annotated[
     list[str] | None,
@@ -121,7 +121,7 @@ def verify(
     exported = manifest.task
     if exported is not None and task not in (None, exported):
         raise ExportError(f"{onnx} was exported for the task {exported}, not {task}; leave --task out")
-    if prompt and exported not in DECODERS:
+    if prompt and not is_decoder(exported):
         raise ExportError(f"{onnx} was exported for the task {exported}, which generates no text; leave --prompt out")
     if adapter_name is not None and not given:
         raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
@@ -145,7 +145,7 @@ def verify(
                 given[0] if given else None,
                 exported or task,
                 allow_random_head=allow_random_head,
-                image_size=manifest.image_size,
+                trace_options=manifest.trace_options,
                 strict_base=strict_base,
                 others=given[1:],
                 base_quantization=rounding,

@@ -26,7 +26,7 @@ ADAPTERS = "adapters"  # folder of an export's adapter files
 TRANSPOSED_STATES = "gralora_transposed_states"  # metadata: states whose last two axes are swapped, as in `0.recurrent`
 TOKENS_APART = "gralora_tokens_apart"  # metadata: a token that is read by itself computes as one of an answer
 QUERY_SEQLENS, PAST_SEQLENS = "query_seqlens", "past_seqlens"  # inputs of a decoder's rows: tokens to read, and before
-# inputs with which a step of rows verifies draft tokens; left out, it gives the logits after each row's last token
+# inputs with which a step of rows verifies proposed tokens; left out, it gives the logits after each row's last token
 LOGITS_INDICES = "logits_indices"  # `[num_logits]` int64: the tokens that get logits, counted over those of all rows
 ATTENTION_SEQLENS = "attention_seqlens"  # `[batch]` int32: the least tokens of a row by which attention picks a kernel
 CPU_FUNCTION = "gralora_cpu_function"  # metadata of a node: the function of the model that computes it on the CPU

@@ -1,15 +1,13 @@
-"""The names of inputs that more than one stage knows, as transformers and exports have them."""
+"""The names of inputs that more than one stage knows, and what a decoder's step takes beside the ids of its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 IDS, EMBEDS = "input_ids", "inputs_embeds"
 GIVEN = -1  # the id of a token whose embedding is given
-# what images put beside the ids of a decoder's step, each described in `IMAGE_INPUTS`
-IMAGE_INPUT_NAMES = (EMBEDS, "grid_position_ids", "deepstack_embeds", "token_type_ids", "mm_token_type_ids")
-IMAGES = "pixel_values"
 PAST = "past_key_values"
 PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cache in an export
 TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
@@ -18,14 +16,41 @@ ITEM_COUNT = "num_items_in_batch"  # by which a loss over accumulated batches is
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 
-def takes_images(inputs: Mapping[str, Any]) -> bool:
-    """Return whether images `[batch, channels, height, width]` are among the inputs."""
-    return getattr(inputs.get(IMAGES), "ndim", 0) == 4
+@dataclass(frozen=True)
+class StepInput:
+    """An input of a step that has something for every position, which text alone does without.
+
+    Attributes:
+        name: Its name.
+        absent: Its value at a position of text.
+        axis: The axis of the batch; the next one is that of positions.
+        follows: The input whose batch and positions it has: those of a step, or, with the mask, of all before it too.
+    """
+
+    name: str
+    absent: float = 0
+    axis: int = 0
+    follows: str = IDS
+
+    def of_text(self, like: Any, inputs: Mapping[str, Any]) -> Any:
+        """Return the values of a step of text alone, a tensor of an example's type."""
+        sizes = list(like.shape)
+        sizes[self.axis : self.axis + 2] = inputs[self.follows].shape[:2]
+        return like.new_full(sizes, self.absent)
 
 
-def takes_image_inputs(inputs: Collection[str]) -> bool:
-    """Return whether a decoder's step takes embeddings beside ids."""
+def takes_embeddings(inputs: Collection[str]) -> bool:
+    """Return whether a decoder's step takes embeddings beside ids, to be read where an id is `GIVEN`."""
     return EMBEDS in inputs and IDS in inputs
+
+
+def beside_ids(inputs: Collection[str]) -> dict[str, StepInput]:
+    """Return what a step takes beside ids and a text leaves out, by name; nothing of one that takes no embeddings."""
+    if not takes_embeddings(inputs):
+        return {}
+    from gralora_fx.base.features import parts
+
+    return {each.name: each for table in parts("step inputs", inputs) for each in table if each.name in inputs}
 
 
 def split_labels(inputs: Mapping[str, Any], traced: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

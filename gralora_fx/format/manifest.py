@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.errors import ExportError, GraloraError, option
@@ -29,9 +29,11 @@ from gralora_fx.format.export_directory import (
     ROWS_NAME,
     not_an_export,
 )
-from gralora_fx.format.image_sizes import DYNAMIC, ImageSize, ImageSizes
 from gralora_fx.format.json_records import MISSING, FieldError, read_object, wrong_fields
 from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
+
+if TYPE_CHECKING:  # of an export whose inputs features know alone
+    from gralora_fx.format.input_facts import InputFacts
 
 SCHEMA_VERSION = 1
 
@@ -148,7 +150,6 @@ class Manifest:
         passes: What every pass did, in order.
         verification: What verification measured, or None.
         quality: How a quantized export differs from the float32 model, where that was measured.
-        image_sizes: Heights and widths of images that the graph takes; None if it takes no images.
         adapter_inputs: The adapter tensors that the graph takes; None where adapters are folded.
         requires: The oldest version of each package that runs the graph, where the usual ones do not all.
         files: Every other file of the directory by its path; None where they were not recorded.
@@ -157,6 +158,7 @@ class Manifest:
         base: The base model by name; None of one that was made in memory.
         rows: The graph whose rows differ; None where nothing is known of one.
         flavour: Kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`.
+        facts: What features know of the graph's inputs, each under its name in the file.
     """
 
     schema_version: int
@@ -176,7 +178,6 @@ class Manifest:
     passes: tuple[Mapping[str, Any], ...] = ()
     verification: Mapping[str, Any] | None = None
     quality: Quality | None = None
-    image_sizes: ImageSizes | None = None
     adapter_inputs: AdapterInputs | None = None
     requires: Mapping[str, str] | None = None
     files: Mapping[str, FileEntry] | None = None
@@ -184,6 +185,7 @@ class Manifest:
     base: BaseEntry | None = None
     rows: RowsEntry | None = None
     flavour: str = PLAIN_KIND
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_rows(self) -> bool:
@@ -191,11 +193,9 @@ class Manifest:
         return self.rows is not None and self.rows.file is not None
 
     @property
-    def image_size(self) -> ImageSize:
-        """The image size that the export was made for, as of `trace`; None if it takes no images."""
-        if self.image_sizes is None:
-            return None
-        return self.image_sizes.fixed or DYNAMIC
+    def trace_options(self) -> dict[str, Any]:
+        """Options of `trace` that make the trace again that was exported."""
+        return {name: value for facts in self.facts.values() for name, value in facts.trace_options.items()}
 
     def to_json(self) -> str:
         """The text of the file, keys sorted but for adapters, which are in the order in which they were folded.
@@ -208,13 +208,13 @@ class Manifest:
             "attention",
             "base",
             "files",
-            "image_sizes",
             "quality",
             "requires",
             "rows",
             "weights",
         )
-        fields = {name: value for name, value in entries.items() if name not in optional or value is not None}
+        facts = entries.pop("facts")
+        fields = {name: value for name, value in entries.items() if name not in optional or value is not None} | facts
         folded = fields.pop("adapters")
         ordered: dict[str, Any] = json.loads(json.dumps(fields | {"adapters": None}, sort_keys=True))
         ordered["adapters"] = {name: json.loads(json.dumps(entry, sort_keys=True)) for name, entry in folded.items()}
@@ -249,7 +249,7 @@ def read_manifest(directory: str | Path, error: type[GraloraError] = ExportError
     if (name := _undescribed_file(fields)) is not MISSING:
         raise error(f"{path} does not describe its files as an export does ({name!r:.80}); export the model again")
     try:
-        manifest = read_object(Manifest, fields)
+        manifest = dataclasses.replace(read_object(Manifest, {**fields, "facts": {}}), facts=_facts(fields))
         _check_values(manifest, fields)
     except FieldError as failure:
         raise error(f"{path}: {failure}; export the model again") from failure
@@ -279,14 +279,31 @@ def _in_todays_form(content: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _facts(fields: Mapping[str, Any]) -> dict[str, InputFacts]:
+    """What features know of the inputs, by the names under which the manifest has it."""
+    names = fields.keys() - {own.name for own in dataclasses.fields(Manifest)}
+    if not names:
+        return {}
+    from gralora_fx.base.features import parts
+
+    kinds = {name: kind for known in parts("input facts", names) for name, kind in known.items() if name in names}
+    found: dict[str, InputFacts] = {}
+    for name, kind in kinds.items():
+        entry = fields[name]
+        if not isinstance(entry, dict | None):
+            raise FieldError(name, entry)
+        if entry is not None:
+            found[name] = read_object(kind, entry, name)
+            if (wrong := found[name].wrong_field()) is not None:
+                raise FieldError(f"{name}.{wrong}", entry[wrong])
+    return found
+
+
 def _check_values(manifest: Manifest, fields: Mapping[str, Any]) -> None:
     """Check what types do not say."""
-    rows, sizes, inputs = manifest.rows, manifest.image_sizes, manifest.adapter_inputs
+    rows, inputs = manifest.rows, manifest.adapter_inputs
     if rows is not None and (rows.file not in (None, ROWS_NAME) or (rows.file is None) == (rows.reason is None)):
         raise FieldError("rows", fields["rows"])
-    for name in ("fixed", "least") if sizes is not None else ():
-        if any(size < 1 for size in getattr(sizes, name) or ()):
-            raise FieldError(f"image_sizes.{name}", fields["image_sizes"][name])
     if inputs is not None and (inputs.mode not in AS_DATA or inputs.k < 0):
         raise FieldError("adapter_inputs", fields["adapter_inputs"])
     for site in () if inputs is None else inputs.sites:

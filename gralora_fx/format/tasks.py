@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gralora_fx.errors import ConfigError, TraceError, option
 
@@ -28,6 +28,8 @@ class Task:
         cache: Which models have a variant with a cache, that generates; None for none.
         adapters: PEFT's types of tasks whose adapters may be used for it.
         is_classification: Whether its head is of use for no other task.
+        takes_embeddings: Whether its decoders take embeddings beside ids.
+        is_of: Returns whether a model whose class is one for text2text-generation is for the task.
         example: An example of what `generate` is given, as Python's code, where that is not a text.
         example_options: The same as options of the command, by their Python names.
     """
@@ -39,6 +41,8 @@ class Task:
     cache: Literal["decoder", "encoder-decoder"] | None = None
     adapters: tuple[str, ...] = ()
     is_classification: bool = False
+    takes_embeddings: bool = False
+    is_of: Callable[[Any], bool] | None = None
     example: str = ""
     example_options: Mapping[str, str] = field(default_factory=dict)
 
@@ -75,7 +79,6 @@ _TASKS = (
         cache="decoder",
         adapters=("CAUSAL_LM",),
     ),
-    Task("image-text-to-text", "AutoModelForImageTextToText", cache="decoder", adapters=("CAUSAL_LM",)),
     Task(
         "text2text-generation",
         "AutoModelForSeq2SeqLM",
@@ -83,19 +86,9 @@ _TASKS = (
         cache="encoder-decoder",
         adapters=("SEQ_2_SEQ_LM",),
     ),
-    Task(
-        "image-classification",
-        "AutoModelForImageClassification",
-        ("ForImageClassification",),
-        inputs=("pixel_values",),
-        adapters=("SEQ_CLS",),
-        is_classification=True,
-    ),
 )
 _BY_NAME = {task.name: task for task in _TASKS}
-# tasks of a decoder with a cache, which is one graph: of ids, and of ids with embeddings of images beside them
-DECODERS = ("text-generation-with-past", "image-text-to-text-with-past")
-# that of an encoder and a decoder with a cache, which are two graphs
+# the task of an encoder and a decoder with a cache, which are two graphs
 TEXT_TO_TEXT = "text2text-generation-with-past"
 _PEFT_TASKS = {
     "SEQ_CLS": "text-classification",
@@ -162,10 +155,21 @@ def generates(task: str | None) -> bool:
     return known is not None and known.cache is not None and task != known.name
 
 
+def is_decoder(task: str | None) -> bool:
+    """Return whether a task is for a decoder with a cache, which is one graph."""
+    known = find_task(task)
+    return known is not None and known.cache == "decoder" and task != known.name
+
+
 def is_encoder_decoder(task: str | None) -> bool:
     """Return whether a task is for an encoder and a decoder with a cache, which are two graphs."""
-    known = find_task(task) if generates(task) else None
-    return known is not None and known.cache == "encoder-decoder"
+    known = find_task(task)
+    return known is not None and known.cache == "encoder-decoder" and task != known.name
+
+
+def tasks_beside_ids() -> list[str]:
+    """Return the tasks of decoders with a cache that take embeddings beside ids."""
+    return [with_past(task.name) for task in all_tasks() if task.takes_embeddings]
 
 
 def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> str | None:

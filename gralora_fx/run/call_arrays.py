@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gralora_fx.core.tracing.inputs.cache import cache_of
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import ServingError
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.format.image_sizes import ImageSizes
-from gralora_fx.format.input_names import GIVEN, IDS, IMAGES, PAST, takes_image_inputs
+from gralora_fx.format.input_names import GIVEN, IDS, PAST, StepInput, beside_ids
 from gralora_fx.run.engine.limits import context_length
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.run.sessions.session_views import empty_past
+
+if TYPE_CHECKING:  # of a model whose inputs features know alone
+    from gralora_fx.format.input_facts import InputFacts
 
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
 
@@ -35,14 +37,14 @@ class CallInputs:
         is_encoder_decoder: Whether the session is an `EncoderDecoderSession`.
         position_offset: By how many positions a model has fewer than its configuration says; if not 0, padding takes
             none.
-        image_sizes: Heights and widths of images that the model takes, where the export says.
+        facts: What features know of inputs, by their names in the manifest.
     """
 
     inputs: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     is_encoder_decoder: bool = False
     position_offset: int = 0
-    image_sizes: ImageSizes | None = None
+    facts: Mapping[str, InputFacts] = field(default_factory=dict)
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Flatten the inputs to the session's names: a list, tuple, dict or dataclass becomes its parts, by path."""
@@ -59,7 +61,7 @@ class CallInputs:
         self._check_ids(arrays)
         pasts = [name for name in self.inputs if name.startswith(f"{PAST}.")]
         if arrays and not any(name in arrays for name in pasts):
-            axes = {name: IMAGE_INPUTS[name].axis for name in self._images - {IDS}}
+            axes = {name: each.axis for name, each in self._beside.items()}
             batch = next((array.shape[axes.get(name, 0)] for name, array in arrays.items() if array.ndim), 1)
             arrays |= empty_past(tuple(self.inputs.values()), batch)
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -68,7 +70,7 @@ class CallInputs:
             if all(name in arrays for name in growing):
                 tensors[PAST] = cache_of([[tensors[name] for name in growing]] if growing else [])
         for name in self.inputs:
-            if name not in arrays and name not in self._images - {IDS}:
+            if name not in arrays and name not in self._beside:
                 default = default_input(name, tensors)
                 if default is None:
                     raise ServingError(f"input {name!r} is missing; {takes}")
@@ -78,17 +80,15 @@ class CallInputs:
         self._check_length(arrays)
         return arrays
 
-    @property
-    def _images(self) -> frozenset[str]:
-        """What a decoder takes of images, which a text leaves out; -1 there, and in the ids, says what is read."""
-        return frozenset((IDS, *IMAGE_INPUTS) if takes_image_inputs(self.inputs) else ())
+    @cached_property
+    def _beside(self) -> Mapping[str, StepInput]:
+        """What a decoder takes beside ids, which a text leaves out; -1 there, and in the ids, says what is read."""
+        return beside_ids(self.inputs)
 
     def _array(self, name: str, value: Any) -> NDArray[Any]:
-        if name == IMAGES and self.image_sizes is not None:
-            channels = self.inputs[name].shape[1]
-            shape = plain_array(name, value).shape
-            problem = self.image_sizes.problem(shape, channels if isinstance(channels, int) else None)
-            if problem is not None and 0 not in shape:  # an empty one is named below
+        for facts in self.facts.values():
+            shape = plain_array(name, value).shape if facts.input == name else (0,)
+            if 0 not in shape and (problem := facts.problem(shape, self.inputs[name].shape)):  # an empty one: see below
                 raise ServingError(f"input {name!r} {problem}")
         if name.startswith(f"{PAST}."):
             _check_cached(name, value, DTYPES.get(self.inputs[name].type))
@@ -117,7 +117,7 @@ class CallInputs:
                 raise ServingError(f"input {name!r} must be 1 where a position counts and 0 where it is padding")
             if not name.endswith("_ids") or not array.size:
                 continue
-            if array.min() < (GIVEN if name in self._images else 0):
+            if array.min() < (GIVEN if self._beside and name in (IDS, *self._beside) else 0):
                 raise ServingError(f"input {name!r} holds {array.min()}, but ids are 0 or more; mask padding instead")
             if name.endswith("input_ids") and isinstance(vocabulary, int) and array.max() >= vocabulary:
                 raise ServingError(

@@ -15,13 +15,11 @@ from gralora_fx.errors import ServingError, first_line, shown
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart, Sampling, stop_strings
 from gralora_fx.run.generate.prompt_answers import Completions
-from gralora_fx.run.generate.prompts import GenerateInputs, stop_strings
-from gralora_fx.run.generate.sampling import Sampling
-from gralora_fx.run.generate.speculation import Drafts
+from gralora_fx.run.generate.prompts import GenerateInputs
 from gralora_fx.run.open_export import OpenExport
-from gralora_fx.run.sessions.ort_values import image_arguments
+from gralora_fx.run.sessions.ort_values import optional_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import EncoderDecoderSession, with_adapter
@@ -92,10 +90,10 @@ class OrtModel(OpenExport):
         """Makes the arrays that calls run on of what they are given; of use with I/O binding."""
         from gralora_fx.run.call_arrays import CallInputs
 
-        taken = (*self._called.get_inputs(), *image_arguments(self._called))
+        taken = (*self._called.get_inputs(), *optional_arguments(self._called))
         inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
         is_pair = isinstance(self._called, EncoderDecoderSession)
-        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.image_sizes)
+        return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.facts)
 
     def load_adapter(self, name: str, path: AdapterSource) -> None:
         """Load an adapter, so that calls, or rows of them, can name it.
@@ -249,26 +247,25 @@ class OrtModel(OpenExport):
         Raises:
             ServingError: The export has no cache, a prompt is empty, too long, not what the model reads or holds ids
                 out of range, or an option is unknown, invalid or without effect.
-            FormError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance, which
-                follows it, is not installed.
+            WrongFieldError: The form of the answers is wrong, cannot be compiled, or there are several; or llguidance,
+                which follows it, is not installed.
         """
         generation = self.generation  # first: of an export that does not generate, no option is of use
         chosen = Sampling.of(sampling)
         if not isinstance(stream, bool):
             raise ServingError(f"stream must be True or False, but got {stream!r:.80}")
-        drafts, tokenizer = Drafts(prompt_lookup_num_tokens), self.tokenizer_or_none
-        options = AnswerOptions(chosen, stop_strings(stop, tokenizer), drafts=drafts)
+        if prompt_lookup_num_tokens is not None:
+            generation.proposer.most(prompt_lookup_num_tokens)
+        tokenizer = self.tokenizer_or_none
+        options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
-            from gralora_fx.run.generate.encoder_inputs import AnswerStart
-
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
         inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds)
         parsed = generation.read(inputs, options, adapter, tokenizer)
         if not (json_schema is None and regex is None and choice is None and grammar is None):
-            from gralora_fx.run.generate.answer_form import FormOptions
-
-            forms = FormOptions(json_schema, regex, choice, grammar)
-            options = replace(options, grammar=self.grammars.of(forms.given))
+            outputs = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}
+            wanted = {"json_schema" if kind == "json" else kind: (kind, value) for kind, value in outputs.items()}
+            options = replace(options, constraint=self.constraints.of(wanted))
         completions = Completions(generation, parsed, tokenizer, options, adapter)
         return completions if stream else completions.result()
 

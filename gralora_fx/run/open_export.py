@@ -31,15 +31,15 @@ from gralora_fx.format.export_files import check_files, check_requirements, weig
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.run.engine.adapters import Adapters
-from gralora_fx.run.engine.buffered_steps import takes_buffers
+from gralora_fx.run.engine.cache_buffers import takes_buffers
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.engine.session_decoders import RowsDecoder, SequentialDecoder
-from gralora_fx.run.generate.generation import Generation
+from gralora_fx.run.generate.prompt_answers import Generation
 from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, open_session
 from gralora_fx.run.sessions.session_views import is_current_form
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.answer_grammar import Grammars
+    from gralora_fx.run.generate.constraints import Constraints
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.sessions.adapter_file import AdapterInMemory
     from gralora_fx.run.sessions.placement import Placement
@@ -200,15 +200,22 @@ class OpenExport:
         return load_tokenizer(self.directory, ServingError)
 
     @cached_property
-    def grammars(self) -> Grammars:
-        """Compiles forms of answers for the tokenizer beside the model.
+    def constraints(self) -> Constraints:
+        """Compiles what answers have to be, for the tokenizer beside the model.
 
         Raises:
-            ServingError: It has no cache, or what its configuration says of answers cannot be followed.
+            ServingError: It has no cache, what its configuration says of answers cannot be followed, or no feature
+                compiles constraints.
         """
-        from gralora_fx.run.generate.answer_grammar import Grammars
+        from gralora_fx.run.generate.constraints import compiler_for
 
-        return Grammars(self.tokenizer_or_none, self.generation.limits)
+        compiler = compiler_for(self.tokenizer_or_none, self.generation.limits)
+        if compiler is None:
+            raise ServingError(
+                "no feature that is installed can say what answers have to be; install gralora-fx with all of its "
+                "features"
+            )
+        return compiler
 
     def _open_later(self, name: str) -> Any:
         self._check_unchanged()
@@ -257,8 +264,9 @@ def _decoder_generation(export: OpenExport) -> Generation:
         manifest = export.manifest
         if not is_current_form(export.first_session):
             warn_caller(
-                f"{export.directory / ROWS_NAME} was written by an earlier version: drafts are not verified by it, and "
-                "the last digits of an adapter's answer may depend on the rows beside it; export the model again, with "
+                f"{export.directory / ROWS_NAME} was written by an earlier version: proposed tokens are not verified "
+                "by it, and the last digits of an adapter's answer may depend on the rows beside it; export the model "
+                "again, with "
                 f"{option(overwrite=True)}"
             )
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None
@@ -284,12 +292,11 @@ def _encoder_decoder_generation(export: OpenExport) -> Generation:
 
 def _reader_of(inputs: Mapping[str, Any]) -> type[EncoderInputs]:
     """Return what reads the prompts of an encoder: texts, those of a feature, or arrays alone."""
-    if IDS in inputs:
-        from gralora_fx.run.generate.text_sources import TextSources
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs, TextSources
 
+    if IDS in inputs:
         return TextSources
     from gralora_fx.base.features import parts
-    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 
     return next((kind for kind in parts("encoder inputs") if kind.reads(inputs)), EncoderInputs)
 

@@ -18,8 +18,7 @@ from gralora_fx.service.adapter_store.given_adapters import load_given
 from gralora_fx.service.adapter_store.named_files import RootFiles
 from gralora_fx.service.engines import EncoderEngine, Engine, TextEngine, open_engine
 from gralora_fx.service.error_responses import add_handlers
-from gralora_fx.service.gateway_metrics import GatewayMetrics
-from gralora_fx.service.metrics import Metrics
+from gralora_fx.service.metrics import GatewayMetrics, Metrics
 from gralora_fx.service.middleware import add_middleware
 from gralora_fx.service.openapi import DescribedApp
 from gralora_fx.service.protocols.inference.routes import inference_routes, server_routes
@@ -73,8 +72,8 @@ def _app(
         metrics.measure_memory(engine.queue.memory)
     if isinstance(engine, TextEngine) and engine.queue.prefix_cache is not None:
         metrics.measure_prefixes(engine.queue.prefix_cache)
-    if isinstance(engine, TextEngine) and engine.queue.speculates:
-        metrics.measure_drafts()
+    if isinstance(engine, TextEngine) and engine.queue.proposes:
+        metrics.measure_proposed()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,18 +11,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.amounts import shown_size
-from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.base.features import parts
+from gralora_fx.core.config.service_settings import OF_DECODERS, ServiceSettings
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.errors import ServingError, option
 from gralora_fx.format.export_directory import PLAIN_KIND
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.tasks import generates
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.prefix_cache import PrefixCacheError
-from gralora_fx.run.generate.answer_grammar import Grammars
+from gralora_fx.run.generate.answer_row import new_proposer
+from gralora_fx.run.generate.constraints import Constraints, compiler_for
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
-from gralora_fx.run.generate.tool_template import ToolTemplate
 from gralora_fx.run.model import OrtModel
 from gralora_fx.run.sessions.paged_memory import kept_reason
 from gralora_fx.run.sessions.run_options import runtime_of
@@ -34,6 +36,7 @@ from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.queue import JobQueue, Observer
 
 _MOST_ADAPTERS = 64  # in memory, unless there are more from the start
+_REASONING = ("think", "reasoning")  # as in enable_thinking, </think> and reasoning_content
 _logger = logging.getLogger(__name__)
 
 
@@ -78,15 +81,17 @@ class TextEngine(Engine):
 
     Attributes:
         tokenizer: The tokenizer beside the model.
-        grammars: Compiles forms of answers for it.
-        tools: What the tokenizer's template does with tools.
+        constraints: Compiles what answers have to be; None if no feature does.
+        templates: What features read in the tokenizer's template of chats, by its class.
+        reasons: Whether the template writes what a model thinks before it answers.
         inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
     """
 
     queue: ContinuousScheduler
     tokenizer: PreTrainedTokenizerBase
-    grammars: Grammars
-    tools: ToolTemplate
+    constraints: Constraints | None
+    templates: Mapping[type, Any]
+    reasons: bool
     inputs: EncoderInputs | None = None
 
     @property
@@ -106,8 +111,8 @@ class TextEngine(Engine):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How tools are called in chats."""
-        return (str(self.tools),) if self.takes_chats else ()
+        """What features say of the template of chats."""
+        return tuple(map(str, self.templates.values())) if self.takes_chats else ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
         return _text_engine(settings, model, observer)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
-    for name in ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens"):
+    for name in OF_DECODERS:
         if getattr(settings, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise ServingError(f"{name} has no effect for the task {manifest.task}; leave {option} out")
@@ -163,23 +168,27 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
     decoder.step({row: [token]})
     decoder.close(row)
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
-    if decoder.draft_problem is None:
-        _logger.info("speculation: up to %d tokens that an answer repeats are verified in a step", settings.drafted)
-    elif settings.speculative_tokens:
-        raise ServingError(f"speculative_tokens has no effect: {decoder.draft_problem}; leave --speculative-tokens out")
-    else:
-        _logger.info("no speculation: %s", decoder.draft_problem)
+    _logger.info(new_proposer().note(settings.proposed, decoder.verify_problem))
     queue = ContinuousScheduler(
         decoder,
         tokenizer,
         observer,
         max_queue=settings.max_queue,
         models=models,
-        most_drafted=settings.drafted,
+        most_proposed=settings.proposed,
     )
     models.trial = try_decoder(model)
-    tools = ToolTemplate.of(tokenizer)
-    return TextEngine(models, model.manifest, queue, tokenizer, model.grammars, tools, model.encoder_inputs)
+    template = str(getattr(tokenizer, "chat_template", None) or "").lower()
+    return TextEngine(
+        models,
+        model.manifest,
+        queue,
+        tokenizer,
+        compiler_for(tokenizer, model.limits),
+        {kind: kind.of(tokenizer) for kind in parts("chat templates")},
+        any(mark in template for mark in _REASONING),
+        model.encoder_inputs,
+    )
 
 
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:

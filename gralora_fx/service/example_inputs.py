@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import ServingError
-from gralora_fx.format.input_names import IMAGES
 from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.protocols.inference.tensors import datatype_of
@@ -91,11 +90,11 @@ def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float |
 def _axes(encoder: Encoder, size: int) -> dict[str, int]:
     """Sizes of axes by their names: equal names are of equal size, whichever axes they are of."""
     axes: dict[str, int] = {}
-    images = encoder.model.manifest.image_sizes
+    known = {facts.input: facts.smallest for facts in encoder.model.manifest.facts.values()}
     for name, value in encoder.inputs.items():
         sizes = [1, *[size] * (len(value.shape) - 1)]
-        if name == IMAGES and images is not None:
-            sizes[2:] = images.fitting((1, 1))
+        if name in known:
+            sizes[-len(known[name]) :] = known[name]
         axes |= {axis: wanted for axis, wanted in zip(value.shape, sizes, strict=False) if isinstance(axis, str)}
     first = {value.shape[0] for value in encoder.inputs.values() if value.shape}
     return axes | {axis: 1 for axis in first if isinstance(axis, str)}

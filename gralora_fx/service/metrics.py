@@ -1,7 +1,8 @@
-"""What the service tells Prometheus."""
+"""What is measured: counters and gauges, also under the names that vLLM and a gateway's picker of servers know."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.engine.prefix_cache import PrefixCache
 from gralora_fx.service.adapter_store.store import AdapterStore
+from gralora_fx.service.scheduling.queue import JobQueue
 
 _KEY, _COUNTED = "gralora_fx.rejection", "gralora_fx.counted"
 _BY_STATUS = {
@@ -106,7 +108,7 @@ class Metrics:
         self._tokens: Counter | None = None
         self._first: Histogram | None = None
         self._prefixes: tuple[Counter, ...] = ()
-        self._drafts: tuple[Counter, ...] = ()
+        self._proposed: tuple[Counter, ...] = ()
         self._loads = Counter(
             "gralora_fx_adapter_loads", "Loads of adapters at run time, by outcome.", ("outcome",), registry=registry
         )
@@ -178,11 +180,11 @@ class Metrics:
         made_room = "Blocks, or snapshots, that made room for others."
         self._now.watch("prefix_cache_evictions", made_room, lambda: cache.evictions)
 
-    def measure_drafts(self) -> None:
+    def measure_proposed(self) -> None:
         """Measure tokens that are proposed and verified, too, also by the names that vLLM has for them."""
         proposed, accepted = "Tokens that were proposed, and verified.", "Proposed tokens that were chosen."
         for prefix in ("gralora_fx_", "vllm:spec_decode_num_"):
-            self._drafts += (
+            self._proposed += (
                 Counter(f"{prefix}draft_tokens", proposed, registry=self.registry),
                 Counter(f"{prefix}accepted_tokens", accepted, registry=self.registry),
             )
@@ -246,9 +248,9 @@ class Metrics:
         for counter, count in zip(self._prefixes, (tokens, found) * 2, strict=False):
             counter.inc(count)
 
-    def drafted(self, proposed: int, accepted: int) -> None:
+    def proposed(self, tokens: int, accepted: int) -> None:
         """A step verified tokens that were proposed, of which some were chosen."""
-        for counter, count in zip(self._drafts, (proposed, accepted) * 2, strict=False):
+        for counter, count in zip(self._proposed, (tokens, accepted) * 2, strict=False):
             counter.inc(count)
 
     def generated(self, tokens: int) -> None:
@@ -258,3 +260,37 @@ class Metrics:
     def _count(self, kind: str, tokens: int) -> None:
         if self._tokens is not None:
             self._tokens.labels(kind).inc(tokens)
+
+
+class GatewayMetrics(Collector):
+    """Requests that run and wait, how full the caches of rows are, and which adapters are in memory.
+
+    The Gateway API Inference Extension reads them of a model server, under vLLM's names, to choose one for a request:
+    https://github.com/kubernetes-sigs/gateway-api-inference-extension, docs/proposals/003-model-server-protocol.
+    """
+
+    def __init__(self, models: AdapterStore, queue: JobQueue[Any]) -> None:
+        """Take what is measured."""
+        self._models, self._queue = models, queue
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics, as Prometheus' client asks for them."""
+        models, queue = self._models, self._queue
+        yield self._gauge("num_requests_running", "Requests, or rows of them, that run.", queue.running)
+        yield self._gauge(
+            "num_requests_waiting", "Requests, or rows of them, that wait.", queue.waiting + models.pending.requests
+        )
+        yield self._gauge("kv_cache_usage_perc", "Share of the rows' caches that is filled.", queue.cache_usage)
+        adapters = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "When the adapters in memory, and those that requests wait for, were read.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        most = str(models.limits.count or len(models.adapters))
+        adapters.add_metric((most, ",".join(models.adapters), ",".join(models.pending.names)), time.time())
+        yield adapters
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=("model_name",))
+        gauge.add_metric((self._models.base,), value)
+        return gauge

@@ -144,7 +144,7 @@ def test_the_configuration_of_an_adapter_is_read_once(tmp_path: Path, monkeypatc
         return Path(directory)
 
     monkeypatch.setattr(model_files, "resolve_directory", resolved)
-    none: dict[str, Any] = {"model": None, "adapter_name": None, "task": None, "image_size": None}
+    none: dict[str, Any] = {"model": None, "adapter_name": None, "task": None}
     adapter = str(tmp_path / "named")
     base = check_request(ExportOptions(), tmp_path / "output", adapter=adapter, **none)
     assert base == str(places["base"])

@@ -18,8 +18,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralE
 
 from gralora_fx import trace
 from gralora_fx.base.compat.torch_graphs import schema_of
+from gralora_fx.base.features import features as all_features
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.experts import FEATURE, functions
+from gralora_fx.features.experts import functions
 from gralora_fx.features.experts.gate import ACTIVATIONS, GATE_NOTE, HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.features.experts.lowering import moe_attributes
 from gralora_fx.features.experts.operators import Experts
@@ -243,7 +244,9 @@ def test_the_models_order_of_rows_comes_back(gate: ExpertGate, is_transposed: bo
 
 @pytest.mark.quick
 def test_the_record_knows_what_graphs_show() -> None:
-    assert {GATE_NOTE, schema_of(Experts.target).name} <= FEATURE.signs
+    assert {GATE_NOTE, schema_of(Experts.target).name} <= next(
+        each.signs for each in all_features() if each.name == "experts"
+    )
 
 
 @pytest.mark.quick

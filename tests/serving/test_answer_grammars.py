@@ -27,10 +27,11 @@ from transformers import (
 
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
+from gralora_fx.features.structured_outputs.answer_form import AnswerForm
+from gralora_fx.features.structured_outputs.grammars import Grammars
 from gralora_fx.run.engine.limits import DecoderLimits
-from gralora_fx.run.generate.answer_form import AnswerForm, DeadEndError, FormError
-from gralora_fx.run.generate.answer_grammar import Grammars
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.answer_options import Sampling
+from gralora_fx.run.generate.request_errors import DeadEndError, WrongFieldError
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.serving import Decoder, load
 
@@ -180,7 +181,7 @@ def test_every_answer_of_a_random_model_meets_its_schema(model: Any, name: str) 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars, name: str) -> None:
     schema, message = REFUSED[name]
-    with pytest.raises(FormError, match=f"^here: .*{re.escape(message)}") as error:
+    with pytest.raises(WrongFieldError, match=f"^here: .*{re.escape(message)}") as error:
         grammars.of({"here": ("json", schema)})
     assert error.value.field == "here"
 
@@ -219,7 +220,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(grammars: Grammars,
     ],
 )
 def test_so_is_any_other_form(grammars: Grammars, kind: Any, value: Any, message: str) -> None:
-    with pytest.raises(FormError, match=re.escape(message)):
+    with pytest.raises(WrongFieldError, match=re.escape(message)):
         grammars.of({"here": (kind, value)})
 
 
@@ -247,7 +248,7 @@ def test_neighbours_in_a_step_have_the_tokens_that_they_have_alone(model: Any) -
     """Rows of every adapter, each with a grammar of its own or none, stepped together and alone."""
     adapters = [None, "small", "wide", "lora", "rslora"] * 2
     forms = [("json", PERSON), None, ("regex", "[a-z]{3,30}"), None, ("choice", ["a long text", "another"])] * 2
-    compiled = [None if form is None else model.grammars.compiled(AnswerForm.of(*form)) for form in forms]  # type: ignore[arg-type]
+    compiled = [None if form is None else model.constraints.compiled(AnswerForm.of(*form)) for form in forms]  # type: ignore[arg-type]
     prompts = [[5 + row, 9, 40] for row in range(len(adapters))]
 
     def tokens_of(rows: list[int]) -> dict[int, list[int]]:
@@ -290,7 +291,7 @@ def test_a_draw_is_that_of_transformers_warpers_over_all_tokens(
 ) -> None:
     decoder = model.decoder(rows=1, capacity=8)
     width = len(decoder.step({decoder.open(): [5]})[0])
-    compiled = model.grammars.compiled(AnswerForm.of("regex", "[a-m]{30}"))
+    compiled = model.constraints.compiled(AnswerForm.of("regex", "[a-m]{30}"))
     ours, theirs = (compiled.begin(frozenset([2]), 40) for _ in range(2))
     chooser = TokenChooser(Sampling(do_sample=True, seed=11, **options), [5], frozenset([2]), (), ours)
     generator, numbers = torch.Generator().manual_seed(11), np.random.default_rng(0)
@@ -345,17 +346,17 @@ def test_options_choose_within_the_grammar(model: Any) -> None:
 
 
 def test_several_forms_are_one_too_many(model: Any) -> None:
-    with pytest.raises(FormError, match=r"^regex: an answer has one form, and json_schema is given too"):
+    with pytest.raises(WrongFieldError, match=r"^regex: an answer has one form, and json_schema is given too"):
         model.generate("a", json_schema={}, regex="a")
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     model, _ = adapted("llama", tmp_path, CACHED, **SIZES)
     export_onnx(model, tmp_path / "bare", verify=False)
-    with pytest.raises(FormError, match=r"^regex: a grammar needs a tokenizer, and the export holds none"):
+    with pytest.raises(WrongFieldError, match=r"^regex: a grammar needs a tokenizer, and the export holds none"):
         load(tmp_path / "bare").generate([3, 4], regex="a")
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)
-    with pytest.raises(FormError, match=r"needs llguidance .*: pip install 'gralora-fx\[serve\]'"):
+    with pytest.raises(WrongFieldError, match=r"needs llguidance .*: pip install 'gralora-fx\[serve\]'"):
         Grammars(chat_tokenizer()).of({"here": ("regex", "a")})
 
 
@@ -375,15 +376,16 @@ def test_rules_within_rules_are_compiled_in_a_stack_that_holds_them() -> None:
     code = """
 import llguidance
 from served_exports import chat_tokenizer
-from gralora_fx.run.generate import answer_form
-from gralora_fx.run.generate.answer_grammar import Grammars
+from gralora_fx.features.structured_outputs import answer_form
+from gralora_fx.features.structured_outputs.grammars import Grammars
+from gralora_fx.run.generate.request_errors import WrongFieldError
 answer_form._MOST_RULES = 10_000
 rules = "start: a0\\n" + "".join(f'a{i}: a{i + 1} "a"\\n' for i in range(3500)) + 'a3500: "b"\\n'
 terminals = rules.replace("a0", "A0").replace("a1", "A1")
 for grammar in (rules, "start: " + "(" * 20_000 + '"a"' + ")" * 20_000):
     try:
         print(Grammars(chat_tokenizer()).of({"here": ("grammar", grammar)}).begin(frozenset(), 3).forced[0] > 0)
-    except answer_form.FormError as error:
+    except WrongFieldError as error:
         print("deep" in str(error))
 """
     paths = os.pathsep.join(str(Path(__file__).parents[level]) for level in (1, 2))

@@ -25,10 +25,9 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.run.engine.cache_memory import CacheMemory, NeverRoomError, NoRoomError, RowMemory
 from gralora_fx.run.engine.prefix_cache import PrefixCache
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.request_errors import RunError
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.service.app import create_app
 from gralora_fx.service.scheduling import queue as queues
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
@@ -181,7 +180,7 @@ def answers(decoder: Any, requests: Sequence[TextRequest]) -> tuple[list[str], l
         return found
 
     decoder.step = noted
-    scheduler = ContinuousScheduler(decoder, chat_tokenizer(), Mock(spec=Observer), max_queue=32, most_drafted=4)
+    scheduler = ContinuousScheduler(decoder, chat_tokenizer(), Mock(spec=Observer), max_queue=32, most_proposed=4)
     callers = [Caller() for _ in requests]
     scheduler.submit([(request, caller.events.put) for request, caller in zip(requests, callers, strict=True)])
     scheduler.start()

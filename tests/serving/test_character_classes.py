@@ -14,9 +14,9 @@ import regex
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gralora_fx.run.generate.answer_form import AnswerForm
-from gralora_fx.run.generate.answer_grammar import Grammars
-from gralora_fx.run.generate.character_classes import portable
+from gralora_fx.features.structured_outputs.answer_form import AnswerForm
+from gralora_fx.features.structured_outputs.character_classes import portable
+from gralora_fx.features.structured_outputs.grammars import Grammars
 
 CLASSES = [rf"\{letter}" for letter in "dDwWsS"]
 EXPRESSIONS = [

@@ -18,7 +18,7 @@ from served_exports import decoders
 from gralora_fx import trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.engine.buffered_steps import takes_buffers
+from gralora_fx.run.engine.cache_buffers import takes_buffers
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.run.sessions.ort_values import empty_values
 from gralora_fx.serving import Decoder, OrtModel, load

@@ -70,7 +70,7 @@ def check_bits(decoder: Decoder, adapter: str | None, *others: str | None) -> No
 def test_a_token_gives_the_same_alone_and_among_others(name: str, tmp_path: Path) -> None:
     export_onnx(fresh_trace("llama", task=CACHED), tmp_path / "onnx", verify=False, **KINDS[name])
     decoder = load(tmp_path / "onnx", threads=1).decoder(rows=3, capacity=24, chunk=8)
-    assert decoder.draft_problem is None
+    assert decoder.verify_problem is None
     check_bits(decoder, None, None, None)
 
 
@@ -189,6 +189,6 @@ def test_a_graph_of_rows_of_an_earlier_version_answers_without_drafts(tmp_path: 
     forget_digests(tmp_path / "onnx")
     with pytest.warns(UserWarning, match=r"model_rows.onnx was written by an earlier version: .*overwrite=True"):
         decoder = load(tmp_path / "onnx", threads=1).decoder(rows=1, capacity=24)
-    assert decoder.draft_problem == "the graph of its rows gives logits after the last token of each alone"
+    assert decoder.verify_problem == "the graph of its rows gives logits after the last token of each alone"
     with pytest.warns(UserWarning, match="earlier version"):
         assert load(tmp_path / "onnx", threads=1).generate(PROMPT, max_new_tokens=9) == answer

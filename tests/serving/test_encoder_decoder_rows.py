@@ -23,12 +23,11 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraConfig, LoraConfig, rewrite
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.generation_rules import GenerationRules
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.run.model import OrtModel
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler

@@ -19,8 +19,7 @@ from running_service import serving
 from starlette.types import Message
 
 from gralora_fx.core.config.service_settings import ServiceSettings
-from gralora_fx.service.gateway_metrics import GatewayMetrics
-from gralora_fx.service.metrics import Metrics
+from gralora_fx.service.metrics import GatewayMetrics, Metrics
 from gralora_fx.service.scale.asgi_request import AsgiRequest
 from gralora_fx.service.scale.frontend import Frontend
 

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.generate import answer_grammar
+from gralora_fx.features.structured_outputs import grammars
 from gralora_fx.serving import load
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}
@@ -214,7 +214,7 @@ def test_an_answer_that_cannot_go_on_is_an_error_of_its_request(
     """As of an expression that has too many states once some of the answer is there; its neighbour goes on."""
     letters = {str(token): 50.0 for token in chat_tokenizer().convert_tokens_to_ids(["a", "b"])}
     body = {"model": "data", "prompt": "a", "max_tokens": 900, "stream": stream, "logit_bias": letters}
-    monkeypatch.setitem(answer_grammar._LIMITS, "max_lexer_states", 400)
+    monkeypatch.setitem(grammars._LIMITS, "max_lexer_states", 400)
     with ThreadPoolExecutor(2) as pool:
         beside = pool.submit(http.post, "/v1/completions", json={**body, "stream": False, "guided_regex": "a{60}"})
         found = http.post("/v1/completions", json={**body, "guided_regex": "([ab]*a[ab]{900})+"})
@@ -232,7 +232,7 @@ def test_an_answer_that_cannot_go_on_is_an_error_of_its_request(
 
 def test_forms_that_are_slow_to_compile_hold_up_nobody_else(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are, two are compiled at once, and requests without a form find threads."""
-    compiled, running, most = answer_grammar.Grammars.compiled, [0], [0]
+    compiled, running, most = grammars.Grammars.compiled, [0], [0]
     go = threading.Event()
 
     def slow(grammars: Any, form: Any) -> Any:
@@ -242,7 +242,7 @@ def test_forms_that_are_slow_to_compile_hold_up_nobody_else(http: TestClient, mo
         running[0] -= 1
         return compiled(grammars, form)
 
-    monkeypatch.setattr(answer_grammar.Grammars, "compiled", slow)
+    monkeypatch.setattr(grammars.Grammars, "compiled", slow)
     body = {"model": "data", "prompt": "a", "max_tokens": 2}
     with ThreadPoolExecutor(60) as pool:
         try:

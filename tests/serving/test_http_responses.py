@@ -18,7 +18,7 @@ from tool_tokenizers import family_tokenizer
 
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.generate.answer_form import DeadEndError
+from gralora_fx.run.generate.request_errors import DeadEndError
 from gralora_fx.serving import Decoder
 
 SIZES: dict[str, Any] = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 1024}

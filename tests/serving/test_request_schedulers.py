@@ -22,10 +22,9 @@ from transformers import (
 
 from gralora_fx.errors import ServingError
 from gralora_fx.run.engine.limits import end_tokens
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.request_errors import QueueFullError, RunError, StoppedError
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob

@@ -11,8 +11,8 @@ from served_exports import END, decoders
 from transformers import TopPLogitsWarper
 
 from gralora_fx.errors import ServingError
+from gralora_fx.run.generate.answer_options import Sampling
 from gralora_fx.run.generate.prompt_answers import Scored
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import TokenChooser, _warpers
 from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load

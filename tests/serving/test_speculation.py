@@ -15,8 +15,8 @@ from traces import fresh_trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.generate.answer_row import LONGEST, AnswerRow, NGrams
-from gralora_fx.run.generate.speculation import Speculation, StepCosts
+from gralora_fx.features.speculation.speculation import LONGEST, NGrams, Speculation, StepCosts
+from gralora_fx.run.generate.answer_row import AnswerRow
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load
 
@@ -166,7 +166,7 @@ class _Answer:
     """An answer that repeats itself, as far as it is told to."""
 
     def __init__(self, accepts: Any, length: int) -> None:
-        self.accepts, self.left, self.matched, self.credit = accepts, length, LONGEST, 0.0
+        self.accepts, self.left, self.matched, self.text = accepts, length, LONGEST, NGrams([])
         self.unread, self.count = (1,), 0
 
     @property
@@ -265,7 +265,7 @@ def test_a_decoder_that_cannot_verify_says_so(
 
     def unable(self: OrtModel, **sizes: Any) -> Any:
         decoder = opened(self, **sizes)
-        decoder.draft_problem = "its rows run one after the other"
+        decoder.verify_problem = "its rows run one after the other"
         return decoder
 
     monkeypatch.setattr(OrtModel, "decoder", unable)
@@ -284,5 +284,5 @@ def test_an_output_layer_with_adapters_is_not_speculated_upon(tmp_path: Path) ->
     export_onnx(gralora, tmp_path / "onnx", adapters="data", verify=False)
     opened = load(tmp_path / "onnx", threads=1)
     decoder = opened.decoder(rows=1, capacity=24)
-    assert decoder.draft_problem == "the graph of its rows gives logits after the last token of each alone"
+    assert decoder.verify_problem == "the graph of its rows gives logits after the last token of each alone"
     assert len(opened.generate(PROMPTS[0], adapter="wide", max_new_tokens=9)) == 9

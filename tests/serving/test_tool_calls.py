@@ -10,14 +10,17 @@ import jsonschema
 import numpy as np
 import pytest
 from tool_tokenizers import FAMILIES, byte_tokenizer, family_tokenizer
+from transformers.utils.chat_parsing import ResponseParser, parse_response
 
-from gralora_fx.run.generate.answer_form import AnswerForm, FormError
-from gralora_fx.run.generate.answer_grammar import AnswerGrammar, Grammars
-from gralora_fx.run.generate.call_formats import FORMATS, GENERAL, CallFormat
-from gralora_fx.run.generate.call_grammar import Tool, ToolUse, call_grammar
-from gralora_fx.run.generate.call_reader import AnswerPart, CallReader
+from gralora_fx.features.structured_outputs.answer_form import AnswerForm
+from gralora_fx.features.structured_outputs.grammars import AnswerGrammar, Grammars
+from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat
+from gralora_fx.features.tools.call_grammar import Tool, ToolUse, call_grammar
+from gralora_fx.features.tools.call_reader import CallReader
+from gralora_fx.features.tools.tool_template import ToolTemplate
 from gralora_fx.run.generate.detokenizer import TextStream
-from gralora_fx.run.generate.tool_template import ToolTemplate
+from gralora_fx.run.generate.request_errors import WrongFieldError
+from gralora_fx.service.protocols.openai.answer_plan import AnswerPart
 
 pytestmark = pytest.mark.quick
 
@@ -32,7 +35,7 @@ END, MOST = 2, 160
 
 
 def tools() -> tuple[Tool, ...]:
-    return tuple(Tool.of(name, schema, f"tools.{name}") for name, schema in SCHEMAS.items())
+    return tuple(Tool.of(name, schema, f"tools.{name}", Grammars(None)) for name, schema in SCHEMAS.items())
 
 
 def walk(
@@ -63,12 +66,12 @@ def read(form: CallFormat, pieces: Sequence[str]) -> tuple[str, dict[int, list[s
     calls: dict[int, list[str]] = {}
     for part in parts:
         if part.name is not None:
-            assert part.call == len(calls)
+            assert part.item == len(calls)
             assert part.id
-            calls[part.call] = [part.name, ""]
-        elif part.call is not None:
-            calls[part.call][1] += part.text
-    return "".join(part.text for part in parts if part.call is None), calls, reader
+            calls[part.item] = [part.name, ""]
+        elif part.item is not None:
+            calls[part.item][1] += part.text
+    return "".join(part.text for part in parts if part.item is None), calls, reader
 
 
 @pytest.mark.parametrize("are_special", [True, False, None])
@@ -117,6 +120,37 @@ def test_text_that_looks_like_a_call() -> None:
     assert read(llama, '{"na')[:2] == ('{"na', {})
     call = '<|python_tag|>{"name": "a", "parameters": {"b": ["}", {}]}}'
     assert read(llama, call)[:2] == ("", {0: ["a", '{"b": ["}", {}]}']})
+
+
+REGIONS: dict[str, dict[str, Any]] = {  # of calls, as transformers' templates of responses have them
+    "hermes": {"open": "<tool_call>\n", "close": "\n</tool_call>"},
+    "mistral": {"open": "[TOOL_CALLS]"},
+    "granite": {"open": "<|tool_call|>"},
+    "mistral-args": {"open_pattern": r"\[TOOL_CALLS\](?P<name>.*?)\[ARGS\]", "close_pattern": r"(?=\[TOOL_CALLS\])|\Z"},
+    "deepseek": {"open_pattern": "{trigger}{between}(?P<name>.*?){middle}", "close": FORMS["deepseek"].tail},
+    "llama3": {"open_pattern": r'\A(?:<\|python_tag\|>)?(?=\{"name")'},
+    "json": {"open_pattern": r'\A(?=\[\{"name")'},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_transformers_parser_tells_no_call_before_its_end(name: str) -> None:
+    """Why calls are read here: a stream begins with a call's name, and one that is cut has what there is of it."""
+    form, call = FORMS[name], {"name": "get", "arguments": {"place": "Paris"}}
+    field = {**REGIONS[name], "content": "json", "repeats": name not in ("llama3", "json", "mistral", "granite")}
+    if "?P<name>" in field.get("open_pattern", ""):
+        field["open_pattern"] = field["open_pattern"].format(**vars(form))
+        field["transform"] = {"name": "{name}", "arguments": "{content}"}
+    template = {"start_anchor": "<begin>", "fields": {"content": {}, "calls": field}}
+    text = form.written([call])
+    assert parse_response(text, template, prefix="")["calls"]  # the whole is read
+    parser, beginning = ResponseParser(template, prefix=""), text[: text.index("Paris")]
+    events = [event for letter in beginning for event in parser.feed(letter)]
+    assert [event["type"] for event in events].count("region_open") == 1
+    assert not any("value" in event for event in events if event["field"] == "calls")
+    with pytest.raises(ValueError, match="could not parse region"):
+        parser.finalize()
+    assert read(form, beginning)[1] == {0: ["get", '{"place": "']}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,7 +207,7 @@ def test_a_form_beside_tools() -> None:
         texts.add("a call" if calls else text)
     assert stream.finish() == ""
     assert texts == {"a call", "yes", "no"}
-    with pytest.raises(FormError, match="response_format: it and tools do not go together"):
+    with pytest.raises(WrongFieldError, match="response_format: it and tools do not go together"):
         call_grammar(grammars, GENERAL, ToolUse(tools(), False, True), content)
 
 
@@ -226,7 +260,7 @@ def test_random_calls_meet_schemas_of_many_styles(name: str) -> None:
     properties = STYLES[name]
     schema = {"type": "object", "properties": properties, "required": list(properties)[:2]}
     grammars, form = Grammars(tokenizer), FORMS["mistral"]
-    grammar = call_grammar(grammars, form, ToolUse((Tool.of(name, schema, "tools.0"),), True, False))
+    grammar = call_grammar(grammars, form, ToolUse((Tool.of(name, schema, "tools.0", grammars),), True, False))
     likely = tokenizer.convert_tokens_to_ids(['"', "]", "}"])  # so that no text is long
     whole = 0
     for seed in range(6):

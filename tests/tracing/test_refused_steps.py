@@ -44,6 +44,6 @@ def test_an_input_that_a_step_does_not_take_is_not_left_out_in_silence() -> None
     model = tiny_decoder("LlamaForCausalLM", num_hidden_layers=1)
     inputs = cached_inputs(model)
     with pytest.raises(
-        TraceError, match=r"input_ids.* alone, and the example has output_mask too; .*images come in as"
+        TraceError, match=r"input_ids.* alone, and the example has output_mask too; .*is inputs_embeds of task='image"
     ):
         trace(model, {**inputs, "output_mask": torch.zeros(2, 3)}, task=STEP)

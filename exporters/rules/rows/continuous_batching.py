@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.errors import listed
 from gralora_fx.exporters.rules.adapters.site_marks import sites_in
 from gralora_fx.exporters.rules.attention.plain_attention import ATTENTION
@@ -38,7 +37,7 @@ from gralora_fx.format.export_directory import (
     QUERY_SEQLENS,
     ROWS_FORM,
 )
-from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX, takes_image_inputs
+from gralora_fx.format.input_names import IDS, PAST_PREFIX, PRESENT_PREFIX, beside_ids
 
 GQA = "GroupQueryAttention"
 # positions of its inputs
@@ -82,7 +81,7 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     are.
 
     `attended` is `Max(query_seqlens, attention_seqlens)`: ONNX Runtime has another kernel for the attention of one
-    token than for several, with other last bits, so rows that verify drafts ask for that of several. A model that keeps
+    token than for several, with other last bits, so rows that verify tokens ask for that of several. A model that keeps
     states has no such input, since its rows cannot be set back.
     """
     graph = model.graph
@@ -111,11 +110,11 @@ def batch_continuously(model: ir.Model) -> PassResult[ir.Model]:
     for name, value in (("input_ids", tokens.ids), ("position_ids", tokens.positions)):
         for usage in readers.get(name, []):
             usage.node.replace_input_with(usage.idx, value)
-    for name in filter(inputs.__contains__, IMAGE_INPUTS):
-        image_tokens = tokens.of_input(build, inputs[name], IMAGE_INPUTS[name].axis)
+    for name, beside in beside_ids(inputs).items():
+        of_tokens = tokens.of_input(build, inputs[name], beside.axis)
         build.insert_before(next(node for node in graph if node in {usage.node for usage in readers[name]}))
         for usage in readers[name]:
-            usage.node.replace_input_with(usage.idx, image_tokens)
+            usage.node.replace_input_with(usage.idx, of_tokens)
     _count_one_row(inputs, tokens.ids)
     for node in layers:
         _by_rows(graph, node, tokens)
@@ -181,7 +180,7 @@ def _rename_inner(graph: ir.Graph, batch: str, length: str, others: Sequence[Cac
 
 
 def _check_inputs(inputs: Mapping[str, ir.Value]) -> None:
-    known = ("input_ids", "attention_mask", "position_ids", *(IMAGE_INPUTS if takes_image_inputs(inputs) else ()))
+    known = ("input_ids", "attention_mask", "position_ids", *beside_ids(inputs))
     others = [name for name in inputs if name not in known and not name.startswith(PAST_PREFIX)]
     if others or "input_ids" not in inputs:
         what = f"also takes {listed(others)}" if others else "takes no input_ids"
@@ -219,11 +218,11 @@ def _across_positions(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _check_readers(inputs: Mapping[str, ir.Value], known: Collection[str]) -> None:
     """Check that nothing but known operators reads the cache, and nothing the mask."""
-    problems = []
+    problems, of_tokens = [], {IDS, *beside_ids(inputs)}
     for name, value in inputs.items():
         for usage in value.uses():
             is_cache = name.startswith(PAST_PREFIX) and usage.node.op_type in known
-            if not is_cache and name != "input_ids" and name not in IMAGE_INPUTS:
+            if not is_cache and name not in of_tokens:
                 problems.append(f"{layer_of(usage.node)} reads {name} ({usage.node.op_type})")
     if problems:
         raise RowsError(f"the model needs more than the lengths of its rows: {listed(sorted(set(problems)), 6)}")

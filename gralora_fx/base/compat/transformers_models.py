@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from gralora_fx.base.compat.versions import fenced
 
@@ -40,12 +41,18 @@ __all__ = [
     "eager_mask",
     "get_model_conversion_mapping",
     "grouped_product",
+    "has_class",
     "or_masks",
     "rename_source_key",
     "should_convert_module",
     "sliding_window_causal_mask_function",
     "unquantized_modules",
 ]
+
+
+def has_class(auto_class: str, config: PreTrainedConfig) -> bool:
+    """Return whether an auto class of transformers, by its name, has a class for models of a configuration."""
+    return type(config) in getattr(transformers, auto_class)._model_mapping
 
 
 def unquantized_modules(model: PreTrainedModel, names: Sequence[str] | None) -> list[str]:

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from gralora_fx.base.amounts import SPECULATIVE_TOKENS, read_size, size_problem
+from gralora_fx.base.amounts import read_size, size_problem
 from gralora_fx.core.config.option import Option, check_options
 from gralora_fx.errors import ConfigError, option, shown
 
+# options that have no effect on a model that does not answer prompts
+OF_DECODERS = ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens")
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
 _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
@@ -227,9 +229,9 @@ class ServiceSettings:
         return self.chunk or _CHUNK
 
     @property
-    def drafted(self) -> int:
-        """The most tokens of an answer that are proposed for a step, where there are steps."""
-        return SPECULATIVE_TOKENS if self.speculative_tokens is None else self.speculative_tokens
+    def proposed(self) -> int | None:
+        """The most tokens of an answer that are proposed for a step; None for as many as pay."""
+        return self.speculative_tokens
 
     @property
     def memory_bytes(self) -> int | None:

@@ -37,7 +37,6 @@ from gralora_fx.errors import (
     option,
     warn_caller,
 )
-from gralora_fx.format.image_sizes import ImageSize
 from gralora_fx.format.tasks import SENTENCE_TASK, task_of, with_past
 
 _BARE = (None, "feature-extraction")  # what a task is where only the transformer is known
@@ -51,7 +50,7 @@ def load_traced(
     with_cache: bool = False,
     stream: bool = False,
     allow_random_head: bool = False,
-    image_size: ImageSize = None,
+    trace_options: Mapping[str, Any] | None = None,
     adapter_name: str = "default",
     strict_base: bool = False,
     others: Sequence[str] = (),
@@ -61,7 +60,7 @@ def load_traced(
     how: dict[str, Any] = {"stream": stream, "strict_base": strict_base, "base_quantization": base_quantization}
     base = load_base(model, adapter, task, others=others, **how)
     base.check(allow_random_head=allow_random_head)
-    loaded = trace_base(base, with_cache=with_cache, image_size=image_size, adapter_name=adapter_name)
+    loaded = trace_base(base, with_cache=with_cache, options=trace_options, adapter_name=adapter_name)
     if others and isinstance(loaded, GraloraModel):
         names = [f"adapter_{index}" for index in range(2, len(others) + 2)]
         for name, other in zip(names, others, strict=True):
@@ -187,7 +186,11 @@ def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantizat
 
 
 def trace_base(
-    base: LoadedBase, *, with_cache: bool = False, image_size: ImageSize = None, adapter_name: str = "default"
+    base: LoadedBase,
+    *,
+    with_cache: bool = False,
+    options: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
 ) -> TracedModel | GraloraModel:
     """Trace a base, and rewrite it with its adapter if it has one."""
     task = base.task or infer_task(base.model)
@@ -195,7 +198,7 @@ def trace_base(
         task = with_past(task)
     with timed("tracing"):
         try:
-            traced = trace(base.model, task=task, sentence_modules=base.modules, image_size=image_size)
+            traced = trace(base.model, task=task, sentence_modules=base.modules, **(options or {}))
         except NoStepError:
             raise
         except TraceError as error:

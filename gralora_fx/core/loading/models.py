@@ -10,12 +10,9 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
+from gralora_fx.base.compat.transformers_models import has_class
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.model_files import (
@@ -31,7 +28,7 @@ from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards,
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
 from gralora_fx.errors import GraloraError, TraceError, first_line, option, warn_caller
-from gralora_fx.format.tasks import SENTENCE_TASK, check_task, classifies, find_task, task_of_class
+from gralora_fx.format.tasks import SENTENCE_TASK, all_tasks, check_task, classifies, find_task, task_of_class
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:
@@ -50,16 +47,13 @@ def class_for(config: PreTrainedConfig, task: str | None) -> Any:
 
 
 def _auto_class(config: PreTrainedConfig, task: str) -> str:
-    """The auto class of a task: a decoder of texts may be a part of a model that reads images, or be alone."""
-    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if task == "image-text-to-text" and not reads_images:
-        task = "text-generation"
-    if task == "text-generation" and reads_images and not is_decoder:
-        task = "image-text-to-text"
+    """The auto class of a task: a decoder of texts may be a part of a model that reads more, or be alone."""
     known = find_task(task)
     assert known is not None  # which was checked
-    return known.auto_class
+    if known.cache != "decoder" or has_class(known.auto_class, config):
+        return known.auto_class
+    decoders = [other.auto_class for other in all_tasks() if other.cache == "decoder"]  # the first is of texts alone
+    return next((name for name in decoders if has_class(name, config)), decoders[0])
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:

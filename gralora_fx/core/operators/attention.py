@@ -173,7 +173,7 @@ class Mask(Call[V]):
 
 @operator("mask_of_blocks")
 class MaskOfBlocks(Call[V]):
-    """`gralora::mask_of_blocks`: the mask of a text with blocks, such as images, whose positions all see each other.
+    """`gralora::mask_of_blocks`: the mask of a text with blocks, whose positions all see each other.
 
     A trace has both masks until it is known whether there are blocks (see `tracing.normalize.clean`).
 

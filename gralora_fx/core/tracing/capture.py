@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.transformers_exporters import auto_dynamic_shapes, export_program
 from gralora_fx.base.progress.stages import quiet
-from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Axes, Captured, Draft
+from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import own_inputs
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.format.input_names import IMAGES, PAST
+from gralora_fx.format.input_names import PAST
 
 
 def capture(draft: Draft) -> Captured:
@@ -36,10 +36,10 @@ def capture(draft: Draft) -> Captured:
             _as_traced(model),
             traceable_modes() as checkpoints,
         ):
+            shapes = dynamic_axes(sample, draft.held) if draft.dynamic else None
             if isinstance(model, PreTrainedModel):
-                program = export_transformers_model(model, sample, draft.axes)
+                program = _export_transformers_model(model, sample, shapes)
             else:
-                shapes = dynamic_axes(sample, draft.axes)
                 # with gradients, so that regions without gradients are recorded
                 with torch.enable_grad():
                     program = torch.export.export(model, (), dict(sample), dynamic_shapes=shapes, strict=False)
@@ -52,22 +52,22 @@ def capture(draft: Draft) -> Captured:
     return Captured(**vars(draft), graph_module=program.module(check_guards=False))
 
 
-def export_transformers_model(
-    model: PreTrainedModel, inputs: Mapping[str, Any], axes: Axes
+def _export_transformers_model(
+    model: PreTrainedModel, inputs: Mapping[str, Any], shapes: dict[str, Any] | None
 ) -> torch.export.ExportedProgram:
-    """Export a transformers model in its current mode, with a cache if one is given."""
-    shapes, own, forward = dynamic_axes(inputs, axes), own_inputs(inputs), model.forward
+    """Export a transformers model in its current mode, with a cache if one is given; no axis varies without shapes."""
+    own, forward = own_inputs(inputs), model.forward
     if "use_cache" in inspect.signature(forward).parameters:
         forward = functools.partial(forward, use_cache=PAST in inputs)
     with patch.object(model, "forward", forward), _steps(model, inputs):
-        return export_program(model, own, shapes, dynamic=axes is not Axes.NONE)
+        return export_program(model, own, shapes, dynamic=shapes is not None)
 
 
 @contextmanager
 def _as_traced(model: nn.Module) -> Iterator[None]:
     """Replace known code of a model by what can be traced, and layers of features by operators, within the block."""
     with ExitStack() as changed:
-        if _has_own_code(model):
+        if has_own_code(model):
             from gralora_fx.base.features import parts
             from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL
             from gralora_fx.core.tracing.patches.recognised import replaced
@@ -82,7 +82,7 @@ def _as_traced(model: nn.Module) -> Iterator[None]:
 def features_as_nodes(model: nn.Module) -> Iterator[None]:
     """Let layers that features have operators for be one node each within the block."""
     with ExitStack() as changed:
-        if _has_own_code(model):
+        if has_own_code(model):
             from gralora_fx.base.features import parts
 
             for patches in parts("trace patches"):
@@ -90,7 +90,7 @@ def features_as_nodes(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _has_own_code(model: nn.Module) -> bool:
+def has_own_code(model: nn.Module) -> bool:
     """Return whether a model has modules of other classes than torch's."""
     return any(not type(part).__module__.startswith("torch.nn.") for part in model.modules())
 
@@ -109,16 +109,10 @@ def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def dynamic_axes(inputs: Mapping[str, Any], axes: Axes = Axes.SEQUENCES) -> dict[str, Any] | None:
-    """`dynamic_shapes` for `torch.export`: all axes may vary; of caches batch and length, of images mostly the batch.
-
-    Many vision models are made for one image size; with dynamic height and width some cannot be traced.
-    """
-    if axes is Axes.NONE:
-        return None
+def dynamic_axes(inputs: Mapping[str, Any], held: Collection[str] = ()) -> dict[str, Any]:
+    """Make `dynamic_shapes` for `torch.export`: all axes may vary; of caches batch and length, of `held` the batch."""
     shapes = auto_dynamic_shapes(inputs)
-    if IMAGES in shapes and axes is not Axes.IMAGES:
-        shapes[IMAGES] = {0: torch.export.Dim.AUTO}
+    shapes |= {name: {0: torch.export.Dim.AUTO} for name in held if name in shapes}
     if PAST in shapes:
         from gralora_fx.core.tracing.inputs.cached_steps import varying_axes
 

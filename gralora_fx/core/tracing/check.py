@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.base.progress.stages import quiet
-from gralora_fx.core.tracing.draft import Axes, Captured, Draft
+from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
 from gralora_fx.core.tracing.inputs.layouts import by_own_names
 from gralora_fx.core.tracing.inputs.signature import default_input
@@ -77,9 +77,9 @@ def with_call_signature(draft: Captured) -> Captured:
         draft.signature,
         fillable=fillable,
         counts_padding=counts_padding,
-        dynamic=draft.axes is not Axes.NONE,
+        dynamic=draft.dynamic,
         fixed=fixed,
-        image_sizes=draft.image_sizes,
+        facts=draft.facts,
     )
     return dataclasses.replace(draft, signature=signature)
 
@@ -202,7 +202,7 @@ def _is_close(want: Any, got: Any) -> bool:
 def check_other_sizes(draft: Captured) -> None:
     """Check that a trace holds for other sizes, if they may vary: a branch or a loop over a size would be baked in."""
     model = draft.model
-    if draft.axes is Axes.NONE or not draft.has_values:
+    if not (draft.dynamic and draft.has_values):
         return
     for description, other in other_sizes(model, draft.sample):
         try:

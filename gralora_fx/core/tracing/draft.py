@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,25 +20,17 @@ from gralora_fx.core.tracing.inputs.arguments import Arguments, named_arguments,
 from gralora_fx.core.tracing.inputs.signature import CallSignature, signature_of
 from gralora_fx.core.tracing.inputs.widened import distinct, widen
 from gralora_fx.errors import TraceError, warn_caller
-from gralora_fx.format.input_names import PAST, takes_image_inputs
+from gralora_fx.format.input_names import PAST
 
-if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
+if TYPE_CHECKING:  # of sentence encoders, and of models whose inputs features know, alone
     from gralora_fx.base.sources.sentence_modules import SentenceModules
-    from gralora_fx.format.image_sizes import ImageSize, ImageSizes
+    from gralora_fx.format.input_facts import InputFacts
 
 NO_CHECKPOINTS = (
     "gradient checkpointing is not part of a trace; call gradient_checkpointing_enable() of the rewritten model, which "
     "computes its blocks again"
 )
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-
-
-class Axes(enum.Enum):
-    """Which axes of a trace may vary."""
-
-    NONE = "none"
-    SEQUENCES = "all but height and width of images"
-    IMAGES = "all"
 
 
 @dataclass(frozen=True)
@@ -53,9 +44,10 @@ class Draft:
         constants: Arguments that become part of the graph.
         task: The task, or None.
         sentence: The modules after the transformer that make a sentence encoder of it, or None.
-        image_size: The requested size of images.
+        options: Options of `trace` that features read.
         has_values: Whether every parameter has values, so that the graph can be compared with the model.
-        axes: Which axes may vary.
+        dynamic: Whether axes may vary.
+        held: Inputs of which the batch alone may vary.
         evaluates: Whether the model is captured in evaluation mode; else in training mode, where every dropout has its
             probability.
     """
@@ -66,9 +58,10 @@ class Draft:
     constants: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
     sentence: SentenceModules | None = None
-    image_size: ImageSize = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     has_values: bool = True
-    axes: Axes = Axes.SEQUENCES
+    dynamic: bool = True
+    held: Collection[str] = ()
     evaluates: bool = False
 
 
@@ -82,7 +75,7 @@ class Captured(Draft):
         drawn: An operator of it that draws random numbers in either mode, as text, or None.
         updated: Names of the buffers that it updates in either mode.
         problem: How it differs from the model; None if it does not, or was not compared.
-        image_sizes: Heights and widths of images that it takes; None if it takes no images.
+        facts: What features know of its inputs, by the names of manifests.
     """
 
     graph_module: fx.GraphModule = field(kw_only=True)
@@ -90,7 +83,7 @@ class Captured(Draft):
     drawn: str | None = None
     updated: tuple[str, ...] = ()
     problem: str | None = None
-    image_sizes: ImageSizes | None = None
+    facts: Mapping[str, InputFacts] = field(default_factory=dict)
 
 
 def first_draft(
@@ -100,7 +93,7 @@ def first_draft(
     task: str | None,
     dynamic: bool,
     sentence: SentenceModules | None,
-    image_size: ImageSize,
+    options: Mapping[str, Any],
     has_values: bool,
 ) -> Draft:
     """The draft of a live module: the inputs to capture it from, and how it is called."""
@@ -125,10 +118,8 @@ def first_draft(
             )
         arguments = (), inputs_for_task(model, task or "")
     tensors, constants = split_constants(model, named_arguments(model, *arguments))
-    if image_size is not None:
-        from gralora_fx.format.image_sizes import at_image_size
-
-        tensors, constants = at_image_size(model, tensors, constants, image_size)
+    for name, value in options.items():
+        tensors, constants = _option_reader(name)(model, tensors, constants, value)
     sample = distinct(_enlarged(model, tensors) if dynamic else tensors)
     return Draft(
         model,
@@ -137,10 +128,20 @@ def first_draft(
         constants,
         task=task,
         sentence=sentence,
-        image_size=image_size,
+        options=options,
         has_values=has_values,
-        axes=Axes.SEQUENCES if dynamic else Axes.NONE,
+        dynamic=dynamic,
     )
+
+
+def _option_reader(name: str) -> Any:
+    """Return what a feature makes of an option of `trace`: the tensors and constants to trace with."""
+    from gralora_fx.base.features import parts
+
+    found = next((readers[name] for readers in parts("trace options") if name in readers), None)
+    if found is None:
+        raise TraceError(f"{name} has no effect, since no feature that is installed reads it; leave it out")
+    return found
 
 
 def _enlarged(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +165,7 @@ def called_as(draft: Draft) -> Iterator[None]:
         patch.object(model, "forward", forward),
         configured_cache(model, use_cache=PAST in draft.sample),
         _every_layer_runs_once(model),
-        _texts_alone(model),
-        _of_decoders(model, draft.sample),
+        _of_transformers(model, draft.sample),
         _restored(model),
     ):
         yield
@@ -234,33 +234,19 @@ def _every_layer_runs_once(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _texts_alone(model: nn.Module) -> Iterator[None]:
-    """Let a model that puts images before the texts in its cache, as GIT does, know that there are none.
-
-    It widens the padding mask of a step by as many positions as an image has.
-    """
-    with ExitStack() as changed:
-        for part in model.modules():
-            if isinstance(getattr(part, "image_patch_tokens", None), int):
-                changed.enter_context(patch.object(part, "image_patch_tokens", 0))
-        yield
-
-
-@contextmanager
-def _of_decoders(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[None]:
-    """Let a decoder take embeddings beside ids, and its indexer of keys know all positions, where it has these."""
+def _of_transformers(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[None]:
+    """Let an indexer of keys know all positions, and features patch how a model is called, within the block."""
     with ExitStack() as changed:
         if isinstance(model, PreTrainedModel):
+            from gralora_fx.base.features import parts
             from gralora_fx.core.tracing.patches.known_code import has_key_indexer
 
             if has_key_indexer(model):
                 from gralora_fx.core.tracing.inputs.indexer_positions import known_positions
 
                 changed.enter_context(known_positions(model))
-        if takes_image_inputs(sample) and isinstance(model, PreTrainedModel):
-            from gralora_fx.core.tracing.inputs.given_embeddings import given_embeddings
-
-            changed.enter_context(given_embeddings(model, sample))
+            for patches in parts("call patches", {*sample, model.config.model_type}):
+                changed.enter_context(patches(model, sample))
         yield
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload, tree_info
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.core.graph.pipeline import Pass, PassLog
 from gralora_fx.core.tracing.capture import dynamic_axes
 from gralora_fx.core.tracing.check import check_example, fixed_axes
-from gralora_fx.core.tracing.draft import Axes, Captured
+from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.arguments import Arguments, check_leaves
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths
 from gralora_fx.core.tracing.inputs.signature import CallSignature
@@ -150,7 +151,8 @@ def recapture(graph_module: fx.GraphModule, inputs: Mapping[str, Any], *, dynami
     """
     graph_module.recompile()
     with placeholder_parameters(graph_module) as originals, quiet(), torch.no_grad():
-        wrapper, shapes = _Named(graph_module, inputs), dynamic_axes(inputs, Axes.SEQUENCES if dynamic else Axes.NONE)
+        wrapper, held = _Named(graph_module, inputs), [name for known in parts("input axes", inputs) for name in known]
+        shapes = dynamic_axes(inputs, held) if dynamic else None
         program = torch.export.export(wrapper, (), dict(inputs), dynamic_shapes=shapes, strict=False)
         fresh = program.run_decompositions({}).module(check_guards=False)
         captured = normalized(fresh, cleaning_passes(fresh), PassLog())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -17,18 +17,16 @@ from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.core.graph.repeated_layers import blocks_of
 from gralora_fx.core.tracing.both_modes import trace_both_modes
-from gralora_fx.core.tracing.capture import features_as_nodes
+from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code
 from gralora_fx.core.tracing.check import with_call_signature
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.format.input_names import takes_images
 
-if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
+if TYPE_CHECKING:  # of sentence encoders alone
     from gralora_fx.base.sources.sentence_modules import SentenceModules
     from gralora_fx.core.graph.block_modules import Checkpointing
-    from gralora_fx.format.image_sizes import ImageSize
 
 
 def trace(
@@ -39,7 +37,7 @@ def trace(
     task: str | None = None,
     dynamic: bool = True,
     sentence_modules: str | Path | None = None,
-    image_size: ImageSize = None,
+    image_size: tuple[int, int] | Literal["dynamic"] | None = None,
     blocks: Sequence[str] | None = None,
 ) -> TracedModel:
     """Trace a model to a `torch.fx` graph over its own parameters.
@@ -108,7 +106,7 @@ def trace(
                     task=task,
                     dynamic=dynamic,
                     sentence=sentence,
-                    image_size=image_size,
+                    options={} if image_size is None else {"image_size": image_size},
                     has_values=not originals,
                 )
             with called_as(first):
@@ -133,12 +131,14 @@ def _sentence_modules(model: object, task: str | None, source: str | Path | None
 
 
 def _checked(draft: Draft) -> Captured:
-    """Capture and check a model for both modes, of images for the sizes that it takes."""
-    if not takes_images(draft.sample):
-        return trace_both_modes(draft)
-    from gralora_fx.core.tracing.image_trace import trace_images
+    """Capture and check a model for both modes, or as a feature does that knows its inputs."""
+    if has_own_code(draft.model):
+        from gralora_fx.base.features import parts
 
-    return trace_images(draft)
+        for own_trace in parts("own traces", draft.sample):
+            captured: Captured = own_trace(draft)
+            return captured
+    return trace_both_modes(draft)
 
 
 def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None, *, training: bool) -> TracedModel:

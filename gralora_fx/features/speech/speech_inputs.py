@@ -18,7 +18,8 @@ from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.generate.encoder_inputs import AnswerStart, EncoderInputs
+from gralora_fx.run.generate.answer_options import AnswerStart
+from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import EncoderInput, GenerateInputs, Prompts, is_signal
 

@@ -20,11 +20,10 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.features.speech.recordings import Audio, read_audio
 from gralora_fx.features.speech.speech_inputs import SpeechInputs
 from gralora_fx.features.speech.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
-from gralora_fx.run.generate.answer_options import AnswerOptions
+from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import RunError
-from gralora_fx.run.generate.sampling import Sampling
 from gralora_fx.run.generate.token_choice import TokenScore
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.idle_fields import EVERYWHERE, Idle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gralora_fx.format.tasks import Task
 
+MAIN_INPUTS = ("input_values", "input_features")
 TASKS = (
     Task(
         "automatic-speech-recognition",

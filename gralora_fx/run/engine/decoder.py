@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, option, shown
-from gralora_fx.run.engine.bounded_rows import BoundedRows, Source
-from gralora_fx.run.engine.cache_memory import CacheMemory, NoRoomError
+from gralora_fx.run.engine.cache_memory import BoundedRows, CacheMemory, NoRoomError, Source
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
 from gralora_fx.run.engine.shared_rows import QUERIES, SharedRows
@@ -35,12 +34,12 @@ class Decoder(BoundedRows):
         rows: How many rows there are.
         chunk: The most tokens that a row may read in a step beside others.
         alone: The most tokens that a row may read in a step by itself, when nobody waits for it.
-        chosen: The most tokens of an answer to read in a step, which a grammar may force: one where a model computes
+        chosen: The most tokens of an answer to read in a step, which a constraint may force: one where a model computes
             tokens of a prompt otherwise, which are those that it reads with others, and the first one.
         gives_all: Whether a step gives the logits after each token (`logits="all"`), not after the last alone.
         unshared: Why rows cannot share what they have read; empty if they can.
-        draft_problem: Why rows cannot verify draft tokens: a step cannot give the logits after several tokens of a row,
-            or a row cannot be set back. None if they can.
+        verify_problem: Why rows cannot verify proposed tokens: a step cannot give the logits after several tokens of a
+            row, or a row cannot be set back. None if they can.
     """
 
     unshared: str = "rows of the export run one after the other, each with a cache of its own"
@@ -51,7 +50,7 @@ class Decoder(BoundedRows):
         size: DecoderSize,
         *,
         gives_all: bool = False,
-        draft_problem: str | None = "its rows run one after the other",
+        verify_problem: str | None = "its rows run one after the other",
         is_apart: bool = False,
     ) -> None:
         """Make room for rows.
@@ -60,7 +59,7 @@ class Decoder(BoundedRows):
             limits: What the model can take.
             size: How much room to make.
             gives_all: Whether a step gives the logits after each token.
-            draft_problem: Why rows cannot verify draft tokens; None if they can.
+            verify_problem: Why rows cannot verify proposed tokens; None if they can.
             is_apart: Whether a token that is read by itself counts as one of an answer (see `reads_tokens_apart`).
 
         Raises:
@@ -79,7 +78,7 @@ class Decoder(BoundedRows):
                 f"{option(chunk=size.chunk)} would have a token of a prompt read by itself, which this model computes "
                 f"as one of an answer; give at least {LEAST_CHUNK}"
             )
-        self.gives_all, self.draft_problem = gives_all, draft_problem
+        self.gives_all, self.verify_problem = gives_all, verify_problem
         self._lengths: dict[int, int] = {}  # of the open rows, how many tokens each has read
         self.memory = CacheMemory(size.max_memory)
         self._shared: SharedRows | None = None  # of a decoder whose rows share what they read
@@ -124,8 +123,8 @@ class Decoder(BoundedRows):
 
         Args:
             adapter: Its adapter; None for the base.
-            source: What an encoder-decoder's encoder reads, by name; of a decoder what images put in the place of the
-                row's first tokens (see `ImageRows.begin`), or None.
+            source: What an encoder-decoder's encoder reads, by name; of a decoder what stands in the place of the row's
+                first tokens (see `GivenRows.begin`), or None.
             salt: Rows share what they read with those of the same salt alone.
             max_length: The most tokens that it reads, for a bound of memory; None for its capacity.
 
@@ -147,7 +146,7 @@ class Decoder(BoundedRows):
             self._take_room(number, max_length, source)
             if self._shared is not None:
                 self._shared.begin(number, version, salt)
-                if source is not None:  # no token tells what images are in its place
+                if source is not None:  # no token tells what is in its place
                     self._shared.lose([number])
             return number
 
@@ -208,8 +207,8 @@ class Decoder(BoundedRows):
                 raise ServingError(
                     f"row {row} has read {self._lengths[row]} tokens and cannot be set back to {shown(length)}"
                 )
-            if self.draft_problem is not None and length < self._lengths[row]:
-                raise ServingError(f"row {row} cannot be set back: {self.draft_problem}")
+            if self.verify_problem is not None and length < self._lengths[row]:
+                raise ServingError(f"row {row} cannot be set back: {self.verify_problem}")
             self._lengths[row] = length
 
     def step(
@@ -220,8 +219,8 @@ class Decoder(BoundedRows):
         Args:
             tokens: The tokens of each row that reads: a chunk of its prompt, or one that was chosen. All other rows
                 are idle.
-            last: Of rows that verify drafts, or may, after how many of the last tokens the logits are wanted. What they
-                compute of a token is bit for bit the same whether they read it alone or with others.
+            last: Of rows that verify proposed tokens, or may, after how many of the last tokens the logits are wanted.
+                What they compute of a token is bit for bit the same whether they read it alone or with others.
 
         Returns:
             For each of these rows the logits after its last token, `[vocabulary]`; of an export with `logits="all"`
@@ -230,7 +229,7 @@ class Decoder(BoundedRows):
         Raises:
             ServingError: A row is not open, its tokens are none, more than `chunk` (`alone` if no other row reads),
                 more than it has room for, or outside the vocabulary, more logits are wanted than it reads tokens, it
-                cannot verify drafts, or ONNX Runtime fails; no row has read anything then.
+                cannot verify tokens, or ONNX Runtime fails; no row has read anything then.
             NoRoomError: The bound of memory has no room for what a row reads (see `reserve`).
         """
         with self._lock:
@@ -273,8 +272,8 @@ class Decoder(BoundedRows):
         for number, array in read.items():
             if self._shared is not None:
                 is_several = len(array) > 1 or number in last
-                drafts = last.get(number, 1) - 1
-                self._shared.read(number, self._lengths[number], array.tolist(), drafts, is_several=is_several)
+                proposed = last.get(number, 1) - 1
+                self._shared.read(number, self._lengths[number], array.tolist(), proposed, is_several=is_several)
             self._lengths[number] += len(array)
         return logits
 
@@ -300,8 +299,8 @@ class Decoder(BoundedRows):
         for row, count in last.items():
             if type(count) is not int or row not in read or not 0 < count <= len(read[row]):
                 raise ServingError(f"logits of {shown(count)} tokens of row {shown(row)} are wanted; it reads fewer")
-        if last and self.draft_problem is not None:
-            raise ServingError(f"a row gives the logits after one token: {self.draft_problem}")
+        if last and self.verify_problem is not None:
+            raise ServingError(f"a row gives the logits after one token: {self.verify_problem}")
         return last
 
     def _tokens(self, number: int, given: Sequence[int], most: int) -> NDArray[np.int64]:

@@ -19,8 +19,8 @@ from gralora_fx.errors import ServingError, shown
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.export_directory import FLAG
 from gralora_fx.run.engine.adapters import Adapters
-from gralora_fx.run.engine.bounded_rows import Source
 from gralora_fx.run.engine.cache_buffers import RowLayout
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values, run_values

@@ -17,11 +17,10 @@ from gralora_fx.format.cache_slots import KINDS, past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.run.engine.adapter_slots import RowStacks
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
-from gralora_fx.run.engine.bounded_rows import Source
-from gralora_fx.run.engine.buffered_steps import BufferedSteps
-from gralora_fx.run.engine.cache_buffers import CacheBuffers, RowLayout
+from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.image_rows import ImageRows
+from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
 from gralora_fx.run.engine.shared_rows import SharedRows
@@ -63,8 +62,8 @@ class RowsDecoder(Decoder):
         if self._states:
             problem = f"{_STATES}, which cannot be set back"
         apart = reads_tokens_apart(session)
-        super().__init__(limits, size, gives_all=gives_all(session), draft_problem=problem, is_apart=apart)
-        self._adapters, self._images = adapters, ImageRows(session)
+        super().__init__(limits, size, gives_all=gives_all(session), verify_problem=problem, is_apart=apart)
+        self._adapters, self._given = adapters, given_rows(session)
         self._row_stacks = None
         if ADAPTER_IDS in inputs:
             tensors = replace(adapters.inputs(), dtype=adapter_dtype(session))
@@ -124,7 +123,7 @@ class RowsDecoder(Decoder):
         return self._row_stacks.size([*(() if alone else self._row_adapters.values()), *more])
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> LoadedAdapter | None:
-        self._images.begin(row, source)
+        self._given.begin(row, source)
         self._row_adapters[row] = None if adapter is None else self._adapters[adapter]
         for name in self._states:  # those of the text that the row was of before
             as_tensor(self._buffers.values[name])[row].zero_()
@@ -132,7 +131,7 @@ class RowsDecoder(Decoder):
         return self._row_adapters[row]
 
     def _end(self, row: int) -> None:
-        self._images.begin(row, None)
+        self._given.begin(row, None)
         del self._row_adapters[row]
         self._buffers.give_back(row)
         self._stacks = ()
@@ -209,7 +208,7 @@ class RowsDecoder(Decoder):
             attended[row - rows.start] = max(len(array), _SEVERAL if is_several else 1)
         before = np.array([lengths.get(row, 0) for row in rows], dtype=np.int32)
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, QUERY_SEQLENS: query, PAST_SEQLENS: before}
-        feed |= self._images.arrays(read, lengths, rows, ids)
+        feed |= self._given.arrays(read, lengths, rows, ids)
         if self._row_stacks is not None:
             feed[ADAPTER_IDS] = numbers
         if self._pads_attention:
@@ -262,13 +261,13 @@ class SequentialDecoder(Decoder):
         if not takes_buffers:
             self.alone = self.chunk  # the last bits of its attention may depend on the pieces
         self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
-        self._images, self._layout = ImageRows(session), RowLayout(session.get_inputs())
+        self._given, self._layout = given_rows(session), RowLayout(session.get_inputs())
         self._inputs = {value.name for value in session.get_inputs()}
         self._outputs = [value.name for value in session.get_outputs()]
         self._open: dict[int, _Row] = {}
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
-        self._images.begin(row, source)
+        self._given.begin(row, source)
         values = self._adapters.tensors_for(adapter, self._session)
         if self._takes_buffers:
             steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
@@ -280,7 +279,7 @@ class SequentialDecoder(Decoder):
         return self._layout.row_size(tokens + count)
 
     def _end(self, row: int) -> None:
-        self._images.begin(row, None)
+        self._given.begin(row, None)
         del self._open[row]
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
@@ -298,7 +297,7 @@ class SequentialDecoder(Decoder):
             "position_ids": np.arange(past, total, dtype=np.int64)[None],
         }
         feed = {name: array for name, array in inputs.items() if name in self._inputs}
-        feed |= self._images.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
+        feed |= self._given.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
         cache: Mapping[str, Any] = {}
         if row.steps is not None:
             logits = row.steps(feed, row.values)

@@ -89,10 +89,10 @@ class SharedRows:
         for row in rows:
             self._rows[row].exact = -1
 
-    def read(self, row: int, length: int, tokens: Sequence[int], drafts: int = 0, *, is_several: bool = True) -> None:
+    def read(self, row: int, length: int, tokens: Sequence[int], proposed: int = 0, *, is_several: bool = True) -> None:
         """A row has read tokens, after so many others."""
         shared = self._at(row, length)
-        if drafts:
+        if proposed:
             self._keep_blocks(row, shared)
         shared.text += tokens
         if not is_several and not self._is_float32:
@@ -100,7 +100,7 @@ class SharedRows:
         if self.cache.keeps_states:
             if is_several:
                 self._keep_states(row, shared)
-        elif not drafts:
+        elif not proposed:
             self._keep_blocks(row, shared)
 
     def _keep_blocks(self, row: int, shared: _SharedRow) -> None:

@@ -1,1 +1,1 @@
-"""Prompts to answers: tokens chosen, rules, drafts, texts."""
+"""Prompts to answers: tokens chosen, rules, texts."""

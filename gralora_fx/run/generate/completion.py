@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import DecoderLimits, TooLargeError
 from gralora_fx.run.generate.answer_options import AnswerOptions
 from gralora_fx.run.generate.detokenizer import TextStream
@@ -32,7 +32,7 @@ class TextRequest:
         options: How it is answered; `max_new_tokens` of their sampling is not used.
         adapter: The adapter to answer with; None for the base.
         source: What an encoder-decoder's encoder reads; None of a decoder.
-        images: What images put in the place of a decoder's first tokens, by name; None of text alone.
+        given: What stands in the place of a decoder's first tokens, by name; None of text alone.
     """
 
     prompt: tuple[int, ...]
@@ -40,7 +40,7 @@ class TextRequest:
     options: AnswerOptions = field(default_factory=AnswerOptions)
     adapter: str | None = None
     source: EncoderInput | None = None
-    images: Source | None = None
+    given: Source | None = None
 
     @property
     def max_length(self) -> int:
@@ -49,14 +49,14 @@ class TextRequest:
 
     @property
     def arrays(self) -> Source | None:
-        """What a row is opened with: what an encoder reads, or what images put in the place of a decoder's tokens."""
-        return self.images if self.source is None else self.source.arrays
+        """What a row is opened with: what an encoder reads, or what stands in the place of a decoder's tokens."""
+        return self.given if self.source is None else self.source.arrays
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
         """What chooses its tokens."""
-        sampling, grammar = self.options.sampling, self.options.grammar
+        sampling, constraint = self.options.sampling, self.options.constraint
         rules = [] if self.source is None else self.source.processors(sampling, self.prompt, self.max_new_tokens)
-        begun = None if grammar is None else grammar.begin(ends, self.max_new_tokens)
+        begun = None if constraint is None else constraint.begin(ends, self.max_new_tokens)
         return TokenChooser(sampling, self.prompt, ends, rules, begun)
 
     def check(self, limits: DecoderLimits) -> None:

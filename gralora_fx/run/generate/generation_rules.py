@@ -29,7 +29,7 @@ from transformers import (
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_object
 from gralora_fx.errors import ServingError, first_line, option, warn_caller
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.answer_options import Sampling
 
 # fields that choose how `generate` searches, with the only values that are followed; a request's own options draw
 _SEARCH: Mapping[str, tuple[Any, ...]] = {

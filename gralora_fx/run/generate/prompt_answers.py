@@ -1,30 +1,83 @@
-"""The answers of `generate`: those of its prompts run together, each until its own end."""
+"""How an export with a cache generates: the answers to prompts run together, each until its own end."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.errors import ServingError, first_line
+from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
-from gralora_fx.run.engine.decoder import LEAST_CHUNK, part_length
-from gralora_fx.run.engine.limits import DecoderSize
-from gralora_fx.run.generate.answer_options import AnswerOptions
-from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.engine.decoder import LEAST_CHUNK, Decoder, part_length
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
+from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart
+from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
-from gralora_fx.run.generate.generation import Generation
-from gralora_fx.run.generate.prompts import Prompts
+from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
+    from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.generate.prompts import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
-_FORCED = 32  # tokens that a grammar forces, in a step
+_FORCED = 32  # tokens that a constraint forces, in a step
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an export generates.
+
+    Attributes:
+        limits: What a row can take.
+        open_decoder: Makes the model as rows of a size; errors as of `Decoder`.
+        encoder_inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+    """
+
+    limits: DecoderLimits
+    open_decoder: Callable[[DecoderSize], Decoder]
+    encoder_inputs: EncoderInputs | None = None
+
+    @cached_property
+    def proposer(self) -> Proposer:
+        """Proposes tokens, by what calls before have measured."""
+        return new_proposer()
+
+    def read(
+        self,
+        inputs: GenerateInputs,
+        options: AnswerOptions,
+        adapter: AdapterNames,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> Prompts:
+        """Read what `generate` was given as what encoder and decoder read."""
+        reader = self.encoder_inputs
+        if reader is None:
+            reason = "the model is a decoder, without an encoder"
+            inputs.check_unused(reason, "input_features")
+            if options.start is not None:
+                options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
+            texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
+            return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)
+        inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
+        return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
+
+
+def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
+    """Return prompts with what stands in the place of their tokens, as a feature reads it."""
+    from gralora_fx.base.features import parts
+
+    readers = parts("given prompts", (EMBEDS,))
+    if not readers:
+        inputs.check_unused("no feature that is installed reads it", EMBEDS)
+    given: Prompts = readers[0](texts, inputs.inputs_embeds)
+    return given
 
 
 class Scored(NamedTuple):
@@ -61,7 +114,7 @@ class Completions(Iterator[Any]):
                 options.of_answer(index),
                 name,
                 source,
-                prompts.images[index] if prompts.images else None,
+                prompts.given[index] if prompts.given else None,
             )
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]
@@ -123,14 +176,15 @@ class _Rows:
         count, longest = len(requests), max(len(request.prompt) for request in requests)
         capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
         choosers = [request.chooser(ends) for request in requests]
-        self._most = options.drafts.most
-        several = max(_FORCED if options.grammar is not None else LEAST_CHUNK, 1 + self._most)
+        self._most = generation.proposer.most(options.proposed)
+        several = max(_FORCED if options.constraint is not None else LEAST_CHUNK, 1 + self._most)
         self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))
         self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
-        self._speculation, verifies = generation.speculation, self._decoder.draft_problem is None
+        verifies = self._decoder.verify_problem is None
+        self._proposer: Proposer = generation.proposer if verifies else NoProposals()
         self._answers = [
-            AnswerRow(choose, request.prompt, request.max_new_tokens, verifies)
+            AnswerRow(choose, request.max_new_tokens, self._proposer.text(request.prompt))
             for choose, request in zip(choosers, requests, strict=True)
         ]
         self._logits: dict[int, NDArray[Any]] = {}
@@ -141,28 +195,28 @@ class _Rows:
             tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}
 
     def step(self, going: Sequence[int]) -> None:
-        """Let rows that go on read what was chosen, maybe with drafts."""
+        """Let rows that go on read what was chosen, maybe with proposed tokens after it."""
         waiting = {row: self._answers[row] for row in going if self._answers[row].unread}
-        self._speculation.propose(list(waiting.values()), self._chunk, self._most)
+        self._proposer.propose(list(waiting.values()), self._chunk, self._most)
         while waiting:
             tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in waiting.items()}
             wanted = {row: each.wanted(len(tokens[row])) for row, each in waiting.items()}
             started = time.perf_counter()
             self._read(tokens, {row: count for row, count in wanted.items() if count is not None})
-            drafted = sum(len(each.draft) for each in waiting.values())
-            self._speculation.ran(sum(map(len, tokens.values())), drafted, time.perf_counter() - started)
-            waiting = {row: each for row, each in waiting.items() if not (each.draft or each.read(len(tokens[row])))}
+            proposed = sum(len(each.proposed) for each in waiting.values())
+            self._proposer.ran(sum(map(len, tokens.values())), proposed, time.perf_counter() - started)
+            waiting = {row: each for row, each in waiting.items() if not (each.proposed or each.read(len(tokens[row])))}
 
     def choices(self, row: int) -> Iterator[Choice]:
         """The next tokens of a row that has read what was chosen before."""
-        return self._answers[row].choices(self._logits[row], self._speculation.saw)
+        return self._answers[row].choices(self._logits[row], self._proposer.saw)
 
     def settle(self, row: int) -> None:
-        """Let a row forget what it has read of a draft and was not chosen."""
+        """Let a row forget proposed tokens that it has read and that were not chosen."""
         answer = self._answers[row]
         if answer.surplus:
             self._decoder.rewind(self._rows[row], self._decoder.length(self._rows[row]) - answer.surplus)
-        self._speculation.settle(answer, answer.accepted)
+        self._proposer.settle(answer, answer.accepted)
 
     def _read(self, tokens: Mapping[int, Sequence[int]], last: Mapping[int, int]) -> None:
         logits_of = self._decoder.step(

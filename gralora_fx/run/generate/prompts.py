@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.core.loading.tokenizers import is_chat, is_ids, prompt_ids
-from gralora_fx.errors import ServingError, first_line, option
-from gralora_fx.format.input_names import EMBEDS
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.errors import ServingError, first_line
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit
-from gralora_fx.run.sessions.ort_values import plain_array
 
 if TYPE_CHECKING:
+    from gralora_fx.run.generate.answer_options import Sampling
     from gralora_fx.run.generate.generation_rules import GenerationRules
-    from gralora_fx.run.generate.sampling import Sampling
 
 SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets package names them
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -57,14 +52,14 @@ class Prompts:
         is_single: Whether one prompt was given, rather than a list.
         gives_text: Whether the answers are texts, rather than ids.
         sources: Of an encoder-decoder what the encoder reads of each; none of a decoder.
-        images: Of a decoder what images put in the place of each one's tokens, by name; none of texts alone.
+        given: Of a decoder what stands in the place of each one's tokens, by name; none of texts alone.
     """
 
     rows: list[list[int]]
     is_single: bool
     gives_text: bool
     sources: Sequence[EncoderInput] = ()
-    images: Sequence[Source | None] = ()
+    given: Sequence[Source | None] = ()
 
     @property
     def new_tokens(self) -> list[int | None]:
@@ -81,7 +76,7 @@ class GenerateInputs:
         input_ids: Instead of prompts, a tokenizer's result.
         attention_mask: The mask of `input_ids` or of features.
         input_features: Instead of prompts, a feature extractor's result, `[batch, ...]`.
-        inputs_embeds: What images put in the place of a decoder's tokens, of a prompt or of each.
+        inputs_embeds: What stands in the place of a decoder's tokens, of a prompt or of each.
     """
 
     prompts: Any = None
@@ -163,57 +158,6 @@ def is_signal(value: Any) -> bool:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, (float, np.floating))
-
-
-def with_images(prompts: Prompts, embeds: Any) -> Prompts:
-    """Prompts with what images put in the place of their tokens.
-
-    Args:
-        prompts: The prompts.
-        embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each; None
-            of texts alone.
-    """
-    if embeds is None:
-        return prompts
-    given = [embeds] if prompts.is_single else list(embeds) if isinstance(embeds, (list, tuple)) else None
-    if given is None or len(given) != len(prompts.rows):
-        raise ServingError(
-            f"inputs_embeds has to be a list of {len(prompts.rows)}, one for each prompt, None for one of text alone"
-        )
-    images: list[Source | None] = []
-    for index, each in enumerate(given):
-        named = each if isinstance(each, Mapping) or each is None else {EMBEDS: each}
-        arrays = {} if named is None else {name: plain_array(name, value) for name, value in named.items()}
-        images.append(None if named is None else {name: _of_one_row(name, array) for name, array in arrays.items()})
-        count, wanted = len(arrays[EMBEDS]) if EMBEDS in arrays else None, len(prompts.rows[index])
-        if count is not None and count != wanted:
-            raise ServingError(
-                f"prompt {index} has {wanted} tokens and inputs_embeds {count}; give embeddings of all of its tokens"
-            )
-    return replace(prompts, images=images)
-
-
-def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
-
-    axis = IMAGE_INPUTS[name].axis if name in IMAGE_INPUTS else 0
-    return np.expand_dims(array, min(axis, array.ndim))
-
-
-def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
-    """Strings that end an answer, checked."""
-    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
-        raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if stops and tokenizer is None:
-        raise ServingError(
-            f"stop strings need a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
-        )
-    if wrong := next(filter(_SURROGATE.search, stops), None):
-        raise ServingError(f"the stop string {wrong!r:.80} has a lone surrogate, which no text has")
-    if "" in stops:
-        raise ServingError("a stop string is empty, and would end every answer at once; leave it out")
-    return stops
 
 
 def _rows(prompts: Iterable[Any]) -> Iterable[Any]:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from gralora_fx.errors import ServingError
-from gralora_fx.run.generate.answer_form import DeadEndError
+
+
+class WrongFieldError(ServingError):
+    """What a field of a request, or an option, asks for cannot be done."""
+
+    def __init__(self, field: str | None, problem: str) -> None:
+        """Say what is wrong."""
+        super().__init__(problem if field is None else f"{field}: {problem}")
+        self.field = field
+
+
+class DeadEndError(WrongFieldError):
+    """No token can go on with an answer as it has to be, or that is too complex to tell."""
 
 
 class UnknownModelError(ServingError):
@@ -72,4 +84,4 @@ class RunError(ServingError):
 
 
 class AnswerError(RunError):
-    """A request was right as far as could be told, and its answer has come to where nothing goes on in its form."""
+    """A request was right as far as could be told, and its answer has come to where no token may follow."""

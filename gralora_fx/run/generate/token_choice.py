@@ -21,10 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gralora_fx.run.generate.sampling import Sampling
+from gralora_fx.run.generate.answer_options import Sampling
 
 if TYPE_CHECKING:
-    from gralora_fx.run.generate.row_grammar import RowGrammar
+    from gralora_fx.run.generate.constraints import RowConstraint
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Choice:
     Attributes:
         token: Its id.
         score: Its log-probability, if that is asked for.
-        forced: The tokens that the grammar of the answer forces after it; none where scores are asked for, since each
+        forced: The tokens that the answer's constraint forces after it; none where scores are asked for, since each
             then waits for its own logits.
-        completes: Whether the answer is over after these, as its grammar allows no other token.
+        completes: Whether the answer is over after these, as its constraint allows no other token.
     """
 
     token: int
@@ -74,14 +74,14 @@ class TokenChooser:
         prompt: Sequence[int],
         ends: frozenset[int],
         rules: Sequence[Any] = (),
-        grammar: RowGrammar | None = None,
+        constraint: RowConstraint | None = None,
     ) -> None:
         """Prepare the processors, in the order of transformers' `generate`."""
         self._ids = list(prompt)
         self._top = sampling.logprobs
         self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
         self._warpers = LogitsProcessorList()
-        self._grammar = grammar
+        self._constraint = constraint
         self._needs_mask = sampling.do_sample or bool(self._rules)  # of all tokens, rather than of the likeliest
         self._generator: torch.Generator | None = None
         if sampling.do_sample:
@@ -98,63 +98,63 @@ class TokenChooser:
         Args:
             logits: `[vocabulary]`, what the model gives after the prompt and the tokens that were chosen before.
         """
-        grammar = self._grammar
-        if grammar is not None and grammar.forced:
-            token = grammar.forced.popleft()
+        constraint = self._constraint
+        if constraint is not None and constraint.forced:
+            token = constraint.forced.popleft()
         else:
             token = self._choose(logits)
-            if grammar is not None:
-                grammar.take(token)
+            if constraint is not None:
+                constraint.take(token)
                 if self._needs_mask:
-                    grammar.foresee()
+                    constraint.foresee()
         self._ids.append(token)
         score = None if self._top is None else token_scores(logits[None], [token], self._top)[0]
-        if grammar is None:
+        if constraint is None:
             return Choice(token, score)
-        forced = tuple(grammar.forced) if score is None else ()
+        forced = tuple(constraint.forced) if score is None else ()
         if forced:
-            grammar.forced.clear()
+            constraint.forced.clear()
             self._ids += forced
-        return Choice(token, score, forced, grammar.is_complete)
+        return Choice(token, score, forced, constraint.is_complete)
 
-    def plausible(self, draft: list[int]) -> list[int]:
-        """What proposed tokens begin with that the grammar of the answer allows."""
-        grammar = self._grammar
-        return draft if grammar is None or grammar.forced else draft[: grammar.prefix(draft)]
+    def plausible(self, proposed: list[int]) -> list[int]:
+        """What proposed tokens begin with that the constraint of the answer allows."""
+        constraint = self._constraint
+        return proposed if constraint is None or constraint.forced else proposed[: constraint.prefix(proposed)]
 
     def _choose(self, logits: NDArray[Any]) -> int:
         if self._generator is None and not self._rules:
             likeliest = int(logits.argmax())
-            if self._grammar is None:
+            if self._constraint is None:
                 return likeliest
-            self._needs_mask = not self._grammar.permits(likeliest)  # the next time too, as far as can be told
-            return int(_masked(logits, self._grammar).argmax()) if self._needs_mask else likeliest
+            self._needs_mask = not self._constraint.permits(likeliest)  # the next time too, as far as can be told
+            return int(_masked(logits, self._constraint).argmax()) if self._needs_mask else likeliest
         ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
-        if self._grammar is not None and not self._rules:
-            logits = _masked(logits, self._grammar)
+        if self._constraint is not None and not self._rules:
+            logits = _masked(logits, self._constraint)
         scores = self._rules(ids, torch.from_numpy(logits).float()[None])
-        if self._grammar is not None and self._rules:
-            scores = self._within(self._grammar, scores, logits)
+        if self._constraint is not None and self._rules:
+            scores = self._within(self._constraint, scores, logits)
         if self._generator is None:
             return int(scores.argmax())
-        scores = self._warpers(ids, scores) if self._grammar is None else self._warped_apart(ids, scores)
+        scores = self._warpers(ids, scores) if self._constraint is None else self._warped_apart(ids, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
     def _warped_apart(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The warped scores of the tokens that the grammar allows, often a few of all, which soon are sorted."""
+        """The warped scores of the tokens that the constraint allows, often a few of all, which soon are sorted."""
         allowed = (scores[0] > -math.inf).nonzero()[:, 0]
         warped = self._warpers(ids, scores[:, allowed])
         return torch.full_like(scores, -math.inf).index_copy_(1, allowed, warped)
 
-    def _within(self, grammar: RowGrammar, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
-        """Scores of the tokens that a grammar allows; before any rule, where the rules leave none of them."""
-        scores = scores.masked_fill(torch.from_numpy(~grammar.allowed(scores.shape[1])), -math.inf)
-        return torch.from_numpy(_masked(logits, grammar)).float()[None] if scores.max() == -math.inf else scores
+    def _within(self, constraint: RowConstraint, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
+        """Scores of the tokens that a constraint allows; before any rule, where the rules leave none of them."""
+        scores = scores.masked_fill(torch.from_numpy(~constraint.allowed(scores.shape[1])), -math.inf)
+        return torch.from_numpy(_masked(logits, constraint)).float()[None] if scores.max() == -math.inf else scores
 
 
-def _masked(logits: NDArray[Any], grammar: RowGrammar) -> NDArray[Any]:
-    """Logits `[vocabulary]` of the tokens that a grammar allows, and minus infinity for others."""
-    masked: NDArray[Any] = np.where(grammar.allowed(len(logits)), logits, logits.dtype.type(-np.inf))
+def _masked(logits: NDArray[Any], constraint: RowConstraint) -> NDArray[Any]:
+    """Logits `[vocabulary]` of the tokens that a constraint allows, and minus infinity for others."""
+    masked: NDArray[Any] = np.where(constraint.allowed(len(logits)), logits, logits.dtype.type(-np.inf))
     return masked
 
 

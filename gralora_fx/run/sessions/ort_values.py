@@ -16,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.format.input_names import IMAGE_INPUT_NAMES
+from gralora_fx.format.input_names import IDS, beside_ids
 
 _ALIKE = ("float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _NAMES = {"float": "float32", "double": "float64", **{name: name for name in _ALIKE}}  # numpy's and torch's of a type
@@ -36,7 +36,7 @@ def run_values(
     error: type[GraloraError] = ExportError,
 ) -> dict[str, Any]:
     """Run a session on tensors, which are cast to its input dtypes, or on its own output values."""
-    kinds = {value.name: value.type for value in (*session.get_inputs(), *image_arguments(session))}
+    kinds = {value.name: value.type for value in (*session.get_inputs(), *optional_arguments(session))}
     if unknown := [name for name in feed if name not in kinds]:
         raise error(f"{description}: the session takes no {', '.join(unknown)}")
     values = {
@@ -50,10 +50,11 @@ def run_values(
     return dict(zip(names, results, strict=True))
 
 
-def image_arguments(session: Any) -> list[Any]:
-    """What a decoder's session takes of images, which a text leaves out (see `IMAGE_INPUTS`)."""
+def optional_arguments(session: Any) -> list[Any]:
+    """Return what a decoder's session takes beside ids, which a text leaves out (see `beside_ids`)."""
     optional: list[Any] = getattr(session, "get_overridable_initializers", list)()
-    return [value for value in optional if value.name in IMAGE_INPUT_NAMES]
+    known = beside_ids([IDS, *(value.name for value in optional)])
+    return [value for value in optional if value.name in known]
 
 
 def as_value(tensor: Tensor, kind: str) -> Any:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.loading.tokenizers import prompt_ids
 from gralora_fx.errors import ServingError, first_line
-from gralora_fx.run.engine.bounded_rows import Source
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.model import OrtModel
 
 

@@ -10,14 +10,12 @@ from typing import Any
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.base.amounts import SPECULATIVE_TOKENS, shown_size
+from gralora_fx.base.amounts import shown_size
 from gralora_fx.run.engine.cache_memory import NoRoomError
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.generate.answer_form import DeadEndError
-from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
-from gralora_fx.run.generate.request_errors import AdapterLoadError
-from gralora_fx.run.generate.speculation import Speculation
+from gralora_fx.run.generate.request_errors import AdapterLoadError, DeadEndError
 from gralora_fx.run.sessions.paged_memory import trim_heap
 from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.scheduling.queue import JobQueue, Observer
@@ -43,7 +41,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
         prefix_cache: What prompts that begin alike share; None if they share nothing.
         memory: What all caches take.
-        speculates: Whether tokens of answers are proposed and verified.
+        proposes: Whether tokens of answers are proposed and verified.
     """
 
     unit = "requests"
@@ -57,7 +55,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         *,
         max_queue: int,
         models: AdapterStore | None = None,
-        most_drafted: int = SPECULATIVE_TOKENS,
+        most_proposed: int | None = None,
     ) -> None:
         """Make a scheduler without requests."""
         super().__init__("gralora-fx text", observer, room=decoder.rows + max_queue, models=models)
@@ -66,8 +64,10 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}
         self._is_short = False  # whether the request that has waited longest waits for memory
-        self._verifies, self._most_drafted = decoder.draft_problem is None, most_drafted
-        self._speculation, self.speculates = Speculation(), self._verifies and most_drafted > 0
+        proposer = new_proposer()
+        self._most_proposed = proposer.most(most_proposed)
+        self._proposer: Proposer = proposer if decoder.verify_problem is None else NoProposals()
+        self.proposes = self._proposer is proposer and self._most_proposed > 0
 
     @property
     def running(self) -> int:
@@ -147,7 +147,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     with self._condition:
                         self._waiting.appendleft(job)
                     break
-                job.begin(verifies=self._verifies)  # before a row is taken
+                job.begin(self._proposer)  # before a row is taken
                 row = self._decoder.open(
                     job.adapter, job.request.arrays, salt=job.request.options.salt, max_length=job.request.max_length
                 )
@@ -180,7 +180,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 job.times.reading = time.perf_counter()
                 self._observer.waited(job.times.reading - job.times.submitted)
         answering = self._answering(tokens)
-        drafted = sum(len(row.draft) for row in answering.values())
+        proposed = sum(len(row.proposed) for row in answering.values())
         last = {row: count for row, each in answering.items() if (count := each.wanted(len(tokens[row]))) is not None}
         started = time.perf_counter()
         try:
@@ -195,16 +195,16 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self._observer.ran(seconds, len(tokens))
         self._observer.read(sum(len(tokens[row]) for row in tokens if row not in answering))
         if len(answering) == len(tokens):
-            self._speculation.ran(sum(map(len, tokens.values())), drafted, seconds)
+            self._proposer.ran(sum(map(len, tokens.values())), proposed, seconds)
         self._advance(tokens, logits)
         if len(answering) < len(tokens) and all(job.is_answering for job in self._rows.values()):
             trim_heap()  # of what reading prompts took, which answers do not need
         for row, each in answering.items():
             if each.surplus:
                 self._decoder.rewind(row, self._decoder.length(row) - each.surplus)
-            self._speculation.settle(each, each.accepted)
-        if drafted:
-            self._observer.drafted(drafted, sum(each.accepted for each in answering.values()))
+            self._proposer.settle(each, each.accepted)
+        if proposed:
+            self._observer.proposed(proposed, sum(each.accepted for each in answering.values()))
 
     def _tokens(self) -> dict[int, list[int]]:
         """What each row reads in the next step; prompts that the budget does not reach rest, and rows without room."""
@@ -228,8 +228,8 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 if self._decoder.reserve(row, len(part)):
                     tokens[row] = part
         answering, chunk = self._answering(tokens), self._decoder.chunk
-        if len(answering) == len(tokens):  # no prompt, which drafts would hold up
-            self._speculation.propose(list(answering.values()), chunk, self._most_drafted)
+        if len(answering) == len(tokens):  # no prompt, which proposed tokens would hold up
+            self._proposer.propose(list(answering.values()), chunk, self._most_proposed)
             tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in answering.items()}
         return tokens
 
@@ -246,7 +246,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             try:
                 if self._models is not None:
                     self._models.check_outputs(job.adapter, logits[row])
-                for choice in job.advance(len(read), logits[row], self._speculation.saw):
+                for choice in job.advance(len(read), logits[row], self._proposer.saw):
                     if is_first:
                         job.times.answering, is_first = time.perf_counter(), False
                         self._observer.began(job.times.answering - job.times.submitted)

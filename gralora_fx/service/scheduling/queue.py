@@ -37,7 +37,7 @@ class Observer(Protocol):
     def generated(self, tokens: int) -> None:
         """New tokens were chosen."""
 
-    def drafted(self, proposed: int, accepted: int) -> None:
+    def proposed(self, tokens: int, accepted: int) -> None:
         """A step verified tokens that were proposed, of which some were chosen."""
 
     def failed(self) -> None:

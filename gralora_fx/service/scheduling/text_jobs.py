@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from numpy.typing import NDArray
 
 from gralora_fx.run.engine.decoder import part_length
-from gralora_fx.run.generate.answer_row import AnswerRow
+from gralora_fx.run.generate.answer_row import AnswerRow, Proposer
 from gralora_fx.run.generate.completion import Completion, Ending, TextRequest
 from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
@@ -126,10 +126,10 @@ class TextJob:
         self.read += count
         self.cached += count
 
-    def begin(self, *, verifies: bool = False) -> None:
+    def begin(self, proposer: Proposer) -> None:
         """Get ready to choose tokens; a model's own rules may raise here that do not go with the request."""
         request = self.request
-        self.row = AnswerRow(request.chooser(self._ends), request.prompt, request.max_new_tokens, verifies)
+        self.row = AnswerRow(request.chooser(self._ends), request.max_new_tokens, proposer.text(request.prompt))
 
     def next_tokens(self, most: int) -> list[int]:
         """The tokens to read in the next step: at most some of the prompt, or of those that were chosen last."""
@@ -144,7 +144,7 @@ class TextJob:
         """Take note of the tokens that were read; the next ones, if all are read and the answer has tokens."""
         assert self.row is not None
         if self.is_answering:
-            if not self.row.draft and not self.row.read(count):
+            if not self.row.proposed and not self.row.read(count):
                 return
         else:
             if self.request.options.scores_prompt:

@@ -27,14 +27,13 @@ from gralora_fx.core.tracing.inputs.cache import (
     tensors_of,
     with_tensors,
 )
-from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS, image_inputs
 from gralora_fx.core.tracing.inputs.layouts import by_own_names
 from gralora_fx.core.tracing.inputs.refused_steps import check_has_step
 from gralora_fx.core.tracing.inputs.widened import widen
 from gralora_fx.errors import TraceError, first_line, option
 from gralora_fx.format.cache_slots import KINDS
-from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST
-from gralora_fx.format.tasks import DECODERS
+from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST, beside_ids
+from gralora_fx.format.tasks import tasks_beside_ids
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
@@ -43,14 +42,14 @@ _BATCH, _PAST, _LENGTH = 2, 6, 3
 
 
 def cached_inputs(
-    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH, images: bool = False
+    model: PreTrainedModel, *, batch: int = _BATCH, past: int = _PAST, length: int = _LENGTH, beside: bool = False
 ) -> dict[str, Any]:
     """Inputs of one step: `length` new positions after `past` cached ones, one row padded on the left.
 
     Returns:
         `input_ids [batch, length]`, `attention_mask [batch, past + length]`, `position_ids [batch, length]` where the
         model takes them, and a `DynamicCache` with what the model keeps of the cached positions: keys and values
-        `[batch, key heads, past, size]` or states; and what images put beside the ids (see `IMAGE_INPUTS`).
+        `[batch, key heads, past, size]` or states; with `beside` what features put beside the ids (see `beside_ids`).
     """
     check_has_step(model)
     generator = torch.Generator().manual_seed(0)
@@ -68,9 +67,11 @@ def cached_inputs(
     skip = cached - past  # an empty cache is made from one of one position
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
-    if images:
-        step["input_ids"], beside = image_inputs(model, step["input_ids"], step["attention_mask"])
-        step |= beside
+    if beside:
+        from gralora_fx.base.features import parts
+
+        for examples_beside in parts("step examples", (EMBEDS,)):
+            step |= examples_beside(model, step["input_ids"], step["attention_mask"])
     return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
 
 
@@ -176,12 +177,12 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
     if model.config.is_encoder_decoder:
         source = {name: value for name, value in sample.items() if name not in (*DECODER_INPUTS, PAST)}
         return decoder_step(model, widen(model, source))
-    step = cached_inputs(model, images=EMBEDS in sample)
-    if beside := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
+    step = cached_inputs(model, beside=EMBEDS in sample)
+    if others := [name for name in sample if name not in {*step, "attention_mask", "position_ids"}]:
+        ways = [f" (what the model makes of them is {EMBEDS} of {option(task=task)})" for task in tasks_beside_ids()]
         raise TraceError(
-            f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(beside)} too; "
-            f"trace it without them (images come in as {EMBEDS}, with {option(task=DECODERS[1])}), or for a task "
-            "without a cache"
+            f"a step with a cache takes {', '.join(step)} alone, and the example has {', '.join(others)} too; "
+            f"trace it without them{''.join(ways)}, or for a task without a cache"
         )
     return step
 
@@ -189,9 +190,9 @@ def widened_step(model: PreTrainedModel, sample: Mapping[str, Any]) -> dict[str,
 def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield steps of other sizes, each with its description: one position after a long past, more after none."""
     if not model.config.is_encoder_decoder:
-        images = EMBEDS in sample
-        yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, images=images)
-        yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, images=images)
+        beside = EMBEDS in sample
+        yield "one row and one position", cached_inputs(model, batch=1, past=9, length=1, beside=beside)
+        yield "an empty cache", cached_inputs(model, batch=3, past=0, length=5, beside=beside)
         return
     source = {name: value for name, value in sample.items() if name not in ("decoder_input_ids", PAST)}
     first = {name: value[:1] for name, value in source.items()}
@@ -204,10 +205,10 @@ def other_steps(model: PreTrainedModel, sample: Mapping[str, Any]) -> Iterator[t
 
 
 def varying_axes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which axes of a step's cache and of what images put beside its ids may vary, for `torch.export`."""
+    """Return which axes of a step's cache and of what it takes beside its ids may vary, for `torch.export`."""
     auto = torch.export.Dim.AUTO
     varying: dict[str, Any] = {
-        name: {each.axis: auto, each.axis + 1: auto} for name, each in IMAGE_INPUTS.items() if name in inputs
+        name: {each.axis: auto, each.axis + 1: auto} for name, each in beside_ids(inputs).items()
     }
     kinds = [slot.kind for slot in tensors_of(inputs[PAST])]
     varying[PAST] = [dict.fromkeys((0, kind.grows) if kind.grows else (0,), auto) for kind in kinds]

@@ -25,7 +25,7 @@ FixedAxes = Mapping[str, tuple[int | None, ...]]
 
 
 def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every leaf of the inputs with its path, such as `images.0` or `options.scales.left`; a cache is one leaf."""
+    """Every leaf of the inputs with its path, such as `pairs.0` or `options.scales.left`; a cache is one leaf."""
     for name, value in inputs.items():
         leaves, _ = tree_flatten_with_path(value, is_leaf=lambda part: isinstance(part, Cache))
         for keys, leaf in leaves:
@@ -33,7 +33,7 @@ def leaf_paths(inputs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def path_of(name: str, keys: KeyPath) -> str:
-    """The path of a leaf of an input, such as `images.0`."""
+    """The path of a leaf of an input, such as `pairs.0`."""
     return ".".join((name, *map(_text, keys)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,29 +11,33 @@ from transformers import PreTrainedModel
 
 from gralora_fx.core.tracing.inputs.widened import padded
 from gralora_fx.errors import TraceError
+from gralora_fx.format.input_names import IDS
 from gralora_fx.format.tasks import (
-    DECODERS,
     all_tasks,
     check_task,
     classifies,
     find_task,
+    is_decoder,
     is_encoder_decoder,
     task_of_class,
     with_past,
 )
 
-_MAIN = ("input_ids", "pixel_values", "input_values", "input_features")
 BATCH, _LENGTH, _DECODER_LENGTH = 2, 7, 5
 
 
 def main_input(model: PreTrainedModel) -> str:
-    """The name of the input that holds a text, an image or another signal.
+    """The name of the input that holds a text or another signal.
 
     Where the class names one that may be any of them, it is the first of their usual names that its forward takes.
     """
     name: str = model.main_input_name
-    accepted = inspect.signature(model.forward).parameters
-    return name if name in _MAIN else next((usual for usual in _MAIN if usual in accepted), name)
+    if name == IDS:
+        return name
+    from gralora_fx.base.features import parts
+
+    usual, accepted = [IDS, *chain.from_iterable(parts("main inputs"))], inspect.signature(model.forward).parameters
+    return name if name in usual else next((other for other in usual if other in accepted), name)
 
 
 def infer_task(model: PreTrainedModel) -> str:
@@ -41,14 +46,10 @@ def infer_task(model: PreTrainedModel) -> str:
     if task != "text2text-generation":
         return task
     main = main_input(model)
-    other = next(
-        (other for other in all_tasks() if other.cache == "encoder-decoder" and main in other.inputs[:1]), None
-    )
-    if other is not None:
-        return other.name
-    from gralora_fx.core.tracing.inputs.image_inputs import reads_images
-
-    return "image-text-to-text" if reads_images(model) else task
+    by_input = (other for other in all_tasks() if other.cache == "encoder-decoder" and main in other.inputs[:1])
+    by_parts = (other for other in all_tasks() if other.is_of is not None and other.is_of(model))
+    other = next(chain(by_input, by_parts), None)
+    return task if other is None else other.name
 
 
 def check_head(model: PreTrainedModel, task: str) -> None:
@@ -71,7 +72,7 @@ def check_head(model: PreTrainedModel, task: str) -> None:
 def _check_main_input(model: PreTrainedModel, task: str) -> None:
     known, main = find_task(task), main_input(model)
     takes = () if known is None else known.inputs
-    if takes and main not in takes and task != infer_task(model):  # some classify images given as tokens
+    if takes and main not in takes and task != infer_task(model):  # some classify what is given as tokens
         expected = " or ".join(takes)
         raise TraceError(f"task {task!r} takes {expected}, but {type(model).__name__} takes {main}; give its task")
 
@@ -79,13 +80,14 @@ def _check_main_input(model: PreTrainedModel, task: str) -> None:
 def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
     """Random inputs of the shapes that a task needs, read from the model's configuration."""
     check_task(task)
-    if task in DECODERS and main_input(model) == "input_ids":
+    if is_decoder(task) and main_input(model) == IDS:
         from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
 
-        return cached_inputs(model, images=task != DECODERS[0])
+        known = find_task(task)
+        return cached_inputs(model, beside=known is not None and known.takes_embeddings)
     main = main_input(model)
     has_cache = task.endswith("-with-past")
-    if has_cache and (task in DECODERS or not model.config.is_encoder_decoder):
+    if has_cache and (is_decoder(task) or not model.config.is_encoder_decoder):
         raise TraceError(f"task {task!r} is not one of {type(model).__name__}; give its task")
     _check_main_input(model, task)
     generator = torch.Generator().manual_seed(0)
@@ -113,17 +115,11 @@ def _has_token_types(model: PreTrainedModel, task: str) -> bool:
 
 
 def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:
-    config = model.config
-    if name == "input_ids":
+    if name == IDS:
         return _token_ids(model, _LENGTH, generator)
-    if name == "pixel_values":
-        config = part_with(config, "image_size")
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
     from gralora_fx.base.features import parts
 
-    for example_of in parts("example inputs"):
+    for example_of in parts("example inputs", (name,)):
         example: torch.Tensor | None = example_of(model, name, generator)
         if example is not None:
             return example

@@ -13,10 +13,10 @@ from torch import nn
 from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, check_form, check_tensor, same_value, shown
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
 from gralora_fx.errors import TraceError, option
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, IMAGES, PAST, takes_image_inputs
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids, takes_embeddings
 
-if TYPE_CHECKING:  # of a model that takes images alone
-    from gralora_fx.format.image_sizes import ImageSizes
+if TYPE_CHECKING:  # of a model whose inputs features know alone
+    from gralora_fx.format.input_facts import InputFacts
 
 _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
 
@@ -38,7 +38,7 @@ class CallSignature:
         fixed: Sizes of input tensors to which the trace is fixed.
         dynamic: Whether the trace was made for other sizes than the example's too.
         has_form: Whether inputs must have the structure of the examples, as for an exported graph.
-        image_sizes: Heights and widths of images that the trace takes; None if it takes no images.
+        facts: What features know of inputs, by the names of manifests.
     """
 
     inputs: tuple[str, ...]
@@ -53,7 +53,12 @@ class CallSignature:
     fixed: FixedAxes = dataclasses.field(default_factory=dict)
     dynamic: bool = True
     has_form: bool = True
-    image_sizes: ImageSizes | None = None
+    facts: Mapping[str, InputFacts] = dataclasses.field(default_factory=dict)
+
+    @property
+    def image_sizes(self) -> Any:
+        """Heights and widths of images that the trace takes; None if it takes no images."""
+        return self.facts.get("image_sizes")
 
     @property
     def may_be_left_out(self) -> tuple[str, ...]:
@@ -77,11 +82,9 @@ class CallSignature:
         for name in inputs:
             if inputs[name] is None and not (name in examples and examples[name] is None):
                 inputs[name] = self._filled(name, inputs, examples)
-            if name == IMAGES and self.image_sizes is not None:
-                self._check_images(inputs[name])
-            if (
-                self.has_form and name in self.fixed
-            ):  # a tensor, whose example torch.compile would guard if it were read
+            if self.facts:
+                self._check_facts(name, inputs[name])
+            if self.has_form and name in self.fixed:  # a tensor: torch.compile would guard the example's shape
                 check_tensor(name, inputs[name], self.fixed[name])
             elif self.has_form and name in examples:
                 check_form(name, examples[name], inputs[name], self.fixed)
@@ -138,23 +141,19 @@ class CallSignature:
                 "without it"
             )
 
-    def _check_images(self, images: Any) -> None:
-        """Check the size of images, since the graph's own error would be obscure, or there would be none."""
-        channels = self.fixed.get(IMAGES, (None, None))[1]
-        if isinstance(images, torch.Tensor) and self.image_sizes is not None:
-            problem = self.image_sizes.problem(images.shape, channels)
-            if problem is not None:
-                raise TraceError(f"input {IMAGES!r} {problem}")
+    def _check_facts(self, name: str, value: Any) -> None:
+        """Check what features know of an input: the graph's own error would be obscure, or there would be none."""
+        for facts in self.facts.values() if isinstance(value, torch.Tensor) else ():
+            if facts.input == name and (problem := facts.problem(value.shape, self.fixed.get(name, ()))):
+                raise TraceError(f"input {name!r} {problem}")
 
     def _filled(self, name: str, inputs: Mapping[str, Any], examples: Mapping[str, Any]) -> torch.Tensor:
         known = {other: value for other, value in inputs.items() if value is not None}
         value = None
-        if takes_image_inputs(examples) and IDS in known:
-            from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
-
-            if name in IMAGE_INPUTS:
-                return IMAGE_INPUTS[name].of_text(examples[name], known)
-        if name in self.fillable or (name == IDS and takes_image_inputs(examples)):
+        if IDS in known and (beside := beside_ids(examples).get(name)) is not None:
+            left_out: torch.Tensor = beside.of_text(examples[name], known)
+            return left_out
+        if name in self.fillable or (name == IDS and takes_embeddings(examples)):
             value = default_input(name, known, counts_padding=self.counts_padding)
         if value is None:
             default_note = (

@@ -231,7 +231,7 @@ def rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: i
 
 
 def angles_of_grids(module: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions in time, height and width, which are the same of a text without images."""
+    """Cosines and sines of positions in time, height and width, which are the same of text alone."""
     if position_ids.stride(0):  # positions of their own
         result: tuple[Tensor, Tensor] = type(module).forward(module, x, position_ids)
         return result

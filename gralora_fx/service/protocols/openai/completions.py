@@ -1,7 +1,8 @@
-"""`/v1/completions` and `/v1/chat/completions`: whole answers, and streams of server-sent events."""
+"""`/v1/completions` and `/v1/chat/completions`: whole answers, streams of server-sent events, and their choices."""
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -12,14 +13,18 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
+from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.detokenizer import TokenBytes
+from gralora_fx.run.generate.token_choice import TokenScore
 from gralora_fx.service.engines import TextEngine
-from gralora_fx.service.protocols.openai.choices import ChoiceWriter
+from gralora_fx.service.protocols.openai.answer_plan import AnswerReader
 from gralora_fx.service.protocols.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
 from gralora_fx.service.protocols.openai.text_requests import QuestionReader
 from gralora_fx.service.replies import EventStream, TextAnswers
 from gralora_fx.service.scheduling.text_jobs import Piece
+
+_LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON does not have
 
 
 def completion_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
@@ -48,7 +53,7 @@ async def _answer(
     asks, answers = await questions.ask(asked, request)
     echoes = await run_in_threadpool(_echoes, engine, asked) if asked.echo else [""] * len(asks.requests)
     choices = [
-        ChoiceWriter(index, question, echo, texts, is_chat=is_chat, reader=asks.reader(engine))
+        ChoiceWriter(index, question, echo, texts, is_chat=is_chat, reader=asks.reader())
         for index, (question, echo) in enumerate(zip(asks.requests, echoes, strict=True))
     ]
     kind = "text_completion"
@@ -90,3 +95,141 @@ async def _chunks(
             yield {**head, "choices": [part], **more}
     if includes_usage:
         yield {**head, "choices": [], "usage": answers.usage()}
+
+
+class ChoiceWriter:
+    """One answer, written piece by piece; the pieces of a stream together are the whole answer."""
+
+    def __init__(
+        self,
+        index: int,
+        request: TextRequest,
+        echo: str,
+        texts: TokenBytes,
+        *,
+        is_chat: bool,
+        reader: AnswerReader | None = None,
+    ) -> None:
+        """Begin an answer."""
+        self._index, self._request, self._echo, self._is_chat = index, request, echo, is_chat
+        self._reader = reader
+        self._writer = None
+        if request.options.sampling.logprobs is not None:
+            self._writer = LogprobWriter(texts, is_chat=is_chat)
+
+    def first(self) -> dict[str, Any] | None:
+        """What a streamed message begins with; None for a text."""
+        return self._fields({"delta": {"role": "assistant", "content": ""}}, None, None) if self._is_chat else None
+
+    def part(self, piece: Piece) -> dict[str, Any] | None:
+        """A piece of a streamed answer; None while it may be a part of an item's mark or name."""
+        text, self._echo = self._echo + piece.text, ""
+        if not self._is_chat:
+            return self._fields({"text": text}, self._logprobs(piece), piece.ending)
+        text, items = self._read(piece, streams=True)
+        delta: dict[str, Any] = {"content": text} if text or (piece.scores and not items) else {}
+        delta |= items
+        if not delta and piece.ending is None:
+            return None
+        return self._fields({"delta": delta}, self._logprobs(piece), self._ending(piece))
+
+    def whole(self, piece: Piece) -> dict[str, Any]:
+        """A whole answer, as a single piece."""
+        if not self._is_chat:
+            return self._fields({"text": self._echo + piece.text}, self._logprobs(piece), piece.ending)
+        text, items = self._read(piece, streams=False)
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if items else "")}
+        message |= {"refusal": None, "annotations": [], **items}
+        return self._fields({"message": message}, self._logprobs(piece), self._ending(piece))
+
+    def _read(self, piece: Piece, *, streams: bool) -> tuple[str, dict[str, Any]]:
+        """The text of a message, and the fields that tell what else is in it."""
+        if self._reader is None:
+            return piece.text, {}
+        parts = self._reader.step(piece.text)
+        if piece.ending is not None:
+            parts += self._reader.finish()
+        items = [part for part in parts if part.item is not None]
+        text = "".join(part.text for part in parts if part.item is None)
+        return text, self._reader.in_chat(items, streams=streams) if items else {}
+
+    def _ending(self, piece: Piece) -> str | None:
+        has_items = self._reader is not None and self._reader.items and self._reader.is_whole
+        return (
+            self._reader.finish_reason
+            if self._reader is not None and piece.ending == "stop" and has_items
+            else piece.ending
+        )
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        """The scores of a piece; those of the prompt come with the first."""
+        if self._writer is None:
+            return None
+        first = self._request.prompt[0] if self._request.options.scores_prompt else None
+        if first is None or self._writer.is_begun:
+            return self._writer.write(piece.scores)
+        return self._writer.write((*piece.prompt_scores, *piece.scores), first)
+
+    def _fields(self, content: dict[str, Any], logprobs: dict[str, Any] | None, ending: str | None) -> dict[str, Any]:
+        return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": ending}
+
+
+class LogprobWriter:
+    """Writes the scores of one answer, piece by piece.
+
+    Attributes:
+        is_begun: Whether a piece was written.
+    """
+
+    def __init__(self, texts: TokenBytes, *, is_chat: bool) -> None:
+        """Begin at the first letter."""
+        self._texts, self._is_chat = texts, is_chat
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._letters = 0
+        self.is_begun = False
+
+    def write(self, scores: Sequence[TokenScore], first: int | None = None) -> dict[str, Any]:
+        """The `logprobs` of some tokens."""
+        self.is_begun = True
+        if self._is_chat:
+            return {"content": [self._entry(score) for score in scores], "refusal": None}
+        tokens = [*([] if first is None else [first]), *(score.token for score in scores)]
+        missing: list[Any] = [None] * (len(tokens) - len(scores))
+        return {
+            "tokens": [self._name(token) for token in tokens],
+            "token_logprobs": [*missing, *(_finite(score.logprob) for score in scores)],
+            "top_logprobs": [*missing, *(self._top(score) for score in scores)],
+            "text_offset": [self._offset(token) for token in tokens],
+        }
+
+    def _entry(self, score: TokenScore) -> dict[str, Any]:
+        top = [self._token(*pair) for pair in score.top]
+        return {**self._token(score.token, score.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        utf8 = self._texts.bytes_of(token)
+        return {"token": utf8.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(utf8)}
+
+    def _top(self, score: TokenScore) -> dict[str, float]:
+        """The likeliest tokens by name, and the one that was chosen if it is not among them."""
+        pairs = [*score.top, *([] if score.token in dict(score.top) else [(score.token, score.logprob)])]
+        return {self._name(token): _finite(logprob) for token, logprob in reversed(pairs)}
+
+    def _name(self, token: int) -> str:
+        """A token as text; a part of a letter as its bytes."""
+        utf8 = self._texts.bytes_of(token)
+        try:
+            return utf8.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8)
+
+    def _offset(self, token: int) -> int:
+        """Where a token's text begins in the answer's."""
+        start = self._letters
+        if not self._texts.is_special(token):
+            self._letters += len(self._decoder.decode(self._texts.bytes_of(token)))
+        return start
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST)

@@ -23,22 +23,19 @@ EVERYWHERE: Idle = {
     "prompt_cache_retention": None,
 }
 # of answers: values that ask for what is done anyway
-_TEXT: Idle = {
+TEXT: Idle = {
     **EVERYWHERE,
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "best_of": (1,),
     "suffix": ("",),
 }
-COMPLETION: Idle = {**_TEXT, "parallel_tool_calls": None, "tools": ([],), "tool_choice": ("none", "auto")}
 CHAT: Idle = {
-    **_TEXT,
+    **TEXT,
     "prediction": None,  # a guess of the answer, which makes it faster
     "reasoning_effort": None,
     "verbosity": ("medium",),
 }
-RESPONSE: Idle = {**EVERYWHERE, "background": (False,), "truncation": ("disabled",), "max_tool_calls": None}
+RESPONSE: Idle = {**EVERYWHERE, "background": (False,), "truncation": ("disabled",)}
 # of a model that reasons the effort changes the answer, and there it is refused
 OF_REASONING = ("reasoning_effort", "reasoning.effort")
 
@@ -46,7 +43,7 @@ REASONING: Idle = {"effort": None, "summary": None, "generate_summary": None}
 TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # another would be a shorter or longer answer
 STREAM_OPTIONS: Idle = {"include_obfuscation": None}
 
-# what a response is asked to hold of tools, files, images and reasoning, which no request here has
+# what a response is asked to hold of files, searches and reasoning, which no request here has
 IdleInclude: TypeAlias = Literal[
     "file_search_call.results",
     "web_search_call.results",
@@ -59,7 +56,6 @@ IdleInclude: TypeAlias = Literal[
 
 # parts of a history, as answers hold them and clients send them back
 TEXT_PART: Idle = {"prompt_cache_breakpoint": None}
-MESSAGE: Idle = {"annotations": ([],), "tool_calls": ([],)}
-TOOL_CALL: Idle = {"index": None}
+MESSAGE: Idle = {"annotations": ([],)}
 INPUT_TEXT: Idle = {"annotations": ([],), "logprobs": None, **TEXT_PART}
 INPUT_ITEM: Idle = {"id": None, "status": None, "phase": None}

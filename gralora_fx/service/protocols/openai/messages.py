@@ -1,15 +1,13 @@
-"""The messages of a chat as OpenAI's clients send them, calls of tools and their results among them."""
+"""The messages of a chat, and the items of a response's input, as OpenAI's clients send them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from gralora_fx.run.generate.answer_form import FormError
-from gralora_fx.service.protocols.openai.idle_fields import MESSAGE, TEXT_PART, TOOL_CALL, Idle
+from gralora_fx.service.protocols.openai.idle_fields import INPUT_ITEM, INPUT_TEXT, MESSAGE, TEXT_PART, Idle
 from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel, wrong_field
 
 
@@ -22,44 +20,19 @@ class TextPart(StrictModel):
     text: str
 
 
-class CalledFunction(StrictModel):
-    """What a call of the history called."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(StrictModel):
-    """A call of the history."""
-
-    without_effect: ClassVar[Idle] = TOOL_CALL
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class ChatMessage(StrictModel):
-    """A message of a chat: what was said, calls of an assistant, or the result of one."""
+class MessageFields(StrictModel):
+    """A message of a chat."""
 
     without_effect: ClassVar[Idle] = MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: str
     content: str | ListOf[TextPart] | None = None
     name: str | None = None
-    tool_calls: ListOf[ToolCall] | None = None
-    tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> ChatMessage:
-        if self.content is None and self.tool_calls is None:
+    def _fits(self) -> MessageFields:
+        if self.content is None:
             raise wrong_field("content", "missing", "it is missing")
-        if self.tool_calls is not None and self.role != "assistant":
-            raise wrong_field("tool_calls", "role", f"a message of the role {self.role} has none; leave it out")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise wrong_field("tool_call_id", "missing", "it is missing")
-        if self.role != "tool" and self.tool_call_id is not None:
-            raise wrong_field("tool_call_id", "role", f"a message of the role {self.role} has none; leave it out")
         return self
 
     @property
@@ -69,59 +42,91 @@ class ChatMessage(StrictModel):
             return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
+    def add_to(self, history: History, field: str) -> None:
+        """Add it to a chat.
 
-def _refused(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+        Args:
+            history: The chat.
+            field: Which message of the request it is.
+        """
+        history.say(self.role, self.text, self.name)
+
+
+class InputText(StrictModel):
+    """A part of a message."""
+
+    without_effect: ClassVar[Idle] = INPUT_TEXT
+
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class ItemFields(StrictModel):
+    """A message, or a reference to an item.
+
+    Attributes:
+        needed: The fields that an item of a type has, all of them.
+    """
+
+    without_effect: ClassVar[Idle] = INPUT_ITEM
+    needed: ClassVar[Mapping[str, tuple[str, ...]]] = {"message": ("role", "content")}
+
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | ListOf[InputText] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> ItemFields:
+        if self.type == "item_reference":
+            problem = (
+                "it names an item of an earlier response, and none is kept; send the item itself, with store false"
+            )
+            raise wrong_field("type", "reference", problem)
+        for name in dict.fromkeys(name for names in self.needed.values() for name in names):
+            is_needed, is_given = name in self.needed[self.type], getattr(self, name) is not None
+            if is_needed and not is_given:
+                raise wrong_field(name, "missing", "it is missing")
+            if is_given and not is_needed:
+                raise wrong_field(name, "type", f"an item of the type {self.type} has none; leave it out")
+        return self
+
+    def add_to(self, history: History, field: str) -> None:
+        """Add it to a chat.
+
+        Args:
+            history: The chat.
+            field: Which item of the request it is.
+        """
+        history.say(str(self.role), joined(self.content))
 
 
 class History:
-    """A chat as templates take it, which know a developer as the system, and arguments of calls as objects.
+    """A chat as templates take it, which know a developer as the system.
 
     Attributes:
         messages: What was said so far.
+        names: What later messages refer to: names by ids.
     """
 
     def __init__(self) -> None:
         """Begin a chat."""
         self.messages: list[dict[str, Any]] = []
-        self._names: dict[str, str] = {}  # of the tools, by the ids of calls
+        self.names: dict[str, str] = {}
 
     def say(self, role: str, text: str, name: str | None = None) -> None:
         """Add a message."""
         message = {"role": "system" if role == "developer" else role, "content": text}
         self.messages.append(message if name is None else {**message, "name": name})
 
-    def call(self, key: str, name: str, arguments: str, field: str) -> None:
-        """Add a call to the assistant's message, which is new unless it is the last one."""
-        try:
-            given = json.loads(arguments or "{}", parse_constant=_refused)
-        except (ValueError, RecursionError):
-            given = None
-        if not isinstance(given, dict):
-            raise FormError(field, "it is not a JSON object; send a whole call as the answer had it")
-        if not self.messages or self.messages[-1]["role"] != "assistant":
-            self.say("assistant", "")
-        function = {"name": name, "arguments": given}
-        self.messages[-1].setdefault("tool_calls", []).append({"id": key, "type": "function", "function": function})
-        self._names[key] = name
 
-    def result(self, key: str, text: str, field: str) -> None:
-        """Add the result of a call."""
-        if key not in self._names:
-            raise FormError(field, "no call before it has this id; give the id of one")
-        self.messages.append({"role": "tool", "content": text, "tool_call_id": key, "name": self._names[key]})
-
-
-def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[MessageFields]) -> list[dict[str, Any]]:
     """Messages as templates of chats take them."""
     history = History()
     for number, message in enumerate(messages):
-        field = f"messages.{number}"
-        if message.tool_call_id is not None:
-            history.result(message.tool_call_id, message.text, f"{field}.tool_call_id")
-            continue
-        history.say(message.role, message.text, message.name)
-        for index, call in enumerate(message.tool_calls or ()):
-            name, arguments = call.function.name, call.function.arguments
-            history.call(call.id, name, arguments, f"{field}.tool_calls.{index}.function.arguments")
+        message.add_to(history, f"messages.{number}")
     return history.messages
+
+
+def joined(content: str | list[InputText] | None) -> str:
+    """The text of a message, its parts joined."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())

@@ -9,13 +9,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.run.generate.call_grammar import ToolUse
-from gralora_fx.run.generate.sampling import LEAST_DIVISOR, Sampling
-from gralora_fx.service.protocols.openai.answer_format import AnswerFormat
-from gralora_fx.service.protocols.openai.idle_fields import CHAT, COMPLETION, EVERYWHERE, STREAM_OPTIONS, Idle
-from gralora_fx.service.protocols.openai.messages import ChatMessage, template_messages
-from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel
-from gralora_fx.service.protocols.openai.tool_requests import ToolFields
+from gralora_fx.run.generate.answer_options import LEAST_DIVISOR, Sampling
+from gralora_fx.service.protocols.openai.answer_plan import PlannedRequest
+from gralora_fx.service.protocols.openai.idle_fields import CHAT, EVERYWHERE, STREAM_OPTIONS, TEXT, Idle
+from gralora_fx.service.protocols.openai.messages import MessageFields, template_messages
+from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel, with_features
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
@@ -55,7 +53,7 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class SamplingFields(StrictModel):
+class SamplingFields(PlannedRequest):
     """How tokens are chosen: OpenAI's fields, and beside them vLLM's."""
 
     model: str
@@ -124,7 +122,7 @@ class SamplingFields(StrictModel):
         return sorted({*(() if self.ignore_eos else ends), *(self.stop_token_ids or ())})
 
 
-class _TextFields(SamplingFields, AnswerFormat):
+class _TextFields(SamplingFields):
     """What completions and chats share."""
 
     n: Annotated[int, Field(ge=1, le=128)] = 1
@@ -136,10 +134,11 @@ class _TextFields(SamplingFields, AnswerFormat):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
+@with_features
 class CompletionRequest(_TextFields):
     """A request of `/v1/completions`."""
 
-    without_effect: ClassVar[Idle] = COMPLETION
+    without_effect: ClassVar[Idle] = TEXT
     prompt_field: ClassVar[str] = "prompt"
 
     prompt: Texts
@@ -157,19 +156,6 @@ class CompletionRequest(_TextFields):
         """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
         return self.logprobs
 
-    @property
-    def has_tools(self) -> bool:
-        """Whether it has tools: never."""
-        return False
-
-    def template_tools(self) -> list[dict[str, Any]]:
-        """The tools that a template describes: none."""
-        return []
-
-    def tool_use(self) -> ToolUse | None:
-        """The tools that an answer may call: none."""
-        return None
-
     def most_tokens(self, left: int) -> int:
         """The most tokens to add to a prompt."""
         if self.max_tokens == 0 and not self.echo:
@@ -178,7 +164,15 @@ class CompletionRequest(_TextFields):
         return min(_COMPLETION_TOKENS, max(left, 1)) if self.max_tokens is None else self.max_tokens
 
 
-class ChatRequest(_TextFields, ToolFields):
+@with_features
+class ChatMessage(MessageFields):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+
+
+@with_features
+class ChatRequest(_TextFields):
     """A request of `/v1/chat/completions`."""
 
     without_effect: ClassVar[Idle] = CHAT
@@ -189,6 +183,11 @@ class ChatRequest(_TextFields, ToolFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     max_tokens: Whole | None = None
     max_completion_tokens: Whole | None = None
+
+    @property
+    def echo(self) -> bool:
+        """Whether the answer begins with the prompt: never."""
+        return False
 
     @property
     def prompts(self) -> list[list[dict[str, Any]]]:

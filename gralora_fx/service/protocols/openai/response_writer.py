@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gralora_fx.run.generate.call_reader import AnswerPart, CallReader
-from gralora_fx.service.protocols.openai.choices import LogprobWriter
+from gralora_fx.service.protocols.openai.answer_plan import AnswerPart, AnswerReader, new_id
+from gralora_fx.service.protocols.openai.completions import LogprobWriter
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
 from gralora_fx.service.scheduling.text_jobs import Piece
 
-_FIXED: Mapping[str, Any] = {  # what no request changes
+_FIXED: Mapping[str, Any] = {  # what no request changes, unless a feature has a field for it
     "object": "response",
     "previous_response_id": None,
     "background": False,
     "max_tool_calls": None,
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "text": {"format": {"type": "text"}},
     "reasoning": {"effort": None, "summary": None},
     "service_tier": "default",
     "store": False,
@@ -28,10 +31,10 @@ _FIXED: Mapping[str, Any] = {  # what no request changes
 class ResponseWriter:
     """Writes one response; what its events say together is what it is as a whole."""
 
-    def __init__(self, asked: ResponseRequest, reader: CallReader | None, scores: LogprobWriter | None) -> None:
+    def __init__(self, asked: ResponseRequest, reader: AnswerReader | None, scores: LogprobWriter | None) -> None:
         """Begin a response."""
         self._reader, self._scores = reader, scores
-        self._body = {"id": _new_id("resp"), "created_at": int(time.time()), "model": asked.model, **_FIXED}
+        self._body = {"id": new_id("resp"), "created_at": int(time.time()), "model": asked.model, **_FIXED}
         self._body |= dict(asked.echoed())
         self._body |= {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None}
         self._body |= {"output": [], "usage": None}
@@ -50,15 +53,15 @@ class ResponseWriter:
         if self._scores is not None:
             self._unsaid += self._scores.write(piece.scores)["content"]
         for part in self._parts(piece):
-            yield from self._text(part.text) if part.call is None else self._call(part)
+            yield from self._text(part.text) if part.item is None else self._item(part)
         if piece.ending is None:
             return
         if not self._items:
             yield from self._open_message()
         is_cut = piece.ending == "length"
         is_whole = not is_cut
-        if self._reader is not None and self._reader.calls:
-            is_whole = self._reader.is_whole  # of the last call, which is what is open
+        if self._reader is not None and self._reader.items:
+            is_whole = self._reader.is_whole  # of the last item, which is what is open
         yield from self._close("completed" if is_whole else "incomplete")
         self._body["status"] = "incomplete" if is_cut else "completed"
         if is_cut:
@@ -102,18 +105,18 @@ class ResponseWriter:
         content["logprobs"] += scores
         yield self._event("output_text.delta", **self._place(), delta=text, logprobs=scores)
 
-    def _call(self, part: AnswerPart) -> Iterator[dict[str, Any]]:
-        if part.name is not None:
+    def _item(self, part: AnswerPart) -> Iterator[dict[str, Any]]:
+        assert self._reader is not None
+        if (item := self._reader.begun(part)) is not None:
             yield from self._close("completed")
-            call = {"id": _new_id("fc"), "type": "function_call", "status": "in_progress", "call_id": part.id}
-            yield from self._open({**call, "name": part.name, "arguments": ""})
+            yield from self._open({**item, "status": "in_progress"})
         self._unsaid = []  # of tokens that are not text
         if part.text:
-            self._items[-1]["arguments"] += part.text
-            yield self._event("function_call_arguments.delta", **self._place(), delta=part.text)
+            self._items[-1][self._reader.text_field] += part.text
+            yield self._event(f"{self._reader.event}.delta", **self._place(), delta=part.text)
 
     def _open_message(self) -> Iterator[dict[str, Any]]:
-        item = {"id": _new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
+        item = {"id": new_id("msg"), "type": "message", "status": "in_progress", "role": "assistant", "content": []}
         yield from self._open(item)
         part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._items[-1]["content"] = [part]
@@ -131,13 +134,14 @@ class ResponseWriter:
         item, self._is_open = self._items[-1], False
         if item["type"] == "message":
             (content,) = item["content"]
-            if self._reader is None or not self._reader.calls:
+            if self._reader is None or not self._reader.items:
                 content["logprobs"] += self._unsaid
             said = {"text": content["text"], "logprobs": content["logprobs"]}
             yield self._event("output_text.done", **self._place(), **said)
             yield self._event("content_part.done", **self._place(), part=content)
-        else:
-            yield self._event("function_call_arguments.done", **self._place(), arguments=item["arguments"])
+        elif self._reader is not None:
+            field = self._reader.text_field
+            yield self._event(f"{self._reader.event}.done", **self._place(), **{field: item[field]})
         item["status"] = status
         yield self._event("output_item.done", output_index=len(self._items) - 1, item=item)
 
@@ -149,7 +153,3 @@ class ResponseWriter:
     def _event(self, name: str, /, **fields: Any) -> dict[str, Any]:
         number, self._number = self._number, self._number + 1
         return {"type": f"response.{name}", "sequence_number": number, **fields}
-
-
-def _new_id(kind: str) -> str:
-    return f"{kind}_{uuid.uuid4().hex}"

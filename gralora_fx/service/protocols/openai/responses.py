@@ -11,7 +11,7 @@ from gralora_fx.run.generate.detokenizer import TokenBytes
 from gralora_fx.run.generate.request_errors import DeadlineError, RunError
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.error_responses import status_of
-from gralora_fx.service.protocols.openai.choices import LogprobWriter
+from gralora_fx.service.protocols.openai.completions import LogprobWriter
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
 from gralora_fx.service.protocols.openai.response_writer import ResponseWriter
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
@@ -27,7 +27,7 @@ def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
     async def respond(asked: ResponseRequest, request: Request) -> Response:
         asks, answers = await questions.ask(asked, request)
         scores = None if asked.top_scores is None else LogprobWriter(texts, is_chat=True)
-        writer = ResponseWriter(asked, asks.reader(engine), scores)
+        writer = ResponseWriter(asked, asks.reader(), scores)
         if asked.stream:
             return with_ignored(EventStream(answers, _events(answers, writer), is_typed=True), asked)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import new_class
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from fastapi import Response
@@ -17,9 +18,11 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from gralora_fx.base.features import parts
 from gralora_fx.service.protocols.openai.idle_fields import Idle
 
 _Item = TypeVar("_Item")
+_Model = TypeVar("_Model", bound="StrictModel")
 
 ListOf = Annotated[list[_Item], Field(fail_fast=True)]
 IGNORED = "X-Ignored-Fields"
@@ -34,10 +37,12 @@ class StrictModel(BaseModel):
 
     Attributes:
         without_effect: Fields that are accepted although they change no answer; of some only these values.
+        added: Fields that features add.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     without_effect: ClassVar[Idle] = {}
+    added: ClassVar[frozenset[str]] = frozenset()
     _ignored: tuple[str, ...] = PrivateAttr(())
     _given: tuple[str, ...] = PrivateAttr(())
 
@@ -68,6 +73,18 @@ class StrictModel(BaseModel):
         for name in type(self).model_fields:
             if isinstance(value := getattr(self, name), StrictModel):
                 yield from (f"{name}.{inner}" for inner in value.ignored())
+
+
+def with_features(model: type[_Model]) -> type[_Model]:
+    """Return a model of requests with the fields that features add to it; a decorator."""
+    added = [fields[model.__name__] for fields in parts("request fields") if model.__name__ in fields]
+    if not added:
+        return model
+    idle = {name: values for kind in (model, *added) for name, values in kind.without_effect.items()}
+    names = frozenset(name for kind in added for name in kind.model_fields)
+    body = {"__doc__": model.__doc__, "__module__": model.__module__, "without_effect": idle, "added": names}
+    made: type[_Model] = new_class(model.__name__, (*added, model), exec_body=lambda namespace: namespace.update(body))
+    return made
 
 
 def with_ignored(response: Response, asked: StrictModel) -> Response:

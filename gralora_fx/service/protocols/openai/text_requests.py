@@ -1,4 +1,4 @@
-"""What the requests of OpenAI's protocol ask of a decoder: prompts as tokens, grammars, how tokens are chosen."""
+"""What the requests of OpenAI's protocol ask of a decoder: prompts as tokens, and how tokens are chosen."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.errors import ServingError, concerning, option
 from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
-from gralora_fx.run.generate.answer_form import GivenForms, one_form
-from gralora_fx.run.generate.answer_grammar import AnswerGrammar
-from gralora_fx.run.generate.answer_options import AnswerOptions
-from gralora_fx.run.generate.call_grammar import call_grammar
-from gralora_fx.run.generate.call_reader import CallReader
+from gralora_fx.run.generate.answer_options import AnswerOptions, stop_strings
 from gralora_fx.run.generate.completion import TextRequest
-from gralora_fx.run.generate.prompts import stop_strings
-from gralora_fx.run.generate.text_sources import TextSources
-from gralora_fx.run.generate.tool_template import attempts
+from gralora_fx.run.generate.encoder_inputs import TextSources
 from gralora_fx.service.engines import TextEngine
+from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, AnswerReader
 from gralora_fx.service.protocols.openai.idle_fields import OF_REASONING
 from gralora_fx.service.protocols.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
@@ -32,7 +27,7 @@ from gralora_fx.service.replies import TextAnswers, timeout_of
 from gralora_fx.service.spans import note_model
 
 Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
-_COMPILING = 2  # forms of answers that are compiled at once, so that other requests find threads and cores
+_COMPILING = 2  # constraints of answers that are compiled at once, so that other requests find threads and cores
 
 
 @dataclass(frozen=True)
@@ -42,16 +37,16 @@ class TextQuestions:
     Attributes:
         requests: What to answer, of each prompt as many as it has answers.
         prompt_tokens: The tokens of the prompts, each counted once.
-        calls_tools: Whether an answer may call tools.
+        plan: How the answers are constrained and read.
     """
 
     requests: list[TextRequest]
     prompt_tokens: int
-    calls_tools: bool
+    plan: AnswerPlan
 
-    def reader(self, engine: TextEngine) -> CallReader | None:
-        """What reads the calls of one answer; None if it may have none."""
-        return CallReader(engine.tools.format) if self.calls_tools else None
+    def reader(self) -> AnswerReader | None:
+        """What reads one answer; None if it is text alone."""
+        return None if self.plan.reader is None else self.plan.reader()
 
 
 class QuestionReader:
@@ -61,7 +56,7 @@ class QuestionReader:
         """Begin without requests."""
         self._engine = engine
         self._sources = engine.inputs if isinstance(engine.inputs, TextSources) else None
-        self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx forms")
+        self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx constraints")
 
     async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
         """Queue what a request asks for, with the adapter that its model's name means."""
@@ -85,7 +80,7 @@ class QuestionReader:
         engine, queue, prompts, reader = self._engine, self._engine.queue, asked.prompts, self._sources
         with concerning("n" if asked.n > 1 else asked.prompt_field):
             queue.check_count(len(prompts) * asked.n)
-        if engine.tools.reasons and (wrong := [name for name in asked.ignored() if name in OF_REASONING]):
+        if engine.reasons and (wrong := [name for name in asked.ignored() if name in OF_REASONING]):
             problem = f"{wrong[0]} is not supported for this model, which reasons as its template says; leave it out"
             raise ServingError(problem).about(wrong[0])
         if reader is not None:
@@ -102,16 +97,11 @@ class QuestionReader:
         with concerning("stop"):
             stop = stop_strings(() if asked.stop is None else asked.stop, engine.tokenizer)
         sampling = asked.sampling(queue.limits.ends)
-        grammar, calls_tools = await self._grammar(asked)
+        plan = await self._plan(asked)
         options = AnswerOptions(
-            sampling,
-            stop,
-            grammar,
-            engine.tools.shown if calls_tools else frozenset(),
-            scores_prompt=scores_prompt,
-            salt=asked.cache_salt,
+            sampling, stop, plan.constraint, plan.shown, scores_prompt=scores_prompt, salt=asked.cache_salt
         )
-        rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked.template_tools())
+        rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked)
         requests: list[TextRequest] = []
         for ids in rows:
             source = None if reader is None else reader.of_ids(ids)
@@ -122,39 +112,31 @@ class QuestionReader:
                 raise ServingError(problem).about("min_tokens")
             for _ in range(asked.n):
                 requests.append(TextRequest(prompt, most, options.of_answer(len(requests)), adapter, source))
-        return TextQuestions(requests, sum(map(len, rows)), calls_tools)
+        return TextQuestions(requests, sum(map(len, rows)), plan)
 
-    async def _grammar(self, asked: Asked) -> tuple[AnswerGrammar | None, bool]:
-        """What the tokens of the answers may be, and whether they may call tools."""
-        forms = asked.forms()
-        if not asked.has_tools and all(value is None for _, value in forms.values()):
-            asked.tool_use()  # says what is wrong with a choice of no tools
-            return None, False
-        return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compiled, asked, forms)
+    async def _plan(self, asked: Asked) -> AnswerPlan:
+        """How the answers are constrained and read."""
+        if asked.is_plain:
+            return AnswerPlan()
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, asked.plan, self._engine)
 
-    def _compiled(self, asked: Asked, forms: GivenForms) -> tuple[AnswerGrammar | None, bool]:
-        grammars, use = self._engine.grammars, asked.tool_use()
-        if use is None:
-            return grammars.of(forms), False
-        return call_grammar(grammars, self._engine.tools.format, use, one_form(forms)), True
-
-    def _rows(self, prompts: Sequence[Any], tools: list[dict[str, Any]]) -> list[list[int]]:
+    def _rows(self, prompts: Sequence[Any], asked: Asked) -> list[list[int]]:
         """The tokens of prompts."""
         reader = self._sources
         limit = PromptLimit.of_context(self._engine.queue.limits) if reader is None else reader.sources
         rows = []
         for prompt in prompts:
-            rows.append(self._row(prompt, tools, limit))
+            rows.append(self._row(prompt, asked, limit))
             limit.check_tokens(rows[-1])  # so that of long prompts no more are tokenized than the first
         return rows
 
-    def _row(self, prompt: Any, tools: list[dict[str, Any]], limit: PromptLimit) -> list[int]:
-        """The tokens of a prompt; a chat may hold calls and results also where its answer may call none."""
-        template, tokenizer = self._engine.tools, self._engine.tokenizer
+    def _row(self, prompt: Any, asked: Asked, limit: PromptLimit) -> list[int]:
+        """The tokens of a prompt; of a chat in the first form that the template takes."""
+        tokenizer = self._engine.tokenizer
         if not is_chat(prompt):
             return prompt_ids(prompt, tokenizer, ServingError, check=limit.check_text)
         problem: ServingError | None = None
-        for chat, described in attempts(template.messages(prompt, tools), tools if template.has_tools else ()):
+        for chat, described in asked.chats(prompt, self._engine):
             try:
                 return prompt_ids(chat, tokenizer, ServingError, described, limit.check_text)
             except TooLargeError:

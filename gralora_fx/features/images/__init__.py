@@ -1,0 +1,1 @@
+"""Images: models that read pixels, and decoders that take what images put in the place of tokens."""

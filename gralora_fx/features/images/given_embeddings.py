@@ -1,0 +1,112 @@
+"""How a model that reads images is called for a trace: without any, or with what they put in the place of tokens."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gralora_fx.core.tracing.inputs.cache import positions
+from gralora_fx.features.images.image_inputs import deepstack_part, embedding_of
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID
+from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
+
+
+@contextmanager
+def called_with_images(model: PreTrainedModel, names: Collection[str]) -> Iterator[None]:
+    """Let a model take what images put beside ids, or know that there are none, within the block."""
+    with ExitStack() as changed:
+        changed.enter_context(_texts_alone(model))
+        if beside := beside_ids(names):
+            changed.enter_context(_given_embeddings(model, beside))
+        yield
+
+
+@contextmanager
+def _texts_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model that puts images before the texts in its cache, as GIT does, know that there are none.
+
+    It widens the padding mask of a step by as many positions as an image has.
+    """
+    with ExitStack() as changed:
+        for part in model.modules():
+            if isinstance(getattr(part, "image_patch_tokens", None), int):
+                changed.enter_context(patch.object(part, "image_patch_tokens", 0))
+        yield
+
+
+@contextmanager
+def _given_embeddings(model: PreTrainedModel, beside: Collection[str]) -> Iterator[None]:
+    """Let a decoder take what images put in the place of its tokens beside their ids, within the block.
+
+    Where an id is negative, the embedding is the one that is given.
+
+    Whatever else reads ids, such as the embeddings that layers of Gemma 4 have of their own, reads that of padding
+    there, as it does of a token that stands for an image.
+    """
+    forward, embedding = model.forward, embedding_of(model)
+
+    @functools.wraps(forward)
+    def placed(*args: Any, **inputs: Any) -> Any:
+        embeds = inputs.pop(EMBEDS, None)
+        if embeds is None or inputs.get(IDS) is None:
+            return forward(*args, **inputs, **({} if embeds is None else {EMBEDS: embeds}))
+        ids, grid, features = inputs[IDS], inputs.pop(GRID, None), inputs.pop(FEATURES, None)
+        given = ids < 0
+        inputs[IDS] = torch.where(given, _stands_in(model), ids)
+        if grid is not None:
+            places = inputs.get("position_ids")
+            counted = positions(inputs["attention_mask"], ids.shape[1]) if places is None else places
+            inputs["position_ids"] = torch.where(grid < 0, counted, grid)
+        with ExitStack() as changed:
+            changed.enter_context(patch.object(embedding, "forward", _where_given(embedding.forward, given, embeds)))
+            if features is not None:
+                _add_features(changed, deepstack_part(model), given, features)
+            return forward(*args, **inputs)
+
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    rest = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
+    more = [name for name in beside if name not in signature.parameters]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    placed.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*(parameter for parameter in parameters if parameter not in rest), *own, *rest]
+    )
+    with patch.object(model, "forward", placed):
+        yield
+
+
+def _stands_in(model: PreTrainedModel) -> int:
+    """The id that what reads ids beside the table of embeddings sees in the place of an image."""
+    text = model.config.get_text_config()
+    return int(text.pad_token_id or 0) if text.model_type.startswith("gemma4") else 0
+
+
+def _where_given(embed: Callable[..., Tensor], given: Tensor, embeds: Tensor) -> Callable[..., Tensor]:
+    def embedded(ids: Tensor, *args: Any, **options: Any) -> Tensor:
+        own = embed(ids, *args, **options)
+        return own if ids.ndim < given.ndim else torch.where(given.unsqueeze(-1), embeds.to(own.dtype), own)
+
+    return embedded
+
+
+def _add_features(changed: ExitStack, part: Any, given: Tensor, features: Tensor) -> None:
+    """Let a decoder add features of images after its first layers, which are zeros at every other position."""
+    own = part.forward
+
+    def told(*args: Any, **inputs: Any) -> Any:
+        inputs |= {"visual_pos_masks": given, "deepstack_visual_embeds": list(features.unbind())}
+        return own(*args, **inputs)
+
+    def added(hidden_states: Tensor, _: Tensor, layer: Tensor) -> Tensor:
+        return hidden_states + layer.to(hidden_states.dtype)
+
+    changed.enter_context(patch.object(part, "forward", told))
+    changed.enter_context(patch.object(part, "_deepstack_process", added))

@@ -1,0 +1,144 @@
+"""Example inputs of a trace, and random ones of verification: pixels, and what images put beside the ids of a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import TraceError, option, warn_caller
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, IMAGES, reads_images
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
+
+_IMAGES = 0.4  # the share of a case's positions that have an image
+# by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
+_COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
+_COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
+_TEXT_ALONE = f"{option(task='text-generation-with-past')} exports the decoder of its texts"
+# by the configuration's `model_type`: why embeddings in the place of ids are not all that a text has of its images
+_REFUSED = {
+    "chameleon": "its images are ids of its own vocabulary",
+    "deepseek_ocr2": "its prompts are read by an encoder whose masks tell images from queries",
+    "emu3": "its images are ids of its own vocabulary",
+    "ernie4_5_vl_moe": "its tokens are routed by whether they are of an image (moe_mm_token_type_ids)",
+    "fuyu": "its images are cut into lines in the middle of its text",
+    "git": "its images come before the text, and its mask tells them apart",
+    "granite4_vision": "features of an image are added in layers of their own (deepstack_features)",
+    "idefics": "layers of its own attend to images",
+    "kosmos-2": "its decoder has positions and masks of images of its own",
+    "kosmos-2.5": "its decoder has positions and masks of images of its own",
+    "mllama": "layers of its own attend to images (cross_attention_states)",
+    "molmo2": "its masks of a prompt depend on whether it is the first step",
+    "paligemma": "all of a prompt sees each other, and a step does not tell whether it is the first",
+    "pi0": "it gives actions, not text",
+    "qwen4_exp": "its layers read ids of images (ple_input_ids)",
+    "unlimited_ocr": "its prompts are read by an encoder whose masks tell images from queries",
+}
+
+
+def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) -> Tensor | None:
+    """Return random images of the size in a model's configuration; None for another input."""
+    if name != IMAGES:
+        return None
+    config = part_with(model.config, "image_size")
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+
+
+def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return example inputs of a step with images, at every second position: the ids, and what is beside them.
+
+    Args:
+        model: The decoder, or a model that reads images beside a text.
+        ids: `[batch, length]`.
+        mask: `[batch, past + length]`.
+    """
+    _check_is_known(model)
+    generator = torch.Generator().manual_seed(1)
+    batch, length = ids.shape
+    given = (torch.arange(batch)[:, None] + torch.arange(length)) % 2 == 0
+    dtype, width = model.dtype, embedding_of(model).weight.shape[1]
+    inputs = {EMBEDS: torch.randn(batch, length, width, generator=generator).to(dtype)}
+    if has_grid_positions(model):
+        drawn = torch.randint(0, mask.shape[1], (3, batch, length), generator=generator)
+        inputs[GRID] = torch.where(given, drawn, -1)
+    if (count := _deepstack_layers(model)) is not None:
+        features = torch.randn(count, batch, length, width, generator=generator)
+        inputs[FEATURES] = (features * given.unsqueeze(-1)).to(dtype)
+    if (name := _types_of_blocks(model)) is not None:
+        inputs[name] = (torch.arange(mask.shape[1]) % 4 > 1).long().expand(mask.shape).contiguous()
+    return {IDS: torch.where(given, GIVEN, ids), **inputs}
+
+
+def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw what a step of a model that takes embeddings beside ids has of images, at some of its positions."""
+    examples = model.example_inputs
+    given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES
+    drawn: dict[str, Tensor] = {IDS: torch.where(given, GIVEN, case[IDS])}
+    for name, spec in beside_ids(examples).items():
+        example = examples[name]
+        drawn[name] = spec.of_text(example, case)
+        if example.is_floating_point():
+            drawn[name] = torch.randn(drawn[name].shape, generator=generator).to(example.dtype)
+            if name != EMBEDS:  # features are those of images alone
+                drawn[name] = drawn[name] * given.unsqueeze(-1)
+        elif spec.follows == IDS:
+            high = case["attention_mask"].shape[1]
+            places = torch.randint(0, high, drawn[name].shape, generator=generator)
+            drawn[name] = torch.where(given, places, drawn[name])
+        else:  # types of tokens
+            drawn[name] = (torch.rand(drawn[name].shape, generator=generator) < _IMAGES).to(example.dtype)
+    return drawn
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Embedding:
+    """The table of a decoder's tokens."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise TraceError(f"{type(model).__name__} has no table of embeddings, so none can be given in place of its own")
+    return embedding
+
+
+def _check_is_known(model: PreTrainedModel) -> None:
+    why = _REFUSED.get(model.config.model_type)
+    if why is not None:
+        raise TraceError(f"{type(model).__name__} takes no embeddings in the place of ids: {why}; {_TEXT_ALONE}")
+    if reads_images(model) and model.config.model_type not in _COMPARED:
+        warn_caller(
+            f"images of {type(model).__name__} were not tried: it is not known whether its text has more of them than "
+            "embeddings in the place of ids; compare logits for an image with those of the model itself"
+        )
+
+
+def has_grid_positions(model: PreTrainedModel) -> bool:
+    """Whether a token of an image has a position in time, height and width."""
+    return any(hasattr(part, "mrope_section") for part in model.modules())
+
+
+def deepstack_part(model: nn.Module) -> nn.Module | None:
+    """The decoder in whose first layers features of an image are added; None of a model without."""
+    parts = (part for part in model.modules() if hasattr(part, "_deepstack_process") and hasattr(part, "layers"))
+    return next(parts, None)
+
+
+def _deepstack_layers(model: PreTrainedModel) -> int | None:
+    if deepstack_part(model) is None:
+        return None
+    return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+
+
+def _types_of_blocks(model: PreTrainedModel) -> str | None:
+    """What a model calls the types of tokens by which the tokens of an image see each other; None if they do not."""
+    parts = {type(part).__module__ for part in model.children()} | {type(model).__module__}
+    if not any(hasattr(sys.modules[name], "create_masks_for_vision_model") for name in parts):
+        return None
+    if model.config.model_type == "gemma3":
+        return "token_type_ids"
+    is_used = getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision"
+    return "mm_token_type_ids" if is_used and reads_images(model) else None

@@ -1,0 +1,130 @@
+"""What images put in the place of the first tokens of prompts and rows: embeddings, and what goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.errors import ServingError, listed, shown
+from gralora_fx.features.images.tasks_and_inputs import GRID, STEP_INPUTS
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
+from gralora_fx.run.engine.cache_memory import Source
+from gralora_fx.run.engine.given_rows import GivenRows
+from gralora_fx.run.generate.prompts import Prompts
+from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_arguments, plain_array
+
+_SPECS = {each.name: each for each in STEP_INPUTS}
+
+
+def with_images(prompts: Prompts, embeds: Any) -> Prompts:
+    """Return prompts with what images put in the place of their tokens.
+
+    Args:
+        prompts: The prompts.
+        embeds: Embeddings `[tokens, hidden]`, or a dict of them and what goes with them, of the prompt or of each.
+    """
+    given = [embeds] if prompts.is_single else list(embeds) if isinstance(embeds, (list, tuple)) else None
+    if given is None or len(given) != len(prompts.rows):
+        raise ServingError(
+            f"inputs_embeds has to be a list of {len(prompts.rows)}, one for each prompt, None for one of text alone"
+        )
+    images: list[Source | None] = []
+    for index, each in enumerate(given):
+        named = each if isinstance(each, Mapping) or each is None else {EMBEDS: each}
+        arrays = {} if named is None else {name: plain_array(name, value) for name, value in named.items()}
+        images.append(None if named is None else {name: _of_one_row(name, array) for name, array in arrays.items()})
+        count, wanted = len(arrays[EMBEDS]) if EMBEDS in arrays else None, len(prompts.rows[index])
+        if count is not None and count != wanted:
+            raise ServingError(
+                f"prompt {index} has {wanted} tokens and inputs_embeds {count}; give embeddings of all of its tokens"
+            )
+    return replace(prompts, given=images)
+
+
+def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    axis = _SPECS[name].axis if name in _SPECS else 0
+    return np.expand_dims(array, min(axis, array.ndim))
+
+
+class ImageRows(GivenRows):
+    """The rows of a decoder that begin with embeddings in the place of tokens."""
+
+    def __init__(self, session: Any) -> None:
+        """Begin without rows."""
+        self._taken = {value.name: value for value in optional_arguments(session)}
+        self._rows: dict[int, Mapping[str, NDArray[Any]]] = {}
+        self._of_text = {name: self._absent(name, 1, 1) for name in self._taken}
+
+    def begin(self, row: int, source: Mapping[str, Any] | None) -> None:
+        """A row is opened.
+
+        Args:
+            row: Its number.
+            source: What images put in the place of its first tokens, by name, as `model.onnx` takes it of one row:
+                `inputs_embeds [1, tokens, hidden]`, and with it what the model takes (see `STEP_INPUTS`). None for a
+                row of text alone.
+        """
+        self._rows.pop(row, None)
+        if source is None:
+            return
+        if blocks := [name for name in self._taken if _SPECS[name].follows != IDS]:
+            raise ServingError(
+                f"the tokens of an image see each other in this model, and rows read a prompt in pieces; run the whole "
+                f"prompt in one call instead, with {EMBEDS} and {blocks[0]}"
+            )
+        if not isinstance(source, Mapping) or EMBEDS not in source:
+            raise ServingError(f"what images put in the place of tokens begins with {EMBEDS}, but got {shown(source)}")
+        if unknown := [str(name) for name in source if name not in self._taken]:
+            raise ServingError(f"unknown {', '.join(unknown)}; beside ids the model takes {listed(self._taken)}")
+        arrays = {name: as_array(name, value, self._taken[name]) for name, value in source.items()}
+        sizes = {name: array.shape[_SPECS[name].axis :][:2] for name, array in arrays.items()}
+        rows, count = sizes[EMBEDS]
+        if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
+            what = f"{sizes[wrong][0]} rows of {sizes[wrong][1]} tokens"
+            raise ServingError(f"{wrong} is of {what}, and a row's {EMBEDS} of {rows} of {count}; give one of each row")
+        self._rows[row] = arrays
+
+    def arrays(
+        self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """What a step is fed of images: of text alone, arrays that stand for any number of tokens.
+
+        Args:
+            read: The tokens of each row that reads.
+            before: How many it had read before.
+            rows: The rows of the step.
+            ids: `[rows, length]`, the tokens as the step reads them; those whose embeddings are given become `GIVEN`.
+        """
+        given = [row for row in read if row in self._rows]
+        if not given:
+            return dict(self._of_text)
+        feed = {name: self._absent(name, *ids.shape) for name in self._taken}
+        for row in given:
+            start, stop = before[row], before[row] + len(read[row])
+            place, own = row - rows.start, self._rows[row]
+            count = own[EMBEDS].shape[1]
+            ids[place, : max(min(stop, count) - start, 0)] = GIVEN
+            for name, array in own.items():
+                target, known = self._by_position(name, feed[name])[place], self._by_position(name, array)[0]
+                part = known[start:stop]
+                target[: len(part)] = part
+                if name == GRID:  # of text after an image, from the largest on
+                    target[len(part) : stop - start] = (
+                        known.max() + 1 - count + np.arange(start, stop)[len(part) :, None]
+                    )
+        return feed
+
+    def _absent(self, name: str, rows: int, length: int) -> NDArray[Any]:
+        """What stands for text, in a number of rows and positions."""
+        spec, value = _SPECS[name], self._taken[name]
+        sizes = [*value.shape[: spec.axis], rows, length, *value.shape[spec.axis + 2 :]]
+        return np.full(sizes, spec.absent, DTYPES[value.type])
+
+    def _by_position(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """`[rows, positions, ...]`, in the array's own memory."""
+        axis = _SPECS[name].axis
+        return np.moveaxis(array, (axis, axis + 1), (0, 1))

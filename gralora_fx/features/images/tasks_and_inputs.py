@@ -1,0 +1,52 @@
+"""The inputs and the tasks of models that read images; a new input of a step is a line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gralora_fx.format.input_names import EMBEDS, StepInput
+from gralora_fx.format.tasks import Task
+
+IMAGES = "pixel_values"
+GRID, FEATURES = "grid_position_ids", "deepstack_embeds"
+MAIN_INPUTS = (IMAGES,)
+INPUT_AXES = {IMAGES: ("batch_size", "num_channels", "height", "width")}
+STEP_INPUTS = (
+    StepInput(EMBEDS),  # [batch, length, hidden], read where an id is `GIVEN`
+    # [3, batch, length], the positions in time, height and width; where negative, `position_ids`
+    StepInput(GRID, -1, axis=1),
+    StepInput(FEATURES, axis=1),  # [layers, batch, length, hidden], added after each of the first layers
+    # [batch, past + length], 1 in an image, whose tokens all see each other
+    StepInput("token_type_ids", follows="attention_mask"),
+    StepInput("mm_token_type_ids", follows="attention_mask"),  # Gemma 4's name for it
+)
+CLASSIFICATION = "image-classification"
+
+
+def reads_images(model: Any) -> bool:
+    """Return whether a model has a part that reads images beside a decoder of texts."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
+        return False
+    return getattr(model.config, "vision_config", None) is not None and model.config.get_text_config() != model.config
+
+
+TASKS = (
+    Task(
+        "image-text-to-text",
+        "AutoModelForImageTextToText",
+        cache="decoder",
+        adapters=("CAUSAL_LM",),
+        takes_embeddings=True,
+        is_of=reads_images,
+    ),
+    Task(
+        CLASSIFICATION,
+        "AutoModelForImageClassification",
+        ("ForImageClassification",),
+        inputs=(IMAGES,),
+        adapters=("SEQ_CLS",),
+        is_classification=True,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Structured outputs: answers that meet a JSON schema, match an expression, are one of some, or follow a grammar."""

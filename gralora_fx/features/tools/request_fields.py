@@ -1,0 +1,151 @@
+"""Fields of requests that are about tools, and what they make of prompts and answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from gralora_fx.features.tools.call_grammar import ToolUse, call_grammar
+from gralora_fx.features.tools.call_reader import CallReader
+from gralora_fx.features.tools.history_fields import CalledMessageFields, CallItemFields
+from gralora_fx.features.tools.tool_fields import (
+    MOST,
+    AllowedFunctions,
+    AllowedToolsChoice,
+    ChatTool,
+    FunctionFields,
+    Mode,
+    NamedFunction,
+    NamedTool,
+    ResponseTool,
+    ToolChoice,
+    chosen_tools,
+    template_tool,
+)
+from gralora_fx.features.tools.tool_template import ToolTemplate, attempts
+from gralora_fx.run.generate.constraints import Constraints
+from gralora_fx.run.generate.request_errors import WrongFieldError
+from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, PlannedRequest
+from gralora_fx.service.protocols.openai.idle_fields import Idle
+from gralora_fx.service.protocols.openai.strict_model import StrictModel
+
+if TYPE_CHECKING:
+    from gralora_fx.service.engines import TextEngine
+
+_OF_OLD: Idle = {"functions": ([],), "function_call": ("none", "auto")}
+
+
+class ToolCaller(PlannedRequest):
+    """What chats and responses share: tools that an answer may call."""
+
+    tool_choice: Mode | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @abstractmethod
+    def functions(self) -> dict[str, FunctionFields]:
+        """The tools by the names of their fields."""
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether an answer may have several calls."""
+        return self.parallel_tool_calls is not False
+
+    def tool_use(self, constraints: Constraints | None) -> ToolUse | None:
+        """The tools that the answer may call; None if it calls none.
+
+        Args:
+            constraints: Checks their schemas; None if there are no tools.
+
+        Raises:
+            WrongFieldError: A tool's arguments are no schema, two have one name, or a choice names none of them.
+        """
+        choice = self.tool_choice
+        mode, named = choice.named() if isinstance(choice, ToolChoice) else (choice or "auto", dict[str, str]())
+        named = {f"tool_choice.{field}": name for field, name in named.items()}
+        is_parallel = self.is_parallel and mode != "named"
+        return chosen_tools(self.functions(), mode, named, constraints, is_parallel=is_parallel)
+
+    def plan(self, engine: TextEngine) -> AnswerPlan:
+        """Plan the answers; constraints are compiled, which takes a while."""
+        if (constraints := engine.constraints) is None and self.functions():
+            raise WrongFieldError(
+                "tools", "no feature that is installed can say what calls of them have to be; leave it out"
+            )
+        if (use := self.tool_use(constraints)) is None:
+            return super().plan(engine)
+        assert constraints is not None
+        template = engine.templates[ToolTemplate]
+        constraint = call_grammar(constraints, template.format, use, constraints.part(self.wanted()))
+        return AnswerPlan(constraint, template.shown, partial(CallReader, template.format))
+
+    def chats(
+        self, chat: Sequence[Mapping[str, Any]], engine: TextEngine
+    ) -> Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
+        """Return forms of a chat that a template may take; it may have calls also where its answer may have none."""
+        template: ToolTemplate = engine.templates[ToolTemplate]
+        functions = () if self.tool_choice == "none" else self.functions().values()
+        tools = [template_tool(function) for function in functions]
+        return attempts(template.messages(chat, tools), tools if template.has_tools else ())
+
+
+class ChatToolFields(ToolCaller):
+    """The fields of a chat."""
+
+    without_effect: ClassVar[Idle] = _OF_OLD
+
+    tools: Annotated[list[ChatTool] | None, Field(max_length=MOST, fail_fast=True)] = None
+    tool_choice: Mode | NamedTool | AllowedToolsChoice | None = None
+
+    def functions(self) -> dict[str, FunctionFields]:
+        """The tools by the names of their fields."""
+        return {f"tools.{index}.function": tool.function for index, tool in enumerate(self.tools or ())}
+
+
+class ResponseToolFields(ToolCaller):
+    """The fields of a response."""
+
+    without_effect: ClassVar[Idle] = {"max_tool_calls": None}
+
+    tools: Annotated[list[ResponseTool] | None, Field(max_length=MOST, fail_fast=True)] = None
+    tool_choice: Mode | NamedFunction | AllowedFunctions | None = None
+
+    def functions(self) -> dict[str, FunctionFields]:
+        """The tools by the names of their fields."""
+        return {f"tools.{index}": tool for index, tool in enumerate(self.tools or ())}
+
+    def echoed(self) -> Iterator[tuple[str, Any]]:
+        """Return the fields of the request that its response has again."""
+        yield from super().echoed()
+        unsaid = {"description": None, "parameters": None, "strict": True}
+        yield "tools", [{**unsaid, **_plain(tool)} for tool in self.tools or ()]
+        choice = self.tool_choice
+        yield "tool_choice", _plain(choice) if isinstance(choice, StrictModel) else choice or "auto"
+        yield "parallel_tool_calls", self.is_parallel
+
+
+class CompletionToolFields(PlannedRequest):
+    """Fields of a completion that ask for what is done anyway: no calls."""
+
+    without_effect: ClassVar[Idle] = {
+        **_OF_OLD,
+        "parallel_tool_calls": None,
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+    }
+
+
+def _plain(model: StrictModel) -> dict[str, Any]:
+    return model.model_dump(by_alias=True, exclude_none=True)
+
+
+FIELDS = {
+    "CompletionRequest": CompletionToolFields,
+    "ChatRequest": ChatToolFields,
+    "ResponseRequest": ResponseToolFields,
+    "ChatMessage": CalledMessageFields,
+    "InputItem": CallItemFields,
+}

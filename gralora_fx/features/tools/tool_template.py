@@ -1,0 +1,128 @@
+"""What a tokenizer's template of chats does with tools, and chats for one that does not know tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat
+
+_INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON schema of its arguments:
+{tools}
+To call one, answer with nothing but its name and arguments in this form:
+{example}"""
+_UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}  # of a function
+_EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "its value"}}
+
+
+@dataclass(frozen=True)
+class ToolTemplate:
+    """What a tokenizer's template of chats does with tools.
+
+    Attributes:
+        format: The form of calls.
+        has_tools: Whether the template describes tools to the model, and writes calls and their results.
+        is_known: Whether its own form of calls is one of those above.
+        shown: Tokens that are part of the form, whatever a tokenizer leaves out of texts.
+    """
+
+    format: CallFormat
+    has_tools: bool
+    is_known: bool
+    shown: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:
+        """Find the form of a tokenizer's template."""
+        templates = getattr(tokenizer, "chat_template", None) or ""
+        if isinstance(templates, dict):  # by their names
+            templates = templates.get("tool_use") or templates.get("default") or ""
+        text = templates.replace('\\"', '"')
+        fits = [known for known in FORMATS if known.fits(text)]
+        found = fits[0] if fits else GENERAL
+        shown = frozenset(found.special_tokens(tokenizer).values())
+        return cls(found, has_tools="tools" in text, is_known=bool(fits), shown=shown)
+
+    def __str__(self) -> str:
+        """What is said at the start."""
+        if self.is_known:
+            described = "" if self.has_tools else "; a message describes the tools, which it does not"
+            return f"tool calls: {self.format.name}, as the tokenizer's template has them{described}"
+        if self.has_tools:
+            return "tool calls: JSON, since the form in the tokenizer's template is not one that is known here"
+        return "tool calls: JSON, since the tokenizer's template has none; a message describes the tools"
+
+    def messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
+        """Messages as the template takes them: as they are, unless it does not know of tools."""
+        if self.has_tools:
+            return [dict(message) for message in messages]
+        plain = _plain_messages(messages, self.format)
+        return _with_instructions(plain, tools, self.format) if tools else plain
+
+
+def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> list[dict[str, Any]]:
+    """Messages whose calls are text of the assistant, and results that follow each other one text of the user."""
+    plain: list[dict[str, Any]] = []
+    was_result = False
+    for message in messages:
+        is_result = message["role"] == "tool"
+        if is_result:
+            text = f"{message['name']}: {message['content']}"
+            if was_result:
+                plain[-1]["content"] += f"\n{text}"
+            else:
+                plain.append({"role": "user", "content": text})
+        else:
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            parts = [message["content"], form.written(calls) if calls else ""]
+            kept = {name: value for name, value in message.items() if name != "tool_calls"}
+            plain.append({**kept, "content": "\n".join(filter(None, parts))})
+        was_result = is_result
+    return plain
+
+
+def attempts(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
+    """A chat and its tools as they are, and then as a template may need them that does not take them so.
+
+    Some templates need every field of a function, and some the arguments of calls as text.
+    """
+    yield messages, tools
+    whole = [{**tool, "function": tool["function"] | _without(_UNSAID, tool["function"])} for tool in tools]
+    if whole != [*tools]:
+        yield messages, whole
+    if any("tool_calls" in message for message in messages):
+        yield with_text_arguments(messages), whole
+
+
+def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls have their arguments as JSON text, which some templates join with other text."""
+    own = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in message.get("tool_calls", ())
+        ]
+        own.append({**message, **({"tool_calls": calls} if calls else {})})
+    return own
+
+
+def _with_instructions(messages: list[dict[str, Any]], tools: Sequence[Any], form: CallFormat) -> list[dict[str, Any]]:
+    """Messages that begin with what the tools are: in the system's message, else before the user's first words."""
+    listed = "\n".join(json.dumps(tool["function"]) for tool in tools)
+    text = _INSTRUCTIONS.format(tools=listed, example=form.written([_EXAMPLE]))
+    first = messages[0]
+    if first["role"] == "system":
+        return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+    if first["role"] == "user":
+        return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
+    return [{"role": "user", "content": text}, *messages]
