@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, option
 from gralora_fx.run.generate.answer_row import AnswerRow
 
 ORDER = 3  # tokens that have to occur again
@@ -147,7 +147,7 @@ class Speculation:
         if problem is None:
             return f"speculation: up to {self.most(wanted)} tokens that an answer repeats are verified in a step"
         if wanted:
-            raise ServingError(f"speculative_tokens has no effect: {problem}; leave --speculative-tokens out")
+            raise ServingError(f"speculative_tokens has no effect: {problem}; leave {option('speculative_tokens')} out")
         return f"no speculation: {problem}"
 
     @staticmethod

@@ -27,7 +27,7 @@ class RowConstraint(Protocol):
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing can follow."""
+        """Return whether nothing can follow."""
 
     def foresee(self) -> None:
         """Begin to find out which tokens may come next."""

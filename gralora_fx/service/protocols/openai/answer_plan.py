@@ -51,7 +51,7 @@ class AnswerReader(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all items that have begun are complete."""
+        """Return whether all items that have begun are complete."""
 
     @property
     def finish_reason(self) -> str:
@@ -96,7 +96,7 @@ class PlannedRequest(StrictModel):
 
     @property
     def is_plain(self) -> bool:
-        """Whether no field is given that may change its answers, which then are text that may be anything."""
+        """Return whether no field is given that may change its answers, which then may be any text."""
         return (self.added | self.changing).isdisjoint(self.given)
 
     def wanted(self) -> Wanted:
