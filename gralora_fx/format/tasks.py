@@ -155,16 +155,15 @@ def generates(task: str | None) -> bool:
     return known is not None and known.cache is not None and task != known.name
 
 
-def is_decoder(task: str | None) -> bool:
-    """Return whether a task is for a decoder with a cache, which is one graph."""
-    known = find_task(task)
-    return known is not None and known.cache == "decoder" and task != known.name
-
-
 def is_encoder_decoder(task: str | None) -> bool:
     """Return whether a task is for an encoder and a decoder with a cache, which are two graphs."""
-    known = find_task(task)
-    return known is not None and known.cache == "encoder-decoder" and task != known.name
+    known = find_task(task) if generates(task) else None
+    return known is not None and known.cache == "encoder-decoder"
+
+
+def is_decoder(task: str | None) -> bool:
+    """Return whether a task is for a decoder with a cache, which is one graph."""
+    return generates(task) and not is_encoder_decoder(task)
 
 
 def tasks_beside_ids() -> list[str]:

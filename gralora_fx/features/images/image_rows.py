@@ -60,14 +60,7 @@ class ImageRows(GivenRows):
         self._of_text = {name: self._absent(name, 1, 1) for name in self._taken}
 
     def begin(self, row: int, source: Mapping[str, Any] | None) -> None:
-        """A row is opened.
-
-        Args:
-            row: Its number.
-            source: What images put in the place of its first tokens, by name, as `model.onnx` takes it of one row:
-                `inputs_embeds [1, tokens, hidden]`, and with it what the model takes (see `STEP_INPUTS`). None for a
-                row of text alone.
-        """
+        """Note what a row begins with: `inputs_embeds [1, tokens, hidden]`, and what the model takes with it."""
         self._rows.pop(row, None)
         if source is None:
             return
@@ -91,14 +84,7 @@ class ImageRows(GivenRows):
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
-        """What a step is fed of images: of text alone, arrays that stand for any number of tokens.
-
-        Args:
-            read: The tokens of each row that reads.
-            before: How many it had read before.
-            rows: The rows of the step.
-            ids: `[rows, length]`, the tokens as the step reads them; those whose embeddings are given become `GIVEN`.
-        """
+        """Return what a step is fed of images."""
         given = [row for row in read if row in self._rows]
         if not given:
             return dict(self._of_text)
