@@ -20,6 +20,11 @@ POINTS: dict[str, str] = {
     "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
     "why one has no adapter.",
     "known code": "A tuple of Recognised: code of layers, and what a trace calls in its place.",
+    "weight forms": "A subclass of BaseQuantization (base.sources): a form in which bases are stored in few bits. The "
+    "last parts of the names of its tensors are signs of the feature.",
+    "stored weights": "Returns a checkpoint's tensors by key with those of the form as a PackedTensor each, given "
+    "where they are and what its configuration says, which is None if it has none.",
+    "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32.",
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
     "does nothing for a model without any.",
     "step patches": "A context over a decoder's inputs, a cache among them, in which a step is traced.",
@@ -61,7 +66,8 @@ class Feature:
     Attributes:
         name: Name of its folder.
         signs: Names by which a graph shows that it has something of the feature: operators of a trace or an
-            ONNX model, such as `"gralora::attention"`, and keys of the metadata of an export's nodes.
+            ONNX model, such as `"gralora::attention"`, and keys of the metadata of an export's nodes; or by which a
+            checkpoint does: the last parts of the names of its tensors, such as `"absmax"`.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 
