@@ -79,6 +79,7 @@ _NAMED = {
     "images": "image|pixel",
     "speech": r"speech|audio|whisper|\brecordings?\b",  # a span's `is_recording` is OpenTelemetry's
     "nf4": "nf4",
+    "sentences": r"sentence[_-]?(transformer|encoder|embedding|modules|similarity)|sentence encoder",
     "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
 _NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
@@ -98,7 +99,7 @@ def add_to(report: Report) -> None:
     report.tables.append(Table("loaded", rows))
     named = {feature: list(naming(feature, word)) for feature, word in _NAMED.items()}
     report.tables.append(Table("files outside its folder that name a feature", [_row(*item) for item in named.items()]))
-    for feature in ("experts", "nf4", "speech"):
+    for feature in ("experts", "nf4", "sentences", "speech"):
         report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=_NAMED_OUTSIDE))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.core.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
+from gralora_fx.core.loading.tokenizers import load_feature_extractor, load_tokenizer
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
@@ -23,8 +23,8 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
     """Write `config.json`, `generation_config.json` of a model that generates, and the tokenizer's files.
 
     For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
-    transformers.js reads: that of a processor, or the one beside the tokenizer. A sentence encoder's tokenizer
-    truncates and lowercases as its directory says; its prompts are written too.
+    transformers.js reads: that of a processor, or the one beside the tokenizer. What follows the model's own forward
+    for its task has files of its own, and a say in the tokenizer's.
     """
     if traced.config is not None:
         traced.config.save_pretrained(stage)
@@ -34,17 +34,14 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if traced.generation_config is not None and PAST in traced.example_inputs:
         traced.generation_config.save_pretrained(stage)
-    if traced.sentence is not None and traced.sentence.settings:
-        text = json.dumps(traced.sentence.settings, indent=2, sort_keys=True, ensure_ascii=False)
-        from gralora_fx.base.sources.sentence_modules import SETTINGS_NAME
-
-        (stage / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
+    if traced.appended is not None:
+        traced.appended.write(stage)
     if tokenizer is None:
         return
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)
-    if traced.sentence is not None:
-        tokenizer = with_sentence_settings(tokenizer, traced.sentence, traced.config)
+    if traced.appended is not None:
+        tokenizer = traced.appended.told_to(tokenizer, traced.config)
     features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
     try:
         tokenizer.save_pretrained(stage)

@@ -1,4 +1,4 @@
-"""What a kind of export is: which traces it is for, how they become ONNX models, what else it writes and compares.
+"""What a kind of export is: how traces become ONNX models, what else it writes and compares.
 
 The passes that several kinds have are here too.
 """
@@ -115,7 +115,6 @@ class Flavour:
 
     Attributes:
         name: What it is called.
-        fits: Whether the flavour fits a trace.
         convert: Makes the ONNX models, by pipelines of passes.
         verification: What is compared with the model.
         write_files: Writes what other programs read beside the models.
@@ -125,7 +124,6 @@ class Flavour:
     """
 
     name: str
-    fits: Callable[[TracedModel], bool]
     convert: Callable[[Conversion], Models]
     verification: Verification
     write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing

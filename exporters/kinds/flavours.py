@@ -1,20 +1,25 @@
-"""The kinds of export, and which one fits a trace."""
+"""The kinds of export, and which one fits a trace; a kind is imported where it does."""
 
 from __future__ import annotations
 
-from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.decoder import DECODER
-from gralora_fx.exporters.kinds.encoder_decoder import ENCODER_DECODER
-from gralora_fx.exporters.kinds.flavour import Flavour
-from gralora_fx.exporters.kinds.plain import PLAIN
+from collections.abc import Callable
+from importlib import import_module
 
-FLAVOURS = (
-    ENCODER_DECODER,
-    DECODER,
-    PLAIN,  # last: it fits any trace
-)
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.kinds.flavour import Flavour
+
+_FOLDER = __name__.rpartition(".")[0]
+# which traces a kind is for, by the module and the name of its flavour
+FLAVOURS: dict[str, Callable[[TracedModel], bool]] = {
+    f"{_FOLDER}.encoder_decoder:ENCODER_DECODER": lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
+    f"{_FOLDER}.decoder:DECODER": lambda traced: traced.cache_layout is CacheLayout.DECODER,
+    f"{_FOLDER}.plain:PLAIN": lambda traced: True,  # last: it fits any trace
+}
 
 
 def flavour_of(traced: TracedModel) -> Flavour:
-    """The first flavour that fits a trace."""
-    return next(flavour for flavour in FLAVOURS if flavour.fits(traced))
+    """Return the first flavour that fits a trace."""
+    module, _, name = next(place for place, fits in FLAVOURS.items() if fits(traced)).partition(":")
+    flavour: Flavour = getattr(import_module(module), name)
+    return flavour

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache, tensors_of, with_tensors
+from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache
 from gralora_fx.core.tracing.inputs.image_inputs import IMAGE_INPUTS
 from gralora_fx.core.tracing.inputs.input_trees import path_of
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -56,16 +56,6 @@ _PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (
     ((_LONG,), "left", 4),
 )
 _QUICK_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
-# rows, length of the text, side of its padding, positions before, new positions
-_ENCODED_STEPS = (
-    (1, 24, "", 0, 1),
-    (1, 1, "", 0, 6),
-    (3, 11, "right", 0, 4),
-    (4, 6, "left", 9, 1),
-    (1, 24, "", 24, 1),
-    (3, 11, "right", 5, 3),
-)
-_QUICK_ENCODED_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 4, 1))
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -260,26 +250,3 @@ def random_answers(model: TracedModel, seed: int) -> list[Case]:
         empty = empty_cache(model.example_inputs[PAST], 4)
         cases.append((f"4 random inputs, part {number}", {**model.constants, **case, PAST: empty}))
     return cases
-
-
-def encoder_decoder_inputs(
-    model: TracedModel, generator: torch.Generator, quick: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A decoder's first and later steps, over texts of several lengths, padded on either side."""
-    limit = longest_text(model)
-    for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
-        if past + length > limit or source > limit:
-            continue
-        example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
-        case: dict[str, Any] = {
-            name: text_like(name, value, model, batch, length if name.startswith("decoder_") else source, generator)
-            for name, value in example.items()
-        }
-        pad(case, side or "right")
-        held = tensors_of(model.example_inputs[PAST])
-        shapes = {slot: slot.kind.shape(tensor.shape, batch, past) for slot, tensor in held.items()}
-        drawn = {slot: torch.randn(shape, generator=generator) for slot, shape in shapes.items()}
-        case[PAST] = with_tensors(model.example_inputs[PAST], drawn)
-        read = f"{batch} x {source}" if "input_ids" in case else f"{batch} inputs"
-        padded = f" padded {side}" if side and "attention_mask" in case else ""
-        yield f"{length} after {past} of {read}{padded}", case

@@ -54,7 +54,14 @@ POINTS: dict[str, str] = {
     "the input, or None where it knows none (core.tracing.inputs.samples).",
     "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",
     "generate options": "A dataclass as cli.generate.PromptOptions: options of the command for such prompts.",
-    "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any.",
+    "inferred tasks": "A function of the names of an adapter and a base, that returns the task that their files show "
+    "and what trace is given for it, or None.",
+    "scores": "A function of the configuration of a model with one output and its name, which notes there what makes a "
+    "score of it.",
+    "appended modules": "A function of a model, its task, which is a sign of the feature, and the source that trace is "
+    "given, that returns AppendedModules (core.tracing.draft).",
+    "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any. "
+    "The model's task or an output of its graph is a sign of the feature.",
 }
 _OWN = "gralora_"  # how the keys of metadata begin that this project writes
 
@@ -67,7 +74,7 @@ class Feature:
         name: Name of its folder.
         signs: Names by which a graph shows that it has something of the feature: operators of a trace or an
             ONNX model, such as `"gralora::attention"`, and keys of the metadata of an export's nodes; or by which a
-            checkpoint does: the last parts of the names of its tensors, such as `"absmax"`.
+            checkpoint does: the last parts of the names of its tensors, such as `"absmax"`; or names of tasks.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 

@@ -11,7 +11,6 @@ from gralora_fx.errors import ConfigError, TraceError, option
 if TYPE_CHECKING:
     from gralora_fx.core.config.adapter_config import AdapterConfig
 
-SENTENCE_TASK = "sentence-similarity"
 _PAST = "-with-past"  # ends the name of a task's variant with a cache
 
 
@@ -28,6 +27,8 @@ class Task:
         cache: Which models have a variant with a cache, that generates; None for none.
         adapters: PEFT's types of tasks whose adapters may be used for it.
         is_classification: Whether its head is of use for no other task.
+        encoder_alone: Whether it reads the states of an encoder: of an encoder-decoder that part is loaded, and a
+            checkpoint may lack what no one reads, a pooler.
         example: An example of what `generate` is given, as Python's code, where that is not a text.
         example_options: The same as options of the command, by their Python names.
     """
@@ -39,13 +40,13 @@ class Task:
     cache: Literal["decoder", "encoder-decoder"] | None = None
     adapters: tuple[str, ...] = ()
     is_classification: bool = False
+    encoder_alone: bool = False
     example: str = ""
     example_options: Mapping[str, str] = field(default_factory=dict)
 
 
 _TASKS = (
     Task("feature-extraction", "AutoModel", adapters=("FEATURE_EXTRACTION",)),
-    Task(SENTENCE_TASK, inputs=("input_ids",), adapters=("FEATURE_EXTRACTION",)),
     Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",)),
     Task(
         "text-classification",
@@ -174,7 +175,7 @@ def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> 
         return task
     adapter_task = _PEFT_TASKS.get(str(task_type))
     if adapter_task == "feature-extraction":
-        return None  # sentence-similarity, if the base is a sentence encoder
+        return None  # the files of the base may show another task
     return with_past(adapter_task) if with_cache and adapter_task else adapter_task
 
 

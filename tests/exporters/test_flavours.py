@@ -85,7 +85,6 @@ def write_note(directory: Path, traced: TracedModel, models: Models) -> None:
 
 DOUBLING = Flavour(
     "doubling",
-    fits=lambda traced: traced.config is None,
     convert=convert,
     verification=Verification(plain_inputs),
     write_files=write_note,
@@ -93,7 +92,8 @@ DOUBLING = Flavour(
 
 
 def test_a_flavour_is_a_line_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavours, "FLAVOURS", (DOUBLING, *flavours.FLAVOURS))
+    own = {f"{__name__}:DOUBLING": lambda traced: traced.config is None}
+    monkeypatch.setattr(flavours, "FLAVOURS", own | flavours.FLAVOURS)
     traced = trace(Doubling(), (torch.randn(2, 3),))
     assert flavours.flavour_of(traced) is DOUBLING
     report = export_onnx(traced, tmp_path / "onnx")
@@ -117,7 +117,8 @@ def test_a_flavours_own_inputs_are_those_that_verification_runs(
         yield "five rows" if quick else "seven rows", {"x": torch.randn(5 if quick else 7, 3, generator=generator)}
 
     own = dataclasses.replace(DOUBLING, verification=Verification(one))
-    monkeypatch.setattr(flavours, "FLAVOURS", (own, *flavours.FLAVOURS))
+    monkeypatch.setitem(globals(), "OWN", own)
+    monkeypatch.setattr(flavours, "FLAVOURS", {f"{__name__}:OWN": lambda traced: traced.config is None})
     traced = trace(Doubling(), (torch.randn(2, 3),))
     report = export_onnx(traced, tmp_path / "onnx")
     assert report.verification is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -23,8 +25,7 @@ from gralora_fx.core.tracing.inputs.widened import distinct, widen
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.format.input_names import PAST, takes_image_inputs
 
-if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
-    from gralora_fx.base.sources.sentence_modules import SentenceModules
+if TYPE_CHECKING:  # of models that take images alone
     from gralora_fx.format.image_sizes import ImageSize, ImageSizes
 
 NO_CHECKPOINTS = "gradient checkpointing is not part of a trace; train with smaller batches instead"
@@ -39,6 +40,22 @@ class Axes(enum.Enum):
     IMAGES = "all"
 
 
+class AppendedModules(ABC):
+    """Modules that a task appends to a model, whose forward then ends with them."""
+
+    @abstractmethod
+    def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a model's forward end with them, within the block; its own modules keep their paths."""
+
+    @abstractmethod
+    def told_to(self, tokenizer: Any, config: Any) -> Any:
+        """Return a copy of a tokenizer that makes of texts what they expect."""
+
+    @abstractmethod
+    def write(self, directory: Path) -> None:
+        """Write what programs that read an export must know of them."""
+
+
 @dataclass(frozen=True)
 class Draft:
     """A model, and what it is captured from.
@@ -49,7 +66,7 @@ class Draft:
         signature: The call signature.
         constants: Arguments that become part of the graph.
         task: The task, or None.
-        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        appended: The modules that the task appends to the model, or None.
         image_size: The requested size of images.
         has_values: Whether every parameter has values, so that the graph can be compared with the model.
         axes: Which axes may vary.
@@ -62,7 +79,7 @@ class Draft:
     signature: CallSignature
     constants: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
-    sentence: SentenceModules | None = None
+    appended: AppendedModules | None = None
     image_size: ImageSize = None
     has_values: bool = True
     axes: Axes = Axes.SEQUENCES
@@ -96,7 +113,7 @@ def first_draft(
     *,
     task: str | None,
     dynamic: bool,
-    sentence: SentenceModules | None,
+    appended: AppendedModules | None,
     image_size: ImageSize,
     has_values: bool,
 ) -> Draft:
@@ -133,7 +150,7 @@ def first_draft(
         signature_of(model, sample, constants, has_cache=PAST in sample),
         constants,
         task=task,
-        sentence=sentence,
+        appended=appended,
         image_size=image_size,
         has_values=has_values,
         axes=Axes.SEQUENCES if dynamic else Axes.NONE,

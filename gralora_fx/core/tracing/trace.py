@@ -18,14 +18,13 @@ from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parame
 from gralora_fx.core.tracing.both_modes import trace_both_modes
 from gralora_fx.core.tracing.capture import features_as_nodes
 from gralora_fx.core.tracing.check import with_call_signature
-from gralora_fx.core.tracing.draft import Captured, Draft, called_as, first_draft
+from gralora_fx.core.tracing.draft import AppendedModules, Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, option
 from gralora_fx.format.input_names import takes_images
 
-if TYPE_CHECKING:  # of sentence encoders, and of models that take images, alone
-    from gralora_fx.base.sources.sentence_modules import SentenceModules
+if TYPE_CHECKING:  # of models that take images alone
     from gralora_fx.format.image_sizes import ImageSize
 
 
@@ -68,7 +67,7 @@ def trace(
             asked for, or inputs are missing or do not fit.
     """
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
-    sentence = _sentence_modules(model, task, sentence_modules)
+    appended = _appended_modules(model, task, sentence_modules)
     if isinstance(model, (fx.GraphModule, torch.export.ExportedProgram)):
         if image_size is not None:
             raise TraceError(
@@ -90,10 +89,8 @@ def trace(
             "load it with gralora_fx.loading.load_model, which takes their values, or trace model.dequantize()"
         )
     with ExitStack() as changed:
-        if sentence is not None:
-            from gralora_fx.core.tracing.sentence_encoder import followed_by
-
-            changed.enter_context(followed_by(model, sentence))
+        if appended is not None:
+            changed.enter_context(appended.appended_to(model))
         with placeholder_parameters(model) as originals, gc_pause():
             with features_as_nodes(model) if originals else nullcontext():  # grouped products take no placeholders
                 first = first_draft(
@@ -101,7 +98,7 @@ def trace(
                     arguments,
                     task=task,
                     dynamic=dynamic,
-                    sentence=sentence,
+                    appended=appended,
                     image_size=image_size,
                     has_values=not originals,
                 )
@@ -109,21 +106,24 @@ def trace(
                 draft = with_call_signature(_checked(first))
             if originals:
                 restore_parameters(draft.graph_module, originals)
-        # the modules of a sentence encoder are still among the model's
+        # those that are appended are still among the model's modules
         return _with_layers(draft, ModuleTree.of_module(model), training=model.training)
 
 
-def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
-    """Return the modules after a transformer that make a sentence encoder of it; None for another task."""
+def _appended_modules(model: object, task: str | None, source: str | Path | None) -> AppendedModules | None:
+    """Return the modules that a task appends to a model; None if it appends none."""
     if task is None and source is None:
         return None
-    from gralora_fx.format.tasks import SENTENCE_TASK
+    from gralora_fx.base.features import parts
 
-    if task != SENTENCE_TASK and source is None:
-        return None
-    from gralora_fx.core.tracing.sentence_encoder import sentence_modules_of
-
-    return sentence_modules_of(model, task, source)
+    for modules_of in parts("appended modules", {task or ""}):
+        appended: AppendedModules = modules_of(model, task, source)
+        return appended
+    if source is not None:
+        raise TraceError(
+            f"sentence_modules have no effect for the task {task!r}; give {option(task='sentence-similarity')}"
+        )
+    return None
 
 
 def _checked(draft: Draft) -> Captured:
@@ -154,7 +154,7 @@ def _with_layers(draft: Captured, tree: ModuleTree, *, training: bool) -> Traced
         tokenizer_source=getattr(config, "_name_or_path", None) or None,
         loss_function=loss,
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
-        sentence=draft.sentence,
+        appended=draft.appended,
         passes=draft.passes,
     )
     return traced.train(training)

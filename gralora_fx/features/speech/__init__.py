@@ -4,6 +4,7 @@ from gralora_fx.base.features import Feature
 
 FEATURE = Feature(
     "speech",
+    signs=frozenset({"automatic-speech-recognition-with-past"}),
     parts={
         "tasks": "speech_task:TASKS",
         "example inputs": "sound_examples:example_of",
