@@ -73,7 +73,7 @@ JOBS = (
     Job("export: Llama, merged, verified", _MERGED_LLAMA + _EXPORT, 170, 26_000),
     Job("load and generate", _GENERATE, 65, 10_000),  # the export that the job before it wrote
 )
-_NAMED = {
+NAMED = {
     "experts": "expert",
     "quantization": "quantiz",
     "images": "image|pixel",
@@ -82,7 +82,8 @@ _NAMED = {
     "sentences": r"sentence[_-]?(transformer|encoder|embedding|modules|similarity)|sentence encoder",
     "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
-_NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
+APART = ("experts", "nf4", "sentences", "speech")  # of these, the features that hardly any other file names
+NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
 
 
 def add_to(report: Report) -> None:
@@ -97,10 +98,10 @@ def add_to(report: Report) -> None:
             report.claims.append(Claim(f"{job.name}: files loaded", len(files), at_most=job.files))
             report.claims.append(Claim(f"{job.name}: lines loaded", lines, at_most=job.lines))
     report.tables.append(Table("loaded", rows))
-    named = {feature: list(naming(feature, word)) for feature, word in _NAMED.items()}
+    named = {feature: list(naming(feature, word)) for feature, word in NAMED.items()}
     report.tables.append(Table("files outside its folder that name a feature", [_row(*item) for item in named.items()]))
-    for feature in ("experts", "nf4", "sentences", "speech"):
-        report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=_NAMED_OUTSIDE))
+    for feature in APART:
+        report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=NAMED_OUTSIDE))
 
 
 def loaded(program: str, directory: Path) -> list[Path]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # with safetensors' names
-RECORD = "base_quantization"  # the field of an adapter's, a model's and an export's configuration
 
 _FIELD = "quantization_config"  # of config.json
 _READ_BY_TRANSFORMERS = ("mxfp4",)  # which becomes floats while it is loaded
@@ -69,7 +68,7 @@ class BaseQuantization(ABC):
             remedy = f"take {texts}" if forms else "leave it out"
             raise ConfigError(f"{option(base_quantization=fields)} is not available; {remedy}")
         choices = "; or ".join([texts, *(form.fields for form in forms)]) or "not available"
-        raise ConfigError(f"{RECORD} is {choices}; but got {shown(value)}")
+        raise ConfigError(f"base_quantization is {choices}; but got {shown(value)}")
 
     @classmethod
     @abstractmethod

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gralora_fx.base.compat.transformers_models import should_convert_module, unquantized_modules
-from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, check_not_packed, packed_quantization
+from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed, packed_quantization
 from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
+from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.errors import ConfigError, TraceError, option
 
 
