@@ -73,7 +73,7 @@ JOBS = (
     Job("export: Llama, merged, verified", _MERGED_LLAMA + _EXPORT, 170, 26_000),
     Job("load and generate", _GENERATE, 65, 10_000),  # the export that the job before it wrote
 )
-_NAMED = {
+NAMED = {
     "experts": "expert",
     "quantization": "quantiz",
     "images": r"(?<!input_)image(?!/svg|_url)|pixel",  # a type in HTTP and a field of OpenAI's are of another kind
@@ -81,9 +81,21 @@ _NAMED = {
     "tools": r"(?<!\w)tool(s?\b|_|call|choice|use)|function_call",
     "structured_outputs": r"\bgrammars?\b|structured.?output|llguidance|guided_|form of (the|an) answer",
     "speculation": r"draft_tokens|speculat|prompt_lookup_num_tokens[:=]",  # the name alone is transformers' too
+    "nf4": "nf4",
+    "sentences": r"sentence[_-]?(transformer|encoder|embedding|modules|similarity)|sentence encoder",
     "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
-_NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
+APART = (
+    "experts",
+    "images",
+    "nf4",
+    "sentences",
+    "speculation",
+    "speech",
+    "structured_outputs",
+    "tools",
+)  # of these, the features that hardly any other file names
+NAMED_OUTSIDE = 3  # files outside its folder that may name a feature
 
 
 def add_to(report: Report) -> None:
@@ -98,10 +110,10 @@ def add_to(report: Report) -> None:
             report.claims.append(Claim(f"{job.name}: files loaded", len(files), at_most=job.files))
             report.claims.append(Claim(f"{job.name}: lines loaded", lines, at_most=job.lines))
     report.tables.append(Table("loaded", rows))
-    named = {feature: list(naming(feature, word)) for feature, word in _NAMED.items()}
+    named = {feature: list(naming(feature, word)) for feature, word in NAMED.items()}
     report.tables.append(Table("files outside its folder that name a feature", [_row(*item) for item in named.items()]))
-    for feature in ("experts", "images", "speech", "tools", "structured_outputs", "speculation"):
-        report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=_NAMED_OUTSIDE))
+    for feature in APART:
+        report.claims.append(Claim(f"files that name {feature}", len(named[feature]), at_most=NAMED_OUTSIDE))
 
 
 def loaded(program: str, directory: Path) -> list[Path]:

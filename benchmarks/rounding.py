@@ -28,7 +28,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.kinds.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.formats import Blocks
-from gralora_fx.exporters.verify.cases import user_texts
+from gralora_fx.exporters.verify.given_texts import user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from gralora_fx.exporters.verify.quality import kl_divergence, measure_quality
 from gralora_fx.run.sessions.session import Runtime, open_session, quiet_options

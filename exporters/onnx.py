@@ -26,7 +26,7 @@ from gralora_fx.exporters.artifact.staging import (
     warn_of_lost_adapters,
 )
 from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
-from gralora_fx.exporters.kinds.flavours import flavour_of
+from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, layers_reports
@@ -152,7 +152,11 @@ def export_onnx(
         with timed("write", seconds, "writing"):
             save_models(models, stage, output_dir, shared=flavour.shares_weights)
             digests = reader.submit(describe_files, stage, file_names(stage))
-            write_companions(stage, conversion.traced, options.tokenizer)
+            write_companions(stage, conversion.traced)
+            if options.tokenizer is not None:
+                from gralora_fx.exporters.artifact.tokenizer_files import write_tokenizer
+
+                write_tokenizer(stage, conversion.traced, options.tokenizer)
             flavour.write_files(stage, conversion.traced, models)
             manifest = describe(conversion, models, flavour=flavour.name, logits=flavour.logits(options))
             write_manifest(stage, manifest)

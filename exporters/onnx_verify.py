@@ -14,12 +14,11 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
-from gralora_fx.exporters.kinds.flavours import flavour_of
+from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.verify.cases import TokenRun
 from gralora_fx.exporters.verify.comparable import Variant, evaluating, open_comparable, variants
-from gralora_fx.exporters.verify.fresh_inputs import user_prompts
 from gralora_fx.exporters.verify.outputs import OutputComparison
 from gralora_fx.exporters.verify.same_model import check_inputs, check_same_model
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
@@ -109,7 +108,10 @@ def verify_onnx(
     batches = [] if verification.prompts is None else list(verification.prompts(traced, seed, quick))
     if prompts is not None and verification.prompts is None:
         raise ExportError("the export has no cache, so it takes no prompts; give inputs")
-    batches += [] if prompts is None else [user_prompts(prompts, output_dir, traced)]
+    if prompts is not None:
+        from gralora_fx.exporters.verify.given_texts import user_prompts
+
+        batches.append(user_prompts(prompts, output_dir, traced))
     adapters = Adapters(Path(output_dir), manifest)
     is_rough = tolerance is None and runtime is not None and arithmetic != "fp32"
     explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.features.nf4.four_bits import FourBits
 
 VOCABULARY = 101
 # widths are whole numbers of blocks: bitsandbytes' kernel for AVX-512 reads other rows wrong
@@ -57,7 +57,7 @@ METHODS = {
 }
 
 
-def bnb_config(quantization: BaseQuantization) -> Any:
+def bnb_config(quantization: FourBits) -> Any:
     """Transformers' configuration of a quantization, whose block size it cannot say."""
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -77,7 +77,7 @@ def float_base(directory: Path, name: str) -> Path:
     return directory
 
 
-def in_four_bits(base: Path, quantization: BaseQuantization) -> PreTrainedModel:
+def in_four_bits(base: Path, quantization: FourBits) -> PreTrainedModel:
     """The model as bitsandbytes quantizes it, in float32 products on every processor."""
     bnb = pytest.importorskip("bitsandbytes")
     name = transformers.AutoConfig.from_pretrained(base).architectures[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_import_order import NAMES, imported
 
+from benchmarks.loaded_files import APART, NAMED, NAMED_OUTSIDE, naming
 from gralora_fx import features as package
 from gralora_fx.base.features import POINTS, Feature, features
 
@@ -43,6 +44,12 @@ def test_a_feature_is_named_as_its_folder_which_has_a_page_and_is_short(feature:
     folder = FOLDER / feature.name
     assert len((folder / "README.md").read_text(encoding="utf-8").splitlines()) <= 60
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in folder.rglob("*.py")) <= LONGEST
+
+
+@pytest.mark.parametrize("feature", APART)
+def test_few_files_outside_its_folder_name_a_feature(feature: str) -> None:
+    files = list(naming(feature, NAMED[feature]))
+    assert len(files) <= NAMED_OUTSIDE, files
 
 
 def points_asked_for(file: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Files for other programs beside an export's models: configurations, the tokenizer, `genai_config.json`."""
+"""Files for other programs beside an export's models: configurations, `genai_config.json`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,15 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.core.loading.tokenizers import load_feature_extractor, load_tokenizer, with_sentence_settings
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, first_line
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
 from gralora_fx.format.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.format.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
 from gralora_fx.run.engine.limits import UNLIMITED, context_length
 
 
-def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
-    """Write `config.json`, `generation_config.json` of a model that generates, and the tokenizer's files.
-
-    For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
-    transformers.js reads: that of a processor, or the one beside the tokenizer. A sentence encoder's tokenizer
-    truncates and lowercases as its directory says; its prompts are written too.
-    """
+def write_companions(stage: Path, traced: TracedModel) -> None:
+    """Write `config.json`, `generation_config.json` of a model that generates, and files of what its task appends."""
     if traced.config is not None:
         traced.config.save_pretrained(stage)
         path = stage / "config.json"
@@ -34,41 +27,8 @@ def write_companions(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if traced.generation_config is not None and PAST in traced.example_inputs:
         traced.generation_config.save_pretrained(stage)
-    if traced.sentence is not None and traced.sentence.settings:
-        text = json.dumps(traced.sentence.settings, indent=2, sort_keys=True, ensure_ascii=False)
-        from gralora_fx.base.sources.sentence_modules import SETTINGS_NAME
-
-        (stage / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
-    if tokenizer is None:
-        return
-    source = tokenizer if isinstance(tokenizer, (str, Path)) else None
-    tokenizer = loaded_tokenizer(tokenizer)
-    if traced.sentence is not None:
-        tokenizer = with_sentence_settings(tokenizer, traced.sentence, traced.config)
-    features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
-    try:
-        tokenizer.save_pretrained(stage)
-        if features is not None:
-            features.save_pretrained(stage)
-    except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
-        raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
-
-
-def loaded_tokenizer(tokenizer: Any) -> Any:
-    """A given tokenizer."""
-    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
-    if loaded is None:
-        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
-    return loaded
-
-
-def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:
-    """The feature extractor beside a tokenizer that was given without one, for a model that reads features."""
-    if not {"input_features", "input_values"} & set(traced.example_inputs):
-        return None
-    places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
-    place = next((place for place in places if place), None)
-    return None if place is None else load_feature_extractor(place, ExportError)
+    if traced.appended is not None:
+        traced.appended.write(stage)
 
 
 def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:

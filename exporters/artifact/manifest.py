@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from gralora_fx.base.compat.versions import installed_version
-from gralora_fx.base.sources.base_quantization import RECORD
+from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.core.adapters.base import base_of
 from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.graph.sites import other_readers

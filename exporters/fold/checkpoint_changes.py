@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gralora_fx.base.sources.four_bits import FourBitTensor
+from gralora_fx.base.sources.packed_tensors import PackedTensor, RoundedTensor
 from gralora_fx.base.sources.rewriting import Kept, bytes_of
-from gralora_fx.base.sources.rounded_weights import RoundedTensor
 from gralora_fx.base.sources.safetensors_files import (
     FLOATS,
     Layout,
@@ -95,7 +94,7 @@ def find_changes(base: SavedWeights, names: Names, adapter: StoredAdapter) -> Te
     changes = _placed(wanted, base, names)
     changes.changed.update(stacks)
     for key, tensor in base.tensors.items():
-        if isinstance(tensor, (FourBitTensor, RoundedTensor)) and key not in changes.changed:
+        if isinstance(tensor, (PackedTensor, RoundedTensor)) and key not in changes.changed:
             changes.changed[key] = NewTensor(tensor.dtype, tensor.shape, tensor, Kept())
     return changes
 

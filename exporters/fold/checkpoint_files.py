@@ -117,7 +117,7 @@ def _files(directory: Path) -> Iterator[str]:
 
 def _is_left_out(path: Path) -> bool:
     name = path.name.lower()
-    if len(path.parts) > 1:  # a module of a sentence encoder has its own weights
+    if len(path.parts) > 1:  # a module in a folder of its own has its own weights
         return name.endswith(_ANYWHERE) or path.parts[0] in _EXPORTS
     return name in _ADAPTER or (name.endswith(_FORMATS) and name not in _NO_WEIGHTS)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
-from gralora_fx.base.sources.rounded_weights import RoundedTensor
+from gralora_fx.base.sources.packed_tensors import RoundedTensor
 from gralora_fx.base.sources.safetensors_files import StoredTensor
 from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.core.adapters.agreement import KnownLayers, disagreements
@@ -146,7 +146,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
     """A base's files with weights as the model's layers multiply by them.
 
     Args:
-        base: The base's files: floats to round, or weights of four bits, all of which are stored as `[out, in]`.
+        base: The base's files: floats to round, or weights in few bits, all of which are stored as `[out, in]`.
         names: What its tensors are in the model.
         rounding: How floats are rounded; None for not at all.
     """

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.model_files import resolve_directory
-from gralora_fx.base.sources.rounded_weights import rounded_to_four_bits
 from gralora_fx.base.sources.same_base import read_config_fields
 from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
@@ -119,7 +118,7 @@ class BaseWeights:
     def _as_exported(self, path: str, values: NDArray[Any]) -> NDArray[Any]:
         if self._rounding is None or path not in self._rounded_paths:
             return values
-        return rounded_to_four_bits(values, self._rounding)
+        return self._rounding.rounded(values)
 
     @cached_property
     def _rounded_paths(self) -> Set[str]:

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.core.tracing.inputs.cache import cached_slots
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.companions import write_genai_config
@@ -172,7 +171,6 @@ def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
 
 DECODER = Flavour(
     DECODER_KIND,
-    fits=lambda traced: traced.cache_layout is CacheLayout.DECODER,
     convert=decoder_models,
     verification=Verification(decoder_inputs, random_prompts, compare_decoder),
     write_files=_write_files,

@@ -8,7 +8,6 @@ import onnx_ir as ir
 from torch import fx
 
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import (
     Flavour,
@@ -31,8 +30,7 @@ from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.fresh_inputs import encoder_decoder_inputs
-from gralora_fx.exporters.verify.greedy_tokens import compare_encoder_decoder
+from gralora_fx.exporters.verify.encoder_decoders import compare_encoder_decoder, encoder_decoder_inputs
 from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.format.export_directory import DECODER, ENCODER, ENCODER_DECODER_KIND, FLAG
 from gralora_fx.format.manifest import RowsEntry
@@ -201,7 +199,6 @@ def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
 
 ENCODER_DECODER = Flavour(
     ENCODER_DECODER_KIND,
-    fits=lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
     convert=encoder_decoder_models,
     verification=Verification(encoder_decoder_inputs, compare_tokens=compare_encoder_decoder),
     takes_texts=False,

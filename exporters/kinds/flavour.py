@@ -1,4 +1,4 @@
-"""What a kind of export is: which traces it is for, how they become ONNX models, what else it writes and compares.
+"""What a kind of export is: how traces become ONNX models, what else it writes and compares; and which fits a trace.
 
 The passes that several kinds have are here too.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from torch import fx
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Skip
+from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
@@ -115,7 +117,6 @@ class Flavour:
 
     Attributes:
         name: What it is called.
-        fits: Whether the flavour fits a trace.
         convert: Makes the ONNX models, by pipelines of passes.
         verification: What is compared with the model.
         write_files: Writes what other programs read beside the models.
@@ -125,7 +126,6 @@ class Flavour:
     """
 
     name: str
-    fits: Callable[[TracedModel], bool]
     convert: Callable[[Conversion], Models]
     verification: Verification
     write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing
@@ -153,3 +153,19 @@ class Flavour:
     def measures_quality(self, options: ExportOptions) -> bool:
         """Whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
         return options.quantize is not None and options.precision != "bf16"
+
+
+_FOLDER = __name__.rpartition(".")[0]
+# which traces a kind is for, by the module and the name of its flavour
+FLAVOURS: dict[str, Callable[[TracedModel], bool]] = {
+    f"{_FOLDER}.encoder_decoder:ENCODER_DECODER": lambda traced: traced.cache_layout is CacheLayout.ENCODER_DECODER,
+    f"{_FOLDER}.decoder:DECODER": lambda traced: traced.cache_layout is CacheLayout.DECODER,
+    f"{_FOLDER}.plain:PLAIN": lambda traced: True,  # last: it fits any trace
+}
+
+
+def flavour_of(traced: TracedModel) -> Flavour:
+    """Return the first flavour that fits a trace."""
+    module, _, name = next(place for place, fits in FLAVOURS.items() if fits(traced)).partition(":")
+    flavour: Flavour = getattr(import_module(module), name)
+    return flavour

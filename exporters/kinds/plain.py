@@ -177,7 +177,6 @@ def fix_nodes(model: ir.Model) -> PassResult[ir.Model]:
 
 PLAIN = Flavour(
     PLAIN_KIND,
-    fits=lambda traced: True,
     convert=plain_models,
     verification=Verification(plain_inputs, compare_tokens=compare_rows),
     shares_weights=True,

@@ -1,4 +1,4 @@
-"""What is compared of a kind of export: inputs, prompts, texts, greedy tokens; and random values of its inputs."""
+"""What is compared of a kind of export: inputs, prompts, greedy tokens; and random values of its inputs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_fx.core.loading.tokenizers import prompt_ids
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
@@ -21,9 +19,6 @@ from gralora_fx.run.engine.limits import context_length
 
 Case = tuple[str, Mapping[str, Any]]  # a description, and inputs by name
 LENGTHS = (1, 6, 11, 24)  # of texts
-_LONGEST = 128  # tokens that are read of a given text whose quality is measured
-_COUNT, _DRAWN = 16, 24  # texts that the model draws, and tokens of each
-_CONTINUED = 24  # greedy tokens after each text
 
 
 @dataclass(frozen=True)
@@ -104,63 +99,6 @@ def vocabulary_of(model: TracedModel) -> int | None:
 def longest_text(model: TracedModel) -> int:
     """How many positions a text may have: the context, or 24 where that has no limit."""
     return context_of(model) or max(LENGTHS)
-
-
-@dataclass(frozen=True)
-class MeasuredTexts:
-    """Texts, each of which the float32 model continues greedily."""
-
-    rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
-    drawn: int  # tokens that the float32 model draws after each row; they belong to the text
-    continued: int  # greedy tokens after each text
-    end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
-
-    def __str__(self) -> str:
-        """How many there are, and where they are from."""
-        plural = "s" if len(self.rows) > 1 else ""
-        if self.drawn:
-            return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"
-        return f"{len(self.rows)} given text{plural}"
-
-
-def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count: int = _COUNT) -> MeasuredTexts:
-    """Texts that the model draws: after the token that begins a text, or a random one without it."""
-    vocabulary = vocabulary_of(traced) or 4
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
-    begins, ends, pads = (_special_tokens(traced, f"{name}_token_id", vocabulary) for name in ("bos", "eos", "pad"))
-    room = context_of(traced) or _DRAWN + _CONTINUED
-    length = min(length, max(1, room // 2))
-    return MeasuredTexts(
-        rows=tuple((begins[0] if begins else token,) for token in first),
-        drawn=length - 1,
-        continued=max(1, min(_CONTINUED, room - length)),
-        end=tuple(dict.fromkeys((*ends, *pads)))[: vocabulary - 1],
-    )
-
-
-def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
-    """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them."""
-    vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + _CONTINUED
-    continued = min(_CONTINUED, max(1, room // 2))
-    length = min(_LONGEST, max(1, room - continued))
-    rows: list[tuple[int, ...]] = []
-    for index, text in enumerate(texts):
-        row = tuple(prompt_ids(text, tokenizer, ExportError)[:length])
-        wrong = [token for token in row if vocabulary is not None and not 0 <= token < vocabulary]
-        if not row or wrong:
-            what = f"token {wrong[0]}, outside the vocabulary of {vocabulary} tokens," if wrong else "no token"
-            raise ExportError(f"the tokenizer gives {what} for text {index + 1}; leave the text out, or check both")
-        rows.append(row)
-    return MeasuredTexts(tuple(rows), 0, continued)
-
-
-def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[int, ...]:
-    """The ids that a configuration gives for a special token: none, one or several."""
-    config = None if traced.config is None else traced.config.get_text_config()
-    value = getattr(config, name, None)
-    tokens = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < vocabulary)
 
 
 def is_text(name: str) -> bool:

@@ -1,10 +1,9 @@
-"""What an export is compared on: fresh inputs of each kind of model, prompts, and a user's own texts and prompts."""
+"""What an export is compared on: fresh inputs of each kind of model, and prompts."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +11,9 @@ from torch import Tensor
 
 from gralora_fx.base.compat.torch_graphs import KeyPath, tree_map_with_path
 from gralora_fx.base.features import parts
-from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
-from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache, tensors_of, with_tensors
+from gralora_fx.core.tracing.inputs.cache import empty_cache, positions, returned_cache
 from gralora_fx.core.tracing.inputs.input_trees import path_of
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.translation.names import AXES
 from gralora_fx.exporters.verify.cases import (
     LENGTHS,
@@ -36,7 +32,6 @@ from gralora_fx.format.input_names import PAST, beside_ids
 if TYPE_CHECKING:  # of a model whose inputs features know alone
     from gralora_fx.format.input_facts import OtherValues
 
-_BATCH = 16  # a user's texts that are compared at once
 _STEPS = (  # rows, positions before, new positions, side of the padding
     (1, 0, 1, ""),
     (1, 0, 24, ""),
@@ -48,7 +43,6 @@ _STEPS = (  # rows, positions before, new positions, side of the padding
 )
 _QUICK_STEPS = ((1, 0, 1, ""), (3, 0, 9, "right"), (1, 6, 5, ""))  # left padding and single steps: see `_QUICK_PROMPTS`
 _ANSWER = 24  # tokens of an encoder-decoder's answer that is measured
-_USER_STEPS = 16  # tokens that are compared after a user's own prompts
 _LONG = 1000  # positions of the longest prompt, if the model has as many
 # lengths of the prompts of one batch, padding side, and number of tokens to compare
 _PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (
@@ -58,16 +52,6 @@ _PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (
     ((_LONG,), "left", 4),
 )
 _QUICK_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left", 4),)
-# rows, length of the text, side of its padding, positions before, new positions
-_ENCODED_STEPS = (
-    (1, 24, "", 0, 1),
-    (1, 1, "", 0, 6),
-    (3, 11, "right", 0, 4),
-    (4, 6, "left", 9, 1),
-    (1, 24, "", 24, 1),
-    (3, 11, "right", 5, 3),
-)
-_QUICK_ENCODED_STEPS = ((1, 9, "", 0, 1), (2, 6, "right", 0, 3), (2, 5, "left", 4, 1))
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,34 +108,6 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
         return like(value, rows or batch, None, generator)
 
     return tree_map_with_path(fresh, example)
-
-
-def text_cases(
-    texts: Sequence[str], tokenizer: Any, traced: TracedModel, *, batch: int = _BATCH, longest: int | None = None
-) -> Iterator[Case]:
-    """Batches of texts, each padded to its longest, cut at the model's context."""
-    loaded = loaded_tokenizer(tokenizer)
-    names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
-    room = longest_text(traced)
-    for start in range(0, len(texts), batch):
-        part = list(texts[start : start + batch])
-        where = f"texts {start + 1} to {start + len(part)}" if batch > 1 else f"text {start + 1}"
-        encoded = _encoded(loaded, part, room if longest is None else min(room, longest), where)
-        if "input_ids" in encoded:  # a tokenizer may leave token types out, and they are zeros in a single text
-            encoded.setdefault("token_type_ids", torch.zeros_like(encoded["input_ids"]))
-        if missing := [name for name in names if name not in encoded]:
-            raise ExportError(
-                f"the model takes {', '.join(names)}, but the tokenizer gives no {', '.join(missing)} for a text; "
-                "leave texts out"
-            )
-        yield where, {**traced.constants, **{name: encoded[name] for name in names}}
-
-
-def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:
-    try:
-        return dict(tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
-    except Exception as error:  # tokenizers raise types of their own
-        raise ExportError(f"the tokenizer does not take {where} ({first_line(error)})") from error
 
 
 def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -216,26 +172,6 @@ def pad_prompts(
     return PromptBatch(f"{len(rows)} {label}{'s' * (len(rows) > 1)} of {size}", ids, mask, steps)
 
 
-def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
-    """A user's prompts as one batch, padded on the left."""
-    if isinstance(prompts, str) or not prompts:
-        raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
-    tokenizer = load_tokenizer(output_dir, ExportError)
-    rows = [prompt_ids(prompt, tokenizer, ExportError) for prompt in prompts]
-    vocabulary, context = vocabulary_of(traced), context_of(traced)
-    for index, row in enumerate(rows):
-        wrong = [token for token in row if token < 0 or (vocabulary is not None and token >= vocabulary)]
-        if not row or wrong:
-            what = f"holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens" if wrong else "is empty"
-            raise ExportError(f"prompt {index} {what}; give other ids")
-        if context is not None and len(row) > context - _USER_STEPS:
-            raise ExportError(
-                f"prompt {index} has {len(row)} tokens, and {_USER_STEPS} are added, more than the context of "
-                f"{context}; shorten it"
-            )
-    return pad_prompts(rows, steps=_USER_STEPS, label="given prompt")
-
-
 def random_answers(model: TracedModel, seed: int) -> list[Case]:
     """What an encoder-decoder is measured on: 16 random texts, or 4 other inputs, each with an answer from its start.
 
@@ -252,26 +188,3 @@ def random_answers(model: TracedModel, seed: int) -> list[Case]:
         empty = empty_cache(model.example_inputs[PAST], 4)
         cases.append((f"4 random inputs, part {number}", {**model.constants, **case, PAST: empty}))
     return cases
-
-
-def encoder_decoder_inputs(
-    model: TracedModel, generator: torch.Generator, quick: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A decoder's first and later steps, over texts of several lengths, padded on either side."""
-    limit = longest_text(model)
-    for batch, source, side, past, length in _QUICK_ENCODED_STEPS if quick else _ENCODED_STEPS:
-        if past + length > limit or source > limit:
-            continue
-        example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}
-        case: dict[str, Any] = {
-            name: text_like(name, value, model, batch, length if name.startswith("decoder_") else source, generator)
-            for name, value in example.items()
-        }
-        pad(case, side or "right")
-        held = tensors_of(model.example_inputs[PAST])
-        shapes = {slot: slot.kind.shape(tensor.shape, batch, past) for slot, tensor in held.items()}
-        drawn = {slot: torch.randn(shape, generator=generator) for slot, shape in shapes.items()}
-        case[PAST] = with_tensors(model.example_inputs[PAST], drawn)
-        read = f"{batch} x {source}" if "input_ids" in case else f"{batch} inputs"
-        padded = f" padded {side}" if side and "attention_mask" in case else ""
-        yield f"{length} after {past} of {read}{padded}", case

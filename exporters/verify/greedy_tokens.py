@@ -24,11 +24,10 @@ from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import PromptBatch, TokenResult, TokenRun
 from gralora_fx.exporters.verify.outputs import last_logits, run_model, step_inputs
 from gralora_fx.exporters.verify.tolerances import Float64Model, Tally, ToleranceCheck
-from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
+from gralora_fx.exporters.verify_report import TokenCheck
 from gralora_fx.format.input_names import PAST
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.encoder_decoder import EncoderDecoder, Encodings
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, run_values
@@ -38,7 +37,6 @@ from gralora_fx.run.sessions.session_views import as_past
 # position is padding, to logits: `[batch, new, vocabulary]`, or those of the last position alone
 Step = Callable[[Tensor, Tensor], Tensor]
 Reader = Callable[[PromptBatch], Step]  # from prompts to what reads them
-_TOKENS, _QUICK_TOKENS = 8, 3  # of an encoder-decoder
 _BYSTANDER = (0, 0, 0)  # what the row reads that is idle from then on; every vocabulary has this token
 
 
@@ -261,47 +259,3 @@ class _StepsInFloat64:
         logits = self._logits.setdefault(model, [])
         logits += [last_logits(read(ids, mask), mask)[:, -1] for ids, mask in self.taken[len(logits) :]]
         return logits[-1]
-
-
-def compare_encoder_decoder(run: TokenRun) -> TokenResult:
-    """Compare the greedy tokens of an encoder-decoder: all have to be PyTorch's.
-
-    They are those of the largest batch of inputs that starts with an empty cache.
-    """
-    empty = [case for _, case in run.cases if PAST in case and not case[PAST].get_seq_length()]
-    case = max(empty, key=lambda case: len(case["decoder_input_ids"]))
-    source = {name: value for name, value in case.items() if name not in ("decoder_input_ids", PAST)}
-    start, count = case["decoder_input_ids"][:, :1], _QUICK_TOKENS if run.quick else _TOKENS
-    steps = [_answers_of_model(run.model, source), _answers_of_export(run, source, len(start), count)]
-    same = [
-        step.expected.argmax(-1) == step.actual[0].argmax(-1)
-        for step in read_together(steps, start, torch.ones_like(start), count)
-    ]
-    share = float(torch.cat(same).float().mean())
-    return TokenResult(share == 1.0, tensors=(TensorCheck("greedy tokens", 1.0 - share, 1.0 - share, share),))
-
-
-def _answers_of_model(model: TracedModel | GraloraModel, source: Mapping[str, Any]) -> Step:
-    cache: Any = None
-
-    def read(ids: Tensor, mask: Tensor) -> Tensor:
-        nonlocal cache
-        outputs = run_model(model, "greedy tokens", **source, decoder_input_ids=ids, past_key_values=cache)
-        cache = returned_cache(outputs)
-        logits: Tensor = outputs["logits"]
-        return logits
-
-    return read
-
-
-def _answers_of_export(run: TokenRun, source: Mapping[str, Any], rows: int, count: int) -> Step:
-    """The export in the engine that `generate` and the service drive, a row for each of what its encoder reads."""
-    tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
-    arrays = {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in tensors.items()}
-    limits = DecoderLimits(None, count, frozenset())
-    with engine_errors("greedy tokens"):
-        decoder = EncoderDecoder(run.session, run.adapters, limits, DecoderSize(rows), Encodings())
-        opened = [
-            decoder.open(source={name: array[row : row + 1] for name, array in arrays.items()}) for row in range(rows)
-        ]
-    return EngineSteps(decoder, opened, "greedy tokens")

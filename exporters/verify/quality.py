@@ -23,13 +23,14 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.artifact.companions import loaded_tokenizer
+from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.quantize.draws import draw
 from gralora_fx.exporters.translation.cast_graph import precision_of
-from gralora_fx.exporters.verify.cases import Case, MeasuredTexts, Verification, drawn_texts, user_texts
+from gralora_fx.exporters.verify.cases import Case, Verification
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model, variants
-from gralora_fx.exporters.verify.fresh_inputs import random_answers, text_cases
+from gralora_fx.exporters.verify.fresh_inputs import random_answers
+from gralora_fx.exporters.verify.given_texts import MeasuredTexts, drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
 from gralora_fx.exporters.verify.outputs import OutputComparison
 from gralora_fx.format.manifest import read_manifest

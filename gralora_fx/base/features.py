@@ -22,6 +22,11 @@ POINTS: dict[str, str] = {
     "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
     "why one has no adapter.",
     "known code": "A tuple of Recognised: code of layers, and what a trace calls in its place.",
+    "weight forms": "A subclass of BaseQuantization (base.sources): a form in which bases are stored in few bits. The "
+    "last parts of the names of its tensors are signs of the feature.",
+    "stored weights": "Returns a checkpoint's tensors by key with those of the form as a PackedTensor each, given "
+    "where they are and what its configuration says, which is None if it has none.",
+    "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32.",
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
     "does nothing for a model without any.",
     "step patches": "A context over a decoder's inputs, a cache among them, in which a step is traced.",
@@ -77,7 +82,14 @@ POINTS: dict[str, str] = {
     "with_features), and its hooks (service.protocols.openai.answer_plan).",
     "chat templates": "A class whose `of` reads what a tokenizer's template of chats does, for the hooks of requests; "
     "its text is a line of the log.",
-    "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any.",
+    "inferred tasks": "A function of the names of an adapter and a base, that returns the task that their files show "
+    "and what trace is given for it, or None.",
+    "scores": "A function of the configuration of a model with one output and its name, which notes there what makes a "
+    "score of it.",
+    "appended modules": "A function of a model, its task, which is a sign of the feature, and the source that trace is "
+    "given, that returns AppendedModules (core.tracing.draft).",
+    "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any. "
+    "The model's task or an output of its graph is a sign of the feature.",
 }
 _OWN = "gralora_"  # how the keys of metadata begin that this project writes
 
@@ -90,7 +102,8 @@ class Feature:
         name: Name of its folder.
         signs: Names by which a graph shows that it has something of the feature: operators of a trace or an
             ONNX model, such as `"gralora::attention"`, keys of the metadata of an export's nodes and of its manifest,
-            inputs of traces and exports, and types of models.
+            inputs of traces and exports, names of tasks, and types of models; or by which a checkpoint does: the last
+            parts of the names of its tensors, such as `"absmax"`.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 

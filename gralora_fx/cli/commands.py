@@ -14,7 +14,7 @@ import gralora_fx.cli.options as opt
 from gralora_fx.base.compat.extras import require_extra
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import gc_pause, quiet, timed
-from gralora_fx.base.sources.base_quantization import RECORD
+from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
 from gralora_fx.cli.help import Command, Group

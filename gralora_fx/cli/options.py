@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from gralora_fx.base.features import parts
 from gralora_fx.cli.help import REQUIRED
 from gralora_fx.cli.values import file_name, model_name, quantization_words, task_name, utf8
 from gralora_fx.core.config.option import MODEL, WRITTEN
 from gralora_fx.format.tasks import task_names
+
+_FORMS = parts("weight forms")  # whose names and help are those of an option
 
 
 def _show_version(is_asked: bool) -> None:
@@ -51,9 +54,8 @@ Task = Annotated[
 BaseQuantization = Annotated[
     str | None,
     typer.Option(
-        metavar="nf4[-double][-N][-DTYPE]",
-        help="Round the base to four bits first, as it was when a QLoRA adapter was trained on it: nf4 or nf4-double. "
-        "A checkpoint that is in four bits needs none of this.  [default: what an adapter that names the base says]",
+        metavar="|".join(form.metavar for form in _FORMS) or "FORM",
+        help=f"{' '.join(form.help for form in _FORMS)}  [default: what an adapter that names the base says]",
         callback=quantization_words,
         rich_help_panel=MODEL,
     ),

@@ -68,10 +68,10 @@ def quantization_words(words: str | None) -> str | None:
     return words if words is None else str(BaseQuantization.of(utf8(words)))
 
 
-def check_rounding(quantization: object | None) -> None:
+def check_rounding(quantization: str | BaseQuantization | None) -> None:
     """Check that a base can be rounded before anything slow is imported."""
     if quantization is not None:
-        require_extra("nf4", option(base_quantization=str(quantization)), ConfigError)
+        require_extra(BaseQuantization.of(quantization).extra, option(base_quantization=str(quantization)), ConfigError)
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:

@@ -11,7 +11,6 @@ from gralora_fx.errors import ConfigError, TraceError, option
 if TYPE_CHECKING:
     from gralora_fx.core.config.adapter_config import AdapterConfig
 
-SENTENCE_TASK = "sentence-similarity"
 _PAST = "-with-past"  # ends the name of a task's variant with a cache
 
 
@@ -30,6 +29,8 @@ class Task:
         is_classification: Whether its head is of use for no other task.
         takes_embeddings: Whether its decoders take embeddings beside ids.
         is_of: Returns whether a model whose class is one for text2text-generation is for the task.
+        encoder_alone: Whether it reads the states of an encoder: of an encoder-decoder that part is loaded, and a
+            checkpoint may lack what no one reads, a pooler.
         example: An example of what `generate` is given, as Python's code, where that is not a text.
         example_options: The same as options of the command, by their Python names.
     """
@@ -43,13 +44,13 @@ class Task:
     is_classification: bool = False
     takes_embeddings: bool = False
     is_of: Callable[[Any], bool] | None = None
+    encoder_alone: bool = False
     example: str = ""
     example_options: Mapping[str, str] = field(default_factory=dict)
 
 
 _TASKS = (
     Task("feature-extraction", "AutoModel", adapters=("FEATURE_EXTRACTION",)),
-    Task(SENTENCE_TASK, inputs=("input_ids",), adapters=("FEATURE_EXTRACTION",)),
     Task("fill-mask", "AutoModelForMaskedLM", ("ForMaskedLM",)),
     Task(
         "text-classification",
@@ -177,7 +178,7 @@ def requested_task(task_type: object, task: str | None, *, with_cache: bool) -> 
         return task
     adapter_task = _PEFT_TASKS.get(str(task_type))
     if adapter_task == "feature-extraction":
-        return None  # sentence-similarity, if the base is a sentence encoder
+        return None  # the files of the base may show another task
     return with_past(adapter_task) if with_cache and adapter_task else adapter_task
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
@@ -118,9 +118,10 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     app.include_router(server_routes(engine.models))
     if isinstance(engine, EncoderEngine):
         texts = encoder_routes(engine)
+        texts.include_router(_feature_routes(engine, engine.encoder.outputs))
     else:
         assert isinstance(engine, TextEngine)
-        texts = _text_routes(engine) if engine.takes_text else _feature_routes(engine)
+        texts = _text_routes(engine) if engine.takes_text else _feature_routes(engine, {engine.manifest.task or ""})
     app.include_router(texts)
     if texts.routes:
         metrics.measure_tokens(generated=isinstance(engine, TextEngine))
@@ -128,10 +129,10 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         app.include_router(inference_routes(engine))
 
 
-def _feature_routes(engine: Engine) -> APIRouter:
-    """Return the routes that features add for a model."""
+def _feature_routes(engine: Engine, signs: Collection[str]) -> APIRouter:
+    """Return the routes that features add for a model, of which its task or its outputs are signs."""
     router = APIRouter()
-    for routes in parts("routes"):
+    for routes in parts("routes", signs):
         router.include_router(routes(engine))
     return router
 

@@ -17,7 +17,6 @@ from gralora_fx.service.scheduling.queue import Observer
 from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob
 from gralora_fx.service.text_reader import TextReader, Tokens
 
-SENTENCE = "sentence_embedding"
 _TEXTS, _MASK = "texts", "attention_mask"
 # how much of its largest value a text's outputs may change beside a longer one: by rounding, and no more
 _ROUNDING, _COARSE_ROUNDING = 1e-4, 2e-2

@@ -18,7 +18,7 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.kinds import decoder, encoder_decoder, flavours, plain
+from gralora_fx.exporters.kinds import decoder, encoder_decoder, flavour, plain
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import Flavour, Models
 from gralora_fx.exporters.translation.export_graphs import graph_to_translate
@@ -85,7 +85,6 @@ def write_note(directory: Path, traced: TracedModel, models: Models) -> None:
 
 DOUBLING = Flavour(
     "doubling",
-    fits=lambda traced: traced.config is None,
     convert=convert,
     verification=Verification(plain_inputs),
     write_files=write_note,
@@ -93,16 +92,17 @@ DOUBLING = Flavour(
 
 
 def test_a_flavour_is_a_line_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavours, "FLAVOURS", (DOUBLING, *flavours.FLAVOURS))
+    own = {f"{__name__}:DOUBLING": lambda traced: traced.config is None}
+    monkeypatch.setattr(flavour, "FLAVOURS", own | flavour.FLAVOURS)
     traced = trace(Doubling(), (torch.randn(2, 3),))
-    assert flavours.flavour_of(traced) is DOUBLING
+    assert flavour.flavour_of(traced) is DOUBLING
     report = export_onnx(traced, tmp_path / "onnx")
     assert {entry.pipeline for entry in report.passes} == {"doubling-fx"}
     assert report.verification is not None
     assert report.verification.passed
     assert "note.json" in report.files
     assert "note.json" in json.loads((tmp_path / "onnx" / "gralora_export.json").read_text())["files"]
-    assert flavours.flavour_of(fresh_trace("bert")) is plain.PLAIN
+    assert flavour.flavour_of(fresh_trace("bert")) is plain.PLAIN
     with pytest.raises(ServingError, match="of the kind 'doubling', and this version reads plain, decoder, encod"):
         load(tmp_path / "onnx")
     reading = dataclasses.replace(readings.READINGS[plain.PLAIN.name], name=DOUBLING.name)
@@ -117,7 +117,8 @@ def test_a_flavours_own_inputs_are_those_that_verification_runs(
         yield "five rows" if quick else "seven rows", {"x": torch.randn(5 if quick else 7, 3, generator=generator)}
 
     own = dataclasses.replace(DOUBLING, verification=Verification(one))
-    monkeypatch.setattr(flavours, "FLAVOURS", (own, *flavours.FLAVOURS))
+    monkeypatch.setitem(globals(), "OWN", own)
+    monkeypatch.setattr(flavour, "FLAVOURS", {f"{__name__}:OWN": lambda traced: traced.config is None})
     traced = trace(Doubling(), (torch.randn(2, 3),))
     report = export_onnx(traced, tmp_path / "onnx")
     assert report.verification is not None
@@ -138,4 +139,4 @@ def test_the_layout_of_the_cache_tells_the_flavour(model: str, task: str | None,
     traced = fresh_trace(model, task=task)
     assert traced.cache_layout is layout
     names = {CacheLayout.NONE: "plain", CacheLayout.DECODER: "decoder", CacheLayout.ENCODER_DECODER: "encoder-decoder"}
-    assert flavours.flavour_of(traced).name == names[layout]
+    assert flavour.flavour_of(traced).name == names[layout]

@@ -16,7 +16,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.quantize import calibration
 from gralora_fx.exporters.quantize.draws import draw
 from gralora_fx.exporters.quantize.sequential import Moments
-from gralora_fx.exporters.verify import cases, quality
+from gralora_fx.exporters.verify import given_texts, quality
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from tests.architectures.tiny_decoders import tiny_decoder
 
@@ -58,9 +58,9 @@ def test_a_small_model_is_run_for_few_tokens(tmp_path: Path, monkeypatch: pytest
     assert taken == {"drawn": 16 * (length - 1), "rounded by": 16 * length * inputs}
     taken.clear()
     count(DecoderSteps, "__call__", "compared", tokens)
-    monkeypatch.setattr(cases, "_CONTINUED", 8)
+    monkeypatch.setattr(given_texts, "_CONTINUED", 8)
     session = onnxruntime.InferenceSession(tmp_path / "first" / "model.onnx")
-    quality.token_quality(session, traced, cases.drawn_texts(traced))
+    quality.token_quality(session, traced, given_texts.drawn_texts(traced))
     assert taken == {"drawn": 16 * (24 + 8 - 1), "compared": 16 * (24 + 8 - 1)}
 
 

@@ -1,4 +1,4 @@
-"""What transformers' models are loaded and run with: names of tensors, layers that are quantized, masks."""
+"""What transformers' models are loaded and run with: names of tensors, layers that are quantized, caches, masks."""
 
 from collections.abc import Sequence
 
@@ -10,6 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from gralora_fx.base.compat.versions import fenced
 
 with fenced("transformers"):
+    from transformers.cache_utils import (
+        DummyLayer,
+        DynamicIndexedLayer,
+        DynamicLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionLayer,
+    )
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         Concatenate,
@@ -33,6 +40,11 @@ with fenced("transformers"):
 __all__ = [
     "AttentionMaskInterface",
     "Concatenate",
+    "DummyLayer",
+    "DynamicIndexedLayer",
+    "DynamicLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionLayer",
     "MergeModulelist",
     "WeightConverter",
     "WeightRenaming",

@@ -1,129 +1,107 @@
-"""How the weights of a base model are quantized where an adapter is trained on it, as QLoRA's are: bitsandbytes' NF4.
+"""How the weights of a base model are stored in few bits, or rounded where an adapter is trained on it.
 
-It is told in a few words, `nf4-double-128-bfloat16`, in the fields of transformers' `BitsAndBytesConfig`, or in those
-of `BaseQuantization`, which is what records of adapters and exports say.
+A form of stored weights is a subclass of `BaseQuantization`, which a feature adds at the point "weight forms". An
+instance says how a base is stored in it: what a text, the fields of `config.json`, an object of
+transformers, or a record of an adapter or an export tells.
 """
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from gralora_fx.base.sources.other_formats import of_quantized
-from gralora_fx.errors import ConfigError, GraloraError, marked, option, shown
+from gralora_fx.base.features import parts
+from gralora_fx.errors import ConfigError, GraloraError, listed, marked, option, shown
 
-KINDS = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # with safetensors' names
-RECORD = "base_quantization"  # the field of an adapter's, a model's and an export's configuration
-FORM = "nf4, nf4-double (the blocks' scales quantized too), or with a block size and a dtype: nf4-double-128-bfloat16"
 
 _FIELD = "quantization_config"  # of config.json
 _READ_BY_TRANSFORMERS = ("mxfp4",)  # which becomes floats while it is loaded
-_TITLES = {"bitsandbytes": "bitsandbytes' int8", "compressed-tensors": "compressed-tensors"}
 
 
-@dataclass(frozen=True)
-class BaseQuantization:
-    """Four bits for each weight of a linear layer, with a scale for each block of values (QLoRA, Dettmers et al. 2023).
+class BaseQuantization(ABC):
+    """A form of stored weights, and how a base is stored in it.
 
     Attributes:
-        kind: The 16 values: `"nf4"`, quantiles of a normal distribution, or `"fp4"`.
-        block_size: Values with one scale; they follow each other in the weight `[out, in]`.
-        double: Whether the scales are quantized too, to 8 bits in blocks of 256 (double quantization).
-        compute_dtype: Dtype that layers multiply in (`bnb_4bit_compute_dtype`), to which the values are rounded.
-        skip_modules: Names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice,
-            which is the head, what is tied to it, and the last layer.
+        sign: One of the signs of the feature, which reads such weights and rounds others to them.
+        title: The form's name in messages.
+        texts: The texts that `of` takes, in words.
+        metavar: The same as a pattern.
+        help: What the command line says of rounding a base.
+        fields: The object of transformers that `of` takes, in words.
+        extra: The extra of the installation that rounding needs.
+        compute_dtype: Dtype that layers multiply in, to which the values are rounded.
+        skip_modules: Names of the layers that stay float; None for transformers' own choice.
     """
 
-    kind: str = "nf4"
-    block_size: int = 64
-    double: bool = False
-    compute_dtype: str = "float32"
-    skip_modules: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        for name, value, choices in (
-            ("kind", self.kind, KINDS),
-            ("block_size", self.block_size, BLOCK_SIZES),
-            ("double", self.double, (False, True)),
-            ("compute_dtype", self.compute_dtype, tuple(DTYPES)),
-        ):
-            if isinstance(value, bool) != (name == "double") or value not in choices:
-                raise ConfigError(
-                    f"{name} of a base's quantization must be one of {', '.join(map(str, choices))}, but got "
-                    f"{shown(value)}"
-                )
+    sign: ClassVar[str]
+    title: ClassVar[str]
+    texts: ClassVar[str]
+    metavar: ClassVar[str]
+    help: ClassVar[str]
+    fields: ClassVar[str]
+    extra: ClassVar[str]
+    compute_dtype: str
+    skip_modules: tuple[str, ...] | None
 
     @classmethod
     def of(cls, value: Any) -> BaseQuantization:
-        """The quantization that a text, a record, the fields of a `BitsAndBytesConfig` or such an object tell."""
-        if isinstance(value, cls):
+        """Return the quantization that a text, a record, or an object of transformers or its fields tell."""
+        if isinstance(value, BaseQuantization):
             return value
-        if isinstance(value, str):
-            return _of_words(value)
+        forms: list[type[BaseQuantization]] = parts("weight forms")
         fields = value.to_dict() if hasattr(value, "to_dict") else value
-        if isinstance(fields, Mapping) and "kind" in fields:
-            known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-            return cls(**known | {"skip_modules": _names(known.get("skip_modules"))})
-        if isinstance(fields, Mapping) and fields.get("load_in_4bit"):
-            return cls(
-                str(fields.get("bnb_4bit_quant_type", "fp4")),
-                double=bool(fields.get("bnb_4bit_use_double_quant")),
-                compute_dtype=str(fields.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
-                skip_modules=_names(fields.get("llm_int8_skip_modules")),
-            )
-        raise ConfigError(f"{RECORD} is {FORM}; or a BitsAndBytesConfig with load_in_4bit=True; but got {shown(value)}")
+        for form in forms:
+            if isinstance(fields, str):
+                found = form.of_text(fields)
+            else:
+                found = form.of_fields(fields) if isinstance(fields, Mapping) else None
+            if found is not None:
+                return found
+        texts = "; or ".join(form.texts for form in forms)
+        if isinstance(fields, str):
+            remedy = f"take {texts}" if forms else "leave it out"
+            raise ConfigError(f"{option(base_quantization=fields)} is not available; {remedy}")
+        choices = "; or ".join([texts, *(form.fields for form in forms)]) or "not available"
+        raise ConfigError(f"base_quantization is {choices}; but got {shown(value)}")
+
+    @classmethod
+    @abstractmethod
+    def of_text(cls, text: str) -> Self | None:
+        """Return what a text tells; None if it is of no such form."""
+
+    @classmethod
+    @abstractmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> Self | None:
+        """Return what a record or a configuration of transformers tells; None if it is of another form."""
 
     @property
     def stored_dtype(self) -> str:
         """The name in safetensors of the dtype that values are rounded to."""
         return DTYPES[self.compute_dtype]
 
+    def rounded(self, weight: NDArray[Any]) -> NDArray[np.float32]:
+        """Return a float weight `[out, in]` as its layer multiplies by it once it is stored so, in float32."""
+        (rounded,) = parts("rounding", {self.sign})
+        values: NDArray[np.float32] = rounded(weight, self)
+        return values
+
+    @abstractmethod
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
-        """Whether the same base has the same weights in both, but for rounding to the dtype of products."""
-        return other is not None and (self.kind, self.block_size, self.double) == (
-            other.kind,
-            other.block_size,
-            other.double,
-        )
+        """Return whether the same base has the same weights in both, but for rounding to the dtype of products."""
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The fields for a record."""
-        return asdict(self) | {"skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
-
-    def __str__(self) -> str:
-        """The words that tell it, as `of` takes them; names of layers are left out."""
-        words = [self.kind, *["double"] * self.double, str(self.block_size)]
-        return "-".join([*words, *[self.compute_dtype] * (self.compute_dtype != "float32")])
-
-
-def _of_words(text: str) -> BaseQuantization:
-    kind, *words = text.lower().split("-")
-    fields: dict[str, Any] = {}
-    for word in words:
-        name = "double" if word == "double" else "block_size" if re.fullmatch(r"\d{1,6}", word) else "compute_dtype"
-        if name in fields or (name == "compute_dtype" and word not in DTYPES) or kind not in KINDS:
-            break
-        fields[name] = {"double": True, "block_size": word}.get(name, word)
-    else:
-        if kind in KINDS:
-            return BaseQuantization(kind, **fields | {"block_size": int(fields.get("block_size", 64))})
-    raise ConfigError(f"{option(base_quantization=text)} is not available; take {FORM}")
-
-
-def _names(value: Any) -> tuple[str, ...] | None:
-    """Names of layers, where they are a list of them."""
-    if value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
-        return None if value is None else tuple(value)
-    raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")
+        """Return the fields for a record."""
 
 
 def recorded_quantization(record: Any) -> BaseQuantization | None:
-    """The quantization that a record tells; None if it cannot be read."""
+    """Return the quantization that a record tells; None if it cannot be read."""
     try:
         return BaseQuantization.of(record)
     except ConfigError:
@@ -133,9 +111,9 @@ def recorded_quantization(record: Any) -> BaseQuantization | None:
 def packed_quantization(
     fields: Mapping[str, Any], origin: object, error: type[GraloraError]
 ) -> BaseQuantization | None:
-    """The quantization of the weights in a checkpoint's files; None of floats.
+    """Return the quantization of the weights in a checkpoint's files; None of floats.
 
-    Its block size, which `config.json` does not tell, is that of the files (`SavedWeights.quantization`).
+    What `config.json` does not tell, such as a block size, the files do (`SavedWeights.quantization`).
     """
     config = fields.get(_FIELD)
     if not config:
@@ -144,16 +122,22 @@ def packed_quantization(
     method = str(config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in config else "an unknown method"))
     if method in _READ_BY_TRANSFORMERS:
         return None
-    if method == "bitsandbytes" and config.get("load_in_4bit"):
+    forms: list[type[BaseQuantization]] = parts("weight forms")
+    for form in forms:
         try:
-            return BaseQuantization.of(config)
+            found = form.of_fields({**config, "quant_method": method})
         except ConfigError as failure:
             raise error(f"{origin}: its {_FIELD} cannot be read ({marked(failure)}); save the model again") from failure
-    title = _TITLES.get(method, method.upper() if len(method) < 5 else method)
-    raise error(
-        f"{origin} is quantized by {title}, which is not read (of quantized bases, NF4 of bitsandbytes is); "
-        f"{of_quantized(origin, method, fields)}"
-    )
+        if found is not None:
+            return found
+    from gralora_fx.base.sources.other_formats import of_quantized  # for an error alone
+
+    title = method.upper() if len(method) < 5 else method
+    if method == "bitsandbytes" and not config.get("load_in_4bit"):
+        title = "bitsandbytes' int8"
+    titles = [form.title for form in forms]
+    read = f" (of quantized bases, {listed(titles)} {'is' if len(titles) == 1 else 'are'})" if titles else ""
+    raise error(f"{origin} is quantized by {title}, which is not read{read}; {of_quantized(origin, method, fields)}")
 
 
 def check_not_packed(

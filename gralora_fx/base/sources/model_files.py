@@ -12,6 +12,7 @@ from gralora_fx.base.sources.paths import usable_path
 from gralora_fx.errors import GraloraError, option, shown
 
 MODEL_FILE, EXPORT_FILE = "config.json", "gralora_export.json"
+RECORD = "base_quantization"  # the field that says how a base was quantized: of a model, an adapter and an export
 GENERATION_CONFIG = "generation_config.json"
 _CONFIG_FILES = (MODEL_FILE, GENERATION_CONFIG)
 

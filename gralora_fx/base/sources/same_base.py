@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gralora_fx.base.features import parts
-from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, recorded_quantization
-from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
+from gralora_fx.base.sources.model_files import MODEL_FILE, RECORD, read_json_object
 from gralora_fx.errors import ConfigError, GraloraError, Message, listed, marked, option, shown, warn_caller
+
+if TYPE_CHECKING:
+    from gralora_fx.base.sources.base_quantization import BaseQuantization
 
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 NAME, REVISION, CONFIG, WEIGHTS, QUANTIZATION = "name", "revision", "config.json", "weights", "quantization"
@@ -102,6 +104,8 @@ class BaseSource:
         """How it is quantized where it is used; None of floats, and where that is not known."""
         record = self.record or (self.config or {}).get(RECORD)
         if record:
+            from gralora_fx.base.sources.base_quantization import recorded_quantization  # of quantized bases alone
+
             return recorded_quantization(record)
         if self.directory is None or not (read_config_fields(self.directory) or {}).get("quantization_config"):
             return None

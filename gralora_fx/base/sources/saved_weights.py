@@ -1,4 +1,4 @@
-"""The weights of a model's directory: its safetensors files together, those of four bits as floats."""
+"""The weights of a model's directory: its safetensors files together, those in few bits as floats."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from gralora_fx.base.features import parts
 from gralora_fx.base.sources.base_quantization import BaseQuantization, packed_quantization
-from gralora_fx.base.sources.four_bits import decoded, four_bit_tensors
 from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
 from gralora_fx.base.sources.other_formats import of_pickle, pickle_file
+from gralora_fx.base.sources.packed_tensors import packed_tensors
 from gralora_fx.base.sources.safetensors_files import Layout, StoredTensor, read_layout
 from gralora_fx.errors import CheckpointError
 
@@ -37,18 +38,15 @@ class SavedWeights:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """The tensors of all files by key, those of four bits as floats (see `FourBitTensor`)."""
+        """The tensors of all files by key, those in few bits as floats (see `PackedTensor`)."""
         stored = {key: tensor for shard in self.shards for key, tensor in shard.tensors.items()}
-        return {**decoded_in(self.directory, stored), **self.others}
+        return {**unpacked_in(self.directory, stored), **self.others}
 
     @cached_property
     def quantization(self) -> BaseQuantization | None:
         """How the weights are quantized; None of floats."""
-        first = next(four_bit_tensors(self.tensors), None)
-        told = _packed(self.directory)
-        if first is None or told is None:
-            return None
-        return replace(told, kind=first.kind, block_size=first.block_size, double=first.scales.table is not None)
+        first = next(packed_tensors(self.tensors), None)
+        return None if first is None or _packed(self.directory) is None else first.quantization
 
     @contextmanager
     def opened(self) -> Iterator[SavedWeights]:
@@ -57,11 +55,17 @@ class SavedWeights:
             yield replace(self, shards=tuple(stack.enter_context(shard.opened()) for shard in self.shards))
 
 
-def decoded_in(directory: Path, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """Tensors of a model's files, those of four bits as floats of the dtype that its configuration says."""
+def unpacked_in(directory: Path, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """Tensors of a model's files, those in few bits as floats of the dtype that its configuration says.
+
+    Without a configuration, the last parts of the tensors' names are the signs of a form of stored weights.
+    """
     told = _packed(directory)
-    dtype = BaseQuantization().stored_dtype if told is None else told.stored_dtype
-    return decoded(stored, directory, dtype=dtype, is_packed=told is not None)
+    for unpacked in parts(
+        "stored weights", {key.rpartition(".")[2] for key in stored} if told is None else {told.sign}
+    ):
+        stored = unpacked(stored, directory, told)
+    return stored
 
 
 def _packed(directory: Path) -> BaseQuantization | None:

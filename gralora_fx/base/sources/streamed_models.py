@@ -19,8 +19,8 @@ from gralora_fx.base.compat.transformers_models import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from gralora_fx.base.sources.four_bits import FourBitTensor, four_bit_tensors
 from gralora_fx.base.sources.lazy_tensors import EntrySource, with_source
+from gralora_fx.base.sources.packed_tensors import PackedTensor, packed_tensors
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.base.sources.stack_parts import StackPart, stack_parts
@@ -88,14 +88,14 @@ def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str,
 
 
 def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """A model's tensors by key, those of four bits as its layers have them: all are stored as `[out, in]`."""
-    if next(four_bit_tensors(stored), None) is None:
+    """A model's tensors by key, those in few bits as its layers have them: all are stored as `[out, in]`."""
+    if next(packed_tensors(stored), None) is None:
         return stored
     names = model.state_dict().keys()
     turned = {
         key: tensor.turned()
         for name, key in keys_by_name(model, stored)[0].items()
-        if isinstance(tensor := stored[key], FourBitTensor)
+        if isinstance(tensor := stored[key], PackedTensor)
         and name in names
         and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
     }

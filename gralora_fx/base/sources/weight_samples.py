@@ -12,16 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.base_quantization import BaseQuantization
-from gralora_fx.base.sources.four_bits import FourBitTensor
-from gralora_fx.base.sources.rounded_weights import rounded_to_four_bits
+from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor, read_layout
-from gralora_fx.base.sources.saved_weights import decoded_in, read_weights
+from gralora_fx.base.sources.saved_weights import read_weights, unpacked_in
 from gralora_fx.errors import CheckpointError
 
 _BYTES = np.dtype(np.uint8)
 _READ = 64  # bytes at each place of two tensors of one dtype
 _VALUES = 8  # values at each place of two tensors of different dtypes
-_ROUNDED = 2**14  # values of two weights of which one is in four bits: whole blocks of any size
+_ROUNDED = 2**14  # values of two weights of which one is in few bits: whole blocks of any size
 _ROUNDINGS = 0.2  # relative change up to which they are roundings of one weight: each changes it by 0.09 to 0.15
 _IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 
@@ -33,7 +32,7 @@ class WeightComparison:
     Attributes:
         common: How many tensors they have in common.
         differing: How many of these have other values.
-        change: Of weights that are in four bits in one of them, the norm of the difference relative to the norm, over
+        change: Of weights that are in few bits in one of them, the norm of the difference relative to the norm, over
             all values that were compared; None where there are none.
     """
 
@@ -70,14 +69,14 @@ def differing_weights(
 def _tensors(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a model by key."""
     files = [file for file in sorted(directory.glob("*.safetensors")) if not file.name.startswith("adapter_")]
-    return dict(decoded_in(directory, {key: t for file in files for key, t in read_layout(file).tensors.items()}))
+    return dict(unpacked_in(directory, {key: t for file in files for key, t in read_layout(file).tensors.items()}))
 
 
 def _comparison(
     pairs: Sequence[tuple[StoredTensor, StoredTensor]], how: BaseQuantization | None, other_how: BaseQuantization | None
 ) -> WeightComparison:
     """The comparison of tensors of the same keys."""
-    packed = [tuple(isinstance(tensor, FourBitTensor) for tensor in pair) for pair in pairs]
+    packed = [tuple(isinstance(tensor, PackedTensor) for tensor in pair) for pair in pairs]
     is_turned = any(  # by transformers' Conv1D, whose weights bitsandbytes stores transposed
         flags[0] != flags[1] and a.shape == b.shape[::-1] != b.shape
         for (a, b), flags in zip(pairs, packed, strict=True)
@@ -89,7 +88,7 @@ def _comparison(
             differing += not _agree(a, b)
             continue
         if is_turned and flags[0] != flags[1]:
-            a, b = (t.turned() if isinstance(t, FourBitTensor) else t for t in (a, b))
+            a, b = (t.turned() if isinstance(t, PackedTensor) else t for t in (a, b))
         if a.shape != b.shape:
             differing += 1
             continue
@@ -101,14 +100,14 @@ def _comparison(
 
 
 def _first_values(tensor: StoredTensor, how: BaseQuantization | None) -> NDArray[Any]:
-    """The first values of a weight, rounded to four bits if that is asked for and they are not.
+    """The first values of a weight, rounded if that is asked for and they are not.
 
     Their blocks are those of the whole weight, but for scales that are quantized too, and weights of `Conv1D`.
     """
     values = np.empty(min(tensor.numel, _ROUNDED), FLOATS[tensor.dtype])
     tensor.read_into(values)
-    if how is not None and not isinstance(tensor, FourBitTensor):
-        values = rounded_to_four_bits(values, how)
+    if how is not None and not isinstance(tensor, PackedTensor):
+        values = how.rounded(values)
     return values.astype(float)
 
 

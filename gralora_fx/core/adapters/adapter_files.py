@@ -16,7 +16,6 @@ from safetensors.numpy import save, save_file
 
 from gralora_fx.base.sources.atomic_save import Writer, read_together
 from gralora_fx.base.sources.model_files import resolve_directory
-from gralora_fx.base.sources.other_formats import of_adapter_pickle
 from gralora_fx.base.sources.safetensors_files import Layout, header_bytes, read_layout
 from gralora_fx.core.adapters.agreement import check_target_names
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
@@ -114,6 +113,8 @@ def _check_weights_file(path: Path) -> None:
     """Check that an adapter's safetensors file exists."""
     if not path.is_file():
         if (path.parent / _PICKLE_NAME).is_file():
+            from gralora_fx.base.sources.other_formats import of_adapter_pickle  # for an error alone
+
             raise CheckpointError(of_adapter_pickle(path.parent))
         raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
 

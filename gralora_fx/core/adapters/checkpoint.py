@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.base.sources.atomic_save import save_together
-from gralora_fx.base.sources.base_quantization import RECORD
 from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.model_files import check_model_files
 from gralora_fx.base.sources.same_base import SAME, BaseSource, compare_bases
-from gralora_fx.base.sources.sentence_modules import find_sentence_directory, score_function
 from gralora_fx.core.adapters.adapter_files import read_adapter
 from gralora_fx.core.adapters.checkpoint import base_names, settled_base
 from gralora_fx.core.config import AdapterConfig
@@ -37,7 +37,7 @@ from gralora_fx.errors import (
     option,
     warn_caller,
 )
-from gralora_fx.format.tasks import SENTENCE_TASK, task_of, with_past
+from gralora_fx.format.tasks import task_of, with_past
 
 _BARE = (None, "feature-extraction")  # what a task is where only the transformer is known
 
@@ -81,7 +81,7 @@ class LoadedBase:
         adapter: Directory or hub id of the adapter, or None.
         config: The adapter's configuration, or None.
         supplied: Names of the parameters that the adapter supplies.
-        modules: Directory whose `modules.json` says what follows the transformer of a sentence encoder, or None.
+        arguments: What `trace` is given for the task, as the files of the base or of the adapter say.
         num_labels: Number of classes of the adapter's head, or None.
         report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
         strict_base: Whether an adapter that is not known to be of this base is refused when it is added.
@@ -94,7 +94,7 @@ class LoadedBase:
     adapter: str | None
     config: AdapterConfig | None
     supplied: Set[str]
-    modules: Path | None
+    arguments: Mapping[str, Any]
     num_labels: int | None
     report: LoadReport | None
     strict_base: bool = False
@@ -141,7 +141,7 @@ def load_base(
         check_model_files(name, TraceError, named_by=None if model else adapter)
         if strict_base:
             _check_bases(name, configs, base_quantization)
-        task, modules = sentence_source(task, (adapter, name), is_asked=is_asked)
+        task, arguments = inferred_task(task, (adapter, name), is_asked=is_asked)
         if stream:
             loaded = load_streamed(
                 name, task, num_labels=num_labels, supplied=supplied, base_quantization=base_quantization
@@ -152,24 +152,30 @@ def load_base(
                 loaded, report = load_with_report(
                     name, task, num_labels=num_labels, base_quantization=base_quantization
                 )
-    if getattr(loaded.config, "num_labels", None) == 1 and (function := score_function(name)) is not None:
-        loaded.config.sentence_transformers = {"activation_fn": function}  # where sentence-transformers reads it, too
+    if getattr(loaded.config, "num_labels", None) == 1:
+        for note_function in parts("scores"):
+            note_function(loaded.config, name)
     if not (report and report.problems()) and supplied.isdisjoint(loaded.state_dict()):
         warn_of_another_head(loaded, name)
     config = None if adapter is None else configs[adapter]
-    return LoadedBase(name, loaded, task, is_asked, adapter, config, supplied, modules, num_labels, report, strict_base)
+    return LoadedBase(
+        name, loaded, task, is_asked, adapter, config, supplied, arguments, num_labels, report, strict_base
+    )
 
 
-def sentence_source(task: str | None, names: Iterable[str | None], *, is_asked: bool) -> tuple[str | None, Path | None]:
-    """The task, and the directory whose `modules.json` says what follows the transformer.
+def inferred_task(
+    task: str | None, names: Iterable[str | None], *, is_asked: bool
+) -> tuple[str | None, Mapping[str, Any]]:
+    """Return the task, and what `trace` is given for it.
 
-    A transformer that no task was asked for is a sentence encoder where such a directory is found, as for optimum.
+    Where no task was asked for, the files of an adapter or a base may show it.
     """
-    if task != SENTENCE_TASK and (is_asked or task not in _BARE):
-        return task, None
-    directories = (find_sentence_directory(name) for name in names if name is not None)
-    directory = next((path for path in directories if path is not None), None)
-    return (task, None) if directory is None else (SENTENCE_TASK, directory)
+    may_be_any = not is_asked and task in _BARE
+    for infer in parts("inferred tasks", None if may_be_any else {task or ""}):
+        if (found := infer([name for name in names if name is not None])) is not None:
+            inferred: tuple[str, Mapping[str, Any]] = found
+            return inferred
+    return task, {}
 
 
 def _check_bases(name: str, configs: Mapping[str, AdapterConfig], base_quantization: Any) -> None:
@@ -198,7 +204,7 @@ def trace_base(
         task = with_past(task)
     with timed("tracing"):
         try:
-            traced = trace(base.model, task=task, sentence_modules=base.modules, **(options or {}))
+            traced = trace(base.model, task=task, **base.arguments, **(options or {}))
         except NoStepError:
             raise
         except TraceError as error:

@@ -28,14 +28,14 @@ from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards,
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.quantized_bases import quantization_of, record, round_layers
 from gralora_fx.errors import GraloraError, TraceError, first_line, option, warn_caller
-from gralora_fx.format.tasks import SENTENCE_TASK, all_tasks, check_task, classifies, find_task, task_of_class
+from gralora_fx.format.tasks import all_tasks, check_task, classifies, find_task, task_of_class
 
 
 def class_for(config: PreTrainedConfig, task: str | None) -> Any:
     """The transformers class for a task, or the one that a configuration names."""
     check_task(task)
-    if task == SENTENCE_TASK:
-        return _encoder_class(config)
+    if task is not None and _reads_encoder(task):
+        return _encoder_class(config, task)
     if task is not None:
         return getattr(transformers, _auto_class(config, task.removesuffix("-with-past")))
     name = _saved_class(config)
@@ -56,7 +56,13 @@ def _auto_class(config: PreTrainedConfig, task: str) -> str:
     return next((name for name in decoders if has_class(name, config)), decoders[0])
 
 
-def _encoder_class(config: PreTrainedConfig) -> Any:
+def _reads_encoder(task: str | None) -> bool:
+    """Whether a task reads the states of an encoder alone."""
+    known = find_task(task)
+    return known is not None and known.encoder_alone
+
+
+def _encoder_class(config: PreTrainedConfig, task: str) -> Any:
     """The class of a bare model; of an encoder-decoder only the encoder, such as `T5EncoderModel`."""
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     if encoder is not None and encoder.__name__.endswith("EncoderModel"):
@@ -64,7 +70,7 @@ def _encoder_class(config: PreTrainedConfig) -> Any:
     if config.is_encoder_decoder:
         raise TraceError(
             f"{config.model_type} is an encoder-decoder, whose encoder transformers does not load alone; "
-            f"{SENTENCE_TASK} is for encoders, decoders and T5"
+            f"{task} is for encoders, decoders and T5"
         )
     return transformers.AutoModel
 
@@ -158,7 +164,7 @@ def _reported(
     name: str | Path, task: str | None, model: PreTrainedModel, info: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, LoadReport]:
     report = LoadReport.of(str(name), model, info)
-    return model.eval(), _without_unread(model, report) if task == SENTENCE_TASK else report
+    return model.eval(), _without_unread(model, report) if _reads_encoder(task) else report
 
 
 def _unpacked(
@@ -213,7 +219,7 @@ def load_streamed(
     directory = resolve_directory(name, TraceError)
     packed = quantization_of(read_json_object(directory / MODEL_FILE, TraceError), name, asked)
     model = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
-    unread = _unread_names(model) if task == SENTENCE_TASK else set()
+    unread = _unread_names(model) if _reads_encoder(task) else set()
     weights = read_weights(directory)
     model = attach_shards(model, weights, supplied | unread)
     if asked is not None:
@@ -250,12 +256,12 @@ def make_empty(
 
 
 def _unread_names(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters of a pooler, which a sentence encoder does not read; a checkpoint may lack them."""
+    """Names of the parameters of a pooler, which no task of an encoder alone reads; a checkpoint may lack them."""
     return {name for name, _ in model.named_parameters() if name.startswith("pooler.")}
 
 
 def _without_unread(model: PreTrainedModel, report: LoadReport) -> LoadReport:
-    """A loading report without the parameters that a sentence encoder does not read; those missing become zero."""
+    """A loading report without the parameters that no task of an encoder alone reads; those missing become zero."""
     unread = _unread_names(model) & report.missing.keys()
     with torch.no_grad():
         for name in unread:

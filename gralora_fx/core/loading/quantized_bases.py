@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gralora_fx.base.compat.transformers_models import should_convert_module, unquantized_modules
-from gralora_fx.base.sources.base_quantization import RECORD, BaseQuantization, check_not_packed, packed_quantization
+from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed, packed_quantization
 from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
-from gralora_fx.base.sources.rounded_weights import rounded_to_four_bits
+from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.errors import ConfigError, TraceError, option
 
 
@@ -50,7 +50,7 @@ def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None
     Weights that are left in their files are rounded when they are read.
     """
     layers = quantized_layers(model, quantization)
-    rounded_to_four_bits(torch.zeros(1, 2).numpy(), quantization)  # an error before any weight changes
+    quantization.rounded(torch.zeros(1, 2).numpy())  # an error before any weight changes
     for module in layers.values():
         weight = module.get_parameter("weight")
         rounded = functools.partial(_rounded, quantization, is_turned=isinstance(module, Conv1D))
@@ -64,7 +64,7 @@ def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None
 
 def _rounded(quantization: BaseQuantization, weight: Tensor, *, is_turned: bool) -> Tensor:
     values = raw_values_of(weight, "weight").float()
-    values = torch.from_numpy(rounded_to_four_bits((values.T if is_turned else values).numpy(), quantization))
+    values = torch.from_numpy(quantization.rounded((values.T if is_turned else values).numpy()))
     return values.T if is_turned else values
 
 

@@ -1,27 +1,22 @@
-"""Tokenizers and feature extractors by name, the settings of sentence encoders in them, and token ids of prompts."""
+"""Tokenizers and feature extractors by name, and token ids of prompts."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from tokenizers import Tokenizer, normalizers
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.model_files import MODEL_FILE, check_json_objects, local_directory
 from gralora_fx.errors import CheckpointError, GraloraError, first_line, option
-
-if TYPE_CHECKING:
-    from gralora_fx.base.sources.sentence_modules import SentenceModules
 
 PREPROCESSOR, TOKENIZER_CONFIG = "preprocessor_config.json", "tokenizer_config.json"
 _EXTRACTOR_FILES = (PREPROCESSOR, "processor_config.json")
@@ -127,33 +122,6 @@ def _downloaded(name: str, files: Sequence[str]) -> list[str]:
         return [file for file in files if isinstance(try_to_load_from_cache(name, file), str)]
     except HFValidationError:  # neither a directory nor a hub id
         return []
-
-
-def with_sentence_settings(
-    tokenizer: PreTrainedTokenizerBase, modules: SentenceModules, config: PreTrainedConfig | None
-) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer that truncates and lowercases as sentence-transformers does."""
-    changed: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
-    positions = getattr(config, "max_position_embeddings", None)
-    if modules.max_seq_length is not None:
-        changed.model_max_length = modules.max_seq_length
-    elif isinstance(positions, int) and positions > 0:
-        changed.model_max_length = min(changed.model_max_length, positions)
-    if modules.lowercases:
-        backend = getattr(changed, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise CheckpointError(
-                f"{modules.source} has do_lower_case, which {type(tokenizer).__name__} cannot be told; export without "
-                "the tokenizer, and lowercase texts yourself"
-            )
-        if backend.normalizer is None or "Lowercase(" not in repr(backend.normalizer):
-            parts = (
-                [normalizers.Lowercase()]
-                if backend.normalizer is None
-                else [normalizers.Lowercase(), backend.normalizer]
-            )
-            backend.normalizer = normalizers.Sequence(parts)
-    return changed
 
 
 def prompt_ids(

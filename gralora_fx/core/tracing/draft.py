@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -22,8 +24,7 @@ from gralora_fx.core.tracing.inputs.widened import distinct, widen
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.format.input_names import PAST
 
-if TYPE_CHECKING:  # of sentence encoders, and of models whose inputs features know, alone
-    from gralora_fx.base.sources.sentence_modules import SentenceModules
+if TYPE_CHECKING:  # of models whose inputs features know alone
     from gralora_fx.format.input_facts import InputFacts
 
 NO_CHECKPOINTS = (
@@ -31,6 +32,22 @@ NO_CHECKPOINTS = (
     "computes its blocks again"
 )
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+class AppendedModules(ABC):
+    """Modules that a task appends to a model, whose forward then ends with them."""
+
+    @abstractmethod
+    def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a model's forward end with them, within the block; its own modules keep their paths."""
+
+    @abstractmethod
+    def told_to(self, tokenizer: Any, config: Any) -> Any:
+        """Return a copy of a tokenizer that makes of texts what they expect."""
+
+    @abstractmethod
+    def write(self, directory: Path) -> None:
+        """Write what programs that read an export must know of them."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,7 @@ class Draft:
         signature: The call signature.
         constants: Arguments that become part of the graph.
         task: The task, or None.
-        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        appended: The modules that the task appends to the model, or None.
         options: Options of `trace` that features read.
         has_values: Whether every parameter has values, so that the graph can be compared with the model.
         dynamic: Whether axes may vary.
@@ -57,7 +74,7 @@ class Draft:
     signature: CallSignature
     constants: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None
-    sentence: SentenceModules | None = None
+    appended: AppendedModules | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     has_values: bool = True
     dynamic: bool = True
@@ -92,7 +109,7 @@ def first_draft(
     *,
     task: str | None,
     dynamic: bool,
-    sentence: SentenceModules | None,
+    appended: AppendedModules | None,
     options: Mapping[str, Any],
     has_values: bool,
 ) -> Draft:
@@ -127,7 +144,7 @@ def first_draft(
         signature_of(model, sample, constants, has_cache=PAST in sample),
         constants,
         task=task,
-        sentence=sentence,
+        appended=appended,
         options=options,
         has_values=has_values,
         dynamic=dynamic,

@@ -19,13 +19,19 @@ from gralora_fx.core.graph.repeated_layers import blocks_of
 from gralora_fx.core.tracing.both_modes import trace_both_modes
 from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code
 from gralora_fx.core.tracing.check import with_call_signature
-from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, Captured, Draft, called_as, first_draft
+from gralora_fx.core.tracing.draft import (
+    NO_CHECKPOINTS,
+    AppendedModules,
+    Captured,
+    Draft,
+    called_as,
+    first_draft,
+)
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
 
-if TYPE_CHECKING:  # of sentence encoders alone
-    from gralora_fx.base.sources.sentence_modules import SentenceModules
+if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import Checkpointing
 
 
@@ -72,7 +78,7 @@ def trace(
             asked for, or inputs are missing or do not fit.
     """
     arguments = None if example_inputs is None and kwargs is None else example_arguments(example_inputs, kwargs)
-    sentence = _sentence_modules(model, task, sentence_modules)
+    appended = _appended_modules(model, task, sentence_modules)
     if isinstance(model, (fx.GraphModule, torch.export.ExportedProgram)):
         if image_size is not None:
             raise TraceError(
@@ -94,10 +100,8 @@ def trace(
             "load it with gralora_fx.loading.load_model, which takes their values, or trace model.dequantize()"
         )
     with ExitStack() as changed:
-        if sentence is not None:
-            from gralora_fx.core.tracing.sentence_encoder import followed_by
-
-            changed.enter_context(followed_by(model, sentence))
+        if appended is not None:
+            changed.enter_context(appended.appended_to(model))
         with placeholder_parameters(model) as originals, gc_pause():
             with features_as_nodes(model) if originals else nullcontext():  # grouped products take no placeholders
                 first = first_draft(
@@ -105,7 +109,7 @@ def trace(
                     arguments,
                     task=task,
                     dynamic=dynamic,
-                    sentence=sentence,
+                    appended=appended,
                     options={} if image_size is None else {"image_size": image_size},
                     has_values=not originals,
                 )
@@ -113,21 +117,24 @@ def trace(
                 draft = with_call_signature(_checked(first))
             if originals:
                 restore_parameters(draft.graph_module, originals)
-        # the modules of a sentence encoder are still among the model's
+        # those that are appended are still among the model's modules
         return _with_layers(draft, ModuleTree.of_module(model), blocks, training=model.training)
 
 
-def _sentence_modules(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
-    """Return the modules after a transformer that make a sentence encoder of it; None for another task."""
+def _appended_modules(model: object, task: str | None, source: str | Path | None) -> AppendedModules | None:
+    """Return the modules that a task appends to a model; None if it appends none."""
     if task is None and source is None:
         return None
-    from gralora_fx.format.tasks import SENTENCE_TASK
+    from gralora_fx.base.features import parts
 
-    if task != SENTENCE_TASK and source is None:
-        return None
-    from gralora_fx.core.tracing.sentence_encoder import sentence_modules_of
-
-    return sentence_modules_of(model, task, source)
+    for modules_of in parts("appended modules", {task or ""}):
+        appended: AppendedModules = modules_of(model, task, source)
+        return appended
+    if source is not None:
+        raise TraceError(
+            f"sentence_modules have no effect for the task {task!r}; give {option(task='sentence-similarity')}"
+        )
+    return None
 
 
 def _checked(draft: Draft) -> Captured:
@@ -161,7 +168,7 @@ def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None
         tokenizer_source=getattr(config, "_name_or_path", None) or None,
         loss_function=loss,
         shift_labels=getattr(model, "prepare_decoder_input_ids_from_labels", None),
-        sentence=draft.sentence,
+        appended=draft.appended,
         passes=draft.passes,
         blocks=found,
         checkpointing=_checkpointing_of(model, found),

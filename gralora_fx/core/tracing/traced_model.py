@@ -29,10 +29,10 @@ from gralora_fx.errors import GraloraError, TargetError, TraceError
 from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:
-    from gralora_fx.base.sources.sentence_modules import SentenceModules
     from gralora_fx.core.graph.block_modules import Checkpointing
     from gralora_fx.core.graph.parameter_sites import ParameterSite
     from gralora_fx.core.tracing.as_transformers import TransformersView
+    from gralora_fx.core.tracing.draft import AppendedModules
 
 CALL_TRACE = "trace it first: call trace() with the model,"
 
@@ -60,7 +60,7 @@ class TracedModel:
         loss_function: transformers' loss for the model's class, or None.
         shift_labels: The model's own function from labels to decoder inputs, or None.
         merged_adapters: Configuration and digest of each adapter that was merged into the weights, by name.
-        sentence: The modules after the transformer that make a sentence encoder of it, or None.
+        appended: The modules that the task appends to the model, or None.
         passes: What each pass that normalized the graph did, in order.
         blocks: Paths of the modules that are blocks of the rewritten model (see `trace`).
         checkpointing: How the source model computed blocks again in its backward pass, or None.
@@ -80,7 +80,7 @@ class TracedModel:
     loss_function: Callable[..., torch.Tensor] | None = None
     shift_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
     merged_adapters: Mapping[str, Any] = field(default_factory=dict)
-    sentence: SentenceModules | None = None
+    appended: AppendedModules | None = None
     passes: tuple[PassReport, ...] = ()
     blocks: tuple[str, ...] = ()
     checkpointing: Checkpointing | None = None

@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from gralora_fx.base.compat.transformers_caches import LinearAttentionLayer
+from gralora_fx.base.compat.transformers_models import LinearAttentionLayer
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from gralora_fx.base.compat.transformers_caches import (
+from gralora_fx.base.compat.transformers_models import (
     DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,

@@ -109,9 +109,10 @@ def inputs_for_task(model: PreTrainedModel, task: str) -> dict[str, Any]:
 
 
 def _has_token_types(model: PreTrainedModel, task: str) -> bool:
-    """Whether token types are an input; a sentence encoder with a single type needs none, nor do tokenizers give it."""
+    """Whether token types are an input; an encoder alone with a single type needs none, nor do tokenizers give it."""
+    known = find_task(task)
     count = getattr(model.config, "type_vocab_size", None) or 0
-    return bool(count > 1 if task == "sentence-similarity" else count)
+    return bool(count > 1 if known is not None and known.encoder_alone else count)
 
 
 def _main_input(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor:

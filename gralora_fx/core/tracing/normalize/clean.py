@@ -114,7 +114,7 @@ def _only_writes(node: fx.Node) -> bool:
 
 
 def drop_unread_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Erase what a model computes and no output reads, such as BERT's pooler in a sentence encoder."""
+    """Erase what a model computes and no output reads, such as BERT's pooler where its states alone are asked for."""
     changed = 0
     for node in reversed(graph.nodes):  # parameters stay, as those of a layer that a model does not call
         if node.op == "call_function" and not node.users and not node.is_impure():

@@ -1,8 +1,7 @@
-"""`/v1/embeddings`, `/classify` and `/v1/rerank`: texts through an encoder."""
+"""`/classify` and `/v1/rerank`: texts through an encoder."""
 
 from __future__ import annotations
 
-import base64
 import math
 import time
 import uuid
@@ -19,12 +18,10 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.service.encoder import SENTENCE
 from gralora_fx.service.engines import EncoderEngine
 from gralora_fx.service.protocols.openai.requests import (
     ClassifyRequest,
     Document,
-    EmbeddingRequest,
     RerankRequest,
 )
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
@@ -42,23 +39,6 @@ class Usage(BaseModel):
 
     prompt_tokens: int
     total_tokens: int
-
-
-class Embedding(BaseModel):
-    """The embedding of a text: numbers, or in base64 the bytes of little-endian 32-bit floats."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingResponse(BaseModel):
-    """The embeddings of texts."""
-
-    object: Literal["list"]
-    data: list[Embedding]
-    model: str
-    usage: Usage
 
 
 class Classes(BaseModel):
@@ -104,35 +84,11 @@ def encoder_routes(engine: EncoderEngine) -> APIRouter:
     router, encoder = APIRouter(), engine.encoder
     if not encoder.takes_texts:
         return router
-    if SENTENCE in encoder.outputs:
-        _add_embeddings(router, engine)
     if encoder.model.task == _CLASSIFICATION and "logits" in encoder.outputs:
         _add_classes(router, engine)
         if encoder.outputs["logits"].shape[-1] == 1:
             _add_rerank(router, engine)
     return router
-
-
-def _add_embeddings(router: APIRouter, engine: EncoderEngine) -> None:
-    size = engine.encoder.outputs[SENTENCE].shape[-1]
-
-    @router.post("/v1/embeddings", response_model=EmbeddingResponse)
-    async def embed(asked: EmbeddingRequest, request: Request) -> Response:
-        if asked.dimensions not in (None, size):
-            problem = f"dimensions={asked.dimensions}: the model's embeddings have {size}; give that, or leave it out"
-            raise ServingError(problem).about("dimensions")
-
-        def embedding(index: int, output: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-            vector: Any = finite(output[SENTENCE]).astype("<f4")
-            if asked.encoding_format == "base64":
-                vector = base64.b64encode(vector.tobytes()).decode()
-            return {"object": "embedding", "index": index, "embedding": vector}
-
-        def body(outputs: Outputs) -> dict[str, Any]:
-            return {"object": "list", "data": [embedding(*pair) for pair in enumerate(outputs)], "model": asked.model}
-
-        answer = await _answer(engine, request, asked.model, engine.encoder.reader.texts, asked.texts, body)
-        return with_ignored(answer, asked)
 
 
 def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
@@ -151,7 +107,7 @@ def _add_classes(router: APIRouter, engine: EncoderEngine) -> None:
             return {**head, "data": [classes(*pair) for pair in enumerate(outputs)]}
 
         model = engine.models.base if asked.model is None else asked.model
-        answer = await _answer(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
+        answer = await answer_texts(engine, request, model, engine.encoder.reader.texts, asked.texts, body)
         return with_ignored(answer, asked)
 
 
@@ -168,14 +124,14 @@ def _add_rerank(router: APIRouter, engine: EncoderEngine) -> None:
             return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "results": results}
 
         model, texts = engine.models.base if asked.model is None else asked.model, asked.texts
-        answer = await _answer(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
+        answer = await answer_texts(engine, request, model, partial(encoder.reader.pairs, asked.query), texts, body)
         return with_ignored(answer, asked)
 
     for path in ("/v1/rerank", "/rerank"):
         router.post(path, response_model=RerankResponse, response_model_exclude_none=True)(rerank)
 
 
-async def _answer(
+async def answer_texts(
     engine: EncoderEngine,
     request: Request,
     model: str,

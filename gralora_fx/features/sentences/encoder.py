@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from gralora_fx.base.sources import sentence_modules as described
-from gralora_fx.base.sources.sentence_modules import SENTENCE, TOKENS, SentenceModules
+from gralora_fx.core.tracing.draft import AppendedModules
 from gralora_fx.core.tracing.inputs.samples import check_head
-from gralora_fx.errors import TraceError, first_line, option, warn_caller
-from gralora_fx.format.tasks import SENTENCE_TASK, task_of_class
+from gralora_fx.errors import TraceError, first_line, warn_caller
+from gralora_fx.features.sentences import stored_modules as described
+from gralora_fx.features.sentences.export_files import settings_of_tokenizer, write_settings
+from gralora_fx.features.sentences.recognised import find_sentence_directory
+from gralora_fx.features.sentences.stored_modules import SENTENCE, TOKENS, SentenceModules
+from gralora_fx.format.tasks import task_of_class
 
 _NAME = "sentence_modules"
 _SMALLEST_COUNT = 1e-9
@@ -41,14 +44,35 @@ class SentenceEncoderOutput(ModelOutput):  # type: ignore[misc]  # transformers 
     sentence_embedding: Tensor | None = None
 
 
-def sentence_modules_of(model: object, task: str | None, source: str | Path | None) -> SentenceModules | None:
-    """The modules after a model for the task `sentence-similarity`; None for any other task."""
-    if task != SENTENCE_TASK:
-        if source is not None:
-            raise TraceError(
-                f"sentence_modules have no effect for the task {task!r}; give {option(task=SENTENCE_TASK)}"
-            )
-        return None
+@dataclass(frozen=True)
+class SentenceEncoder(AppendedModules):
+    """The modules that follow a transformer.
+
+    Attributes:
+        modules: What its files say of them.
+    """
+
+    modules: SentenceModules
+
+    def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a model's forward end with them, within the block."""
+        return followed_by(model, self.modules)
+
+    def told_to(self, tokenizer: Any, config: Any) -> Any:
+        """Return a copy of a tokenizer that truncates and lowercases as sentence-transformers does."""
+        return settings_of_tokenizer(tokenizer, self.modules, config)
+
+    def write(self, directory: Path) -> None:
+        """Write prompts and the similarity function."""
+        write_settings(directory, self.modules)
+
+
+def sentence_encoder_of(model: object, task: str, source: str | Path | None) -> SentenceEncoder:
+    """Return the modules after a model, as the directory of its files says or, if it is given, another."""
+    return SentenceEncoder(_modules_of(model, task, source))
+
+
+def _modules_of(model: object, task: str, source: str | Path | None) -> SentenceModules:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TraceError(
@@ -62,7 +86,7 @@ def sentence_modules_of(model: object, task: str | None, source: str | Path | No
         )
     check_head(model, task)
     origin = str(source or model.config._name_or_path)
-    directory = described.find_sentence_directory(origin) if origin else None
+    directory = find_sentence_directory(origin) if origin else None
     if directory is not None:
         return described.read_sentence_modules(directory)
     if source is not None:

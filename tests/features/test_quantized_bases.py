@@ -20,16 +20,17 @@ from gralora_fx.core.loading.models import load_model, load_streamed
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.features.nf4.four_bits import FourBits
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 
 pytest.importorskip("bitsandbytes")
 LLAMA = "LlamaForCausalLM"
-NF4, DOUBLE = BaseQuantization(), BaseQuantization(double=True)
+NF4, DOUBLE = FourBits(), FourBits(double=True)
 CASES = [
     *((name, "LoRA", NF4) for name in BASES),
     *((LLAMA, method, DOUBLE) for method in ("GraLoRA", "DoRA")),
-    *((name, "LoRA", BaseQuantization(block_size=128, double=True)) for name in (LLAMA, "GPT2LMHeadModel")),
+    *((name, "LoRA", FourBits(block_size=128, double=True)) for name in (LLAMA, "GPT2LMHeadModel")),
 ]
 
 
@@ -40,9 +41,7 @@ def distance(model: Any, case: dict[str, torch.Tensor], expected: torch.Tensor) 
 
 
 @pytest.mark.parametrize(("name", "method", "quantization"), CASES)
-def test_an_adapter_on_it_has_pefts_outputs(
-    tmp_path: Path, name: str, method: str, quantization: BaseQuantization
-) -> None:
+def test_an_adapter_on_it_has_pefts_outputs(tmp_path: Path, name: str, method: str, quantization: FourBits) -> None:
     base = float_base(tmp_path / "base", name)
     model = in_four_bits(base, quantization)
     model.save_pretrained(tmp_path / "packed")
@@ -103,7 +102,7 @@ def test_streamed_weights_are_the_same(tmp_path: Path, name: str) -> None:
 
 def test_layers_that_are_skipped_stay_float(tmp_path: Path) -> None:
     base = float_base(tmp_path / "base", LLAMA)
-    quantization = BaseQuantization(skip_modules=("lm_head", "o_proj"))
+    quantization = FourBits(skip_modules=("lm_head", "o_proj"))
     in_four_bits(base, quantization).save_pretrained(tmp_path / "packed")
     floats = load_model(base).state_dict()
     for model in (load_model(tmp_path / "packed"), load_model(base, base_quantization=quantization)):
@@ -114,7 +113,7 @@ def test_layers_that_are_skipped_stay_float(tmp_path: Path) -> None:
 
 def test_values_are_rounded_to_the_dtype_of_products(tmp_path: Path) -> None:
     base = float_base(tmp_path / "base", LLAMA)
-    in_four_bits(base, BaseQuantization(compute_dtype="bfloat16")).save_pretrained(tmp_path / "packed")
+    in_four_bits(base, FourBits(compute_dtype="bfloat16")).save_pretrained(tmp_path / "packed")
     packed = load_model(tmp_path / "packed").state_dict()
     rounded = load_model(base, base_quantization="nf4-bfloat16").state_dict()
     weight = packed["model.layers.0.mlp.up_proj.weight"]
@@ -161,7 +160,7 @@ def test_what_bitsandbytes_loaded_is_not_traced(tmp_path: Path) -> None:
 
 
 def test_a_base_without_layers_to_round(tmp_path: Path) -> None:
-    quantization = BaseQuantization(skip_modules=("model", "lm_head"))
+    quantization = FourBits(skip_modules=("model", "lm_head"))
     with pytest.raises(ConfigError, match="has no effect"):
         load_model(float_base(tmp_path / "base", LLAMA), base_quantization=quantization)
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.cli.program import app
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import CheckpointError, ConfigError
 from gralora_fx.exporters import export_adapter, export_onnx, fold_onnx, merge_checkpoint, to_lora
+from gralora_fx.features.nf4.four_bits import FourBits
 from gralora_fx.serving import load
 
 pytest.importorskip("bitsandbytes")
-DOUBLE = BaseQuantization(double=True)
+DOUBLE = FourBits(double=True)
 
 
 class Case:

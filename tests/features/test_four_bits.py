@@ -15,12 +15,13 @@ from torch import Tensor
 from gralora_fx.base.sources.base_quantization import BaseQuantization, packed_quantization
 from gralora_fx.base.sources.saved_weights import SINGLE_NAME, SavedWeights, read_weights
 from gralora_fx.errors import CheckpointError, ConfigError
+from gralora_fx.features.nf4.four_bits import FourBits
 
 bnb = pytest.importorskip("bitsandbytes")
 STATE = "quant_state.bitsandbytes__nf4"
 
 
-def packed(weight: Tensor, quantization: BaseQuantization) -> dict[str, Tensor]:
+def packed(weight: Tensor, quantization: FourBits) -> dict[str, Tensor]:
     """A weight as bitsandbytes stores it, by the ends of its keys."""
     codes, state = bnb.functional.quantize_4bit(
         weight,
@@ -31,7 +32,7 @@ def packed(weight: Tensor, quantization: BaseQuantization) -> dict[str, Tensor]:
     return {"": codes, **{f".{name}": value for name, value in state.as_dict(packed=True).items()}}
 
 
-def reference(weight: Tensor, quantization: BaseQuantization) -> Tensor:
+def reference(weight: Tensor, quantization: FourBits) -> Tensor:
     """What bitsandbytes multiplies by, by its formula: its kernel for AVX-512 needs rows of whole blocks."""
     codes, state = bnb.functional.quantize_4bit(
         weight,
@@ -55,7 +56,7 @@ def save(directory: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
     return directory
 
 
-def saved(directory: Path, weight: Tensor, quantization: BaseQuantization, **fields: Any) -> SavedWeights:
+def saved(directory: Path, weight: Tensor, quantization: FourBits, **fields: Any) -> SavedWeights:
     tensors = {f"a.weight{end}": tensor for end, tensor in packed(weight, quantization).items()}
     return read_weights(save(directory, {**tensors, "b.weight": torch.ones(3)}, **fields))
 
@@ -67,7 +68,7 @@ def saved(directory: Path, weight: Tensor, quantization: BaseQuantization, **fie
 def test_values_are_bitsandbytes_own(
     tmp_path: Path, kind: str, double: bool, block_size: int, shape: tuple[int, int]
 ) -> None:
-    quantization = BaseQuantization(kind, block_size, double)
+    quantization = FourBits(kind, block_size, double)
     weight = torch.randn(shape) * torch.rand(shape[0], 1)
     weights = saved(tmp_path, weight, quantization, bnb_4bit_quant_type=kind)
     expected = reference(weight, quantization)
@@ -84,19 +85,19 @@ def test_values_are_bitsandbytes_own(
 
 def test_the_error_of_four_bits_is_what_it_is_known_to_be(tmp_path: Path) -> None:
     weight = torch.randn(256, 256)
-    values = saved(tmp_path, weight, BaseQuantization()).tensors["a.weight"]()
+    values = saved(tmp_path, weight, FourBits()).tensors["a.weight"]()
     assert 0.05 < float((values - weight).norm() / weight.norm()) < 0.1
 
 
 def test_values_are_rounded_to_the_dtype_of_products(tmp_path: Path) -> None:
-    weight, quantization = torch.randn(64, 64), BaseQuantization()
+    weight, quantization = torch.randn(64, 64), FourBits()
     tensor = saved(tmp_path, weight, quantization, bnb_4bit_compute_dtype="bfloat16").tensors["a.weight"]
     assert tensor.dtype == "BF16"
     assert torch.equal(tensor(), reference(weight, quantization).to(torch.bfloat16))
 
 
 def test_a_weight_is_turned_for_conv1d(tmp_path: Path) -> None:
-    weight, quantization = torch.randn(64, 96), BaseQuantization(double=True)
+    weight, quantization = torch.randn(64, 96), FourBits(double=True)
     turned = saved(tmp_path, weight, quantization).tensors["a.weight"].turned()  # type: ignore[attr-defined]
     assert turned.shape == (96, 64)
     assert torch.equal(turned(), reference(weight, quantization).T)
@@ -125,7 +126,7 @@ def changed(tensors: dict[str, Tensor], **fields: Any) -> dict[str, Tensor]:
     ],
 )
 def test_damaged_weights_are_named(tmp_path: Path, fields: dict[str, Any], gone: str, message: str) -> None:
-    saved(tmp_path, torch.randn(64, 64), BaseQuantization(double=True))
+    saved(tmp_path, torch.randn(64, 64), FourBits(double=True))
     tensors = changed(load_file(tmp_path / SINGLE_NAME), **fields)
     save(tmp_path, {key: tensor for key, tensor in tensors.items() if key != f"a.weight.{gone}"})
     if not message:
@@ -137,7 +138,7 @@ def test_damaged_weights_are_named(tmp_path: Path, fields: dict[str, Any], gone:
 
 
 def test_a_state_that_is_not_json(tmp_path: Path) -> None:
-    saved(tmp_path, torch.randn(64, 64), BaseQuantization())
+    saved(tmp_path, torch.randn(64, 64), FourBits())
     tensors = load_file(tmp_path / SINGLE_NAME)
     save(tmp_path, {**tensors, f"a.weight.{STATE}": torch.zeros(5, dtype=torch.uint8)})
     with pytest.raises(CheckpointError, match="quant_state is not JSON"):
@@ -147,18 +148,18 @@ def test_a_state_that_is_not_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("nf4", BaseQuantization()),
-        ("NF4-double", BaseQuantization(double=True)),
-        ("nf4-double-128-bfloat16", BaseQuantization("nf4", 128, True, "bfloat16")),
-        ("fp4-float16", BaseQuantization("fp4", compute_dtype="float16")),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, BaseQuantization()),
+        ("nf4", FourBits()),
+        ("NF4-double", FourBits(double=True)),
+        ("nf4-double-128-bfloat16", FourBits("nf4", 128, True, "bfloat16")),
+        ("fp4-float16", FourBits("fp4", compute_dtype="float16")),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, FourBits()),
         (
-            BaseQuantization("nf4", 128, skip_modules=("lm_head",)).to_dict(),
-            BaseQuantization("nf4", 128, False, "float32", ("lm_head",)),
+            FourBits("nf4", 128, skip_modules=("lm_head",)).to_dict(),
+            FourBits("nf4", 128, False, "float32", ("lm_head",)),
         ),
     ],
 )
-def test_what_tells_a_quantization(given: Any, expected: BaseQuantization) -> None:
+def test_what_tells_a_quantization(given: Any, expected: FourBits) -> None:
     assert BaseQuantization.of(given) == expected
     assert BaseQuantization.of(str(expected)).has_weights_of(expected)
     assert BaseQuantization.of(json.loads(json.dumps(expected.to_dict()))) == expected
@@ -174,7 +175,7 @@ def test_a_config_of_transformers_tells_it() -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head"],
     )
-    assert BaseQuantization.of(config) == BaseQuantization("nf4", 64, True, "bfloat16", ("lm_head",))
+    assert BaseQuantization.of(config) == FourBits("nf4", 64, True, "bfloat16", ("lm_head",))
 
 
 @pytest.mark.parametrize(

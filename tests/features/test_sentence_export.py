@@ -23,10 +23,10 @@ from transformers import AutoModel, AutoTokenizer
 from typer.testing import CliRunner
 
 from gralora_fx import serving, trace
-from gralora_fx.base.sources.sentence_modules import POOLING_MODES
 from gralora_fx.cli import app
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
+from gralora_fx.features.sentences.stored_modules import POOLING_MODES
 
 TASK = "sentence-similarity"
 CLOSE = 1e-5

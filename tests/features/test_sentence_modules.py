@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from gralora_fx.base.sources.sentence_modules import (
+from gralora_fx.errors import TraceError
+from gralora_fx.features.sentences.recognised import find_sentence_directory
+from gralora_fx.features.sentences.stored_modules import (
     Dense,
     Normalize,
     Pooling,
     SentenceModules,
-    find_sentence_directory,
     read_sentence_modules,
 )
-from gralora_fx.errors import TraceError
 
 OLD, NEW = "sentence_transformers.models.", "sentence_transformers.sentence_transformer.modules."
 

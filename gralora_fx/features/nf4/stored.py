@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.base.sources.base_quantization import BLOCK_SIZES, KINDS
-from gralora_fx.base.sources.rewriting import BLOCK, bytes_of
+from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
 from gralora_fx.errors import CheckpointError, bulleted, listed, shown
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from gralora_fx.features.nf4.four_bits import BLOCK_SIZES, KINDS, FourBits
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -63,67 +60,27 @@ class BlockScales:
 
 
 @dataclass(frozen=True)
-class FourBitTensor(StoredTensor):
-    """A weight of four bits, which is read as a tensor of floats: of its own shape and of the dtype of its products.
+class FourBitTensor(PackedTensor):
+    """A weight of four bits.
 
     Attributes:
         codes: The stored bytes.
         scales: The scales.
         table: The 16 values.
         block_size: Values with one scale.
-        kind: The name of the 16 values.
-        is_turned: Whether it is read as `[in, out]`, as transformers' `Conv1D` has it.
     """
 
     codes: StoredTensor
     scales: BlockScales
     table: NDArray[np.float32]
     block_size: int
-    kind: str
-    is_turned: bool = False
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all values are read for a part of them."""
-        return self.is_turned
-
-    def turned(self) -> FourBitTensor:
-        """The same weight transposed."""
-        return replace(self, shape=self.shape[::-1], is_turned=not self.is_turned)
-
-    def __call__(self) -> Tensor:
-        """The values as a tensor in memory of its own."""
-        return as_tensor(self.array())
-
-    def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the floats, from the `first` on."""
-        dtype, target = FLOATS[self.dtype], bytes_of(values)
-        if self.is_turned:
-            whole = replace(self, shape=self.shape[::-1], is_turned=False).array()
-            target[:] = bytes_of(np.ascontiguousarray(whole.T))[first : first + len(target)]
-            return
-        while target:
-            start, ahead = divmod(first, dtype.itemsize)
-            stop = min(start + BLOCK, math.ceil((first + len(target)) / dtype.itemsize))
-            part = bytes_of(self._floats(start, stop).astype(dtype, copy=False))[ahead : ahead + len(target)]
-            target[: len(part)] = part
-            target, first = target[len(part) :], first + len(part)
-
-    def _floats(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Some values in float32, in the order in which they are stored."""
+    def floats(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return some values in float32, in the order in which they are stored."""
         packed = np.empty((stop + 1) // 2 - start // 2, np.uint8)
         self.codes.read_into(packed, start // 2)
         scales = self.scales.between(start // self.block_size, -(-stop // self.block_size))
         return values_of(packed, scales, self.table, self.block_size, start, stop)
-
-
-def as_tensor(values: NDArray[Any]) -> Tensor:
-    """An array as a tensor over the same memory, of bfloat16 too."""
-    import torch
-
-    if values.dtype == FLOATS["BF16"]:
-        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
 
 
 def scales_of(
@@ -163,19 +120,17 @@ def values_of(
     return values
 
 
-def decoded(
-    tensors: Mapping[str, StoredTensor], origin: Path, *, dtype: str = "F32", is_packed: bool = False
-) -> Mapping[str, StoredTensor]:
-    """A model's tensors with those of four bits as floats, and without what is stored beside them."""
+def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: FourBits | None) -> Mapping[str, StoredTensor]:
+    """Return a model's tensors with those of four bits as floats, and without what is stored beside them."""
     states = {key.partition(_STATE)[0]: key for key in tensors if _STATE in key}
-    if not states and not is_packed:
+    if not states and told is None:
         return tensors
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
         if key in states:
             try:
-                found[key] = _four_bits(key, states[key], tensors, dtype)
+                found[key] = _four_bits(key, states[key], tensors, told or FourBits())
             except _DamagedError as error:
                 problems.append(f"{key}: {error}")
         elif not _belongs(key, states):
@@ -196,7 +151,7 @@ def _belongs(key: str, weights: Mapping[str, str]) -> bool:
     return key.partition(_STATE)[0] in weights if _STATE in key else key.rpartition(".")[0] in weights
 
 
-def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], dtype: str) -> FourBitTensor:
+def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], told: FourBits) -> FourBitTensor:
     """The weight of a key."""
     lacking = [part for part in _PARTS[:2] if f"{key}.{part}" not in tensors]
     nested = [part for part in _PARTS[2:] if f"{key}.{part}" in tensors]
@@ -229,8 +184,9 @@ def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], dt
         )
     if (stored.dtype == "U8") != bool(nested) or (not nested and stored.dtype not in FLOATS):
         raise _DamagedError(f"its scales are {stored.dtype}{'' if nested else ', and nested_absmax is missing'}")
-    size = count * FLOATS[dtype].itemsize
-    return FourBitTensor(codes.file, 0, size, key, dtype, shape, codes, scales, values, int(block_size), kind)
+    how = replace(told, kind=kind, block_size=int(block_size), double=bool(nested))
+    size = count * FLOATS[how.stored_dtype].itemsize
+    return FourBitTensor(codes.file, 0, size, key, how.stored_dtype, shape, how, codes, scales, values, how.block_size)
 
 
 def _state(tensor: StoredTensor) -> dict[str, Any]:
@@ -251,8 +207,3 @@ def _floats_of(tensor: StoredTensor) -> NDArray[np.float32]:
     if tensor.dtype not in FLOATS:
         raise _DamagedError(f"{tensor.key} is {tensor.dtype}, not floats")
     return tensor.array().reshape(-1).astype(np.float32)
-
-
-def four_bit_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[FourBitTensor]:
-    """Those of a model's tensors that are stored in four bits."""
-    return (tensor for tensor in tensors.values() if isinstance(tensor, FourBitTensor))

@@ -10,11 +10,11 @@ from tiny_models import tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from transformers import BertConfig
 
-from gralora_fx.base.sources.sentence_modules import SentenceModules
-from gralora_fx.core.loading.bases import sentence_source
+from gralora_fx.core.loading.bases import inferred_task
 from gralora_fx.core.loading.models import load_model
-from gralora_fx.core.loading.tokenizers import with_sentence_settings
 from gralora_fx.errors import CheckpointError, TraceError
+from gralora_fx.features.sentences.export_files import settings_of_tokenizer
+from gralora_fx.features.sentences.stored_modules import SentenceModules
 
 TASK = "sentence-similarity"
 
@@ -38,16 +38,17 @@ def encoder(tmp_path: Path) -> str:
 def test_a_directory_with_modules_is_a_sentence_encoder(
     encoder: str, task: str | None, is_asked: bool, expected: str
 ) -> None:
-    directory = Path(encoder) if expected == TASK else None
-    assert sentence_source(task, (None, encoder), is_asked=is_asked) == (expected, directory)
+    arguments = {"sentence_modules": Path(encoder)} if expected == TASK else {}
+    assert inferred_task(task, (None, encoder), is_asked=is_asked) == (expected, arguments)
 
 
 def test_the_adapters_directory_comes_first(encoder: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
-    assert sentence_source(None, (encoder, str(other)), is_asked=False) == (TASK, Path(encoder))
-    assert sentence_source(None, (str(other), encoder), is_asked=False) == (TASK, Path(encoder))
-    assert sentence_source(None, (str(other),), is_asked=False) == (None, None)
-    assert sentence_source(TASK, (str(other),), is_asked=True) == (TASK, None)
+    found = TASK, {"sentence_modules": Path(encoder)}
+    assert inferred_task(None, (encoder, str(other)), is_asked=False) == found
+    assert inferred_task(None, (str(other), encoder), is_asked=False) == found
+    assert inferred_task(None, (str(other),), is_asked=False) == (None, {})
+    assert inferred_task(TASK, (str(other),), is_asked=True) == (TASK, {})
 
 
 def test_only_the_encoder_of_a_t5_is_loaded(tmp_path: Path) -> None:
@@ -76,14 +77,14 @@ def test_a_pooler_may_be_missing_but_no_other_tensor(tmp_path: Path) -> None:
 )
 def test_the_length_of_texts_is_the_directorys_or_the_models(modules: SentenceModules, length: int) -> None:
     tokenizer = tiny_tokenizer()
-    changed = with_sentence_settings(tokenizer, modules, BertConfig(max_position_embeddings=64))
+    changed = settings_of_tokenizer(tokenizer, modules, BertConfig(max_position_embeddings=64))
     assert changed.model_max_length == length
     assert tokenizer.model_max_length > 1000  # the given one is as it was
 
 
 def test_texts_are_lowercased_once() -> None:
     modules = SentenceModules("", (), lowercases=True)
-    changed = with_sentence_settings(tiny_tokenizer(), modules, None)
+    changed = settings_of_tokenizer(tiny_tokenizer(), modules, None)
     assert changed("Ab")["input_ids"] == tiny_tokenizer()("ab")["input_ids"]
-    again = with_sentence_settings(changed, modules, None)
+    again = settings_of_tokenizer(changed, modules, None)
     assert repr(again.backend_tokenizer.normalizer).count("Lowercase(") == 1

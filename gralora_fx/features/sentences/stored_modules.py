@@ -1,4 +1,4 @@
-"""What sentence-transformers' files say of a model: the modules after a transformer, the function of a score."""
+"""What sentence-transformers' files say of the modules after a transformer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.base.sources.model_files import read_json, read_json_object, resolve_directory
+from gralora_fx.base.sources.model_files import read_json, read_json_object
 from gralora_fx.errors import TraceError, option, shown, warn_caller
+from gralora_fx.features.sentences.recognised import MODULES_NAME, SETTINGS_NAME
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
-SETTINGS_NAME = "config_sentence_transformers.json"
 
-_MODULES_NAME = "modules.json"
-_FILES = (_MODULES_NAME, "*sentence*.json", "*_*/config.json", "*_*/model.safetensors")
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -102,18 +100,9 @@ class SentenceModules:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_sentence_directory(name: str | Path) -> Path | None:
-    """The directory of a sentence encoder, or None if the name has no `modules.json` or is another kind of model."""
-    directory = resolve_directory(name, TraceError, patterns=_FILES)
-    if not (directory / _MODULES_NAME).is_file():
-        return None
-    kind = _object_if_there(directory / SETTINGS_NAME).get("model_type", "SentenceTransformer")
-    return directory if kind == "SentenceTransformer" else None
-
-
 def read_sentence_modules(directory: Path) -> SentenceModules:
     """Read what a sentence-transformers directory says of the modules after its transformer."""
-    path = directory / _MODULES_NAME
+    path = directory / MODULES_NAME
     entries = _entries(path)
     kinds = [_kind(entry, path) for entry in entries]
     if kinds[0] != "Transformer":
@@ -147,18 +136,6 @@ def read_sentence_modules(directory: Path) -> SentenceModules:
         truncate_dim=_size(settings, "truncate_dim", directory),
         settings=settings,
     )
-
-
-def score_function(name: str | Path) -> str | None:
-    """The function that makes a score of a cross-encoder's output, as a path such as `torch.nn.Identity`."""
-    path = resolve_directory(name, TraceError, patterns=(SETTINGS_NAME,)) / SETTINGS_NAME
-    if not path.is_file():
-        return None
-    settings = read_json_object(path, TraceError)
-    function = settings.get("activation_fn") if settings.get("model_type") == "CrossEncoder" else None
-    if not (function is None or isinstance(function, str)):
-        raise TraceError(f"activation_fn is {shown(function)} in {path}, not a name; repair or copy the file")
-    return function
 
 
 def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.base.sources.sentence_modules import POOLING_MODES, Normalize, Pooling, SentenceModules
-from gralora_fx.core.tracing.sentence_encoder import followed_by
 from gralora_fx.errors import TraceError
+from gralora_fx.features.sentences.encoder import followed_by
+from gralora_fx.features.sentences.stored_modules import POOLING_MODES, Normalize, Pooling, SentenceModules
 
 TASK = "sentence-similarity"
 

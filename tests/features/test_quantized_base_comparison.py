@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from four_bit_bases import float_base, in_four_bits
 
-from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.base.sources.same_base import DIFFERENT, QUANTIZATION, SAME, BaseSource, compare_bases
 from gralora_fx.errors import CheckpointError
+from gralora_fx.features.nf4.four_bits import FourBits
 
 pytest.importorskip("bitsandbytes")
-NF4 = BaseQuantization()
-WIDE = BaseQuantization(block_size=128)
+NF4 = FourBits()
+WIDE = FourBits(block_size=128)
 
 
 @pytest.fixture(scope="module", params=["LlamaForCausalLM", "GPT2LMHeadModel"])
@@ -34,7 +34,7 @@ def bases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return {name: str(folder / name) for name in ("float", "nf4", "wide", "other", "other-nf4")}
 
 
-def recorded(quantization: BaseQuantization) -> Any:
+def recorded(quantization: FourBits) -> Any:
     return json.loads(json.dumps(quantization.to_dict()))
 
 

@@ -1,0 +1,129 @@
+"""Texts that an export is measured on, given or drawn, and a user's own prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, first_line
+from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
+from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, vocabulary_of
+from gralora_fx.exporters.verify.fresh_inputs import pad_prompts
+
+_BATCH = 16  # a user's texts that are compared at once
+_USER_STEPS = 16  # tokens that are compared after a user's own prompts
+_LONGEST = 128  # tokens that are read of a given text whose quality is measured
+_COUNT, _DRAWN = 16, 24  # texts that the model draws, and tokens of each
+_CONTINUED = 24  # greedy tokens after each text
+
+
+@dataclass(frozen=True)
+class MeasuredTexts:
+    """Texts, each of which the float32 model continues greedily."""
+
+    rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
+    drawn: int  # tokens that the float32 model draws after each row; they belong to the text
+    continued: int  # greedy tokens after each text
+    end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
+
+    def __str__(self) -> str:
+        """How many there are, and where they are from."""
+        plural = "s" if len(self.rows) > 1 else ""
+        if self.drawn:
+            return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"
+        return f"{len(self.rows)} given text{plural}"
+
+
+def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count: int = _COUNT) -> MeasuredTexts:
+    """Texts that the model draws: after the token that begins a text, or a random one without it."""
+    vocabulary = vocabulary_of(traced) or 4
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
+    begins, ends, pads = (_special_tokens(traced, f"{name}_token_id", vocabulary) for name in ("bos", "eos", "pad"))
+    room = context_of(traced) or _DRAWN + _CONTINUED
+    length = min(length, max(1, room // 2))
+    return MeasuredTexts(
+        rows=tuple((begins[0] if begins else token,) for token in first),
+        drawn=length - 1,
+        continued=max(1, min(_CONTINUED, room - length)),
+        end=tuple(dict.fromkeys((*ends, *pads)))[: vocabulary - 1],
+    )
+
+
+def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
+    """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them."""
+    vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + _CONTINUED
+    continued = min(_CONTINUED, max(1, room // 2))
+    length = min(_LONGEST, max(1, room - continued))
+    rows: list[tuple[int, ...]] = []
+    for index, text in enumerate(texts):
+        row = tuple(prompt_ids(text, tokenizer, ExportError)[:length])
+        wrong = [token for token in row if vocabulary is not None and not 0 <= token < vocabulary]
+        if not row or wrong:
+            what = f"token {wrong[0]}, outside the vocabulary of {vocabulary} tokens," if wrong else "no token"
+            raise ExportError(f"the tokenizer gives {what} for text {index + 1}; leave the text out, or check both")
+        rows.append(row)
+    return MeasuredTexts(tuple(rows), 0, continued)
+
+
+def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[int, ...]:
+    """The ids that a configuration gives for a special token: none, one or several."""
+    config = None if traced.config is None else traced.config.get_text_config()
+    value = getattr(config, name, None)
+    tokens = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(token for token in tokens if isinstance(token, int) and 0 <= token < vocabulary)
+
+
+def text_cases(
+    texts: Sequence[str], tokenizer: Any, traced: TracedModel, *, batch: int = _BATCH, longest: int | None = None
+) -> Iterator[Case]:
+    """Batches of texts, each padded to its longest, cut at the model's context."""
+    loaded = loaded_tokenizer(tokenizer)
+    names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
+    room = longest_text(traced)
+    for start in range(0, len(texts), batch):
+        part = list(texts[start : start + batch])
+        where = f"texts {start + 1} to {start + len(part)}" if batch > 1 else f"text {start + 1}"
+        encoded = _encoded(loaded, part, room if longest is None else min(room, longest), where)
+        if "input_ids" in encoded:  # a tokenizer may leave token types out, and they are zeros in a single text
+            encoded.setdefault("token_type_ids", torch.zeros_like(encoded["input_ids"]))
+        if missing := [name for name in names if name not in encoded]:
+            raise ExportError(
+                f"the model takes {', '.join(names)}, but the tokenizer gives no {', '.join(missing)} for a text; "
+                "leave texts out"
+            )
+        yield where, {**traced.constants, **{name: encoded[name] for name in names}}
+
+
+def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[str, Tensor]:
+    try:
+        return dict(tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+    except Exception as error:  # tokenizers raise types of their own
+        raise ExportError(f"the tokenizer does not take {where} ({first_line(error)})") from error
+
+
+def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
+    """A user's prompts as one batch, padded on the left."""
+    if isinstance(prompts, str) or not prompts:
+        raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
+    tokenizer = load_tokenizer(output_dir, ExportError)
+    rows = [prompt_ids(prompt, tokenizer, ExportError) for prompt in prompts]
+    vocabulary, context = vocabulary_of(traced), context_of(traced)
+    for index, row in enumerate(rows):
+        wrong = [token for token in row if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if not row or wrong:
+            what = f"holds token {wrong[0]}, outside the vocabulary of {vocabulary} tokens" if wrong else "is empty"
+            raise ExportError(f"prompt {index} {what}; give other ids")
+        if context is not None and len(row) > context - _USER_STEPS:
+            raise ExportError(
+                f"prompt {index} has {len(row)} tokens, and {_USER_STEPS} are added, more than the context of "
+                f"{context}; shorten it"
+            )
+    return pad_prompts(rows, steps=_USER_STEPS, label="given prompt")

@@ -1,0 +1,114 @@
+"""Weights that are stored in few bits, or rounded as if they were, each read as a tensor of floats."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.base.sources.rewriting import BLOCK, bytes_of
+from gralora_fx.base.sources.safetensors_files import FLOATS, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedTensor(StoredTensor):
+    """A weight in few bits, which is read as a tensor of floats: of its own shape and of the dtype of its products.
+
+    Attributes:
+        quantization: How it is stored.
+        is_turned: Whether it is read as `[in, out]`, as transformers' `Conv1D` has it.
+    """
+
+    quantization: BaseQuantization
+    is_turned: bool = field(default=False, kw_only=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are read for a part of them."""
+        return self.is_turned
+
+    def turned(self) -> Self:
+        """Return the same weight transposed."""
+        return replace(self, shape=self.shape[::-1], is_turned=not self.is_turned)
+
+    def __call__(self) -> Tensor:
+        """Return the values as a tensor in memory of its own."""
+        return as_tensor(self.array())
+
+    def read_into(self, values: NDArray[Any], first: int = 0) -> None:
+        """Fill a contiguous array with the bytes of the floats, from the `first` on."""
+        dtype, target = FLOATS[self.dtype], bytes_of(values)
+        if self.is_turned:
+            whole = replace(self, shape=self.shape[::-1], is_turned=False).array()
+            target[:] = bytes_of(np.ascontiguousarray(whole.T))[first : first + len(target)]
+            return
+        while target:
+            start, ahead = divmod(first, dtype.itemsize)
+            stop = min(start + BLOCK, math.ceil((first + len(target)) / dtype.itemsize))
+            part = bytes_of(self.floats(start, stop).astype(dtype, copy=False))[ahead : ahead + len(target)]
+            target[: len(part)] = part
+            target, first = target[len(part) :], first + len(part)
+
+    @abstractmethod
+    def floats(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Return the values `start` to `stop` in float32, in the order of the weight `[out, in]`."""
+
+
+@dataclass(frozen=True)
+class RoundedTensor(StoredTensor):
+    """A weight of floats, which is read as it is after it was rounded to few bits.
+
+    Attributes:
+        stored: The stored weight.
+        quantization: How it is rounded.
+        is_turned: Whether it is stored as `[in, out]`, as transformers' `Conv1D` has it.
+    """
+
+    stored: StoredTensor
+    quantization: BaseQuantization
+    is_turned: bool = False
+
+    @classmethod
+    def of(cls, stored: StoredTensor, quantization: BaseQuantization, *, is_turned: bool) -> RoundedTensor:
+        """Return the weight of a file, in its own dtype."""
+        file, begin, end = stored.file, stored.begin, stored.end
+        return cls(file, begin, end, stored.key, stored.dtype, stored.shape, stored, quantization, is_turned)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all values are read for a part of them."""
+        return True
+
+    def __call__(self) -> Tensor:
+        """Return the values as a tensor in memory of its own."""
+        return as_tensor(self.array())
+
+    def read_into(self, values: NDArray[Any], first: int = 0) -> None:
+        """Fill a contiguous array with the bytes of the rounded values, from the `first` on."""
+        floats, target = self.stored.array(), bytes_of(values)
+        rounded = self.quantization.rounded(floats.T if self.is_turned else floats)
+        stored = np.ascontiguousarray(rounded.T if self.is_turned else rounded).astype(FLOATS[self.dtype], copy=False)
+        target[:] = bytes_of(stored)[first : first + len(target)]
+
+
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """Return an array as a tensor over the same memory, of bfloat16 too."""
+    import torch
+
+    if values.dtype == FLOATS["BF16"]:
+        return torch.from_numpy(values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
+
+
+def packed_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[PackedTensor]:
+    """Return those of a model's tensors that are stored in few bits."""
+    return (tensor for tensor in tensors.values() if isinstance(tensor, PackedTensor))

@@ -1,0 +1,110 @@
+"""NF4 and FP4 as a form of stored weights: what tells it, and how it is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gralora_fx.base.sources.base_quantization import DTYPES, BaseQuantization
+from gralora_fx.errors import ConfigError, shown
+
+KINDS = ("nf4", "fp4")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
+
+
+@dataclass(frozen=True)
+class FourBits(BaseQuantization):
+    """Four bits for each weight of a linear layer, with a scale for each block of values (QLoRA, Dettmers et al. 2023).
+
+    Attributes:
+        kind: The 16 values: `"nf4"`, quantiles of a normal distribution, or `"fp4"`.
+        block_size: Values with one scale; they follow each other in the weight `[out, in]`.
+        double: Whether the scales are quantized too, to 8 bits in blocks of 256 (double quantization).
+        compute_dtype: Dtype that layers multiply in (`bnb_4bit_compute_dtype`), to which the values are rounded.
+        skip_modules: Names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice,
+            which is the head, what is tied to it, and the last layer.
+    """
+
+    sign = "bitsandbytes__nf4"
+    title = "NF4 of bitsandbytes"
+    texts = (
+        "nf4, nf4-double (the blocks' scales quantized too), or with a block size and a dtype: nf4-double-128-bfloat16"
+    )
+    metavar = "nf4[-double][-N][-DTYPE]"
+    help = (
+        "Round the base to four bits first, as it was when a QLoRA adapter was trained on it: nf4 or nf4-double. "
+        "A checkpoint that is in four bits needs none of this."
+    )
+    fields = "a BitsAndBytesConfig with load_in_4bit=True"
+    extra = "nf4"
+
+    kind: str = "nf4"
+    block_size: int = 64
+    double: bool = False
+    compute_dtype: str = "float32"
+    skip_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name, value, choices in (
+            ("kind", self.kind, KINDS),
+            ("block_size", self.block_size, BLOCK_SIZES),
+            ("double", self.double, (False, True)),
+            ("compute_dtype", self.compute_dtype, tuple(DTYPES)),
+        ):
+            if isinstance(value, bool) != (name == "double") or value not in choices:
+                raise ConfigError(
+                    f"{name} of a base's quantization must be one of {', '.join(map(str, choices))}, but got "
+                    f"{shown(value)}"
+                )
+
+    @classmethod
+    def of_text(cls, text: str) -> FourBits | None:
+        """Return what words such as `nf4-double-128-bfloat16` tell; None if they are not of this form."""
+        kind, *words = text.lower().split("-")
+        fields: dict[str, Any] = {}
+        for word in words:
+            name = "double" if word == "double" else "block_size" if re.fullmatch(r"\d{1,6}", word) else "compute_dtype"
+            if name in fields or (name == "compute_dtype" and word not in DTYPES):
+                return None
+            fields[name] = True if name == "double" else int(word) if name == "block_size" else word
+        return cls(kind, **fields) if kind in KINDS else None
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> FourBits | None:
+        """Return what a record or the fields of a `BitsAndBytesConfig` tell; None if they are of another form."""
+        if "kind" in fields:
+            known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+            return cls(**known | {"skip_modules": _names(known.get("skip_modules"))})
+        if not fields.get("load_in_4bit") or fields.get("quant_method", "bitsandbytes") != "bitsandbytes":
+            return None
+        return cls(
+            str(fields.get("bnb_4bit_quant_type", "fp4")),
+            double=bool(fields.get("bnb_4bit_use_double_quant")),
+            compute_dtype=str(fields.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
+            skip_modules=_names(fields.get("llm_int8_skip_modules")),
+        )
+
+    def has_weights_of(self, other: BaseQuantization | None) -> bool:
+        """Return whether the same base has the same weights in both, but for rounding to the dtype of products."""
+        if not isinstance(other, FourBits):
+            return False
+        return (self.kind, self.block_size, self.double) == (other.kind, other.block_size, other.double)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for a record."""
+        return asdict(self) | {"skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
+
+    def __str__(self) -> str:
+        """Return the words that tell it, as `of` takes them; names of layers are left out."""
+        words = [self.kind, *["double"] * self.double, str(self.block_size)]
+        return "-".join([*words, *[self.compute_dtype] * (self.compute_dtype != "float32")])
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    """Names of layers, where they are a list of them."""
+    if value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
+        return None if value is None else tuple(value)
+    raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")
