@@ -183,7 +183,7 @@ def _checkpointing_of(model: nn.Module | torch.export.ExportedProgram, blocks: S
     if not checkpointed:
         return None
     if not blocks:
-        warn_caller(f"{NO_CHECKPOINTS}; the trace found no blocks, so name them with {option(blocks=...)}")
+        warn_caller(f"{NO_CHECKPOINTS}; the trace found no blocks, which its argument blocks names")
         return None
     places = [index for index, path in enumerate(blocks) if path in checkpointed]
     every = places[1] - places[0] if len(places) > 1 else 1
