@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # of models whose inputs features know alone
     from gralora_fx.format.input_facts import InputFacts
 
 NO_CHECKPOINTS = (
-    "gradient checkpointing is not part of a trace; the rewritten model has its own, gradient_checkpointing_enable, which "
-    "computes its blocks again"
+    "gradient checkpointing is not part of a trace; the rewritten model has its own (gradient_checkpointing_enable), "
+    "which computes its blocks again"
 )
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
