@@ -20,6 +20,7 @@ NAMES = (
     "switching",
     "tracing",
     "training",
+    "checkpointing",
     "decoders",
     "encoders",
     "generation",

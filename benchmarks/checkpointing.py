@@ -1,0 +1,90 @@
+"""A training step of SmolLM2-135M with gradient checkpointing and without, beside PEFT's; and blocks as modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks import smollm2
+from benchmarks.harness import Case, Claim, Report, Table, measure, peak_allocation, progress
+from gralora_fx import GraloraConfig, rewrite, trace
+
+RUNS = Path("runs/checkpointing")
+BATCH, LENGTH, RANK, K = 2, 256, 64, 4
+SIZES: dict[str, Any] = {"r": RANK, "gralora_k": K, "target_modules": smollm2.PROJECTIONS}
+
+
+def run(iterations: int = 5) -> Report:
+    """Compare whole steps (forward and backward), their peak memory, and the forward pass alone."""
+    report = Report(
+        "checkpointing",
+        f"checkpointing: a step of SmolLM2-135M, batch {BATCH}x{LENGTH}, seven projections, r={RANK} k={K}, fp32",
+    )
+    progress("checkpointing, SmolLM2")
+    torch.manual_seed(0)
+    source = AutoModelForCausalLM.from_pretrained(smollm2.base(RUNS / "base"), dtype=torch.float32).train()
+    ids = torch.randint(source.config.vocab_size, (BATCH, LENGTH))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    traced, config = trace(source, task="text-generation"), GraloraConfig(**SIZES)
+    models: dict[str, Any] = {
+        "PEFT": peft.get_peft_model(copy.deepcopy(source), peft.GraloraConfig(**SIZES)),
+        "ours": rewrite(traced, config),
+        "PEFT, checkpoints": peft.get_peft_model(copy.deepcopy(source), peft.GraloraConfig(**SIZES)),
+        "ours, checkpoints": rewrite(traced, config),
+    }
+    for name, model in models.items():
+        model.train()
+        if "checkpoints" in name:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+    peaks = {name: peak_allocation(lambda model=model: _step(model, inputs, ids)) for name, model in models.items()}
+    cases = [Case.of(name, lambda model=model: _step(model, inputs, ids)) for name, model in models.items()]
+    timings = measure(cases, iterations=iterations, warmup=1)
+    rows = [
+        {
+            **timings.row(name, name.replace("ours", "PEFT")),
+            "peak MB": peaks[name] / 1e6,
+            "/ PEFT's": _over(peaks, name),
+        }
+        for name in models
+    ]
+    report.tables.append(Table("one step: time, and memory allocated beyond the model", rows))
+    ours = models["ours"]
+    flat, running = ours.graph_module, ours._state.current.running
+    forward = measure(
+        [
+            Case.of("flat graph", lambda: _forward(flat, inputs)),
+            Case.of("blocks", lambda: _forward(running, inputs)),
+        ],
+        iterations=4 * iterations,
+    )
+    report.tables.append(Table("forward alone", [forward.row(name, "flat graph") for name in ("flat graph", "blocks")]))
+    for name, time, memory in (("ours", 0.85, 1.0), ("ours, checkpoints", 0.9, 1.0)):
+        ratio = timings.ratio(name, name.replace("ours", "PEFT")).median_of_pairs
+        report.claims.append(Claim(f"{name}: time over PEFT's", ratio, at_most=time))
+        report.claims.append(Claim(f"{name}: peak memory over PEFT's", _over(peaks, name), at_most=memory))
+    ratio = forward.ratio("blocks", "flat graph").median_of_pairs
+    report.claims.append(Claim("forward through blocks over the flat graph", ratio, at_most=1.02))
+    return report
+
+
+def _step(model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    logits = model(**inputs, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+
+def _forward(graph_module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        graph_module(**inputs)
+
+
+def _over(peaks: Mapping[str, int], name: str) -> float:
+    return peaks[name] / peaks[name.replace("ours", "PEFT")]
