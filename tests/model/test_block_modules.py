@@ -291,3 +291,27 @@ def test_it_compiles_whole_and_once_for_every_size(checkpoints: bool) -> None:
         assert all(torch.equal(actual[1][f"_orig_mod.{key}"], gradient) for key, gradient in expected[1].items())
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [1, 1, 1]
+
+
+def test_random_numbers_are_drawn_in_the_order_of_the_flat_graph() -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Dropout(0.5), *(nn.Sequential(Layer(), nn.Dropout(0.3), Layer()) for _ in range(2)))
+    traced = trace(source.train(), (torch.randn(4, 8),))
+    assert traced.blocks
+    model = rewrite(traced, GraloraConfig(r=4, target_modules=["fc"], gralora_dropout=0.2, init_weights=False))
+    x = torch.randn(4, 8)
+    torch.manual_seed(3)
+    expected = model.graph_module(x)
+    torch.manual_seed(3)
+    assert torch.equal(model(x), expected)
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
+    assert torch.equal(model(x), expected)
+
+
+def test_checkpoints_that_change_while_adapters_are_disabled_stay_changed() -> None:
+    model = rewritten("llama").train()
+    with model.disable_adapter():
+        model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert model._state.current.running.code.count("checkpoint(") == 2

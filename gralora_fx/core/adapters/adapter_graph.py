@@ -307,7 +307,10 @@ class AdapterGraph(CurrentGraph):
         """Restore the state from before the `disabled()` blocks, without adapters that were deleted in them."""
         assert self._suspended is not None
         suspended, self._suspended = self._suspended, None
-        state = dataclasses.replace(suspended, training=self.state.training, passes=self.state.passes)
+        now = self.state
+        state = dataclasses.replace(
+            suspended, training=now.training, passes=now.passes, checkpointing=now.checkpointing
+        )
         if (before := self._cached(state)) is not None:
             self.current = before
             self._remember()

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from gralora_fx.base.compat.torch_graphs import is_mutable
+from gralora_fx.base.compat.torch_graphs import OpOverload, is_mutable
 from gralora_fx.core.graph.module_tree import is_within
 from gralora_fx.core.graph.surgery import copy_graph, module_of
+
+_PURE = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"}
 
 
 class BlockCall(NamedTuple):
@@ -204,7 +206,7 @@ def _together(path: str, nodes: Sequence[fx.Node], others: Collection[fx.Node]) 
         if not taken.isdisjoint(node.all_input_nodes):
             taken.add(node)
     rest = [node for node in span if node not in taken and node.op not in ("get_attr", "placeholder")]
-    if any(_has_effect(node) for node in rest):
+    if any(_has_effect(node) for node in rest) or any(is_mutable(node.target) for node in nodes):
         taken |= set(rest)
     if strange := [node for node in span if node in taken and node in others]:
         raise NoBlock(path, f"{strange[0].name}, of another block, is computed between its own operations")
@@ -221,6 +223,10 @@ def _inputs_of(nodes: Iterable[fx.Node], inside: Collection[fx.Node]) -> list[fx
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Return whether a node draws random numbers or writes into a tensor, so that its place matters."""
-    tags = getattr(node.target, "tags", ())
-    return is_mutable(node.target) or torch.Tag.nondeterministic_seeded in tags or node.is_impure()
+    """Return whether a node may draw random numbers or write into a tensor, so that its place matters."""
+    if node.op != "call_function":
+        return True
+    if isinstance(node.target, OpOverload):
+        return is_mutable(node.target) or torch.Tag.nondeterministic_seeded in node.target.tags
+    name = getattr(node.target, "__name__", "")
+    return name not in _PURE and not name.startswith("sym_")

@@ -217,7 +217,10 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         While adapters are merged it holds the merged weights; `parameters()` and `state_dict()` of the model are the
         base's own and the adapters' at any time.
         """
-        return self._state.lend()
+        try:
+            return self._state.lend()
+        except AttributeError as error:  # for which torch would return the tree of this name
+            raise RuntimeError(f"the graph cannot be compiled: {error}") from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state dict, as any module does; merged weights are folded again from the loaded tensors.
