@@ -315,3 +315,22 @@ def test_checkpoints_that_change_while_adapters_are_disabled_stay_changed() -> N
         model.gradient_checkpointing_enable()
     assert model.is_gradient_checkpointing
     assert model._state.current.running.code.count("checkpoint(") == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # in torch itself
+def test_blocks_compile_once_for_all_layers_that_compute_the_same() -> None:
+    model = rewrite(fresh_trace("llama", num_hidden_layers=4), METHODS["gralora"].changed(gralora_dropout=0.0)).train()
+    inputs = fresh_trace("llama").graph_inputs
+    expected = step(model, inputs)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for block in model.blocks.values():
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    for _ in range(2):
+        actual = step(model, inputs)
+        assert torch.equal(actual[0], expected[0])
+        assert all(torch.equal(actual[1][key], gradient) for key, gradient in expected[1].items())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of the first block's input without a gradient
+    model.eval()
+    with model.disable_adapter(), torch.no_grad():
+        assert model(**inputs)[0].isfinite().all()

@@ -29,6 +29,20 @@ class BlockCall(NamedTuple):
     graph: fx.Graph
     outside: Mapping[str, str]
 
+    @property
+    def structure(self) -> list[Any]:
+        """What its graph computes, whatever its nodes are called; equal for calls of which one graph is the other's."""
+        places = {node: index for index, node in enumerate(self.graph.nodes)}
+        nodes = [
+            (
+                node.op,
+                None if node.op == "placeholder" else node.target,
+                fx.map_arg((node.args, node.kwargs), places.get),
+            )
+            for node in self.graph.nodes
+        ]
+        return [dict(self.outside), *nodes]
+
 
 class NoBlock(Exception):
     """The operations of a block cannot run together.
@@ -92,7 +106,7 @@ def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph,
     for (path, _), nodes in members.items():
         others = {node for listed in members.values() if listed is not nodes for node in listed}
         made = _take_out(graph, path, _together(path, nodes, others))
-        if not _is_alike(made, calls.setdefault(path, made)):
+        if made.structure != calls.setdefault(path, made).structure:
             raise NoBlock(path, "it is called several times, and computes something else in one of its calls")
     graph.owning_module = None
     return graph, list(calls.values())
@@ -163,25 +177,6 @@ def _own_name(target: str, path: str, outside: dict[str, str]) -> str:
     name = "outside_" + target.replace(".", "_")
     outside[name] = target
     return name
-
-
-def _is_alike(call: BlockCall, first: BlockCall) -> bool:
-    """Return whether two calls of a block run the same graph."""
-    if call is first:
-        return True
-
-    def described(graph: fx.Graph) -> list[Any]:
-        places = {node: index for index, node in enumerate(graph.nodes)}
-        return [
-            (
-                node.op,
-                None if node.op == "placeholder" else node.target,
-                fx.map_arg((node.args, node.kwargs), places.get),
-            )
-            for node in graph.nodes
-        ]
-
-    return call.outside == first.outside and described(call.graph) == described(first.graph)
 
 
 def _hand_over(graph: fx.Graph, call: fx.Node, writes: Sequence[fx.Node], inside: Collection[fx.Node]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from gralora_fx.core.graph.block_calls import call_blocks
+from gralora_fx.core.graph.block_calls import BlockCall, call_blocks
 from gralora_fx.core.graph.overlay import overlay, replace_module
 from gralora_fx.errors import RewriteError, shown
 
@@ -78,6 +78,7 @@ class GraphBlock(fx.GraphModule):
     """
 
     _running: Callable[[], fx.GraphModule]
+    _compiled_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def __init__(self, container: nn.Module, kind: str, running: Callable[[], fx.GraphModule]) -> None:
         """Take the place of a container, over the same tensors.
@@ -102,6 +103,15 @@ class GraphBlock(fx.GraphModule):
     def _code(self) -> str:
         """The code of that graph, which torch's class prints."""
         return self._running().code
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run the block by `torch.compile`, in every state; layers that compute the same share what is compiled.
+
+        Args:
+            *args: As of `torch.compile`.
+            **kwargs: As of `torch.compile`.
+        """
+        self.__dict__["_compiled_with"] = (args, kwargs)
 
     def recompile(self) -> Any:
         """Do nothing: the code is that of the state's block. A graph that is compiled calls this."""
@@ -133,6 +143,17 @@ class _RunningBlock(fx.GraphModule):
     @_is_full_backward_hook.setter
     def _is_full_backward_hook(self, _: bool | None) -> None:
         pass  # torch's constructor begins with None
+
+    @property
+    def _compiled_call_impl(self) -> Callable[..., Any] | None:  # type: ignore[override]  # torch's is assigned
+        options = self._tree_block._compiled_with
+        if options is None:
+            return None
+        made: Any = self.__dict__.get("_compiled")
+        if made is None or made[0] is not options:
+            args, kwargs = options
+            self.__dict__["_compiled"] = made = (options, torch.compile(self._call_impl, *args, **kwargs))
+        return made[1]  # type: ignore[no-any-return]
 
 
 def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[[str], fx.GraphModule]) -> None:
@@ -177,24 +198,45 @@ def running_module(
     """
     graph, calls = call_blocks(flat, paths)
     running = overlay(flat, graph, flat.training)
+    alike: list[tuple[list[Any], _RunningBlock]] = []  # layers that compute the same have one class and one code
     for call in calls:
-        container, owner = flat.get_submodule(call.path), tree.get_submodule(call.path)
-        assert isinstance(owner, GraphBlock)
-        block = _RunningBlock(nn.Module(), fx.Graph(), type(owner).__name__)
-        for table in _TENSORS:
-            block.__dict__[table] = container.__dict__[table]
-        for table in _HOOKS:
-            block.__dict__[table] = owner.__dict__[table]
-        outside = {name: flat.get_submodule(path) for name, path in call.outside.items()}
-        block.__dict__["_modules"] = {**container._modules, **outside}
-        block.__dict__["_tree_block"] = owner
-        block.training = flat.training
-        block.graph = call.graph  # which compiles it
+        structure = call.structure
+        first = next((block for other, block in alike if other == structure), None)
+        block = _running_block(call, flat, tree, first)
+        if first is None:
+            alike.append((structure, block))
         replace_module(running, call.path, block)
     if checkpointing is not None:
         _checkpoint_blocks(graph, {call.path for call in calls}, checkpointing)
     running.recompile()
     return running
+
+
+def _running_block(
+    call: BlockCall, flat: fx.GraphModule, tree: nn.Module, first: _RunningBlock | None
+) -> _RunningBlock:
+    """The module of a block's graph; of another that computes the same, it takes the class with the compiled code."""
+    container, owner = flat.get_submodule(call.path), tree.get_submodule(call.path)
+    assert isinstance(owner, GraphBlock)
+    if first is None:
+        block = _RunningBlock(nn.Module(), fx.Graph(), type(owner).__name__)
+    else:
+        block = object.__new__(type(first))
+        block.__dict__.update(first.__dict__)
+    for table in _TENSORS:
+        block.__dict__[table] = container.__dict__[table]
+    for table in _HOOKS:
+        block.__dict__[table] = owner.__dict__[table]
+    outside = {name: flat.get_submodule(path) for name, path in call.outside.items()}
+    block.__dict__["_modules"] = {**container._modules, **outside}
+    block.__dict__["_tree_block"] = owner
+    block.training = flat.training
+    if first is None:
+        block.graph = call.graph  # which compiles it
+    else:
+        block.__dict__["_graph"] = call.graph
+        call.graph.owning_module = block
+    return block
 
 
 def _checkpoint_blocks(graph: fx.Graph, paths: Collection[str], checkpointing: Checkpointing) -> None:
