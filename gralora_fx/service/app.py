@@ -118,7 +118,7 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
     app.include_router(server_routes(engine.models))
     if isinstance(engine, EncoderEngine):
         texts = encoder_routes(engine)
-        texts.include_router(_feature_routes(engine, engine.encoder.outputs))
+        _include(texts, _feature_routes(engine, engine.encoder.outputs))
     else:
         assert isinstance(engine, TextEngine)
         texts = _text_routes(engine) if engine.takes_text else _feature_routes(engine, {engine.manifest.task or ""})
@@ -133,8 +133,14 @@ def _feature_routes(engine: Engine, signs: Collection[str]) -> APIRouter:
     """Return the routes that features add for a model, of which its task or its outputs are signs."""
     router = APIRouter()
     for routes in parts("routes", signs):
-        router.include_router(routes(engine))
+        _include(router, routes(engine))
     return router
+
+
+def _include(router: APIRouter, other: APIRouter) -> None:
+    """Add another router's routes, if it has any, so that a router without routes stays one."""
+    if other.routes:
+        router.include_router(other)
 
 
 def _text_routes(engine: TextEngine) -> APIRouter:

@@ -129,6 +129,15 @@ class CurrentGraph:
             current.is_lent |= torch.is_grad_enabled()
             return current.running(**inputs)
 
+    def check_precision(self) -> None:
+        """Check that tensors have the dtypes for which the graph was built, which FSDP2 may change while it runs."""
+        if self.current.casts != dtypes_of(self.state, self.adapters):
+            raise RewriteError(
+                "FSDP2 casts parameters (MixedPrecisionPolicy(param_dtype=...)), but the graph computes in the dtypes "
+                "of its trace; convert the model before it is traced, as in trace(model.to(torch.bfloat16)), and leave "
+                "param_dtype out"
+            )
+
     def lend(self) -> fx.GraphModule:
         """The current graph, for a caller that may keep it."""
         current = self.current

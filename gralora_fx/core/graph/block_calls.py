@@ -119,14 +119,14 @@ def _prefixes(target: str) -> list[str]:
 
 
 def _call_of(node: fx.Node, paths: Collection[str]) -> tuple[str, str] | None:
-    """The block that a node was traced in, and which of its calls."""
+    """The block that a node was traced in, and the number of its call, empty for the first."""
     if node.op in ("placeholder", "output", "get_attr"):
         return None
-    for entry in node.meta.get("nn_module_stack", {}).values():
+    for key, entry in node.meta.get("nn_module_stack", {}).items():
         if isinstance(entry, tuple):
-            call = entry[0].removeprefix("L['self'].")
-            if (path := call.split("@")[0]) in paths:
-                return path, call
+            path, _, call = entry[0].removeprefix("L['self'].").partition("@")
+            if path in paths:
+                return path, call or str(key).partition("@")[2]  # torch has the number in the one or the other
     return None
 
 

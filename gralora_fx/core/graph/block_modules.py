@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.block_calls import BlockCall, call_blocks
 from gralora_fx.core.graph.overlay import overlay, replace_module
 from gralora_fx.errors import RewriteError, shown
@@ -89,15 +90,19 @@ class GraphBlock(fx.GraphModule):
             running: Returns the block of the module that runs.
         """
         nn.Module.__init__(self)
-        for table in (*_TENSORS, "_modules", "training"):
+        for table in (*_TENSORS, *_HOOKS, "_modules", "training", "_is_full_backward_hook"):
             self.__dict__[table] = container.__dict__[table]
         type(self).__name__ = kind
         self.__dict__["_running"] = running
 
-    @property  # type: ignore[misc]  # it is not assigned
+    @property
     def graph(self) -> fx.Graph:
         """The block's graph in the current state."""
         return self._running().graph
+
+    @graph.setter
+    def graph(self, _: fx.Graph) -> None:
+        raise RewriteError("a block's graph is made from the model's; edit model.graph_module, and recompile that")
 
     @property
     def _code(self) -> str:
@@ -114,7 +119,7 @@ class GraphBlock(fx.GraphModule):
         self.__dict__["_compiled_with"] = (args, kwargs)
 
     def recompile(self) -> Any:
-        """Do nothing: the code is that of the state's block. A graph that is compiled calls this."""
+        """Do nothing, since the code is that of the running block; a graph that is compiled calls this."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block in the current state.
@@ -126,9 +131,17 @@ class GraphBlock(fx.GraphModule):
         running = self._running()
         return type(running).forward(running, *args, **kwargs)  # without its hooks, which have run
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the graph and the tensors, as an `fx.GraphModule` of its own."""
-        return copy.deepcopy(self._running(), memo)
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:  # type: ignore[override]  # a copy calls no block
+        """A plain container with copies of the tensors, for the copy of a flat graph, which calls no block."""
+        return copy.deepcopy(without_blocks(self), memo)
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """What pickle writes: a plain container of the tensors."""
+        return _itself, (without_blocks(self),)
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    return module
 
 
 class _RunningBlock(fx.GraphModule):
@@ -165,8 +178,7 @@ def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[
         running: Returns the block of the module that runs, by its path.
     """
     for path, kind in kinds.items():
-        block = GraphBlock(tree.get_submodule(path), kind, functools.partial(running, path))
-        replace_module(tree, path, block)
+        replace_module(tree, path, GraphBlock(tree.get_submodule(path), kind, functools.partial(running, path)))
 
 
 def without_blocks(tree: nn.Module) -> nn.Module:
@@ -207,7 +219,7 @@ def running_module(
             alike.append((structure, block))
         replace_module(running, call.path, block)
     if checkpointing is not None:
-        _checkpoint_blocks(graph, {call.path for call in calls}, checkpointing)
+        _checkpoint_blocks(graph, {call.path for call in calls if not _updates(call.graph)}, checkpointing)
     running.recompile()
     return running
 
@@ -217,7 +229,11 @@ def _running_block(
 ) -> _RunningBlock:
     """The module of a block's graph; of another that computes the same, it takes the class with the compiled code."""
     container, owner = flat.get_submodule(call.path), tree.get_submodule(call.path)
-    assert isinstance(owner, GraphBlock)
+    if not isinstance(owner, GraphBlock):
+        raise RewriteError(
+            f"the block {call.path} of the model was replaced by a {type(owner).__name__}, which its graph cannot "
+            "call; to recompute blocks in the backward pass, call gradient_checkpointing_enable() instead"
+        )
     if first is None:
         block = _RunningBlock(nn.Module(), fx.Graph(), type(owner).__name__)
     else:
@@ -239,18 +255,31 @@ def _running_block(
     return block
 
 
+def _updates(graph: fx.Graph) -> bool:
+    """Return whether a block writes into a tensor that it did not compute."""
+    return any(
+        is_mutable(node.target) and isinstance(node.args[0], fx.Node) and node.args[0].op in ("get_attr", "placeholder")
+        for node in graph.nodes
+    )
+
+
 def _checkpoint_blocks(graph: fx.Graph, paths: Collection[str], checkpointing: Checkpointing) -> None:
     """Compute blocks again in the backward pass, instead of keeping their activations.
+
+    One that updates a buffer, as BatchNorm does, is left as it is, since it would update it twice.
 
     Before: `y = self.layers.0(x, mask)`
     After:  `y = checkpoint(self.layers.0, x, mask, use_reentrant=False)`
     """
     calls = [node for node in graph.find_nodes(op="call_module") if node.target in paths]
+    function: Any = offloaded_checkpoint if checkpointing.offload else checkpoint
+    options = dict(checkpointing.options)
+    if objects := {name: value for name, value in options.items() if callable(value)}:  # which code cannot spell
+        function = functools.wraps(function)(functools.partial(function, **objects))
+    written = {name: value for name, value in options.items() if name not in objects}
     for node in calls[:: checkpointing.every]:
         with graph.inserting_before(node):
-            module = graph.get_attr(str(node.target))
-            function = offloaded_checkpoint if checkpointing.offload else checkpoint
-            again = graph.call_function(function, (module, *node.args), dict(checkpointing.options))
+            again = graph.call_function(function, (graph.get_attr(str(node.target)), *node.args), written)
         again.meta = dict(node.meta)
         node.replace_all_uses_with(again)
         graph.erase_node(node)

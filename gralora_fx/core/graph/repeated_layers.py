@@ -5,6 +5,7 @@ A traced graph is flat. To recompute a layer, to shard it or to hook it, it must
 
 from __future__ import annotations
 
+import collections
 import difflib
 import fnmatch
 from collections.abc import Sequence
@@ -26,41 +27,56 @@ def blocks_of(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str] | 
     Raises:
         TraceError: A module that a pattern names cannot be a block.
     """
-    found = repeated_blocks(tree) if patterns is None else matching_blocks(tree, patterns)
+    if patterns is None:
+        return _repeated_blocks(flat, tree)
+    found = matching_blocks(tree, patterns)
     if not found:
         return ()
     from gralora_fx.core.graph.block_calls import callable_blocks
 
     blocks, refused = callable_blocks(flat, found)
-    if patterns is not None and refused:
-        path, reason = next(iter(refused.items()))
+    for path, reason in refused.items():
         raise TraceError(f"blocks: {path} cannot be a block: {reason}; leave it out")
     return tuple(blocks)
 
 
-def repeated_blocks(tree: ModuleTree) -> tuple[str, ...]:
-    """Return the outermost repeated modules: members of one class of a `ModuleList` or `Sequential`.
+def _repeated_blocks(flat: fx.GraphModule, tree: ModuleTree) -> tuple[str, ...]:
+    """Return the outermost repeated modules that can be blocks; within one that cannot be, those that can."""
+    candidates = repeated_modules(tree)
+    if not candidates:
+        return ()
+    from gralora_fx.core.graph.block_calls import callable_blocks
 
-    A list of a single module counts as a model of one layer. A member without modules of its own is no block.
+    blocks, refused = [""], set[str]()
+    while blocks:
+        left = [path for path in candidates if path not in refused]
+        blocks = [path for path in left if not any(o != path and is_within(path, o) for o in left)]
+        found, reasons = callable_blocks(flat, blocks)
+        if not reasons:
+            return tuple(found)
+        refused |= reasons.keys()
+    return ()
+
+
+def repeated_modules(tree: ModuleTree) -> tuple[str, ...]:
+    """Return the modules that a `ModuleList` or `Sequential` repeats: of one class, and at one place in its members.
+
+    The member of a list of one counts too, as a model of one layer. A module without modules of its own does not.
     """
     parents = {path.rpartition(".")[0] for path in tree.types if path}
-    members: dict[tuple[str, str], list[str]] = {}
+    members = collections.Counter(path.rpartition(".")[0] for path in tree.types if path)
+    alike: dict[tuple[str, str], list[str]] = {}
     for path, kind in tree.types.items():
         parent, _, name = path.rpartition(".")
         if name.isdigit() and path in parents and tree.types.get(parent, _LIST) in _CONTAINERS:
-            members.setdefault((parent, kind), []).append(path)
-    lengths: dict[str, int] = {}
-    for (parent, _), paths in members.items():
-        lengths[parent] = lengths.get(parent, 0) + len(paths)
-    repeated = {
-        path
-        for (parent, _), paths in members.items()
-        for path in paths
-        if len(paths) > 1 or (lengths[parent] == 1 and tree.types.get(parent) == _LIST)
-    }
-    return tuple(
-        path for path in tree.types if path in repeated and not any(o != path and is_within(path, o) for o in repeated)
-    )
+            place = ".".join("*" if part.isdigit() else part for part in path.split("."))
+            alike.setdefault((place, kind), []).append(path)
+    repeated = set[str]()
+    for paths in alike.values():
+        parent = paths[0].rpartition(".")[0]
+        if len(paths) > 1 or (members[parent] == 1 and tree.types.get(parent) == _LIST):
+            repeated |= set(paths)
+    return tuple(path for path in tree.types if path in repeated)
 
 
 def matching_blocks(tree: ModuleTree, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import GraphBlock
 
 _NO_BLOCKS = (
-    "gradient checkpointing computes blocks again, and the trace has none: no members of one class of a ModuleList or "
-    "Sequential. Name the modules that are repeated, as in trace(model, blocks=['encoder.layers.*'])"
+    "gradient checkpointing recomputes blocks, and the trace found none: no ModuleList or Sequential whose members "
+    "share a class and run on their own. Name the modules to recompute, as in trace(model, blocks=['encoder.layers.*'])"
 )
 
 

@@ -197,6 +197,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
                 its own head or for packed rows.
         """
         check_arguments(kwargs)
+        if hasattr(self, "reshard"):  # FSDP2's
+            self._state.check_precision()
         traced = self._state.base.traced
         inputs, labels = split_labels(kwargs, traced.input_names)
         item_count = inputs.pop(ITEM_COUNT, None)
