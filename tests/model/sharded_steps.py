@@ -14,10 +14,10 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, merge, rewrite, trace
-from gralora_fx.errors import MergeError
+from gralora_fx.errors import MergeError, RewriteError
 
 METHODS = {
     "gralora": GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False),
@@ -78,10 +78,22 @@ def run(method: str, output: Path, resumed: Path | None) -> dict[str, float]:
     return {"gradients": worst, "loaded": loaded, "base": base, "tokens": tokens.shape[1]}
 
 
+def check_casts_are_refused() -> None:
+    model = rewrite(trace(tiny_model("llama").train()), METHODS["gralora"])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for block in model.blocks.values():
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    ids = torch.ones(1, 5, dtype=torch.long)
+    with pytest.raises(RewriteError, match="MixedPrecisionPolicy"):
+        model(input_ids=ids, attention_mask=ids)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     output, resumed = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    check_casts_are_refused()
     found = {method: run(method, output, resumed) for method in METHODS}
     if dist.get_rank() == 0:
         (output / "found.json").write_text(json.dumps(found))
