@@ -17,7 +17,7 @@ from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.fold.weight_names import weight_entries
+from gralora_fx.exporters.fold.initializers import weight_entries
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.reports import attention_report
 from gralora_fx.format.adapter_inputs import is_adapter_tensor

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from gralora_fx.base.sources.stack_parts import StackPart
+    from gralora_fx.base.sources.streamed_models import StackPart
 
 _FIRST = 4096  # bytes of a tensor that are compared with those of others
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -107,8 +107,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
     That is the class for the adapter's task, the one that the configuration names, or the bare model: the first that
     has all the parameters that the adapter names.
     """
-    from gralora_fx.base.sources.stack_parts import stack_parts
-    from gralora_fx.base.sources.streamed_models import keys_by_name
+    from gralora_fx.base.sources.streamed_models import keys_by_name, stack_parts
     from gralora_fx.core.loading.models import make_empty  # they import torch and transformers
 
     needed = list(needed)
@@ -156,7 +155,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
             "weights of four bits; merge into a float base, without base_quantization"
         )
     from gralora_fx.base.sources.streamed_models import as_in_layers
-    from gralora_fx.core.loading.quantized_bases import quantized_layers  # they import torch and transformers
+    from gralora_fx.core.loading.models import quantized_layers
 
     if rounding is None:
         return replace(base, others=as_in_layers(names.model, base.tensors))

@@ -19,10 +19,10 @@ from gralora_fx.errors import CheckpointError, MergeError, TraceError
 from gralora_fx.exporters.fold.initializers import (
     ProductWeight,
     dtype_of,
+    parameter_names,
     read_rows,
     rows_and_columns,
 )
-from gralora_fx.exporters.fold.weight_names import parameter_names
 
 # Names that onnxruntime-genai's builder gives to the parts of a path, beside those of transformers.
 _SYNONYMS = {"self_attn": "attn", "self_attention": "attn", "attention": "attn"}
@@ -123,8 +123,10 @@ class BaseWeights:
     @cached_property
     def _rounded_paths(self) -> Set[str]:
         """The layers that are rounded."""
-        from gralora_fx.core.loading.models import make_empty  # they import transformers
-        from gralora_fx.core.loading.quantized_bases import quantized_layers
+        from gralora_fx.core.loading.models import (
+            make_empty,  # they import transformers
+            quantized_layers,
+        )
 
         assert self._rounding is not None
         return quantized_layers(make_empty(self.directory, None), self._rounding).keys()

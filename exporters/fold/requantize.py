@@ -156,7 +156,7 @@ class _StoredBlocks:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks  # it imports torch
+        from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks
 
         return dequantize_blocks(self._arrays(outputs), self.weight.bits, self.weight.in_features)
 
@@ -181,7 +181,7 @@ class _StoredBlocks:
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
         """Whether the stored values are as near to others as rounding puts them: each row's error tells."""
-        from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, quantize_blocks
+        from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 
         if not np.isfinite(source).all():
             return False
@@ -200,7 +200,7 @@ class _StoredBlocks:
             is_near: Whether the values are the stored ones but for an update: scales and zero points stay where they
                 fit better than new ones, so that what the update leaves as it is returns to its grid.
         """
-        from gralora_fx.exporters.quantize.block_arrays import quantize_blocks, with_scales
+        from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks, with_scales
 
         stored = self.all_scales.dtype
         dtype = np.dtype(np.float32) if self.weight.is_widened else stored
@@ -232,7 +232,7 @@ class _StoredColumns:
 
     def values(self, outputs: slice) -> NDArray[Any]:
         """Dequantized values `[n, in]`."""
-        from gralora_fx.exporters.quantize.column_arrays import dequantize_columns
+        from gralora_fx.exporters.quantize.quantized_arrays import dequantize_columns
 
         values = dequantize_columns(self.integers[:, outputs], self.all_scales[outputs], self.factors)
         return np.ascontiguousarray(values.T)
@@ -244,7 +244,7 @@ class _StoredColumns:
 
     def store(self, outputs: slice, values: NDArray[Any], path: str, *, is_near: bool) -> None:
         """Quantize values."""
-        from gralora_fx.exporters.quantize.column_arrays import quantize_columns
+        from gralora_fx.exporters.quantize.quantized_arrays import quantize_columns
 
         integers, scales = quantize_columns(np.ascontiguousarray(values.T), path, self.factors)
         self.integers[:, outputs] = integers

@@ -23,7 +23,9 @@ from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.layouts import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.quantize.column_arrays import (
+from gralora_fx.exporters.quantize.formats import Columns
+from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
+from gralora_fx.exporters.quantize.quantized_arrays import (
     ROW_LARGEST,
     ROW_TINY,
     ColumnInputs,
@@ -31,8 +33,6 @@ from gralora_fx.exporters.quantize.column_arrays import (
     input_factors,
     quantize_columns,
 )
-from gralora_fx.exporters.quantize.formats import Columns
-from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities
 
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of factors, tried in this order

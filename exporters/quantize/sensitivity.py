@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -24,7 +25,6 @@ from gralora_fx.core.graph.overlay import map_parameters
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.quantize.draws import draw
 
 _aten = torch.ops.aten
 
@@ -231,3 +231,32 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
             total = total + (rows * torch.randn(rows.shape, generator=generator)).sum()
         count = max(count, len(rows))
     return total, count
+
+
+def draw(logits: Tensor, generator: torch.Generator, left_out: Sequence[int] = ()) -> Tensor:
+    """Draw a column of every row by its probability; one of `-inf` is never drawn.
+
+    A row takes one random number, by which its cumulative sums are searched; `torch.multinomial` takes one for each
+    column, which costs more than the softmax. Rows are worked on one at a time, as long as they are in the cache, and
+    by numpy: threads would wait longer for each other than a row takes.
+
+    Args:
+        logits: `[rows, columns]`, float32.
+        generator: Draws the numbers.
+        left_out: Columns that are not drawn.
+
+    Returns:
+        The columns, `[rows]`.
+    """
+    if left_out:
+        logits = logits.clone()
+        logits[:, list(left_out)] = float("-inf")
+    numbers = 1 - torch.rand(len(logits), dtype=torch.double, generator=generator)
+    drawn = []
+    with np.errstate(invalid="ignore"):
+        for row, number in zip(logits.numpy(), numbers.tolist(), strict=True):
+            sums = np.exp(row - row.max()).cumsum(dtype=np.float64)
+            if not np.isfinite(sums[-1]):
+                raise RuntimeError("its probabilities are not finite")
+            drawn.append(int(sums.searchsorted(number * sums[-1])))  # no number is 0, which a first sum may be
+    return torch.tensor(drawn, dtype=torch.long)

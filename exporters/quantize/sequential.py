@@ -20,9 +20,9 @@ from gralora_fx.core.graph.linear_calls import LinearCall, calls_at
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.tracing.normalize.regions import LEAVE
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProducts
 from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 
 WINDOW = 2048  # neighbouring inputs whose errors make up for each other: memory grows with its square
 

@@ -32,7 +32,17 @@ from gralora_fx.core.graph.weight_views import tensor_at
 from gralora_fx.core.operators.call import operators_called
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
-from gralora_fx.exporters.translation.operators import TRANSLATIONS, DomainNode, translation_of
+from gralora_fx.exporters.translation.operators import (
+    TRANSLATIONS,
+    DomainNode,
+    batch_norm,
+    dot_product_attention,
+    fft_fftn,
+    histc,
+    softplus,
+    translation_of,
+    update_forms,
+)
 from gralora_fx.exporters.translation.plain_forms import (
     bfloat16_in_float32,
     eliminate_common_subexpressions,
@@ -42,14 +52,6 @@ from gralora_fx.exporters.translation.plain_forms import (
 )
 from gralora_fx.exporters.translation.retrace import Decompose, FoldNumbers, functionalize, note_values
 from gralora_fx.exporters.translation.simplify import addmm_to_matmul, constant_slices, out_of_place, simplify
-from gralora_fx.exporters.translation.torch_operators import (
-    batch_norm,
-    dot_product_attention,
-    fft_fftn,
-    histc,
-    softplus,
-    update_forms,
-)
 from gralora_fx.exporters.translation.weights import weight_tensor
 
 OPSET = 23  # the first with RMSNormalization

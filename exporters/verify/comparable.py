@@ -46,7 +46,7 @@ def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision)
-    from gralora_fx.exporters.verify.float32_copy import write_float32_copy
+    from gralora_fx.exporters.verify.quantized_references import write_float32_copy
 
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))

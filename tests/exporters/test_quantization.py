@@ -23,8 +23,8 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.block_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)

@@ -109,7 +109,7 @@ class BaseSource:
             return recorded_quantization(record)
         if self.directory is None or not (read_config_fields(self.directory) or {}).get("quantization_config"):
             return None
-        from gralora_fx.base.sources.weight_samples import stored_quantization  # it imports numpy
+        from gralora_fx.base.sources.saved_weights import stored_quantization
 
         return stored_quantization(self.directory)
 
@@ -178,7 +178,7 @@ def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
 
 def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, float | None]:
     """What differs between two quantizations of one base, in words, and the relative change of the weights."""
-    from gralora_fx.base.sources.weight_samples import differing_weights  # it imports numpy
+    from gralora_fx.base.sources.saved_weights import differing_weights
 
     other = "float" if used.quantization is None else str(used.quantization)
     one, two = made.directory or used.directory, used.directory or made.directory
@@ -234,7 +234,7 @@ def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str,
     if different:
         return compared, DIFFERENT, different
     files = made.directory, used.directory
-    from gralora_fx.base.sources.weight_samples import differing_weights  # it imports numpy
+    from gralora_fx.base.sources.saved_weights import differing_weights
 
     weights = None if files[0] is None or files[1] is None else differing_weights(files[0], files[1])
     if weights is None:

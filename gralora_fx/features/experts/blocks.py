@@ -11,9 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.graph.pipeline import Skip
-from gralora_fx.exporters.quantize.block_arrays import quantize_blocks
 from gralora_fx.exporters.quantize.formats import Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
+from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.rules.products.block_products import stored_as, widened
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
