@@ -1,4 +1,4 @@
-"""`merge_checkpoint`: an adapter folded into the safetensors files of its base, with no model in memory, beside its other files."""
+"""`merge_checkpoint`: an adapter folded into the safetensors files of its base, with no model in memory."""
 
 from __future__ import annotations
 

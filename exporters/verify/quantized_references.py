@@ -1,4 +1,4 @@
-"""What a quantized export is compared with: a model of the values that it holds, and a copy that computes in float32."""
+"""References of quantized exports: a model of the values that one holds, and a copy that computes in float32."""
 
 from __future__ import annotations
 

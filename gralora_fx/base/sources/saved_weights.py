@@ -1,4 +1,4 @@
-"""The weights of a model's directory: its safetensors files together, those in few bits as floats; and samples of them."""
+"""The weights of a model's directory: its safetensors files together, those in few bits as floats; samples of them."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def _running_block(
     if not isinstance(owner, GraphBlock):
         raise RewriteError(
             f"the block {call.path} of the model was replaced by a {type(owner).__name__}, which its graph cannot "
-            "call; to recompute blocks in the backward pass, call gradient_checkpointing_enable() instead"
+            "call; the model recomputes blocks by itself (gradient_checkpointing_enable)"
         )
     if first is None:
         block = _RunningBlock(nn.Module(), fx.Graph(), type(owner).__name__)

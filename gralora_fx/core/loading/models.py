@@ -1,4 +1,4 @@
-"""Base models by name, whole, streamed from their files or without values or rounded; the transformers class of each."""
+"""Base models by name, whole, streamed, without values or rounded; the transformers class of each."""
 
 from __future__ import annotations
 
