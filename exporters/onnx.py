@@ -154,7 +154,7 @@ def export_onnx(
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_companions(stage, conversion.traced)
             if options.tokenizer is not None:
-                from gralora_fx.exporters.artifact.companions import write_tokenizer
+                from gralora_fx.exporters.artifact.tokenizer_files import write_tokenizer
 
                 write_tokenizer(stage, conversion.traced, options.tokenizer)
             flavour.write_files(stage, conversion.traced, models)
