@@ -192,6 +192,8 @@ SAMPLED = {
     "tracing/test_trace.py::test_inputs_made_from_a_configuration_have_the_models_data_type": 2,
     "tracing/test_trace.py::test_other_sizes_and_padded_rows_equal_the_eager_model": 4,
     "tracing/test_trace.py::test_the_source_model_is_as_it_was": 2,
+    "model/test_block_modules.py::test_checkpointing_changes_no_bit_of_outputs_and_gradients_and_keeps_less": 2,
+    "test_without_features.py::test_a_decoder_is_exported_and_served_without_it": 3,
 }
 _GROUP_OF = {f"tests/{file}": group for group, files in GROUPS.items() for file in files}
 _RANK = {
