@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from traces import fresh_trace
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, merge, rewrite
@@ -79,6 +80,23 @@ def run(method: str, output: Path, resumed: Path | None) -> dict[str, float]:
     return {"gradients": worst, "loaded": loaded, "base": base, "tokens": tokens.shape[1]}
 
 
+def check_ddp() -> None:
+    model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"]).train()
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
+    expected = gradients(model, ids)
+    model.zero_grad()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = ids[rank * 4 // world : (rank + 1) * 4 // world]
+    wrapped = DistributedDataParallel(model)  # which sums gradients as long as it is there
+    wrapped(input_ids=own, attention_mask=torch.ones_like(own)).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert parameter.grad is not None
+            difference = (parameter.grad - expected[name]).abs().max()
+            assert difference <= 1e-6 * expected[name].abs().max(), name
+
+
 def check_casts_are_refused() -> None:
     model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -95,6 +113,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     output, resumed = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
     if resumed is None:
+        check_ddp()
         check_casts_are_refused()
     methods = METHODS if resumed is None else ["gralora"]
     found = {method: run(method, output, resumed) for method in methods}
