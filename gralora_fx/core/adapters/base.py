@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -91,7 +91,7 @@ class Base:
 
     def check_whole(self) -> None:
         """Check that no process holds only a part of the weights, for what one process does with whole ones."""
-        if any(hasattr(slot.now, "full_tensor") for slot in self._slots):
+        if is_sharded(slot.now for slot in self._slots):
             raise MergeError(
                 "the model is distributed over processes (FSDP2), which hold parts of its weights; save the adapter "
                 "with save_pretrained, and merge it in a process that loads the model whole"
@@ -169,6 +169,11 @@ def _is_same_memory(one: Tensor, other: Tensor) -> bool:
         and one.dtype == other.dtype
         and (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
     )
+
+
+def is_sharded(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether processes hold parts of these tensors, as FSDP2 distributes them."""
+    return any(hasattr(tensor, "full_tensor") for tensor in tensors)
 
 
 def base_of(traced: TracedModel) -> BaseSource:

@@ -88,7 +88,7 @@ def write_adapters(
     Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
     `exclude_modules`, which PEFT does not know.
     """
-    writers = {  # a parameter with two names is written under both
+    writers = {
         name: adapter_writers(saved_config(adapter, traced), functools.partial(dict, tensors[name]))
         for name, adapter in adapters.items()
     }

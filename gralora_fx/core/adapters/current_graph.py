@@ -169,7 +169,7 @@ class CurrentGraph:
             self._remember()
 
     def set_checkpointing(self, checkpointing: Checkpointing | None) -> None:
-        """Choose which blocks are computed again in the backward pass."""
+        """Choose which blocks are recomputed in the backward pass."""
         with self._lock:
             if checkpointing == self.state.checkpointing:
                 return

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-
-def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Return whether processes hold parts of these tensors."""
-    return any(hasattr(tensor, "full_tensor") for tensor in tensors)
+from gralora_fx.core.adapters.base import is_sharded
 
 
 def reshard(model: nn.Module) -> None:

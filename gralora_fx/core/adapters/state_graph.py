@@ -40,7 +40,7 @@ class GraphState:
         unties: Whether tied weights were untied for that.
         passes: The user's passes, which run over every graph.
         training: The mode.
-        checkpointing: Which blocks are computed again in the backward pass of training; None for none.
+        checkpointing: Which blocks are recomputed in the backward pass of training; None for none.
     """
 
     active: tuple[str, ...] = ()

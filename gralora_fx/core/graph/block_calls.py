@@ -106,7 +106,8 @@ def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph,
     for (path, _), nodes in members.items():
         others = {node for listed in members.values() if listed is not nodes for node in listed}
         made = _take_out(graph, path, _together(path, nodes, others))
-        if made.structure != calls.setdefault(path, made).structure:
+        first = calls.setdefault(path, made)
+        if first is not made and first.structure != made.structure:
             raise NoBlock(path, "it is called several times, and computes something else in one of its calls")
     graph.owning_module = None
     return graph, list(calls.values())

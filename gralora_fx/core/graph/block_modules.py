@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -32,15 +32,16 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
 )
+_OWN = (*_TENSORS, *_HOOKS, "training", "_is_full_backward_hook")  # what a block has of the container in its place
 
 
 class Checkpointing(NamedTuple):
-    """Which blocks are computed again in the backward pass.
+    """Which blocks are recomputed in the backward pass.
 
     Attributes:
         every: 1 for every block, n for the first of each n.
         options: Options of `torch.utils.checkpoint.checkpoint`, as pairs.
-        offload: Whether what is kept for computing again is kept in the host's memory.
+        offload: Whether what is kept for recomputation is kept in the host's memory.
     """
 
     every: int = 1
@@ -90,8 +91,7 @@ class GraphBlock(fx.GraphModule):
             running: Returns the block of the module that runs.
         """
         nn.Module.__init__(self)
-        for table in (*_TENSORS, *_HOOKS, "_modules", "training", "_is_full_backward_hook"):
-            self.__dict__[table] = container.__dict__[table]
+        _share(self, container, (*_OWN, "_modules"))
         type(self).__name__ = kind
         self.__dict__["_running"] = running
 
@@ -169,6 +169,11 @@ class _RunningBlock(fx.GraphModule):
         return made[1]  # type: ignore[no-any-return]
 
 
+def _share(module: nn.Module, other: nn.Module, attributes: Iterable[str]) -> None:
+    """Let a module have attributes of another one, tables of tensors and hooks among them."""
+    module.__dict__.update({name: other.__dict__[name] for name in attributes})
+
+
 def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[[str], fx.GraphModule]) -> None:
     """Make blocks of the containers at some paths of a tree, in place.
 
@@ -183,11 +188,9 @@ def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[
 
 def without_blocks(tree: nn.Module) -> nn.Module:
     """A copy of a tree's containers over the same tensors, in which blocks are plain containers again."""
-    plain = nn.Module() if isinstance(tree, GraphBlock) else object.__new__(type(tree))
-    tables = (
-        (*_TENSORS, "training", *_HOOKS, "_is_full_backward_hook") if isinstance(tree, GraphBlock) else tree.__dict__
-    )
-    plain.__dict__.update({name: tree.__dict__[name] for name in tables})
+    is_block = isinstance(tree, GraphBlock)
+    plain = nn.Module() if is_block else object.__new__(type(tree))
+    _share(plain, tree, _OWN if is_block else tree.__dict__)
     plain.__dict__["_modules"] = {
         name: None if module is None else without_blocks(module) for name, module in tree._modules.items()
     }
@@ -203,7 +206,7 @@ def running_module(
         flat: The flat graph, over the tensors of the tree or others in their place.
         tree: The tree, with the blocks.
         paths: Paths of the blocks.
-        checkpointing: Which blocks are computed again in the backward pass; None for none.
+        checkpointing: Which blocks are recomputed in the backward pass; None for none.
 
     Raises:
         NoBlock: The operations of a block cannot run together.
@@ -239,10 +242,8 @@ def _running_block(
     else:
         block = object.__new__(type(first))
         block.__dict__.update(first.__dict__)
-    for table in _TENSORS:
-        block.__dict__[table] = container.__dict__[table]
-    for table in _HOOKS:
-        block.__dict__[table] = owner.__dict__[table]
+    _share(block, container, _TENSORS)
+    _share(block, owner, _HOOKS)
     outside = {name: flat.get_submodule(path) for name, path in call.outside.items()}
     block.__dict__["_modules"] = {**container._modules, **outside}
     block.__dict__["_tree_block"] = owner
@@ -264,7 +265,7 @@ def _updates(graph: fx.Graph) -> bool:
 
 
 def _checkpoint_blocks(graph: fx.Graph, paths: Collection[str], checkpointing: Checkpointing) -> None:
-    """Compute blocks again in the backward pass, instead of keeping their activations.
+    """Recompute blocks in the backward pass, instead of keeping their activations.
 
     One that updates a buffer, as BatchNorm does, is left as it is, since it would update it twice.
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a rewritten model: blocks whose activations the backward pass computes again."""
+"""Gradient checkpointing of a rewritten model: blocks whose activations the backward pass recomputes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_BLOCKS = (
 
 
 class Checkpointed:
-    """A model whose blocks can be computed again in the backward pass, and its blocks.
+    """A model whose blocks can be recomputed in the backward pass, and its blocks.
 
     Attributes:
         _state: The graph and its adapters, of the model.
@@ -39,7 +39,7 @@ class Checkpointed:
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, *, every: int = 1
     ) -> None:
-        """Keep no activations within blocks while training; the backward pass computes them again.
+        """Keep no activations within blocks while training; the backward pass recomputes them.
 
         Outputs and gradients are bit for bit the same, dropout included. The blocks are nodes
         `checkpoint(self.model.layers.0, x, ..., use_reentrant=False)` of the graph that runs, in training mode alone.
@@ -80,7 +80,7 @@ class Checkpointed:
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are computed again in the backward pass of training."""
+        """Whether blocks are recomputed in the backward pass of training."""
         return self._state.state.checkpointing is not None
 
     is_activation_checkpointing = is_gradient_checkpointing

@@ -61,8 +61,9 @@ class AdapterFiles(Switching):
         if adapter_names is not None and selected_adapters is not None:
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
         from gralora_fx.core.adapters.adapter import checkpoint_parameters
+        from gralora_fx.core.adapters.base import is_sharded
         from gralora_fx.core.adapters.checkpoint import check_state_dict, write_adapters
-        from gralora_fx.core.adapters.sharded import gathered, is_sharded, is_writer, reshard
+        from gralora_fx.core.adapters.sharded import gathered, is_writer, reshard
 
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)

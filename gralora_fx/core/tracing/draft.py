@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # of models whose inputs features know alone
 
 NO_CHECKPOINTS = (
     "gradient checkpointing is not part of a trace; the rewritten model has its own (gradient_checkpointing_enable), "
-    "which computes its blocks again"
+    "which recomputes its blocks"
 )
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 

@@ -67,7 +67,7 @@ def trace(
             size. A model with a table of positions then interpolates it (`interpolate_pos_encoding`). None: of any size
             if the model takes them as it is called, else of the example's (see `signature.image_sizes`).
         blocks: Paths or patterns of the modules that are blocks of the rewritten model, which gradient checkpointing
-            computes again and `fully_shard` takes; `*` stands for one part of a path, as in `"encoder.layers.*"`. None
+            recomputes and `fully_shard` takes; `*` stands for one part of a path, as in `"encoder.layers.*"`. None
             finds the repeated ones: members of one class of a `ModuleList` or `Sequential`.
 
     Returns:
@@ -177,7 +177,7 @@ def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None
 
 
 def _checkpointing_of(model: nn.Module | torch.export.ExportedProgram, blocks: Sequence[str]) -> Checkpointing | None:
-    """Return how a model computes its blocks again in the backward pass, which the rewritten model then does."""
+    """Return how a model recomputes its blocks in the backward pass, which the rewritten model then does."""
     parts = model.named_modules() if isinstance(model, nn.Module) else ()
     checkpointed = {path: part for path, part in parts if getattr(part, "gradient_checkpointing", False) is True}
     if not checkpointed:

@@ -63,7 +63,7 @@ class TracedModel:
         appended: The modules that the task appends to the model, or None.
         passes: What each pass that normalized the graph did, in order.
         blocks: Paths of the modules that are blocks of the rewritten model (see `trace`).
-        checkpointing: How the source model computed blocks again in its backward pass, or None.
+        checkpointing: How the source model recomputed blocks in its backward pass, or None.
     """
 
     graph_module: fx.GraphModule

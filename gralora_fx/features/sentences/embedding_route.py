@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from gralora_fx.errors import ServingError
+from gralora_fx.features.sentences.stored_modules import SENTENCE
 from gralora_fx.service.engines import EncoderEngine
 from gralora_fx.service.protocols.openai.encoders import Outputs, Usage, answer_texts, finite
 from gralora_fx.service.protocols.openai.requests import EmbeddingRequest
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
-
-SENTENCE = "sentence_embedding"
 
 
 class Embedding(BaseModel):
