@@ -1,25 +1,33 @@
-"""A training step on MiniLM, beside PEFT's GraLoRA and LoRA, and with other ways to add the adapter's output."""
+"""A training step on MiniLM beside PEFT's GraLoRA and LoRA: eager and compiled, and what the adapters alone cost."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import peft
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from benchmarks.harness import Case, Report, Table, measure, progress
+from benchmarks.harness import Case, Claim, Report, Table, Timings, measure, progress
 from benchmarks.models import minilm
-from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
-from gralora_fx.core.methods.low_rank import accumulate
+from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 
 BATCH, LENGTH, RANK = 16, 64, 32
+FLOOR = "frozen base"
+GRALORA: dict[str, Any] = {"r": RANK, "gralora_k": 2, "target_modules": "all-linear"}
+LORA: dict[str, Any] = {"r": RANK, "target_modules": "all-linear"}
 
 
-def run(iterations: int = 20) -> Report:
-    """Compare whole steps: forward, backward and AdamW."""
+def run(iterations: int = 20, *, compiled: bool = True) -> Report:
+    """Compare whole steps: forward, backward and AdamW.
+
+    Args:
+        iterations: How often each step is timed.
+        compiled: Whether to compile the models too, which takes minutes and a C++ compiler.
+    """
     report = Report(
         "training", f"training: a step of MiniLM, batch {BATCH}x{LENGTH}, r={RANK}, all linear layers, fp32"
     )
@@ -27,19 +35,29 @@ def run(iterations: int = 20) -> Report:
     torch.manual_seed(0)
     source = minilm().train()
     inputs = _inputs(source.config.vocab_size)
-    lora = peft.LoraConfig(r=RANK, target_modules="all-linear")
-    gralora = peft.GraloraConfig(r=RANK, gralora_k=2, target_modules="all-linear")
-    theirs = {"PEFT GraLoRA": gralora, "PEFT LoRA": lora}
-    models: dict[str, nn.Module] = {n: peft.get_peft_model(copy.deepcopy(source), c) for n, c in theirs.items()}
     traced = trace(source, inputs, task="feature-extraction")
-    models["ours"] = _ours(traced)
-    models |= {f"ours, {name}": _ours(traced, change) for name, change in VARIANTS.items()}
-    cases = [Case(name, lambda step: step(), _stepper(model.train(), inputs)) for name, model in models.items()]
-    timings = measure(cases, iterations=iterations)
-    report.tables.append(Table("one step", [timings.row(case.name, "PEFT GraLoRA") for case in cases]))
-    variants = [name for name in models if name.startswith("ours")]
-    title = "ways to add the adapter's output to the layer's: ours is baddbmm in training, in place without gradients"
-    report.tables.append(Table(title, [timings.row(name, "ours") for name in variants]))
+    models: dict[str, nn.Module] = {
+        "PEFT GraLoRA": peft.get_peft_model(copy.deepcopy(source), peft.GraloraConfig(**GRALORA)),
+        "ours GraLoRA": rewrite(traced, GraloraConfig(**GRALORA)),
+        "PEFT LoRA": peft.get_peft_model(copy.deepcopy(source), peft.LoraConfig(**LORA)),
+        "ours LoRA": rewrite(traced, LoraConfig(**LORA)),
+        FLOOR: _frozen(source),
+    }
+    timings = _timings(models, inputs, iterations)
+    report.tables.append(Table("one step, eager", [timings.row(name, "PEFT GraLoRA") for name in models]))
+    report.claims += [
+        _claim(timings, "ours GraLoRA", "PEFT GraLoRA", 0.82),
+        _claim(timings, "ours GraLoRA", "PEFT LoRA", 0.95),
+        Claim(
+            "adapters' share of a step (beyond the frozen base's): GraLoRA over PEFT's", _share(timings), at_most=0.5
+        ),
+    ]
+    if compiled:
+        progress("training, MiniLM, compiled")
+        programs: dict[str, Any] = {name: torch.compile(models[name]) for name in ("PEFT GraLoRA", "ours GraLoRA")}
+        timings = _timings(programs, inputs, iterations)
+        report.tables.append(Table("one step, compiled", [timings.row(name, "PEFT GraLoRA") for name in programs]))
+        report.claims.append(_claim(timings, "ours GraLoRA", "PEFT GraLoRA", 0.95, ", both compiled"))
     return report
 
 
@@ -48,6 +66,19 @@ def _inputs(vocabulary: int) -> dict[str, Tensor]:
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[::4, LENGTH * 3 // 4 :] = 0
     return {"input_ids": torch.randint(vocabulary, (BATCH, LENGTH)), "attention_mask": mask}
+
+
+def _frozen(source: nn.Module) -> nn.Module:
+    """The base alone, through all of which gradients flow to one vector added to its embeddings."""
+    frozen: Any = copy.deepcopy(source).requires_grad_(False)
+    frozen.offset = nn.Parameter(torch.zeros(frozen.config.hidden_size))
+    frozen.get_input_embeddings().register_forward_hook(lambda *call: call[2] + frozen.offset)
+    return frozen
+
+
+def _timings(models: Mapping[str, Any], inputs: dict[str, Tensor], iterations: int) -> Timings:
+    cases = [Case(name, lambda step: step(), _stepper(model.train(), inputs)) for name, model in models.items()]
+    return measure(cases, iterations=iterations)
 
 
 def _stepper(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Callable[[], Any]]:
@@ -68,35 +99,10 @@ def _stepper(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], Callab
     return setup
 
 
-def _ours(traced: TracedModel, change: Callable[[fx.Graph, fx.Node], fx.Node] | None = None) -> GraloraModel:
-    """A rewritten model, every accumulation into the layer's output replaced by `change`."""
-    model = rewrite(traced, GraloraConfig(r=RANK, gralora_k=2, target_modules="all-linear"))
-    graph = model.graph_module.graph
-    for node in list(graph.find_nodes(op="call_function", target=accumulate)) if change else []:
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(change(graph, node))  # type: ignore[misc]
-        graph.erase_node(node)
-    graph.lint()
-    model.graph_module.recompile()
-    return model
+def _claim(timings: Timings, ours: str, theirs: str, at_most: float, how: str = "") -> Claim:
+    return Claim(f"a step of {ours} over {theirs}{how}", timings.ratio(ours, theirs).median_of_pairs, at_most=at_most)
 
 
-def _in_place(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """`baddbmm_` into the layer's output, as without gradients."""
-    return graph.call_method("baddbmm_", node.args[:3], {"alpha": node.args[3]})
-
-
-def _add(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """`bmm`, then `add` with a factor."""
-    product = graph.call_function(torch.bmm, node.args[1:3])
-    return graph.call_function(torch.add, (node.args[0], product), {"alpha": node.args[3]})
-
-
-def _scaled_add(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """`bmm` of scaled hidden values, then `add`: no tensor of the output's size is scaled, in backward either."""
-    hidden = graph.call_function(torch.mul, (node.args[1], node.args[3]))
-    product = graph.call_function(torch.bmm, (hidden, node.args[2]))
-    return graph.call_function(torch.add, (node.args[0], product))
-
-
-VARIANTS = {"in place": _in_place, "bmm and add": _add, "bmm of scaled and add": _scaled_add}
+def _share(timings: Timings) -> float:
+    ours, theirs = (statistics.median(timings.over(f"{name} GraLoRA", FLOOR)) for name in ("ours", "PEFT"))
+    return ours / theirs

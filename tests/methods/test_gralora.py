@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_fx.core.methods.fold import delta_weight, fold
 from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
-from gralora_fx.core.methods.low_rank import accumulate
+from gralora_fx.core.methods.lora import LoraFactors
+from gralora_fx.core.methods.low_rank import accumulate, project
 from gralora_fx.core.methods.method import LayerCall, Update
 from gralora_fx.core.methods.registry import GRALORA
 
@@ -134,20 +135,21 @@ def test_a_part_of_the_layers_output(rank: GraloraSizes, rows: tuple[int, int]) 
     assert torch.allclose(actual, whole[..., slice(*rows)], atol=1e-5)
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_accumulating_writes_into_its_target_only_without_gradients(batched: bool) -> None:
-    shape = (2,) if batched else ()
-    into, left, right = torch.randn(*shape, 3, 4), torch.randn(*shape, 3, 2), torch.randn(*shape, 2, 4)
-    expected = into + 0.5 * left @ right
-    assert torch.allclose(accumulate(into, left, right, 0.5, in_place=False), expected)
-    right.requires_grad_()
-    result = accumulate(into, left, right, 0.5)
-    assert torch.allclose(result, expected)
+@pytest.mark.parametrize("k", [1, 2])
+def test_accumulating_writes_into_the_output_only_without_gradients(k: int) -> None:
+    y, x = torch.randn(3, 4), torch.randn(3, 6)
+    A, B = (torch.randn(2, 6), torch.randn(4, 2)) if k == 1 else (torch.randn(2, 3, 2), torch.randn(2, 2, 2))
+    hidden, update = project(x, A), Update(LoraFactors(A, B) if k == 1 else Factors(A, B), 0.5)
+    expected = y + x @ delta_weight(update).T
+    assert torch.allclose(accumulate(y, hidden, B, 0.5, in_place=False), expected, atol=1e-6)
+    B.requires_grad_()
+    result = accumulate(y, hidden, B, 0.5)
+    assert torch.allclose(result, expected, atol=1e-6)
     assert result.requires_grad
-    assert not torch.allclose(into, expected)
+    assert not torch.allclose(y, expected)
     with torch.no_grad():
-        assert accumulate(into, left, right, 0.5).data_ptr() == into.data_ptr()
-    assert torch.allclose(into, expected)
+        assert accumulate(y, hidden, B, 0.5).data_ptr() == y.data_ptr()
+    assert torch.allclose(y, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

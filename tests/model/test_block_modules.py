@@ -371,6 +371,11 @@ def test_a_base_that_checkpoints_keeps_doing_so(recwarn: pytest.WarningsRecorder
     assert model._state.current.running.code.count("checkpoint(") == 2  # of layers 0 and 2
 
 
+def are_close(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Whether gradients are equal but for the order in which a compiler adds up those of one input."""
+    return all((gradients[key] - value).abs().max() <= 1e-5 * value.abs().max() for key, value in expected.items())
+
+
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_it_compiles_whole_and_once_for_every_size(checkpoints: bool) -> None:
     model = rewritten("llama").train()
@@ -385,7 +390,7 @@ def test_it_compiles_whole_and_once_for_every_size(checkpoints: bool) -> None:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         expected, actual = step(model, inputs), step(compiled, inputs)
         assert torch.equal(actual[0], expected[0])
-        assert all(torch.equal(actual[1][f"_orig_mod.{key}"], gradient) for key, gradient in expected[1].items())
+        assert are_close({key.removeprefix("_orig_mod."): value for key, value in actual[1].items()}, expected[1])
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [1, 1, 1]
 
@@ -426,7 +431,7 @@ def test_blocks_compile_once_for_all_layers_that_compute_the_same() -> None:
     for _ in range(2):
         actual = step(model, inputs)
         assert torch.equal(actual[0], expected[0])
-        assert all(torch.equal(actual[1][key], gradient) for key, gradient in expected[1].items())
+        assert are_close(actual[1], expected[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of the first block's input without a gradient
     model.eval()
     with model.disable_adapter(), torch.no_grad():

@@ -58,23 +58,15 @@ graph():
     %down_weight : [num_users=1] = get_attr[target=down.weight]
     %down_bias : [num_users=1] = get_attr[target=down.bias]
     %x : [num_users=2] = placeholder[target=x]
-    %linear : [num_users=2] = call_function[target=torch.ops.aten.linear.default]\
+    %linear : [num_users=1] = call_function[target=torch.ops.aten.linear.default]\
 (args = (%x, %up_weight, %up_bias), kwargs = {{}})
     %{A} : [num_users=1] = get_attr[target=gralora.default.up.gralora_A]
     %{B} : [num_users=1] = get_attr[target=gralora.default.up.gralora_B]
-    %reshape : [num_users=1] = call_method[target=reshape](args = (%x, -1, 2, 2), kwargs = {{}})
-    %transpose : [num_users=1] = call_method[target=transpose](args = (%reshape, 0, 1), kwargs = {{}})
-    %bmm : [num_users=1] = call_function[target=torch.bmm](args = (%transpose, %{A}), kwargs = {{}})
-    %view : [num_users=1] = call_method[target=view](args = (%bmm, 2, -1, 2, 1), kwargs = {{}})
-    %permute : [num_users=1] = call_method[target=permute](args = (%view, 2, 1, 0, 3), kwargs = {{}})
-    %reshape_1 : [num_users=1] = call_method[target=reshape](args = (%permute, 2, -1, 2), kwargs = {{}})
-    %view_1 : [num_users=1] = call_method[target=view](args = (%linear, -1, 2, 3), kwargs = {{}})
-    %transpose_1 : [num_users=1] = call_method[target=transpose](args = (%view_1, 0, 1), kwargs = {{}})
+    %project : [num_users=1] = call_function[target=gralora_fx.core.methods.low_rank.project]\
+(args = (%x, %{A}), kwargs = {{}})
     %accumulate : [num_users=1] = call_function[target=gralora_fx.core.methods.low_rank.accumulate]\
-(args = (%transpose_1, %reshape_1, %{B}, 2.0), kwargs = {{}})
-    %transpose_2 : [num_users=1] = call_method[target=transpose](args = (%accumulate, 0, 1), kwargs = {{}})
-    %reshape_as : [num_users=1] = call_method[target=reshape_as](args = (%transpose_2, %linear), kwargs = {{}})
-    %relu : [num_users=1] = call_function[target=torch.ops.aten.relu.default](args = (%reshape_as,), kwargs = {{}})
+(args = (%linear, %project, %{B}, 2.0), kwargs = {{}})
+    %relu : [num_users=1] = call_function[target=torch.ops.aten.relu.default](args = (%accumulate,), kwargs = {{}})
     %linear_1 : [num_users=1] = call_function[target=torch.ops.aten.linear.default]\
 (args = (%relu, %down_weight, %down_bias), kwargs = {{}})
     return (linear_1,)"""
@@ -106,12 +98,12 @@ def test_the_graph_before_and_after(base: TracedModel) -> None:
 @pytest.mark.parametrize(
     ("fields", "added"),
     [
-        ({}, 13),
-        ({"hybrid_r": 1, "alpha": 6}, 22),
-        ({"gralora_dropout": 0.1}, 14),
-        ({"gralora_dropout": 0.1, "hybrid_r": 1}, 24),
-        ({"target_modules": ["up", "down"]}, 26),
-        ({"gralora_k": 1}, 13),
+        ({}, 4),
+        ({"hybrid_r": 1, "alpha": 6}, 8),
+        ({"gralora_dropout": 0.1}, 5),
+        ({"gralora_dropout": 0.1, "hybrid_r": 1}, 10),
+        ({"target_modules": ["up", "down"]}, 8),
+        ({"gralora_k": 1}, 4),
     ],
     ids=str,
 )
@@ -131,7 +123,7 @@ def test_marks_name_site_adapter_and_call(base: TracedModel) -> None:
 
 def test_marks_survive_a_copy(base: TracedModel) -> None:
     copied = copy.deepcopy(adapted(base)).graph_module
-    assert len(list(annotated_nodes(copied.graph, "default"))) == 13
+    assert len(list(annotated_nodes(copied.graph, "default"))) == 4
 
 
 @pytest.mark.parametrize("order", [["default", "b", "c"], ["c", "default", "b"], ["b", "c", "default"]])

@@ -48,6 +48,7 @@ __all__ = [
     "detect_fake_mode",
     "enter_autocast",
     "is_mutable",
+    "is_transformed",
     "leave_autocast",
     "returns_alias",
     "schema_of",
@@ -71,6 +72,11 @@ def schema_of(target: object) -> Any:
 def is_mutable(target: object) -> bool:
     """Whether a target is an operator that writes into one of its arguments."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
+
+
+def is_transformed() -> bool:
+    """Whether a functional transform such as `vmap` or `jvp`, or a mode that sees every operator, is at work."""
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def base_name(target: OpOverload) -> str:

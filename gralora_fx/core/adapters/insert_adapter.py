@@ -53,7 +53,7 @@ class InsertAdapter:
     """Add an adapter's output to that of its sites, at each of their calls.
 
     Before: `y = linear(x, w, b); z = relu(y)`
-    After:  `y = linear(x, w, b); ...; y_1 = reshape_as(accumulate(blocks of y, ...), y); z = relu(y_1)`
+    After:  `y = linear(x, w, b); h = project(x, A); y_1 = accumulate(y, h, B, scale); z = relu(y_1)`
 
     The nodes are those that `AdapterMethod.add_output` makes when it runs on the graph's own proxies. A parameter of
     other code, such as stacked matrices, is changed where the graph reads it, whatever is computed with it:
@@ -205,8 +205,8 @@ def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:
 def protect_outputs(graph: fx.Graph) -> PassResult[fx.Graph]:
     """Make an adapter add out of place where another node reads the layer's output.
 
-    Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ...)`
-    After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(blocks of y, ..., in_place=False)`
+    Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(y, h, B, scale)`
+    After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(y, h, B, scale, in_place=False)`
 
     Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
     """

@@ -18,6 +18,7 @@ from gralora_fx.core.graph.overlay import CountedGraph, FlatGraph, overlay, shar
 from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.methods import first_tensor
+from gralora_fx.core.methods.low_rank import accumulate
 from gralora_fx.core.operators.call import COMPUTING
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -126,21 +127,29 @@ class StateGraph:
         return self._running
 
     def _new_running(self) -> fx.GraphModule:
-        traced = self._base.traced
-        if not traced.blocks:
+        traced, passes = self._base.traced, self._training_passes()
+        if not traced.blocks and not passes:
             return self.flat.compiled()
         from gralora_fx.core.graph.block_calls import NoBlock
         from gralora_fx.core.graph.block_modules import running_module
 
         checkpointing = self.state.checkpointing if self.state.training else None
         try:
-            return running_module(self.flat.module, self._base.tree, traced.blocks, checkpointing)
+            return running_module(self.flat.module, self._base.tree, traced.blocks, checkpointing, passes)
         except NoBlock as error:
             others = [path for path in traced.blocks if path != error.path]
             raise RewriteError(
                 f"the graph's block {error.path} cannot run as a module: {error.reason}. Change the pass that put it "
                 f"there, or trace the model without this block (blocks={others})"
             ) from error
+
+    def _training_passes(self) -> tuple[Pass[fx.Graph], ...]:
+        """The passes over what runs in training: they make what autograd need not take apart."""
+        if not self.state.training or not self.flat.module.graph.find_nodes(op="call_function", target=accumulate):
+            return ()
+        from gralora_fx.core.adapters.adapted_linears import join_adapted_linears
+
+        return (join_adapted_linears,)
 
     def show_adapters(self) -> None:
         """Update the graph's adapters to those of the tree."""

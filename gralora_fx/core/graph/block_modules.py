@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.block_calls import BlockCall, call_blocks
 from gralora_fx.core.graph.overlay import overlay, replace_module
+from gralora_fx.core.graph.pipeline import Pass
 from gralora_fx.errors import RewriteError, shown
 
 _OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind is p.KEYWORD_ONLY} | {
@@ -198,7 +199,11 @@ def without_blocks(tree: nn.Module) -> nn.Module:
 
 
 def running_module(
-    flat: fx.GraphModule, tree: nn.Module, paths: Collection[str], checkpointing: Checkpointing | None
+    flat: fx.GraphModule,
+    tree: nn.Module,
+    paths: Collection[str],
+    checkpointing: Checkpointing | None,
+    passes: Sequence[Pass[fx.Graph]] = (),
 ) -> fx.GraphModule:
     """Return a module that computes what a flat graph computes, and calls its blocks.
 
@@ -207,11 +212,15 @@ def running_module(
         tree: The tree, with the blocks.
         paths: Paths of the blocks.
         checkpointing: Which blocks are recomputed in the backward pass; None for none.
+        passes: Passes over the graph of each block, and over what is left of the whole.
 
     Raises:
         NoBlock: The operations of a block cannot run together.
     """
     graph, calls = call_blocks(flat, paths)
+    for own in (graph, *(call.graph for call in calls)):
+        for graph_pass in passes:
+            graph_pass(own)
     running = overlay(flat, graph, flat.training)
     alike: list[tuple[list[Any], _RunningBlock]] = []  # layers that compute the same have one class and one code
     for call in calls:

@@ -179,27 +179,17 @@ class Gralora(AdapterMethod):
     def forward(
         self, call: LayerCall, factors: Factors, scale: float, *, sizes: GraloraSizes, dropout: float = 0.0
     ) -> Tensor:
-        """`y + scale * adapter(x)`.
-
-        Without gradients the update is accumulated straight into the blocks of `y` (see `accumulate` for when it is
-        overwritten), so no tensor of its size is made: beyond the multiplications only `[T, k*r]` values are moved.
-        """
+        """`y + scale * adapter(x)`; see `accumulate` for when `y` is overwritten."""
         import torch
 
-        from gralora_fx.core.methods.low_rank import accumulate, add_low_rank, drop_inputs
+        from gralora_fx.core.methods.low_rank import accumulate, add_low_rank, drop_inputs, project
 
-        r, k, _ = sizes
-        in_features, out_features = call.features
-        y = call.y
-        blocks = drop_inputs(call.x, dropout).reshape(-1, k, in_features // k).transpose(0, 1)  # [k, T, in/k]
-        hidden = torch.bmm(blocks, factors.A)  # [k (input block), T, r]
-        hidden = hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)  # [k (output block), T, r]
+        hidden = project(drop_inputs(call.x, dropout), factors.A)  # [k (output block), T, r]
         if call.rows is None:
-            into = y.view(-1, k, out_features // k).transpose(0, 1)  # [k, T, out/k]
-            y = accumulate(into, hidden, factors.B, scale).transpose(0, 1).reshape_as(y)
+            y = accumulate(call.y, hidden, factors.B, scale)
         else:
-            output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, out_features)[:, slice(*call.rows)]
-            y = torch.add(y, output.reshape_as(y), alpha=scale)
+            output = torch.bmm(hidden, factors.B).transpose(0, 1).reshape(-1, call.features[1])[:, slice(*call.rows)]
+            y = torch.add(call.y, output.reshape_as(call.y), alpha=scale)
         if factors.A_general is None or factors.B_general is None:
             return y
         general = factors.A_general, factors.B_general

@@ -1,4 +1,4 @@
-"""Products of low rank: the steps that every method's forward is made of."""
+"""Products of low rank: the two steps that every method's forward is made of, each one node of a graph."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout
         scale: Factor of the product.
         dropout: Probability with which input values are zeroed (training).
     """
-    hidden = torch.mm(drop_inputs(call.x, dropout).reshape(-1, call.features[0]), A.t())  # [T, r]
-    first, end = (0, call.features[1]) if call.rows is None else call.rows
-    return accumulate(call.y.view(-1, end - first), hidden, call.of_rows(B).t(), scale).view_as(call.y)
+    return accumulate(call.y, project(drop_inputs(call.x, dropout), A), call.of_rows(B), scale)
 
 
 def drop_inputs(x: Tensor, probability: float) -> Tensor:
@@ -33,27 +31,60 @@ def drop_inputs(x: Tensor, probability: float) -> Tensor:
     return nn.functional.dropout(x, probability, training=True) if probability else x
 
 
-def accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
-    """`into + scale * left @ right`, computed in place where that is correct and fast.
+def project(x: Tensor, A: Tensor) -> Tensor:
+    """Multiply a layer's input by the first factor.
+
+    Args:
+        x: `[..., in]`.
+        A: `[r, in]`; or `[k (input block), in/k, r]`, of which columns `[j*s:(j+1)*s]`, with `s = r/k`, are for output
+            block j.
+
+    Returns:
+        `[T, r]`; or `[k (output block), T, r]`, of which columns `[n*s:(n+1)*s]` come from input block n.
+    """
+    if has_torch_function((x, A)):  # so that running on the proxies of a graph makes a node of the call
+        result: Tensor = handle_torch_function(project, (x, A), x, A)
+        return result
+    if A.ndim == 2:
+        return torch.mm(x.reshape(-1, A.shape[1]), A.t())
+    return swapped(torch.bmm(in_blocks(x, A.shape[0]), A))
+
+
+def accumulate(y: Tensor, hidden: Tensor, B: Tensor, scale: float, *, in_place: bool = True) -> Tensor:
+    """Multiply by the second factor, and add the product to a layer's output: in place where that is correct and fast.
 
     In training it makes a new tensor, since writing into a view costs autograd a copy of the whole gradient; under
     `torch.compile` and `torch.export` too, which cannot undo the write; and under autocast, which gives the result its
-    own dtype. A graph calls it as one node.
+    own dtype.
 
     Args:
-        into: `[n, m]`, or `[k, n, m]`; overwritten where no gradient is recorded.
-        left: `[n, r]`, or `[k, n, r]`.
-        right: `[r, m]`, or `[k, r, m]`.
+        y: The output, `[..., out]`, contiguous; overwritten where no gradient is recorded.
+        hidden: `[T, r]`, or `[k, T, r]`.
+        B: `[out, r]`, or `[k, r, out/k]`, of which block j adds `scale * hidden[j] @ B[j]` to block j of `y`.
         scale: Factor of the product.
-        in_place: False never overwrites, for an `into` with other readers.
+        in_place: False never overwrites, for a `y` with other readers.
     """
-    operands = (into, left, right)
-    if has_torch_function(operands):  # so that running on the proxies of a graph makes a node of the call
+    operands = (y, hidden, B)
+    if has_torch_function(operands):
         options: dict[str, Any] = {} if in_place else {"in_place": False}
         result: Tensor = handle_torch_function(accumulate, operands, *operands, scale, **options)
         return result
-    batched = into.ndim == 3
+    into, right = (y.view(-1, B.shape[0]), B.t()) if B.ndim == 2 else (in_blocks(y, B.shape[0]), B)
     records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands)
-    if in_place and not records and into.dtype == left.dtype == right.dtype and not torch.compiler.is_compiling():
-        return into.baddbmm_(left, right, alpha=scale) if batched else into.addmm_(left, right, alpha=scale)
-    return (torch.baddbmm if batched else torch.addmm)(into, left, right, alpha=scale)
+    if in_place and not records and y.dtype == hidden.dtype == B.dtype and not torch.compiler.is_compiling():
+        into.addmm_(hidden, right, alpha=scale) if B.ndim == 2 else into.baddbmm_(hidden, right, alpha=scale)
+        return y
+    if B.ndim == 2:
+        return torch.addmm(into, hidden, right, alpha=scale).view_as(y)
+    return torch.baddbmm(into, hidden, right, alpha=scale).transpose(0, 1).reshape_as(y)
+
+
+def in_blocks(x: Tensor, k: int) -> Tensor:
+    """Return `[..., width]` as `[k, T, width/k]`, a view where `x` is contiguous."""
+    return x.reshape(-1, k, x.shape[-1] // k).transpose(0, 1)
+
+
+def swapped(hidden: Tensor) -> Tensor:
+    """Sort `[k (input block), T, r]` by output block instead, or the other way round."""
+    k, _, r = hidden.shape
+    return hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)

@@ -1,0 +1,141 @@
+"""Adapted layers that read one input: one node of what runs in training, with the values and gradients of many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import text_batch
+from torch import Tensor, fx, nn
+from torch.nn.functional import linear
+from traces import fresh_trace
+
+from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite
+from gralora_fx.core.adapters.adapted_linears import adapted_linears, join_adapted_linears
+from gralora_fx.core.methods.low_rank import accumulate, project
+
+DOUBLE = torch.float64
+METHODS: dict[str, Any] = {
+    "gralora": GraloraConfig(r=4, target_modules="all-linear", init_weights=False),
+    "hybrid": GraloraConfig(r=4, hybrid_r=2, target_modules="all-linear", init_weights=False),
+    "lora": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+}
+
+
+def values(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE, requires_grad=True)
+
+
+class Layers:
+    """Three layers of one input: LoRA, and GraLoRA with two ranks, one of them beside a bias."""
+
+    def __init__(self, drops: bool) -> None:
+        torch.manual_seed(0)
+        self.x, self.dropped = values(2, 3, 8), values(2, 3, 8) if drops else None
+        self.weights, self.biases = [values(12, 8), values(4, 8), values(8, 8)], [None, values(4), values(8)]
+        self.As = [values(4, 8), values(2, 4, 4), values(2, 4, 2)]
+        self.Bs = [values(12, 4), values(2, 4, 2), values(2, 2, 4)]
+        self.scales = [2.0, 0.5, 1.0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        every = [self.x, self.dropped, *self.weights, *self.biases, *self.As, *self.Bs]
+        return [tensor for tensor in every if tensor is not None]
+
+    def joined(self, *_: Tensor) -> tuple[Tensor, ...]:
+        return adapted_linears(self.x, self.dropped, self.weights, self.biases, self.As, self.Bs, self.scales)
+
+    def apart(self) -> tuple[Tensor, ...]:
+        layers = zip(self.weights, self.biases, self.As, self.Bs, self.scales, strict=True)
+        read = self.x if self.dropped is None else self.dropped
+        return tuple(accumulate(linear(self.x, w, b), project(read, A), B, s) for w, b, A, B, s in layers)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_values_and_gradients_of_every_order_are_those_of_the_layers_apart(drops: bool) -> None:
+    layers = Layers(drops)
+    for ours, expected in zip(layers.joined(), layers.apart(), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-12)
+    assert torch.autograd.gradcheck(layers.joined, layers.tensors)
+    assert torch.autograd.gradgradcheck(layers.joined, layers.tensors)
+
+
+def test_a_layer_that_the_loss_does_not_read_gets_no_gradient() -> None:
+    layers = Layers(drops=False)
+    ours, expected = (
+        torch.autograd.grad(outputs[1].sum(), layers.tensors, allow_unused=True)
+        for outputs in (layers.joined(), layers.apart())
+    )
+    assert [gradient is None for gradient in ours] == [gradient is None for gradient in expected]
+    for one, other in zip(ours, expected, strict=True):
+        assert one is None or torch.allclose(one, other)  # type: ignore[arg-type]
+
+
+def nodes_of(model: GraloraModel) -> list[list[str]]:
+    """The layers of every node that computes adapted ones, of what runs."""
+    modules = [module for module in model._state.current.running.modules() if isinstance(module, fx.GraphModule)]
+    found = [node for module in modules for node in module.graph.find_nodes(op="call_function", target=adapted_linears)]
+    return [[str(weight.target) for weight in node.args[2]] for node in found]
+
+
+def gradients(model: GraloraModel, runs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(2)
+    runs(**text_batch())[0].square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_step_is_that_of_the_nodes_of_the_flat_graph(method: str, dropout: float) -> None:
+    config = METHODS[method]
+    model = rewrite(fresh_trace("llama"), config.changed(**{config.DROPOUT: dropout})).train()
+    queries = [[path for path in paths if "attn" in path] for paths in nodes_of(model)]
+    expected = [["q", "k", "v"], ["o"]] if not dropout else [["q"], ["k"], ["v"], ["o"]]
+    assert [[path.split("self_attn.")[1][0] for path in paths] for paths in queries if paths] == 2 * expected
+    flat, joined = gradients(model, model.graph_module), gradients(model, model)
+    assert flat.keys() == joined.keys()
+    for key, gradient in joined.items():
+        assert torch.allclose(gradient, flat[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_evaluation_and_layers_that_something_else_reads_are_as_they_were() -> None:
+    model = rewrite(fresh_trace("llama"), METHODS["gralora"]).eval()
+    assert not nodes_of(model)
+
+    def reads_queries(graph_module: fx.GraphModule) -> None:
+        """Add a reader of the first layer's own output, which its adapter must not overwrite."""
+        graph = graph_module.graph
+        node = graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0]
+        with graph.inserting_after(node):
+            graph.call_function(torch.relu, (node,))
+
+    before = gradients(model.train(), model)
+    model.add_pass(reads_queries)
+    for key, gradient in gradients(model, model).items():
+        assert torch.allclose(gradient, before[key], rtol=1e-4, atol=1e-6), key
+    assert ["k", "v"] in [[path.split("self_attn.")[-1][0] for path in paths] for paths in nodes_of(model)]
+
+
+def test_a_write_between_two_layers_keeps_them_apart() -> None:
+    graph = fx.Graph()
+    x, w, a, b = (graph.placeholder(name) for name in "xwab")
+    outputs = []
+    for _ in range(2):
+        y = graph.call_function(torch.ops.aten.linear.default, (x, w))
+        outputs.append(graph.call_function(accumulate, (y, graph.call_function(project, (x, a)), b, 1.0)))
+        graph.call_function(torch.ops.aten.mul_.Tensor, (x, 2.0))
+    graph.output(tuple(outputs))
+    assert join_adapted_linears(graph).changed == 2
+    tensors = [torch.randn(3, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 2)]
+    first, second = fx.GraphModule(nn.Module(), graph)(*tensors)
+    assert torch.allclose(second, 2 * first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_own_precision(dtype: torch.dtype) -> None:
+    model = rewrite(fresh_trace("llama"), METHODS["gralora"]).train()
+    with torch.autocast("cpu", dtype):
+        flat, joined = gradients(model, model.graph_module), gradients(model, model)
+    assert all(torch.equal(gradient, flat[key]) for key, gradient in joined.items())
