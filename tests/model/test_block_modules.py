@@ -373,7 +373,7 @@ def test_a_base_that_checkpoints_keeps_doing_so(recwarn: pytest.WarningsRecorder
 
 def are_close(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     """Whether gradients are equal but for the order in which a compiler adds up those of one input."""
-    return all((gradients[key] - value).abs().max() <= 1e-5 * value.abs().max() for key, value in expected.items())
+    return all((gradients[key] - value).abs().max() <= 1e-4 * value.abs().max() for key, value in expected.items())
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])

@@ -128,8 +128,15 @@ class StateGraph:
 
     def _new_running(self) -> fx.GraphModule:
         traced, passes = self._base.traced, self._training_passes()
-        if not traced.blocks and not passes:
+        if not passes and not traced.blocks:
             return self.flat.compiled()
+        if not traced.blocks:
+            graph = copy_graph(self.flat.module)
+            for graph_pass in passes:
+                graph_pass(graph)
+            running = overlay(self.flat.module, graph, self.state.training)
+            running.recompile()
+            return running
         from gralora_fx.core.graph.block_calls import NoBlock
         from gralora_fx.core.graph.block_modules import running_module
 
