@@ -104,8 +104,10 @@ def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
             from gralora_fx.core.tracing.patches.decoder_operators import decoder_operators
 
             changed.enter_context(decoder_operators(model, inputs))
-            for patches in parts("step patches"):
-                changed.enter_context(patches(inputs))
+            from gralora_fx.core.tracing.inputs.cache import attributes_of
+
+            for patches in parts("step patches", attributes_of(inputs[PAST])):
+                changed.enter_context(patches())
         yield
 
 

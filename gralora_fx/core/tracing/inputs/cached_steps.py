@@ -8,19 +8,20 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.inputs.cache import (
-    OF_MORE_THAN_KEYS,
+    attributes_of,
     empty_cache,
     fresh_layer,
+    keeps_more,
     own_cache,
     positions,
     returned_cache,
@@ -31,7 +32,6 @@ from gralora_fx.core.tracing.inputs.layouts import by_own_names
 from gralora_fx.core.tracing.inputs.refused_steps import check_has_step
 from gralora_fx.core.tracing.inputs.widened import widen
 from gralora_fx.errors import TraceError, first_line, option
-from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST, beside_ids
 from gralora_fx.format.tasks import tasks_beside_ids
 
@@ -68,8 +68,6 @@ def cached_inputs(
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
     if beside:
-        from gralora_fx.base.features import parts
-
         for examples_beside in parts("step examples", (EMBEDS,)):
             step |= examples_beside(model, step["input_ids"], step["attention_mask"])
     return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
@@ -88,16 +86,20 @@ def _first_cache(model: PreTrainedModel) -> DynamicCache:
         cache = DynamicCache(config=model.config)
     except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know
         return DynamicCache()
-    if not any(isinstance(layer, OF_MORE_THAN_KEYS) for layer in cache.layers):
+    if not keeps_more(cache):
         return DynamicCache()
-    cache.layers = [fresh_layer(layer) for layer in cache.layers]
+    cache.layers = [fresh_layer(cache, index) for index in range(len(cache.layers))]
     return cache
 
 
 def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
-    """The cache that a model returns for some inputs, its convolution states as long as the operators' are."""
+    """The cache that a model returns for some inputs; of windows of inputs it has those that are read again."""
+    longer_by_one: set[tuple[int, int]] = set()
+    layers = parts("cache layers", attributes_of(inputs[PAST])) if PAST in inputs else []
     try:
-        with torch.no_grad(), quiet(), _noted_convolutions(model) as longer_by_one:
+        with torch.no_grad(), quiet(), ExitStack() as noted:
+            for states in layers:
+                longer_by_one = noted.enter_context(states.longer_states(model))
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
         tensors = {} if cache is None else tensors_of(cache)
     except (AttributeError, TypeError) as error:
@@ -112,38 +114,9 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
     if not tensors:
         raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
-    states = {slot: tensor for slot, tensor in tensors.items() if slot.kind is KINDS["conv"]}
-    longer = {slot: state[..., 1:] for slot, state in states.items() if (slot.layer, slot.number) in longer_by_one}
+    windows = {slot: tensor for slot, tensor in tensors.items() if slot.kind.is_window}
+    longer = {slot: state[..., 1:] for slot, state in windows.items() if (slot.layer, slot.number) in longer_by_one}
     return with_tensors(cache, {**tensors, **longer}) if longer else cache
-
-
-@contextmanager
-def _noted_convolutions(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
-    """States that are kept within the block and hold as many inputs as a kernel: the first is not read again.
-
-    Such a state is kept by a module with a single convolution, of that width.
-    """
-    longer: set[tuple[int, int]] = set()
-    running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
-    update = DynamicCache.update_conv_state
-
-    def noted(cache: Any, states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
-        width, convolution = options.get("conv_kernel_size"), running[-1] if running else None
-        if convolution is not None and convolution.kernel_size == (width,) and convolution.dilation == (1,):
-            longer.add((layer_idx, state_idx))
-        kept: Tensor = update(cache, states, layer_idx, state_idx=state_idx, **options)
-        return kept
-
-    with ExitStack() as undone:
-        undone.enter_context(patch.object(DynamicCache, "update_conv_state", noted))
-        for module in model.modules():
-            own = [part for part in module.children() if isinstance(part, nn.Conv1d)]
-            if len(own) == 1:
-                before = module.register_forward_pre_hook(lambda *_, own=own: running.extend(own))
-                after = module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
-                undone.callback(before.remove)
-                undone.callback(after.remove)
-        yield longer
 
 
 def decoder_step(

@@ -43,7 +43,7 @@ def batch_of(values: Iterable[Any]) -> int:
 def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Name the inputs of a step as a forward's own arguments.
 
-    transformers' newer name of the cache is `cache`. Most models take the older one too; Mamba would not see it.
+    transformers' newer name of the cache is `cache`. Most models take the older one too; some would not see it.
     """
     taken = inspect.signature(forward).parameters
     if PAST not in inputs or PAST in taken or "cache" not in taken:
