@@ -58,7 +58,7 @@ POINTS: dict[str, str] = {
     # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
     "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
     "own traces": "A function that captures and checks a draft by the inputs that the feature knows, as "
-    "core.tracing.both_modes.trace_both_modes does.",
+    "core.tracing.capture.trace_both_modes does.",
     "trace options": "A Mapping from options of `trace` to functions of the model, the tensors and constants of its "
     "example, and the option's value; each returns the tensors and constants to trace with.",
     "input facts": "A Mapping from keys of an export's manifest to classes of format.input_facts.InputFacts.",

@@ -14,7 +14,7 @@ from gralora_fx import TracedModel, trace
 from gralora_fx.core.tracing.inputs import cached_steps
 from gralora_fx.core.tracing.inputs.cache import cached_slots, tensors_of
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.errors import TraceError
 from gralora_fx.features.states.state_kinds import KINDS as STATES
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, slot_of

@@ -22,8 +22,6 @@ from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
-from gralora_fx.run.engine.shared_rows import SharedRows
 from gralora_fx.run.sessions.adapter_arrays import BASE
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
 from gralora_fx.run.sessions.paged_memory import kept_reason
@@ -86,6 +84,9 @@ class RowsDecoder(Decoder):
             ) from failure
         self._steps = BufferedSteps(session, self._buffers)
         if size.prefix_cache is not None:
+            from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
+            from gralora_fx.run.engine.shared_rows import SharedRows
+
             if self.chunk <= 2 and not is_float32:  # the last of three tokens would be read alone
                 raise PrefixCacheError(
                     f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"

@@ -15,7 +15,7 @@ from gralora_fx.base.compat.transformers_models import (
     DynamicLayer,
 )
 from gralora_fx.base.features import parts
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
 from gralora_fx.errors import TraceError
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, kinds_shown
 from gralora_fx.format.input_names import PAST
