@@ -92,6 +92,7 @@ APART = (
     "sentences",
     "speculation",
     "speech",
+    "states",
     "structured_outputs",
     "tools",
 )  # of these, the features that hardly any other file names

@@ -18,8 +18,7 @@ from gralora_fx.core.adapters.adapter_files import adapter_writers
 from gralora_fx.core.adapters.parameter_keys import names_parameter, parameter_keys
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.core.config.checks import KEY_PREFIX, check_integer
-from gralora_fx.core.config.expressions import fullmatch
+from gralora_fx.core.config.checks import KEY_PREFIX, check_integer, fullmatch
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import Truncated, truncate, update_norm
 from gralora_fx.core.methods.lora import Lora, LoraConfig

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gralora_fx.base.progress.console import with_progress
 from gralora_fx.base.progress.stages import gc_pause, timed
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed, marked, warn_caller
 from gralora_fx.exporters.artifact.companions import write_companions

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
 from gralora_fx.base.progress.stages import timed
-from gralora_fx.base.sources.paths import usable_directory, usable_path
+from gralora_fx.base.sources.model_files import usable_directory, usable_path
 from gralora_fx.errors import ExportError, Message, command, joined, listed, marked, option, shown
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged

@@ -20,7 +20,7 @@ from tiny_models import tiny_model
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, rewrite
-from gralora_fx.base.compat.extras import EXTRAS, installation, missing_packages, require_extra
+from gralora_fx.base.compat.packages import EXTRAS, installation, missing_packages, require_extra
 from gralora_fx.errors import ServingError
 
 ROOT = Path(__file__).parent.parent

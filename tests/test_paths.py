@@ -173,7 +173,7 @@ from pathlib import Path
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.staging import check_output
 from gralora_fx.format.manifest import read_manifest
-from gralora_fx.base.sources.paths import usable_directory, usable_file, usable_path
+from gralora_fx.base.sources.model_files import usable_directory, usable_file, usable_path
 
 os.chmod(sys.argv[1], 0)
 if os.geteuid() == 0:

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from gralora_fx.base.compat.versions import TESTED, fenced, installed_version, range_of, warn_of_untested
+from gralora_fx.base.compat.packages import TESTED, fenced, installed_version, range_of, warn_of_untested
 from gralora_fx.errors import VersionError
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.core.adapters.checkpoint import saved_config
+from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import as_update
 from gralora_fx.core.methods.method import Update

@@ -67,10 +67,10 @@ def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:
         "inputs": {**names, **{f"past_{kind}_names": f"{PAST_PREFIX}%d.{kind}" for kind in kinds}},
         "outputs": {"logits": "logits", **{f"present_{kind}_names": f"{PRESENT_PREFIX}%d.{kind}" for kind in kinds}},
     }
-    if KINDS["recurrent"].name not in kinds and KINDS["conv"].name in kinds:  # onnxruntime-genai asks for both then
-        states = {slot.layer: value for slot, value in pasts.items() if slot.kind is KINDS["conv"]}
-        decoder["layer_types"] = ["conv" if layer in states else "full_attention" for layer in range(layers)]
-        decoder["conv_cache_size"] = int(next(iter(states.values())).shape[2])
+    windows = {slot.layer: value for slot, value in pasts.items() if slot.kind.is_window}
+    if windows and not any(slot.kind.sums_up for slot in pasts):  # onnxruntime-genai asks for both then
+        decoder["layer_types"] = ["conv" if layer in windows else "full_attention" for layer in range(layers)]
+        decoder["conv_cache_size"] = int(next(iter(windows.values())).shape[2])
     return {
         "model": {
             "type": _model_type(config) if keeps_state(pasts) else "decoder",

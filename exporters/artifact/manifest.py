@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from gralora_fx.base.compat.versions import installed_version
+from gralora_fx.base.compat.packages import installed_version
 from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.core.adapters.base import base_of
 from gralora_fx.core.adapters.folded_adapters import describe_folded

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from gralora_fx.base.sources.paths import shown_path, usable_directory, usable_file
+from gralora_fx.base.sources.model_files import shown_path, usable_directory, usable_file
 from gralora_fx.errors import ExportError, command, marked, option, warn_caller
 from gralora_fx.format.adapter_paths import own_adapters
 from gralora_fx.format.export_directory import MANIFEST_NAME, is_export

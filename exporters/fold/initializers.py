@@ -14,12 +14,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.base.sources.rewriting import StoredBytes
 from gralora_fx.exporters.rules.builder import MICROSOFT, attributes_of
 from gralora_fx.exporters.rules.products.quantized_products import EARLIER, MARK, WEIGHT, factors_of, is_unmarked
 from gralora_fx.format.manifest import WeightEntry
 
 if TYPE_CHECKING:
+    from gralora_fx.base.sources.rewriting import StoredBytes
     from gralora_fx.core.tracing.traced_model import TracedModel
 
 Storage = Literal["float", "blocks", "columns"]
@@ -44,6 +44,8 @@ def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]
 
 def stored_bytes(tensor: ir.ExternalTensor) -> StoredBytes:
     """Where a tensor lies in its data file."""
+    from gralora_fx.base.sources.rewriting import StoredBytes
+
     begin = tensor.offset or 0
     return StoredBytes(Path(tensor.path), begin, begin + tensor.nbytes)
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gralora_fx.base.sources.model_files import described
-from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.base.sources.model_files import described, usable_path
 from gralora_fx.base.sources.same_base import SAME, BaseComparison, BaseSource, compare_bases
 from gralora_fx.core.adapters.adapter_files import adapter_digest
 from gralora_fx.core.adapters.agreement import KnownLayers

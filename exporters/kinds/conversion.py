@@ -13,9 +13,8 @@ import torch
 
 from gralora_fx.base.sources.lazy_tensors import sampled_values
 from gralora_fx.core.config import GraloraConfig
-from gralora_fx.core.graph.parameter_sites import ParameterSite
 from gralora_fx.core.graph.pipeline import PassLog
-from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite
 from gralora_fx.core.methods import method_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily

@@ -43,8 +43,7 @@ from gralora_fx.exporters.rules.products.constant_matrices import fold_transpose
 from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
 from gralora_fx.exporters.rules.rows.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.rules.rows.flatten_tokens import copied
-from gralora_fx.exporters.rules.rows.graph_inputs import float32_inputs, optional_verifying_inputs
-from gralora_fx.exporters.rules.rows.keep_last_position import keep_last_position
+from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs, keep_last_position, optional_verifying_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.cast_graph import CastGraph
 from gralora_fx.exporters.translation.export_graphs import step_to_translate

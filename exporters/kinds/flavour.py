@@ -15,7 +15,7 @@ from torch import fx
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Skip
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion

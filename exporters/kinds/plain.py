@@ -39,7 +39,7 @@ from gralora_fx.exporters.rules.clean_up import (
 from gralora_fx.exporters.rules.normalization import match_rms_norms
 from gralora_fx.exporters.rules.onnx_pipeline import OnnxIrPass, OnnxPipeline
 from gralora_fx.exporters.rules.rows.flatten_tokens import copied
-from gralora_fx.exporters.rules.rows.graph_inputs import float32_inputs
+from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.translation.cast_graph import CastGraph
 from gralora_fx.exporters.translation.export_graphs import graph_to_translate

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.tracing.inputs.cache import empty_cache
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, option
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer

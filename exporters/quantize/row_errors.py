@@ -21,7 +21,7 @@ from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.graph.linear_calls import calls_at
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.quantize.formats import Columns
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names

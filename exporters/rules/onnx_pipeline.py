@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass
 
-from gralora_fx.base.sources.paths import usable_directory
+from gralora_fx.base.sources.model_files import usable_directory
 from gralora_fx.core.graph.pipeline import PassLog, PassResult, Pipeline
 from gralora_fx.errors import ExportError, GraloraError, first_line
 

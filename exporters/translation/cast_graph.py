@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.torch_graphs import OpOverload, base_name, tree_map
 from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
+from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.module_tree import module_stack
 from gralora_fx.core.graph.overlay import map_parameters
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.graph.weight_views import tensor_at
 from gralora_fx.core.operators.call import CONTRACTIONS
 from gralora_fx.errors import ExportError, option
 from gralora_fx.format.cache_slots import StateKind
@@ -60,8 +60,8 @@ class CastGraph:
 
     What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
     nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
-    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. What
-    a recurrence sums up over a text stays in float32 from step to step.
+    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
+    state that sums up a text stays in float32 from step to step.
 
     Attributes:
         precision: `"fp32"`, `"fp16"` or `"bf16"`.
@@ -125,7 +125,7 @@ class _GraphCast:
     def run(self) -> fx.GraphModule:
         """The graph in the other precision."""
         pasts = [node for node in self.graph.find_nodes(op="placeholder") if str(node.target).startswith(PAST)]
-        summed = {node for node, kind in zip(pasts, self.cache, strict=False) if kind.is_float32}
+        summed = {node for node, kind in zip(pasts, self.cache, strict=False) if kind.sums_up}
         for node in list(self.graph.nodes):
             if node.op == "placeholder":
                 if _is_float(node):
@@ -154,7 +154,7 @@ class _GraphCast:
         """Cast outputs to float32, except those of a cache."""
         outputs = [arg for arg in node.all_input_nodes if arg in self.kinds]
         kinds = zip(outputs[1:], self.cache, strict=False)
-        cache_outputs = {arg for arg, kind in kinds if not kind.is_float32}
+        cache_outputs = {arg for arg, kind in kinds if not kind.sums_up}
         for arg in dict.fromkeys(outputs):
             dtype = self.dtype if arg in cache_outputs else torch.float32
             self._use(node, arg, dtype)

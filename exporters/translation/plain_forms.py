@@ -92,7 +92,7 @@ def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
         return PassResult(0)
     module = module_of(graph)
     for node in graph.nodes:
-        node.target = without_values(node.target)  # computing a recurrence of any length would take seconds more
+        node.target = without_values(node.target)  # the operators of any length take seconds to compute
     with quiet():
         torch_onnx.promote_types(module)
     for node in module.graph.nodes:

@@ -26,9 +26,9 @@ from gralora_fx.base.compat.torch_onnx import (
 from gralora_fx.base.compat.transformers_exporters import onnx_translations
 from gralora_fx.base.features import parts as parts_of_features
 from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.graph.weight_views import tensor_at
 from gralora_fx.core.operators.call import operators_called
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES

@@ -30,7 +30,7 @@ from gralora_fx.exporters.verify.cases import (
 from gralora_fx.format.input_names import PAST, beside_ids
 
 if TYPE_CHECKING:  # of a model whose inputs features know alone
-    from gralora_fx.format.input_facts import OtherValues
+    from gralora_fx.format.input_names import OtherValues
 
 _STEPS = (  # rows, positions before, new positions, side of the padding
     (1, 0, 1, ""),

@@ -15,7 +15,8 @@ from transformers import Cache, EncoderDecoderCache
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import positions, returned_cache, tensors_of
-from gralora_fx.core.tracing.inputs.input_trees import own_inputs, tensor_paths
+from gralora_fx.core.tracing.inputs.input_trees import tensor_paths
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.verify.cases import Case, TokenResult, TokenRun

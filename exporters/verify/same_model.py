@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from gralora_fx.core.adapters.adapter_files import read_adapter, tensors_digest
+from gralora_fx.core.adapters.saved_form import tensors_digest
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods import method_described, method_of
 from gralora_fx.core.model.gralora_model import GraloraModel
@@ -108,6 +108,8 @@ def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[
 
 def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, str | None]:
     """The entry that an adapter is, and None; or the name of another one, and what differs from it."""
+    from gralora_fx.core.adapters.adapter_files import read_adapter
+
     config, tensors = read_adapter(adapter)
     digests = _possible_digests(config, tensors)
     differences = {name: _difference(entry, config, digests) for name, entry in entries.items()}

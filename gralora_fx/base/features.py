@@ -29,7 +29,12 @@ POINTS: dict[str, str] = {
     "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32.",
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
     "does nothing for a model without any.",
-    "step patches": "A context over a decoder's inputs, a cache among them, in which a step is traced.",
+    "step patches": "A context in which a step is traced; attributes of its cache and of the cache's layers are signs.",
+    "cache kinds": "A dict of format.cache_slots.StateKind by name, which is a sign, as is its attribute.",
+    "cache layers": "A module for caches of transformers whose layers keep other kinds of state: `empty` and `fresh` "
+    "make a cache and a layer like others, `keep` puts a state into a cache, and `longer_states` is a context over a "
+    "model that notes which windows of inputs it keeps with one that is not read again. Signs are as for step patches.",
+    "cache readers": "A set of operators of exports, each with the input whose memory an output may share.",
     "single tokens": "Returns whether transformers' code of a model is right for steps of a single token alone, by "
     "which a trace is then checked.",
     "operators": "A module that defines operators of graphs when it is imported; what reads a saved graph imports it.",
@@ -53,7 +58,7 @@ POINTS: dict[str, str] = {
     # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
     "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
     "own traces": "A function that captures and checks a draft by the inputs that the feature knows, as "
-    "core.tracing.both_modes.trace_both_modes does.",
+    "core.tracing.capture.trace_both_modes does.",
     "trace options": "A Mapping from options of `trace` to functions of the model, the tensors and constants of its "
     "example, and the option's value; each returns the tensors and constants to trace with.",
     "input facts": "A Mapping from keys of an export's manifest to classes of format.input_facts.InputFacts.",

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 import gralora_fx.cli.options as opt
-from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.compat.packages import require_extra
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import gc_pause, quiet, timed
 from gralora_fx.base.sources.model_files import RECORD

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.compat.packages import require_extra
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.cli.options import Directory, OnnxToRun

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from gralora_fx.base.compat.extras import require_extra
+from gralora_fx.base.compat.packages import require_extra
 from gralora_fx.base.sources.base_quantization import BaseQuantization
 from gralora_fx.core.config.checks import check_adapter_letters
 from gralora_fx.core.config.option import DeclaredOption, declared_options

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.base.compat.extras import installation
+from gralora_fx.base.compat.packages import installation
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.demo.training import fit
 from gralora_fx.errors import GraloraError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gralora_fx.base.sources.paths import shown_path, usable_path
+from gralora_fx.base.sources.model_files import shown_path, usable_path
 from gralora_fx.errors import ExportError, GraloraError, ServingError, option, shown
 from gralora_fx.format.adapter_inputs import AdapterInputs
 from gralora_fx.format.export_directory import ADAPTERS, check_own_file

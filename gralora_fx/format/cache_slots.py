@@ -1,14 +1,12 @@
-"""The tensors that a model keeps between its steps: kinds of state, and the names of each tensor in an export.
-
-A new kind of state is a line of `KINDS`.
-"""
+"""The tensors that a model keeps between its steps: kinds of state, and the names of each tensor in an export."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gralora_fx.base.features import parts
 from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX
 
 
@@ -22,14 +20,20 @@ class StateKind:
         grows: The axis of positions, which a step makes longer; None of a state whose size is fixed, of which a step
             gives the next. Such a state is zeros before the first step.
         axes: What an export calls its axes, the last of which may have fixed sizes.
-        is_float32: Whether exports in half precision keep it in float32, since rounding would add up over a text.
+        sums_up: Whether it sums up all positions, one after the other. Exports in half precision keep it in float32,
+            since rounding would add up over a text, and positions of padding take as long as others.
+        is_window: Whether its last axis holds the last inputs of a layer, of which a model may keep one more, the
+            oldest, than a step reads again.
+        beside: Where some models' caches hold it beside their layers: the name of a list with an item for each layer.
     """
 
     name: str
     attribute: str
     grows: int | None = None
     axes: tuple[str, ...] = ("batch_size",)
-    is_float32: bool = False
+    sums_up: bool = False
+    is_window: bool = False
+    beside: str = ""
 
     def shape(self, like: Sequence[Any], batch: int, length: int) -> tuple[int, ...]:
         """The shape of one for a number of rows and positions."""
@@ -47,11 +51,22 @@ KINDS = {
         StateKind("value", "values", grows=2, axes=_POSITIONS),
         # [batch, positions, size], by which sparse attention chooses its keys
         StateKind("indexer", "indexer_keys", grows=1, axes=("batch_size", "past_sequence_length", "index_size")),
-        StateKind("conv", "conv_states"),  # [batch, channels, kernel - 1], the last inputs of a causal convolution
-        # [batch, heads, ...], what a recurrence has summed up
-        StateKind("recurrent", "recurrent_states", is_float32=True),
     )
 }
+
+
+def kinds_shown(signs: Collection[str]) -> dict[str, StateKind]:
+    """Return the kinds of state by name, with those of the features that some signs show.
+
+    Args:
+        signs: Names of kinds, or of attributes of a cache and its layers.
+    """
+    if KINDS.keys() >= set(signs):
+        return KINDS
+    kinds = dict(KINDS)
+    for others in parts("cache kinds", signs):
+        kinds |= others
+    return kinds
 
 
 @dataclass(frozen=True)
@@ -93,9 +108,8 @@ def slot_of(name: str) -> CacheSlot | None:
     layer, *rest = place.split(".")
     part = rest.pop(0) if rest and rest[0] in ("decoder", "encoder") else ""
     number = int(rest.pop()) if len(rest) > 1 and rest[-1].isdigit() else 0
-    if not layer.isdigit() or len(rest) != 1 or rest[0] not in KINDS:
-        return None
-    return CacheSlot(int(layer), KINDS[rest[0]], number, part)
+    kind = kinds_shown(rest).get(rest[0]) if layer.isdigit() and len(rest) == 1 else None
+    return None if kind is None else CacheSlot(int(layer), kind, number, part)
 
 
 def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:

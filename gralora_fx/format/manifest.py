@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, option
 from gralora_fx.format.adapter_inputs import (
     AS_DATA,
@@ -33,7 +33,7 @@ from gralora_fx.format.json_records import MISSING, FieldError, read_object, wro
 from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
 
 if TYPE_CHECKING:  # of an export whose inputs features know alone
-    from gralora_fx.format.input_facts import InputFacts
+    from gralora_fx.format.input_names import InputFacts
 
 SCHEMA_VERSION = 1
 

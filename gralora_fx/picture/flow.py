@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import fx, nn
 
+from gralora_fx.core.graph.linear_calls import readers, tensor_at
 from gralora_fx.core.graph.module_tree import is_within, module_stack
-from gralora_fx.core.graph.weight_views import readers, tensor_at
 from gralora_fx.picture.blocks import BlockMap
 from gralora_fx.picture.facts import ModelFacts
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
 from gralora_fx.base.sources.atomic_save import save_together
-from gralora_fx.base.sources.paths import usable_file
+from gralora_fx.base.sources.model_files import usable_file
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.picture.blocks import BlockMap, Folding

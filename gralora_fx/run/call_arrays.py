@@ -22,7 +22,7 @@ from gralora_fx.run.sessions.ort_values import DTYPES, as_array, plain_array
 from gralora_fx.run.sessions.session_views import empty_past
 
 if TYPE_CHECKING:  # of a model whose inputs features know alone
-    from gralora_fx.format.input_facts import InputFacts
+    from gralora_fx.format.input_names import InputFacts
 
 _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence_length"
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.base.sources.model_files import read_json_object
-from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.base.sources.model_files import read_json_object, usable_path
 from gralora_fx.core.loading.tokenizers import load_tokenizer
 from gralora_fx.errors import ServingError, listed, option, warn_caller
 from gralora_fx.format.adapter_inputs import is_adapter_input

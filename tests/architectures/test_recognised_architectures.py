@@ -23,8 +23,8 @@ from gralora_fx.core.tracing.patches.known_code import (
     DROP_PATH,
     RMS_NORM,
     ROTARY_EMBEDDING,
+    Recognised,
 )
-from gralora_fx.core.tracing.patches.recognised import Recognised
 from gralora_fx.features.states.recognised import (
     CAUSAL_CONV,
     DELTA_RULE,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from traces import traced
 
 from gralora_fx import GraloraConfig, plan
-from gralora_fx.core.config import expressions
-from gralora_fx.core.config.expressions import fullmatch, match
+from gralora_fx.core.config import checks
+from gralora_fx.core.config.checks import fullmatch, match
 from gralora_fx.errors import ConfigError
 
 PATHS = ["bert.encoder.layer.0.attention.self.query", "h.11.mlp.c_fc", "lm_head", "a{e}", "x{2", "[:alpha:]", "é", "a:"]
@@ -93,7 +93,7 @@ HANGING = r"(?:[a-z.0-9_]|[a-z.0-9_][a-z.0-9_])+[XY]"
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_an_expression_that_would_hang_is_refused(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expressions, "_LIMIT", 0.1)  # seconds, which the expressions would need many times over
+    monkeypatch.setattr(checks, "_LIMIT", 0.1)  # seconds, which the expressions would need many times over
     fields = {"target_modules": ["query"], "layers_to_transform": [0], field: FIELDS[field](f"{HANGING}(?#{field})")}
     if field == "target_modules":
         del fields["layers_to_transform"]

@@ -15,7 +15,7 @@ from traces import fresh_trace
 
 from gralora_fx import TracedModel, trace
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.kinds import decoder, encoder_decoder, flavour, plain

@@ -25,7 +25,8 @@ from fold_cases import (
 from tiny_models import tiny_model
 from traces import fresh_trace
 
-from gralora_fx.core.adapters.adapter_files import adapter_digest, read_adapter, tensors_digest
+from gralora_fx.core.adapters.adapter_files import adapter_digest, read_adapter
+from gralora_fx.core.adapters.saved_form import tensors_digest
 from gralora_fx.errors import CheckpointError, ExportError, MergeError
 from gralora_fx.exporters import fold_onnx
 from gralora_fx.format.manifest import read_manifest

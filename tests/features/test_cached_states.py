@@ -14,8 +14,9 @@ from gralora_fx import TracedModel, trace
 from gralora_fx.core.tracing.inputs import cached_steps
 from gralora_fx.core.tracing.inputs.cache import cached_slots, tensors_of
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.errors import TraceError
+from gralora_fx.features.states.state_kinds import KINDS as STATES
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, slot_of
 from gralora_fx.format.input_names import PAST
 from tests.architectures.tiny_decoders import tiny_decoder
@@ -40,7 +41,11 @@ def run(model: Any, **inputs: Any) -> Any:
 
 @pytest.mark.quick
 def test_the_name_of_a_tensor_tells_what_it_is() -> None:
-    slots = [CacheSlot(3, KINDS["conv"]), CacheSlot(0, KINDS["recurrent"], 2), CacheSlot(1, KINDS["key"], 0, "decoder")]
+    slots = [
+        CacheSlot(3, STATES["conv"]),
+        CacheSlot(0, STATES["recurrent"], 2),
+        CacheSlot(1, KINDS["key"], 0, "decoder"),
+    ]
     assert [slot.past for slot in slots] == [
         "past_key_values.3.conv", "past_key_values.0.recurrent.2", "past_key_values.1.decoder.key"
     ]  # fmt: skip

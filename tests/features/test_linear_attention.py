@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.features.states.linear_attention import LinearAttention
+from gralora_fx.features.states.operators import LinearAttention
 
 RULES = {
     "linear": {"decay": 0, "beta": False},

@@ -11,9 +11,9 @@ from traces import relative_error
 
 from gralora_fx import trace
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.experts.known_loops import looped_experts_as_operators
+from gralora_fx.features.experts.interface import looped_experts_as_operators
 from gralora_fx.features.experts.operators import Experts
 from gralora_fx.features.experts.recognised import LOOPS
 from tests.architectures.tiny_decoders import tiny_decoder

@@ -12,11 +12,10 @@ from transformers import DynamicCache
 
 from gralora_fx import trace
 from gralora_fx.core.tracing.inputs.cache import returned_cache, tensors_of
-from gralora_fx.core.tracing.patches.known_code import IN_DECODERS
-from gralora_fx.core.tracing.patches.recognised import replaced
+from gralora_fx.core.tracing.patches.known_code import IN_DECODERS, replaced
 from gralora_fx.features.states.operators import CausalConv
 from gralora_fx.features.states.recognised import CAUSAL_CONV, DELTA_RULE, KIMI_RULE, RECURRENCES
-from gralora_fx.format.cache_slots import KINDS
+from gralora_fx.features.states.state_kinds import KINDS
 from gralora_fx.format.input_names import PAST
 from tests.architectures.tiny_decoders import tiny_decoder
 

@@ -13,7 +13,7 @@ from transformers import BertConfig
 from gralora_fx.core.loading.bases import inferred_task
 from gralora_fx.core.loading.models import load_model
 from gralora_fx.errors import CheckpointError, TraceError
-from gralora_fx.features.sentences.export_files import settings_of_tokenizer
+from gralora_fx.features.sentences.encoder import settings_of_tokenizer
 from gralora_fx.features.sentences.stored_modules import SentenceModules
 
 TASK = "sentence-similarity"

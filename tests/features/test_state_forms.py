@@ -12,10 +12,8 @@ from gralora_fx.exporters.rules.builder import Builder
 from gralora_fx.exporters.rules.onnx_pipeline import import_domains
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
 from gralora_fx.features.states.fast_forms import fast_state_forms
-from gralora_fx.features.states.linear_attention import LinearAttention
-from gralora_fx.features.states.lowering import lower_state_operators
-from gralora_fx.features.states.onnx_nodes import CausalConvNode, LinearAttentionNode
-from gralora_fx.features.states.operators import CausalConv
+from gralora_fx.features.states.lowering import CausalConvNode, LinearAttentionNode, lower_state_operators
+from gralora_fx.features.states.operators import CausalConv, LinearAttention
 from tests.features.test_state_operators import model_of
 
 CHANNELS, KERNEL = 32, 4

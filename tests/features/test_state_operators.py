@@ -16,10 +16,13 @@ from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
 from gralora_fx.exporters.rules.onnx_pipeline import import_domains
 from gralora_fx.exporters.translation.operators import DomainNode
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
-from gralora_fx.features.states.linear_attention import LinearAttention
-from gralora_fx.features.states.lowering import lower_state_operators
-from gralora_fx.features.states.onnx_nodes import CausalConvNode, GatedRmsNormNode, LinearAttentionNode
-from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm
+from gralora_fx.features.states.lowering import (
+    CausalConvNode,
+    GatedRmsNormNode,
+    LinearAttentionNode,
+    lower_state_operators,
+)
+from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention
 from tests.features.test_linear_attention import RULES, arguments
 
 

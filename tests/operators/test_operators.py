@@ -22,8 +22,7 @@ from gralora_fx.core.operators.call import Call, named_arguments, operator_for
 from gralora_fx.core.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, translation_of
 from gralora_fx.features.experts.operators import Experts
-from gralora_fx.features.states.linear_attention import LinearAttention
-from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, PromptClamp
+from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
 
 for module in pkgutil.iter_modules(gralora_fx.core.operators.__path__):
     importlib.import_module(f"gralora_fx.core.operators.{module.name}")

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gralora_fx.features.structured_outputs.answer_form import AnswerForm
-from gralora_fx.features.structured_outputs.character_classes import portable
 from gralora_fx.features.structured_outputs.grammars import Grammars
+from gralora_fx.features.structured_outputs.json_schema import portable
 
 CLASSES = [rf"\{letter}" for letter in "dDwWsS"]
 EXPRESSIONS = [

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from gralora_fx import GraloraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.core.operators.attention import Attention
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.errors import TraceError
 from gralora_fx.format.input_names import PAST
 from tests.architectures.tiny_decoders import tiny_decoder

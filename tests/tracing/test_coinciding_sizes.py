@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gralora_fx import trace
 from gralora_fx.core.tracing.inputs.cache import tensors_of
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
-from gralora_fx.core.tracing.inputs.input_trees import own_inputs
+from gralora_fx.core.tracing.inputs.signature import own_inputs
 from tests.architectures.tiny_decoders import tiny_decoder
 
 CHUNK = 3  # as wide as its kernels, and as long as the step that a trace is made from

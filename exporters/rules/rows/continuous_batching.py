@@ -20,7 +20,7 @@ from gralora_fx.exporters.rules.attention.plain_attention import ATTENTION
 from gralora_fx.exporters.rules.builder import Builder, add_input, attributes_of, replace_value, takes_row_count
 from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
 from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATTENTION
-from gralora_fx.exporters.rules.rows.keep_last_position import Head, head_of
+from gralora_fx.exporters.rules.rows.graph_ends import Head, head_of
 from gralora_fx.exporters.rules.rows.row_tokens import (
     NUM_TOKENS,
     RowsError,

@@ -1,6 +1,6 @@
 """Errors of ONNX Runtime, which have no public name."""
 
-from gralora_fx.base.compat.versions import fenced
+from gralora_fx.base.compat.packages import fenced
 
 with fenced("onnxruntime"):
     from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from gralora_fx.base.compat.versions import fenced
+from gralora_fx.base.compat.packages import fenced
 
 with fenced("torch"):
     from torch._guards import detect_fake_mode

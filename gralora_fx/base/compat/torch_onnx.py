@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from torch import fx
 
-from gralora_fx.base.compat.versions import fenced
+from gralora_fx.base.compat.packages import fenced
 
 with fenced("torch"):
     from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _ir_passes, _registration

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from transformers import PreTrainedModel
 
-from gralora_fx.base.compat.versions import fenced
+from gralora_fx.base.compat.packages import fenced
 
 with fenced("transformers"):
     from transformers.exporters import DynamoConfig, DynamoExporter

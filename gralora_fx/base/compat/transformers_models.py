@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gralora_fx.base.compat.versions import fenced
+from gralora_fx.base.compat.packages import fenced
 
 with fenced("transformers"):
     from transformers.cache_utils import (

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from gralora_fx.base.sources.paths import usable_directory
+from gralora_fx.base.sources.model_files import usable_directory
 from gralora_fx.errors import GraloraError
 
 _COMMIT = ".gralora-commit"

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save_file
 
 from gralora_fx.base.sources.atomic_save import Writer, read_together
 from gralora_fx.base.sources.model_files import resolve_directory
 from gralora_fx.base.sources.safetensors_files import Layout, header_bytes, read_layout
 from gralora_fx.core.adapters.agreement import check_target_names
+from gralora_fx.core.adapters.saved_form import SIZES, file_metadata, sorted_arrays, sorted_metadata, tensors_digest
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.config.reading import read_fields
@@ -34,7 +34,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")
 _PICKLE_NAME = "adapter_model.bin"
 _READ_AT_ONCE = 2**20  # bytes
-_SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
 
 
 def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -82,7 +81,7 @@ def sites_of(keys: Iterable[str], config: AdapterConfig) -> set[str]:
 
 def _recorded_sizes(layout: Layout) -> dict[str, Any]:
     """The sizes recorded with an adapter's tensors; empty if unknown."""
-    record = layout.metadata.get(_SIZES)
+    record = layout.metadata.get(SIZES)
     try:
         sizes = {} if record is None else json.loads(record)
     except (ValueError, RecursionError) as error:
@@ -92,7 +91,7 @@ def _recorded_sizes(layout: Layout) -> dict[str, Any]:
 
 def recorded_parameters(layout: Layout, config: AdapterConfig) -> list[str] | None:
     """The names of an adapter's parameters in the order of their modules, which files of this package have."""
-    return config.target_parameters if _SIZES in layout.metadata else None
+    return config.target_parameters if SIZES in layout.metadata else None
 
 
 def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
@@ -119,40 +118,12 @@ def _check_weights_file(path: Path) -> None:
         raise CheckpointError(f"no {path.name} in {path.parent}; give the directory of a saved adapter")
 
 
-def file_metadata(config: AdapterConfig) -> dict[str, str]:
-    """The metadata of a safetensors file of an adapter's tensors."""
-    return {"format": "pt", _SIZES: json.dumps(config.sizes, sort_keys=True)}
-
-
-def sorted_metadata(header: bytes) -> bytes:
-    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
-    fields = json.loads(header)
-    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    return text.ljust(len(header)) if len(text) <= len(header) else header
-
-
-def tensors_digest(tensors: Mapping[str, Array], config: AdapterConfig) -> str:
-    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
-    content = memoryview(save(_copies(tensors), metadata=file_metadata(config)))
-    end = 8 + int.from_bytes(content[:8], "little")
-    digest = hashlib.sha256(content[:8])
-    digest.update(sorted_metadata(bytes(content[8:end])))
-    digest.update(content[end:])
-    return digest.hexdigest()
-
-
-def _copies(tensors: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
-    """Tensors as contiguous numpy arrays, sorted by key."""
-    return {key: np.require(to_numpy(tensor), requirements="C") for key, tensor in sorted(tensors.items())}
-
-
 def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Array]]) -> dict[str, Writer]:
     """The functions that write the two files of an adapter, by file name."""
 
     def write_tensors(path: Path) -> None:
         try:
-            save_file(_copies(tensors()), path, metadata=file_metadata(config))
+            save_file(sorted_arrays(tensors()), path, metadata=file_metadata(config))
         except SafetensorError as error:  # a full disk, for one
             raise OSError(str(error)) from error
         with path.open("r+b") as file:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gralora_fx.core.adapters.parameter_keys import WEIGHT_END, is_named, names_parameter
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.core.config.expressions import SAVED_MODULE, match, pattern_key, within
+from gralora_fx.core.config.checks import SAVED_MODULE, match, pattern_key, within
 from gralora_fx.core.planning.targets import TargetRule, ends_with, rule_of, trains_whole_at
 from gralora_fx.errors import CheckpointError, bulleted, listed, shown, warn_caller
 

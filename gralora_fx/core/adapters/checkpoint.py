@@ -1,4 +1,4 @@
-"""A model's adapters as files in PEFT's format, and the base that an adapter was made for."""
+"""A model's adapters as files in PEFT's format, gathered from and distributed over processes; the base they are for."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from torch import Tensor, nn
 
 from gralora_fx.base.sources.atomic_save import save_together
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers
-from gralora_fx.core.adapters.base import base_of
-from gralora_fx.core.adapters.sharded import as_sharded
+from gralora_fx.core.adapters.base import base_of, is_sharded
+from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
-from gralora_fx.core.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import CheckpointError, bulleted, command, warn_caller
 
@@ -109,55 +107,6 @@ def write_adapters(
             )
 
 
-def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
-    """An adapter's configuration as saved, with its shorthands expanded."""
-    config = adapter.config
-    source = config.base_model_name_or_path or traced.tokenizer_source
-    changes: dict[str, object] = {
-        "base_model_name_or_path": source,
-        "base_quantization": config.base_quantization or getattr(traced.config, RECORD, None),
-        "inference_mode": True,
-    }
-    if config.target_parameters:  # whole names, in the order of their modules, which PEFT's keys do not say
-        changes["target_parameters"] = [p.parameter for p in adapter.plan.selected if p.parameter is not None]
-    if config.adapts_all_linear or config.exclude_modules:
-        changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
-        changes["target_modules"] = exact_targets(_adapted_modules(adapter), traced.tree)
-    else:
-        changes |= _own_targets(adapter, traced)
-    return config.changed(**changes)
-
-
-def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object]:
-    """The fields that select layers, so that by PEFT's rules over paths alone they select the adapted ones.
-
-    Names and layers that are not in the model are left out. Where the rules select a layer that has no adapter, since
-    none can take effect there, or not one that has, since its weight was named, all are named.
-    """
-    config = adapter.config
-    rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
-    adapted = _adapted_modules(adapter)
-    layers = [site.path for site in traced.sites if site.kind != "functional" or site.path in adapted]
-    chosen = [path for path in layers if rule.rejection(path) is None]
-    if set(chosen) - set(adapted) - _within_saved(chosen, adapter) or set(adapted) - set(chosen):
-        exact = exact_targets(adapted, traced.tree)
-        return {"target_modules": exact, "layers_to_transform": None, "layers_pattern": None}
-    if rule.pattern is not None:
-        return {"target_modules": rule.pattern}
-    paths = [*traced.tree.types, *(name for site in traced.sites for name in traced.tree.names_of(site.weight))]
-    return {"target_modules": set(rule.names) - set(unmatched_names(rule.names, paths))}
-
-
-def _adapted_modules(adapter: ModelAdapter) -> list[str]:
-    """Paths of the sites that `target_modules` selects."""
-    return [planned.site.path for planned in adapter.plan.selected if planned.parameter is None]
-
-
-def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
-    """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
-    return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
-
-
 def _match_keys(
     tensors: Mapping[str, Tensor], expected: Container[str], tree: ModuleTree
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -198,3 +147,29 @@ def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Pa
     compared = compare_bases(config.made_for, base_of(traced))
     compared.settle(directory, strict=strict, error=CheckpointError)
     return compared
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 take back whole tensors that it has left in place after a forward pass without a backward one."""
+    if (shards := getattr(model, "reshard", None)) is not None:
+        shards()
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors by name; every process must call it if one is sharded, in the same order."""
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def is_writer() -> bool:
+    """Return whether this process writes what all of them hold: the first one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def as_sharded(values: Tensor, like: Tensor) -> Tensor:
+    """Return whole values as another tensor is distributed; themselves if it is not."""
+    if not is_sharded([like]):
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(values.to(like.device, like.dtype), like.device_mesh, like.placements, src_data_rank=None)

@@ -43,8 +43,7 @@ class _Folded:
         return cls(adapter, traced, tensors, _versions(tensors))
 
     def described(self) -> dict[str, Any]:
-        from gralora_fx.core.adapters.adapter_files import tensors_digest
-        from gralora_fx.core.adapters.checkpoint import saved_config
+        from gralora_fx.core.adapters.saved_form import saved_config, tensors_digest
 
         config = saved_config(self.adapter, self.traced)
         digest: str | None = tensors_digest(self.tensors, config)

@@ -163,8 +163,8 @@ def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -
 def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> None:
     """Check that nothing else reads the weights of sites, since folding would change its result.
 
-    A layer that is never called, such as Mamba's `dt_proj`, may have an update that changes nothing: no training gives
-    it another, since its adapter gets no gradient.
+    A layer that is never called, since the model computes with its weight itself, may have an update that changes
+    nothing: no training gives it another, since its adapter gets no gradient.
     """
     entries = {entry.site.path: entry for entry in work}
     shared = shared_sites(graph_module, [entry.site for entry in entries.values()])

@@ -12,9 +12,8 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS
 from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, replace_operand
-from gralora_fx.core.graph.parameter_sites import ParameterSite
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite
 from gralora_fx.core.graph.surgery import annotate, annotation_of
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, LayerCall, Sizes
 from gralora_fx.core.methods.low_rank import accumulate

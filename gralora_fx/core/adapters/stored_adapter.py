@@ -15,8 +15,7 @@ from gralora_fx.core.adapters.adapter_files import SAVED_COPY, current_key, modu
 from gralora_fx.core.adapters.agreement import KnownLayers, check_agreement, warn_of_unused
 from gralora_fx.core.adapters.parameter_keys import names_of_parameters, names_parameter, parameters_in
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.core.config.checks import KEY_PREFIX
-from gralora_fx.core.config.expressions import pattern_key
+from gralora_fx.core.config.checks import KEY_PREFIX, pattern_key
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Sizes, Update, method_of
 from gralora_fx.core.methods.arrays import to_torch
 from gralora_fx.core.planning.targets import ends_with, trains_whole_at

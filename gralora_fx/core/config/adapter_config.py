@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from gralora_fx.core.config.checks import ALL_LINEAR, CONFIG_NAME, check_integer, check_names, check_parameters
-from gralora_fx.core.config.expressions import (
+from gralora_fx.core.config.checks import (
+    ALL_LINEAR,
+    CONFIG_NAME,
     CONTAINER,
     SAVED_MODULE,
     check_expression,
     check_expressions,
+    check_integer,
+    check_names,
+    check_parameters,
     check_pattern,
 )
 from gralora_fx.errors import ConfigError, shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gralora_fx.base.compat.extras import installation, missing_packages
+from gralora_fx.base.compat.packages import installation, missing_packages
 from gralora_fx.errors import warn_caller
 
 EXPORTER = "OTEL_TRACES_EXPORTER"

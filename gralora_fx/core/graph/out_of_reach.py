@@ -14,10 +14,9 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload
-from gralora_fx.core.graph.linear_calls import WEIGHTS, match_linear_call, noted_weights
+from gralora_fx.core.graph.linear_calls import WEIGHTS, match_linear_call, noted_weights, origin_of, tensor_at
 from gralora_fx.core.graph.module_tree import LINEAR_TYPES, ModuleTree, module_stack
 from gralora_fx.core.graph.sites import LinearSite, find_sites
-from gralora_fx.core.graph.weight_views import origin_of, tensor_at
 
 _KEY = "gralora_opaque"
 # packages whose functions are visible in a graph, such as an embedding lookup

@@ -23,7 +23,7 @@ from gralora_fx.core.loading.adapter_facts import base_name, head_classes, neede
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.core.loading.models import load_streamed, load_with_report, warn_of_another_head
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.tracing.inputs.refused_steps import NoStepError
+from gralora_fx.core.tracing.inputs.cached_steps import NoStepError
 from gralora_fx.core.tracing.inputs.samples import infer_task
 from gralora_fx.core.tracing.trace import trace
 from gralora_fx.core.tracing.traced_model import TracedModel

@@ -50,7 +50,7 @@ def _peft_model() -> type[nn.Module] | None:
     """
     if not _is_for_trainer.get():
         return None
-    from gralora_fx.base.compat.extras import missing_packages
+    from gralora_fx.base.compat.packages import missing_packages
 
     return None if missing_packages("train") else _imported_peft_model()
 

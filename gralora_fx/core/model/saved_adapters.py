@@ -62,8 +62,7 @@ class AdapterFiles(Switching):
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
         from gralora_fx.core.adapters.adapter import checkpoint_parameters
         from gralora_fx.core.adapters.base import is_sharded
-        from gralora_fx.core.adapters.checkpoint import check_state_dict, write_adapters
-        from gralora_fx.core.adapters.sharded import gathered, is_writer, reshard
+        from gralora_fx.core.adapters.checkpoint import check_state_dict, gathered, is_writer, reshard, write_adapters
 
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.graph.parameter_sites import ParameterSite
-from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite
 from gralora_fx.core.planning.problems import out_of_reach, trains_whole
 from gralora_fx.core.planning.rewrite_plan import ChosenParameters
 from gralora_fx.core.planning.targets import TargetRule, ends_with, nearest_names

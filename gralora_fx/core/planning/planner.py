@@ -9,9 +9,8 @@ from typing import Any
 from torch import nn
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.expressions import pattern_key
-from gralora_fx.core.graph.parameter_sites import ParameterSite
-from gralora_fx.core.graph.sites import LinearSite, names_of_site
+from gralora_fx.core.config.checks import pattern_key
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite, names_of_site
 from gralora_fx.core.methods import method_of, not_a_config
 from gralora_fx.core.planning.problems import (
     UNNAMED,

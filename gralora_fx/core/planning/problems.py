@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 import torch
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.expressions import pattern_key
+from gralora_fx.core.config.checks import pattern_key
 from gralora_fx.core.graph.module_tree import is_within
 from gralora_fx.core.graph.sites import LinearSite, names_of_site
 from gralora_fx.core.methods import method_of

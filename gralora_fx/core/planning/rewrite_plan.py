@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.graph.parameter_sites import ParameterSite
-from gralora_fx.core.graph.sites import LinearSite, site_table
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite, site_table
 from gralora_fx.core.methods import Sizes, method_of
 from gralora_fx.errors import RewriteError
 

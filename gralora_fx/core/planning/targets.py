@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.expressions import (
+from gralora_fx.core.config.checks import (
     ANY_CONTAINER,
     CONTAINER,
     SAVED_MODULE,

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from gralora_fx.base.compat.torch_graphs import tree_leaves, tree_map
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.draft import Captured, Draft
-from gralora_fx.core.tracing.inputs.input_trees import leaf_paths, own_inputs, same_value, shown
-from gralora_fx.core.tracing.inputs.layouts import by_own_names
-from gralora_fx.core.tracing.inputs.signature import default_input
+from gralora_fx.core.tracing.inputs.input_trees import by_own_names, leaf_paths, same_value, shown
+from gralora_fx.core.tracing.inputs.signature import default_input, own_inputs
 from gralora_fx.errors import TraceError, first_line, remedy
 from gralora_fx.format.input_names import PAST, TEXT_INPUTS
 

@@ -18,14 +18,20 @@ from transformers import PreTrainedModel
 
 from gralora_fx.core.graph.module_tree import kept_modes
 from gralora_fx.core.graph.pipeline import PassReport
-from gralora_fx.core.tracing.inputs.arguments import Arguments, named_arguments, register_dataclasses, split_constants
+from gralora_fx.core.tracing.inputs.arguments import (
+    Arguments,
+    distinct,
+    named_arguments,
+    register_dataclasses,
+    split_constants,
+    widen,
+)
 from gralora_fx.core.tracing.inputs.signature import CallSignature, signature_of
-from gralora_fx.core.tracing.inputs.widened import distinct, widen
 from gralora_fx.errors import TraceError, warn_caller
 from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:  # of models whose inputs features know alone
-    from gralora_fx.format.input_facts import InputFacts
+    from gralora_fx.format.input_names import InputFacts
 
 NO_CHECKPOINTS = (
     "gradient checkpointing is not part of a trace; the rewritten model has its own (gradient_checkpointing_enable), "
@@ -259,7 +265,7 @@ def _of_transformers(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[No
             from gralora_fx.core.tracing.patches.known_code import has_key_indexer
 
             if has_key_indexer(model):
-                from gralora_fx.core.tracing.inputs.indexer_positions import known_positions
+                from gralora_fx.core.tracing.patches.sparse_attention import known_positions
 
                 changed.enter_context(known_positions(model))
             for patches in parts("call patches", {*sample, model.config.model_type}):

@@ -16,8 +16,7 @@ from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.core.graph.repeated_layers import blocks_of
-from gralora_fx.core.tracing.both_modes import trace_both_modes
-from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code
+from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code, trace_both_modes
 from gralora_fx.core.tracing.check import with_call_signature
 from gralora_fx.core.tracing.draft import (
     NO_CHECKPOINTS,

@@ -21,7 +21,7 @@ from gralora_fx.core.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators.call import operators_called
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
 from gralora_fx.core.tracing.inputs.signature import CallSignature, with_cache_name
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.source_model import main_input
@@ -30,7 +30,7 @@ from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import Checkpointing
-    from gralora_fx.core.graph.parameter_sites import ParameterSite
+    from gralora_fx.core.graph.sites import ParameterSite
     from gralora_fx.core.tracing.as_transformers import TransformersView
     from gralora_fx.core.tracing.draft import AppendedModules
 
@@ -119,7 +119,7 @@ class TracedModel:
     @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:
         """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
-        from gralora_fx.core.graph.parameter_sites import parameter_sites
+        from gralora_fx.core.graph.sites import parameter_sites
 
         return parameter_sites(self.graph_module, self.tree, self.sites)
 

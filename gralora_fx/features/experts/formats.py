@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from gralora_fx.core.graph.weight_views import tensor_at
+from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.quantize.formats import LEAST_BLOCK, Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan

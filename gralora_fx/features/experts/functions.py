@@ -15,8 +15,7 @@ import onnx_ir as ir
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, add_function, fixed_dim
 from gralora_fx.features.experts.gate import NO_GATE, ExpertGate, activated, gated
-from gralora_fx.features.experts.loop import order_of
-from gralora_fx.features.experts.onnx_nodes import GateNodes
+from gralora_fx.features.experts.loop import GateNodes, order_of
 from gralora_fx.features.experts.rows import MOE, gate_noted_at, is_read_twice
 from gralora_fx.format.export_directory import CPU_FUNCTION
 

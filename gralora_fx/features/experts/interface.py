@@ -2,14 +2,18 @@
 
 transformers calls the experts of a model by one interface, and each class says how its parameters are stored. What is
 between its two products is a method of its own; its numbers are measured on a few inputs, and compared on many.
+
+Some models compute their experts in a loop of their own, which asks which experts some token has, a value that a graph
+does not know. Loops whose code is known become the same operator.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.core.tracing.patches.known_code import Recognised
 from gralora_fx.features.experts.gate import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.features.experts.operators import Experts, between
 
@@ -122,3 +127,59 @@ def _measured(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
 def _gates(layout: str, alpha: float = 1.0, offset: float = 0.0, limit: float = 0.0) -> Iterator[ExpertGate]:
     for activation in ACTIVATIONS:
         yield ExpertGate(activation, layout, alpha if activation == "silu" else 1.0, offset, limit)
+
+
+@contextmanager
+def looped_experts_as_operators(model: nn.Module, table: Sequence[Recognised]) -> Iterator[None]:
+    """Let a model whose loop is known call `gralora::experts` within the block."""
+    with ExitStack() as changed:
+        for part in model.modules():
+            for code in table:
+                if code.replaces_in(part):
+                    compute = code.load()
+                    gate = ungated(_ACTIVATIONS[compute](part))
+                    if gate is not None:
+                        changed.enter_context(patch.object(part, "forward", functools.partial(compute, part, gate)))
+        yield
+
+
+def _halves(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: ExpertGate) -> Tensor:
+    """The experts of each token: gates in the first half of `up`, `down` as `[experts, size, width]`."""
+    return Experts.compute(
+        hidden=hidden,
+        index=index,
+        weights=weights,
+        up=up,
+        down=down,
+        up_bias=None,
+        down_bias=None,
+        is_transposed=False,
+        **vars(replace(gate, layout=HALVES)),
+    )
+
+
+def dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """DBRX's, whose matrices are those of all experts one below the other."""
+    parts = (module.mlp.w1, module.mlp.v1, module.mlp.w2)
+    w1, v1, w2 = (part.view(module.num_experts, module.ffn_hidden_size, -1) for part in parts)
+    x = hidden_states.reshape(-1, module.hidden_size)
+    up, down = torch.cat([w1, v1], dim=1), w2.transpose(1, 2)
+    return _halves(x, top_k_index, top_k_weights, up, down, gate).view(hidden_states.shape)
+
+
+def longcat(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """LongCat's, some of which give a token as it is and have no matrices."""
+    count = module.num_routed_experts
+    is_own = top_k_index < count
+    weights, kept = top_k_weights * is_own, (top_k_weights * ~is_own).sum(-1, keepdim=True)
+    index = torch.where(is_own, top_k_index, 0)
+    up, down = module.gate_up_proj[:count], module.down_proj
+    y: Tensor = hidden_states * kept.to(hidden_states.dtype)
+    return y + _halves(hidden_states, index, weights.to(hidden_states.dtype), up, down, gate)
+
+
+# the activation of the experts of each
+_ACTIVATIONS: Mapping[Callable[..., Any], Callable[[Any], Any]] = {
+    dbrx: lambda experts: experts.mlp.activation_fn,
+    longcat: lambda experts: experts.act_fn,
+}

@@ -1,4 +1,7 @@
-"""Experts as ONNX Runtime has them: one `MoE` a layer, or a loop over the experts that some token has."""
+"""Experts in a translated model, and as ONNX Runtime has them: one `MoE` a layer, or a loop over those with tokens.
+
+Layers whose experts are not one operator in a trace are noted for the report.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,35 @@ from typing import Any
 
 import onnx_ir as ir
 from numpy.typing import NDArray
+from torch import fx
 
+from gralora_fx.core.graph.module_tree import innermost_path
 from gralora_fx.core.graph.pipeline import PassResult, Skip
+from gralora_fx.exporters.reports import LayersReport
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, fixed_dim
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.weights import StackedTensor, derived, entries_of
 from gralora_fx.features.experts.gate import GATE_NOTE, HALVES, NO_GATE, ExpertGate
-from gralora_fx.features.experts.loop import loop_over_experts, weighted, width_of
-from gralora_fx.features.experts.onnx_nodes import ExpertsNode
-from gralora_fx.features.experts.report import ExpertsReport
+from gralora_fx.features.experts.loop import ExpertsNode, loop_over_experts, weighted, width_of
 from gralora_fx.features.experts.rows import MOE, arranged, is_read_twice
+
+_WHY = "between its products it computes what no operator does, so that each of its experts is a product of its own"
+
+
+def note_experts(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Name the layers whose experts are grouped products, each with the reason; the graph stays as it is."""
+    products = [node for node in graph.nodes if node.op == "call_function" and "grouped_mm" in str(node.target)]
+    layers = dict.fromkeys(innermost_path(node) or node.name for node in products)
+    skipped = tuple(Skip(layer, _WHY) for layer in layers)
+    return PassResult(0, skipped, summary=ExpertsReport(0, dict(skipped)) if skipped else None)
+
+
+class ExpertsReport(LayersReport):
+    """Which layers' experts are one operator, and why the others are not: a loop, or products of their own."""
+
+    FIELD = "experts"
+    FUSED, PLAIN = "layers with one operator each", "without"
+
 
 _STEP = 1e20  # times a number it is so far from 0 that its sigmoid is 0 or 1
 UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gralora_fx.core.tracing.patches.recognised import Recognised
+from gralora_fx.core.tracing.patches.known_code import Recognised
 
 LOOPS = (
-    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", "known_loops:dbrx", ending="DbrxExperts", folder=__package__),
+    Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", "interface:dbrx", ending="DbrxExperts", folder=__package__),
     Recognised(
         "longcat_flash.modeling_longcat_flash:LongcatFlashExperts.forward",
-        "known_loops:longcat",
+        "interface:longcat",
         ending="FlashExperts",
         fits=lambda experts: experts.num_routed_experts > 0,
         folder=__package__,
@@ -34,8 +34,7 @@ def as_operators(model: nn.Module) -> Iterator[None]:
     if not has_experts(model):
         yield
         return
-    from gralora_fx.features.experts.interface import experts_as_operators
-    from gralora_fx.features.experts.known_loops import looped_experts_as_operators
+    from gralora_fx.features.experts.interface import experts_as_operators, looped_experts_as_operators
 
     with experts_as_operators(model), looped_experts_as_operators(model, LOOPS):
         yield

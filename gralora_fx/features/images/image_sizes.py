@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 from gralora_fx.core.config.option import MODEL, Option
 from gralora_fx.errors import ConfigError, TraceError, option, shown
 from gralora_fx.features.images.tasks_and_inputs import CLASSIFICATION, IMAGES
-from gralora_fx.format.input_facts import OtherValues
+from gralora_fx.format.input_names import OtherValues
 
 DYNAMIC: Final = "dynamic"
 ImageSize = tuple[int, int] | Literal["dynamic"] | None

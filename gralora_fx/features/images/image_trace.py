@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.torch_graphs import tree_leaves
-from gralora_fx.core.tracing.both_modes import trace_both_modes
+from gralora_fx.core.tracing.capture import trace_both_modes
 from gralora_fx.core.tracing.check import difference, eager_failure, fixed_axes
 from gralora_fx.core.tracing.draft import Captured, Draft
 from gralora_fx.errors import Message, TraceError, marked, option, remedy, warn_caller

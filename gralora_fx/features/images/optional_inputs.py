@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.builder import Builder
-from gralora_fx.exporters.rules.rows.graph_inputs import give_default
+from gralora_fx.exporters.rules.rows.graph_ends import give_default
 from gralora_fx.format.input_names import beside_ids
 
 

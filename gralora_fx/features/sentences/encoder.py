@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -13,17 +15,17 @@ from unittest.mock import patch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from gralora_fx.core.tracing.draft import AppendedModules
 from gralora_fx.core.tracing.inputs.samples import check_head
-from gralora_fx.errors import TraceError, first_line, warn_caller
+from gralora_fx.errors import CheckpointError, TraceError, first_line, warn_caller
 from gralora_fx.features.sentences import stored_modules as described
-from gralora_fx.features.sentences.export_files import settings_of_tokenizer, write_settings
-from gralora_fx.features.sentences.recognised import find_sentence_directory
+from gralora_fx.features.sentences.recognised import SETTINGS_NAME, find_sentence_directory
 from gralora_fx.features.sentences.stored_modules import SENTENCE, TOKENS, SentenceModules
 from gralora_fx.format.tasks import task_of_class
 
@@ -267,3 +269,37 @@ _MODULES: dict[type, Callable[[Any], nn.Module]] = {
     described.Normalize: _Normalize,
     described.Dense: _Dense,
 }
+
+
+def write_settings(directory: Path, modules: SentenceModules) -> None:
+    """Write prompts and the similarity function, if there are any."""
+    if modules.settings:
+        text = json.dumps(modules.settings, indent=2, sort_keys=True, ensure_ascii=False)
+        (directory / SETTINGS_NAME).write_text(f"{text}\n", encoding="utf-8")
+
+
+def settings_of_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, modules: SentenceModules, config: PreTrainedConfig | None
+) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer that truncates and lowercases as sentence-transformers does."""
+    changed: PreTrainedTokenizerBase = copy.deepcopy(tokenizer)
+    positions = getattr(config, "max_position_embeddings", None)
+    if modules.max_seq_length is not None:
+        changed.model_max_length = modules.max_seq_length
+    elif isinstance(positions, int) and positions > 0:
+        changed.model_max_length = min(changed.model_max_length, positions)
+    if modules.lowercases:
+        backend = getattr(changed, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise CheckpointError(
+                f"{modules.source} has do_lower_case, which {type(tokenizer).__name__} cannot be told; export without "
+                "the tokenizer, and lowercase texts yourself"
+            )
+        if backend.normalizer is None or "Lowercase(" not in repr(backend.normalizer):
+            parts = (
+                [normalizers.Lowercase()]
+                if backend.normalizer is None
+                else [normalizers.Lowercase(), backend.normalizer]
+            )
+            backend.normalizer = normalizers.Sequence(parts)
+    return changed

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.base.compat.extras import installation
+from gralora_fx.base.compat.packages import installation
 from gralora_fx.core.loading.tokenizers import PREPROCESSOR, load_feature_extractor
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.run.engine.limits import TooLargeError

@@ -1,7 +1,14 @@
-"""The task of a model of speech."""
+"""The task of a model of speech, and the options of `gralora-fx generate` for a recording."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from gralora_fx.base.compat.packages import require_extra
+from gralora_fx.base.sources.model_files import usable_path
+from gralora_fx.core.config.option import Option
+from gralora_fx.errors import ConfigError, option
 from gralora_fx.format.tasks import Task
 
 MAIN_INPUTS = ("input_values", "input_features")
@@ -17,3 +24,45 @@ TASKS = (
         example_options={"audio": "FILE.wav"},
     ),
 )
+
+
+@dataclass(frozen=True)
+class RecordingOptions:
+    """A recording that is written down.
+
+    Attributes:
+        audio: The path of the recording.
+        language: The language that is spoken; None for the one that the model hears.
+    """
+
+    audio: Annotated[
+        str | None, Option("Write this recording down, a WAV file, with a model of speech.", metavar="FILE")
+    ] = None
+    language: Annotated[
+        str | None,
+        Option(
+            f"Expect this language in {option(audio=...)}, such as en or English.",
+            metavar="NAME",
+            left_out="the one that the model hears",
+        ),
+    ] = None
+
+    TASK: ClassVar = "automatic-speech-recognition-with-past"
+
+    def content(self) -> bytes:
+        """Read the file, before anything slow is imported."""
+        path = str(self.audio)
+        try:
+            data = usable_path(path, ConfigError).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of an audio file") from error
+        if not data.startswith((b"RIFF", b"RF64")):  # as WAV does
+            require_extra("audio", f"{path}, which is not WAV,", ConfigError)
+        return data
+
+    def inputs(self, model: Any, content: bytes) -> dict[str, Any]:
+        """Return the recording and its language as arguments of `generate`."""
+        from gralora_fx.features.speech.recordings import read_audio
+
+        audio = read_audio(content, model.encoder_inputs.speech.most_seconds)
+        return {"prompts": {"array": audio.samples, "sampling_rate": audio.rate}, "language": self.language}

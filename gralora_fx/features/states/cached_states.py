@@ -1,23 +1,95 @@
-"""States of a cache while a model is traced: each update makes the next one, where transformers writes over the last.
+"""States in transformers' caches: empty layers for them, what a model keeps too long, and updates while it is traced.
 
-So a graph takes a state and gives the next, and no input is changed by a run. Code that replaces a model's own asks
+While a model is traced each update makes the next state, where transformers writes over the last. So a graph takes a
+state and gives the next, and no input is changed by a run. Code that replaces a model's own asks
 `cache.get_conv_state(layer)` or `cache.get_recurrent_state(layer)` for a state, as the model does, and hands the next
 one to `cache.update_recurrent_state(next, layer)`, or to `ConvRead.keep` where an operator has made it.
+
+MiniMax's cache keeps the states of lightning attention in a list beside its layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
-from gralora_fx.base.compat.transformers_models import LinearAttentionLayer
+from gralora_fx.base.compat.transformers_models import (
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
+from gralora_fx.features.states.state_kinds import KINDS
+from gralora_fx.format.cache_slots import CacheSlot
+
+_BESIDE = KINDS["recurrent"].beside
+
+
+def empty(like: DynamicCache) -> DynamicCache:
+    """Return a cache without layers, of the model's own class where it keeps states beside them."""
+    return type(like)() if hasattr(like, _BESIDE) else DynamicCache()
+
+
+def fresh(cache: DynamicCache, index: int) -> Any:
+    """Return an empty layer for as many states as a cache's layer; None if it keeps none."""
+    beside = getattr(cache, _BESIDE, [])
+    if index >= len(cache.layers) or isinstance((beside[index : index + 1] or [None])[0], Tensor):
+        return LinearAttentionLayer()
+    layer = cache.layers[index]
+    if not isinstance(layer, LinearAttentionLayer):
+        return None
+    kind = LinearAttentionAndFullAttentionLayer if isinstance(layer, DynamicLayer) else LinearAttentionLayer
+    return kind(number_of_states=layer.number_of_states)
+
+
+def keep(cache: Any, slot: CacheSlot, state: Tensor) -> None:
+    """Put a state into a cache that has a layer for it."""
+    if hasattr(cache, _BESIDE):
+        cache.set_linear_cache(slot.layer, state)
+        return
+    layer = cache.layers[slot.layer]
+    getattr(layer, slot.kind.attribute)[slot.number] = state
+    getattr(layer, f"is_{slot.kind.attribute}_initialized")[slot.number] = True
+    layer.has_previous_state[slot.number] = True
+    if slot.kind.is_window:
+        layer.conv_kernel_size[slot.number] = state.shape[-1]
+        layer.device = state.device  # and no dtype, so that a run in another precision has the same form
+
+
+@contextmanager
+def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
+    """Note which states the model keeps within the block that hold as many inputs as a kernel: one is not read again.
+
+    Such a state is kept by a module with a single convolution, of that width.
+    """
+    longer: set[tuple[int, int]] = set()
+    running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
+    update = DynamicCache.update_conv_state
+
+    def noted(cache: Any, states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
+        width, convolution = options.get("conv_kernel_size"), running[-1] if running else None
+        if convolution is not None and convolution.kernel_size == (width,) and convolution.dilation == (1,):
+            longer.add((layer_idx, state_idx))
+        kept: Tensor = update(cache, states, layer_idx, state_idx=state_idx, **options)
+        return kept
+
+    with ExitStack() as undone:
+        undone.enter_context(patch.object(DynamicCache, "update_conv_state", noted))
+        for module in model.modules():
+            own = [part for part in module.children() if isinstance(part, nn.Conv1d)]
+            if len(own) == 1:
+                before = module.register_forward_pre_hook(lambda *_, own=own: running.extend(own))
+                after = module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
+                undone.callback(before.remove)
+                undone.callback(after.remove)
+        yield longer
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Layers that keep a state in place of keys and values, as the runtime's own operators: a line each in `_LOWERED`."""
+"""The operators of layers with a state in a translated model, and what the runtime has in their place: `_LOWERED`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,37 @@ import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.adapters.site_marks import SITES
-from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, fixed_dim, replace_value, static_dim
-from gralora_fx.exporters.rules.joined_slices import join_slices
+from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, const_ints, fixed_dim, replace_value, static_dim
 from gralora_fx.exporters.translation.operators import DomainNode
-from gralora_fx.features.states.onnx_nodes import CausalConvNode, GatedRmsNormNode, LinearAttentionNode
+from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
+
+
+class LinearAttentionNode(DomainNode, LinearAttention[ir.Value]):
+    """`LinearAttention`: as `gralora::linear_attention`, with two outputs."""
+
+    op_type = "LinearAttention"
+
+
+class CausalConvNode(DomainNode, CausalConv[ir.Value]):
+    """`CausalConv`: as `gralora::causal_conv`, with two outputs; `silu` is 0 or 1."""
+
+    op_type = "CausalConv"
+
+
+class GatedRmsNormNode(DomainNode, GatedRmsNorm[ir.Value]):
+    """`GatedRMSNorm`: as `gralora::gated_rms_norm`; `silu` is 0 or 1."""
+
+    op_type = "GatedRMSNorm"
+
+
+class PromptClampNode(DomainNode, PromptClamp[ir.Value]):
+    """`PromptClamp`: as `gralora::prompt_clamp`."""
+
+    op_type = "PromptClamp"
+
+
+NODES = (LinearAttentionNode, CausalConvNode, GatedRmsNormNode, PromptClampNode)
+
 
 _RULES = {  # whether there is a decay, and a beta
     (False, False): "linear",
@@ -205,3 +232,42 @@ _LOWERED: dict[type[DomainNode], Callable[[Builder, Any], tuple[ir.Value, ...]]]
     CausalConvNode: _causal_conv,
     GatedRmsNormNode: _gated_norm,
 }
+
+
+def join_slices(graph: ir.Graph, source: ir.Value) -> bool:
+    """Replace slices that together are a whole tensor by one node, in place.
+
+    ONNX Runtime does so itself, but not below a transpose, which it moves into each slice.
+
+    Before: `a = Slice(x, 0, n); b = Slice(x, n, m)` along one axis
+    After:  `a, b = Split(x, [n, m - n])`
+    """
+    found = [_piece(usage.node) for usage in source.uses() if usage.idx == 0]
+    pieces = sorted((piece for piece in found if piece is not None), key=lambda piece: piece[1:])
+    if len(pieces) < 2 or len({axis for _, axis, _, _ in pieces}) > 1:
+        return False
+    axis = pieces[0][1]
+    limits = [0, *[end for _, _, _, end in pieces]]
+    if [start for _, _, start, _ in pieces] != limits[:-1] or static_dim(source, axis) != limits[-1]:
+        return False
+    build = Builder(graph)
+    sizes = build.ints(*[end - start for _, _, start, end in pieces])
+    split = build.node("Split", [source, sizes], num_outputs=len(pieces), axis=axis)
+    build.insert_after(source)
+    for (node, _, _, _), part in zip(pieces, split.outputs, strict=True):
+        replace_value(part, node.outputs[0])
+        graph.remove(node, safe=True)
+    return True
+
+
+def _piece(node: ir.Node) -> tuple[ir.Node, int, int, int] | None:
+    """The node, its axis, its start and its end, of a slice along one axis; None of any other node."""
+    if node.op_type != "Slice" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    start, end, axis, step = (const_ints(value) for value in (*node.inputs[1:], None, None)[:4])
+    if start is None or end is None or axis is None or len(axis) != 1 or step not in (None, [1]):
+        return None
+    size = static_dim(node.inputs[0], axis[0])
+    if size is None or start[0] < 0 or end[0] < 0:
+        return None
+    return node, axis[0] % len(node.inputs[0].shape), start[0], min(end[0], size)

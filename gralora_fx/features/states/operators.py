@@ -1,4 +1,8 @@
-"""Operators beside linear attention: a convolution with a state, a norm with a gate, limits of prompts."""
+"""Operators of layers with a state: linear attention, a convolution, a norm with a gate, limits of prompts.
+
+Linear attention keeps a state of keys times values in place of a cache of them. Mamba2, the gated delta rule, Kimi's
+delta attention, lightning attention and Mamba's selective scan are this operator with other arguments.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ from torch import Tensor, nn
 
 from gralora_fx.core.operators.call import Call, V, operator
 from gralora_fx.core.operators.layers import RmsNorm
-from gralora_fx.features.states.linear_attention import LinearAttention
 
 __all__ = ["CausalConv", "GatedRmsNorm", "LinearAttention", "PromptClamp"]  # those that importing this defines
 
@@ -111,3 +114,168 @@ class PromptClamp(Call[V]):
     def shape_only(self: PromptClamp[Tensor]) -> Tensor:
         """The shape."""
         return torch.empty_like(self.x)
+
+
+# positions that are computed at once; a decay for each key takes memory for each
+_CHUNK, _CHUNK_PER_KEY, _CHUNK_OF_NUMBERS = 64, 16, 32
+_LEAST = -70.0  # e ** -70 is 4e-31, and float32's least normal number 1e-38
+
+
+@operator("linear_attention")
+class LinearAttention(Call[V]):
+    """`gralora::linear_attention`: for each position, a state is decayed and updated, and a query reads it.
+
+        S = exp(decay) * S                  with a decay
+        S = S + key x u                     u = value, or with a beta: u = beta * (value - S.T @ key)
+        y = scale * S.T @ query
+
+    As `LinearAttention` of ONNX Runtime, whose update rule (`linear`, `gated`, `delta` or `gated_delta`) says whether
+    there is a decay, and whether there is a beta. The chunks are those of "Parallelizing Linear Transformers with the
+    Delta Rule over Sequence Length", https://arxiv.org/abs/2406.06484, and "Gated Delta Networks",
+    https://arxiv.org/abs/2412.06464. A position with key 0, decay 0 and beta 0 leaves the state as it is.
+
+    The results are `[batch, length, heads, value size]`, as `value`, and the next state.
+
+    Attributes:
+        query: `[batch, length, query heads, key size]`. Consecutive heads share a query, or a state, where they differ
+            in number; `heads` of the result is the larger number.
+        key: `[batch, length, key heads, key size]`; key heads divide those of the state.
+        value: `[batch, length, state heads, value size]`.
+        decay: Logarithm of the state's decay, 0 or less: `[batch, length, state heads]`, or with an axis of key size
+            behind for one of each key. None for no decay.
+        beta: `[batch, length, state heads]`, the rate at which a value that the state predicts is replaced. None to add
+            values up.
+        state: `[batch, state heads, key size, value size]`, or None for zeros in float32.
+        scale: Factor of the result.
+    """
+
+    query: V
+    key: V
+    value: V
+    decay: V | None
+    beta: V | None
+    state: V | None
+    scale: float
+
+    def result(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
+        """The reference, in PyTorch's own operators, in float32 or better; the length may be any."""
+        if self.beta is None and self.decay is not None and self.decay.ndim == 4 and self.value.shape[3] == 1:
+            return self._of_numbers(self.decay)
+        heads, length = self.value.shape[2], self.query.shape[1]
+        shared = max(1, self.query.shape[2] // heads)  # queries that read one state
+        query = self.query.repeat_interleave(max(1, heads // self.query.shape[2]), 2)
+        query = query.reshape(*query.shape[:2], heads, shared, query.shape[3])
+        key = self.key.repeat_interleave(heads // self.key.shape[2], 2)
+        size = _chunk_size(length, _CHUNK_PER_KEY if self.decay is not None and self.decay.ndim == 4 else _CHUNK)
+        chunks = max(1, int((length + size - 1) // size))
+        queries, keys, values = (_in_chunks(x, chunks, size) for x in (query, key, self.value))
+        decays = None if self.decay is None else _in_chunks(self.decay, chunks, size).cumsum(3)
+        if decays is not None and decays.ndim == 4:
+            decays = decays.unsqueeze(-1)
+        betas = None if self.beta is None else _in_chunks(self.beta, chunks, size).unsqueeze(-1)
+        state, results = self._initial(queries.dtype), []
+        for at in range(chunks):
+            decay, beta = (None if parts is None else parts[at] for parts in (decays, betas))
+            # `[batch, heads, length, shared, size]` to `[batch, heads, shared, length, size]`
+            result, state = _chunk(queries[at].transpose(2, 3), keys[at], values[at], decay, beta, state)
+            results.append(result)
+        y = torch.cat(results, 3)[:, :, :, :length].flatten(1, 2).transpose(1, 2)
+        dtype = torch.float32 if self.state is None else self.state.dtype
+        return (self.scale * y).to(self.value.dtype).contiguous(), state.to(dtype)
+
+    def _of_numbers(self: LinearAttention[Tensor], decay: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of values that are single numbers, as Mamba's, whose states at all positions fit into memory.
+
+        Chunks are computed beside each other, step by step, each from a state of zeros; then what was before each.
+        """
+        heads, length = self.value.shape[2], self.value.shape[1]
+        size = _chunk_size(length, _CHUNK_OF_NUMBERS)
+        chunks = max(1, int((length + size - 1) // size))
+        written = self.key.repeat_interleave(heads // self.key.shape[2], 2) * self.value
+        # `[chunks, batch, heads, size, key size]`
+        decays, parts = (_in_chunks(x, chunks, size) for x in (decay, written))
+        states = [parts[:, :, :, 0]]
+        for factor, part in zip(decays.exp().unbind(3)[1:], parts.unbind(3)[1:], strict=True):
+            states.append(torch.addcmul(part, factor, states[-1]))
+        since = decays.cumsum(3).exp()
+        before = [self._initial(decays.dtype).squeeze(-1)]
+        for chunk, last in zip(since[:, :, :, -1], states[-1], strict=True):
+            before.append(torch.addcmul(last, chunk, before[-1]))
+        states_of_all = torch.addcmul(torch.stack(states, 3), since, torch.stack(before[:-1]).unsqueeze(3))
+        states_of_all = states_of_all.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
+        groups = min(heads, self.query.shape[2])  # of states that a query reads, or of queries that read a state
+        read, query = (torch.unflatten(x, 2, (groups, x.shape[2] // groups)) for x in (states_of_all, self.query))
+        y = (read * query).sum(-1).flatten(2).unsqueeze(-1)
+        dtype = torch.float32 if self.state is None else self.state.dtype
+        return (self.scale * y).to(self.value.dtype), before[-1].unsqueeze(-1).to(dtype)
+
+    def shape_only(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
+        """The shapes."""
+        batch, length, heads, size = self.value.shape
+        state = self._initial(torch.float32) if self.state is None else self.state
+        y = self.value.new_empty(batch, length, max(heads, self.query.shape[2]), size)
+        return y, torch.empty_like(state)
+
+    def _initial(self: LinearAttention[Tensor], dtype: torch.dtype) -> Tensor:
+        if self.state is not None:
+            return self.state.to(dtype)
+        batch, _, heads, size = self.value.shape
+        return self.value.new_zeros(batch, heads, self.key.shape[-1], size, dtype=dtype)
+
+
+def _chunk_size(length: int | torch.SymInt, most: int) -> int:
+    """Positions of a chunk: no more than there are, so that a token does not cost a chunk."""
+    return max(1, min(length, most)) if isinstance(length, int) else most
+
+
+def _in_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
+    """`[chunks, batch, heads, size, ...]` of `[batch, length, heads, ...]` in float32 or better, with zeros behind."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    padded = nn.functional.pad(wide, (0, 0) * (x.ndim - 2) + (0, chunks * size - x.shape[1]))
+    return padded.reshape(x.shape[0], chunks, size, *x.shape[2:]).transpose(0, 1).transpose(2, 3)
+
+
+def _chunk(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What linear attention gives for a chunk, and the next state.
+
+    Args:
+        query: `[batch, heads, shared, length, key size]`.
+        key: `[batch, heads, length, key size]`.
+        value: `[batch, heads, length, value size]`.
+        decay: Sums of logarithms from the chunk's start, `[batch, heads, length, 1 or key size]`, or None.
+        beta: `[batch, heads, length, 1]`, or None.
+        state: `[batch, heads, key size, value size]`.
+    """
+    later = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(1)
+    left = None  # of what a position wrote, at another position: [batch, heads, length, length, 1 or key size]
+    if decay is not None:
+        left = decay.unsqueeze(3) - decay.unsqueeze(2)
+        left = _share(left.masked_fill(later.unsqueeze(-1), float("-inf")))
+    before = key if decay is None else key * _share(decay)  # what reads the state before the chunk
+    written = value
+    if beta is not None:
+        predicted = beta * _products(key, key, left, later)
+        known = beta * (value - before @ state)
+        written = torch.linalg.solve_triangular(predicted, known, upper=False, unitriangular=True)
+    seen = _products(query, key.unsqueeze(2), None if left is None else left.unsqueeze(2), later)
+    reading = query if decay is None else query * _share(decay).unsqueeze(2)
+    y = seen @ written.unsqueeze(2) + reading @ state.unsqueeze(2)
+    if decay is None:
+        return y, state + key.transpose(-1, -2) @ written
+    end = decay[:, :, -1:]
+    return y, state * _share(end).transpose(-1, -2) + (key * _share(end - decay)).transpose(-1, -2) @ written
+
+
+def _share(decay: Tensor) -> Tensor:
+    """`exp(decay)`, and zero below `_LEAST`: products would be denormal numbers there, which take processors long."""
+    return decay.masked_fill(decay < _LEAST, float("-inf")).exp()
+
+
+def _products(one: Tensor, key: Tensor, left: Tensor | None, later: Tensor) -> Tensor:
+    """Products of positions with the keys of themselves and earlier ones, `[..., length, length]`."""
+    if left is not None and left.shape[-1] > 1:
+        return torch.einsum("...ik,...jk,...ijk->...ij", one, key, left)
+    products = one @ key.transpose(-1, -2)
+    return products.masked_fill(later, 0.0) if left is None else products * left.squeeze(-1)

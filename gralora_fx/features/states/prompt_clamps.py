@@ -7,7 +7,7 @@ import onnx_ir as ir
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.builder import Builder, replace_value
 from gralora_fx.exporters.rules.rows.row_tokens import RowTokens
-from gralora_fx.features.states.onnx_nodes import PromptClampNode
+from gralora_fx.features.states.lowering import PromptClampNode
 from gralora_fx.format.export_directory import TOKENS_APART
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from gralora_fx.errors import ServingError, marked, shown
-from gralora_fx.features.structured_outputs.character_classes import portable
-from gralora_fx.features.structured_outputs.json_schema import check_size, schema_text
+from gralora_fx.features.structured_outputs.json_schema import check_size, portable, schema_text
 from gralora_fx.run.generate.constraints import Wanted
 from gralora_fx.run.generate.request_errors import WrongFieldError
 

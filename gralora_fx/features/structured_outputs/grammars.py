@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.base.compat.extras import installation
+from gralora_fx.base.compat.packages import installation
 from gralora_fx.errors import ServingError, first_line, marked, option
 from gralora_fx.features.structured_outputs.answer_form import JSON_STYLE, AnswerForm, is_gbnf, one_form
 from gralora_fx.features.structured_outputs.row_grammar import RowGrammar, problem_of

@@ -8,18 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
 
-from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ServingError, command, listed, remedy, shown
 from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
 from gralora_fx.format.manifest import Manifest
-from gralora_fx.run.engine.prefix_cache import PrefixCache
 from gralora_fx.run.sessions.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
 from gralora_fx.run.sessions.adapter_file import (
     AdapterInMemory,
@@ -31,6 +30,9 @@ from gralora_fx.run.sessions.adapter_file import (
     record_in_memory,
 )
 from gralora_fx.run.sessions.session_views import adapter_values, empty_adapter
+
+if TYPE_CHECKING:  # loaded where rows share what they read
+    from gralora_fx.run.engine.prefix_cache import PrefixCache
 
 AdapterNames: TypeAlias = str | Sequence[str | None] | None  # the adapter of all rows, or of each; None for the base
 _STACKED = 16  # most adapters that a stack has beside those that are used

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gralora_fx.base.features import parts
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.run.sessions.ort_values import TORCH_DTYPES, as_tensor, as_value
 from gralora_fx.run.sessions.paged_memory import PAGE, PagedBytes, whole_pages
@@ -23,12 +24,7 @@ from gralora_fx.run.sessions.session import CPU, QUIET_RUN
 from gralora_fx.run.sessions.session_views import PAST, PRESENT
 
 # inputs of operators that read a cache and write into the same buffer
-_READS_CACHE = {
-    ("GroupQueryAttention", 3),
-    ("GroupQueryAttention", 4),
-    ("CausalConvWithState", 3),
-    ("LinearAttention", 3),
-}
+_READS_CACHE = {("GroupQueryAttention", 3), ("GroupQueryAttention", 4)}
 _BOUND = 4  # stacks of adapters that stay bound
 _LEAST, _SHARE = 4, 16  # pages that a part takes at a time: so many at least, or this share of those that it has
 _AHEAD = 64  # pages that it takes at a time of a text that is known
@@ -136,9 +132,9 @@ class CacheBuffers:
         is_known = positions <= self._known[row]
         taken = self.layout.ahead(positions, self._known[row]) if is_known else self.layout.extent(positions)
         self._taken[row] = taken
-        for memory, parts in self._memory:
-            for part in range(row * parts, (row + 1) * parts):
-                size = memory.array.nbytes // (self.rows * parts)
+        for memory, count in self._memory:
+            for part in range(row * count, (row + 1) * count):
+                size = memory.array.nbytes // (self.rows * count)
                 width = size // self._length
                 memory.take(part * size + before * width, part * size + taken * width)
 
@@ -228,4 +224,5 @@ def takes_buffers(path: Path) -> bool:
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         return False  # a branch may read any value
     readers = {(node.op_type, index) for node in graph.node for index, v in enumerate(node.input) if v.startswith(PAST)}
-    return readers <= _READS_CACHE
+    operators = {f"{node.domain}::{node.op_type}" for node in graph.node}
+    return readers <= _READS_CACHE.union(*parts("cache readers", operators))

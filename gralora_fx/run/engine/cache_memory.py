@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from gralora_fx.base.amounts import shown_size
 from gralora_fx.errors import ServingError
-from gralora_fx.run.engine.prefix_cache import PrefixCache
+
+if TYPE_CHECKING:  # loaded where rows share what they read
+    from gralora_fx.run.engine.prefix_cache import PrefixCache
 
 Source = Mapping[str, NDArray[Any]]
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.run.engine.cache_memory import BoundedRows, CacheMemory, NoRoomError, Source
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
-from gralora_fx.run.engine.shared_rows import QUERIES, SharedRows
+from gralora_fx.run.engine.limits import QUERIES, DecoderLimits, DecoderSize
+
+if TYPE_CHECKING:  # loaded where rows share what they read
+    from gralora_fx.run.engine.prefix_cache import PrefixCache
+    from gralora_fx.run.engine.shared_rows import SharedRows
 
 _ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
 LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
@@ -67,6 +69,8 @@ class Decoder(BoundedRows):
             PrefixCacheError: Rows cannot share what they read, and are to.
         """
         if size.prefix_cache is not None and self.unshared:
+            from gralora_fx.run.engine.prefix_cache import PrefixCacheError
+
             raise PrefixCacheError(f"prefix_cache has no effect, since {self.unshared}; leave it out")
         self.limits = limits if size.capacity is None else limits.within(size.capacity, "capacity")
         self.rows = size.rows

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ENDS = "eos_token_id"
 UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
+QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
 # fields of configurations for the number of positions
 CONTEXT_FIELDS = (
     "max_position_embeddings",

@@ -4,9 +4,9 @@ Blocks are the nodes of a radix tree. Each has up to `BLOCK` tokens, which follo
 keys and values of these tokens at their positions. Every version of an adapter, and every salt, has a tree of its own:
 what one adapter computed is never found by another, nor by a later adapter of the same name.
 
-Layers that keep states, such as those of Mamba, cannot tell what they were after fewer tokens. Of such a model a block
-may have a snapshot of the states after its last token, and a text goes on from a snapshot alone. Where snapshots are
-taken follows Marconi (Pan et al., 2024, https://arxiv.org/abs/2411.19379): where a text ends, and where two texts part.
+Layers that keep states cannot tell what they were after fewer tokens. Of such a model a block may have a snapshot of
+the states after its last token, and a text goes on from a snapshot alone. Where snapshots are taken follows Marconi
+(Pan et al., 2024, https://arxiv.org/abs/2411.19379): where a text ends, and where two texts part.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gralora_fx.errors import ServingError
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS
-from gralora_fx.format.cache_slots import KINDS, past_slots
+from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.run.engine.adapter_slots import RowStacks
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
@@ -22,15 +22,13 @@ from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
-from gralora_fx.run.engine.shared_rows import SharedRows
 from gralora_fx.run.sessions.adapter_arrays import BASE
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
 from gralora_fx.run.sessions.paged_memory import kept_reason
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
 
-_MOST_PADDED = 64  # positions of padding that a recurrence computes rather than run the model once more
+_MOST_PADDED = 64  # positions of padding that are summed up rather than run the model once more
 _STATES = "layers of the model keep states"
 _SEVERAL = 2  # tokens of a row from which attention has the kernel of several
 _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
@@ -58,7 +56,7 @@ class RowsDecoder(Decoder):
         problem = None if can_verify else "the graph of its rows gives logits after the last token of each alone"
         slots = past_slots(session.get_inputs())
         self._states = [slot.past for slot in slots if slot.kind.grows is None]
-        self._is_recurrent = any(slot.kind is KINDS["recurrent"] for slot in slots)
+        self._sums_up = any(slot.kind.sums_up for slot in slots)
         if self._states:
             problem = f"{_STATES}, which cannot be set back"
         apart = reads_tokens_apart(session)
@@ -86,6 +84,9 @@ class RowsDecoder(Decoder):
             ) from failure
         self._steps = BufferedSteps(session, self._buffers)
         if size.prefix_cache is not None:
+            from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
+            from gralora_fx.run.engine.shared_rows import SharedRows
+
             if self.chunk <= 2 and not is_float32:  # the last of three tokens would be read alone
                 raise PrefixCacheError(
                     f"prefix_cache has no effect, since steps read {self.chunk} tokens; give a larger chunk"
@@ -176,12 +177,12 @@ class RowsDecoder(Decoder):
     def _runs(self, read: Mapping[int, NDArray[np.int64]]) -> list[Mapping[int, NDArray[np.int64]]]:
         """Rows that read tokens, in runs: all in one, or those with several tokens apart where padding costs more.
 
-        A recurrence takes the time of the longest row for every row that is given, those between others included.
+        Layers that sum positions up take the time of the longest row for every row, those between others included.
         """
         if not read:
             return []
         positions = (max(read) - min(read) + 1) * max(map(len, read.values()))
-        if not self._is_recurrent or positions - sum(map(len, read.values())) <= _MOST_PADDED:
+        if not self._sums_up or positions - sum(map(len, read.values())) <= _MOST_PADDED:
             return [read]
         single = {row: array for row, array in read.items() if len(array) == 1}
         return [*([single] if single else []), *({row: array} for row, array in read.items() if len(array) > 1)]

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from gralora_fx.run.engine.limits import QUERIES
 from gralora_fx.run.engine.prefix_blocks import BLOCK, common
 from gralora_fx.run.engine.prefix_cache import PrefixCache
 
 _LEFT = 2  # tokens that a row reads itself, at least
 _WORTH = 16  # tokens that a later text is spared, for which a step is cut in two
 _APART = 32  # tokens from one snapshot to the next that is taken on a chance
-QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
 
 
 @dataclass

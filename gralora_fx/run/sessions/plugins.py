@@ -12,7 +12,7 @@ from typing import Any
 
 import onnxruntime
 
-from gralora_fx.base.compat.extras import installation
+from gralora_fx.base.compat.packages import installation
 from gralora_fx.errors import ServingError, first_line
 
 _PREFIX = "onnxruntime_ep_"  # of the modules of plug-in packages

@@ -14,7 +14,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from gralora_fx.base.compat.onnxruntime import NoKernel
-from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, option
 from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
 from gralora_fx.run.sessions.session_views import EncoderDecoderSession

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.base.sources.paths import usable_path
+from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ConfigError, GraloraError, ServingError, first_line, marked, shown
 from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_paths import SUFFIX, check_adapter_kind, is_name, record_path

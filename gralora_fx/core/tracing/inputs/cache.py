@@ -13,16 +13,12 @@ from gralora_fx.base.compat.transformers_models import (
     DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
 )
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout, batch_of, cache_layout
+from gralora_fx.base.features import parts
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
 from gralora_fx.errors import TraceError
-from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state
+from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, kinds_shown
 from gralora_fx.format.input_names import PAST
-
-_BESIDE = "linear_cache"  # where MiniMax's cache keeps the states of lightning attention, beside its layers
-OF_MORE_THAN_KEYS = (LinearAttentionLayer, DynamicIndexedLayer)  # layers with tensors beside keys and values
 
 
 def cache_of(layers: Iterable[Sequence[Tensor]]) -> DynamicCache:
@@ -41,30 +37,38 @@ def returned_cache(outputs: Any) -> Cache | None:
 
 def tensors_of(cache: Cache) -> dict[CacheSlot, Tensor]:
     """What a cache holds of a decoder's own positions, by slot, in the order in which a graph takes the tensors."""
-    is_pair = isinstance(cache, EncoderDecoderCache)
-    layers = cache.self_attention_cache.layers if is_pair else cache.layers
+    own, part = (cache.self_attention_cache, "decoder") if isinstance(cache, EncoderDecoderCache) else (cache, "")
+    kinds = kinds_shown(attributes_of(cache)).values()
     tensors: dict[CacheSlot, Tensor] = {}
-    for index, layer in enumerate(layers):
-        for kind in KINDS.values():
+    for index, layer in enumerate(own.layers):
+        for kind in kinds:
             held = getattr(layer, kind.attribute, None)
             numbered = held.items() if isinstance(held, dict) else [(0, held)]
-            part = "decoder" if is_pair else ""
             tensors |= {CacheSlot(index, kind, n, part): t for n, t in numbered if isinstance(t, Tensor)}
-    beside = enumerate(getattr(cache, _BESIDE, ()))
-    return tensors | {CacheSlot(index, KINDS["recurrent"]): t for index, t in beside if isinstance(t, Tensor)}
+    for kind in (kind for kind in kinds if kind.beside):
+        beside = enumerate(getattr(cache, kind.beside, ()))
+        tensors |= {CacheSlot(index, kind): t for index, t in beside if isinstance(t, Tensor)}
+    return tensors
+
+
+def attributes_of(cache: Cache) -> set[str]:
+    """Return the names of what a cache and its layers hold, which are signs of features."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return {name for part in (own, *own.layers) for name in vars(part)}
 
 
 def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
     """A cache of the same layout with other tensors, in memory of their own."""
     source = like.self_attention_cache if isinstance(like, EncoderDecoderCache) else like
-    cache = type(source)() if (keeps_beside := hasattr(source, _BESIDE)) else DynamicCache()
+    states = next(iter(parts("cache layers", attributes_of(source))), None)
+    cache = DynamicCache() if states is None else states.empty(source)
     by_layer: dict[int, dict[CacheSlot, Tensor]] = {}
     for slot, tensor in tensors.items():
         by_layer.setdefault(slot.layer, {})[slot] = tensor
     for index in range(len(source)):
         own = by_layer.get(index, {})
-        has_own_layer = not keeps_beside or any(slot.kind.grows is not None for slot in own)
-        fresh = fresh_layer(source.layers[index]) if has_own_layer else LinearAttentionLayer()
+        fresh = fresh_layer(source, index)
+        cache.layers.append(fresh)
         pair = [tensor for slot, tensor in own.items() if slot.kind.attribute in ("keys", "values")]
         if pair:
             fresh.update(*pair)
@@ -72,31 +76,25 @@ def with_tensors(like: Cache, tensors: Mapping[CacheSlot, Tensor]) -> Cache:
             if slot.kind is KINDS["indexer"]:
                 fresh.update_indexer(tensor)
                 fresh.indexer_dtype = None  # so that a run in another precision has the same form
-            elif keeps_beside and slot.kind.grows is None:
-                cache.set_linear_cache(index, tensor.clone())
             elif slot.kind.grows is None:
-                _set_state(fresh, slot, tensor.clone())
-        cache.layers.append(fresh)
+                assert states is not None
+                states.keep(cache, slot, tensor.clone())
     return EncoderDecoderCache(cache, DynamicCache()) if isinstance(like, EncoderDecoderCache) else cache
 
 
-def fresh_layer(layer: Any) -> Any:
-    """An empty layer of the same kinds of state, which keeps every position."""
-    if isinstance(layer, (DummyLayer, DynamicIndexedLayer)):
-        return type(layer)()
-    if not isinstance(layer, LinearAttentionLayer):
-        return DynamicLayer()
-    kind = LinearAttentionAndFullAttentionLayer if isinstance(layer, DynamicLayer) else LinearAttentionLayer
-    return kind(number_of_states=layer.number_of_states)
+def fresh_layer(cache: Cache, index: int) -> Any:
+    """Return an empty layer that keeps every position, of the kinds of state of a cache's layer."""
+    for states in parts("cache layers", attributes_of(cache)):
+        if (layer := states.fresh(cache, index)) is not None:
+            return layer
+    kind = type(cache.layers[index])
+    return kind() if issubclass(kind, (DummyLayer, DynamicIndexedLayer)) else DynamicLayer()
 
 
-def _set_state(layer: Any, slot: CacheSlot, state: Tensor) -> None:
-    getattr(layer, slot.kind.attribute)[slot.number] = state
-    getattr(layer, f"is_{slot.kind.attribute}_initialized")[slot.number] = True
-    layer.has_previous_state[slot.number] = True
-    if slot.kind is KINDS["conv"]:
-        layer.conv_kernel_size[slot.number] = state.shape[-1]
-        layer.device = state.device  # and no dtype, so that a run in another precision has the same form
+def keeps_more(cache: Cache) -> bool:
+    """Return whether layers of a cache keep something beside keys and values."""
+    is_indexed = any(isinstance(layer, DynamicIndexedLayer) for layer in cache.layers)
+    return is_indexed or bool(parts("cache layers", attributes_of(cache)))
 
 
 def own_cache(cache: Cache) -> Cache:
@@ -114,7 +112,7 @@ def empty_cache(like: Cache, batch: int) -> Cache:
 def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
     """A cache as a trace takes it that keeps states: one that the model itself returned, or an empty one.
 
-    A model keeps as many inputs of a convolution as its kernel is wide; the trace takes those that are read again.
+    Of a window of inputs a model may keep one more than the trace takes, the oldest, which is not read again.
     """
     are_decoders = isinstance(cache, DynamicCache) and isinstance(example, DynamicCache)
     if not are_decoders or not keeps_state(tensors_of(example)):
@@ -125,7 +123,7 @@ def fitted_cache(cache: Cache, example: Cache, batch: int) -> Cache:
     fitted: dict[CacheSlot, Tensor] = {}
     for slot, like in wanted.items():
         tensor = given.get(slot)
-        if tensor is not None and slot.kind is KINDS["conv"] and tensor.shape[-1] == like.shape[-1] + 1:
+        if tensor is not None and slot.kind.is_window and tensor.shape[-1] == like.shape[-1] + 1:
             tensor = tensor[..., 1:]
         length = 0 if slot.kind.grows is None or tensor is None else tensor.shape[slot.kind.grows]
         shape = slot.kind.shape(like.shape, batch, length)

@@ -8,35 +8,75 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
+from gralora_fx.core.tracing.inputs.arguments import widen
 from gralora_fx.core.tracing.inputs.cache import (
-    OF_MORE_THAN_KEYS,
+    attributes_of,
     empty_cache,
     fresh_layer,
+    keeps_more,
     own_cache,
     positions,
     returned_cache,
     tensors_of,
     with_tensors,
 )
-from gralora_fx.core.tracing.inputs.layouts import by_own_names
-from gralora_fx.core.tracing.inputs.refused_steps import check_has_step
-from gralora_fx.core.tracing.inputs.widened import widen
+from gralora_fx.core.tracing.inputs.input_trees import by_own_names
 from gralora_fx.errors import TraceError, first_line, option
-from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.format.input_names import DECODER_INPUTS, EMBEDS, PAST, beside_ids
 from gralora_fx.format.tasks import tasks_beside_ids
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
+
+_WITHOUT = f"{option(task='text-generation')} traces it without a cache"
+_ONE_LENGTH = f"{option(task='text-generation')} traces it for texts of one length, from Python with dynamic=False"
+_NOTHING = "no task traces it"
+# by the configuration's `model_type`: why, and what to do
+_REFUSED = {
+    "blt": ("it reads patches of bytes, whose lengths the entropies of another model decide", _NOTHING),
+    "cpmant": ("every step is given the whole text, before which it puts a prompt of its own", _NOTHING),
+    "deepseek_v4": (
+        "its layers keep averages of windows of tokens, and what the last window lacks",
+        "use transformers",
+    ),
+    "gemma4_assistant": ("it reads the keys and values of the model that it drafts for, and keeps none", _NOTHING),
+    "gemma4_unified_assistant": ("it reads the keys and values of the model that it drafts for", _NOTHING),
+    "musicgen_decoder": ("each text of it is several rows of codes of sound, which are embedded as one", _NOTHING),
+    "musicgen_melody_decoder": ("each text of it is several rows of codes of sound, embedded as one", _NOTHING),
+    "openai-gpt": ("its forward takes no cache, so that every step reads the whole text", _WITHOUT),
+    "prophetnet": ("after a cache it reads one token at a time, by another computation than a prompt's", _WITHOUT),
+    "recurrent_gemma": ("what it keeps of a text is in its modules, and prompts have another computation", _ONE_LENGTH),
+    "reformer": ("its cache is of hidden states, which random hashes sort into buckets", _NOTHING),
+    "rwkv": ("its states are a list of its own, and its forward loops over tokens", _ONE_LENGTH),
+    "xlm": ("it generates at a mask token behind the text, and returns no cache", _WITHOUT),
+    "xlstm": ("its states are in a cache of its own, which it writes over, and it reads prompts in chunks", _NOTHING),
+    "xlnet": ("it generates at a mask token behind the text, and its memory is hidden states (mems)", _WITHOUT),
+}
+
+
+class NoStepError(TraceError):
+    """A decoder has no step that a graph can hold; the message says what traces it, if anything does."""
+
+
+def check_has_step(model: PreTrainedModel) -> None:
+    """Check that a decoder's step takes new tokens and a cache, and gives logits and the cache's next state."""
+    refused = _REFUSED.get(model.config.model_type)
+    if getattr(model.config.get_text_config(), "ple_layer_ids", None):
+        refused = "its embeddings of n-grams (ple_layer_ids) begin with end tokens, and states with zeros", _NOTHING
+    if refused is not None:
+        why, remedy = refused
+        raise NoStepError(f"{type(model).__name__} has no step with a cache that a graph can hold: {why}; {remedy}")
+
 
 _BATCH, _PAST, _LENGTH = 2, 6, 3
 
@@ -68,8 +108,6 @@ def cached_inputs(
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
     if beside:
-        from gralora_fx.base.features import parts
-
         for examples_beside in parts("step examples", (EMBEDS,)):
             step |= examples_beside(model, step["input_ids"], step["attention_mask"])
     return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
@@ -88,16 +126,20 @@ def _first_cache(model: PreTrainedModel) -> DynamicCache:
         cache = DynamicCache(config=model.config)
     except Exception:  # noqa: BLE001  # a configuration with kinds of layers that transformers' cache does not know
         return DynamicCache()
-    if not any(isinstance(layer, OF_MORE_THAN_KEYS) for layer in cache.layers):
+    if not keeps_more(cache):
         return DynamicCache()
-    cache.layers = [fresh_layer(layer) for layer in cache.layers]
+    cache.layers = [fresh_layer(cache, index) for index in range(len(cache.layers))]
     return cache
 
 
 def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
-    """The cache that a model returns for some inputs, its convolution states as long as the operators' are."""
+    """The cache that a model returns for some inputs; of windows of inputs it has those that are read again."""
+    longer_by_one: set[tuple[int, int]] = set()
+    layers = parts("cache layers", attributes_of(inputs[PAST])) if PAST in inputs else []
     try:
-        with torch.no_grad(), quiet(), _noted_convolutions(model) as longer_by_one:
+        with torch.no_grad(), quiet(), ExitStack() as noted:
+            for states in layers:
+                longer_by_one = noted.enter_context(states.longer_states(model))
             cache: Any = returned_cache(model(**by_own_names(model.forward, inputs), use_cache=True))
         tensors = {} if cache is None else tensors_of(cache)
     except (AttributeError, TypeError) as error:
@@ -112,38 +154,9 @@ def _computed_cache(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Cache:
         raise TraceError(f"{type(model).__name__} keeps no cache of keys and values ({why})")
     if not tensors:
         raise TraceError(f"{type(model).__name__} keeps nothing in the cache that it returns")
-    states = {slot: tensor for slot, tensor in tensors.items() if slot.kind is KINDS["conv"]}
-    longer = {slot: state[..., 1:] for slot, state in states.items() if (slot.layer, slot.number) in longer_by_one}
+    windows = {slot: tensor for slot, tensor in tensors.items() if slot.kind.is_window}
+    longer = {slot: state[..., 1:] for slot, state in windows.items() if (slot.layer, slot.number) in longer_by_one}
     return with_tensors(cache, {**tensors, **longer}) if longer else cache
-
-
-@contextmanager
-def _noted_convolutions(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
-    """States that are kept within the block and hold as many inputs as a kernel: the first is not read again.
-
-    Such a state is kept by a module with a single convolution, of that width.
-    """
-    longer: set[tuple[int, int]] = set()
-    running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
-    update = DynamicCache.update_conv_state
-
-    def noted(cache: Any, states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
-        width, convolution = options.get("conv_kernel_size"), running[-1] if running else None
-        if convolution is not None and convolution.kernel_size == (width,) and convolution.dilation == (1,):
-            longer.add((layer_idx, state_idx))
-        kept: Tensor = update(cache, states, layer_idx, state_idx=state_idx, **options)
-        return kept
-
-    with ExitStack() as undone:
-        undone.enter_context(patch.object(DynamicCache, "update_conv_state", noted))
-        for module in model.modules():
-            own = [part for part in module.children() if isinstance(part, nn.Conv1d)]
-            if len(own) == 1:
-                before = module.register_forward_pre_hook(lambda *_, own=own: running.extend(own))
-                after = module.register_forward_hook(lambda *_: (running.pop(), None)[1], always_call=True)
-                undone.callback(before.remove)
-                undone.callback(after.remove)
-        yield longer
 
 
 def decoder_step(

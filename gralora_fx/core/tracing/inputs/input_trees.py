@@ -1,13 +1,14 @@
-"""Nested inputs of lists, tuples, dicts and dataclasses of tensors: their paths and their structure."""
+"""Inputs of a call: nested lists, tuples, dicts and dataclasses of tensors, by path; and the cache among them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from gralora_fx.base.compat.torch_graphs import (
     GetAttrKey,
@@ -16,7 +17,6 @@ from gralora_fx.base.compat.torch_graphs import (
     SequenceKey,
     tree_flatten_with_path,
     tree_leaves,
-    tree_map_only,
 )
 from gralora_fx.errors import TraceError
 from gralora_fx.format.input_names import PAST
@@ -162,14 +162,39 @@ def _kind(value: Any) -> str:
     return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy the inputs for a run that may modify them: a model appends to the cache it gets."""
-    own = {
-        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
-        for name, value in inputs.items()
-    }
-    if isinstance(cache := own.get(PAST), Cache):
-        from gralora_fx.core.tracing.inputs.cache import own_cache
+class CacheLayout(Enum):
+    """What a model keeps between its steps.
 
-        own[PAST] = own_cache(cache)
-    return own
+    Attributes:
+        NONE: Nothing.
+        DECODER: What a decoder keeps of its positions, by layer: keys and values, or states.
+        ENCODER_DECODER: Those of the decoder's positions, and those of the encoder's output.
+    """
+
+    NONE = "none"
+    DECODER = "decoder"
+    ENCODER_DECODER = "encoder-decoder"
+
+
+def cache_layout(inputs: Mapping[str, Any]) -> CacheLayout:
+    """Return the layout of the cache among some inputs."""
+    cache = inputs.get(PAST)
+    if isinstance(cache, EncoderDecoderCache):
+        return CacheLayout.ENCODER_DECODER
+    return CacheLayout.DECODER if isinstance(cache, DynamicCache) else CacheLayout.NONE
+
+
+def batch_of(values: Iterable[Any]) -> int:
+    """Return the number of rows of the first tensor."""
+    return next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim > 0), 1)
+
+
+def by_own_names(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Name the inputs of a step as a forward's own arguments.
+
+    transformers' newer name of the cache is `cache`. Most models take the older one too; some would not see it.
+    """
+    taken = inspect.signature(forward).parameters
+    if PAST not in inputs or PAST in taken or "cache" not in taken:
+        return inputs
+    return {"cache" if name == PAST else name: value for name, value in inputs.items()}

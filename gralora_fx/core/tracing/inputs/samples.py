@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from gralora_fx.core.tracing.inputs.widened import padded
+from gralora_fx.core.tracing.inputs.arguments import padded
 from gralora_fx.errors import TraceError
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.tasks import (

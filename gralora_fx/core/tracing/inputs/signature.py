@@ -1,4 +1,4 @@
-"""The call signature of a traced graph: inputs by name or position, with the source model's defaults."""
+"""The call signature of a traced graph: inputs by name or position, with the source model's defaults; their copies."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache
 
-from gralora_fx.core.tracing.inputs.input_trees import FixedAxes, check_form, check_tensor, same_value, shown
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
+from gralora_fx.base.compat.torch_graphs import tree_map_only
+from gralora_fx.core.tracing.inputs.input_trees import (
+    CacheLayout,
+    FixedAxes,
+    cache_layout,
+    check_form,
+    check_tensor,
+    same_value,
+    shown,
+)
 from gralora_fx.errors import TraceError, option
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids, takes_embeddings
 
 if TYPE_CHECKING:  # of a model whose inputs features know alone
-    from gralora_fx.format.input_facts import InputFacts
+    from gralora_fx.format.input_names import InputFacts
 
 _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "position_ids")
 
@@ -228,3 +237,16 @@ def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool 
     if name == "position_ids":
         return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
     return None
+
+
+def own_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the inputs for a run that may modify them: a model appends to the cache it gets."""
+    own = {
+        name: value if isinstance(value, Cache) else tree_map_only(Tensor, torch.clone, value)
+        for name, value in inputs.items()
+    }
+    if isinstance(cache := own.get(PAST), Cache):
+        from gralora_fx.core.tracing.inputs.cache import own_cache
+
+        own[PAST] = own_cache(cache)
+    return own

@@ -13,7 +13,7 @@ from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Pipeline, 
 from gralora_fx.core.graph.surgery import copy_graph, erase_unused
 from gralora_fx.core.operators.call import COMPUTING, STANDS_FOR
 from gralora_fx.core.tracing.draft import Captured
-from gralora_fx.core.tracing.inputs.layouts import CacheLayout, cache_layout
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, evaluate, find_rng_op, updated_buffers
 from gralora_fx.errors import TraceError
 

@@ -13,10 +13,10 @@ from torch.fx.node import has_side_effect
 
 from gralora_fx.base.compat import torch_graphs
 from gralora_fx.base.compat.torch_graphs import code_transformer, convention_of, tree_leaves
+from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.module_tree import innermost_path
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.surgery import module_of
-from gralora_fx.core.graph.weight_views import tensor_at
 from gralora_fx.core.tracing.normalize.modes import INLINED
 from gralora_fx.errors import ExportError
 

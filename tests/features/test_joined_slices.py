@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 
 from gralora_fx.exporters.rules.builder import Builder
-from gralora_fx.exporters.rules.joined_slices import join_slices
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
+from gralora_fx.features.states.lowering import join_slices
 
 SIZE = 7
 

