@@ -2,8 +2,9 @@
 
 Autograd's own derivatives make a tensor as wide as the layer for each product of each layer, copy it between the layout
 of blocks `[k, T, out/k]` and that of the layer `[T, out]`, and add them up. Here products are computed in the layer's
-own layout, and gradients of the input are accumulated into one tensor. (One product for the factors A of all layers was
-tried: it is no faster.)
+own layout, gradients of the input are accumulated into one tensor, and what A makes of the input, k times as wide as
+LoRA's, is computed again where keeping it costs much memory. (One product for the factors A of all layers was tried: it
+is no faster.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gralora_fx.base.compat.torch_graphs import is_mutable, is_transformed
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.methods.low_rank import accumulate, in_blocks, project, swapped
 
+_KEPT = 4  # hidden values that are more than 1/4 of the input are computed again instead of kept
 _LINEAR = torch.ops.aten.linear.default
 
 
@@ -104,7 +106,8 @@ class _AdaptedLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, As, Bs = _columns(tensors, 4)
         outputs, hidden = _outputs(x, x if dropped is None else dropped, weights, biases, As, Bs, scales)
-        ctx.save_for_backward(x, dropped, *weights, *As, *Bs, *hidden)
+        kept = (part if _KEPT * part.numel() <= x.numel() else None for part in hidden)
+        ctx.save_for_backward(x, dropped, *weights, *As, *Bs, *kept)
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         return outputs
@@ -122,7 +125,7 @@ class _AdaptedLinears(torch.autograd.Function):
                 found.append((None,) * 4)
                 continue
             rows = gradient.reshape(-1, gradient.shape[-1])
-            if torch.is_grad_enabled():  # for derivatives of these gradients, which must reach what made `hidden`
+            if hidden is None or torch.is_grad_enabled():  # for derivatives of these gradients, which must reach A
                 hidden = project(read, A)
             if of_input:
                 of_x = torch.mm(rows, weight) if of_x is None else of_x.addmm_(rows, weight)
