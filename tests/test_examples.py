@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gralora_fx.demo import news_writer
 
@@ -65,3 +68,24 @@ def test_hybrid_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     before, after = re.findall(r"sports: (\S+) bits per character, (\S+) with the adapter", output)[0]
     assert float(after) < float(before)
     assert re.search(r"^base: England.*^sports: England", output, re.MULTILINE | re.DOTALL)
+
+
+def test_gradient_entanglement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, _, _ = news_writer.read_texts(seed=0)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model.model.layers[1].mlp.up_proj.weight.data[5] *= 1e3  # so that the channel 5 of the layer after it is loud
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--ranks", "8", "--rank", "8"]
+    monkeypatch.setattr(sys, "argv", ["gradient_entanglement.py", *arguments, "--steps", "4", "--seeds", "1"])
+    runpy.run_path(str(EXAMPLES / "gradient_entanglement.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj: 1 of 64 channels are loud" in output
+    grown = json.loads((tmp_path / "out" / "entanglement.json").read_text())["grown"]["8"]
+    assert grown["1"] > 0.5
+    assert grown["1"] > grown["2"] > grown["4"] > grown["8"]  # a k-th of the columns shares a block with the channel
+    assert "<svg" in (tmp_path / "out" / "entanglement.svg").read_text()
