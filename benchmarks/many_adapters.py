@@ -40,7 +40,7 @@ from gralora_fx.format.export_directory import ADAPTERS
 from gralora_fx.run.engine.adapters import LoadedAdapter
 from gralora_fx.run.sessions.adapter_file import read_record, record_in_memory, write_tensors
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
-from gralora_fx.service.adapter_store.named_files import RootFiles
+from gralora_fx.service.adapter_store.adapter_versions import RootFiles
 from gralora_fx.service.engines import open_engine
 from gralora_fx.service.metrics import Metrics
 from gralora_fx.serving import OrtModel, load

@@ -20,8 +20,8 @@ from gralora_fx.errors import ExportError, Message, command, joined, listed, mar
 from gralora_fx.exporters.artifact.save import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
-from gralora_fx.exporters.fold.initializers import external_tensors
 from gralora_fx.exporters.rules.adapters.adapter_groups import ConstantAdapters
+from gralora_fx.exporters.rules.products.initializers import external_tensors
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.format.export_directory import MODEL_NAME, ROWS_NAME

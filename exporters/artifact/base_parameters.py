@@ -20,10 +20,10 @@ from gralora_fx.core.methods.method import Update
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.errors import ExportError, listed, option
 from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapter
-from gralora_fx.exporters.fold.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.fold.replaced_parameters import named_values
 from gralora_fx.exporters.fold.requantize import dequantized
 from gralora_fx.exporters.fold.weight_locations import Export
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, read_rows
 from gralora_fx.format.adapter_inputs import BIAS, WHOLE, AdapterInputs
 from gralora_fx.format.manifest import Manifest
 

@@ -17,9 +17,9 @@ from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.fold.initializers import weight_entries
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.reports import attention_report
+from gralora_fx.exporters.rules.products.initializers import weight_entries
 from gralora_fx.format.adapter_inputs import is_adapter_tensor
 from gralora_fx.format.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.format.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry

@@ -16,7 +16,7 @@ from gralora_fx.base.sources.model_files import resolve_directory
 from gralora_fx.base.sources.same_base import read_config_fields
 from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
-from gralora_fx.exporters.fold.initializers import (
+from gralora_fx.exporters.rules.products.initializers import (
     ProductWeight,
     dtype_of,
     parameter_names,

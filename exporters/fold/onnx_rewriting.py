@@ -17,7 +17,12 @@ from gralora_fx.base.sources.rewriting import Edit, NewFile, Part, StoredBytes
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError
 from gralora_fx.exporters.fold.edits import LayerEdit, MatrixEdit, StackEdit, ValuesEdit, kept_updates
-from gralora_fx.exporters.fold.initializers import (
+from gralora_fx.exporters.fold.replaced_parameters import Replacements, ValueLocation
+from gralora_fx.exporters.fold.requantize import QuantizedEdit
+from gralora_fx.exporters.fold.stack_locations import StackLocation
+from gralora_fx.exporters.fold.weight_locations import Export, WeightLocation
+from gralora_fx.exporters.rules.builder import attributes_of
+from gralora_fx.exporters.rules.products.initializers import (
     ProductWeight,
     Reader,
     dtype_of,
@@ -27,11 +32,6 @@ from gralora_fx.exporters.fold.initializers import (
     stored_bytes,
     tensor_of,
 )
-from gralora_fx.exporters.fold.replaced_parameters import Replacements, ValueLocation
-from gralora_fx.exporters.fold.requantize import QuantizedEdit
-from gralora_fx.exporters.fold.stack_locations import StackLocation
-from gralora_fx.exporters.fold.weight_locations import Export, WeightLocation
-from gralora_fx.exporters.rules.builder import attributes_of
 
 _ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files into memory
 

@@ -13,14 +13,6 @@ from numpy.typing import NDArray
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted, marked, option
 from gralora_fx.exporters.fold.edits import LayerEdit, ValuesEdit, constant
-from gralora_fx.exporters.fold.initializers import (
-    ProductWeight,
-    Reader,
-    initializers,
-    parameter_names,
-    read_rows,
-    rows_and_columns,
-)
 from gralora_fx.exporters.fold.matching_weights import foreign_names, holds, ranges, reduced
 from gralora_fx.exporters.fold.requantize import is_rounding_of
 from gralora_fx.exporters.fold.weight_locations import (
@@ -31,6 +23,14 @@ from gralora_fx.exporters.fold.weight_locations import (
     named_locations,
     recorded_locations,
     unique,
+)
+from gralora_fx.exporters.rules.products.initializers import (
+    ProductWeight,
+    Reader,
+    initializers,
+    parameter_names,
+    read_rows,
+    rows_and_columns,
 )
 
 _WEIGHT = ".weight"

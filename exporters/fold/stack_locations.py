@@ -17,7 +17,7 @@ from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import CheckpointError, MergeError, bulleted, command, marked
 from gralora_fx.exporters.fold.edits import StackEdit
-from gralora_fx.exporters.fold.initializers import initializer_names, initializers
+from gralora_fx.exporters.rules.products.initializers import initializer_names, initializers
 
 _NOT_FOUND = (
     "no initializer of floats has the name of its parameter, as in an export that quantizes it; export the model "

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted, marked, option, remedy
-from gralora_fx.exporters.fold.initializers import ProductWeight, parameter_names, product_weights
 from gralora_fx.exporters.fold.matching_weights import (
     BaseWeights,
     find_values,
@@ -21,6 +20,7 @@ from gralora_fx.exporters.fold.matching_weights import (
     ranges,
     reduced,
 )
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names, product_weights
 from gralora_fx.format.manifest import Manifest, WeightEntry
 
 RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"

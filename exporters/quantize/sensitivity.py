@@ -21,9 +21,8 @@ from torch import Tensor, fx, nn
 from gralora_fx.base.compat.torch_graphs import tree_leaves
 from gralora_fx.base.progress.stages import counted
 from gralora_fx.core.graph.linear_calls import calls_at
-from gralora_fx.core.graph.overlay import map_parameters
 from gralora_fx.core.graph.sites import other_readers
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 
 _aten = torch.ops.aten

@@ -15,9 +15,8 @@ from gralora_fx.base.compat.torch_graphs import OpOverload, base_name, tree_map
 from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
 from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.module_tree import module_stack
-from gralora_fx.core.graph.overlay import map_parameters
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.operators.call import CONTRACTIONS
 from gralora_fx.errors import ExportError, option
 from gralora_fx.format.cache_slots import StateKind

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import fx, nn
 
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.core.graph.overlay import map_parameters
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel

@@ -139,8 +139,8 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
             with torch.no_grad():
                 cache = returned_cache(model(**model.constants, **first)) or cache
         name = f"{batch} x {length}" + (f" after {past}" if past else "") + (f" padded {side}" if side else "")
-        for drawn_beside in parts("fresh step inputs", beside):
-            case |= drawn_beside(model, case, generator)
+        for examples in parts("step examples", beside):
+            case |= examples.drawn_beside(model, case, generator)
         yield name, {**case, PAST: cache}
 
 

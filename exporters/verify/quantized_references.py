@@ -16,10 +16,10 @@ from gralora_fx.core.model.merging import replace_weights, with_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.artifact.save import save_models
-from gralora_fx.exporters.fold.initializers import ProductWeight, product_weights, weight_entries
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.rules.builder import add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, product_weights, weight_entries
 from gralora_fx.exporters.rules.products.quantized_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.weights import LazyTensor, derived
 from gralora_fx.format.export_directory import ROWS_NAME

@@ -10,8 +10,7 @@ from torch import Tensor, fx, nn
 from transformers import Cache
 
 from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
-from gralora_fx.core.graph.overlay import map_parameters
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
 from gralora_fx.core.tracing.traced_model import TracedModel

@@ -66,13 +66,11 @@ POINTS: dict[str, str] = {
     "input axes": "A Mapping from inputs to the names of their axes, of which the first alone varies, unless a trace "
     "of the feature's own lets more vary.",
     "step inputs": "A tuple of format.input_names.StepInput: what a decoder's step may take beside its ids.",
-    "step examples": "A function of a model, ids and mask of a step, that returns an example of the ids with the step "
-    "inputs that the model takes.",
-    "fresh step inputs": "A function of a trace, a case of verification and a generator, that draws them at random.",
+    "step examples": "A module of what a decoder's step takes beside its ids: `examples_beside` gives an example of "
+    "both for a model, ids and mask; `drawn_beside` draws both for a trace, a case of verification and a generator.",
     "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
-    "given rows": "A subclass of run.engine.given_rows.GivenRows: what rows begin with in the place of tokens.",
-    "given prompts": "A function of run.generate.prompts.Prompts and the embeddings that `generate` was given, that "
-    "returns the prompts with them.",
+    "given rows": "A subclass of run.engine.given_rows.GivenRows: what rows begin with in the place of tokens, and the "
+    "prompts of the embeddings that `generate` was given.",
     "export options": "A dataclass as cli.export.TraceOptions: options of the command for models of some kind.",
     "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "

@@ -17,11 +17,10 @@ from gralora_fx.base.progress.stages import gc_pause, quiet, timed
 from gralora_fx.base.sources.model_files import RECORD
 from gralora_fx.cli.export import check_base, export
 from gralora_fx.cli.generate import generate
-from gralora_fx.cli.help import Command, Group
 from gralora_fx.cli.serve import serve
 from gralora_fx.cli.values import check_rounding, export_directory, read_adapters
 from gralora_fx.cli.verify import verify
-from gralora_fx.cli.wording import notes, show
+from gralora_fx.cli.wording import Command, Group, notes, show
 from gralora_fx.core.config.checks import check_integer
 from gralora_fx.core.config.reading import config_fields
 from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization

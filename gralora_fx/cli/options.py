@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from gralora_fx.base.features import parts
-from gralora_fx.cli.help import REQUIRED
 from gralora_fx.cli.values import file_name, model_name, quantization_words, task_name, utf8
+from gralora_fx.cli.wording import REQUIRED
 from gralora_fx.core.config.option import MODEL, WRITTEN
 from gralora_fx.format.tasks import task_names
 

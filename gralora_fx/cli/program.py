@@ -14,8 +14,7 @@ import typer
 from typer.main import get_command
 
 from gralora_fx.cli.commands import app
-from gralora_fx.cli.help import name_of
-from gralora_fx.cli.wording import notes
+from gralora_fx.cli.wording import name_of, notes
 from gralora_fx.errors import GraloraError, in_command
 
 _shown: set[str] = set()  # warnings shown already

@@ -15,8 +15,7 @@ from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
-from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings
-from gralora_fx.core.config.span_variables import warn_of_missing_spans
+from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings, warn_of_missing_spans
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.format.manifest import read_manifest
 
@@ -160,7 +159,7 @@ def _serve_replicas(settings: ServiceSettings, replicas: int, host: str, port: i
                 from gralora_fx.service.scale import prepare
 
                 prepare()
-                from gralora_fx.service.adapter_store.given_adapters import converted
+                from gralora_fx.service.adapter_store.store import converted
                 from gralora_fx.service.scale.ray_service import check, run_replicas
             with timed("opening"):
                 settings = stack.enter_context(converted(settings))

@@ -9,7 +9,7 @@ from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.config import GraloraConfig
 from gralora_fx.core.model.rewrite import rewrite
 from gralora_fx.core.tracing.trace import trace
-from gralora_fx.demo.figures import DemoPart, draw_losses
+from gralora_fx.demo.figures import DemoPart, Stages, draw_losses
 from gralora_fx.demo.news_writer import (
     ADAPTER_RATE,
     ADAPTER_STEPS,
@@ -21,7 +21,6 @@ from gralora_fx.demo.news_writer import (
     read_texts,
     train,
 )
-from gralora_fx.demo.timed_stages import Stages
 from gralora_fx.errors import GraloraError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import load

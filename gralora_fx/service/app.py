@@ -14,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.base.features import parts
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
-from gralora_fx.service.adapter_store.given_adapters import load_given
-from gralora_fx.service.adapter_store.named_files import RootFiles
+from gralora_fx.service.adapter_store.adapter_versions import RootFiles
+from gralora_fx.service.adapter_store.store import load_given
 from gralora_fx.service.engines import EncoderEngine, Engine, TextEngine, open_engine
 from gralora_fx.service.error_responses import add_handlers
 from gralora_fx.service.metrics import GatewayMetrics, Metrics

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gralora_fx.core.config.span_variables import EXPORTER, span_exporters, warn_of_missing_spans
+from gralora_fx.core.config.service_settings import EXPORTER, span_exporters, warn_of_missing_spans
 from gralora_fx.errors import ServingError, listed, shown
 from gralora_fx.service.scheduling.text_jobs import TextJob
 from gralora_fx.service.service_routes import OPEN_PATHS

@@ -11,7 +11,7 @@ from torch import Tensor
 from gralora_fx.exporters.rules.builder import Builder
 from gralora_fx.exporters.rules.onnx_pipeline import import_domains
 from gralora_fx.exporters.translation.translate import IR_VERSION, OPSET
-from gralora_fx.features.states.fast_forms import fast_state_forms
+from gralora_fx.features.states.forms import fast_state_forms
 from gralora_fx.features.states.lowering import CausalConvNode, LinearAttentionNode, lower_state_operators
 from gralora_fx.features.states.operators import CausalConv, LinearAttention
 from tests.features.test_state_operators import model_of

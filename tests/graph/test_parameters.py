@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gralora_fx.core.graph.overlay import map_parameters
+from gralora_fx.core.graph.surgery import map_parameters
 
 
 def test_every_parameter_is_replaced_once_and_tied_ones_stay_tied() -> None:

@@ -27,7 +27,7 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import CheckpointError, ConfigError, ExportError, GraloraError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.service import server
-from gralora_fx.service.adapter_store.given_adapters import converted
+from gralora_fx.service.adapter_store.store import converted
 from gralora_fx.service.app import create_app
 
 MODES = ("data", "inputs")

@@ -15,18 +15,18 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
 from gralora_fx.service.app import create_app
-from gralora_fx.service.protocols.openai import idle_fields
+from gralora_fx.service.protocols.openai import strict_model
 from gralora_fx.service.protocols.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
 
 MODEL = "data"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 CHAT = {**GREEDY, "messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
-PATHS: dict[str, tuple[str, dict[str, Any], idle_fields.Idle]] = {
+PATHS: dict[str, tuple[str, dict[str, Any], strict_model.Idle]] = {
     "completions": ("/v1/completions", {**GREEDY, "prompt": "a", "max_tokens": 3}, CompletionRequest.without_effect),
     "chats": ("/v1/chat/completions", CHAT, ChatRequest.without_effect),
     "responses": ("/v1/responses", {**GREEDY, "input": "a", "max_output_tokens": 3}, ResponseRequest.without_effect),
-    "embeddings": ("/v1/embeddings", {"model": "onnx", "input": "a"}, idle_fields.EVERYWHERE),
+    "embeddings": ("/v1/embeddings", {"model": "onnx", "input": "a"}, strict_model.EVERYWHERE),
 }
 # one of the values that change nothing, where any does
 VALUES: dict[str, Any] = {
@@ -155,5 +155,5 @@ def test_the_page_lists_them_all() -> None:
     page = Path("docs/serving.md").read_text(encoding="utf-8")
     table = page[page.index("### Fields without effect") :]
     tables = [kind.without_effect for kind in (CompletionRequest, ChatRequest, ResponseRequest)]
-    for field in {*idle_fields.OF_REASONING, *OPTIONS, *(field for table in tables for field in table)}:
+    for field in {*strict_model.OF_REASONING, *OPTIONS, *(field for table in tables for field in table)}:
         assert f"`{field}`" in table, field

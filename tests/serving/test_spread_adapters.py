@@ -14,7 +14,7 @@ from test_served_models import settle, store, used
 from gralora_fx.errors import ServingError
 from gralora_fx.run.generate.request_errors import AdapterNotFoundError, UnknownAdapterError
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
-from gralora_fx.service.adapter_store.named_files import RootFiles
+from gralora_fx.service.adapter_store.adapter_versions import RootFiles
 from gralora_fx.service.scale.spread_adapters import ReplicaAdapters, SharedAdapters, SpreadChanges, UnevenReplicasError
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -94,3 +96,13 @@ def test_the_mask_that_a_model_adds_to_is_the_eager_one() -> None:
     seen = [[False, True, True, False, False], [False, False, True, True, False], [False, False, False, True, True]]
     assert torch.equal(additive[0, 0] == 0, torch.tensor(seen))
     assert bool((additive[0, 0][~torch.tensor(seen)] == torch.finfo(torch.float32).min).all())
+
+
+def test_nothing_is_registered_with_transformers_before_a_decoder_is_traced() -> None:
+    code = (
+        "import gralora_fx.core.tracing.patches.decoder_operators\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface\n"
+        "print([each for each in (AttentionInterface(), AttentionMaskInterface()) if 'gralora' in each])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -17,8 +17,8 @@ from gralora_fx.core.adapters.other_parameters import RedirectParameters
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
-from gralora_fx.core.graph.overlay import ROOT
 from gralora_fx.core.graph.sites import LinearSite
+from gralora_fx.core.graph.surgery import ROOT
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
 from gralora_fx.core.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.errors import RewriteError

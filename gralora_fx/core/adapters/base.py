@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from gralora_fx.core.graph.overlay import copy_in_mode, parameter_tree
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, parameter_tree
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import MergeError, RewriteError
 

@@ -16,9 +16,8 @@ from torch import fx
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.state_graph import GraphCache, GraphState, StateGraph, build_graph, dtypes_of
-from gralora_fx.core.graph.overlay import overlay
 from gralora_fx.core.graph.pipeline import GraphPass
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, overlay
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError, first_line

@@ -9,10 +9,9 @@ from torch import fx, nn
 
 from gralora_fx.core.graph.linear_calls import calls_at, is_view, readers, tensor_at
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within, module_stack
-from gralora_fx.core.graph.overlay import replace_parameters
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.sites import LinearSite, ParameterSite
-from gralora_fx.core.graph.surgery import annotate, module_of
+from gralora_fx.core.graph.surgery import annotate, module_of, replace_parameters
 from gralora_fx.errors import MergeError, RewriteError
 
 OWN_WEIGHTS = "calls read the weights of their layers"

@@ -14,9 +14,8 @@ from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.insert_adapter import INSERTED, protect_outputs
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
-from gralora_fx.core.graph.overlay import CountedGraph, FlatGraph, overlay, share_adapters
 from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import CountedGraph, FlatGraph, copy_graph, overlay, share_adapters
 from gralora_fx.core.methods import first_tensor
 from gralora_fx.core.methods.low_rank import accumulate
 from gralora_fx.core.operators.call import COMPUTING

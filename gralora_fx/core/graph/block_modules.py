@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.block_calls import BlockCall, call_blocks
-from gralora_fx.core.graph.overlay import overlay, replace_module
 from gralora_fx.core.graph.pipeline import Pass
+from gralora_fx.core.graph.surgery import overlay, replace_module
 from gralora_fx.errors import RewriteError, shown
 
 _OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind is p.KEYWORD_ONLY} | {

@@ -1,14 +1,18 @@
-"""Copying of graphs, removal of nodes, and annotations of the nodes that a pass created.
+"""Copies of graphs and of module trees, trees that overlay others, and annotations of the nodes that a pass created.
 
-An annotation is in `node.meta["custom"]["gralora"]`, which copies and re-exports keep.
+An annotation is in `node.meta["custom"]["gralora"]`, which copies and re-exports keep. Overlaid trees share tables of
+tensors, but a replacement in one stays there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from gralora_fx.base.compat.torch_graphs import convention_of, set_convention
 
@@ -71,3 +75,191 @@ def annotated_nodes(graph: fx.Graph, adapter: str) -> Iterator[fx.Node]:
         fields = annotation_of(node)
         if fields is not None and fields["adapter"] == adapter:
             yield node
+
+
+ROOT = "gralora"  # attribute of a tree, below which it has the adapters' tensors
+
+
+class CountedGraph(fx.GraphModule):
+    """A graph module that counts how often it was compiled, so that an edit of its graph is noticed.
+
+    Attributes:
+        compilations: How often.
+    """
+
+    compilations: int = 0
+
+    def recompile(self) -> Any:
+        """Compile the graph."""
+        self.__dict__["compilations"] = self.compilations + 1
+        return super().recompile()
+
+
+class FlatGraph:
+    """A graph module that is compiled when someone wants to read or run it, and whose edits are noticed.
+
+    Attributes:
+        module: The graph module.
+    """
+
+    def __init__(self, module: CountedGraph) -> None:
+        """Take a graph module that is not compiled yet."""
+        self.module = module
+        self._compilations = module.compilations
+        self._is_compiled = False
+        self._compiling = threading.Lock()
+
+    def compiled(self) -> fx.GraphModule:
+        """The graph module with its code."""
+        with self._compiling:
+            if not self._is_compiled:
+                fx.GraphModule.recompile(self.module)  # which does not count
+                self._is_compiled = True
+        return self.module
+
+    @property
+    def edits(self) -> int:
+        """How often someone has compiled it again, as after an edit."""
+        return self.module.compilations - self._compilations
+
+
+def parameter_tree(graph_module: fx.GraphModule) -> nn.Module:
+    """A plain module with the contents of a graph module, at the same paths.
+
+    Containers are new; layers that the graph calls as modules are copies over the same tables of tensors.
+    """
+    tree = nn.Module()
+    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        tree.__dict__[table] = graph_module.__dict__[table]
+    for path in _called(graph_module.graph):
+        replace_module(tree, path, _in_mode(tree.get_submodule(path)))
+    return tree
+
+
+def copy_in_mode(root: nn.Module, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
+    """A graph module over the tensors of a tree, with its own containers and mode."""
+    graph_module = fx.GraphModule(root, graph, class_name)
+    graph_module.training = training
+    for path in _called(graph):
+        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+    return graph_module
+
+
+def overlay(tree: nn.Module, graph: fx.Graph, training: bool) -> CountedGraph:
+    """A graph module over a tree's tensors, to be compiled when its graph is complete.
+
+    The graph reads replacements of tensors in the tree. What `replace_parameters` puts into the result, and an adapter
+    removed from the tree, affects only the one and not the other.
+    """
+    graph_module = CountedGraph(nn.Module(), fx.Graph(), "GraloraGraph")
+    for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        graph_module.__dict__[table] = tree.__dict__[table]
+    graph_module.__dict__["_modules"] = dict(tree._modules)
+    share_adapters(graph_module, tree)
+    graph.owning_module = graph_module
+    graph_module._graph = graph  # the public setter would compile it before it is complete
+    graph_module.training = training
+    for path in _called(graph):
+        replace_module(graph_module, path, _in_mode(graph_module.get_submodule(path), training))
+    return graph_module
+
+
+def share_adapters(graph_module: fx.GraphModule, tree: nn.Module) -> None:
+    """Update a graph module's adapters to those of a tree."""
+    if (adapters := tree._modules.get(ROOT)) is not None:
+        graph_module._modules[ROOT] = _shallow(adapters)
+    else:
+        graph_module._modules.pop(ROOT, None)
+
+
+def replace_parameters(root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Replace parameters of a tree, by path; modules on the way are copied, since others may share them."""
+    copied = {id(root)}
+    for path, parameter in parameters.items():
+        owner, _, attribute = path.rpartition(".")
+        module = _own_container(root, owner, copied)
+        module.__dict__["_parameters"] = {**module._parameters, attribute: parameter}
+
+
+def map_parameters(root: nn.Module, new: Callable[[nn.Parameter, str], nn.Parameter]) -> None:
+    """Let modules hold other parameters; one that has several places is made once, so that what is tied stays tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a tensor is equal to itself alone as a key
+    for path, module in root.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = new(parameter, f"{path}.{name}".lstrip("."))
+                module._parameters[name] = made[parameter]
+
+
+@contextmanager
+def placeholder_parameters(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Replace parameters on the meta device by placeholders without memory, within the block, so that they are traced.
+
+    A trace needs only shapes, dtypes and a device. A placeholder has those and a single zero as its storage, so that a
+    model is traced as with its weights. (Fake tensors would do as well, but fake parameters make `torch.export` corrupt
+    memory, as seen with torch 2.13.)
+    """
+    originals: dict[nn.Parameter, nn.Parameter] = {}
+
+    def placeholder(parameter: nn.Parameter, _: str) -> nn.Parameter:
+        if not parameter.is_meta:
+            return parameter
+        zero = torch.zeros((), dtype=parameter.dtype)
+        placeholders = nn.Parameter(zero.expand(parameter.shape), requires_grad=parameter.requires_grad)
+        originals[placeholders] = parameter
+        return placeholders
+
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        yield {}
+        return
+    map_parameters(model, placeholder)
+    try:
+        yield originals
+    finally:
+        restore_parameters(model, originals)
+
+
+def restore_parameters(module: nn.Module, originals: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Put a model's own parameters where a module, such as a trace, holds what stood in for them."""
+    map_parameters(module, lambda parameter, _: originals.get(parameter, parameter))
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a path of a tree; modules on the way are copied, since others may share them."""
+    owner, _, name = path.rpartition(".")
+    _own_container(root, owner, {id(root)})._modules[name] = module
+
+
+def _in_mode(module: nn.Module, training: bool | None = None) -> nn.Module:
+    """A copy of a module tree over the same tables of tensors, with its own mode."""
+    copy = _shallow(module)
+    copy.training = module.training if training is None else training
+    for name, child in module._modules.items():
+        copy._modules[name] = None if child is None else _in_mode(child, training)
+    return copy
+
+
+def _called(graph: fx.Graph) -> list[str]:
+    return list(dict.fromkeys(str(node.target) for node in graph.find_nodes(op="call_module")))
+
+
+def _own_container(root: nn.Module, path: str, copied: set[int]) -> nn.Module:
+    """The module at a path; each on the way is copied, unless it is among `copied`."""
+    module = root
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None or id(child) not in copied:
+            child = nn.Module() if child is None else _shallow(child)
+            copied.add(id(child))
+            module._modules[name] = child
+        module = child
+    return module
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of a module with its own table of submodules, sharing the tables of tensors."""
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_modules"] = dict(copy.__dict__["_modules"])
+    return copy

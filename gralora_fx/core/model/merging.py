@@ -18,9 +18,8 @@ from gralora_fx.core.adapters.other_parameters import (
     is_separated,
     separated_path,
 )
-from gralora_fx.core.graph.overlay import copy_in_mode, map_parameters
 from gralora_fx.core.graph.pipeline import Pipeline
-from gralora_fx.core.graph.surgery import copy_graph
+from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, map_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 
 

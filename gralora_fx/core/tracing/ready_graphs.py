@@ -15,8 +15,8 @@ from gralora_fx.base.compat.torch_graphs import HigherOrderOperator, OpOverload,
 from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
-from gralora_fx.core.graph.overlay import placeholder_parameters, restore_parameters
 from gralora_fx.core.graph.pipeline import Pass, PassLog
+from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.capture import dynamic_axes
 from gralora_fx.core.tracing.check import check_example, fixed_axes
 from gralora_fx.core.tracing.draft import Captured

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.fold.initializers import ProductWeight, Reader, Storage, stored_scales
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader, Storage, stored_scales
 from gralora_fx.exporters.translation.weights import StackedTensor, derived
-from gralora_fx.features.experts.blocks import MATRICES, OF_BLOCKS, QMOE
-from gralora_fx.features.experts.formats import expert_matrices
+from gralora_fx.features.experts.blocks import MATRICES, OF_BLOCKS, QMOE, expert_matrices
 from gralora_fx.features.experts.operators import Experts
 from gralora_fx.features.experts.rows import MOE, arranged, as_modelled
 

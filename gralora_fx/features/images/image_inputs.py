@@ -76,7 +76,7 @@ def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[s
     return {IDS: torch.where(given, GIVEN, ids), **inputs}
 
 
-def images_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+def drawn_beside(model: TracedModel, case: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Draw what a step of a model that takes embeddings beside ids has of images, at some of its positions."""
     examples = model.example_inputs
     given = torch.rand(case[IDS].shape, generator=generator) < _IMAGES

@@ -53,6 +53,8 @@ def _of_one_row(name: str, array: NDArray[Any]) -> NDArray[Any]:
 class ImageRows(GivenRows):
     """The rows of a decoder that begin with embeddings in the place of tokens."""
 
+    prompts_with = staticmethod(with_images)
+
     def __init__(self, session: Any) -> None:
         """Begin without rows."""
         self._taken = {value.name: value for value in optional_arguments(session)}

@@ -8,7 +8,11 @@ from typing import Any
 
 from gralora_fx.base.sources.model_files import read_json_object, resolve_directory
 from gralora_fx.errors import TraceError, shown
-from gralora_fx.features.sentences.sentence_task import SENTENCE_TASK
+from gralora_fx.format.tasks import Task
+
+SENTENCE_TASK = "sentence-similarity"
+TASKS = (Task(SENTENCE_TASK, inputs=("input_ids",), adapters=("FEATURE_EXTRACTION",), encoder_alone=True),)
+
 
 MODULES_NAME = "modules.json"
 SETTINGS_NAME = "config_sentence_transformers.json"

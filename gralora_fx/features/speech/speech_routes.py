@@ -26,9 +26,8 @@ from gralora_fx.run.generate.prompts import EncoderInput
 from gralora_fx.run.generate.request_errors import RunError
 from gralora_fx.run.generate.token_choice import TokenScore
 from gralora_fx.service.engines import TextEngine
-from gralora_fx.service.protocols.openai.idle_fields import EVERYWHERE, Idle
 from gralora_fx.service.protocols.openai.requests import Seed, Temperature, Whole
-from gralora_fx.service.protocols.openai.strict_model import StrictModel, with_ignored
+from gralora_fx.service.protocols.openai.strict_model import EVERYWHERE, Idle, StrictModel, with_ignored
 from gralora_fx.service.replies import EventStream, TextAnswers, timeout_of
 from gralora_fx.service.spans import note_model
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.builder import Builder, replace_readers, swaps_last_axes, takes_row_count
-from gralora_fx.features.states.fast_forms import fits_convolution
+from gralora_fx.features.states.forms import fits_convolution
 from gralora_fx.features.states.rows import STATE
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import TRANSPOSED_STATES

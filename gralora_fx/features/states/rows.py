@@ -21,7 +21,7 @@ from gralora_fx.exporters.rules.builder import (
 )
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError, RowTokens, longest_row
 from gralora_fx.exporters.translation.names import layer_of
-from gralora_fx.features.states.prompt_clamps import clamp_rows
+from gralora_fx.features.states.forms import clamp_rows
 from gralora_fx.format.input_names import PAST_PREFIX
 
 _CHANNELS_LAST = [0, 2, 1]

@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from gralora_fx.run.generate.request_errors import WrongFieldError
-from gralora_fx.service.protocols.openai.idle_fields import Idle
 from gralora_fx.service.protocols.openai.messages import History, InputText, ItemFields, MessageFields, joined
-from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel, wrong_field
+from gralora_fx.service.protocols.openai.strict_model import Idle, ListOf, StrictModel, wrong_field
 
 
 class CalledFunction(StrictModel):

@@ -30,8 +30,7 @@ from gralora_fx.features.tools.tool_template import ToolTemplate, attempts
 from gralora_fx.run.generate.constraints import Constraints
 from gralora_fx.run.generate.request_errors import WrongFieldError
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, PlannedRequest
-from gralora_fx.service.protocols.openai.idle_fields import Idle
-from gralora_fx.service.protocols.openai.strict_model import StrictModel
+from gralora_fx.service.protocols.openai.strict_model import Idle, StrictModel
 
 if TYPE_CHECKING:
     from gralora_fx.service.engines import TextEngine

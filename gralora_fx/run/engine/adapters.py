@@ -15,24 +15,15 @@ import numpy as np
 
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ServingError, command, listed, remedy, shown
-from gralora_fx.format.adapter_format import AdapterContent
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.sessions.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
-from gralora_fx.run.sessions.adapter_file import (
-    AdapterInMemory,
-    AdapterRecord,
-    AdapterSource,
-    check_rank,
-    read_record,
-    read_tensors,
-    record_in_memory,
-)
 from gralora_fx.run.sessions.session_views import adapter_values, empty_adapter
 
-if TYPE_CHECKING:  # loaded where rows share what they read
+if TYPE_CHECKING:  # loaded where rows share what they read, and where there are adapters
     from gralora_fx.run.engine.prefix_cache import PrefixCache
+    from gralora_fx.run.sessions.adapter_file import AdapterRecord, AdapterSource
 
 AdapterNames: TypeAlias = str | Sequence[str | None] | None  # the adapter of all rows, or of each; None for the base
 _STACKED = 16  # most adapters that a stack has beside those that are used
@@ -193,6 +184,9 @@ class Adapters(Mapping[str, LoadedAdapter]):
         """Load an adapter file, checked against its record and the export."""
         inputs = self.inputs()
         check_name(name, ServingError)
+        from gralora_fx.format.adapter_format import AdapterContent
+        from gralora_fx.run.sessions.adapter_file import AdapterInMemory, check_rank, read_record, read_tensors
+
         if isinstance(path, AdapterInMemory):
             check_rank("the adapter", path.record, self._max_rank)
             return self._add(LoadedAdapter(name, path.record, path.tensors), exist_ok=exist_ok)
@@ -218,6 +212,8 @@ class Adapters(Mapping[str, LoadedAdapter]):
         large = [tensor for tensor, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
         if large:
             raise ServingError(f"{large[0]} of {name!r} holds values that are not finite; give smaller weights")
+        from gralora_fx.run.sessions.adapter_file import check_rank, record_in_memory
+
         record = record_in_memory(name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
         check_rank(name, record, self._max_rank)
         return self._add(LoadedAdapter(name, record, tensors))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from gralora_fx.base.amounts import shown_size
 from gralora_fx.errors import ServingError
 
 if TYPE_CHECKING:  # loaded where rows share what they read
@@ -85,6 +84,8 @@ class CacheMemory:
         """Check that a row has room where no other is open."""
         size = row.claim + copies
         if self.limit is not None and size > self.limit:
+            from gralora_fx.base.amounts import shown_size
+
             raise NeverRoomError(
                 f"the caches of the prompt and its answer may take {shown_size(size)}, and max_memory has room for "
                 f"{shown_size(self.limit)}; ask for fewer tokens, or give more memory"

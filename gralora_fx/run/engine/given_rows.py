@@ -15,7 +15,8 @@ from gralora_fx.run.sessions.ort_values import optional_arguments
 class GivenRows:
     """What rows begin with in the place of tokens: nothing, of a decoder that takes ids alone.
 
-    A feature's subclass, a part of the point "given rows", is made of the session.
+    A feature's subclass, a part of the point "given rows", is made of the session. Its `prompts_with` takes prompts and
+    the embeddings that `generate` was given, and returns the prompts with them.
     """
 
     def begin(self, row: int, source: Mapping[str, Any] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -15,7 +15,6 @@ from gralora_fx.errors import ServingError
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
-from gralora_fx.run.engine.adapter_slots import RowStacks
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
 from gralora_fx.run.engine.cache_memory import Source
@@ -27,6 +26,9 @@ from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
 from gralora_fx.run.sessions.paged_memory import kept_reason
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
+
+if TYPE_CHECKING:  # loaded where rows have adapters
+    from gralora_fx.run.engine.adapter_slots import RowStacks
 
 _MOST_PADDED = 64  # positions of padding that are summed up rather than run the model once more
 _STATES = "layers of the model keep states"
@@ -62,8 +64,10 @@ class RowsDecoder(Decoder):
         apart = reads_tokens_apart(session)
         super().__init__(limits, size, gives_all=gives_all(session), verify_problem=problem, is_apart=apart)
         self._adapters, self._given = adapters, given_rows(session)
-        self._row_stacks = None
+        self._row_stacks: RowStacks | None = None
         if ADAPTER_IDS in inputs:
+            from gralora_fx.run.engine.adapter_slots import RowStacks
+
             tensors = replace(adapters.inputs(), dtype=adapter_dtype(session))
             self._row_stacks = RowStacks(tensors, self.rows, weights)
         self._row_adapters: dict[int, LoadedAdapter | None] = {}

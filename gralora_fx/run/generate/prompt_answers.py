@@ -73,10 +73,10 @@ def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
     """Return prompts with what stands in the place of their tokens, as a feature reads it."""
     from gralora_fx.base.features import parts
 
-    readers = parts("given prompts", (EMBEDS,))
-    if not readers:
+    kinds = parts("given rows", (EMBEDS,))
+    if not kinds:
         inputs.check_unused("no feature that is installed reads it", EMBEDS)
-    given: Prompts = readers[0](texts, inputs.inputs_embeds)
+    given: Prompts = kinds[0].prompts_with(texts, inputs.inputs_embeds)
     return given
 
 

@@ -15,8 +15,7 @@ from gralora_fx.errors import shown
 from gralora_fx.run.generate.request_errors import TooManyChangesError, UnknownModelError
 from gralora_fx.run.model import OrtModel
 from gralora_fx.run.sessions.adapter_file import AdapterSource
-from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits, AdapterVersion
-from gralora_fx.service.adapter_store.named_files import RootFile
+from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits, AdapterVersion, RootFile
 
 _MOST_CHANGES = 16  # that wait
 _NAME_IN_KEY = 100  # characters of a name that a version's key begins with

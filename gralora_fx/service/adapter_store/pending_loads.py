@@ -19,9 +19,8 @@ from gralora_fx.run.generate.request_errors import (
     DeadlineError,
     TooManyChangesError,
 )
-from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion
+from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion, RootFile
 from gralora_fx.service.adapter_store.memory import AdapterMemory
-from gralora_fx.service.adapter_store.named_files import RootFile
 
 _SHORT, _LONG = 5.0, 10**9  # seconds that a failure is remembered which is not of the files, and one which is
 _MOST_FAILURES = 10_000

@@ -1,18 +1,23 @@
-"""The adapters of a service by three verbs: requests load, use and evict them."""
+"""The adapters of a service by three verbs, load, use and evict; those that it is started with are loaded first."""
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.format.adapter_paths import check_name, check_takes_adapters
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.errors import GraloraError, ServingError, listed, marked, shown, warn_caller
+from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters
+from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.generate.request_errors import (
     AdapterLoadError,
     AdapterNameError,
@@ -20,10 +25,16 @@ from gralora_fx.run.generate.request_errors import (
     UnknownModelError,
 )
 from gralora_fx.run.model import OrtModel
+from gralora_fx.run.open_export import adapter_as_data
 from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
-from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits, AdapterVersion
+from gralora_fx.service.adapter_store.adapter_versions import (
+    AdapterLimits,
+    AdapterVersion,
+    GivenFile,
+    RootFile,
+    RootFiles,
+)
 from gralora_fx.service.adapter_store.memory import AdapterMemory
-from gralora_fx.service.adapter_store.named_files import GivenFile, RootFile, RootFiles
 from gralora_fx.service.adapter_store.pending_loads import PendingLoads
 
 
@@ -194,3 +205,38 @@ class AdapterStore(AdapterMemory):
         source = file.read(name, self._host.manifest)
         kept = None if pin or isinstance(file, GivenFile) else file
         return self.add(name, source, self.trial if is_tried else None, kept)
+
+
+def load_given(store: AdapterStore, settings: ServiceSettings) -> None:
+    """Load the adapters that a service is started with; they take precedence over those of the export itself."""
+    for name, path in settings.adapters.items():
+        if name in store.adapters:
+            warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
+        with _named(name):
+            store.serve(store.stage(name, GivenFile(path, settings.directory), may_replace=True))
+
+
+@contextmanager
+def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
+    """Convert the adapters of settings to `.onnx_adapter` files, for several processes that serve the same."""
+    with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
+        adapters: dict[str, Path] = {}
+        manifest = read_manifest(settings.directory, ServingError)
+        for name, path in settings.adapters.items():
+            with _named(name):
+                check_name(name, ServingError)
+                check_takes_adapters(manifest, settings.base_name, ServingError)
+                adapters[name] = adapter_as_data(adapter_path(path), settings.directory, Path(folder), name)
+        yield replace(settings, adapters=adapters)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Begin the message of an error with the adapter that it is about."""
+    try:
+        yield
+    except GraloraError as error:
+        start = f"adapter {shown(name)}"
+        if str(error).startswith(start):
+            raise
+        raise type(error)(f"{start}: {marked(error)}") from error

@@ -24,7 +24,7 @@ from starlette.types import Message
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import GraloraError, ServingError, first_line
 from gralora_fx.run.sessions.run_options import available_threads
-from gralora_fx.service.adapter_store.given_adapters import load_given
+from gralora_fx.service.adapter_store.store import load_given
 from gralora_fx.service.app import create_app
 from gralora_fx.service.engines import EncoderEngine, open_engine
 from gralora_fx.service.metrics import Metrics

@@ -21,8 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.errors import GraloraError, first_line
 from gralora_fx.run.generate.request_errors import StoppedError
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
-from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion
-from gralora_fx.service.adapter_store.named_files import GivenFile
+from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion, GivenFile
 from gralora_fx.service.adapter_store.store import AdapterStore
 
 _RECORD = "adapters.json"

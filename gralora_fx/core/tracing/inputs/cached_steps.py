@@ -108,8 +108,8 @@ def cached_inputs(
     step = {name: value[:, cached:] for name, value in inputs.items()}
     step["attention_mask"] = mask[:, skip:]
     if beside:
-        for examples_beside in parts("step examples", (EMBEDS,)):
-            step |= examples_beside(model, step["input_ids"], step["attention_mask"])
+        for examples in parts("step examples", (EMBEDS,)):
+            step |= examples.examples_beside(model, step["input_ids"], step["attention_mask"])
     return {**step, PAST: own_cache(cache) if past else empty_cache(cache, batch)}
 
 

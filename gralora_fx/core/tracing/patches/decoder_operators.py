@@ -119,6 +119,8 @@ def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
 
     What makes its masks is told so, and calls `gralora::mask`, until it is known what reads them.
     """
+    AttentionInterface.register(NAMESPACE, _attend)  # which no model asks for but those within the block
+    AttentionMaskInterface.register(NAMESPACE, make_mask)
     parts = {id(part.config): part.config for part in model.modules() if _has_operator(part)}
     before = {key: config._attn_implementation for key, config in parts.items()}
     try:
@@ -314,7 +316,3 @@ def shape_only_ops() -> Iterator[None]:
     """Let code traced within the block call the shape-only operators; real tensors are computed as usual."""
     with patch.object(nn.functional, "linear", _traced_linear), patch.object(torch, "cat", _traced_cat):
         yield
-
-
-AttentionInterface.register(NAMESPACE, _attend)
-AttentionMaskInterface.register(NAMESPACE, make_mask)

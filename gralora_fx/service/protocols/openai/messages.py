@@ -7,8 +7,16 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from gralora_fx.service.protocols.openai.idle_fields import INPUT_ITEM, INPUT_TEXT, MESSAGE, TEXT_PART, Idle
-from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel, wrong_field
+from gralora_fx.service.protocols.openai.strict_model import (
+    INPUT_ITEM,
+    INPUT_TEXT,
+    MESSAGE,
+    TEXT_PART,
+    Idle,
+    ListOf,
+    StrictModel,
+    wrong_field,
+)
 
 
 class TextPart(StrictModel):

@@ -11,9 +11,17 @@ from pydantic_core import PydanticCustomError
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.generate.answer_options import LEAST_DIVISOR, Sampling
 from gralora_fx.service.protocols.openai.answer_plan import PlannedRequest
-from gralora_fx.service.protocols.openai.idle_fields import CHAT, EVERYWHERE, STREAM_OPTIONS, TEXT, Idle
 from gralora_fx.service.protocols.openai.messages import MessageFields, template_messages
-from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel, with_features
+from gralora_fx.service.protocols.openai.strict_model import (
+    CHAT,
+    EVERYWHERE,
+    STREAM_OPTIONS,
+    TEXT,
+    Idle,
+    ListOf,
+    StrictModel,
+    with_features,
+)
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1

@@ -8,16 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from gralora_fx.errors import ServingError
-from gralora_fx.service.protocols.openai.idle_fields import (
+from gralora_fx.service.protocols.openai.messages import History, ItemFields
+from gralora_fx.service.protocols.openai.requests import SamplingFields, StreamOptions, Whole
+from gralora_fx.service.protocols.openai.strict_model import (
     REASONING,
     RESPONSE,
     TEXT_OPTIONS,
     Idle,
     IdleInclude,
+    ListOf,
+    StrictModel,
+    with_features,
 )
-from gralora_fx.service.protocols.openai.messages import History, ItemFields
-from gralora_fx.service.protocols.openai.requests import SamplingFields, StreamOptions, Whole
-from gralora_fx.service.protocols.openai.strict_model import ListOf, StrictModel, with_features
 
 _LOGPROBS = "message.output_text.logprobs"
 

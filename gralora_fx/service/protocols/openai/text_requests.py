@@ -20,9 +20,9 @@ from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.encoder_inputs import TextSources
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, AnswerReader
-from gralora_fx.service.protocols.openai.idle_fields import OF_REASONING
 from gralora_fx.service.protocols.openai.requests import ChatRequest, CompletionRequest
 from gralora_fx.service.protocols.openai.response_requests import ResponseRequest
+from gralora_fx.service.protocols.openai.strict_model import OF_REASONING
 from gralora_fx.service.replies import TextAnswers, timeout_of
 from gralora_fx.service.spans import note_model
 
