@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
-from gralora_fx.errors import RewriteError
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import RewriteError, option
+from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:
-    from gralora_fx.core.tracing.as_transformers import TransformersView
-from collections.abc import Mapping
-
-if TYPE_CHECKING:
+    from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import GraphBlock
+    from gralora_fx.core.tracing.as_transformers import TransformersView
 
 _NO_BLOCKS = (
     "gradient checkpointing recomputes blocks, and the trace found none: no ModuleList or Sequential whose members "
@@ -109,8 +109,8 @@ class Checkpointed:
         self._state.set_checkpointing(Checkpointing.of(given, every, offload=offload))
 
 
-_FUSED_HEAD = "fused_lm_head"  # TRL's argument of a forward that it has replaced
-_PACKED = "cu_seq_lens_q"  # where the texts of a row begin, of collators that pack
+# where the texts of a row begin, of collators that pack; positions that start again say the same
+_PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 
 class Trainable(Checkpointed):
@@ -122,7 +122,10 @@ class Trainable(Checkpointed):
     """
 
     _state: AdapterGraph
-    forward: Callable[..., Any]
+    _compute: Callable[..., Any]
+    _run_to_head: Callable[..., Any]
+    _view: Any = None
+    _other_forward: Callable[..., Any] | None = None
     model_tags: list[str] | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,16 +170,24 @@ class Trainable(Checkpointed):
 
     @property
     def base_model(self) -> TransformersView:
-        """The model as a transformers model, adapters included, as in PEFT."""
-        from gralora_fx.core.tracing.as_transformers import view_of
+        """The model as a transformers model, adapters included, as in PEFT; it is one object.
 
-        traced, adapters = self._state.traced, self._state
-        parameters = dict(traced.tree.parameters)
-        for name in adapters.state.active:
-            for copies in adapters[name].copies.values():
-                parameters |= copies
-        assign = functools.partial(setattr, self, "generation_config")
-        view = view_of(traced, self.forward, parameters, labels=True, assign=assign)
+        A `forward` that is assigned to it, as TRL does to compute losses without logits, is the model's from then on;
+        its `base_model` is the model up to the language model's head.
+        """
+        from gralora_fx.core.tracing.as_transformers import Viewed, view_of
+
+        if self._view is None:
+            viewed = Viewed(
+                traced=lambda: self._state.base.traced,
+                run=self._compute,
+                parameters=self._parameters_read,
+                assign=functools.partial(setattr, self, "generation_config"),
+                run_to_head=self._run_to_head,
+                replace_forward=functools.partial(self.__dict__.__setitem__, "_other_forward"),
+            )
+            self.__dict__["_view"] = view_of(viewed, labels=True)  # no submodule, which it would be as an attribute
+        view: TransformersView = self._view
         view.model_tags = self.model_tags
         return view
 
@@ -187,6 +198,14 @@ class Trainable(Checkpointed):
     def can_generate(self) -> bool:
         """Whether the model generates."""
         return self._state.traced.can_generate()
+
+    def _parameters_read(self) -> dict[str, nn.Parameter]:
+        """The parameters that the graph reads, by the names of the source model."""
+        adapters, parameters = self._state, self._state.base.parameters_now()
+        for name in adapters.state.active:
+            for copies in adapters[name].copies.values():
+                parameters |= copies
+        return parameters
 
     @property
     def device(self) -> torch.device:
@@ -234,16 +253,91 @@ class Trainable(Checkpointed):
         self.model_tags = list(dict.fromkeys(wanted))
 
 
-def check_arguments(names: Container[str]) -> None:
-    """Check that no argument is one of TRL's for what a graph does not do."""
-    if _FUSED_HEAD in names:
+class GraphDropout(nn.Dropout):
+    """The dropout of a graph, as a module for what turns it off by setting `p` of every such module to 0.
+
+    Args:
+        state: The graph.
+    """
+
+    def __init__(self, state: AdapterGraph) -> None:
+        """Stand for the dropout of a graph."""
+        nn.Module.__init__(self)
+        self.inplace = False
+        self._state = state
+
+    @property
+    def p(self) -> float:
+        """The largest probability in the graph's training mode."""
+        return self._state.largest_dropout()
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if value:
+            raise RewriteError(
+                f"the graph's dropout is that of the model and its adapters, and cannot be set to {value}; set it to "
+                "0, or set the probabilities before the model is traced"
+            )
+        self._state.set_dropout(False)
+
+
+def check_head(state: AdapterGraph) -> str:
+    """Check that the language model's head is the base's own layer, for a loss that is computed with its weight.
+
+    Returns:
+        Its path.
+    """
+    head = state.base.traced.tree.output_embedding
+    if head is None:
+        raise RewriteError("the model has no language-model head that its class names, so there is no state before it")
+    adapted = [name for name in state.state.active if head in state[name].factors]
+    if adapted:
         raise RewriteError(
-            "TRL's trainers compute their loss from the hidden states before the language model's head "
-            f"({_FUSED_HEAD}=True), which a graph does not return. Train with transformers' Trainer; or give "
-            "SFTTrainer its loss: `class SFT(SFTTrainer): compute_loss = Trainer.compute_loss`"
+            f"adapter {adapted[0]!r} adapts {head}, and a loss from the head's own weight would leave it out; take "
+            f"{head} out of target_modules, or train it whole with modules_to_save=[{head!r}]"
         )
-    if _PACKED in names:
+    return head
+
+
+def form_of(
+    traced: TracedModel, inputs: dict[str, Any], *, keeps_cache: bool, ends_at: str | None = None
+) -> RunForm | None:
+    """Return the form of the graph that a call needs, and take from the inputs what says so; None for the graph itself.
+
+    Args:
+        traced: The traced model.
+        inputs: The call's inputs by name; the mask of rows that hold several texts is added.
+        keeps_cache: Whether the cache is returned unless `use_cache` says otherwise.
+        ends_at: The layer before which the run ends.
+    """
+    if PAST not in traced.input_names:
+        if given := sorted(_PACKING.intersection(inputs)):
+            raise RewriteError(
+                f"packed rows ({', '.join(given)}) hold several texts, which the attention of this graph does not keep "
+                f"apart; trace the model with {option(task='text-generation-with-past')}, or set packing=False and "
+                "padding_free=False"
+            )
+        if ends_at is None:
+            return None
+        inputs.pop("use_cache", None)
+        returns_cache = False
+    else:
+        asked = inputs.pop("use_cache", None)
+        returns_cache = getattr(traced.config, "use_cache", True) is not False if asked is None else bool(asked)
+        keeps_cache &= asked is not False
+    from gralora_fx.core.adapters.run_forms import RunForm, texts_of
+
+    given = [inputs.pop(name) for name in _PACKING if name in inputs]
+    positions, is_packed = inputs.get("position_ids"), False
+    # as transformers' models, which tell texts apart by positions where there is no mask and no cache is made
+    may_be_packed = PAST in traced.input_names and inputs.get("attention_mask") is None and inputs.get(PAST) is None
+    if positions is not None and may_be_packed and (given or not returns_cache):
+        texts = texts_of(positions)
+        if given or torch.compiler.is_compiling() or bool((texts > 1).any()):
+            inputs["attention_mask"], is_packed = texts, True
+    if given and not is_packed:
         raise RewriteError(
-            f"packed rows ({_PACKED}) hold several texts, which the attention of a graph does not keep apart; set "
-            "packing=False and padding_free=False"
+            "packed rows need position_ids that start again with each text, and neither an attention_mask nor a cache"
         )
+    form = RunForm(keeps_cache and ends_at is None, ends_at, is_packed)
+    return None if form == RunForm() else form
