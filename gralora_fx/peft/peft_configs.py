@@ -65,7 +65,7 @@ class PeftConfig(ABC):  # noqa: B024  # what its name is for is isinstance
         return read_config(Path(directory, subfolder) if subfolder else directory, revision=revision)
 
 
-PeftConfig.register(AdapterConfig)
+PeftConfig.register(AdapterConfig)  # type: ignore[type-abstract]
 
 
 class PeftGraloraConfig(GraloraConfig):

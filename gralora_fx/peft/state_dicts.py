@@ -107,7 +107,9 @@ def prepare_model_for_kbit_training(
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        older = getattr(model, "gradient_checkpointing_enable", None)  # its name until transformers 5.24
+        enable = getattr(model, "activation_checkpointing_enable", older)
+        enable(gradient_checkpointing_kwargs)
     return model
 
 
