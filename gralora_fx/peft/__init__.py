@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gralora_fx.core.config import GraloraConfig
 from gralora_fx.core.methods.lora import LoraConfig
 from gralora_fx.peft.auto_models import (
     AutoPeftModel,
@@ -14,7 +15,6 @@ from gralora_fx.peft.auto_models import (
 )
 from gralora_fx.peft.callbacks import StopAtNonFinite
 from gralora_fx.peft.peft_configs import PeftConfig, PeftType, TaskType, get_peft_config
-from gralora_fx.peft.peft_configs import PeftGraloraConfig as GraloraConfig
 from gralora_fx.peft.peft_model import (
     PeftModel,
     PeftModelForCausalLM,

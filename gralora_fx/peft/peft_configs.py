@@ -6,11 +6,10 @@ from abc import ABC
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from gralora_fx.core.config import AdapterConfig, GraloraConfig
+from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods.registry import config_from_fields, config_from_peft, read_config
-from gralora_fx.errors import ConfigError
 
 
 class TaskType(StrEnum):
@@ -66,22 +65,6 @@ class PeftConfig(ABC):  # noqa: B024  # what its name is for is isinstance
 
 
 PeftConfig.register(AdapterConfig)  # type: ignore[type-abstract]
-
-
-class PeftGraloraConfig(GraloraConfig):
-    """`gralora_fx.GraloraConfig`, which takes `gralora_alpha` for `alpha` too, as PEFT's own example writes it."""
-
-    def __new__(cls, *args: Any, gralora_alpha: float | None = None, **fields: Any) -> Self:
-        """Create a configuration."""
-        return super().__new__(cls, *args, **fields)
-
-    def __init__(self, *args: Any, gralora_alpha: float | None = None, **fields: Any) -> None:
-        """Set the fields of `gralora_fx.GraloraConfig`."""
-        if gralora_alpha is not None:
-            if "alpha" in fields or len(args) > 3:
-                raise ConfigError("gralora_alpha and alpha are one field; give one of them")
-            fields["alpha"] = gralora_alpha
-        super().__init__(*args, **fields)
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:

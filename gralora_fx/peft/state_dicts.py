@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.core.adapters.adapter import checkpoint_parameters
-from gralora_fx.core.adapters.checkpoint import check_state_dict, load_tensors
-from gralora_fx.core.adapters.sharded import gathered
+from gralora_fx.core.adapters.checkpoint import check_state_dict, gathered, load_tensors
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.errors import ConfigError, RewriteError
 
@@ -108,7 +107,7 @@ def prepare_model_for_kbit_training(
             parameter.data = parameter.data.float()
     if use_gradient_checkpointing:
         older = getattr(model, "gradient_checkpointing_enable", None)  # its name until transformers 5.24
-        enable = getattr(model, "activation_checkpointing_enable", older)
+        enable: Any = getattr(model, "activation_checkpointing_enable", older)
         enable(gradient_checkpointing_kwargs)
     return model
 

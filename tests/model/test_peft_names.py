@@ -40,13 +40,12 @@ def traced(base: Path) -> gralora_fx.TracedModel:
 
 
 def script(package: Any, base: Path, output: Path, **settings: Any) -> tuple[Any, Trainer]:
-    """Train as PEFT's example of GraLoRA does; its `gralora_alpha` is not a field of PEFT's own release."""
-    alpha = {"gralora_alpha": 16} if package is ours else {"alpha": 16}
+    """Train as PEFT's example of GraLoRA does."""
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(0)
     model = package.get_peft_model(
         model,
-        package.GraloraConfig(r=4, target_modules=TARGETS, gralora_k=2, gralora_dropout=0.0, bias="none", **alpha),
+        package.GraloraConfig(r=4, target_modules=TARGETS, gralora_k=2, gralora_dropout=0.0, bias="none", alpha=16),
     )
     model.to("cpu")
     tokenizer = tiny_tokenizer()

@@ -77,12 +77,12 @@ def logged(trainer: Any) -> list[float]:
     "settings",
     [
         {},
-        {"packing": True, "max_length": 16},
         {"assistant_only_loss": True},
-        {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
         {"loss_type": "dft"},
+        {"packing": True, "max_length": 16},
+        {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
     ],
-    ids=["default", "packing", "assistant_only_loss", "padding_free", "dft"],
+    ids=["default", "assistant_only_loss", "dft", "packing", "padding_free"],
 )
 def test_sft_with_its_defaults_trains_as_with_peft(settings: dict[str, Any], tmp_path: Path) -> None:
     rows = CHATS if "assistant_only_loss" in settings else TEXTS
@@ -94,7 +94,7 @@ def test_sft_with_its_defaults_trains_as_with_peft(settings: dict[str, Any], tmp
     assert mine.model.is_gradient_checkpointing is settings.get("gradient_checkpointing", True)
 
 
-@pytest.mark.parametrize("kind", ["DPO", "GRPO", "KTO"])
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO"])
 def test_trainers_with_a_reference_adapter_train_as_with_peft(kind: str, tmp_path: Path) -> None:
     """With LoRA, since TRL copies no tensor of PEFT's GraLoRA into the reference: its names end with the adapter's."""
     rows, settings = PAIRS, {}

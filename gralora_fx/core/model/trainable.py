@@ -46,6 +46,11 @@ class Checkpointed:
         tree = self._state.base.tree
         return {path: tree.get_submodule(path) for path in self._state.traced.blocks}  # type: ignore[misc]
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the blocks' classes, which accelerate shards one by one."""
+        return sorted({type(block).__name__.removeprefix("FSDP") for block in self.blocks.values()})
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, *, every: int = 1
     ) -> None:
@@ -150,7 +155,7 @@ class Trainable(Checkpointed):
         Raises:
             TraceError: The model has none, or the module is more than a table.
         """
-        return self.base_model.get_input_embeddings()
+        return _with_root(self.base_model.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the language-model head, as a module over the parameters that the graph reads; None without one.
@@ -158,7 +163,8 @@ class Trainable(Checkpointed):
         Raises:
             TraceError: It is more than a linear layer.
         """
-        return self.base_model.get_output_embeddings()
+        head = self.base_model.get_output_embeddings()
+        return None if head is None else _with_root(head)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift labels right, for collators that feed an encoder-decoder's decoder.
@@ -251,6 +257,18 @@ class Trainable(Checkpointed):
         """
         wanted = [*(self.model_tags or ()), *([tags] if isinstance(tags, str) else tags)]
         self.model_tags = list(dict.fromkeys(wanted))
+
+
+def _with_root(module: nn.Module) -> nn.Module:
+    """Mark a module that no graph calls as one that is sharded with the whole model, in a distributed run.
+
+    accelerate gives embeddings and heads groups of their own, which are gathered when they are called.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        module.__class__ = type(type(module).__name__, (FSDPModule, type(module)), {})
+    return module
 
 
 class GraphDropout(nn.Dropout):
