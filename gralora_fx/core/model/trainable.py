@@ -358,4 +358,5 @@ def form_of(
             "packed rows need position_ids that start again with each text, and neither an attention_mask nor a cache"
         )
     form = RunForm(keeps_cache and ends_at is None, ends_at, is_packed)
-    return None if form == RunForm() else form
+    drops_cache_alone = form == RunForm(keeps_cache=False)
+    return None if form == RunForm() or (drops_cache_alone and torch.compiler.is_compiling()) else form
