@@ -16,11 +16,11 @@ from gralora_fx.core.model.inspection import Inspection
 from gralora_fx.core.model.merging import Merging
 from gralora_fx.core.model.model_class import class_for
 from gralora_fx.core.model.saved_adapters import AdapterFiles
-from gralora_fx.core.model.trainable import GraphDropout, Trainable, check_head, form_of
+from gralora_fx.core.model.trainable import GraphDropout, Trainable
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel, check_traced
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ITEM_COUNT, split_labels
+from gralora_fx.format.input_names import ITEM_COUNT, PACKING, PAST, split_labels
 
 if TYPE_CHECKING:
     from gralora_fx.core.adapters.run_forms import RunForm
@@ -209,7 +209,11 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         traced = self._state.base.traced
         inputs, labels = split_labels(kwargs, traced.input_names)
         item_count = inputs.pop(ITEM_COUNT, None)
-        form = form_of(traced, inputs, keeps_cache=not (labels and self.training))
+        form = None
+        if PAST in traced.input_names or not PACKING.isdisjoint(inputs):
+            from gralora_fx.core.adapters.run_forms import form_of
+
+            form = form_of(traced, inputs, keeps_cache=not (labels and self.training))
         if not labels:
             return self._run(args, inputs, form)
         from gralora_fx.core.tracing.losses import decoder_inputs, model_loss
@@ -222,10 +226,11 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
 
     def _run_to_head(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph up to the language model's head, and return the head's input."""
-        traced = self._state.base.traced
-        head = check_head(self._state)
-        inputs = dict(kwargs)
-        return self._run(args, inputs, form_of(traced, inputs, keeps_cache=False, ends_at=head))
+        from gralora_fx.core.adapters.run_forms import check_head, form_of
+
+        head, inputs = check_head(self._state), dict(kwargs)
+        form = form_of(self._state.base.traced, inputs, keeps_cache=False, ends_at=head)
+        return self._run(args, inputs, form)
 
     def _run(self, args: tuple[Any, ...], inputs: dict[str, Any], form: RunForm | None) -> Any:
         if hasattr(self, "reshard"):  # FSDP2's

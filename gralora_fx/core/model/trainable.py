@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
-from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import RewriteError, option
-from gralora_fx.format.input_names import PAST
+from gralora_fx.errors import RewriteError
 
 if TYPE_CHECKING:
-    from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import GraphBlock
     from gralora_fx.core.tracing.as_transformers import TransformersView
 
@@ -112,10 +109,6 @@ class Checkpointed:
         from gralora_fx.core.graph.block_modules import Checkpointing
 
         self._state.set_checkpointing(Checkpointing.of(given, every, offload=offload))
-
-
-# where the texts of a row begin, of collators that pack; positions that start again say the same
-_PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 
 
 class Trainable(Checkpointed):
@@ -297,66 +290,3 @@ class GraphDropout(nn.Dropout):
                 "0, or set the probabilities before the model is traced"
             )
         self._state.set_dropout(False)
-
-
-def check_head(state: AdapterGraph) -> str:
-    """Check that the language model's head is the base's own layer, for a loss that is computed with its weight.
-
-    Returns:
-        Its path.
-    """
-    head = state.base.traced.tree.output_embedding
-    if head is None:
-        raise RewriteError("the model has no language-model head that its class names, so there is no state before it")
-    adapted = [name for name in state.state.active if head in state[name].factors]
-    if adapted:
-        raise RewriteError(
-            f"adapter {adapted[0]!r} adapts {head}, and a loss from the head's own weight would leave it out; take "
-            f"{head} out of target_modules, or train it whole with modules_to_save=[{head!r}]"
-        )
-    return head
-
-
-def form_of(
-    traced: TracedModel, inputs: dict[str, Any], *, keeps_cache: bool, ends_at: str | None = None
-) -> RunForm | None:
-    """Return the form of the graph that a call needs, and take from the inputs what says so; None for the graph itself.
-
-    Args:
-        traced: The traced model.
-        inputs: The call's inputs by name; the mask of rows that hold several texts is added.
-        keeps_cache: Whether the cache is returned unless `use_cache` says otherwise.
-        ends_at: The layer before which the run ends.
-    """
-    if PAST not in traced.input_names:
-        if given := sorted(_PACKING.intersection(inputs)):
-            raise RewriteError(
-                f"packed rows ({', '.join(given)}) hold several texts, which the attention of this graph does not keep "
-                f"apart; trace the model with {option(task='text-generation-with-past')}, or set packing=False and "
-                "padding_free=False"
-            )
-        if ends_at is None:
-            return None
-        inputs.pop("use_cache", None)
-        returns_cache = False
-    else:
-        asked = inputs.pop("use_cache", None)
-        returns_cache = getattr(traced.config, "use_cache", True) is not False if asked is None else bool(asked)
-        keeps_cache &= asked is not False
-    from gralora_fx.core.adapters.run_forms import RunForm, texts_of
-
-    given = [inputs.pop(name) for name in _PACKING if name in inputs]
-    positions, is_packed = inputs.get("position_ids"), False
-    # as transformers' models, which tell texts apart by positions where there is no mask and no cache is made
-    may_be_packed = PAST in traced.input_names and inputs.get("attention_mask") is None and inputs.get(PAST) is None
-    if positions is not None and may_be_packed and (given or not returns_cache):
-        texts = texts_of(positions)
-        if given or torch.compiler.is_compiling() or bool((texts > 1).any()):
-            inputs["attention_mask"], is_packed = texts, True
-    if given and not is_packed:
-        raise RewriteError(
-            "packed rows need position_ids that start again with each text, and neither an attention_mask nor a cache"
-        )
-    form = RunForm(keeps_cache and ends_at is None, ends_at, is_packed)
-    drops_cache_alone = form == RunForm(keeps_cache=False)
-    return None if form == RunForm() or (drops_cache_alone and torch.compiler.is_compiling()) else form
