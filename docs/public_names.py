@@ -12,7 +12,7 @@ from typing import Any
 
 from gralora_fx import errors
 
-MODULES = ("gralora_fx", "gralora_fx.exporters", "gralora_fx.serving", "gralora_fx.errors")
+MODULES = ("gralora_fx", "gralora_fx.exporters", "gralora_fx.serving", "gralora_fx.peft", "gralora_fx.errors")
 _SECTION = r"^{}:\n((?:    .*\n|\n)*)"  # of a docstring in Google's style
 _ENTRY = re.compile(r"^    \*{0,2}(\w+)(?: \([^)]*\))?:", re.MULTILINE)
 

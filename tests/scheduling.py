@@ -161,6 +161,8 @@ SAMPLED = {
     "model/test_trainer.py::test_accumulated_batches_are_one_large_batch": 2,
     "model/test_trainer.py::test_label_smoothing_is_pefts": 2,
     "model/test_trainer.py::test_training_evaluation_and_prediction_are_pefts": 3,
+    "model/test_trl.py::test_sft_with_its_defaults_trains_as_with_peft": 3,
+    "model/test_trl.py::test_trainers_with_a_reference_adapter_train_as_with_peft": 2,
     "operators/test_operators.py::test_pytorchs_checks_of_schema_fake_tensors_and_gradients_pass": 2,
     "operators/test_operators.py::test_the_decomposition_computes_what_the_reference_does_on_every_size": 2,
     "parity/test_against_float64.py::test_gradients_are_as_exact_as_pefts": 4,

@@ -40,6 +40,7 @@ def test_every_name_is_there(name: str) -> None:
     [
         ("torch._guards", "detect_fake_mode", ["inputs"]),
         ("torch.utils._pytree", "tree_map", ["func", "tree", "rests", "is_leaf"]),
+        ("torch.utils._pytree", "tree_flatten", ["tree", "is_leaf"]),
         ("torch.utils._pytree", "tree_leaves", ["tree", "is_leaf"]),
         ("torch.utils._pytree", "tree_unflatten", ["leaves", "treespec"]),
         ("torch.amp.autocast_mode", "_enter_autocast", ["vals"]),

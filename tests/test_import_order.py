@@ -40,6 +40,7 @@ ORDER = [
     "core.loading",
     "core",
     "loading",
+    "peft",
     "run.sessions",
     "run.engine",
     "exporters.quantize",

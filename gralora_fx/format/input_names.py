@@ -13,6 +13,8 @@ PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cach
 TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
 LABELS = ("labels", "start_positions", "end_positions")
 ITEM_COUNT = "num_items_in_batch"  # by which a loss over accumulated batches is divided
+# where the texts of a row begin, of collators that pack; positions that start again say the same
+PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 

@@ -56,10 +56,13 @@ FIELDS = {field.name for config in (GraloraConfig, LoraConfig) for field in data
 PYTHON = (
     "core.adapters.adapter_graph",
     "core.adapters.current_graph",
+    "core.adapters.run_forms",
+    "core.adapters.state_graph",
     "core.model",
     "core.tracing.inputs.arguments",
     "core.tracing.traced_model",
     "demo",
+    "peft",
     "picture.facts",
     "format.export_usage",  # calls, beside the command of each
 )

@@ -8,13 +8,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny_models import tiny_model
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from traces import fresh_trace
 
@@ -97,6 +102,41 @@ def check_ddp() -> None:
             assert difference <= 1e-6 * expected[name].abs().max(), name
 
 
+def check_accelerate(output: Path) -> None:
+    """As accelerate prepares a model for FSDP2; an Accelerator itself does so for no process of a CPU."""
+    model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"]).train()
+    ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
+    expected = gradients(model, ids)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+        reshard_after_forward=True,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True, torch_device_mesh=None
+    )
+    prepared = fsdp2_prepare_model(accelerator, model)
+    assert all(isinstance(block, FSDPModule) for block in prepared.blocks.values())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    actual = gradients(prepared, ids[rank * 4 // world : (rank + 1) * 4 // world])
+    worst = max(float((actual[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in expected)
+    assert worst <= 1e-6, worst
+    own, view = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prepared.base_model
+    with torch.no_grad():
+        logits = prepared(**own).logits
+        view.forward = lambda **inputs: linear(  # as TRL's loss: without logits, from the head's own weight
+            view.base_model(**inputs).last_hidden_state, prepared.get_output_embeddings().weight
+        )
+        assert torch.allclose(prepared(**own), logits, atol=1e-6)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    whole = get_model_state_dict(prepared, options=options)
+    if rank == 0:  # which alone saves, as Trainer does
+        prepared.save_pretrained(output / "accelerate", state_dict=whole)
+    dist.barrier()
+    prepared.save_pretrained(output / "gathered")
+
+
 def check_casts_are_refused() -> None:
     model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -114,6 +154,7 @@ def main() -> None:
     output, resumed = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
     if resumed is None:
         check_ddp()
+        check_accelerate(output)
         check_casts_are_refused()
     methods = METHODS if resumed is None else ["gralora"]
     found = {method: run(method, output, resumed) for method in methods}

@@ -42,7 +42,9 @@ def difference(one: Path, other: Path) -> float:
 def test_two_processes_train_as_one_and_a_checkpoint_of_either_resumes_in_the_other(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     trained(one, 1)
-    for method, found in trained(two, 2).items():
+    found_of_two = trained(two, 2)
+    assert difference(two / "accelerate", two / "gathered") == 0
+    for method, found in found_of_two.items():
         assert found["gradients"] <= 1e-6, method
         assert found["base"] <= 1e-6, method
         assert found["loaded"] <= 1e-6, method

@@ -129,6 +129,11 @@ class Base:
         self.traced = traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters))
         self._slots = self._find_slots(self.traced)
 
+    def parameters_now(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names of the source model, as the tree has them now, within a forward of FSDP2 too."""
+        now = {id(slot.parameter): slot.now for slot in self._slots}
+        return {name: now.get(id(p), p) for name, p in self.traced.tree.parameters.items()}  # type: ignore[misc]
+
     def _parameters_now(self) -> Mapping[str, nn.Parameter]:
         """The tree's current parameters by name; tied ones stay tied if they share all of their memory."""
         first: dict[int, nn.Parameter] = {}

@@ -75,6 +75,15 @@ def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) ->
             )
 
 
+def whole_tensors(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors from a state dict of whole tensors, by the keys of PEFT's file."""
+    names = {id(parameter): f"graph_module.{path}" for path, parameter in adapter.named_parameters()}
+    found = {key: names[id(parameter)] for key, parameter in checkpoint_parameters(adapter).items()}
+    if missing := sorted(set(found.values()) - state_dict.keys()):
+        raise CheckpointError(f"the state dict has no {missing[0]}; leave state_dict out, in every process")
+    return {key: state_dict[name] for key, name in found.items()}
+
+
 def write_adapters(
     adapters: Mapping[str, ModelAdapter],
     tensors: Mapping[str, Mapping[str, Tensor]],

@@ -18,11 +18,12 @@ from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.state_graph import GraphCache, GraphState, StateGraph, build_graph, dtypes_of
 from gralora_fx.core.graph.pipeline import GraphPass
 from gralora_fx.core.graph.surgery import copy_graph, overlay
-from gralora_fx.core.tracing.normalize.modes import set_mode
+from gralora_fx.core.tracing.normalize.modes import dropouts, set_mode, trained_probability
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError, first_line
 
 if TYPE_CHECKING:
+    from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import Checkpointing
 
 
@@ -117,16 +118,21 @@ class CurrentGraph:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, inputs: Mapping[str, Any]) -> Any:
-        """Run the graph of one state, even if another thread switches adapters meanwhile."""
+    def run(self, inputs: Mapping[str, Any], form: RunForm | None = None) -> Any:
+        """Run the graph of one state, even if another thread switches adapters meanwhile.
+
+        Args:
+            inputs: The graph's inputs.
+            form: Another form of the graph; None for the graph as it is.
+        """
         if torch.compiler.is_compiling():
             self.current.is_lent = True
-            return self.current.running(**inputs)
+            return (self.current.running if form is None else self.current.running_as(form))(**inputs)
         with self._readers:
             current = self.current
             current.check_fresh()
             current.is_lent |= torch.is_grad_enabled()
-            return current.running(**inputs)
+            return (current.running if form is None else current.running_as(form))(**inputs)
 
     def check_precision(self) -> None:
         """Check that tensors have the dtypes for which the graph was built, which FSDP2 may change while it runs."""
@@ -162,7 +168,7 @@ class CurrentGraph:
                 return
             flat = before.flat.module
             graph = copy_graph(flat)
-            if set_mode(graph, training) or graph.find_nodes(op="call_module"):
+            if set_mode(graph, training, drops=before.state.drops) or graph.find_nodes(op="call_module"):
                 flat = overlay(flat, graph, training)
             self.current = before.with_state(dataclasses.replace(before.state, training=training), flat)
             self._remember()
@@ -178,6 +184,19 @@ class CurrentGraph:
                 return
             self.current = self.current.with_state(state)
             self._remember()
+
+    def set_dropout(self, drops: bool) -> None:
+        """Choose whether training has dropout."""
+        with self._lock:
+            if drops != self.state.drops:
+                self._make(drops=drops)
+
+    def largest_dropout(self) -> float:
+        """The largest probability with which training zeroes values."""
+        if not self.state.drops:
+            return 0.0
+        graph = self.current.flat.module.graph
+        return max((trained_probability(node) for node in dropouts(graph)), default=0.0)
 
     def _show_adapters(self) -> None:
         """Update the current graph module's adapter tensors to the current adapters."""

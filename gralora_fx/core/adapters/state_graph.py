@@ -24,6 +24,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import MergeError, RewriteError
 
 if TYPE_CHECKING:
+    from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import Checkpointing
 
 _MOST = 32  # graphs that are kept; each has its own nodes and code, over shared tensors
@@ -40,6 +41,7 @@ class GraphState:
         unties: Whether tied weights were untied for that.
         passes: The user's passes, which run over every graph.
         training: The mode.
+        drops: Whether training has the dropout of the model and of its adapters.
         checkpointing: Which blocks are recomputed in the backward pass of training; None for none.
     """
 
@@ -49,12 +51,14 @@ class GraphState:
     unties: bool = False
     passes: tuple[GraphPass, ...] = ()
     training: bool = False
+    drops: bool = True
     checkpointing: Checkpointing | None = None
 
     @property
     def identity(self) -> Hashable:
         """What tells it from other states, the mode apart: the names, and which weights and passes these are."""
-        return (self.active, self.merged, self.checkpointing, *map(id, self.weights.values()), *map(id, self.passes))
+        weights_and_passes = (*map(id, self.weights.values()), *map(id, self.passes))
+        return (self.active, self.merged, self.drops, self.checkpointing, *weights_and_passes)
 
     @property
     def is_repeatable(self) -> bool:
@@ -113,7 +117,8 @@ class StateGraph:
         self._was_edited = False
         self._sources = tuple(sources)
         self._running_edits = flat.edits
-        self._running = self._new_running()
+        self._running = self._new_running(flat.module)
+        self._forms: dict[RunForm, tuple[int, fx.GraphModule]] = {}
 
     @property
     def running(self) -> fx.GraphModule:
@@ -122,18 +127,33 @@ class StateGraph:
         if edits != self._running_edits:
             if torch.compiler.is_compiling():
                 return self.flat.module
-            self._running, self._running_edits = self._new_running(), edits
+            self._running, self._running_edits = self._new_running(self.flat.module), edits
         return self._running
 
-    def _new_running(self) -> fx.GraphModule:
+    def running_as(self, form: RunForm) -> fx.GraphModule:
+        """The module that runs in another form; each is made once, and anew after an edit."""
+        edits, made = self._forms.get(form, (-1, None))
+        if made is None or edits != self.flat.edits:
+            if torch.compiler.is_compiling():
+                raise RewriteError(
+                    "torch.compile cannot make the form of the graph that this call needs; call the model this way "
+                    "once before it is compiled"
+                )
+            from gralora_fx.core.adapters.run_forms import in_form
+
+            made = self._new_running(in_form(self.flat.module, form, self._base.traced))
+            self._forms[form] = (self.flat.edits, made)
+        return made
+
+    def _new_running(self, flat: CountedGraph) -> fx.GraphModule:
         traced, passes = self._base.traced, self._training_passes()
-        if not passes and not traced.blocks:
+        if not passes and not traced.blocks and flat is self.flat.module:
             return self.flat.compiled()
         if not traced.blocks:
-            graph = copy_graph(self.flat.module)
+            graph = copy_graph(flat)
             for graph_pass in passes:
                 graph_pass(graph)
-            running = overlay(self.flat.module, graph, self.state.training)
+            running = overlay(flat, graph, self.state.training)
             running.recompile()
             return running
         from gralora_fx.core.graph.block_calls import NoBlock
@@ -141,7 +161,7 @@ class StateGraph:
 
         checkpointing = self.state.checkpointing if self.state.training else None
         try:
-            return running_module(self.flat.module, self._base.tree, traced.blocks, checkpointing, passes)
+            return running_module(flat, self._base.tree, traced.blocks, checkpointing, passes)
         except NoBlock as error:
             others = [path for path in traced.blocks if path != error.path]
             raise RewriteError(
@@ -161,6 +181,7 @@ class StateGraph:
         """Update the graph's adapters to those of the tree."""
         share_adapters(self.flat.module, self._base.tree)
         share_adapters(self._running, self._base.tree)
+        self._forms = {}
 
     def with_state(self, state: GraphState, flat: CountedGraph | None = None) -> StateGraph:
         """The same adapters in another mode, with its graph over the same tensors, or with other checkpoints."""
@@ -229,12 +250,12 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     graph, modes = graph_module.graph, AnnotateModes(known={node.name for node in traced.graph_module.graph.nodes})
     passes: tuple[Pass[fx.Graph], ...] = (*_passes(state, traced, adapters), modes)
     Pipeline[fx.Graph]("adapters", passes, given=frozenset({OWN_WEIGHTS, COMPUTING})).run(graph)
-    set_mode(graph, state.training)
+    set_mode(graph, state.training, drops=state.drops)
     for graph_pass in state.passes:
         run_pass(graph_module, graph_pass)
     if state.passes:
         Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
-        set_mode(graph, state.training)
+        set_mode(graph, state.training, drops=state.drops)
         _adopt(graph_module, base.tree)
     graph.lint()
     sources = _sources(state, graph_module, base, adapters)

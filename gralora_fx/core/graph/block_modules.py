@@ -83,17 +83,19 @@ class GraphBlock(fx.GraphModule):
     _running: Callable[[], fx.GraphModule]
     _compiled_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
-    def __init__(self, container: nn.Module, kind: str, running: Callable[[], fx.GraphModule]) -> None:
+    def __new__(cls, *_: Any) -> Self:
+        """Create a block of the class itself; of other graph modules, each has a class of its own."""
+        return object.__new__(cls)
+
+    def __init__(self, container: nn.Module, running: Callable[[], fx.GraphModule]) -> None:
         """Take the place of a container, over the same tensors.
 
         Args:
             container: The container.
-            kind: Name of the class of the source model's module.
             running: Returns the block of the module that runs.
         """
         nn.Module.__init__(self)
         _share(self, container, (*_OWN, "_modules"))
-        type(self).__name__ = kind
         self.__dict__["_running"] = running
 
     @property
@@ -141,6 +143,12 @@ class GraphBlock(fx.GraphModule):
         return _itself, (without_blocks(self),)
 
 
+@functools.cache
+def _class_of(kind: str) -> type[GraphBlock]:
+    """The class of all blocks whose source class has a name, by which tools find the layers to shard."""
+    return type(kind, (GraphBlock,), {"__module__": __name__})
+
+
 def _itself(module: nn.Module) -> nn.Module:
     return module
 
@@ -184,7 +192,7 @@ def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[
         running: Returns the block of the module that runs, by its path.
     """
     for path, kind in kinds.items():
-        replace_module(tree, path, GraphBlock(tree.get_submodule(path), kind, functools.partial(running, path)))
+        replace_module(tree, path, _class_of(kind)(tree.get_submodule(path), functools.partial(running, path)))
 
 
 def without_blocks(tree: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -16,11 +16,14 @@ from gralora_fx.core.model.inspection import Inspection
 from gralora_fx.core.model.merging import Merging
 from gralora_fx.core.model.model_class import class_for
 from gralora_fx.core.model.saved_adapters import AdapterFiles
-from gralora_fx.core.model.trainable import Trainable, check_arguments
+from gralora_fx.core.model.trainable import GraphDropout, Trainable
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel, check_traced
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ITEM_COUNT, split_labels
+from gralora_fx.format.input_names import ITEM_COUNT, PACKING, PAST, split_labels
+
+if TYPE_CHECKING:
+    from gralora_fx.core.adapters.run_forms import RunForm
 
 _TREE = "graph_module"  # names of parameters begin with it
 
@@ -47,6 +50,7 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         nn.Module.__init__(self)
         self._state = AdapterGraph(traced)
         self._modules[_TREE] = self._state.base.tree
+        self.dropout = GraphDropout(self._state)
         self.register_load_state_dict_post_hook(_keep_up)  # type: ignore[no-untyped-call]
         super().train(traced.training)
 
@@ -193,24 +197,46 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
 
         Raises:
             TraceError: An input is missing or was not part of the trace.
-            RewriteError: Labels were given, and the model has no loss for them; or an argument is one of TRL's for
-                its own head or for packed rows.
+            RewriteError: Labels were given, and the model has no loss for them; or rows hold several texts, which the
+                graph does not keep apart.
         """
-        check_arguments(kwargs)
-        if hasattr(self, "reshard"):  # FSDP2's
-            self._state.check_precision()
+        if self._other_forward is not None:
+            return self._other_forward(*args, **kwargs)
+        return self._compute(*args, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph, and compute the loss of labels."""
         traced = self._state.base.traced
         inputs, labels = split_labels(kwargs, traced.input_names)
         item_count = inputs.pop(ITEM_COUNT, None)
+        form = None
+        if PAST in traced.input_names or not PACKING.isdisjoint(inputs):
+            from gralora_fx.core.adapters.run_forms import form_of
+
+            form = form_of(traced, inputs, keeps_cache=not (labels and self.training))
         if not labels:
-            return self._state.run(traced.bind(args, inputs))
+            return self._run(args, inputs, form)
         from gralora_fx.core.tracing.losses import decoder_inputs, model_loss
 
         if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
             inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
-        outputs = self._state.run(traced.bind(args, inputs))
+        outputs = self._run(args, inputs, form)
         loss = model_loss(outputs, labels, traced.loss_function, self.config, item_count)
         return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
+
+    def _run_to_head(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph up to the language model's head, and return the head's input."""
+        from gralora_fx.core.adapters.run_forms import check_head, form_of
+
+        state, inputs = self._state, dict(kwargs)
+        head = check_head(state.base.traced, [state[name] for name in state.state.active])
+        form = form_of(state.base.traced, inputs, keeps_cache=False, ends_at=head)
+        return self._run(args, inputs, form)
+
+    def _run(self, args: tuple[Any, ...], inputs: dict[str, Any], form: RunForm | None) -> Any:
+        if hasattr(self, "reshard"):  # FSDP2's
+            self._state.check_precision()
+        return self._state.run(self._state.base.traced.bind(args, inputs), form)
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -265,7 +291,8 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """The state for pickle and `copy.deepcopy`: everything but the graph, which is rebuilt."""
         modules = {name: module for name, module in self._modules.items() if name != _TREE}
-        return {**self.__dict__, "_modules": modules}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_view", "_other_forward")}
+        return {**state, "_modules": modules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the model's tensors."""

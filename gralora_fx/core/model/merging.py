@@ -84,7 +84,7 @@ class Merging:
         folded = [self._state[name] for name in names or self._state.state.active]
         described = describe_folded(folded, self._state.traced, own=True)
         untied = self._state.fold_into_base(names, safe=safe_merge, untie=untie)
-        return dataclasses.replace(replace_weights(self.unload(), untied), merged_adapters=described)
+        return dataclasses.replace(replace_weights(Merging.unload(self), untied), merged_adapters=described)
 
     def unload(self) -> TracedModel:
         """Remove every adapter and return the base model: its graph node for node, its weights as they are.

@@ -44,7 +44,8 @@ class AdapterFiles(Switching):
             selected_adapters: PEFT's name for `adapter_names`.
             is_main_process: Whether to write at all; the other processes of a distributed training do not. Of a model
                 that `fully_shard` has distributed, every process must call this, and the first one writes.
-            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values.
+            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values. Of a
+                distributed model it is what is written, by the process that calls this.
             safe_serialization: Must be True: pickles are not written.
             save_function: Accepted for Accelerate's loops, and ignored: the files are always written by safetensors.
             max_shard_size: Accepted for `push_to_hub`, and ignored: an adapter is one file.
@@ -62,17 +63,29 @@ class AdapterFiles(Switching):
             raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
         from gralora_fx.core.adapters.adapter import checkpoint_parameters
         from gralora_fx.core.adapters.base import is_sharded
-        from gralora_fx.core.adapters.checkpoint import check_state_dict, gathered, is_writer, reshard, write_adapters
+        from gralora_fx.core.adapters.checkpoint import (
+            check_state_dict,
+            gathered,
+            is_writer,
+            reshard,
+            whole_tensors,
+            write_adapters,
+        )
 
         chosen = selected_adapters if adapter_names is None else adapter_names
         names = list(self._state.adapters) if chosen is None else as_names(chosen)
         adapters = {"" if name == "default" else name: self._state[name] for name in names}
+        is_distributed = any(is_sharded(adapter.parameters()) for adapter in adapters.values())
+        if state_dict is not None and is_distributed:  # Accelerate has gathered it, and one process calls this
+            if is_main_process:
+                whole = {name: whole_tensors(adapter, state_dict) for name, adapter in adapters.items()}
+                write_adapters(adapters, whole, directory, self._state.base.traced)
+            return
         for adapter in adapters.values() if state_dict is not None else ():
             check_state_dict(adapter, state_dict or {})
         reshard(self)  # type: ignore[arg-type]  # a part of a module
         tensors = {name: gathered(checkpoint_parameters(adapter)) for name, adapter in adapters.items()}
-        writes = is_writer() or not any(is_sharded(adapter.parameters()) for adapter in adapters.values())
-        if is_main_process and writes:
+        if is_main_process and (is_writer() or not is_distributed):
             write_adapters(adapters, tensors, directory, self._state.traced)
 
     def load_adapter(

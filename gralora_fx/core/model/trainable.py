@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +15,8 @@ from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.errors import RewriteError
 
 if TYPE_CHECKING:
-    from gralora_fx.core.tracing.as_transformers import TransformersView
-from collections.abc import Mapping
-
-if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import GraphBlock
+    from gralora_fx.core.tracing.as_transformers import TransformersView
 
 _NO_BLOCKS = (
     "gradient checkpointing recomputes blocks, and the trace found none: no ModuleList or Sequential whose members "
@@ -45,6 +42,11 @@ class Checkpointed:
         """
         tree = self._state.base.tree
         return {path: tree.get_submodule(path) for path in self._state.traced.blocks}  # type: ignore[misc]
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the blocks' classes, which accelerate shards one by one."""
+        return sorted({type(block).__name__.removeprefix("FSDP") for block in self.blocks.values()})
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, *, every: int = 1
@@ -109,10 +111,6 @@ class Checkpointed:
         self._state.set_checkpointing(Checkpointing.of(given, every, offload=offload))
 
 
-_FUSED_HEAD = "fused_lm_head"  # TRL's argument of a forward that it has replaced
-_PACKED = "cu_seq_lens_q"  # where the texts of a row begin, of collators that pack
-
-
 class Trainable(Checkpointed):
     """A model with adapters as transformers, PEFT and TRL see it.
 
@@ -122,7 +120,10 @@ class Trainable(Checkpointed):
     """
 
     _state: AdapterGraph
-    forward: Callable[..., Any]
+    _compute: Callable[..., Any]
+    _run_to_head: Callable[..., Any]
+    _view: Any = None
+    _other_forward: Callable[..., Any] | None = None
     model_tags: list[str] | None = None
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,7 +148,7 @@ class Trainable(Checkpointed):
         Raises:
             TraceError: The model has none, or the module is more than a table.
         """
-        return self.base_model.get_input_embeddings()
+        return _with_root(self.base_model.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the language-model head, as a module over the parameters that the graph reads; None without one.
@@ -155,7 +156,8 @@ class Trainable(Checkpointed):
         Raises:
             TraceError: It is more than a linear layer.
         """
-        return self.base_model.get_output_embeddings()
+        head = self.base_model.get_output_embeddings()
+        return None if head is None else _with_root(head)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift labels right, for collators that feed an encoder-decoder's decoder.
@@ -167,16 +169,24 @@ class Trainable(Checkpointed):
 
     @property
     def base_model(self) -> TransformersView:
-        """The model as a transformers model, adapters included, as in PEFT."""
-        from gralora_fx.core.tracing.as_transformers import view_of
+        """The model as a transformers model, adapters included, as in PEFT; it is one object.
 
-        traced, adapters = self._state.traced, self._state
-        parameters = dict(traced.tree.parameters)
-        for name in adapters.state.active:
-            for copies in adapters[name].copies.values():
-                parameters |= copies
-        assign = functools.partial(setattr, self, "generation_config")
-        view = view_of(traced, self.forward, parameters, labels=True, assign=assign)
+        A `forward` that is assigned to it, as TRL does to compute losses without logits, is the model's from then on;
+        its `base_model` is the model up to the language model's head.
+        """
+        from gralora_fx.core.tracing.as_transformers import Viewed, view_of
+
+        if self._view is None:
+            viewed = Viewed(
+                traced=lambda: self._state.base.traced,
+                run=self._compute,
+                parameters=self._parameters_read,
+                assign=functools.partial(setattr, self, "generation_config"),
+                run_to_head=self._run_to_head,
+                replace_forward=functools.partial(self.__dict__.__setitem__, "_other_forward"),
+            )
+            self.__dict__["_view"] = view_of(viewed, labels=True)  # no submodule, which it would be as an attribute
+        view: TransformersView = self._view
         view.model_tags = self.model_tags
         return view
 
@@ -187,6 +197,14 @@ class Trainable(Checkpointed):
     def can_generate(self) -> bool:
         """Whether the model generates."""
         return self._state.traced.can_generate()
+
+    def _parameters_read(self) -> dict[str, nn.Parameter]:
+        """The parameters that the graph reads, by the names of the source model."""
+        adapters, parameters = self._state, self._state.base.parameters_now()
+        for name in adapters.state.active:
+            for copies in adapters[name].copies.values():
+                parameters |= copies
+        return parameters
 
     @property
     def device(self) -> torch.device:
@@ -234,16 +252,41 @@ class Trainable(Checkpointed):
         self.model_tags = list(dict.fromkeys(wanted))
 
 
-def check_arguments(names: Container[str]) -> None:
-    """Check that no argument is one of TRL's for what a graph does not do."""
-    if _FUSED_HEAD in names:
-        raise RewriteError(
-            "TRL's trainers compute their loss from the hidden states before the language model's head "
-            f"({_FUSED_HEAD}=True), which a graph does not return. Train with transformers' Trainer; or give "
-            "SFTTrainer its loss: `class SFT(SFTTrainer): compute_loss = Trainer.compute_loss`"
-        )
-    if _PACKED in names:
-        raise RewriteError(
-            f"packed rows ({_PACKED}) hold several texts, which the attention of a graph does not keep apart; set "
-            "packing=False and padding_free=False"
-        )
+def _with_root(module: nn.Module) -> nn.Module:
+    """Mark a module that no graph calls as one that is sharded with the whole model, in a distributed run.
+
+    accelerate gives embeddings and heads groups of their own, which are gathered when they are called.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        module.__class__ = type(type(module).__name__, (FSDPModule, type(module)), {})
+    return module
+
+
+class GraphDropout(nn.Dropout):
+    """The dropout of a graph, as a module for what turns it off by setting `p` of every such module to 0.
+
+    Args:
+        state: The graph.
+    """
+
+    def __init__(self, state: AdapterGraph) -> None:
+        """Stand for the dropout of a graph."""
+        nn.Module.__init__(self)
+        self.inplace = False
+        self._state = state
+
+    @property
+    def p(self) -> float:
+        """The largest probability in the graph's training mode."""
+        return self._state.largest_dropout()
+
+    @p.setter
+    def p(self, value: float) -> None:
+        if value:
+            raise RewriteError(
+                f"the graph's dropout is that of the model and its adapters, and cannot be set to {value}; set it to "
+                "0, or set the probabilities before the model is traced"
+            )
+        self._state.set_dropout(False)

@@ -52,8 +52,8 @@ class Attention(DotProducts[V]):
         query: `[batch, heads, length, size]`, the last `length` positions of the sequence.
         key: `[batch, key heads, past + length, size]`; key heads divide heads.
         value: `[batch, key heads, past + length, value size]`.
-        mask: `[batch, past + length]`, 0 where a position is padding, or None. Or an additive mask, `[batch, 1 or
-            heads, length, past + length]`, which then replaces causality and window.
+        mask: `[batch, past + length]`, 0 where a position is padding, or None. Or a mask `[batch, 1 or heads, length,
+            past + length]`, additive or boolean, which then replaces causality and window.
         sinks: `[heads]`, logits of an attention sink, a position without a value, or None.
         scale: Factor of the scores.
         window: Number of positions that a position attends to, itself included; 0 for all.
@@ -73,6 +73,8 @@ class Attention(DotProducts[V]):
         if mask is None or mask.ndim != 4:
             padding = key.new_ones(1, key.shape[2]) if mask is None else mask
             mask = Mask(padding, length, self.window, query.dtype).result()
+        elif mask.dtype == torch.bool:
+            mask = _additive(mask, query.dtype)
         if not self.softcap and self.sinks is None:
             return self.attended(mask, self.scale, dropout=self.dropout).transpose(1, 2).contiguous()
         groups = query.shape[1] // key.shape[1]
@@ -156,19 +158,51 @@ class Mask(Call[V]):
     def result(self: Mask[Tensor]) -> Tensor:
         """The reference, in PyTorch's own operators."""
         total, device, length = self.padding.shape[1], self.padding.device, cast(int, self.length)
-        rows = torch.arange(length, device=device).unsqueeze(1) + (total - length)
-        columns = torch.arange(total, device=device).unsqueeze(0)
-        seen = columns <= rows
-        if self.window:
-            seen = seen & (columns > rows - self.window)
+        seen = _seen(length, total, self.window, device)
         seen = seen.unsqueeze(0).unsqueeze(0) & self.padding.bool().unsqueeze(1).unsqueeze(1)
-        hidden = torch.finfo(self.dtype).min
-        return torch.zeros(seen.shape, dtype=self.dtype, device=device).masked_fill(~seen, hidden)
+        return _additive(seen, self.dtype)
 
     def shape_only(self: Mask[Tensor]) -> Tensor:
         """The shape."""
         batch, total = self.padding.shape
         return self.padding.new_empty((batch, 1, cast(int, self.length), total), dtype=self.dtype)
+
+
+@operator("documents")
+class Documents(Call[V]):
+    """`gralora::documents`: the causal mask of rows that hold several texts, whose tokens attend to their own alone.
+
+    The result is boolean, `[batch, 1, length, total]`.
+
+    Attributes:
+        numbers: `[batch, total]`, the number of each position's text.
+        length: Number of new positions.
+        window: Number of positions that a position attends to, itself included; 0 for all.
+    """
+
+    numbers: V
+    length: V | int
+    window: int
+
+    def result(self: Documents[Tensor]) -> Tensor:
+        """The reference, in PyTorch's own operators."""
+        numbers, length = self.numbers.unsqueeze(1), cast(int, self.length)
+        seen = _seen(length, numbers.shape[-1], self.window, numbers.device)
+        own = numbers[..., numbers.shape[-1] - length :].unsqueeze(-1) == numbers.unsqueeze(2)
+        return seen.unsqueeze(0).unsqueeze(0) & own
+
+
+def _seen(length: int, total: int, window: int, device: torch.device) -> Tensor:
+    """Which of all positions each of the last ones sees, by causality and window: `[length, total]`."""
+    rows = torch.arange(length, device=device).unsqueeze(1) + (total - length)
+    columns = torch.arange(total, device=device).unsqueeze(0)
+    seen = columns <= rows
+    return seen & (columns > rows - window) if window else seen
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as one that is added to scores: 0 or the smallest number."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 @operator("mask_of_blocks")

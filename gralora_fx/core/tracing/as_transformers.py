@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +27,43 @@ _ALIKE = {"Phi3ForCausalLM", "PhimoeForCausalLM"}
 _UNSUPPORTED = ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "prefill_chunk_size")
 
 
+@dataclass(frozen=True)
+class Viewed:
+    """What a view shows: a traced model, or one with adapters.
+
+    Attributes:
+        traced: Returns the traced model.
+        run: Runs the graph; called like the model.
+        parameters: Returns the parameters that `run` reads, by the names of the source model.
+        assign: Takes a generation configuration that is assigned to the view.
+        run_to_head: Runs the graph up to the language model's head, whose input it returns as `last_hidden_state`.
+        replace_forward: Takes a function that is assigned to the view's `forward`, to run in its place.
+    """
+
+    traced: Callable[[], Traced]
+    run: Callable[..., Any]
+    parameters: Callable[[], Mapping[str, nn.Parameter]]
+    assign: Callable[[GenerationConfig], None] | None = None
+    run_to_head: Callable[..., Any] | None = None
+    replace_forward: Callable[[Callable[..., Any]], None] | None = None
+
+
+class _ToHead(nn.Module):
+    """The model without its head, as `base_model` of a transformers model is."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+
 class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # transformers has no types
     """A view of a traced graph with the attributes of a transformers model; it owns no parameters.
 
     Args:
-        traced: The traced model.
-        run: Runs the graph; called like the model.
-        parameters: The parameters that `run` reads, by the names of the source model.
-        assign: Takes a generation configuration that is assigned to the view, for the model that it is a view of.
+        viewed: What it is a view of.
 
     Attributes:
         model_tags: Tags for the model's card on the hub.
@@ -45,24 +75,33 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     _is_stateful = False
     input_modalities = ("text",)
 
-    def __init__(
-        self,
-        traced: Traced,
-        run: Callable[..., Any],
-        parameters: Mapping[str, nn.Parameter],
-        assign: Callable[[GenerationConfig], None] | None,
-    ) -> None:
+    def __init__(self, viewed: Viewed) -> None:
         """View a traced model; use `view_of`."""
         super().__init__()
-        self.traced = traced
-        self.config = traced.config
-        self._generation_config = traced.generation_config
-        self._assign = assign
-        self.is_encoder_decoder = bool(getattr(traced.config, "is_encoder_decoder", False))
-        self.main_input_name = main_input(traced)
-        self._run = run
-        self._read = parameters
+        self._viewed = viewed
+        self.config = self.traced.config
+        self._generation_config: GenerationConfig | None = None  # one that was assigned to a view of a trace
+        self.is_encoder_decoder = bool(getattr(self.config, "is_encoder_decoder", False))
+        self.main_input_name = main_input(self.traced)
         self._given_cache: Cache | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a `forward` is the model's from then on, as that of PEFT's `base_model` is."""
+        if name == "forward" and self._viewed.replace_forward is not None:
+            self._viewed.replace_forward(value)
+        super().__setattr__(name, value)
+
+    @property
+    def traced(self) -> Traced:
+        """The traced model."""
+        return self._viewed.traced()
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without the language model's head: its output is the `last_hidden_state`."""
+        if self._viewed.run_to_head is None:
+            raise AttributeError(f"a trace of {class_name(self.traced)} has no base_model; rewrite it first")
+        return _ToHead(self._viewed.run_to_head)
 
     @property
     def model(self) -> TransformersView:
@@ -72,13 +111,14 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The generation configuration; what is assigned to it is the model's from then on."""
-        return self._generation_config
+        return self._generation_config or self.traced.generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
-        self._generation_config = value
-        if self._assign is not None:
-            self._assign(value)
+        if self._viewed.assign is not None:
+            self._viewed.assign(value)
+        else:
+            self._generation_config = value
 
     @property
     def loss_type(self) -> str | None:
@@ -94,12 +134,12 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return next((parameter.device for parameter in self._read.values()), torch.device("cpu"))
+        return next((parameter.device for parameter in self._viewed.parameters().values()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters."""
-        types = (parameter.dtype for parameter in self._read.values() if parameter.is_floating_point())
+        types = (parameter.dtype for parameter in self._viewed.parameters().values() if parameter.is_floating_point())
         return next(types, torch.get_default_dtype())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +159,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
             )  # the loop has marked the user's cache
         else:
             self._check_positions(kwargs.get("attention_mask"))
-        outputs = self._run(*args, **kwargs)
+        outputs = self._viewed.run(*args, **kwargs)
         if keeps_cache or "cache" not in outputs:
             return outputs
         return type(outputs)(**{name: value for name, value in outputs.items() if name != "cache"})
@@ -146,12 +186,12 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         path = self.traced.tree.input_embedding
         if path is None:
             raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
-        return module_at(self.traced.tree, path, self._read)
+        return module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the language-model head, as a module over the parameters that the graph reads; None without one."""
         path = self.traced.tree.output_embedding
-        return None if path is None else module_at(self.traced.tree, path, self._read)
+        return None if path is None else module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """An encoder that passes its input through, since the graph contains the encoder."""
@@ -197,21 +237,15 @@ class _Source(nn.Module):
         return BaseModelOutput(last_hidden_state=kwargs[self.name])
 
 
-def view_of(
-    traced: Traced,
-    run: Callable[..., Any],
-    parameters: Mapping[str, nn.Parameter],
-    *,
-    labels: bool,
-    assign: Callable[[GenerationConfig], None] | None = None,
-) -> TransformersView:
+def view_of(viewed: Viewed, *, labels: bool) -> TransformersView:
     """A traced model as a transformers model."""
+    traced = viewed.traced()
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
     forward = with_signature(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
     cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
-    view: TransformersView = cls(traced, run, parameters, assign)
+    view: TransformersView = cls(viewed)
     return view
 
 

@@ -78,6 +78,22 @@ def model_loss(
             f"the loss {getattr(loss_function, '__name__', loss_function)} takes no {ITEM_COUNT}; leave it out and "
             "divide by the number of accumulated batches"
         )
+    try:
+        return _loss(outputs, labels, loss_function, config, item_count)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if isinstance(error, RewriteError):
+            raise
+        wrong = _out_of_range(labels.get("labels"), getattr(outputs, "logits", None)) or str(error)
+        raise RewriteError(f"the loss cannot be computed from these labels and outputs: {wrong}") from error
+
+
+def _loss(
+    outputs: Any,
+    labels: Mapping[str, Tensor],
+    loss_function: Callable[..., Tensor],
+    config: PreTrainedConfig,
+    item_count: Tensor | int | None,
+) -> Tensor:
     is_generation = hasattr(outputs, "logits") and outputs.logits.ndim == 3
     if config.is_encoder_decoder and is_generation:
         # encoder-decoders do not shift the labels: the decoder's inputs are shifted instead
@@ -92,14 +108,25 @@ def model_loss(
     arguments = _arguments(outputs, labels, loss_function, config)
     if item_count is not None:
         arguments[ITEM_COUNT] = item_count
-    try:
-        loss = loss_function(**arguments)
-        if item_count is not None and loss_function is ForSequenceClassificationLoss:
-            if config.problem_type != "single_label_classification":  # the others are means, regardless of the count
-                loss = loss * labels["labels"].ne(-100).sum() / item_count
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise RewriteError(f"the loss cannot be computed from these labels and outputs: {error}") from error
+    loss = loss_function(**arguments)
+    if item_count is not None and loss_function is ForSequenceClassificationLoss:
+        if config.problem_type != "single_label_classification":  # the others are means, regardless of the count
+            loss = loss * labels["labels"].ne(-100).sum() / item_count
     return loss
+
+
+def _out_of_range(labels: Tensor | None, logits: Tensor | None) -> str | None:
+    """Describe the first class of labels that the outputs do not have; None if they have all."""
+    if labels is None or logits is None or labels.is_floating_point():
+        return None
+    wrong = ((labels < 0) & (labels != -100)) | (labels >= logits.shape[-1])
+    if not bool(wrong.any()):
+        return None
+    place = wrong.nonzero()[0].tolist()
+    return (
+        f"the label {int(labels[tuple(place)])} at {place} is none of the {logits.shape[-1]} classes; labels are from "
+        f"0 to {logits.shape[-1] - 1}, or -100 where there is no loss"
+    )
 
 
 def _arguments(

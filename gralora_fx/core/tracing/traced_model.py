@@ -197,9 +197,9 @@ class TracedModel:
         return self._view().dtype
 
     def _view(self) -> TransformersView:
-        from gralora_fx.core.tracing.as_transformers import view_of
+        from gralora_fx.core.tracing.as_transformers import Viewed, view_of
 
-        return view_of(self, self.__call__, self.tree.parameters, labels=False)
+        return view_of(Viewed(lambda: self, self.__call__, lambda: self.tree.parameters), labels=False)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, with the source model's defaults.

@@ -102,8 +102,8 @@ def _is_on(node: fx.Node) -> bool:
     return argument is None or bool(_read(node, argument))
 
 
-def set_mode(graph: fx.Graph, training: bool) -> bool:
-    """Set every annotated argument to its value in a mode.
+def set_mode(graph: fx.Graph, training: bool, *, drops: bool = True) -> bool:
+    """Set every annotated argument to its value in a mode; without `drops`, training has no dropout.
 
     Before (training):  `dropout(x, 0.1, True)`
     After (evaluation): `dropout(x, 0.1, False)`
@@ -112,11 +112,28 @@ def set_mode(graph: fx.Graph, training: bool) -> bool:
     for node in graph.nodes:
         switch = node.meta.get("custom", {}).get(_KEY)
         if switch is not None:
-            value = switch["train" if training else "eval"]
+            value = switch["train" if training and (drops or not _is_dropout(node)) else "eval"]
             if _read(node, switch["argument"]) != value:
                 _write(node, switch["argument"], value)
                 has_changed = True
     return has_changed
+
+
+def dropouts(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes of a graph that zero values at random in training."""
+    return [node for node in graph.nodes if _KEY in node.meta.get("custom", {}) and _is_dropout(node)]
+
+
+def trained_probability(node: fx.Node) -> float:
+    """Return the probability with which a dropout zeroes values in training."""
+    position = _probability(node.target)
+    if position is not None:
+        return float(node.meta["custom"][_KEY]["train"])
+    return float(node.args[1] if len(node.args) > 1 else node.kwargs["p"])  # type: ignore[arg-type]
+
+
+def _is_dropout(node: fx.Node) -> bool:
+    return _probability(node.target) is not None or "dropout" in getattr(node.target, "__name__", "")
 
 
 @contract(needs={MODES})

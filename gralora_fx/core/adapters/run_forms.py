@@ -1,0 +1,192 @@
+"""Forms in which a graph runs: without its cache, up to the head, over rows that hold several texts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutput
+
+from gralora_fx.base.compat.torch_graphs import (
+    convention_of,
+    set_convention,
+    tree_flatten,
+    tree_info,
+    tree_leaves,
+    tree_unflatten,
+)
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.graph.surgery import CountedGraph, copy_graph, erase_unused, overlay
+from gralora_fx.core.operators.attention import Attention, Documents
+from gralora_fx.core.tracing.inputs.cache import tensors_of
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import RewriteError, option
+from gralora_fx.format.cache_slots import keeps_state
+from gralora_fx.format.input_names import IDS, PACKING, PAST
+
+_MASK = "attention_mask"
+_PACKED = f"rows that hold several texts (packing, padding_free) need {option(task='text-generation-with-past')}"
+
+
+class RunForm(NamedTuple):
+    """What a run of a graph returns, and what it is given; the default is the graph as it is.
+
+    Attributes:
+        keeps_cache: Whether the cache is among the outputs. Without, no keys and values are kept for it.
+        ends_at: The layer before which the run ends, whose input is then the output; None for none.
+        is_packed: Whether the mask has the number of each token's text, to which attention keeps.
+    """
+
+    keeps_cache: bool = True
+    ends_at: str | None = None
+    is_packed: bool = False
+
+
+def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
+    """Check that the language model's head is the base's own layer, for a loss that is computed with its weight.
+
+    Args:
+        traced: The base's trace.
+        acting: The active adapters.
+
+    Returns:
+        Its path.
+    """
+    head = traced.tree.output_embedding
+    if head is None:
+        raise RewriteError("the model has no language-model head that its class names, so there is no state before it")
+    adapted = [adapter.name for adapter in acting if head in adapter.factors]
+    if adapted:
+        raise RewriteError(
+            f"adapter {adapted[0]!r} adapts {head}, and a loss from the head's own weight would leave it out; take "
+            f"{head} out of target_modules, or train it whole with modules_to_save=[{head!r}]"
+        )
+    return head
+
+
+def form_of(
+    traced: TracedModel, inputs: dict[str, Any], *, keeps_cache: bool, ends_at: str | None = None
+) -> RunForm | None:
+    """Return the form of the graph that a call needs, and take from the inputs what says so; None for the graph itself.
+
+    Args:
+        traced: The traced model.
+        inputs: The call's inputs by name; the mask of rows that hold several texts is added.
+        keeps_cache: Whether the cache is returned unless `use_cache` says otherwise.
+        ends_at: The layer before which the run ends.
+    """
+    if PAST not in traced.input_names:
+        if given := sorted(PACKING.intersection(inputs)):
+            raise RewriteError(
+                f"packed rows ({', '.join(given)}) hold several texts, which the attention of this graph does not keep "
+                f"apart; trace the model with {option(task='text-generation-with-past')}, or set packing=False and "
+                "padding_free=False"
+            )
+        if ends_at is None:
+            return None
+        inputs.pop("use_cache", None)
+        returns_cache = False
+    else:
+        asked = inputs.pop("use_cache", None)
+        returns_cache = getattr(traced.config, "use_cache", True) is not False if asked is None else bool(asked)
+        keeps_cache &= asked is not False
+    given = [inputs.pop(name) for name in PACKING if name in inputs]
+    positions, is_packed = inputs.get("position_ids"), False
+    # as transformers' models, which tell texts apart by positions where there is no mask and no cache is made
+    may_be_packed = PAST in traced.input_names and inputs.get("attention_mask") is None and inputs.get(PAST) is None
+    if positions is not None and may_be_packed and (given or not returns_cache):
+        texts = texts_of(positions)
+        if given or torch.compiler.is_compiling() or bool((texts > 1).any()):
+            inputs["attention_mask"], is_packed = texts, True
+    if given and not is_packed:
+        raise RewriteError(
+            "packed rows need position_ids that start again with each text, and neither an attention_mask nor a cache"
+        )
+    form = RunForm(keeps_cache and ends_at is None, ends_at, is_packed)
+    drops_cache_alone = form == RunForm(keeps_cache=False)
+    return None if form == RunForm() or (drops_cache_alone and torch.compiler.is_compiling()) else form
+
+
+def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> CountedGraph:
+    """Return a flat graph in another form, over the same tensors."""
+    graph = copy_graph(flat)
+    if form.is_packed:
+        _keep_texts_apart(graph, traced)
+    if form.ends_at is not None:
+        _return_only(graph, BaseModelOutput(last_hidden_state=_input_of(graph, form.ends_at, traced)))
+    elif not form.keeps_cache:
+        _return_only(graph, _without_cache(graph))
+    graph.lint()
+    return overlay(flat, graph, flat.training)
+
+
+def texts_of(positions: Tensor) -> Tensor:
+    """Number the texts of rows by positions that start again, from 1 on, as transformers tells them apart.
+
+    Args:
+        positions: `[batch, length]`.
+    """
+    return 1 + (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).long().cumsum(-1)
+
+
+def _keep_texts_apart(graph: fx.Graph, traced: TracedModel) -> None:
+    """Let tokens attend to those of their own text alone.
+
+    Before: `y = attention(query, key, value, mask)`
+    After:  `m = documents(mask, length, window); y = attention(query, key, value, m)`, `m` once for all layers
+    """
+    inputs = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    mask, ids = inputs.get(_MASK), inputs.get(IDS)
+    past = traced.example_inputs.get(PAST)
+    layers = list(Attention.all_in(graph))
+    others = {
+        user for user in (mask.users if mask is not None else ()) if user.target is not torch.ops.aten.sym_size.int
+    }
+    attends = isinstance(past, Cache) and not keeps_state(tensors_of(past))
+    if mask is None or ids is None or not attends or others != {node for node, _ in layers}:
+        raise RewriteError(
+            f"{_PACKED}, of a model all of whose layers are attention that takes the padding mask; set packing=False "
+            "and padding_free=False"
+        )
+    made: dict[int, fx.Node] = {}
+    with graph.inserting_after(next(reversed(inputs.values()))):
+        length = graph.call_function(torch.ops.aten.sym_size.int, (ids, 1))
+    for node, attention in layers:
+        if attention.window not in made:
+            with graph.inserting_after(length):
+                made[attention.window] = Documents(mask, length, attention.window).insert(graph)
+        replace(attention, mask=made[attention.window]).write(node)
+
+
+def _input_of(graph: fx.Graph, path: str, traced: TracedModel) -> fx.Node:
+    """The input of a layer that a graph calls once."""
+    calls = {call for site in traced.sites if site.path == path for call in site.calls}
+    nodes = [node for node in graph.nodes if node.name in calls]
+    if len(nodes) != 1 or not isinstance(nodes[0].args[0], fx.Node):
+        raise RewriteError(f"{path} is not a layer that the graph calls once, so a run cannot end before it")
+    return nodes[0].args[0]
+
+
+def _without_cache(graph: fx.Graph) -> Any:
+    """The outputs of a graph as the model returns them, of nodes, without the cache."""
+    outputs = tree_unflatten(tree_leaves(graph.output_node().args[0]), tree_info(graph).out_spec)
+    return type(outputs)(**{name: value for name, value in outputs.items() if not isinstance(value, Cache)})
+
+
+def _return_only(graph: fx.Graph, outputs: Any) -> None:
+    """Let a graph return other outputs, and drop what only computed the earlier ones."""
+    leaves, spec = tree_flatten(outputs)
+    output = graph.output_node()
+    earlier = tree_leaves(output.args[0])
+    output.args = (tuple(leaves),)
+    convention = copy.copy(convention_of(graph))
+    convention.pytree_info = tree_info(graph)._replace(out_spec=spec)
+    set_convention(graph, convention)
+    for node in earlier:
+        if isinstance(node, fx.Node):
+            erase_unused(graph, node)
