@@ -115,10 +115,14 @@ def check_runnable(model: TracedModel | GraloraModel) -> None:
     if not isinstance(model, (TracedModel, GraloraModel)):
         raise ExportError(f"cannot run a {type(model).__name__}; {CALL_TRACE} and give what it or rewrite() returned")
     traced = base_trace(model)
-    missing = next((name for name, parameter in traced.tree.parameters.items() if parameter.is_meta), None)
-    if missing is not None:
+    missing = [name for name, parameter in traced.tree.parameters.items() if parameter.is_meta]
+    if missing:
+        from gralora_fx.core.graph.packed_weights import packed_of
+
+        missing = [name for name in missing if packed_of(traced.tree.parameters[name]) is None]
+    if missing:
         raise ExportError(
-            f"{missing} has no values in memory, so there is nothing to compare with; export a streamed model with "
+            f"{missing[0]} has no values in memory, so there is nothing to compare with; export a streamed model with "
             f"{option(verify=False)}, and compare the export with the model loaded whole ({command('verify_onnx')})"
         )
 

@@ -33,6 +33,12 @@ def is_lazy(tensor: Tensor) -> bool:
     return hasattr(tensor, _SOURCE)
 
 
+def source_of(tensor: object) -> Callable[[], Tensor] | None:
+    """Return what computes a lazy tensor's values; None of any other."""
+    source: Callable[[], Tensor] | None = getattr(tensor, _SOURCE, None)
+    return source
+
+
 def copy_lazy(parameter: nn.Parameter) -> nn.Parameter:
     """A copy of a lazy parameter with the same source."""
     return lazy_parameter(getattr(parameter, _SOURCE), parameter.shape, parameter.dtype)

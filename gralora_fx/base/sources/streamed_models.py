@@ -94,7 +94,7 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
 
     Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
     """
-    tensors = _by_parameter_name(model, as_in_layers(model, weights.tensors))
+    tensors = by_parameter_name(model, as_in_layers(model, weights.tensors))
     problems: list[str] = []
     names: dict[int, list[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -188,7 +188,7 @@ class StackedMatrices(EntrySource):
         return cls(entries, (len(matrices), *shapes.pop()), first.dtype, first.file)
 
 
-def _by_parameter_name(
+def by_parameter_name(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor | StackedMatrices]:
     """Stored tensors by the model's parameter names."""

@@ -18,7 +18,7 @@ from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.sites import LinearSite
-from gralora_fx.core.graph.surgery import ROOT
+from gralora_fx.core.graph.surgery import ROOT, container_at
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, Update, first_tensor, method_of
 from gralora_fx.core.planning.rewrite_plan import PlannedSite, RewritePlan
 from gralora_fx.errors import RewriteError
@@ -285,13 +285,8 @@ def adapter_names(names: object) -> list[str]:
 
 def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
     """Register a parameter at a dotted path, creating missing modules."""
-    *owners, attribute = path.split(".")
-    module = root
-    for owner in owners:
-        if owner not in module._modules:
-            module.add_module(owner, nn.Module())
-        module = module.get_submodule(owner)
-    module.register_parameter(attribute, parameter)
+    owner, _, attribute = path.rpartition(".")
+    container_at(root, owner).register_parameter(attribute, parameter)
 
 
 def drop(root: nn.Module, adapter: str) -> None:

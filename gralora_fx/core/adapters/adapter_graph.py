@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from gralora_fx.base.sources.lazy_tensors import is_lazy
 from gralora_fx.core.adapters.adapter import ModelAdapter, drop
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.current_graph import CurrentGraph
@@ -195,7 +197,7 @@ class AdapterGraph(CurrentGraph):
             graph_module, work = self.traced.graph_module, self.updates(chosen)
             copies = self._settled_copies(chosen)
             shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}
-            tied = [entry for entry in work if entry.site.path in shared]
+            tied = [entry for entry in work if entry.site.path in shared or is_lazy(entry.site.weight)]
             weights = folded_weights(graph_module, tied, safe=safe, untie=True)
             fold_in_place(graph_module, [entry for entry in work if entry not in tied], safe=safe)
             replace_values(copies)
@@ -278,6 +280,23 @@ class AdapterGraph(CurrentGraph):
             state = self.state
             if not (self.base.is_current and self._is_valid(self.current)):
                 self._make(weights=self._folded(state.merged) if state.merged else {})
+
+    def check_convertible(self, convert: Callable[[Tensor], Tensor]) -> None:
+        """Check that no adapter changes a weight whose new dtype would round its update away."""
+        for name, adapter in self.adapters.items():
+            for path in self.traced.in_subgraphs.keys() & adapter.planned.keys():
+                dtype = convert(adapter.planned[path].site.weight.new_empty(0)).dtype
+                if dtype in (torch.float16, torch.bfloat16):
+                    raise RewriteError(
+                        f"adapter {name!r} changes the weight of {path} within the subgraph of "
+                        f"{self.traced.in_subgraphs[path]}, and {dtype} would round the update away; merge it first"
+                    )
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the graph of one state; first a new one, if the trace was converted by itself or by another model."""
+        if not torch.compiler.is_compiling() and not self.base.has_graph:
+            self.keep_up()
+        return super().run(inputs)
 
     # -- within -----------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, parameter_tree
+from gralora_fx.base.sources.lazy_tensors import is_lazy
+from gralora_fx.core.graph.surgery import container_at, copy_graph, copy_in_mode, parameter_tree, replace_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import MergeError, RewriteError
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseSource
+    from gralora_fx.core.graph.packed_weights import PackedWeight
 
 
 class _ParameterSlot(NamedTuple):
@@ -41,21 +43,31 @@ class Base:
         traced: The trace.
         trainable: Names of the parameters that required gradients before there was an adapter.
         running_block: Returns a block of the module that runs, by its path.
+        packed: The weights in few bits, by name; the tree has buffers in their place.
     """
+
+    packed: Mapping[str, PackedWeight]
 
     def __init__(self, traced: TracedModel) -> None:
         """Start with a trace's own parameters."""
         copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
         self.tree = parameter_tree(copied)
         self.traced = traced
+        self._hold_packed()
+        self._graph_module = traced.graph_module
         self._install_blocks()
         self.trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
         self._slots = self._find_slots(traced)
 
     @property
     def is_current(self) -> bool:
-        """Whether the trace uses the tree's current tensors."""
-        return all(slot.now is slot.parameter for slot in self._slots)
+        """Whether the trace uses the tree's current tensors, and has the graph that it had."""
+        return self.has_graph and all(slot.now is slot.parameter for slot in self._slots)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the trace has the graph that it had: it gets another one when it is converted."""
+        return self.traced.graph_module is self._graph_module
 
     @property
     def modules(self) -> dict[int, tuple[nn.Module, str]]:
@@ -73,6 +85,8 @@ class Base:
         from gralora_fx.core.tracing.graph_record import unpack_module
 
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
+        self._graph_module = self.traced.graph_module
+        self.packed = {}  # a trace with packed weights is not pickled
         self.trainable = state["trainable"]
         self._install_blocks()
         self._slots = self._find_slots(self.traced)
@@ -83,7 +97,9 @@ class Base:
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)
         other.tree = copy.deepcopy(self._plain_tree(), memo)
+        other._graph_module = other.traced.graph_module
         other.trainable = list(self.trainable)
+        other.packed = self.packed
         other._install_blocks()
         other._slots = other._find_slots(other.traced)
         return other
@@ -95,6 +111,25 @@ class Base:
                 "the model is distributed over processes (FSDP2), which hold parts of its weights; save the adapter "
                 "with save_pretrained, and merge it in a process that loads the model whole"
             )
+
+    def _hold_packed(self) -> None:
+        """Let the tree have buffers where the trace has weights in few bits."""
+        self.packed = {}
+        if any(is_lazy(parameter) for parameter in self.traced.tree.parameters.values()):
+            from gralora_fx.core.graph.packed_weights import hold_packed, packed_parameters
+
+            self.packed = packed_parameters(self.traced.graph_module)
+            hold_packed(self.tree)
+
+    def graph_module(self, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
+        """A graph module over the tree's tensors, for a graph of the trace."""
+        root = self.tree
+        if self.packed:
+            root = copy.copy(root)
+            root.__dict__["_modules"] = dict(root._modules)
+            names = self.packed.keys() & self.traced.tree.parameters.keys()
+            replace_parameters(root, {name: self.traced.tree.parameters[name] for name in names})
+        return copy_in_mode(root, graph, training, class_name)
 
     def _install_blocks(self) -> None:
         """Let the tree have modules where the trace has blocks."""
@@ -119,20 +154,45 @@ class Base:
         return self.running_block(path)
 
     def follow(self) -> None:
-        """Rebuild the trace over the tree's current tensors."""
+        """Take the new graph of a trace that was converted; rebuild the trace if the tree has other tensors."""
+        if not self.has_graph:
+            self._graph_module = self.traced.graph_module
+            self._take_constants()
+            self._slots = self._find_slots(self.traced)
+            for slot in self._slots:
+                if slot.now is not None and slot.now.dtype != slot.parameter.dtype:
+                    slot.module._parameters[slot.key] = slot.parameter
+            if self.is_current:
+                return
         now = self._parameters_now()
         moved = {id(slot.parameter): now[slot.name] for slot in reversed(self._slots)}  # under the first name
         names = self.traced.tree.parameters.items()
         parameters = {name: now.get(name, moved.get(id(old), old)) for name, old in names}
         traced, training = self.traced, self.traced.training
-        graph_module = copy_in_mode(self.tree, copy_graph(traced.graph_module), training, "TracedGraph")
+        graph_module = self.graph_module(copy_graph(traced.graph_module), training, "TracedGraph")
         self.traced = traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters))
+        self._graph_module = graph_module
         self._slots = self._find_slots(self.traced)
 
     def parameters_now(self) -> dict[str, nn.Parameter]:
         """The parameters by the names of the source model, as the tree has them now, within a forward of FSDP2 too."""
         now = {id(slot.parameter): slot.now for slot in self._slots}
         return {name: now.get(id(p), p) for name, p in self.traced.tree.parameters.items()}  # type: ignore[misc]
+
+    def _take_constants(self) -> None:
+        """Take from the trace whatever its graph reads but parameters: constants, branches, converted buffers."""
+        graph_module = self._graph_module
+        for path in dict.fromkeys(
+            str(n.target) for n in graph_module.graph.nodes if n.op in ("get_attr", "call_module")
+        ):
+            owner, _, name = path.rpartition(".")
+            theirs, own = graph_module.get_submodule(owner), container_at(self.tree, owner)
+            if name in theirs._buffers:
+                own._buffers[name] = theirs._buffers[name]
+            elif name in theirs._modules:
+                own._modules[name] = theirs._modules[name]
+            elif name not in theirs._parameters:
+                setattr(own, name, getattr(theirs, name))
 
     def _parameters_now(self) -> Mapping[str, nn.Parameter]:
         """The tree's current parameters by name; tied ones stay tied if they share all of their memory."""
@@ -160,6 +220,8 @@ class Base:
         parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
         slots = []
         for name, parameter in parameters.items():
+            if name in self.packed:
+                continue
             owner, _, key = name.rpartition(".")
             slots.append(_ParameterSlot(name, self.tree.get_submodule(owner), key, parameter))
         return slots

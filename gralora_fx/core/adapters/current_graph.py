@@ -139,8 +139,7 @@ class CurrentGraph:
         if self.current.casts != dtypes_of(self.state, self.adapters):
             raise RewriteError(
                 "FSDP2 casts parameters (MixedPrecisionPolicy(param_dtype=...)), but the graph computes in the dtypes "
-                "of its trace; convert the model before it is traced, as in trace(model.to(torch.bfloat16)), and leave "
-                "param_dtype out"
+                "of its trace; convert the model, as in model.to(torch.bfloat16), and leave param_dtype out"
             )
 
     def lend(self) -> fx.GraphModule:

@@ -9,7 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx, nn
 
-from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_values_of, value_entries
+from gralora_fx.base.sources.lazy_tensors import (
+    EntrySource,
+    is_lazy,
+    lazy_parameter,
+    raw_values_of,
+    value_entries,
+    values_of,
+)
 from gralora_fx.core.graph.sites import LinearSite, computed_sites, other_readers
 from gralora_fx.core.methods.arrays import accumulator_of
 from gralora_fx.core.methods.fold import fold
@@ -105,7 +112,8 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
 def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
     """A site's weight with its updates, in `out` or in new memory."""
     site = entry.site
-    return fold(site.weight.data, entry.updates, transposed=site.is_transposed, out=out)
+    weight = values_of(site.weight, site.path) if is_lazy(site.weight) else site.weight.data
+    return fold(weight, entry.updates, transposed=site.is_transposed, out=out)
 
 
 def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:

@@ -20,7 +20,6 @@ from gralora_fx.core.methods import first_tensor
 from gralora_fx.core.methods.low_rank import accumulate
 from gralora_fx.core.operators.call import COMPUTING
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
-from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import MergeError, RewriteError
 
 if TYPE_CHECKING:
@@ -248,7 +247,7 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     traced = base.traced
     graph_module = overlay(base.tree, copy_graph(traced.graph_module), state.training)
     graph, modes = graph_module.graph, AnnotateModes(known={node.name for node in traced.graph_module.graph.nodes})
-    passes: tuple[Pass[fx.Graph], ...] = (*_passes(state, traced, adapters), modes)
+    passes: tuple[Pass[fx.Graph], ...] = (*_passes(state, base, adapters), modes)
     Pipeline[fx.Graph]("adapters", passes, given=frozenset({OWN_WEIGHTS, COMPUTING})).run(graph)
     set_mode(graph, state.training, drops=state.drops)
     for graph_pass in state.passes:
@@ -262,11 +261,16 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     return StateGraph(state, FlatGraph(graph_module), base, dtypes_of(state, adapters), sources)
 
 
-def _passes(state: GraphState, traced: TracedModel, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:
+def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:
     """The passes that make the graph of a state from the base's, in order."""
+    traced = base.traced
     replaced = tuple(site for site in traced.adaptable if site.path in state.weights)
     yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
     yield SetWeights(replaced, state.weights)
+    if base.packed:
+        from gralora_fx.core.graph.packed_weights import UnpackWeights
+
+        yield UnpackWeights(base.packed, {name for site in replaced for name in traced.tree.names_of(site.weight)})
     for name in state.active:
         if name not in state.merged:
             yield adapters[name].insertion()
@@ -298,8 +302,8 @@ def _sources(
     sources = []
     modules = base.modules
     for site in base.traced.adaptable:
-        if site.path in state.weights and id(site.weight) in modules:
-            sources.append(Source.of(*modules[id(site.weight)]))
+        if site.path in state.weights:
+            sources += [Source.of(*modules[id(site.weight)])] if id(site.weight) in modules else []
             for name in state.merged:
                 adapter = adapters[name]
                 owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()

@@ -26,6 +26,14 @@ _SLICE = {_aten.slice.Tensor}
 _NARROW = {_aten.narrow.default, torch.narrow, "narrow"}
 
 
+_UNPACKED = "gralora_unpacked"  # of a node that computes a parameter from few bits: the parameter's name
+
+
+def mark_unpacked(node: fx.Node, name: str) -> None:
+    """Note that a node gives the values of a parameter, which a linear call may multiply by."""
+    node.meta.setdefault("custom", {})[_UNPACKED] = name
+
+
 @dataclass(frozen=True)
 class Origin:
     """The parameter of which a value is a view.
@@ -45,7 +53,7 @@ def origin_of(value: object) -> Origin | None:
     """The parameter that a value is or views (transposed or some rows); None for anything else."""
     if not isinstance(value, fx.Node):
         return None
-    if value.op == "get_attr":
+    if value.op == "get_attr" or _UNPACKED in value.meta.get("custom", {}):
         return Origin(value)
     if value.op not in ("call_function", "call_method"):
         return None

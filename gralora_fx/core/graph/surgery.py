@@ -231,6 +231,16 @@ def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
     _own_container(root, owner, {id(root)})._modules[name] = module
 
 
+def container_at(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path of a tree; missing ones are made."""
+    module = root
+    for name in path.split(".") if path else ():
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    return module
+
+
 def _in_mode(module: nn.Module, training: bool | None = None) -> nn.Module:
     """A copy of a module tree over the same tables of tensors, with its own mode."""
     copy = _shallow(module)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from transformers.pytorch_utils import Conv1D
 
 from gralora_fx.base.compat.transformers_models import has_class, should_convert_module, unquantized_modules
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed, packed_quantization
 from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
@@ -27,9 +29,10 @@ from gralora_fx.base.sources.model_files import (
     read_json_object,
     resolve_directory,
 )
+from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import check_readable
 from gralora_fx.base.sources.saved_weights import read_weights
-from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, empty_model
+from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, by_parameter_name, empty_model
 from gralora_fx.core.loading.load_report import LoadReport
 from gralora_fx.errors import ConfigError, GraloraError, TraceError, first_line, option, warn_caller
 from gralora_fx.format.tasks import all_tasks, check_task, classifies, find_task, task_of_class
@@ -110,6 +113,7 @@ def load_model(
     supplied: Set[str] = frozenset(),
     allow_random_head: bool = False,
     base_quantization: BaseQuantization | Any = None,
+    packed: bool = False,
 ) -> PreTrainedModel:
     """A transformers model in float32 and evaluation mode.
 
@@ -124,13 +128,17 @@ def load_model(
             trained.
         base_quantization: How the layers of a float checkpoint are rounded, as bitsandbytes does when a QLoRA adapter
             is trained on it: `"nf4"`, `"nf4-double"`, or whatever `BaseQuantization.of` takes; None for not at all.
+        packed: Whether these layers hold their weights in few bits alone, which a rewritten model unpacks when it runs;
+            so too those of a checkpoint that is in few bits. While the model is loaded, its floats are in memory.
 
     Raises:
         TraceError: The task is unknown, or no model can be loaded.
         CheckpointError: Tensors are missing in the checkpoint or have other shapes; each is named.
         ConfigError: The checkpoint is quantized already, and is to be rounded, or bitsandbytes is not installed.
     """
-    model, report = load_with_report(name, task, num_labels=num_labels, base_quantization=base_quantization)
+    model, report = load_with_report(
+        name, task, num_labels=num_labels, base_quantization=base_quantization, packed=packed
+    )
     report.check(supplied, num_labels, allow_random_head=allow_random_head)
     if not report.problems() and supplied.isdisjoint(model.state_dict()):
         warn_of_another_head(model, name)
@@ -138,7 +146,12 @@ def load_model(
 
 
 def load_with_report(
-    name: str | Path, task: str | None = None, *, num_labels: int | None = None, base_quantization: Any = None
+    name: str | Path,
+    task: str | None = None,
+    *,
+    num_labels: int | None = None,
+    base_quantization: Any = None,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """Load a model as `load_model` does, but with random values where tensors are missing, and report on them."""
     directory = check_model_files(name, TraceError)
@@ -147,9 +160,10 @@ def load_with_report(
     try:
         with quiet():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-            packed = quantization_of(vars(config), name, asked)
-            if packed is not None:
-                return _unpacked(name, task, num_labels, packed)
+            stored = quantization_of(vars(config), name, asked)
+            if stored is not None:
+                return _unpacked(name, task, num_labels, stored, packed=packed)
+            _check_packing(name, asked, packed=packed)
             model, info = class_for(config, task).from_pretrained(
                 name, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
@@ -160,8 +174,20 @@ def load_with_report(
             check_readable(directory)
         raise TraceError(f"no model can be loaded from {name} ({first_line(error)})") from error
     if asked is not None:
-        round_layers(model, asked)
+        if packed:
+            pack_layers(model, quantized_layers(model, asked), asked)
+        else:
+            round_layers(model, asked)
     return _reported(name, task, model, info)
+
+
+def _check_packing(name: str | Path, asked: BaseQuantization | None, *, packed: bool) -> None:
+    """Check that a form is given to which a float checkpoint is to be rounded, if it is to be packed."""
+    if packed and asked is None:
+        raise ConfigError(
+            f"{name} is in floats, so that packed=True needs a form to round it to; take "
+            f"{option(base_quantization='nf4')}, or leave packed out"
+        )
 
 
 def _reported(
@@ -172,7 +198,7 @@ def _reported(
 
 
 def _unpacked(
-    name: str | Path, task: str | None, num_labels: int | None, packed: BaseQuantization
+    name: str | Path, task: str | None, num_labels: int | None, told: BaseQuantization, *, packed: bool
 ) -> tuple[PreTrainedModel, LoadReport]:
     """The model of a checkpoint in four bits, with the values that its layers multiply by, and the report on it."""
     directory = resolve_directory(name, TraceError)
@@ -190,7 +216,13 @@ def _unpacked(
     model.config._name_or_path = model.name_or_path = str(name)
     if model.can_generate() and (directory / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    record(model, weights.quantization or packed)
+    how = weights.quantization or told
+    if packed:
+        stored = by_parameter_name(model, tensors)
+        layers = {name.removesuffix(".weight"): t for name, t in stored.items() if isinstance(t, PackedTensor)}
+        pack_layers(model, {path: model.get_submodule(path) for path in layers}, how, stored)
+    else:
+        record(model, how)
     return _reported(name, task, model, info)
 
 
@@ -314,6 +346,18 @@ def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None
         else:
             with torch.no_grad():
                 weight.copy_(rounded(weight))
+    record(model, quantization)
+
+
+def pack_layers(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    quantization: BaseQuantization,
+    stored: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Let layers hold their weights in few bits alone, rounded here or as stored, and record it."""
+    (pack,) = parts("packed layers", {quantization.sign})
+    pack(layers, quantization, stored)
     record(model, quantization)
 
 

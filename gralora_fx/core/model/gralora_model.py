@@ -262,12 +262,15 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GraloraModel:
-        """Move every tensor, as `to(device)` and `to_empty()` do, and fold merged weights again."""
-        from gralora_fx.core.model.conversions import check_conversion
+        """Convert or move every tensor, the base's among them, as `to()` does, and make the graph for it."""
+        from gralora_fx.core.tracing.other_dtypes import convert_trace, once_each, trace_converted
 
         with self._state.writing():
-            check_conversion(fn, self._state.traced)
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._state.check_convertible(fn)
+            captured, once = trace_converted(self._state.traced, fn), once_each(fn)
+            super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+            if captured is not None:
+                convert_trace(self._state.base.traced, captured, once)
             self._state.keep_up()
         return self
 

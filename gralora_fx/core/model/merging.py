@@ -19,7 +19,7 @@ from gralora_fx.core.adapters.other_parameters import (
     separated_path,
 )
 from gralora_fx.core.graph.pipeline import Pipeline
-from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, map_parameters
+from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 
 
@@ -96,7 +96,7 @@ class Merging:
         for name in self._state.base.trainable:
             traced.tree.parameters[name].requires_grad_(True)
         graph = copy_graph(traced.graph_module)
-        graph_module = copy_in_mode(self._state.base.tree, graph, training, "GraloraGraph")
+        graph_module = self._state.base.graph_module(graph, training, "GraloraGraph")
         return traced.with_graph(graph_module, traced.tree).train(training)
 
     def updates(self, adapter_names: Sequence[str] | None = None) -> list[SiteUpdate]:

@@ -180,10 +180,10 @@ def trace_both_modes(draft: Draft) -> Captured:
 def _first_right(draft: Draft) -> Captured:
     """The first graph that equals the model in evaluation mode."""
     kind = type(draft.model).__name__
-    trained, reason = _in_training(draft)
+    trained, reason = _attempt_in_training(draft)
     if trained is not None and reason is None and not trained.updated:
         return trained
-    evaluated = _attempt(dataclasses.replace(draft, evaluates=True))
+    evaluated = check(capture_in_mode(dataclasses.replace(draft, evaluates=True)))
     if evaluated.problem is not None:
         from gralora_fx.core.tracing.failures import where_defined
 
@@ -203,7 +203,7 @@ def _first_right(draft: Draft) -> Captured:
             warn_caller(f"{kind} and its trace give other values in every run: {reason}")
             return trained
     if paths:
-        mixed, other_reason = _in_training(draft, evaluated=paths)
+        mixed, other_reason = _attempt_in_training(dataclasses.replace(draft, evaluated=paths))
         reason = f"{names_of_modules(draft.model, paths)} differs in training ({reason})"
         if mixed is not None and other_reason is None and mixed.updated == evaluated.updated:
             warn_caller(f"{reason}; that is not part of the trace, and training runs it as in evaluation")
@@ -214,21 +214,21 @@ def _first_right(draft: Draft) -> Captured:
     return evaluated
 
 
-def _in_training(draft: Draft, *, evaluated: Collection[str] = ()) -> tuple[Captured | None, str | None]:
+def _attempt_in_training(draft: Draft) -> tuple[Captured | None, str | None]:
     """An attempt in training mode, or None, and why it is wrong in evaluation mode, or None."""
     try:
-        captured = _attempt(draft, evaluated=evaluated)
+        captured = check(capture_in_mode(draft))
     except TraceError as error:
         return None, marked(error)
     return captured, captured.problem
 
 
-def _attempt(draft: Draft, *, evaluated: Collection[str] = ()) -> Captured:
-    """Capture, normalize and check a model's graph in the draft's mode; the model's own mode changes."""
+def capture_in_mode(draft: Draft) -> Captured:
+    """Capture and normalize a model's graph in the draft's mode; the model's own mode changes."""
     draft.model.train(not draft.evaluates)
-    for path in evaluated:
+    for path in draft.evaluated:
         draft.model.get_submodule(path).training = False
-    return check(normalize(capture(draft)))
+    return normalize(capture(draft))
 
 
 def differing_modules(in_training: fx.Graph, in_evaluation: fx.Graph) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import inspect
 from abc import ABC, abstractmethod
@@ -27,7 +29,7 @@ from gralora_fx.core.tracing.inputs.arguments import (
     widen,
 )
 from gralora_fx.core.tracing.inputs.signature import CallSignature, signature_of
-from gralora_fx.errors import TraceError, warn_caller
+from gralora_fx.errors import TraceError, first_line, warn_caller
 from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:  # of models whose inputs features know alone
@@ -73,6 +75,7 @@ class Draft:
         held: Inputs of which the batch alone may vary.
         evaluates: Whether the model is captured in evaluation mode; else in training mode, where every dropout has its
             probability.
+        evaluated: Paths of the modules that are in evaluation mode nevertheless.
     """
 
     model: nn.Module
@@ -86,6 +89,36 @@ class Draft:
     dynamic: bool = True
     held: Collection[str] = ()
     evaluates: bool = False
+    evaluated: tuple[str, ...] = ()
+
+
+class Skeleton(Draft):
+    """A draft whose model is a copy of the traced one, of a trace with tensors of its own.
+
+    Its parameters are on the meta device: a trace that is made of it takes their dtypes and devices from the trace.
+    """
+
+
+def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> Draft | str:
+    """Return a source for a trace that has other tensors than the source model.
+
+    Args:
+        source: What the trace was made from, or why it cannot be made again.
+        memo: What the trace's tensors were copied to, if it is a copy of which the model may be a part.
+    """
+    if isinstance(source, (str, Skeleton)):
+        return source
+    if memo is not None and id(source.model) in memo:
+        return dataclasses.replace(source, model=memo[id(source.model)])
+    known: dict[int, Any] = {id(buffer): buffer for buffer in source.model.buffers()}
+    for parameter in source.model.parameters():
+        empty = torch.empty_like(parameter, device="meta", requires_grad=False)
+        known[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    try:
+        model = copy.deepcopy(source.model, known)
+    except Exception as error:  # noqa: BLE001  # a module's copy raises what it likes, which a conversion then tells
+        return f"its {type(source.model).__name__} cannot be copied ({first_line(error)})"
+    return Skeleton(**{**vars(source), "model": model})
 
 
 @dataclass(frozen=True)

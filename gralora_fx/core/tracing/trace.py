@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -117,7 +118,10 @@ def trace(
             if originals:
                 restore_parameters(draft.graph_module, originals)
         # those that are appended are still among the model's modules
-        return _with_layers(draft, ModuleTree.of_module(model), blocks, training=model.training)
+        traced = _with_layers(draft, ModuleTree.of_module(model), blocks, training=model.training)
+    return dataclasses.replace(
+        traced, source=Draft(**{f.name: getattr(draft, f.name) for f in dataclasses.fields(Draft)})
+    )
 
 
 def _appended_modules(model: object, task: str | None, source: str | Path | None) -> AppendedModules | None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import Checkpointing
     from gralora_fx.core.graph.sites import ParameterSite
     from gralora_fx.core.tracing.as_transformers import TransformersView
-    from gralora_fx.core.tracing.draft import AppendedModules
+    from gralora_fx.core.tracing.draft import AppendedModules, Draft
 
 CALL_TRACE = "trace it first: call trace() with the model,"
 
@@ -42,8 +42,8 @@ class TracedModel:
     """A traced model: callable like the model, its graph open to passes.
 
     It shares the source model's parameters and copies none. It is made by `trace`, and a changed one by
-    `dataclasses.replace` or, where the graph is another, by `with_graph`. Only its mode changes in place, which is that
-    of its graph, as of any module.
+    `dataclasses.replace` or, where the graph is another, by `with_graph`. Only its mode, dtype and device change in
+    place, as of any module.
 
     Attributes:
         graph_module: The graph; calling it takes every traced input by name.
@@ -64,6 +64,7 @@ class TracedModel:
         passes: What each pass that normalized the graph did, in order.
         blocks: Paths of the modules that are blocks of the rewritten model (see `trace`).
         checkpointing: How the source model recomputed blocks in its backward pass, or None.
+        source: What it is traced again from in another dtype (see `to`), or why it cannot be.
     """
 
     graph_module: fx.GraphModule
@@ -84,6 +85,7 @@ class TracedModel:
     passes: tuple[PassReport, ...] = ()
     blocks: tuple[str, ...] = ()
     checkpointing: Checkpointing | None = None
+    source: Draft | str = "it was made from a graph"
 
     @property
     def training(self) -> bool:
@@ -159,7 +161,12 @@ class TracedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph like the model."""
-        return self.graph_module(**self.bind(args, kwargs))
+        graph_module = self.graph_module
+        if any(map(is_lazy, self.tree.parameters.values())):
+            from gralora_fx.core.graph.packed_weights import runnable
+
+            graph_module = runnable(graph_module)
+        return graph_module(**self.bind(args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate by transformers' own loop, as the traced model's `generate` does.
@@ -249,18 +256,33 @@ class TracedModel:
         """Switch to evaluation mode."""
         return self.train(False)
 
-    def to(self, *_: Any, **__: Any) -> Any:
-        """Refuse: the parameters are the source model's, and the graph names their dtype and device.
+    def to(self, *args: Any, **kwargs: Any) -> TracedModel:
+        """Convert the source model's tensors, as its own `to` does, and trace it again with these.
+
+        Args:
+            *args: As of `torch.nn.Module.to`.
+            **kwargs: As of `torch.nn.Module.to`.
+
+        Returns:
+            This trace.
 
         Raises:
-            TraceError: Always.
+            TraceError: The model cannot be traced so, or the graph is not a trace of it any more; nothing is changed.
         """
-        raise TraceError(
-            "a trace shares the parameters of its model, and computes in their dtype and on their device; convert or "
-            "move the model before it is traced, as in trace(model.to(torch.bfloat16))"
-        )
+        return self._converted("to", *args, **kwargs)
 
-    float = double = half = bfloat16 = cpu = cuda = to
+    def _converted(self, by: str, *args: Any, **kwargs: Any) -> TracedModel:
+        from gralora_fx.core.tracing.other_dtypes import ToConvert
+
+        getattr(ToConvert(self), by)(*args, **kwargs)
+        return self
+
+    float = functools.partialmethod(_converted, "float")
+    double = functools.partialmethod(_converted, "double")
+    half = functools.partialmethod(_converted, "half")
+    bfloat16 = functools.partialmethod(_converted, "bfloat16")
+    cpu = functools.partialmethod(_converted, "cpu")
+    cuda = functools.partialmethod(_converted, "cuda")
 
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
         """The same model with another graph, such as one with folded weights.
@@ -269,8 +291,13 @@ class TracedModel:
             graph_module: The graph.
             tree: The modules that hold its parameters.
         """
+        source = self.source
+        if any(parameter is not self.tree.parameters.get(name) for name, parameter in tree.parameters.items()):
+            from gralora_fx.core.tracing.draft import skeleton_of
+
+            source = skeleton_of(source)  # which keeps no tensors of the source model in memory
         layers = layers_of(graph_module, tree)
-        return dataclasses.replace(self, graph_module=graph_module, tree=tree, **layers._asdict())
+        return dataclasses.replace(self, graph_module=graph_module, tree=tree, source=source, **layers._asdict())
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for pickle: the graph as a record of its nodes (see `graph_record`)."""
@@ -281,7 +308,7 @@ class TracedModel:
                 f"{streamed[0]} is read from its file when it is needed, so the model cannot be pickled; load it with "
                 "its weights"
             )
-        return {**self.__dict__, "graph_module": pack_module(self.graph_module)}
+        return {**self.__dict__, "graph_module": pack_module(self.graph_module), "source": "it was read from a file"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the graph from its record."""
@@ -291,6 +318,7 @@ class TracedModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModel:
         """A copy with its own parameters, tied as in the original."""
+        from gralora_fx.core.tracing.draft import skeleton_of
         from gralora_fx.core.tracing.graph_record import deep_copy
 
         other = object.__new__(type(self))
@@ -299,8 +327,9 @@ class TracedModel:
             if is_lazy(parameter):
                 memo[id(parameter)] = copy_lazy(parameter)
         graph_module = deep_copy(self.graph_module, memo)
-        fields = {name: value for name, value in self.__dict__.items() if name != "graph_module"}
-        other.__dict__.update(copy.deepcopy(fields, memo), graph_module=graph_module)
+        apart = {"graph_module": graph_module, "source": skeleton_of(self.source, memo)}
+        fields = {name: value for name, value in self.__dict__.items() if name not in apart}
+        other.__dict__.update(copy.deepcopy(fields, memo), **apart)
         return other
 
     def __repr__(self) -> str:

@@ -217,6 +217,15 @@ def rounded(weight: NDArray[Any], quantization: FourBits) -> NDArray[np.float32]
     bitsandbytes rounds it. What it rounded to is read as from a file, since its own kernel for processors with AVX-512
     reads rows wrong that are not a whole number of blocks (0.50; those for GPUs do not).
     """
+    packed, scales, table = quantized(weight, quantization)
+    floats = values_of(packed, scales, table, quantization.block_size, 0, weight.size).reshape(weight.shape)
+    return floats.astype(FLOATS[quantization.stored_dtype], copy=False).astype(np.float32, copy=False)
+
+
+def quantized(
+    weight: NDArray[Any], quantization: FourBits
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """Return the codes of a float weight, two a byte, the scales of its blocks, and the values of the codes."""
     import torch
 
     try:
@@ -228,9 +237,8 @@ def rounded(weight: NDArray[Any], quantization: FourBits) -> NDArray[np.float32]
             f"the adapter ({error}): {installation(quantization.extra)}. A base that it saved in four bits is read "
             "without it"
         ) from error
-    values = torch.from_numpy(np.array(weight, np.float32, order="C"))
     codes, state = quantize_4bit(
-        values,
+        torch.from_numpy(np.array(weight, np.float32, order="C")),
         blocksize=quantization.block_size,
         compress_statistics=quantization.double,
         quant_type=quantization.kind,
@@ -239,6 +247,4 @@ def rounded(weight: NDArray[Any], quantization: FourBits) -> NDArray[np.float32]
     if quantization.double:
         outer = state.state2
         scales = scales_of(scales, 0, outer.code.numpy(), outer.absmax.numpy(), outer.blocksize, float(state.offset))
-    packed, table = codes.reshape(-1).numpy(), state.code.numpy()
-    floats = values_of(packed, scales, table, quantization.block_size, 0, values.numel()).reshape(weight.shape)
-    return floats.astype(FLOATS[quantization.stored_dtype], copy=False).astype(np.float32, copy=False)
+    return codes.reshape(-1).numpy(), scales, state.code.numpy()
