@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.base.sources.lazy_tensors import lazy_parameter
+from gralora_fx.base.sources.lazy_tensors import lazy_parameter, values_of
 from gralora_fx.core.graph.packed_weights import PackedWeight
 from gralora_fx.core.operators.call import Call, V, operator
 from gralora_fx.errors import CheckpointError
@@ -115,27 +116,14 @@ def packed_weight(
     return PackedFourBits(tensors, (int(shape[0]), int(shape[1])), quantization, is_turned)
 
 
-class _Packed:
-    """A layer that unpacks its weight whenever it runs; a trace of it reads the weight."""
-
-    _packed: PackedFourBits
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight: nn.Parameter = self._parameters["weight"]  # type: ignore[attr-defined]
-        if not weight.is_meta or x.is_meta:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
-        values = self._packed().to(x.dtype)
-        if self._packed.is_turned:
-            return torch.nn.functional.linear(x, values.T, self.bias)  # type: ignore[attr-defined]
-        return torch.nn.functional.linear(x, values, self.bias)  # type: ignore[attr-defined]
-
-
-class PackedLinear(_Packed, nn.Linear):
-    """A linear layer with a weight in four bits."""
-
-
-class PackedConv1D(_Packed, Conv1D):  # type: ignore[misc]  # transformers has no types
-    """transformers' transposed linear layer with a weight in four bits."""
+def _unpacked_forward(layer: Any, x: Tensor) -> Tensor:
+    """Run a layer that unpacks its weight whenever it runs; a trace reads the weight, which has a placeholder then."""
+    weight: nn.Parameter = layer.weight
+    if not weight.is_meta or x.is_meta:
+        output: Tensor = type(layer).forward(layer, x)
+        return output
+    values = values_of(weight, "weight").to(x.dtype)
+    return torch.nn.functional.linear(x, values.T if isinstance(layer, Conv1D) else values, layer.bias)
 
 
 def pack_layers(
@@ -158,6 +146,5 @@ def pack_layers(
             quantization,
             is_turned=isinstance(layer, Conv1D),
         )
-        layer.__class__ = PackedConv1D if isinstance(layer, Conv1D) else PackedLinear
         layer._parameters["weight"] = lazy_parameter(packed, weight.shape, torch.float32)
-        layer.__dict__["_packed"] = packed
+        layer.forward = types.MethodType(_unpacked_forward, layer)
