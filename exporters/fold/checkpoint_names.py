@@ -155,7 +155,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
             "weights of four bits; merge into a float base, without base_quantization"
         )
     from gralora_fx.base.sources.streamed_models import as_in_layers
-    from gralora_fx.core.loading.models import quantized_layers
+    from gralora_fx.core.loading.quantized_layers import quantized_layers
 
     if rounding is None:
         return replace(base, others=as_in_layers(names.model, base.tensors))

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Set
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
-from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.base.compat.transformers_models import has_class, should_convert_module, unquantized_modules
-from gralora_fx.base.features import parts
+from gralora_fx.base.compat.transformers_models import has_class
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed, packed_quantization
-from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
 from gralora_fx.base.sources.model_files import (
     GENERATION_CONFIG,
     MODEL_FILE,
-    RECORD,
     check_model_files,
     read_json_object,
     resolve_directory,
@@ -34,6 +27,7 @@ from gralora_fx.base.sources.safetensors_files import check_readable
 from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.base.sources.streamed_models import as_in_layers, attach_shards, by_parameter_name, empty_model
 from gralora_fx.core.loading.load_report import LoadReport
+from gralora_fx.core.loading.quantized_layers import pack_layers, quantized_layers, record, round_layers
 from gralora_fx.errors import ConfigError, GraloraError, TraceError, first_line, option, warn_caller
 from gralora_fx.format.tasks import all_tasks, check_task, classifies, find_task, task_of_class
 
@@ -313,60 +307,3 @@ def quantization_of(
     if asked is not None:
         check_not_packed(fields, name, asked, TraceError)
     return packed_quantization(fields, name, TraceError)
-
-
-def quantized_layers(model: PreTrainedModel, quantization: BaseQuantization) -> Mapping[str, nn.Linear | Conv1D]:
-    """The layers that transformers has bitsandbytes quantize, by path: linear ones, but for those that it skips."""
-    skipped = unquantized_modules(model, quantization.skip_modules)
-    layers = {
-        path: module
-        for path, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skipped)
-    }
-    if not layers:
-        raise ConfigError(
-            f"{option(base_quantization=str(quantization))} has no effect: transformers finds no linear layer to "
-            f"quantize in {type(model).__name__}; leave it out"
-        )
-    return layers
-
-
-def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None:
-    """Give the layers that bitsandbytes quantizes the values that it multiplies by, and record it in the configuration.
-
-    Weights that are left in their files are rounded when they are read.
-    """
-    layers = quantized_layers(model, quantization)
-    quantization.rounded(torch.zeros(1, 2).numpy())  # an error before any weight changes
-    for module in layers.values():
-        weight = module.get_parameter("weight")
-        rounded = functools.partial(_rounded, quantization, is_turned=isinstance(module, Conv1D))
-        if is_lazy(weight):
-            with_source(weight, functools.partial(rounded, copy_lazy(weight)))
-        else:
-            with torch.no_grad():
-                weight.copy_(rounded(weight))
-    record(model, quantization)
-
-
-def pack_layers(
-    model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
-    quantization: BaseQuantization,
-    stored: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Let layers hold their weights in few bits alone, rounded here or as stored, and record it."""
-    (pack,) = parts("packed layers", {quantization.sign})
-    pack(layers, quantization, stored)
-    record(model, quantization)
-
-
-def _rounded(quantization: BaseQuantization, weight: Tensor, *, is_turned: bool) -> Tensor:
-    values = raw_values_of(weight, "weight").float()
-    values = torch.from_numpy(quantization.rounded((values.T if is_turned else values).numpy()))
-    return values.T if is_turned else values
-
-
-def record(model: PreTrainedModel, quantization: BaseQuantization) -> None:
-    """Have a model's configuration say how its weights were quantized, for adapters and exports of it."""
-    setattr(model.config, RECORD, quantization.to_dict())

@@ -161,12 +161,12 @@ class TracedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph like the model."""
-        graph_module = self.graph_module
-        if any(map(is_lazy, self.tree.parameters.values())):
-            from gralora_fx.core.graph.packed_weights import runnable
+        inputs = self.bind(args, kwargs)
+        if not any(map(is_lazy, self.tree.parameters.values())):
+            return self.graph_module(**inputs)
+        from gralora_fx.core.graph.packed_weights import runnable
 
-            graph_module = runnable(graph_module)
-        return graph_module(**self.bind(args, kwargs))
+        return runnable(self.graph_module)(**inputs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate by transformers' own loop, as the traced model's `generate` does.
@@ -257,14 +257,11 @@ class TracedModel:
         return self.train(False)
 
     def to(self, *args: Any, **kwargs: Any) -> TracedModel:
-        """Convert the source model's tensors, as its own `to` does, and trace it again with these.
+        """Convert the source model's tensors, as its own `to` does, trace it again with these, and return this trace.
 
         Args:
             *args: As of `torch.nn.Module.to`.
             **kwargs: As of `torch.nn.Module.to`.
-
-        Returns:
-            This trace.
 
         Raises:
             TraceError: The model cannot be traced so, or the graph is not a trace of it any more; nothing is changed.
