@@ -123,10 +123,8 @@ class BaseWeights:
     @cached_property
     def _rounded_paths(self) -> Set[str]:
         """The layers that are rounded."""
-        from gralora_fx.core.loading.models import (
-            make_empty,  # they import transformers
-            quantized_layers,
-        )
+        from gralora_fx.core.loading.models import make_empty  # they import transformers
+        from gralora_fx.core.loading.quantized_layers import quantized_layers
 
         assert self._rounding is not None
         return quantized_layers(make_empty(self.directory, None), self._rounding).keys()

@@ -142,7 +142,7 @@ def test_a_checkpoint_of_bitsandbytes_keeps_its_bits(bases: Any, tmp_path: Path,
 
 def test_what_packed_weights_cannot_be_is_refused_by_name(bases: Any, tmp_path: Path) -> None:
     base = bases("LlamaForCausalLM")
-    with pytest.raises(ConfigError, match="is in floats, so that packed=True needs a form to round it to"):
+    with pytest.raises(ConfigError, match="is in floats, which have to be rounded to be held in few bits"):
         load_model(base, packed=True)
     model = adapted(trace(load_model(base, base_quantization="nf4", packed=True)), CONFIGS["lora"])
     with pytest.raises(TraceError, match=r"q_proj.weight is in its file or in few bits.*load the model.* in floats"):

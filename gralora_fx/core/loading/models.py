@@ -179,8 +179,8 @@ def _check_packing(name: str | Path, asked: BaseQuantization | None, *, packed: 
     """Check that a form is given to which a float checkpoint is to be rounded, if it is to be packed."""
     if packed and asked is None:
         raise ConfigError(
-            f"{name} is in floats, so that packed=True needs a form to round it to; take "
-            f"{option(base_quantization='nf4')}, or leave packed out"
+            f"{name} is in floats, which have to be rounded to be held in few bits; take "
+            f"{option(base_quantization='nf4')}"
         )
 
 

@@ -28,7 +28,7 @@ from gralora_fx.errors import TraceError, marked
 Convert = Callable[[Tensor], Tensor]
 
 
-class Traced(Protocol):
+class Convertible(Protocol):
     """What is read of a trace here; each is described there (`TracedModel`)."""
 
     @property
@@ -74,7 +74,7 @@ def once_each(convert: Convert) -> Convert:
     return converted
 
 
-def trace_converted(traced: Traced, convert: Convert) -> Captured | None:
+def trace_converted(traced: Convertible, convert: Convert) -> Captured | None:
     """Trace a model in the dtype and on the device that its tensors are to be converted to; nothing is converted.
 
     Args:
@@ -117,7 +117,7 @@ def trace_converted(traced: Traced, convert: Convert) -> Captured | None:
     raise TraceError(f"cannot convert the trace to {_spelled(target)}: {reason}; {remedy}")
 
 
-def convert_trace(traced: Traced, captured: Captured | None, convert: Convert) -> None:
+def convert_trace(traced: Convertible, captured: Captured | None, convert: Convert) -> None:
     """Convert a trace's tensors and its source model's in place, and give it the graph for them.
 
     Args:
@@ -145,7 +145,9 @@ def convert_trace(traced: Traced, captured: Captured | None, convert: Convert) -
     traced.__dict__.update(vars(fresh))
 
 
-def _over_own_tensors(traced: Traced, captured: Captured, parameters: Mapping[str, nn.Parameter]) -> fx.GraphModule:
+def _over_own_tensors(
+    traced: Convertible, captured: Captured, parameters: Mapping[str, nn.Parameter]
+) -> fx.GraphModule:
     """Return a captured graph over the tensors of a trace; its constants are its own."""
     graph_module = fx.GraphModule(captured.graph_module, copy_graph(captured.graph_module), "TracedGraph")
     known, own = captured.model.named_buffers(remove_duplicate=False), dict(traced.graph_module.named_buffers())
@@ -160,7 +162,7 @@ def _over_own_tensors(traced: Traced, captured: Captured, parameters: Mapping[st
 class ToConvert(nn.Module):
     """The methods of a module that convert it, for a trace."""
 
-    def __init__(self, traced: Traced) -> None:
+    def __init__(self, traced: Convertible) -> None:
         """Take a trace."""
         super().__init__()
         self.traced = traced
@@ -176,7 +178,7 @@ class ToConvert(nn.Module):
         return self
 
 
-def _take_own_parameters(traced: Traced) -> None:
+def _take_own_parameters(traced: Convertible) -> None:
     """Let a trace hold its parameters by objects of its own, over the same memory."""
     own: dict[nn.Parameter, nn.Parameter] = {}
 
@@ -193,7 +195,7 @@ def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
     return tensor.dtype, tensor.device
 
 
-def _capture(traced: Traced, convert: Convert, floats: Collection[torch.dtype]) -> Captured:
+def _capture(traced: Convertible, convert: Convert, floats: Collection[torch.dtype]) -> Captured:
     """Capture the source model anew, with its tensors converted and in the modes of the trace."""
     source = traced.source
     assert isinstance(source, Draft)
@@ -252,7 +254,7 @@ def _converted_tensors(model: nn.Module, kinds: Mapping[str, Tensor], convert: C
             module._buffers.update(table)
 
 
-def _is_alike(traced: Traced, captured: Captured) -> bool:
+def _is_alike(traced: Convertible, captured: Captured) -> bool:
     """Return whether two graphs are the same, node for node, but for the dtypes and devices that they name."""
     return _structure(traced.graph_module) == _structure(captured.graph_module)
 
