@@ -264,4 +264,5 @@ def test_a_compiled_model_follows_a_conversion() -> None:
     compiled.to(BF16)
     expected, actual = step(model, inputs), step(compiled, inputs)
     assert torch.equal(actual[0], expected[0])
-    assert all(torch.equal(actual[1][key], gradient) for key, gradient in expected[1].items())
+    for key, gradient in expected[1].items():  # a compiler adds up those of one input in another order
+        assert (actual[1][key] - gradient).abs().max() <= 0.02 * gradient.abs().max(), key

@@ -177,6 +177,7 @@ def _is_plain(*operands: Tensor | None) -> bool:
     tensors = [tensor for tensor in operands if tensor is not None]
     return (
         all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
+        and not tensors[0].is_meta  # which has no autocast to ask about
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and not is_transformed()
