@@ -1,5 +1,7 @@
 """PEFT's names over graphs: a script that trains with PEFT changes its import alone."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from gralora_fx.core.config import GraloraConfig
@@ -86,4 +88,6 @@ def __getattr__(name: str) -> Any:
             f"gralora_fx.peft has no {name}: the methods here are {known}; train another one with peft itself, or add "
             "it with gralora_fx.methods.register"
         )
+    if find_spec("peft") is None or not hasattr(import_module("peft"), name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has PEFT")
     raise ImportError(f"gralora_fx.peft has no {name}; it has {', '.join(__all__)}. Import others from peft itself")
