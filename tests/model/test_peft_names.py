@@ -167,12 +167,16 @@ def test_a_base_is_made_ready_for_training(base: Path) -> None:
         ("inject_adapter_in_model", "call get_peft_model"),
         ("PeftMixedModel", "adapters of all methods"),
         ("IA3Config", "GraLoRA, LoRA, DoRA; train another one with peft itself"),
-        ("unknown_function", "Import others from peft itself"),
+        ("get_eva_state_dict", "Import others from peft itself"),
     ],
 )
 def test_a_name_that_is_missing_says_what_to_do(name: str, remedy: str) -> None:
     with pytest.raises(ImportError, match=f"gralora_fx.peft has no {name}.*{remedy}"):
         getattr(ours, name)
+
+
+def test_a_name_that_peft_has_not_either_is_as_of_any_module() -> None:
+    assert not hasattr(ours, "pytest_plugins")
 
 
 @pytest.mark.parametrize(
