@@ -17,11 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import gralora_fx.core.operators
 from gralora_fx.base.features import parts
-from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask, MaskOfBlocks
+from gralora_fx.core.operators.attention import Attention, Documents, DotProductAttention, Mask, MaskOfBlocks
 from gralora_fx.core.operators.call import Call, named_arguments, operator_for
 from gralora_fx.core.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, translation_of
 from gralora_fx.features.experts.operators import Experts
+from gralora_fx.features.nf4.packed import UnpackFourBits
 from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
 
 for module in pkgutil.iter_modules(gralora_fx.core.operators.__path__):
@@ -120,6 +121,16 @@ def experts(batch: int, length: int, *, transposed: bool = False) -> dict[str, T
 
 
 EXPERTS = {"activation": "silu", "layout": "halves", "alpha": 1.0, "offset": 0.0, "limit": 0.0, "is_transposed": False}
+
+
+def four_bits(count: int, block_size: int) -> dict[str, Tensor]:
+    """A weight of `count` values in four bits."""
+    scales = torch.rand(-(-count // block_size)).view(torch.int32)
+    codes = torch.randint(256, (-(-count // 2),), dtype=torch.uint8)
+    return {"codes": codes, "scales": scales, "table": torch.linspace(-1, 1, 16).view(torch.int32)}
+
+
+FOUR_BITS = {"block_size": 8, "stored": torch.float32, "dtype": torch.float32, "is_turned": False}
 SCALED = {"scale": 0.3, "window": 0, "softcap": 0.0, "dropout": 0.0}
 CASES = {
     "attention": Case(Attention, lambda b, n: {**heads(b, n), "mask": padding(b, n)}, {**SCALED, "sinks": None}),
@@ -140,6 +151,14 @@ CASES = {
         {"scale": 0.3, "is_causal": False},
     ),
     "mask": Case(Mask, lambda b, n: {"padding": padding(b, n)}, {"length": 2, "window": 2, "dtype": torch.float32}),
+    "documents": Case(
+        Documents, lambda b, n: {"numbers": 1 + padding(b, n).cumsum(-1) // 3}, {"length": 2, "window": 0}
+    ),
+    "documents with a window": Case(Documents, lambda b, n: {"numbers": padding(b, n)}, {"length": 2, "window": 2}),
+    "unpack_four_bits": Case(UnpackFourBits, lambda b, n: four_bits(24, 8), {**FOUR_BITS, "shape": [4, 6]}),
+    "unpack_four_bits with a block that is not full, transposed": Case(
+        UnpackFourBits, lambda b, n: four_bits(15, 8), {**FOUR_BITS, "shape": [3, 5], "is_turned": True}
+    ),
     "mask_of_blocks": Case(MaskOfBlocks, masks, {}),
     "rms_norm": Case(RmsNorm, lambda b, n: {"x": random(b, n, 8), "weight": random(8)}, {"eps": 1e-6}),
     "rms_norm without a weight": Case(RmsNorm, lambda b, n: {"x": random(b, n, 8)}, {"weight": None, "eps": 1e-6}),
