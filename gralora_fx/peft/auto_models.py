@@ -9,22 +9,14 @@ import transformers
 
 from gralora_fx.core.methods import read_config
 from gralora_fx.errors import ConfigError
-from gralora_fx.peft.peft_model import (
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-)
+from gralora_fx.peft.peft_configs import TaskType
+from gralora_fx.peft.peft_model import CLASSES, PeftModel
 
 
 class AutoPeftModel:
     """Loads an adapter with its base; `task_type` of its configuration says which class of transformers that is."""
 
-    _kind: ClassVar[type[PeftModel]] = PeftModel
-    _base: ClassVar[str | None] = None
+    _task: ClassVar[str | None] = None  # None for the one that the configuration says
     _bases: ClassVar[dict[str, str]] = {
         "CAUSAL_LM": "AutoModelForCausalLM",
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -58,7 +50,8 @@ class AutoPeftModel:
             ConfigError: The configuration is missing or invalid, or names no base or no task.
         """
         saved = read_config(pretrained_model_name_or_path, revision=revision)
-        base = cls._base or cls._bases.get(saved.task_type or "")
+        task = cls._task or saved.task_type or ""
+        base = cls._bases.get(task)
         if base is None or saved.base_model_name_or_path is None:
             lacking = "task_type" if base is None else "base_model_name_or_path"
             raise ConfigError(
@@ -68,7 +61,7 @@ class AutoPeftModel:
         model = getattr(transformers, base).from_pretrained(
             saved.base_model_name_or_path, **{"revision": saved.revision or "main", **kwargs}
         )
-        return cls._kind.from_pretrained(
+        return CLASSES.get(task, PeftModel).from_pretrained(
             model,
             pretrained_model_name_or_path,
             adapter_name=adapter_name,
@@ -81,40 +74,34 @@ class AutoPeftModel:
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """Loads a model of texts."""
 
-    _kind = PeftModelForCausalLM
-    _base = "AutoModelForCausalLM"
+    _task = TaskType.CAUSAL_LM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """Loads a model of texts from texts."""
 
-    _kind = PeftModelForSeq2SeqLM
-    _base = "AutoModelForSeq2SeqLM"
+    _task = TaskType.SEQ_2_SEQ_LM
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """Loads a model of texts' classes."""
 
-    _kind = PeftModelForSequenceClassification
-    _base = "AutoModelForSequenceClassification"
+    _task = TaskType.SEQ_CLS
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """Loads a model of tokens' classes."""
 
-    _kind = PeftModelForTokenClassification
-    _base = "AutoModelForTokenClassification"
+    _task = TaskType.TOKEN_CLS
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """Loads a model of spans of texts."""
 
-    _kind = PeftModelForQuestionAnswering
-    _base = "AutoModelForQuestionAnswering"
+    _task = TaskType.QUESTION_ANS
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """Loads a model of hidden states."""
 
-    _kind = PeftModelForFeatureExtraction
-    _base = "AutoModel"
+    _task = TaskType.FEATURE_EXTRACTION

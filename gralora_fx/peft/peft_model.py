@@ -328,7 +328,7 @@ class PeftModelForFeatureExtraction(PeftModel):
     """A model of hidden states."""
 
 
-_CLASSES: dict[str, type[PeftModel]] = {
+CLASSES: dict[str, type[PeftModel]] = {
     "CAUSAL_LM": PeftModelForCausalLM,
     "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
     "SEQ_CLS": PeftModelForSequenceClassification,
@@ -340,4 +340,4 @@ _CLASSES: dict[str, type[PeftModel]] = {
 
 def _class_for(cls: type[PeftModel], config: AdapterConfig) -> type[PeftModel]:
     """Return the class of PEFT's name for a configuration's task, unless another one than `PeftModel` is given."""
-    return _CLASSES.get(config.task_type or "", PeftModel) if cls is PeftModel else cls
+    return CLASSES.get(config.task_type or "", PeftModel) if cls is PeftModel else cls

@@ -146,15 +146,15 @@ class StateGraph:
 
     def _new_running(self, flat: CountedGraph) -> fx.GraphModule:
         traced, passes = self._base.traced, self._training_passes()
-        if not passes and not traced.blocks and flat is self.flat.module:
-            return self.flat.compiled()
         if not traced.blocks:
-            graph = copy_graph(flat)
+            if flat is self.flat.module:
+                if not passes:
+                    return self.flat.compiled()
+                flat = overlay(flat, copy_graph(flat), self.state.training)
             for graph_pass in passes:
-                graph_pass(graph)
-            running = overlay(flat, graph, self.state.training)
-            running.recompile()
-            return running
+                graph_pass(flat.graph)
+            flat.recompile()
+            return flat
         from gralora_fx.core.graph.block_calls import NoBlock
         from gralora_fx.core.graph.block_modules import running_module
 
