@@ -21,6 +21,7 @@ NAMES = (
     "tracing",
     "training",
     "checkpointing",
+    "adapter-rows",
     "decoders",
     "encoders",
     "generation",

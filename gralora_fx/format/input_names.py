@@ -12,6 +12,8 @@ PAST = "past_key_values"
 PAST_PREFIX, PRESENT_PREFIX = f"{PAST}.", "present."  # of the tensors of a cache in an export
 TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
 LABELS = ("labels", "start_positions", "end_positions")
+ADAPTER_NAMES = "adapter_names"  # of a call in PyTorch: the adapter of each row
+ROWS = "adapter_rows"  # of a graph in which adapters act by row: the rows of each
 ITEM_COUNT = "num_items_in_batch"  # by which a loss over accumulated batches is divided
 # where the texts of a row begin, of collators that pack; positions that start again say the same
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})

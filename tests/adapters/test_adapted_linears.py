@@ -44,7 +44,8 @@ class Layers:
         return [tensor for tensor in every if tensor is not None]
 
     def joined(self, *_: Tensor) -> tuple[Tensor, ...]:
-        return adapted_linears(self.x, self.dropped, self.weights, self.biases, self.As, self.Bs, self.scales)
+        factors = self.As, self.Bs, self.scales, [None] * len(self.As)
+        return adapted_linears(self.x, self.dropped, self.weights, self.biases, range(len(self.As)), *factors)
 
     def apart(self) -> tuple[Tensor, ...]:
         layers = zip(self.weights, self.biases, self.As, self.Bs, self.scales, strict=True)

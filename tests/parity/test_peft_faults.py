@@ -26,7 +26,7 @@ from traces import fresh_trace, main_output, relative_error, run
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, plan, rewrite, trace
 from gralora_fx.core.adapters.adapter_files import WEIGHTS_NAME
-from gralora_fx.errors import ConfigError, MergeError, TargetError, TraceError
+from gralora_fx.errors import ConfigError, MergeError, TargetError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -151,14 +151,17 @@ def test_the_output_projection_of_multihead_attention_is_adapted(tmp_path: Path)
     peft_still(torch.equal(unmerged, without), "leaves out the adapter of MultiheadAttention's out_proj")
 
 
-def test_a_row_of_the_batch_cannot_ask_for_an_adapter_of_its_own_unheard(tmp_path: Path) -> None:
+def test_a_row_of_the_batch_has_the_adapter_that_it_asks_for(tmp_path: Path) -> None:
     theirs = saved_by_peft("bert", tmp_path, target_modules=["query"], **SMALL)
     ours = GraloraModel.from_pretrained(base_trace("bert"), tmp_path)
     inputs = text_batch(3, 6)
     names = ["default", "__base__", "default"]
-    with pytest.raises(TraceError, match="adapter_names"):
-        ours(**inputs, adapter_names=names)
     expected = run(theirs, inputs)
+    with torch.no_grad():
+        rows = main_output(ours(**inputs, adapter_names=names))
+        assert torch.allclose(rows[[0, 2]], expected[[0, 2]], atol=1e-5)
+        with theirs.disable_adapter():
+            assert torch.allclose(rows[1], run(theirs, inputs)[1], atol=1e-5)
 
     def ignores() -> bool:
         with torch.no_grad():

@@ -32,6 +32,7 @@ from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseComparison
+    from gralora_fx.core.adapters.adapter_rows import Rows
     from gralora_fx.core.adapters.run_forms import RunForm
 
 
@@ -293,11 +294,13 @@ class AdapterGraph(CurrentGraph):
                         f"{self.traced.in_subgraphs[path]}, and {dtype} would round the update away; merge it first"
                     )
 
-    def run(self, inputs: Mapping[str, Any], form: RunForm | None = None) -> Any:
+    def run(
+        self, inputs: Mapping[str, Any], form: RunForm | None = None, rows: Mapping[str, Rows] | None = None
+    ) -> Any:
         """Run the graph of one state; first a new one, if the trace was converted by itself or by another model."""
         if not torch.compiler.is_compiling() and not self.base.has_graph:
             self.keep_up()
-        return super().run(inputs, form)
+        return super().run(inputs, form, rows)
 
     # -- within -----------------------------------------------------------------------------------------------------
 

@@ -21,8 +21,10 @@ from gralora_fx.core.graph.surgery import copy_graph, overlay
 from gralora_fx.core.tracing.normalize.modes import dropouts, set_mode, trained_probability
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError, first_line
+from gralora_fx.format.input_names import ROWS
 
 if TYPE_CHECKING:
+    from gralora_fx.core.adapters.adapter_rows import Rows
     from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import Checkpointing
 
@@ -118,18 +120,22 @@ class CurrentGraph:
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, inputs: Mapping[str, Any], form: RunForm | None = None) -> Any:
+    def run(
+        self, inputs: Mapping[str, Any], form: RunForm | None = None, rows: Mapping[str, Rows] | None = None
+    ) -> Any:
         """Run the graph of one state, even if another thread switches adapters meanwhile.
 
         Args:
             inputs: The graph's inputs.
             form: Another form of the graph; None for the graph as it is.
+            rows: The rows of each adapter, in the place of the active ones; None for the current state.
         """
         if torch.compiler.is_compiling():
-            self.current.is_lent = True
-            return (self.current.running if form is None else self.current.running_as(form))(**inputs)
+            current, inputs = self._for_rows(inputs, rows)
+            current.is_lent = True
+            return (current.running if form is None else current.running_as(form))(**inputs)
         with self._readers:
-            current = self.current
+            current, inputs = self._for_rows(inputs, rows)
             current.check_fresh()
             current.is_lent |= torch.is_grad_enabled()
             return (current.running if form is None else current.running_as(form))(**inputs)
@@ -204,6 +210,21 @@ class CurrentGraph:
         self._remember()
 
     # -- within -----------------------------------------------------------------------------------------------------
+
+    def _for_rows(
+        self, inputs: Mapping[str, Any], rows: Mapping[str, Rows] | None
+    ) -> tuple[StateGraph, Mapping[str, Any]]:
+        """The graph in which adapters act by row, and its inputs; the base's while adapters are disabled."""
+        if rows is None or self._suspended is not None:
+            return self.current, inputs
+        state = dataclasses.replace(self.state, active=(), by_row=tuple(rows))
+        if (made := self._cached(state)) is None:
+            if torch.compiler.is_compiling():
+                raise RewriteError(f"call the model once with adapter_names of {', '.join(rows)} before it is compiled")
+            with self._lock:
+                made = self._build(state)
+                self._cache.put(made, self._suspended)
+        return made, {**inputs, ROWS: tuple(rows.values())} if rows else inputs
 
     def _make(self, **changes: Any) -> None:
         """Switch to the current state with some fields changed; an error changes nothing.

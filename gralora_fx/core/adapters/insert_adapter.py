@@ -98,31 +98,39 @@ class InsertAdapter:
 
     def _insert_after(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> list[fx.Node]:
         """Give the readers of a call the output with the adapter."""
-        node, after, tracer = call.node, call.node.next, GraphAppendingTracer(graph)
-        weight, bias = _proxy(call.weight, tracer), None if call.added is None else _proxy(call.added, tracer)
+        node, after = call.node, call.node.next
         with graph.inserting_before(after):
-            result: Any = self.method.add_output(
-                LayerCall(
-                    _proxy(call.input, tracer),
-                    _proxy(node, tracer),
-                    insertion.features,
-                    weight,
-                    bias,
-                    call.stored_transposed,
-                    call.rows,
-                ),
-                self._tensors(graph, tracer, insertion),
-                insertion.scale,
-                sizes=insertion.sizes,
-                dropout=self.dropout,
-                dtype=insertion.dtype,
-            )
+            result = self.output(graph, insertion, call, call.input, node)
         inserted: list[fx.Node] = []
         while (candidate := inserted[-1].next if inserted else node.next) is not after:
             inserted.append(candidate)
         members = set(inserted)
-        node.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in members)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
         return inserted
+
+    def output(self, graph: fx.Graph, insertion: Insertion, call: LinearCall, x: fx.Node, y: fx.Node) -> fx.Node:
+        """Insert a call's output with the adapter, and return its node.
+
+        Args:
+            graph: The graph, at the place where it is inserted.
+            insertion: The adapter at the call's site.
+            call: The call.
+            x: What the layer reads, or some rows of it.
+            y: Its own output for these.
+        """
+        tracer = GraphAppendingTracer(graph)
+        weight, bias = _proxy(call.weight, tracer), None if call.added is None else _proxy(call.added, tracer)
+        x_and_y = _proxy(x, tracer), _proxy(y, tracer)
+        result: Any = self.method.add_output(
+            LayerCall(*x_and_y, insertion.features, weight, bias, call.stored_transposed, call.rows),
+            self._tensors(graph, tracer, insertion),
+            insertion.scale,
+            sizes=insertion.sizes,
+            dropout=self.dropout,
+            dtype=insertion.dtype,
+        )
+        node: fx.Node = result.node
+        return node
 
     def _insert_into_operand(
         self, graph: fx.Graph, call: LinearCall, operand: tuple[int, int], insertion: Insertion
@@ -209,15 +217,18 @@ def protect_outputs(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
     """
-    changed = 0
-    for node in graph.find_nodes(op="call_function", target=accumulate):
-        annotation = annotation_of(node)
-        source = node.args[0]
-        while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
-            if any(annotation_of(user) != annotation for user in source.users):
-                node.update_kwarg("in_place", False)
-                changed += 1
-            if annotation_of(source) is None or not source.args:
-                break
-            source = source.args[0]
-    return PassResult(changed)
+    return PassResult(sum(protect(node) for node in graph.find_nodes(op="call_function", target=accumulate)))
+
+
+def protect(node: fx.Node) -> bool:
+    """Let a node of an adapter leave its first argument as it is if others read that; whether they do."""
+    annotation = annotation_of(node)
+    source = node.args[0]
+    while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
+        if any(annotation_of(user) != annotation for user in source.users):
+            node.update_kwarg("in_place", False)
+            return True
+        if annotation_of(source) is None or not source.args:
+            break
+        source = source.args[0]
+    return False

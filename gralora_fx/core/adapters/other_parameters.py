@@ -124,7 +124,7 @@ class RedirectParameters:
         names = self.tree.names_of(self.tree.parameters[base])
         holders = [self.tree.canonical(name.rpartition(".")[0]) for name in names]
         is_tied = not all(is_within(holder, module) for holder in holders)
-        inside = [user for user in node.users if not is_tied or _is_inside(user, module, self.tree)]
+        inside = [user for user in node.users if not is_tied or is_inside(user, module, self.tree)]
         if not inside:
             return False
         copy_name = self.names[module][base]
@@ -140,7 +140,8 @@ class RedirectParameters:
         return True
 
 
-def _is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:
+def is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:
+    """Return whether a node is of a module's own forward."""
     paths = [tree.canonical(path) for path, _ in module_stack(node)]
     return any(is_within(path, module) for path in paths)
 

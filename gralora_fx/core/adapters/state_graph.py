@@ -42,6 +42,7 @@ class GraphState:
         training: The mode.
         drops: Whether training has the dropout of the model and of its adapters.
         checkpointing: Which blocks are recomputed in the backward pass of training; None for none.
+        by_row: Names of adapters each of which acts on the rows that a call gives it.
     """
 
     active: tuple[str, ...] = ()
@@ -52,12 +53,13 @@ class GraphState:
     training: bool = False
     drops: bool = True
     checkpointing: Checkpointing | None = None
+    by_row: tuple[str, ...] = ()
 
     @property
     def identity(self) -> Hashable:
         """What tells it from other states, the mode apart: the names, and which weights and passes these are."""
         weights_and_passes = (*map(id, self.weights.values()), *map(id, self.passes))
-        return (self.active, self.merged, self.drops, self.checkpointing, *weights_and_passes)
+        return (self.active, self.merged, self.by_row, self.drops, self.checkpointing, *weights_and_passes)
 
     @property
     def is_repeatable(self) -> bool:
@@ -253,7 +255,12 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     for graph_pass in state.passes:
         run_pass(graph_module, graph_pass)
     if state.passes:
-        Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
+        protecting: tuple[Pass[fx.Graph], ...] = (protect_outputs, modes)
+        if state.by_row:
+            from gralora_fx.core.adapters.insert_by_row import protect_rows
+
+            protecting = (protect_rows, *protecting)
+        Pipeline("after user passes", protecting, given=frozenset({INSERTED, COMPUTING})).run(graph)
         set_mode(graph, state.training, drops=state.drops)
         _adopt(graph_module, base.tree)
     graph.lint()
@@ -271,6 +278,10 @@ def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter])
         from gralora_fx.core.graph.packed_weights import UnpackWeights
 
         yield UnpackWeights(base.packed, {name for site in replaced for name in traced.tree.names_of(site.weight)})
+    if state.by_row:
+        from gralora_fx.core.adapters.insert_by_row import InsertByRow
+
+        yield InsertByRow(tuple(adapters[name] for name in state.by_row), traced.tree, traced.main_input_name)
     for name in state.active:
         if name not in state.merged:
             yield adapters[name].insertion()
@@ -288,7 +299,7 @@ def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:
 
 def dtypes_of(state: GraphState, adapters: Mapping[str, ModelAdapter]) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
     """The dtypes of adapters and layers, for which a graph is built."""
-    acting = [adapters[name] for name in state.active if name not in state.merged]
+    acting = [adapters[name] for name in (*state.active, *state.by_row) if name not in state.merged]
     sites = [(adapter.factors[p.site.path], p.site) for adapter in acting for p in adapter.plan.selected]
     return tuple((first_tensor(factors).dtype, site.weight.dtype) for factors, site in sites)
 

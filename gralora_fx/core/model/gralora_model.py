@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
@@ -20,7 +20,7 @@ from gralora_fx.core.model.trainable import GraphDropout, Trainable
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel, check_traced
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ITEM_COUNT, PACKING, PAST, split_labels
+from gralora_fx.format.input_names import ADAPTER_NAMES, ITEM_COUNT, PACKING, PAST, split_labels
 
 if TYPE_CHECKING:
     from gralora_fx.core.adapters.run_forms import RunForm
@@ -190,15 +190,18 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             *args: Inputs by position.
             **kwargs: Inputs by name; with `labels` (or `start_positions` and `end_positions`) the result has `.loss`,
                 by transformers' own function for the model's class. With `num_items_in_batch` the loss is a sum
-                divided by it, as Trainer asks for when it accumulates gradients.
+                divided by it, as Trainer asks for when it accumulates gradients. With `adapter_names`, a list with the
+                name of an adapter for each row, rows have these adapters in the place of the active ones, in training
+                too; `"__base__"` is a row without one.
 
         Returns:
             What the model returns.
 
         Raises:
             TraceError: An input is missing or was not part of the trace.
-            RewriteError: Labels were given, and the model has no loss for them; or rows hold several texts, which the
-                graph does not keep apart.
+            RewriteError: Labels were given, and the model has no loss for them; rows hold several texts, which the
+                graph does not keep apart; or the adapters of rows are not there, or cannot act by row.
+            MergeError: Adapters are named by row while others are merged.
         """
         if self._other_forward is not None:
             return self._other_forward(*args, **kwargs)
@@ -206,6 +209,19 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph, and compute the loss of labels."""
+        outputs, labels, item_count = self._outputs(args, kwargs)
+        if not labels:
+            return outputs
+        loss = self._loss(outputs, labels, item_count)
+        return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
+
+    def _loss(self, outputs: Any, labels: Mapping[str, Any], item_count: Any) -> Tensor:
+        from gralora_fx.core.tracing.losses import model_loss
+
+        return model_loss(outputs, labels, self._state.base.traced.loss_function, self.config, item_count)
+
+    def _outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
+        """Run the graph, and return its outputs, the labels, and by what their loss is divided."""
         traced = self._state.base.traced
         inputs, labels = split_labels(kwargs, traced.input_names)
         item_count = inputs.pop(ITEM_COUNT, None)
@@ -214,21 +230,19 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             from gralora_fx.core.adapters.run_forms import form_of
 
             form = form_of(traced, inputs, keeps_cache=not (labels and self.training))
-        if not labels:
-            return self._run(args, inputs, form)
-        from gralora_fx.core.tracing.losses import decoder_inputs, model_loss
-
         if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
+            from gralora_fx.core.tracing.losses import decoder_inputs
+
             inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
-        outputs = self._run(args, inputs, form)
-        loss = model_loss(outputs, labels, traced.loss_function, self.config, item_count)
-        return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
+        return self._run(args, inputs, form), labels, item_count
 
     def _run_to_head(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph up to the language model's head, and return the head's input."""
         from gralora_fx.core.adapters.run_forms import check_head, form_of
 
         state, inputs = self._state, dict(kwargs)
+        if inputs.get(ADAPTER_NAMES) is not None:
+            raise RewriteError("adapter_names needs the logits of each row, which a loss from the head's input skips")
         head = check_head(state.base.traced, [state[name] for name in state.state.active])
         form = form_of(state.base.traced, inputs, keeps_cache=False, ends_at=head)
         return self._run(args, inputs, form)
@@ -236,7 +250,16 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
     def _run(self, args: tuple[Any, ...], inputs: dict[str, Any], form: RunForm | None) -> Any:
         if hasattr(self, "reshard"):  # FSDP2's
             self._state.check_precision()
-        return self._state.run(self._state.base.traced.bind(args, inputs), form)
+        names = inputs.pop(ADAPTER_NAMES, None)
+        traced = self._state.base.traced
+        bound = traced.bind(args, inputs)
+        if names is None:
+            return self._state.run(bound, form)
+        from gralora_fx.core.adapters.adapter_rows import rows_of_call
+
+        self._state.check_not_merged("run adapters by row")
+        rows = rows_of_call(names, bound[traced.main_input_name], self._state.__getitem__)
+        return self._state.run(bound, form, rows)
 
     @property
     def graph_module(self) -> fx.GraphModule:

@@ -15,6 +15,7 @@ from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.tracing.source_model import class_name, with_signature
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError
+from gralora_fx.format.input_names import ADAPTER_NAMES
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -90,7 +91,7 @@ def _class(base: type[_Model], source: str, inputs: tuple[str, ...], labels: tup
         "__doc__": base.__doc__,
         "__reduce_ex__": lambda self, _: (restored, (base, source, inputs, labels), self.__getstate__()),
         "__getattr__": base.__getattr__,  # PEFT's asks the base model for everything else
-        "forward": with_signature(base.forward, inputs, labels),
+        "forward": with_signature(base.forward, inputs, (*labels, ADAPTER_NAMES)),
     }
     peft_model = _peft_model()
     if peft_model is None:

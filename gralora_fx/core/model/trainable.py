@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.errors import RewriteError
+from gralora_fx.format.input_names import ADAPTER_NAMES
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import GraphBlock
@@ -121,6 +122,8 @@ class Trainable(Checkpointed):
 
     _state: AdapterGraph
     _compute: Callable[..., Any]
+    _outputs: Callable[..., tuple[Any, dict[str, Any], Any]]
+    _loss: Callable[..., Tensor]
     _run_to_head: Callable[..., Any]
     _view: Any = None
     _other_forward: Callable[..., Any] | None = None
@@ -141,6 +144,29 @@ class Trainable(Checkpointed):
             TraceError: The model does not generate, or an option is not supported over a trace.
         """
         return self.base_model.generate(*args, **kwargs)
+
+    def losses_by_adapter(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
+        """Run a batch in which rows have adapters of their own, and compute the loss of each adapter's rows.
+
+        Each is the loss, and of their sum each adapter gets the gradients, that it has in a batch of its rows alone.
+
+        Args:
+            *args: Inputs by position.
+            adapter_names: The name of each row's adapter; rows of `"__base__"` count nowhere.
+            **kwargs: Inputs by name, labels among them.
+
+        Returns:
+            The losses by name.
+
+        Raises:
+            TraceError: As of `forward`.
+            RewriteError: As of `forward`; or there are no labels.
+            MergeError: As of `forward`.
+        """
+        from gralora_fx.core.adapters.adapter_rows import loss_by_adapter
+
+        outputs, labels, item_count = self._outputs(args, {**kwargs, ADAPTER_NAMES: adapter_names})
+        return loss_by_adapter(outputs, labels, adapter_names, functools.partial(self._loss, item_count=item_count))
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings, as a module over the parameter that the graph reads.

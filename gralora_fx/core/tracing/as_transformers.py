@@ -14,10 +14,11 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
+from gralora_fx.core.tracing.inputs.input_trees import batch_of
 from gralora_fx.core.tracing.losses import counts_items, decoder_inputs, label_names
 from gralora_fx.core.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.format.input_names import PAST
+from gralora_fx.format.input_names import ADAPTER_NAMES, PAST
 
 # A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
 # own; Phi-3 only overrides how a new cache is started where its long positions begin.
@@ -149,6 +150,9 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None) and name not in self.traced.input_names:
                 raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
+        if names := kwargs.get(ADAPTER_NAMES):  # `generate` has rows for each of the caller's: beams, or samples
+            rows = batch_of((*args, *kwargs.values()))
+            kwargs[ADAPTER_NAMES] = [name for name in names for _ in range(max(1, rows // len(names)))]
         source = kwargs.pop("encoder_outputs", None)
         if source is not None:  # passed through by _Source
             kwargs[self.main_input_name] = source.last_hidden_state
@@ -243,7 +247,8 @@ def view_of(viewed: Viewed, *, labels: bool) -> TransformersView:
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
-    forward = with_signature(TransformersView.forward, inputs, label_names(traced.loss_function) if labels else ())
+    beside = (*label_names(traced.loss_function), ADAPTER_NAMES) if labels else ()
+    forward = with_signature(TransformersView.forward, inputs, beside)
     cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
     view: TransformersView = cls(viewed)
     return view
