@@ -151,17 +151,14 @@ def test_examples_of_training_resume_and_run_on_two_processes(
         run_example(f"train_{name}.py", "--model", tmp_path / name, "--output", tmp_path / output, *more)
         return tmp_path / output
 
-    one = train("decoder", "whole", *DECODER, "--epochs", 2)
-    assert capsys.readouterr().out.count("The government said") == 2  # between epochs
+    two_decoder = tmp_path / "two-decoder"
     parts = train("decoder", "parts", *DECODER, "--epochs", 1)
     train("decoder", "parts", *DECODER, "--epochs", 2, "--resume")
-    assert losses_of(parts) == losses_of(one)
-    assert losses_of(tmp_path / "two-decoder") == pytest.approx(losses_of(one), rel=1e-4)
-    assert (one / "loss.png").stat().st_size > 1000
-    tensors, of_two = (
-        load_file(path / "adapter/adapter_model.safetensors") for path in (one, tmp_path / "two-decoder")
-    )
-    assert all(torch.allclose(of_two[key], tensor, atol=1e-3) for key, tensor in tensors.items())
+    assert capsys.readouterr().out.count("The government said") == 2  # between epochs
+    assert losses_of(parts) == pytest.approx(losses_of(two_decoder), rel=1e-5)
+    assert (parts / "loss.png").stat().st_size > 1000
+    tensors, of_two = (load_file(path / "adapter/adapter_model.safetensors") for path in (parts, two_decoder))
+    assert all(torch.allclose(of_two[key], tensor, atol=1e-4) for key, tensor in tensors.items())
 
     parts = train("classifier", "classes", *CLASSIFIER, "--epochs", 1)
     train("classifier", "classes", *CLASSIFIER, "--epochs", 2, "--resume")
@@ -176,10 +173,8 @@ def test_examples_of_training_resume_and_run_on_two_processes(
 def test_the_classifier_is_compared_with_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_models(tmp_path)
     arguments = ["--model", tmp_path / "classifier", "--output", tmp_path / "out", "--texts", 16, "--epochs", 1]
-    run_example("train_classifier.py", *arguments, "--compare", "--seeds", 0, 1)
-    found = re.findall(
-        r"^(\S+): held-out accuracy (\S+) \+- \S+, seeds \[0, 1\]$", capsys.readouterr().out, re.MULTILINE
-    )
+    run_example("train_classifier.py", *arguments, "--compare", "--seeds", 0)
+    found = re.findall(r"^(\S+): held-out accuracy (\S+) \+- \S+, seeds \[0\]$", capsys.readouterr().out, re.MULTILINE)
     assert [name for name, _ in found] == ["peft", "gralora_fx.peft"]
     theirs, ours = (metrics_of(tmp_path / "out" / f"{name}-0") for name in ("peft", "gralora_fx.peft"))
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3)  # both begin at the same model
