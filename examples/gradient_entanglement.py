@@ -9,6 +9,7 @@ Run: python examples/gradient_entanglement.py --model HuggingFaceTB/SmolLM2-135M
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -29,15 +30,17 @@ from gralora_fx.demo.news_classifier import load_news
 
 LOUD = 10.0  # an input channel is loud if its size (root mean square) is this many times the median channel's
 GRIDS = (1, 2, 4, 8)  # k; 1 is LoRA
+TRAINED = (1, 2, 4)  # those that are trained
+RANKED = 6  # every so manieth update's rank is computed
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="a decoder: a directory or a hub id")
     parser.add_argument("--output", type=Path, default=Path("runs/entanglement"), help="where to write")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[32, 128], help="ranks of the first part")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128], help="ranks of the first part")
     parser.add_argument("--rank", type=int, default=32, help="rank of the adapters that are trained")
-    parser.add_argument("--steps", type=int, default=60, help="batches that each adapter is trained on")
+    parser.add_argument("--steps", type=int, default=40, help="batches that each adapter is trained on")
     parser.add_argument("--seeds", type=int, default=3, help="how often each is trained")
     options = parser.parse_args(arguments)
 
@@ -65,10 +68,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     # 3. LoRA and GraLoRA of one rank have as many parameters. Train both, and look at the loss and the updates' rank.
     traced = trace(model, task="text-generation")
-    batches, held_out = ids[: options.steps * 256].view(-1, 2, 128), ids[-4096:].view(-1, 128)
-    trained = {
-        k: [train(traced, options.rank, k, batches, held_out, seed) for seed in range(options.seeds)] for k in GRIDS
-    }
+    batches, held_out = ids[: options.steps * 256].view(-1, 2, 128), ids[-2048:].view(-1, 128)
+    start = held_out_loss(model, held_out)
+    print(f"held-out loss of the base {start:.4f}")
+    trained: dict[int, list[dict[str, Any]]] = {k: [] for k in TRAINED}
+    for seed, k in itertools.product(range(options.seeds), TRAINED):
+        run = train(traced, options.rank, k, batches, held_out, seed)
+        trained[k].append({**run, "held out": [start, *run["held out"]]})
+        print(f"{name_of(k)}, seed {seed}: held-out loss {run['held out'][-1]:.4f}", flush=True)
     for k, runs in trained.items():
         losses, ranks = [run["held out"][-1] for run in runs], [run["rank"] for run in runs]
         print(
@@ -136,27 +143,27 @@ def train(traced: TracedModel, rank: int, k: int, batches: Tensor, held_out: Ten
     torch.manual_seed(seed)
     kind: dict[str, Any] = {"r": rank, "target_modules": "all-linear"}
     config = LoraConfig(lora_alpha=2 * rank, **kind) if k == 1 else GraloraConfig(alpha=2 * rank, gralora_k=k, **kind)
-    model = rewrite(traced, config).train()
+    model = rewrite(traced, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.0)
-    losses = [held_out_loss(model, held_out)]
+    losses = []
     for step, ids in enumerate(batches[torch.randperm(len(batches))], 1):
         optimizer.zero_grad()
+        model.train()
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         optimizer.step()
         if step % max(1, len(batches) // 4) == 0:
             losses.append(held_out_loss(model, held_out))
-    ranks = [numerical_rank(model.delta_weight(planned.site.path)) for planned in model.adapted_sites()]
+    ranks = [numerical_rank(model.delta_weight(planned.site.path)) for planned in model.adapted_sites()[::RANKED]]
     return {"held out": losses, "rank": statistics.mean(ranks), "parameters": model.get_nb_trainable_parameters()[0]}
 
 
-def held_out_loss(model: GraloraModel, held_out: Tensor) -> float:
+def held_out_loss(model: PreTrainedModel | GraloraModel, held_out: Tensor) -> float:
     model.eval()
     with torch.no_grad():
         losses = [
             float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss)
             for ids in held_out.split(8)
         ]
-    model.train()
     return statistics.mean(losses)
 
 

@@ -45,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", action="store_true", help="run a sample of the grids that take long (SAMPLED)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have properties draw fewer examples in `make test`."""
+    if config.getoption("--sample"):
+        os.environ["SAMPLE_EXAMPLES"] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put what takes long first; `--no-loadscope-reorder` lets the workers take it in this order."""
     if config.getoption("--sample"):

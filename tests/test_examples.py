@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from gralora_fx.demo import news_writer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def save_models(folder: Path) -> None:
+    """Save a tiny decoder and a tiny classifier, with a tokenizer of the news."""
+    tokenizer, _, _ = news_writer.read_texts(seed=0)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    for name, model in (
+        ("decoder", LlamaForCausalLM(LlamaConfig(**sizes))),
+        ("classifier", BertModel(BertConfig(**sizes))),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def run_example(name: str, *arguments: object) -> None:
+    runpy.run_path(str(EXAMPLES / name))["main"](list(map(str, arguments)))
+
+
+def metrics_of(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(output: Path) -> list[float]:
+    return [entry["loss"] for entry in metrics_of(output) if "loss" in entry]
 
 
 def test_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,14 +104,11 @@ def test_hybrid_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_gradient_entanglement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer, _, _ = news_writer.read_texts(seed=0)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    save_models(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "decoder")
     model.model.layers[1].mlp.up_proj.weight.data[5] *= 1e3  # so that the channel 5 of the layer after it is loud
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--ranks", "8", "--rank", "8"]
+    model.save_pretrained(tmp_path / "decoder")
+    arguments = ["--model", str(tmp_path / "decoder"), "--output", str(tmp_path / "out"), "--ranks", "8", "--rank", "8"]
     monkeypatch.setattr(sys, "argv", ["gradient_entanglement.py", *arguments, "--steps", "4", "--seeds", "1"])
     runpy.run_path(str(EXAMPLES / "gradient_entanglement.py"), run_name="__main__")
     output = capsys.readouterr().out
@@ -89,3 +117,64 @@ def test_gradient_entanglement(
     assert grown["1"] > 0.5
     assert grown["1"] > grown["2"] > grown["4"] > grown["8"]  # a k-th of the columns shares a block with the channel
     assert "<svg" in (tmp_path / "out" / "entanglement.svg").read_text()
+
+
+CLASSIFIER = ("--texts", 32)
+DECODER = ("--pieces", 8, "--length", 16)
+TWO_EPOCHS = """
+import runpy, sys
+import torch
+torch.set_num_threads(1)
+examples, folder = sys.argv[1:]
+for name, more in (("classifier", CLASSIFIER), ("decoder", DECODER)):  # which ends the group of processes
+    arguments = ["--model", f"{folder}/{name}", "--output", f"{folder}/two-{name}", "--epochs", 2, *more]
+    runpy.run_path(f"{examples}/train_{name}.py")["main"](list(map(str, arguments)))
+"""
+
+
+def test_examples_of_training_resume_and_run_on_two_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_models(tmp_path)
+    script = tmp_path / "two_epochs.py"
+    script.write_text(f"CLASSIFIER, DECODER = {CLASSIFIER}, {DECODER}\n{TWO_EPOCHS}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    two = subprocess.run(
+        [*command, str(EXAMPLES), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert two.returncode == 0, two.stderr[-4000:]
+
+    def train(name: str, output: str, *more: object) -> Path:
+        run_example(f"train_{name}.py", "--model", tmp_path / name, "--output", tmp_path / output, *more)
+        return tmp_path / output
+
+    two_decoder = tmp_path / "two-decoder"
+    parts = train("decoder", "parts", *DECODER, "--epochs", 1)
+    train("decoder", "parts", *DECODER, "--epochs", 2, "--resume")
+    assert capsys.readouterr().out.count("The government said") == 2  # between epochs
+    assert losses_of(parts) == pytest.approx(losses_of(two_decoder), rel=1e-5)
+    assert (parts / "loss.png").stat().st_size > 1000
+    tensors, of_two = (load_file(path / "adapter/adapter_model.safetensors") for path in (parts, two_decoder))
+    assert all(torch.allclose(of_two[key], tensor, atol=1e-4) for key, tensor in tensors.items())
+
+    parts = train("classifier", "classes", *CLASSIFIER, "--epochs", 1)
+    train("classifier", "classes", *CLASSIFIER, "--epochs", 2, "--resume")
+    assert [entry["step"] for entry in metrics_of(parts) if "loss" in entry] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in metrics_of(tmp_path / "two-classifier") if "loss" in entry] == [1, 2]
+    for output in (parts, tmp_path / "two-classifier"):
+        assert "eval_accuracy" in metrics_of(output)[-1]
+        assert (output / "loss.png").stat().st_size > 1000
+        assert "classifier.weight" in str(list(load_file(output / "adapter/adapter_model.safetensors")))
+
+
+def test_the_classifier_is_compared_with_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_models(tmp_path)
+    arguments = ["--model", tmp_path / "classifier", "--output", tmp_path / "out", "--texts", 16, "--epochs", 1]
+    run_example("train_classifier.py", *arguments, "--compare", "--seeds", 0)
+    found = re.findall(r"^(\S+): held-out accuracy (\S+) \+- \S+, seeds \[0\]$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in found] == ["peft", "gralora_fx.peft"]
+    theirs, ours = (metrics_of(tmp_path / "out" / f"{name}-0") for name in ("peft", "gralora_fx.peft"))
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3)  # both begin at the same model

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ HEAVY = ("torch", "transformers")
 _PROGRAM = f"""
 import json, sys
 from gralora_fx.cli import main
-try:
-    main()
-except SystemExit as end:
-    print(json.dumps([end.code or 0, [name for name in {HEAVY} if name in sys.modules]]))
+found = []
+for sys.argv[1:] in json.loads(sys.argv[1]):
+    try:
+        main()
+    except SystemExit as end:
+        found.append([end.code or 0, [name for name in {HEAVY} if name in sys.modules]])
+print(json.dumps(found))
 """
 ADAPTERS: dict[str, dict[str, Any]] = {
     "gralora": {"r": 4, "gralora_k": 2, "alpha": 6, "target_modules": ["q_proj", "down_proj"]},
@@ -39,13 +43,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(*arguments: object) -> tuple[int, list[str]]:
-    """The status of a command in a process of its own, and which heavy packages it imported."""
-    command = [sys.executable, "-c", _PROGRAM, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def run(*commands: Sequence[object]) -> list[tuple[int, list[str]]]:
+    """The status of each command in one process, and which heavy packages are imported after it."""
+    program = [sys.executable, "-c", _PROGRAM, json.dumps([[str(word) for word in words] for words in commands])]
+    result = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.stdout, result.stderr
-    status, heavy = json.loads(result.stdout.splitlines()[-1])
-    return status, heavy
+    return [(status, heavy) for status, heavy in json.loads(result.stdout.splitlines()[-1])]
 
 
 @pytest.fixture(scope="module")
@@ -67,28 +70,31 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_files_are_changed_without_torch(name: str, made: Path, tmp_path: Path) -> None:
     adapter = ("--adapter", made / name)
-    assert run("merge", "--model", made / "base", *adapter, "--output", tmp_path / "merged") == (0, [])
-    assert run("fold", "--onnx", made / "onnx", *adapter, "--output", tmp_path / "folded") == (0, [])
-    assert run("export-adapter", "--onnx", made / "data", *adapter, "--name", name) == (0, [])
-    if name != "lora":
-        assert run("to-lora", *adapter, "--output", tmp_path / "lora") == (0, [])
-    else:
-        assert run("to-lora", *adapter, "--rank", 2, "--output", tmp_path / "lora") == (0, [])
+    rank = ("--rank", 2) if name == "lora" else ()
+    assert (
+        run(
+            ("merge", "--model", made / "base", *adapter, "--output", tmp_path / "merged"),
+            ("fold", "--onnx", made / "onnx", *adapter, "--output", tmp_path / "folded"),
+            ("export-adapter", "--onnx", made / "data", *adapter, "--name", name),
+            ("to-lora", *adapter, *rank, "--output", tmp_path / "lora"),
+        )
+        == [(0, [])] * 4
+    )
 
 
 def test_help_and_bad_input_import_nothing_heavy(made: Path, tmp_path: Path) -> None:
     commands = ["inspect", "export", "export-adapter", "fold", "verify", "to-lora", "merge", "serve", "export-triton"]
-    assert [run(command, "--help") for command in commands] == [(0, [])] * len(commands)
+    assert run(*((command, "--help") for command in commands)) == [(0, [])] * len(commands)
     adapter = ("--adapter", made / "gralora")
-    for arguments in (
+    bad: list[Sequence[object]] = [
         ("to-lora", "--adapter", tmp_path / "absent", "--output", tmp_path / "new"),
         ("to-lora", *adapter, "--rank", 0, "--output", tmp_path / "new"),
         ("merge", "--model", tmp_path / "absent", *adapter, "--output", tmp_path / "new"),
         ("merge", "--model", made / "base", *adapter, "--output", made / "base"),
         ("fold", "--onnx", tmp_path / "absent", *adapter, "--output", tmp_path / "new"),
         ("export-adapter", "--onnx", made / "onnx", *adapter),
-    ):
-        assert run(*arguments) == (1, []), arguments
+    ]
+    assert run(*bad) == [(1, [])] * len(bad)
 
 
 def test_onnxruntime_reports_nothing(made: Path, tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from example_checkpoint import EXAMPLE, copy_checkpoint
 from readme_commands import README, commands, run
 from running_service import running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gralora_fx.core.config.service_settings import ServiceSettings
 
-EXAMPLE = README.parent / "examples" / "peft_to_onnx.py"
 ADDRESS = "http://127.0.0.1:8000/"
 
 
@@ -35,8 +35,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
-        example = runpy.run_path(str(EXAMPLE))
-        example["make_checkpoint"](Path("runs/peft_checkpoint"))
+        copy_checkpoint(tmp_path_factory, Path("runs/peft_checkpoint"))
         namespace: dict[str, Any] = {"__name__": "readme"}
         for line, block in python_blocks():
             code = "\n" * line + block  # so that a traceback names the README's line
@@ -44,7 +43,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 namespace["told"] = while_served(code, namespace)
             else:
                 exec(compile(code, str(README), "exec"), namespace)
-    return {**namespace, "directory": directory, "example": example}
+    return {**namespace, "directory": directory, "example": runpy.run_path(str(EXAMPLE))}
 
 
 def while_served(code: str, namespace: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -14,20 +13,20 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from example_checkpoint import copy_checkpoint
 from readme_commands import README, answers, commands, inputs, run
 from transformers import AutoModelForCausalLM
 
 TEXT = README.read_text(encoding="utf-8")
 COMMANDS, ANSWERS = commands(TEXT), answers(TEXT)
-EXAMPLES = README.parent / "examples"
 CHATTER = re.compile(r"FutureWarning|DeprecationWarning|UserWarning|\[transformers\]|Loading weights|it/s\]|Traceback")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and adapters of it that peft saved: GraLoRA's from the example, a hybrid one, LoRA and rsLoRA."""
-    folder: Path = tmp_path_factory.mktemp("made")
-    runpy.run_path(str(EXAMPLES / "peft_to_onnx.py"))["make_checkpoint"](folder)
+    folder: Path = tmp_path_factory.mktemp("made") / "adapters"
+    copy_checkpoint(tmp_path_factory, folder)
     (folder / "adapter").rename(folder / "GraLoRA")
     settings: dict[str, peft.PeftConfig] = {
         "hybrid": peft.GraloraConfig(r=8, hybrid_r=4, target_modules=["q_proj", "v_proj"], init_weights=False),

@@ -1,6 +1,8 @@
 """Train a tiny model with each method, distributed by block over the processes of torchrun: run by test_sharding.py.
 
-python -m torch.distributed.run --standalone --nproc-per-node N sharded_steps.py OUTPUT [ADAPTERS]
+Adapters are trained from the start, then trained on from a folder of them, which may be the first's own.
+
+python -m torch.distributed.run --standalone --nproc-per-node N sharded_steps.py OUTPUT ADAPTERS
 """
 
 from __future__ import annotations
@@ -151,13 +153,12 @@ def check_casts_are_refused() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    output, resumed = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
-    if resumed is None:
-        check_ddp()
-        check_accelerate(output)
-        check_casts_are_refused()
-    methods = METHODS if resumed is None else ["gralora"]
-    found = {method: run(method, output, resumed) for method in methods}
+    output, adapters = Path(sys.argv[1]), Path(sys.argv[2])
+    check_ddp()
+    check_accelerate(output)
+    check_casts_are_refused()
+    found = {method: run(method, output, None) for method in METHODS}
+    run("gralora", output / "resumed", adapters)
     if dist.get_rank() == 0:
         (output / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -41,6 +41,8 @@ _hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook 
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     if not _untrained or torch.compiler.is_compiling():
         return
+    if all(group.get("lr") == 0 for group in optimizer.param_groups):  # as torch makes room for a saved state
+        return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for owner, names in list(_untrained.items()):
         for name in list(names):

@@ -143,6 +143,8 @@ class Trainable(Checkpointed):
         Raises:
             TraceError: The model does not generate, or an option is not supported over a trace.
         """
+        if hasattr(self, "unshard"):  # FSDP2's, whose hooks gather what a call of the model itself reads
+            self.unshard()
         return self.base_model.generate(*args, **kwargs)
 
     def losses_by_adapter(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
