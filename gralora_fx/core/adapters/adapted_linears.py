@@ -4,7 +4,8 @@ Autograd's own derivatives make a tensor as wide as the layer for each product o
 of blocks `[k, T, out/k]` and that of the layer `[T, out]`, and add them up. Here products are computed in the layer's
 own layout, gradients of the input are accumulated into one tensor, and what A makes of the input, k times as wide as
 LoRA's, is computed again where keeping it costs much memory. Multiplying by the factors A of all layers at once was
-measured and saves nothing.
+measured and saves nothing. A weight in few bits is unpacked for each product, and never kept: it is given as what
+computes it, a tuple of the operator, its arguments, and whether the result is `[in, out]`.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.torch_graphs import is_mutable, is_transformed
+from gralora_fx.core.graph.linear_calls import is_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.methods.low_rank import accumulate, in_blocks, project, swapped
 
 _KEPT = 4  # hidden values that are more than 1/4 of the input are computed again instead of kept
-_LINEAR = torch.ops.aten.linear.default
+_LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
 
 
 class _Layer(NamedTuple):
-    """An adapted layer of a graph: its nodes, and what they read."""
+    """A layer of a graph, adapted or in few bits: its nodes, and what they read."""
 
     linear: fx.Node
-    projected: fx.Node
+    projected: fx.Node | None
     result: fx.Node
     x: fx.Node
     dropped: fx.Node | None
@@ -37,7 +39,7 @@ class _Layer(NamedTuple):
 
 
 def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute adapted layers that read one input by one node, at the place of the first.
+    """Compute layers that read one input, adapted or in few bits, by one node at the place of the first.
 
     Before: `q = linear(x, wq); q_1 = accumulate(q, project(x, aq), bq, s); k = linear(x, wk); k_1 = accumulate(...)`
     After:  `q_1, k_1 = adapted_linears(x, None, [wq, wk], [None, None], [aq, ak], [bq, bk], [s, s])`
@@ -47,7 +49,7 @@ def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
     places = {node: place for place, node in enumerate(graph.nodes)}
     writes = [places[node] for node in graph.nodes if is_mutable(node.target)]
     groups: list[list[_Layer]] = []
-    for node in graph.find_nodes(op="call_function", target=accumulate):
+    for node in places:
         if (layer := _layer(node)) is not None:
             group = next((group for group in groups if _joins(layer, group[0], places, writes)), None)
             groups.append([layer]) if group is None else group.append(layer)
@@ -59,10 +61,10 @@ def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
 def adapted_linears(
     x: Tensor,
     dropped: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | tuple[Any, ...]],
     biases: Sequence[Tensor | None],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
+    As: Sequence[Tensor | None],
+    Bs: Sequence[Tensor | None],
     scales: Sequence[float],
 ) -> tuple[Tensor, ...]:
     """Compute adapted layers of one input: `accumulate(linear(x, weight, bias), project(dropped, A), B, scale)` each.
@@ -70,31 +72,42 @@ def adapted_linears(
     Args:
         x: The layers' input, `[..., in]`.
         dropped: The input of their adapters, after dropout; None where it is `x`.
-        weights: The layers' weights, `[out, in]`.
+        weights: The layers' weights, `[out, in]`, or what unpacks them.
         biases: Their biases, `[out]`, or None.
-        As: The first factors, as for `project`.
-        Bs: The second factors, as for `accumulate`.
+        As: The first factors, as for `project`; None of a layer without an adapter.
+        Bs: The second factors, as for `accumulate`, or None.
         scales: Factors of the updates.
     """
     read = x if dropped is None else dropped
     if not _is_plain(x, dropped, *weights, *biases, *As, *Bs):
         return _outputs(x, read, weights, biases, As, Bs, scales)[0]
-    return _AdaptedLinears.apply(x, dropped, scales, *weights, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
+    floats = (weight if isinstance(weight, Tensor) else None for weight in weights)
+    return _AdaptedLinears.apply(x, dropped, weights, scales, *floats, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _values(weight: Tensor | tuple[Any, ...]) -> Tensor:
+    """Return a weight `[out, in]`; one in few bits is unpacked."""
+    if isinstance(weight, Tensor):
+        return weight
+    unpack, arguments, is_turned = weight
+    values: Tensor = unpack(*arguments)
+    return values.t() if is_turned else values
 
 
 def _outputs(
     x: Tensor,
     read: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | tuple[Any, ...]],
     biases: Sequence[Tensor | None],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
+    As: Sequence[Tensor | None],
+    Bs: Sequence[Tensor | None],
     scales: Sequence[float],
-) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """Return what layers compute, and their hidden values."""
-    hidden = [project(read, A) for A in As]
-    own = (nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    return tuple(map(accumulate, own, hidden, Bs, scales)), hidden
+    hidden = [None if A is None else project(read, A) for A in As]
+    own = (nn.functional.linear(x, _values(weight), bias) for weight, bias in zip(weights, biases, strict=True))
+    layers = zip(own, hidden, Bs, scales, strict=True)
+    return tuple(y if part is None or B is None else accumulate(y, part, B, s) for y, part, B, s in layers), hidden
 
 
 class _AdaptedLinears(torch.autograd.Function):
@@ -102,12 +115,13 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, scales: Sequence[float], *tensors: Tensor
+        ctx: Any, x: Tensor, dropped: Tensor | None, weights: Sequence[Any], scales: Sequence[float], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        weights, biases, As, Bs = _columns(tensors, 4)
+        floats, biases, As, Bs = _columns(tensors, 4)
         outputs, hidden = _outputs(x, x if dropped is None else dropped, weights, biases, As, Bs, scales)
-        kept = (part if _KEPT * part.numel() <= x.numel() else None for part in hidden)
-        ctx.save_for_backward(x, dropped, *weights, *As, *Bs, *kept)
+        kept = (part if part is not None and _KEPT * part.numel() <= x.numel() else None for part in hidden)
+        ctx.save_for_backward(x, dropped, *floats, *As, *Bs, *kept)
+        ctx.packed = [None if isinstance(weight, Tensor) else weight for weight in weights]
         ctx.scales = scales
         ctx.set_materialize_grads(False)
         return outputs
@@ -115,27 +129,33 @@ class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, dropped, *tensors = ctx.saved_tensors
-        of_input, of_dropped, _, *needed = ctx.needs_input_grad
+        of_input, of_dropped, _, _, *needed = ctx.needs_input_grad
         read, trains = x if dropped is None else dropped, _columns(needed, 4)
-        layers = list(zip(gradients, *_columns(tensors, 4), ctx.scales, *trains[:2], strict=True))
+        layers = list(zip(gradients, ctx.packed, *_columns(tensors, 4), ctx.scales, *trains[:2], strict=True))
         of_x = of_read = None
         found: list[tuple[Tensor | None, ...]] = []
-        for gradient, weight, A, B, hidden, scale, trains_weight, trains_bias in layers:
+        for gradient, packed, weight, A, B, hidden, scale, trains_weight, trains_bias in layers:
             if gradient is None:
                 found.append((None,) * 4)
                 continue
             rows = gradient.reshape(-1, gradient.shape[-1])
+            if of_input:
+                values = _values(weight if packed is None else packed)
+                of_x = torch.mm(rows, values) if of_x is None else of_x.addmm_(rows, values)
+                del values  # of a packed weight, before the next one is unpacked
+            of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if trains_weight else None
+            of_bias = rows.sum(0) if trains_bias else None
+            if A is None:
+                found.append((of_weight, of_bias, None, None))
+                continue
             if hidden is None or torch.is_grad_enabled():  # for derivatives of these gradients, which must reach A
                 hidden = project(read, A)
-            if of_input:
-                of_x = torch.mm(rows, weight) if of_x is None else of_x.addmm_(rows, weight)
             if of_dropped and of_read is None:
                 of_read = rows.new_zeros(rows.shape[0], read.shape[-1])
             of_A, of_B = _add_gradients(of_x if dropped is None else of_read, read, rows, A, B, hidden, scale)
-            of_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if trains_weight else None
-            found.append((of_weight, rows.sum(0) if trains_bias else None, of_A, of_B))
+            found.append((of_weight, of_bias, of_A, of_B))
         of_x, of_read = (None if gradient is None else gradient.view(x.shape) for gradient in (of_x, of_read))
-        return of_x, of_read, None, *(gradient for column in zip(*found, strict=True) for gradient in column)
+        return of_x, of_read, None, None, *(gradient for column in zip(*found, strict=True) for gradient in column)
 
 
 def _add_gradients(
@@ -172,9 +192,9 @@ def _columns(tensors: Sequence[Any], count: int) -> list[Sequence[Any]]:
     return [tensors[start : start + length] for start in range(0, len(tensors), length)]
 
 
-def _is_plain(*operands: Tensor | None) -> bool:
+def _is_plain(*operands: Any) -> bool:
     """Return whether operands are computed with as they are: by no compiler, transform or mode, in one dtype."""
-    tensors = [tensor for tensor in operands if tensor is not None]
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     return (
         all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
         and not tensors[0].is_meta  # which has no autocast to ask about
@@ -184,15 +204,25 @@ def _is_plain(*operands: Tensor | None) -> bool:
     )
 
 
-def _layer(result: fx.Node) -> _Layer | None:
-    """Return the adapted layer whose output a node is; None where something else reads the layer's own output."""
-    linear, projected, B, scale = result.args
-    if result.kwargs or not isinstance(linear, fx.Node) or not isinstance(projected, fx.Node):
+def _layer(linear: fx.Node) -> _Layer | None:
+    """Return the layer whose product a node is; None of one in floats that has no adapter, or is read elsewhere."""
+    if linear.target is _LINEAR:
+        (x, weight, bias), is_turned = (*linear.args, None)[:3], False
+    elif linear.target is _ADDMM and not linear.kwargs:
+        (bias, x, weight), is_turned = linear.args, True  # of transformers' Conv1D
+    else:
         return None
-    if linear.target is not _LINEAR or projected.target is not project or {*linear.users, *projected.users} != {result}:
+    operand: Any = (weight.target, weight.args, is_turned) if is_unpacked(weight) else weight  # type: ignore[union-attr]
+    if is_turned and operand is weight:
         return None
-    (x, weight, bias), (read, A) = (*linear.args, None)[:3], projected.args
-    return _Layer(linear, projected, result, x, None if read is x else read, (weight, bias, A, B), scale)  # type: ignore[arg-type]
+    result = next(iter(linear.users)) if len(linear.users) == 1 else linear
+    if result.target is accumulate and not result.kwargs and result.args[0] is linear:
+        projected, B, scale = result.args[1:]
+        if isinstance(projected, fx.Node) and projected.target is project and set(projected.users) == {result}:
+            read, A = projected.args
+            operands = (operand, bias, A, B)
+            return _Layer(linear, projected, result, x, None if read is x else read, operands, scale)  # type: ignore[arg-type]
+    return None if operand is weight else _Layer(linear, None, linear, x, None, (operand, bias, None, None), 1.0)  # type: ignore[arg-type]
 
 
 def _joins(layer: _Layer, first: _Layer, places: Mapping[fx.Node, int], writes: Sequence[int]) -> bool:
@@ -200,8 +230,7 @@ def _joins(layer: _Layer, first: _Layer, places: Mapping[fx.Node, int], writes: 
     if layer.x is not first.x or layer.dropped is not None or first.dropped is not None:
         return False
     begin, end = places[first.linear], places[layer.result]
-    operands = (*layer.operands, *first.operands)
-    known = all(node is None or node.op == "get_attr" or places[node] < begin for node in operands)
+    known = all(node.op == "get_attr" or places[node] < begin for node in _read([layer.operands, first.operands]))
     return known and not any(begin < place < end for place in writes)
 
 
@@ -210,7 +239,8 @@ def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
     place = layers[0].result if len(layers) == 1 else layers[0].linear
     operands: Any = list(zip(*(layer.operands for layer in layers), strict=True))
     with graph.inserting_before(place):
-        operands = [[_read_here(graph, node) if len(layers) > 1 else node for node in column] for column in operands]
+        if len(layers) > 1:  # attributes are read again, before the first layer
+            operands = fx.map_arg(operands, lambda node: graph.node_copy(node) if node.op == "get_attr" else node)
         arguments = (layers[0].x, layers[0].dropped, *operands, [layer.scale for layer in layers])
         joined = graph.call_function(adapted_linears, arguments)
         joined.meta = dict(layers[0].linear.meta)
@@ -219,10 +249,14 @@ def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
             output.meta = dict(layer.result.meta)
             layer.result.replace_all_uses_with(output)
     for layer in layers:
-        for node in (layer.result, layer.projected, layer.linear):
-            graph.erase_node(node)
+        packed = [node for node in layer.linear.all_input_nodes if is_unpacked(node)]
+        for node in dict.fromkeys((layer.result, layer.projected, layer.linear, *packed)):
+            if node is not None and not node.users:
+                graph.erase_node(node)
 
 
-def _read_here(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
-    """Return a node that reads the same attribute at the insertion point; another node as it is."""
-    return node if node is None or node.op != "get_attr" else graph.node_copy(node)
+def _read(operands: Any) -> list[fx.Node]:
+    """Return the nodes in nested operands."""
+    nodes: list[fx.Node] = []
+    fx.map_arg(operands, nodes.append)
+    return nodes

@@ -170,7 +170,8 @@ class StateGraph:
 
     def _training_passes(self) -> tuple[Pass[fx.Graph], ...]:
         """The passes over what runs in training: they make what autograd need not take apart."""
-        if not self.state.training or not self.flat.module.graph.find_nodes(op="call_function", target=accumulate):
+        adapted = self.flat.module.graph.find_nodes(op="call_function", target=accumulate)
+        if not self.state.training or not (adapted or self._base.packed):
             return ()
         from gralora_fx.core.adapters.adapted_linears import join_adapted_linears
 

@@ -48,8 +48,8 @@ class UnpackFourBits(Call[V]):
         """The reference, in PyTorch's own operators."""
         rows, columns = self.shape
         count, scales, table = rows * columns, self.scales.view(torch.float32), self.table.view(torch.float32)
-        pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # of each byte
-        values = pairs.index_select(0, self.codes.to(torch.int32)).view(-1)[:count]
+        pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.float64)  # of each byte
+        values = pairs.view(-1).index_select(0, self.codes.to(torch.int32)).view(torch.float32)[:count]
         whole = count // self.block_size * self.block_size
         blocks = values[:whole].view(-1, self.block_size).mul_(scales[: whole // self.block_size, None])
         if whole < count:
