@@ -21,6 +21,7 @@ NAMES = (
     "tracing",
     "training",
     "checkpointing",
+    "packed",
     "decoders",
     "encoders",
     "generation",
