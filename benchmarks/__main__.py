@@ -22,6 +22,7 @@ NAMES = (
     "training",
     "checkpointing",
     "adapter-rows",
+    "packed",
     "decoders",
     "encoders",
     "generation",

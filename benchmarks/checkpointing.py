@@ -46,14 +46,14 @@ def run(iterations: int = 5) -> Report:
         if "checkpoints" in name:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-    kept = {name: _kept(model, inputs) for name, model in models.items()}
-    cases = [Case.of(name, lambda model=model: _step(model, inputs, ids)) for name, model in models.items()]
+    held = {name: kept(model, inputs) for name, model in models.items()}
+    cases = [Case.of(name, lambda model=model: step(model, inputs, ids)) for name, model in models.items()]
     timings = measure(cases, iterations=iterations, warmup=1)
     rows = [
         {
             **timings.row(name, name.replace("ours", "PEFT")),
-            "kept MB": kept[name] / 1e6,
-            "/ PEFT's": _over(kept, name),
+            "kept MB": held[name] / 1e6,
+            "/ PEFT's": _over(held, name),
         }
         for name in models
     ]
@@ -75,7 +75,7 @@ def run(iterations: int = 5) -> Report:
         ratio = timings.ratio(name, name.replace("ours", "PEFT")).median_of_pairs
         report.claims.append(Claim(f"{name}: time over PEFT's", ratio, at_most=limit))
         report.claims.append(
-            Claim(f"{name}: memory kept for the backward pass over PEFT's", _over(kept, name), at_most=memory)
+            Claim(f"{name}: memory kept for the backward pass over PEFT's", _over(held, name), at_most=memory)
         )
     ratio = forward.ratio("blocks", "flat graph").median_of_pairs
     report.claims.append(Claim("forward through blocks over the flat graph", ratio, at_most=1.02))
@@ -97,18 +97,18 @@ def _compilations() -> list[dict[str, Any]]:
                 block.compile(**options)
         torch._dynamo.reset()
         begin = time.process_time()
-        _step(compiled, inputs, ids)
+        step(compiled, inputs, ids)
         rows.append({"case": name, "processor s": time.process_time() - begin})
     return rows
 
 
-def _step(model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor) -> None:
+def step(model: nn.Module, inputs: Mapping[str, Tensor], ids: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     logits = model(**inputs, use_cache=False).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
 
 
-def _kept(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+def kept(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors that autograd keeps between forward and backward, each storage once, parameters apart."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -130,5 +130,5 @@ def _forward(graph_module: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         graph_module(**inputs)
 
 
-def _over(kept: Mapping[str, int], name: str) -> float:
-    return kept[name] / kept[name.replace("ours", "PEFT")]
+def _over(held: Mapping[str, int], name: str) -> float:
+    return held[name] / held[name.replace("ours", "PEFT")]

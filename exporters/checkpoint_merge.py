@@ -103,7 +103,7 @@ def merge_checkpoint(
 
     Weights are accumulated in float32 or better, some rows at a time, and rounded once to their own dtype. The files
     keep their names, the order of their tensors and their metadata; all else is copied. A weight that is tied, as a
-    head to the embedding, gets a tensor of its own, and `config.json` says so. Of a base in four bits the values are
+    head to the embedding, gets a tensor of its own, and `config.json` says so. Of a base in few bits the values are
     merged into that bitsandbytes multiplies by, and the result is one of floats.
 
     Args:
@@ -113,7 +113,7 @@ def merge_checkpoint(
         overwrite: Whether an earlier model in `output_dir` is replaced.
         strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
         base_quantization: How the layers of a float base are rounded first, as a QLoRA adapter was trained on them:
-            `"nf4"`, `"nf4-double"`, or whatever `BaseQuantization.of` takes; None for not at all.
+            `"nf4"`, `"nf4-double"`, `"int8"`, or whatever `BaseQuantization.of` takes; None for not at all.
 
     Returns:
         What was written and changed.

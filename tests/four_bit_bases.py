@@ -101,6 +101,17 @@ def in_four_bits(base: Path, quantization: FourBits) -> PreTrainedModel:
     return model.eval()
 
 
+def in_eight_bits(base: Path) -> PreTrainedModel:
+    """The model as bitsandbytes quantizes it with `load_in_8bit`."""
+    pytest.importorskip("bitsandbytes")
+    name = transformers.AutoConfig.from_pretrained(base).architectures[0]
+    how = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model: PreTrainedModel = getattr(transformers, name).from_pretrained(
+        base, quantization_config=how, dtype=torch.float32
+    )
+    return model
+
+
 def trained(model: PreTrainedModel, method: str, directory: Path) -> Any:
     """An adapter that PEFT made on a model and trained one step, saved; the result is PEFT's model."""
     targets = BASES[type(model).__name__][2]

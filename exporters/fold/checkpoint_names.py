@@ -152,7 +152,7 @@ def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | Non
     if names.model is None:
         raise CheckpointError(
             f"{base.directory} is of a class that transformers does not have, which would say how its layers hold "
-            "weights of four bits; merge into a float base, without base_quantization"
+            "weights of few bits; merge into a float base, without base_quantization"
         )
     from gralora_fx.base.sources.streamed_models import as_in_layers
     from gralora_fx.core.loading.quantized_layers import quantized_layers

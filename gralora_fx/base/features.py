@@ -27,8 +27,9 @@ POINTS: dict[str, str] = {
     "stored weights": "Returns a checkpoint's tensors by key with those of the form as a PackedTensor each, given "
     "where they are and what its configuration says, which is None if it has none.",
     "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32.",
-    "packed layers": "Lets linear layers of a model by path hold their weights in few bits alone, as a given "
-    "quantization of the form rounds them, or as a checkpoint's tensors by the model's names store them.",
+    "packed weights": "Returns a linear layer's weight as a core.graph.packed_weights.PackedWeight, given floats [out, "
+    "in], which a given quantization of the form rounds, or a PackedTensor of the form; its name in messages; and "
+    "whether the layer's weight is [in, out].",
     "trace patches": "A context over a model, in which its layers call the feature's operators while it is traced; it "
     "does nothing for a model without any.",
     "step patches": "A context in which a step is traced; attributes of its cache and of the cache's layers are signs.",

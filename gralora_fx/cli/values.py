@@ -70,8 +70,8 @@ def quantization_words(words: str | None) -> str | None:
 
 def check_rounding(quantization: str | BaseQuantization | None) -> None:
     """Check that a base can be rounded before anything slow is imported."""
-    if quantization is not None:
-        require_extra(BaseQuantization.of(quantization).extra, option(base_quantization=str(quantization)), ConfigError)
+    if quantization is not None and (extra := BaseQuantization.of(quantization).extra) is not None:
+        require_extra(extra, option(base_quantization=str(quantization)), ConfigError)
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:

@@ -166,7 +166,7 @@ def test_bad_words_and_bases_are_refused_before_anything_is_written(llama: Case,
     fields = json.loads((llama.base / "config.json").read_text())
     (foreign / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq"}}))
     for model, words, message in (
-        (llama.base, ["--base-quantization", "nf5"], "base_quantization='nf5' is not available; take nf4"),
+        (llama.base, ["--base-quantization", "nf5"], "base_quantization='nf5' is not available; take int8; or nf4"),
         (llama.packed, ["--base-quantization", "nf4"], "is quantized already"),
         (foreign, [], "is quantized by GPTQ, which is not read"),
     ):

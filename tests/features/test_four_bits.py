@@ -179,7 +179,7 @@ def test_a_config_of_transformers_tells_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["nf3", "nf4-48", "nf4-double-double", "nf4-int8", "", 4, None, {"load_in_8bit": True}]
+    "given", ["nf3", "nf4-48", "nf4-double-double", "nf4-int8", "", 4, None, {"load_in_16bit": True}]
 )
 def test_what_is_none(given: Any) -> None:
     with pytest.raises(ConfigError, match="quantization"):
@@ -193,7 +193,10 @@ def test_what_is_none(given: Any) -> None:
         ({"quant_method": "awq"}, "quantized by AWQ"),
         ({"quant_method": "fp8"}, "quantized by FP8"),
         ({"quant_method": "compressed-tensors"}, "quantized by compressed-tensors"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quantized by bitsandbytes' int8"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+            "quantized by bitsandbytes, which is not read",
+        ),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "kind of a base"),
     ],
 )

@@ -1,25 +1,28 @@
-"""A frozen base in four bits in memory: values and gradients of the dense one, its merges and its exports."""
+"""A frozen base in few bits in memory: values and gradients of the dense one, its merges and its exports."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from four_bit_bases import float_base, in_four_bits, inputs
+from four_bit_bases import float_base, in_eight_bits, in_four_bits, inputs
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, TracedModel, merge, rewrite, trace
+from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.features.llm_int8.packed import UnpackEightBits
 from gralora_fx.features.nf4.four_bits import FourBits
 from gralora_fx.features.nf4.packed import UnpackFourBits
-from gralora_fx.loading import load_model
+from gralora_fx.loading import load_model, load_streamed
 
 pytest.importorskip("bitsandbytes")
 
@@ -66,11 +69,21 @@ def step(model: GraloraModel) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "T5ForConditionalGeneration"])
-def test_training_over_packed_weights_is_that_over_dense_ones(bases: Any, name: str, method: str) -> None:
-    dense, packed = (adapted(traced, CONFIGS[method]) for traced in pair(bases(name)))
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("LlamaForCausalLM", "nf4"),
+        ("GPT2LMHeadModel", "nf4"),
+        ("T5ForConditionalGeneration", "nf4"),
+        ("LlamaForCausalLM", "int8"),
+        ("GPT2LMHeadModel", "int8"),
+    ],
+)
+def test_training_over_packed_weights_is_that_over_dense_ones(bases: Any, name: str, how: str, method: str) -> None:
+    dense, packed = (adapted(traced, CONFIGS[method]) for traced in pair(bases(name), how))
     assert [site.path for site in packed.sites] == [site.path for site in dense.sites]
-    calls = list(UnpackFourBits.all_in(packed.graph_module.graph))
+    operator: Any = UnpackEightBits if how == "int8" else UnpackFourBits
+    calls = list(operator.all_in(packed.graph_module.graph))
     assert calls
     for node, _ in calls:
         assert next(iter(node.users)) is node.next  # directly before its user
@@ -87,6 +100,26 @@ def test_training_over_packed_weights_is_that_over_dense_ones(bases: Any, name: 
     floats = sum(p.numel() * 4 for p in dense.parameters() if not p.requires_grad)
     assert held < floats / 2
     assert not any(p.is_meta for p in packed.parameters())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", {"q_proj", "c_attn"}])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_no_unpacked_weight_is_kept_for_the_backward_pass(bases: Any, name: str, targets: Any) -> None:
+    model = trace(load_model(bases(name), base_quantization="nf4", packed=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names of targets that the other model has
+        gralora = adapted(model, LoraConfig(r=4, target_modules=targets))
+    kept: list[tuple[int, ...]] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        gralora(**gralora.traced.graph_inputs)
+    shapes = {tuple(packed.shape) for packed in gralora._state.base.packed.values()}
+    assert shapes
+    assert not {*shapes, *(shape[::-1] for shape in shapes)} & set(kept)
 
 
 def test_merges_are_those_of_the_dense_base(bases: Any) -> None:
@@ -121,8 +154,9 @@ def test_an_adapter_is_saved_with_how_its_base_was_rounded_and_loads_over_either
         assert torch.equal(GraloraModel.from_pretrained(traced, tmp_path).eval()(**given)[0], expected)
 
 
-def test_its_export_is_that_of_the_rounded_base(bases: Any, tmp_path: Path) -> None:
-    for name, traced in zip(("dense", "packed"), pair(bases("LlamaForCausalLM")), strict=True):
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_its_export_is_that_of_the_rounded_base(bases: Any, tmp_path: Path, how: str) -> None:
+    for name, traced in zip(("dense", "packed"), pair(bases("LlamaForCausalLM"), how), strict=True):
         export_onnx(adapted(traced, CONFIGS["gralora"]).eval(), tmp_path / name)
     files = {path.name for path in (tmp_path / "dense").iterdir()}
     assert {path.name for path in (tmp_path / "packed").iterdir()} == files
@@ -141,7 +175,31 @@ def test_a_checkpoint_of_bitsandbytes_keeps_its_bits(bases: Any, tmp_path: Path,
     assert not packed.lm_head.weight.is_meta
 
 
-def test_what_packed_weights_cannot_be_is_refused_by_name(bases: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_checkpoint_in_int8_has_the_values_that_bitsandbytes_multiplies_by(
+    bases: Any, tmp_path: Path, name: str
+) -> None:
+    theirs = in_eight_bits(bases(name))
+    theirs.save_pretrained(tmp_path)
+    models = [load_model(tmp_path, packed=packed) for packed in (False, True)]
+    models += [load_model(bases(name), base_quantization="int8", packed=packed) for packed in (False, True)]
+    given = inputs(models[0])
+    theirs.train()  # where it multiplies by floats on a CPU
+    for module in theirs.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        expected = theirs(**given).logits
+        for model in models:
+            assert torch.equal(model(**given).logits, expected)
+    for model in models:
+        assert model.config.base_quantization == {"kind": "int8", "skip_modules": None}
+    streamed = load_streamed(tmp_path)
+    for key, parameter in streamed.named_parameters():
+        assert torch.equal(values_of(parameter, key), models[0].state_dict()[key]), key
+
+
+def test_what_packed_weights_cannot_be_is_refused_by_name(bases: Any) -> None:
     base = bases("LlamaForCausalLM")
     with pytest.raises(ConfigError, match="is in floats, which have to be rounded to be held in few bits"):
         load_model(base, packed=True)
@@ -149,17 +207,55 @@ def test_what_packed_weights_cannot_be_is_refused_by_name(bases: Any, tmp_path: 
     with pytest.raises(TraceError, match=r"q_proj.weight is in its file or in few bits.*load the model.* in floats"):
         model.bfloat16()
     assert model.to("cpu").float() is model
-    in_four_bits(base, FourBits()).save_pretrained(tmp_path / "saved")
-    file = tmp_path / "saved" / "model.safetensors"
-    whole = load_file(file)
-    key = "model.layers.1.mlp.up_proj.weight"
-    for damage, message in (
-        ({f"{key}.absmax": torch.full_like(whole[f"{key}.absmax"], float("nan"))}, f"the scales of {key} .*not finite"),
-        ({f"{key}.absmax": whole[f"{key}.absmax"][:-1]}, f"{key}: .* scales are not those of"),
-        ({key: whole[key][:-1]}, f"{key}: .* bytes and .* scales are not those of"),
-    ):
-        damaged = tmp_path / "damaged"
-        shutil.copytree(tmp_path / "saved", damaged, dirs_exist_ok=True)
-        save_file({**whole, **damage}, damaged / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=message):
-            load_model(damaged, packed=True)
+
+
+UP = "model.layers.1.mlp.up_proj"
+DAMAGES: dict[str, tuple[str, str, Any, str]] = {
+    "scales that are not finite": ("nf4", ".weight.absmax", lambda t: t * torch.nan, "the scales of .* not finite"),
+    "a scale too few": ("nf4", ".weight.absmax", lambda t: t[:-1], "bytes and 511 scales are not those of"),
+    "no scales": ("nf4", ".weight.absmax", None, "absmax is missing"),
+    "codes cut off": ("nf4", ".weight", lambda t: t[:-1], "16383 bytes and 512 scales are not those of"),
+    "no codes": ("nf4", ".weight", None, "its integers are missing"),
+    "another table": ("nf4", ".weight.quant_map", lambda t: t / 2, "do not reach from -1 to 1"),
+    "a table that is no number": ("nf4", ".weight.quant_map", lambda t: t * torch.nan, "do not reach from -1 to 1"),
+    "int8: scales that are not finite": ("int8", ".SCB", lambda t: t * torch.inf, "its scales, SCB, are not finite"),
+    "int8: a scale too few": ("int8", ".SCB", lambda t: t[:-1], "SCB has 255 scales in F32 for 256 rows"),
+    "int8: no scales": ("int8", ".SCB", None, "the scales of its rows, SCB, are missing"),
+    "int8: other codes": ("int8", ".weight", lambda t: t.to(torch.int32), "it is I32 of shape"),
+    "int8: no codes": ("int8", ".weight", None, "its integers are missing"),
+    "int8: columns": ("int8", ".weight_format", lambda t: t + 1, "its weight_format is not 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(bases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of bitsandbytes in each form."""
+    found = {how: tmp_path_factory.mktemp(how) for how in ("nf4", "int8")}
+    in_four_bits(bases("LlamaForCausalLM"), FourBits()).save_pretrained(found["nf4"])
+    in_eight_bits(bases("LlamaForCausalLM")).save_pretrained(found["int8"])
+    return found
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_weight_is_one_error_with_its_name_and_file(
+    stored: dict[str, Path], tmp_path: Path, damage: str
+) -> None:
+    how, part, change, message = DAMAGES[damage]
+    shutil.copytree(stored[how], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensor = tensors.pop(f"{UP}{part}")
+    save_file(tensors if change is None else {**tensors, f"{UP}{part}": change(tensor)}, file, {"format": "pt"})
+    for packed in (False, True):
+        with pytest.raises(CheckpointError, match=message) as raised:
+            load_model(tmp_path, packed=packed)
+        assert f"{UP}.weight" in str(raised.value)
+        assert file.name in str(raised.value)
+
+
+def test_a_file_that_was_cut_off_is_named(stored: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(stored["int8"], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_model(tmp_path, packed=True)

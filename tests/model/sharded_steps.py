@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +26,9 @@ from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 from traces import fresh_trace
 
-from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, merge, rewrite
+from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, merge, rewrite, trace
 from gralora_fx.errors import MergeError, RewriteError
+from gralora_fx.loading import load_model
 
 METHODS = {
     "gralora": GraloraConfig(r=4, gralora_k=2, target_modules="all-linear", init_weights=False),
@@ -139,6 +141,39 @@ def check_accelerate(output: Path) -> None:
     prepared.save_pretrained(output / "gathered")
 
 
+def check_packed(output: Path) -> None:
+    """Over a base in few bits, whose buffers every process has whole, with checkpoints."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        tiny_model("llama", tie_word_embeddings=False).save_pretrained(output / "base")
+    dist.barrier()
+    ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
+    for how in ("int8", *(["nf4"] if find_spec("bitsandbytes") else [])):
+        traces = [
+            trace(load_model(output / "base", base_quantization=how, packed=True), task="text-generation")
+            for _ in range(2)
+        ]
+        torch.manual_seed(1)
+        model = rewrite(traces[0], METHODS["gralora"]).train()
+        expected = gradients(model, ids)
+        model.gradient_checkpointing_enable()
+        for block in model.blocks.values():
+            fully_shard(block)
+        fully_shard(model)
+        codes = [name for name, _ in model.named_buffers() if name.endswith("q_proj.packed_weight_codes")]
+        assert len(codes) == len(model.blocks)
+        actual = gradients(model, ids[rank * 4 // world : (rank + 1) * 4 // world])
+        assert actual.keys() == expected.keys()
+        worst = max(float((actual[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in expected)
+        assert worst <= 1e-6, (how, worst)
+        model.save_pretrained(output / how)
+        dist.barrier()
+        alone = GraloraModel.from_pretrained(traces[1], output / how).eval()
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            assert torch.allclose(model.eval()(**given).logits, alone(**given).logits, atol=1e-6)
+
+
 def check_casts_are_refused() -> None:
     model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -156,6 +191,7 @@ def main() -> None:
     output, adapters = Path(sys.argv[1]), Path(sys.argv[2])
     check_ddp()
     check_accelerate(output)
+    check_packed(output)
     check_casts_are_refused()
     found = {method: run(method, output, None) for method in METHODS}
     run("gralora", output / "resumed", adapters)

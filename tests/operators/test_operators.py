@@ -22,6 +22,7 @@ from gralora_fx.core.operators.call import Call, named_arguments, operator_for
 from gralora_fx.core.operators.layers import DropPath, Reshape, RmsNorm, Rotary, Rotate, Slice
 from gralora_fx.exporters.translation.operators import TRANSLATIONS, translation_of
 from gralora_fx.features.experts.operators import Experts
+from gralora_fx.features.llm_int8.packed import UnpackEightBits
 from gralora_fx.features.nf4.packed import UnpackFourBits
 from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
 
@@ -158,6 +159,14 @@ CASES = {
     "unpack_four_bits": Case(UnpackFourBits, lambda b, n: four_bits(24, 8), {**FOUR_BITS, "shape": [4, 6]}),
     "unpack_four_bits with a block that is not full, transposed": Case(
         UnpackFourBits, lambda b, n: four_bits(15, 8), {**FOUR_BITS, "shape": [3, 5], "is_turned": True}
+    ),
+    "unpack_eight_bits": Case(
+        UnpackEightBits,
+        lambda b, n: {
+            "codes": torch.randint(-127, 128, (4, 6), dtype=torch.int8),
+            "steps": torch.rand(4).view(torch.int32),
+        },
+        {"is_turned": True},
     ),
     "mask_of_blocks": Case(MaskOfBlocks, masks, {}),
     "rms_norm": Case(RmsNorm, lambda b, n: {"x": random(b, n, 8), "weight": random(8)}, {"eps": 1e-6}),

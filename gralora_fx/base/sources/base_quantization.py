@@ -34,7 +34,7 @@ class BaseQuantization(ABC):
         metavar: The same as a pattern.
         help: What the command line says of rounding a base.
         fields: The object of transformers that `of` takes, in words.
-        extra: The extra of the installation that rounding needs.
+        extra: The extra of the installation that rounding needs, or None.
         compute_dtype: Dtype that layers multiply in, to which the values are rounded.
         skip_modules: Names of the layers that stay float; None for transformers' own choice.
     """
@@ -45,7 +45,7 @@ class BaseQuantization(ABC):
     metavar: ClassVar[str]
     help: ClassVar[str]
     fields: ClassVar[str]
-    extra: ClassVar[str]
+    extra: ClassVar[str | None]
     compute_dtype: str
     skip_modules: tuple[str, ...] | None
 
@@ -100,6 +100,17 @@ class BaseQuantization(ABC):
         """Return the fields for a record."""
 
 
+def layer_names(value: Any) -> tuple[str, ...] | None:
+    """Return the names of layers that a record lists.
+
+    Raises:
+        ConfigError: It is neither a list of names nor None.
+    """
+    if value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
+        return None if value is None else tuple(value)
+    raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")
+
+
 def recorded_quantization(record: Any) -> BaseQuantization | None:
     """Return the quantization that a record tells; None if it cannot be read."""
     try:
@@ -133,8 +144,6 @@ def packed_quantization(
     from gralora_fx.base.sources.other_formats import of_quantized  # for an error alone
 
     title = method.upper() if len(method) < 5 else method
-    if method == "bitsandbytes" and not config.get("load_in_4bit"):
-        title = "bitsandbytes' int8"
     titles = [form.title for form in forms]
     read = f" (of quantized bases, {listed(titles)} {'is' if len(titles) == 1 else 'are'})" if titles else ""
     raise error(f"{origin} is quantized by {title}, which is not read{read}; {of_quantized(origin, method, fields)}")

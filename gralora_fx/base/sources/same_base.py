@@ -126,7 +126,7 @@ class BaseComparison:
         outcome: `"same"`, `"different"` or `"unknown"`.
         reason: Why it is not known to be the same, in words; empty if it is.
         change: How far the model's weights are from those of the base, relative to their norm, where one of both is in
-            four bits and they could be compared; None otherwise.
+            few bits and they could be compared; None otherwise.
     """
 
     made_for: str | None
@@ -196,7 +196,7 @@ def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, flo
     if change is not None:
         measured = f"they differ by {100 * change:.2g} % of their norm"
     remedy = (
-        f"take {option(base_quantization=str(made.quantization))} with the float base, or its checkpoint in four bits"
+        f"take {option(base_quantization=str(made.quantization))} with the float base, or its checkpoint in few bits"
     )
     reason = f"its base was in {made.quantization}, and the weights here are {other}: {measured}; {remedy}"
     return Message(reason), change

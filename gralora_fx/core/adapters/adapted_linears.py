@@ -1,82 +1,35 @@
-"""Adapted layers that read one input, as one node of the graph that runs in training.
+"""Adapted layers that read one input, as one function of the graph that runs in training.
 
 Autograd's own derivatives make a tensor as wide as the layer for each product of each layer, copy it between the layout
 of blocks `[k, T, out/k]` and that of the layer `[T, out]`, and add them up. Here products are computed in the layer's
 own layout, gradients of the input are accumulated into one tensor, and what A makes of the input, k times as wide as
 LoRA's, is computed again where keeping it costs much memory. Multiplying by the factors A of all layers at once was
-measured and saves nothing.
+measured and saves nothing. A weight in few bits is unpacked for each product, and never kept: it is given as what
+computes it, a tuple of the operator, its arguments, and whether the result is `[in, out]`.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from gralora_fx.base.compat.torch_graphs import is_mutable, is_transformed
-from gralora_fx.core.adapters.adapter_rows import Rows, set_rows, take_rows
-from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.base.compat.torch_graphs import is_transformed
+from gralora_fx.core.adapters.adapter_rows import Rows, set_rows
 from gralora_fx.core.methods.low_rank import accumulate, in_blocks, project, swapped
 
 _KEPT = 4  # hidden values that are more than 1/4 of the input are computed again instead of kept
-_LINEAR = torch.ops.aten.linear.default
+_Weight = Tensor | tuple[Any, ...]
 _Term = tuple[int, float, Rows | None]  # of an adapter: the place of its layer, its scale and its rows
-
-
-class _Layer(NamedTuple):
-    """An adapted layer of a graph: its nodes in order, and what they read.
-
-    Attributes:
-        nodes: The nodes, of which the first is the layer's own call and the last gives its output with the adapters.
-        x: Its input.
-        dropped: The input of its adapter after dropout, where there is some.
-        weight: Its weight.
-        bias: Its bias.
-        terms: Of each adapter, A, B, the scale and the rows that it is for.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    x: fx.Node
-    dropped: fx.Node | None
-    weight: Any
-    bias: Any
-    terms: tuple[tuple[fx.Node, fx.Node, float, fx.Node | None], ...]
-
-
-def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute adapted layers that read one input by one node, at the place of the first.
-
-    Before: `q = linear(x, wq); q_1 = accumulate(q, project(x, aq), bq, s); k = linear(x, wk); k_1 = accumulate(...)`
-    After:  `q_1, k_1 = adapted_linears(x, None, [wq, wk], [None] * 2, [0, 1], [aq, ak], [bq, bk], [s, s], [None] * 2)`
-
-    Layers whose adapters drop inputs are a node each, since every one draws its own. Of layers with an adapter a row
-    each adapter is an entry, with its rows (see `adapter_rows`).
-    """
-    places = {node: place for place, node in enumerate(graph.nodes)}
-    writes = [places[node] for node in graph.nodes if is_mutable(node.target)]
-    found: list[_Layer] = []
-    taken: set[fx.Node] = set()
-    for node in reversed(graph.nodes):  # the last of a layer's nodes first
-        if node not in taken and (layer := _layer(node)) is not None:
-            found.append(layer)
-            taken.update(layer.nodes)
-    groups: list[list[_Layer]] = []
-    for layer in reversed(found):
-        group = next((group for group in groups if _joins(layer, group[0], places, writes)), None)
-        groups.append([layer]) if group is None else group.append(layer)
-    for layers in groups:
-        _replace(graph, layers)
-    return PassResult(len(groups))
 
 
 def adapted_linears(
     x: Tensor,
     dropped: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[_Weight],
     biases: Sequence[Tensor | None],
     adapted: Sequence[int],
     As: Sequence[Tensor],
@@ -89,7 +42,7 @@ def adapted_linears(
     Args:
         x: The layers' input, `[..., in]`.
         dropped: The input of their adapters, after dropout; None where it is `x`.
-        weights: The layers' weights, `[out, in]`.
+        weights: The layers' weights, `[out, in]`, or what unpacks them.
         biases: Their biases, `[out]`, or None.
         adapted: The place of the layer of each adapter.
         As: The first factors, as for `project`.
@@ -101,20 +54,30 @@ def adapted_linears(
     terms = tuple(zip(adapted, scales, rows, strict=True))
     if not _is_plain(x, dropped, *weights, *biases, *As, *Bs):
         return _outputs(x, read, weights, biases, terms, As, Bs)[0]
-    return _AdaptedLinears.apply(x, dropped, terms, len(weights), *weights, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
+    floats = (weight if isinstance(weight, Tensor) else None for weight in weights)
+    return _AdaptedLinears.apply(x, dropped, terms, weights, *floats, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _values(weight: _Weight) -> Tensor:
+    """Return a weight `[out, in]`; one in few bits is unpacked."""
+    if isinstance(weight, Tensor):
+        return weight
+    unpack, arguments, is_turned = weight
+    values: Tensor = unpack(*arguments)
+    return values.t() if is_turned else values
 
 
 def _outputs(
     x: Tensor,
     read: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[_Weight],
     biases: Sequence[Tensor | None],
     terms: Sequence[_Term],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Return what layers compute, and the hidden values of their adapters."""
-    outputs = [nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    outputs = [nn.functional.linear(x, _values(weight), bias) for weight, bias in zip(weights, biases, strict=True)]
     hidden = [project(_of(read, rows), A) for (_, _, rows), A in zip(terms, As, strict=True)]
     by_row: list[dict[int, tuple[Rows, Tensor]]] = [{} for _ in weights]  # by the identity of the rows
     for (layer, scale, rows), part, B in zip(terms, hidden, Bs, strict=True):
@@ -135,16 +98,17 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, terms: Sequence[_Term], count: int, *tensors: Tensor
+        ctx: Any, x: Tensor, dropped: Tensor | None, terms: Sequence[_Term], weights: Sequence[_Weight], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        weights, biases, As, Bs = _columns(tensors, count, len(terms))
+        floats, biases, As, Bs = _columns(tensors, len(weights), len(terms))
         outputs, hidden = _outputs(x, x if dropped is None else dropped, weights, biases, terms, As, Bs)
         kept = (
             part if _KEPT * part.numel() <= _of(x, rows).numel() else None
             for (_, _, rows), part in zip(terms, hidden, strict=True)
         )
-        ctx.save_for_backward(x, dropped, *weights, *As, *Bs, *kept)
-        ctx.terms, ctx.count = terms, count
+        ctx.save_for_backward(x, dropped, *floats, *As, *Bs, *kept)
+        ctx.terms = terms
+        ctx.packed = [None if isinstance(weight, Tensor) else weight for weight in weights]
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -152,17 +116,20 @@ class _AdaptedLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, dropped, *tensors = ctx.saved_tensors
         of_input, of_dropped, _, _, *needed = ctx.needs_input_grad
-        weights, factors = tensors[: ctx.count], tensors[ctx.count :]
-        trains, read = (needed[: ctx.count], needed[ctx.count : 2 * ctx.count]), x if dropped is None else dropped
+        count, read = len(ctx.packed), x if dropped is None else dropped
+        floats, factors = tensors[:count], tensors[count:]
+        trains = needed[:count], needed[count : 2 * count]
         of_x = of_read = None
-        of_weights: list[Tensor | None] = [None] * ctx.count
+        of_weights: list[Tensor | None] = [None] * count
         of_biases = list(of_weights)
-        for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
+        for place, (gradient, weight, packed) in enumerate(zip(gradients, floats, ctx.packed, strict=True)):
             if gradient is None:
                 continue
             flat = gradient.reshape(-1, gradient.shape[-1])
             if of_input:
-                of_x = torch.mm(flat, weight) if of_x is None else of_x.addmm_(flat, weight)
+                values = _values(weight if packed is None else packed)
+                of_x = torch.mm(flat, values) if of_x is None else of_x.addmm_(flat, values)
+                del values  # of a packed weight, before the next one is unpacked
             of_weights[place] = flat.t() @ x.reshape(-1, x.shape[-1]) if trains[0][place] else None
             of_biases[place] = flat.sum(0) if trains[1][place] else None
         if of_dropped and any(gradient is not None for gradient in gradients):
@@ -232,9 +199,9 @@ def _columns(tensors: Sequence[Any], *lengths: int) -> list[Sequence[Any]]:
     return [tensors[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _is_plain(*operands: Tensor | None) -> bool:
+def _is_plain(*operands: Any) -> bool:
     """Return whether operands are computed with as they are: by no compiler, transform or mode, in one dtype."""
-    tensors = [tensor for tensor in operands if tensor is not None]
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     return (
         all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
         and not tensors[0].is_meta  # which has no autocast to ask about
@@ -242,89 +209,3 @@ def _is_plain(*operands: Tensor | None) -> bool:
         and not torch.is_autocast_enabled(tensors[0].device.type)
         and not is_transformed()
     )
-
-
-def _layer(result: fx.Node) -> _Layer | None:
-    """Return the adapted layer whose output a node is; None where something else reads the layer's own output."""
-    if result.target is accumulate:
-        return _adapted(result, [(result, None)])
-    if result.target is set_rows and not result.kwargs and len(result.args) == 3:
-        return _adapted(result, list(zip(*result.args[2:0:-1], strict=True)))  # type: ignore[arg-type]
-    return None
-
-
-def _adapted(result: fx.Node, parts: Sequence[tuple[fx.Node, fx.Node | None]]) -> _Layer | None:
-    """Return the layer of a node, of the values that adapters' outputs are added up to, and their rows."""
-    nodes: list[fx.Node] = []
-    terms: list[Any] = []
-    linears: set[Any] = set()
-    reads: set[Any] = set()
-    for value, rows in parts:
-        y: Any = value
-        added: list[Any] = []
-        while getattr(y, "target", None) is accumulate and y.args[1].target is project and not y.kwargs:
-            added.append(y)
-            y = y.args[0]
-        read = [node.args[1].args[0] for node in added]
-        if rows is not None:
-            if any(getattr(x, "target", None) is not take_rows or x.args[1:] != (rows,) for x in (y, *read)):
-                return None
-            nodes += [y, *read]
-            y, read = y.args[0], [x.args[0] for x in read]
-        linears.add(y)
-        reads.update(read)
-        for node in reversed(added):
-            _, projected, B, scale = node.args
-            nodes += [projected, node]
-            terms.append((projected.args[1], B, scale, rows))
-    if len(linears) != 1 or len(reads) != 1:
-        return None
-    (linear,), (read_by_all,) = linears, reads
-    if not isinstance(linear, fx.Node) or linear.target is not _LINEAR:
-        return None
-    members = {linear, result, *nodes}
-    if any(user not in members for node in members - {result} for user in node.users):
-        return None
-    arguments: Any = (*linear.args, None)
-    x, weight, bias = arguments[:3]
-    order = (linear, *(node for node in dict.fromkeys(nodes) if node is not result), result)
-    return _Layer(order, x, None if read_by_all is x else read_by_all, weight, bias, tuple(terms))
-
-
-def _joins(layer: _Layer, first: _Layer, places: Mapping[fx.Node, int], writes: Sequence[int]) -> bool:
-    """Return whether a layer can be computed at the place of another one."""
-    if layer.x is not first.x or layer.dropped is not None or first.dropped is not None:
-        return False
-    begin, end = places[first.nodes[0]], places[layer.nodes[-1]]
-    operands = [
-        node for each in (layer, first) for node in (each.weight, each.bias, *(n for t in each.terms for n in t))
-    ]
-    known = all(not isinstance(node, fx.Node) or node.op == "get_attr" or places[node] < begin for node in operands)
-    return known and not any(begin < place < end for place in writes)
-
-
-def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
-    """Compute layers by one node."""
-    first = layers[0]
-    place = first.nodes[-1] if len(layers) == 1 else first.nodes[0]
-    terms = [(index, *term) for index, layer in enumerate(layers) for term in layer.terms]
-    with graph.inserting_before(place):
-        adapted, *columns = (list(column) for column in zip(*terms, strict=True))
-        tensors: Any = [[layer.weight for layer in layers], [layer.bias for layer in layers], *columns[:2]]
-        if len(layers) > 1:
-            tensors = [[_read_here(graph, node) for node in column] for column in tensors]
-        arguments = (first.x, first.dropped, *tensors[:2], adapted, *tensors[2:], *columns[2:])
-        joined = graph.call_function(adapted_linears, arguments)
-        joined.meta = dict(first.nodes[0].meta)
-        for index, layer in enumerate(layers):
-            output = graph.call_function(operator.getitem, (joined, index))
-            output.meta = dict(layer.nodes[-1].meta)
-            layer.nodes[-1].replace_all_uses_with(output)
-    for layer in layers:
-        for node in (*reversed(layer.nodes),):
-            graph.erase_node(node)
-
-
-def _read_here(graph: fx.Graph, node: fx.Node | None) -> fx.Node | None:
-    """Return a node that reads the same attribute at the insertion point; another node as it is."""
-    return node if node is None or node.op != "get_attr" else graph.node_copy(node)

@@ -172,9 +172,10 @@ class StateGraph:
 
     def _training_passes(self) -> tuple[Pass[fx.Graph], ...]:
         """The passes over what runs in training: they make what autograd need not take apart."""
-        if not self.state.training or not self.flat.module.graph.find_nodes(op="call_function", target=accumulate):
+        adapted = self._base.packed or self.flat.module.graph.find_nodes(op="call_function", target=accumulate)
+        if not (self.state.training and adapted):
             return ()
-        from gralora_fx.core.adapters.adapted_linears import join_adapted_linears
+        from gralora_fx.core.adapters.join_linears import join_adapted_linears
 
         return (join_adapted_linears,)
 

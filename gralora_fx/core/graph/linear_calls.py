@@ -34,6 +34,11 @@ def mark_unpacked(node: fx.Node, name: str) -> None:
     node.meta.setdefault("custom", {})[_UNPACKED] = name
 
 
+def is_unpacked(value: object) -> bool:
+    """Return whether a value is a node that gives the values of a parameter in few bits."""
+    return isinstance(value, fx.Node) and _UNPACKED in value.meta.get("custom", {})
+
+
 @dataclass(frozen=True)
 class Origin:
     """The parameter of which a value is a view.
@@ -53,7 +58,7 @@ def origin_of(value: object) -> Origin | None:
     """The parameter that a value is or views (transposed or some rows); None for anything else."""
     if not isinstance(value, fx.Node):
         return None
-    if value.op == "get_attr" or _UNPACKED in value.meta.get("custom", {}):
+    if value.op == "get_attr" or is_unpacked(value):
         return Origin(value)
     if value.op not in ("call_function", "call_method"):
         return None

@@ -111,7 +111,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers model in float32 and evaluation mode.
 
-    Of a checkpoint that bitsandbytes saved in four bits, its layers have the values that it multiplies by.
+    Of a checkpoint that bitsandbytes saved in few bits, its layers have the values that it multiplies by.
 
     Args:
         name: Local directory or hub id.
@@ -121,7 +121,8 @@ def load_model(
         allow_random_head: Whether other parameters may be missing and get random values, as for a head still to be
             trained.
         base_quantization: How the layers of a float checkpoint are rounded, as bitsandbytes does when a QLoRA adapter
-            is trained on it: `"nf4"`, `"nf4-double"`, or whatever `BaseQuantization.of` takes; None for not at all.
+            is trained on it: `"nf4"`, `"nf4-double"`, `"int8"`, or whatever `BaseQuantization.of` takes; None for not
+            at all.
         packed: Whether these layers hold their weights in few bits alone, which a rewritten model unpacks when it runs;
             so too those of a checkpoint that is in few bits. While the model is loaded, its floats are in memory.
 
@@ -194,7 +195,7 @@ def _reported(
 def _unpacked(
     name: str | Path, task: str | None, num_labels: int | None, told: BaseQuantization, *, packed: bool
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """The model of a checkpoint in four bits, with the values that its layers multiply by, and the report on it."""
+    """The model of a checkpoint in few bits, with the values that its layers multiply by, and the report on it."""
     directory = resolve_directory(name, TraceError)
     empty = make_empty(directory, task, num_labels=num_labels, dtype=torch.float32, name=name)
     weights = read_weights(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from gralora_fx.base.compat.transformers_models import should_convert_module, unquantized_modules
 from gralora_fx.base.features import parts
 from gralora_fx.base.sources.base_quantization import BaseQuantization
-from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy, raw_values_of, with_source
+from gralora_fx.base.sources.lazy_tensors import (
+    copy_lazy,
+    is_lazy,
+    lazy_parameter,
+    raw_values_of,
+    values_of,
+    with_source,
+)
 from gralora_fx.base.sources.model_files import RECORD
+from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.errors import ConfigError, option
 
 
@@ -60,10 +69,36 @@ def pack_layers(
     quantization: BaseQuantization,
     stored: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Let layers hold their weights in few bits alone, rounded here or as stored, and record it."""
-    (pack,) = parts("packed layers", {quantization.sign})
-    pack(layers, quantization, stored)
+    """Let layers hold their weights in few bits alone, and record it.
+
+    Args:
+        model: The model.
+        layers: The layers by path.
+        quantization: How weights are rounded.
+        stored: The tensors of a checkpoint by the names of the model, if it is in few bits.
+    """
+    (packed_weight,) = parts("packed weights", {quantization.sign})
+    for path, layer in layers.items():
+        name, is_turned = f"{path}.weight", isinstance(layer, Conv1D)
+        weight = layer.get_parameter("weight")
+        values = stored.get(name)
+        if not isinstance(values, PackedTensor):
+            floats = weight.detach().float()
+            values = (floats.T if is_turned else floats).numpy()
+        packed = packed_weight(values, name, quantization, is_turned=is_turned)
+        layer._parameters["weight"] = lazy_parameter(packed, weight.shape, torch.float32)
+        layer.forward = types.MethodType(_unpacked_forward, layer)
     record(model, quantization)
+
+
+def _unpacked_forward(layer: Any, x: Tensor) -> Tensor:
+    """Run a layer that unpacks its weight whenever it runs; a trace reads the weight, which has a placeholder then."""
+    weight: nn.Parameter = layer.weight
+    if not weight.is_meta or x.is_meta:
+        output: Tensor = type(layer).forward(layer, x)
+        return output
+    values = values_of(weight, "weight").to(x.dtype)
+    return nn.functional.linear(x, values.T if isinstance(layer, Conv1D) else values, layer.bias)
 
 
 def _rounded(quantization: BaseQuantization, weight: Tensor, *, is_turned: bool) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gralora_fx.base.sources.base_quantization import DTYPES, BaseQuantization
+from gralora_fx.base.sources.base_quantization import DTYPES, BaseQuantization, layer_names
 from gralora_fx.errors import ConfigError, shown
 
 KINDS = ("nf4", "fp4")
@@ -77,14 +77,14 @@ class FourBits(BaseQuantization):
         """Return what a record or the fields of a `BitsAndBytesConfig` tell; None if they are of another form."""
         if "kind" in fields:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
-            return cls(**known | {"skip_modules": _names(known.get("skip_modules"))})
+            return cls(**known | {"skip_modules": layer_names(known.get("skip_modules"))})
         if not fields.get("load_in_4bit") or fields.get("quant_method", "bitsandbytes") != "bitsandbytes":
             return None
         return cls(
             str(fields.get("bnb_4bit_quant_type", "fp4")),
             double=bool(fields.get("bnb_4bit_use_double_quant")),
             compute_dtype=str(fields.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
-            skip_modules=_names(fields.get("llm_int8_skip_modules")),
+            skip_modules=layer_names(fields.get("llm_int8_skip_modules")),
         )
 
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
@@ -101,10 +101,3 @@ class FourBits(BaseQuantization):
         """Return the words that tell it, as `of` takes them; names of layers are left out."""
         words = [self.kind, *["double"] * self.double, str(self.block_size)]
         return "-".join([*words, *[self.compute_dtype] * (self.compute_dtype != "float32")])
-
-
-def _names(value: Any) -> tuple[str, ...] | None:
-    """Names of layers, where they are a list of them."""
-    if value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
-        return None if value is None else tuple(value)
-    raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")

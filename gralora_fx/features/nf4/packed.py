@@ -1,18 +1,16 @@
-"""Four-bit weights in memory: the operator that unpacks one in a graph, and layers of a model that hold them."""
+"""Four-bit weights in memory, and the operator that unpacks one in a graph."""
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from numpy.typing import NDArray
+from torch import Tensor
 
-from gralora_fx.base.sources.lazy_tensors import lazy_parameter, values_of
 from gralora_fx.core.graph.packed_weights import PackedWeight
 from gralora_fx.core.operators.call import Call, V, operator
 from gralora_fx.errors import CheckpointError
@@ -48,8 +46,8 @@ class UnpackFourBits(Call[V]):
         """The reference, in PyTorch's own operators."""
         rows, columns = self.shape
         count, scales, table = rows * columns, self.scales.view(torch.float32), self.table.view(torch.float32)
-        pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # of each byte
-        values = pairs.index_select(0, self.codes.to(torch.int32)).view(-1)[:count]
+        pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.float64)  # of each byte
+        values = pairs.view(-1).index_select(0, self.codes.to(torch.int32)).view(torch.float32)[:count]
         whole = count // self.block_size * self.block_size
         blocks = values[:whole].view(-1, self.block_size).mul_(scales[: whole // self.block_size, None])
         if whole < count:
@@ -82,18 +80,18 @@ class PackedFourBits(PackedWeight):
 
 
 def packed_weight(
-    weight: Tensor | FourBitTensor, name: str, quantization: FourBits, *, is_turned: bool
+    weight: NDArray[np.float32] | FourBitTensor, name: str, quantization: FourBits, *, is_turned: bool
 ) -> PackedFourBits:
     """Return a weight in four bits: of floats, or of a checkpoint in which it is stored so.
 
     Args:
-        weight: The layer's weight, or what is stored of it.
+        weight: Floats `[out, in]`, or what is stored of them.
         name: Its name in messages.
         quantization: How it is rounded.
         is_turned: Whether the layer's weight is `[in, out]`.
 
     Raises:
-        CheckpointError: A scale or a value of the table is not finite.
+        CheckpointError: A scale is not finite.
     """
     if isinstance(weight, FourBitTensor):
         codes = np.empty(weight.codes.nbytes, np.uint8)
@@ -102,11 +100,9 @@ def packed_weight(
         table, quantization, shape = weight.table, weight.quantization, weight.shape  # type: ignore[assignment]
         shape = shape[::-1] if weight.is_turned else shape
     else:
-        floats = weight.detach().float().numpy()
-        floats = floats.T if is_turned else floats
-        codes, scales, table = quantized(floats, quantization)
-        shape = floats.shape
-    if not (np.isfinite(scales).all() and np.isfinite(table).all()):
+        codes, scales, table = quantized(weight, quantization)
+        shape = weight.shape
+    if not np.isfinite(scales).all():
         raise CheckpointError(f"the scales of {name} in four bits are not finite; copy or save the model again")
     tensors = {
         "codes": torch.from_numpy(codes),
@@ -114,37 +110,3 @@ def packed_weight(
         "table": torch.from_numpy(table.astype(np.float32)).view(torch.int32),
     }
     return PackedFourBits(tensors, (int(shape[0]), int(shape[1])), quantization, is_turned)
-
-
-def _unpacked_forward(layer: Any, x: Tensor) -> Tensor:
-    """Run a layer that unpacks its weight whenever it runs; a trace reads the weight, which has a placeholder then."""
-    weight: nn.Parameter = layer.weight
-    if not weight.is_meta or x.is_meta:
-        output: Tensor = type(layer).forward(layer, x)
-        return output
-    values = values_of(weight, "weight").to(x.dtype)
-    return torch.nn.functional.linear(x, values.T if isinstance(layer, Conv1D) else values, layer.bias)
-
-
-def pack_layers(
-    layers: Mapping[str, nn.Module], quantization: FourBits, stored: Mapping[str, FourBitTensor | Any]
-) -> None:
-    """Let linear layers hold their weights in four bits alone.
-
-    Args:
-        layers: The layers by path.
-        quantization: How weights are rounded.
-        stored: The tensors of a checkpoint by the names of the model, if it is in four bits.
-    """
-    for path, layer in layers.items():
-        name = f"{path}.weight"
-        weight = layer.get_parameter("weight")
-        source = stored.get(name)
-        packed = packed_weight(
-            source if isinstance(source, FourBitTensor) else weight,
-            name,
-            quantization,
-            is_turned=isinstance(layer, Conv1D),
-        )
-        layer._parameters["weight"] = lazy_parameter(packed, weight.shape, torch.float32)
-        layer.forward = types.MethodType(_unpacked_forward, layer)

@@ -57,8 +57,15 @@ class BlockScales:
         values = np.empty(last - first, kind)
         self.stored.read_into(values, first * kind.itemsize)
         if self.table is None or self.outer is None:
-            return values.astype(np.float32, copy=False)
-        return scales_of(values, first, self.table, self.outer, self.outer_size, self.offset)
+            scales = values.astype(np.float32, copy=False)
+        else:
+            scales = scales_of(values, first, self.table, self.outer, self.outer_size, self.offset)
+        if not np.isfinite(scales).all():
+            weight = self.stored.key.removesuffix(".absmax")
+            raise CheckpointError(
+                f"{self.stored.file}: the scales of {weight} are not finite; copy or save the model again"
+            )
+        return scales
 
 
 @dataclass(frozen=True)
@@ -134,12 +141,16 @@ def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: FourBits |
             try:
                 found[key] = _four_bits(key, states[key], tensors, told or FourBits())
             except _DamagedError as error:
-                problems.append(f"{key}: {error}")
+                problems.append(f"{tensor.file.name}, {key}: {error}")
         elif not _belongs(key, states):
             if tensor.dtype in ("U8", "I8") and key.endswith(".weight"):
-                problems.append(f"{key} is stored as integers without {key}{_STATE}nf4, which says what they are")
+                problems.append(
+                    f"{tensor.file.name}, {key} is stored as integers without {key}{_STATE}nf4, which says what they "
+                    "are"
+                )
             found[key] = tensor
-    problems += [f"{name}: its integers are missing" for name in states if name not in tensors]
+    lacking = (name for name in states if name not in tensors)
+    problems += [f"{tensors[states[name]].file.name}, {name}: its integers are missing" for name in lacking]
     if problems:
         raise CheckpointError(
             f"{origin} does not hold weights of four bits as bitsandbytes stores them; save the model again with "
@@ -184,6 +195,8 @@ def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], to
         raise _DamagedError(
             f"{codes.nbytes} bytes and {stored.numel} scales are not those of {list(shape)} in blocks of {block_size}"
         )
+    if not (np.abs(values).max() == 1):
+        raise _DamagedError(f"its 16 values (quant_map) do not reach from -1 to 1, as those of {kind} do")
     if (stored.dtype == "U8") != bool(nested) or (not nested and stored.dtype not in FLOATS):
         raise _DamagedError(f"its scales are {stored.dtype}{'' if nested else ', and nested_absmax is missing'}")
     how = replace(told, kind=kind, block_size=int(block_size), double=bool(nested))

@@ -1,0 +1,58 @@
+"""LLM.int8 as a form of stored weights: what tells it, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gralora_fx.base.sources.base_quantization import BaseQuantization, layer_names
+
+
+@dataclass(frozen=True)
+class EightBits(BaseQuantization):
+    """Eight bits for each weight of a linear layer, with a scale for each output (LLM.int8, Dettmers et al. 2022).
+
+    Weights alone: activations are not rounded, as they are not where bitsandbytes trains on a CPU.
+
+    Attributes:
+        skip_modules: Names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice.
+        compute_dtype: Dtype of the values, which has no choice.
+    """
+
+    sign = "SCB"
+    title = "int8 of bitsandbytes"
+    texts = "int8"
+    metavar = "int8"
+    help = "With int8 round it to eight bits with a scale for each output, as bitsandbytes does with load_in_8bit."
+    fields = "one with load_in_8bit=True"
+    extra = None
+
+    skip_modules: tuple[str, ...] | None = None
+    compute_dtype: str = field(default="float32", init=False)
+
+    @classmethod
+    def of_text(cls, text: str) -> EightBits | None:
+        """Return what the word `int8` tells; None of any other."""
+        return cls() if text.lower() == "int8" else None
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> EightBits | None:
+        """Return what a record or the fields of a `BitsAndBytesConfig` tell; None if they are of another form."""
+        if fields.get("kind") == "int8":
+            return cls(layer_names(fields.get("skip_modules")))
+        if not fields.get("load_in_8bit") or fields.get("quant_method", "bitsandbytes") != "bitsandbytes":
+            return None
+        return None if fields.get("llm_int8_has_fp16_weight") else cls(layer_names(fields.get("llm_int8_skip_modules")))
+
+    def has_weights_of(self, other: BaseQuantization | None) -> bool:
+        """Return whether the same base has the same weights in both."""
+        return isinstance(other, EightBits)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for a record."""
+        return {"kind": "int8", "skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
+
+    def __str__(self) -> str:
+        """Return the word that tells it; names of layers are left out."""
+        return "int8"

@@ -1,0 +1,68 @@
+"""Eight-bit weights in memory, and the operator that unpacks one in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.core.graph.packed_weights import PackedWeight
+from gralora_fx.core.operators.call import Call, V, operator
+from gralora_fx.features.llm_int8.eight_bits import EightBits
+from gralora_fx.features.llm_int8.stored import EightBitTensor, quantized
+
+
+@operator("unpack_eight_bits")
+class UnpackEightBits(Call[V]):
+    """`gralora::unpack_eight_bits`: the values of a weight in eight bits, `code * step of the row`.
+
+    Attributes:
+        codes: `[out, in]`, int8.
+        steps: `[out]`, float32 as int32, which no conversion of a model's floats changes.
+        is_turned: Whether the result is `[in, out]`.
+    """
+
+    codes: V
+    steps: V
+    is_turned: bool
+
+    def result(self: UnpackEightBits[Tensor]) -> Tensor:
+        """The reference, in PyTorch's own operators."""
+        weight = self.codes.to(torch.float32).mul_(self.steps.view(torch.float32)[:, None])
+        return weight.T if self.is_turned else weight
+
+
+@dataclass(frozen=True)
+class PackedEightBits(PackedWeight):
+    """A weight in eight bits.
+
+    Attributes:
+        tensors: The arguments of the operator that are tensors.
+        is_turned: Whether the layer's weight is `[in, out]`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    is_turned: bool
+
+    def unpacked(self, tensors: Mapping[str, Any]) -> Any:
+        """Call the operator."""
+        return UnpackEightBits.target(tensors["codes"], tensors["steps"], self.is_turned)
+
+
+def packed_weight(
+    weight: NDArray[np.float32] | EightBitTensor, _name: str, _quantization: EightBits, *, is_turned: bool
+) -> PackedEightBits:
+    """Return a weight in eight bits: of floats `[out, in]`, or of a checkpoint in which it is stored so."""
+    if isinstance(weight, EightBitTensor):
+        codes, steps = np.empty(weight.codes.shape, np.int8), weight.scales
+        weight.codes.read_into(codes)
+    else:
+        codes, steps = quantized(weight)
+    return PackedEightBits(
+        {"codes": torch.from_numpy(codes), "steps": torch.from_numpy(steps).view(torch.int32)}, is_turned
+    )
