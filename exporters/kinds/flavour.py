@@ -21,12 +21,6 @@ from gralora_fx.errors import ExportError, option, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
-from gralora_fx.exporters.rules.attention.plain_attention import FuseDotProductAttention
-from gralora_fx.exporters.rules.clean_up import FoldConstants, remove_unused_nodes
-from gralora_fx.exporters.rules.normalization import LowerNorms
-from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes
-from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
-from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
@@ -71,21 +65,6 @@ def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset())
         quantizers = tuple(parts("quantized weights", conversion.traced.operators))
         passes += (QuantizeWeights(conversion.plan, tables, quantizers),)
     return (*passes, *parts("storing passes", conversion.traced.operators))
-
-
-def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
-    """What a graph goes through as it was translated, where no cache is fused into its attention."""
-    return (
-        *marking_passes(conversion),  # first: weights have their own names
-        fold_transposes,  # first: constant folding would compute the transposes of weights
-        FuseDotProductAttention(),  # before constants are folded: it makes some
-        *lowering_passes(conversion),
-        LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
-        FoldConstants(may_fold),
-        remove_unused_nodes,  # so that none of them counts as a reader of tokens
-        FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
-        fill_vectors,
-    )
 
 
 def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:

@@ -19,7 +19,7 @@ from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
-from gralora_fx.exporters.translation.cast_graph import precision_of
+from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model
 from gralora_fx.exporters.verify.fresh_inputs import random_answers

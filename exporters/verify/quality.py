@@ -26,7 +26,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.quantize.sensitivity import draw
-from gralora_fx.exporters.translation.cast_graph import precision_of
+from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Case, Verification
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model, variants
 from gralora_fx.exporters.verify.fresh_inputs import random_answers

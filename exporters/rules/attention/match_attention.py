@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from gralora_fx.core.graph.module_tree import innermost_path
-from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.core.operators.attention import DotProductAttention
 from gralora_fx.core.operators.call import named_arguments
-from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rules.attention.padding import MaskParts, hidden_padding, hides, selection_of, split_mask
-from gralora_fx.exporters.rules.onnx_pipeline import ONE_SPELLING, SIMPLIFIED
 from gralora_fx.exporters.translation.matching import (
     ADD,
     MUL,
@@ -29,40 +25,23 @@ from gralora_fx.exporters.translation.matching import (
     shape,
 )
 
-_SDPA = aten.scaled_dot_product_attention.default
 _PRODUCT = (aten.matmul.default, aten.bmm.default)
 _DIVISION = (aten.div.Tensor, aten.div.Scalar)
 
 
-@contract(needs={SIMPLIFIED, ONE_SPELLING})
-def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Rewrite attention without a cache as one operator, with padding apart from the rest of its mask.
-
-    Before: `y = softmax(query @ transpose(key) * scale + bias + where(padding, 0, smallest)) @ value`
-    After:  `y = dot_product_attention(query, key, value, bias, padding, scale)`
-
-    Likewise for `scaled_dot_product_attention`, for scores that `masked_fill` hides, and for products of
-    `[batch * heads, length, size]`.
-    """
-    count, skipped = 0, []
-    for node in list(graph.nodes):
-        if is_call(node, _SDPA):
-            count += _as_operator(graph, node)
-        elif is_call(node, aten.softmax.int, aten._softmax.default):
-            product = _product_after(node)
-            if product is None:
-                continue
-            scores = _scores_of(node, product)
-            if isinstance(scores, str):
-                skipped.append(Skip(innermost_path(node) or node.name, scores))
-            else:
-                _replace(graph, product, scores)
-                count += 1
-    graph.eliminate_dead_code()
-    return PassResult(count, tuple(skipped), summary=AttentionReport.of(0, skipped) if skipped else None)
+def replace_softmax(graph: fx.Graph, softmax: fx.Node) -> str | bool:
+    """Rewrite the attention that a softmax is part of; False where it is of none, or why it is not plain attention."""
+    product = _product_after(softmax)
+    if product is None:
+        return False
+    scores = _scores_of(softmax, product)
+    if isinstance(scores, str):
+        return scores
+    _replace(graph, product, scores)
+    return True
 
 
-def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
+def replace_operator(graph: fx.Graph, node: fx.Node) -> bool:
     """Rewrite PyTorch's own operator, if it has four axes and no dropout."""
     arguments = named_arguments(node)
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
