@@ -30,7 +30,6 @@ from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, layers_reports
-from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 from gralora_fx.exporters.translation.export_graphs import check_exportable
 from gralora_fx.format.export_files import describe_files, file_names
 from gralora_fx.format.export_usage import usage_of
@@ -147,6 +146,8 @@ def export_onnx(
     with timed("convert", seconds, "converting"), gc_pause():
         models = flavour.convert(conversion)
         if conversion.adapters is not None:
+            from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
+
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
         with timed("write", seconds, "writing"):

@@ -12,12 +12,11 @@ import torch
 
 from gralora_fx.base.compat.packages import installed_version
 from gralora_fx.base.sources.model_files import RECORD
-from gralora_fx.core.adapters.base import base_of
 from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, fingerprint_of
 from gralora_fx.exporters.reports import attention_report
 from gralora_fx.exporters.rules.products.initializers import weight_entries
 from gralora_fx.format.adapter_inputs import is_adapter_tensor
@@ -69,9 +68,12 @@ def _sites(traced: TracedModel) -> Iterator[SiteEntry]:
 
 
 def _base(traced: TracedModel) -> BaseEntry | None:
-    source = base_of(traced)
-    if source.name is None:
+    if traced.config is None or traced.tokenizer_source is None:  # made in memory
         return None
+    from gralora_fx.core.adapters.base import base_of
+
+    source = base_of(traced)
+    assert source.name is not None
     local = None if source.directory is None else str(source.directory)  # whatever directory later commands run in
     return BaseEntry(source.hub_id or local or source.name, source.commit, getattr(traced.config, RECORD, None))
 
@@ -83,6 +85,18 @@ def _quantization(conversion: Conversion) -> QuantizedWeights | None:
     from gralora_fx.exporters.quantize.plan import quantized_weights
 
     return quantized_weights(conversion.plan, conversion.log)
+
+
+def describes(manifest: Manifest, model: TracedModel | GraloraModel) -> bool:
+    """Return whether a manifest is of a model: of its base by the fingerprint, of adapters by their digests."""
+    if manifest.base_fingerprint not in (None, fingerprint_of(model)):
+        return False
+    return manifest.adapter_inputs is not None or digests_of(manifest.adapters) == digests_of(describe_adapters(model))
+
+
+def digests_of(entries: Mapping[str, AdapterEntry]) -> list[str]:
+    """Return the digests of adapters, sorted."""
+    return sorted(str(entry.sha256) for entry in entries.values())
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -20,7 +20,6 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
@@ -32,7 +31,11 @@ Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names."""
     adapters = conversion.adapters
-    return () if adapters is None else (MarkSites(adapters.weights, adapters.norm_biases),)
+    if adapters is None:
+        return ()
+    from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
+
+    return (MarkSites(adapters.weights, adapters.norm_biases),)
 
 
 def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:

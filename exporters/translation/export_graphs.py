@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.cache import returned_cache
 from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
-from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, option, warn_caller
 from gralora_fx.exporters.translation.matching import is_size
@@ -54,7 +54,10 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
     """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
-    drop_regions_for_inference(graph_module.graph)
+    if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # as those of regions are
+        from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
+
+        drop_regions_for_inference(graph_module.graph)
     graph_module.train(False)
     is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it
     if traced.example_inputs.get(PAST) is not None and is_noted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -190,3 +190,11 @@ def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, 
     """
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
     return {name: value for name, value in inputs.items() if name in names}
+
+
+def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
+    """Check that a model takes every input of an export."""
+    taken = flat(case)
+    missing = [name for name in names if name not in taken]
+    if missing:
+        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")

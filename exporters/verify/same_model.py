@@ -1,11 +1,10 @@
-"""Whether a model can be compared with an export: that it runs, and that it and its adapters are those exported."""
+"""What differs between a model and the one that was exported, or between their adapters."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -18,9 +17,9 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option
-from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.exporters.artifact.manifest import describe_adapters, digests_of
 from gralora_fx.exporters.kinds.conversion import base_trace, fingerprint_of
-from gralora_fx.exporters.verify.outputs import flat
+from gralora_fx.exporters.verify.outputs import check_inputs
 from gralora_fx.format.manifest import AdapterEntry, Manifest
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -61,18 +60,10 @@ def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
     )
 
 
-def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
-    """Check that a model takes every input of an export."""
-    taken = flat(case)
-    missing = [name for name in names if name not in taken]
-    if missing:
-        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
-
-
 def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | GraloraModel) -> None:
     """Check that a model's active adapters are those that were exported."""
     exported, active = manifest.adapters, describe_adapters(model)
-    if _digests(exported) == _digests(active):
+    if digests_of(exported) == digests_of(active):
         return
     state = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
     if not exported:
@@ -127,10 +118,6 @@ def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -
     if differing or entry.sha256 in digests:
         return ", ".join(differing)
     return "its tensors have another SHA-256"
-
-
-def _digests(entries: Mapping[str, AdapterEntry]) -> list[str]:
-    return sorted(str(entry.sha256) for entry in entries.values())
 
 
 def _all(entries: Mapping[str, AdapterEntry]) -> str:

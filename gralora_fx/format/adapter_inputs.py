@@ -24,6 +24,7 @@ from typing import TypeVar
 
 DATA, INPUTS = "data", "inputs"
 AS_DATA = (DATA, INPUTS)
+BASE = 0  # the id of no adapter, where rows of a batch choose one
 STACKED = "stacked"  # as a graph takes them in which each row has an adapter of its own
 EARLIER_MODES = {"swappable": DATA, "batched": DATA}  # names that options may still have
 FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias")

@@ -12,8 +12,18 @@ from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.errors import ExportError, listed, option
 from gralora_fx.exporters.rules.adapters.adapter_function import adapter_function, batched_adapter_function
 from gralora_fx.exporters.rules.adapters.adapter_groups import Grouping, Groups
-from gralora_fx.exporters.rules.adapters.site_marks import MARKED, SITES, SiteOutput, sites_in
-from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, add_input, choice, replace_readers, static_dim
+from gralora_fx.exporters.rules.adapters.site_marks import MARKED
+from gralora_fx.exporters.rules.builder import (
+    FUNCTIONS,
+    SITES,
+    Builder,
+    SiteOutput,
+    add_input,
+    choice,
+    replace_readers,
+    sites_in,
+    static_dim,
+)
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.format.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite

@@ -15,8 +15,6 @@ from gralora_fx.exporters.translation.matching import aten, is_call
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.exporters.translation.operators import DotProductAttentionNode
 
-PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
-ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
 _SDPA = aten.scaled_dot_product_attention.default
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.adapters.site_marks import mark_concat
 from gralora_fx.exporters.rules.attention.rotary import RotaryTables, rotated
 from gralora_fx.exporters.rules.builder import (
     MICROSOFT,
@@ -15,6 +14,7 @@ from gralora_fx.exporters.rules.builder import (
     add_initializer,
     attributes_of,
     const_ints,
+    mark_concat,
     static_dim,
 )
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode

@@ -7,10 +7,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.attention.attention_passes import PADDING
 from gralora_fx.exporters.rules.attention.cached_attention import decompose_attention
 from gralora_fx.exporters.rules.attention.pack_qkv import SWAP, merged_heads
-from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
+from gralora_fx.exporters.rules.builder import MICROSOFT, PADDING, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode
 
 

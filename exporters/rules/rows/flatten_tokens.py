@@ -9,8 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
-from gralora_fx.exporters.rules.attention.attention_passes import ATTENTION, PADDING
-from gralora_fx.exporters.rules.builder import Builder, const_ints
+from gralora_fx.exporters.rules.builder import ATTENTION, PADDING, Builder, const_ints
 from gralora_fx.exporters.rules.onnx_pipeline import FUSED_ATTENTION
 from gralora_fx.exporters.rules.rows.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.attention.attention_passes import ATTENTION
-from gralora_fx.exporters.rules.builder import const_ints, static_dim
+from gralora_fx.exporters.rules.builder import ATTENTION, const_ints, static_dim
 
 # fmt: off
 _ELEMENTWISE = frozenset({

@@ -12,10 +12,9 @@ from weakref import WeakKeyDictionary
 
 from numpy.typing import NDArray
 
-from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.adapter_inputs import BASE, AdapterInputs
 from gralora_fx.run.engine.adapters import LoadedAdapter, Stack
 from gralora_fx.run.sessions.adapter_arrays import (
-    BASE,
     Ranks,
     as_ort_value,
     empty_stack,

@@ -15,10 +15,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from gralora_fx.format.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.format.adapter_inputs import BASE, AdapterInputs, AdapterSite
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-BASE = 0  # the id of no adapter
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
 
 Arrays = Mapping[str, NDArray[Any]]
