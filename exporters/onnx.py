@@ -155,7 +155,7 @@ def export_onnx(
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_companions(stage, conversion.traced)
             if options.tokenizer is not None:
-                from gralora_fx.exporters.artifact.tokenizer_files import write_tokenizer
+                from gralora_fx.exporters.artifact.companions import write_tokenizer
 
                 write_tokenizer(stage, conversion.traced, options.tokenizer)
             flavour.write_files(stage, conversion.traced, models)
@@ -163,7 +163,7 @@ def export_onnx(
             write_manifest(stage, manifest)
             active: list[str] = []
             if isinstance(model, GraloraModel) and conversion.adapters is not None:
-                from gralora_fx.exporters.artifact.base_parameters import write_active_adapters
+                from gralora_fx.exporters.artifact.exported_adapters import write_active_adapters
 
                 active = model.active_adapters
                 write_active_adapters(stage, model, manifest)

@@ -52,7 +52,7 @@ def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = Fals
     """The least exact precision that a run computes in."""
     if [name for name, _ in runtime.providers] == [CPU]:
         return precision
-    from gralora_fx.run.sessions.openvino import arithmetic, is_openvino
+    from gralora_fx.run.sessions.placement import arithmetic, is_openvino
 
     devices = {device.provider: device for device in runtime.devices}
     precisions = [precision]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import ServingError
-from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
+from gralora_fx.service.adapter_store.store import AdapterTrial
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.protocols.inference.tensors import datatype_of
 

@@ -10,8 +10,12 @@ import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.errors import ExportError, listed, option
-from gralora_fx.exporters.rules.adapters.adapter_function import adapter_function, batched_adapter_function
-from gralora_fx.exporters.rules.adapters.adapter_groups import Grouping, Groups
+from gralora_fx.exporters.rules.adapters.adapter_groups import (
+    Grouping,
+    Groups,
+    adapter_function,
+    batched_adapter_function,
+)
 from gralora_fx.exporters.rules.adapters.site_marks import MARKED
 from gralora_fx.exporters.rules.builder import (
     FUNCTIONS,

@@ -13,9 +13,9 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.base.progress.stages import gc_pause
+from gralora_fx.core.graph.block_calls import blocks_of
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.out_of_reach import layers_of
-from gralora_fx.core.graph.repeated_layers import blocks_of
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code, trace_both_modes
 from gralora_fx.core.tracing.check import with_call_signature
