@@ -10,7 +10,6 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.core.loading.tokenizers import load_feature_extractor, load_tokenizer
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
@@ -153,7 +152,9 @@ def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
 
 
 def loaded_tokenizer(tokenizer: Any) -> Any:
-    """A given tokenizer."""
+    """Return a given tokenizer, loaded if a directory was given."""
+    from gralora_fx.core.loading.tokenizers import load_tokenizer
+
     loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
     if loaded is None:
         raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
@@ -166,4 +167,6 @@ def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer
         return None
     places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
     place = next((place for place in places if place), None)
+    from gralora_fx.core.loading.tokenizers import load_feature_extractor
+
     return None if place is None else load_feature_extractor(place, ExportError)

@@ -15,7 +15,7 @@ from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, ra
 from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.module_tree import module_stack
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
-from gralora_fx.core.operators.call import CONTRACTIONS
+from gralora_fx.core.operators import CONTRACTIONS
 from gralora_fx.errors import ExportError, option
 from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST

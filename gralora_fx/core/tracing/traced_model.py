@@ -20,7 +20,7 @@ from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.operators.call import operators_called
+from gralora_fx.core.operators import operators_called
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
 from gralora_fx.core.tracing.inputs.signature import CallSignature, with_cache_name
 from gralora_fx.core.tracing.normalize.modes import set_mode

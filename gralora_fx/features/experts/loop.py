@@ -1,4 +1,4 @@
-"""Experts as a loop over those with tokens: what ONNX Runtime's operator does not compute, and its function on a CPU."""
+"""Experts as a loop over those with tokens: in place of ONNX Runtime's operator, and as its function on a CPU."""
 
 from __future__ import annotations
 

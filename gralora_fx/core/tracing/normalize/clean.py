@@ -11,7 +11,7 @@ from torch import fx
 from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Pipeline, contract
 from gralora_fx.core.graph.surgery import copy_graph, erase_unused
-from gralora_fx.core.operators.call import COMPUTING, STANDS_FOR
+from gralora_fx.core.operators import COMPUTING, STANDS_FOR
 from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, evaluate, find_rng_op, updated_buffers

@@ -10,8 +10,8 @@ from torch import fx
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.surgery import erase_unused
+from gralora_fx.core.operators import COMPUTING
 from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
-from gralora_fx.core.operators.call import COMPUTING
 
 _ONE_MASK = "a mask has one form"
 _CASTS = (

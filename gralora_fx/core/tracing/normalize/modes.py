@@ -11,7 +11,7 @@ from torch import fx
 
 from gralora_fx.base.compat.torch_graphs import schema_of
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.core.operators.call import COMPUTING, DROPOUTS, TRAIN_FLAGS
+from gralora_fx.core.operators import COMPUTING, DROPOUTS, TRAIN_FLAGS
 
 MODES = "modes are annotated"
 INLINED = "subgraphs that run once are inlined"

@@ -30,8 +30,9 @@ from gralora_fx.base.compat.transformers_models import (
     or_masks,
     sliding_window_causal_mask_function,
 )
+from gralora_fx.core.operators import NAMESPACE
 from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
-from gralora_fx.core.operators.call import NAMESPACE, define_shape_only, is_shape_only
+from gralora_fx.core.operators.call import define_shape_only, is_shape_only
 from gralora_fx.core.operators.layers import RmsNorm, Rotate
 from gralora_fx.core.tracing.inputs.cache import tensors_of
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names
