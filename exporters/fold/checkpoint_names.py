@@ -142,13 +142,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
 
 
 def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | None) -> SavedWeights:
-    """A base's files with weights as the model's layers multiply by them.
-
-    Args:
-        base: The base's files: floats to round, or weights in few bits, all of which are stored as `[out, in]`.
-        names: What its tensors are in the model.
-        rounding: How floats are rounded; None for not at all.
-    """
+    """Return a base's files with weights, stored as `[out, in]`, as the model's layers multiply by them."""
     if names.model is None:
         raise CheckpointError(
             f"{base.directory} is of a class that transformers does not have, which would say how its layers hold "

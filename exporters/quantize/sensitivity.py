@@ -100,13 +100,7 @@ class Sensitivities:
         return self.positions > 0 and (path in self.tables or (layer is not None and layer.reads > 0))
 
     def loss(self, path: str, errors: Tensor, rows: Tensor | None = None) -> float:
-        """The expected divergence, in nats a position, of errors of a layer's weight; zero for one that was not run.
-
-        Args:
-            path: The layer.
-            errors: Their squares, `[out, in]`, or some rows of them.
-            rows: Which rows these are, that stand for all; None for all.
-        """
+        """Estimate the divergence, in nats a position, of squared errors `[out, in]`; some rows may stand for all."""
         layer, table = self.layers.get(path), self.tables.get(path)
         both = [sensitivity for sensitivity in (layer, table) if sensitivity is not None]
         return sum(sensitivity.loss(errors, self.positions, rows) for sensitivity in both)

@@ -56,11 +56,7 @@ KINDS = {
 
 
 def kinds_shown(signs: Collection[str]) -> dict[str, StateKind]:
-    """Return the kinds of state by name, with those of the features that some signs show.
-
-    Args:
-        signs: Names of kinds, or of attributes of a cache and its layers.
-    """
+    """Return the kinds of state by name, with those of the features that some signs show."""
     if KINDS.keys() >= set(signs):
         return KINDS
     kinds = dict(KINDS)

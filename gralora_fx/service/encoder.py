@@ -70,12 +70,7 @@ class TextReader:
         return [self._one(text) for text in texts]
 
     def pairs(self, first: str, seconds: Sequence[str]) -> list[Tokens]:
-        """Token ids of pairs of texts, as the tokenizer joins them.
-
-        Args:
-            first: The first text of every pair.
-            seconds: The second text of each.
-        """
+        """Return token ids of a text with each of others, as the tokenizer joins them."""
         return self._encoded([first] * len(seconds), seconds)
 
     def padded(self, rows: Sequence[Tokens]) -> dict[str, NDArray[Any]]:

@@ -100,12 +100,7 @@ class Skeleton(Draft):
 
 
 def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> Draft | str:
-    """Return a source for a trace that has other tensors than the source model.
-
-    Args:
-        source: What the trace was made from, or why it cannot be made again.
-        memo: What the trace's tensors were copied to, if it is a copy of which the model may be a part.
-    """
+    """Return a source for a trace that has other tensors than the source model."""
     if isinstance(source, (str, Skeleton)):
         return source
     if memo is not None and id(source.model) in memo:

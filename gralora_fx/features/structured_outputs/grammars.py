@@ -208,11 +208,7 @@ class Grammars:
             raise
 
     def special_tokens(self, field: str | None = None) -> frozenset[int]:
-        """Ids of the tokens that no text within a grammar has, and which a grammar can name; without end tokens.
-
-        Args:
-            field: The field whose error it is if the tokenizer cannot be read.
-        """
+        """Return ids of special tokens, which a grammar can name and no text within one has; without end tokens."""
         tokens = self._read(field)
         special = filter(tokens.is_special_token, range(tokens.vocab_size))
         return frozenset(special) - frozenset(tokens.eos_tokens)

@@ -60,14 +60,7 @@ class ToolUse:
 
 
 def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, content: Form | None = None) -> Constraint:
-    """The constraint on answers that may call tools.
-
-    Args:
-        constraints: Compiles it.
-        form: How calls are written.
-        use: The tools.
-        content: What an answer without calls has to be; None for any text.
-    """
+    """Constrain answers that may call tools, and those that call none to a form if one is given."""
     if content is not None and not use.is_required and form.begins_answer:
         raise WrongFieldError(
             content.field,

@@ -158,9 +158,6 @@ class ToolCaller(PlannedRequest):
     def tool_use(self, constraints: Constraints | None) -> ToolUse | None:
         """The tools that the answer may call; None if it calls none.
 
-        Args:
-            constraints: Checks their schemas; None if there are no tools.
-
         Raises:
             WrongFieldError: A tool's arguments are no schema, two have one name, or a choice names none of them.
         """

@@ -106,9 +106,6 @@ class Decoder(BoundedRows):
     def length(self, row: int) -> int:
         """How many tokens a row has read.
 
-        Args:
-            row: Its number, as `open` gave it.
-
         Raises:
             ServingError: The row is not open.
         """
@@ -180,9 +177,6 @@ class Decoder(BoundedRows):
 
     def close(self, row: int) -> None:
         """Free a row.
-
-        Args:
-            row: Its number, as `open` gave it.
 
         Raises:
             ServingError: The row is not open.

@@ -25,11 +25,7 @@ class PagedBytes:
     """
 
     def __init__(self, count: int) -> None:
-        """Reserve addresses.
-
-        Args:
-            count: How many bytes.
-        """
+        """Reserve addresses of so many bytes."""
         self._map = _mapped(max(count, 1))
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # a kernel without huge pages

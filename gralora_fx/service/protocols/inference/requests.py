@@ -140,11 +140,6 @@ def _parsed(head: bytes, header_length: str | None) -> InferRequest:
 def _announced(name: str, size: Any, binary: memoryview) -> tuple[memoryview, memoryview]:
     """The bytes of an input, and those that are left for others.
 
-    Args:
-        name: The input.
-        size: What the request says of how many they are.
-        binary: The bytes behind the JSON object that belong to no input before.
-
     Raises:
         ServingError: It is not a number of bytes, or there are not as many.
     """

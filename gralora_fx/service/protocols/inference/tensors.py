@@ -80,14 +80,7 @@ def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) 
 
 
 def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype) -> NDArray[Any]:
-    """A tensor from bytes, row by row; floats may be infinite or not a number.
-
-    Args:
-        name: The tensor.
-        data: The bytes.
-        shape: Its shape.
-        datatype: Its type.
-    """
+    """Make a tensor of bytes, row by row; floats may be infinite or not a number."""
     count = _count(name, shape)
     size = count * datatype.dtype.itemsize
     if len(data) != size:
