@@ -15,8 +15,7 @@ from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed, marked, warn_caller
 from gralora_fx.exporters.artifact.companions import write_companions
-from gralora_fx.exporters.artifact.manifest import describe, write_manifest
-from gralora_fx.exporters.artifact.save import save_models
+from gralora_fx.exporters.artifact.manifest import describe, save_models, write_manifest
 from gralora_fx.exporters.artifact.staging import (
     check_folder,
     check_output,

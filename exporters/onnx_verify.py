@@ -151,7 +151,7 @@ def verify_onnx(
     assert report is not None
     if manifest.quantization is None or manifest.quantization.kind != DYNAMIC:
         return report
-    from gralora_fx.exporters.verify.int8_products import PRODUCT_TOLERANCE, compare_products
+    from gralora_fx.exporters.verify.quantized_references import PRODUCT_TOLERANCE, compare_products
 
     products = compare_products(Path(output_dir))
     is_exact = report.passed and products.max_rel_error <= PRODUCT_TOLERANCE

@@ -17,7 +17,7 @@ from gralora_fx.base.progress.report import Invocation, Report, Summary, written
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.model_files import usable_directory, usable_path
 from gralora_fx.errors import ExportError, Message, command, joined, listed, marked, option, shown
-from gralora_fx.exporters.artifact.save import save_models
+from gralora_fx.exporters.artifact.manifest import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
 from gralora_fx.exporters.rules.adapters.adapter_groups import ConstantAdapters

@@ -46,8 +46,7 @@ from gralora_fx.exporters.translation.export_graphs import CastGraph, step_to_tr
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.fresh_inputs import decoder_inputs, random_prompts
+from gralora_fx.exporters.verify.cases import Verification, decoder_inputs, random_prompts
 from gralora_fx.exporters.verify.greedy_tokens import compare_decoder
 from gralora_fx.format.cache_slots import CacheSlot
 from gralora_fx.format.export_directory import DECODER_KIND, MODEL

@@ -20,9 +20,8 @@ from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
 from gralora_fx.exporters.translation.export_graphs import precision_of
-from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.cases import Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model
-from gralora_fx.exporters.verify.fresh_inputs import random_answers
 from gralora_fx.exporters.verify.given_texts import drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verify.outputs import step_inputs

@@ -14,8 +14,7 @@ from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.artifact.companions import loaded_tokenizer
-from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, vocabulary_of
-from gralora_fx.exporters.verify.fresh_inputs import pad_prompts
+from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, pad_prompts, vocabulary_of
 
 _BATCH = 16  # a user's texts that are compared at once
 _USER_STEPS = 16  # tokens that are compared after a user's own prompts

@@ -27,9 +27,8 @@ from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.translation.export_graphs import precision_of
-from gralora_fx.exporters.verify.cases import Case, Verification
+from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model, variants
-from gralora_fx.exporters.verify.fresh_inputs import random_answers
 from gralora_fx.exporters.verify.given_texts import MeasuredTexts, drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
 from gralora_fx.exporters.verify.outputs import OutputComparison

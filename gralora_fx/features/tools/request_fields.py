@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from gralora_fx.features.tools.call_formats import CallReader
-from gralora_fx.features.tools.call_grammar import ToolUse, call_grammar
 from gralora_fx.features.tools.tool_fields import (
     MOST,
     AllowedFunctions,
@@ -23,6 +22,8 @@ from gralora_fx.features.tools.tool_fields import (
     NamedTool,
     ResponseTool,
     ToolChoice,
+    ToolUse,
+    call_grammar,
     chosen_tools,
     template_tool,
 )
