@@ -24,10 +24,10 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
+from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, layers_reports
 from gralora_fx.exporters.translation.export_graphs import check_exportable
 from gralora_fx.format.export_files import describe_files, file_names

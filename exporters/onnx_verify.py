@@ -14,10 +14,10 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.artifact.manifest import describes
+from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
-from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.verify.cases import TokenRun
 from gralora_fx.exporters.verify.comparable import Variant, evaluating, open_comparable, variants
 from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs

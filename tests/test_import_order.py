@@ -43,6 +43,7 @@ ORDER = [
     "peft",
     "run.sessions",
     "run.engine",
+    "exporters.formats",
     "exporters.quantize",
     "exporters.options",
     "exporters.verify_report",

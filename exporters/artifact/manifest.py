@@ -22,10 +22,18 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, fingerprint_of
 from gralora_fx.exporters.reports import attention_report
-from gralora_fx.exporters.rules.products.initializers import weight_entries
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names, product_weights
 from gralora_fx.format.adapter_inputs import is_adapter_tensor
 from gralora_fx.format.export_directory import MANIFEST_NAME, ROWS
-from gralora_fx.format.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.format.manifest import (
+    SCHEMA_VERSION,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    RowsEntry,
+    SiteEntry,
+    WeightEntry,
+)
 from gralora_fx.format.quantized_weights import QuantizedWeights
 from gralora_fx.run.engine.limits import context_length
 
@@ -89,6 +97,36 @@ def _quantization(conversion: Conversion) -> QuantizedWeights | None:
     from gralora_fx.exporters.quantize.plan import quantized_weights
 
     return quantized_weights(conversion.plan, conversion.log)
+
+
+def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:
+    """Return where the weight of each linear layer lies, by the layer's path."""
+    names = {site.path: {f"{site.path}.weight", *traced.tree.names_of(site.weight)} for site in traced.sites}
+    sites: dict[str, list[str]] = {}
+    for path, of_site in names.items():
+        for name in of_site:
+            sites.setdefault(name, []).append(path)
+    widths = {site.path: site.out_features for site in traced.sites}
+    entries: dict[str, list[WeightEntry]] = {}
+    for file, graph in graphs.items():
+        for weight in product_weights(graph):
+            start = 0
+            for part in _parameters_of(weight, sites, widths):
+                stop = start + widths[sites[part][0]]
+                entry = WeightEntry(f"{file}.onnx", weight.name, start, stop, weight.transposed)
+                for path in sites[part]:
+                    entries.setdefault(path, []).append(entry)
+                start = stop
+    return {path: tuple(of_layer) for path, of_layer in entries.items()}
+
+
+def _parameters_of(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:
+    """The parameters that an initializer holds; none if it does not hold weights of layers alone."""
+    for names in parameter_names(weight.value):
+        is_known = all(name in sites for name in names)
+        if is_known and sum(widths[sites[name][0]] for name in names) == weight.out_features:
+            return names
+    return ()
 
 
 def describes(manifest: Manifest, model: TracedModel | GraloraModel) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.rewriting import RowEdit
 from gralora_fx.errors import ExportError, MergeError, command, option
 from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
-from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.rules.products.quantized_products import EARLIER
 

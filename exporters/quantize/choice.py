@@ -20,10 +20,10 @@ from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.tracing.normalize.regions import LEAVE
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import first_line
+from gralora_fx.exporters.formats import Blocks, Columns
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProducts
 from gralora_fx.exporters.quantize.calibration import Calibration, calibrate
-from gralora_fx.exporters.quantize.formats import Blocks, Columns
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantize.row_errors import plan_rows

@@ -23,7 +23,7 @@ from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.quantize.formats import Columns
+from gralora_fx.exporters.formats import Columns
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantize.quantized_arrays import (
     ROW_LARGEST,

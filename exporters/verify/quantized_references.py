@@ -18,12 +18,12 @@ from gralora_fx.core.graph.sites import LinearSite, other_readers
 from gralora_fx.core.model.merging import replace_weights, with_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option
-from gralora_fx.exporters.artifact.manifest import save_models
+from gralora_fx.exporters.artifact.manifest import save_models, weight_entries
 from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.fold.requantize import stored_values
 from gralora_fx.exporters.rules.builder import add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
-from gralora_fx.exporters.rules.products.initializers import ProductWeight, product_weights, weight_entries
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, product_weights
 from gralora_fx.exporters.rules.products.quantized_products import QuantizedProduct, quantized_products
 from gralora_fx.exporters.translation.translate import OPSET
 from gralora_fx.exporters.translation.weights import LazyTensor, derived

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_search import BlockArrays, scale_dtype
-from gralora_fx.exporters.quantize.formats import Blocks
 from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, matrix_of, replace_product

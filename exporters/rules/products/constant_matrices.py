@@ -12,7 +12,6 @@ from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.exporters.rules.attention.pack_qkv import concat_initializers
 from gralora_fx.exporters.rules.builder import Builder, attributes_of, const_ints, replace_value, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES, FOLDED_TRANSPOSES, OWN_WEIGHTS
-from gralora_fx.exporters.rules.products.quantized_products import MARK
 from gralora_fx.exporters.translation.weights import parts_of, transposed_tensor
 
 _COLUMNS = 4096  # in a group
@@ -135,6 +134,8 @@ def unquantized(model: ir.Model) -> tuple[Skip, ...]:
 
 
 def _skips(node: ir.Node) -> Iterator[tuple[str, str]]:
+    from gralora_fx.exporters.rules.products.quantized_products import MARK
+
     place = node.name or str(node.outputs[0].name)
     if MARK in node.metadata_props:
         return

@@ -18,7 +18,7 @@ from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Skip
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.fold.requantize import stored_values
-from gralora_fx.exporters.quantize.formats import LEAST_BLOCK, Blocks, Format
+from gralora_fx.exporters.formats import LEAST_BLOCK, Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
