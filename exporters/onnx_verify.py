@@ -159,7 +159,7 @@ def verify_onnx(
 
 
 def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
-    """Where an export was run: the first provider, its device, and which provider took which nodes."""
+    """Return where an export was run: the first provider, its device, and which provider took which nodes."""
     name, _ = runtime.providers[0]
     device = next((device for device in runtime.devices if device.provider == name), None)
     from gralora_fx.run.sessions.placement import placement_of
@@ -174,7 +174,7 @@ def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:
 def _describe_reference(
     model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel, adapter_name: str | None
 ) -> str:
-    """What an export was compared with, in words, an adapter by its name in the export."""
+    """Return what an export was compared with, in words, an adapter by its name in the export."""
     active = model.active_adapters if isinstance(model, GraloraModel) else []
     names = [adapter_name] if adapter_name is not None and active else active
     adapters = f" with {', '.join(map(repr, names))} active" if names else ""

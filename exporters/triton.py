@@ -149,7 +149,7 @@ def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -
 
 
 def _has_rows(manifest: Manifest) -> bool:
-    """Whether there is a graph whose rows choose among adapters."""
+    """Return whether there is a graph whose rows choose among adapters."""
     return manifest.has_rows and manifest.adapter_inputs is not None
 
 
@@ -220,7 +220,7 @@ def _config(
     threads: int | None,
     labels: Mapping[str, str],
 ) -> tuple[TritonConfig, list[str]]:
-    """What Triton is told of a written model, and what it does not do with it."""
+    """Return what Triton is told of a written model, and what it does not do with it."""
     session = open_session(folder)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     optional = [value for value in session.get_overridable_initializers() if is_adapter_tensor(value.name)]

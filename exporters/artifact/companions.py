@@ -106,7 +106,7 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
 
 
 def _model_type(config: PreTrainedConfig) -> str:
-    """What onnxruntime-genai calls a model that keeps states, which it knows by name alone.
+    """Return what onnxruntime-genai calls a model that keeps states, which it knows by name alone.
 
     The name is that of the class; the text model within another has one of its own.
     """
@@ -117,7 +117,7 @@ def _model_type(config: PreTrainedConfig) -> str:
 
 
 def _is_in_place(present: ir.Value) -> bool:
-    """Whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
+    """Return whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
     producer = present.producer()
     return producer is not None and producer.op_type == "GroupQueryAttention"
 
@@ -128,7 +128,7 @@ def _is_attentions_own(past: ir.Value) -> bool:
 
 
 def _is_token(token: object, config: Any) -> bool:
-    """Whether a token id lies within the configuration's vocabulary; onnxruntime-genai refuses others."""
+    """Return whether a token id lies within the configuration's vocabulary; onnxruntime-genai refuses others."""
     return isinstance(token, int) and 0 <= token < config.vocab_size
 
 

@@ -110,7 +110,7 @@ def adapter_tensors(name: str, changes: Changes, inputs: AdapterInputs) -> dict[
 
 
 def _remedy_for_blocks(inputs: AdapterInputs) -> str:
-    """What to do with an adapter of another `gralora_k`, which an export in GraLoRA's form fixes."""
+    """Return what to do with an adapter of another `gralora_k`, which an export in GraLoRA's form fixes."""
     plain = f"convert it with {command('to_lora')}, which gives the plain LoRA that it equals"
     return f"give one of gralora_k={inputs.k}, or {plain}"
 
@@ -264,7 +264,7 @@ def write_active_adapters(directory: Path, model: GraloraModel, manifest: Manife
 
 
 def installed_changes(model: GraloraModel, name: str, base: BaseParameters) -> Changes:
-    """What an adapter of a model changes of an export."""
+    """Return what an adapter of a model changes of an export."""
     adapter = model.adapter(name)
     updates = {path: adapter.update(path) for path in adapter.factors}
     copies = {base_name: to_numpy(value) for owned in adapter.copies.values() for base_name, value in owned.items()}

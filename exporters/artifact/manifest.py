@@ -243,7 +243,7 @@ def _weights(model: ir.Model) -> Iterable[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _identity(tensor: ir.TensorProtocol) -> Hashable:
-    """What tells whether two tensors are the same: the object, or the values of a constant that a pass made."""
+    """Return what tells whether two tensors are the same: the object, or the values of a constant that a pass made."""
     if type(tensor) is ir.Tensor:
         return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
     return id(tensor)

@@ -170,7 +170,7 @@ def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule,
 
 
 def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
-    """What either part goes through as it was translated."""
+    """Return what either part goes through as it was translated."""
     return OnnxPipeline(
         name,
         (
@@ -190,7 +190,7 @@ def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
 
 
 def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
-    """What a part goes through once its inputs and outputs have their names."""
+    """Return what a part goes through once its inputs and outputs have their names."""
     return OnnxPipeline(
         name,
         (

@@ -39,7 +39,7 @@ def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
 
 
 def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """What inserts adapters that are data, to be run once all is fused, and before weights are quantized."""
+    """Return what inserts adapters that are data, to be run once all is fused, and before weights are quantized."""
     adapters = conversion.adapters
     if adapters is None:
         return ()
@@ -116,7 +116,7 @@ class Flavour:
     shares_weights: bool = False
 
     def logits(self, options: ExportOptions) -> str:
-        """Which positions' logits an export gives: `"last"` or `"all"`."""
+        """Return which positions' logits an export gives: `"last"` or `"all"`."""
         return options.logits if self.has_last_logits else "all"
 
     def check(self, options: ExportOptions) -> None:
@@ -133,7 +133,7 @@ class Flavour:
             )
 
     def measures_quality(self, options: ExportOptions) -> bool:
-        """Whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
+        """Return whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
         return options.quantize is not None and options.precision != "bf16"
 
 

@@ -56,7 +56,7 @@ from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 
 
 def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
-    """What a graph goes through as it was translated, where no cache is fused into its attention."""
+    """Return what a graph goes through as it was translated, where no cache is fused into its attention."""
     return (
         *marking_passes(conversion),  # first: weights have their own names
         fold_transposes,  # first: constant folding would compute the transposes of weights
@@ -131,7 +131,7 @@ def check_rows(model: ir.Model) -> ir.Model:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Whether constants may be folded at a node: not at the transpose of a weight, nor at a resize."""
+    """Return whether constants may be folded at a node: not at the transpose of a weight, nor at a resize."""
     return False if node.op_type == "Resize" else unless_weight(node)
 
 

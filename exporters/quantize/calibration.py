@@ -157,7 +157,7 @@ def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
 
 
 def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
-    """What a decoder takes to read texts from their beginning."""
+    """Return what a decoder takes to read texts from their beginning."""
     inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
     return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
 

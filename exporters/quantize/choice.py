@@ -290,7 +290,7 @@ def _forms(form: Blocks, site: LinearSite, is_table: bool, has_own: bool) -> tup
 def _candidate(
     site: LinearSite, names: tuple[str, ...], forms: tuple[Blocks, Blocks], measured: Sensitivities | None
 ) -> _Candidate:
-    """What a layer's weight loses in several formats."""
+    """Return what a layer's weight loses in several formats."""
     values = values_of(site.weight, names[0]).detach()
     weight = values.t() if site.kind == "conv1d" else values  # [out, in]
     rows = torch.arange(0, len(weight), max(1, len(weight) // _ROWS))

@@ -67,7 +67,7 @@ class QuantizationPlan:
         )
 
     def inputs_of(self, names: Iterable[str]) -> ColumnInputs | None:
-        """What is known of the inputs of a matrix; None for nothing."""
+        """Return what is known of the inputs of a matrix; None for nothing."""
         return next((self.inputs[name] for name in names if name in self.inputs), None)
 
 

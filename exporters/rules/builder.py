@@ -144,7 +144,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 def swaps_last_axes(node: ir.Node) -> bool:
-    """Whether a node gives its input with the last two axes in the other order, and the others as they are."""
+    """Return whether a node gives its input with the last two axes in the other order, and the others as they are."""
     if node.op_type != "Transpose" or "perm" not in node.attributes:
         return False
     axes = list(node.attributes["perm"].as_ints())
@@ -153,7 +153,7 @@ def swaps_last_axes(node: ir.Node) -> bool:
 
 
 def takes_row_count(node: ir.Node) -> bool:
-    """Whether a node takes the size of a value's first axis, and nothing else of it."""
+    """Return whether a node takes the size of a value's first axis, and nothing else of it."""
     limits = attributes_of(node)
     return node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1)
 

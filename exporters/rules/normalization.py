@@ -168,7 +168,7 @@ def _residual(node: ir.Node) -> ir.Node | None:
 
 
 def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
-    """Whether a value depends on a node's outputs."""
+    """Return whether a value depends on a node's outputs."""
     seen, waiting = set(), [value]
     while waiting:
         current = waiting.pop()

@@ -46,7 +46,7 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether a node is a tensor, as far as its traced value tells."""
+    """Return whether a node is a tensor, as far as its traced value tells."""
     return "val" not in node.meta or isinstance(node.meta["val"], torch.Tensor)
 
 

@@ -102,7 +102,7 @@ def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _promotes(node: fx.Node) -> bool:
-    """Whether an operator relies on type promotion, which ONNX operators do not do."""
+    """Return whether an operator relies on type promotion, which ONNX operators do not do."""
     result = node.meta.get("val")
     if node.op != "call_function" or node.target in _MIXED or not isinstance(result, Tensor):
         return False

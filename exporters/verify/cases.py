@@ -106,12 +106,12 @@ def vocabulary_of(model: TracedModel) -> int | None:
 
 
 def longest_text(model: TracedModel) -> int:
-    """How many positions a text may have: the context, or 24 where that has no limit."""
+    """Return how many positions a text may have: the context, or 24 where that has no limit."""
     return context_of(model) or max(LENGTHS)
 
 
 def is_text(name: str) -> bool:
-    """Whether the second axis of an input is positions of a text."""
+    """Return whether the second axis of an input is positions of a text."""
     return AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",))
 
 

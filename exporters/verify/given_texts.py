@@ -33,7 +33,7 @@ class MeasuredTexts:
     end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
 
     def __str__(self) -> str:
-        """How many there are, and where they are from."""
+        """Return how many there are, and where they are from."""
         plural = "s" if len(self.rows) > 1 else ""
         if self.drawn:
             return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"

@@ -181,7 +181,7 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
 
 
 def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """What a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
+    """Return what a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
 
     Args:
         ids: `[batch, new]`.

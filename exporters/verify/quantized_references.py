@@ -90,12 +90,12 @@ def _stored_weights(directory: Path, traced: TracedModel) -> dict[str, _StoredWe
 
 
 def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -> bool:
-    """Whether a weight is quantized for others that read it too."""
+    """Return whether a weight is quantized for others that read it too."""
     return bool(site.tied_with or others) and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
 
 
 def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:
-    """What the export holds of a site's weight, or the weight itself if that is not rounded to it."""
+    """Return what the export holds of a site's weight, or the weight itself if that is not rounded to it."""
     is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
     held = stored_values(weight)
     own = site.weight.detach().t() if is_conv1d else site.weight.detach()  # [out, in]

@@ -109,7 +109,7 @@ def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, st
 
 
 def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -> str:
-    """What differs between an exported adapter and another; empty if it is the same."""
+    """Return what differs between an exported adapter and another; empty if it is the same."""
     differing = [
         f"{field}={value!r} instead of {entry.config[field]!r}"
         for field, value in ({"peft_type": config.peft_type} | config.sizes).items()
@@ -156,6 +156,6 @@ def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> s
 
 
 def _is_under(key: str, module: str) -> bool:
-    """Whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
+    """Return whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
     parts = key.split(".")
     return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))

@@ -220,7 +220,7 @@ class Float64Model:
         self._model = model
 
     def __call__(self, **inputs: Any) -> Any:
-        """What the model returns."""
+        """Return what the model returns."""
         round_off = _RoundingNoise(self.draw)
         graph_module = _widened(self._model.graph_module, round_off)
         before = torch.get_default_dtype()

@@ -34,7 +34,7 @@ def use_huge_pages() -> None:
 
 
 def _on_request() -> bool:
-    """Whether the kernel gives huge pages on request, and the allocator can request them."""
+    """Return whether the kernel gives huge pages on request, and the allocator can request them."""
     try:
         name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
         is_known = name == "glibc" and tuple(map(int, version.split(".")[:2])) >= _OLDEST

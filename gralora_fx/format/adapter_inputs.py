@@ -124,10 +124,10 @@ class AdapterInputs:
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Whether the name of a model's input is that of an adapter tensor."""
+    """Return whether the name of a model's input is that of an adapter tensor."""
     return name.rpartition(".")[2] in FIELDS
 
 
 def is_adapter_input(name: str) -> bool:
-    """Whether an input of a model is an adapter tensor, or says which adapter each row has."""
+    """Return whether an input of a model is an adapter tensor, or says which adapter each row has."""
     return name == ADAPTER_IDS or is_adapter_tensor(name)

@@ -115,5 +115,5 @@ def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
 
 
 def keeps_state(slots: Iterable[CacheSlot]) -> bool:
-    """Whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
+    """Return whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
     return any(slot.kind.grows is None for slot in slots)

@@ -200,7 +200,7 @@ class Encoder:
         _logger.warning(f"{reason}, so only texts of one length run together", self.model.directory)
 
     def _ignores_padding(self) -> bool:
-        """Whether a text gives beside a longer one what it gives alone."""
+        """Return whether a text gives beside a longer one what it gives alone."""
         short = self.reader.texts(["a"])[0].ids
         fill = short[1:-1] or short
         room = max(min(_WIDTH, self.reader.limit) - len(short), 0)

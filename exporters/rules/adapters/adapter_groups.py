@@ -214,7 +214,7 @@ class Grouping:
 
 
 def _is_tokens(x: ir.Value) -> bool:
-    """Whether an input is `[1, tokens, features]` or `[tokens, features]`."""
+    """Return whether an input is `[1, tokens, features]` or `[tokens, features]`."""
     assert x.shape is not None
     lead = [str(size) for size in x.shape[:-1]]
     return lead in (["1", NUM_TOKENS], [NUM_TOKENS])

@@ -222,7 +222,7 @@ class _Insertion:
 
 
 def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:
-    """Where adapters are added so that ONNX Runtime fuses what is around a layer as it does without them.
+    """Return where adapters are added so that ONNX Runtime fuses what is around a layer as it does without them.
 
     What it fuses with the product has to stay on the product's side of the sum, the rest on the other:
 
@@ -261,7 +261,7 @@ def _is_static(value: ir.Value) -> bool:
 
 
 def _is_factor(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node multiplies a value by a constant number, or divides it by one."""
+    """Return whether a node multiplies a value by a constant number, or divides it by one."""
     if node.domain or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.inputs[0] is not value):
         return False
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]

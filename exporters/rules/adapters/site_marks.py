@@ -91,7 +91,7 @@ def _limits(node: ir.Node) -> tuple[int, int] | None:
 
 
 def _owner(product: ir.Node, paths: Sequence[str]) -> str | None:
-    """Which of the layers that share a weight a product belongs to."""
+    """Return which of the layers that share a weight a product belongs to."""
     if len(paths) == 1:
         return paths[0]
     scopes = product.metadata_props.get(_SCOPES, "")
@@ -110,7 +110,7 @@ def _with_bias(product: ir.Value) -> ir.Value:
 
 
 def _is_parameter(value: ir.Value) -> bool:
-    """Whether a value is an initializer or a part of one."""
+    """Return whether a value is an initializer or a part of one."""
     node = value.producer()
     if node is not None and node.op_type == "Slice" and node.inputs[0] is not None:
         value = node.inputs[0]

@@ -94,7 +94,7 @@ def _product_after(softmax: fx.Node) -> fx.Node | None:
 
 
 def _scores_of(softmax: fx.Node, product: fx.Node) -> _Scores | str:
-    """What a softmax between two products reads, or why that is not plain attention."""
+    """Return what a softmax between two products reads, or why that is not plain attention."""
     rank = len(shape(softmax))
     axis = softmax.args[1] if len(softmax.args) > 1 else None
     if not isinstance(axis, int) or axis % rank != rank - 1:
@@ -143,12 +143,12 @@ def _read(node: Any) -> _Scores | None:
 
 
 def _is_mask(mask: fx.Node, scores: fx.Node) -> bool:
-    """Whether a mask has the axes that the operator takes, beside scores with or without folded heads."""
+    """Return whether a mask has the axes that the operator takes, beside scores with or without folded heads."""
     return len(shape(mask)) == 2 or (len(shape(scores)) == 4 and len(shape(mask)) <= 4)
 
 
 def _is_of_keys(hidden: fx.Node, scores: fx.Node) -> bool:
-    """Whether a mask hides the same keys from every query.
+    """Return whether a mask hides the same keys from every query.
 
     Where `masked_fill` hides all keys from a query, it weighs them alike; the operator would not.
     """
@@ -185,7 +185,7 @@ def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
 
 
 def _mask(graph: fx.Graph, scores: _Scores) -> MaskParts:
-    """What is added to scores and what replaces them as one mask, with the padding apart."""
+    """Return what is added to scores and what replaces them as one mask, with the padding apart."""
     mask: fx.Node | None = None
     padding = scores.padding
     for bias in scores.biases:
@@ -244,7 +244,7 @@ def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:
 
 
 def refolded(node: Any) -> fx.Node | None:
-    """What a node gives again with heads folded into the batch or taken out of it; None of anything else.
+    """Return what a node gives again with heads folded into the batch or taken out of it; None of anything else.
 
     Before: `x` of `[batch, heads, length, size]`
     After:  `reshape(x)` of `[batch * heads, length, size]`, or the reverse

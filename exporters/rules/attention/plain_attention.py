@@ -92,7 +92,7 @@ def replace_attention(graph: ir.Graph, node: ir.Node, attention: DotProductAtten
 
 
 def _unfit(attention: DotProductAttentionNode) -> str | None:
-    """Why the operator does not support a layer, or None if it does."""
+    """Return why the operator does not support a layer, or None if it does."""
     if attention.query.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return f"it computes in {attention.query.dtype}, which the operator does not on a CPU"
     heads, key_heads = static_dim(attention.query, 1), static_dim(attention.key, 1)

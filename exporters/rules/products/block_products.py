@@ -196,7 +196,7 @@ def _gather(table: ir.Value, blocks: BlockValues, form: Blocks) -> int:
 
 
 def _is_looked_up(table: ir.Value, form: Blocks) -> bool:
-    """Whether all remaining readers of a table are row lookups, which quantized blocks support."""
+    """Return whether all remaining readers of a table are row lookups, which quantized blocks support."""
     assert table.shape is not None
     width = table.shape[1] if len(table.shape) == 2 else None
     fits = isinstance(width, int) and width % form.block_size == 0

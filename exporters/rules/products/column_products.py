@@ -218,7 +218,7 @@ class StoredColumns(NamedTuple):
 
 
 def is_table(value: ir.Value) -> bool:
-    """Whether all readers of a matrix `[N, K]` look up its rows."""
+    """Return whether all readers of a matrix `[N, K]` look up its rows."""
     return bool(value.uses()) and all(_is_lookup(use.node) for use in value.uses())
 
 

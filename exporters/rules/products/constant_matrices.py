@@ -168,7 +168,7 @@ def _constant(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def _is_scaled(node: ir.Node) -> bool:
-    """Whether a `Gemm` does more than to multiply and add."""
+    """Return whether a `Gemm` does more than to multiply and add."""
     numbers = attributes_of(node)
     return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0
 
@@ -200,7 +200,7 @@ def fold_transposes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _transposes(node: ir.Node) -> bool:
-    """Whether a node swaps the two axes of a matrix."""
+    """Return whether a node swaps the two axes of a matrix."""
     order = node.attributes.get("perm") if node.op_type == "Transpose" else None
     return node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
 

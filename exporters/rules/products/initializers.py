@@ -40,7 +40,7 @@ def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]
 
 
 def stored_bytes(tensor: ir.ExternalTensor) -> StoredBytes:
-    """Where a tensor lies in its data file."""
+    """Return where a tensor lies in its data file."""
     from gralora_fx.base.sources.rewriting import StoredBytes
 
     begin = tensor.offset or 0
@@ -256,7 +256,7 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
 
 
 def _why_not_blocks(node: ir.Node) -> str:
-    """Why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
+    """Return why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
     if _input(node, 4) is not None:
         return "its blocks have a group index, which is not re-quantized"
     bits = node.attributes.get("bits")
@@ -283,7 +283,7 @@ def stored_scales(value: ir.Value | None) -> ir.Value | None:
 
 
 def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
-    """Why blocks cannot change without those of another matrix; empty if they can."""
+    """Return why blocks cannot change without those of another matrix; empty if they can."""
     nodes = {id(reader.node) for reader in readers}
     for index, name in ((2, "scales"), (3, "zero points")):
         part, *rest = (_input(reader.node, index) for reader in readers)

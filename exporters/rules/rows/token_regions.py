@@ -124,7 +124,7 @@ def _same_tokens(node: ir.Node) -> Dims | None:
 
 
 def _is_of_features(value: ir.Value) -> bool:
-    """Whether a value is the same for every token: a number, or a vector of features."""
+    """Return whether a value is the same for every token: a number, or a vector of features."""
     tensor = ir.convenience.get_const_tensor(value) if value.shape is None else value
     return tensor is not None and tensor.shape is not None and len(tensor.shape) <= 1
 

@@ -75,7 +75,7 @@ class _Stage:
         return ", ".join(parts)
 
     def line(self, now: float) -> str:
-        """What a log says of it."""
+        """Return what a log says of it."""
         return f"{self.name}: {self.counts(now)}" if self.total else f"{self.name} ..."
 
 

@@ -76,7 +76,7 @@ class Report:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """What came of it, what was written, how to use it, and what must not be missed."""
+        """Return what came of it, what was written, how to use it, and what must not be missed."""
         return self.summary.text()
 
 

@@ -138,7 +138,7 @@ class AdapterConfig(ABC):
 
     @classmethod
     def describes(cls, fields: Mapping[str, Any]) -> bool:
-        """Whether the fields of a file are those of an adapter of this method."""
+        """Return whether the fields of a file are those of an adapter of this method."""
         return str(fields.get("peft_type")).upper() == cls.PEFT_TYPE
 
     @classmethod

@@ -134,7 +134,7 @@ class GraphBlock(fx.GraphModule):
         return copy.deepcopy(without_blocks(self), memo)
 
     def __reduce_ex__(self, _: Any) -> Any:
-        """What pickle writes: a plain container of the tensors."""
+        """Return what pickle writes: a plain container of the tensors."""
         return _itself, (without_blocks(self),)
 
 

@@ -65,7 +65,7 @@ class Call(Generic[V]):
     results: ClassVar[int]
 
     def result(self: Call[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
+        """Return what the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
         raise NotImplementedError
 
     @classmethod
@@ -107,7 +107,7 @@ class Call(Generic[V]):
 
     @classmethod
     def position(cls, name: str) -> int:
-        """Which argument a name is."""
+        """Return which argument a name is."""
         return cls.names().index(name)
 
     def insert(self, graph: fx.Graph) -> fx.Node:
@@ -175,7 +175,7 @@ def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any
 
 
 def is_shape_only(tensor: object) -> bool:
-    """Whether a tensor is fake, as those of a model that is being traced."""
+    """Return whether a tensor is fake, as those of a model that is being traced."""
     return isinstance(tensor, FakeTensor)
 
 

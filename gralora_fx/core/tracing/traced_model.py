@@ -185,7 +185,7 @@ class TracedModel:
         return self._view().generate(*args, **kwargs)
 
     def can_generate(self) -> bool:
-        """Whether the model generates."""
+        """Return whether the model generates."""
         return self.generation_config is not None
 
     @property

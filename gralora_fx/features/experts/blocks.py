@@ -168,7 +168,7 @@ _FOUR = 4
 
 
 def rounded_experts(directory: Path, reference: TracedModel) -> tuple[dict[int, nn.Parameter], int]:
-    """What an export holds in blocks of a model's experts, where those may be rounded to it."""
+    """Return what an export holds in blocks of a model's experts, where those may be rounded to it."""
     layers = list(Experts.all_in(reference.graph_module.graph))
     weights: dict[str, ProductWeight] = {}
     for path in sorted(directory.glob("*.onnx")) if layers else ():

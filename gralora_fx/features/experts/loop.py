@@ -71,7 +71,7 @@ NODES = (ExpertsNode,)
 
 
 def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Value:
-    """What a layer's experts compute, by two products for each expert that some token has.
+    """Return what a layer's experts compute, by two products for each expert that some token has.
 
     Before: `y = gralora.Experts(x, index, weights, up, down)`
     After:  `order = <rows of tokens by expert>; parts = Loop { Gemm(act(Gemm(x[rows], up[expert])), down[expert]) }`

@@ -97,7 +97,7 @@ class StepCosts:
             self._sizes = sorted(self._best)
 
     def knows(self, size: int) -> bool:
-        """Whether such steps were timed lately."""
+        """Return whether such steps were timed lately."""
         return size in self._best
 
     @property

@@ -174,7 +174,7 @@ class _LanguageOf(EncoderInput):
     languages: Sequence[int] = ()
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
-        """What leaves these tokens alone."""
+        """Return what leaves these tokens alone."""
         return [PrefixConstrainedLogitsProcessor(lambda batch, ids: list(self.languages), 1)]
 
 

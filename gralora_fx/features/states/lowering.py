@@ -192,7 +192,7 @@ def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
 
 
 def _alike(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two values are known to have one shape."""
+    """Return whether two values are known to have one shape."""
     return one.shape is not None and one.shape == other.shape and not one.shape.has_unknown_dim()
 
 

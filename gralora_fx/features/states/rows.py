@@ -224,7 +224,7 @@ def _turn_state(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _readers(value: ir.Value) -> list[ir.Node]:
-    """What reads a state, but for its number of rows."""
+    """Return what reads a state, but for its number of rows."""
     return [usage.node for usage in value.uses() if not takes_row_count(usage.node)]
 
 

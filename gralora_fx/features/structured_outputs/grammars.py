@@ -67,7 +67,7 @@ class RowGrammar:
             self._foreseen = _foreseeing.submit(self._find_allowed)
 
     def permits(self, token: int) -> bool:
-        """Whether a token may come next."""
+        """Return whether a token may come next."""
         self._settle()
         if self._allowed is not None:
             return token < self._vocabulary and bool(self._allowed[token])
@@ -76,7 +76,7 @@ class RowGrammar:
         return token < self._vocabulary and token not in self._own_ends and self._matcher.validate_tokens([token]) == 1
 
     def allowed(self, size: int) -> NDArray[np.bool_]:
-        """Which tokens may come next, `[size]`."""
+        """Return which tokens may come next, `[size]`."""
         self._settle()
         if self._allowed is None:
             self._allowed = self._find_allowed()
@@ -84,7 +84,7 @@ class RowGrammar:
         return allowed if len(allowed) == size else np.pad(allowed, (0, size - len(allowed)))
 
     def prefix(self, tokens: Sequence[int]) -> int:
-        """How many of some tokens may come next, one after the other."""
+        """Return how many of some tokens may come next, one after the other."""
         self._settle()
         return int(self._matcher.validate_tokens(list(tokens[: self._left]))) if self._goes_on else 0
 
@@ -113,7 +113,7 @@ class RowGrammar:
             self._allowed = self._find_allowed()
 
     def _surely_goes_on(self) -> bool:
-        """Whether a token can follow, or else it is soon enough to say so when one is chosen."""
+        """Return whether a token can follow, or else it is soon enough to say so when one is chosen."""
         if self._last is None:
             return False
         return not self._matcher.is_accepting() or self._matcher.validate_tokens([self._last]) == 1
@@ -146,7 +146,7 @@ class RowGrammar:
 
 
 def problem_of(message: str) -> str:
-    """What llguidance says of an error, in one line."""
+    """Return what llguidance says of an error, in one line."""
     if message.startswith("NoExtension"):
         return ""
     lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
@@ -253,7 +253,7 @@ class AnswerGrammar:
 
 
 def _with_stack(work: Callable[[], _Result]) -> _Result:
-    """What some work gives, in a thread with a large stack."""
+    """Return what some work gives, in a thread with a large stack."""
     with ThreadPoolExecutor(1) as pool:
         with _stack_lock:  # the size is the process's
             before = threading.stack_size(_STACK)

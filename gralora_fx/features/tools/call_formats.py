@@ -56,7 +56,7 @@ class CallFormat:
         return self.trigger.endswith('"name"')
 
     def fits(self, template: str) -> bool:
-        """Whether a template of chats is of the family."""
+        """Return whether a template of chats is of the family."""
         return all(mark in template for mark in self.marks) and not any(mark in template for mark in self.lacks)
 
     def new_id(self) -> str:
@@ -292,5 +292,5 @@ class CallReader:
 
 
 def _overlap(text: str, start: str) -> int:
-    """How many letters at the end of a text are the beginning of another one."""
+    """Return how many letters at the end of a text are the beginning of another one."""
     return next((size for size in range(min(len(start) - 1, len(text)), 0, -1) if text.endswith(start[:size])), 0)

@@ -211,7 +211,7 @@ class ToolChoice(StrictModel):
 
     @abstractmethod
     def named(self) -> tuple[Literal["auto", "required", "named"], dict[str, str]]:
-        """Whether it must call one, and the names of the tools by the fields that name them."""
+        """Return whether it must call one, and the names of the tools by the fields that name them."""
 
 
 class NamedTool(ToolChoice):

@@ -134,7 +134,7 @@ class RowStacks:
 
 
 def _small(sizes: Sequence[int], weights: int) -> int:
-    """How many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
+    """Return how many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
 
     A run reads the weights once, and each adapter as if it were as large as the largest of the run.
     """

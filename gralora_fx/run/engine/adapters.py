@@ -80,7 +80,7 @@ class Stack:
 
 
 def names_of_rows(adapter: object, batch: int) -> list[Any]:
-    """What is given as the name of each row's adapter."""
+    """Return what is given as the name of each row's adapter."""
     names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
     if len(names) != batch:
         raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
@@ -122,7 +122,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return iter(self.available())
 
     def __len__(self) -> int:
-        """How many a call can name."""
+        """Return how many a call can name."""
         return len(self.available())
 
     def __contains__(self, name: object) -> bool:
@@ -144,7 +144,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return empty_adapter(inputs) | ({} if name is None else self[name].values)
 
     def tensors_for(self, name: str | None, session: Any) -> dict[str, Any]:
-        """What a session over a graph with one adapter a run is fed, for an adapter or the base."""
+        """Return what a session over a graph with one adapter a run is fed, for an adapter or the base."""
         inputs = self._manifest.adapter_inputs
         values = {} if name is None else self[name].values
         return values if inputs is None else adapter_values(values, inputs, session)

@@ -160,7 +160,7 @@ class BoundedRows(ABC):
 
     @abstractmethod
     def length(self, row: int) -> int:
-        """How many tokens a row has read."""
+        """Return how many tokens a row has read."""
 
     def check_room(self, max_length: int, adapter: str | None = None, source: Source | None = None) -> None:
         """Check that a row has room where no other is open.

@@ -107,7 +107,7 @@ class RowsDecoder(Decoder):
             )
 
     def cached(self, row: int) -> dict[str, Tensor]:
-        """What is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
+        """Return what is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
 
         Returns:
             Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.

@@ -90,7 +90,7 @@ def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, ND
 
 
 def slot_size(ranks: Ranks, inputs: AdapterInputs) -> int:
-    """How many bytes an adapter takes in a stack that has room for some ranks."""
+    """Return how many bytes an adapter takes in a stack that has room for some ranks."""
     count = sum(math.prod(shape) for shape in _shapes(ranks, inputs).values())
     return count * int(DTYPES[inputs.dtype].itemsize)
 

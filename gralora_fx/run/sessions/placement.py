@@ -112,7 +112,7 @@ def record_placement(options: onnxruntime.SessionOptions) -> None:
 
 
 def placement_of(session: Any) -> Placement | None:
-    """How many nodes of each operator every provider of a session runs.
+    """Return how many nodes of each operator every provider of a session runs.
 
     Nodes are those of the file, as providers took them before ONNX Runtime fused any.
     """

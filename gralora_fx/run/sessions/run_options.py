@@ -165,7 +165,7 @@ def _devices_of(provider: str) -> tuple[Device, ...]:
 
 
 def _is_one(providers: str | tuple[Any, ...]) -> bool:
-    """Whether `providers` is a single one: a name, or a name and its options."""
+    """Return whether `providers` is a single one: a name, or a name and its options."""
     return isinstance(providers, str) or (len(providers) == 2 and isinstance(providers[1], Mapping))
 
 

@@ -136,7 +136,7 @@ def transposed_states(session: Any) -> frozenset[str]:
 
 
 def reads_tokens_apart(session: Any) -> bool:
-    """Whether a model computes a token that it reads by itself, after others, otherwise than one of several."""
+    """Return whether a model computes a token that it reads by itself, after others, otherwise than one of several."""
     return TOKENS_APART in _metadata(session)
 
 

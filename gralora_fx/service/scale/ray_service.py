@@ -57,7 +57,7 @@ class ModelReplica:
         return problem
 
     async def measured(self) -> list[Metric]:
-        """What is measured when it is asked for."""
+        """Return what is measured when it is asked for."""
         return list(self._app.state.metrics.now.collect())
 
     @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]

@@ -111,7 +111,7 @@ class SharedAdapters:
 
     @classmethod
     def read(cls, folder: Path) -> SharedAdapters:
-        """What the record of a folder says; nothing if there is none."""
+        """Return what the record of a folder says; nothing if there is none."""
         try:
             fields = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -65,7 +65,7 @@ def drop_empty_parts(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _is_empty(node: fx.Node) -> bool:
-    """Whether a node is a tensor of shape `[0]`, which `cat` ignores."""
+    """Return whether a node is a tensor of shape `[0]`, which `cat` ignores."""
     value = node.meta.get("val")
     return (
         isinstance(value, torch.Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and not value.shape[0]
@@ -101,7 +101,7 @@ def drop_unread_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _users(node: fx.Node) -> set[fx.Node]:
-    """What reads a node, and what reads that, as far as they write into its memory."""
+    """Return what reads a node, and what reads that, as far as they write into its memory."""
     found = set(node.users)
     for user in node.users:
         found |= _users(user) if _only_writes(user) else set()
@@ -109,7 +109,7 @@ def _users(node: fx.Node) -> set[fx.Node]:
 
 
 def _only_writes(node: fx.Node) -> bool:
-    """Whether a node gives its first argument's memory again, or only writes into it."""
+    """Return whether a node gives its first argument's memory again, or only writes into it."""
     return is_mutable(node.target) or node.target is torch.ops.aten.detach.default
 
 

@@ -37,7 +37,7 @@ def without_empty_blocks(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _holds_only(node: Any, number: int) -> bool:
-    """Whether a tensor is filled with one number, judging by the operators that create it."""
+    """Return whether a tensor is filled with one number, judging by the operators that create it."""
     while isinstance(node, fx.Node) and node.target in _CASTS:
         node = node.args[0]
     if not isinstance(node, fx.Node):

@@ -135,7 +135,7 @@ def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _has_operator(part: nn.Module) -> bool:
-    """Whether a model calls its attention through transformers' interface, or is one of `ATTENTIONS`."""
+    """Return whether a model calls its attention through transformers' interface, or is one of `ATTENTIONS`."""
     if not isinstance(part, PreTrainedModel):
         return False
     is_own = any(code.replaces_in(module) for module in part.modules() for code in ATTENTIONS)
@@ -221,7 +221,7 @@ def _closure_values(function: Any) -> tuple[Any, ...]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two functions have the same code and closure values, compared recursively."""
+    """Return whether two functions have the same code and closure values, compared recursively."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_is_same, one, other))
     if isinstance(one, Tensor) or isinstance(other, Tensor):

@@ -117,7 +117,7 @@ def _shaped(name: str, array: NDArray[Any], shape: list[int]) -> NDArray[Any]:
 
 
 def _count(name: str, shape: list[int]) -> int:
-    """How many values a shape has; -1 if a size is negative."""
+    """Return how many values a shape has; -1 if a size is negative."""
     if len(shape) > _AXES or any(size > _SIZE for size in shape):
         raise ServingError(f"input {name!r} cannot have shape {shown(shape)}")
     return -1 if any(size < 0 for size in shape) else prod(shape)
