@@ -165,7 +165,12 @@ class VerifyReport(Report):
         return max((*(tensor.max_abs_error for tensor in self.tensors), *others), default=0.0)
 
     def with_adapter(self, name: str, report: VerifyReport) -> VerifyReport:
-        """Return the report with the comparison of one adapter more."""
+        """Return the report with the comparison of one adapter more.
+
+        Args:
+            name: The adapter's name.
+            report: What was measured with it.
+        """
         adapters = {**self.adapters, name: report}
         return dataclasses.replace(self, passed=self.passed and report.passed, adapters=adapters)
 

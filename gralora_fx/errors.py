@@ -90,7 +90,11 @@ class GraloraError(Exception):
         super().__init__(Message(message))
 
     def about(self, field: str) -> Self:
-        """Return the error with the option, or the field of a request, that it is about."""
+        """Return the error with the option, or the field of a request, that it is about.
+
+        Args:
+            field: The name of an option, or of a field of a request.
+        """
         self.field = field
         return self
 

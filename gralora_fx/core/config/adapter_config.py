@@ -94,7 +94,11 @@ class AdapterConfig(ABC):
 
     @classmethod
     def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
-        """Return the class that fields ask for: this one, or a subclass where PEFT has one class for several."""
+        """Return the class that fields ask for: this one, or a subclass where PEFT has one class for several.
+
+        Args:
+            fields: Arguments by name.
+        """
         return cls
 
     def __post_init__(self) -> None:
@@ -144,6 +148,10 @@ class AdapterConfig(ABC):
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
         """The fields of a file in terms of this class, where another program or another form of the method wrote them.
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
 
         Raises:
             ConfigError: They mean something that this class cannot express; each is named.
@@ -266,6 +274,10 @@ class AdapterConfig(ABC):
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], origin: str) -> Self:
         """Build a configuration from a file's fields, with the meaning they have in PEFT (or in the paper's code).
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
 
         Raises:
             ConfigError: They are a configuration of another method, or cannot be used.

@@ -128,7 +128,12 @@ class GraloraConfig(AdapterConfig):
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """Return the fields of a file of the paper's own code in PEFT's terms; those that PEFT wrote as they are."""
+        """Return the fields of a file of the paper's own code in PEFT's terms; those that PEFT wrote as they are.
+
+        Args:
+            fields: The fields.
+            origin: Where they come from, for messages.
+        """
         if "gralora_alpha" not in fields or "alpha" in fields:
             return fields
         from gralora_fx.core.config.reading import from_paper

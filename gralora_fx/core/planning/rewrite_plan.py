@@ -113,6 +113,9 @@ class RewritePlan:
     def check_fits(self, sites: Iterable[LinearSite]) -> None:
         """Check that the plan is for a model.
 
+        Args:
+            sites: The model's linear layers, and its other parameters.
+
         Raises:
             RewriteError: A site of the plan is not one of them.
         """

@@ -290,10 +290,10 @@ def _of_transformers(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[No
     with ExitStack() as changed:
         if isinstance(model, PreTrainedModel):
             from gralora_fx.base.features import parts
-            from gralora_fx.core.tracing.patches.known_code import has_key_indexer
+            from gralora_fx.core.tracing.known_code import has_key_indexer
 
             if has_key_indexer(model):
-                from gralora_fx.core.tracing.patches.sparse_attention import known_positions
+                from gralora_fx.core.tracing.sparse_attention import known_positions
 
                 changed.enter_context(known_positions(model))
             for patches in parts("call patches", {*sample, model.config.model_type}):

@@ -211,6 +211,10 @@ class TracedModel:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of one call by name, with the source model's defaults.
 
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+
         Raises:
             TraceError: An input is missing, given twice, of another structure than the example's, was not part of the
                 trace, or a mask does not cover all positions; or an argument that is part of the graph has another
@@ -278,7 +282,12 @@ class TracedModel:
     cuda = functools.partialmethod(_converted, "cuda")
 
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
-        """Return the model with another graph over the parameters of a tree, such as one with folded weights."""
+        """Return the model with another graph over the parameters of a tree, such as one with folded weights.
+
+        Args:
+            graph_module: The graph.
+            tree: The modules that hold its parameters.
+        """
         source = self.source
         if any(parameter is not self.tree.parameters.get(name) for name, parameter in tree.parameters.items()):
             from gralora_fx.core.tracing.draft import skeleton_of

@@ -106,6 +106,9 @@ class Decoder(BoundedRows):
     def length(self, row: int) -> int:
         """Return how many tokens a row has read.
 
+        Args:
+            row: Its number, as `open` gave it.
+
         Raises:
             ServingError: The row is not open.
         """
@@ -177,6 +180,9 @@ class Decoder(BoundedRows):
 
     def close(self, row: int) -> None:
         """Free a row.
+
+        Args:
+            row: Its number, as `open` gave it.
 
         Raises:
             ServingError: The row is not open.

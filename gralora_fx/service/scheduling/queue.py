@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.generate.request_errors import QueueFullError, StoppedError
-from gralora_fx.run.sessions.paged_memory import trim_heap
+from gralora_fx.run.sessions.ort_values import trim_heap
 from gralora_fx.service.adapter_store.store import AdapterStore
 
 _IDLE = 1.0  # seconds without jobs after which memory is freed

@@ -175,7 +175,7 @@ def _masks(draft: Captured) -> tuple[Pass[fx.Graph], ...]:
     """Return the passes for the masks of a decoder's step, which the operators of its attention read."""
     if cache_layout(draft.sample) is not CacheLayout.DECODER:
         return ()
-    from gralora_fx.core.tracing.normalize.masks import padding_as_argument, without_empty_blocks
+    from gralora_fx.core.operators.attention import padding_as_argument, without_empty_blocks
 
     return without_empty_blocks, padding_as_argument
 
