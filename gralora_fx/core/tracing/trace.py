@@ -30,6 +30,7 @@ from gralora_fx.core.tracing.draft import (
     first_draft,
 )
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
+from gralora_fx.core.tracing.source_model import loss_function_of
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
 
@@ -247,8 +248,6 @@ def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None
     """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
     model, config, loss = draft.model, None, None
     if isinstance(model, PreTrainedModel):
-        from gralora_fx.core.tracing.losses import loss_function_of
-
         config, loss = model.config, loss_function_of(model)
     found = blocks_of(draft.graph_module, tree, blocks)
     traced = TracedModel(
