@@ -150,7 +150,7 @@ def _changes(
         copies = {parameter: tensor.array() for parameter, tensor in stored.copies.items()}
         changes = Changes(updates)
         if copies:
-            from gralora_fx.exporters.artifact.exported_adapters import BaseParameters  # it imports onnx_ir
+            from gralora_fx.exporters.artifact.base_parameters import BaseParameters  # it imports onnx_ir
 
             changes = BaseParameters(Path(onnx_dir), manifest).changes(updates, copies, name)
         fields: Mapping[str, Any] = json.loads(stored.config.to_json())

@@ -99,7 +99,7 @@ def variants(
         build = partial(reference_model, model, manifest, directory)
         yield Variant(session, by_row(None, ()), None, nullcontext, build)
         return
-    from gralora_fx.exporters.artifact.exported_adapters import BaseParameters
+    from gralora_fx.exporters.artifact.base_parameters import BaseParameters
     from gralora_fx.exporters.verify.adapters_as_data import session_with, tensors_of, with_folded
 
     rounded = cache(partial(reference_model, base_trace(model), manifest, directory))  # one for all states
