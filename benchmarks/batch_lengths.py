@@ -19,9 +19,9 @@ from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
+from gralora_fx.service.encoder import TextReader, Tokens
 from gralora_fx.service.metrics import Metrics
 from gralora_fx.service.scheduling.row_batches import RowBatches, RowJob
-from gralora_fx.service.text_reader import TextReader, Tokens
 from gralora_fx.serving import OrtModel, load
 
 BATCH, WAITING, THREADS = 8, 64, 2

@@ -24,9 +24,9 @@ from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, PreTra
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from benchmarks.streaming import GIB, peak_memory, write_shards
 from gralora_fx import trace
-from gralora_fx.core.tracing.patches import expert_layers
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
+from gralora_fx.features.experts import interface
 from gralora_fx.format.export_directory import MODEL_NAME
 from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options
 
@@ -138,7 +138,7 @@ def _model(sizes: dict[str, int]) -> PreTrainedModel:
 
 def _exports(model: PreTrainedModel, root: Path) -> dict[str, Callable[[], Callable[[Tensor], object]]]:
     """Steps of each export: a call of a function begins a sequence, and a call of what it gives reads tokens."""
-    with patch.object(expert_layers, "gate_of", lambda _: None):
+    with patch.object(interface, "gate_of", lambda _: None):
         before = trace(model, task=TASK)
     traced = trace(model, task=TASK)
     options: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -30,8 +30,8 @@ from benchmarks.rounding import permute_channels
 from gralora_fx import TracedModel, trace
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import Blocks
 from gralora_fx.exporters.verify.given_texts import user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
 from gralora_fx.exporters.verify.quality import kl_divergence

@@ -25,9 +25,9 @@ from benchmarks.harness import Claim, Ratio, Report, Table, progress
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.kinds.decoder import DECODER
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import Blocks
 from gralora_fx.exporters.verify.given_texts import user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps
 from gralora_fx.exporters.verify.quality import kl_divergence, measure_quality

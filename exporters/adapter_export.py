@@ -138,7 +138,7 @@ def _changes(
     revision: str | None = None,
     strict_base: bool = False,
 ) -> tuple[Changes, Mapping[str, Any], BaseComparison]:
-    """What an adapter changes in an export, its configuration, and what was compared of its base."""
+    """Return what an adapter changes in an export, its configuration, and what was compared of its base."""
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_no_parameters("an adapter as data of an export", ExportError)

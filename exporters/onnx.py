@@ -15,8 +15,7 @@ from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed, marked, warn_caller
 from gralora_fx.exporters.artifact.companions import write_companions
-from gralora_fx.exporters.artifact.manifest import describe, write_manifest
-from gralora_fx.exporters.artifact.save import save_models
+from gralora_fx.exporters.artifact.manifest import describe, save_models, write_manifest
 from gralora_fx.exporters.artifact.staging import (
     check_folder,
     check_output,
@@ -25,12 +24,11 @@ from gralora_fx.exporters.artifact.staging import (
     staged,
     warn_of_lost_adapters,
 )
+from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import DYNAMIC
 from gralora_fx.exporters.reports import ExportReport, layers_reports
-from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 from gralora_fx.exporters.translation.export_graphs import check_exportable
 from gralora_fx.format.export_files import describe_files, file_names
 from gralora_fx.format.export_usage import usage_of
@@ -147,6 +145,8 @@ def export_onnx(
     with timed("convert", seconds, "converting"), gc_pause():
         models = flavour.convert(conversion)
         if conversion.adapters is not None:
+            from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
+
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     with staged(output_dir) as stage, ThreadPoolExecutor(1) as reader:  # which computes digests in the background
         with timed("write", seconds, "writing"):
@@ -154,7 +154,7 @@ def export_onnx(
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_companions(stage, conversion.traced)
             if options.tokenizer is not None:
-                from gralora_fx.exporters.artifact.tokenizer_files import write_tokenizer
+                from gralora_fx.exporters.artifact.companions import write_tokenizer
 
                 write_tokenizer(stage, conversion.traced, options.tokenizer)
             flavour.write_files(stage, conversion.traced, models)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from gralora_fx.core.config.option import ADAPTERS, COMPARISON, NUMBERS, WRITTEN, Option, check_options
 from gralora_fx.errors import ExportError, option
-from gralora_fx.exporters.quantize.formats import (
+from gralora_fx.exporters.formats import (
     BLOCK_BITS,
     DYNAMIC,
     MEAN_BITS,

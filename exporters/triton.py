@@ -17,18 +17,18 @@ from gralora_fx.base.progress.report import Invocation, Report, Summary, written
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.model_files import usable_directory, usable_path
 from gralora_fx.errors import ExportError, Message, command, joined, listed, marked, option, shown
-from gralora_fx.exporters.artifact.save import save_models
+from gralora_fx.exporters.artifact.manifest import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
 from gralora_fx.exporters.rules.adapters.adapter_groups import ConstantAdapters
 from gralora_fx.exporters.rules.products.initializers import external_tensors
-from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_tensor
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs, is_adapter_tensor
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.format.export_directory import MODEL_NAME, ROWS_NAME
 from gralora_fx.format.export_files import check_files, weight_files
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.tasks import find_task
-from gralora_fx.run.sessions.adapter_arrays import BASE, as_arrays, stacked
+from gralora_fx.run.sessions.adapter_arrays import as_arrays, stacked
 from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
 from gralora_fx.run.sessions.session import check_external_data, open_session
 
@@ -149,7 +149,7 @@ def _checked_manifest(source: Path, adapters: Mapping[str, str | Path] | None) -
 
 
 def _has_rows(manifest: Manifest) -> bool:
-    """Whether there is a graph whose rows choose among adapters."""
+    """Return whether there is a graph whose rows choose among adapters."""
     return manifest.has_rows and manifest.adapter_inputs is not None
 
 
@@ -220,7 +220,7 @@ def _config(
     threads: int | None,
     labels: Mapping[str, str],
 ) -> tuple[TritonConfig, list[str]]:
-    """What Triton is told of a written model, and what it does not do with it."""
+    """Return what Triton is told of a written model, and what it does not do with it."""
     session = open_session(folder)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     optional = [value for value in session.get_overridable_initializers() if is_adapter_tensor(value.name)]

@@ -165,7 +165,7 @@ class VerifyReport(Report):
         return max((*(tensor.max_abs_error for tensor in self.tensors), *others), default=0.0)
 
     def with_adapter(self, name: str, report: VerifyReport) -> VerifyReport:
-        """The same report with the comparison of one adapter more.
+        """Return the report with the comparison of one adapter more.
 
         Args:
             name: The adapter's name.
@@ -288,7 +288,7 @@ def _row(check: TensorCheck, state: str) -> str:
 
 
 def _verdict(report: VerifyReport) -> list[str]:
-    """Whether all passed, or which did not; the cases, once where they are the same."""
+    """Return whether all passed, or which did not; the cases, once where they are the same."""
     least = "" if report.least_scale == 1 else f" of the largest value, and {report.tolerance * report.least_scale:g}"
     failed = listed(state.strip() for state, one in report.states.items() if state and not one.passed)
     words = "passed" if report.passed else f"FAILED {failed}".rstrip()

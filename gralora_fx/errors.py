@@ -90,7 +90,7 @@ class GraloraError(Exception):
         super().__init__(Message(message))
 
     def about(self, field: str) -> Self:
-        """The same error, with what it is about.
+        """Return the error with the option, or the field of a request, that it is about.
 
         Args:
             field: The name of an option, or of a field of a request.
@@ -101,11 +101,7 @@ class GraloraError(Exception):
 
 @contextmanager
 def concerning(field: str) -> Iterator[None]:
-    """Let errors of this package that name no field, within the block, be about one.
-
-    Args:
-        field: The name of an option, or of a field of a request.
-    """
+    """Let errors of this package that name no field, within the block, be about one."""
     try:
         yield
     except GraloraError as error:

@@ -17,11 +17,11 @@ from running_service import post, running
 
 from gralora_fx.base.progress.console import SILENCED, Heartbeat
 from gralora_fx.core.config.service_settings import ServiceSettings
-from gralora_fx.demo import figures, news_writer, writing
 from gralora_fx.demo import news_classifier as news_module
+from gralora_fx.demo import news_writer, writing
 from gralora_fx.demo import run as run_demo
-from gralora_fx.demo.figures import Stages
 from gralora_fx.demo.news_classifier import load_news
+from gralora_fx.demo.writing import Stages
 from gralora_fx.errors import GraloraError
 from gralora_fx.serving import load
 
@@ -41,7 +41,7 @@ def test_demo_writes_adapter_export_and_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few_texts(monkeypatch, run_module, news_writer)
-    monkeypatch.setattr(figures, "SILENCE", 0.02)
+    monkeypatch.setattr(writing, "SILENCE", 0.02)
     monkeypatch.setenv(SILENCED, "1")
     run_demo(tmp_path / "demo", epochs=2, seed=0, steps=4)
     output = capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_after_the_first_part_there_is_something_to_look_at(
 def test_steps_come_at_least_every_fifteen_seconds() -> None:
     """With five seconds for a step, which a slow machine takes."""
     sink, now = io.StringIO(), [0.0]
-    silence = figures.SILENCE
+    silence = writing.SILENCE
     beating = Heartbeat(Console(file=sink), first=silence, silence=silence, clock=lambda: now[0])
     beating.begin("train")
     beating.count("train", 0, 45)

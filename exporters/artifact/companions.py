@@ -1,4 +1,4 @@
-"""Files for other programs beside an export's models: configurations, `genai_config.json`."""
+"""Files for other programs beside an export's models: configurations, `genai_config.json`, the tokenizer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, first_line
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
 from gralora_fx.format.export_directory import GENAI_CONFIG, MODEL_NAME
 from gralora_fx.format.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
@@ -105,7 +106,7 @@ def _attention_sizes(pasts: Mapping[CacheSlot, ir.Value]) -> tuple[int, int]:
 
 
 def _model_type(config: PreTrainedConfig) -> str:
-    """What onnxruntime-genai calls a model that keeps states, which it knows by name alone.
+    """Return what onnxruntime-genai calls a model that keeps states, which it knows by name alone.
 
     The name is that of the class; the text model within another has one of its own.
     """
@@ -116,7 +117,7 @@ def _model_type(config: PreTrainedConfig) -> str:
 
 
 def _is_in_place(present: ir.Value) -> bool:
-    """Whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
+    """Return whether an operator can update a layer's cache in place: fused attention can, a concatenation cannot."""
     producer = present.producer()
     return producer is not None and producer.op_type == "GroupQueryAttention"
 
@@ -127,5 +128,45 @@ def _is_attentions_own(past: ir.Value) -> bool:
 
 
 def _is_token(token: object, config: Any) -> bool:
-    """Whether a token id lies within the configuration's vocabulary; onnxruntime-genai refuses others."""
+    """Return whether a token id lies within the configuration's vocabulary; onnxruntime-genai refuses others."""
     return isinstance(token, int) and 0 <= token < config.vocab_size
+
+
+def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
+    """Write the tokenizer's files; what the model's task appends has a say in them.
+
+    For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
+    transformers.js reads: that of a processor, or the one beside the tokenizer.
+    """
+    source = tokenizer if isinstance(tokenizer, (str, Path)) else None
+    tokenizer = loaded_tokenizer(tokenizer)
+    if traced.appended is not None:
+        tokenizer = traced.appended.told_to(tokenizer, traced.config)
+    features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
+    try:
+        tokenizer.save_pretrained(stage)
+        if features is not None:
+            features.save_pretrained(stage)
+    except Exception as error:  # the tokenizers library raises types of its own, for a full disk too
+        raise ExportError(f"the tokenizer cannot be saved ({first_line(error)})") from error
+
+
+def loaded_tokenizer(tokenizer: Any) -> Any:
+    """Return a given tokenizer, loaded if a directory was given."""
+    from gralora_fx.core.loading.tokenizers import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer, ExportError) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if loaded is None:
+        raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
+    return loaded
+
+
+def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:
+    """The feature extractor beside a tokenizer that was given without one, for a model that reads features."""
+    if not {"input_features", "input_values"} & set(traced.example_inputs):
+        return None
+    places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
+    place = next((place for place in places if place), None)
+    from gralora_fx.core.loading.tokenizers import load_feature_extractor
+
+    return None if place is None else load_feature_extractor(place, ExportError)

@@ -1,9 +1,11 @@
-"""The manifest of an export: what its directory holds, what it was made from, and the fingerprint of its base."""
+"""What an export directory says of itself, in its manifest, and its models as they are saved."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,27 @@ import onnx_ir as ir
 import torch
 
 from gralora_fx.base.compat.packages import installed_version
+from gralora_fx.base.progress.stages import counting
 from gralora_fx.base.sources.model_files import RECORD
-from gralora_fx.core.adapters.base import base_of
 from gralora_fx.core.adapters.folded_adapters import describe_folded
 from gralora_fx.core.graph.sites import other_readers
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
+from gralora_fx.exporters.artifact.staging import require_space
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, fingerprint_of
 from gralora_fx.exporters.reports import attention_report
-from gralora_fx.exporters.rules.products.initializers import weight_entries
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names, product_weights
 from gralora_fx.format.adapter_inputs import is_adapter_tensor
 from gralora_fx.format.export_directory import MANIFEST_NAME, ROWS
-from gralora_fx.format.manifest import SCHEMA_VERSION, AdapterEntry, BaseEntry, Manifest, RowsEntry, SiteEntry
+from gralora_fx.format.manifest import (
+    SCHEMA_VERSION,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    RowsEntry,
+    SiteEntry,
+    WeightEntry,
+)
 from gralora_fx.format.quantized_weights import QuantizedWeights
 from gralora_fx.run.engine.limits import context_length
 
@@ -69,9 +80,12 @@ def _sites(traced: TracedModel) -> Iterator[SiteEntry]:
 
 
 def _base(traced: TracedModel) -> BaseEntry | None:
-    source = base_of(traced)
-    if source.name is None:
+    if traced.config is None or traced.tokenizer_source is None:  # made in memory
         return None
+    from gralora_fx.core.adapters.base import base_of
+
+    source = base_of(traced)
+    assert source.name is not None
     local = None if source.directory is None else str(source.directory)  # whatever directory later commands run in
     return BaseEntry(source.hub_id or local or source.name, source.commit, getattr(traced.config, RECORD, None))
 
@@ -83,6 +97,48 @@ def _quantization(conversion: Conversion) -> QuantizedWeights | None:
     from gralora_fx.exporters.quantize.plan import quantized_weights
 
     return quantized_weights(conversion.plan, conversion.log)
+
+
+def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:
+    """Return where the weight of each linear layer lies, by the layer's path."""
+    names = {site.path: {f"{site.path}.weight", *traced.tree.names_of(site.weight)} for site in traced.sites}
+    sites: dict[str, list[str]] = {}
+    for path, of_site in names.items():
+        for name in of_site:
+            sites.setdefault(name, []).append(path)
+    widths = {site.path: site.out_features for site in traced.sites}
+    entries: dict[str, list[WeightEntry]] = {}
+    for file, graph in graphs.items():
+        for weight in product_weights(graph):
+            start = 0
+            for part in _parameters_of(weight, sites, widths):
+                stop = start + widths[sites[part][0]]
+                entry = WeightEntry(f"{file}.onnx", weight.name, start, stop, weight.transposed)
+                for path in sites[part]:
+                    entries.setdefault(path, []).append(entry)
+                start = stop
+    return {path: tuple(of_layer) for path, of_layer in entries.items()}
+
+
+def _parameters_of(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:
+    """The parameters that an initializer holds; none if it does not hold weights of layers alone."""
+    for names in parameter_names(weight.value):
+        is_known = all(name in sites for name in names)
+        if is_known and sum(widths[sites[name][0]] for name in names) == weight.out_features:
+            return names
+    return ()
+
+
+def describes(manifest: Manifest, model: TracedModel | GraloraModel) -> bool:
+    """Return whether a manifest is of a model: of its base by the fingerprint, of adapters by their digests."""
+    if manifest.base_fingerprint not in (None, fingerprint_of(model)):
+        return False
+    return manifest.adapter_inputs is not None or digests_of(manifest.adapters) == digests_of(describe_adapters(model))
+
+
+def digests_of(entries: Mapping[str, AdapterEntry]) -> list[str]:
+    """Return the digests of adapters, sorted."""
+    return sorted(str(entry.sha256) for entry in entries.values())
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -124,3 +180,70 @@ def position_offset(traced: TracedModel) -> int:
         if "position" in name and name in parameters and parameters[name].shape[0] == limit and padding >= 0:
             return int(padding) + 1
     return 0
+
+
+_WRITERS, _IN_FLIGHT = 2, 2**28  # threads that write weights, and the most bytes they hold at once
+_INLINE = 1024  # bytes of the largest tensor that is written into the model itself
+
+
+def save_models(
+    onnx_models: Mapping[str, ir.Model], stage: Path, output_dir: str | Path, *, shared: bool = False
+) -> None:
+    """Write models, if there is room for them."""
+    tensors = [tensor for model in onnx_models.values() for _, tensor in _weights(model)]
+    if shared:
+        tensors = list({_identity(tensor): tensor for tensor in tensors}.values())
+    require_space(output_dir, sum(tensor.nbytes for tensor in tensors))
+    written: dict[Hashable, ir.ExternalTensor] = {}
+    for name, model in onnx_models.items():
+        _save(model, stage, name, written)
+        if not shared:
+            written.clear()
+
+
+def _save(model: ir.Model, stage: Path, name: str, written: dict[Hashable, ir.ExternalTensor]) -> None:
+    """Write a model, and those of its weights that are not written yet, which are noted; the model stays as it is."""
+    weights = list(_weights(model))
+    identities = {id(tensor): _identity(tensor) for _, tensor in weights if tensor.nbytes > _INLINE}
+    try:
+        for value, tensor in weights:
+            if identities.get(id(tensor)) in written:
+                value.const_value = None  # which is passed over
+        if not written or any(value.const_value is not None and id(tensor) in identities for value, tensor in weights):
+            new = sum(value.const_value is not None and id(tensor) in identities for value, tensor in weights)
+            done = itertools.count(1)
+            with counting("writing weights", new, "tensors") as count:
+                ir.external_data.unload_from_model(
+                    model,
+                    stage,
+                    f"{name}.onnx_data",
+                    size_threshold_bytes=_INLINE,
+                    callback=lambda *_: count(next(done)),
+                    max_workers=_WRITERS,
+                    max_in_flight_bytes=_IN_FLIGHT,
+                )
+        for value, tensor in weights:
+            identity = identities.get(id(tensor))
+            if value.const_value is None:
+                value.const_value = written[identity]
+            elif isinstance(value.const_value, ir.ExternalTensor):
+                written[identity] = value.const_value
+        ir.save(model, stage / f"{name}.onnx")
+    finally:
+        for value, tensor in weights:
+            value.const_value = tensor
+
+
+def _weights(model: ir.Model) -> Iterable[tuple[ir.Value, ir.TensorProtocol]]:
+    """The initializers of a model with their tensors, those of branches too."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value, value.const_value
+
+
+def _identity(tensor: ir.TensorProtocol) -> Hashable:
+    """Return what tells whether two tensors are the same: the object, or the values of a constant that a pass made."""
+    if type(tensor) is ir.Tensor:
+        return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+    return id(tensor)

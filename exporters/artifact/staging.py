@@ -190,10 +190,6 @@ def require_space(directory: str | Path, needed: int) -> None:
 
     An earlier export is kept until the new one is complete, so its space does not count as free.
 
-    Args:
-        directory: The output directory, or one in which it is written.
-        needed: How many bytes will be written.
-
     Raises:
         ExportError: Fewer bytes are free.
     """

@@ -59,7 +59,7 @@ class Names:
         return {} if self.model is None else dict(self.model.named_parameters(remove_duplicate=False))
 
     def stacks_transposed(self, name: str) -> bool:
-        """Whether the module that owns a parameter says that it stores matrices `[in, out]`."""
+        """Return whether the module that owns a parameter says that it stores matrices `[in, out]`."""
         if self.model is None:
             return False
         return getattr(self.model.get_submodule(name.rpartition(".")[0]), "is_transposed", False) is True
@@ -93,7 +93,7 @@ class Names:
         return next((self.keys[other] for other in (name, *self.tied_with(name)) if other in self.keys), None)
 
     def is_transposed(self, path: str) -> bool | None:
-        """Whether a layer's weight is stored `[in, out]`; None if nothing shows it."""
+        """Return whether a layer's weight is stored `[in, out]`; None if nothing shows it."""
         if self.model is None:
             return self.transposed
         from transformers.pytorch_utils import Conv1D
@@ -142,13 +142,7 @@ def names_of(base: SavedWeights, needed: Iterable[str], task: str | None, num_la
 
 
 def in_layers(base: SavedWeights, names: Names, rounding: BaseQuantization | None) -> SavedWeights:
-    """A base's files with weights as the model's layers multiply by them.
-
-    Args:
-        base: The base's files: floats to round, or weights in few bits, all of which are stored as `[out, in]`.
-        names: What its tensors are in the model.
-        rounding: How floats are rounded; None for not at all.
-    """
+    """Return a base's files with weights, stored as `[out, in]`, as the model's layers multiply by them."""
     if names.model is None:
         raise CheckpointError(
             f"{base.directory} is of a class that transformers does not have, which would say how its layers hold "
@@ -199,7 +193,7 @@ def _known_layers(base: SavedWeights, fields: Mapping[str, Any]) -> KnownLayers:
 
 
 def _ties_parts(fields: Mapping[str, Any]) -> bool:
-    """Whether the configuration says that parts of the model are one, other than the embedding and the head."""
+    """Return whether the configuration says that parts of the model are one, other than the embedding and the head."""
     return any(name.startswith("tie_") and name != "tie_word_embeddings" and value for name, value in fields.items())
 
 
@@ -234,7 +228,7 @@ def _first_bytes(tensor: StoredTensor) -> bytes:
 
 
 def _is_transposed(path: str, base: SavedWeights) -> bool | None:
-    """Whether a layer's weight is stored `[in, out]`; None if nothing shows it.
+    """Return whether a layer's weight is stored `[in, out]`; None if nothing shows it.
 
     Only `Conv1D` stores weights so, and it always has a bias, as long as the output. A square weight with a bias is
     judged by the other layers with biases beside it.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gralora_fx.base.sources.rewriting import RowEdit
 from gralora_fx.errors import ExportError, MergeError, command, option
 from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
-from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, read_rows
 from gralora_fx.exporters.rules.products.quantized_products import EARLIER
 
@@ -180,7 +180,7 @@ class _StoredBlocks:
         )
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
-        """Whether the stored values are as near to others as rounding puts them: each row's error tells."""
+        """Return whether the stored values are as near to others as rounding puts them: each row's error tells."""
         from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 
         if not np.isfinite(source).all():
@@ -238,7 +238,7 @@ class _StoredColumns:
         return np.ascontiguousarray(values.T)
 
     def is_rounded(self, source: NDArray[Any], outputs: slice) -> bool:
-        """Whether the stored values are within a step of others."""
+        """Return whether the stored values are within a step of others."""
         step = self.all_scales[outputs][:, None] * (1 if self.factors is None else self.factors)
         return bool((np.abs(self.values(outputs) - source) <= 1.01 * step).all())
 
@@ -277,7 +277,7 @@ def is_rounding_of(weight: ProductWeight, start: int, values: NDArray[Any]) -> b
 
 
 def survival_by_layer(edits: Sequence[QuantizedEdit]) -> dict[str, Survival]:
-    """What is left of the update of each layer, by path."""
+    """Return what is left of the update of each layer, by path."""
     return {path: survival for edit in edits for path, survival in edit.survival.items()}
 
 

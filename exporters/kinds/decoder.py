@@ -26,9 +26,8 @@ from gralora_fx.exporters.kinds.flavour import (
     with_rows,
 )
 from gralora_fx.exporters.reports import CachedAttentionReport
+from gralora_fx.exporters.rules.attention.attention_passes import FuseDotProductAttention, match_attention
 from gralora_fx.exporters.rules.attention.cached_attention import FuseAttention
-from gralora_fx.exporters.rules.attention.match_attention import match_attention
-from gralora_fx.exporters.rules.attention.plain_attention import FuseDotProductAttention
 from gralora_fx.exporters.rules.attention.rotary import LowerRotary, RotaryTables, match_rotary
 from gralora_fx.exporters.rules.clean_up import FoldConstants, drop_stack_traces, remove_unused_nodes
 from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
@@ -39,19 +38,15 @@ from gralora_fx.exporters.rules.onnx_pipeline import (
     TRANSLATED,
     OnnxPipeline,
 )
-from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes, merge_matmuls
-from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
+from gralora_fx.exporters.rules.products.constant_matrices import fill_vectors, fold_transposes, merge_matmuls
 from gralora_fx.exporters.rules.rows.continuous_batching import LogitsOfRows, batch_continuously
-from gralora_fx.exporters.rules.rows.flatten_tokens import copied
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs, keep_last_position, optional_verifying_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
-from gralora_fx.exporters.translation.cast_graph import CastGraph
-from gralora_fx.exporters.translation.export_graphs import step_to_translate
+from gralora_fx.exporters.translation.export_graphs import CastGraph, step_to_translate
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.fresh_inputs import decoder_inputs, random_prompts
+from gralora_fx.exporters.verify.cases import Verification, decoder_inputs, random_prompts
 from gralora_fx.exporters.verify.greedy_tokens import compare_decoder
 from gralora_fx.format.cache_slots import CacheSlot
 from gralora_fx.format.export_directory import DECODER_KIND, MODEL
@@ -81,7 +76,8 @@ def decoder_models(conversion: Conversion) -> Models:
         log=log,
     )
     model = attention_pipeline(conversion, RotaryTables(model.graph)).run(model, log)
-    copy = copied(model)
+    copy = model.clone()  # over the same tensors
+    copy.meta.update(model.meta)
     last = [keep_last_position] if options.logits == "last" else []
     model = decoder_pipeline(conversion, "decoder", last).run(model, log)
     return with_rows(model, conversion, lambda by_row: _rows_model(copy, by_row, log))

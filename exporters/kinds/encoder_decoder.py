@@ -24,16 +24,15 @@ from gralora_fx.exporters.kinds.flavour import (
     note_rows,
     noting_passes,
     storing_passes,
-    translated_passes,
 )
-from gralora_fx.exporters.rules.attention.match_attention import match_attention
+from gralora_fx.exporters.kinds.plain import translated_passes
+from gralora_fx.exporters.rules.attention.attention_passes import match_attention
 from gralora_fx.exporters.rules.builder import add_initializer
 from gralora_fx.exporters.rules.clean_up import drop_stack_traces
 from gralora_fx.exporters.rules.normalization import match_rms_norms
 from gralora_fx.exporters.rules.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
-from gralora_fx.exporters.translation.cast_graph import CastGraph
-from gralora_fx.exporters.translation.export_graphs import graph_to_translate, split
+from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_translate, split
 from gralora_fx.exporters.translation.names import name_axes
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
@@ -171,7 +170,7 @@ def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule,
 
 
 def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
-    """What either part goes through as it was translated."""
+    """Return what either part goes through as it was translated."""
     return OnnxPipeline(
         name,
         (
@@ -191,7 +190,7 @@ def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:
 
 
 def named_pipeline(conversion: Conversion, name: str, tables: frozenset[str]) -> OnnxPipeline:
-    """What a part goes through once its inputs and outputs have their names."""
+    """Return what a part goes through once its inputs and outputs have their names."""
     return OnnxPipeline(
         name,
         (

@@ -20,13 +20,6 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option, warn_caller
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
-from gralora_fx.exporters.rules.attention.plain_attention import FuseDotProductAttention
-from gralora_fx.exporters.rules.clean_up import FoldConstants, remove_unused_nodes
-from gralora_fx.exporters.rules.normalization import LowerNorms
-from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes
-from gralora_fx.exporters.rules.products.whole_vectors import fill_vectors
-from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.format.export_directory import MODEL, ROWS, ROWS_NAME
@@ -38,11 +31,15 @@ Models = Mapping[str, ir.Model]  # by the names of their files, without a suffix
 def marking_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
     """What marks the outputs of layers whose adapters are data, to be run first: weights must have their own names."""
     adapters = conversion.adapters
-    return () if adapters is None else (MarkSites(adapters.weights, adapters.norm_biases),)
+    if adapters is None:
+        return ()
+    from gralora_fx.exporters.rules.adapters.site_marks import MarkSites
+
+    return (MarkSites(adapters.weights, adapters.norm_biases),)
 
 
 def insertion_passes(conversion: Conversion) -> tuple[Pass[ir.Model], ...]:
-    """What inserts adapters that are data, to be run once all is fused, and before weights are quantized."""
+    """Return what inserts adapters that are data, to be run once all is fused, and before weights are quantized."""
     adapters = conversion.adapters
     if adapters is None:
         return ()
@@ -71,21 +68,6 @@ def storing_passes(conversion: Conversion, tables: frozenset[str] = frozenset())
         quantizers = tuple(parts("quantized weights", conversion.traced.operators))
         passes += (QuantizeWeights(conversion.plan, tables, quantizers),)
     return (*passes, *parts("storing passes", conversion.traced.operators))
-
-
-def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
-    """What a graph goes through as it was translated, where no cache is fused into its attention."""
-    return (
-        *marking_passes(conversion),  # first: weights have their own names
-        fold_transposes,  # first: constant folding would compute the transposes of weights
-        FuseDotProductAttention(),  # before constants are folded: it makes some
-        *lowering_passes(conversion),
-        LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
-        FoldConstants(may_fold),
-        remove_unused_nodes,  # so that none of them counts as a reader of tokens
-        FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
-        fill_vectors,
-    )
 
 
 def with_rows(model: ir.Model, conversion: Conversion, rows: Callable[[Conversion], ir.Model]) -> Models:
@@ -134,7 +116,7 @@ class Flavour:
     shares_weights: bool = False
 
     def logits(self, options: ExportOptions) -> str:
-        """Which positions' logits an export gives: `"last"` or `"all"`."""
+        """Return which positions' logits an export gives: `"last"` or `"all"`."""
         return options.logits if self.has_last_logits else "all"
 
     def check(self, options: ExportOptions) -> None:
@@ -151,7 +133,7 @@ class Flavour:
             )
 
     def measures_quality(self, options: ExportOptions) -> bool:
-        """Whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
+        """Return whether what quantization changes is measured; in bfloat16 the CPU provider runs nothing."""
         return options.quantize is not None and options.precision != "bf16"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from gralora_fx.base.compat.torch_graphs import tree_info, tree_map, tree_unflatten
 from gralora_fx.base.compat.transformers_exporters import fix_model, leaf_names
-from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.core.graph.pipeline import Pass, PassResult
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.errors import listed
 from gralora_fx.exporters.kinds.conversion import Conversion
@@ -26,31 +26,48 @@ from gralora_fx.exporters.kinds.flavour import (
     Flavour,
     Models,
     insertion_passes,
+    lowering_passes,
+    marking_passes,
     noting_passes,
     storing_passes,
-    translated_passes,
     with_rows,
 )
-from gralora_fx.exporters.rules.attention.match_attention import match_attention
+from gralora_fx.exporters.rules.attention.attention_passes import FuseDotProductAttention, match_attention
 from gralora_fx.exporters.rules.clean_up import (
+    FoldConstants,
     deduplicate_constants,
     drop_stack_traces,
+    remove_unused_nodes,
 )
-from gralora_fx.exporters.rules.normalization import match_rms_norms
+from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.rules.onnx_pipeline import OnnxIrPass, OnnxPipeline
-from gralora_fx.exporters.rules.rows.flatten_tokens import copied
+from gralora_fx.exporters.rules.products.constant_matrices import fill_vectors, fold_transposes
+from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens, copied
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
-from gralora_fx.exporters.translation.cast_graph import CastGraph
-from gralora_fx.exporters.translation.export_graphs import graph_to_translate
+from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_translate
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.fresh_inputs import plain_inputs
+from gralora_fx.exporters.verify.cases import Verification, plain_inputs
 from gralora_fx.exporters.verify.outputs import compare_rows
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
+
+
+def translated_passes(conversion: Conversion, may_fold: Callable[[ir.Node], bool | None]) -> tuple[Pass[ir.Model], ...]:
+    """Return what a graph goes through as it was translated, where no cache is fused into its attention."""
+    return (
+        *marking_passes(conversion),  # first: weights have their own names
+        fold_transposes,  # first: constant folding would compute the transposes of weights
+        FuseDotProductAttention(),  # before constants are folded: it makes some
+        *lowering_passes(conversion),
+        LowerNorms(fuses_additions=False),  # on a CPU the fused operator is slower than both
+        FoldConstants(may_fold),
+        remove_unused_nodes,  # so that none of them counts as a reader of tokens
+        FlattenTokens(not conversion.options.keep_padding),  # what lies between one attention and the next
+        fill_vectors,
+    )
 
 
 def plain_models(conversion: Conversion) -> Models:
@@ -114,7 +131,7 @@ def check_rows(model: ir.Model) -> ir.Model:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Whether constants may be folded at a node: not at the transpose of a weight, nor at a resize."""
+    """Return whether constants may be folded at a node: not at the transpose of a weight, nor at a resize."""
     return False if node.op_type == "Resize" else unless_weight(node)
 
 

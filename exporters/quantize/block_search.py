@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.formats import Blocks
 
 _TOGETHER, _IN_CACHE = 2**22, 2**17  # values that are rounded at once; that are searched at once
 _PANEL = 32  # inputs that are rounded between two products with the errors so far

@@ -15,14 +15,13 @@ from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, option
-from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
-from gralora_fx.exporters.translation.cast_graph import precision_of
-from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.translation.export_graphs import precision_of
+from gralora_fx.exporters.verify.cases import Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model
-from gralora_fx.exporters.verify.fresh_inputs import random_answers
 from gralora_fx.exporters.verify.given_texts import drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verify.outputs import step_inputs
@@ -158,7 +157,7 @@ def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
 
 
 def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
-    """What a decoder takes to read texts from their beginning."""
+    """Return what a decoder takes to read texts from their beginning."""
     inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
     return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
 

@@ -12,8 +12,8 @@ from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassLog
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.formats import DYNAMIC, Blocks, Format
 from gralora_fx.exporters.quantize.block_search import BlockArrays
-from gralora_fx.exporters.quantize.formats import DYNAMIC, Blocks, Format
 from gralora_fx.exporters.quantize.quantized_arrays import ColumnInputs
 from gralora_fx.format.quantized_weights import LayerFormat, QuantizedWeights
 
@@ -67,7 +67,7 @@ class QuantizationPlan:
         )
 
     def inputs_of(self, names: Iterable[str]) -> ColumnInputs | None:
-        """What is known of the inputs of a matrix; None for nothing."""
+        """Return what is known of the inputs of a matrix; None for nothing."""
         return next((self.inputs[name] for name in names if name in self.inputs), None)
 
 

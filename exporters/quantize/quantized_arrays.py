@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_search import (
     BlockArrays,
     InputProducts,
@@ -23,7 +24,6 @@ from gralora_fx.exporters.quantize.block_search import (
     scale_dtype,
     searched_blocks,
 )
-from gralora_fx.exporters.quantize.formats import Blocks
 
 
 def quantize_blocks(

@@ -23,7 +23,7 @@ from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.quantize.formats import Columns
+from gralora_fx.exporters.formats import Columns
 from gralora_fx.exporters.quantize.plan import QuantizationPlan, weight_names
 from gralora_fx.exporters.quantize.quantized_arrays import (
     ROW_LARGEST,
@@ -77,7 +77,7 @@ class ReadRows:
         return (self.squares / max(1, self.count)).numpy()
 
     def inputs(self, factors: NDArray[np.float32] | None) -> ColumnInputs:
-        """What rounding a matrix asks of it."""
+        """Return what rounding a matrix asks of it."""
         rows = torch.cat(self.sample).double()
         _, _, vectors = torch.linalg.svd(rows, full_matrices=False)
         own = vectors[:_DIRECTIONS].t()
@@ -188,7 +188,7 @@ def _run(traced: TracedModel, cases: Sequence[Mapping[str, Any]]) -> list[tuple[
 def _errors(
     site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32]], measured: Sensitivities | None
 ) -> NDArray[np.float64]:
-    """What rounded rows and rounded weights of a layer cost.
+    """Return what rounded rows and rounded weights of a layer cost.
 
     Returns:
         `[factors, 2]`.

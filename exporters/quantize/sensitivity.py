@@ -95,18 +95,12 @@ class Sensitivities:
     positions: int
 
     def has_gradients(self, path: str) -> bool:
-        """Whether it is known what a layer's weight costs the outputs."""
+        """Return whether it is known what a layer's weight costs the outputs."""
         layer = self.layers.get(path)
         return self.positions > 0 and (path in self.tables or (layer is not None and layer.reads > 0))
 
     def loss(self, path: str, errors: Tensor, rows: Tensor | None = None) -> float:
-        """The expected divergence, in nats a position, of errors of a layer's weight; zero for one that was not run.
-
-        Args:
-            path: The layer.
-            errors: Their squares, `[out, in]`, or some rows of them.
-            rows: Which rows these are, that stand for all; None for all.
-        """
+        """Estimate the divergence, in nats a position, of squared errors `[out, in]`; some rows may stand for all."""
         layer, table = self.layers.get(path), self.tables.get(path)
         both = [sensitivity for sensitivity in (layer, table) if sensitivity is not None]
         return sum(sensitivity.loss(errors, self.positions, rows) for sensitivity in both)
@@ -213,7 +207,7 @@ def _watched(output: Tensor, squares: Tensor) -> Tensor:
 
 
 def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
-    """What gradients are of: `-log p` of drawn labels, summed over positions, or projections of other values."""
+    """Return what gradients are of: `-log p` of drawn labels, summed over positions, or projections of other values."""
     fields = outputs if isinstance(outputs, Mapping) else {"output": outputs}
     leaves = [(str(name), leaf) for name, field in fields.items() for leaf in tree_leaves(field)]
     named = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,9 @@ from gralora_fx.errors import ExportError
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 FUNCTIONS = "gralora"  # the domain of a model's functions
+ATTENTION = frozenset({"Attention", "MultiHeadAttention"})  # operators without a cache
+PADDING = "gralora.padding"  # key in their metadata: the padding mask that hides keys
+SITES = "gralora_sites"  # key in a value's metadata: the outputs of linear layers that it is made of
 
 
 class Builder:
@@ -140,7 +144,7 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
 
 
 def swaps_last_axes(node: ir.Node) -> bool:
-    """Whether a node gives its input with the last two axes in the other order, and the others as they are."""
+    """Return whether a node gives its input with the last two axes in the other order, and the others as they are."""
     if node.op_type != "Transpose" or "perm" not in node.attributes:
         return False
     axes = list(node.attributes["perm"].as_ints())
@@ -149,7 +153,7 @@ def swaps_last_axes(node: ir.Node) -> bool:
 
 
 def takes_row_count(node: ir.Node) -> bool:
-    """Whether a node takes the size of a value's first axis, and nothing else of it."""
+    """Return whether a node takes the size of a value's first axis, and nothing else of it."""
     limits = attributes_of(node)
     return node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1)
 
@@ -265,3 +269,41 @@ def _inner(node: ir.Node) -> Iterator[ir.Node]:
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield from attribute.as_graph().all_nodes()
+
+
+@dataclass(frozen=True)
+class SiteOutput:
+    """A part of a value's last axis that is the output of a linear layer.
+
+    Attributes:
+        path: The layer's module path.
+        start: First column in the value.
+        stop: The column after the last.
+        rows: The layer's output features that these columns are, where they are not all of them.
+    """
+
+    path: str
+    start: int
+    stop: int
+    rows: tuple[int, int] | None = None
+
+    def moved(self, offset: int) -> SiteOutput:
+        """The same part of a value in which it begins further right."""
+        return SiteOutput(self.path, self.start + offset, self.stop + offset, self.rows)
+
+
+def sites_in(value: ir.Value | None) -> tuple[SiteOutput, ...]:
+    """Return the outputs of linear layers that a value is made of."""
+    marks: tuple[SiteOutput, ...] = () if value is None else value.meta.get(SITES, ())
+    return marks
+
+
+def mark_concat(whole: ir.Value, parts: Sequence[ir.Value]) -> None:
+    """Mark a value that is several others, one after the other along the last axis."""
+    marks: list[SiteOutput] = []
+    offset = 0
+    for part in parts:
+        marks += [mark.moved(offset) for mark in sites_in(part)]
+        offset += static_dim(part, -1) or 0
+    if marks:
+        whole.meta[SITES] = tuple(marks)

@@ -14,8 +14,7 @@ from torch import fx
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.operators.call import named_arguments
 from gralora_fx.core.operators.layers import RmsNorm
-from gralora_fx.exporters.rules.adapters.site_marks import SITES
-from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, replace_value, static_dim
+from gralora_fx.exporters.rules.builder import MICROSOFT, SITES, Builder, replace_value, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS, ONE_SPELLING, SIMPLIFIED
 from gralora_fx.exporters.translation.matching import ADD, MUL, aten, is_call, number, operands, shape
 from gralora_fx.exporters.translation.operators import RmsNormNode
@@ -169,7 +168,7 @@ def _residual(node: ir.Node) -> ir.Node | None:
 
 
 def _is_made_of(value: ir.Value | None, node: ir.Node) -> bool:
-    """Whether a value depends on a node's outputs."""
+    """Return whether a value depends on a node's outputs."""
     seen, waiting = set(), [value]
     while waiting:
         current = waiting.pop()

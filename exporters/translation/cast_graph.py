@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -15,14 +14,11 @@ from gralora_fx.base.compat.torch_graphs import OpOverload, base_name, tree_map
 from gralora_fx.base.sources.lazy_tensors import EntrySource, lazy_parameter, raw_entries, raw_values_of
 from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.module_tree import module_stack
-from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph, map_parameters
-from gralora_fx.core.operators.call import CONTRACTIONS
+from gralora_fx.core.operators import CONTRACTIONS
 from gralora_fx.errors import ExportError, option
 from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _aten = torch.ops.aten
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
@@ -50,71 +46,15 @@ class _Kind(Enum):
     FREE = "free"
 
 
-@dataclass(frozen=True)
-class CastGraph:
-    """Bring a graph's weights and activations to a precision; nothing changes where all are float32 and shall be.
+class GraphCast:
+    """One cast of a graph to another precision (see `CastGraph`)."""
 
-    Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
-    After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
-
-    What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
-    nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
-    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
-    state that sums up a text stays in float32 from step to step.
-
-    Attributes:
-        precision: `"fp32"`, `"fp16"` or `"bf16"`.
-        cache: Kinds of the tensors of its cache: its last inputs, and its outputs from the second on.
-    """
-
-    precision: str
-    cache: tuple[StateKind, ...] = ()
-
-    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Give a graph over new parameters, which are on the meta device until they are read."""
-        graph_module = graph.owning_module
-        assert graph_module is not None
-        if {self.precision, precision_of(graph_module)} == {"fp32"}:
-            return PassResult(0)
-        change = _GraphCast(graph_module, DTYPES[self.precision], self.cache)
-        changed = change.run()
-        return PassResult(len(change.kinds), graph=changed.graph)
-
-
-def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
-    """A model's graph in a precision, itself where it has that (see `CastGraph`); it takes inputs of any."""
-    graph = CastGraph(precision)(graph_module.graph).graph
-    if graph is None:
-        return graph_module
-    for node in filter(_is_float, graph.find_nodes(op="placeholder")):
-        with graph.inserting_after(node):
-            cast = graph.call_function(_aten.to.dtype, (node, DTYPES[precision]))
-        cast.meta = dict(node.meta)
-        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-    owner = graph.owning_module
-    assert owner is not None
-    owner.recompile()
-    return owner
-
-
-def precision_of(graph_module: fx.GraphModule) -> str:
-    """The precision of a graph's float parameters; `fp32` where it has none."""
-    dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
-    matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
-    if not matches:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ExportError(f"the model holds {names} weights; cast it to one of float32, float16, bfloat16 and trace")
-    return matches[0]
-
-
-class _GraphCast:
-    """One cast of a graph to another precision."""
-
-    def __init__(self, graph_module: fx.GraphModule, dtype: torch.dtype, cache: tuple[StateKind, ...]) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, before: torch.dtype, dtype: torch.dtype, cache: tuple[StateKind, ...]
+    ) -> None:
+        """Copy the graph; `before` is the dtype of its parameters, `cache` the kinds of the tensors of its cache."""
         self.source = graph_module
-        self.dtype = dtype
-        self.before = DTYPES[precision_of(graph_module)]
-        self.cache = cache
+        self.before, self.dtype, self.cache = before, dtype, cache
         self.graph = copy_graph(graph_module)
         self.kinds: dict[fx.Node, _Kind] = {}
         self.raised: dict[fx.Node, fx.Node] = {}
@@ -269,6 +209,19 @@ class _GraphCast:
         if not parameter.is_floating_point() or parameter.dtype == self.dtype:
             return parameter
         return _cast_parameter(parameter, self.dtype, name)
+
+
+def cast_inputs(graph: fx.Graph, dtype: torch.dtype) -> fx.GraphModule:
+    """Let a graph that was cast take floats of any dtype, and return its module."""
+    for node in filter(_is_float, graph.find_nodes(op="placeholder")):
+        with graph.inserting_after(node):
+            cast = graph.call_function(_aten.to.dtype, (node, dtype))
+        cast.meta = dict(node.meta)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+    owner = graph.owning_module
+    assert owner is not None
+    owner.recompile()
+    return owner
 
 
 def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> nn.Parameter:

@@ -1,9 +1,10 @@
-"""The graphs that an export begins with: one that can be exported, of PyTorch's operators, or split in two."""
+"""The graphs that an export begins with: of PyTorch's operators, split in two, in the export's precision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,15 +12,17 @@ from torch import fx
 from transformers import Cache, EncoderDecoderCache
 
 from gralora_fx.base.compat.torch_graphs import tree_info, tree_leaves, tree_unflatten
+from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.inputs.cache import returned_cache
 from gralora_fx.core.tracing.normalize.modes import find_rng_op, set_mode
-from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line, option, warn_caller
-from gralora_fx.exporters.translation.cast_graph import precision_of
 from gralora_fx.exporters.translation.matching import is_size
+from gralora_fx.format.cache_slots import StateKind
 from gralora_fx.format.input_names import PAST
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_exportable(traced: TracedModel, *, verify: bool) -> None:
@@ -43,7 +46,7 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Whether a node is a tensor, as far as its traced value tells."""
+    """Return whether a node is a tensor, as far as its traced value tells."""
     return "val" not in node.meta or isinstance(node.meta["val"], torch.Tensor)
 
 
@@ -51,7 +54,10 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
     """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
-    drop_regions_for_inference(graph_module.graph)
+    if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # as those of regions are
+        from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
+
+        drop_regions_for_inference(graph_module.graph)
     graph_module.train(False)
     is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it
     if traced.example_inputs.get(PAST) is not None and is_noted:
@@ -190,3 +196,57 @@ def _reached(outputs: object, *, stop: set[fx.Node], sizes: Mapping[str, tuple[f
         if node not in stop and not (is_size(node) and str(node.meta["val"]) in sizes):
             waiting.extend(node.all_input_nodes)
     return reached
+
+
+@dataclass(frozen=True)
+class CastGraph:
+    """Bring a graph's weights and activations to a precision; nothing changes where all are float32 and shall be.
+
+    Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
+    After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
+
+    What a half-precision model computes in float32 stays in float32: its casts are in the graph, though they change
+    nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
+    Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
+    state that sums up a text stays in float32 from step to step.
+
+    Attributes:
+        precision: `"fp32"`, `"fp16"` or `"bf16"`.
+        cache: Kinds of the tensors of its cache: its last inputs, and its outputs from the second on.
+    """
+
+    precision: str
+    cache: tuple[StateKind, ...] = ()
+
+    def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
+        """Give a graph over new parameters, which are on the meta device until they are read."""
+        graph_module = graph.owning_module
+        assert graph_module is not None
+        before = precision_of(graph_module)
+        if {self.precision, before} == {"fp32"}:
+            return PassResult(0)
+        from gralora_fx.exporters.translation.cast_graph import GraphCast
+
+        change = GraphCast(graph_module, DTYPES[before], DTYPES[self.precision], self.cache)
+        changed = change.run()
+        return PassResult(len(change.kinds), graph=changed.graph)
+
+
+def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
+    """Return a model's graph in a precision, itself where it has that (see `CastGraph`); it takes inputs of any."""
+    graph = CastGraph(precision)(graph_module.graph).graph
+    if graph is None:
+        return graph_module
+    from gralora_fx.exporters.translation.cast_graph import cast_inputs
+
+    return cast_inputs(graph, DTYPES[precision])
+
+
+def precision_of(graph_module: fx.GraphModule) -> str:
+    """Return the precision of a graph's float parameters; `fp32` where it has none."""
+    dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
+    matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
+    if not matches:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ExportError(f"the model holds {names} weights; cast it to one of float32, float16, bfloat16 and trace")
+    return matches[0]

@@ -14,8 +14,9 @@ from gralora_fx.base.compat.transformers_exporters import fix_for_onnx
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.surgery import module_of
+from gralora_fx.core.operators import STANDS_FOR
 from gralora_fx.core.operators.attention import Attention, DotProductAttention, Mask
-from gralora_fx.core.operators.call import STANDS_FOR, without_values
+from gralora_fx.core.operators.call import without_values
 from gralora_fx.core.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
 from gralora_fx.exporters.translation.matching import aten, expression, is_call, is_size, shape
@@ -101,7 +102,7 @@ def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _promotes(node: fx.Node) -> bool:
-    """Whether an operator relies on type promotion, which ONNX operators do not do."""
+    """Return whether an operator relies on type promotion, which ONNX operators do not do."""
     result = node.meta.get("val")
     if node.op != "call_function" or node.target in _MIXED or not isinstance(result, Tensor):
         return False

@@ -29,7 +29,7 @@ from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.linear_calls import tensor_at
 from gralora_fx.core.graph.pipeline import Pass, PassLog, Pipeline
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.operators.call import operators_called
+from gralora_fx.core.operators import operators_called
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
 from gralora_fx.exporters.translation.operators import (

@@ -20,7 +20,7 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
-from gralora_fx.exporters.translation.cast_graph import DTYPES, cast_graph, precision_of
+from gralora_fx.exporters.translation.export_graphs import DTYPES, cast_graph, precision_of
 from gralora_fx.exporters.verify.greedy_tokens import RowSteps
 from gralora_fx.exporters.verify.tolerances import arithmetic_of
 from gralora_fx.format.export_directory import PAST_SEQLENS, ROWS_NAME

@@ -13,9 +13,8 @@ from torch import Tensor
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
-from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, vocabulary_of
-from gralora_fx.exporters.verify.fresh_inputs import pad_prompts
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
+from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, pad_prompts, vocabulary_of
 
 _BATCH = 16  # a user's texts that are compared at once
 _USER_STEPS = 16  # tokens that are compared after a user's own prompts
@@ -34,7 +33,7 @@ class MeasuredTexts:
     end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
 
     def __str__(self) -> str:
-        """How many there are, and where they are from."""
+        """Return how many there are, and where they are from."""
         plural = "s" if len(self.rows) > 1 else ""
         if self.drawn:
             return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"

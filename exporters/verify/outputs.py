@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -181,7 +181,7 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
 
 
 def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """What a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
+    """Return what a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
 
     Args:
         ids: `[batch, new]`.
@@ -190,3 +190,11 @@ def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, 
     """
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
     return {name: value for name, value in inputs.items() if name in names}
+
+
+def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
+    """Check that a model takes every input of an export."""
+    taken = flat(case)
+    missing = [name for name in names if name not in taken]
+    if missing:
+        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")

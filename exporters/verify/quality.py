@@ -23,13 +23,12 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
+from gralora_fx.exporters.artifact.companions import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.quantize.sensitivity import draw
-from gralora_fx.exporters.translation.cast_graph import precision_of
-from gralora_fx.exporters.verify.cases import Case, Verification
+from gralora_fx.exporters.translation.export_graphs import precision_of
+from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model, variants
-from gralora_fx.exporters.verify.fresh_inputs import random_answers
 from gralora_fx.exporters.verify.given_texts import MeasuredTexts, drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
 from gralora_fx.exporters.verify.outputs import OutputComparison

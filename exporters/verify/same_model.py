@@ -1,11 +1,10 @@
-"""Whether a model can be compared with an export: that it runs, and that it and its adapters are those exported."""
+"""What differs between a model and the one that was exported, or between their adapters."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -18,9 +17,9 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.rewrite import merge_lazily
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option
-from gralora_fx.exporters.artifact.manifest import describe_adapters
+from gralora_fx.exporters.artifact.manifest import describe_adapters, digests_of
 from gralora_fx.exporters.kinds.conversion import base_trace, fingerprint_of
-from gralora_fx.exporters.verify.outputs import flat
+from gralora_fx.exporters.verify.outputs import check_inputs
 from gralora_fx.format.manifest import AdapterEntry, Manifest
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -61,18 +60,10 @@ def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
     )
 
 
-def check_inputs(names: Iterable[str], case: Mapping[str, Any]) -> None:
-    """Check that a model takes every input of an export."""
-    taken = flat(case)
-    missing = [name for name in names if name not in taken]
-    if missing:
-        raise ExportError(f"the export takes {', '.join(missing)}, which the model does not; give the model it is of")
-
-
 def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel | GraloraModel) -> None:
     """Check that a model's active adapters are those that were exported."""
     exported, active = manifest.adapters, describe_adapters(model)
-    if _digests(exported) == _digests(active):
+    if digests_of(exported) == digests_of(active):
         return
     state = f"the given model has {_all(active)} active" if active else "the given model has no active adapter"
     if not exported:
@@ -118,7 +109,7 @@ def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, st
 
 
 def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -> str:
-    """What differs between an exported adapter and another; empty if it is the same."""
+    """Return what differs between an exported adapter and another; empty if it is the same."""
     differing = [
         f"{field}={value!r} instead of {entry.config[field]!r}"
         for field, value in ({"peft_type": config.peft_type} | config.sizes).items()
@@ -127,10 +118,6 @@ def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -
     if differing or entry.sha256 in digests:
         return ", ".join(differing)
     return "its tensors have another SHA-256"
-
-
-def _digests(entries: Mapping[str, AdapterEntry]) -> list[str]:
-    return sorted(str(entry.sha256) for entry in entries.values())
 
 
 def _all(entries: Mapping[str, AdapterEntry]) -> str:
@@ -169,6 +156,6 @@ def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> s
 
 
 def _is_under(key: str, module: str) -> bool:
-    """Whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
+    """Return whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
     parts = key.split(".")
     return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))

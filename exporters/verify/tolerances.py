@@ -52,7 +52,7 @@ def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = Fals
     """The least exact precision that a run computes in."""
     if [name for name, _ in runtime.providers] == [CPU]:
         return precision
-    from gralora_fx.run.sessions.openvino import arithmetic, is_openvino
+    from gralora_fx.run.sessions.placement import arithmetic, is_openvino
 
     devices = {device.provider: device for device in runtime.devices}
     precisions = [precision]
@@ -220,7 +220,7 @@ class Float64Model:
         self._model = model
 
     def __call__(self, **inputs: Any) -> Any:
-        """What the model returns."""
+        """Return what the model returns."""
         round_off = _RoundingNoise(self.draw)
         graph_module = _widened(self._model.graph_module, round_off)
         before = torch.get_default_dtype()

@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from gralora_fx.base.compat.packages import installation
+from gralora_fx.base.progress.console import with_progress
+from gralora_fx.base.progress.stages import counting
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.demo.training import fit
 from gralora_fx.errors import GraloraError
+
+_WEIGHT_DECAY = 0.01
+_WINDOW = 10  # steps whose mean loss is shown
+
+
+@with_progress
+def fit(
+    parameters: Iterable[torch.nn.Parameter],
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    steps: int,
+    rate: float,
+) -> list[float]:
+    """Train by AdamW, its rate rising for a tenth of the steps, then falling to zero; show steps, loss, time left."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": _WEIGHT_DECAY},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    losses: list[float] = []
+    with counting("train", steps, "") as count:
+        for batch in batches:
+            loss = loss_of(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            count(len(losses), f"loss {fmean(losses[-_WINDOW:]):.2f}")
+    return losses
+
 
 TEXTS, TEST_TEXTS = 560, 200  # that it reads of those there are, so that two slow cores train it in a minute
 LENGTH = 32  # tokens of a text that are read: its headline and a sentence

@@ -21,8 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gralora_fx.demo.news_classifier import load_news
-from gralora_fx.demo.training import fit
+from gralora_fx.demo.news_classifier import fit, load_news
 
 TOPIC = "sports"  # the adapter's
 LENGTH = 96  # tokens of a text that are read at once

@@ -19,10 +19,9 @@ from gralora_fx.core.loading.tokenizers import load_tokenizer
 from gralora_fx.core.model.rewrite import merge, rewrite
 from gralora_fx.core.planning.planner import plan
 from gralora_fx.core.tracing.trace import trace
-from gralora_fx.demo.figures import DemoPart, Stages, draw_losses, write_report
 from gralora_fx.demo.news_classifier import TEST_TEXTS, TEXTS, accuracy, load_news, logits_of, package_folder, train
 from gralora_fx.demo.news_writer import BASE_STEPS, TOPIC
-from gralora_fx.demo.writing import exports_of, write_news
+from gralora_fx.demo.writing import DemoPart, Stages, draw_losses, exports_of, write_news, write_report
 from gralora_fx.errors import ExportError, GraloraError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.artifact.staging import check_output

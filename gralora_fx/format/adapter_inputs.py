@@ -24,6 +24,7 @@ from typing import TypeVar
 
 DATA, INPUTS = "data", "inputs"
 AS_DATA = (DATA, INPUTS)
+BASE = 0  # the id of no adapter, where rows of a batch choose one
 STACKED = "stacked"  # as a graph takes them in which each row has an adapter of its own
 EARLIER_MODES = {"swappable": DATA, "batched": DATA}  # names that options may still have
 FIELDS = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general", "gralora_bias")
@@ -123,10 +124,10 @@ class AdapterInputs:
 
 
 def is_adapter_tensor(name: str) -> bool:
-    """Whether the name of a model's input is that of an adapter tensor."""
+    """Return whether the name of a model's input is that of an adapter tensor."""
     return name.rpartition(".")[2] in FIELDS
 
 
 def is_adapter_input(name: str) -> bool:
-    """Whether an input of a model is an adapter tensor, or says which adapter each row has."""
+    """Return whether an input of a model is an adapter tensor, or says which adapter each row has."""
     return name == ADAPTER_IDS or is_adapter_tensor(name)

@@ -56,11 +56,7 @@ KINDS = {
 
 
 def kinds_shown(signs: Collection[str]) -> dict[str, StateKind]:
-    """Return the kinds of state by name, with those of the features that some signs show.
-
-    Args:
-        signs: Names of kinds, or of attributes of a cache and its layers.
-    """
+    """Return the kinds of state by name, with those of the features that some signs show."""
     if KINDS.keys() >= set(signs):
         return KINDS
     kinds = dict(KINDS)
@@ -119,5 +115,5 @@ def past_slots(values: Iterable[Any]) -> dict[CacheSlot, Any]:
 
 
 def keeps_state(slots: Iterable[CacheSlot]) -> bool:
-    """Whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
+    """Return whether a cache has states of a fixed size, which cannot be cut to those of fewer tokens."""
     return any(slot.kind.grows is None for slot in slots)

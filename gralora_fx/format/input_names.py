@@ -89,12 +89,7 @@ class InputFacts(Protocol):
         """The sizes of the last axes of the smallest input that is taken."""
 
     def problem(self, shape: Sequence[int], sizes: Sequence[Any]) -> str | None:
-        """What is wrong with an input of a shape, and what to do; None if it is taken.
-
-        Args:
-            shape: Its shape.
-            sizes: The graph's own; anything but a number is an axis that varies.
-        """
+        """Say what is wrong with an input of a shape beside the graph's sizes, and what to do; None if it is taken."""
 
     def others(self, example: Any) -> Iterator[tuple[str, OtherValues]]:
         """Yield other inputs to compare an export on, each in words, and what makes one of an input's value."""

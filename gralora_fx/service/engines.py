@@ -25,11 +25,10 @@ from gralora_fx.run.generate.answer_row import new_proposer
 from gralora_fx.run.generate.constraints import Constraints, compiler_for
 from gralora_fx.run.generate.encoder_inputs import EncoderInputs
 from gralora_fx.run.model import OrtModel
-from gralora_fx.run.sessions.paged_memory import kept_reason
+from gralora_fx.run.sessions.ort_values import kept_reason
 from gralora_fx.run.sessions.run_options import runtime_of
-from gralora_fx.service.adapter_store.adapter_trial import example_prompt, try_decoder
 from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits
-from gralora_fx.service.adapter_store.store import AdapterStore
+from gralora_fx.service.adapter_store.store import AdapterStore, example_prompt, try_decoder
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.example_inputs import try_encoder
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler

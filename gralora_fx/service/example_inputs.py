@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.tracing.inputs.signature import default_input
 from gralora_fx.errors import ServingError
-from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
+from gralora_fx.service.adapter_store.store import AdapterTrial
 from gralora_fx.service.encoder import Encoder
-from gralora_fx.service.protocols.inference.tensors import datatype_of
+from gralora_fx.service.protocols.inference.requests import datatype_of
 
 _TEXTS = ("An example", "a")  # the second for the shortest of contexts
 _SIZES = (4, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)  # of axes that may have any, in this order

@@ -47,7 +47,7 @@ class CorsMiddleware:
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
-        """Wrap an app."""
+        """Wrap an app; bodies are bounded once they are decompressed too."""
         self._app, self._origins, self._is_open = app, frozenset(origins), ANY in origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +100,7 @@ class AccessLogMiddleware:
     """
 
     def __init__(self, app: ASGIApp, file: TextIO) -> None:
-        """Wrap an app."""
+        """Wrap an app; bodies are bounded once they are decompressed too."""
         self._app, self._file, self._has_failed = app, file, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +162,7 @@ class ApiKeyMiddleware:
     """Refuses requests without the key, apart from those for the service's health and for the page."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        """Wrap an app."""
+        """Wrap an app; bodies are bounded once they are decompressed too."""
         self._app, self._expected = app, f"bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -183,7 +183,7 @@ class CountingMiddleware:
     """Counts requests by the route that answered them, so that labels are bounded."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wrap an app."""
+        """Wrap an app; bodies are bounded once they are decompressed too."""
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -218,12 +218,7 @@ class BodyMiddleware:
     """Reads the body of every request, and refuses those over a limit, compressed or not."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
-        """Wrap an app.
-
-        Args:
-            app: The app.
-            max_body: The most bytes of a body, also once it is decompressed.
-        """
+        """Wrap an app; bodies are bounded once they are decompressed too."""
         self._app, self._max_body = app, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

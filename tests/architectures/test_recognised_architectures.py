@@ -17,7 +17,7 @@ import pytest
 import transformers.models
 from torch import nn
 
-from gralora_fx.core.tracing.patches.known_code import (
+from gralora_fx.core.tracing.known_code import (
     ANGLES_OF_GRIDS,
     ATTENTIONS,
     DROP_PATH,

@@ -27,7 +27,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("glibc.malloc.check=0", "glibc.malloc.check=0:")])
 def test_the_program_is_replaced_by_itself(
-    started: list[tuple[str, list[str]]], before: str, after: str, monkeypatch: pytest.MonkeyPatch
+    started: list[tuple[str, list[str]]],
+    before: str,
+    after: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(huge_pages.VARIABLE, before)
     huge_pages.use_huge_pages()
@@ -35,6 +39,10 @@ def test_the_program_is_replaced_by_itself(
     assert huge_pages.os.environ[huge_pages.VARIABLE] == f"{after}{huge_pages.TUNABLE}=1"
     huge_pages.use_huge_pages()
     assert len(started) == 1  # once
+    assert (
+        capsys.readouterr().err
+        == f"starting over to have memory in huge pages: GLIBC_TUNABLES={after}{huge_pages.TUNABLE}=1\n"
+    )
 
 
 def test_what_a_user_says_is_left(started: list[tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch) -> None:

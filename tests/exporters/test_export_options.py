@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ExportError
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import Blocks
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.core.tracing.inputs.cache import empty_cache
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
+from gralora_fx.exporters.formats import Blocks, Format
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.block_search import InputProducts
-from gralora_fx.exporters.quantize.formats import Blocks, Format
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.quantize.sensitivity import measure_sensitivities

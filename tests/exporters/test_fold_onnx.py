@@ -29,8 +29,8 @@ from gralora_fx import LoraConfig, merge, trace
 from gralora_fx.base.sources import rewriting
 from gralora_fx.errors import CheckpointError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import Blocks
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 

@@ -27,9 +27,9 @@ from gralora_fx import trace
 from gralora_fx.errors import ExportError, MergeError
 from gralora_fx.exporters import export_onnx, fold_onnx
 from gralora_fx.exporters.fold.requantize import dequantized
+from gralora_fx.exporters.formats import BLOCK_BITS, Blocks
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import BLOCK_BITS, Blocks
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.rules.products.initializers import product_weights
 from gralora_fx.exporters.rules.products.quantized_products import MARK

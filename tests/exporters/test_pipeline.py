@@ -18,10 +18,10 @@ from gralora_fx import GraloraConfig, rewrite, trace
 from gralora_fx.core.graph.pipeline import PassLog, PassResult, Pipeline, Skip, name_of
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx
+from gralora_fx.exporters.formats import Columns
 from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
 from gralora_fx.exporters.kinds.decoder import attention_pipeline, decoder_pipeline
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import Columns
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.rules.attention.rotary import RotaryTables
 from gralora_fx.exporters.rules.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains

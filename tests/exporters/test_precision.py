@@ -23,7 +23,7 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.translation.cast_graph import CastGraph
+from gralora_fx.exporters.translation.export_graphs import CastGraph
 from gralora_fx.format.cache_slots import KINDS
 from gralora_fx.serving import load
 

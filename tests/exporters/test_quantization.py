@@ -22,8 +22,8 @@ from traces import fresh_trace
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.formats import Blocks
 from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 
 CACHED = "text-generation-with-past"

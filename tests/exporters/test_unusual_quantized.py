@@ -22,9 +22,9 @@ from gralora_fx import trace
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import ExportReport, export_onnx, verify_onnx
+from gralora_fx.exporters.formats import Blocks, Columns
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize import calibration, choice
-from gralora_fx.exporters.quantize.formats import Blocks, Columns
 from gralora_fx.exporters.quantize.quantized_arrays import (
     dequantize_columns,
     input_factors,

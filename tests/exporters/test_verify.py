@@ -24,7 +24,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.artifact.manifest import describe_adapters
 from gralora_fx.exporters.verify import same_model
-from gralora_fx.exporters.verify.fresh_inputs import pad_prompts, random_prompts
+from gralora_fx.exporters.verify.cases import pad_prompts, random_prompts
 from gralora_fx.exporters.verify.greedy_tokens import compare_greedy, reader
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck, largest_gap, largest_value, tolerance_of
 from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck, VerifyReport

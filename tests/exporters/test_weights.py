@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gralora_fx.exporters.quantize.formats import Blocks
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.rules.builder import static_dim
 from gralora_fx.exporters.rules.products.constant_matrices import merge_matmuls

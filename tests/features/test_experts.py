@@ -20,11 +20,11 @@ from gralora_fx import trace
 from gralora_fx.base.compat.torch_graphs import schema_of
 from gralora_fx.base.features import features as all_features
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.experts import functions
+from gralora_fx.features.experts import loop
+from gralora_fx.features.experts.blocks import expert_weights
 from gralora_fx.features.experts.gate import ACTIVATIONS, GATE_NOTE, HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.features.experts.lowering import moe_attributes
 from gralora_fx.features.experts.operators import Experts
-from gralora_fx.features.experts.references import expert_weights
 from gralora_fx.features.experts.rows import arranged, as_modelled
 from gralora_fx.format.export_directory import CPU_FUNCTION
 from gralora_fx.run.sessions import session as opening
@@ -135,9 +135,9 @@ def test_experts_in_float32_have_a_function_for_the_cpu_which_layers_of_one_form
     assert opened(Mixture(SILU), quantize="int8") == (["QMoE"], 0)
     assert opened(Mixture(SILU), precision="fp16") == (["MoE"], 0)
     size = 4 * 4 * 3 * 48 * 32
-    monkeypatch.setattr(functions, "MOST_BYTES", size)
+    monkeypatch.setattr(loop, "MOST_BYTES", size)
     assert opened(Mixture(SILU)) == (["Experts_0"], 1)
-    monkeypatch.setattr(functions, "MOST_BYTES", size - 1)
+    monkeypatch.setattr(loop, "MOST_BYTES", size - 1)
     assert opened(Mixture(SILU)) == (["MoE"], 0)
 
 

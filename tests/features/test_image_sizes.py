@@ -23,7 +23,7 @@ from transformers.models.mobilenet_v1 import modeling_mobilenet_v1
 from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
 
 from gralora_fx import TracedModel, trace
-from gralora_fx.core.tracing.patches.known_code import SAME_PADDING
+from gralora_fx.core.tracing.known_code import SAME_PADDING
 from gralora_fx.errors import TraceError
 from gralora_fx.features.images.image_sizes import ImageSizes
 

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from gralora_fx import GraloraModel, LoraConfig, TracedModel, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verify.cases import PromptBatch
-from gralora_fx.exporters.verify.fresh_inputs import pad_prompts
+from gralora_fx.exporters.verify.cases import PromptBatch, pad_prompts
 from gralora_fx.exporters.verify.greedy_tokens import ModelSteps, Step, compare_greedy
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 from gralora_fx.exporters.verify_report import TokenCheck

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from gralora_fx import trace
 from gralora_fx.core.tracing.inputs.cache import returned_cache, tensors_of
-from gralora_fx.core.tracing.patches.known_code import IN_DECODERS, replaced
+from gralora_fx.core.tracing.known_code import IN_DECODERS, replaced
 from gralora_fx.features.states.operators import CausalConv
 from gralora_fx.features.states.recognised import CAUSAL_CONV, DELTA_RULE, KIMI_RULE, RECURRENCES
 from gralora_fx.features.states.state_kinds import KINDS

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import LinearAttentionLayer
 
-from gralora_fx.core.tracing.patches.known_code import replaced
+from gralora_fx.core.tracing.known_code import replaced
 from gralora_fx.features.states.recognised import GATED_NORMS, STATE_SPACES
 
 WIDTH, LENGTH = 16, 11

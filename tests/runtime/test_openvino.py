@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gralora_fx.errors import ServingError
-from gralora_fx.run.sessions.openvino import arithmetic, complete_options
+from gralora_fx.run.sessions.placement import arithmetic, complete_options
 from gralora_fx.run.sessions.plugins import Device, choose_device
 
 NAME = "OpenVINOExecutionProvider"

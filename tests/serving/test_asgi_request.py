@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gralora_fx.service.scale.asgi_request import AsgiRequest, answer, read
+from gralora_fx.service.scale.spread_adapters import AsgiRequest, answer, read
 
 SCOPE = {"type": "http", "method": "POST", "path": "/a", "query_string": b"b=c", "headers": [(b"x", b"y")]}
 

@@ -20,8 +20,8 @@ from starlette.types import Message
 
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.service.metrics import GatewayMetrics, Metrics
-from gralora_fx.service.scale.asgi_request import AsgiRequest
 from gralora_fx.service.scale.frontend import Frontend
+from gralora_fx.service.scale.spread_adapters import AsgiRequest
 
 GONE = "the replica that ran the request has ended; try again"
 FAILED = "the request failed; the server's log says why"

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.service.app import create_app
+from gralora_fx.service.encoder import TextReader
 from gralora_fx.service.protocols.openai import text_requests
 from gralora_fx.service.protocols.openai.requests import (
     ChatRequest,
@@ -21,7 +22,6 @@ from gralora_fx.service.protocols.openai.requests import (
     EmbeddingRequest,
     RerankRequest,
 )
-from gralora_fx.service.text_reader import TextReader
 
 MANY = 10_000
 TEXT = {"model": "a", "prompt": "a"}

@@ -24,7 +24,7 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.exporters import export_onnx
 from gralora_fx.service.app import create_app
-from gralora_fx.service.protocols.inference.tensors import datatype_of, from_bytes, from_json, to_bytes, to_numbers
+from gralora_fx.service.protocols.inference.requests import datatype_of, from_bytes, from_json, to_bytes, to_numbers
 from gralora_fx.serving import load
 
 LENGTH = "Inference-Header-Content-Length"

@@ -25,7 +25,7 @@ from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine import adapter_slots
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
-from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
+from gralora_fx.service.adapter_store.store import AdapterTrial
 from gralora_fx.service.app import create_app
 from gralora_fx.service.scheduling.text_jobs import TextJob
 from gralora_fx.serving import OrtModel

@@ -18,7 +18,7 @@ from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.speech.recordings import Audio, SpeechReader, recording
-from gralora_fx.features.speech.speech_prompt import SpeechPrompt, earlier_text
+from gralora_fx.features.speech.speech_inputs import SpeechPrompt, earlier_text
 from gralora_fx.run.generate.answer_options import Sampling
 from gralora_fx.run.generate.generation_rules import GenerationRules
 from gralora_fx.run.generate.prompts import is_signal

@@ -14,9 +14,8 @@ from transformers.utils.chat_parsing import ResponseParser, parse_response
 
 from gralora_fx.features.structured_outputs.answer_form import AnswerForm
 from gralora_fx.features.structured_outputs.grammars import AnswerGrammar, Grammars
-from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat
-from gralora_fx.features.tools.call_grammar import Tool, ToolUse, call_grammar
-from gralora_fx.features.tools.call_reader import CallReader
+from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat, CallReader
+from gralora_fx.features.tools.tool_fields import Tool, ToolUse, call_grammar
 from gralora_fx.features.tools.tool_template import ToolTemplate
 from gralora_fx.run.generate.detokenizer import TextStream
 from gralora_fx.run.generate.request_errors import WrongFieldError

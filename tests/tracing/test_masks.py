@@ -18,9 +18,8 @@ from transformers.masking_utils import (
 )
 
 from gralora_fx import trace
-from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
-from gralora_fx.core.tracing.normalize.masks import without_empty_blocks
-from gralora_fx.core.tracing.patches.decoder_operators import _blocks_beside, _is_same
+from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks, without_empty_blocks
+from gralora_fx.core.tracing.decoder_operators import _blocks_beside, _is_same
 from tests.architectures.tiny_decoders import tiny_decoder
 
 TASK = "text-generation-with-past"
@@ -100,7 +99,7 @@ def test_the_mask_that_a_model_adds_to_is_the_eager_one() -> None:
 
 def test_nothing_is_registered_with_transformers_before_a_decoder_is_traced() -> None:
     code = (
-        "import gralora_fx.core.tracing.patches.decoder_operators\n"
+        "import gralora_fx.core.tracing.decoder_operators\n"
         "from transformers import AttentionInterface, AttentionMaskInterface\n"
         "print([each for each in (AttentionInterface(), AttentionMaskInterface()) if 'gralora' in each])"
     )

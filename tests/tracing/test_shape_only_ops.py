@@ -10,8 +10,8 @@ from tiny_models import tiny_model
 from torch import Tensor, fx, nn
 
 from gralora_fx import trace
+from gralora_fx.core.tracing.decoder_operators import shape_only_ops
 from gralora_fx.core.tracing.normalize.clean import restore_aten
-from gralora_fx.core.tracing.patches.decoder_operators import shape_only_ops
 
 aten = torch.ops.aten
 

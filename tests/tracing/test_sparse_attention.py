@@ -13,7 +13,7 @@ from gralora_fx import TracedModel, trace
 from gralora_fx.core.tracing.inputs.cache import tensors_of
 from gralora_fx.core.tracing.inputs.cached_steps import cached_inputs
 from gralora_fx.core.tracing.inputs.signature import own_inputs
-from gralora_fx.core.tracing.patches.sparse_attention import known_positions, only_chosen
+from gralora_fx.core.tracing.sparse_attention import known_positions, only_chosen
 from gralora_fx.format.input_names import PAST
 from tests.architectures.tiny_decoders import tiny_decoder
 

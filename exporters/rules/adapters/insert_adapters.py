@@ -10,10 +10,24 @@ import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.errors import ExportError, listed, option
-from gralora_fx.exporters.rules.adapters.adapter_function import adapter_function, batched_adapter_function
-from gralora_fx.exporters.rules.adapters.adapter_groups import Grouping, Groups
-from gralora_fx.exporters.rules.adapters.site_marks import MARKED, SITES, SiteOutput, sites_in
-from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, add_input, choice, replace_readers, static_dim
+from gralora_fx.exporters.rules.adapters.adapter_groups import (
+    Grouping,
+    Groups,
+    adapter_function,
+    batched_adapter_function,
+)
+from gralora_fx.exporters.rules.adapters.site_marks import MARKED
+from gralora_fx.exporters.rules.builder import (
+    FUNCTIONS,
+    SITES,
+    Builder,
+    SiteOutput,
+    add_input,
+    choice,
+    replace_readers,
+    sites_in,
+    static_dim,
+)
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.format.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite
@@ -208,7 +222,7 @@ class _Insertion:
 
 
 def _place(value: ir.Value, quantized: bool) -> tuple[ir.Value, list[ir.Node]]:
-    """Where adapters are added so that ONNX Runtime fuses what is around a layer as it does without them.
+    """Return where adapters are added so that ONNX Runtime fuses what is around a layer as it does without them.
 
     What it fuses with the product has to stay on the product's side of the sum, the rest on the other:
 
@@ -247,7 +261,7 @@ def _is_static(value: ir.Value) -> bool:
 
 
 def _is_factor(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node multiplies a value by a constant number, or divides it by one."""
+    """Return whether a node multiplies a value by a constant number, or divides it by one."""
     if node.domain or node.op_type not in ("Mul", "Div") or (node.op_type == "Div" and node.inputs[0] is not value):
         return False
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]

@@ -8,51 +8,12 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.exporters.rules.builder import const_ints, static_dim
+from gralora_fx.exporters.rules.builder import SITES, SiteOutput, const_ints, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import OWN_WEIGHTS
 
-SITES = "gralora_sites"  # key of the marks in a value's metadata
 MARKED = "gralora_marked"  # key of the paths of all layers with marks, in a model's
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _END = 2**31  # a limit at or beyond it is the end of an axis
-
-
-@dataclass(frozen=True)
-class SiteOutput:
-    """A part of a value's last axis that is the output of a linear layer.
-
-    Attributes:
-        path: The layer's module path.
-        start: First column in the value.
-        stop: The column after the last.
-        rows: The layer's output features that these columns are, where they are not all of them.
-    """
-
-    path: str
-    start: int
-    stop: int
-    rows: tuple[int, int] | None = None
-
-    def moved(self, offset: int) -> SiteOutput:
-        """The same part of a value in which it begins further right."""
-        return SiteOutput(self.path, self.start + offset, self.stop + offset, self.rows)
-
-
-def sites_in(value: ir.Value | None) -> tuple[SiteOutput, ...]:
-    """The outputs of linear layers that a value is made of."""
-    marks: tuple[SiteOutput, ...] = () if value is None else value.meta.get(SITES, ())
-    return marks
-
-
-def mark_concat(whole: ir.Value, parts: Sequence[ir.Value]) -> None:
-    """Mark a value that is several others, one after the other along the last axis."""
-    marks: list[SiteOutput] = []
-    offset = 0
-    for part in parts:
-        marks += [mark.moved(offset) for mark in sites_in(part)]
-        offset += static_dim(part, -1) or 0
-    if marks:
-        whole.meta[SITES] = tuple(marks)
 
 
 @dataclass(frozen=True)
@@ -130,7 +91,7 @@ def _limits(node: ir.Node) -> tuple[int, int] | None:
 
 
 def _owner(product: ir.Node, paths: Sequence[str]) -> str | None:
-    """Which of the layers that share a weight a product belongs to."""
+    """Return which of the layers that share a weight a product belongs to."""
     if len(paths) == 1:
         return paths[0]
     scopes = product.metadata_props.get(_SCOPES, "")
@@ -149,7 +110,7 @@ def _with_bias(product: ir.Value) -> ir.Value:
 
 
 def _is_parameter(value: ir.Value) -> bool:
-    """Whether a value is an initializer or a part of one."""
+    """Return whether a value is an initializer or a part of one."""
     node = value.producer()
     if node is not None and node.op_type == "Slice" and node.inputs[0] is not None:
         value = node.inputs[0]

@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from gralora_fx.core.graph.module_tree import innermost_path
-from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
 from gralora_fx.core.operators.attention import DotProductAttention
 from gralora_fx.core.operators.call import named_arguments
-from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rules.attention.padding import MaskParts, hidden_padding, hides, selection_of, split_mask
-from gralora_fx.exporters.rules.onnx_pipeline import ONE_SPELLING, SIMPLIFIED
 from gralora_fx.exporters.translation.matching import (
     ADD,
     MUL,
@@ -29,40 +25,23 @@ from gralora_fx.exporters.translation.matching import (
     shape,
 )
 
-_SDPA = aten.scaled_dot_product_attention.default
 _PRODUCT = (aten.matmul.default, aten.bmm.default)
 _DIVISION = (aten.div.Tensor, aten.div.Scalar)
 
 
-@contract(needs={SIMPLIFIED, ONE_SPELLING})
-def match_attention(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Rewrite attention without a cache as one operator, with padding apart from the rest of its mask.
-
-    Before: `y = softmax(query @ transpose(key) * scale + bias + where(padding, 0, smallest)) @ value`
-    After:  `y = dot_product_attention(query, key, value, bias, padding, scale)`
-
-    Likewise for `scaled_dot_product_attention`, for scores that `masked_fill` hides, and for products of
-    `[batch * heads, length, size]`.
-    """
-    count, skipped = 0, []
-    for node in list(graph.nodes):
-        if is_call(node, _SDPA):
-            count += _as_operator(graph, node)
-        elif is_call(node, aten.softmax.int, aten._softmax.default):
-            product = _product_after(node)
-            if product is None:
-                continue
-            scores = _scores_of(node, product)
-            if isinstance(scores, str):
-                skipped.append(Skip(innermost_path(node) or node.name, scores))
-            else:
-                _replace(graph, product, scores)
-                count += 1
-    graph.eliminate_dead_code()
-    return PassResult(count, tuple(skipped), summary=AttentionReport.of(0, skipped) if skipped else None)
+def replace_softmax(graph: fx.Graph, softmax: fx.Node) -> str | bool:
+    """Rewrite the attention that a softmax is part of; False where it is of none, or why it is not plain attention."""
+    product = _product_after(softmax)
+    if product is None:
+        return False
+    scores = _scores_of(softmax, product)
+    if isinstance(scores, str):
+        return scores
+    _replace(graph, product, scores)
+    return True
 
 
-def _as_operator(graph: fx.Graph, node: fx.Node) -> bool:
+def replace_operator(graph: fx.Graph, node: fx.Node) -> bool:
     """Rewrite PyTorch's own operator, if it has four axes and no dropout."""
     arguments = named_arguments(node)
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
@@ -115,7 +94,7 @@ def _product_after(softmax: fx.Node) -> fx.Node | None:
 
 
 def _scores_of(softmax: fx.Node, product: fx.Node) -> _Scores | str:
-    """What a softmax between two products reads, or why that is not plain attention."""
+    """Return what a softmax between two products reads, or why that is not plain attention."""
     rank = len(shape(softmax))
     axis = softmax.args[1] if len(softmax.args) > 1 else None
     if not isinstance(axis, int) or axis % rank != rank - 1:
@@ -164,12 +143,12 @@ def _read(node: Any) -> _Scores | None:
 
 
 def _is_mask(mask: fx.Node, scores: fx.Node) -> bool:
-    """Whether a mask has the axes that the operator takes, beside scores with or without folded heads."""
+    """Return whether a mask has the axes that the operator takes, beside scores with or without folded heads."""
     return len(shape(mask)) == 2 or (len(shape(scores)) == 4 and len(shape(mask)) <= 4)
 
 
 def _is_of_keys(hidden: fx.Node, scores: fx.Node) -> bool:
-    """Whether a mask hides the same keys from every query.
+    """Return whether a mask hides the same keys from every query.
 
     Where `masked_fill` hides all keys from a query, it weighs them alike; the operator would not.
     """
@@ -206,7 +185,7 @@ def _replace(graph: fx.Graph, product: fx.Node, scores: _Scores) -> None:
 
 
 def _mask(graph: fx.Graph, scores: _Scores) -> MaskParts:
-    """What is added to scores and what replaces them as one mask, with the padding apart."""
+    """Return what is added to scores and what replaces them as one mask, with the padding apart."""
     mask: fx.Node | None = None
     padding = scores.padding
     for bias in scores.biases:
@@ -265,7 +244,7 @@ def _untransposed(graph: fx.Graph, key: Any) -> fx.Node:
 
 
 def refolded(node: Any) -> fx.Node | None:
-    """What a node gives again with heads folded into the batch or taken out of it; None of anything else.
+    """Return what a node gives again with heads folded into the batch or taken out of it; None of anything else.
 
     Before: `x` of `[batch, heads, length, size]`
     After:  `reshape(x)` of `[batch * heads, length, size]`, or the reverse

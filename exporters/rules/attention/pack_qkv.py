@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.adapters.site_marks import mark_concat
 from gralora_fx.exporters.rules.attention.rotary import RotaryTables, rotated
 from gralora_fx.exporters.rules.builder import (
     MICROSOFT,
@@ -15,6 +14,7 @@ from gralora_fx.exporters.rules.builder import (
     add_initializer,
     attributes_of,
     const_ints,
+    mark_concat,
     static_dim,
 )
 from gralora_fx.exporters.translation.operators import RmsNormNode, RotaryNode
@@ -112,7 +112,7 @@ def pack_qkv(
 
 
 def _joint(build: Builder, graph: ir.Graph, parts: Sequence[ir.Value]) -> ir.Value | None:
-    """What tensors were cut from, or the product that gives them all, one after the other."""
+    """Return what tensors were cut from, or the product that gives them all, one after the other."""
     return _cut_from_one(parts) or _product(build, graph, parts)
 
 
@@ -187,7 +187,7 @@ def _projection(tensor: ir.Value | None) -> _Projection | None:
 
 
 def _alike(first: RotaryNode, second: RotaryNode) -> bool:
-    """Whether two rotary operators use the same angles."""
+    """Return whether two rotary operators use the same angles."""
     return (first.cos, first.sin, first.interleaved) == (second.cos, second.sin, second.interleaved)
 
 

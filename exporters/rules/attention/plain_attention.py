@@ -7,21 +7,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
-from gralora_fx.exporters.reports import AttentionReport
 from gralora_fx.exporters.rules.attention.cached_attention import decompose_attention
 from gralora_fx.exporters.rules.attention.pack_qkv import SWAP, merged_heads
-from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, replace_value, smallest_number, static_dim
-from gralora_fx.exporters.rules.onnx_pipeline import FUSED_ATTENTION
-from gralora_fx.exporters.translation.names import layer_of
+from gralora_fx.exporters.rules.builder import MICROSOFT, PADDING, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode
-
-PADDING = "gralora.padding"  # metadata of attention: the padding mask that hides keys
-ATTENTION = frozenset({"Attention", "MultiHeadAttention"})
 
 
 @dataclass
-class _Masks:
+class Masks:
     """Masks, each made once for all layers that share it."""
 
     graph: ir.Graph
@@ -85,50 +78,28 @@ def _length(build: Builder, query: ir.Value) -> ir.Value:
     return build("Shape", query, start=2, end=3)
 
 
-@contract(leaves={FUSED_ATTENTION})
-@dataclass(frozen=True)
-class FuseDotProductAttention:
-    """Replace attention without a cache by one operator, which takes queries, keys and values with heads merged.
-
-    Before: `y = DotProductAttention(Transpose(Reshape(q)), Transpose(Reshape(k)), Transpose(Reshape(v)), padding)`
-    After:  `y = MultiHeadAttention(q, k, v, padding)`
-
-    That is ONNX Runtime's operator, which most execution providers have. Causal attention and attention with fewer
-    heads of keys, which it does not do, become ONNX's `Attention`. Queries, keys and values stay three products: a
-    packed one has to be split again, which takes longer than one product of three saves.
-    """
-
-    def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Replace them, in place; the result lists the decomposed layers as skipped.
-
-        The summary is an `AttentionReport`.
-        """
-        masks = _Masks(model.graph)
-        fused, plain = 0, []
-        for node, attention in DotProductAttentionNode.all_in(model.graph):
-            why = _unfit(attention)
-            build = Builder(model.graph)
-            if why is None:
-                _replace(build, node, attention, masks)
-                build.insert_before(node)
-                fused += 1
-            else:
-                plain.append(Skip(layer_of(node), why))
-                _decompose(build, node, attention, masks.additive(attention, node))
-            model.graph.remove(node, safe=True)
-        report = AttentionReport.of(fused, plain) if fused or plain else None
-        return PassResult(fused, tuple(plain), summary=report)
+def replace_attention(graph: ir.Graph, node: ir.Node, attention: DotProductAttentionNode, masks: Masks) -> str | None:
+    """Replace attention by one operator, or by others if none does what it does; return why then."""
+    why = _unfit(attention)
+    build = Builder(graph)
+    if why is None:
+        _replace(build, node, attention, masks)
+        build.insert_before(node)
+    else:
+        _decompose(build, node, attention, masks.additive(attention, node))
+    graph.remove(node, safe=True)
+    return why
 
 
 def _unfit(attention: DotProductAttentionNode) -> str | None:
-    """Why the operator does not support a layer, or None if it does."""
+    """Return why the operator does not support a layer, or None if it does."""
     if attention.query.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
         return f"it computes in {attention.query.dtype}, which the operator does not on a CPU"
     heads, key_heads = static_dim(attention.query, 1), static_dim(attention.key, 1)
     return "its number of heads is not known" if heads is None or key_heads is None else None
 
 
-def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, masks: _Masks) -> None:
+def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, masks: Masks) -> None:
     query, key, value = parts = attention.query, attention.key, attention.value
     heads, key_heads = static_dim(query, 1), static_dim(key, 1)
     merged = [None if part.is_graph_output() else merged_heads(part) for part in parts]

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_search import BlockArrays, scale_dtype
-from gralora_fx.exporters.quantize.formats import Blocks
 from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
 from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, matrix_of, replace_product
@@ -196,7 +196,7 @@ def _gather(table: ir.Value, blocks: BlockValues, form: Blocks) -> int:
 
 
 def _is_looked_up(table: ir.Value, form: Blocks) -> bool:
-    """Whether all remaining readers of a table are row lookups, which quantized blocks support."""
+    """Return whether all remaining readers of a table are row lookups, which quantized blocks support."""
     assert table.shape is not None
     width = table.shape[1] if len(table.shape) == 2 else None
     fits = isinstance(width, int) and width % form.block_size == 0

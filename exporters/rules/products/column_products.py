@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.quantize.formats import Columns
+from gralora_fx.exporters.formats import Columns
 from gralora_fx.exporters.quantize.quantized_arrays import ROW_LARGEST, ROW_TINY, ColumnInputs, quantize_columns
 from gralora_fx.exporters.rules.builder import Builder, add_initializer, static_dim
 from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, replace_product
@@ -218,7 +218,7 @@ class StoredColumns(NamedTuple):
 
 
 def is_table(value: ir.Value) -> bool:
-    """Whether all readers of a matrix `[N, K]` look up its rows."""
+    """Return whether all readers of a matrix `[N, K]` look up its rows."""
     return bool(value.uses()) and all(_is_lookup(use.node) for use in value.uses())
 
 

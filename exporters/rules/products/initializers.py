@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -15,12 +15,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.exporters.rules.builder import MICROSOFT, attributes_of
-from gralora_fx.exporters.rules.products.quantized_products import EARLIER, MARK, WEIGHT, factors_of, is_unmarked
-from gralora_fx.format.manifest import WeightEntry
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.rewriting import StoredBytes
-    from gralora_fx.core.tracing.traced_model import TracedModel
 
 Storage = Literal["float", "blocks", "columns"]
 
@@ -43,7 +40,7 @@ def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]
 
 
 def stored_bytes(tensor: ir.ExternalTensor) -> StoredBytes:
-    """Where a tensor lies in its data file."""
+    """Return where a tensor lies in its data file."""
     from gralora_fx.base.sources.rewriting import StoredBytes
 
     begin = tensor.offset or 0
@@ -203,6 +200,8 @@ def _described(
         return None
     inputs, outputs = sizes if product.transposed else reversed(sizes)
     if product.storage == "columns":
+        from gralora_fx.exporters.rules.products.quantized_products import factors_of
+
         factors = factors_of(readers[0].node)
         return ProductWeight(
             value, "columns", True, inputs, outputs, tuple(readers), tuple(others), _input(readers[0].node, 1),
@@ -216,9 +215,12 @@ def _described(
 def _products(reader: Reader, value: ir.Value, *, transposed: bool = True) -> Iterator[_Product | None]:
     """The products that an input leads to, through transposes and casts; None for each reader of another kind."""
     node, index = reader
-    if node.metadata_props.get(MARK) == WEIGHT or is_unmarked(node):
-        yield _Product("columns", True, EARLIER if is_unmarked(node) else "") if index == 0 else None
-        return
+    if node.op_type == "DequantizeLinear":
+        from gralora_fx.exporters.rules.products.quantized_products import EARLIER, MARK, WEIGHT, is_unmarked
+
+        if node.metadata_props.get(MARK) == WEIGHT or is_unmarked(node):
+            yield _Product("columns", True, EARLIER if is_unmarked(node) else "") if index == 0 else None
+            return
     if index == 0 and node.op_type in ("Transpose", "Cast", "Identity") and node.domain in _ONNX:
         order = node.attributes.get("perm")
         swaps = node.op_type == "Transpose" and (order is None or list(order.as_ints()) == [1, 0])
@@ -254,7 +256,7 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
 
 
 def _why_not_blocks(node: ir.Node) -> str:
-    """Why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
+    """Return why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
     if _input(node, 4) is not None:
         return "its blocks have a group index, which is not re-quantized"
     bits = node.attributes.get("bits")
@@ -281,7 +283,7 @@ def stored_scales(value: ir.Value | None) -> ir.Value | None:
 
 
 def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
-    """Why blocks cannot change without those of another matrix; empty if they can."""
+    """Return why blocks cannot change without those of another matrix; empty if they can."""
     nodes = {id(reader.node) for reader in readers}
     for index, name in ((2, "scales"), (3, "zero points")):
         part, *rest = (_input(reader.node, index) for reader in readers)
@@ -318,33 +320,3 @@ def parameter_names(value: ir.Value) -> list[tuple[str, ...]]:
         rows = zip(*(column * count if len(column) == 1 else column for column in columns), strict=True)
         readings.append(tuple(".".join(row) for row in rows))
     return [*readings, tuple(name.split("+"))]  # the latter is of names with unequal numbers of parts
-
-
-def weight_entries(traced: TracedModel, graphs: Mapping[str, ir.Graph]) -> dict[str, tuple[WeightEntry, ...]]:
-    """Return where the weight of each linear layer lies, by the layer's path."""
-    names = {site.path: {f"{site.path}.weight", *traced.tree.names_of(site.weight)} for site in traced.sites}
-    sites: dict[str, list[str]] = {}
-    for path, of_site in names.items():
-        for name in of_site:
-            sites.setdefault(name, []).append(path)
-    widths = {site.path: site.out_features for site in traced.sites}
-    entries: dict[str, list[WeightEntry]] = {}
-    for file, graph in graphs.items():
-        for weight in product_weights(graph):
-            start = 0
-            for part in _parts(weight, sites, widths):
-                stop = start + widths[sites[part][0]]
-                entry = WeightEntry(f"{file}.onnx", weight.name, start, stop, weight.transposed)
-                for path in sites[part]:
-                    entries.setdefault(path, []).append(entry)
-                start = stop
-    return {path: tuple(of_layer) for path, of_layer in entries.items()}
-
-
-def _parts(weight: ProductWeight, sites: Mapping[str, list[str]], widths: Mapping[str, int]) -> tuple[str, ...]:
-    """The parameters that an initializer holds; none if it does not hold weights of layers alone."""
-    for names in parameter_names(weight.value):
-        is_known = all(name in sites for name in names)
-        if is_known and sum(widths[sites[name][0]] for name in names) == weight.out_features:
-            return names
-    return ()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
-from gralora_fx.exporters.quantize.formats import Blocks, Format
+from gralora_fx.exporters.formats import Blocks, Format
 from gralora_fx.exporters.quantize.plan import Counts, QuantizationPlan
 from gralora_fx.exporters.rules.attention.pack_qkv import concat_initializers
 from gralora_fx.exporters.rules.builder import add_initializer

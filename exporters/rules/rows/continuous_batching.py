@@ -15,9 +15,15 @@ import onnx_ir as ir
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.errors import listed
-from gralora_fx.exporters.rules.adapters.site_marks import sites_in
-from gralora_fx.exporters.rules.attention.plain_attention import ATTENTION
-from gralora_fx.exporters.rules.builder import Builder, add_input, attributes_of, replace_value, takes_row_count
+from gralora_fx.exporters.rules.builder import (
+    ATTENTION,
+    Builder,
+    add_input,
+    attributes_of,
+    replace_value,
+    sites_in,
+    takes_row_count,
+)
 from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
 from gralora_fx.exporters.rules.onnx_pipeline import APART_ADDITIONS, FUSED_CACHED_ATTENTION
 from gralora_fx.exporters.rules.rows.graph_ends import Head, head_of

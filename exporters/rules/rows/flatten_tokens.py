@@ -9,8 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, Skip, contract
-from gralora_fx.exporters.rules.attention.plain_attention import ATTENTION, PADDING
-from gralora_fx.exporters.rules.builder import Builder, const_ints
+from gralora_fx.exporters.rules.builder import ATTENTION, PADDING, Builder, const_ints
 from gralora_fx.exporters.rules.onnx_pipeline import FUSED_ATTENTION
 from gralora_fx.exporters.rules.rows.token_regions import ALONG_FEATURES, NORMS, TokenRegion, token_regions
 
@@ -129,7 +128,7 @@ def _padding(region: TokenRegion) -> ir.Value | str | None:
 
 
 def _ignores_padding(node: ir.Node, value: ir.Value, padding: ir.Value) -> bool:
-    """Whether what a node makes of tokens does not depend on those of padding, or is a token tensor again."""
+    """Return whether what a node makes of tokens does not depend on those of padding, or is a token tensor again."""
     if _is_first(node) and node.inputs[0] is value:
         return True
     if node.op_type in ATTENTION:  # as keys and values of another sequence's queries
@@ -141,7 +140,7 @@ def _ignores_padding(node: ir.Node, value: ir.Value, padding: ir.Value) -> bool:
 
 
 def _is_zero_at_padding(value: ir.Value, padding: ir.Value) -> bool:
-    """Whether a value is a padding mask, or the product of something with one."""
+    """Return whether a value is a padding mask, or the product of something with one."""
     node = value.producer()
     is_product = node is not None and node.op_type == "Mul"
     return _is_made_of(value, padding) or (
@@ -150,7 +149,7 @@ def _is_zero_at_padding(value: ir.Value, padding: ir.Value) -> bool:
 
 
 def _is_made_of(value: ir.Value | None, padding: ir.Value) -> bool:
-    """Whether a value is a padding mask with other axes or another dtype."""
+    """Return whether a value is a padding mask with other axes or another dtype."""
     while value is not None and value is not padding:
         node = value.producer()
         if node is None or node.op_type not in ("Cast", "Expand", "Reshape", "Unsqueeze"):
@@ -285,7 +284,7 @@ class _Flattening:
 
 
 def _is_first(node: ir.Node) -> bool:
-    """Whether a node takes the first position of a token tensor."""
+    """Return whether a node takes the first position of a token tensor."""
     if node.op_type != "Gather" or node.attributes["axis"].as_int() != 1:
         return False
     index = None if node.inputs[1] is None else ir.convenience.get_const_tensor(node.inputs[1])

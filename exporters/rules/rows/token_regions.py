@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.attention.plain_attention import ATTENTION
-from gralora_fx.exporters.rules.builder import const_ints, static_dim
+from gralora_fx.exporters.rules.builder import ATTENTION, const_ints, static_dim
 
 # fmt: off
 _ELEMENTWISE = frozenset({
@@ -125,7 +124,7 @@ def _same_tokens(node: ir.Node) -> Dims | None:
 
 
 def _is_of_features(value: ir.Value) -> bool:
-    """Whether a value is the same for every token: a number, or a vector of features."""
+    """Return whether a value is the same for every token: a number, or a vector of features."""
     tensor = ir.convenience.get_const_tensor(value) if value.shape is None else value
     return tensor is not None and tensor.shape is not None and len(tensor.shape) <= 1
 

@@ -36,11 +36,7 @@ def is_silenced() -> bool:
 
 
 def time_left(seconds: float) -> str:
-    """The time that is left, in words such as `about 20 s left`.
-
-    Args:
-        seconds: An estimate.
-    """
+    """Say how many seconds are left, in words such as `about 20 s left`."""
     if seconds >= 90:
         return f"about {round(seconds / 60)} min left"
     step = 1 if seconds < 10 else 5
@@ -79,7 +75,7 @@ class _Stage:
         return ", ".join(parts)
 
     def line(self, now: float) -> str:
-        """What a log says of it."""
+        """Return what a log says of it."""
         return f"{self.name}: {self.counts(now)}" if self.total else f"{self.name} ..."
 
 

@@ -76,7 +76,7 @@ class Report:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """What came of it, what was written, how to use it, and what must not be missed."""
+        """Return what came of it, what was written, how to use it, and what must not be missed."""
         return self.summary.text()
 
 
@@ -89,23 +89,12 @@ def size_of(count: int) -> str:
 
 
 def written(directory: Path, files: Mapping[str, int]) -> str:
-    """Say what was written, in a line.
-
-    Args:
-        directory: The directory.
-        files: Its files with their sizes in bytes.
-    """
+    """Say what was written, in a line."""
     return f"wrote {directory}: {size_of(sum(files.values()))} in {len(files)} file{'s' * (len(files) > 1)}"
 
 
 def written_lines(directory: Path, files: Mapping[str, int], widths: tuple[int, int] = (28, 14)) -> list[str]:
-    """Say what was written: the path of the directory, and a line for each file.
-
-    Args:
-        directory: The directory.
-        files: Its files with their sizes in bytes.
-        widths: Columns of a name and of a size.
-    """
+    """Say what was written: the path of the directory, and a line for each file."""
     name_width, size_width = widths
     lines = [f"  {name:<{name_width}}{size:>{size_width},} bytes" for name, size in files.items()]
     return [f"wrote {directory}", *lines]

@@ -18,7 +18,7 @@ from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
 from gralora_fx.core.graph.surgery import CountedGraph, FlatGraph, copy_graph, overlay, share_adapters
 from gralora_fx.core.methods import first_tensor
 from gralora_fx.core.methods.low_rank import accumulate
-from gralora_fx.core.operators.call import COMPUTING
+from gralora_fx.core.operators import COMPUTING
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
 from gralora_fx.errors import MergeError, RewriteError
 

@@ -94,7 +94,7 @@ class AdapterConfig(ABC):
 
     @classmethod
     def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
-        """The class that fields ask for: this one, or a subclass where PEFT has one class for several.
+        """Return the class that fields ask for: this one, or a subclass where PEFT has one class for several.
 
         Args:
             fields: Arguments by name.
@@ -142,7 +142,7 @@ class AdapterConfig(ABC):
 
     @classmethod
     def describes(cls, fields: Mapping[str, Any]) -> bool:
-        """Whether the fields of a file are those of an adapter of this method."""
+        """Return whether the fields of a file are those of an adapter of this method."""
         return str(fields.get("peft_type")).upper() == cls.PEFT_TYPE
 
     @classmethod

@@ -128,7 +128,7 @@ class GraloraConfig(AdapterConfig):
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-        """The fields of a file of the paper's own code in PEFT's terms; those that PEFT wrote as they are.
+        """Return the fields of a file of the paper's own code in PEFT's terms; those that PEFT wrote as they are.
 
         Args:
             fields: The fields.

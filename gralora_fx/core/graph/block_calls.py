@@ -85,10 +85,6 @@ def call_blocks(flat: fx.GraphModule, paths: Collection[str]) -> tuple[fx.Graph,
     Every node keeps its place among those that draw random numbers or write into tensors. Tensors outside the block,
     such as those of adapters, are its arguments.
 
-    Args:
-        flat: The flat graph.
-        paths: Paths of the blocks.
-
     Returns:
         The graph, for the module of the flat one, in which the blocks are at their paths; and the calls in order. A
         block that is called several times has the same graph in every call.

@@ -88,12 +88,7 @@ class GraphBlock(fx.GraphModule):
         return object.__new__(cls)
 
     def __init__(self, container: nn.Module, running: Callable[[], fx.GraphModule]) -> None:
-        """Take the place of a container, over the same tensors.
-
-        Args:
-            container: The container.
-            running: Returns the block of the module that runs.
-        """
+        """Take the place of a container, over the same tensors."""
         nn.Module.__init__(self)
         _share(self, container, (*_OWN, "_modules"))
         self.__dict__["_running"] = running
@@ -139,7 +134,7 @@ class GraphBlock(fx.GraphModule):
         return copy.deepcopy(without_blocks(self), memo)
 
     def __reduce_ex__(self, _: Any) -> Any:
-        """What pickle writes: a plain container of the tensors."""
+        """Return what pickle writes: a plain container of the tensors."""
         return _itself, (without_blocks(self),)
 
 
@@ -184,13 +179,7 @@ def _share(module: nn.Module, other: nn.Module, attributes: Iterable[str]) -> No
 
 
 def install_blocks(tree: nn.Module, kinds: Mapping[str, str], running: Callable[[str], fx.GraphModule]) -> None:
-    """Make blocks of the containers at some paths of a tree, in place.
-
-    Args:
-        tree: The tree.
-        kinds: Names of the blocks' classes, by path.
-        running: Returns the block of the module that runs, by its path.
-    """
+    """Make blocks of the containers at some paths of a tree, in place."""
     for path, kind in kinds.items():
         replace_module(tree, path, _class_of(kind)(tree.get_submodule(path), functools.partial(running, path)))
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from gralora_fx.base.progress.stages import quiet
-from gralora_fx.core.tracing.source_model import class_name, with_signature
+from gralora_fx.core.tracing.source_model import class_name, label_names, with_signature
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError
 from gralora_fx.format.input_names import ADAPTER_NAMES
@@ -71,12 +71,7 @@ def class_for(base: type[_Model], traced: TracedModel) -> type[_Model]:
     class that this one does not support raise.
     """
     source = class_name(traced) if traced.config is not None else ""
-    labels: tuple[str, ...] = ()
-    if traced.loss_function is not None:
-        from gralora_fx.core.tracing.losses import label_names
-
-        labels = label_names(traced.loss_function)
-    return _class(base, source, traced.input_names, labels)
+    return _class(base, source, traced.input_names, label_names(traced.loss_function))
 
 
 def restored(base: type[_Model], *description: Any) -> _Model:

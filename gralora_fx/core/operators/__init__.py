@@ -1,9 +1,26 @@
 """The operators of this project for `torch.fx` graphs, each one class: arguments, reference, shape rule and calls."""
 
+from __future__ import annotations
+
 from functools import cache
 from importlib import import_module
+from typing import Any
+
+from torch import fx
+
+from gralora_fx.base.compat.torch_graphs import OpOverload, schema_of
 
 FILES = ("attention", "layers")  # that define some
+NAMESPACE = "gralora"
+COMPUTING = "operators compute values"
+
+# what is known of those that are defined
+STANDS_FOR: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
+# operators that compute otherwise in training: the position of the argument that says so, or of a probability that
+# evaluation sets to zero
+TRAIN_FLAGS: dict[Any, int] = {}
+DROPOUTS: dict[Any, int] = {}
+CONTRACTIONS: set[Any] = set()  # operators that multiply by weights or activations and sum
 
 
 @cache
@@ -14,3 +31,9 @@ def define_operators(name: str) -> None:
     for file in FILES:
         import_module(f"gralora_fx.core.operators.{file}")
     parts("operators", {name})
+
+
+def operators_called(graph: fx.Graph) -> set[str]:
+    """Return the names of the operators that a graph calls, such as `"gralora::attention"`."""
+    targets = {node.target for node in graph.nodes if node.op == "call_function"}
+    return {schema_of(target).name for target in targets if isinstance(target, OpOverload)}

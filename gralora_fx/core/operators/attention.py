@@ -1,4 +1,4 @@
-"""Attention, with a cache and without, and the mask that a model makes for it: one node a layer.
+"""Attention, with a cache and without, and its masks: one node a layer, and the passes that make padding an argument.
 
 Padding, window and soft cap are arguments, so that an export can take the runtime's own fused operators without
 matching patterns.
@@ -6,12 +6,15 @@ matching patterns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from gralora_fx.core.graph.pipeline import PassResult, contract
+from gralora_fx.core.graph.surgery import erase_unused
+from gralora_fx.core.operators import COMPUTING
 from gralora_fx.core.operators.call import Call, V, operator
 
 
@@ -224,3 +227,59 @@ class MaskOfBlocks(Call[V]):
     def result(self: MaskOfBlocks[Tensor]) -> Tensor:
         """The reference."""
         return self.whole.clone()
+
+
+_ONE_MASK = "a mask has one form"
+_CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.device,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten._to_copy.default,
+)
+
+
+@contract(needs={COMPUTING}, leaves={_ONE_MASK})
+def without_empty_blocks(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Keep one of the two masks: the plain one if no position is in a block.
+
+    Before: `blocks = full(size, -1); m = mask_of_blocks(blocks, mask(padding, ...), whole)`
+    After:  `m = mask(padding, ...)`
+    """
+    masks = list(MaskOfBlocks.all_in(graph))
+    for node, mask in masks:
+        node.replace_all_uses_with(mask.plain if _holds_only(mask.blocks, -1) else mask.whole)
+        erase_unused(graph, node)
+    return PassResult(len(masks))
+
+
+def _holds_only(node: Any, number: int) -> bool:
+    """Return whether a tensor is filled with one number, judging by the operators that create it."""
+    while isinstance(node, fx.Node) and node.target in _CASTS:
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is torch.ops.aten.pad.default:
+        return node.args[2:] == ("constant", number) and _holds_only(node.args[0], number)
+    return node.target is torch.ops.aten.full.default and node.args[1:] == (number,)
+
+
+@contract(needs={COMPUTING, _ONE_MASK})
+def padding_as_argument(graph: fx.Graph) -> PassResult[fx.Graph]:
+    """Replace attention's causal mask by the padding mask and the window that it was computed from.
+
+    Before: `m = gralora.mask(to(padding, bool), length, 4); y = attention(query, key, value, m, window=0)`
+    After:  `y = attention(query, key, value, padding, window=4)`
+
+    A mask with other readers, such as an addition to it, stays for those.
+    """
+    changed = 0
+    for node, attention in Attention.all_in(graph):
+        mask = Mask.of(attention.mask)
+        if mask is not None and attention.mask is not None:
+            padding: Any = mask.padding
+            while padding.target in _CASTS:
+                padding = padding.args[0]
+            replace(attention, mask=padding, window=mask.window).write(node)
+            erase_unused(graph, attention.mask)
+            changed += 1
+    return PassResult(changed)

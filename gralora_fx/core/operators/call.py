@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.base.compat.torch_graphs import FakeTensor, OpOverload, schema_of
+from gralora_fx.core.operators import CONTRACTIONS, DROPOUTS, NAMESPACE, STANDS_FOR, TRAIN_FLAGS
 
-NAMESPACE = "gralora"
-COMPUTING = "operators compute values"
 _SHAPES = "gralora_shapes"
 
 if TYPE_CHECKING:  # Python 3.11's has no default
@@ -44,13 +43,7 @@ _TYPES: dict[Any, str] = {  # types of arguments as PyTorch's schemas write them
 
 _library: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 _shapes: Any = torch.library.Library(_SHAPES, "DEF")  # type: ignore[no-untyped-call]
-STANDS_FOR: dict[Any, Any] = {}  # operators that compute, by the one that stands for each in a trace
-_shape_only: dict[Any, Any] = {}  # the other way round
-# operators that compute otherwise in training: the position of the argument that says so, or of a probability that
-# evaluation sets to zero
-TRAIN_FLAGS: dict[Any, int] = {}
-DROPOUTS: dict[Any, int] = {}
-CONTRACTIONS: set[Any] = set()  # operators that multiply by weights or activations and sum
+_shape_only: dict[Any, Any] = {}  # what stands in a trace for an operator that computes
 
 
 class Call(Generic[V]):
@@ -72,7 +65,7 @@ class Call(Generic[V]):
     results: ClassVar[int]
 
     def result(self: Call[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """What the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
+        """Return what the operator computes, by PyTorch's own operators; the annotation says how many tensors."""
         raise NotImplementedError
 
     @classmethod
@@ -114,7 +107,7 @@ class Call(Generic[V]):
 
     @classmethod
     def position(cls, name: str) -> int:
-        """Which argument a name is."""
+        """Return which argument a name is."""
         return cls.names().index(name)
 
     def insert(self, graph: fx.Graph) -> fx.Node:
@@ -181,14 +174,8 @@ def define_shape_only(schema: str, rule: Callable[..., Any], target: Any) -> Any
     return shape_only
 
 
-def operators_called(graph: fx.Graph) -> set[str]:
-    """Return the names of the operators that a graph calls, such as `"gralora::attention"`."""
-    targets = {node.target for node in graph.nodes if node.op == "call_function"}
-    return {schema_of(target).name for target in targets if isinstance(target, OpOverload)}
-
-
 def is_shape_only(tensor: object) -> bool:
-    """Whether a tensor is fake, as those of a model that is being traced."""
+    """Return whether a tensor is fake, as those of a model that is being traced."""
     return isinstance(tensor, FakeTensor)
 
 

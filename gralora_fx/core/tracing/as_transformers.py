@@ -15,8 +15,16 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
 from gralora_fx.core.tracing.inputs.input_trees import batch_of
-from gralora_fx.core.tracing.losses import counts_items, decoder_inputs, label_names
-from gralora_fx.core.tracing.source_model import Traced, class_name, main_input, module_at, source_class, with_signature
+from gralora_fx.core.tracing.losses import counts_items, decoder_inputs
+from gralora_fx.core.tracing.source_model import (
+    Traced,
+    class_name,
+    label_names,
+    main_input,
+    module_at,
+    source_class,
+    with_signature,
+)
 from gralora_fx.errors import TraceError, option, warn_caller
 from gralora_fx.format.input_names import ADAPTER_NAMES, PAST
 

@@ -74,7 +74,7 @@ def _as_traced(model: nn.Module) -> Iterator[None]:
     with ExitStack() as changed:
         if has_own_code(model):
             from gralora_fx.base.features import parts
-            from gralora_fx.core.tracing.patches.known_code import IN_EVERY_MODEL, replaced
+            from gralora_fx.core.tracing.known_code import IN_EVERY_MODEL, replaced
 
             for table in (IN_EVERY_MODEL, *parts("known code")):
                 changed.enter_context(replaced(model, table))
@@ -105,8 +105,8 @@ def _steps(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Iterator[None]:
     with ExitStack() as changed:
         if cache_layout(inputs) is CacheLayout.DECODER:
             from gralora_fx.base.features import parts
+            from gralora_fx.core.tracing.decoder_operators import decoder_operators
             from gralora_fx.core.tracing.inputs.cache import attributes_of
-            from gralora_fx.core.tracing.patches.decoder_operators import decoder_operators
 
             changed.enter_context(decoder_operators(model, inputs))
             for patches in parts("step patches", attributes_of(inputs[PAST])):

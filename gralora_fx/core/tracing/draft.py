@@ -100,12 +100,7 @@ class Skeleton(Draft):
 
 
 def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> Draft | str:
-    """Return a source for a trace that has other tensors than the source model.
-
-    Args:
-        source: What the trace was made from, or why it cannot be made again.
-        memo: What the trace's tensors were copied to, if it is a copy of which the model may be a part.
-    """
+    """Return a source for a trace that has other tensors than the source model."""
     if isinstance(source, (str, Skeleton)):
         return source
     if memo is not None and id(source.model) in memo:
@@ -295,10 +290,10 @@ def _of_transformers(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[No
     with ExitStack() as changed:
         if isinstance(model, PreTrainedModel):
             from gralora_fx.base.features import parts
-            from gralora_fx.core.tracing.patches.known_code import has_key_indexer
+            from gralora_fx.core.tracing.known_code import has_key_indexer
 
             if has_key_indexer(model):
-                from gralora_fx.core.tracing.patches.sparse_attention import known_positions
+                from gralora_fx.core.tracing.sparse_attention import known_positions
 
                 changed.enter_context(known_positions(model))
             for patches in parts("call patches", {*sample, model.config.model_type}):

@@ -28,8 +28,7 @@ from gralora_fx.base.compat.torch_graphs import (
     treespec_leaf,
 )
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.operators import define_operators
-from gralora_fx.core.operators.call import NAMESPACE
+from gralora_fx.core.operators import NAMESPACE, define_operators
 from gralora_fx.errors import TraceError
 
 _TABLES = ("training", "_parameters", "_buffers", "_non_persistent_buffers_set")

@@ -8,28 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.loss.loss_utils import ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification
 
-from gralora_fx.base.progress.stages import quiet
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ITEM_COUNT, LABELS
+from gralora_fx.format.input_names import ITEM_COUNT
 
 # These pass the count on to the cross entropy through their keyword arguments.
 _COUNTING = (ForQuestionAnsweringLoss, ForSequenceClassificationLoss, ForTokenClassification)
-
-
-def loss_function_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:
-    """The loss function that transformers has for a model; None where it has none."""
-    with quiet():  # of a class that is not named after its loss, transformers logs that its configuration names none
-        found: Callable[..., Tensor] | None = getattr(model, "loss_function", None)
-    return found
-
-
-def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:
-    """The labels that a loss takes."""
-    parameters = inspect.signature(loss_function).parameters if loss_function is not None else {}
-    return tuple(name for name in LABELS if name in parameters)
 
 
 def counts_items(loss_function: Callable[..., Tensor] | None) -> bool:

@@ -77,10 +77,6 @@ def once_each(convert: Convert) -> Convert:
 def trace_converted(traced: Convertible, convert: Convert) -> Captured | None:
     """Trace a model in the dtype and on the device that its tensors are to be converted to; nothing is converted.
 
-    Args:
-        traced: The trace.
-        convert: Converts a tensor, as of `nn.Module._apply`.
-
     Returns:
         The source model's new graph, over placeholders for its parameters; None if the graph is right as it is.
 
@@ -118,13 +114,7 @@ def trace_converted(traced: Convertible, convert: Convert) -> Captured | None:
 
 
 def convert_trace(traced: Convertible, captured: Captured | None, convert: Convert) -> None:
-    """Convert a trace's tensors and its source model's in place, and give it the graph for them.
-
-    Args:
-        traced: The trace.
-        captured: What `trace_converted` returned; None keeps the graph.
-        convert: Converts a tensor.
-    """
+    """Convert a trace's tensors and its source model's in place, and give it the graph captured for them, if any."""
     source, training, graph_module = traced.source, traced.training, traced.graph_module
     graph_module._apply(convert)  # type: ignore[no-untyped-call]
     if isinstance(source, Draft):
@@ -223,13 +213,7 @@ def _capture(traced: Convertible, convert: Convert, floats: Collection[torch.dty
 
 @contextmanager
 def _converted_tensors(model: nn.Module, kinds: Mapping[str, Tensor], convert: Convert) -> Iterator[None]:
-    """Let a model hold converted buffers, and placeholders without memory for converted parameters, within the block.
-
-    Args:
-        model: The model.
-        kinds: Tensors of the dtypes and on the devices that the model's parameters have, by their names.
-        convert: Converts a tensor.
-    """
+    """Let a model hold converted buffers, and empty placeholders for converted parameters, within the block."""
     originals: dict[nn.Parameter, nn.Parameter] = {}
 
     def placeholder(parameter: nn.Parameter, name: str) -> nn.Parameter:

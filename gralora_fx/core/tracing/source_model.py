@@ -1,4 +1,4 @@
-"""The class of the model that was traced: its name, main input and signature, and its embeddings as modules."""
+"""The class of the model that was traced: its name, main input, signature and loss, and its embeddings as modules."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.errors import TraceError
+from gralora_fx.format.input_names import LABELS
 
 
 class Traced(Protocol):
@@ -120,3 +122,16 @@ def module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter
         if parameter is not None:
             module.register_parameter(name, parameter)
     return module
+
+
+def loss_function_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:
+    """Return the loss function that transformers has for a model; None where it has none."""
+    with quiet():  # of a class that is not named after its loss, transformers logs that its configuration names none
+        found: Callable[..., Tensor] | None = getattr(model, "loss_function", None)
+    return found
+
+
+def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:
+    """Return the labels that a loss takes."""
+    parameters = inspect.signature(loss_function).parameters if loss_function is not None else {}
+    return tuple(name for name in LABELS if name in parameters)

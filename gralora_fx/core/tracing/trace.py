@@ -1,8 +1,11 @@
-"""`trace`: the entry point for every kind of model, which returns a clean graph over the model's own parameters."""
+"""`trace`: from any kind of model to a clean graph over its own parameters, with the blocks that repeat in it."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import difflib
+import fnmatch
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -13,9 +16,8 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.base.progress.stages import gc_pause
-from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.out_of_reach import layers_of
-from gralora_fx.core.graph.repeated_layers import blocks_of
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code, trace_both_modes
 from gralora_fx.core.tracing.check import with_call_signature
@@ -28,11 +30,102 @@ from gralora_fx.core.tracing.draft import (
     first_draft,
 )
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
+from gralora_fx.core.tracing.source_model import loss_function_of
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import Checkpointing
+
+_LIST = "torch.nn.modules.container.ModuleList"
+_CONTAINERS = (_LIST, "torch.nn.modules.container.Sequential")
+
+
+def blocks_of(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the paths of a graph's blocks: the modules that patterns name, or the repeated ones for None.
+
+    A repeated module is left out if the graph reads no tensor of it, or if its operations cannot run together.
+
+    Raises:
+        TraceError: A module that a pattern names cannot be a block.
+    """
+    if patterns is None:
+        return _repeated_blocks(flat, tree)
+    found = matching_blocks(tree, patterns)
+    if not found:
+        return ()
+    from gralora_fx.core.graph.block_calls import callable_blocks
+
+    blocks, refused = callable_blocks(flat, found)
+    for path, reason in refused.items():
+        raise TraceError(f"blocks: {path} cannot be a block: {reason}; leave it out")
+    return tuple(blocks)
+
+
+def _repeated_blocks(flat: fx.GraphModule, tree: ModuleTree) -> tuple[str, ...]:
+    """Return the outermost repeated modules that can be blocks; within one that cannot be, those that can."""
+    candidates = repeated_modules(tree)
+    if not candidates:
+        return ()
+    from gralora_fx.core.graph.block_calls import callable_blocks
+
+    blocks, refused = [""], set[str]()
+    while blocks:
+        left = [path for path in candidates if path not in refused]
+        blocks = [path for path in left if not any(o != path and is_within(path, o) for o in left)]
+        found, reasons = callable_blocks(flat, blocks)
+        if not reasons:
+            return tuple(found)
+        refused |= reasons.keys()
+    return ()
+
+
+def repeated_modules(tree: ModuleTree) -> tuple[str, ...]:
+    """Return the modules that a `ModuleList` or `Sequential` repeats: of one class, and at one place in its members.
+
+    The member of a list of one counts too, as a model of one layer. A module without modules of its own does not.
+    """
+    parents = {path.rpartition(".")[0] for path in tree.types if path}
+    members = collections.Counter(path.rpartition(".")[0] for path in tree.types if path)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for path, kind in tree.types.items():
+        parent, _, name = path.rpartition(".")
+        if name.isdigit() and path in parents and tree.types.get(parent, _LIST) in _CONTAINERS:
+            place = ".".join("*" if part.isdigit() else part for part in path.split("."))
+            alike.setdefault((place, kind), []).append(path)
+    repeated = set[str]()
+    for paths in alike.values():
+        parent = paths[0].rpartition(".")[0]
+        if len(paths) > 1 or (members[parent] == 1 and tree.types.get(parent) == _LIST):
+            repeated |= set(paths)
+    return tuple(path for path in tree.types if path in repeated)
+
+
+def matching_blocks(tree: ModuleTree, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the modules that patterns name; `*` stands for one part of a path, as in `"encoder.layers.*"`.
+
+    Raises:
+        TraceError: A pattern names no module, or a block is within another one.
+    """
+    if isinstance(patterns, str):
+        raise TraceError(f"blocks must be a list of paths or patterns, but got {patterns!r}; give [{patterns!r}]")
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        matches = [path for path in tree.types if path and _matches(path, str(pattern))]
+        if not matches:
+            near = ", ".join(difflib.get_close_matches(str(pattern), list(tree.types), n=3, cutoff=0.4)) or "none"
+            raise TraceError(f"blocks: no module of the model matches {pattern!r}; nearest: {near}")
+        found |= dict.fromkeys(matches)
+    for path in found:
+        for other in found:
+            if path != other and is_within(path, other):
+                raise TraceError(f"blocks: {path} is within {other}, which is a block too; name one of them")
+    return tuple(path for path in tree.types if path in found)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, wanted = path.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def trace(
@@ -155,8 +248,6 @@ def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None
     """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
     model, config, loss = draft.model, None, None
     if isinstance(model, PreTrainedModel):
-        from gralora_fx.core.tracing.losses import loss_function_of
-
         config, loss = model.config, loss_function_of(model)
     found = blocks_of(draft.graph_module, tree, blocks)
     traced = TracedModel(

@@ -20,7 +20,7 @@ from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.pipeline import GraphPass, PassReport, run_pass
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
-from gralora_fx.core.operators.call import operators_called
+from gralora_fx.core.operators import operators_called
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
 from gralora_fx.core.tracing.inputs.signature import CallSignature, with_cache_name
 from gralora_fx.core.tracing.normalize.modes import set_mode
@@ -185,7 +185,7 @@ class TracedModel:
         return self._view().generate(*args, **kwargs)
 
     def can_generate(self) -> bool:
-        """Whether the model generates."""
+        """Return whether the model generates."""
         return self.generation_config is not None
 
     @property
@@ -282,7 +282,7 @@ class TracedModel:
     cuda = functools.partialmethod(_converted, "cuda")
 
     def with_graph(self, graph_module: fx.GraphModule, tree: ModuleTree) -> TracedModel:
-        """The same model with another graph, such as one with folded weights.
+        """Return the model with another graph over the parameters of a tree, such as one with folded weights.
 
         Args:
             graph_module: The graph.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.core.tracing.patches.known_code import Recognised
+from gralora_fx.core.tracing.known_code import Recognised
 from gralora_fx.features.experts.gate import ACTIVATIONS, HALVES, INTERLEAVED, NO_GATE, ExpertGate
 from gralora_fx.features.experts.operators import Experts, between
 

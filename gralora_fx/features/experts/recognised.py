@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gralora_fx.core.tracing.patches.known_code import Recognised
+from gralora_fx.core.tracing.known_code import Recognised
 
 LOOPS = (
     Recognised("dbrx.modeling_dbrx:DbrxExperts.forward", "interface:dbrx", ending="DbrxExperts", folder=__package__),

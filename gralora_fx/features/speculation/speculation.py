@@ -97,7 +97,7 @@ class StepCosts:
             self._sizes = sorted(self._best)
 
     def knows(self, size: int) -> bool:
-        """Whether such steps were timed lately."""
+        """Return whether such steps were timed lately."""
         return size in self._best
 
     @property
@@ -192,13 +192,7 @@ class Speculation:
         return counts
 
     def ran(self, size: int, proposed: int, seconds: float) -> None:
-        """A step of rows that answer took so long.
-
-        Args:
-            size: How many tokens it read.
-            proposed: How many of them were proposed.
-            seconds: How long it took.
-        """
+        """Note how many seconds a step of `size` tokens took, some of them proposed."""
         self._costs.add(size, seconds)
         base, cost = size - proposed, self._costs(size) if self._costs.knows(size) else seconds
         self._excess = cost / self._costs(base) - 1 if proposed else 0.0

@@ -18,8 +18,7 @@ from transformers import PrefixConstrainedLogitsProcessor
 
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.features.speech.recordings import Audio, read_audio
-from gralora_fx.features.speech.speech_inputs import SpeechInputs
-from gralora_fx.features.speech.speech_prompt import TRANSCRIBE, TRANSLATE, SpeechPrompt, earlier_text
+from gralora_fx.features.speech.speech_inputs import TRANSCRIBE, TRANSLATE, SpeechInputs, SpeechPrompt, earlier_text
 from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.prompts import EncoderInput
@@ -175,7 +174,7 @@ class _LanguageOf(EncoderInput):
     languages: Sequence[int] = ()
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
-        """What leaves these tokens alone."""
+        """Return what leaves these tokens alone."""
         return [PrefixConstrainedLogitsProcessor(lambda batch, ids: list(self.languages), 1)]
 
 

@@ -8,8 +8,15 @@ from typing import Any
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.exporters.rules.adapters.site_marks import SITES
-from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, const_ints, fixed_dim, replace_value, static_dim
+from gralora_fx.exporters.rules.builder import (
+    MICROSOFT,
+    SITES,
+    Builder,
+    const_ints,
+    fixed_dim,
+    replace_value,
+    static_dim,
+)
 from gralora_fx.exporters.translation.operators import DomainNode
 from gralora_fx.features.states.operators import CausalConv, GatedRmsNorm, LinearAttention, PromptClamp
 
@@ -185,7 +192,7 @@ def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
 
 
 def _alike(one: ir.Value, other: ir.Value) -> bool:
-    """Whether two values are known to have one shape."""
+    """Return whether two values are known to have one shape."""
     return one.shape is not None and one.shape == other.shape and not one.shape.has_unknown_dim()
 
 

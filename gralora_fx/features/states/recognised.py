@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gralora_fx.core.tracing.patches.known_code import Recognised
+from gralora_fx.core.tracing.known_code import Recognised
 
 SILU = ("silu", "swish")  # its names in configurations
 

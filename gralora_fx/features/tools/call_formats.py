@@ -1,4 +1,4 @@
-"""How model families write calls of tools in an answer: a table with an entry for each family."""
+"""How model families write calls of tools: a table with an entry for each, and answers read by it as they come."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import secrets
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from gralora_fx.service.protocols.openai.answer_plan import AnswerPart, new_id
 
 _NINE = string.ascii_letters + string.digits
 
@@ -53,7 +56,7 @@ class CallFormat:
         return self.trigger.endswith('"name"')
 
     def fits(self, template: str) -> bool:
-        """Whether a template of chats is of the family."""
+        """Return whether a template of chats is of the family."""
         return all(mark in template for mark in self.marks) and not any(mark in template for mark in self.lacks)
 
     def new_id(self) -> str:
@@ -125,3 +128,169 @@ FORMATS = (
         tag="<|python_tag|>",
     ),
 )
+
+
+class _At(Enum):
+    """Where a reader is in an answer."""
+
+    BEGIN = auto()
+    TEXT = auto()
+    TEXT_ALONE = auto()
+    HEAD = auto()
+    NAME = auto()
+    ARGUMENTS = auto()
+    AFTER = auto()
+    END = auto()
+
+
+class CallReader:
+    """Reads one answer, whose calls are written as their format has them.
+
+    Text that may be the beginning of a call is held back until that is known. What is cut within a call's name is left
+    out, and a call that is cut within its arguments has the beginning of them.
+
+    Attributes:
+        items: How many calls have begun.
+    """
+
+    text_field, event, finish_reason = "arguments", "function_call_arguments", "tool_calls"
+
+    def __init__(self, form: CallFormat) -> None:
+        """Begin an answer."""
+        self._form = form
+        self._at = _At.BEGIN if form.begins_answer else _At.TEXT
+        self._held = ""
+        self._depth, self._in_string, self._is_escaped = 0, False, False
+        self.items = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all calls that have begun are complete."""
+        return self._at not in (_At.HEAD, _At.NAME, _At.ARGUMENTS)
+
+    def step(self, text: str) -> list[AnswerPart]:
+        """Read text."""
+        self._held += text
+        parts: list[AnswerPart] = []
+        steps = {
+            _At.BEGIN: self._begin,
+            _At.TEXT: self._text,
+            _At.TEXT_ALONE: lambda: AnswerPart(self._take(len(self._held))),
+            _At.HEAD: self._head,
+            _At.NAME: self._name,
+            _At.ARGUMENTS: self._arguments,
+            _At.AFTER: self._after,
+            _At.END: self._drop,
+        }
+        before = None
+        while self._held and (self._at, self._held) != before:
+            before = self._at, self._held
+            if (part := steps[self._at]()) is not None:
+                parts.append(part)
+        return parts
+
+    def finish(self) -> list[AnswerPart]:
+        """The text that was held back, once the answer has ended."""
+        text, self._held = self._held, ""
+        return [AnswerPart(text)] if text and self._at in (_At.BEGIN, _At.TEXT) else []
+
+    def in_chat(self, parts: Sequence[AnswerPart], *, streams: bool) -> dict[str, Any]:
+        """Return the calls of a message, or what a piece of it adds to them."""
+        calls: dict[int | None, dict[str, Any]] = {}
+        for part in parts:
+            call = calls.setdefault(part.item, {"index": part.item} if streams else {})
+            if part.name is not None:
+                call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+            function = call.setdefault("function", {"arguments": ""})
+            function["arguments"] += part.text
+        return {"tool_calls": list(calls.values())}
+
+    @staticmethod
+    def begun(part: AnswerPart) -> dict[str, Any] | None:
+        """Return the item of a response that begins with a part; None if none does."""
+        if part.name is None:
+            return None
+        return {"id": new_id("fc"), "type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
+
+    def _take(self, count: int) -> str:
+        text, self._held = self._held[:count], self._held[count:]
+        return text
+
+    def _begin(self) -> None:
+        """Find out whether an answer is calls, from its first letters."""
+        form = self._form
+        if form.tag and self._held.startswith(form.tag):
+            self._take(len(form.tag))
+            self._at = _At.HEAD
+        elif self._held.startswith(form.trigger):
+            self._at = _At.HEAD
+        elif not (form.trigger.startswith(self._held) or form.tag.startswith(self._held)):
+            self._at = _At.TEXT_ALONE
+
+    def _text(self) -> AnswerPart | None:
+        trigger = self._form.trigger
+        found = self._held.find(trigger)
+        if found >= 0:
+            self._at = _At.HEAD
+        else:
+            found = len(self._held) - _overlap(self._held, trigger)
+        text = self._take(found)
+        return AnswerPart(text) if text else None
+
+    def _head(self) -> None:
+        """Pass what is before a name."""
+        form = self._form
+        before = form.start if not self.items else form.tail + (form.between or "")
+        self._pass(before + form.head, _At.NAME)
+
+    def _name(self) -> AnswerPart | None:
+        found = self._held.find(self._form.middle)
+        if found < 0:
+            return None
+        name = self._take(found)
+        self._take(len(self._form.middle))
+        self._at = _At.ARGUMENTS
+        self.items += 1
+        return AnswerPart(item=self.items - 1, name=name, id=self._form.new_id())
+
+    def _arguments(self) -> AnswerPart:
+        """Read JSON until its outermost object ends."""
+        end = len(self._held)
+        for index, letter in enumerate(self._held):
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped, self._in_string = letter == "\\", letter != '"'
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    end, self._at = index + 1, _At.AFTER
+                    break
+        return AnswerPart(self._take(end), item=self.items - 1)
+
+    def _after(self) -> None:
+        """Find out whether another call follows."""
+        form = self._form
+        ahead = form.tail + (form.between or "") + form.head
+        if form.between is not None and self._held.startswith(ahead):
+            self._at = _At.HEAD
+        elif form.between is None or not ahead.startswith(self._held):
+            self._at = _At.END
+
+    def _drop(self) -> None:
+        self._held = ""
+
+    def _pass(self, text: str, then: _At) -> None:
+        """Pass text that is known, once all of it is there."""
+        if len(self._held) >= len(text):
+            self._take(len(text))
+            self._at = then
+
+
+def _overlap(text: str, start: str) -> int:
+    """Return how many letters at the end of a text are the beginning of another one."""
+    return next((size for size in range(min(len(start) - 1, len(text)), 0, -1) if text.endswith(start[:size])), 0)

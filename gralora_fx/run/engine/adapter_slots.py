@@ -12,10 +12,9 @@ from weakref import WeakKeyDictionary
 
 from numpy.typing import NDArray
 
-from gralora_fx.format.adapter_inputs import AdapterInputs
+from gralora_fx.format.adapter_inputs import BASE, AdapterInputs
 from gralora_fx.run.engine.adapters import LoadedAdapter, Stack
 from gralora_fx.run.sessions.adapter_arrays import (
-    BASE,
     Ranks,
     as_ort_value,
     empty_stack,
@@ -135,7 +134,7 @@ class RowStacks:
 
 
 def _small(sizes: Sequence[int], weights: int) -> int:
-    """How many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
+    """Return how many of some adapters, the smallest first, are better run apart from the larger ones; all for none.
 
     A run reads the weights once, and each adapter as if it were as large as the largest of the run.
     """

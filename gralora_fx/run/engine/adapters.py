@@ -15,14 +15,14 @@ import numpy as np
 
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ServingError, command, listed, remedy, shown
-from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
 from gralora_fx.format.manifest import Manifest
-from gralora_fx.run.sessions.adapter_arrays import BASE, Arrays, as_ort_value, mixed, stacked
 from gralora_fx.run.sessions.session_views import adapter_values, empty_adapter
 
 if TYPE_CHECKING:  # loaded where rows share what they read, and where there are adapters
     from gralora_fx.run.engine.prefix_cache import PrefixCache
+    from gralora_fx.run.sessions.adapter_arrays import Arrays
     from gralora_fx.run.sessions.adapter_file import AdapterRecord, AdapterSource
 
 AdapterNames: TypeAlias = str | Sequence[str | None] | None  # the adapter of all rows, or of each; None for the base
@@ -46,6 +46,8 @@ class LoadedAdapter:
     @cached_property
     def values(self) -> dict[str, Any]:
         """Its tensors as a session takes them."""
+        from gralora_fx.run.sessions.adapter_arrays import as_ort_value
+
         return {name: as_ort_value(array) for name, array in self.tensors.items()}
 
     @cached_property
@@ -68,7 +70,9 @@ class Stack:
 
     @classmethod
     def of(cls, adapters: Iterable[LoadedAdapter], inputs: AdapterInputs) -> Stack:
-        """Some adapters stacked, each once."""
+        """Stack adapters, each once."""
+        from gralora_fx.run.sessions.adapter_arrays import stacked
+
         ids: dict[LoadedAdapter | None, int] = {None: BASE}
         for adapter in adapters:
             ids.setdefault(adapter, len(ids))
@@ -76,7 +80,7 @@ class Stack:
 
 
 def names_of_rows(adapter: object, batch: int) -> list[Any]:
-    """What is given as the name of each row's adapter."""
+    """Return what is given as the name of each row's adapter."""
     names = list(adapter) if isinstance(adapter, (list, tuple)) else [adapter] * batch
     if len(names) != batch:
         raise ServingError(f"adapter has {len(names)} names for {batch} rows; give one for each row, or one for all")
@@ -118,7 +122,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return iter(self.available())
 
     def __len__(self) -> int:
-        """How many a call can name."""
+        """Return how many a call can name."""
         return len(self.available())
 
     def __contains__(self, name: object) -> bool:
@@ -140,7 +144,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
         return empty_adapter(inputs) | ({} if name is None else self[name].values)
 
     def tensors_for(self, name: str | None, session: Any) -> dict[str, Any]:
-        """What a session over a graph with one adapter a run is fed, for an adapter or the base."""
+        """Return what a session over a graph with one adapter a run is fed, for an adapter or the base."""
         inputs = self._manifest.adapter_inputs
         values = {} if name is None else self[name].values
         return values if inputs is None else adapter_values(values, inputs, session)
@@ -208,12 +212,13 @@ class Adapters(Mapping[str, LoadedAdapter]):
             raise ServingError(f"the weight of {shown(wrong[0])} is {shown(weights[wrong[0]])}, not a finite number")
         parts = [(self[part].tensors, float(weight)) for part, weight in weights.items()]
         configs = {part: {"weight": float(weights[part]), "config": self[part].record.config} for part in weights}
+        from gralora_fx.run.sessions.adapter_arrays import mixed
+        from gralora_fx.run.sessions.adapter_file import check_rank, record_in_memory
+
         tensors = mixed(parts, inputs)
         large = [tensor for tensor, array in tensors.items() if not np.isfinite(array.astype(np.float32)).all()]
         if large:
             raise ServingError(f"{large[0]} of {name!r} holds values that are not finite; give smaller weights")
-        from gralora_fx.run.sessions.adapter_file import check_rank, record_in_memory
-
         record = record_in_memory(name, tensors, {"sum_of": configs}, inputs, self._manifest.base_fingerprint)
         check_rank(name, record, self._max_rank)
         return self._add(LoadedAdapter(name, record, tensors))

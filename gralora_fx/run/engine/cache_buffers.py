@@ -18,8 +18,7 @@ from torch import Tensor
 
 from gralora_fx.base.features import parts
 from gralora_fx.format.cache_slots import past_slots
-from gralora_fx.run.sessions.ort_values import TORCH_DTYPES, as_tensor, as_value
-from gralora_fx.run.sessions.paged_memory import PAGE, PagedBytes, whole_pages
+from gralora_fx.run.sessions.ort_values import PAGE, TORCH_DTYPES, PagedBytes, as_tensor, as_value, whole_pages
 from gralora_fx.run.sessions.session import CPU, QUIET_RUN
 from gralora_fx.run.sessions.session_views import PAST, PRESENT
 

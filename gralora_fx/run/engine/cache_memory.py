@@ -58,11 +58,7 @@ class CacheMemory:
     """
 
     def __init__(self, limit: int | None) -> None:
-        """Begin without rows.
-
-        Args:
-            limit: The most bytes; None for no bound.
-        """
+        """Begin without rows; a limit of None bounds nothing."""
         self.limit = limit
         self.shared: PrefixCache | None = None
         self._rows: dict[int, RowMemory] = {}
@@ -164,15 +160,10 @@ class BoundedRows(ABC):
 
     @abstractmethod
     def length(self, row: int) -> int:
-        """How many tokens a row has read."""
+        """Return how many tokens a row has read."""
 
     def check_room(self, max_length: int, adapter: str | None = None, source: Source | None = None) -> None:
         """Check that a row has room where no other is open.
-
-        Args:
-            max_length: The most tokens that it reads.
-            adapter: As of `Decoder.open`.
-            source: As of `Decoder.open`.
 
         Raises:
             NeverRoomError: Its caches may take more than the bound.
@@ -193,33 +184,18 @@ class BoundedRows(ABC):
         return self.memory.admits(self._row_memory(max_length, source), self._copies_size(adapter))
 
     def reserve(self, row: int, count: int) -> bool:
-        """Take the memory of tokens that a row reads next; return whether there is room now.
-
-        Args:
-            row: Its number, as `Decoder.open` gave it.
-            count: How many tokens.
-        """
+        """Take the memory of tokens that a row reads next; return whether there is room now."""
         return self.memory.reserve(row, self._row_size(self.length(row), count))
 
     def room(self, rows: int, source: Source | None = None) -> int:
-        """Return how many tokens each of some rows may read within the bound; 0 if there is no room for so many rows.
-
-        Args:
-            rows: How many rows are open at a time.
-            source: As of `Decoder.open`.
-        """
+        """Return how many tokens each of so many rows may read within the bound; 0 if there is no room for them."""
         limit, lengths = self.memory.limit, range(1, self.capacity + 1)
         if limit is None:
             return self.capacity
         return bisect_right(lengths, limit, key=lambda length: rows * self.row_size(length, source))
 
     def row_size(self, length: int, source: Source | None = None) -> int:
-        """Return how many bytes the caches of a row may take.
-
-        Args:
-            length: How many tokens it reads.
-            source: As of `Decoder.open`.
-        """
+        """Return how many bytes the caches of a row may take."""
         return self._row_memory(length, source).claim
 
     def trim(self) -> None:  # noqa: B027  # most have nothing to free

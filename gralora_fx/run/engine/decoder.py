@@ -104,7 +104,7 @@ class Decoder(BoundedRows):
         return self.rows - len(self._lengths)
 
     def length(self, row: int) -> int:
-        """How many tokens a row has read.
+        """Return how many tokens a row has read.
 
         Args:
             row: Its number, as `open` gave it.
@@ -256,7 +256,7 @@ class Decoder(BoundedRows):
         return logits
 
     def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
-        """What is read first: all, or what some rows read up to where others may take over from them."""
+        """Return what is read first: all, or what some rows read up to where others may take over from them."""
         if self._shared is None or not self._shared.cache.keeps_states:
             return read
         counts = {row: self._shared.cut(row, self._lengths[row], len(array)) for row, array in read.items()}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gralora_fx.errors import ServingError
-from gralora_fx.format.adapter_inputs import ADAPTER_IDS
+from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
@@ -21,9 +21,7 @@ from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.adapter_arrays import BASE
-from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
-from gralora_fx.run.sessions.paged_memory import kept_reason
+from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, kept_reason
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
 
@@ -108,7 +106,7 @@ class RowsDecoder(Decoder):
             )
 
     def cached(self, row: int) -> dict[str, Tensor]:
-        """What is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
+        """Return what is kept of a row by the names of the inputs, in the row's own memory: keys and values, or states.
 
         Returns:
             Keys and values are `[heads, positions, size]`; positions that the row has not read yet hold anything.

@@ -15,10 +15,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from gralora_fx.format.adapter_inputs import AdapterInputs, AdapterSite
+from gralora_fx.format.adapter_inputs import BASE, AdapterInputs, AdapterSite
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-BASE = 0  # the id of no adapter
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": _BFLOAT16}
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -91,7 +90,7 @@ def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, ND
 
 
 def slot_size(ranks: Ranks, inputs: AdapterInputs) -> int:
-    """How many bytes an adapter takes in a stack that has room for some ranks."""
+    """Return how many bytes an adapter takes in a stack that has room for some ranks."""
     count = sum(math.prod(shape) for shape in _shapes(ranks, inputs).values())
     return count * int(DTYPES[inputs.dtype].itemsize)
 

@@ -1,17 +1,104 @@
-"""Which execution provider runs which nodes of a model."""
+"""Which execution provider runs which nodes of a model, and in which precision OpenVINO does."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import onnxruntime
 
-from gralora_fx.errors import warn_caller
-from gralora_fx.run.sessions.openvino import arithmetic, is_openvino
+from gralora_fx.errors import ServingError, shown, warn_caller
+from gralora_fx.run.sessions.plugins import Device
 from gralora_fx.run.sessions.session import CPU, Runtime
 from gralora_fx.run.sessions.session_views import EncoderDecoderSession
+
+OPENVINO = "OpenVINOExecutionProvider"
+_OPTIONS = ("load_config", "reshape_input", "enable_causallm", "hint_enable_gqa", "dump_subgraphs")
+_PROPERTIES = {  # options of the provider that is built into onnxruntime-openvino, by OpenVINO's names
+    "precision": "INFERENCE_PRECISION_HINT",
+    "num_of_threads": "INFERENCE_NUM_THREADS",
+    "num_streams": "NUM_STREAMS",
+    "cache_dir": "CACHE_DIR",
+    "model_priority": "MODEL_PRIORITY",
+}
+_THREADS = "INFERENCE_NUM_THREADS"
+_PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+
+
+def is_openvino(name: str) -> bool:
+    """Whether a provider is OpenVINO's, or one of those that choose among its devices, such as `...Provider.AUTO`."""
+    return name.partition(".")[0] == OPENVINO
+
+
+def complete_options(
+    options: Mapping[str, Any], device: Device, threads: int, *, threads_are_given: bool
+) -> dict[str, Any]:
+    """Options as OpenVINO takes them, with the number of threads."""
+    for name in options:
+        if name in _PROPERTIES:
+            raise ServingError(
+                f"{device.provider} takes no option {name!r}; give OpenVINO's property {_PROPERTIES[name]} in "
+                f"load_config: {{'load_config': {{'{device.kind}': {{'{_PROPERTIES[name]}': ...}}}}}}"
+            )
+        if name not in _OPTIONS:
+            raise ServingError(
+                f"{device.provider} has no option {name!r:.80}; there are device_type, {', '.join(_OPTIONS)}"
+            )
+    config = _load_config(options)
+    others = [name for name in config if name.partition(".")[0] != device.kind.partition(".")[0]]
+    if others and device.provider == OPENVINO:
+        raise ServingError(
+            f"load_config has properties of {', '.join(others)}, but {device.provider} runs on {device.kind}; "
+            "choose the device with device_type, or leave them out"
+        )
+    if device.kind == "CPU":
+        properties = config.setdefault("CPU", {})
+        if _THREADS in properties and threads_are_given:
+            raise ServingError(f"threads and {_THREADS} in load_config are the same; give one of them")
+        properties.setdefault(_THREADS, str(threads))
+    return {**options, **({"load_config": json.dumps(config)} if config else {})}
+
+
+def arithmetic(options: Mapping[str, Any], device: Device, *, is_quantized: bool = False) -> str:
+    """The precision that OpenVINO computes in: `fp32`, `bf16`, `fp16`, or `int8` where it rounds activations to that.
+
+    OpenVINO may compute in less than the model's precision unless it is told: in bfloat16 on processors that have it,
+    in float16 on other devices. On a processor without float16 a hint of it gives bfloat16. What multiplies quantized
+    weights is rounded to int8 in groups, unless `DYNAMIC_QUANTIZATION_GROUP_SIZE` is 0.
+    """
+    config = _load_config(options)
+    sections = [section for name, section in config.items() if name.partition(".")[0] == device.kind.partition(".")[0]]
+    properties = {name: str(value) for section in sections for name, value in section.items()}
+    capabilities = device.properties.get("OPTIMIZATION_CAPABILITIES", "").split()
+    if is_quantized and properties.get("DYNAMIC_QUANTIZATION_GROUP_SIZE") != "0":
+        return "int8"
+    hint = properties.get("INFERENCE_PRECISION_HINT")
+    if (hint is None and properties.get("EXECUTION_MODE_HINT") == "ACCURACY") or hint == "undefined":
+        return "fp32"
+    if hint is None:
+        if device.kind != "CPU":
+            return "fp16"
+        return "bf16" if "BF16" in capabilities else "fp16" if "FP16" in capabilities else "fp32"
+    if hint == "f16" and device.kind == "CPU" and "FP16" not in capabilities:
+        return "bf16" if "BF16" in capabilities else "fp32"
+    return _PRECISIONS.get(hint, "fp32")
+
+
+def _load_config(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    value = options.get("load_config", {})
+    try:
+        config = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ServingError(f"load_config is not JSON ({error}): {shown(value)}") from error
+    if not isinstance(config, Mapping) or not all(isinstance(section, Mapping) for section in config.values()):
+        raise ServingError(
+            f"load_config must be properties by device, such as {{'CPU': {{'INFERENCE_PRECISION_HINT': 'f32'}}}}, "
+            f"but got {shown(value)}"
+        )
+    return {str(name): dict(section) for name, section in config.items()}
+
 
 _RECORD = "session.record_ep_graph_assignment_info"
 _SHOWN = 6  # operators of a provider in a text
@@ -25,7 +112,7 @@ def record_placement(options: onnxruntime.SessionOptions) -> None:
 
 
 def placement_of(session: Any) -> Placement | None:
-    """How many nodes of each operator every provider of a session runs.
+    """Return how many nodes of each operator every provider of a session runs.
 
     Nodes are those of the file, as providers took them before ONNX Runtime fused any.
     """

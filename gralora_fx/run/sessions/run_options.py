@@ -55,8 +55,7 @@ def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *
     """Session options that hold the providers, if a plug-in is among them; else providers beside the options."""
     if [name for name, _ in chosen] == [CPU]:
         return Runtime(chosen, options, threads=threads)
-    from gralora_fx.run.sessions.openvino import complete_options, is_openvino
-    from gralora_fx.run.sessions.placement import record_placement
+    from gralora_fx.run.sessions.placement import complete_options, is_openvino, record_placement
     from gralora_fx.run.sessions.plugins import choose_device, devices_of
 
     record_placement(options)
@@ -166,7 +165,7 @@ def _devices_of(provider: str) -> tuple[Device, ...]:
 
 
 def _is_one(providers: str | tuple[Any, ...]) -> bool:
-    """Whether `providers` is a single one: a name, or a name and its options."""
+    """Return whether `providers` is a single one: a name, or a name and its options."""
     return isinstance(providers, str) or (len(providers) == 2 and isinstance(providers[1], Mapping))
 
 

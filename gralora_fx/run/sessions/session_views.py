@@ -14,7 +14,6 @@ from gralora_fx.format.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import FLAG, ROWS_FORM, TOKENS_APART, TRANSPOSED_STATES
 from gralora_fx.format.input_names import PAST_PREFIX, PRESENT_PREFIX
-from gralora_fx.run.sessions.adapter_arrays import as_ort_value, cast
 
 Arrays = Mapping[str, NDArray[Any]]
 Values = Mapping[str, Any]  # tensors of an adapter as `OrtValue`s, by name
@@ -137,7 +136,7 @@ def transposed_states(session: Any) -> frozenset[str]:
 
 
 def reads_tokens_apart(session: Any) -> bool:
-    """Whether a model computes a token that it reads by itself, after others, otherwise than one of several."""
+    """Return whether a model computes a token that it reads by itself, after others, otherwise than one of several."""
     return TOKENS_APART in _metadata(session)
 
 
@@ -246,6 +245,8 @@ def adapter_dtype(session: Any) -> str:
 
 
 def empty_adapter(inputs: AdapterInputs) -> dict[str, Any]:
-    """Tensors of rank 0 at every layer: the base."""
+    """Return tensors of rank 0 at every layer: the base."""
+    from gralora_fx.run.sessions.adapter_arrays import as_ort_value, cast
+
     shapes = [item for site in inputs.sites for item in site.shapes(inputs.k, 0, 0).items()]
     return {name: as_ort_value(cast(np.zeros([int(n) for n in shape]), inputs.dtype)) for name, shape in shapes}

@@ -1,13 +1,14 @@
-"""The adapters of a service by three verbs, load, use and evict; those that it is started with are loaded first."""
+"""The adapters of a service by three verbs, load, use and evict, and the trial of each; the given ones come first."""
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.core.config.service_settings import ServiceSettings
-from gralora_fx.errors import GraloraError, ServingError, listed, marked, shown, warn_caller
+from gralora_fx.core.loading.tokenizers import prompt_ids
+from gralora_fx.errors import GraloraError, ServingError, first_line, listed, marked, shown, warn_caller
 from gralora_fx.format.adapter_paths import adapter_path, check_name, check_takes_adapters
 from gralora_fx.format.manifest import read_manifest
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.generate.request_errors import (
     AdapterLoadError,
     AdapterNameError,
@@ -26,7 +29,6 @@ from gralora_fx.run.generate.request_errors import (
 )
 from gralora_fx.run.model import OrtModel
 from gralora_fx.run.open_export import adapter_as_data
-from gralora_fx.service.adapter_store.adapter_trial import AdapterTrial
 from gralora_fx.service.adapter_store.adapter_versions import (
     AdapterLimits,
     AdapterVersion,
@@ -36,6 +38,66 @@ from gralora_fx.service.adapter_store.adapter_versions import (
 )
 from gralora_fx.service.adapter_store.memory import AdapterMemory
 from gralora_fx.service.adapter_store.pending_loads import PendingLoads
+
+
+@dataclass(frozen=True)
+class AdapterTrial:
+    """Runs a model with an adapter once; a file that passed is not tried again.
+
+    Attributes:
+        run: Runs the model with the adapter of a key, or as the base, and returns its outputs.
+        model: Holds the adapters.
+        by_requests: Whether the first request with an adapter that is loaded for it tries it: its outputs are checked
+            (see `AdapterStore.check_outputs`).
+    """
+
+    run: Callable[[str | None], Sequence[NDArray[Any]]]
+    model: OrtModel
+    by_requests: bool = False
+    _passed: set[str] = field(default_factory=set, init=False)
+
+    @cached_property
+    def _base(self) -> list[NDArray[Any]]:
+        """Where the base's outputs are finite."""
+        return [np.isfinite(output) for output in self.run(None)]
+
+    def __call__(self, key: str) -> None:
+        """Try an adapter that is loaded."""
+        digest = self.model.adapters[key].record.file_sha256
+        if digest in self._passed:
+            return
+        try:
+            outputs = self.run(key)
+        except Exception as error:  # whatever it is, the adapter cannot be served
+            raise ServingError(f"the model does not run with the adapter ({first_line(error)})") from error
+        if any((is_finite & ~np.isfinite(output)).any() for is_finite, output in zip(self._base, outputs, strict=True)):
+            raise ServingError("the model's outputs with the adapter are not finite; train it again, or give another")
+        if digest:
+            self._passed.add(digest)
+
+
+def try_decoder(model: OrtModel) -> AdapterTrial:
+    """Make trials of a decoder, in a row beside those that answer requests."""
+    token, source = example_prompt(model)
+    decoder = model.decoder(rows=1, capacity=1, chunk=1)
+
+    def run(key: str | None) -> list[NDArray[Any]]:
+        row = decoder.open(key, source)
+        try:
+            return [decoder.step({row: [token]})[row]]
+        finally:
+            decoder.close(row)
+
+    return AdapterTrial(run, model, by_requests=True)
+
+
+def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
+    """Return a token that a decoder may read first, and what the encoder of an encoder-decoder may read."""
+    ids = prompt_ids("a", model.tokenizer, ServingError)
+    inputs = model.encoder_inputs
+    if inputs is None:
+        return ids[-1], None  # that of padding may have an embedding of zeros
+    return inputs.rules.start, inputs.example(ids).arrays
 
 
 class AdapterStore(AdapterMemory):

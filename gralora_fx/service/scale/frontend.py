@@ -34,8 +34,7 @@ from gralora_fx.service.metrics import Metrics, mark_counted
 from gralora_fx.service.middleware import AccessLogMiddleware, add_middleware
 from gralora_fx.service.protocols.openai.models import adapter_routes
 from gralora_fx.service.replies import END, event
-from gralora_fx.service.scale.asgi_request import read
-from gralora_fx.service.scale.spread_adapters import SpreadChanges
+from gralora_fx.service.scale.spread_adapters import SpreadChanges, read
 from gralora_fx.service.service_routes import health_routes, page_routes
 
 APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray

@@ -28,9 +28,8 @@ from gralora_fx.service.adapter_store.store import load_given
 from gralora_fx.service.app import create_app
 from gralora_fx.service.engines import EncoderEngine, open_engine
 from gralora_fx.service.metrics import Metrics
-from gralora_fx.service.scale.asgi_request import AsgiRequest, answer
 from gralora_fx.service.scale.frontend import APPLICATION, MODEL, Frontend
-from gralora_fx.service.scale.spread_adapters import ReplicaAdapters
+from gralora_fx.service.scale.spread_adapters import AsgiRequest, ReplicaAdapters, answer
 
 _FRONTEND = "gralora-fx"
 _OBJECT_STORE = 128 * 2**20  # bytes; requests and answers of some size pass through it
@@ -58,7 +57,7 @@ class ModelReplica:
         return problem
 
     async def measured(self) -> list[Metric]:
-        """What is measured when it is asked for."""
+        """Return what is measured when it is asked for."""
         return list(self._app.state.metrics.now.collect())
 
     @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]

@@ -1,28 +1,90 @@
-"""Adapters that requests load and unload in all replicas, or in none; a replica that starts gets what the others have.
-
-What is loaded is a record in a folder that the processes share, each adapter as a file beside it. A change is tried by
-every replica, then written to the record, and then each does what the record says; so does one that starts, and one
-that finds the record changed when a request comes.
-"""
+"""What is passed on to replicas: requests, and adapters, which all take or none does."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ray.serve.exceptions import RayServeException
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message
 
 from gralora_fx.errors import GraloraError, first_line
 from gralora_fx.run.generate.request_errors import StoppedError
 from gralora_fx.service.adapter_store.adapter_root import AdapterRoot
 from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion, GivenFile
 from gralora_fx.service.adapter_store.store import AdapterStore
+
+_SCOPE = ("asgi", "client", "headers", "http_version", "method", "path", "query_string", "raw_path", "scheme", "server")
+_MODEL_PATHS = "/v2/models/"
+
+
+@dataclass(frozen=True)
+class AsgiRequest:
+    """A request that was read whole.
+
+    Attributes:
+        scope: What ASGI says of it, as plain data.
+        body: Its body.
+    """
+
+    scope: dict[str, Any]
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        """The path."""
+        return str(self.scope["path"])
+
+    @property
+    def model(self) -> str | None:
+        """The model that it names, in its path or its body; None if it names none."""
+        if self.path.startswith(_MODEL_PATHS):
+            return self.path.removeprefix(_MODEL_PATHS).partition("/")[0]
+        try:
+            body = json.loads(self.body)
+        except (ValueError, RecursionError):  # whoever answers says what is wrong with it
+            return None
+        model = body.get("model") if isinstance(body, dict) else None
+        return model if isinstance(model, str) else None
+
+
+async def read(request: Request) -> AsgiRequest:
+    """Read a request with its body."""
+    scope = {name: request.scope[name] for name in _SCOPE if name in request.scope}
+    return AsgiRequest({"type": "http", "root_path": "", **scope}, await request.body())
+
+
+async def answer(app: ASGIApp, request: AsgiRequest) -> AsyncIterator[Message]:
+    """The messages with which an app answers a request, as they come.
+
+    When the iterator is closed early, as for a client that went away, the app's work is cancelled.
+    """
+    messages: asyncio.Queue[Message | None] = asyncio.Queue()
+    body: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
+
+    async def receive() -> Message:
+        if body:
+            return body.pop()
+        return await asyncio.Future()  # the client stays until the work is cancelled
+
+    working = asyncio.ensure_future(app({**request.scope}, receive, messages.put))
+    working.add_done_callback(lambda _: messages.put_nowait(None))
+    try:
+        while (message := await messages.get()) is not None:
+            yield message
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                return
+        working.result()
+    finally:
+        working.cancel()
+
 
 _RECORD = "adapters.json"
 
@@ -49,7 +111,7 @@ class SharedAdapters:
 
     @classmethod
     def read(cls, folder: Path) -> SharedAdapters:
-        """What the record of a folder says; nothing if there is none."""
+        """Return what the record of a folder says; nothing if there is none."""
         try:
             fields = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -10,7 +10,7 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.generate.request_errors import QueueFullError, StoppedError
-from gralora_fx.run.sessions.paged_memory import trim_heap
+from gralora_fx.run.sessions.ort_values import trim_heap
 from gralora_fx.service.adapter_store.store import AdapterStore
 
 _IDLE = 1.0  # seconds without jobs after which memory is freed
@@ -79,14 +79,7 @@ class JobQueue(ABC, Generic[_Job]):
     excess: ClassVar[tuple[str, str]]
 
     def __init__(self, name: str, observer: Observer, *, room: int, models: AdapterStore | None = None) -> None:
-        """Make an empty queue; `start` starts its thread.
-
-        Args:
-            name: The thread's name.
-            observer: Is told what runs.
-            room: The most rows of jobs that may run or wait at a time.
-            models: Holds the adapters; None if they stay.
-        """
+        """Make an empty queue with room for some rows of jobs; `start` starts its thread."""
         self.room = room
         self._observer, self._models = observer, models
         self._waiting: deque[_Job] = deque()

@@ -11,7 +11,7 @@ from torch import fx
 from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult, Pipeline, contract
 from gralora_fx.core.graph.surgery import copy_graph, erase_unused
-from gralora_fx.core.operators.call import COMPUTING, STANDS_FOR
+from gralora_fx.core.operators import COMPUTING, STANDS_FOR
 from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
 from gralora_fx.core.tracing.normalize.modes import INLINED, AnnotateModes, evaluate, find_rng_op, updated_buffers
@@ -65,7 +65,7 @@ def drop_empty_parts(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _is_empty(node: fx.Node) -> bool:
-    """Whether a node is a tensor of shape `[0]`, which `cat` ignores."""
+    """Return whether a node is a tensor of shape `[0]`, which `cat` ignores."""
     value = node.meta.get("val")
     return (
         isinstance(value, torch.Tensor) and value.ndim == 1 and isinstance(value.shape[0], int) and not value.shape[0]
@@ -101,7 +101,7 @@ def drop_unread_writes(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _users(node: fx.Node) -> set[fx.Node]:
-    """What reads a node, and what reads that, as far as they write into its memory."""
+    """Return what reads a node, and what reads that, as far as they write into its memory."""
     found = set(node.users)
     for user in node.users:
         found |= _users(user) if _only_writes(user) else set()
@@ -109,7 +109,7 @@ def _users(node: fx.Node) -> set[fx.Node]:
 
 
 def _only_writes(node: fx.Node) -> bool:
-    """Whether a node gives its first argument's memory again, or only writes into it."""
+    """Return whether a node gives its first argument's memory again, or only writes into it."""
     return is_mutable(node.target) or node.target is torch.ops.aten.detach.default
 
 
@@ -175,7 +175,7 @@ def _masks(draft: Captured) -> tuple[Pass[fx.Graph], ...]:
     """Return the passes for the masks of a decoder's step, which the operators of its attention read."""
     if cache_layout(draft.sample) is not CacheLayout.DECODER:
         return ()
-    from gralora_fx.core.tracing.normalize.masks import padding_as_argument, without_empty_blocks
+    from gralora_fx.core.operators.attention import padding_as_argument, without_empty_blocks
 
     return without_empty_blocks, padding_as_argument
 

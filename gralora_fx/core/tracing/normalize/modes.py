@@ -11,7 +11,7 @@ from torch import fx
 
 from gralora_fx.base.compat.torch_graphs import schema_of
 from gralora_fx.core.graph.pipeline import PassResult, contract
-from gralora_fx.core.operators.call import COMPUTING, DROPOUTS, TRAIN_FLAGS
+from gralora_fx.core.operators import COMPUTING, DROPOUTS, TRAIN_FLAGS
 
 MODES = "modes are annotated"
 INLINED = "subgraphs that run once are inlined"
@@ -76,7 +76,7 @@ class AnnotateModes:
 
 
 def is_in_training(graph: fx.Graph) -> bool:
-    """Whether a graph is in training mode, as far as its annotated nodes tell."""
+    """Return whether a graph is in training mode, as far as its annotated nodes tell."""
     switches = ((node, node.meta.get("custom", {}).get(_KEY)) for node in graph.nodes)
     return any(switch is not None and _read(node, switch["argument"]) == switch["train"] for node, switch in switches)
 
@@ -97,7 +97,7 @@ def find_rng_op(graph: fx.Graph) -> str | None:
 
 
 def _is_on(node: fx.Node) -> bool:
-    """Whether an operator that may draw random numbers does so with its current arguments."""
+    """Return whether an operator that may draw random numbers does so with its current arguments."""
     argument = mode_argument(node)
     return argument is None or bool(_read(node, argument))
 

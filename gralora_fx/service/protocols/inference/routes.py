@@ -21,8 +21,16 @@ from gralora_fx.service.adapter_store.store import AdapterStore
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.engines import EncoderEngine
 from gralora_fx.service.example_inputs import example_inputs
-from gralora_fx.service.protocols.inference.requests import HEADER_LENGTH, Inference, InferRequest, read_inference
-from gralora_fx.service.protocols.inference.tensors import datatype_of, described, to_bytes, to_numbers
+from gralora_fx.service.protocols.inference.requests import (
+    HEADER_LENGTH,
+    Inference,
+    InferRequest,
+    datatype_of,
+    described,
+    read_inference,
+    to_bytes,
+    to_numbers,
+)
 from gralora_fx.service.replies import timeout_of, unless_disconnected
 from gralora_fx.service.spans import note_model
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.errors import ServingError, shown
+from gralora_fx.service.encoder import Tokens
 from gralora_fx.service.engines import EncoderEngine
 from gralora_fx.service.protocols.openai.requests import (
     ClassifyRequest,
@@ -27,7 +28,6 @@ from gralora_fx.service.protocols.openai.requests import (
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
 from gralora_fx.service.replies import timeout_of, unless_disconnected
 from gralora_fx.service.spans import note_model
-from gralora_fx.service.text_reader import Tokens
 
 _CLASSIFICATION = "text-classification"
 Outputs: TypeAlias = Sequence[Mapping[str, NDArray[Any]]]

@@ -51,12 +51,7 @@ class MessageFields(StrictModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
     def add_to(self, history: History, field: str) -> None:
-        """Add it to a chat.
-
-        Args:
-            history: The chat.
-            field: Which message of the request it is.
-        """
+        """Add it to a chat, as that field of the request."""
         history.say(self.role, self.text, self.name)
 
 
@@ -99,12 +94,7 @@ class ItemFields(StrictModel):
         return self
 
     def add_to(self, history: History, field: str) -> None:
-        """Add it to a chat.
-
-        Args:
-            history: The chat.
-            field: Which item of the request it is.
-        """
+        """Add it to a chat, as that field of the request."""
         history.say(str(self.role), joined(self.content))
 
 

@@ -22,7 +22,7 @@ from unittest.mock import patch
 from torch import nn
 
 _MODELS = "transformers.models"
-_PATCHES = "gralora_fx.core.tracing.patches"
+_PATCHES = __name__.rpartition(".")[0]
 INDEXER = "Indexer"  # how the names of classes end that choose keys
 
 

@@ -30,12 +30,13 @@ from gralora_fx.base.compat.transformers_models import (
     or_masks,
     sliding_window_causal_mask_function,
 )
+from gralora_fx.core.operators import NAMESPACE
 from gralora_fx.core.operators.attention import Attention, Mask, MaskOfBlocks
-from gralora_fx.core.operators.call import NAMESPACE, define_shape_only, is_shape_only
+from gralora_fx.core.operators.call import define_shape_only, is_shape_only
 from gralora_fx.core.operators.layers import RmsNorm, Rotate
 from gralora_fx.core.tracing.inputs.cache import tensors_of
 from gralora_fx.core.tracing.inputs.input_trees import by_own_names
-from gralora_fx.core.tracing.patches.known_code import ATTENTIONS, IN_DECODERS, INDEXER, replaced
+from gralora_fx.core.tracing.known_code import ATTENTIONS, IN_DECODERS, INDEXER, replaced
 from gralora_fx.format.cache_slots import StateKind
 
 _Axis = tuple[int, int]  # a tensor among a step's, and one of its axes
@@ -66,7 +67,7 @@ def _chosen_keys(model: nn.Module) -> AbstractContextManager[None]:
     """Let a model's indexers, if it has any, choose keys whatever the sizes of a graph."""
     if not any(type(part).__name__.endswith(INDEXER) for part in model.modules()):
         return nullcontext()
-    from gralora_fx.core.tracing.patches.sparse_attention import symbolic_counts
+    from gralora_fx.core.tracing.sparse_attention import symbolic_counts
 
     return symbolic_counts(model)
 
@@ -134,7 +135,7 @@ def _attention_as_operators(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _has_operator(part: nn.Module) -> bool:
-    """Whether a model calls its attention through transformers' interface, or is one of `ATTENTIONS`."""
+    """Return whether a model calls its attention through transformers' interface, or is one of `ATTENTIONS`."""
     if not isinstance(part, PreTrainedModel):
         return False
     is_own = any(code.replaces_in(module) for module in part.modules() for code in ATTENTIONS)
@@ -154,7 +155,7 @@ def _attend(
     if attention_mask is None and getattr(module, "is_causal", True) is False:  # every query sees every key
         attention_mask = query.new_zeros(query.shape[0], 1, query.shape[2], key.shape[2])
     if chosen is not None and attention_mask is not None:
-        from gralora_fx.core.tracing.patches.sparse_attention import only_chosen
+        from gralora_fx.core.tracing.sparse_attention import only_chosen
 
         attention_mask = only_chosen(attention_mask, chosen)
     if (bias := options.get("position_bias")) is not None:  # of each head, as Inkling's
@@ -220,7 +221,7 @@ def _closure_values(function: Any) -> tuple[Any, ...]:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two functions have the same code and closure values, compared recursively."""
+    """Return whether two functions have the same code and closure values, compared recursively."""
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(_is_same, one, other))
     if isinstance(one, Tensor) or isinstance(other, Tensor):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.core.tracing.inputs.cache import positions
-from gralora_fx.core.tracing.patches.known_code import INDEXER
+from gralora_fx.core.tracing.known_code import INDEXER
 from gralora_fx.format.input_names import PAST
 
 

@@ -83,14 +83,14 @@ Format = Blocks | Columns
 
 
 def block_size_problem(value: object) -> str | None:
-    """What is wrong with a number of values that share a scale, or None."""
+    """Return what is wrong with a number of values that share a scale, or None."""
     if _is_int(value) and value >= LEAST_BLOCK and not value & (value - 1):  # type: ignore[operator]
         return None
     return f"{option(block_size=value)} is not a block size; take a power of two, {LEAST_BLOCK} or more, such as 32"
 
 
 def bits_problem(value: object) -> str | None:
-    """What is wrong with a mean number of bits, or None."""
+    """Return what is wrong with a mean number of bits, or None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and 4 <= value <= 8:  # type: ignore[operator]
         return None
@@ -98,7 +98,7 @@ def bits_problem(value: object) -> str | None:
 
 
 def accuracy_level_problem(value: object) -> str | None:
-    """What is wrong with an accuracy level, or None."""
+    """Return what is wrong with an accuracy level, or None."""
     if _is_int(value) and 0 <= value <= 4:  # type: ignore[operator]
         return None
     return (
