@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.base.compat.torch_graphs import is_transformed
-from gralora_fx.core.adapters.adapter_rows import Rows, set_rows
-from gralora_fx.core.methods.low_rank import accumulate, in_blocks, project, swapped
+from gralora_fx.core.methods.low_rank import Rows, accumulate, in_blocks, project, set_rows, swapped
 
 _KEPT = 4  # hidden values that are more than 1/4 of the input are computed again instead of kept
 _Weight = Tensor | tuple[Any, ...]

@@ -32,8 +32,8 @@ from gralora_fx.errors import ConfigError, MergeError, RewriteError, listed
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseComparison
-    from gralora_fx.core.adapters.adapter_rows import Rows
     from gralora_fx.core.adapters.run_forms import RunForm
+    from gralora_fx.core.methods.low_rank import Rows
 
 
 class AdapterGraph(CurrentGraph):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gralora_fx.core.methods.low_rank import Rows
 from gralora_fx.errors import RewriteError, shown
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
-Rows = slice | Tensor  # of a batch: those of a slice, or with these indices
 
 
 def named(adapter_names: object) -> list[str]:
@@ -114,51 +114,3 @@ def rows_of_call(adapter_names: object, values: Tensor, known: Callable[[str], o
         if name != BASE:
             known(name)
     return rows_by_adapter(names, values.shape[0], values.device)
-
-
-def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
-    """Return some rows of a batch: a view for a slice.
-
-    Args:
-        x: `[batch, ...]`; or `[batch * n, ...]`, n of a row beside each other.
-        rows: Which rows.
-        batch: Number of rows, where each has several places in the first axis.
-    """
-    return x[rows] if batch is None else torch.unflatten(x, 0, (batch, -1))[rows].flatten(0, 1)
-
-
-def set_rows(
-    y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor], batch: int | None = None, *, in_place: bool = True
-) -> Tensor:
-    """Return a batch in which some rows have other values: written in place where no gradient is recorded.
-
-    Args:
-        y: `[batch, ...]`, or `[batch * n, ...]` as for `take_rows`.
-        rows: Which rows; no two have one in common.
-        values: Their values.
-        batch: As for `take_rows`.
-        in_place: False never overwrites, for a `y` with other readers.
-    """
-    if batch is not None:
-        parts = [torch.unflatten(value, 0, (-1, y.shape[0] // batch)) for value in values]
-        return set_rows(torch.unflatten(y, 0, (batch, -1)), rows, parts, in_place=in_place).flatten(0, 1)
-    values = [value.type_as(y) for value in values]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, *values)):
-        return _with_rows(y, rows, values)
-    in_place = in_place and not torch.compiler.is_compiling()
-    written = y if in_place else y.clone()
-    for chosen, value in zip(rows, values, strict=True):
-        if not (in_place and isinstance(chosen, slice) and value.data_ptr() == y[chosen].data_ptr()):  # as a view is
-            written[chosen] = value
-    return written
-
-
-def _with_rows(y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor]) -> Tensor:
-    """Return a batch with other rows in a new tensor, by one operation that autograd differentiates."""
-    if isinstance(rows[0], slice):
-        parts, end = [], 0
-        for chosen, value in sorted(zip(rows, values, strict=True), key=lambda pair: pair[0].start):  # type: ignore[union-attr]
-            parts += [*([y[end : chosen.start]] if chosen.start > end else []), value]  # type: ignore[union-attr]
-            end = chosen.stop  # type: ignore[union-attr]
-        return torch.cat([*parts, y[end:]] if end < y.shape[0] else parts)
-    return y.index_copy(0, torch.cat(rows), torch.cat(values))  # type: ignore[arg-type]

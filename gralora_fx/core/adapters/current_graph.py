@@ -24,9 +24,9 @@ from gralora_fx.errors import RewriteError, first_line
 from gralora_fx.format.input_names import ROWS
 
 if TYPE_CHECKING:
-    from gralora_fx.core.adapters.adapter_rows import Rows
     from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import Checkpointing
+    from gralora_fx.core.methods.low_rank import Rows
 
 
 class CurrentGraph:

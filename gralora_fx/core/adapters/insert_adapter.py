@@ -16,7 +16,7 @@ from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.sites import LinearSite, ParameterSite
 from gralora_fx.core.graph.surgery import annotate, annotation_of
 from gralora_fx.core.methods import AdapterMethod, AdapterTensors, LayerCall, Sizes
-from gralora_fx.core.methods.low_rank import accumulate
+from gralora_fx.core.methods.low_rank import accumulate, set_rows
 from gralora_fx.core.tracing.normalize.modes import MODES
 from gralora_fx.errors import RewriteError
 
@@ -210,25 +210,22 @@ def _proxy(node: fx.Node, tracer: GraphAppendingTracer) -> Tensor:
 
 @contract(needs={INSERTED})
 def protect_outputs(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Make an adapter add out of place where another node reads the layer's output.
+    """Make an adapter add, or write rows, out of place where another node reads the layer's output.
 
     Before: `y = linear(x, w, b); p = probe(y); ...; z = accumulate(y, h, B, scale)`
     After:  `y = linear(x, w, b); p = probe(y); ...; z = accumulate(y, h, B, scale, in_place=False)`
 
     Insertion redirects every reader to the adapter's result, so only a later pass can add such a reader.
     """
-    return PassResult(sum(protect(node) for node in graph.find_nodes(op="call_function", target=accumulate)))
-
-
-def protect(node: fx.Node) -> bool:
-    """Let a node of an adapter leave its first argument as it is if others read that; whether they do."""
-    annotation = annotation_of(node)
-    source = node.args[0]
-    while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
-        if any(annotation_of(user) != annotation for user in source.users):
-            node.update_kwarg("in_place", False)
-            return True
-        if annotation_of(source) is None or not source.args:
-            break
-        source = source.args[0]
-    return False
+    changed = 0
+    for node in [node for node in graph.nodes if node.target in (accumulate, set_rows)]:
+        annotation = annotation_of(node)
+        source = node.args[0]
+        while isinstance(source, fx.Node) and node.kwargs.get("in_place", True):
+            if any(annotation_of(user) != annotation for user in source.users):
+                node.update_kwarg("in_place", False)
+                changed += 1
+            if annotation_of(source) is None or not source.args:
+                break
+            source = source.args[0]
+    return PassResult(changed)

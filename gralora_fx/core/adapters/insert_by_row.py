@@ -12,14 +12,14 @@ from torch import Tensor, fx
 
 from gralora_fx.base.compat.torch_graphs import TreeSpec, convention_of, set_convention, tree_flatten, tree_info
 from gralora_fx.core.adapters.adapter import CopyTable, ModelAdapter
-from gralora_fx.core.adapters.adapter_rows import set_rows, take_rows
-from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion, protect
+from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, is_inside
 from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, tensor_at
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.sites import ParameterSite
 from gralora_fx.core.graph.surgery import annotate, module_of
+from gralora_fx.core.methods.low_rank import set_rows, take_rows
 from gralora_fx.core.tracing.normalize.modes import MODES
 from gralora_fx.errors import RewriteError
 from gralora_fx.format.input_names import ROWS
@@ -119,12 +119,6 @@ class InsertByRow:
             chosen.meta = dict(node.meta)
             for user in users:
                 user.replace_input_with(node, chosen)
-
-
-@contract(needs={INSERTED})
-def protect_rows(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Write rows out of place where another node reads the layer's output, as `protect_outputs` does."""
-    return PassResult(sum(protect(node) for node in graph.find_nodes(op="call_function", target=set_rows)))
 
 
 class _ModuleCopy:

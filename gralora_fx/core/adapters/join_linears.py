@@ -11,10 +11,9 @@ from torch import fx
 
 from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.adapters.adapted_linears import adapted_linears
-from gralora_fx.core.adapters.adapter_rows import set_rows, take_rows
 from gralora_fx.core.graph.linear_calls import is_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.core.methods.low_rank import accumulate, project
+from gralora_fx.core.methods.low_rank import accumulate, project, set_rows, take_rows
 
 _LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
 

@@ -256,12 +256,7 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     for graph_pass in state.passes:
         run_pass(graph_module, graph_pass)
     if state.passes:
-        protecting: tuple[Pass[fx.Graph], ...] = (protect_outputs, modes)
-        if state.by_row:
-            from gralora_fx.core.adapters.insert_by_row import protect_rows
-
-            protecting = (protect_rows, *protecting)
-        Pipeline("after user passes", protecting, given=frozenset({INSERTED, COMPUTING})).run(graph)
+        Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
         set_mode(graph, state.training, drops=state.drops)
         _adopt(graph_module, base.tree)
     graph.lint()

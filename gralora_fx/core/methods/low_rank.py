@@ -1,7 +1,8 @@
-"""Products of low rank: the two steps that every method's forward is made of, each one node of a graph."""
+"""Products of low rank: the two steps that every method's forward is made of, each one node; for some rows, too."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from gralora_fx.core.methods.method import LayerCall
+
+Rows = slice | Tensor  # of a batch: those of a slice, or with these indices
 
 
 def add_low_rank(call: LayerCall, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0) -> Tensor:
@@ -88,3 +91,51 @@ def swapped(hidden: Tensor) -> Tensor:
     """Sort `[k (input block), T, r]` by output block instead, or the other way round."""
     k, _, r = hidden.shape
     return hidden.view(k, -1, k, r // k).permute(2, 1, 0, 3).reshape(k, -1, r)
+
+
+def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
+    """Return some rows of a batch: a view for a slice.
+
+    Args:
+        x: `[batch, ...]`; or `[batch * n, ...]`, n of a row beside each other.
+        rows: Which rows.
+        batch: Number of rows, where each has several places in the first axis.
+    """
+    return x[rows] if batch is None else torch.unflatten(x, 0, (batch, -1))[rows].flatten(0, 1)
+
+
+def set_rows(
+    y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor], batch: int | None = None, *, in_place: bool = True
+) -> Tensor:
+    """Return a batch in which some rows have other values: written in place where no gradient is recorded.
+
+    Args:
+        y: `[batch, ...]`, or `[batch * n, ...]` as for `take_rows`.
+        rows: Which rows; no two have one in common.
+        values: Their values.
+        batch: As for `take_rows`.
+        in_place: False never overwrites, for a `y` with other readers.
+    """
+    if batch is not None:
+        parts = [torch.unflatten(value, 0, (-1, y.shape[0] // batch)) for value in values]
+        return set_rows(torch.unflatten(y, 0, (batch, -1)), rows, parts, in_place=in_place).flatten(0, 1)
+    values = [value.type_as(y) for value in values]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, *values)):
+        return _with_rows(y, rows, values)
+    in_place = in_place and not torch.compiler.is_compiling()
+    written = y if in_place else y.clone()
+    for chosen, value in zip(rows, values, strict=True):
+        if not (in_place and isinstance(chosen, slice) and value.data_ptr() == y[chosen].data_ptr()):  # as a view is
+            written[chosen] = value
+    return written
+
+
+def _with_rows(y: Tensor, rows: Sequence[Rows], values: Sequence[Tensor]) -> Tensor:
+    """Return a batch with other rows in a new tensor, by one operation that autograd differentiates."""
+    if isinstance(rows[0], slice):
+        parts, end = [], 0
+        for chosen, value in sorted(zip(rows, values, strict=True), key=lambda pair: pair[0].start):  # type: ignore[union-attr]
+            parts += [*([y[end : chosen.start]] if chosen.start > end else []), value]  # type: ignore[union-attr]
+            end = chosen.stop  # type: ignore[union-attr]
+        return torch.cat([*parts, y[end:]] if end < y.shape[0] else parts)
+    return y.index_copy(0, torch.cat(rows), torch.cat(values))  # type: ignore[arg-type]
