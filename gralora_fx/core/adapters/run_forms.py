@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -81,35 +81,46 @@ def form_of(
         ends_at: The layer before which the run ends.
     """
     if PAST not in traced.input_names:
-        if given := sorted(PACKING.intersection(inputs)):
-            raise RewriteError(
-                f"packed rows ({', '.join(given)}) hold several texts, which the attention of this graph does not keep "
-                f"apart; trace the model with {option(task='text-generation-with-past')}, or set packing=False and "
-                "padding_free=False"
-            )
-        if ends_at is None:
-            return None
-        inputs.pop("use_cache", None)
-        returns_cache = False
-    else:
-        asked = inputs.pop("use_cache", None)
-        returns_cache = getattr(traced.config, "use_cache", True) is not False if asked is None else bool(asked)
-        keeps_cache &= asked is not False
+        _check_not_packed(inputs)
+        if ends_at is not None:
+            inputs.pop("use_cache", None)
+        return None if ends_at is None else RunForm(keeps_cache=False, ends_at=ends_at)
+    asked = inputs.pop("use_cache", None)
+    returns_cache = getattr(traced.config, "use_cache", True) is not False if asked is None else bool(asked)
+    is_packed = _number_texts(inputs, returns_cache=returns_cache)
+    form = RunForm(keeps_cache and asked is not False and ends_at is None, ends_at, is_packed)
+    drops_cache_alone = form == RunForm(keeps_cache=False)
+    return None if form == RunForm() or (drops_cache_alone and torch.compiler.is_compiling()) else form
+
+
+def _check_not_packed(inputs: Mapping[str, Any]) -> None:
+    """Check that no input says where the texts of a row begin, which a graph without a cache does not keep apart."""
+    if given := sorted(PACKING.intersection(inputs)):
+        raise RewriteError(
+            f"packed rows ({', '.join(given)}) hold several texts, which the attention of this graph does not keep "
+            f"apart; trace the model with {option(task='text-generation-with-past')}, or set packing=False and "
+            "padding_free=False"
+        )
+
+
+def _number_texts(inputs: dict[str, Any], *, returns_cache: bool) -> bool:
+    """Give rows that hold several texts a mask with the number of each token's text; whether they do.
+
+    Texts are told apart by positions where there is no mask and no cache is made, as transformers' models do.
+    """
     given = [inputs.pop(name) for name in PACKING if name in inputs]
-    positions, is_packed = inputs.get("position_ids"), False
-    # as transformers' models, which tell texts apart by positions where there is no mask and no cache is made
-    may_be_packed = PAST in traced.input_names and inputs.get("attention_mask") is None and inputs.get(PAST) is None
+    positions = inputs.get("position_ids")
+    may_be_packed = inputs.get("attention_mask") is None and inputs.get(PAST) is None
     if positions is not None and may_be_packed and (given or not returns_cache):
         texts = texts_of(positions)
         if given or torch.compiler.is_compiling() or bool((texts > 1).any()):
-            inputs["attention_mask"], is_packed = texts, True
-    if given and not is_packed:
+            inputs["attention_mask"] = texts
+            return True
+    if given:
         raise RewriteError(
             "packed rows need position_ids that start again with each text, and neither an attention_mask nor a cache"
         )
-    form = RunForm(keeps_cache and ends_at is None, ends_at, is_packed)
-    drops_cache_alone = form == RunForm(keeps_cache=False)
-    return None if form == RunForm() or (drops_cache_alone and torch.compiler.is_compiling()) else form
+    return False
 
 
 def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> CountedGraph:
