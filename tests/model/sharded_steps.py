@@ -174,6 +174,37 @@ def check_packed(output: Path) -> None:
             assert torch.allclose(model.eval()(**given).logits, alone(**given).logits, atol=1e-6)
 
 
+def check_adapter_rows() -> None:
+    """Rows with adapters of their own, of which each process has a part of the batch, sharded and by DDP."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
+    names = ["lora", "gralora", "lora", "gralora"]  # each process has both, as much of each
+
+    def made() -> GraloraModel:
+        torch.manual_seed(1)
+        model = rewrite(fresh_trace("llama"), METHODS["gralora"], adapter_name="gralora").train()
+        model.add_adapter("lora", METHODS["lora"])
+        model.set_requires_grad(["gralora", "lora"])
+        return model
+
+    def gradients_of(model: GraloraModel, rows: slice) -> dict[str, Tensor]:
+        losses = model(input_ids=ids[rows], labels=ids[rows], adapter_names=names[rows], by_adapter=True)
+        sum(losses.values()).backward()
+        found = {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {name: getattr(grad, "full_tensor", lambda g=grad: g)() for name, grad in found.items()}
+
+    expected = gradients_of(made(), slice(None))
+    sharded = made()
+    for block in sharded.blocks.values():
+        fully_shard(block)
+    fully_shard(sharded)
+    for model in (sharded, DistributedDataParallel(made())):
+        actual = gradients_of(model, slice(rank * 4 // world, (rank + 1) * 4 // world))
+        assert actual.keys() == expected.keys()
+        worst = max(float((actual[n] - expected[n]).abs().max() / expected[n].abs().max()) for n in expected)
+        assert worst <= 1e-5, worst
+
+
 def check_casts_are_refused() -> None:
     model = rewrite(fresh_trace("llama", tie_word_embeddings=False), METHODS["gralora"])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -192,6 +223,7 @@ def main() -> None:
     check_ddp()
     check_accelerate(output)
     check_packed(output)
+    check_adapter_rows()
     check_casts_are_refused()
     found = {method: run(method, output, None) for method in METHODS}
     run("gralora", output / "resumed", adapters)

@@ -56,7 +56,7 @@ def rows_by_adapter(names: Sequence[str], count: int, device: torch.device) -> d
 def loss_by_adapter(
     outputs: Any,
     labels: Mapping[str, Any],
-    adapter_names: Sequence[str],
+    adapter_names: object,
     loss_of: Callable[[Any, Mapping[str, Any]], Tensor],
 ) -> dict[str, Tensor]:
     """Compute the loss of each adapter's rows.
@@ -70,7 +70,7 @@ def loss_by_adapter(
     if not labels:
         raise RewriteError("the losses of adapters need labels, and the batch has none")
     first = next(iter(labels.values()))
-    rows = rows_by_adapter(adapter_names, first.shape[0], first.device)
+    rows = rows_by_adapter(named(adapter_names), first.shape[0], first.device)
     parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: ({}, {}) for name in rows}
     for place, values in enumerate((outputs, labels)):
         for key, value in values.items():

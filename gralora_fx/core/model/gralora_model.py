@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,9 +208,14 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             return self._other_forward(*args, **kwargs)
         return self._compute(*args, **kwargs)
 
-    def _compute(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph, and compute the loss of labels."""
+    def _compute(self, *args: Any, by_adapter: bool = False, **kwargs: Any) -> Any:
+        """Run the graph, and compute the loss of labels, or that of each adapter's rows."""
+        names = kwargs.get(ADAPTER_NAMES)
         outputs, labels, item_count = self._outputs(args, kwargs)
+        if by_adapter:
+            from gralora_fx.core.adapters.adapter_rows import loss_by_adapter
+
+            return loss_by_adapter(outputs, labels, names, functools.partial(self._loss, item_count=item_count))
         if not labels:
             return outputs
         loss = self._loss(outputs, labels, item_count)

@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ADAPTER_NAMES
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import GraphBlock
@@ -122,12 +121,11 @@ class Trainable(Checkpointed):
 
     _state: AdapterGraph
     _compute: Callable[..., Any]
-    _outputs: Callable[..., tuple[Any, dict[str, Any], Any]]
-    _loss: Callable[..., Tensor]
     _run_to_head: Callable[..., Any]
     _view: Any = None
     _other_forward: Callable[..., Any] | None = None
     model_tags: list[str] | None = None
+    __call__: Callable[..., Any]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate by transformers' own loop, with the active adapters, in the model's current mode.
@@ -150,7 +148,8 @@ class Trainable(Checkpointed):
     def losses_by_adapter(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
         """Run a batch in which rows have adapters of their own, and compute the loss of each adapter's rows.
 
-        Each is the loss, and of their sum each adapter gets the gradients, that it has in a batch of its rows alone.
+        Each is the loss, and of their sum each adapter gets the gradients, that it has in a batch of its rows alone. A
+        wrapper such as DistributedDataParallel is called itself, with `by_adapter=True`.
 
         Args:
             *args: Inputs by position.
@@ -165,10 +164,8 @@ class Trainable(Checkpointed):
             RewriteError: As of `forward`; or there are no labels.
             MergeError: As of `forward`.
         """
-        from gralora_fx.core.adapters.adapter_rows import loss_by_adapter
-
-        outputs, labels, item_count = self._outputs(args, {**kwargs, ADAPTER_NAMES: adapter_names})
-        return loss_by_adapter(outputs, labels, adapter_names, functools.partial(self._loss, item_count=item_count))
+        losses: dict[str, Tensor] = self(*args, **kwargs, adapter_names=adapter_names, by_adapter=True)
+        return losses
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embeddings, as a module over the parameter that the graph reads.
