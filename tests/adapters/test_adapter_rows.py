@@ -12,13 +12,13 @@ import peft
 import pytest
 import torch
 from tiny_models import text_batch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from traces import fresh, fresh_trace
 from transformers import SwinConfig, SwinForImageClassification
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.core.adapters.adapted_linears import adapted_linears
-from gralora_fx.errors import MergeError, RewriteError
+from gralora_fx.errors import ConfigError, RewriteError, TraceError
 
 ROWS = ["gralora", "dora", "__base__", "lora", "gralora", "hybrid"]  # not in order
 IN_ORDER = ["__base__", "dora", "gralora", "gralora", "hybrid", "lora"]
@@ -184,6 +184,7 @@ def test_adapters_trained_in_one_batch_end_as_each_trained_alone(name: str, chec
 
 def test_mixed_rows_of_a_classifier_have_the_losses_of_each_alone() -> None:
     model = with_adapters(fresh_trace("bert"), "classifier").train()
+    model.set_requires_grad(list(model.configs))
     model.dropout.p = 0.0
     batch, labels = text_batch(6), torch.tensor([0, 1, 1, 0, 1, 1])
     losses = model.losses_by_adapter(**batch, labels=labels, adapter_names=ROWS)
@@ -278,11 +279,11 @@ def test_wrong_names_are_one_error_each() -> None:
         model(**batch, adapter_names="lora")
     with pytest.raises(RewriteError, match=r"need labels"):
         model.losses_by_adapter(**batch, adapter_names=ROWS)
-    model.set_adapter("lora")
-    model.merge_adapter()
-    with pytest.raises(MergeError, match=r"while lora is merged"):
-        model(**batch, adapter_names=ROWS)
-    model.unmerge_adapter()
+    with pytest.raises(RewriteError, match=r"adapter 'hybrid' does not train.*set_requires_grad\(\['hybrid'\]\)"):
+        model.train().losses_by_adapter(**batch, labels=batch["input_ids"], adapter_names=["hybrid"] * 6)
+    with pytest.raises(ConfigError, match=r"'__base__' names rows without an adapter"):
+        model.add_adapter("__base__", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.eval()
     with pytest.raises(RewriteError, match=r"no record of its shapes"):
         pickle.loads(pickle.dumps(model))(**batch, adapter_names=ROWS)
     model.add_adapter("biased", LoraConfig(r=4, target_modules=["q_proj"], bias="all"))
@@ -290,6 +291,96 @@ def test_wrong_names_are_one_error_each() -> None:
         rewrite(fresh_trace("bert"), LoraConfig(r=4, target_modules=["query"], bias="all"), adapter_name="biased")(
             **batch, adapter_names=["biased"] * 6
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"), [("gpt2", "transformer.h.0.mlp"), ("bart", "model.decoder"), ("albert", "classifier")]
+)
+def test_whole_modules_with_dropout_masks_or_shared_layers_are_computed_by_row(name: str, saved: str) -> None:
+    torch.manual_seed(0)
+    traced = fresh_trace(name, dtype=torch.float64)
+    model = rewrite(traced, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), adapter_name="one")
+    targets = [site.path for site in traced.sites if saved not in site.path]
+    model.add_adapter("two", LoraConfig(r=4, target_modules=targets, modules_to_save=[saved]))
+    with torch.no_grad():
+        for parameter in model.adapter("two").parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.eval()
+    batch: dict[str, Any] = text_batch(4)
+    if name == "bart":
+        batch["decoder_input_ids"] = batch["input_ids"][:, :4]
+    rows = ["__base__", "two", "one", "two"]
+    together = model(**batch, adapter_names=rows)[0]
+    for row, adapter in enumerate(rows):
+        expected = alone(model, adapter, lambda row=row: model(**of_row(batch, row)))[0]
+        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-9, atol=1e-9)
+
+
+class Chained(nn.Module):
+    """Adapted layers that read each other directly, of which a third is read by code outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+        self.third = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x))) @ self.third.weight
+
+
+def chained(*saved: str) -> GraloraModel:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"r": 2, "init_lora_weights": False}
+    traced = trace(Chained().eval(), example_inputs={"x": torch.randn(4, 8)})
+    model = rewrite(traced, LoraConfig(target_modules=["first", "second.0"], **sizes), adapter_name="one")
+    for index, module in enumerate(saved):
+        model.add_adapter(f"saves{index}", LoraConfig(target_modules=["first"], modules_to_save=[module], **sizes))
+    model.add_adapter("two", LoraConfig(target_modules=["first", "third"], **sizes))
+    return model.eval()
+
+
+def test_a_layer_that_reads_another_adapted_one_gets_its_rows() -> None:
+    model, x, rows = chained(), torch.randn(4, 8), ["two", "one", "__base__", "two"]
+    together = model(x=x, adapter_names=rows)
+    for row, adapter in enumerate(rows):
+        expected = alone(model, adapter, lambda row=row: model(x=x[row : row + 1]))
+        torch.testing.assert_close(together[row : row + 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("saved", "problem"),
+    [
+        (["second"], "second, which updates buffers of the base"),
+        (["third"], r"third, whose third\.weight other code reads too"),
+        (["second", "second.0"], r"has second, and of another second\.0 within it"),
+    ],
+)
+def test_whole_modules_that_cannot_be_by_row_are_refused_by_name(saved: list[str], problem: str) -> None:
+    model = chained(*saved)
+    with pytest.raises(RewriteError, match=problem):
+        model(
+            x=torch.randn(4, 8), adapter_names=[*(f"saves{i}" for i in range(len(saved))), *["two"] * (4 - len(saved))]
+        )
+
+
+def test_rows_have_the_bases_own_weights_while_another_adapter_is_merged() -> None:
+    model = with_adapters(fresh_trace("llama")).eval()
+    expected = model(**text_batch(6), adapter_names=ROWS).logits
+    model.set_adapter("lora")
+    model.merge_adapter()
+    assert torch.equal(model(**text_batch(6), adapter_names=ROWS).logits, expected)
+    model.unmerge_adapter()
+
+
+def test_generate_checks_the_names_of_its_rows() -> None:
+    model = with_adapters(fresh_trace("llama", task="text-generation-with-past")).eval()
+    prompts = text_batch(6, padding="left")
+    with pytest.raises(RewriteError, match=r"the batch has 6 rows, and 2 names are given"):
+        model.generate(**prompts, adapter_names=["lora", "dora"], max_new_tokens=2)
+    with pytest.raises(TraceError, match=r"guidance_scale beside adapter_names"):
+        model.generate(**prompts, adapter_names=ROWS, guidance_scale=2.0, max_new_tokens=2)
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": True, "num_return_sequences": 2, "pad_token_id": 0}
+    assert model.generate(prompts["input_ids"], adapter_names=ROWS, **options).shape[0] == 12
 
 
 def test_stacked_experts_are_refused_by_name() -> None:

@@ -77,7 +77,8 @@ def _outputs(
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Return what layers compute, and the hidden values of their adapters."""
     outputs = [nn.functional.linear(x, _values(weight), bias) for weight, bias in zip(weights, biases, strict=True)]
-    hidden = [project(_of(read, rows), A) for (_, _, rows), A in zip(terms, As, strict=True)]
+    taken = {id(rows): _of(read, rows) for _, _, rows in terms}
+    hidden = [project(taken[id(rows)], A) for (_, _, rows), A in zip(terms, As, strict=True)]
     by_row: list[dict[int, tuple[Rows, Tensor]]] = [{} for _ in weights]  # by the identity of the rows
     for (layer, scale, rows), part, B in zip(terms, hidden, Bs, strict=True):
         if rows is None:
@@ -102,7 +103,7 @@ class _AdaptedLinears(torch.autograd.Function):
         floats, biases, As, Bs = _columns(tensors, len(weights), len(terms))
         outputs, hidden = _outputs(x, x if dropped is None else dropped, weights, biases, terms, As, Bs)
         kept = (
-            part if _KEPT * part.numel() <= _of(x, rows).numel() else None
+            part if _KEPT * part.numel() <= _size(x, rows) else None
             for (_, _, rows), part in zip(terms, hidden, strict=True)
         )
         ctx.save_for_backward(x, dropped, *floats, *As, *Bs, *kept)
@@ -160,8 +161,16 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _of(value: Tensor, rows: Rows | None) -> Tensor:
-    """Return the rows of a value: a view of it, but where they are given by indices."""
+    """Return the rows of a value: a view, or a copy where rows are indices."""
     return value if rows is None else value[rows]
+
+
+def _size(value: Tensor, rows: Rows | None) -> int:
+    """Return how many numbers the rows of a value have."""
+    if rows is None:
+        return value.numel()
+    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    return count * (value.numel() // value.shape[0])
 
 
 def _add_gradients(

@@ -1,4 +1,4 @@
-"""Rows of one batch that have adapters of their own: which rows each has, their values, a run and its losses."""
+"""Adapters by row: which rows of a batch each adapter has, and its loss."""
 
 from __future__ import annotations
 
@@ -9,40 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.config.checks import BASE, check_row_names
 from gralora_fx.core.methods.low_rank import Rows
-from gralora_fx.errors import RewriteError, shown
-
-BASE = "__base__"  # PEFT's name for rows without an adapter
+from gralora_fx.errors import RewriteError
 
 
-def named(adapter_names: object) -> list[str]:
-    """Check the names of rows.
-
-    Args:
-        adapter_names: As of a call: a name for each row.
-
-    Raises:
-        RewriteError: It is no list of names.
-    """
-    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
-        raise RewriteError(
-            f"adapter_names has the name of an adapter for each row ({BASE!r} for none), but got {shown(adapter_names)}"
-        )
-    return list(adapter_names)
-
-
-def rows_by_adapter(names: Sequence[str], count: int, device: torch.device) -> dict[str, Rows]:
+def rows_by_adapter(names: Sequence[str], device: torch.device) -> dict[str, Rows]:
     """Return which rows each adapter has: slices where all are contiguous, else indices.
 
     Args:
         names: The name of each row.
-        count: Number of rows.
         device: Where indices are needed.
     """
-    if len(names) != count:
-        raise RewriteError(
-            f"adapter_names names the adapter of each row: the batch has {count} rows, and {len(names)} names are given"
-        )
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         places.setdefault(name, []).append(row)
@@ -53,7 +32,25 @@ def rows_by_adapter(names: Sequence[str], count: int, device: torch.device) -> d
     return {name: torch.tensor(rows, device=device) for name, rows in in_order.items()}
 
 
-def loss_by_adapter(
+def check_trained(adapters: Mapping[str, ModelAdapter], adapter_names: object) -> None:
+    """Check that the adapters of a batch train, so that their losses are not in vain.
+
+    Args:
+        adapters: Adapters by name.
+        adapter_names: The name of each row's adapter.
+
+    Raises:
+        RewriteError: One does not.
+    """
+    for name in dict.fromkeys(check_row_names(adapter_names)):
+        if name != BASE and not any(parameter.requires_grad for parameter in adapters[name].parameters()):
+            raise RewriteError(
+                f"adapter {name!r} does not train, and losses_by_adapter would train nothing with its rows; call "
+                f"set_requires_grad([{name!r}]) first, or leave its rows out"
+            )
+
+
+def loss_of_rows(
     outputs: Any,
     labels: Mapping[str, Any],
     adapter_names: object,
@@ -70,7 +67,7 @@ def loss_by_adapter(
     if not labels:
         raise RewriteError("the losses of adapters need labels, and the batch has none")
     first = next(iter(labels.values()))
-    rows = rows_by_adapter(named(adapter_names), first.shape[0], first.device)
+    rows = rows_by_adapter(check_row_names(adapter_names, first.shape[0]), first.device)
     parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: ({}, {}) for name in rows}
     for place, values in enumerate((outputs, labels)):
         for key, value in values.items():
@@ -109,8 +106,8 @@ def rows_of_call(adapter_names: object, values: Tensor, known: Callable[[str], o
     Raises:
         RewriteError: There is no such adapter, or the batch has another number of rows.
     """
-    names = named(adapter_names)
+    names = check_row_names(adapter_names, values.shape[0])
     for name in dict.fromkeys(names):
         if name != BASE:
             known(name)
-    return rows_by_adapter(names, values.shape[0], values.device)
+    return rows_by_adapter(names, values.device)

@@ -217,14 +217,21 @@ class CurrentGraph:
         """The graph in which adapters act by row, and its inputs; the base's while adapters are disabled."""
         if rows is None or self._suspended is not None:
             return self.current, inputs
-        state = dataclasses.replace(self.state, active=(), by_row=tuple(rows))
-        if (made := self._cached(state)) is None:
-            if torch.compiler.is_compiling():
+        given = {**inputs, ROWS: tuple(rows.values())} if rows else inputs
+        if torch.compiler.is_compiling():
+            if (made := self._cached(self._by_row(rows))) is None:
                 raise RewriteError(f"call the model once with adapter_names of {', '.join(rows)} before it is compiled")
-            with self._lock:
+            return made, given
+        with self._lock:
+            state = self._by_row(rows)
+            if (made := self._cached(state)) is None:
                 made = self._build(state)
                 self._cache.put(made, self._suspended)
-        return made, {**inputs, ROWS: tuple(rows.values())} if rows else inputs
+        return made, given
+
+    def _by_row(self, rows: Mapping[str, Rows]) -> GraphState:
+        """The current state with adapters by row alone, over the base's own weights."""
+        return dataclasses.replace(self.state, active=(), merged=(), weights={}, unties=False, by_row=tuple(rows))
 
     def _make(self, **changes: Any) -> None:
         """Switch to the current state with some fields changed; an error changes nothing.

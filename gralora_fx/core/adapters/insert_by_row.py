@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from gralora_fx.base.compat.torch_graphs import TreeSpec, convention_of, set_convention, tree_flatten, tree_info
+from gralora_fx.base.compat.torch_graphs import (
+    TreeSpec,
+    convention_of,
+    is_mutable,
+    set_convention,
+    tree_flatten,
+    tree_info,
+)
 from gralora_fx.core.adapters.adapter import CopyTable, ModelAdapter
 from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, is_inside
-from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, tensor_at
-from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.graph.linear_calls import calls_at, tensor_at
+from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.sites import ParameterSite
 from gralora_fx.core.graph.surgery import annotate, module_of
@@ -57,19 +65,26 @@ class InsertByRow:
         by_name = {node.name: node for node in graph.nodes}
         layout = _Layout(graph, self.main_input)
         rows = {a.name: node for a, node in zip(self.adapters, _add_input(graph, len(self.adapters)), strict=True)}
-        for module in dict.fromkeys(module for adapter in self.adapters for module in adapter.copies):
+        modules = list(dict.fromkeys(module for adapter in self.adapters for module in adapter.copies))
+        for inner, outer in itertools.permutations(modules, 2):
+            if is_within(inner, outer):
+                raise RewriteError(
+                    f"adapter_names: modules_to_save of one adapter has {outer}, and of another {inner} within it; run "
+                    "them in batches of their own"
+                )
+        for module in modules:
             copies = [
                 _ModuleCopy(graph, self.tree, module, adapter.copies[module], rows[adapter.name], layout)
                 for adapter in self.adapters
                 if module in adapter.copies
             ]
             self._copy_module(graph, module, copies, layout)
-        calls: dict[fx.Node, list[tuple[fx.Node, InsertAdapter, Insertion, LinearCall]]] = {}
+        calls: dict[fx.Node, list[tuple[fx.Node, InsertAdapter, Insertion]]] = {}
         for adapter in self.adapters:
             inserted = adapter.insertion()
             for insertion in inserted.insertions:
-                for call in _calls(by_name, insertion, adapter.name):
-                    calls.setdefault(call.node, []).append((rows[adapter.name], inserted, insertion, call))
+                for node in _calls(by_name, insertion, adapter.name):
+                    calls.setdefault(node, []).append((rows[adapter.name], inserted, insertion))
         for node, parts in calls.items():
             self._insert(graph, node, parts, layout)
         return PassResult(len(calls))
@@ -78,16 +93,17 @@ class InsertByRow:
         self,
         graph: fx.Graph,
         node: fx.Node,
-        parts: Sequence[tuple[fx.Node, InsertAdapter, Insertion, LinearCall]],
+        parts: Sequence[tuple[fx.Node, InsertAdapter, Insertion]],
         layout: _Layout,
     ) -> None:
         """Give the readers of a call its output with the adapters."""
         after = node.next
         names, path = ", ".join(part[1].adapter for part in parts), parts[0][2].site.path
+        (call,) = calls_at(node, path)  # as it is now: its input may have adapters already
         values: list[fx.Node] = []
         with graph.inserting_before(after):
-            batch = layout.batch_argument(parts[0][3].input, f"{path} reads")
-            for rows, inserted, insertion, call in parts:
+            batch = layout.batch_argument(call.input, f"{path} reads")
+            for rows, inserted, insertion in parts:
                 x, y = (graph.call_function(take_rows, (each, rows, *batch)) for each in (call.input, node))
                 values.append(inserted.output(graph, insertion, call, x, y))
             chosen = graph.call_function(set_rows, (node, [part[0] for part in parts], values, *batch))
@@ -99,7 +115,7 @@ class InsertByRow:
             if "nn_module_stack" in node.meta:
                 added.meta["nn_module_stack"] = node.meta["nn_module_stack"]
             added = added.next
-        chosen.meta |= {key: node.meta[key] for key in ("val", "tensor_meta") if key in node.meta}
+        _describe_as(chosen, node)
         node.replace_all_uses_with(chosen, delete_user_cb=lambda user: user not in members)
 
     def _copy_module(self, graph: fx.Graph, module: str, copies: Sequence[_ModuleCopy], layout: _Layout) -> None:
@@ -107,6 +123,7 @@ class InsertByRow:
         inside = [n for n in graph.nodes if n.op.startswith("call_") and is_inside(n, module, self.tree)]
         if not inside:
             raise RewriteError(f"adapter_names: the graph does not call {module}, which modules_to_save names")
+        copies[0].check(inside)
         for node in inside:
             users = [user for user in node.users if user not in inside]
             with graph.inserting_before(node.next):
@@ -116,13 +133,13 @@ class InsertByRow:
                 batch = layout.batch_argument(node, f"{module} gives")
                 arguments = (node, [made.rows for made in copies], values, *batch)
                 chosen = graph.call_function(set_rows, arguments, {"in_place": False})
-            chosen.meta = dict(node.meta)
+            _describe_as(chosen, node)
             for user in users:
                 user.replace_input_with(node, chosen)
 
 
 class _ModuleCopy:
-    """A module's nodes once more, with an adapter's parameters and on its rows.
+    """A copy of a module's nodes that reads an adapter's parameters and rows.
 
     Attributes:
         rows: The node of the rows.
@@ -135,6 +152,29 @@ class _ModuleCopy:
         self._graph, self._module, self._layout = graph, module, layout
         self._owned = {id(tree.parameters[base]): path for base, path in owned.paths.items()}
         self._made: dict[fx.Node, fx.Node] = {}
+        self._shared = {
+            id(tree.parameters[base])
+            for base in owned.paths
+            if not all(
+                is_within(tree.canonical(n.rpartition(".")[0]), module) for n in tree.names_of(tree.parameters[base])
+            )
+        }
+
+    def check(self, inside: Collection[fx.Node]) -> None:
+        """Check that a module can be computed by row.
+
+        Raises:
+            RewriteError: It updates buffers, the trace has a fixed number of rows, or other code reads its parameters.
+        """
+        named = f"adapter_names: modules_to_save has {self._module}"
+        if self._layout.is_fixed:
+            raise RewriteError(f"{named}, and the trace has a fixed number of rows; trace the model with dynamic=True")
+        if any(is_mutable(node.target) or "batch_norm" in str(node.target) for node in inside):
+            raise RewriteError(f"{named}, which updates buffers of the base, as BatchNorm does; set its adapter alone")
+        for node in self._graph.find_nodes(op="get_attr"):
+            parameter = id(tensor_at(module_of(self._graph), str(node.target)))
+            if parameter in self._owned and parameter not in self._shared and set(node.users) - set(inside):
+                raise RewriteError(f"{named}, whose {node.target} other code reads too; set its adapter alone")
 
     def add(self, node: fx.Node) -> fx.Node:
         """Copy a node at the insertion point."""
@@ -162,7 +202,8 @@ class _Layout:
     """Where the rows of a batch are in the values of a graph."""
 
     def __init__(self, graph: fx.Graph, main_input: str) -> None:
-        self.source = next(node for node in graph.find_nodes(op="placeholder") if node.target == main_input)
+        placeholders = graph.find_nodes(op="placeholder")
+        self.source = next(node for node in placeholders if node.target == main_input)
         shape = _shape(self.source)
         if not shape:
             raise RewriteError(
@@ -170,14 +211,23 @@ class _Layout:
                 "are not known; trace and rewrite the model again"
             )
         self._batch = _expression(shape[0])
+        # a mask may have a symbol of its own for what is the number of rows
+        shapes = [shape for node in placeholders if len(shape := _shape(node)) > 1]
+        self._symbols = {_expression(s[0]) for s in shapes if _hint(s[0]) == _hint(shape[0])} | {self._batch}
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the graph has a fixed number of rows."""
+        return isinstance(self._batch, int)
 
     def is_shared(self, node: fx.Node) -> bool:
         """Return whether a node's value is the same for all rows."""
-        return not any(_divided(_expression(size), self._batch) for size in _shape(node))
+        return not any(self._has_rows(size) for size in _shape(node))
 
     def is_count(self, node: fx.Node) -> bool:
         """Return whether a node is the number of rows."""
-        return bool(_expression(node.meta.get("val")) == self._batch)
+        value = node.meta.get("val")
+        return isinstance(value, torch.SymInt) and _expression(value) in self._symbols
 
     def batch_argument(self, node: fx.Node, where: str) -> tuple[fx.Node, ...]:
         """Return the argument `batch` of `take_rows` for a node's value, at the insertion point; nothing for rows.
@@ -185,27 +235,31 @@ class _Layout:
         Raises:
             RewriteError: The value's first axis is not that of rows, or of places in one row beside those of the next.
         """
-        if self.is_shared(node) or not self._is_by_row(node, set()):
+        if self.is_shared(node) or not self._is_by_row(node):
             raise RewriteError(
-                f"adapter_names: {where} values that are not by row: the same for all rows, or places of all rows "
-                "together; leave this layer out of the adapters, or run the rows of each adapter alone (set_adapter)"
+                f"adapter_names: {where} values that are not by row: the same for all rows, or positions of several "
+                "rows mixed; leave this layer out of the adapters, or run the rows of each adapter alone (set_adapter)"
             )
-        if _expression(_shape(node)[0]) == self._batch:
+        if _expression(_shape(node)[0]) in self._symbols:
             return ()
         return (node.graph.call_function(torch.ops.aten.sym_size.int, (self.source, 0)),)
 
-    def _is_by_row(self, node: fx.Node, seen: set[fx.Node]) -> bool:
+    def _has_rows(self, size: Any) -> bool:
+        """Return whether a size is the number of rows, or a multiple."""
+        return any(_divided(_expression(size), batch) for batch in self._symbols)
+
+    def _is_by_row(self, node: fx.Node) -> bool:
         """Return whether rows are one after the other in the first axis of a value and of what it was computed from."""
-        waiting = [node]
+        waiting, seen = [node], set()
         while waiting:
             current = waiting.pop()
             shape = _shape(current)
             if current in seen or not shape or self.is_shared(current):
                 continue
             seen.add(current)
-            if not _divided(_expression(shape[0]), self._batch):
+            if not self._has_rows(shape[0]):
                 return False
-            if _expression(shape[0]) != self._batch:
+            if _expression(shape[0]) not in self._symbols:
                 waiting += current.all_input_nodes
         return True
 
@@ -220,6 +274,11 @@ def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
+def _hint(size: Any) -> Any:
+    """Return the value that a size had in the trace."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
 def _divided(size: Any, batch: Any) -> bool:
     """Return whether a size is a multiple of the number of rows: its expression has it as a factor."""
     if isinstance(batch, int) or isinstance(size, int):
@@ -228,8 +287,8 @@ def _divided(size: Any, batch: Any) -> bool:
     return bool(rest.is_polynomial() and batch not in rest.free_symbols)
 
 
-def _calls(by_name: Mapping[str, fx.Node], insertion: Insertion, adapter: str) -> Iterator[LinearCall]:
-    """Yield the calls of a site, each of which has to be a node of the graph itself."""
+def _calls(by_name: Mapping[str, fx.Node], insertion: Insertion, adapter: str) -> Iterator[fx.Node]:
+    """Yield the nodes of a site's calls, each of which has to be in the graph itself."""
     site = insertion.site
     calls = () if isinstance(site, ParameterSite) else [c for n in site.calls for c in calls_at(by_name[n], site.path)]
     if not calls or any(call.operand is not None for call in calls):
@@ -237,7 +296,12 @@ def _calls(by_name: Mapping[str, fx.Node], insertion: Insertion, adapter: str) -
             f"adapter_names names {adapter!r}, which adapts {site.path}: a parameter that other code reads, or a layer "
             "in a branch or a loop, has one value for all rows; leave it out of the adapter, or set it with set_adapter"
         )
-    yield from calls
+    yield from (call.node for call in calls)
+
+
+def _describe_as(node: fx.Node, other: fx.Node) -> None:
+    """Give a node the shape and the module of another."""
+    node.meta |= {key: other.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in other.meta}
 
 
 def _add_input(graph: fx.Graph, count: int) -> list[fx.Node]:

@@ -226,7 +226,10 @@ class GraphCache:
 
     def get(self, state: GraphState) -> StateGraph | None:
         """The graph of a state, whether or not it is still valid; None if it is not kept."""
-        return self._graphs.get((state.identity, state.training))
+        key = (state.identity, state.training)
+        if (graph := self._graphs.get(key)) is not None:
+            self._graphs.move_to_end(key)
+        return graph
 
     def put(self, graph: StateGraph, suspended: GraphState | None) -> None:
         """Keep the graph that runs now, and drop what is no longer of use."""
@@ -235,7 +238,7 @@ class GraphCache:
         self._graphs.move_to_end((state.identity, state.training))
         current = {kept.identity for kept in (state, suspended) if kept is not None}
         for key, other in list(self._graphs.items()):
-            if not other.state.is_repeatable and other.state.identity not in current:
+            if not (other.state.is_repeatable or other.state.by_row or other.state.identity in current):
                 del self._graphs[key]
         if len(self._graphs) > _MOST:
             self._graphs.popitem(last=False)

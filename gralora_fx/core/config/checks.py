@@ -17,7 +17,7 @@ from typing import Any
 import regex
 
 from gralora_fx.base.sources import ADAPTER_FILE
-from gralora_fx.errors import ConfigError, shown
+from gralora_fx.errors import ConfigError, RewriteError, shown
 
 CONFIG_NAME = ADAPTER_FILE
 ALL_LINEAR = "all-linear"
@@ -111,11 +111,38 @@ def check_adapter_letters(name: object) -> None:
         raise _unfit_name(name)
 
 
+BASE = "__base__"  # PEFT's name for rows without an adapter
+
+
+def check_row_names(adapter_names: object, count: int | None = None) -> list[str]:
+    """Check the names of rows.
+
+    Args:
+        adapter_names: As of a call: a name for each row.
+        count: Number of rows; None if it is not known.
+
+    Raises:
+        RewriteError: It is no list of names, or one of another length.
+    """
+    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
+        raise RewriteError(
+            f"adapter_names has the name of an adapter for each row ({BASE!r} for none), but got {shown(adapter_names)}"
+        )
+    if count not in (None, len(adapter_names)):
+        raise RewriteError(
+            f"adapter_names names the adapter of each row: the batch has {count} rows, and {len(adapter_names)} names "
+            "are given"
+        )
+    return list(adapter_names)
+
+
 def check_adapter_name(name: object) -> None:
     """Check that a name can be part of an attribute path, of code and of a file path."""
     from torch import nn
 
     check_adapter_letters(name)
+    if name == BASE:
+        raise ConfigError(f"{BASE!r} names rows without an adapter (adapter_names=); take another name")
     if hasattr(nn.Module(), str(name)):
         raise _unfit_name(name)
 

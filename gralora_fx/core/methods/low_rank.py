@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from gralora_fx.base.compat.torch_graphs import is_transformed
 from gralora_fx.core.methods.method import LayerCall
 
 Rows = slice | Tensor  # of a batch: those of a slice, or with these indices
@@ -97,7 +98,7 @@ def take_rows(x: Tensor, rows: Rows, batch: int | None = None) -> Tensor:
     """Return some rows of a batch: a view for a slice.
 
     Args:
-        x: `[batch, ...]`; or `[batch * n, ...]`, n of a row beside each other.
+        x: `[batch, ...]`; or `[batch * n, ...]`, n consecutive entries for each row.
         rows: Which rows.
         batch: Number of rows, where each has several places in the first axis.
     """
@@ -122,10 +123,11 @@ def set_rows(
     values = [value.type_as(y) for value in values]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, *values)):
         return _with_rows(y, rows, values)
-    in_place = in_place and not torch.compiler.is_compiling()
+    in_place = in_place and not torch.compiler.is_compiling() and not is_transformed()
     written = y if in_place else y.clone()
     for chosen, value in zip(rows, values, strict=True):
-        if not (in_place and isinstance(chosen, slice) and value.data_ptr() == y[chosen].data_ptr()):  # as a view is
+        is_written = in_place and isinstance(chosen, slice) and 0 != value.data_ptr() == y[chosen].data_ptr()
+        if not is_written:  # as a view of y is already
             written[chosen] = value
     return written
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.core.adapters.adapter import ModelAdapter
@@ -201,8 +202,7 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         Raises:
             TraceError: An input is missing or was not part of the trace.
             RewriteError: Labels were given, and the model has no loss for them; rows hold several texts, which the
-                graph does not keep apart; or the adapters of rows are not there, or cannot act by row.
-            MergeError: Adapters are named by row while others are merged.
+                graph does not keep apart; or a row names an adapter that does not exist or cannot act by row.
         """
         if self._other_forward is not None:
             return self._other_forward(*args, **kwargs)
@@ -213,9 +213,11 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         names = kwargs.get(ADAPTER_NAMES)
         outputs, labels, item_count = self._outputs(args, kwargs)
         if by_adapter:
-            from gralora_fx.core.adapters.adapter_rows import loss_by_adapter
+            from gralora_fx.core.adapters.adapter_rows import check_trained, loss_of_rows
 
-            return loss_by_adapter(outputs, labels, names, functools.partial(self._loss, item_count=item_count))
+            if self.training and torch.is_grad_enabled():
+                check_trained(self._state.adapters, names)
+            return loss_of_rows(outputs, labels, names, functools.partial(self._loss, item_count=item_count))
         if not labels:
             return outputs
         loss = self._loss(outputs, labels, item_count)
@@ -263,7 +265,6 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             return self._state.run(bound, form)
         from gralora_fx.core.adapters.adapter_rows import rows_of_call
 
-        self._state.check_not_merged("run adapters by row")
         rows = rows_of_call(names, bound[traced.main_input_name], self._state.__getitem__)
         return self._state.run(bound, form, rows)
 

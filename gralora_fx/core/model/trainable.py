@@ -148,8 +148,8 @@ class Trainable(Checkpointed):
     def losses_by_adapter(self, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> dict[str, Tensor]:
         """Run a batch in which rows have adapters of their own, and compute the loss of each adapter's rows.
 
-        Each is the loss, and of their sum each adapter gets the gradients, that it has in a batch of its rows alone. A
-        wrapper such as DistributedDataParallel is called itself, with `by_adapter=True`.
+        Each loss, and each adapter's gradients from their sum, equal those of a batch of its rows alone. Call a wrapper
+        such as DistributedDataParallel itself instead, with `by_adapter=True`.
 
         Args:
             *args: Inputs by position.
@@ -161,8 +161,7 @@ class Trainable(Checkpointed):
 
         Raises:
             TraceError: As of `forward`.
-            RewriteError: As of `forward`; or there are no labels.
-            MergeError: As of `forward`.
+            RewriteError: As of `forward`; there are no labels; or an adapter of the batch does not train, in training.
         """
         losses: dict[str, Tensor] = self(*args, **kwargs, adapter_names=adapter_names, by_adapter=True)
         return losses

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationCon
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
+from gralora_fx.core.config.checks import check_row_names
 from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
 from gralora_fx.core.tracing.inputs.input_trees import batch_of
 from gralora_fx.core.tracing.losses import counts_items, decoder_inputs
@@ -158,9 +159,9 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None) and name not in self.traced.input_names:
                 raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
-        if names := kwargs.get(ADAPTER_NAMES):  # `generate` has rows for each of the caller's: beams, or samples
+        if isinstance(names := kwargs.get(ADAPTER_NAMES), _Names):  # rows for each of the caller's: beams, or samples
             rows = batch_of((*args, *kwargs.values()))
-            kwargs[ADAPTER_NAMES] = [name for name in names for _ in range(max(1, rows // len(names)))]
+            kwargs[ADAPTER_NAMES] = [name for name in names for _ in range(rows // len(names))]
         source = kwargs.pop("encoder_outputs", None)
         if source is not None:  # passed through by _Source
             kwargs[self.main_input_name] = source.last_hidden_state
@@ -182,6 +183,13 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         if not self.traced.can_generate():
             raise TraceError(f"{name} does not generate; trace a model with a language-model head")
         check_generation(name, source_class(self.traced), kwargs)
+        if kwargs.get(ADAPTER_NAMES) is not None:
+            rows = batch_of((*args, *(kwargs.get(n) for n in ("inputs", "inputs_embeds", self.main_input_name))))
+            kwargs[ADAPTER_NAMES] = _Names.of(kwargs[ADAPTER_NAMES], rows)
+            if _option(self, kwargs, "guidance_scale") not in (None, 1, 1.0):
+                raise TraceError(
+                    "generate cannot take guidance_scale beside adapter_names: its second pass has no names"
+                )
         self._given_cache = kwargs.get(PAST, kwargs.get("cache"))
         if PAST not in self.traced.input_names:
             if _option(self, kwargs, "use_cache") is not False:
@@ -236,6 +244,14 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
                 "rows of unequal length need position_ids, which the trace does not take; trace the model with "
                 f"{option(task='text-generation-with-past')}, or generate row by row without padding"
             )
+
+
+class _Names(list[str]):
+    """The names of the adapters of the rows that `generate` was called with."""
+
+    @classmethod
+    def of(cls, adapter_names: object, rows: int) -> _Names:
+        return cls(check_row_names(adapter_names, rows))
 
 
 class _Source(nn.Module):
