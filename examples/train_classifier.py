@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from gralora_fx.demo.figures import draw_losses
+from gralora_fx.demo.writing import draw_losses
 from gralora_fx.demo.news_classifier import load_news, package_folder
 
 LENGTH = 32  # tokens of a text that are read

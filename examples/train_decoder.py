@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
-from gralora_fx.demo.figures import draw_losses
+from gralora_fx.demo.writing import draw_losses
 from gralora_fx.demo.news_classifier import load_news
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of every process, so that any number resumes

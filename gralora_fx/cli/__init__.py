@@ -12,7 +12,8 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line (see `gralora_fx.cli.program.main`)."""
-    if next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None) == "serve":
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    if command == "serve" and "--help" not in sys.argv:
         use_huge_pages()  # before anything is imported that the program would import once more
     from gralora_fx.cli.program import main as run
 

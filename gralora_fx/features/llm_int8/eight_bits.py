@@ -24,7 +24,7 @@ class EightBits(BaseQuantization):
     title = "int8 of bitsandbytes"
     texts = "int8"
     metavar = "int8"
-    help = "With int8 round it to eight bits with a scale for each output, as bitsandbytes does with load_in_8bit."
+    help = "Round the base to eight bits first, as load_in_8bit of bitsandbytes does: int8."
     fields = "one with load_in_8bit=True"
     extra = None
 
