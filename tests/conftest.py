@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))  # xdist's controller 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
 os.environ["GRALORA_FX_PROGRESS"] = "0"  # which depends on how fast a machine is; tests of it set it otherwise
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # so that `serve` does not start over; its tests do
 
 import pytest
 import torch

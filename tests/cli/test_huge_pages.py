@@ -84,7 +84,8 @@ def test_without_pages_on_request_there_is_nothing_to_ask_for(
 
 
 @pytest.mark.skipif(not huge_pages._on_request(), reason="the system gives no huge pages on request")
-def test_a_command_that_decodes_runs_with_them() -> None:
+def test_a_command_that_decodes_runs_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(huge_pages.VARIABLE, raising=False)
     code = (
         "import os, sys; from gralora_fx.cli import huge_pages\n"
         "huge_pages.use_huge_pages(); print(os.environ[huge_pages.VARIABLE], os.getpid(), *sys.argv[1:])"
