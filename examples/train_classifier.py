@@ -32,8 +32,8 @@ from transformers import (
     set_seed,
 )
 
-from gralora_fx.demo.writing import draw_losses
 from gralora_fx.demo.news_classifier import load_news, package_folder
+from gralora_fx.demo.writing import draw_losses
 
 LENGTH = 32  # tokens of a text that are read
 
