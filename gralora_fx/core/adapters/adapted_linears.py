@@ -100,7 +100,7 @@ class _AdaptedLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, terms: Sequence[_Term], weights: Sequence[_Weight], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        floats, biases, As, Bs = _columns(tensors, len(weights), len(terms))
+        floats, biases, As, Bs = _columns(tensors, *[len(weights)] * 2, *[len(terms)] * 2)
         outputs, hidden = _outputs(x, x if dropped is None else dropped, weights, biases, terms, As, Bs)
         kept = (
             part if _KEPT * part.numel() <= _size(x, rows) else None
@@ -202,9 +202,8 @@ def _add_gradients(
 
 
 def _columns(tensors: Sequence[Any], *lengths: int) -> list[Sequence[Any]]:
-    """Divide tensors into columns: of one length each; of two lengths given, two columns of each."""
-    ends = [*itertools.accumulate(lengths if len(lengths) != 2 else [n for n in lengths for _ in range(2)])]
-    return [tensors[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    """Divide tensors into columns of these lengths."""
+    return [tensors[start:end] for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0))]
 
 
 def _is_plain(*operands: Any) -> bool:

@@ -32,18 +32,18 @@ def rows_by_adapter(names: Sequence[str], device: torch.device) -> dict[str, Row
     return {name: torch.tensor(rows, device=device) for name, rows in in_order.items()}
 
 
-def check_trained(adapters: Mapping[str, ModelAdapter], adapter_names: object) -> None:
+def check_trained(adapter_names: object, known: Callable[[str], ModelAdapter]) -> None:
     """Check that the adapters of a batch train, so that their losses are not in vain.
 
     Args:
-        adapters: Adapters by name.
         adapter_names: The name of each row's adapter.
+        known: Returns an adapter; raises an error for a name that does not exist.
 
     Raises:
-        RewriteError: One does not.
+        RewriteError: One does not train, or does not exist.
     """
     for name in dict.fromkeys(check_row_names(adapter_names)):
-        if name != BASE and not any(parameter.requires_grad for parameter in adapters[name].parameters()):
+        if name != BASE and not any(parameter.requires_grad for parameter in known(name).parameters()):
             raise RewriteError(
                 f"adapter {name!r} does not train, and losses_by_adapter would train nothing with its rows; call "
                 f"set_requires_grad([{name!r}]) first, or leave its rows out"

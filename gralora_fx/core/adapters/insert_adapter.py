@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,22 +91,14 @@ class InsertAdapter:
             added = self._insert_into_operand(graph, call, call.operand, insertion)
         else:
             added = self._insert_after(graph, call, insertion)
-        for node in added:
-            annotate(node, site=insertion.site.path, adapter=self.adapter, call=call.node.name)
-            if "nn_module_stack" in call.node.meta:
-                node.meta["nn_module_stack"] = call.node.meta["nn_module_stack"]
+        annotate_all(added, insertion.site.path, self.adapter, call.node)
 
     def _insert_after(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> list[fx.Node]:
         """Give the readers of a call the output with the adapter."""
         node, after = call.node, call.node.next
         with graph.inserting_before(after):
             result = self.output(graph, insertion, call, call.input, node)
-        inserted: list[fx.Node] = []
-        while (candidate := inserted[-1].next if inserted else node.next) is not after:
-            inserted.append(candidate)
-        members = set(inserted)
-        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
-        return inserted
+        return redirect_readers(node, result, after)
 
     def output(self, graph: fx.Graph, insertion: Insertion, call: LinearCall, x: fx.Node, y: fx.Node) -> fx.Node:
         """Insert a call's output with the adapter, and return its node.
@@ -191,6 +183,24 @@ class InsertAdapter:
         return self.method.tensors(
             **{field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names}
         )
+
+
+def redirect_readers(node: fx.Node, result: fx.Node, after: fx.Node) -> list[fx.Node]:
+    """Give a node's readers another value, but for the nodes from it to another, which compute that; return these."""
+    inserted: list[fx.Node] = []
+    while (candidate := inserted[-1].next if inserted else node.next) is not after:
+        inserted.append(candidate)
+    members = set(inserted)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
+    return inserted
+
+
+def annotate_all(nodes: Iterable[fx.Node], site: str, adapter: str, call: fx.Node) -> None:
+    """Annotate the nodes of an adapter at a call, which are of the module that the call is of."""
+    for node in nodes:
+        annotate(node, site=site, adapter=adapter, call=call.name)
+        if "nn_module_stack" in call.meta:
+            node.meta["nn_module_stack"] = call.meta["nn_module_stack"]
 
 
 def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple[LinearCall, ...]:

@@ -20,13 +20,13 @@ from gralora_fx.base.compat.torch_graphs import (
     tree_info,
 )
 from gralora_fx.core.adapters.adapter import CopyTable, ModelAdapter
-from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion
-from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, is_inside
+from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion, annotate_all, redirect_readers
+from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, is_inside, is_tied_outside
 from gralora_fx.core.graph.linear_calls import calls_at, tensor_at
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.sites import ParameterSite
-from gralora_fx.core.graph.surgery import annotate, module_of
+from gralora_fx.core.graph.surgery import module_of
 from gralora_fx.core.methods.low_rank import set_rows, take_rows
 from gralora_fx.core.tracing.normalize.modes import MODES
 from gralora_fx.errors import RewriteError
@@ -107,16 +107,8 @@ class InsertByRow:
                 x, y = (graph.call_function(take_rows, (each, rows, *batch)) for each in (call.input, node))
                 values.append(inserted.output(graph, insertion, call, x, y))
             chosen = graph.call_function(set_rows, (node, [part[0] for part in parts], values, *batch))
-        added = node.next
-        members = set()
-        while added is not after:
-            members.add(added)
-            annotate(added, site=path, adapter=names, call=node.name)
-            if "nn_module_stack" in node.meta:
-                added.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-            added = added.next
+        annotate_all(redirect_readers(node, chosen, after), path, names, node)
         _describe_as(chosen, node)
-        node.replace_all_uses_with(chosen, delete_user_cb=lambda user: user not in members)
 
     def _copy_module(self, graph: fx.Graph, module: str, copies: Sequence[_ModuleCopy], layout: _Layout) -> None:
         """Compute a module once more for each adapter that trains it whole, with its parameters and on its rows."""
@@ -150,15 +142,9 @@ class _ModuleCopy:
     ) -> None:
         self.rows = rows
         self._graph, self._module, self._layout = graph, module, layout
+        self._tree = tree
         self._owned = {id(tree.parameters[base]): path for base, path in owned.paths.items()}
         self._made: dict[fx.Node, fx.Node] = {}
-        self._shared = {
-            id(tree.parameters[base])
-            for base in owned.paths
-            if not all(
-                is_within(tree.canonical(n.rpartition(".")[0]), module) for n in tree.names_of(tree.parameters[base])
-            )
-        }
 
     def check(self, inside: Collection[fx.Node]) -> None:
         """Check that a module can be computed by row.
@@ -172,8 +158,9 @@ class _ModuleCopy:
         if any(is_mutable(node.target) or "batch_norm" in str(node.target) for node in inside):
             raise RewriteError(f"{named}, which updates buffers of the base, as BatchNorm does; set its adapter alone")
         for node in self._graph.find_nodes(op="get_attr"):
-            parameter = id(tensor_at(module_of(self._graph), str(node.target)))
-            if parameter in self._owned and parameter not in self._shared and set(node.users) - set(inside):
+            parameter = tensor_at(module_of(self._graph), str(node.target))
+            is_tied = id(parameter) not in self._owned or is_tied_outside(parameter, self._module, self._tree)
+            if not is_tied and set(node.users) - set(inside):
                 raise RewriteError(f"{named}, whose {node.target} other code reads too; set its adapter alone")
 
     def add(self, node: fx.Node) -> fx.Node:
@@ -235,13 +222,14 @@ class _Layout:
         Raises:
             RewriteError: The value's first axis is not that of rows, or of places in one row beside those of the next.
         """
+        shape = _shape(node)
+        if shape and _expression(shape[0]) in self._symbols:
+            return ()
         if self.is_shared(node) or not self._is_by_row(node):
             raise RewriteError(
                 f"adapter_names: {where} values that are not by row: the same for all rows, or positions of several "
                 "rows mixed; leave this layer out of the adapters, or run the rows of each adapter alone (set_adapter)"
             )
-        if _expression(_shape(node)[0]) in self._symbols:
-            return ()
         return (node.graph.call_function(torch.ops.aten.sym_size.int, (self.source, 0)),)
 
     def _has_rows(self, size: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -121,9 +122,7 @@ class RedirectParameters:
 
     def _redirect(self, node: fx.Node, module: str, base: str) -> bool:
         """Redirect the users of a parameter's node that are inside a module; whether there are any."""
-        names = self.tree.names_of(self.tree.parameters[base])
-        holders = [self.tree.canonical(name.rpartition(".")[0]) for name in names]
-        is_tied = not all(is_within(holder, module) for holder in holders)
+        is_tied = is_tied_outside(self.tree.parameters[base], module, self.tree)
         inside = [user for user in node.users if not is_tied or is_inside(user, module, self.tree)]
         if not inside:
             return False
@@ -138,6 +137,12 @@ class RedirectParameters:
         for user in inside:
             user.replace_input_with(node, copy_node)
         return True
+
+
+def is_tied_outside(parameter: Any, module: str, tree: ModuleTree) -> bool:
+    """Return whether a parameter of a module is held by one outside of it too, as a tied head is."""
+    holders = (tree.canonical(name.rpartition(".")[0]) for name in tree.names_of(parameter))
+    return not all(is_within(holder, module) for holder in holders)
 
 
 def is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:

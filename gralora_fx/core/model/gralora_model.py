@@ -211,12 +211,14 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
     def _compute(self, *args: Any, by_adapter: bool = False, **kwargs: Any) -> Any:
         """Run the graph, and compute the loss of labels, or that of each adapter's rows."""
         names = kwargs.get(ADAPTER_NAMES)
+        if by_adapter and self.training and torch.is_grad_enabled():
+            from gralora_fx.core.adapters.adapter_rows import check_trained
+
+            check_trained(names, self._state.__getitem__)
         outputs, labels, item_count = self._outputs(args, kwargs)
         if by_adapter:
-            from gralora_fx.core.adapters.adapter_rows import check_trained, loss_of_rows
+            from gralora_fx.core.adapters.adapter_rows import loss_of_rows
 
-            if self.training and torch.is_grad_enabled():
-                check_trained(self._state.adapters, names)
             return loss_of_rows(outputs, labels, names, functools.partial(self._loss, item_count=item_count))
         if not labels:
             return outputs
