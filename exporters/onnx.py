@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from gralora_fx.exporters.artifact.staging import (
     warn_of_lost_adapters,
 )
 from gralora_fx.exporters.formats import DYNAMIC
+from gralora_fx.exporters.kinds.companions import companion_conversions, companion_models
 from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
@@ -133,17 +134,18 @@ def export_onnx(
         flavour = flavour_of(conversion.traced)
         flavour.check(options)
         check_exportable(conversion.traced, verify=options.level is not None)
-        _warn_of_parts_left_out(model, conversion)
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
+        companions = companion_conversions(model, options) if flavour.has_companions else {}
+        _warn_of_parts_left_out(model, conversion, companions)
     if conversion.plan is not None:
         from gralora_fx.exporters.quantize.choice import choose_formats
 
         with timed("choose", seconds, "quantizing"):
             conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds, "converting"), gc_pause():
-        models = flavour.convert(conversion)
+        models = {**flavour.convert(conversion), **companion_models(companions)}
         if conversion.adapters is not None:
             from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 
@@ -158,7 +160,7 @@ def export_onnx(
 
                 write_tokenizer(stage, conversion.traced, options.tokenizer)
             flavour.write_files(stage, conversion.traced, models)
-            manifest = describe(conversion, models, flavour=flavour.name, logits=flavour.logits(options))
+            manifest = describe(conversion, models, companions, flavour=flavour.name, logits=flavour.logits(options))
             write_manifest(stage, manifest)
             active: list[str] = []
             if isinstance(model, GraloraModel) and conversion.adapters is not None:
@@ -206,14 +208,18 @@ def _input_names(manifest: Manifest) -> list[str]:
     return [name for name, shape in manifest.inputs.items() if isinstance(shape, list)]
 
 
-def _warn_of_parts_left_out(model: TracedModel | GraloraModel, conversion: Conversion) -> None:
-    """Warn where an adapter changes layers that a decoder's step does not run, as a model may have beside it."""
+def _warn_of_parts_left_out(
+    model: TracedModel | GraloraModel, conversion: Conversion, companions: Mapping[str, Conversion]
+) -> None:
+    """Warn where an adapter changes layers that neither a decoder's step nor a companion runs."""
     if not isinstance(model, GraloraModel) or conversion.traced.cache_layout is not CacheLayout.DECODER:
         return
+    called = {site.path for other in companions.values() for site in other.traced.adaptable if site.calls}
     for name in model.active_adapters if conversion.adapters is None else model.configs:
         adapter = model.adapter(name)
         sites = [planned.site for planned in adapter.plan.selected]
-        paths = [site.path for site in sites if not site.calls and not adapter.factors[site.path].is_zero]
+        left = [site.path for site in sites if not site.calls and site.path not in called]
+        paths = [path for path in left if not adapter.factors[path].is_zero]
         if paths:
             warn_caller(
                 f"adapter {name!r} changes {listed(paths, 3)} too, which the decoder that is exported does not run; "

@@ -23,12 +23,13 @@ from gralora_fx.exporters.artifact.staging import require_space
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, fingerprint_of
 from gralora_fx.exporters.reports import attention_report
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names, product_weights
-from gralora_fx.format.adapter_inputs import is_adapter_tensor
+from gralora_fx.format.adapter_inputs import AdapterInputs, is_adapter_tensor
 from gralora_fx.format.export_directory import MANIFEST_NAME, ROWS
 from gralora_fx.format.manifest import (
     SCHEMA_VERSION,
     AdapterEntry,
     BaseEntry,
+    CompanionEntry,
     Manifest,
     RowsEntry,
     SiteEntry,
@@ -40,12 +41,27 @@ from gralora_fx.run.engine.limits import context_length
 _PACKAGES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
-def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour: str, logits: str) -> Manifest:
-    """The manifest of an export, without its files and its verification."""
+def describe(
+    conversion: Conversion,
+    models: Mapping[str, ir.Model],
+    companions: Mapping[str, Conversion],
+    *,
+    flavour: str,
+    logits: str,
+) -> Manifest:
+    """The manifest of an export, without its files and its verification.
+
+    Args:
+        conversion: What was converted.
+        models: All ONNX models of the export, by the names of their files.
+        companions: What was converted of parts that run beside it, by the names of their files.
+        flavour: The kind of export.
+        logits: Which positions' logits it gives.
+    """
     model, options, log = conversion.model, conversion.options, conversion.log
     traced = base_trace(model)
     graphs = {name: onnx_model.graph for name, onnx_model in models.items()}
-    described = {name: graph for name, graph in graphs.items() if name != ROWS}
+    described = {name: graph for name, graph in graphs.items() if name not in (ROWS, *companions)}
     attention = attention_report(log)
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -57,25 +73,40 @@ def describe(conversion: Conversion, models: Mapping[str, ir.Model], *, flavour:
         position_offset=position_offset(traced),
         adapters=describe_adapters(model) if conversion.adapters is None else {},
         base_fingerprint=conversion.fingerprint,
-        sites=tuple(_sites(traced)),
+        sites=tuple(_sites(traced, [other.traced for other in companions.values()])),
         inputs=_by_file({name: _shapes(graph.inputs) for name, graph in described.items()}),
         outputs=_by_file({name: _shapes(graph.outputs) for name, graph in described.items()}),
         packages={name: found for name in ("gralora-fx", *_PACKAGES) if (found := installed_version(name))},
         attention=None if attention is None else dataclasses.asdict(attention),
         passes=tuple(entry.to_dict() for entry in log.reports),
         facts=traced.signature.facts,
-        adapter_inputs=None if conversion.adapters is None else conversion.adapters.inputs,
+        adapter_inputs=_adapter_inputs(conversion, companions.values()),
         weights=weight_entries(traced, graphs),
         base=_base(traced),
         rows=next(iter(log.summaries(RowsEntry)), None),
         flavour=flavour,
+        companions={
+            name: CompanionEntry(_shapes(graphs[name].inputs), _shapes(graphs[name].outputs)) for name in companions
+        },
     )
 
 
-def _sites(traced: TracedModel) -> Iterator[SiteEntry]:
+def _adapter_inputs(conversion: Conversion, companions: Iterable[Conversion]) -> AdapterInputs | None:
+    """Return the adapter tensors that a decoder and its companions take; None where adapters are folded."""
+    if conversion.adapters is None:
+        return None
+    own = conversion.adapters.inputs
+    others = [other.adapters.inputs for other in companions if other.adapters is not None]
+    sites = (*own.sites, *(site for inputs in others for site in inputs.sites))
+    called = {site.path for site in sites}
+    return dataclasses.replace(own, sites=sites, uncalled=tuple(path for path in own.uncalled if path not in called))
+
+
+def _sites(traced: TracedModel, companions: Iterable[TracedModel]) -> Iterator[SiteEntry]:
     readers = other_readers(traced.graph_module, traced.sites)
+    beside = {site.path for other in companions for site in other.sites if site.calls}
     for site in traced.sites:
-        is_read = bool(site.calls or readers[site.path]) or site.path in traced.out_of_reach
+        is_read = bool(site.calls or readers[site.path]) or site.path in traced.out_of_reach or site.path in beside
         yield SiteEntry(site.path, site.kind, site.in_features, site.out_features, is_read)
 
 

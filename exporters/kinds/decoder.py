@@ -171,4 +171,5 @@ DECODER = Flavour(
     write_files=_write_files,
     has_last_logits=True,
     shares_weights=True,
+    has_companions=True,
 )

@@ -105,6 +105,7 @@ class Flavour:
         has_last_logits: Whether it can return the last position's logits alone.
         takes_texts: Whether what quantization changes can be measured on texts.
         shares_weights: Whether its models have their weights in one file.
+        has_companions: Whether what the model runs beside the graph is exported with it.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Flavour:
     has_last_logits: bool = False
     takes_texts: bool = True
     shares_weights: bool = False
+    has_companions: bool = False
 
     def logits(self, options: ExportOptions) -> str:
         """Return which positions' logits an export gives: `"last"` or `"all"`."""

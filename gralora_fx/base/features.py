@@ -76,6 +76,10 @@ POINTS: dict[str, str] = {
     "prompts of the embeddings that `generate` was given.",
     "export options": "A dataclass as cli.export.TraceOptions: options of the command for models of some kind.",
     "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
+    "companions": "A function of a traced decoder, that returns traces of what its model runs beside it, by the name of "
+    "their files, over the same parameters.",
+    "companion checks": "A class as exporters.verify.companions.CompanionCheck, made of a decoder's trace: gives inputs "
+    "of its companions, and compares what both make together.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
     "the input, or None where it knows none (core.tracing.inputs.samples); asked for by the name, as a sign.",
     "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",

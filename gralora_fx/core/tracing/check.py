@@ -55,7 +55,7 @@ def difference(draft: Captured, sample: Mapping[str, Any] | None = None) -> str 
             actual = draft.graph_module(**own_inputs(sample))
         except Exception as error:  # noqa: BLE001  # a graph of a fixed size raises what its operators do
             return f"it fails with {type(error).__name__}: {first_line(error)}"
-    return _gap(expected, actual)
+    return gap(expected, actual)
 
 
 def eager_failure(model: nn.Module, sample: Mapping[str, Any]) -> str | None:
@@ -98,7 +98,7 @@ def fillable_inputs(draft: Draft) -> tuple[frozenset[str], bool]:
                 continue
             for counts, value in _defaults(name, rest):
                 torch.manual_seed(0)
-                if _gap(expected, call_eager(model, {**rest, name: value})) is None:
+                if gap(expected, call_eager(model, {**rest, name: value})) is None:
                     fillable.add(name)
                     counts_padding |= counts and name == "position_ids"
                     break
@@ -166,7 +166,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _gap(expected: Any, actual: Any) -> str | None:
+def gap(expected: Any, actual: Any) -> str | None:
     """A description of how a graph's outputs differ from the model's, or None if they do not."""
     expected_leaves, actual_leaves = tree_leaves(expected), tree_leaves(actual)
     if len(expected_leaves) != len(actual_leaves):

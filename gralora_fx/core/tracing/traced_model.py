@@ -119,6 +119,19 @@ class TracedModel:
         return frozenset[str]().union(*map(operators_called, graphs))
 
     @functools.cached_property
+    def companions(self) -> Mapping[str, TracedModel]:
+        """Traces of what the source model runs beside this graph, such as what reads pixels, by names of their files.
+
+        They are over the same parameters, and are made when they are first asked for.
+        """
+        from gralora_fx.base.features import parts
+
+        found: dict[str, TracedModel] = {}
+        for companions_of in parts("companions", self.signature.inputs):
+            found |= companions_of(self)
+        return found
+
+    @functools.cached_property
     def parameter_sites(self) -> tuple[ParameterSite, ...]:
         """Every parameter that `target_parameters` can name and that is not the weight of a linear layer."""
         from gralora_fx.core.graph.sites import parameter_sites

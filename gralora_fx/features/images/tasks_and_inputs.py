@@ -9,6 +9,9 @@ from gralora_fx.format.tasks import Task
 
 IMAGES = "pixel_values"
 GRID, FEATURES = "grid_position_ids", "deepstack_embeds"
+GRID_THW = "image_grid_thw"  # of an image's patches: frames, height, width
+VISION_ENCODER = "vision_encoder"  # the file of what reads pixels, without its suffix
+IMAGE_FEATURES, DEEPSTACK = "image_features", "deepstack_features"  # its outputs
 MAIN_INPUTS = (IMAGES,)
 INPUT_AXES = {IMAGES: ("batch_size", "num_channels", "height", "width")}
 STEP_INPUTS = (

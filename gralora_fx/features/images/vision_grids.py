@@ -1,0 +1,89 @@
+"""Indices of an image's patches on its grid, by arithmetic that a trace records for images of any size.
+
+transformers' own functions (`transformers.vision_utils`) read the grid's numbers into Python, which a trace cannot.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.vision_utils import _interpolation_axis_taps_weights
+
+
+class Windows(NamedTuple):
+    """The windows of attention on a grid.
+
+    Attributes:
+        order: The merged patches in the order of their windows `[merged patches]`.
+        ends: Where each window begins among the patches, and the count of all `[windows + 1]`.
+        most: The most patches of a window.
+    """
+
+    order: Tensor
+    ends: Tensor
+    most: int
+
+
+def places(grid: Tensor, count: int | torch.SymInt, merge: int) -> Tensor:
+    """Return the row and column of every patch of an image `[patches, 2]`.
+
+    Patches follow each other by blocks of `merge` x `merge`, as processors of Qwen's kind write them.
+
+    Args:
+        grid: `[1, 3]`: one frame, and its height and width in patches.
+        count: How many patches there are.
+        merge: Patches on a side of a block.
+    """
+    width, area = grid[0, 2], merge * merge
+    patch = torch.arange(count, device=grid.device)
+    block, inner = patch // area, patch % area
+    blocks = width // merge
+    return torch.stack([block // blocks * merge + inner // merge, block % blocks * merge + inner % merge], dim=-1)
+
+
+def windows(grid: Tensor, merge: int, side: int, merged: int | torch.SymInt) -> Windows:
+    """Return the windows of an image's merged patches, row by row.
+
+    Args:
+        grid: `[1, 3]`: one frame, and its height and width in patches.
+        merge: Patches on a side of a merged one.
+        side: Merged patches on a side of a window.
+        merged: How many merged patches there are.
+    """
+    height, width = grid[0, 1] // merge, grid[0, 2] // merge
+    across = (width + side - 1) // side
+    index = torch.arange(merged, device=grid.device)
+    window = index // width // side * across + index % width // side
+    order = torch.argsort(window * merged + index)
+    count = ((height + side - 1) // side * across).item()
+    torch._check(count >= 1)
+    torch._check(count <= merged)
+    each = torch.arange(count, device=grid.device)
+    rows = (height - each // across * side).clamp(max=side)
+    columns = (width - each % across * side).clamp(max=side)
+    ends = torch.nn.functional.pad((rows * columns * merge * merge).cumsum(0), (1, 0))
+    return Windows(order, ends, side * side * merge * merge)
+
+
+def table_taps(grid: Tensor, patches: Tensor, side: int, mode: str, padding: str, *, corners: bool) -> tuple[Tensor, Tensor]:
+    """Return which entries of a square table of positions a patch is interpolated of, and their weights.
+
+    Args:
+        grid: `[1, 3]`: one frame, and its height and width in patches.
+        patches: The row and column of every patch `[patches, 2]`.
+        side: Entries on a side of the table.
+        mode: `"bilinear"` or `"bicubic"`.
+        padding: `"border"` or `"zeros"`, as of `torch.nn.functional.grid_sample`.
+        corners: Whether the outermost entries are those of the outermost patches.
+
+    Returns:
+        Indices and weights, each `[patches, taps]`.
+    """
+    taps, weights = zip(
+        *(_interpolation_axis_taps_weights(patches[:, axis], grid[0, axis + 1], side, mode, corners, padding) for axis in (0, 1)),
+        strict=True,
+    )
+    indices = (taps[0][:, :, None] * side + taps[1][:, None, :]).flatten(1)
+    return indices, (weights[0][:, :, None] * weights[1][:, None, :]).flatten(1)
