@@ -1,0 +1,271 @@
+"""Images as callers give them, opened: files of a few formats, within limits that are checked by their headers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+
+from gralora_fx.base.compat.packages import require_extra
+from gralora_fx.core.config.option import Option, check_options
+from gralora_fx.errors import ConfigError, ServingError, first_line, shown
+from gralora_fx.features.images.image_urls import bytes_of_url, is_url
+from gralora_fx.run.generate.request_errors import WrongFieldError
+
+if TYPE_CHECKING:  # of an extra
+    from PIL.Image import Image
+
+_TOGETHER = 4  # the images of a request have at most so many times the pixels that one may have
+_SCANS = 100  # passes over a progressive JPEG: encoders write about ten, and each takes the time of a whole picture
+_FORMATS = "PNG, JPEG, WebP, GIF or BMP"
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Bounds of images that are read.
+
+    Attributes:
+        max_image_bytes: The most bytes of an image's file.
+        max_image_pixels: The most pixels of an image; those of a request have at most four times as many together.
+        max_images: The most images of a request.
+    """
+
+    max_image_bytes: Annotated[
+        int, Option("Refuse an image whose file has more bytes than this.", metavar="BYTES", least=1)
+    ] = 20_000_000
+    max_image_pixels: Annotated[
+        int,
+        Option(
+            "Refuse an image of more pixels than this, and images of a request that have four times as many together.",
+            metavar="N",
+            least=1,
+        ),
+    ] = 40_000_000
+    max_images: Annotated[int, Option("Refuse a request with more images than this.", metavar="N", least=1)] = 16
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_options(self, ConfigError)
+
+    def check_count(self, count: int) -> None:
+        """Check how many images a request has."""
+        if count > self.max_images:
+            raise ServingError(f"there are {count} images, more than {self.max_images}; give fewer")
+
+    def check_bytes(self, count: int) -> None:
+        """Check the bytes of an image's file."""
+        if count > self.max_image_bytes:
+            raise ServingError(f"the image has more than {self.max_image_bytes:,} bytes; give a smaller file")
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Check the width and the height of an image."""
+        width, height = size
+        if not (width > 0 and height > 0):
+            raise ServingError(f"the image has no pixels, of size {width} x {height}; give one that has some")
+        if width * height > self.max_image_pixels:
+            raise ServingError(
+                f"the image is {width} x {height} pixels, more than {self.max_image_pixels:,}; make it smaller"
+            )
+
+
+def images_of(
+    values: Sequence[Any], limits: ImageLimits, hosts: Collection[str] = (), names: Sequence[str] = ()
+) -> list[Image]:
+    """Open the images of a request.
+
+    Args:
+        values: Each as `image_of` takes it.
+        limits: Their bounds.
+        hosts: Hosts that images are fetched from.
+        names: What each is called in an error, such as its field; `image 1` and so on by default.
+
+    Raises:
+        WrongFieldError: One is not what `image_of` takes, or they have too many pixels together.
+        ServingError: They are too many.
+    """
+    limits.check_count(len(values))
+    images: list[Image] = []
+    pixels, most = 0, _TOGETHER * limits.max_image_pixels
+    for number, value in enumerate(values, 1):
+        name = names[number - 1] if names else f"image {number}"
+        try:
+            image = image_of(value, limits, hosts)
+        except ServingError as error:
+            raise WrongFieldError(name, str(error)) from error
+        pixels += image.width * image.height
+        if pixels > most:
+            raise WrongFieldError(name, f"the images have more than {most:,} pixels together; make them smaller")
+        images.append(image)
+    return images
+
+
+def image_of(value: Any, limits: ImageLimits, hosts: Collection[str] = ()) -> Image:
+    """Open an image that a caller of Python gives, as upright pixels in RGB.
+
+    Args:
+        value: A `PIL.Image.Image`, the bytes of a file, the path of one, an array `[height, width, 3]` of uint8, or a
+            URL, `data:` or of an allowed host.
+        limits: Its bounds.
+        hosts: Hosts that images are fetched from, as `bytes_of_url` takes them.
+
+    Raises:
+        ServingError: It is none of these, is damaged, or is above a limit; or Pillow is not installed.
+    """
+    require_extra("vision", "an image", ServingError)
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        return _converted(value, limits)
+    if isinstance(value, np.ndarray):
+        if value.ndim != 3 or value.shape[2] != 3 or value.dtype != np.uint8:
+            raise ServingError(
+                f"the image is an array {list(value.shape)} of {value.dtype}; give [height, width, 3] of uint8"
+            )
+        limits.check_size((value.shape[1], value.shape[0]))
+        return Image.fromarray(np.ascontiguousarray(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return read_image(bytes(value), limits)
+    if isinstance(value, str) and is_url(value):
+        return read_image(bytes_of_url(value, limits.check_bytes, hosts), limits)
+    if isinstance(value, (str, Path)):
+        return read_image(_bytes_of_file(Path(value), limits), limits)
+    raise ServingError(
+        f"an image is a PIL image, an array, bytes, a path or a URL, but got {shown(type(value).__name__)}"
+    )
+
+
+def read_image(data: bytes, limits: ImageLimits) -> Image:
+    """Read a file as an image in RGB, upright, on white where it is transparent.
+
+    The format is that of the file's first bytes. Of an animation or of several pages there is no one picture, so they
+    are refused, as OpenAI's service does; pictures beside the first of a JPEG are other forms of it.
+
+    Args:
+        data: The bytes of a file: PNG, JPEG, WebP, GIF or BMP.
+        limits: Its bounds, which are checked by the header, before there is memory for pixels.
+
+    Raises:
+        ServingError: It is of another format, damaged, animated or above a limit; or Pillow is not installed.
+    """
+    require_extra("vision", "an image", ServingError)
+    if not data:
+        raise ServingError("the image is empty; give a file with a picture")
+    limits.check_bytes(len(data))
+    if (opened := _opener(data)) is None:
+        raise ServingError(f"the image is not {_FORMATS} (it begins with {shown(data[:12])}); convert it to one")
+    if (size := _webp_size(data)) is not None:  # Pillow takes memory for the pixels before it tells the size
+        limits.check_size(size)
+    with _damages():
+        image = opened(io.BytesIO(data))
+    limits.check_size(image.size)
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if is_jpeg and data.count(b"\xff\xda") > _SCANS:
+        raise ServingError(f"the image has more than {_SCANS} scans, which no JPEG needs; save it again")
+    with _damages():
+        if not is_jpeg and getattr(image, "is_animated", False):
+            raise ServingError("the image is animated; give one picture of it")
+        image.load()
+    return _converted(image, limits)
+
+
+def _opener(data: bytes) -> Callable[[io.BytesIO], Any] | None:
+    """Return what opens a file, by its first bytes; None for a format that is not read.
+
+    Pillow's own `open` would try other formats, and has a limit of its own, at which it warns.
+    """
+    from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImagePlugin.PngImageFile
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImagePlugin.jpeg_factory
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GifImagePlugin.GifImageFile
+    if _is_webp(data):
+        return WebPImagePlugin.WebPImageFile
+    return BmpImagePlugin.BmpImageFile if data.startswith(b"BM") else None
+
+
+def _is_webp(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Return the width and the height that a WebP file's header says; None for another file."""
+    if not _is_webp(data):
+        return None
+    chunk, head = data[12:16], data[20:30].ljust(10, b"\0")
+    if chunk == b"VP8X":
+        return int.from_bytes(head[4:7], "little") + 1, int.from_bytes(head[7:10], "little") + 1
+    if chunk == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    return int.from_bytes(head[6:8], "little") & 0x3FFF, int.from_bytes(head[8:10], "little") & 0x3FFF
+
+
+@contextmanager
+def _damages() -> Iterator[None]:
+    """Say what is wrong with a file; Pillow raises types of its own, and those of what it is built on."""
+    from PIL.Image import DecompressionBombError, DecompressionBombWarning
+
+    try:
+        yield
+    except ServingError:
+        raise
+    except (DecompressionBombError, DecompressionBombWarning) as error:  # of a GIF, whose screen is smaller
+        raise ServingError(f"the image has too many pixels ({first_line(error)}); make it smaller") from error
+    except Exception as error:
+        raise ServingError(f"the image is damaged or cut off ({first_line(error)}); give the whole file") from error
+
+
+def _converted(image: Image, limits: ImageLimits) -> Image:
+    """Return an image in RGB, upright, on white where it is transparent, as transformers' processors have it."""
+    from PIL import Image, ImageOps
+
+    limits.check_size(image.size)
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise ServingError(
+            f"the image's EXIF data does not say how it is turned ({first_line(error)}); save it again without"
+        ) from error
+    if upright.mode in ("I", "F"):
+        raise ServingError(f"what is black and white in the mode {upright.mode} is not known; convert it to RGB")
+    try:
+        if upright.mode.startswith("I;16"):
+            upright = _of_eight_bits(upright)
+        if "A" in upright.getbands() or upright.info.get("transparency") is not None:
+            picture = upright.convert("RGBA")
+            white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+            upright = Image.alpha_composite(white, picture)
+        return upright.convert("RGB")
+    except Exception as error:
+        raise ServingError(
+            f"the image cannot be converted from {image.mode} to RGB ({first_line(error)}); save it in RGB"
+        ) from error
+
+
+def _of_eight_bits(image: Image) -> Image:
+    """Return the higher eight bits of greys, as Pillow takes them of colours; what is transparent is white."""
+    from PIL import Image
+
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _bytes_of_file(path: Path, limits: ImageLimits) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.max_image_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise ServingError(f"the image {shown(str(path))} cannot be read ({first_line(error)})") from error
+    limits.check_bytes(len(data))
+    return data
