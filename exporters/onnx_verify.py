@@ -19,6 +19,7 @@ from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.verify.cases import TokenRun
+from gralora_fx.exporters.verify.companions import compare_companions
 from gralora_fx.exporters.verify.comparable import Variant, evaluating, open_comparable, variants
 from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
@@ -27,6 +28,9 @@ from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.export_files import check_files
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.engine.adapters import Adapters
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.sessions.session import CPU, Runtime
 
 if TYPE_CHECKING:
@@ -102,7 +106,7 @@ def verify_onnx(
         from gralora_fx.exporters.verify.same_model import check_same_model
 
         check_same_model(output_dir, manifest, model)
-    session, rows, arithmetic = open_comparable(Path(output_dir), manifest, runtime)
+    session, rows, arithmetic, companions = open_comparable(Path(output_dir), manifest, runtime)
     traced = base_trace(model)
     verification = flavour_of(traced).verification
     cases = verification.cases(traced, seed, quick=quick)
@@ -120,18 +124,26 @@ def verify_onnx(
     explained = tolerance_of(manifest.precision, arithmetic if is_rough else "fp32")
     limit, least_scale = explained if tolerance is None else tolerance, LEAST_SCALE if is_rough else 1.0
 
+    def checked(reference: TracedModel | GraloraModel) -> ToleranceCheck:
+        return ToleranceCheck(reference, limit, use_float64=tolerance is None, least_scale=least_scale)
+
+    def open_rows(count: int, length: int) -> Decoder:
+        return RowsDecoder(rows, adapters, DecoderLimits(None, length, frozenset()), DecoderSize(count, chunk=length))
+
     def compared(variant: Variant) -> VerifyReport:
         """Outputs and greedy tokens of the export in a state of its adapters, which the model has too."""
         reference = variant.reference
-        check = ToleranceCheck(reference, limit, use_float64=tolerance is None, least_scale=least_scale)
+        check = checked(reference)
         outputs = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
         run = TokenRun(variant.session, reference, cases, batches, check, quick, adapters, variant.rows)
         tokens = verification.compare_tokens(run)
+        of_rows = None if rows is None else open_rows
+        beside = compare_companions(manifest, model, variant, of_rows, checked, quick=quick, seed=seed)
         return VerifyReport(
-            outputs.passed and tokens.passed,
+            outputs.passed and tokens.passed and beside.passed,
             limit,
             tuple(description for description, _ in cases),
-            (*outputs.tensors, *tokens.tensors),
+            (*outputs.tensors, *tokens.tensors, *beside.tensors),
             tokens.tokens,
             describe_weights(manifest),
             arithmetic,
@@ -141,10 +153,11 @@ def verify_onnx(
             provider=None if runtime is None else _provider_run(runtime, variant.session),
             least_scale=least_scale,
             rows=tokens.rows,
+            companions=beside.tokens,
         )
 
     report: VerifyReport | None = None
-    for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows):
+    for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows, companions):
         with variant.active(), evaluating(model, variant.reference):
             found = compared(variant)
         report = found if report is None else report.with_adapter(adapter_name or str(variant.name), found)

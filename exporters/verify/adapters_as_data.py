@@ -29,13 +29,21 @@ from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.sessions.adapter_arrays import as_ort_value, cast
 from gralora_fx.run.sessions.adapter_file import read_record, read_tensors
 from gralora_fx.run.sessions.ort_values import as_tensor, as_value, own_value
-from gralora_fx.run.sessions.session_views import SessionView, adapter_dtype, adapter_values, with_adapter
+from gralora_fx.run.sessions.session_views import (
+    SessionView,
+    adapter_dtype,
+    adapter_values,
+    takes_adapters,
+    with_adapter,
+)
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 def session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
-    """Return a session over `model.onnx` with an adapter."""
+    """Return a session over `model.onnx`, or over what runs beside it, with an adapter; as it is if it takes none."""
+    if not takes_adapters(session):
+        return session
     taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
     values = {name: as_ort_value(cast(array, taken.dtype)) for name, array in tensors.items()}
     return with_adapter(session, adapter_values(values, taken, session))

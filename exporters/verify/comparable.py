@@ -38,6 +38,7 @@ class Comparable(NamedTuple):
     session: Any
     rows: Any  # a session over the graph of rows; None where there is none, or the providers are not known to run it
     arithmetic: str  # precision that it is run in
+    companions: Mapping[str, Any]  # sessions of what runs beside it
 
 
 def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
@@ -59,7 +60,8 @@ def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precis
     session = open_session(directory, opened, as_stored=True)  # what others open; rows as they are served
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
-    return Comparable(session, rows, precision)
+    companions = {name: open_session(directory, opened, name=f"{name}.onnx") for name in manifest.companions}
+    return Comparable(session, rows, precision, companions)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Variant:
     name: str | None  # the adapter; None for the base, or for an export whose adapters are folded
     active: Callable[[], AbstractContextManager[None]]  # the model in that state within a block
     build: Callable[[], TracedModel | GraloraModel]
+    companions: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sessions of what runs beside it
 
     @cached_property
     def reference(self) -> TracedModel | GraloraModel:
@@ -87,9 +90,10 @@ def variants(
     directory: Path,
     adapter_name: str | None = None,
     rows: Any = None,
+    companions: Mapping[str, Any] | None = None,
 ) -> Iterator[Variant]:
     """The states in which an export is compared: one for folded adapters, else the base and each active adapter."""
-    inputs = manifest.adapter_inputs
+    inputs, beside = manifest.adapter_inputs, dict(companions or {})
     if adapter_name is not None:
         from gralora_fx.exporters.verify.adapters_as_data import check_named
 
@@ -97,7 +101,7 @@ def variants(
     by_row = partial(_rows_with, rows, Adapters(directory, manifest))
     if inputs is None:
         build = partial(reference_model, model, manifest, directory)
-        yield Variant(session, by_row(None, ()), None, nullcontext, build)
+        yield Variant(session, by_row(None, ()), None, nullcontext, build, beside)
         return
     from gralora_fx.exporters.artifact.base_parameters import BaseParameters
     from gralora_fx.exporters.verify.adapters_as_data import session_with, tensors_of, with_folded
@@ -112,12 +116,14 @@ def variants(
     base = BaseParameters(directory, manifest)
     adapters = [tensors_of(*pair, model, base) for pair in zip(names, there, strict=True)]
     disabled = model.disable_adapter if isinstance(model, GraloraModel) else nullcontext
-    yield Variant(session_with(session, inputs, {}), by_row(None, there), None, disabled, partial(reference, {}))
+    own = session_with(session, inputs, {})
+    yield Variant(own, by_row(None, there), None, disabled, partial(reference, {}), beside)
     if not isinstance(model, GraloraModel):
         return
     for name, exported, tensors in zip(names, there, adapters, strict=True):
-        own, beside = session_with(session, inputs, tensors), by_row(exported, there)
-        yield Variant(own, beside, name, partial(_only, model, name), partial(reference, tensors))
+        own, own_rows = session_with(session, inputs, tensors), by_row(exported, there)
+        others = {part: session_with(other, inputs, tensors) for part, other in beside.items()}
+        yield Variant(own, own_rows, name, partial(_only, model, name), partial(reference, tensors), others)
 
 
 def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> Any:

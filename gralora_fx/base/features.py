@@ -74,12 +74,14 @@ POINTS: dict[str, str] = {
     "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
     "given rows": "A subclass of run.engine.given_rows.GivenRows: what rows begin with in the place of tokens, and the "
     "prompts of the embeddings that `generate` was given.",
+    "given prompts": "A class as run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export whose "
+    "companions' names are signs, and returns None if they read no prompts.",
     "export options": "A dataclass as cli.export.TraceOptions: options of the command for models of some kind.",
     "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
-    "companions": "A function of a traced decoder, that returns traces of what its model runs beside it, by the name of "
-    "their files, over the same parameters.",
-    "companion checks": "A class as exporters.verify.companions.CompanionCheck, made of a decoder's trace: gives inputs "
-    "of its companions, and compares what both make together.",
+    "companions": "A function of a traced decoder, that returns traces of what its model runs beside it, by the names "
+    "of their files, over the same parameters.",
+    "companion checks": "A class as exporters.verify.companions.CompanionCheck: gives inputs of companions, whose "
+    "names are signs, and compares what they and the decoder make together.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
     "the input, or None where it knows none (core.tracing.inputs.samples); asked for by the name, as a sign.",
     "encoder inputs": "A subclass of run.generate.encoder_inputs.EncoderInputs: reads prompts that are not texts.",

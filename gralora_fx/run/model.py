@@ -191,6 +191,7 @@ class OrtModel(OpenExport):
         attention_mask: Any = None,
         input_features: Any = None,
         inputs_embeds: Any = None,
+        images: Any = None,
         language: str | None = None,
         task: str | None = None,
         forced_bos_token_id: int | None = None,
@@ -221,6 +222,9 @@ class OrtModel(OpenExport):
                 tokens of a prompt, `[tokens, hidden]`, as the model merges them of its text and images; or a dict with
                 them and what the model takes beside them, such as `grid_position_ids [3, tokens]`. Of a list of prompts
                 a list, None for one of text alone. The ids stay what penalties read.
+            images: Of an export that reads images: those of a prompt in order, each a path, bytes, an array
+                `[height, width, 3]` or a `PIL.Image.Image`. Of a list of prompts a list for each, None for one of text
+                alone. A text has the placeholders of the model's processor; a chat parts `{"type": "image"}`, or none.
             language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or that which
                 it hears.
             task: `"transcribe"`, or `"translate"` into English; None for the model's default.
@@ -260,7 +264,7 @@ class OrtModel(OpenExport):
         options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
-        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds)
+        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds, images)
         parsed = generation.read(inputs, options, adapter, tokenizer)
         if not (json_schema is None and regex is None and choice is None and grammar is None):
             outputs = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}

@@ -33,7 +33,7 @@ from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.cache_buffers import takes_buffers
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.engine.session_decoders import RowsDecoder, SequentialDecoder
-from gralora_fx.run.generate.prompt_answers import Generation
+from gralora_fx.run.generate.prompt_answers import Generation, GivenPrompts
 from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, open_session
 from gralora_fx.run.sessions.session_views import is_current_form
 
@@ -141,6 +141,10 @@ class OpenExport:
         if self.first_is_rows:
             return self.first_session
         return self._open_later(ROWS_NAME) if self.reading.calls_rows and self.manifest.has_rows else None
+
+    def companion_session(self, name: str) -> Any:
+        """Open the session of a part that runs beside the graph, by the name of its file without its suffix."""
+        return self._open_later(f"{name}.onnx")
 
     @cached_property
     def placement(self) -> Placement | None:
@@ -258,7 +262,7 @@ def _no_generation(export: OpenExport) -> Generation:
 
 def _decoder_generation(export: OpenExport) -> Generation:
     """A decoder's rows run together in `model_rows.onnx`, or one after the other in `model.onnx`."""
-    limits = _limits(export)
+    limits, given = _limits(export), _given_prompts(export)
     if export.first_is_rows:
         manifest = export.manifest
         if not is_current_form(export.first_session):
@@ -271,11 +275,18 @@ def _decoder_generation(export: OpenExport) -> Generation:
         is_float32 = manifest.precision == "fp32" and manifest.quantization is None
         weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))
         make = partial(RowsDecoder, export.first_session, export.adapters, limits)
-        return Generation(limits, partial(make, is_float32=is_float32, weights=weights))
+        return Generation(limits, partial(make, is_float32=is_float32, weights=weights), given_prompts=given)
     is_buffer = takes_buffers(export.directory / MODEL_NAME)
-    return Generation(
-        limits, partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)
-    )
+    make_one = partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)
+    return Generation(limits, make_one, given_prompts=given)
+
+
+def _given_prompts(export: OpenExport) -> GivenPrompts | None:
+    """Return what reads prompts with more than text, such as images, if parts of the export read that."""
+    from gralora_fx.base.features import parts
+
+    kinds = parts("given prompts", export.manifest.companions) if export.manifest.companions else []
+    return next((found for kind in kinds if (found := kind.of(export)) is not None), None)
 
 
 def _encoder_decoder_generation(export: OpenExport) -> Generation:

@@ -67,6 +67,21 @@ def load_feature_extractor(name: str | Path, error: type[GraloraError] = Checkpo
     )
 
 
+def load_processor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
+    """The processor of a local directory or a hub id, which reads images beside texts, or None if it has none."""
+    from transformers import AutoProcessor
+
+    return _load_pretrained(
+        AutoProcessor.from_pretrained,
+        name,
+        error,
+        what="processor",
+        files=_EXTRACTOR_FILES,
+        configs=_EXTRACTOR_FILES,
+        remedy="repair these files",
+    )
+
+
 def _auto_tokenizer(name: str | Path, **options: Any) -> Any:
     """Load a tokenizer without the class of the model's configuration, where its own file names the tokenizer's class.
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.features.images.tasks_and_inputs import GRID, STEP_INPUTS
+from gralora_fx.features.images.tasks_and_inputs import GIVEN_PLACES, GRID, STEP_INPUTS
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.given_rows import GivenRows
@@ -59,11 +59,16 @@ class ImageRows(GivenRows):
         """Begin without rows."""
         self._taken = {value.name: value for value in optional_arguments(session)}
         self._rows: dict[int, Mapping[str, NDArray[Any]]] = {}
+        self._places: dict[int, NDArray[np.bool_]] = {}  # of a row: which of its first tokens are given
         self._of_text = {name: self._absent(name, 1, 1) for name in self._taken}
 
     def begin(self, row: int, source: Mapping[str, Any] | None) -> None:
-        """Note what a row begins with: `inputs_embeds [1, tokens, hidden]`, and what the model takes with it."""
+        """Note what a row begins with: `inputs_embeds [1, tokens, hidden]`, and what the model takes with it.
+
+        `given_places [1, tokens]` says which of the tokens they are for; without it they are for all.
+        """
         self._rows.pop(row, None)
+        self._places.pop(row, None)
         if source is None:
             return
         if blocks := [name for name in self._taken if _SPECS[name].follows != IDS]:
@@ -73,6 +78,8 @@ class ImageRows(GivenRows):
             )
         if not isinstance(source, Mapping) or EMBEDS not in source:
             raise ServingError(f"what images put in the place of tokens begins with {EMBEDS}, but got {shown(source)}")
+        places = source.get(GIVEN_PLACES)
+        source = {name: value for name, value in source.items() if name != GIVEN_PLACES}
         if unknown := [str(name) for name in source if name not in self._taken]:
             raise ServingError(f"unknown {', '.join(unknown)}; beside ids the model takes {listed(self._taken)}")
         arrays = {name: as_array(name, value, self._taken[name]) for name, value in source.items()}
@@ -82,6 +89,9 @@ class ImageRows(GivenRows):
             what = f"{sizes[wrong][0]} rows of {sizes[wrong][1]} tokens"
             raise ServingError(f"{wrong} is of {what}, and a row's {EMBEDS} of {rows} of {count}; give one of each row")
         self._rows[row] = arrays
+        self._places[row] = np.ones(count, bool) if places is None else np.asarray(places, bool).reshape(-1)
+        if len(self._places[row]) != count:
+            raise ServingError(f"{GIVEN_PLACES} is of {len(self._places[row])} tokens, and {EMBEDS} of {count}")
 
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
@@ -95,7 +105,8 @@ class ImageRows(GivenRows):
             start, stop = before[row], before[row] + len(read[row])
             place, own = row - rows.start, self._rows[row]
             count = own[EMBEDS].shape[1]
-            ids[place, : max(min(stop, count) - start, 0)] = GIVEN
+            given_now = self._places[row][start:stop]
+            ids[place, : len(given_now)][given_now] = GIVEN
             for name, array in own.items():
                 target, known = self._by_position(name, feed[name])[place], self._by_position(name, array)[0]
                 part = known[start:stop]

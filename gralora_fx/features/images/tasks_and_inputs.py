@@ -10,6 +10,7 @@ from gralora_fx.format.tasks import Task
 IMAGES = "pixel_values"
 GRID, FEATURES = "grid_position_ids", "deepstack_embeds"
 GRID_THW = "image_grid_thw"  # of an image's patches: frames, height, width
+GIVEN_PLACES = "given_places"  # of a row: which of its first tokens are not those of the ids
 VISION_ENCODER = "vision_encoder"  # the file of what reads pixels, without its suffix
 IMAGE_FEATURES, DEEPSTACK = "image_features", "deepstack_features"  # its outputs
 MAIN_INPUTS = (IMAGES,)

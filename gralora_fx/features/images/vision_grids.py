@@ -5,7 +5,7 @@ transformers' own functions (`transformers.vision_utils`) read the grid's number
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ class Windows(NamedTuple):
     most: int
 
 
-def places(grid: Tensor, count: int | torch.SymInt, merge: int) -> Tensor:
+def places(grid: Tensor, count: Any, merge: int) -> Tensor:
     """Return the row and column of every patch of an image `[patches, 2]`.
 
     Patches follow each other by blocks of `merge` x `merge`, as processors of Qwen's kind write them.
 
     Args:
         grid: `[1, 3]`: one frame, and its height and width in patches.
-        count: How many patches there are.
+        count: How many patches there are, maybe a symbol.
         merge: Patches on a side of a block.
     """
     width, area = grid[0, 2], merge * merge
@@ -43,14 +43,14 @@ def places(grid: Tensor, count: int | torch.SymInt, merge: int) -> Tensor:
     return torch.stack([block // blocks * merge + inner // merge, block % blocks * merge + inner % merge], dim=-1)
 
 
-def windows(grid: Tensor, merge: int, side: int, merged: int | torch.SymInt) -> Windows:
+def windows(grid: Tensor, merge: int, side: int, merged: Any) -> Windows:
     """Return the windows of an image's merged patches, row by row.
 
     Args:
         grid: `[1, 3]`: one frame, and its height and width in patches.
         merge: Patches on a side of a merged one.
         side: Merged patches on a side of a window.
-        merged: How many merged patches there are.
+        merged: How many merged patches there are, maybe a symbol.
     """
     height, width = grid[0, 1] // merge, grid[0, 2] // merge
     across = (width + side - 1) // side
@@ -58,8 +58,8 @@ def windows(grid: Tensor, merge: int, side: int, merged: int | torch.SymInt) -> 
     window = index // width // side * across + index % width // side
     order = torch.argsort(window * merged + index)
     count = ((height + side - 1) // side * across).item()
-    torch._check(count >= 1)
-    torch._check(count <= merged)
+    torch._check(count >= 1)  # type: ignore[no-untyped-call]
+    torch._check(count <= merged)  # type: ignore[no-untyped-call]
     each = torch.arange(count, device=grid.device)
     rows = (height - each // across * side).clamp(max=side)
     columns = (width - each % across * side).clamp(max=side)
@@ -67,7 +67,9 @@ def windows(grid: Tensor, merge: int, side: int, merged: int | torch.SymInt) -> 
     return Windows(order, ends, side * side * merge * merge)
 
 
-def table_taps(grid: Tensor, patches: Tensor, side: int, mode: str, padding: str, *, corners: bool) -> tuple[Tensor, Tensor]:
+def table_taps(
+    grid: Tensor, patches: Tensor, side: int, mode: str, padding: str, *, corners: bool
+) -> tuple[Tensor, Tensor]:
     """Return which entries of a square table of positions a patch is interpolated of, and their weights.
 
     Args:
@@ -82,7 +84,10 @@ def table_taps(grid: Tensor, patches: Tensor, side: int, mode: str, padding: str
         Indices and weights, each `[patches, taps]`.
     """
     taps, weights = zip(
-        *(_interpolation_axis_taps_weights(patches[:, axis], grid[0, axis + 1], side, mode, corners, padding) for axis in (0, 1)),
+        *(
+            _interpolation_axis_taps_weights(patches[:, axis], grid[0, axis + 1], side, mode, corners, padding)
+            for axis in (0, 1)
+        ),
         strict=True,
     )
     indices = (taps[0][:, :, None] * side + taps[1][:, None, :]).flatten(1)

@@ -35,7 +35,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     VISION_ENCODER,
     reads_images,
 )
-from gralora_fx.features.images.vision_attention import attention_in_segments
+from gralora_fx.features.images.vision_layers import traceable_layers
 
 Features = Callable[..., dict[str, Tensor]]
 _PROJECTORS = ("multi_modal_projector", "connector")
@@ -136,15 +136,16 @@ class _GridForm:
         return _outputs(self.model.get_image_features(pixel_values, image_grid_thw, return_dict=True))
 
     def examples(self, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-        vision = self.tower.config
-        channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
+        vision: Any = self.tower.config
+        channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
         width = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         merge = self._setting("spatial_merge_size") or 1
-        for height, across in _GRIDS:
+        for height, across in _GRIDS:  # in tokens
             grid = torch.tensor([[1, height * merge, across * merge]])
             yield {IMAGES: torch.randn(int(grid.prod()), width, generator=generator), GRID_THW: grid}
 
     def _setting(self, name: str) -> Any:
+        """Return a setting of the tower or of a module in it, as transformers' exporters look for it."""
         return next((value for part in self.tower.modules() if (value := getattr(part, name, None)) is not None), None)
 
 
@@ -230,7 +231,7 @@ def _traced_part(model: PreTrainedModel, form: VisionForm) -> TracedModel:
     generator = torch.Generator().manual_seed(0)
     example, *others = (_in_dtype(each, model) for each in form.examples(generator))
     with kept_modes(model):
-        with patch.object(model, "forward", form.features), attention_in_segments(model):
+        with patch.object(model, "forward", form.features), traceable_layers(model):
             part = trace(model, example, **_held(example))
         if any(parameter.is_meta for parameter in model.parameters()):
             return part.eval()

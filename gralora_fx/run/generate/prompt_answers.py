@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError, first_line
+from gralora_fx.errors import ServingError, first_line, option
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import LEAST_CHUNK, Decoder, part_length
@@ -23,11 +23,24 @@ from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 if TYPE_CHECKING:
+    from gralora_fx.run.engine.cache_memory import Source
     from gralora_fx.run.generate.encoder_inputs import EncoderInputs
     from gralora_fx.run.generate.prompts import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
 _FORCED = 32  # tokens that a constraint forces, in a step
+
+
+class GivenPrompts(Protocol):
+    """Reads prompts with more than text, such as images, of which parts of an export make what rows are given."""
+
+    def read(self, prompts: Any, images: Any, adapter: AdapterNames, limit: PromptLimit | None = None) -> Prompts:
+        """Read what `generate` was given: one prompt and its images, or a list of prompts and a list for each."""
+        ...
+
+    def read_one(self, prompt: Any, images: Sequence[Any], adapter: str | None) -> tuple[list[int], Source | None]:
+        """Return the ids of a prompt, and what stands in the place of some of them; None of text alone."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,11 +51,13 @@ class Generation:
         limits: What a row can take.
         open_decoder: Makes the model as rows of a size; errors as of `Decoder`.
         encoder_inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+        given_prompts: Reads prompts with images; None if the export reads texts alone.
     """
 
     limits: DecoderLimits
     open_decoder: Callable[[DecoderSize], Decoder]
     encoder_inputs: EncoderInputs | None = None
+    given_prompts: GivenPrompts | None = None
 
     @cached_property
     def proposer(self) -> Proposer:
@@ -63,10 +78,23 @@ class Generation:
             inputs.check_unused(reason, "input_features")
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
+            if inputs.images is not None:
+                return self._read_images(inputs, adapter)
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)
-        inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
+        for name in (EMBEDS, "images"):
+            inputs.check_unused("an encoder-decoder's encoder reads what it answers", name)
         return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
+
+    def _read_images(self, inputs: GenerateInputs, adapter: AdapterNames) -> Prompts:
+        if self.given_prompts is None:
+            raise ServingError(
+                "the export reads no images: its model has no part for them, or was exported without it "
+                f"({option(task='image-text-to-text-with-past')}); leave images out"
+            )
+        for name in (EMBEDS, "input_ids", "attention_mask"):
+            inputs.check_unused("images are given with prompts as text or chats", name)
+        return self.given_prompts.read(inputs.prompts, inputs.images, adapter, PromptLimit.of_context(self.limits))
 
 
 def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:

@@ -55,6 +55,17 @@ def run_values(
     return dict(zip(names, results, strict=True))
 
 
+def run_arrays(session: Any, feed: Mapping[str, NDArray[Any]], description: str) -> dict[str, NDArray[Any]]:
+    """Run a session on arrays of its input dtypes; its outputs by name."""
+    names = [value.name for value in session.get_outputs()]
+    try:
+        results = session.run(names, dict(feed))
+    except Exception as failure:  # ONNX Runtime raises types of its own
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+        raise ServingError(f"ONNX Runtime fails on {description}, {shapes}: {first_line(failure)}") from failure
+    return dict(zip(names, results, strict=True))
+
+
 def optional_arguments(session: Any) -> list[Any]:
     """Return what a decoder's session takes beside ids, which a text leaves out (see `beside_ids`)."""
     optional: list[Any] = getattr(session, "get_overridable_initializers", list)()

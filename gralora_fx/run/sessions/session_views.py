@@ -237,9 +237,19 @@ def _parts(session: Any) -> list[Any]:
     return [session.encoder, session.decoder] if isinstance(session, EncoderDecoderSession) else [session]
 
 
+def takes_adapters(session: Any) -> bool:
+    """Return whether a session takes tensors of adapters."""
+    return any(is_adapter_tensor(v.name) for part in _parts(session) for v in optional_or_required(part))
+
+
+def optional_or_required(session: Any) -> list[Any]:
+    """Return all inputs of a session, those that may be left out too."""
+    return [*session.get_inputs(), *session.get_overridable_initializers()]
+
+
 def adapter_dtype(session: Any) -> str:
     """The dtype of the adapter tensors that a session takes."""
-    values = [v for part in _parts(session) for v in (*part.get_inputs(), *part.get_overridable_initializers())]
+    values = [value for part in _parts(session) for value in optional_or_required(part)]
     kind = next(value.type for value in values if is_adapter_tensor(value.name))
     return {"tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}.get(kind, "float32")
 

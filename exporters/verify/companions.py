@@ -1,0 +1,128 @@
+"""What runs beside a decoder compared with the model: its outputs, and tokens of prompts that it reads a part of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gralora_fx.base.features import parts
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.kinds.companions import companions_of
+from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
+from gralora_fx.exporters.translation.export_graphs import precision_of
+from gralora_fx.exporters.verify.cases import Case
+from gralora_fx.exporters.verify.comparable import Variant, evaluating, float32_model
+from gralora_fx.exporters.verify.outputs import OutputComparison
+from gralora_fx.exporters.verify.tolerances import Tally, ToleranceCheck
+from gralora_fx.exporters.verify_report import TensorCheck, TokenCheck
+from gralora_fx.format.manifest import Manifest
+from gralora_fx.run.engine.decoder import Decoder
+
+ToleranceFor = Callable[[TracedModel | GraloraModel], ToleranceCheck]
+
+
+@dataclass(frozen=True)
+class TogetherRun:
+    """A decoder and its companions, of the model and of the export, in one state of their adapters.
+
+    Attributes:
+        models: The model's companions by the names of their files.
+        sessions: The export's, likewise.
+        model: The decoder, as `Variant.reference`.
+        session: The session of `model.onnx`.
+        open_rows: Opens a decoder over `model_rows.onnx` for a number of rows and of tokens in each; None where there
+            is none, or it is not compared.
+        adapter: The adapter of the rows; None for the base, or where adapters are folded.
+        tally: Counts what is compared.
+        generator: Draws what is compared.
+        quick: Whether few prompts are enough.
+    """
+
+    models: Mapping[str, TracedModel | GraloraModel]
+    sessions: Mapping[str, Any]
+    model: TracedModel | GraloraModel
+    session: Any
+    open_rows: Callable[[int, int], Decoder] | None
+    adapter: str | None
+    tally: Tally
+    generator: torch.Generator
+    quick: bool
+
+
+class CompanionCheck(Protocol):
+    """What a feature compares of companions: a part of the point "companion checks"."""
+
+    @staticmethod
+    def cases(part: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[Case]:
+        """Give fresh inputs of a companion."""
+        ...
+
+    @staticmethod
+    def compare_tokens(run: TogetherRun) -> None:
+        """Compare greedy tokens of prompts that companions read a part of."""
+        ...
+
+
+@dataclass(frozen=True)
+class CompanionResult:
+    """How companions compare, and the tokens of what they read a part of."""
+
+    passed: bool = True
+    tensors: tuple[TensorCheck, ...] = ()
+    tokens: TokenCheck | None = None
+
+
+def compare_companions(
+    manifest: Manifest,
+    model: TracedModel | GraloraModel,
+    variant: Variant,
+    open_rows: Callable[[int, int], Decoder] | None,
+    tolerance_for: ToleranceFor,
+    *,
+    quick: bool,
+    seed: int,
+) -> CompanionResult:
+    """Compare the companions of an export in one state of its adapters."""
+    if not manifest.companions:
+        return CompanionResult()
+    (check,) = parts("companion checks", manifest.companions)
+    models = {name: _reference(part, manifest, variant.name) for name, part in companions_of(model).items()}
+    passed, tensors = True, list[TensorCheck]()
+    for name, reference in models.items():
+        cases = list(check.cases(base_trace(reference), torch.Generator().manual_seed(seed), quick))
+        with evaluating(model, reference):
+            comparison = OutputComparison(variant.companions[name], reference, "all")
+            tally = comparison.run(cases, tolerance_for(reference))
+        passed &= tally.passed
+        tensors += [dataclasses.replace(tensor, name=f"{name}: {tensor.name}") for tensor in tally.tensors]
+    together = Tally(tolerance_for(variant.reference))
+    run = TogetherRun(
+        models,
+        variant.companions,
+        variant.reference,
+        variant.session,
+        open_rows,
+        variant.name,
+        together,
+        torch.Generator().manual_seed(seed),
+        quick,
+    )
+    check.compare_tokens(run)
+    return CompanionResult(passed and together.passed, tuple(tensors), together.tokens if together.cases else None)
+
+
+def _reference(part: TracedModel | GraloraModel, manifest: Manifest, name: str | None) -> TracedModel | GraloraModel:
+    """Return a companion with the adapters of a state, its weights rounded as the export's are."""
+    if isinstance(part, GraloraModel) and manifest.adapter_inputs is not None:
+        if name not in part.configs:
+            part = part.traced
+        else:
+            part.set_adapter(name)
+    if {manifest.precision, precision_of(base_trace(part).graph_module)} == {"fp32"}:
+        return part.eval()
+    return float32_model(fold_adapters(part), manifest.precision)

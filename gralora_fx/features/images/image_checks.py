@@ -1,0 +1,184 @@
+"""Images compared with the model: features of several sizes, and greedy tokens of prompts with one image or two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gralora_fx.core.tracing.inputs.cache import empty_cache, positions
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.kinds.conversion import base_trace
+from gralora_fx.exporters.verify.cases import Case, vocabulary_of
+from gralora_fx.exporters.verify.companions import TogetherRun
+from gralora_fx.exporters.verify.outputs import last_logits, run_model
+from gralora_fx.features.images.image_prompts import Outputs, given_of, grid_positions, token_merge
+from gralora_fx.features.images.tasks_and_inputs import (
+    GIVEN_PLACES,
+    GRID,
+    GRID_THW,
+    IMAGE_FEATURES,
+    IMAGES,
+    VISION_ENCODER,
+)
+from gralora_fx.format.input_names import GIVEN, IDS, PAST, beside_ids
+from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values, run_arrays, run_values
+
+_SIDES = ((2, 3), (5, 4), (3, 9))  # heights and widths of images, in tokens
+_TILES = (1, 3, 2)
+_STEPS, _QUICK_STEPS = 8, 3  # tokens of an answer
+
+
+class ImageChecks:
+    """What is compared of a model that reads images."""
+
+    @staticmethod
+    def cases(part: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[Case]:
+        """Give images of several sizes, or several numbers of tiles."""
+        for inputs in _drawn(part, generator)[: 2 if quick else 3]:
+            pixels = list(inputs[IMAGES].shape)
+            yield (
+                (f"an image of {inputs[GRID_THW][0].tolist()} patches" if GRID_THW in inputs else f"tiles {pixels}"),
+                inputs,
+            )
+
+    @staticmethod
+    def compare_tokens(run: TogetherRun) -> None:
+        """Compare greedy tokens after prompts with an image, with two, and with one between texts."""
+        part, session = run.models[VISION_ENCODER], run.sessions[VISION_ENCODER]
+        images = _drawn(base_trace(part), run.generator)
+        taken = {value.name: value for value in session.get_inputs()}
+        prompts = (("one image", [images[0]]), ("two images", [images[1], images[0]]))
+        for description, own in prompts:
+            read = [run_model(part, description, **inputs) for inputs in own]
+            expected = [{name: value.float().numpy() for name, value in dict(each).items()} for each in read]
+            fed = [{name: as_array(name, value, taken[name]) for name, value in inputs.items()} for inputs in own]
+            actual = [run_arrays(session, arrays, description) for arrays in fed]
+            _compare_prompt(run, description, own, expected, actual)
+
+
+def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tensor]]:
+    """Draw inputs of what reads pixels: images of several sizes, or several numbers of tiles."""
+    example = part.graph_inputs
+    pixels = example[IMAGES]
+    if GRID_THW not in example:
+        return [
+            {IMAGES: torch.randn(count, *pixels.shape[1:], generator=generator).to(pixels.dtype)} for count in _TILES
+        ]
+    merge = token_merge(part.config.to_dict() if part.config is not None else {})
+    drawn: list[dict[str, Tensor]] = []
+    for height, width in _SIDES:
+        grid = torch.tensor([[1, height * merge, width * merge]])
+        patches = torch.randn(int(grid.prod()), pixels.shape[1], generator=generator)
+        drawn.append({IMAGES: patches.to(pixels.dtype), GRID_THW: grid})
+    return drawn
+
+
+def _compare_prompt(
+    run: TogetherRun,
+    description: str,
+    images: Sequence[Mapping[str, Tensor]],
+    expected: Sequence[Outputs],
+    actual: Sequence[Outputs],
+) -> None:
+    """Compare the answers to a prompt of some text, images with text between them, and text."""
+    model = base_trace(run.model)
+    ids, places = _prompt([len(each[IMAGE_FEATURES]) for each in expected], model, run.generator)
+    grids = [each[GRID_THW] for each in images if GRID_THW in each]
+    grid = torch.cat(grids).numpy() if grids else None
+    merge = token_merge(model.config.to_dict() if model.config is not None else {})
+    reference, given = (given_of(places, outputs, grid, merge) for outputs in (expected, actual))
+    inputs_of = partial(_inputs, model, grid, merge)
+    read = _reader(run, description, partial(inputs_of, given), ids, given)
+    run.tally.cases.append(description)
+    for index in range(_QUICK_STEPS if run.quick else _STEPS):
+        inputs = inputs_of(reference, ids)
+        wanted = _logits(partial(run_model, run.model, description), inputs)
+        run.tally.add_step(index, description, wanted, read(ids), partial(_logits, inputs=inputs))
+        ids = [*ids, int(wanted.argmax(-1))]
+
+
+def _prompt(
+    counts: Sequence[int], model: TracedModel, generator: torch.Generator
+) -> tuple[list[int], NDArray[np.bool_]]:
+    high = vocabulary_of(model) or 4
+    ids: list[int] = torch.randint(min(3, high - 1), high, (3,), generator=generator).tolist()
+    places = [False] * len(ids)
+    for count in counts:
+        after: list[int] = torch.randint(min(3, high - 1), high, (2,), generator=generator).tolist()
+        ids += [*[0] * count, *after]
+        places += [*[True] * count, False, False]
+    return ids, np.array(places)
+
+
+def _reader(
+    run: TogetherRun,
+    description: str,
+    inputs_of: Callable[[Sequence[int]], dict[str, Any]],
+    prompt: Sequence[int],
+    given: Mapping[str, NDArray[Any]],
+) -> Callable[[Sequence[int]], Tensor]:
+    """Return what reads the ids of a text that goes on, and gives the last logits `[1, vocabulary]`.
+
+    Rows read what is new, as they are served. `model.onnx` reads all of a text, where there is no graph of rows.
+    """
+    if run.open_rows is None:
+        return lambda ids: _last_of_session(run.session, description, inputs_of(ids))
+    decoder = run.open_rows(1, len(prompt) + _STEPS)
+    row = decoder.open(run.adapter, given)
+    known = 0
+
+    def read(ids: Sequence[int]) -> Tensor:
+        nonlocal known
+        logits = decoder.step({row: list(ids[known:])})[row]
+        known = len(ids)
+        return torch.from_numpy(logits[-1] if logits.ndim == 2 else logits).float().reshape(1, -1)
+
+    return read
+
+
+def _last_of_session(session: Any, description: str, inputs: Mapping[str, Any]) -> Tensor:
+    feed = {name: value for name, value in inputs.items() if name != PAST}
+    logits = run_values(session, {**feed, **empty_values(session, 1)}, description)["logits"]
+    return last_logits(as_tensor(logits).float(), inputs["attention_mask"])[:, -1]
+
+
+def _logits(call: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
+    """Return the model's logits after ids that are read at once `[1, vocabulary]`."""
+    return last_logits(call(**inputs)["logits"], inputs["attention_mask"])[:, -1].float()
+
+
+def _inputs(
+    model: TracedModel,
+    grid: NDArray[np.int64] | None,
+    merge: int,
+    given: Mapping[str, NDArray[Any]],
+    ids: Sequence[int],
+) -> dict[str, Any]:
+    """Return what the model takes of a text that is read at once."""
+    count = len(ids)
+    places = np.zeros(count, bool)
+    places[: given[GIVEN_PLACES].shape[1]] = given[GIVEN_PLACES][0]
+    is_given = torch.from_numpy(places)[None]
+    mask = torch.ones(1, count, dtype=torch.long)
+    inputs: dict[str, Any] = {IDS: torch.tensor([ids]).masked_fill(is_given, GIVEN), "attention_mask": mask}
+    if "position_ids" in model.example_inputs:
+        inputs["position_ids"] = positions(mask, count)
+    for name, spec in beside_ids(model.example_inputs).items():
+        example = model.example_inputs[name]
+        inputs[name] = spec.of_text(example, inputs)
+        if name == GRID and grid is not None:
+            inputs[name] = torch.from_numpy(grid_positions(places, grid, merge)[:, None])
+        elif name in given:
+            values = torch.from_numpy(given[name]).to(example.dtype)
+            axis = 1 + spec.axis
+            inputs[name] = inputs[name].clone()
+            inputs[name].narrow(axis, 0, values.shape[axis]).copy_(values)
+        elif spec.follows != IDS:
+            inputs[name] = is_given.to(example.dtype)
+    return {**model.constants, **inputs, PAST: empty_cache(model.example_inputs[PAST], 1)}

@@ -1,0 +1,297 @@
+"""Prompts with images: what the processor makes of them, what reads pixels makes of that, and where it stands.
+
+text or chat, images --processor--> ids, pixels --vision_encoder.onnx--> features --by position--> what a row is given
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gralora_fx.core.loading.tokenizers import is_chat, load_processor
+from gralora_fx.errors import ServingError, first_line, option, shown
+from gralora_fx.features.images.tasks_and_inputs import (
+    DEEPSTACK,
+    FEATURES,
+    GIVEN_PLACES,
+    GRID,
+    GRID_THW,
+    IMAGE_FEATURES,
+    IMAGES,
+    VISION_ENCODER,
+)
+from gralora_fx.format.input_names import EMBEDS
+from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
+from gralora_fx.run.engine.limits import PromptLimit
+from gralora_fx.run.generate.prompts import Prompts
+from gralora_fx.run.sessions.ort_values import as_array, run_arrays
+from gralora_fx.run.sessions.session_views import with_adapter
+
+if TYPE_CHECKING:
+    from gralora_fx.run.open_export import OpenExport
+
+Given = dict[str, NDArray[Any]]  # of a row: see `ImageRows.begin`
+Outputs = dict[str, NDArray[Any]]
+_CACHED = 2**28  # bytes of features that are kept
+_PLACE = "image"  # type of a part of a message that stands for an image
+
+
+class _Piece(NamedTuple):
+    """What is read at once: an image, or a tile of one.
+
+    Attributes:
+        inputs: What `vision_encoder.onnx` takes.
+        digest: Of their shapes and values.
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    digest: bytes
+
+
+class ImagePrompts:
+    """Reads prompts with images for an export that has what reads pixels."""
+
+    def __init__(self, session: Any, processor: Any, config: Mapping[str, Any], tensors: Callable[..., Any]) -> None:
+        """Take what reads pixels.
+
+        Args:
+            session: A session over `vision_encoder.onnx`.
+            processor: The processor of the model, of transformers.
+            config: The model's `config.json`.
+            tensors: Returns what a session is fed of an adapter's, by the adapter's name.
+        """
+        self._session, self._processor, self._tensors = session, processor, tensors
+        self._inputs = {value.name: value for value in session.get_inputs()}
+        token = config.get(
+            "image_token_id", config.get("image_token_index", getattr(processor, "image_token_id", None))
+        )
+        if not isinstance(token, int):
+            raise ServingError("config.json does not say which token stands for an image (image_token_id)")
+        self._token = token
+        self._merge = token_merge(config)
+        self._features = _Features()
+
+    @classmethod
+    def of(cls, export: OpenExport) -> ImagePrompts | None:
+        """Return what reads prompts of an open export; None if it has nothing that reads pixels."""
+        if VISION_ENCODER not in export.manifest.companions:
+            return None
+        processor = load_processor(export.directory, ServingError)
+        if processor is None:
+            raise ServingError(
+                f"{export.directory} holds no processor, which makes pixels of images; export with "
+                f"{option(tokenizer=...)} where the model's processor is"
+            )
+        session = export.companion_session(VISION_ENCODER)
+        return cls(session, processor, export.config, export.adapters.tensors_for)
+
+    def read(self, prompts: Any, images: Any, adapter: AdapterNames, limit: PromptLimit | None = None) -> Prompts:
+        """Read what `generate` was given.
+
+        Args:
+            prompts: A text or a chat, or a list of them.
+            images: The images of a single prompt in order; of a list of prompts a list for each, or None.
+            adapter: The adapter of all, or of each.
+            limit: The most tokens of a prompt.
+        """
+        from gralora_fx.features.images.image_files import ImageLimits, images_of
+
+        is_single = isinstance(prompts, str) or is_chat(prompts)
+        texts = [prompts] if is_single else list(prompts)
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        of_each = [listed] if is_single else list(listed)
+        if len(of_each) != len(texts):
+            raise ServingError(f"images has to be a list of {len(texts)}, one for each prompt, None for one of text")
+        names = names_of_rows(adapter, len(texts))
+        opened = [images_of(own or (), ImageLimits()) for own in of_each]
+        read = [self.read_one(*each) for each in zip(texts, opened, names, strict=True)]
+        for ids, _ in read:
+            if limit is not None:
+                limit.check_tokens(ids)
+        return Prompts([ids for ids, _ in read], is_single, gives_text=True, given=[given for _, given in read])
+
+    def read_one(self, prompt: Any, images: Sequence[Any], adapter: str | None) -> tuple[list[int], Given | None]:
+        """Return the ids of a prompt, and what stands in the place of those of its images; None without any.
+
+        Args:
+            prompt: A text with the placeholders of the model's processor, or a chat whose parts
+                `{"type": "image"}` stand for images.
+            images: The images in order, as `PIL.Image.Image` in RGB.
+            adapter: The adapter that reads them.
+        """
+        text = self._written(prompt, len(images))
+        try:
+            made = dict(self._processor(text=[text], images=list(images) or None, return_tensors="np"))
+        except Exception as error:  # processors raise what they like
+            raise ServingError(
+                f"the processor does not take the prompt with {len(images)} images ({first_line(error)}); a text needs "
+                "one placeholder for each"
+            ) from error
+        ids = [int(token) for token in np.asarray(made["input_ids"])[0]]
+        if not images:
+            return ids, None
+        return ids, self._given(np.asarray(ids), made, adapter)
+
+    def _written(self, prompt: Any, count: int) -> str:
+        """Return a prompt as text; a chat that has no place for its images has them before its last text."""
+        if isinstance(prompt, str):
+            return prompt
+        if not is_chat(prompt):
+            raise ServingError(f"a prompt with images is a text or a list of messages, but got {shown(prompt)}")
+        messages = [dict(message) for message in prompt]
+        places = sum(part.get("type") == _PLACE for message in messages for part in _parts_of(message))
+        if places == 0 and count:
+            last = messages[-1]
+            last["content"] = [*({"type": _PLACE} for _ in range(count)), *_parts_of(last)]
+            places = count
+        if places != count:
+            raise ServingError(f"the chat has {places} places for images, and {count} were given; give as many")
+        try:
+            written = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template raises what it likes
+            raise ServingError(f"the processor cannot write the chat ({first_line(error)})") from error
+        return str(written)
+
+    def _given(self, ids: NDArray[np.int64], made: Mapping[str, Any], adapter: str | None) -> Given:
+        """Return what stands in the place of tokens, each array of all tokens of the prompt."""
+        outputs = [self._read_pixels(piece, adapter) for piece in self._pieces(made)]
+        places, features = ids == self._token, sum(len(each[IMAGE_FEATURES]) for each in outputs)
+        if (count := int(places.sum())) != features:
+            raise ServingError(
+                f"the prompt has {count} tokens for its images and they have {features} features; the processor "
+                "beside the export is of another model"
+            )
+        grids = np.asarray(made[GRID_THW]) if GRID_THW in self._inputs else None
+        return given_of(places, outputs, grids, self._merge)
+
+    def _pieces(self, made: Mapping[str, Any]) -> Iterator[_Piece]:
+        """Yield what is read at once of the pixels of a prompt: each image, or each tile that it is cut into."""
+        pixels = np.asarray(made[IMAGES])
+        if GRID_THW in self._inputs:
+            grids = np.asarray(made[GRID_THW])
+            ends = np.cumsum(grids.prod(1))[:-1]
+            for grid, own in zip(grids, np.split(pixels, ends), strict=True):
+                yield self._piece({IMAGES: own, GRID_THW: grid[None]})
+            return
+        for tile in pixels.reshape(-1, *pixels.shape[-3:]):
+            yield self._piece({IMAGES: tile[None]})
+
+    def _piece(self, arrays: Mapping[str, NDArray[Any]]) -> _Piece:
+        inputs = {name: as_array(name, array, self._inputs[name]) for name, array in arrays.items()}
+        digest = hashlib.sha256()
+        for name, array in inputs.items():
+            digest.update(f"{name}{array.shape}{array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return _Piece(inputs, digest.digest())
+
+    def _read_pixels(self, piece: _Piece, adapter: str | None) -> Outputs:
+        tensors = self._tensors(adapter, self._session)
+        key = (piece.digest, *sorted((name, id(value)) for name, value in tensors.items()))
+        found = self._features.get(key)
+        if found is None:
+            session = with_adapter(self._session, tensors)
+            found = run_arrays(session, piece.inputs, "an image")
+            self._features.put(key, found, tensors)
+        return found
+
+
+class _Features:
+    """Features of images that were read lately, by the digest of their pixels and the adapter that read them."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._lock = threading.Lock()
+        self._found: OrderedDict[Any, tuple[Outputs, Any]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Any) -> Outputs | None:
+        """Return what is known of an image."""
+        with self._lock:
+            if key not in self._found:
+                return None
+            self._found.move_to_end(key)
+            return self._found[key][0]
+
+    def put(self, key: Any, outputs: Outputs, tensors: Any) -> None:
+        """Keep what was read, with the tensors whose identity is part of the key; the oldest go."""
+        with self._lock:
+            if key in self._found:
+                return
+            self._found[key] = (outputs, tensors)
+            self._bytes += _size(outputs)
+            while self._bytes > _CACHED and len(self._found) > 1:
+                _, (oldest, _) = self._found.popitem(last=False)
+                self._bytes -= _size(oldest)
+
+
+def _size(outputs: Outputs) -> int:
+    return sum(array.nbytes for array in outputs.values())
+
+
+def _parts_of(message: Mapping[str, Any]) -> list[Any]:
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        return [part for part in content if isinstance(part, Mapping)]
+    return [] if content is None else [{"type": "text", "text": content}]
+
+
+def token_merge(config: Mapping[str, Any]) -> int:
+    """Return how many patches a token has on a side, of a model with a configuration."""
+    return int((config.get("vision_config") or {}).get("spatial_merge_size") or 1)
+
+
+def given_of(
+    places: NDArray[np.bool_], outputs: Sequence[Outputs], grids: NDArray[np.int64] | None, merge: int
+) -> Given:
+    """Return what a row is given of the images of its prompt, each array of all tokens of the prompt.
+
+    Args:
+        places: Which tokens stand for images `[tokens]`.
+        outputs: What was made of each image, in order.
+        grids: Frames, height and width in patches of each image `[images, 3]`; None of a model without positions of
+            them.
+        merge: Patches on a side of a token.
+    """
+    features = np.concatenate([each[IMAGE_FEATURES] for each in outputs])
+    embeds = np.zeros((1, len(places), features.shape[1]), features.dtype)
+    embeds[0, places] = features
+    given: Given = {EMBEDS: embeds, GIVEN_PLACES: places[None]}
+    if DEEPSTACK in outputs[0]:
+        layers = np.concatenate([each[DEEPSTACK] for each in outputs], axis=1)
+        given[FEATURES] = np.zeros((len(layers), *embeds.shape), layers.dtype)
+        given[FEATURES][:, 0, places] = layers
+    if grids is not None:
+        given[GRID] = grid_positions(places, grids, merge)[:, None]
+    return given
+
+
+def grid_positions(places: NDArray[np.bool_], grids: NDArray[np.int64], merge: int) -> NDArray[np.int64]:
+    """Return the positions in time, height and width of a prompt's tokens `[3, tokens]`, as Qwen2-VL's models count.
+
+    Text counts on from the largest position before it, alike in all three; the tokens of an image count its rows and
+    columns from there.
+
+    Args:
+        places: Where tokens of images stand `[tokens]`.
+        grids: Frames, height and width in patches of each image `[images, 3]`.
+        merge: Patches on a side of a token.
+    """
+    positions = np.empty((3, len(places)), np.int64)
+    sizes = iter([(frames, height // merge, width // merge) for frames, height, width in grids.tolist()])
+    index = counted = 0
+    while index < len(places):
+        if not places[index]:
+            positions[:, index] = counted
+            index, counted = index + 1, counted + 1
+            continue
+        size = next(sizes)
+        count = int(np.prod(size))
+        positions[:, index : index + count] = counted + np.indices(size).reshape(3, -1)
+        index, counted = index + count, counted + max(size)
+    return positions
