@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, func, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gralora_fx.base.compat.torch_graphs import FakeTensor, OpOverload, detect_fake_mode, is_mutable, schema_of
+from gralora_fx.base.compat.torch_graphs import (
+    FakeTensor,
+    OpOverload,
+    detect_fake_mode,
+    is_mutable,
+    schema_of,
+    without_new_symbols,
+)
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, NOTED_VALUES, UNSHARED_WRITES
 from gralora_fx.exporters.translation.matching import expression
@@ -55,7 +62,7 @@ def retrace(
     assert mode is not None
     values = [node.meta["val"] for node in inputs]
     noted = [_as_fake(value, mode) for value in values]
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), without_new_symbols(mode):
         noted = [v.contiguous() if isinstance(v, Tensor) else v for v in noted]  # ONNX has no other layout
         parts = make_fx(compute, decomposition_table={**_BASIC, **(table or {})})(*noted)
         parts = make_fx(func.functionalize(parts))(*noted)
@@ -91,7 +98,7 @@ def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
     mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
     assert mode is not None
 
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), without_new_symbols(mode):
         for node in added:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: _as_fake(source.meta["val"], mode))
             node.meta["val"] = node.target(*args, **kwargs)

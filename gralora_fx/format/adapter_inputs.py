@@ -18,7 +18,7 @@ weight to the base's is a LoRA of rank min(in, out). Where a bias trains, the di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -116,6 +116,10 @@ class AdapterInputs:
     def by_row(self) -> AdapterInputs:
         """The same tensors stacked and chosen by row, as `model_rows.onnx` takes them."""
         return replace(self, mode=STACKED)
+
+    def within(self, names: Collection[str]) -> AdapterInputs:
+        """Return those of the layers that a graph has, by the names of its inputs; companions have the others."""
+        return replace(self, sites=tuple(site for site in self.sites if site.names(self.k)[0] in names))
 
     def names(self) -> Iterator[str]:
         """Names of all tensors."""

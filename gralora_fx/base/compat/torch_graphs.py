@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ __all__ = [
     "tree_map_with_path",
     "tree_unflatten",
     "treespec_leaf",
+    "without_new_symbols",
 ]
 
 
@@ -119,3 +122,17 @@ def enter_autocast(device_type: str, dtype: torch.dtype | None, enabled: bool, c
 def leave_autocast(context: Any) -> None:
     """Leave the context that `enter_autocast` entered."""
     torch.amp.autocast_mode._exit_autocast(context)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def without_new_symbols(mode: Any) -> Iterator[None]:
+    """Let calls within the block compute sizes from values without symbols that a trace would have to bind.
+
+    Those that calls before have left are forgotten too.
+    """
+    if mode.shape_env is None:
+        yield
+        return
+    mode.shape_env.pending_fresh_unbacked_symbols.clear()
+    with mode.shape_env.ignore_fresh_unbacked_symbols():
+        yield

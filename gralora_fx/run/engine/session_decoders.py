@@ -66,7 +66,7 @@ class RowsDecoder(Decoder):
         if ADAPTER_IDS in inputs:
             from gralora_fx.run.engine.adapter_slots import RowStacks
 
-            tensors = replace(adapters.inputs(), dtype=adapter_dtype(session))
+            tensors = replace(adapters.inputs().within(inputs), dtype=adapter_dtype(session))
             self._row_stacks = RowStacks(tensors, self.rows, weights)
         self._row_adapters: dict[int, LoadedAdapter | None] = {}
         self._stacks: Sequence[Stack] = ()  # of the rows that are open; none until a step needs them
