@@ -11,15 +11,18 @@ from typing import Annotated, Any
 import typer
 
 from gralora_fx.base.compat.packages import require_extra
+from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.cli.options import Directory, OnnxToRun
 from gralora_fx.cli.values import Declared, export_directory, read_adapters, takes, utf8
+from gralora_fx.core.config.option import declared_options
 from gralora_fx.core.config.service_settings import ConnectionLimits, ServiceSettings, warn_of_missing_spans
 from gralora_fx.errors import ConfigError, ServingError, shown
 from gralora_fx.format.manifest import read_manifest
 
 _ENGINES = ("uvicorn", "ray")
+_MORE: list[Any] = parts("serve options")
 _REPLICAS, _LIMITS = 2, ConnectionLimits()
 
 Adapters = Annotated[
@@ -49,14 +52,6 @@ ReadTimeout = Annotated[
         help=f"Wait at most this long for a request to arrive whole.  [default: {_LIMITS.read_timeout:g}]",
     ),
 ]
-AllowOrigin = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="ORIGIN",
-        help="Let pages of this origin use the service, such as https://example.org, or * for any; may be repeated.",
-        callback=utf8,
-    ),
-]
 AccessLog = Annotated[
     bool,
     typer.Option(
@@ -79,7 +74,7 @@ Replicas = Annotated[
 ]
 
 
-@takes(ServiceSettings)
+@takes(ServiceSettings, *_MORE)
 def serve(
     onnx: OnnxToRun = None,
     directory: Directory = None,
@@ -90,7 +85,6 @@ def serve(
     *,
     max_connections: MaxConnections = None,
     read_timeout: ReadTimeout = None,
-    allow_origin: AllowOrigin = None,
     access_log: AccessLog = False,
     engine: Engine = "uvicorn",
     replicas: Replicas = None,
@@ -103,7 +97,10 @@ def serve(
     """
     path = export_directory(onnx, directory)
     options |= {"adapters": read_adapters(adapter), "adapter_root": adapter_root}
-    settings = ServiceSettings(path, allow_origin=tuple(allow_origin or ()), **options)
+    options["more"] = tuple(
+        kind(**{each.name: options.pop(each.name) for each in declared_options(kind)}) for kind in _MORE
+    )
+    settings = ServiceSettings(path, **options)
     if engine not in _ENGINES:
         raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
     require_extra("serve", "serve", ServingError)

@@ -18,6 +18,7 @@ from gralora_fx.format.adapter_paths import check_name
 from gralora_fx.format.tasks import check_task
 
 Declared = Any  # the type of a command's parameter that is an option which its record declares, default included
+_KINDS = (Path, int, float, str)
 _Command = TypeVar("_Command", bound=Callable[..., None])
 
 
@@ -148,11 +149,15 @@ def _parameter(declared: DeclaredOption) -> inspect.Parameter:
     info |= {"rich_help_panel": option.group} if option.group else {}
     if declared.is_flag:
         kind: Any = bool
+    elif declared.types == (tuple[str, ...],):
+        kind = list[str]
+        info |= {"metavar": declared.metavar, "callback": lambda values: tuple(utf8(values) or ())}
     else:
-        kind = str if declared.choices else next(k for k in (Path, int, float, str) if k in declared.types)
+        kind = str if declared.choices else next(k for k in _KINDS if k in declared.types)
         info |= {"metavar": declared.metavar, "min": option.least, "envvar": option.environment or None}
         info |= {"callback": utf8} if kind in (Path, str) and not declared.choices else {}
-    default = declared.default if declared.is_flag or isinstance(declared.default, kind) else None
+    is_default = declared.is_flag or (kind in _KINDS and isinstance(declared.default, kind))
+    default = declared.default if is_default else None
     annotation: Any = Annotated[kind if default is not None else kind | None, typer.Option(declared.flag, **info)]
     place = inspect.Parameter.POSITIONAL_OR_KEYWORD
     return inspect.Parameter(declared.name, place, default=default, annotation=annotation)

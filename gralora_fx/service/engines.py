@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.amounts import shown_size
 from gralora_fx.base.features import parts
+from gralora_fx.core.config.option import declared_options
 from gralora_fx.core.config.service_settings import OF_DECODERS, ServiceSettings
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.errors import ServingError, option
@@ -20,6 +21,7 @@ from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.tasks import generates
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.engine.prefix_cache import PrefixCacheError
 from gralora_fx.run.generate.answer_row import new_proposer
 from gralora_fx.run.generate.constraints import Constraints, compiler_for
@@ -74,6 +76,29 @@ class Engine:
         self.models.close()
 
 
+class ImageReader(Protocol):
+    """Reads the images of chats, as a feature adds it at the point "request images"."""
+
+    def files(self, images: Sequence[tuple[str, str]]) -> list[bytes]:
+        """Return the files of images, each given by its field and its URL; it may wait for other hosts."""
+
+    def opened(self, files: Sequence[bytes], fields: Sequence[str]) -> Sequence[Any]:
+        """Open the files of images, whose fields errors name."""
+
+    def form(self, chat: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return a chat in the form in which the template writes its texts."""
+
+    def read(
+        self,
+        chat: Sequence[Mapping[str, Any]],
+        described: Sequence[Any],
+        images: Sequence[Any],
+        adapter: str | None,
+        limit: PromptLimit,
+    ) -> tuple[list[int], Source | None]:
+        """Return the tokens of a chat with opened images, and what stands in the place of some of them."""
+
+
 @dataclass(frozen=True)
 class TextEngine(Engine):
     """A decoder that answers prompts, or an encoder-decoder that answers what its encoder reads.
@@ -84,6 +109,7 @@ class TextEngine(Engine):
         templates: What features read in the tokenizer's template of chats, by its class.
         reasons: Whether the template writes what a model thinks before it answers.
         inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
+        images: Reads images of chats; None for a model that reads none.
     """
 
     queue: ContinuousScheduler
@@ -92,6 +118,7 @@ class TextEngine(Engine):
     templates: Mapping[type, Any]
     reasons: bool
     inputs: EncoderInputs | None = None
+    images: ImageReader | None = None
 
     @property
     def takes_text(self) -> bool:
@@ -138,8 +165,11 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     runtime = runtime_of(None, None, options, settings.threads)
     model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
     manifest = model.manifest
+    images = _image_reader(settings, model) if is_generating else None
+    if images is None:
+        _check_left_out(settings, model)
     if is_generating:
-        return _text_engine(settings, model, observer)
+        return _text_engine(settings, model, observer, images)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
     for name in OF_DECODERS:
@@ -154,7 +184,20 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     return EncoderEngine(models, manifest, encoder.batches, encoder)
 
 
-def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer) -> TextEngine:
+def _check_left_out(settings: ServiceSettings, model: OrtModel) -> None:
+    """Check that no option of what this export does not read is given."""
+    for record in settings.more:
+        for each in declared_options(type(record)):
+            if getattr(record, each.name) != each.default:
+                raise ServingError(
+                    f"{each.name} has no effect on this export, for {model.task}: it reads no images; leave "
+                    f"{each.flag} out"
+                )
+
+
+def _text_engine(
+    settings: ServiceSettings, model: OrtModel, observer: Observer, images: ImageReader | None
+) -> TextEngine:
     if settings.max_context is not None:
         model.limits.within(settings.max_context, "max_context")
     decoder = _decoder(settings, model)
@@ -187,7 +230,14 @@ def _text_engine(settings: ServiceSettings, model: OrtModel, observer: Observer)
         {kind: kind.of(tokenizer) for kind in parts("chat templates")},
         any(mark in template for mark in _REASONING),
         model.encoder_inputs,
+        images,
     )
+
+
+def _image_reader(settings: ServiceSettings, model: OrtModel) -> ImageReader | None:
+    """What reads images of chats, if the export reads any and a feature that is installed knows how."""
+    readers = parts("request images") if getattr(model.generation, "given_prompts", None) is not None else []
+    return next((reader.of(model, settings) for reader in readers), None)
 
 
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:

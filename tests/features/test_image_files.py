@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from gralora_fx.errors import ConfigError, ServingError
-from gralora_fx.features.images.image_files import ImageLimits, image_of, images_of, read_image
+from gralora_fx.features.images.image_files import ImageLimits, image_of, images_of, images_of_chat, read_image
 from gralora_fx.run.generate.request_errors import WrongFieldError
 
 LIMITS = ImageLimits()
@@ -180,6 +180,36 @@ def test_images_above_a_limit_are_refused_and_named() -> None:
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ConfigError, match="max_images must be a whole number of at least 1"):
             ImageLimits(max_images=wrong)  # type: ignore[arg-type]
+
+
+def test_images_are_taken_out_of_chats_in_order() -> None:
+    whole = picture()
+    parts = [
+        {"type": "image", "image": whole},
+        {"type": "text", "text": "a"},
+        {"type": "image", "url": "data:1"},
+        {"type": "image", "path": Path("b.png")},
+        {"type": "image_url", "image_url": {"url": "data:2", "detail": "low"}},
+        {"type": "image_url", "image_url": "data:3"},
+        {"type": "input_image", "image_url": "data:4"},
+        {"type": "image"},
+    ]
+    messages = [{"role": "system", "content": "See."}, {"role": "user", "content": parts}]
+    chat, images = images_of_chat(messages)
+    assert images == [whole, "data:1", Path("b.png"), "data:2", "data:3", "data:4"]
+    place = {"type": "image"}
+    assert chat == [messages[0], {"role": "user", "content": [place, parts[1], *[place] * 6]}]
+    assert messages[1]["content"] is parts
+    for wrong, text in (
+        ({"type": "image_url"}, "part 0 of message 0 is of the type image_url and holds 0 images; give one, as image_"),
+        (
+            {"type": "image", "url": "a", "path": "b"},
+            "part 0 of message 0 is of the type image and holds 2 images; giv",
+        ),
+    ):
+        with pytest.raises(ServingError) as found:
+            images_of_chat([{"role": "user", "content": [wrong]}])
+        assert str(found.value).startswith(text)
 
 
 class Images(BaseHTTPRequestHandler):

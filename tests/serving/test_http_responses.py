@@ -190,7 +190,7 @@ BAD: dict[str, tuple[dict[str, Any], str | None]] = {
     "item": ({"input": [{"type": "reasoning", "summary": []}]}, "input.0.type"),
     "reference": ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0.type"),
     "role": ({"input": [{"content": "a"}]}, "input.0.role"),
-    "image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
+    "image": ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.image_url"),
     "result": ({"input": [{"type": "function_call_output", "call_id": "1", "output": "a"}]}, "input.0.call_id"),
     "arguments": (
         {"input": [{"type": "function_call", "call_id": "1", "name": "get", "arguments": "{"}]},

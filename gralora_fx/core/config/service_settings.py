@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from gralora_fx.base.amounts import read_size, size_problem
 from gralora_fx.base.compat.packages import installation, missing_packages
@@ -20,6 +20,7 @@ from gralora_fx.errors import ConfigError, option, shown, warn_caller
 OF_DECODERS = ("max_context", "chunk", "prefix_cache", "max_memory", "speculative_tokens")
 _ROWS, _ROWS_OF_DECODER, _CHUNK = 8, 16, 64
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\sA-Z/?#@]+")
+_Record = TypeVar("_Record")
 _PREFIX_CACHE, _NO_CACHE = "512MiB", ("0", "none")
 
 
@@ -80,6 +81,7 @@ class ServiceSettings:
         api_key: The key that requests must give; None for none.
         max_body: The most bytes of a request's body, also once it is decompressed.
         allow_origin: Origins whose pages may use the service in a browser, such as `https://example.org`; `*` for any.
+        more: Records of options that features add, such as of what images are read; defaults for those left out.
     """
 
     directory: Path
@@ -199,7 +201,15 @@ class ServiceSettings:
             least=1,
         ),
     ] = 16 * 2**20
-    allow_origin: Annotated[tuple[str, ...], Option(problem=_origin_problem)] = ()
+    allow_origin: Annotated[
+        tuple[str, ...],
+        Option(
+            "Let pages of this origin use the service, such as https://example.org, or * for any; may be repeated.",
+            metavar="ORIGIN",
+            problem=_origin_problem,
+        ),
+    ] = ()
+    more: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the counts and the key."""
@@ -209,6 +219,10 @@ class ServiceSettings:
                 f"{option(prefix_cache=self.prefix_cache)} is more than {option(max_memory=self.max_memory)}, of "
                 "which it is a part; give less, or leave it out"
             )
+
+    def part(self, kind: type[_Record]) -> _Record:
+        """Return the record of a feature's options."""
+        return next((record for record in self.more if isinstance(record, kind)), None) or kind()
 
     @property
     def adapter_bytes(self) -> int | None:

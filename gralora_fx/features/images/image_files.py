@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gralora_fx.base.compat.packages import require_extra
-from gralora_fx.core.config.option import Option, check_options
-from gralora_fx.errors import ConfigError, ServingError, first_line, shown
+from gralora_fx.errors import ServingError, first_line, listed, shown
+from gralora_fx.features.images.image_limits import ImageLimits
 from gralora_fx.features.images.image_urls import bytes_of_url, is_url
 from gralora_fx.run.generate.request_errors import WrongFieldError
 
@@ -22,55 +21,10 @@ if TYPE_CHECKING:  # of an extra
 
 _TOGETHER = 4  # the images of a request have at most so many times the pixels that one may have
 _SCANS = 100  # passes over a progressive JPEG: encoders write about ten, and each takes the time of a whole picture
+_IMAGE = "image"
+# types of parts of messages that are images, and the fields that hold one
+_HOLDERS = {_IMAGE: (_IMAGE, "url", "path"), "image_url": ("image_url",), "input_image": ("image_url",)}
 _FORMATS = "PNG, JPEG, WebP, GIF or BMP"
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """Bounds of images that are read.
-
-    Attributes:
-        max_image_bytes: The most bytes of an image's file.
-        max_image_pixels: The most pixels of an image; those of a request have at most four times as many together.
-        max_images: The most images of a request.
-    """
-
-    max_image_bytes: Annotated[
-        int, Option("Refuse an image whose file has more bytes than this.", metavar="BYTES", least=1)
-    ] = 20_000_000
-    max_image_pixels: Annotated[
-        int,
-        Option(
-            "Refuse an image of more pixels than this, and images of a request that have four times as many together.",
-            metavar="N",
-            least=1,
-        ),
-    ] = 40_000_000
-    max_images: Annotated[int, Option("Refuse a request with more images than this.", metavar="N", least=1)] = 16
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        check_options(self, ConfigError)
-
-    def check_count(self, count: int) -> None:
-        """Check how many images a request has."""
-        if count > self.max_images:
-            raise ServingError(f"there are {count} images, more than {self.max_images}; give fewer")
-
-    def check_bytes(self, count: int) -> None:
-        """Check the bytes of an image's file."""
-        if count > self.max_image_bytes:
-            raise ServingError(f"the image has more than {self.max_image_bytes:,} bytes; give a smaller file")
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Check the width and the height of an image."""
-        width, height = size
-        if not (width > 0 and height > 0):
-            raise ServingError(f"the image has no pixels, of size {width} x {height}; give one that has some")
-        if width * height > self.max_image_pixels:
-            raise ServingError(
-                f"the image is {width} x {height} pixels, more than {self.max_image_pixels:,}; make it smaller"
-            )
 
 
 def images_of(
@@ -137,6 +91,44 @@ def image_of(value: Any, limits: ImageLimits, hosts: Collection[str] = ()) -> Im
     raise ServingError(
         f"an image is a PIL image, an array, bytes, a path or a URL, but got {shown(type(value).__name__)}"
     )
+
+
+def images_of_chat(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Take the images out of a chat in the forms of transformers and of OpenAI.
+
+    Args:
+        messages: Messages, whose content is text or parts. An image is a part `{"type": "image"}` with `image`, `url`
+            or `path`, or without, where images are given beside the chat; or OpenAI's `image_url` or `input_image`.
+
+    Returns:
+        The messages with `{"type": "image"}` alone for each image, as templates take them; and the images in order, as
+        `image_of` takes them, without those that are given beside the chat.
+
+    Raises:
+        ServingError: A part of an image's type holds none, or several.
+    """
+    images: list[Any] = []
+
+    def plain(part: Any, where: str) -> Any:
+        if not isinstance(part, Mapping) or part.get("type") not in _HOLDERS:
+            return part
+        held = [part[name] for name in _HOLDERS[part["type"]] if part.get(name) is not None]
+        value = held[0]["url"] if held and isinstance(held[0], Mapping) and "url" in held[0] else (held or [None])[0]
+        if len(held) > 1 or (value is None and part["type"] != _IMAGE):
+            raise ServingError(
+                f"{where} is of the type {part['type']} and holds {len(held)} images; give one, as "
+                f"{listed(_HOLDERS[part['type']])}"
+            )
+        images.extend([] if value is None else [value])
+        return {"type": _IMAGE}
+
+    chat = [dict(message) for message in messages]
+    for number, message in enumerate(chat):
+        if isinstance(message.get("content"), (list, tuple)):
+            message["content"] = [
+                plain(part, f"part {index} of message {number}") for index, part in enumerate(message["content"])
+            ]
+    return chat, images
 
 
 def read_image(data: bytes, limits: ImageLimits) -> Image:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.features.tools.call_formats import FORMATS, GENERAL, CallFormat
+from gralora_fx.service.protocols.openai.messages import with_text
 
 _INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON schema of its arguments:
 {tools}
@@ -73,14 +74,15 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> 
         if is_result:
             text = f"{message['name']}: {message['content']}"
             if was_result:
-                plain[-1]["content"] += f"\n{text}"
+                plain[-1]["content"] = with_text(plain[-1]["content"], after=f"\n{text}")
             else:
                 plain.append({"role": "user", "content": text})
         else:
             calls = [call["function"] for call in message.get("tool_calls", ())]
-            parts = [message["content"], form.written(calls) if calls else ""]
+            written = form.written(calls) if calls else ""
+            gap = "\n" if written and message["content"] else ""
             kept = {name: value for name, value in message.items() if name != "tool_calls"}
-            plain.append({**kept, "content": "\n".join(filter(None, parts))})
+            plain.append({**kept, "content": with_text(message["content"], after=gap + written)})
         was_result = is_result
     return plain
 
@@ -122,7 +124,7 @@ def _with_instructions(messages: list[dict[str, Any]], tools: Sequence[Any], for
     text = _INSTRUCTIONS.format(tools=listed, example=form.written([_EXAMPLE]))
     first = messages[0]
     if first["role"] == "system":
-        return [{**first, "content": f"{first['content']}\n\n{text}"}, *messages[1:]]
+        return [{**first, "content": with_text(first["content"], after=f"\n\n{text}")}, *messages[1:]]
     if first["role"] == "user":
-        return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
+        return [{**first, "content": with_text(first["content"], before=f"{text}\n\n")}, *messages[1:]]
     return [{"role": "user", "content": text}, *messages]

@@ -95,6 +95,11 @@ class PlannedRequest(StrictModel):
     changing: ClassVar[frozenset[str]] = frozenset()
 
     @property
+    def images(self) -> Sequence[tuple[str, str]]:
+        """Return the field and the URL of each image of its prompt, in order."""
+        return ()
+
+    @property
     def is_plain(self) -> bool:
         """Return whether no field is given that may change its answers, which then may be any text."""
         return (self.added | self.changing).isdisjoint(self.given)

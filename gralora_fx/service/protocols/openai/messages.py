@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from pydantic import model_validator
 
@@ -17,6 +17,8 @@ from gralora_fx.service.protocols.openai.strict_model import (
     StrictModel,
     wrong_field,
 )
+
+Said: TypeAlias = str | list[dict[str, str]]  # the content of a message, as templates take it: a text, or parts
 
 
 class TextPart(StrictModel):
@@ -50,9 +52,13 @@ class MessageFields(StrictModel):
             return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
+    def said(self, history: History, field: str) -> Said:
+        """Return the content as templates take it."""
+        return self.text
+
     def add_to(self, history: History, field: str) -> None:
         """Add it to a chat, as that field of the request."""
-        history.say(self.role, self.text, self.name)
+        history.say(self.role, self.said(history, field), self.name)
 
 
 class InputText(StrictModel):
@@ -93,9 +99,13 @@ class ItemFields(StrictModel):
                 raise wrong_field(name, "type", f"an item of the type {self.type} has none; leave it out")
         return self
 
+    def said(self, history: History, field: str) -> Said:
+        """Return the content as templates take it."""
+        return joined(self.content)
+
     def add_to(self, history: History, field: str) -> None:
         """Add it to a chat, as that field of the request."""
-        history.say(str(self.role), joined(self.content))
+        history.say(str(self.role), self.said(history, field))
 
 
 class History:
@@ -104,25 +114,38 @@ class History:
     Attributes:
         messages: What was said so far.
         names: What later messages refer to: names by ids.
+        images: What parts of messages stand for, in their order: each image's field and its URL.
     """
 
     def __init__(self) -> None:
         """Begin a chat."""
         self.messages: list[dict[str, Any]] = []
         self.names: dict[str, str] = {}
+        self.images: list[tuple[str, str]] = []
 
-    def say(self, role: str, text: str, name: str | None = None) -> None:
+    def say(self, role: str, said: Said, name: str | None = None) -> None:
         """Add a message."""
-        message = {"role": "system" if role == "developer" else role, "content": text}
+        message = {"role": "system" if role == "developer" else role, "content": said}
         self.messages.append(message if name is None else {**message, "name": name})
 
 
-def template_messages(messages: Sequence[MessageFields]) -> list[dict[str, Any]]:
-    """Messages as templates of chats take them."""
+def history_of(messages: Sequence[MessageFields]) -> History:
+    """Messages as a chat."""
     history = History()
     for number, message in enumerate(messages):
         message.add_to(history, f"messages.{number}")
-    return history.messages
+    return history
+
+
+def with_text(said: Said, before: str = "", after: str = "") -> Said:
+    """Content with text before or after what it says."""
+    if isinstance(said, str):
+        return f"{before}{said}{after}"
+    return [*_text_parts(before), *said, *_text_parts(after)]
+
+
+def _text_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if text else []
 
 
 def joined(content: str | list[InputText] | None) -> str:

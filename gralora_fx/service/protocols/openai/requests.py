@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -11,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.generate.answer_options import LEAST_DIVISOR, Sampling
 from gralora_fx.service.protocols.openai.answer_plan import PlannedRequest
-from gralora_fx.service.protocols.openai.messages import MessageFields, template_messages
+from gralora_fx.service.protocols.openai.messages import History, MessageFields, history_of
 from gralora_fx.service.protocols.openai.strict_model import (
     CHAT,
     EVERYWHERE,
@@ -197,10 +199,20 @@ class ChatRequest(_TextFields):
         """Whether the answer begins with the prompt: never."""
         return False
 
+    @cached_property
+    def history(self) -> History:
+        """The chat."""
+        return history_of(self.messages)
+
     @property
     def prompts(self) -> list[list[dict[str, Any]]]:
         """The chat, as tokenizers take it."""
-        return [template_messages(self.messages)]
+        return [self.history.messages]
+
+    @property
+    def images(self) -> Sequence[tuple[str, str]]:
+        """The field and the URL of each image of the chat, in order."""
+        return self.history.images
 
     @property
     def top_scores(self) -> int | None:

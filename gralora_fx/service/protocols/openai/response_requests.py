@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -63,9 +64,9 @@ class ResponseRequest(SamplingFields):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
-    @property
-    def prompts(self) -> list[list[dict[str, Any]]]:
-        """The chat, as tokenizers take it."""
+    @cached_property
+    def history(self) -> History:
+        """The chat."""
         history = History()
         if self.instructions is not None:
             history.say("system", self.instructions)
@@ -74,7 +75,17 @@ class ResponseRequest(SamplingFields):
         else:
             for index, item in enumerate(self.input):
                 item.add_to(history, f"input.{index}")
-        return [history.messages]
+        return history
+
+    @property
+    def prompts(self) -> list[list[dict[str, Any]]]:
+        """The chat, as tokenizers take it."""
+        return [self.history.messages]
+
+    @property
+    def images(self) -> Sequence[tuple[str, str]]:
+        """The field and the URL of each image of the chat, in order."""
+        return self.history.images
 
     @property
     def echo(self) -> bool:

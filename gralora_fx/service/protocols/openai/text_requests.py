@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from gralora_fx.core.loading.tokenizers import is_chat, prompt_ids
 from gralora_fx.errors import ServingError, concerning, option
+from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.limits import PromptLimit, TooLargeError
 from gralora_fx.run.generate.answer_options import AnswerOptions, stop_strings
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.run.generate.encoder_inputs import TextSources
+from gralora_fx.run.generate.request_errors import WrongFieldError
 from gralora_fx.service.engines import TextEngine
 from gralora_fx.service.protocols.openai.answer_plan import AnswerPlan, AnswerReader
 from gralora_fx.service.protocols.openai.requests import ChatRequest, CompletionRequest
@@ -28,6 +30,9 @@ from gralora_fx.service.spans import note_model
 
 Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
 _COMPILING = 2  # constraints of answers that are compiled at once, so that other requests find threads and cores
+_Read = TypeVar("_Read")
+_SEEING = 2  # requests whose images are read at once, which bounds what pixels of all of them take
+_Row: TypeAlias = tuple[list[int], Source | None]  # tokens of a prompt, and what stands in the place of some
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class QuestionReader:
         self._engine = engine
         self._sources = engine.inputs if isinstance(engine.inputs, TextSources) else None
         self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx constraints")
+        self._seeing = ThreadPoolExecutor(_SEEING, "gralora-fx images")
 
     async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
         """Queue what a request asks for, with the adapter that its model's name means."""
@@ -101,9 +107,9 @@ class QuestionReader:
         options = AnswerOptions(
             sampling, stop, plan.constraint, plan.shown, scores_prompt=scores_prompt, salt=asked.cache_salt
         )
-        rows: list[list[int]] = await run_in_threadpool(self._rows, prompts, asked)
+        rows = await self._rows(prompts, asked, adapter)
         requests: list[TextRequest] = []
-        for ids in rows:
+        for ids, given in rows:
             source = None if reader is None else reader.of_ids(ids)
             prompt = tuple(ids) if source is None else (source.rules.start,)
             most = asked.most_tokens(queue.limits.context - len(prompt))
@@ -111,8 +117,8 @@ class QuestionReader:
                 problem = f"min_tokens={sampling.min_new_tokens} is above the {most} tokens that are asked for"
                 raise ServingError(problem).about("min_tokens")
             for _ in range(asked.n):
-                requests.append(TextRequest(prompt, most, options.of_answer(len(requests)), adapter, source))
-        return TextQuestions(requests, sum(map(len, rows)), plan)
+                requests.append(TextRequest(prompt, most, options.of_answer(len(requests)), adapter, source, given))
+        return TextQuestions(requests, sum(len(ids) for ids, _ in rows), plan)
 
     async def _plan(self, asked: Asked) -> AnswerPlan:
         """How the answers are constrained and read."""
@@ -120,25 +126,58 @@ class QuestionReader:
             return AnswerPlan()
         return await asyncio.get_running_loop().run_in_executor(self._compiling, asked.plan, self._engine)
 
-    def _rows(self, prompts: Sequence[Any], asked: Asked) -> list[list[int]]:
-        """The tokens of prompts."""
+    async def _rows(self, prompts: Sequence[Any], asked: Asked, adapter: str | None) -> list[_Row]:
+        """The tokens of prompts, and what stands in the place of some of them."""
+        if not asked.images:
+            return await run_in_threadpool(self._text_rows, prompts, asked)
+        fields, reader = [field for field, _ in asked.images], self._engine.images
+        if reader is None:
+            raise WrongFieldError(fields[0], "this model reads no images; leave it out")
+        files = await run_in_threadpool(reader.files, asked.images)
+        loop = asyncio.get_running_loop()
+        return [await loop.run_in_executor(self._seeing, self._row_seen, prompts[0], fields, files, asked, adapter)]
+
+    def _row_seen(
+        self, chat: Any, fields: Sequence[str], files: Sequence[bytes], asked: Asked, adapter: str | None
+    ) -> _Row:
+        """The tokens of a chat with images."""
+        reader, limit = self._engine.images, PromptLimit.of_context(self._engine.queue.limits)
+        assert reader is not None
+        images = reader.opened(files, fields)
+        row = self._first_taken(
+            chat, asked, lambda form, described: reader.read(form, described, images, adapter, limit)
+        )
+        limit.check_tokens(row[0])
+        return row
+
+    def _text_rows(self, prompts: Sequence[Any], asked: Asked) -> list[_Row]:
+        """The tokens of prompts of text alone."""
         reader = self._sources
         limit = PromptLimit.of_context(self._engine.queue.limits) if reader is None else reader.sources
-        rows = []
+        rows: list[_Row] = []
         for prompt in prompts:
-            rows.append(self._row(prompt, asked, limit))
-            limit.check_tokens(rows[-1])  # so that of long prompts no more are tokenized than the first
+            ids = self._ids(prompt, asked, limit)
+            limit.check_tokens(ids)  # so that of long prompts no more are tokenized than the first
+            rows.append((ids, None))
         return rows
 
-    def _row(self, prompt: Any, asked: Asked, limit: PromptLimit) -> list[int]:
-        """The tokens of a prompt; of a chat in the first form that the template takes."""
-        tokenizer = self._engine.tokenizer
+    def _ids(self, prompt: Any, asked: Asked, limit: PromptLimit) -> list[int]:
+        """The tokens of a prompt."""
+        tokenizer, images = self._engine.tokenizer, self._engine.images
+
+        def ids(prompt: Any, described: Sequence[Any] = ()) -> list[int]:
+            return prompt_ids(prompt, tokenizer, ServingError, described, limit.check_text)
+
         if not is_chat(prompt):
-            return prompt_ids(prompt, tokenizer, ServingError, check=limit.check_text)
+            return ids(prompt)
+        return self._first_taken(prompt if images is None else images.form(prompt), asked, ids)
+
+    def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
+        """What is read of a chat in the first form that the template takes."""
         problem: ServingError | None = None
-        for chat, described in asked.chats(prompt, self._engine):
+        for form, described in asked.chats(chat, self._engine):
             try:
-                return prompt_ids(chat, tokenizer, ServingError, described, limit.check_text)
+                return read(form, described)
             except TooLargeError:
                 raise
             except ServingError as error:

@@ -1,0 +1,87 @@
+"""How the service reads images of chats: fetched, opened within limits, and put into the prompt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gralora_fx.core.config.service_settings import ServiceSettings
+from gralora_fx.errors import ServingError
+from gralora_fx.features.images.image_files import images_of
+from gralora_fx.features.images.image_limits import ServedImages
+from gralora_fx.features.images.image_urls import bytes_of_url
+from gralora_fx.run.engine.cache_memory import Source
+from gralora_fx.run.engine.limits import PromptLimit
+from gralora_fx.run.generate.request_errors import WrongFieldError
+from gralora_fx.run.model import OrtModel
+
+_MARK = "gralora-fx"
+
+
+class RequestImages:
+    """Reads images of chats (see `service.engines.ImageReader`)."""
+
+    def __init__(self, prompts: Any, tokenizer: Any, served: ServedImages) -> None:
+        """Take what reads prompts with opened images, a tokenizer and the bounds."""
+        self._prompts, self._tokenizer, self._served = prompts, tokenizer, served
+        self._writes_text = _writes(tokenizer, _MARK)
+
+    @classmethod
+    def of(cls, model: OrtModel, settings: ServiceSettings) -> RequestImages:
+        """Read images for an open export."""
+        # of files that strangers damage; what is wrong with a picture is an error, or is nothing
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        return cls(getattr(model.generation, "given_prompts", None), model.tokenizer, settings.part(ServedImages))
+
+    def files(self, images: Sequence[tuple[str, str]]) -> list[bytes]:
+        """Return the files of images, each given by its field and its URL."""
+        self._served.check_count(len(images))
+        return [self._file(field, url) for field, url in images]
+
+    def _file(self, field: str, url: str) -> bytes:
+        try:
+            return bytes_of_url(url, self._served.check_bytes, self._served.allow_image_host)
+        except ServingError as error:
+            raise WrongFieldError(field, str(error)) from error
+
+    def opened(self, files: Sequence[bytes], fields: Sequence[str]) -> Sequence[Any]:
+        """Open the files of images, whose fields errors name."""
+        return images_of(files, self._served, names=fields)
+
+    def form(self, chat: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """Return a chat in the form in which the template writes its texts: some take nothing but lists of parts."""
+        if self._writes_text:
+            return chat
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in chat
+        ]
+
+    def read(
+        self,
+        chat: Sequence[Mapping[str, Any]],
+        described: Sequence[Any],
+        images: Sequence[Any],
+        adapter: str | None,
+        limit: PromptLimit,
+    ) -> tuple[list[int], Source | None]:
+        """Return the tokens of a chat with opened images, and what stands in the place of some of them."""
+        for message in chat:
+            content = message.get("content") or ""
+            texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+            limit.check_text("".join(texts), self._tokenizer)
+        more = {"tools": list(described)} if described else {}
+        ids, given = self._prompts.read_one(self.form(chat), images, adapter, **more)
+        return ids, given
+
+
+def _writes(tokenizer: Any, text: str) -> bool:
+    """Return whether the tokenizer's template writes a content that is text, rather than a list of parts."""
+    try:
+        written = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+    except Exception:  # noqa: BLE001  # templates raise what they like; a chat will say what it is
+        return False
+    return text in str(written)
