@@ -92,8 +92,8 @@ POINTS: dict[str, str] = {
     "step verifies.",
     "request fields": "Models of fields by the name of the request of OpenAI's protocol that has them (the decorator "
     "with_features), and its hooks (service.protocols.openai.answer_plan).",
-    "request images": "A class as service.engines.ImageReader, whose `of` takes an open export that reads images, and "
-    "the service's settings.",
+    "attachments": "A class as service.engines.AttachmentReader, whose `of` takes an open export, whose companions are "
+    "signs, and the service's settings.",
     "serve options": "A dataclass whose fields are options of the service, for models of some kind; it is among `more` "
     "of the settings.",
     "chat templates": "A class whose `of` reads what a tokenizer's template of chats does, for the hooks of requests; "

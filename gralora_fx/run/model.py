@@ -225,6 +225,7 @@ class OrtModel(OpenExport):
             images: Of an export that reads images: those of a prompt in order, each a path, bytes, an array
                 `[height, width, 3]` or a `PIL.Image.Image`. Of a list of prompts a list for each, None for one of text
                 alone. A text has the placeholders of the model's processor; a chat parts `{"type": "image"}`, or none.
+                None where chats hold them, as `{"type": "image", "url": ...}` or as OpenAI's requests do.
             language: The language of recordings, as `"en"` or `"English"`; None for the model's default, or that which
                 it hears.
             task: `"transcribe"`, or `"translate"` into English; None for the model's default.

@@ -76,14 +76,14 @@ class Engine:
         self.models.close()
 
 
-class ImageReader(Protocol):
-    """Reads the images of chats, as a feature adds it at the point "request images"."""
+class AttachmentReader(Protocol):
+    """Reads what chats hold beside text, as a feature adds it at the point "attachments"."""
 
-    def files(self, images: Sequence[tuple[str, str]]) -> list[bytes]:
-        """Return the files of images, each given by its field and its URL; it may wait for other hosts."""
+    def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
+        """Return the files of attachments, each given by its field and its URL; it may wait for other hosts."""
 
     def opened(self, files: Sequence[bytes], fields: Sequence[str]) -> Sequence[Any]:
-        """Open the files of images, whose fields errors name."""
+        """Open the files of attachments, whose fields errors name."""
 
     def form(self, chat: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """Return a chat in the form in which the template writes its texts."""
@@ -92,11 +92,11 @@ class ImageReader(Protocol):
         self,
         chat: Sequence[Mapping[str, Any]],
         described: Sequence[Any],
-        images: Sequence[Any],
+        opened: Sequence[Any],
         adapter: str | None,
         limit: PromptLimit,
     ) -> tuple[list[int], Source | None]:
-        """Return the tokens of a chat with opened images, and what stands in the place of some of them."""
+        """Return the tokens of a chat with opened attachments, and what stands in the place of some of them."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TextEngine(Engine):
         templates: What features read in the tokenizer's template of chats, by its class.
         reasons: Whether the template writes what a model thinks before it answers.
         inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
-        images: Reads images of chats; None for a model that reads none.
+        attachments: Reads what chats hold beside text; None for a model that reads text alone.
     """
 
     queue: ContinuousScheduler
@@ -118,7 +118,7 @@ class TextEngine(Engine):
     templates: Mapping[type, Any]
     reasons: bool
     inputs: EncoderInputs | None = None
-    images: ImageReader | None = None
+    attachments: AttachmentReader | None = None
 
     @property
     def takes_text(self) -> bool:
@@ -165,11 +165,11 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     runtime = runtime_of(None, None, options, settings.threads)
     model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
     manifest = model.manifest
-    images = _image_reader(settings, model) if is_generating else None
-    if images is None:
+    attachments = _attachment_reader(settings, model) if is_generating else None
+    if attachments is None:
         _check_left_out(settings, model)
     if is_generating:
-        return _text_engine(settings, model, observer, images)
+        return _text_engine(settings, model, observer, attachments)
     if manifest.flavour != PLAIN_KIND:
         raise ServingError(f"{settings.directory} was exported for {manifest.task}, which is not served yet")
     for name in OF_DECODERS:
@@ -190,13 +190,13 @@ def _check_left_out(settings: ServiceSettings, model: OrtModel) -> None:
         for each in declared_options(type(record)):
             if getattr(record, each.name) != each.default:
                 raise ServingError(
-                    f"{each.name} has no effect on this export, for {model.task}: it reads no images; leave "
+                    f"{each.name} has no effect on this export, for {model.task}: it reads text alone; leave "
                     f"{each.flag} out"
                 )
 
 
 def _text_engine(
-    settings: ServiceSettings, model: OrtModel, observer: Observer, images: ImageReader | None
+    settings: ServiceSettings, model: OrtModel, observer: Observer, attachments: AttachmentReader | None
 ) -> TextEngine:
     if settings.max_context is not None:
         model.limits.within(settings.max_context, "max_context")
@@ -230,13 +230,13 @@ def _text_engine(
         {kind: kind.of(tokenizer) for kind in parts("chat templates")},
         any(mark in template for mark in _REASONING),
         model.encoder_inputs,
-        images,
+        attachments,
     )
 
 
-def _image_reader(settings: ServiceSettings, model: OrtModel) -> ImageReader | None:
-    """What reads images of chats, if the export reads any and a feature that is installed knows how."""
-    readers = parts("request images") if getattr(model.generation, "given_prompts", None) is not None else []
+def _attachment_reader(settings: ServiceSettings, model: OrtModel) -> AttachmentReader | None:
+    """What reads attachments of chats, if the export reads any and a feature that is installed knows how."""
+    readers = parts("attachments", model.manifest.companions) if model.generation.given_prompts is not None else []
     return next((reader.of(model, settings) for reader in readers), None)
 
 

@@ -17,8 +17,10 @@ from odd_images import damaged_files, encoded, huge_files, other_files, picture,
 from PIL import Image
 from served_exports import ADAPTERS, END, adapted
 from starlette.testclient import TestClient
+from tiny_image_processors import tiny_processor
 from tiny_tokenizers import tiny_tokenizer
 
+from gralora_fx import trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
@@ -28,6 +30,7 @@ from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.service import engines
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
+from tests.architectures.image_prompts import tiny_image_model
 
 TASK = "image-text-to-text-with-past"
 PLACE = 9  # the token that stands for an image
@@ -48,10 +51,10 @@ class Prompts:
         self.seen: list[tuple[str, list[Image.Image], str | None]] = []
 
     def read_one(
-        self, prompt: Any, images: Sequence[Image.Image], adapter: str | None, tools: Sequence[Any] = ()
+        self, prompt: Any, images: Sequence[Image.Image], adapter: str | None, described: Sequence[Any] = ()
     ) -> tuple[list[int], Any]:
         """Return the ids of a chat, and the embeddings of all of them."""
-        text = self.tokenizer.apply_chat_template(prompt, list(tools), add_generation_prompt=True, tokenize=False)
+        text = self.tokenizer.apply_chat_template(prompt, list(described), add_generation_prompt=True, tokenize=False)
         self.seen.append((text, list(images), adapter))
         pieces = [self.tokenizer(piece)["input_ids"] for piece in text.split("*")]
         ids, drawn = list(pieces[0]), []
@@ -93,10 +96,10 @@ def http(exported: tuple[Path, dict[str | None, Any]], prompts: Prompts) -> Iter
         def reader(settings: ServiceSettings, _: Any) -> RequestImages:
             return RequestImages(prompts, prompts.tokenizer, settings.part(ServedImages))
 
-        patches.setattr(engines, "_image_reader", reader)
+        patches.setattr(engines, "_attachment_reader", reader)
         app = create_app(ServiceSettings(exported[0], max_batch=4, more=(ServedImages(max_images=3),)))
-        with TestClient(app) as client:
-            yield client
+    with TestClient(app) as client:
+        yield client
 
 
 def url(data: bytes, kind: str = "png") -> str:
@@ -281,13 +284,12 @@ def test_messages_of_others_have_no_images_and_responses_name_their_fields(http:
 
 
 def test_a_model_of_texts_refuses_images_by_name_and_their_options(
-    exported: tuple[Path, dict[str | None, Any]], monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Path, dict[str | None, Any]],
 ) -> None:
-    monkeypatch.setattr(engines, "_image_reader", lambda *_: None)
     with TestClient(create_app(ServiceSettings(exported[0]))) as client:
         error = client.post(CHAT, json=chat(SMALL)).json()["error"]
         assert error["param"] == "messages.1.content.0.image_url.url"
-        assert error["message"].endswith("this model reads no images; leave it out")
+        assert error["message"].endswith("this model reads text alone; leave it out")
     with pytest.raises(ServingError, match=r"^max_images has no effect on this export, for image-text-to-text-with-pa"):
         create_app(ServiceSettings(exported[0], more=(ServedImages(max_images=2),)))
 
@@ -297,3 +299,45 @@ def test_hosts_are_names_as_in_urls(host: str) -> None:
     with pytest.raises(ConfigError, match=r"allow_image_host must be the name of a host as in a URL"):
         ServedImages(allow_image_host=("example.org", host))
     ServedImages(allow_image_host=("Example.org", "10.0.0.5:9000", "[::1]:80", "localhost"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """An export of a tiny model with what reads its pixels, the model and its processor."""
+    model = tiny_image_model("Qwen2_5_VLForConditionalGeneration")
+    processor, path = tiny_processor(model), tmp_path_factory.mktemp("whole") / "export"
+    export_onnx(trace(model, task=TASK), path, tokenizer=processor, verify=False)
+    return path, model, processor
+
+
+def test_a_whole_model_answers_over_http_and_in_python_as_transformers_does(whole: tuple[Path, Any, Any]) -> None:
+    path, model, processor = whole
+    image = picture(size=(64, 48))
+    seen = url(encoded(image, "PNG"))
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "This?"}]},
+        {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "image", "image": picture()}]},
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(new, skip_special_tokens=True)
+    served = load(path)
+    assert served.generate(messages, max_new_tokens=8) == expected
+    assert served.generate([messages, "a"], max_new_tokens=8)[0] == expected
+    with pytest.raises(ServingError, match=r"images are in the chat, and given beside it too"):
+        served.generate(messages, images=[image], max_new_tokens=8)
+    asked = [
+        {"role": "user", "content": content(seen, text="What?")},
+        {"role": "assistant", "content": "This?"},
+        {"role": "user", "content": content(SMALL, text="And")[::-1]},
+    ]
+    body = {"model": "export", "messages": asked, "max_tokens": 8, "temperature": 0}
+    with TestClient(create_app(ServiceSettings(path))) as client:
+        found = answer(client, body)
+        assert text_of(found) == expected
+        assert found["usage"]["prompt_tokens"] == inputs["input_ids"].shape[1]
+        asked[0]["content"] = content(WIDE, text="What?")
+        assert text_of(answer(client, body)) != expected

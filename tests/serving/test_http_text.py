@@ -198,7 +198,7 @@ def test_a_part_of_a_message_that_is_not_text_is_named(one_service: TestClient) 
     body = {"model": "small", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]}
     error = one_service.post("/v1/chat/completions", json=body).json()["error"]
     assert error["param"] == "messages.0.content.1.image_url.url"
-    assert error["message"] == "messages.0.content.1.image_url.url: this model reads no images; leave it out"
+    assert error["message"] == "messages.0.content.1.image_url.url: this model reads text alone; leave it out"
 
 
 def test_paths_and_methods_that_are_not_there(one_service: TestClient) -> None:

@@ -81,7 +81,7 @@ class ServiceSettings:
         api_key: The key that requests must give; None for none.
         max_body: The most bytes of a request's body, also once it is decompressed.
         allow_origin: Origins whose pages may use the service in a browser, such as `https://example.org`; `*` for any.
-        more: Records of options that features add, such as of what images are read; defaults for those left out.
+        more: Records of options that features add; defaults for those left out.
     """
 
     directory: Path

@@ -91,32 +91,46 @@ class ImagePrompts:
         session = export.companion_session(VISION_ENCODER)
         return cls(session, processor, export.config, export.adapters.tensors_for)
 
+    @staticmethod
+    def are_in(prompts: Any) -> bool:
+        """Return whether chats among prompts hold images."""
+        from gralora_fx.features.images.image_files import images_of_chat
+
+        chats = [prompts] if is_chat(prompts) else prompts if isinstance(prompts, (list, tuple)) else []
+        return any(images_of_chat(chat)[1] for chat in chats if is_chat(chat))
+
     def read(self, prompts: Any, images: Any, adapter: AdapterNames, limit: PromptLimit | None = None) -> Prompts:
         """Read what `generate` was given.
 
         Args:
             prompts: A text or a chat, or a list of them.
-            images: The images of a single prompt in order; of a list of prompts a list for each, or None.
+            images: The images of a single prompt in order; of a list of prompts a list for each, or None. None where
+                they are in chats, as transformers and OpenAI write them.
             adapter: The adapter of all, or of each.
             limit: The most tokens of a prompt.
         """
-        from gralora_fx.features.images.image_files import ImageLimits, images_of
+        from gralora_fx.features.images.image_files import images_of
+        from gralora_fx.features.images.image_limits import ImageLimits
 
         is_single = isinstance(prompts, str) or is_chat(prompts)
-        texts = [prompts] if is_single else list(prompts)
+        given = [prompts] if is_single else list(prompts)
         listed = images if isinstance(images, (list, tuple)) else [images]
-        of_each = [listed] if is_single else list(listed)
-        if len(of_each) != len(texts):
-            raise ServingError(f"images has to be a list of {len(texts)}, one for each prompt, None for one of text")
-        names = names_of_rows(adapter, len(texts))
-        opened = [images_of(own or (), ImageLimits()) for own in of_each]
+        of_each = [None] * len(given) if images is None else [listed] if is_single else list(listed)
+        if len(of_each) != len(given):
+            raise ServingError(f"images has to be a list of {len(given)}, one for each prompt, None for one of text")
+        names = names_of_rows(adapter, len(given))
+        pairs = [_with_held(*each) for each in zip(given, of_each, strict=True)]
+        texts = [text for text, _ in pairs]
+        opened = [images_of(own, ImageLimits()) for _, own in pairs]
         read = [self.read_one(*each) for each in zip(texts, opened, names, strict=True)]
         for ids, _ in read:
             if limit is not None:
                 limit.check_tokens(ids)
         return Prompts([ids for ids, _ in read], is_single, gives_text=True, given=[given for _, given in read])
 
-    def read_one(self, prompt: Any, images: Sequence[Any], adapter: str | None) -> tuple[list[int], Given | None]:
+    def read_one(
+        self, prompt: Any, images: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
+    ) -> tuple[list[int], Given | None]:
         """Return the ids of a prompt, and what stands in the place of those of its images; None without any.
 
         Args:
@@ -124,10 +138,14 @@ class ImagePrompts:
                 `{"type": "image"}` stand for images.
             images: The images in order, as `PIL.Image.Image` in RGB.
             adapter: The adapter that reads them.
+            described: What the template of chats is to describe to the model.
         """
-        text = self._written(prompt, len(images))
+        text = self._written(prompt, len(images), described)
+        bos = self._processor.tokenizer.bos_token
+        # as transformers' own processors do with what their template has written
+        more = {"add_special_tokens": False} if bos and text.startswith(bos) and not isinstance(prompt, str) else {}
         try:
-            made = dict(self._processor(text=[text], images=list(images) or None, return_tensors="np"))
+            made = dict(self._processor(text=[text], images=list(images) or None, return_tensors="np", **more))
         except Exception as error:  # processors raise what they like
             raise ServingError(
                 f"the processor does not take the prompt with {len(images)} images ({first_line(error)}); a text needs "
@@ -138,7 +156,7 @@ class ImagePrompts:
             return ids, None
         return ids, self._given(np.asarray(ids), made, adapter)
 
-    def _written(self, prompt: Any, count: int) -> str:
+    def _written(self, prompt: Any, count: int, described: Sequence[Any]) -> str:
         """Return a prompt as text; a chat that has no place for its images has them before its last text."""
         if isinstance(prompt, str):
             return prompt
@@ -153,7 +171,9 @@ class ImagePrompts:
         if places != count:
             raise ServingError(f"the chat has {places} places for images, and {count} were given; give as many")
         try:
-            written = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            written = self._processor.apply_chat_template(
+                messages, None, list(described) or None, add_generation_prompt=True, tokenize=False
+            )
         except Exception as error:  # a template raises what it likes
             raise ServingError(f"the processor cannot write the chat ({first_line(error)})") from error
         return str(written)
@@ -232,6 +252,18 @@ class _Features:
 
 def _size(outputs: Outputs) -> int:
     return sum(array.nbytes for array in outputs.values())
+
+
+def _with_held(prompt: Any, images: Sequence[Any] | None) -> tuple[Any, Sequence[Any]]:
+    """Return a prompt with the images that it holds, or that are given beside it."""
+    from gralora_fx.features.images.image_files import images_of_chat
+
+    if not is_chat(prompt):
+        return prompt, images or ()
+    chat, held = images_of_chat(prompt)
+    if held and images:
+        raise ServingError("images are in the chat, and given beside it too; give them in one of both")
+    return chat, held or images or ()
 
 
 def _parts_of(message: Mapping[str, Any]) -> list[Any]:

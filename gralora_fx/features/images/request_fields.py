@@ -103,7 +103,7 @@ class _ImageContent(StrictModel):
             return self.content if isinstance(self.content, str) else "".join(text for text, _ in parts)
         for number, (_, image) in enumerate(parts):
             if image is not None:
-                history.images.append((f"{field}.content.{number}.{image[0]}", image[1]))
+                history.attached.append((f"{field}.content.{number}.{image[0]}", image[1]))
         return [{"type": "text", "text": text} if image is None else {"type": "image"} for text, image in parts]
 
 

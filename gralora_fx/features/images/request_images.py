@@ -20,7 +20,7 @@ _MARK = "gralora-fx"
 
 
 class RequestImages:
-    """Reads images of chats (see `service.engines.ImageReader`)."""
+    """Reads images of chats (see `service.engines.AttachmentReader`)."""
 
     def __init__(self, prompts: Any, tokenizer: Any, served: ServedImages) -> None:
         """Take what reads prompts with opened images, a tokenizer and the bounds."""
@@ -32,12 +32,12 @@ class RequestImages:
         """Read images for an open export."""
         # of files that strangers damage; what is wrong with a picture is an error, or is nothing
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        return cls(getattr(model.generation, "given_prompts", None), model.tokenizer, settings.part(ServedImages))
+        return cls(model.generation.given_prompts, model.tokenizer, settings.part(ServedImages))
 
-    def files(self, images: Sequence[tuple[str, str]]) -> list[bytes]:
+    def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
         """Return the files of images, each given by its field and its URL."""
-        self._served.check_count(len(images))
-        return [self._file(field, url) for field, url in images]
+        self._served.check_count(len(attached))
+        return [self._file(field, url) for field, url in attached]
 
     def _file(self, field: str, url: str) -> bytes:
         try:
@@ -64,7 +64,7 @@ class RequestImages:
         self,
         chat: Sequence[Mapping[str, Any]],
         described: Sequence[Any],
-        images: Sequence[Any],
+        opened: Sequence[Any],
         adapter: str | None,
         limit: PromptLimit,
     ) -> tuple[list[int], Source | None]:
@@ -73,8 +73,7 @@ class RequestImages:
             content = message.get("content") or ""
             texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
             limit.check_text("".join(texts), self._tokenizer)
-        more = {"tools": list(described)} if described else {}
-        ids, given = self._prompts.read_one(self.form(chat), images, adapter, **more)
+        ids, given = self._prompts.read_one(self.form(chat), opened, adapter, described)
         return ids, given
 
 

@@ -34,11 +34,17 @@ _FORCED = 32  # tokens that a constraint forces, in a step
 class GivenPrompts(Protocol):
     """Reads prompts with more than text, such as images, of which parts of an export make what rows are given."""
 
+    def are_in(self, prompts: Any) -> bool:
+        """Return whether chats among prompts hold images, in the place where each is."""
+        ...
+
     def read(self, prompts: Any, images: Any, adapter: AdapterNames, limit: PromptLimit | None = None) -> Prompts:
         """Read what `generate` was given: one prompt and its images, or a list of prompts and a list for each."""
         ...
 
-    def read_one(self, prompt: Any, images: Sequence[Any], adapter: str | None) -> tuple[list[int], Source | None]:
+    def read_one(
+        self, prompt: Any, images: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
+    ) -> tuple[list[int], Source | None]:
         """Return the ids of a prompt, and what stands in the place of some of them; None of text alone."""
         ...
 
@@ -78,7 +84,8 @@ class Generation:
             inputs.check_unused(reason, "input_features")
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
-            if inputs.images is not None:
+            holds_images = self.given_prompts is not None and self.given_prompts.are_in(inputs.prompts)
+            if inputs.images is not None or holds_images:
                 return self._read_images(inputs, adapter)
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)

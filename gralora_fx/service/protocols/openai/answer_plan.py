@@ -95,8 +95,8 @@ class PlannedRequest(StrictModel):
     changing: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def images(self) -> Sequence[tuple[str, str]]:
-        """Return the field and the URL of each image of its prompt, in order."""
+    def attached(self) -> Sequence[tuple[str, str]]:
+        """Return the field and the URL of each attachment of its prompt, in order."""
         return ()
 
     @property

@@ -114,14 +114,14 @@ class History:
     Attributes:
         messages: What was said so far.
         names: What later messages refer to: names by ids.
-        images: What parts of messages stand for, in their order: each image's field and its URL.
+        attached: What parts of messages stand for beside text, in their order: the field of each and its URL.
     """
 
     def __init__(self) -> None:
         """Begin a chat."""
         self.messages: list[dict[str, Any]] = []
         self.names: dict[str, str] = {}
-        self.images: list[tuple[str, str]] = []
+        self.attached: list[tuple[str, str]] = []
 
     def say(self, role: str, said: Said, name: str | None = None) -> None:
         """Add a message."""

@@ -210,9 +210,9 @@ class ChatRequest(_TextFields):
         return [self.history.messages]
 
     @property
-    def images(self) -> Sequence[tuple[str, str]]:
-        """The field and the URL of each image of the chat, in order."""
-        return self.history.images
+    def attached(self) -> Sequence[tuple[str, str]]:
+        """The field and the URL of each attachment of the chat, in order."""
+        return self.history.attached
 
     @property
     def top_scores(self) -> int | None:

@@ -31,7 +31,7 @@ from gralora_fx.service.spans import note_model
 Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
 _COMPILING = 2  # constraints of answers that are compiled at once, so that other requests find threads and cores
 _Read = TypeVar("_Read")
-_SEEING = 2  # requests whose images are read at once, which bounds what pixels of all of them take
+_ATTACHING = 2  # requests whose attachments are read at once, which bounds what all of them take when opened
 _Row: TypeAlias = tuple[list[int], Source | None]  # tokens of a prompt, and what stands in the place of some
 
 
@@ -62,7 +62,7 @@ class QuestionReader:
         self._engine = engine
         self._sources = engine.inputs if isinstance(engine.inputs, TextSources) else None
         self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx constraints")
-        self._seeing = ThreadPoolExecutor(_SEEING, "gralora-fx images")
+        self._attaching = ThreadPoolExecutor(_ATTACHING, "gralora-fx attachments")
 
     async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
         """Queue what a request asks for, with the adapter that its model's name means."""
@@ -128,24 +128,26 @@ class QuestionReader:
 
     async def _rows(self, prompts: Sequence[Any], asked: Asked, adapter: str | None) -> list[_Row]:
         """The tokens of prompts, and what stands in the place of some of them."""
-        if not asked.images:
+        if not asked.attached:
             return await run_in_threadpool(self._text_rows, prompts, asked)
-        fields, reader = [field for field, _ in asked.images], self._engine.images
+        fields, reader = [field for field, _ in asked.attached], self._engine.attachments
         if reader is None:
-            raise WrongFieldError(fields[0], "this model reads no images; leave it out")
-        files = await run_in_threadpool(reader.files, asked.images)
+            raise WrongFieldError(fields[0], "this model reads text alone; leave it out")
+        files = await run_in_threadpool(reader.files, asked.attached)
         loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._seeing, self._row_seen, prompts[0], fields, files, asked, adapter)]
+        return [
+            await loop.run_in_executor(self._attaching, self._attached_row, prompts[0], fields, files, asked, adapter)
+        ]
 
-    def _row_seen(
+    def _attached_row(
         self, chat: Any, fields: Sequence[str], files: Sequence[bytes], asked: Asked, adapter: str | None
     ) -> _Row:
-        """The tokens of a chat with images."""
-        reader, limit = self._engine.images, PromptLimit.of_context(self._engine.queue.limits)
+        """The tokens of a chat with attachments."""
+        reader, limit = self._engine.attachments, PromptLimit.of_context(self._engine.queue.limits)
         assert reader is not None
-        images = reader.opened(files, fields)
+        opened = reader.opened(files, fields)
         row = self._first_taken(
-            chat, asked, lambda form, described: reader.read(form, described, images, adapter, limit)
+            chat, asked, lambda form, described: reader.read(form, described, opened, adapter, limit)
         )
         limit.check_tokens(row[0])
         return row
@@ -163,14 +165,14 @@ class QuestionReader:
 
     def _ids(self, prompt: Any, asked: Asked, limit: PromptLimit) -> list[int]:
         """The tokens of a prompt."""
-        tokenizer, images = self._engine.tokenizer, self._engine.images
+        tokenizer, reader = self._engine.tokenizer, self._engine.attachments
 
         def ids(prompt: Any, described: Sequence[Any] = ()) -> list[int]:
             return prompt_ids(prompt, tokenizer, ServingError, described, limit.check_text)
 
         if not is_chat(prompt):
             return ids(prompt)
-        return self._first_taken(prompt if images is None else images.form(prompt), asked, ids)
+        return self._first_taken(prompt if reader is None else reader.form(prompt), asked, ids)
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
         """What is read of a chat in the first form that the template takes."""
