@@ -85,6 +85,7 @@ class PromptOptions(Protocol):
     """
 
     TASK: ClassVar[str]  # the task whose exports are given such a prompt
+    IS_BESIDE: ClassVar[bool]  # whether it goes beside a text, which is then asked as a message of a chat
 
     def content(self) -> Any:
         """Read the prompt's file, before anything slow is imported."""
@@ -93,10 +94,12 @@ class PromptOptions(Protocol):
         """Return the arguments of `generate` for what the file holds."""
 
 
-_OTHERS: list[Any] = parts("generate options")
+_KINDS: list[Any] = parts("generate options")
+_OTHERS = [kind for kind in _KINDS if not kind.IS_BESIDE]
+_BESIDE = [kind for kind in _KINDS if kind.IS_BESIDE]
 
 
-@takes(*_OTHERS)
+@takes(*_KINDS)
 def generate(
     prompt: Prompt = None,
     *,
@@ -120,9 +123,12 @@ def generate(
     manifest = read_manifest(path, ServingError)
     _check_generates(path, manifest)
     other = _check_input(path, manifest, prompt, options, chat=chat)
+    beside = _beside(path, manifest, options)
+    chat = chat or bool(beside)
     name, source = _read_adapter(path, manifest, adapter)
     sampling = _sampling(temperature, top_p, seed)
     content = None if other is None else other.content()
+    contents = [(each, each.content()) for each in beside]
     text = _read_stdin() if prompt == _STDIN else str(utf8(prompt or ""))
     if other is None and not text:
         raise ConfigError("the prompt is empty; give --prompt TEXT, or --prompt - to read it from stdin")
@@ -147,6 +153,8 @@ def generate(
                     given = other.inputs(model, content)
                 else:
                     given = {"prompts": [{"role": "user", "content": text}] if chat else text}
+                    for each, read in contents:
+                        given = {**given, **each.inputs(model, read)}
                 pieces = model.generate(**given, stream=True, adapter=name, max_new_tokens=max_new_tokens, **sampling)
         if has_template and not chat and other is None:
             print(
@@ -193,6 +201,22 @@ def _check_input(
     if own is None:
         return None
     found: PromptOptions = own(**{each.name: options[each.name] for each in declared_options(own)})
+    return found
+
+
+def _beside(directory: Path, manifest: Manifest, options: Mapping[str, Any]) -> list[PromptOptions]:
+    """Return what is given beside a text, such as images, for an export that reads it."""
+    found: list[PromptOptions] = []
+    for kind in _BESIDE:
+        declared = declared_options(kind)
+        if not options[declared[0].name]:
+            continue
+        if not manifest.companions:
+            raise ConfigError(
+                f"{declared[0].flag} is for an export with a part that reads it, and {directory} has none; export the "
+                f"model with --task {kind.TASK}, or leave {declared[0].flag} out"
+            )
+        found.append(kind(**{each.name: options[each.name] for each in declared}))
     return found
 
 

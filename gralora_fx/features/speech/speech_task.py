@@ -48,6 +48,7 @@ class RecordingOptions:
     ] = None
 
     TASK: ClassVar = "automatic-speech-recognition-with-past"
+    IS_BESIDE: ClassVar = False
 
     def content(self) -> bytes:
         """Read the file, before anything slow is imported."""

@@ -1,0 +1,45 @@
+"""`--image` of `gralora-fx generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from gralora_fx.base.sources.model_files import usable_path
+from gralora_fx.core.config.option import Option
+from gralora_fx.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PromptImages:
+    """Images of a prompt.
+
+    Attributes:
+        image: The paths of their files.
+    """
+
+    image: Annotated[
+        tuple[str, ...],
+        Option(
+            "Ask about this image, with a model that reads images: the prompt is a message of a chat; may be repeated.",
+            metavar="FILE",
+            left_out="none",
+        ),
+    ] = ()
+
+    TASK: ClassVar = "image-text-to-text-with-past"
+    IS_BESIDE: ClassVar = True
+
+    def content(self) -> list[bytes]:
+        """Read the files, before anything slow is imported."""
+        found: list[bytes] = []
+        for path in self.image:
+            try:
+                found.append(usable_path(path, ConfigError).read_bytes())
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of an image") from error
+        return found
+
+    def inputs(self, model: Any, content: list[bytes]) -> dict[str, Any]:
+        """Return the images as arguments of `generate`."""
+        return {"images": content}
