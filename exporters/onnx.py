@@ -158,7 +158,7 @@ def export_onnx(
             if options.tokenizer is not None:
                 from gralora_fx.exporters.artifact.companions import write_tokenizer
 
-                write_tokenizer(stage, conversion.traced, options.tokenizer)
+                write_tokenizer(stage, conversion.traced, options.tokenizer, has_companions=bool(companions))
             flavour.write_files(stage, conversion.traced, models)
             manifest = describe(conversion, models, companions, flavour=flavour.name, logits=flavour.logits(options))
             write_manifest(stage, manifest)

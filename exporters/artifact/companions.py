@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
+from gralora_fx.base.compat.packages import require_extra
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
@@ -132,14 +133,18 @@ def _is_token(token: object, config: Any) -> bool:
     return isinstance(token, int) and 0 <= token < config.vocab_size
 
 
-def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any) -> None:
+def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, *, has_companions: bool = False) -> None:
     """Write the tokenizer's files; what the model's task appends has a say in them.
+
+    With what reads images goes the processor that makes their pixels, if it was given or lies beside the tokenizer.
 
     For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
     transformers.js reads: that of a processor, or the one beside the tokenizer.
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)
+    if has_companions and not hasattr(tokenizer, "image_processor"):
+        tokenizer = _processor(_places(traced, source, tokenizer)) or tokenizer
     if traced.appended is not None:
         tokenizer = traced.appended.told_to(tokenizer, traced.config)
     features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
@@ -161,12 +166,27 @@ def loaded_tokenizer(tokenizer: Any) -> Any:
     return loaded
 
 
+def _processor(places: list[str | Path]) -> Any | None:
+    """Load the processor that makes pixels of images from where the tokenizer is; None if there is none."""
+    if not places:
+        return None
+    require_extra("vision", "a model that reads images", ExportError)
+    from gralora_fx.core.loading.tokenizers import load_processor
+
+    return load_processor(places[0], ExportError)
+
+
+def _places(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> list[str | Path]:
+    """Return where a tokenizer may have come from, the likeliest first."""
+    places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
+    return [place for place in places if place]
+
+
 def _feature_extractor(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> Any | None:
     """The feature extractor beside a tokenizer that was given without one, for a model that reads features."""
     if not {"input_features", "input_values"} & set(traced.example_inputs):
         return None
-    places = (source, getattr(tokenizer, "name_or_path", None), traced.tokenizer_source)
-    place = next((place for place in places if place), None)
+    places = _places(traced, source, tokenizer)
     from gralora_fx.core.loading.tokenizers import load_feature_extractor
 
-    return None if place is None else load_feature_extractor(place, ExportError)
+    return load_feature_extractor(places[0], ExportError) if places else None
