@@ -97,10 +97,12 @@ def serve(
     """
     path = export_directory(onnx, directory)
     options |= {"adapters": read_adapters(adapter), "adapter_root": adapter_root}
-    options["more"] = tuple(
-        kind(**{each.name: options.pop(each.name) for each in declared_options(kind)}) for kind in _MORE
-    )
-    settings = ServiceSettings(path, **options)
+    given: dict[str, Any] = {
+        name: value if type(value) is not list else (*value,) for name, value in options.items() if value is not None
+    }
+    names = [{each.name for each in declared_options(kind)} & given.keys() for kind in _MORE]
+    more = tuple(kind(**{name: given.pop(name) for name in own}) for kind, own in zip(_MORE, names, strict=True))
+    settings = ServiceSettings(path, more=more, **given)
     if engine not in _ENGINES:
         raise ConfigError(f"--engine is {' or '.join(_ENGINES)}, but got {shown(engine)}")
     require_extra("serve", "serve", ServingError)

@@ -151,7 +151,7 @@ def _parameter(declared: DeclaredOption) -> inspect.Parameter:
         kind: Any = bool
     elif declared.types == (tuple[str, ...],):
         kind = list[str]
-        info |= {"metavar": declared.metavar, "callback": lambda values: tuple(utf8(values) or ())}
+        info |= {"metavar": declared.metavar, "callback": utf8}
     else:
         kind = str if declared.choices else next(k for k in _KINDS if k in declared.types)
         info |= {"metavar": declared.metavar, "min": option.least, "envvar": option.environment or None}

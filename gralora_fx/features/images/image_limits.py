@@ -84,7 +84,7 @@ class ServedImages(ImageLimits):
     allow_image_host: Annotated[
         tuple[str, ...],
         Option(
-            "Fetch images of requests from this host, such as images.example.org or 10.0.0.5:9000; may be repeated.",
+            "Let requests name images on this host, such as images.example.org or 10.0.0.5:9000; may be repeated.",
             metavar="HOST",
             left_out="none; images come as data: URLs",
             problem=_host_problem,
