@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -57,39 +58,46 @@ class _Piece(NamedTuple):
 class ImagePrompts:
     """Reads prompts with images for an export that has what reads pixels."""
 
-    def __init__(self, session: Any, processor: Any, config: Mapping[str, Any], tensors: Callable[..., Any]) -> None:
-        """Take what reads pixels.
-
-        Args:
-            session: A session over `vision_encoder.onnx`.
-            processor: The processor of the model, of transformers.
-            config: The model's `config.json`.
-            tensors: Returns what a session is fed of an adapter's, by the adapter's name.
-        """
-        self._session, self._processor, self._tensors = session, processor, tensors
-        self._inputs = {value.name: value for value in session.get_inputs()}
-        token = config.get(
-            "image_token_id", config.get("image_token_index", getattr(processor, "image_token_id", None))
-        )
-        if not isinstance(token, int):
-            raise ServingError("config.json does not say which token stands for an image (image_token_id)")
-        self._token = token
-        self._merge = token_merge(config)
-        self._features = _Features()
+    def __init__(self, export: OpenExport) -> None:
+        """Take an open export; its processor and what reads pixels are opened for the first image."""
+        self._export, self._features = export, _Features()
+        self._merge = token_merge(export.config)
 
     @classmethod
     def of(cls, export: OpenExport) -> ImagePrompts | None:
         """Return what reads prompts of an open export; None if it has nothing that reads pixels."""
-        if VISION_ENCODER not in export.manifest.companions:
-            return None
-        processor = load_processor(export.directory, ServingError)
+        return cls(export) if VISION_ENCODER in export.manifest.companions else None
+
+    @cached_property
+    def _processor(self) -> Any:
+        """The model's processor, of transformers."""
+        processor = load_processor(self._export.directory, ServingError)
         if processor is None:
             raise ServingError(
-                f"{export.directory} holds no processor, which makes pixels of images; export with "
+                f"{self._export.directory} holds no processor, which makes pixels of images; export with "
                 f"{option(tokenizer=...)} where the model's processor is"
             )
-        session = export.companion_session(VISION_ENCODER)
-        return cls(session, processor, export.config, export.adapters.tensors_for)
+        return processor
+
+    @cached_property
+    def _session(self) -> Any:
+        """A session over what reads pixels."""
+        return self._export.companion_session(VISION_ENCODER)
+
+    @cached_property
+    def _inputs(self) -> dict[str, Any]:
+        """Its inputs by name."""
+        return {value.name: value for value in self._session.get_inputs()}
+
+    @cached_property
+    def _token(self) -> int:
+        """The token that stands for an image."""
+        config = self._export.config
+        own = getattr(self._processor, "image_token_id", None)
+        token = config.get("image_token_id", config.get("image_token_index", own))
+        if not isinstance(token, int):
+            raise ServingError("config.json does not say which token stands for an image (image_token_id)")
+        return token
 
     @staticmethod
     def are_in(prompts: Any) -> bool:
@@ -211,7 +219,7 @@ class ImagePrompts:
         return _Piece(inputs, digest.digest())
 
     def _read_pixels(self, piece: _Piece, adapter: str | None) -> Outputs:
-        tensors = self._tensors(adapter, self._session)
+        tensors = self._export.adapters.tensors_for(adapter, self._session)
         key = (piece.digest, *sorted((name, id(value)) for name, value in tensors.items()))
         found = self._features.get(key)
         if found is None:
