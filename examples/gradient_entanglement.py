@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, TracedModel, rewrite, trace
-from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.forms import delta_weight
 from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
 from gralora_fx.core.methods.low_rank import accumulate, project
 from gralora_fx.core.methods.method import Update

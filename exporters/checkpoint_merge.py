@@ -16,7 +16,8 @@ from gralora_fx.base.progress.console import with_progress
 from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed
-from gralora_fx.base.sources.model_files import MODEL_FILE, check_model_files, read_json_object, resolve_directory
+from gralora_fx.base.sources.model_directories import check_model_files, resolve_directory
+from gralora_fx.base.sources.model_files import MODEL_FILE, read_json_object
 from gralora_fx.base.sources.rewriting import write_files
 from gralora_fx.base.sources.safetensors_files import NewShard
 from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases

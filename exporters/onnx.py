@@ -26,7 +26,7 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.companions import companion_conversions, companion_models
-from gralora_fx.exporters.kinds.conversion import Conversion, check_found, conversion_of
+from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, layers_reports
@@ -147,6 +147,7 @@ def export_onnx(
     with timed("convert", seconds, "converting"), gc_pause():
         models = {**flavour.convert(conversion), **companion_models(companions)}
         if conversion.adapters is not None:
+            from gralora_fx.exporters.kinds.data_sites import check_found
             from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
 
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))

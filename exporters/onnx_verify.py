@@ -25,7 +25,6 @@ from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
 from gralora_fx.format.adapter_inputs import is_adapter_input
-from gralora_fx.format.export_files import check_files
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.decoder import Decoder
@@ -100,6 +99,8 @@ def verify_onnx(
         runtime = runtime_of(providers, provider_options, None, None)
     manifest, quick = read_manifest(output_dir), level == "quick"
     if check and manifest.files is not None:  # a comparison runs some inputs only, and would not see every changed byte
+        from gralora_fx.format.export_checks import check_files
+
         check_files(output_dir, manifest, digests=True)
     check_runnable(model)
     if not describes(manifest, model):

@@ -24,8 +24,8 @@ from gralora_fx.exporters.rules.adapters.adapter_groups import ConstantAdapters
 from gralora_fx.exporters.rules.products.initializers import external_tensors
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs, is_adapter_tensor
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, own_adapters
+from gralora_fx.format.export_checks import check_files, weight_files
 from gralora_fx.format.export_directory import MODEL_NAME, ROWS_NAME
-from gralora_fx.format.export_files import check_files, weight_files
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.format.tasks import find_task
 from gralora_fx.run.sessions.adapter_arrays import as_arrays, stacked

@@ -52,6 +52,7 @@ ORDER = [
     "exporters.verify_report",
     "exporters.reports",
     "exporters.rules.onnx_pipeline",
+    "exporters.kinds.data_sites",
     "exporters.kinds.conversion",
     "exporters.translation",
     "exporters.rules",

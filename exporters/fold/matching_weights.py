@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.base.sources.base_quantization import BaseQuantization
-from gralora_fx.base.sources.model_files import resolve_directory
+from gralora_fx.base.sources.model_directories import resolve_directory
 from gralora_fx.base.sources.same_base import read_config_fields
 from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.errors import CheckpointError, MergeError, TraceError

@@ -11,7 +11,8 @@ from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
 from gralora_fx.core.adapters.checkpoint import load_tensors
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, check_found, conversion_of
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, conversion_of
+from gralora_fx.exporters.kinds.data_sites import check_found
 from gralora_fx.exporters.kinds.plain import plain_models
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites

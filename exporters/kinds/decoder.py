@@ -38,7 +38,7 @@ from gralora_fx.exporters.rules.onnx_pipeline import (
     TRANSLATED,
     OnnxPipeline,
 )
-from gralora_fx.exporters.rules.products.constant_matrices import fill_vectors, fold_transposes, merge_matmuls
+from gralora_fx.exporters.rules.products.float_matrices import fill_vectors, fold_transposes, merge_matmuls
 from gralora_fx.exporters.rules.rows.continuous_batching import LogitsOfRows, batch_continuously
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs, keep_last_position, optional_verifying_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError

@@ -32,8 +32,9 @@ from gralora_fx.exporters.rules.clean_up import drop_stack_traces
 from gralora_fx.exporters.rules.normalization import match_rms_norms
 from gralora_fx.exporters.rules.onnx_pipeline import OnnxPipeline
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
-from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_translate, split
+from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_translate
 from gralora_fx.exporters.translation.names import name_axes
+from gralora_fx.exporters.translation.split_graph import split
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import TokenResult, TokenRun, Verification, longest_text, pad, text_like

@@ -41,7 +41,7 @@ from gralora_fx.exporters.rules.clean_up import (
 )
 from gralora_fx.exporters.rules.normalization import LowerNorms, match_rms_norms
 from gralora_fx.exporters.rules.onnx_pipeline import OnnxIrPass, OnnxPipeline
-from gralora_fx.exporters.rules.products.constant_matrices import fill_vectors, fold_transposes
+from gralora_fx.exporters.rules.products.float_matrices import fill_vectors, fold_transposes
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlattenTokens, copied
 from gralora_fx.exporters.rules.rows.graph_ends import float32_inputs
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
@@ -49,8 +49,9 @@ from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_t
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification, plain_inputs
+from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.exporters.verify.outputs import compare_rows
+from gralora_fx.exporters.verify.plain_cases import plain_inputs
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 

@@ -1,8 +1,8 @@
-"""A builder of nodes, constants and branches for an ONNX graph, and what puts them into it."""
+"""A builder of nodes and constants for an ONNX graph, and what puts them into it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,12 @@ def const_ints(value: ir.Value | None) -> list[int] | None:
     return tensor.numpy().tolist() if tensor is not None and len(tensor.shape) == 1 and tensor.size < 16 else None
 
 
+def is_same_dim(one: ir.Value, other: ir.Value, axis: int) -> bool:
+    """Return whether two values have the same size at an axis: a number, or one that varies, such as the tokens."""
+    sizes = [None if value.shape is None else value.shape[axis] for value in (one, other)]
+    return sizes[0] == sizes[1] and str(sizes[0]) != "None"
+
+
 def static_dim(value: ir.Value | None, axis: int) -> int | None:
     """The size of a value's axis, or None if it is symbolic or unknown."""
     if value is None or value.shape is None:
@@ -197,78 +203,6 @@ def fixed_dim(value: ir.Value, axis: int) -> int:
             f"axis {axis} of {value.name} has shape {value.shape}, but its operator needs a fixed size there"
         )
     return size
-
-
-Branch = tuple[str, Sequence[ir.Node], ir.Value]  # a name, the nodes, and what they give
-
-
-def choice(condition: ir.Value, then: Branch, otherwise: Branch, like: ir.Value) -> ir.Node:
-    """A choice between two branches."""
-    for _, _, output in (then, otherwise):
-        output.shape, output.type = like.shape, like.type
-    branches = {
-        key: named_graph([], [output], nodes, name)
-        for key, (name, nodes, output) in (("then_branch", then), ("else_branch", otherwise))
-    }
-    node = ir.node("If", [condition], attributes=branches)
-    node.outputs[0].shape, node.outputs[0].type = like.shape, like.type
-    return node
-
-
-def named_graph(
-    inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], nodes: Sequence[ir.Node], name: str
-) -> ir.Graph:
-    """A graph within a node; its values have names that none outside it has."""
-    for index, node in enumerate(nodes):
-        node.name = f"{name}.{index}"
-        for place, value in enumerate(node.outputs):
-            value.name = f"{name}.{index}.{place}"
-    return ir.Graph(inputs, outputs, nodes=nodes, name=name)
-
-
-def loop(
-    build: Builder, count: ir.Value, part: Callable[[Builder, ir.Value], ir.Value], dtype: ir.DataType, name: str
-) -> ir.Value:
-    """A loop that gives a sequence of tensors, whose sizes may differ."""
-    kind = ir.SequenceType(ir.TensorType(dtype))
-    empty = build("SequenceEmpty", dtype=dtype)
-    inputs = [
-        ir.Value(name=f"{name}.index", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT64)),
-        ir.Value(name=f"{name}.goes_on", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.BOOL)),
-        ir.Value(name=f"{name}.parts", type=kind),
-    ]
-    inner = Builder(build.graph)
-    longer = inner("SequenceInsert", inputs[2], part(inner, inputs[0]))
-    goes_on = inner("Identity", inputs[1])
-    goes_on.type, goes_on.shape, longer.type = inputs[1].type, inputs[1].shape, kind
-    body = named_graph(inputs, [goes_on, longer], inner.take(), name)
-    return build("Loop", count, build("Constant", value=ir.tensor(np.asarray(True))), empty, body=body)
-
-
-def replace_readers(old: ir.Value, new: ir.Value, nodes: Sequence[ir.Node]) -> None:
-    """Insert nodes that compute a value from another one, and let the other's readers read it."""
-    producer = old.producer()
-    assert producer is not None
-    graph = producer.graph
-    assert isinstance(graph, ir.Graph)
-    new.shape, new.type = old.shape, old.type
-    readers = list(old.uses())
-    graph.insert_after(producer, nodes)
-    added = {node for top in nodes for node in (top, *_inner(top))}
-    for usage in readers:
-        if usage.node not in added:
-            usage.node.replace_input_with(usage.idx, new)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            new.name, old.name = old.name, f"{old.name}.base"
-            graph.outputs[index] = new
-
-
-def _inner(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes of a node's branches."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from attribute.as_graph().all_nodes()
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,7 @@ from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators import operators_called
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES
-from gralora_fx.exporters.translation.operators import (
-    TRANSLATIONS,
-    DomainNode,
-    batch_norm,
-    dot_product_attention,
-    fft_fftn,
-    histc,
-    softplus,
-    translation_of,
-    update_forms,
-)
+from gralora_fx.exporters.translation.operators import TRANSLATIONS, DomainNode, translation_of, update_forms
 from gralora_fx.exporters.translation.plain_forms import (
     bfloat16_in_float32,
     eliminate_common_subexpressions,
@@ -61,6 +51,13 @@ _FUNCTIONS = "gralora.functions"  # domain of subgraphs, until they are inlined
 Weights = dict[str, tuple[str, Tensor]]  # path and tensor by the name of the node that reads it
 
 _aten = torch.ops.aten
+_REPLACED = {  # whose translation is of `torch_operators`
+    _aten.scaled_dot_product_attention.default,
+    _aten.batch_norm.default,
+    _aten.fft_fftn.default,
+    _aten.histc.default,
+    _aten.softplus.default,
+}
 
 
 def translate(
@@ -123,7 +120,7 @@ def _translate_into(
         for kinds in parts_of_features("onnx operators", operators_called(graph)):
             for kind in kinds:
                 _register(kind)
-    known = operators_in(registry)
+    known = operators_in(registry) | _REPLACED
     graph = Pipeline[fx.Graph](
         name,
         (
@@ -145,6 +142,8 @@ def _translate_into(
         given=frozenset({NOTED_VALUES}),
         error=ExportError,
     ).run(graph, log)
+    if any(node.target in _REPLACED for node in graph.nodes):
+        _register_replaced()
     try:
         with quiet():
             translate_graph(graph, model, container, functions, registry)
@@ -210,11 +209,6 @@ def _registry() -> Any:
     for target, function in onnx_translations().items():
         registry.register_op(target, function)
     registry.register_op(_aten.unsqueeze.default, _unsqueeze_complex, is_complex=True)
-    registry.register_op(_aten.scaled_dot_product_attention.default, dot_product_attention)
-    registry.register_op(_aten.batch_norm.default, batch_norm)
-    registry.register_op(_aten.fft_fftn.default, fft_fftn)
-    registry.register_op(_aten.histc.default, histc)
-    registry.register_op(_aten.softplus.default, softplus)
     for operator, translation in TRANSLATIONS.items():
         registry.register_op(operator, translation)
     return registry
@@ -223,6 +217,14 @@ def _registry() -> Any:
 @functools.cache  # once, in the one registry
 def _register(kind: type[DomainNode]) -> None:
     _registry().register_op(kind.target, translation_of(kind))
+
+
+@functools.cache
+def _register_replaced() -> None:
+    from gralora_fx.exporters.translation import torch_operators
+
+    for operator, translation in torch_operators.TRANSLATIONS.items():
+        _registry().register_op(operator, translation)
 
 
 def _unsqueeze_complex(tensor: Any, dim: int) -> Any:

@@ -18,11 +18,12 @@ from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.gralora import Factors
 from gralora_fx.core.methods.lora import LoraFactors
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.model.merging import replace_weights, with_parameters
+from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, command, listed, option
 from gralora_fx.exporters.artifact.base_parameters import BaseParameters, installed_changes
 from gralora_fx.exporters.artifact.exported_adapters import adapter_tensors
+from gralora_fx.exporters.verify.quantized_references import with_parameters
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, AdapterInputs, is_adapter_input
 from gralora_fx.format.adapter_paths import check_name, own_adapters
 from gralora_fx.run.engine.adapters import Adapters

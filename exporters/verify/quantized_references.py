@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +11,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
 from gralora_fx.base.features import marks, parts
 from gralora_fx.core.graph.sites import LinearSite, other_readers
-from gralora_fx.core.model.merging import replace_weights, with_parameters
+from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, option
 from gralora_fx.exporters.artifact.manifest import save_models, weight_entries
@@ -323,3 +324,10 @@ def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[
         absolute = max(absolute, float(gap.max()))
         relative = max(relative, float((gap / np.where(size == 0, np.finfo(np.float32).tiny, size)).max()))
     return absolute, relative
+
+
+def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
+    """Copy a model so that its graph reads other parameters."""
+    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
+    map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
+    return model.with_graph(graph_module, model.tree)

@@ -14,7 +14,8 @@ from gralora_fx.base.features import parts
 from gralora_fx.base.progress.console import CommandProgress
 from gralora_fx.base.progress.stages import gc_pause, timed
 from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed
-from gralora_fx.base.sources.model_files import MODEL_FILE, RECORD, check_model_files, local_directory, read_json_object
+from gralora_fx.base.sources.model_directories import check_model_files
+from gralora_fx.base.sources.model_files import MODEL_FILE, RECORD, local_directory, read_json_object
 from gralora_fx.base.sources.same_base import BaseSource
 from gralora_fx.cli.values import Declared, check_rounding, graph_name, read_texts, takes, utf8
 from gralora_fx.cli.wording import show

@@ -134,7 +134,7 @@ def verify(
             from gralora_fx.core.model.model_class import without_trainer
             from gralora_fx.exporters import verify_onnx
             from gralora_fx.exporters.verify.same_model import check_exported_adapters
-            from gralora_fx.format.export_files import check_files
+            from gralora_fx.format.export_checks import check_files
         check_exported_adapters(manifest, str(onnx), given)
         if manifest.files:  # a comparison runs some tokens only, and would not see every changed byte
             with timed("reading files"):
@@ -168,7 +168,7 @@ def _recorded(manifest: Manifest, model: str | None, adapters: Sequence[str]) ->
 
 
 def _verify_files(output: Path, others: list[str]) -> None:
-    from gralora_fx.format.export_files import check_files
+    from gralora_fx.format.export_checks import check_files
 
     if others:
         raise ExportError(f"--files compares files alone, so {', '.join(others)} would have no effect; leave it out")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.methods.registry import config_from_fields, config_from_peft, read_config
+from gralora_fx.core.methods.saved_configs import config_from_fields, config_from_peft, read_config
 
 
 class TaskType(StrEnum):

@@ -18,6 +18,7 @@ from gralora_fx.core.loading.tokenizers import load_tokenizer
 from gralora_fx.errors import ServingError, listed, option, warn_caller
 from gralora_fx.format.adapter_inputs import is_adapter_input
 from gralora_fx.format.adapter_paths import own_adapters
+from gralora_fx.format.export_checks import check_files, check_requirements, weight_files
 from gralora_fx.format.export_directory import (
     DECODER_KIND,
     ENCODER_DECODER_KIND,
@@ -26,13 +27,12 @@ from gralora_fx.format.export_directory import (
     ROWS_NAME,
     check_own_file,
 )
-from gralora_fx.format.export_files import check_files, check_requirements, weight_files
 from gralora_fx.format.input_names import IDS
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.cache_buffers import takes_buffers
 from gralora_fx.run.engine.limits import DecoderLimits
-from gralora_fx.run.engine.session_decoders import RowsDecoder, SequentialDecoder
+from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.generate.prompt_answers import Generation, GivenPrompts
 from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, open_session
 from gralora_fx.run.sessions.session_views import is_current_form
@@ -276,6 +276,8 @@ def _decoder_generation(export: OpenExport) -> Generation:
         weights = sum(file.size for name, file in (manifest.files or {}).items() if name.startswith(MODEL_NAME))
         make = partial(RowsDecoder, export.first_session, export.adapters, limits)
         return Generation(limits, partial(make, is_float32=is_float32, weights=weights), given_prompts=given)
+    from gralora_fx.run.engine.sequential_decoder import SequentialDecoder
+
     is_buffer = takes_buffers(export.directory / MODEL_NAME)
     make_one = partial(SequentialDecoder, export.first_session, export.adapters, limits, takes_buffers=is_buffer)
     return Generation(limits, make_one, given_prompts=given)

@@ -12,8 +12,7 @@ from torch.nn.functional import linear
 from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite
-from gralora_fx.core.adapters.adapted_linears import adapted_linears
-from gralora_fx.core.adapters.join_linears import join_adapted_linears
+from gralora_fx.core.adapters.join_linears import adapted_linears, join_adapted_linears
 from gralora_fx.core.methods.low_rank import accumulate, project
 
 DOUBLE = torch.float64

@@ -17,7 +17,7 @@ from traces import fresh, fresh_trace
 from transformers import SwinConfig, SwinForImageClassification
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
-from gralora_fx.core.adapters.adapted_linears import adapted_linears
+from gralora_fx.core.adapters.join_linears import adapted_linears
 from gralora_fx.errors import ConfigError, RewriteError, TraceError
 
 ROWS = ["gralora", "dora", "__base__", "lora", "gralora", "hybrid"]  # not in order

@@ -17,10 +17,10 @@ holder = sys.modules["holder"] = types.ModuleType("holder")
 import torch
 from torch import nn
 from gralora_fx import rewrite, trace
-from gralora_fx.core.adapters import first_step
+from gralora_fx.core.adapters import adapter_graph
 from gralora_fx.core.methods import METHODS
 
-for module in (holder, first_step):
+for module in (holder, adapter_graph):
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(module))
 network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
 traced = trace(network, (torch.randn(1, 8),))

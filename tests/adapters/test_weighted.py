@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 from traces import fresh, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, rewrite
-from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.forms import delta_weight
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
 
 ALL = ["query", "key", "value", "dense"]

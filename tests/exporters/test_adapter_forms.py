@@ -14,7 +14,7 @@ from traces import fresh_trace
 
 from gralora_fx import GraloraConfig, GraloraModel, LoraConfig, rewrite, trace
 from gralora_fx.exporters import export_adapter, export_onnx
-from gralora_fx.exporters.kinds.conversion import takes_blocks
+from gralora_fx.exporters.kinds.data_sites import takes_blocks
 from gralora_fx.serving import load
 
 TARGETS = ["query", "dense"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gralora_fx import trace
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes
+from gralora_fx.exporters.rules.products.float_matrices import fold_transposes
 from gralora_fx.exporters.translation.translate import translate
 
 

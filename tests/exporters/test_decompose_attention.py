@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.core.tracing.trace import trace
-from gralora_fx.exporters.rules.attention.cached_attention import decompose_attention, decompose_masks
+from gralora_fx.exporters.rules.attention.decomposed_attention import decompose_attention, decompose_masks
 from gralora_fx.exporters.translation.operators import DOMAIN
 from gralora_fx.exporters.translation.translate import OPSET, translate
 

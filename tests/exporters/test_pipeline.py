@@ -25,7 +25,7 @@ from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.rules.attention.rotary import RotaryTables
 from gralora_fx.exporters.rules.onnx_pipeline import DUMP, OnnxPipeline, export_log, import_domains
-from gralora_fx.exporters.rules.products.constant_matrices import fold_transposes, merge_matmuls
+from gralora_fx.exporters.rules.products.float_matrices import fold_transposes, merge_matmuls
 from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
 from gralora_fx.exporters.rules.rows.graph_ends import keep_last_position
 

@@ -15,7 +15,7 @@ import pytest
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.plan import QuantizationPlan
 from gralora_fx.exporters.rules.builder import static_dim
-from gralora_fx.exporters.rules.products.constant_matrices import merge_matmuls
+from gralora_fx.exporters.rules.products.float_matrices import merge_matmuls
 from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
 from gralora_fx.exporters.translation import weights
 from gralora_fx.exporters.translation.weights import StackedTogether, concat_tensor, parts_of, transposed_tensor

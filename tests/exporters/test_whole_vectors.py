@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from gralora_fx.exporters.rules.builder import Builder, add_input
-from gralora_fx.exporters.rules.products.constant_matrices import OPERATORS, SUMS, VECTOR, fill_vectors
+from gralora_fx.exporters.rules.products.float_matrices import OPERATORS, SUMS, VECTOR, fill_vectors
 
 ROWS = 5
 

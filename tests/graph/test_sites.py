@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_fx import GraloraConfig, LinearSite, TracedModel, merge, rewrite, trace
 from gralora_fx.core.graph.linear_calls import match_linear_call
-from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.forms import delta_weight
 
 
 def by_path(result: TracedModel) -> dict[str, LinearSite]:

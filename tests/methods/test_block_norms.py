@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gralora_fx.core.methods.fold import delta_weight
-from gralora_fx.core.methods.forms import block_norms
+from gralora_fx.core.methods.forms import block_norms, delta_weight
 from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
 from gralora_fx.core.methods.method import Update
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from test_gralora import IN, OUT, RANKS, factors_of
 
-from gralora_fx.core.methods.fold import delta_weight
-from gralora_fx.core.methods.forms import summed, with_blocks
+from gralora_fx.core.methods.forms import delta_weight, summed, with_blocks
 from gralora_fx.core.methods.gralora import Factors, GraloraSizes
 from gralora_fx.core.methods.method import Update
 

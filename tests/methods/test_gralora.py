@@ -12,7 +12,8 @@ from peft.tuners.gralora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gralora_fx.core.methods.fold import delta_weight, fold
+from gralora_fx.core.methods.fold import fold
+from gralora_fx.core.methods.forms import delta_weight
 from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors
 from gralora_fx.core.methods.lora import LoraFactors
 from gralora_fx.core.methods.low_rank import accumulate, project

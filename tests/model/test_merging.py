@@ -13,7 +13,7 @@ from torch import Tensor
 from traces import fresh_trace, inputs_of, relative_error, run, traced
 
 from gralora_fx import GraloraConfig, GraloraModel, merge, rewrite, trace
-from gralora_fx.core.methods.fold import delta_weight
+from gralora_fx.core.methods.forms import delta_weight
 from gralora_fx.core.methods.gralora import Factors
 from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import MergeError, RewriteError

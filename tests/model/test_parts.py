@@ -13,11 +13,10 @@ from torch import nn
 from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.core.model.inspection import Inspection
 from gralora_fx.core.model.merging import Merging
-from gralora_fx.core.model.saved_adapters import AdapterFiles
 from gralora_fx.core.model.switching import Switching
 from gralora_fx.core.tracing.as_transformers import TransformersView
 
-PARTS = (Switching, Merging, AdapterFiles, Inspection)
+PARTS = (Switching, Merging, Inspection)
 VERBS = [(part, name) for part in PARTS for name in vars(part) if not name.startswith("_")]
 
 

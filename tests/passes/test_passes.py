@@ -14,9 +14,11 @@ from torch import Tensor, fx, nn
 
 from gralora_fx import GraloraConfig, GraloraModel, TracedModel, rewrite, trace
 from gralora_fx.core.adapters.adapter import put
-from gralora_fx.core.adapters.folded_weights import SiteUpdate, fold_in_place, folded_weights
+from gralora_fx.core.adapters.fold_in_place import fold_in_place
+from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights
 from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
-from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, RedirectParameters, SetWeights, UntieWeights
+from gralora_fx.core.adapters.module_copies import RedirectParameters
+from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
 from gralora_fx.core.graph.pipeline import Pipeline
 from gralora_fx.core.graph.surgery import annotate, annotated_nodes, annotation_of, remove_annotation
 from gralora_fx.core.methods.gralora import Factors, GraloraSizes, initial_factors

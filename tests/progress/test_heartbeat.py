@@ -15,17 +15,9 @@ import pytest
 from rich.console import Console
 from terminals import in_terminal, plain_lines
 
-from gralora_fx.base.progress import console as module
-from gralora_fx.base.progress.console import (
-    FIRST,
-    SILENCE,
-    SILENCED,
-    CommandProgress,
-    Heartbeat,
-    StageProgress,
-    time_left,
-    with_progress,
-)
+from gralora_fx.base.progress import heartbeat as module
+from gralora_fx.base.progress.console import SILENCED, CommandProgress, StageProgress, with_progress
+from gralora_fx.base.progress.heartbeat import FIRST, SILENCE, Heartbeat, time_left
 from gralora_fx.base.progress.stages import counted, is_displayed, quiet, timed
 
 ROOT = Path(__file__).parents[2]

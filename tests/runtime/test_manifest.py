@@ -26,7 +26,7 @@ from gralora_fx.cli import app
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.format import manifest as manifest_module
-from gralora_fx.format.export_files import check_files
+from gralora_fx.format.export_checks import check_files
 from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.serving import load
 
@@ -187,7 +187,7 @@ def test_verify_files_needs_no_model_and_names_the_file(folder: Path) -> None:
 
 def test_files_are_verified_without_torch(exported: Path) -> None:
     script = (
-        "import sys; from gralora_fx.format.export_files import check_files; "
+        "import sys; from gralora_fx.format.export_checks import check_files; "
         "from gralora_fx.format.manifest import read_manifest; "
         f"check_files({str(exported)!r}, read_manifest({str(exported)!r}), digests=True); "
         "assert not {'torch', 'transformers', 'onnx'} & set(sys.modules)"

@@ -14,7 +14,7 @@ from gralora_fx import trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.fold.source_export import open_export
-from gralora_fx.format.export_files import check_files
+from gralora_fx.format.export_checks import check_files
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.serving import load
 

@@ -13,13 +13,8 @@ from numpy.typing import NDArray
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.exporters.rules.builder import Builder, add_function, add_input
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlatTokens
-from gralora_fx.exporters.rules.rows.row_tokens import (
-    NUM_TOKENS,
-    TokenGroups,
-    highest_id,
-    token_tiles,
-    tokens_of_adapters,
-)
+from gralora_fx.exporters.rules.rows.row_tokens import NUM_TOKENS
+from gralora_fx.exporters.rules.rows.token_groups import TokenGroups, highest_id, token_tiles, tokens_of_adapters
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BIAS, AdapterSite
 from gralora_fx.format.export_directory import QUERY_SEQLENS
 

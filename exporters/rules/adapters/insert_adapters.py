@@ -17,17 +17,8 @@ from gralora_fx.exporters.rules.adapters.adapter_groups import (
     batched_adapter_function,
 )
 from gralora_fx.exporters.rules.adapters.site_marks import MARKED
-from gralora_fx.exporters.rules.builder import (
-    FUNCTIONS,
-    SITES,
-    Builder,
-    SiteOutput,
-    add_input,
-    choice,
-    replace_readers,
-    sites_in,
-    static_dim,
-)
+from gralora_fx.exporters.rules.branches import choice, replace_readers
+from gralora_fx.exporters.rules.builder import FUNCTIONS, SITES, Builder, SiteOutput, add_input, sites_in, static_dim
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError
 from gralora_fx.format.adapter_inputs import DATA, STACKED, AdapterInputs, AdapterSite

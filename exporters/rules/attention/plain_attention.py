@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.attention.cached_attention import decompose_attention
+from gralora_fx.exporters.rules.attention.decomposed_attention import decompose_attention
 from gralora_fx.exporters.rules.attention.pack_qkv import SWAP, merged_heads
 from gralora_fx.exporters.rules.builder import MICROSOFT, PADDING, Builder, replace_value, smallest_number, static_dim
 from gralora_fx.exporters.translation.operators import AttentionNode, DotProductAttentionNode

@@ -17,12 +17,7 @@ from gralora_fx.exporters.rules.builder import add_initializer
 from gralora_fx.exporters.rules.onnx_pipeline import FLOAT_MATRICES
 from gralora_fx.exporters.rules.products.block_products import BlockProducts, tables_of_heads
 from gralora_fx.exporters.rules.products.column_products import ColumnProducts
-from gralora_fx.exporters.rules.products.constant_matrices import (
-    drop_unread,
-    matrix_of,
-    replace_product,
-    unquantized,
-)
+from gralora_fx.exporters.rules.products.constant_matrices import drop_unread, matrix_of, replace_product, unquantized
 from gralora_fx.exporters.translation.weights import parts_of
 
 

@@ -14,8 +14,6 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.rules.builder import Builder
 
 NUM_TOKENS = "num_tokens"
-TILE = 8  # most tokens of a row that share one copy of an adapter's tensors
-_COPY = 3  # times that a copy of an adapter's tensors moves them through memory
 
 
 class RowsError(ExportError):
@@ -55,7 +53,7 @@ class RowTokens:
 
     def of_rows(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[1, tokens, width]` of `[batch, length, width]`."""
-        return _flat_tokens(build, value, self.tokens)
+        return flat_tokens(build, value, self.tokens)
 
     def of_input(self, build: Builder, value: ir.Value, axis: int) -> ir.Value:
         """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`."""
@@ -75,29 +73,6 @@ class RowTokens:
         return build("Unsqueeze", build("Less", places, counts), build.ints(2))
 
 
-@dataclass(frozen=True)
-class TokenGroups:
-    """The same tokens in groups that share an adapter each.
-
-    Attributes:
-        ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
-        tokens: `[groups, size]`, the tokens of each; any after its last.
-        slots: `[1, tokens]`, the index of each token among all `groups * size`.
-    """
-
-    ids: ir.Value | None
-    tokens: ir.Value
-    slots: ir.Value
-
-    def grouped(self, build: Builder, value: ir.Value) -> ir.Value:
-        """`[groups, size, width]` of `[1, tokens, width]` or `[tokens, width]`."""
-        return take_tokens(build, value, self.tokens, (ir.SymbolicDim("num_groups"), ir.SymbolicDim("group_size")))
-
-    def restored(self, build: Builder, value: ir.Value) -> ir.Value:
-        """`[1, tokens, width]` of `[groups, size, width]`."""
-        return _flat_tokens(build, value, self.slots)
-
-
 def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequence[int | ir.SymbolicDim]) -> ir.Value:
     """`[*sizes, width]` of the tokens at an index, of `[1, tokens, width]` or `[tokens, width]`."""
     flat = value if value.shape is not None and len(value.shape) == 2 else build("Flatten", value, axis=2)
@@ -108,7 +83,8 @@ def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequenc
     return taken
 
 
-def _flat_tokens(build: Builder, value: ir.Value, index: ir.Value) -> ir.Value:
+def flat_tokens(build: Builder, value: ir.Value, index: ir.Value) -> ir.Value:
+    """`[1, tokens, width]` of the tokens at an index, of `[.., .., width]`."""
     return build("Gather", build("Flatten", value, axis=2), index, axis=0)
 
 
@@ -125,7 +101,7 @@ def row_tokens(
         attended: `[batch]` int32, how many attention reads; None for those that count.
     """
     attended = query if attended is None else attended
-    lengths = _Lengths(build, input_ids, query)
+    lengths = RowLengths(build, input_ids, query)
     order = build("Sub", build("CumSum", build("Cast", lengths.flat, to=ir.DataType.INT64), lengths.zero), lengths.one)
     token_at = build("Reshape", build("Max", order, lengths.zero), build("Shape", input_ids))
     before = build("Unsqueeze", build("Cast", past, to=ir.DataType.INT64), build.ints(1))
@@ -168,115 +144,7 @@ def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
     return build("Unsqueeze", last, build.ints(1))
 
 
-def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
-    """`[1]`: the highest id of an adapter among the rows that read.
-
-    Args:
-        build: Makes the nodes.
-        query: `[batch]` int32, how many tokens of each row count.
-        ids: `[batch]`, the adapter of each row.
-    """
-    reads = build("Min", build("Cast", query, to=ir.DataType.INT64), build.scalar(1))
-    return build("ReduceMax", build("Mul", ids, reads), keepdims=1)
-
-
-def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value) -> TokenGroups:
-    """The tokens of rows that are padded on the right, in tiles: each some tokens of one row.
-
-    A tile has as many tokens as the longest row, at most `TILE`. Where all rows that read have one adapter, all their
-    tokens are one tile, whose adapter is copied once.
-
-    Args:
-        build: Makes the nodes.
-        input_ids: `[batch, length]`.
-        query: `[batch]` int32, how many tokens of each row count.
-        ids: `[batch]`, the adapter of each row.
-    """
-    lengths = _Lengths(build, input_ids, query)
-    zero, one = lengths.zero, lengths.one
-
-    def as_column(value: ir.Value) -> ir.Value:
-        return build("Unsqueeze", value, build.ints(1))
-
-    reads = build("Greater", lengths.counts, zero)
-    highest = highest_id(build, query, ids)
-    is_same = build("Or", build("Equal", ids, highest), build("Not", reads))
-    is_one = build("Equal", build("ReduceMin", build("Cast", is_same, to=ir.DataType.INT64), keepdims=0), one)
-    total = build("ReduceSum", lengths.counts, keepdims=1)
-    begin = build("Sub", build.ints(1), build("Unsqueeze", build("Cast", is_one, to=ir.DataType.INT64), build.ints(0)))
-    end = build("Where", is_one, build.ints(1), build.ints(2**31))
-
-    def either(whole: ir.Value, by_row: ir.Value) -> ir.Value:
-        """`[1]` for all rows together, or `[batch]`."""
-        return build("Slice", build("Concat", whole, by_row, axis=0), begin, end)
-
-    counts, ids = either(total, lengths.counts), either(highest, ids)
-    number = build("Squeeze", total, build.ints(0))
-    length = build("Where", is_one, number, lengths.length)
-    size = _at_least_two(build, build("Where", is_one, number, build("Min", lengths.length, build.scalar(TILE))))
-
-    def number_of(tokens: ir.Value) -> ir.Value:
-        return build("Div", build("Add", tokens, build("Sub", size, one)), size)
-
-    starts = build("Sub", build("CumSum", counts, zero), counts)
-    offsets = build("Mul", build("Range", zero, number_of(length), one), size)  # [tiles of a row]
-    used = build("NonZero", build("Less", offsets, as_column(counts)))  # [2, tiles]
-    row, tile = (build("Gather", used, axis) for axis in (zero, one))
-    first = build("Add", build("Gather", starts, row), build("Gather", offsets, tile))
-    final = build("Sub", number, one)
-    tokens = build("Min", build("Add", as_column(first), build("Range", zero, size, one)), final)
-    numbers = number_of(counts)
-    begins = build("Mul", build("Sub", build("CumSum", numbers, zero), numbers), size)  # [batch]
-    slots = build("Reshape", build("Add", as_column(begins), build("Range", zero, length, one)), build.ints(-1))
-    order = build("Where", is_one, build("Range", zero, number, one), lengths.tokens)
-    return TokenGroups(build("Gather", ids, row), tokens, build("Gather", slots, order))
-
-
-def tokens_of_adapters(
-    build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Value, adapters: ir.Value
-) -> tuple[TokenGroups, ir.Value]:
-    """The tokens of rows that are padded on the right, a group for each adapter of the stack.
-
-    So no adapter is copied. That is worth it while the groups are short, and the stack has few adapters beside those
-    that are used: a copy is read and written, and then read again.
-
-    Args:
-        build: Makes the nodes.
-        input_ids: `[batch, length]`.
-        query: `[batch]` int32, how many tokens of each row count.
-        ids: `[batch]`, the adapter of each row.
-        adapters: How many adapters are in the stack, a scalar.
-    """
-    lengths = _Lengths(build, input_ids, query)
-    zero, one = lengths.zero, lengths.one
-    indices = build("Squeeze", lengths.tokens, build.ints(0))
-    number = build("Squeeze", build("Shape", indices), build.ints(0))
-    own = build("Gather", ids, build("Div", indices, lengths.length))  # [tokens]
-    column = build("Unsqueeze", own, build.ints(1))
-    hits = build("Cast", build("Equal", column, build("Range", zero, adapters, one)), to=ir.DataType.INT64)
-    counts = build("ReduceSum", hits, build.ints(0), keepdims=0)
-    most = _at_least_two(build, build("ReduceMax", counts, keepdims=0))
-    before = build("ReduceSum", build("Mul", build("CumSum", hits, zero), hits), build.ints(1), keepdims=0)
-    slots = build("Add", build("Mul", own, most), build("Sub", before, one))
-    shape = build("Concat", *(build("Unsqueeze", size, build.ints(0)) for size in (adapters, most)), axis=0)
-    room = build("Mul", adapters, most)
-    none = build("Expand", zero, build("Unsqueeze", room, build.ints(0)))
-    tokens = build("Reshape", build("ScatterElements", none, slots, build("Range", zero, number, one)), shape)
-    is_short = build("LessOrEqual", most, build.scalar(TILE))
-    is_used = build("LessOrEqual", room, build("Add", build("Mul", number, build.scalar(_COPY)), one))
-    groups = TokenGroups(None, tokens, build("Unsqueeze", slots, build.ints(0)))
-    return groups, build("And", is_short, is_used)
-
-
-def _at_least_two(build: Builder, size: ir.Value) -> ir.Value:
-    """Return the size of a group with room for two tokens, the second of which may be any.
-
-    ONNX Runtime multiplies a lone token by an adapter in another order than several, with other last bits.
-    """
-    return build("Max", size, build.scalar(2))
-
-
-class _Lengths:
+class RowLengths:
     """What the lengths of rows say.
 
     Attributes:
@@ -288,6 +156,7 @@ class _Lengths:
     """
 
     def __init__(self, build: Builder, input_ids: ir.Value, query: ir.Value) -> None:
+        """Compute them from the ids `[batch, length]` and the lengths `[batch]`."""
         self.zero, self.one = build.scalar(0), build.scalar(1)
         self.counts = build("Cast", query, to=ir.DataType.INT64)
         self.length = build("Squeeze", build("Shape", input_ids, start=1, end=2), build.ints(0))

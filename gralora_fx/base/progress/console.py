@@ -6,25 +6,17 @@ import functools
 import logging
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.progress_bar import ProgressBar
-from rich.text import Text
 
 from gralora_fx.base.progress import stages
-from gralora_fx.base.progress.stages import displayed_by, is_displayed
+from gralora_fx.base.progress.heartbeat import Heartbeat
+from gralora_fx.base.progress.stages import is_displayed
 
-FIRST, SILENCE = 5.0, 15.0  # seconds of work before the first line of a log, and between its lines
 SILENCED = "GRALORA_FX_PROGRESS"  # the environment variable that is 0 where nothing is to be shown
-_POLL = 0.5  # seconds until a log asks again whether there is news
-_LEAST = 1.0  # seconds of a stage that say how long it will take
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
@@ -33,214 +25,6 @@ _Result = TypeVar("_Result")
 def is_silenced() -> bool:
     """Return whether the environment asks for no progress."""
     return os.environ.get(SILENCED, "").strip().lower() in ("0", "off", "no", "false")
-
-
-def time_left(seconds: float) -> str:
-    """Say how many seconds are left, in words such as `about 20 s left`."""
-    if seconds >= 90:
-        return f"about {round(seconds / 60)} min left"
-    step = 1 if seconds < 10 else 5
-    return f"about {max(step, round(seconds / step) * step)} s left"
-
-
-@dataclass
-class _Stage:
-    """A stage that is running.
-
-    Attributes:
-        name: Its name.
-        began: When it did, by the clock.
-        done: How many things are done.
-        total: How many there are; 0 where they are not counted.
-        unit: What they are.
-        detail: What else is news.
-        has_news: Whether something was not shown yet.
-    """
-
-    name: str
-    began: float
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-    detail: str = ""
-    has_news: bool = True
-
-    def counts(self, now: float) -> str:
-        """How far it is, and how long it will take."""
-        parts = [f"{self.done}/{self.total} {self.unit}".rstrip()]
-        parts += [self.detail] if self.detail else []
-        elapsed = now - self.began
-        if self.done and elapsed >= _LEAST:
-            parts.append(time_left(elapsed / self.done * (self.total - self.done)))
-        return ", ".join(parts)
-
-    def line(self, now: float) -> str:
-        """Return what a log says of it."""
-        return f"{self.name}: {self.counts(now)}" if self.total else f"{self.name} ..."
-
-
-class Heartbeat:
-    """Prints now and then what is going on, to a console that is not a terminal: one line at a time, with news alone.
-
-    A context manager and a display of stages (`progress.stages`): lines come while the block runs, the first after a
-    few seconds. On a terminal it prints nothing, as live displays do that there.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        *,
-        first: float | None = None,
-        silence: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Begin outside any stage.
-
-        Args:
-            console: Where to print.
-            first: Seconds until the first line may come; None for `FIRST`.
-            silence: The least seconds between two lines; None for `SILENCE`.
-            clock: Gives the time in seconds.
-        """
-        self._console, self._clock = console, clock
-        self._silence = SILENCE if silence is None else silence
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._stages: list[_Stage] = []
-        self._due = clock() + (FIRST if first is None else first)
-        self._shown: AbstractContextManager[None] = nullcontext()
-
-    def __enter__(self) -> Heartbeat:
-        """Show the stages of this thread, unless the console is a terminal."""
-        if not self._console.is_terminal:
-            self._shown = displayed_by(self)
-            self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-            self._thread.start()
-        self._shown.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop."""
-        self._shown.__exit__(None, None, None)
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def begin(self, stage: str) -> None:
-        """Enter a stage, within the one that is running."""
-        with self._lock:
-            self._stages.append(_Stage(stage, self._clock()))
-
-    def end(self, stage: str) -> None:
-        """Leave a stage, and those within it that an error ended."""
-        with self._lock:
-            names = [running.name for running in self._stages]
-            if stage in names:
-                del self._stages[len(names) - 1 - names[::-1].index(stage) :]
-
-    def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
-        """Note how far a stage is (see `progress.stages.Display`)."""
-        with self._lock:
-            for running in self._stages:
-                if running.name == stage:
-                    is_new = done > running.done or not running.total
-                    running.done, running.total, running.unit, running.detail = done, total, unit, detail
-                    running.has_news = running.has_news or is_new
-
-    def shown(self) -> None:
-        """Note that something else was just printed."""
-        with self._lock:
-            self._due = self._clock() + self._silence
-
-    def beat(self) -> float:
-        """Print a line if one is due and there is news; returns the seconds until the next can be."""
-        with self._lock:
-            now = self._clock()
-            if self._due > now:
-                return self._due - now
-            if not self._stages or not self._stages[-1].has_news:
-                return min(_POLL, self._silence)
-            self._stages[-1].has_news = False
-            line = self._stages[-1].line(now)
-            self._due = now + self._silence
-        self._console.print(line, markup=False)
-        return self._silence
-
-    def _run(self) -> None:
-        wait = self.beat()
-        while not self._ended.wait(wait):
-            wait = self.beat()
-
-
-class _LiveStages:
-    """Stages on a terminal: each with its time, the counts of the running one, and the total of several at the end."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._begin = time.perf_counter()
-        self._outermost = 0
-        self._tasks: list[tuple[_Stage, TaskID]] = []
-        columns = (SpinnerColumn(finished_text=" "), TextColumn("{task.description:<10}"), _Seconds(), _Bar(), _Count())
-        self._live = Progress(*columns, console=console, redirect_stdout=False)
-        self._shown = displayed_by(self)
-
-    def __enter__(self) -> None:
-        self._shown.__enter__()
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._shown.__exit__(None, None, None)
-        self._live.stop()
-        if self._outermost > 1 and kind is None:
-            width = max([10, *(len(task.description) for task in self._live.tasks)])
-            self._console.print(f"  {'total':<{width}} {time.perf_counter() - self._begin:>8.1f} s")
-
-    def begin(self, stage: str) -> None:
-        self._live.start()
-        self._outermost += not self._tasks
-        running = _Stage(stage, time.monotonic())
-        self._tasks.append((running, self._live.add_task(stage, total=None, running=running)))
-
-    def end(self, stage: str) -> None:
-        names = [running.name for running, _ in self._tasks]
-        if stage not in names:
-            return
-        first = len(names) - 1 - names[::-1].index(stage)
-        for running, task in self._tasks[first:]:
-            if running.total:  # its time is part of the stage's around it
-                self._live.remove_task(task)
-            else:
-                self._live.update(task, total=1, completed=1)
-        del self._tasks[first:]
-
-    def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
-        for running, _ in self._tasks:
-            if running.name == stage:
-                running.done, running.total, running.unit, running.detail = done, total, unit, detail
-
-
-class _Seconds(ProgressColumn):
-    """The seconds of a stage, finished or so far."""
-
-    def render(self, task: Task) -> Text:
-        seconds = task.finished_time if task.finished else task.elapsed
-        return Text(f"{seconds or 0.0:>8.1f} s")
-
-
-class _Bar(ProgressColumn):
-    """How far a counted stage is, as a bar."""
-
-    def render(self, task: Task) -> ProgressBar | Text:
-        stage: _Stage = task.fields["running"]
-        return ProgressBar(stage.total, stage.done, width=10) if stage.total else Text("")
-
-
-class _Count(ProgressColumn):
-    """How far a counted stage is, in words."""
-
-    def render(self, task: Task) -> Text:
-        stage: _Stage = task.fields["running"]
-        return Text(stage.counts(time.monotonic()) if stage.total else "")
 
 
 class StageProgress:
@@ -260,8 +44,12 @@ class StageProgress:
             # the current stderr, so that the display goes on while the libraries' output is suppressed; in a notebook
             # it is a stream like any other
             console = self._console or Console(file=sys.stderr, highlight=False, soft_wrap=True, force_jupyter=False)
-            beats = Heartbeat(console, first=self._silence, silence=self._silence)
-            self._display = _LiveStages(console) if console.is_terminal else beats
+            if console.is_terminal:
+                from gralora_fx.base.progress.live_stages import LiveStages
+
+                self._display = LiveStages(console)
+            else:
+                self._display = Heartbeat(console, first=self._silence, silence=self._silence)
         self._display.__enter__()
 
     def __exit__(self, kind: object = None, *_: object) -> None:

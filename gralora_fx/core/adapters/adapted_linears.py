@@ -1,4 +1,4 @@
-"""Adapted layers that read one input, as one function of the graph that runs in training.
+"""What adapted layers that read one input compute in training, and their gradients.
 
 Autograd's own derivatives make a tensor as wide as the layer for each product of each layer, copy it between the layout
 of blocks `[k, T, out/k]` and that of the layer `[T, out]`, and add them up. Here products are computed in the layer's
@@ -17,47 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gralora_fx.base.compat.torch_graphs import is_transformed
 from gralora_fx.core.methods.low_rank import Rows, accumulate, in_blocks, project, set_rows, swapped
 
 _KEPT = 4  # hidden values that are more than 1/4 of the input are computed again instead of kept
-_Weight = Tensor | tuple[Any, ...]
-_Term = tuple[int, float, Rows | None]  # of an adapter: the place of its layer, its scale and its rows
+Weight = Tensor | tuple[Any, ...]
+Term = tuple[int, float, Rows | None]  # of an adapter: the place of its layer, its scale and its rows
 
 
-def adapted_linears(
-    x: Tensor,
-    dropped: Tensor | None,
-    weights: Sequence[_Weight],
-    biases: Sequence[Tensor | None],
-    adapted: Sequence[int],
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    scales: Sequence[float],
-    rows: Sequence[Rows | None],
-) -> tuple[Tensor, ...]:
-    """Compute adapted layers of one input: `accumulate(linear(x, weight, bias), project(dropped, A), B, scale)` each.
-
-    Args:
-        x: The layers' input, `[..., in]`.
-        dropped: The input of their adapters, after dropout; None where it is `x`.
-        weights: The layers' weights, `[out, in]`, or what unpacks them.
-        biases: Their biases, `[out]`, or None.
-        adapted: The place of the layer of each adapter.
-        As: The first factors, as for `project`.
-        Bs: The second factors, as for `accumulate`.
-        scales: Factors of the updates.
-        rows: The rows of the first axis that each adapter is for; None for all.
-    """
-    read = x if dropped is None else dropped
-    terms = tuple(zip(adapted, scales, rows, strict=True))
-    if not _is_plain(x, dropped, *weights, *biases, *As, *Bs):
-        return _outputs(x, read, weights, biases, terms, As, Bs)[0]
-    floats = (weight if isinstance(weight, Tensor) else None for weight in weights)
-    return _AdaptedLinears.apply(x, dropped, terms, weights, *floats, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _values(weight: _Weight) -> Tensor:
+def _values(weight: Weight) -> Tensor:
     """Return a weight `[out, in]`; one in few bits is unpacked."""
     if isinstance(weight, Tensor):
         return weight
@@ -66,16 +33,16 @@ def _values(weight: _Weight) -> Tensor:
     return values.t() if is_turned else values
 
 
-def _outputs(
+def compute_layers(
     x: Tensor,
     read: Tensor,
-    weights: Sequence[_Weight],
+    weights: Sequence[Weight],
     biases: Sequence[Tensor | None],
-    terms: Sequence[_Term],
+    terms: Sequence[Term],
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Return what layers compute, and the hidden values of their adapters."""
+    """Compute adapted layers, and return their outputs and the hidden values of their adapters."""
     outputs = [nn.functional.linear(x, _values(weight), bias) for weight, bias in zip(weights, biases, strict=True)]
     taken = {id(rows): _of(read, rows) for _, _, rows in terms}
     hidden = [project(taken[id(rows)], A) for (_, _, rows), A in zip(terms, As, strict=True)]
@@ -93,15 +60,16 @@ def _outputs(
     return tuple(outputs), hidden
 
 
-class _AdaptedLinears(torch.autograd.Function):
-    """`adapted_linears`, whose gradients of `x` are accumulated into one tensor."""
+class AdaptedLinears(torch.autograd.Function):
+    """The layers for autograd, whose gradients of `x` are accumulated into one tensor."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, terms: Sequence[_Term], weights: Sequence[_Weight], *tensors: Any
+        ctx: Any, x: Tensor, dropped: Tensor | None, terms: Sequence[Term], weights: Sequence[Weight], *tensors: Any
     ) -> tuple[Tensor, ...]:
+        """Compute the layers, and keep what their gradients need."""
         floats, biases, As, Bs = _columns(tensors, *[len(weights)] * 2, *[len(terms)] * 2)
-        outputs, hidden = _outputs(x, x if dropped is None else dropped, weights, biases, terms, As, Bs)
+        outputs, hidden = compute_layers(x, x if dropped is None else dropped, weights, biases, terms, As, Bs)
         kept = (
             part if _KEPT * part.numel() <= _size(x, rows) else None
             for (_, _, rows), part in zip(terms, hidden, strict=True)
@@ -114,6 +82,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        """Return the gradients of the input, of weights, of biases and of both factors."""
         x, dropped, *tensors = ctx.saved_tensors
         of_input, of_dropped, _, _, *needed = ctx.needs_input_grad
         count, read = len(ctx.packed), x if dropped is None else dropped
@@ -204,15 +173,3 @@ def _add_gradients(
 def _columns(tensors: Sequence[Any], *lengths: int) -> list[Sequence[Any]]:
     """Divide tensors into columns of these lengths."""
     return [tensors[start:end] for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0))]
-
-
-def _is_plain(*operands: Any) -> bool:
-    """Return whether operands are computed with as they are: by no compiler, transform or mode, in one dtype."""
-    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-    return (
-        all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
-        and not tensors[0].is_meta  # which has no autocast to ask about
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(tensors[0].device.type)
-        and not is_transformed()
-    )

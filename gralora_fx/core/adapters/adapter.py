@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
-from gralora_fx.core.adapters.other_parameters import RedirectParameters
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
@@ -152,10 +151,6 @@ class ModelAdapter:
             own_dtype = dtype if dtype != site.weight.dtype else None
             insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
         return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout)
-
-    def redirection(self, tree: ModuleTree) -> RedirectParameters:
-        """The pass that redirects a graph to its copies of base parameters."""
-        return RedirectParameters(tree, self.name, {module: owned.paths for module, owned in self.copies.items()})
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Set whether the adapter's tensors require gradients."""

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gralora_fx.base.sources.atomic_save import Writer, read_together
-from gralora_fx.base.sources.model_files import resolve_directory
+from gralora_fx.base.sources.model_directories import resolve_directory
 from gralora_fx.base.sources.safetensors_files import Layout, header_bytes, read_layout
 from gralora_fx.core.adapters.agreement import check_target_names
 from gralora_fx.core.adapters.saved_form import SIZES, file_metadata, sorted_arrays, sorted_metadata, tensors_digest

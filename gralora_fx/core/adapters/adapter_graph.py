@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from gralora_fx.base.sources.lazy_tensors import is_lazy
 from gralora_fx.core.adapters.adapter import ModelAdapter, drop
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.current_graph import CurrentGraph
-from gralora_fx.core.adapters.first_step import watch_first_step
 from gralora_fx.core.adapters.folded_weights import (
     SiteUpdate,
     check_foldable,
     check_not_shared,
-    fold_in_place,
     folded_weights,
-    overlapping,
-    replace_values,
-    shared_sites,
 )
 from gralora_fx.core.graph.pipeline import GraphPass
 from gralora_fx.core.methods import AdapterTensors
@@ -67,7 +63,7 @@ class AdapterGraph(CurrentGraph):
             except BaseException:
                 self._drop(name)
                 raise
-            watch_first_step(self, name)
+            _watch_first_step(self, name)
             self._show_adapters()
 
     def note_base(self, name: str, base: BaseComparison) -> None:
@@ -190,39 +186,13 @@ class AdapterGraph(CurrentGraph):
     def fold_into_base(
         self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False
     ) -> dict[str, nn.Parameter]:
-        """Fold adapters and their copies of parameters into the base's own parameters.
+        """Fold adapters and their copies of parameters into the base's own, once everything is checked."""
+        from gralora_fx.core.adapters.fold_in_place import fold_adapters
 
-        Everything is checked before the first parameter changes.
-        """
         with self._lock:
             chosen = self.mergeable(names, again=True)
-            graph_module, work = self.traced.graph_module, self.updates(chosen)
-            copies = self._settled_copies(chosen)
-            shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}
-            tied = [entry for entry in work if entry.site.path in shared or is_lazy(entry.site.weight)]
-            weights = folded_weights(graph_module, tied, safe=safe, untie=True)
-            fold_in_place(graph_module, [entry for entry in work if entry not in tied], safe=safe)
-            replace_values(copies)
-            return weights
-
-    def _settled_copies(self, names: Sequence[str]) -> list[tuple[nn.Parameter, Tensor]]:
-        """The base's parameters of which adapters train copies, each with a clone of the adapter's copy."""
-        tree = self.traced.tree
-        memory = overlapping(tree.parameters)
-        copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        for name in names:
-            for module, owned in self.adapters[name].copies.items():
-                for base, parameter in owned.items():
-                    outside = [
-                        n for n in (*tree.names_of(tree.parameters[base]), *memory.get(base, ())) if n not in owned
-                    ]
-                    if outside:
-                        raise MergeError(
-                            f"{base} of {module} is tied with {', '.join(outside)}, which would change too; "
-                            "use gralora_fx.merge, which leaves the base as it is"
-                        )
-                    copies[id(tree.parameters[base])] = tree.parameters[base], parameter.detach().clone()
-        return list(copies.values())
+            adapters, work = [self.adapters[name] for name in chosen], self.updates(chosen)
+            return fold_adapters(self.traced, adapters, work, safe=safe, untie=untie)
 
     def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
         """The weight updates of adapters that fold into one weight, by site."""
@@ -348,3 +318,27 @@ class AdapterGraph(CurrentGraph):
         drop(self.base.tree, name)
         self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
         self._show_adapters()
+
+
+# -- an optimizer's first step: nothing is registered before there is an adapter ------------------------------------
+
+# the adapters that no optimizer has trained yet, by owner, which is forgotten when it is gone
+_untrained: weakref.WeakKeyDictionary[AdapterGraph, set[str]] = weakref.WeakKeyDictionary()
+_hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
+
+
+def _watch_first_step(owner: AdapterGraph, name: str) -> None:
+    """Let the first step of an optimizer that trains an adapter warn of where it got no gradient.
+
+    A step costs nothing more after that one. Of optimizers that are not torch's nothing is known.
+    """
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before_step))
+    _untrained.setdefault(owner, set()).add(name)
+
+
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
+    if _untrained and not torch.compiler.is_compiling():
+        from gralora_fx.core.adapters.first_step import check_first_step
+
+        check_first_step(optimizer, _untrained)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.sources.lazy_tensors import is_lazy
-from gralora_fx.core.graph.surgery import container_at, copy_graph, copy_in_mode, parameter_tree, replace_parameters
+from gralora_fx.core.graph.surgery import copy_graph, copy_in_mode, parameter_tree, replace_parameters
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import MergeError, RewriteError
+from gralora_fx.errors import MergeError
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.same_base import BaseSource
     from gralora_fx.core.graph.packed_weights import PackedWeight
 
 
-class _ParameterSlot(NamedTuple):
+class ParameterSlot(NamedTuple):
     """Where the tree holds a parameter of the base, and which parameter it was when last compared."""
 
     name: str
@@ -29,14 +28,15 @@ class _ParameterSlot(NamedTuple):
 
     @property
     def now(self) -> Tensor | None:
+        """What the tree has there now."""
         return self.module._parameters.get(self.key)
 
 
 class Base:
     """A trace, and the module tree that owns its tensors and those of the adapters.
 
-    PyTorch replaces parameters in a module tree: `load_state_dict(assign=True)`, `.to()`, `setattr`, sharding. Sites,
-    plans and graphs name tensors of the trace, so the trace is rebuilt over the tree's tensors whenever they differ.
+    Sites, plans and graphs name tensors of the trace, so the trace is rebuilt over the tree's tensors whenever they
+    differ (see `replaced_tensors`).
 
     Attributes:
         tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
@@ -44,6 +44,8 @@ class Base:
         trainable: Names of the parameters that required gradients before there was an adapter.
         running_block: Returns a block of the module that runs, by its path.
         packed: The weights in few bits, by name; the tree has buffers in their place.
+        slots: The parameters of the trace, and where the tree holds each.
+        seen_graph: The graph that the trace had when it was last compared.
     """
 
     packed: Mapping[str, PackedWeight]
@@ -54,25 +56,25 @@ class Base:
         self.tree = parameter_tree(copied)
         self.traced = traced
         self._hold_packed()
-        self._graph_module = traced.graph_module
+        self.seen_graph = traced.graph_module
         self._install_blocks()
         self.trainable = [name for name, p in traced.tree.parameters.items() if p.requires_grad]
-        self._slots = self._find_slots(traced)
+        self.slots = self.find_slots(traced)
 
     @property
     def is_current(self) -> bool:
         """Whether the trace uses the tree's current tensors, and has the graph that it had."""
-        return self.has_graph and all(slot.now is slot.parameter for slot in self._slots)
+        return self.has_graph and all(slot.now is slot.parameter for slot in self.slots)
 
     @property
     def has_graph(self) -> bool:
         """Whether the trace has the graph that it had: it gets another one when it is converted."""
-        return self.traced.graph_module is self._graph_module
+        return self.traced.graph_module is self.seen_graph
 
     @property
     def modules(self) -> dict[int, tuple[nn.Module, str]]:
         """The module of the tree that holds each parameter, with its name there, by the parameter's id."""
-        return {id(slot.parameter): (slot.module, slot.key) for slot in self._slots}
+        return {id(slot.parameter): (slot.module, slot.key) for slot in self.slots}
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle writes."""
@@ -85,11 +87,11 @@ class Base:
         from gralora_fx.core.tracing.graph_record import unpack_module
 
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
-        self._graph_module = self.traced.graph_module
+        self.seen_graph = self.traced.graph_module
         self.packed = {}  # a trace with packed weights is not pickled
         self.trainable = state["trainable"]
         self._install_blocks()
-        self._slots = self._find_slots(self.traced)
+        self.slots = self.find_slots(self.traced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         """A copy with tensors of its own."""
@@ -97,16 +99,16 @@ class Base:
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)
         other.tree = copy.deepcopy(self._plain_tree(), memo)
-        other._graph_module = other.traced.graph_module
+        other.seen_graph = other.traced.graph_module
         other.trainable = list(self.trainable)
         other.packed = self.packed
         other._install_blocks()
-        other._slots = other._find_slots(other.traced)
+        other.slots = other.find_slots(other.traced)
         return other
 
     def check_whole(self) -> None:
         """Check that no process holds only a part of the weights, for what one process does with whole ones."""
-        if is_sharded(slot.now for slot in self._slots):
+        if is_sharded(slot.now for slot in self.slots):
             raise MergeError(
                 "the model is distributed over processes (FSDP2), which hold parts of its weights; save the adapter "
                 "with save_pretrained, and merge it in a process that loads the model whole"
@@ -153,88 +155,21 @@ class Base:
         assert self.running_block is not None  # which whoever runs the graphs has set
         return self.running_block(path)
 
-    def follow(self) -> None:
-        """Take the new graph of a trace that was converted; rebuild the trace if the tree has other tensors."""
-        if not self.has_graph:
-            self._graph_module = self.traced.graph_module
-            self._take_constants()
-            self._slots = self._find_slots(self.traced)
-            for slot in self._slots:
-                if slot.now is not None and slot.now.dtype != slot.parameter.dtype:
-                    slot.module._parameters[slot.key] = slot.parameter
-            if self.is_current:
-                return
-        now = self._parameters_now()
-        moved = {id(slot.parameter): now[slot.name] for slot in reversed(self._slots)}  # under the first name
-        names = self.traced.tree.parameters.items()
-        parameters = {name: now.get(name, moved.get(id(old), old)) for name, old in names}
-        traced, training = self.traced, self.traced.training
-        graph_module = self.graph_module(copy_graph(traced.graph_module), training, "TracedGraph")
-        self.traced = traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters))
-        self._graph_module = graph_module
-        self._slots = self._find_slots(self.traced)
-
     def parameters_now(self) -> dict[str, nn.Parameter]:
         """The parameters by the names of the source model, as the tree has them now, within a forward of FSDP2 too."""
-        now = {id(slot.parameter): slot.now for slot in self._slots}
+        now = {id(slot.parameter): slot.now for slot in self.slots}
         return {name: now.get(id(p), p) for name, p in self.traced.tree.parameters.items()}  # type: ignore[misc]
 
-    def _take_constants(self) -> None:
-        """Take from the trace whatever its graph reads but parameters: constants, branches, converted buffers."""
-        graph_module = self._graph_module
-        for path in dict.fromkeys(
-            str(n.target) for n in graph_module.graph.nodes if n.op in ("get_attr", "call_module")
-        ):
-            owner, _, name = path.rpartition(".")
-            theirs, own = graph_module.get_submodule(owner), container_at(self.tree, owner)
-            if name in theirs._buffers:
-                own._buffers[name] = theirs._buffers[name]
-            elif name in theirs._modules:
-                own._modules[name] = theirs._modules[name]
-            elif name not in theirs._parameters:
-                setattr(own, name, getattr(theirs, name))
-
-    def _parameters_now(self) -> Mapping[str, nn.Parameter]:
-        """The tree's current parameters by name; tied ones stay tied if they share all of their memory."""
-        first: dict[int, nn.Parameter] = {}
-        now: dict[str, nn.Parameter] = {}
-        for slot in self._slots:
-            parameter = slot.now
-            if not isinstance(parameter, nn.Parameter):
-                raise RewriteError(
-                    f"{slot.name} of the base model is not a parameter any more (it was parametrized or removed after "
-                    "the trace), so adapters cannot be changed or merged; undo that, or trace the model as it is now"
-                )
-            if slot.parameter.shape != parameter.shape:
-                raise RewriteError(
-                    f"{slot.name} of the base model has the shape {list(parameter.shape)} instead of "
-                    f"{list(slot.parameter.shape)} since it was replaced; gather it, or trace the model as it is now"
-                )
-            same = first.setdefault(id(slot.parameter), parameter)
-            if same is not parameter and _is_same_memory(same, parameter):
-                slot.module._parameters[slot.key] = parameter = same
-            now[slot.name] = parameter
-        return now
-
-    def _find_slots(self, traced: TracedModel) -> list[_ParameterSlot]:
+    def find_slots(self, traced: TracedModel) -> list[ParameterSlot]:
+        """Find where the tree holds the parameters of a trace."""
         parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
         slots = []
         for name, parameter in parameters.items():
             if name in self.packed:
                 continue
             owner, _, key = name.rpartition(".")
-            slots.append(_ParameterSlot(name, self.tree.get_submodule(owner), key, parameter))
+            slots.append(ParameterSlot(name, self.tree.get_submodule(owner), key, parameter))
         return slots
-
-
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same view of the same memory, as a tied weight after `assign=True`."""
-    return (
-        not one.is_meta
-        and one.device == other.device
-        and one.dtype == other.dtype
-        and (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
-    )
 
 
 def is_sharded(tensors: Iterable[Tensor | None]) -> bool:

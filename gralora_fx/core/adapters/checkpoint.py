@@ -13,19 +13,80 @@ from gralora_fx.base.sources.atomic_save import save_together
 from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.adapter import ModelAdapter, checkpoint_parameters
-from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers
+from gralora_fx.core.adapters.adapter_files import SAVED_COPY, adapter_writers, read_adapter
+from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.core.adapters.base import base_of, is_sharded
 from gralora_fx.core.adapters.saved_form import saved_config
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import KEY_PREFIX
+from gralora_fx.core.config.checks import KEY_PREFIX, check_adapter_name
 from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.planning.planner import planned_for
+from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import CheckpointError, bulleted, command, warn_caller
+from gralora_fx.errors import CheckpointError, ConfigError, bulleted, command, warn_caller
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
     """The base's parameter names for the keys of PEFT's file that hold copies of parameters."""
     return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
+
+
+def save_adapters(
+    state: AdapterGraph,
+    adapters: Mapping[str, ModelAdapter],
+    directory: str | Path,
+    model: nn.Module,
+    *,
+    is_main_process: bool,
+    state_dict: Mapping[str, Tensor] | None,
+) -> None:
+    """Write adapters of a model, by folder; of a distributed one every process gathers them, and one writes."""
+    is_distributed = any(is_sharded(adapter.parameters()) for adapter in adapters.values())
+    if state_dict is not None and is_distributed:  # Accelerate has gathered it, and one process calls this
+        if is_main_process:
+            whole = {name: _whole_tensors(adapter, state_dict) for name, adapter in adapters.items()}
+            _write_adapters(adapters, whole, directory, state.base.traced)
+        return
+    for adapter in adapters.values() if state_dict is not None else ():
+        check_state_dict(adapter, state_dict or {})
+    reshard(model)
+    tensors = {name: gathered(checkpoint_parameters(adapter)) for name, adapter in adapters.items()}
+    if is_main_process and (is_writer() or not is_distributed):
+        _write_adapters(adapters, tensors, directory, state.traced)
+
+
+def load_adapter(
+    state: AdapterGraph, directory: str | Path, name: str, *, revision: str | None, strict_base: bool
+) -> None:
+    """Load a saved adapter into a model's adapter of that name and configuration, or into a new one."""
+    config, tensors = read_adapter(directory, revision=revision)
+    base = settled_base(config, state.traced, directory, strict=strict_base)
+    planned = planned_for(state.traced, config)
+    if name in state.adapters:
+        with state.writing():
+            state.check_not_merged("load tensors")
+            _check_same_config(state[name], planned)
+            load_tensors(state[name], tensors, state.traced.tree, str(directory))
+    else:
+        check_adapter_name(name)
+        state.add(name, planned)
+        try:
+            load_tensors(state[name], tensors, state.traced.tree, str(directory))
+        except CheckpointError:
+            state.discard(name)
+            raise
+    state.note_base(name, base)
+
+
+def _check_same_config(adapter: ModelAdapter, other: RewritePlan) -> None:
+    mine, theirs = (
+        {planned.site.path: (planned.sizes, planned.scale) for planned in chosen.selected}
+        for chosen in (adapter.plan, other)
+    )
+    if mine != theirs or adapter.plan.saved_modules != other.saved_modules:
+        raise ConfigError(
+            f"adapter {adapter.name!r} exists with another configuration; delete it first or load under another name"
+        )
 
 
 def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: ModuleTree, origin: str) -> None:
@@ -75,7 +136,7 @@ def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) ->
             )
 
 
-def whole_tensors(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _whole_tensors(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return an adapter's tensors from a state dict of whole tensors, by the keys of PEFT's file."""
     names = {id(parameter): f"graph_module.{path}" for path, parameter in adapter.named_parameters()}
     found = {key: names[id(parameter)] for key, parameter in checkpoint_parameters(adapter).items()}
@@ -84,7 +145,7 @@ def whole_tensors(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> di
     return {key: state_dict[name] for key, name in found.items()}
 
 
-def write_adapters(
+def _write_adapters(
     adapters: Mapping[str, ModelAdapter],
     tensors: Mapping[str, Mapping[str, Tensor]],
     directory: str | Path,

@@ -81,8 +81,10 @@ class CurrentGraph:
     def traced(self) -> TracedModel:
         """The base's trace, over the model's current tensors."""
         if not self.base.is_current:
+            from gralora_fx.core.adapters.replaced_tensors import follow
+
             with self._lock:
-                self.base.follow()
+                follow(self.base)
                 sites = {site.path: site for site in self.base.traced.adaptable}
                 self.adapters = {name: adapter.over(sites, self.base.tree) for name, adapter in self.adapters.items()}
                 self._cache.clear()

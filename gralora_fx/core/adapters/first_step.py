@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, MutableMapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.planning.rewrite_plan import PlannedSite
@@ -23,28 +22,20 @@ class HasAdapters(Protocol):
     adapters: dict[str, ModelAdapter]
 
 
-def watch_first_step(owner: HasAdapters, name: str) -> None:
-    """Have the first step of an optimizer that trains an adapter say where it got no gradient.
+_Owner = TypeVar("_Owner", bound=HasAdapters)
 
-    A step costs nothing more after that one. Of optimizers that are not torch's nothing is known.
+
+def check_first_step(optimizer: Optimizer, untrained: MutableMapping[_Owner, set[str]]) -> None:
+    """Warn of adapters that an optimizer trains for the first time and that got no gradient somewhere.
+
+    Args:
+        optimizer: The optimizer, before its step.
+        untrained: Names of the adapters that no optimizer has trained yet, by owner; those that it trains are removed.
     """
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_before_step))
-    _untrained.setdefault(owner, set()).add(name)
-
-
-# the adapters that no optimizer has trained yet, by owner, which is forgotten when it is gone
-_untrained: weakref.WeakKeyDictionary[HasAdapters, set[str]] = weakref.WeakKeyDictionary()
-_hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook cannot be removed while hooks run
-
-
-def _before_step(optimizer: Optimizer, *_: Any) -> None:
-    if not _untrained or torch.compiler.is_compiling():
-        return
     if all(group.get("lr") == 0 for group in optimizer.param_groups):  # as torch makes room for a saved state
         return
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for owner, names in list(_untrained.items()):
+    for owner, names in list(untrained.items()):
         for name in list(names):
             adapter = owner.adapters.get(name)
             is_first = adapter is not None and any(id(parameter) in trained for parameter in adapter.parameters())
@@ -53,7 +44,7 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
             if adapter is not None and is_first:
                 _warn_of_idle(adapter)
         if not names:
-            _untrained.pop(owner, None)
+            untrained.pop(owner, None)
 
 
 def _warn_of_idle(adapter: ModelAdapter) -> None:

@@ -1,8 +1,8 @@
-"""Weights with the updates of adapters folded into them, in new memory or in place; no graph changes."""
+"""Weights with the updates of adapters folded into them, in new memory; no graph changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,15 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.sources.lazy_tensors import (
-    EntrySource,
     is_lazy,
-    lazy_parameter,
     raw_values_of,
-    value_entries,
     values_of,
 )
 from gralora_fx.core.graph.sites import LinearSite, computed_sites, other_readers
-from gralora_fx.core.methods.arrays import accumulator_of
 from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import MergeError, remedy
@@ -48,84 +44,18 @@ def folded_weights(
     weights: dict[str, nn.Parameter] = {}
     with torch.no_grad():
         for entry in work:
-            weight = _folded(entry, (spare or {}).get(entry.site.path))
+            weight = folded(entry, (spare or {}).get(entry.site.path))
             weights[entry.site.path] = nn.Parameter(weight, requires_grad=False)
     if safe:
-        _check_finite(weights)
+        check_finite(weights)
     return weights
 
 
-def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
-    """Lazy folded weights by site path, computed when they are read (see `gralora_fx.base.sources.lazy_tensors`).
-
-    Half-precision weights are folded into a float32 result, so that they are rounded once.
-    """
-    work = list(work)
-    check_foldable(graph_module, [entry.site for entry in work])
-    check_not_shared(graph_module, work)
-    return {entry.site.path: _lazy_weight(entry) for entry in work}
-
-
-def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
-    site = entry.site
-
-    def folded(stored: Tensor, updates: Sequence[Update]) -> Tensor:
-        weight = stored.to(accumulator_of(stored))
-        out = weight if weight is not stored else None  # fold into the copy, not into the base's own
-        result = fold(weight, updates, transposed=site.is_transposed, out=out)
-        _check_finite({site.path: result})
-        return result
-
-    def matrices() -> Iterator[Tensor]:
-        for index, matrix in enumerate(value_entries(site.weight, site.path)):
-            yield folded(matrix, [update.matrix(index) for update in entry.updates])
-
-    source: Callable[[], Tensor] = EntrySource(matrices)
-    if entry.updates[0].stack is None:
-        source = lambda: folded(raw_values_of(site.weight, site.path), entry.updates)  # noqa: E731
-    return lazy_parameter(source, site.weight.shape, site.weight.dtype)
-
-
-def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
-    """Fold into the weights themselves, in place; no copy is kept.
-
-    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded one,
-    whose elements share memory, gets memory of its own.
-    """
-    work = list(work)
-    check_foldable(graph_module, [entry.site for entry in work])
-    check_not_shared(graph_module, work)
-    in_place = [entry for entry in work if is_writable(entry.site.weight)]
-    with torch.no_grad():
-        if safe:
-            for entry in in_place:
-                _check_finite({entry.site.path: _folded(entry)})
-        others = [entry for entry in work if entry not in in_place]
-        replacements = {entry.site.path: _folded(entry) for entry in others}
-        if safe:
-            _check_finite(replacements)
-        for entry in in_place:
-            _folded(entry, entry.site.weight.data)
-        replace_values([(entry.site.weight, replacements[entry.site.path]) for entry in others])
-
-
-def _folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
-    """A site's weight with its updates, in `out` or in new memory."""
+def folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
+    """Return a site's weight with its updates, in `out` or in new memory."""
     site = entry.site
     weight = values_of(site.weight, site.path) if is_lazy(site.weight) else site.weight.data
     return fold(weight, entry.updates, transposed=site.is_transposed, out=out)
-
-
-def replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Assign new values to parameters without copying: all of them, or none after an error."""
-    before = [parameter.data for parameter, _ in updates]
-    try:
-        for parameter, values in updates:
-            parameter.data = values.data
-    except BaseException:
-        for (parameter, _), values in zip(updates, before, strict=True):
-            parameter.data = values
-        raise
 
 
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
@@ -201,7 +131,8 @@ def _is_finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
-def _check_finite(weights: Mapping[str, Tensor]) -> None:
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Check that every value of folded weights, by site path, is finite."""
     bad = [path for path, weight in weights.items() if not _is_finite(weight)]
     if bad:
         raise MergeError(
@@ -237,19 +168,6 @@ def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
             if others:
                 overlaps[name] = tuple(others)
     return overlaps
-
-
-def is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to in place, each element having memory of its own."""
-    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
-        return False
-    extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return False
-            extent += (size - 1) * stride
-    return True
 
 
 def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:

@@ -21,7 +21,8 @@ from gralora_fx.base.compat.torch_graphs import (
 )
 from gralora_fx.core.adapters.adapter import CopyTable, ModelAdapter
 from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion, annotate_all, redirect_readers
-from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, is_inside, is_tied_outside
+from gralora_fx.core.adapters.module_copies import is_inside, is_tied_outside
+from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS
 from gralora_fx.core.graph.linear_calls import calls_at, tensor_at
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.pipeline import PassResult, contract

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
-from gralora_fx.base.compat.torch_graphs import is_mutable
-from gralora_fx.core.adapters.adapted_linears import adapted_linears
+from gralora_fx.base.compat.torch_graphs import is_mutable, is_transformed
 from gralora_fx.core.graph.linear_calls import is_unpacked
 from gralora_fx.core.graph.pipeline import PassResult
 from gralora_fx.core.methods.low_rank import accumulate, project, set_rows, take_rows
+
+if TYPE_CHECKING:
+    from gralora_fx.core.adapters.adapted_linears import Weight
+    from gralora_fx.core.methods.low_rank import Rows
 
 _LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
 
@@ -166,3 +169,49 @@ def _read(operands: Any) -> list[fx.Node]:
     nodes: list[fx.Node] = []
     fx.map_arg(operands, nodes.append)
     return nodes
+
+
+def adapted_linears(
+    x: Tensor,
+    dropped: Tensor | None,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    adapted: Sequence[int],
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scales: Sequence[float],
+    rows: Sequence[Rows | None],
+) -> tuple[Tensor, ...]:
+    """Compute adapted layers of one input: `accumulate(linear(x, weight, bias), project(dropped, A), B, scale)` each.
+
+    Args:
+        x: The layers' input, `[..., in]`.
+        dropped: The input of their adapters, after dropout; None where it is `x`.
+        weights: The layers' weights, `[out, in]`, or what unpacks them.
+        biases: Their biases, `[out]`, or None.
+        adapted: The place of the layer of each adapter.
+        As: The first factors, as for `project`.
+        Bs: The second factors, as for `accumulate`.
+        scales: Factors of the updates.
+        rows: The rows of the first axis that each adapter is for; None for all.
+    """
+    from gralora_fx.core.adapters.adapted_linears import AdaptedLinears, compute_layers
+
+    read = x if dropped is None else dropped
+    terms = tuple(zip(adapted, scales, rows, strict=True))
+    if not _is_plain(x, dropped, *weights, *biases, *As, *Bs):
+        return compute_layers(x, read, weights, biases, terms, As, Bs)[0]
+    floats = (weight if isinstance(weight, Tensor) else None for weight in weights)
+    return AdaptedLinears.apply(x, dropped, terms, weights, *floats, *biases, *As, *Bs)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _is_plain(*operands: Any) -> bool:
+    """Return whether operands are computed with as they are: by no compiler, transform or mode, in one dtype."""
+    tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+    return (
+        all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)
+        and not tensors[0].is_meta  # which has no autocast to ask about
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(tensors[0].device.type)
+        and not is_transformed()
+    )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.insert_adapter import INSERTED, protect_outputs
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS, SetWeights, UntieWeights
-from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline, run_pass
+from gralora_fx.core.graph.pipeline import GraphPass, Pass, Pipeline
 from gralora_fx.core.graph.surgery import CountedGraph, FlatGraph, copy_graph, overlay, share_adapters
 from gralora_fx.core.methods import first_tensor
 from gralora_fx.core.methods.low_rank import accumulate
@@ -23,6 +23,7 @@ from gralora_fx.core.tracing.normalize.modes import AnnotateModes, set_mode
 from gralora_fx.errors import MergeError, RewriteError
 
 if TYPE_CHECKING:
+    from gralora_fx.core.adapters.merged_sources import Source
     from gralora_fx.core.adapters.run_forms import RunForm
     from gralora_fx.core.graph.block_modules import Checkpointing
 
@@ -65,27 +66,6 @@ class GraphState:
     def is_repeatable(self) -> bool:
         """Whether its graph is the same whenever it is built: nothing is merged, and no pass of the user runs."""
         return not self.merged and not self.passes
-
-
-class Source(NamedTuple):
-    """A tensor that a merged weight was computed from or is stored beside, as it was then."""
-
-    table: Mapping[str, Tensor | None]
-    key: str
-    tensor: Tensor | None
-    values: tuple[int, int] | None
-
-    @classmethod
-    def of(cls, module: nn.Module, key: str, *, with_values: bool = True) -> Source:
-        """Record a module's parameter as it is now, with the version of its values or only its identity."""
-        tensor = module._parameters[key]
-        return cls(module._parameters, key, tensor, _values(tensor) if with_values else None)
-
-    @property
-    def is_unchanged(self) -> bool:
-        """Whether it is the same tensor with the same values as when recorded."""
-        tensor = self.table.get(self.key)
-        return tensor is self.tensor and (self.values is None or self.values == _values(tensor))
 
 
 class StateGraph:
@@ -256,14 +236,20 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
     passes: tuple[Pass[fx.Graph], ...] = (*_passes(state, base, adapters), modes)
     Pipeline[fx.Graph]("adapters", passes, given=frozenset({OWN_WEIGHTS, COMPUTING})).run(graph)
     set_mode(graph, state.training, drops=state.drops)
-    for graph_pass in state.passes:
-        run_pass(graph_module, graph_pass)
     if state.passes:
+        from gralora_fx.core.graph.user_pass import run_pass
+
+        for graph_pass in state.passes:
+            run_pass(graph_module, graph_pass)
         Pipeline("after user passes", (protect_outputs, modes), given=frozenset({INSERTED, COMPUTING})).run(graph)
         set_mode(graph, state.training, drops=state.drops)
         _adopt(graph_module, base.tree)
     graph.lint()
-    sources = _sources(state, graph_module, base, adapters)
+    sources: list[Source] = []
+    if state.merged:
+        from gralora_fx.core.adapters.merged_sources import sources_of
+
+        sources = sources_of(state.weights, [adapters[name] for name in state.merged], graph_module, base)
     return StateGraph(state, FlatGraph(graph_module), base, dtypes_of(state, adapters), sources)
 
 
@@ -285,7 +271,9 @@ def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter])
         if name not in state.merged:
             yield adapters[name].insertion()
         if adapters[name].copies:  # which are not folded into anything
-            yield adapters[name].redirection(traced.tree)
+            from gralora_fx.core.adapters.module_copies import redirection
+
+            yield redirection(adapters[name], traced.tree)
 
 
 def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:
@@ -301,49 +289,3 @@ def dtypes_of(state: GraphState, adapters: Mapping[str, ModelAdapter]) -> tuple[
     acting = [adapters[name] for name in (*state.active, *state.by_row) if name not in state.merged]
     sites = [(adapter.factors[p.site.path], p.site) for adapter in acting for p in adapter.plan.selected]
     return tuple((first_tensor(factors).dtype, site.weight.dtype) for factors, site in sites)
-
-
-def _sources(
-    state: GraphState, graph_module: fx.GraphModule, base: Base, adapters: Mapping[str, ModelAdapter]
-) -> list[Source]:
-    """The tensors that merged weights were computed from, and those of the modules copied to hold them."""
-    if not state.merged:
-        return []
-    sources = []
-    modules = base.modules
-    for site in base.traced.adaptable:
-        if site.path in state.weights:
-            sources += [Source.of(*modules[id(site.weight)])] if id(site.weight) in modules else []
-            for name in state.merged:
-                adapter = adapters[name]
-                owners = adapter.factors.owners(site.path) if site.path in adapter.factors else ()
-                sources += [source for owner, key in owners for source in _tensor_sources(owner, key)]
-    folded = {id(weight) for weight in state.weights.values()}
-    for path, parameter in graph_module.named_parameters(remove_duplicate=False):
-        if id(parameter) not in folded:
-            continue
-        owner, _, key = path.rpartition(".")
-        sources.append(Source.of(graph_module.get_submodule(owner), key))
-        if (module := _module_at(base.tree, owner)) is not None:
-            sources += [Source.of(module, other, with_values=False) for other in module._parameters]
-    return sources
-
-
-def _tensor_sources(module: nn.Module, key: str) -> list[Source]:
-    """The parameters behind an attribute of a module: the parameter itself, or its parametrization's."""
-    if key in module._parameters:
-        return [Source.of(module, key)]
-    behind = module.get_submodule(f"parametrizations.{key}")
-    return [Source.of(inner, name) for inner in behind.modules() for name in inner._parameters]
-
-
-def _module_at(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _values(tensor: Tensor | None) -> tuple[int, int] | None:
-    """A tensor's address and version counter; the version of an inference tensor counts as 0."""
-    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

@@ -15,7 +15,7 @@ from gralora_fx.errors import ConfigError, marked, shown, warn_caller
 def config_fields(directory: str | Path, *, revision: str | None = None) -> tuple[dict[str, Any], str]:
     """The fields of an adapter's `adapter_config.json`, of whatever method, and the path that they come from."""
     from gralora_fx.base.sources.atomic_save import read_together
-    from gralora_fx.base.sources.model_files import resolve_directory
+    from gralora_fx.base.sources.model_directories import resolve_directory
 
     path = resolve_directory(directory, ConfigError, revision=revision, patterns=[CONFIG_NAME])
     return read_together(path, [CONFIG_NAME], read_fields), str(path / CONFIG_NAME)

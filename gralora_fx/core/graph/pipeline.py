@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,8 +16,6 @@ from gralora_fx.errors import GraloraError, RewriteError, first_line
 Graph = TypeVar("Graph")
 Summary = TypeVar("Summary")
 _Declared = TypeVar("_Declared", bound=Callable[..., object])
-
-_MOST_LINES = 20  # of a diff in a message
 
 
 class Skip(NamedTuple):
@@ -183,48 +181,3 @@ def name_of(graph_pass: object) -> str:
 
 
 GraphPass = Callable[[fx.GraphModule], Any]  # a user's
-
-
-def run_pass(graph_module: fx.GraphModule, graph_pass: GraphPass) -> None:
-    """Run a pass over a graph module in place, lint the graph and recompile it."""
-    name = getattr(graph_pass, "__qualname__", type(graph_pass).__qualname__)
-    before = _snapshot(graph_module.graph)
-    try:
-        result = graph_pass(graph_module)
-        graph_module.graph.lint()
-        graph_module.recompile()
-    except Exception as error:  # a user's pass raises what it likes
-        changes = _changes(before, _snapshot(graph_module.graph))
-        raise RewriteError(
-            f"the graph pass {name} failed with {type(error).__name__}: {first_line(error)}"
-            + ("; it had changed:\n" + "\n".join(changes) if changes else "")
-        ) from error
-    returned = result.graph if isinstance(result, PassResult) else getattr(result, "graph_module", result)
-    if returned is not None and returned is not graph_module:
-        kind = type(returned).__name__
-        raise RewriteError(f"the graph pass {name} returned another {kind}; edit the given module in place")
-
-
-def _snapshot(graph: fx.Graph) -> dict[str, tuple[Any, ...]]:
-    """What each node computes, by its name."""
-    return {node.name: (node.op, node.target, node.args, node.kwargs) for node in graph.nodes}
-
-
-def _changes(before: Mapping[str, tuple[Any, ...]], after: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """The removed, added and changed nodes as lines of a diff."""
-    names = list(dict.fromkeys([*before, *after]))
-    lines = []
-    for name in names:
-        old, new = before.get(name), after.get(name)
-        if old != new:
-            lines += [f"- {_shown(name, old)}"] if old else []
-            lines += [f"+ {_shown(name, new)}"] if new else []
-    more = len(lines) - _MOST_LINES
-    return lines if more <= 0 else [*lines[:_MOST_LINES], f"and {more} more lines"]
-
-
-def _shown(name: str, node: tuple[Any, ...]) -> str:
-    op, target, args, kwargs = node
-    called = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    arguments = ", ".join([*(str(arg) for arg in args), *(f"{key}={value}" for key, value in kwargs.items())])
-    return f"{name} = {op} {called}({arguments})"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from gralora_fx.base.features import parts
 from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.base_quantization import BaseQuantization
-from gralora_fx.base.sources.model_files import check_model_files
+from gralora_fx.base.sources.model_directories import check_model_files
 from gralora_fx.base.sources.same_base import SAME, BaseSource, compare_bases
 from gralora_fx.core.adapters.adapter_files import read_adapter
 from gralora_fx.core.adapters.checkpoint import base_names, settled_base

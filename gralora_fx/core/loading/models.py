@@ -15,13 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 from gralora_fx.base.compat.transformers_models import has_class
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.base.sources.base_quantization import BaseQuantization, check_not_packed, packed_quantization
-from gralora_fx.base.sources.model_files import (
-    GENERATION_CONFIG,
-    MODEL_FILE,
-    check_model_files,
-    read_json_object,
-    resolve_directory,
-)
+from gralora_fx.base.sources.model_directories import check_model_files, resolve_directory
+from gralora_fx.base.sources.model_files import GENERATION_CONFIG, MODEL_FILE, read_json_object
 from gralora_fx.base.sources.packed_tensors import PackedTensor
 from gralora_fx.base.sources.safetensors_files import check_readable
 from gralora_fx.base.sources.saved_weights import read_weights

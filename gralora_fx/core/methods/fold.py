@@ -122,29 +122,3 @@ def _cut(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
         end = min(stop, (start // width + 1) * width)
         yield start, end
         start = end
-
-
-@without_gradients
-def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | None = None) -> Tensor:
-    """What an update adds to a weight, as a dense matrix.
-
-    Args:
-        update: The update.
-        transposed: Whether weights are stored `[in, out]`.
-        weight: The layer's weight as it is stored, for an update that depends on it.
-
-    Returns:
-        `[out, in]`, or `[in, out]` if `transposed`; of a stack, with its axis before these.
-    """
-    import torch
-
-    tensor = first_tensor(update.factors)
-    if not update.is_low_rank:
-        assert weight is not None
-        wide = weight.detach().to(torch.promote_types(weight.dtype, tensor.dtype))
-        return fold(wide, [update], transposed=transposed) - wide
-    in_features, out_features = update.factors.features
-    matrix = (in_features, out_features) if transposed else (out_features, in_features)
-    shape = matrix if update.stack is None else (update.stack, *matrix)
-    zero = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    return fold(zero, [update], transposed=transposed, out=zero)

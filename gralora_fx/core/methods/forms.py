@@ -1,4 +1,4 @@
-"""Other forms of updates of low rank: in GraLoRA's terms, with other blocks, several as one, of less rank."""
+"""Other forms of updates: in GraLoRA's terms, with other blocks, several as one, of less rank, as dense matrices."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gralora_fx.core.methods.arrays import (
     without_gradients,
     zeros,
 )
+from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.gralora import Factors
 from gralora_fx.core.methods.lora import LoraFactors
 from gralora_fx.core.methods.method import AdapterTensors, Update, first_tensor, is_low_rank
@@ -227,3 +228,29 @@ def update_norm(A: Array, B: Array, scale: float) -> float:
 def _float64(array: Array) -> NDArray[Any]:
     found: NDArray[Any] = cast(to_numpy(array), np.float64)
     return found
+
+
+@without_gradients
+def delta_weight(update: Update, *, transposed: bool = False, weight: Tensor | None = None) -> Tensor:
+    """What an update adds to a weight, as a dense matrix.
+
+    Args:
+        update: The update.
+        transposed: Whether weights are stored `[in, out]`.
+        weight: The layer's weight as it is stored, for an update that depends on it.
+
+    Returns:
+        `[out, in]`, or `[in, out]` if `transposed`; of a stack, with its axis before these.
+    """
+    import torch
+
+    tensor = first_tensor(update.factors)
+    if not update.is_low_rank:
+        assert weight is not None
+        wide = weight.detach().to(torch.promote_types(weight.dtype, tensor.dtype))
+        return fold(wide, [update], transposed=transposed) - wide
+    in_features, out_features = update.factors.features
+    matrix = (in_features, out_features) if transposed else (out_features, in_features)
+    shape = matrix if update.stack is None else (update.stack, *matrix)
+    zero = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    return fold(zero, [update], transposed=transposed, out=zero)

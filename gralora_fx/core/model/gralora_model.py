@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
@@ -17,20 +15,16 @@ from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.model.inspection import Inspection
 from gralora_fx.core.model.merging import Merging
 from gralora_fx.core.model.model_class import class_for
-from gralora_fx.core.model.saved_adapters import AdapterFiles
+from gralora_fx.core.model.switching import Switching
 from gralora_fx.core.model.trainable import GraphDropout, Trainable
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel, check_traced
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ADAPTER_NAMES, ITEM_COUNT, PACKING, PAST, split_labels
-
-if TYPE_CHECKING:
-    from gralora_fx.core.adapters.run_forms import RunForm
 
 _TREE = "graph_module"  # names of parameters begin with it
 
 
-class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
+class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
     """A traced model with adapters (GraLoRA, LoRA, DoRA) in its graph.
 
     Only the adapters' tensors require gradients (and what `bias` and `modules_to_save` name, as the adapters' own
@@ -82,15 +76,10 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
             RewriteError: `traced` is not a traced model.
         """
         check_traced(traced, RewriteError, "load an adapter into")
-        from gralora_fx.core.adapters.adapter_files import read_adapter
-        from gralora_fx.core.adapters.checkpoint import load_tensors, settled_base
+        from gralora_fx.core.adapters.checkpoint import load_adapter
 
-        config, tensors = read_adapter(directory, revision=revision)
-        base = settled_base(config, traced, directory, strict=strict_base)
         model = cls(traced)
-        model.add_adapter(adapter_name, config)
-        load_tensors(model.adapter(adapter_name), tensors, traced.tree, str(directory))
-        model._state.note_base(adapter_name, base)
+        load_adapter(model._state, directory, adapter_name, revision=revision, strict_base=strict_base)
         model.freeze_base()
         return model
 
@@ -206,69 +195,9 @@ class GraloraModel(AdapterFiles, Merging, Inspection, Trainable, nn.Module):
         """
         if self._other_forward is not None:
             return self._other_forward(*args, **kwargs)
-        return self._compute(*args, **kwargs)
+        from gralora_fx.core.model.forward import compute
 
-    def _compute(self, *args: Any, by_adapter: bool = False, **kwargs: Any) -> Any:
-        """Run the graph, and compute the loss of labels, or that of each adapter's rows."""
-        names = kwargs.get(ADAPTER_NAMES)
-        if by_adapter and self.training and torch.is_grad_enabled():
-            from gralora_fx.core.adapters.adapter_rows import check_trained
-
-            check_trained(names, self._state.__getitem__)
-        outputs, labels, item_count = self._outputs(args, kwargs)
-        if by_adapter:
-            from gralora_fx.core.adapters.adapter_rows import loss_of_rows
-
-            return loss_of_rows(outputs, labels, names, functools.partial(self._loss, item_count=item_count))
-        if not labels:
-            return outputs
-        loss = self._loss(outputs, labels, item_count)
-        return type(outputs)(**{"loss": loss, **{k: v for k, v in outputs.items() if k != "loss"}})
-
-    def _loss(self, outputs: Any, labels: Mapping[str, Any], item_count: Any) -> Tensor:
-        from gralora_fx.core.tracing.losses import model_loss
-
-        return model_loss(outputs, labels, self._state.base.traced.loss_function, self.config, item_count)
-
-    def _outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-        """Run the graph, and return its outputs, the labels, and by what their loss is divided."""
-        traced = self._state.base.traced
-        inputs, labels = split_labels(kwargs, traced.input_names)
-        item_count = inputs.pop(ITEM_COUNT, None)
-        form = None
-        if PAST in traced.input_names or not PACKING.isdisjoint(inputs):
-            from gralora_fx.core.adapters.run_forms import form_of
-
-            form = form_of(traced, inputs, keeps_cache=not (labels and self.training))
-        if "decoder_input_ids" in traced.input_names and inputs.get("decoder_input_ids") is None and "labels" in labels:
-            from gralora_fx.core.tracing.losses import decoder_inputs
-
-            inputs["decoder_input_ids"] = decoder_inputs(labels["labels"], self.config, traced.shift_labels)
-        return self._run(args, inputs, form), labels, item_count
-
-    def _run_to_head(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph up to the language model's head, and return the head's input."""
-        from gralora_fx.core.adapters.run_forms import check_head, form_of
-
-        state, inputs = self._state, dict(kwargs)
-        if inputs.get(ADAPTER_NAMES) is not None:
-            raise RewriteError("adapter_names needs the logits of each row, which a loss from the head's input skips")
-        head = check_head(state.base.traced, [state[name] for name in state.state.active])
-        form = form_of(state.base.traced, inputs, keeps_cache=False, ends_at=head)
-        return self._run(args, inputs, form)
-
-    def _run(self, args: tuple[Any, ...], inputs: dict[str, Any], form: RunForm | None) -> Any:
-        if hasattr(self, "reshard"):  # FSDP2's
-            self._state.check_precision()
-        names = inputs.pop(ADAPTER_NAMES, None)
-        traced = self._state.base.traced
-        bound = traced.bind(args, inputs)
-        if names is None:
-            return self._state.run(bound, form)
-        from gralora_fx.core.adapters.adapter_rows import rows_of_call
-
-        rows = rows_of_call(names, bound[traced.main_input_name], self._state.__getitem__)
-        return self._state.run(bound, form, rows)
+        return compute(self, *args, **kwargs)
 
     @property
     def graph_module(self) -> fx.GraphModule:

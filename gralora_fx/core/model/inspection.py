@@ -133,7 +133,7 @@ class Inspection:
             TargetError: The site does not exist.
             RewriteError: The adapter does not exist, or none adapts the site.
         """
-        from gralora_fx.core.methods.fold import delta_weight
+        from gralora_fx.core.methods.forms import delta_weight
 
         site, updates = self.site(path), self._updates(path, adapter_name)
         transposed = site.is_transposed

@@ -19,7 +19,7 @@ from gralora_fx.core.adapters.other_parameters import (
     separated_path,
 )
 from gralora_fx.core.graph.pipeline import Pipeline
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
+from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.tracing.traced_model import TracedModel
 
 
@@ -137,10 +137,3 @@ def replace_weights(traced: TracedModel, weights: Mapping[str, nn.Parameter]) ->
     return traced.with_graph(graph_module, dataclasses.replace(traced.tree, parameters=parameters)).train(
         traced.training
     )
-
-
-def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
-    """Copy a model so that its graph reads other parameters."""
-    graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
-    map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
-    return model.with_graph(graph_module, model.tree)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from torch import fx, nn
+from torch import nn
 
-from gralora_fx.core.adapters.adapter import ModelAdapter, copy_path, put
 from gralora_fx.core.adapters.adapter import adapter_names as as_names
 from gralora_fx.core.adapters.folded_adapters import describe_folded
-from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
+from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.graph.pipeline import Pipeline
-from gralora_fx.core.graph.surgery import annotated_nodes, annotation_of, copy_graph, remove_annotation
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.merging import replace_weights
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
@@ -86,6 +83,8 @@ def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None 
     So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
     finite when it is computed.
     """
+    from gralora_fx.core.adapters.lazy_folds import lazy_weights
+
     names, work = _work(model, adapter_names)
     return _merged(model, names, lazy_weights(model.traced.graph_module, work))
 
@@ -108,34 +107,9 @@ def _work(model: GraloraModel, adapter_names: Sequence[str] | str | None) -> tup
 
 def _merged(model: GraloraModel, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> TracedModel:
     merged = replace_weights(model.traced, weights)
-    for name in names:
-        merged = _settle_copies(merged, model.adapter(name))
+    for adapter in map(model.adapter, names):
+        if adapter.copies:
+            from gralora_fx.core.adapters.module_copies import settle_copies
+
+            merged = settle_copies(merged, adapter)
     return merged.train(model.training)
-
-
-def _settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
-    """Replace the base's parameters by an adapter's copies, under the base's names.
-
-    A parameter that other modules read too (a tied head) stays for them; the module gets the copy beside it.
-    """
-    if not adapter.copies:
-        return merged
-    graph_module = fx.GraphModule(merged.graph_module, copy_graph(merged.graph_module), "MergedGraph")
-    settled: dict[str, nn.Parameter] = {}
-    for owned in adapter.copies.values():
-        settled |= {base: nn.Parameter(p.detach().clone(), requires_grad=False) for base, p in owned.items()}
-    for base, parameter in settled.items():
-        put(graph_module, copy_path(adapter.name, base), parameter)
-    Pipeline("copies", (adapter.redirection(merged.tree),)).run(graph_module.graph)
-    for node in list(annotated_nodes(graph_module.graph, adapter.name)):
-        annotation = annotation_of(node) or {}
-        if "beside" not in annotation:
-            owner, _, attribute = annotation["owns"].rpartition(".")
-            graph_module.get_submodule(owner)._parameters[attribute] = graph_module.get_parameter(str(node.target))
-            node.target = annotation["owns"]
-        remove_annotation(node)
-    graph_module = fx.GraphModule(
-        graph_module, graph_module.graph, "MergedGraph"
-    )  # drops what the graph no longer reads
-    tree = dataclasses.replace(merged.tree, parameters={**merged.tree.parameters, **settled})
-    return merged.with_graph(graph_module, tree)

@@ -1,21 +1,22 @@
-"""Adding, switching, combining and removing adapters of a rewritten model; and user passes."""
+"""Adding, switching, combining, removing, saving and loading adapters of a rewritten model; and user passes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
 
 from gralora_fx.core.adapters.adapter import adapter_names as as_names
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import check_adapter_name
 from gralora_fx.core.graph.pipeline import GraphPass
-from gralora_fx.core.methods import not_a_config
-from gralora_fx.core.planning.planner import plan
+from gralora_fx.core.planning.planner import planned_for
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.planning.targets import exact_targets
-from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ConfigError
+from gralora_fx.errors import CheckpointError, ConfigError, RewriteError
 
 
 class Switching:
@@ -109,6 +110,83 @@ class Switching:
         config = config.changed(target_modules=exact_targets(factors, self._state.traced.tree))
         self._state.add(adapter_name, planned_for(self._state.traced, config), factors=factors)
 
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter_names: Sequence[str] | str | None = None,
+        *,
+        selected_adapters: Sequence[str] | str | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        save_function: object = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write adapters in PEFT's format: `default` into `directory`, others into a folder of their name in it.
+
+        Args:
+            directory: Where to write; made if it does not exist.
+            adapter_names: Names of the adapters; None for all.
+            selected_adapters: PEFT's name for `adapter_names`.
+            is_main_process: Whether to write at all; the other processes of a distributed training do not. Of a model
+                that `fully_shard` has distributed, every process must call this, and the first one writes.
+            state_dict: The model's state dict, as Accelerate gathers it; it must hold the model's current values. Of a
+                distributed model it is what is written, by the process that calls this.
+            safe_serialization: Must be True: pickles are not written.
+            save_function: Accepted for Accelerate's loops, and ignored: the files are always written by safetensors.
+            max_shard_size: Accepted for `push_to_hub`, and ignored: an adapter is one file.
+
+        All of them are written, or none after an error; other files in the directory stay.
+
+        Raises:
+            RewriteError: An adapter does not exist.
+            CheckpointError: The directory cannot be written, or the state dict holds other values; its contents are
+                unchanged.
+        """
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization=False writes a pickle, which is not supported; leave it out")
+        if adapter_names is not None and selected_adapters is not None:
+            raise RewriteError("adapter_names and selected_adapters are one argument; give one of them")
+        from gralora_fx.core.adapters.checkpoint import save_adapters
+
+        chosen = selected_adapters if adapter_names is None else adapter_names
+        names = list(self._state.adapters) if chosen is None else as_names(chosen)
+        adapters = {"" if name == "default" else name: self._state[name] for name in names}
+        model: nn.Module = self  # type: ignore[assignment]  # of which this is a part
+        save_adapters(self._state, adapters, directory, model, is_main_process=is_main_process, state_dict=state_dict)
+
+    def load_adapter(
+        self,
+        directory: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool | None = None,
+        *,
+        revision: str | None = None,
+        strict_base: bool = False,
+    ) -> None:
+        """Load a PEFT-format adapter under a new name, or into an existing adapter of the same configuration.
+
+        Args:
+            directory: Local directory or hub id.
+            adapter_name: Name of the adapter.
+            is_trainable: Whether its tensors train; None for the default: active adapters train, others do not.
+            revision: Revision of the hub repository.
+            strict_base: Whether to refuse an adapter that is not known to be of this base, instead of a warning.
+
+        Raises:
+            ConfigError: The adapter's configuration is missing, invalid, or differs from the existing adapter's.
+            TargetError: It does not fit the model.
+            CheckpointError: The tensors do not fit the model or their configuration, or the base is another one.
+                Nothing has changed, after any error.
+        """
+        from gralora_fx.core.adapters.checkpoint import load_adapter
+
+        load_adapter(self._state, directory, adapter_name, revision=revision, strict_base=strict_base)
+        if is_trainable is not None:
+            self._state[adapter_name].requires_grad_(is_trainable)
+
     # -- passes of the user -----------------------------------------------------------------------------------------
 
     def add_pass(self, graph_pass: GraphPass) -> None:
@@ -152,13 +230,3 @@ class Switching:
         """
         for adapter in [self._state[name] for name in as_names(adapter_names)]:
             adapter.requires_grad_(requires_grad)
-
-
-def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
-    """The plan of a configuration, or a given plan once it is known to be for this model."""
-    if isinstance(config_or_plan, AdapterConfig):
-        return plan(traced, config_or_plan)
-    if not isinstance(config_or_plan, RewritePlan):
-        raise ConfigError(f"an adapter needs a configuration or a plan, not {not_a_config(config_or_plan)}")
-    config_or_plan.check_fits(traced.adaptable)
-    return config_or_plan

@@ -120,8 +120,8 @@ class Trainable(Checkpointed):
     """
 
     _state: AdapterGraph
-    _compute: Callable[..., Any]
-    _run_to_head: Callable[..., Any]
+    config: Any
+    training: bool
     _view: Any = None
     _other_forward: Callable[..., Any] | None = None
     model_tags: list[str] | None = None
@@ -198,15 +198,16 @@ class Trainable(Checkpointed):
         A `forward` that is assigned to it, as TRL does to compute losses without logits, is the model's from then on;
         its `base_model` is the model up to the language model's head.
         """
+        from gralora_fx.core.model.forward import compute, run_to_head
         from gralora_fx.core.tracing.as_transformers import Viewed, view_of
 
         if self._view is None:
             viewed = Viewed(
                 traced=lambda: self._state.base.traced,
-                run=self._compute,
+                run=functools.partial(compute, self),
                 parameters=self._parameters_read,
                 assign=functools.partial(setattr, self, "generation_config"),
-                run_to_head=self._run_to_head,
+                run_to_head=functools.partial(run_to_head, self),
                 replace_forward=functools.partial(self.__dict__.__setitem__, "_other_forward"),
             )
             self.__dict__["_view"] = view_of(viewed, labels=True)  # no submodule, which it would be as an attribute

@@ -11,7 +11,7 @@ from torch import nn
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import pattern_key
 from gralora_fx.core.graph.sites import LinearSite, ParameterSite, names_of_site
-from gralora_fx.core.methods import method_of, not_a_config
+from gralora_fx.core.methods import method_of
 from gralora_fx.core.planning.problems import (
     UNNAMED,
     out_of_reach,
@@ -23,7 +23,7 @@ from gralora_fx.core.planning.problems import (
 from gralora_fx.core.planning.rewrite_plan import ChosenParameters, PlannedSite, RejectedSite, RewritePlan
 from gralora_fx.core.planning.targets import TargetRule, resolve_targets, saved_modules
 from gralora_fx.core.tracing.traced_model import TracedModel, check_traced
-from gralora_fx.errors import TargetError
+from gralora_fx.errors import ConfigError, TargetError
 
 
 def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
@@ -43,6 +43,8 @@ def plan(traced: TracedModel, config: AdapterConfig) -> RewritePlan:
     """
     check_traced(traced, TargetError, "plan for")
     if not isinstance(config, AdapterConfig):
+        from gralora_fx.core.methods import not_a_config
+
         raise TargetError(f"cannot plan with {not_a_config(config)}")
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
     sites = {site.path: site for site in traced.sites}
@@ -144,3 +146,15 @@ def _trained_biases(config: AdapterConfig, traced: TracedModel, selected: Iterab
 
 def _joined(problems: list[str]) -> str:
     return problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n" + "\n".join(f"- {p}" for p in problems)
+
+
+def planned_for(traced: TracedModel, config_or_plan: AdapterConfig | RewritePlan) -> RewritePlan:
+    """The plan of a configuration, or a given plan once it is known to be for this model."""
+    if isinstance(config_or_plan, AdapterConfig):
+        return plan(traced, config_or_plan)
+    if not isinstance(config_or_plan, RewritePlan):
+        from gralora_fx.core.methods import not_a_config
+
+        raise ConfigError(f"an adapter needs a configuration or a plan, not {not_a_config(config_or_plan)}")
+    config_or_plan.check_fits(traced.adaptable)
+    return config_or_plan

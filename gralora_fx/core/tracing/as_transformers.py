@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from gralora_fx.core.config.checks import check_row_names
+from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
 from gralora_fx.core.tracing.inputs.input_trees import batch_of
 from gralora_fx.core.tracing.losses import counts_items, decoder_inputs
@@ -22,7 +23,6 @@ from gralora_fx.core.tracing.source_model import (
     class_name,
     label_names,
     main_input,
-    module_at,
     source_class,
     with_signature,
 )
@@ -206,12 +206,12 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         path = self.traced.tree.input_embedding
         if path is None:
             raise TraceError(f"{class_name(self.traced)} has no input embeddings that its class names")
-        return module_at(self.traced.tree, path, self._viewed.parameters())
+        return _module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the language-model head, as a module over the parameters that the graph reads; None without one."""
         path = self.traced.tree.output_embedding
-        return None if path is None else module_at(self.traced.tree, path, self._viewed.parameters())
+        return None if path is None else _module_at(self.traced.tree, path, self._viewed.parameters())
 
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         """An encoder that passes its input through, since the graph contains the encoder."""
@@ -305,3 +305,43 @@ def check_generation(name: str, source: type[Any] | None, options: Mapping[str, 
             f"generate over a trace takes a DynamicCache, but got a {type(cache).__name__}; give the cache that the "
             "model returned"
         )
+
+
+class _NotCalled(nn.Module):
+    """A module over parameters of a graph, which the graph does not call."""
+
+    def register_forward_hook(self, *_: Any, **__: Any) -> NoReturn:
+        """Not supported: a hook would never run."""
+        raise TraceError(
+            "the graph does not call this module, so a hook on it would never run; leave out what needs one "
+            "(neftune_noise_alpha, for example), or edit the graph with add_pass"
+        )
+
+    register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook
+
+
+class EmbeddingTable(_NotCalled, nn.Embedding):
+    """An embedding over the parameter that a graph reads."""
+
+
+class OutputHead(_NotCalled, nn.Linear):
+    """A linear layer over the parameters that a graph reads."""
+
+
+def _module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A module over the parameters at a path, which are those that the graph reads."""
+    kind = tree.types[path]
+    weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")
+    if kind == "torch.nn.modules.sparse.Embedding" and weight is not None:
+        module: nn.Module = EmbeddingTable(weight.shape[0], weight.shape[1], device="meta")
+    elif kind == "torch.nn.modules.linear.Linear" and weight is not None:
+        module = OutputHead(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    else:
+        raise TraceError(
+            f"{path} is a {kind.rpartition('.')[2]}, which computes more than a plain table or layer; its parameters "
+            f"are those of traced.tree.parameters that begin with '{path}.'"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            module.register_parameter(name, parameter)
+    return module

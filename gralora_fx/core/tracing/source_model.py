@@ -1,18 +1,17 @@
-"""The class of the model that was traced: its name, main input, signature and loss, and its embeddings as modules."""
+"""The class of the model that was traced: its name, main input, signature and loss."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
-from gralora_fx.errors import TraceError
 from gralora_fx.format.input_names import LABELS
 
 
@@ -82,46 +81,6 @@ def main_input(traced: Traced) -> str:
     """Name of a model's main input, such as that of token ids."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
-
-
-class _NotCalled(nn.Module):
-    """A module over parameters of a graph, which the graph does not call."""
-
-    def register_forward_hook(self, *_: Any, **__: Any) -> NoReturn:
-        """Not supported: a hook would never run."""
-        raise TraceError(
-            "the graph does not call this module, so a hook on it would never run; leave out what needs one "
-            "(neftune_noise_alpha, for example), or edit the graph with add_pass"
-        )
-
-    register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook
-
-
-class EmbeddingTable(_NotCalled, nn.Embedding):
-    """An embedding over the parameter that a graph reads."""
-
-
-class OutputHead(_NotCalled, nn.Linear):
-    """A linear layer over the parameters that a graph reads."""
-
-
-def module_at(tree: ModuleTree, path: str, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module over the parameters at a path, which are those that the graph reads."""
-    kind = tree.types[path]
-    weight, bias = parameters.get(f"{path}.weight"), parameters.get(f"{path}.bias")
-    if kind == "torch.nn.modules.sparse.Embedding" and weight is not None:
-        module: nn.Module = EmbeddingTable(weight.shape[0], weight.shape[1], device="meta")
-    elif kind == "torch.nn.modules.linear.Linear" and weight is not None:
-        module = OutputHead(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    else:
-        raise TraceError(
-            f"{path} is a {kind.rpartition('.')[2]}, which computes more than a plain table or layer; its parameters "
-            f"are those of traced.tree.parameters that begin with '{path}.'"
-        )
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            module.register_parameter(name, parameter)
-    return module
 
 
 def loss_function_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:

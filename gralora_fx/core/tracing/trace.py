@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
-import fnmatch
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -51,15 +49,11 @@ def blocks_of(flat: fx.GraphModule, tree: ModuleTree, patterns: Sequence[str] | 
     """
     if patterns is None:
         return _repeated_blocks(flat, tree)
-    found = matching_blocks(tree, patterns)
-    if not found:
+    if not patterns:
         return ()
-    from gralora_fx.core.graph.block_calls import callable_blocks
+    from gralora_fx.core.tracing.named_blocks import named_blocks
 
-    blocks, refused = callable_blocks(flat, found)
-    for path, reason in refused.items():
-        raise TraceError(f"blocks: {path} cannot be a block: {reason}; leave it out")
-    return tuple(blocks)
+    return named_blocks(flat, tree, patterns)
 
 
 def _repeated_blocks(flat: fx.GraphModule, tree: ModuleTree) -> tuple[str, ...]:
@@ -99,33 +93,6 @@ def repeated_modules(tree: ModuleTree) -> tuple[str, ...]:
         if len(paths) > 1 or (members[parent] == 1 and tree.types.get(parent) == _LIST):
             repeated |= set(paths)
     return tuple(path for path in tree.types if path in repeated)
-
-
-def matching_blocks(tree: ModuleTree, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the modules that patterns name; `*` stands for one part of a path, as in `"encoder.layers.*"`.
-
-    Raises:
-        TraceError: A pattern names no module, or a block is within another one.
-    """
-    if isinstance(patterns, str):
-        raise TraceError(f"blocks must be a list of paths or patterns, but got {patterns!r}; give [{patterns!r}]")
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        matches = [path for path in tree.types if path and _matches(path, str(pattern))]
-        if not matches:
-            near = ", ".join(difflib.get_close_matches(str(pattern), list(tree.types), n=3, cutoff=0.4)) or "none"
-            raise TraceError(f"blocks: no module of the model matches {pattern!r}; nearest: {near}")
-        found |= dict.fromkeys(matches)
-    for path in found:
-        for other in found:
-            if path != other and is_within(path, other):
-                raise TraceError(f"blocks: {path} is within {other}, which is a block too; name one of them")
-    return tuple(path for path in tree.types if path in found)
-
-
-def _matches(path: str, pattern: str) -> bool:
-    parts, wanted = path.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def trace(

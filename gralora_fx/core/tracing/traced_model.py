@@ -12,21 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from transformers import Cache, EncoderDecoderCache, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from gralora_fx.base.sources.lazy_tensors import copy_lazy, is_lazy
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.out_of_reach import layers_of
-from gralora_fx.core.graph.pipeline import GraphPass, PassReport, run_pass
+from gralora_fx.core.graph.pipeline import GraphPass, PassReport
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import copy_graph
 from gralora_fx.core.operators import operators_called
-from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
-from gralora_fx.core.tracing.inputs.signature import CallSignature, with_cache_name
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, cache_layout
+from gralora_fx.core.tracing.inputs.signature import CallSignature
 from gralora_fx.core.tracing.normalize.modes import set_mode
 from gralora_fx.core.tracing.source_model import main_input
 from gralora_fx.errors import GraloraError, TargetError, TraceError
-from gralora_fx.format.input_names import PAST
 
 if TYPE_CHECKING:
     from gralora_fx.core.graph.block_modules import Checkpointing
@@ -168,6 +167,8 @@ class TracedModel:
         Raises:
             RewriteError: The pass failed, or left a graph that does not lint. This model is as it was.
         """
+        from gralora_fx.core.graph.user_pass import run_pass
+
         graph_module = fx.GraphModule(self.graph_module, copy_graph(self.graph_module), "TracedGraph")
         run_pass(graph_module, graph_pass)
         return self.with_graph(graph_module, self.tree)
@@ -233,26 +234,9 @@ class TracedModel:
                 trace, or a mask does not cover all positions; or an argument that is part of the graph has another
                 value.
         """
-        kwargs = with_cache_name(self.input_names, kwargs)
-        if isinstance(self.example_inputs.get(PAST), Cache):
-            return self._bind_step(args, kwargs)
-        return self.signature.bind(args, kwargs, self.example_inputs)
+        from gralora_fx.core.tracing.inputs.binding import bind_call
 
-    def _bind_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Bind the inputs of a step; a cache that is left out is empty, and another is as the graph takes it."""
-        from gralora_fx.core.tracing.inputs.cache import check_step_shapes, empty_cache, fitted_cache, own_cache
-
-        example = self.example_inputs[PAST]
-        if kwargs.get(PAST) is None and PAST not in self.signature.positional[: len(args)]:
-            kwargs = {**kwargs, PAST: empty_cache(example, batch_of((*args, *kwargs.values())))}
-        if isinstance(given := kwargs.get(PAST), Cache):
-            others = (value for name, value in kwargs.items() if name != PAST)
-            kwargs = {**kwargs, PAST: fitted_cache(given, example, batch_of((*args, *others)))}
-        inputs = self.signature.bind(args, kwargs, self.example_inputs)
-        if isinstance(cache := inputs.get(PAST), EncoderDecoderCache):
-            inputs[PAST] = own_cache(cache)  # the graph contains the encoder and reads its output directly
-        check_step_shapes(inputs)
-        return inputs
+        return bind_call(self.signature, self.example_inputs, args, kwargs)
 
     def train(self, mode: bool = True) -> TracedModel:
         """Switch dropout, attention dropout and batch statistics as the source model's `train()` does.

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gralora_fx.base.sources.model_files import read_json_object, resolve_directory
+from gralora_fx.base.sources.model_directories import resolve_directory
+from gralora_fx.base.sources.model_files import read_json_object
 from gralora_fx.errors import TraceError, shown
 from gralora_fx.format.tasks import Task
 

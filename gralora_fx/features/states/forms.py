@@ -11,11 +11,11 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, Skip
+from gralora_fx.exporters.rules.branches import named_graph
 from gralora_fx.exporters.rules.builder import (
     MICROSOFT,
     Builder,
     channels_last,
-    named_graph,
     replace_channels_first,
     replace_value,
     static_dim,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
+from gralora_fx.exporters.rules.branches import replace_readers
 from gralora_fx.exporters.rules.builder import (
     MICROSOFT,
     Builder,
@@ -18,7 +19,6 @@ from gralora_fx.exporters.rules.builder import (
     channels_last,
     fixed_dim,
     replace_channels_first,
-    replace_readers,
     replace_value,
     swaps_last_axes,
     takes_row_count,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,14 +15,13 @@ from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
 from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
-from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
+from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, kept_reason
-from gralora_fx.run.sessions.session import QUIET_RUN
-from gralora_fx.run.sessions.session_views import adapter_dtype, as_past, gives_all, reads_tokens_apart
+from gralora_fx.run.sessions.ort_values import as_tensor, kept_reason
+from gralora_fx.run.sessions.session_views import adapter_dtype, gives_all, reads_tokens_apart
 
 if TYPE_CHECKING:  # loaded where rows have adapters
     from gralora_fx.run.engine.adapter_slots import RowStacks
@@ -227,88 +225,3 @@ class RowsDecoder(Decoder):
             return {row: logits[row - rows.start, 0] for row in read}
         of_rows = zip(read, np.split(logits[:, 0], np.cumsum(list(counts.values()))[:-1]), strict=True)
         return {row: array if row in last else array[-1] for row, array in of_rows}
-
-
-@dataclass
-class _Row:
-    """A row that is open.
-
-    Attributes:
-        values: The tensors of its adapter, as the session takes them.
-        steps: What runs it where its cache is in buffers; None where a step gives the next cache.
-        cache: Its keys and values, which the last step gave.
-    """
-
-    values: Mapping[str, Any]
-    steps: BufferedSteps | None
-    cache: Mapping[str, Any]
-
-
-class SequentialDecoder(Decoder):
-    """`model.onnx`, run for one row after the other, each with a cache of its own.
-
-    The cache is a buffer that each step extends where attention alone reads it; else a step gives the next one.
-    """
-
-    def __init__(
-        self,
-        session: Any,
-        adapters: Adapters,
-        limits: DecoderLimits,
-        size: DecoderSize,
-        *,
-        takes_buffers: bool,
-    ) -> None:
-        """Begin without rows."""
-        super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))
-        if not takes_buffers:
-            self.alone = self.chunk  # the last bits of its attention may depend on the pieces
-        self._session, self._adapters, self._takes_buffers = session, adapters, takes_buffers
-        self._given, self._layout = given_rows(session), RowLayout(session.get_inputs())
-        self._inputs = {value.name for value in session.get_inputs()}
-        self._outputs = [value.name for value in session.get_outputs()]
-        self._open: dict[int, _Row] = {}
-
-    def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
-        self._given.begin(row, source)
-        values = self._adapters.tensors_for(adapter, self._session)
-        if self._takes_buffers:
-            steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
-            self._open[row] = _Row(values, steps, {})
-        else:
-            self._open[row] = _Row(values, None, empty_values(self._session, 1))
-
-    def _row_size(self, tokens: int, count: int) -> int:
-        return self._layout.row_size(tokens + count)
-
-    def _end(self, row: int) -> None:
-        self._given.begin(row, None)
-        del self._open[row]
-
-    def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        stepped = {row: self._step(row, tokens, self._lengths[row]) for row, tokens in read.items()}
-        for row, (cache, _) in stepped.items():
-            self._open[row].cache = cache
-        return {row: logits for row, (_, logits) in stepped.items()}
-
-    def _step(self, number: int, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
-        """The cache after a row has read tokens, where that is another one, and the logits."""
-        row, total, ids = self._open[number], past + len(tokens), tokens[None].copy()
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": np.ones((1, total), dtype=np.int64),
-            "position_ids": np.arange(past, total, dtype=np.int64)[None],
-        }
-        feed = {name: array for name, array in inputs.items() if name in self._inputs}
-        feed |= self._given.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
-        cache: Mapping[str, Any] = {}
-        if row.steps is not None:
-            logits = row.steps(feed, row.values)
-        else:
-            own = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
-            values = {**own, **row.cache, **row.values}
-            outputs = self._session.run_with_ort_values(self._outputs, values, QUIET_RUN)
-            results = dict(zip(self._outputs, outputs, strict=True))
-            cache, logits = as_past(results), as_tensor(results["logits"])
-        array: NDArray[Any] = logits[0].float().numpy()
-        return cache, array if self.gives_all else array[-1]

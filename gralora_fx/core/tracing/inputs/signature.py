@@ -1,10 +1,10 @@
-"""The call signature of a traced graph: inputs by name or position, with the source model's defaults; their copies."""
+"""The call signature of a traced graph: its inputs, the source model's defaults, and copies of inputs."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,17 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from gralora_fx.base.compat.torch_graphs import tree_map_only
-from gralora_fx.core.tracing.inputs.input_trees import (
-    CacheLayout,
-    FixedAxes,
-    cache_layout,
-    check_form,
-    check_tensor,
-    same_value,
-    shown,
-)
-from gralora_fx.errors import TraceError, option
-from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids, takes_embeddings
+from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, FixedAxes, cache_layout
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST
 
 if TYPE_CHECKING:  # of a model whose inputs features know alone
     from gralora_fx.format.input_names import InputFacts
@@ -74,104 +65,6 @@ class CallSignature:
         """Optional inputs of the source for which there is a default rule."""
         return tuple(name for name in _RULES if name in self.inputs and name in self.defaults)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], examples: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of one call by name, in the graph's order.
-
-        A mask that was traced but not given is all ones, token types are zeros, and positions count from zero, or go on
-        after a cache, if these are the source's defaults.
-        """
-        arguments = self._by_name(args, kwargs)
-        for name, value in arguments.items():
-            if name not in self.inputs:
-                self._check_constant(name, value, by_position=name not in kwargs, count=len(args))
-        for name in self.values:
-            if arguments.get(name) is None:
-                self._check_left_out(name, arguments)
-        inputs = {name: arguments.get(name) for name in self.inputs if name in arguments or name not in self.optional}
-        for name in inputs:
-            if inputs[name] is None and not (name in examples and examples[name] is None):
-                inputs[name] = self._filled(name, inputs, examples)
-            if self.facts:
-                self._check_facts(name, inputs[name])
-            if self.has_form and name in self.fixed:  # a tensor: torch.compile would guard the example's shape
-                check_tensor(name, inputs[name], self.fixed[name])
-            elif self.has_form and name in examples:
-                check_form(name, examples[name], inputs[name], self.fixed)
-        return inputs
-
-    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self.positional):
-            raise TraceError(
-                f"the trace takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), but got {len(args)} by position"
-            )
-        arguments = dict(zip(self.positional, args, strict=False))
-        twice = [name for name in kwargs if name in arguments]
-        if twice:
-            raise TraceError(f"input {twice[0]!r} was given twice, by position and by name")
-        return {**arguments, **kwargs}
-
-    def _check_constant(self, name: str, value: Any, *, by_position: bool, count: int) -> None:
-        """Check an argument that is not an input of the graph: it must have the value that is part of the graph."""
-        if value is None and (name in self.nullable or (name not in self.values and self.takes_any)):
-            return
-        traced = self.values.get(name)
-        if name in self.values and same_value(traced, value):
-            return
-        if traced is None:
-            names = ", ".join(self.inputs)
-            if by_position:
-                raise TraceError(
-                    f"the trace takes {len(self.inputs)} inputs ({names}), but got {count}: {name!r} was not part of "
-                    "it; trace again with it among the example inputs"
-                )
-            raise TraceError(
-                f"input {name!r} was not part of the trace, which takes {names}; "
-                "trace again with it among the example inputs"
-            )
-        if name == "use_cache" and value is True:
-            remedy = f"trace again for a task with a cache, such as {option(task='text-generation-with-past')}"
-        else:
-            remedy = "trace again with that value among the example inputs"
-        raise TraceError(
-            f"input {name!r} was {traced!r} when the model was traced and is part of the graph, so it cannot be "
-            f"{shown(value)}; {remedy}"
-        )
-
-    def _check_left_out(self, name: str, arguments: Mapping[str, Any]) -> None:
-        """Check an argument that is left out: its default must be the value that is part of the graph."""
-        if name in arguments and name not in self.nullable:
-            return
-        if name not in self.defaults:
-            raise TraceError(f"input {name!r} is missing; it was {self.values[name]!r} when the model was traced")
-        if not same_value(self.defaults[name], self.values[name]):
-            raise TraceError(
-                f"input {name!r} was {self.values[name]!r} when the model was traced and is part of the graph; left "
-                f"out, the model takes {shown(self.defaults[name])}: give {name}={self.values[name]!r}, or trace again "
-                "without it"
-            )
-
-    def _check_facts(self, name: str, value: Any) -> None:
-        """Check what features know of an input: the graph's own error would be obscure, or there would be none."""
-        for facts in self.facts.values() if isinstance(value, torch.Tensor) else ():
-            if facts.input == name and (problem := facts.problem(value.shape, self.fixed.get(name, ()))):
-                raise TraceError(f"input {name!r} {problem}")
-
-    def _filled(self, name: str, inputs: Mapping[str, Any], examples: Mapping[str, Any]) -> torch.Tensor:
-        known = {other: value for other, value in inputs.items() if value is not None}
-        value = None
-        if IDS in known and (beside := beside_ids(examples).get(name)) is not None:
-            left_out: torch.Tensor = beside.of_text(examples[name], known)
-            return left_out
-        if name in self.fillable or (name == IDS and takes_embeddings(examples)):
-            value = default_input(name, known, counts_padding=self.counts_padding)
-        if value is None:
-            default_note = (
-                f"; the model's own default, {shown(self.defaults[name])}, is not" if name in self.defaults else ""
-            )
-            remedy = ": give it, or trace again without it" if default_note else ""
-            raise TraceError(f"input {name!r} is missing; it was part of the trace{default_note}{remedy}")
-        return value
-
 
 def signature_of(
     model: nn.Module, inputs: Collection[str], constants: Mapping[str, Any], *, has_cache: bool
@@ -208,15 +101,6 @@ def _answered_by_config(config: Any, defaults: Mapping[str, Any]) -> dict[str, A
     names |= {"return_dict", *(name for name in dir(config) if name.startswith("output_"))}
     answers = {name: getattr(config, name, None) for name in sorted(names)}
     return {name: value for name, value in answers.items() if isinstance(value, (bool, int, float, str))}
-
-
-def with_cache_name(names: Sequence[str], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename `cache`, transformers' newer name, to the trace's name for it."""
-    if "cache" not in kwargs or PAST not in names or "cache" in names:
-        return kwargs
-    if kwargs.get(PAST) is not None:
-        raise TraceError(f"cache and {PAST} are one input; give one of them")
-    return {**{name: value for name, value in kwargs.items() if name != "cache"}, PAST: kwargs["cache"]}
 
 
 def default_input(name: str, inputs: Mapping[str, Any], *, counts_padding: bool = False) -> torch.Tensor | None:

@@ -1,0 +1,161 @@
+"""The layers of a model whose adapters are data of its export."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+
+from gralora_fx.core.config import GraloraConfig
+from gralora_fx.core.graph.sites import LinearSite, ParameterSite
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.planning.rewrite_plan import PlannedSite
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, listed, option
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.format.adapter_inputs import BIAS, BLOCKS, WHOLE, AdapterInputs, AdapterSite
+
+_WEIGHT, _BIAS = ".weight", ".bias"
+_SMALL = 16  # the rank of an adapter as plain LoRA, up to which its values take no longer than the nodes of blocks
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class DataSites:
+    """The layers of a model whose adapters are data of its export.
+
+    Attributes:
+        inputs: The tensors that the export takes.
+        weights: Paths of the layers that a weight belongs to, by each name of the weight.
+        norm_biases: Paths of the normalizations whose bias trains, by each name of the bias.
+    """
+
+    inputs: AdapterInputs
+    weights: Mapping[str, tuple[str, ...]]
+    norm_biases: Mapping[str, str]
+
+
+def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:
+    """Whether an export takes adapters with GraLoRA's blocks, rather than each as the plain LoRA that it equals.
+
+    LoRA's form has a third of the nodes at a layer and `gralora_k` times the values, and takes any `gralora_k`. Blocks
+    win, but for a small adapter over quantized weights, beside which nodes take longer than values; `python -m
+    benchmarks forms` measures both. Adapters with different `gralora_k` have no blocks in common.
+    """
+    if len(_block_counts(model)) != 1:
+        return False
+    return not is_quantized or max(planned.k * planned.r for planned in _with_blocks(model)) > _SMALL
+
+
+def data_sites(model: GraloraModel, options: ExportOptions) -> DataSites:
+    """The layers that any adapter of a model changes, active or not."""
+    mode, is_quantized = options.adapters, options.quantize is not None
+    if model.merged_adapters:
+        raise ExportError(
+            f"{option(adapters=mode)} exports the base, but {', '.join(map(repr, model.merged_adapters))} is merged "
+            "into its weights; call unmerge_adapter() first"
+        )
+    if parameters := [entry.site.path for entry in model.adapted_sites() if isinstance(entry.site, ParameterSite)]:
+        raise ExportError(
+            f"{option(adapters=mode)} is for linear layers, not for parameters of the model's own code, such as "
+            f"stacked matrices, where a row cannot have its own adapter: {listed(parameters, 2)}; give "
+            f"{option(adapters='merged')}"
+        )
+    trained = _trained(model)
+    planned = [entry for entry in model.adapted_sites() if f"{entry.site.path}{_WEIGHT}" not in trained]
+    k = next(iter(_block_counts(model))) if takes_blocks(model, is_quantized=is_quantized) else 0
+    _check_widths(planned, k or 1)
+    blocks = {entry.site.path for entry in planned}
+    sites = [site for site in model.sites if site.path in blocks or trained & _parameters_of(site)]
+    called = [site for site in sites if site.calls]
+    entries = [_entry(site, blocks, trained) for site in called]
+    of_sites = {parameter for site in sites for parameter in _parameters_of(site)}
+    norms = [_norm_entry(model.traced, bias) for bias in sorted(trained - of_sites)]
+    uncalled = tuple(site.path for site in sites if not site.calls)
+    inputs = AdapterInputs(mode, k, _DTYPES[options.precision], (*entries, *norms), uncalled)
+    return DataSites(inputs, _names_of_weights(called, model.traced), _names_of_biases(norms, model.traced))
+
+
+def check_found(adapters: DataSites, found: Iterable[frozenset[str]]) -> None:
+    """Check that the output of every layer was found in the exported graphs."""
+    known = frozenset().union(*found)
+    missing = [site for site in adapters.inputs.sites if site.path not in known]
+    layers, biases = (
+        listed(sorted(site.path for site in missing if (site.form == BIAS) == alone)) for alone in (False, True)
+    )
+    reasons = []
+    if layers:
+        reasons.append(
+            f"no adapter can be data at {layers}: their weights are computed in the graph, or used within a branch or "
+            "a loop; leave these layers out (exclude_modules), and out of modules_to_save"
+        )
+    if biases:
+        reasons.append(
+            f"no trained bias can be data at {biases}: not a linear layer or a layer normalization outside of "
+            "branches and loops; leave it untrained (bias='none', or the adapted layers' alone)"
+        )
+    if reasons:
+        raise ExportError(f"{'; '.join(reasons)}; or export with {option(adapters='merged')}")
+
+
+def _trained(model: GraloraModel) -> set[str]:
+    """Names of the parameters that adapters train as copies of their own (`modules_to_save`, biases)."""
+    names = {name: [base for owned in model.adapter(name).copies.values() for base in owned] for name in model.configs}
+    known = {parameter for site in model.sites for parameter in _parameters_of(site)}
+    known |= {name for name, value in model.traced.tree.parameters.items() if name.endswith(_BIAS) and value.ndim == 1}
+    for name, trained in names.items():
+        if others := sorted(set(trained) - known):
+            raise ExportError(
+                f"adapter {name!r} trains {listed(others, 3)} (modules_to_save or bias), and only linear layers and "
+                f"biases can be data; export it with {option(adapters='merged')}, or train it without these"
+            )
+    return {base for trained in names.values() for base in trained}
+
+
+def _parameters_of(site: LinearSite) -> set[str]:
+    """Names of a layer's parameters."""
+    return {f"{site.path}{_WEIGHT}", *([] if site.bias is None else [f"{site.path}{_BIAS}"])}
+
+
+def _entry(site: LinearSite, blocks: Container[str], trained: Container[str]) -> AdapterSite:
+    form = WHOLE if f"{site.path}{_WEIGHT}" in trained else BLOCKS if site.path in blocks else BIAS
+    has_bias = f"{site.path}{_BIAS}" in trained
+    return AdapterSite(site.path, site.in_features, site.out_features, form, has_bias)
+
+
+def _norm_entry(traced: TracedModel, bias: str) -> AdapterSite:
+    """A normalization whose bias trains; the widths before and after it are equal."""
+    (width,) = traced.tree.parameters[bias].shape
+    return AdapterSite(bias.removesuffix(_BIAS), width, width, BIAS, has_bias=True)
+
+
+def _block_counts(model: GraloraModel) -> set[int]:
+    """The `gralora_k` of the adapters that have blocks, at any site."""
+    return {planned.k for planned in _with_blocks(model)}
+
+
+def _with_blocks(model: GraloraModel) -> list[PlannedSite]:
+    """What the GraLoRA adapters of a model do at each of their layers."""
+    plans = [plan for plan in model.plans.values() if isinstance(plan.config, GraloraConfig)]
+    return [planned for plan in plans for planned in plan.selected]
+
+
+def _check_widths(planned: Iterable[PlannedSite], k: int) -> None:
+    wrong = [p.site.path for p in planned if p.site.in_features % k or p.site.out_features % k]
+    if wrong:
+        raise ExportError(
+            f"gralora_k={k} does not divide the widths of {listed(sorted(set(wrong)))}, which another adapter of the "
+            "model adapts; export the adapters apart"
+        )
+
+
+def _names_of_weights(sites: Iterable[LinearSite], traced: TracedModel) -> dict[str, tuple[str, ...]]:
+    paths: dict[str, tuple[str, ...]] = {}
+    for site in sites:
+        for name in traced.tree.names_of(site.weight):
+            paths[name] = (*paths.get(name, ()), site.path)
+    return paths
+
+
+def _names_of_biases(norms: Iterable[AdapterSite], traced: TracedModel) -> dict[str, str]:
+    biases = {norm.path: traced.tree.parameters[f"{norm.path}{_BIAS}"] for norm in norms}
+    return {name: path for path, bias in biases.items() for name in traced.tree.names_of(bias)}

@@ -1,0 +1,114 @@
+"""Adapters folded into the base's own parameters, in place: everything is checked before the first one changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from gralora_fx.base.sources.lazy_tensors import is_lazy
+from gralora_fx.core.adapters.adapter import ModelAdapter
+from gralora_fx.core.adapters.folded_weights import (
+    SiteUpdate,
+    check_finite,
+    check_foldable,
+    check_not_shared,
+    folded,
+    folded_weights,
+    overlapping,
+    shared_sites,
+)
+from gralora_fx.core.graph.module_tree import ModuleTree
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import MergeError
+
+
+def fold_adapters(
+    traced: TracedModel, adapters: Sequence[ModelAdapter], work: Sequence[SiteUpdate], *, safe: bool, untie: bool
+) -> dict[str, nn.Parameter]:
+    """Fold adapters and their copies of parameters into a base's own parameters.
+
+    Args:
+        traced: The base.
+        adapters: The adapters.
+        work: Their updates.
+        safe: Whether to check first that every merged weight is finite.
+        untie: Whether to leave tied weights as they are, and return the weights of their layers.
+
+    Returns:
+        The folded weights that did not take the place of the base's, by site path.
+    """
+    graph_module = traced.graph_module
+    copies = _copied_values(traced.tree, adapters)
+    shared = shared_sites(graph_module, [entry.site for entry in work]) if untie else {}
+    tied = [entry for entry in work if entry.site.path in shared or is_lazy(entry.site.weight)]
+    weights = folded_weights(graph_module, tied, safe=safe, untie=True)
+    fold_in_place(graph_module, [entry for entry in work if entry not in tied], safe=safe)
+    _replace_values(copies)
+    return weights
+
+
+def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
+    """Fold into the weights themselves, in place; no copy is kept.
+
+    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded one,
+    whose elements share memory, gets memory of its own.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, work)
+    in_place = [entry for entry in work if _is_writable(entry.site.weight)]
+    with torch.no_grad():
+        if safe:
+            for entry in in_place:
+                check_finite({entry.site.path: folded(entry)})
+        others = [entry for entry in work if entry not in in_place]
+        replacements = {entry.site.path: folded(entry) for entry in others}
+        if safe:
+            check_finite(replacements)
+        for entry in in_place:
+            folded(entry, entry.site.weight.data)
+        _replace_values([(entry.site.weight, replacements[entry.site.path]) for entry in others])
+
+
+def _replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Assign new values to parameters without copying: all of them, or none after an error."""
+    before = [parameter.data for parameter, _ in updates]
+    try:
+        for parameter, values in updates:
+            parameter.data = values.data
+    except BaseException:
+        for (parameter, _), values in zip(updates, before, strict=True):
+            parameter.data = values
+        raise
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to in place, each element having memory of its own."""
+    if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
+        return False
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return False
+            extent += (size - 1) * stride
+    return True
+
+
+def _copied_values(tree: ModuleTree, adapters: Sequence[ModelAdapter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the base's parameters of which adapters train copies, each with a clone of the adapter's copy."""
+    memory = overlapping(tree.parameters)
+    copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for adapter in adapters:
+        for module, owned in adapter.copies.items():
+            for base, parameter in owned.items():
+                outside = [n for n in (*tree.names_of(tree.parameters[base]), *memory.get(base, ())) if n not in owned]
+                if outside:
+                    raise MergeError(
+                        f"{base} of {module} is tied with {', '.join(outside)}, which would change too; "
+                        "use gralora_fx.merge, which leaves the base as it is"
+                    )
+                copies[id(tree.parameters[base])] = tree.parameters[base], parameter.detach().clone()
+    return list(copies.values())
