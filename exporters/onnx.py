@@ -25,7 +25,6 @@ from gralora_fx.exporters.artifact.staging import (
     warn_of_lost_adapters,
 )
 from gralora_fx.exporters.formats import DYNAMIC
-from gralora_fx.exporters.kinds.companions import companion_conversions, companion_models
 from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
@@ -137,7 +136,7 @@ def export_onnx(
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
-        companions = companion_conversions(model, options) if flavour.has_companions else {}
+        companions = _companions(model, conversion) if flavour.has_companions else {}
         _warn_of_parts_left_out(model, conversion, companions)
     if conversion.plan is not None:
         from gralora_fx.exporters.quantize.choice import choose_formats
@@ -145,7 +144,11 @@ def export_onnx(
         with timed("choose", seconds, "quantizing"):
             conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds, "converting"), gc_pause():
-        models = {**flavour.convert(conversion), **companion_models(companions)}
+        models = flavour.convert(conversion)
+        if companions:
+            from gralora_fx.exporters.kinds.companions import companion_models
+
+            models = {**models, **companion_models(companions)}
         if conversion.adapters is not None:
             from gralora_fx.exporters.kinds.data_sites import check_found
             from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
@@ -207,6 +210,15 @@ def export_onnx(
 def _input_names(manifest: Manifest) -> list[str]:
     """The inputs of an export of one graph; none where there are several."""
     return [name for name, shape in manifest.inputs.items() if isinstance(shape, list)]
+
+
+def _companions(model: TracedModel | GraloraModel, conversion: Conversion) -> dict[str, Conversion]:
+    """Return what is converted of each companion of a decoder, which most have none of."""
+    if not conversion.traced.companions:
+        return {}
+    from gralora_fx.exporters.kinds.companions import companion_conversions
+
+    return companion_conversions(model, conversion.options)
 
 
 def _warn_of_parts_left_out(

@@ -19,7 +19,6 @@ from gralora_fx.exporters.kinds.conversion import base_trace, check_runnable
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import LEVELS, check_choice
 from gralora_fx.exporters.verify.cases import TokenRun
-from gralora_fx.exporters.verify.companions import compare_companions
 from gralora_fx.exporters.verify.comparable import Variant, evaluating, open_comparable, variants
 from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
@@ -138,13 +137,11 @@ def verify_onnx(
         outputs = OutputComparison(variant.session, reference, manifest.logits).run(cases, check)
         run = TokenRun(variant.session, reference, cases, batches, check, quick, adapters, variant.rows)
         tokens = verification.compare_tokens(run)
-        of_rows = None if rows is None else open_rows
-        beside = compare_companions(manifest, model, variant, of_rows, checked, quick=quick, seed=seed)
-        return VerifyReport(
-            outputs.passed and tokens.passed and beside.passed,
+        found = VerifyReport(
+            outputs.passed and tokens.passed,
             limit,
             tuple(description for description, _ in cases),
-            (*outputs.tensors, *tokens.tensors, *beside.tensors),
+            (*outputs.tensors, *tokens.tensors),
             tokens.tokens,
             describe_weights(manifest),
             arithmetic,
@@ -154,8 +151,15 @@ def verify_onnx(
             provider=None if runtime is None else _provider_run(runtime, variant.session),
             least_scale=least_scale,
             rows=tokens.rows,
-            companions=beside.tokens,
         )
+        if not manifest.companions:
+            return found
+        from gralora_fx.exporters.verify.companions import compare_companions
+
+        of_rows = None if rows is None else open_rows
+        beside = compare_companions(manifest, model, variant, of_rows, checked, quick=quick, seed=seed)
+        passed, tensors = found.passed and beside.passed, (*found.tensors, *beside.tensors)
+        return dataclasses.replace(found, passed=passed, tensors=tensors, companions=beside.tokens)
 
     report: VerifyReport | None = None
     for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows, companions):
