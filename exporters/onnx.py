@@ -14,8 +14,8 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed, marked, warn_caller
-from gralora_fx.exporters.artifact.companions import write_companions
 from gralora_fx.exporters.artifact.manifest import describe, save_models, write_manifest
+from gralora_fx.exporters.artifact.program_files import write_program_files
 from gralora_fx.exporters.artifact.staging import (
     check_folder,
     check_output,
@@ -146,7 +146,7 @@ def export_onnx(
     with timed("convert", seconds, "converting"), gc_pause():
         models = flavour.convert(conversion)
         if companions:
-            from gralora_fx.exporters.kinds.companions import companion_models
+            from gralora_fx.exporters.kinds.companion_models import companion_models
 
             models = {**models, **companion_models(companions)}
         if conversion.adapters is not None:
@@ -158,11 +158,11 @@ def export_onnx(
         with timed("write", seconds, "writing"):
             save_models(models, stage, output_dir, shared=flavour.shares_weights)
             digests = reader.submit(describe_files, stage, file_names(stage))
-            write_companions(stage, conversion.traced)
+            write_program_files(stage, conversion.traced)
             if options.tokenizer is not None:
-                from gralora_fx.exporters.artifact.companions import write_tokenizer
+                from gralora_fx.exporters.artifact.program_files import write_tokenizer
 
-                write_tokenizer(stage, conversion.traced, options.tokenizer, has_companions=bool(companions))
+                write_tokenizer(stage, conversion.traced, options.tokenizer, companions)
             flavour.write_files(stage, conversion.traced, models)
             manifest = describe(conversion, models, companions, flavour=flavour.name, logits=flavour.logits(options))
             write_manifest(stage, manifest)
@@ -216,7 +216,7 @@ def _companions(model: TracedModel | GraloraModel, conversion: Conversion) -> di
     """Return what is converted of each companion of a decoder, which most have none of."""
     if not conversion.traced.companions:
         return {}
-    from gralora_fx.exporters.kinds.companions import companion_conversions
+    from gralora_fx.exporters.kinds.companion_models import companion_conversions
 
     return companion_conversions(model, conversion.options)
 

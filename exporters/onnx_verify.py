@@ -154,7 +154,7 @@ def verify_onnx(
         )
         if not manifest.companions:
             return found
-        from gralora_fx.exporters.verify.companions import compare_companions
+        from gralora_fx.exporters.verify.together import compare_companions
 
         of_rows = None if rows is None else open_rows
         beside = compare_companions(manifest, model, variant, of_rows, checked, quick=quick, seed=seed)

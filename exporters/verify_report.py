@@ -141,7 +141,7 @@ class VerifyReport(Report):
         adapters: Of an export that takes adapters as data, the comparison with each; the rest is that of the base.
         rows: Greedy tokens of a decoder's graph whose rows have lengths of their own, all adapters in one batch; None
             where there is none, or it was not compared.
-        companions: Greedy tokens of prompts that a part beside the decoder reads too, such as images; None without any.
+        companions: Greedy tokens of prompts that a part beside the decoder reads too; None without any.
     """
 
     passed: bool
@@ -187,7 +187,7 @@ class VerifyReport(Report):
 
     @property
     def tokens_compared(self) -> tuple[TokenCheck, ...]:
-        """The greedy tokens of both graphs and of prompts with images, of the base and each adapter."""
+        """The greedy tokens of both graphs and of companions' prompts, of the base and each adapter."""
         states = self.states.values()
         found = (check for report in states for check in (report.tokens, report.rows, report.companions))
         return tuple(check for check in found if check is not None)
@@ -255,9 +255,7 @@ class VerifyReport(Report):
         states = self.states.items()
         lines += _token_lines("greedy tokens", {state: report.tokens for state, report in states})
         lines += _token_lines(f"{ROWS_NAME}: greedy tokens", {state: report.rows for state, report in states})
-        lines += _token_lines(
-            "prompts with images: greedy tokens", {state: report.companions for state, report in states}
-        )
+        lines += _token_lines("with companions: greedy tokens", {state: report.companions for state, report in states})
         for state, report in self.states.items():
             lines += [f"above the tolerance{state}: {check}" for check in report.rounding]
         lines += _verdict(self)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.quick
 
 FOLDER = Path(package.__file__).parent
 LONGEST = 2_200  # lines of a feature's folder
+LONGER = {"images": 3_500}  # decoders and towers of vision-language models, files of strangers, requests
 every_feature = pytest.mark.parametrize("feature", features(), ids=lambda feature: feature.name)
 
 
@@ -43,7 +44,9 @@ def test_every_part_is_of_a_known_point_and_there(feature: Feature) -> None:
 def test_a_feature_is_named_as_its_folder_which_has_a_page_and_is_short(feature: Feature) -> None:
     folder = FOLDER / feature.name
     assert len((folder / "README.md").read_text(encoding="utf-8").splitlines()) <= 60
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in folder.rglob("*.py")) <= LONGEST
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in folder.rglob("*.py")) <= LONGER.get(
+        feature.name, LONGEST
+    )
 
 
 @pytest.mark.parametrize("feature", APART)

@@ -29,7 +29,6 @@ from gralora_fx.format.manifest import (
     SCHEMA_VERSION,
     AdapterEntry,
     BaseEntry,
-    CompanionEntry,
     Manifest,
     RowsEntry,
     SiteEntry,
@@ -86,7 +85,8 @@ def describe(
         rows=next(iter(log.summaries(RowsEntry)), None),
         flavour=flavour,
         companions={
-            name: CompanionEntry(_shapes(graphs[name].inputs), _shapes(graphs[name].outputs)) for name in companions
+            name: {"inputs": _shapes(graphs[name].inputs), "outputs": _shapes(graphs[name].outputs)}
+            for name in companions
         },
     )
 

@@ -13,7 +13,7 @@ from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.core.tracing.inputs.cache import cached_slots
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed
-from gralora_fx.exporters.artifact.companions import write_genai_config
+from gralora_fx.exporters.artifact.program_files import write_genai_config
 from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import (
     Flavour,

@@ -74,13 +74,15 @@ POINTS: dict[str, str] = {
     "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
     "given rows": "A subclass of run.engine.given_rows.GivenRows: what rows begin with in the place of tokens, and the "
     "prompts of the embeddings that `generate` was given.",
+    "companion files": "Returns what makes a companion's inputs of prompts, which is saved in the place of the "
+    "tokenizer, given that and where it may have come from; None if there is nothing.",
     "given prompts": "A class as run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export whose "
     "companions' names are signs, and returns None if they read no prompts.",
     "export options": "A dataclass as cli.export.TraceOptions: options of the command for models of some kind.",
     "tasks": "A tuple of format.tasks.Task: tasks that models can be traced for.",
     "companions": "A function of a traced decoder, that returns traces of what its model runs beside it, by the names "
     "of their files, over the same parameters.",
-    "companion checks": "A class as exporters.verify.companions.CompanionCheck: gives inputs of companions, whose "
+    "companion checks": "A class as exporters.verify.together.CompanionCheck: gives inputs of companions, whose "
     "names are signs, and compares what they and the decoder make together.",
     "example inputs": "A function of a model, the name of its main input and a generator, that returns an example of "
     "the input, or None where it knows none (core.tracing.inputs.samples); asked for by the name, as a sign.",

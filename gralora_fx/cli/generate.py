@@ -205,7 +205,7 @@ def _check_input(
 
 
 def _beside(directory: Path, manifest: Manifest, options: Mapping[str, Any]) -> list[PromptOptions]:
-    """Return what is given beside a text, such as images, for an export that reads it."""
+    """Return what is given beside a text, for an export that reads it."""
     found: list[PromptOptions] = []
     for kind in _BESIDE:
         declared = declared_options(kind)

@@ -129,19 +129,6 @@ class RowsEntry:
 
 
 @dataclass(frozen=True)
-class CompanionEntry:
-    """A part of a model that runs beside its graph, such as what reads pixels.
-
-    Attributes:
-        inputs: Shapes of its inputs by name.
-        outputs: Shapes of its outputs by name.
-    """
-
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What `gralora_export.json` says; fields with a default are not in every export.
 
@@ -172,7 +159,8 @@ class Manifest:
         rows: The graph whose rows differ; None where nothing is known of one.
         flavour: Kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`.
         facts: What features know of the graph's inputs, each under its name in the file.
-        companions: Parts of the model that run beside the graph, by the names of their files without a suffix.
+        companions: `inputs` and `outputs` of parts of the model that run beside the graph, by the names of their
+            files without a suffix.
     """
 
     schema_version: int
@@ -200,7 +188,7 @@ class Manifest:
     rows: RowsEntry | None = None
     flavour: str = PLAIN_KIND
     facts: Mapping[str, Any] = field(default_factory=dict)
-    companions: Mapping[str, CompanionEntry] = field(default_factory=dict)
+    companions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_rows(self) -> bool:

@@ -265,7 +265,7 @@ class OrtModel(OpenExport):
         options = AnswerOptions(chosen, stop_strings(stop, tokenizer), proposed=prompt_lookup_num_tokens)
         if not (language is None and task is None and forced_bos_token_id is None):
             options = replace(options, start=AnswerStart(language, task, forced_bos_token_id))
-        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds, images)
+        inputs = GenerateInputs(prompts, input_ids, attention_mask, input_features, inputs_embeds, media=images)
         parsed = generation.read(inputs, options, adapter, tokenizer)
         if not (json_schema is None and regex is None and choice is None and grammar is None):
             outputs = {"json": json_schema, "regex": regex, "choice": choice, "grammar": grammar}

@@ -284,7 +284,7 @@ def _decoder_generation(export: OpenExport) -> Generation:
 
 
 def _given_prompts(export: OpenExport) -> GivenPrompts | None:
-    """Return what reads prompts with more than text, such as images, if parts of the export read that."""
+    """Return what reads prompts with more than text, if parts of the export read that."""
     from gralora_fx.base.features import parts
 
     kinds = parts("given prompts", export.manifest.companions) if export.manifest.companions else []

@@ -170,7 +170,7 @@ def stall(folder, *_):
     print("writing", flush=True)
     time.sleep(60)
 
-onnx.write_companions = stall
+onnx.write_program_files = stall
 sys.argv = ["gralora-fx", "export", "--model", sys.argv[1], "--output", sys.argv[2], "--task", "text-classification",
             "--overwrite"]
 cli.main()

@@ -104,7 +104,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
         "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
     },
     "audio": {"soundfile": "soundfile"},
-    "vision": {"pillow": "PIL"},
+    "vision": {"pillow": "PIL", "torchvision": "torchvision"},
     "openvino": {"onnxruntime-ep-openvino": "onnxruntime_ep_openvino"},
     "nf4": {"bitsandbytes": "bitsandbytes"},
     "scale": {"ray": "ray"},

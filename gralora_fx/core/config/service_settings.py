@@ -221,7 +221,11 @@ class ServiceSettings:
             )
 
     def part(self, kind: type[_Record]) -> _Record:
-        """Return the record of a feature's options."""
+        """Return the record of a feature's options.
+
+        Args:
+            kind: The class of the record, which has defaults for all of them.
+        """
         return next((record for record in self.more if isinstance(record, kind)), None) or kind()
 
     @property

@@ -68,7 +68,7 @@ def load_feature_extractor(name: str | Path, error: type[GraloraError] = Checkpo
 
 
 def load_processor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
-    """The processor of a local directory or a hub id, which reads images beside texts, or None if it has none."""
+    """The processor of a local directory or a hub id, which reads more than texts, or None if it has none."""
     from transformers import AutoProcessor
 
     return _load_pretrained(

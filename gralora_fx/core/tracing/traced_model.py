@@ -119,7 +119,7 @@ class TracedModel:
 
     @functools.cached_property
     def companions(self) -> Mapping[str, TracedModel]:
-        """Traces of what the source model runs beside this graph, such as what reads pixels, by names of their files.
+        """Traces of what the source model runs beside this graph, such as a tower, by names of their files.
 
         They are over the same parameters, and are made when they are first asked for.
         """

@@ -15,8 +15,8 @@ from gralora_fx.core.tracing.inputs.cache import empty_cache, positions
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import Case, vocabulary_of
-from gralora_fx.exporters.verify.companions import TogetherRun
 from gralora_fx.exporters.verify.outputs import last_logits, run_model
+from gralora_fx.exporters.verify.together import TogetherRun
 from gralora_fx.features.images.image_prompts import Outputs, given_of, grid_positions, token_merge
 from gralora_fx.features.images.tasks_and_inputs import (
     GIVEN_PLACES,

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.limits import PromptLimit
-from gralora_fx.run.generate.prompts import Prompts
+from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.sessions.ort_values import as_array, run_arrays
 from gralora_fx.run.sessions.session_views import with_adapter
 
@@ -107,16 +107,26 @@ class ImagePrompts:
         chats = [prompts] if is_chat(prompts) else prompts if isinstance(prompts, (list, tuple)) else []
         return any(images_of_chat(chat)[1] for chat in chats if is_chat(chat))
 
-    def read(self, prompts: Any, images: Any, adapter: AdapterNames, limit: PromptLimit | None = None) -> Prompts:
+    @staticmethod
+    def refuse() -> NoReturn:
+        """Raise a `ServingError`: the export reads no images."""
+        raise ServingError(
+            "the export reads no images: its model has no part for them, or was exported without it "
+            f"({option(task='image-text-to-text-with-past')}); leave images out"
+        )
+
+    def read(self, inputs: GenerateInputs, adapter: AdapterNames, limit: PromptLimit) -> Prompts:
         """Read what `generate` was given.
 
         Args:
-            prompts: A text or a chat, or a list of them.
-            images: The images of a single prompt in order; of a list of prompts a list for each, or None. None where
-                they are in chats, as transformers and OpenAI write them.
+            inputs: A text or a chat, or a list of them, and the images of a single prompt in order; of a list of
+                prompts a list for each, or None. None where they are in chats, as transformers and OpenAI write them.
             adapter: The adapter of all, or of each.
             limit: The most tokens of a prompt.
         """
+        for name in (EMBEDS, "input_ids", "attention_mask"):
+            inputs.check_unused("images are given with prompts as text or chats", name)
+        prompts, images = inputs.prompts, inputs.media
         from gralora_fx.features.images.image_files import images_of
         from gralora_fx.features.images.image_limits import ImageLimits
 
@@ -132,8 +142,7 @@ class ImagePrompts:
         opened = [images_of(own, ImageLimits()) for _, own in pairs]
         read = [self.read_one(*each) for each in zip(texts, opened, names, strict=True)]
         for ids, _ in read:
-            if limit is not None:
-                limit.check_tokens(ids)
+            limit.check_tokens(ids)
         return Prompts([ids for ids, _ in read], is_single, gives_text=True, given=[given for _, given in read])
 
     def read_one(

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from gralora_fx.errors import ServingError, first_line, option
+from gralora_fx.errors import ServingError, first_line
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
 from gralora_fx.run.engine.decoder import LEAST_CHUNK, Decoder, part_length
@@ -32,18 +32,23 @@ _FORCED = 32  # tokens that a constraint forces, in a step
 
 
 class GivenPrompts(Protocol):
-    """Reads prompts with more than text, such as images, of which parts of an export make what rows are given."""
+    """Reads prompts with more than text, of which companions of a decoder make what its rows are given."""
 
-    def are_in(self, prompts: Any) -> bool:
-        """Return whether chats among prompts hold images, in the place where each is."""
+    @staticmethod
+    def refuse() -> NoReturn:
+        """Raise a `ServingError`: the export reads texts alone."""
         ...
 
-    def read(self, prompts: Any, images: Any, adapter: AdapterNames, limit: PromptLimit | None = None) -> Prompts:
-        """Read what `generate` was given: one prompt and its images, or a list of prompts and a list for each."""
+    def are_in(self, prompts: Any) -> bool:
+        """Return whether chats among prompts hold more than text, in the place where it is."""
+        ...
+
+    def read(self, inputs: GenerateInputs, adapter: AdapterNames, limit: PromptLimit) -> Prompts:
+        """Read what `generate` was given: prompts, and what each has beside its text."""
         ...
 
     def read_one(
-        self, prompt: Any, images: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
+        self, prompt: Any, media: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
     ) -> tuple[list[int], Source | None]:
         """Return the ids of a prompt, and what stands in the place of some of them; None of text alone."""
         ...
@@ -57,7 +62,7 @@ class Generation:
         limits: What a row can take.
         open_decoder: Makes the model as rows of a size; errors as of `Decoder`.
         encoder_inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
-        given_prompts: Reads prompts with images; None if the export reads texts alone.
+        given_prompts: Reads prompts with more than text; None if the export reads texts alone.
     """
 
     limits: DecoderLimits
@@ -84,24 +89,24 @@ class Generation:
             inputs.check_unused(reason, "input_features")
             if options.start is not None:
                 options.start.check_unused(reason, "language", "task", "forced_bos_token_id")
-            holds_images = self.given_prompts is not None and self.given_prompts.are_in(inputs.prompts)
-            if inputs.images is not None or holds_images:
-                return self._read_images(inputs, adapter)
+            media = self.given_prompts
+            if inputs.media is not None or (media is not None and media.are_in(inputs.prompts)):
+                return self._read_media(inputs, adapter)
             texts = inputs.read(tokenizer, PromptLimit.of_context(self.limits))
             return texts if inputs.inputs_embeds is None else _with_embeddings(texts, inputs)
-        for name in (EMBEDS, "images"):
-            inputs.check_unused("an encoder-decoder's encoder reads what it answers", name)
+        inputs.check_unused("an encoder-decoder's encoder reads what it answers", EMBEDS)
+        if inputs.media is not None:
+            self._read_media(inputs, adapter)
         return reader.read(inputs, options.start or AnswerStart(), adapter, tokenizer, self.open_decoder)
 
-    def _read_images(self, inputs: GenerateInputs, adapter: AdapterNames) -> Prompts:
-        if self.given_prompts is None:
-            raise ServingError(
-                "the export reads no images: its model has no part for them, or was exported without it "
-                f"({option(task='image-text-to-text-with-past')}); leave images out"
-            )
-        for name in (EMBEDS, "input_ids", "attention_mask"):
-            inputs.check_unused("images are given with prompts as text or chats", name)
-        return self.given_prompts.read(inputs.prompts, inputs.images, adapter, PromptLimit.of_context(self.limits))
+    def _read_media(self, inputs: GenerateInputs, adapter: AdapterNames) -> Prompts:
+        if self.given_prompts is not None:
+            return self.given_prompts.read(inputs, adapter, PromptLimit.of_context(self.limits))
+        from gralora_fx.base.features import parts
+
+        for kind in parts("given prompts"):
+            kind.refuse()
+        raise ServingError("prompts are texts alone, since no feature that is installed reads more; give texts")
 
 
 def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:

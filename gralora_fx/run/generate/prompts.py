@@ -77,7 +77,7 @@ class GenerateInputs:
         attention_mask: The mask of `input_ids` or of features.
         input_features: Instead of prompts, a feature extractor's result, `[batch, ...]`.
         inputs_embeds: What stands in the place of a decoder's tokens, of a prompt or of each.
-        images: The images of a prompt, or of each.
+        media: What a prompt has beside its text, or each of them, as the export's companions read it.
     """
 
     prompts: Any = None
@@ -85,7 +85,7 @@ class GenerateInputs:
     attention_mask: Any = None
     input_features: Any = None
     inputs_embeds: Any = None
-    images: Any = None
+    media: Any = None
 
     def check_unused(self, reason: str, name: str) -> None:
         """Raise a `ServingError` with a reason if an input is given that has no effect."""

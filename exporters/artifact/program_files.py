@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from gralora_fx.base.compat.packages import require_extra
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
@@ -19,7 +18,7 @@ from gralora_fx.format.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
 from gralora_fx.run.engine.limits import UNLIMITED, context_length
 
 
-def write_companions(stage: Path, traced: TracedModel) -> None:
+def write_program_files(stage: Path, traced: TracedModel) -> None:
     """Write `config.json`, `generation_config.json` of a model that generates, and files of what its task appends."""
     if traced.config is not None:
         traced.config.save_pretrained(stage)
@@ -133,18 +132,21 @@ def _is_token(token: object, config: Any) -> bool:
     return isinstance(token, int) and 0 <= token < config.vocab_size
 
 
-def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, *, has_companions: bool = False) -> None:
+def write_tokenizer(stage: Path, traced: TracedModel, tokenizer: Any, companions: Collection[str] = ()) -> None:
     """Write the tokenizer's files; what the model's task appends has a say in them.
 
-    With what reads images goes the processor that makes their pixels, if it was given or lies beside the tokenizer.
+    With companions goes what makes their inputs of prompts, such as a processor.
 
     For a model that reads features of sound the feature extractor is written too, as `preprocessor_config.json`, which
     transformers.js reads: that of a processor, or the one beside the tokenizer.
     """
     source = tokenizer if isinstance(tokenizer, (str, Path)) else None
     tokenizer = loaded_tokenizer(tokenizer)
-    if has_companions and not hasattr(tokenizer, "image_processor"):
-        tokenizer = _processor(_places(traced, source, tokenizer)) or tokenizer
+    if companions:
+        from gralora_fx.base.features import parts
+
+        for reader_of in parts("companion files", companions):
+            tokenizer = reader_of(tokenizer, _places(traced, source, tokenizer)) or tokenizer
     if traced.appended is not None:
         tokenizer = traced.appended.told_to(tokenizer, traced.config)
     features = getattr(tokenizer, "feature_extractor", None) or _feature_extractor(traced, source, tokenizer)
@@ -164,16 +166,6 @@ def loaded_tokenizer(tokenizer: Any) -> Any:
     if loaded is None:
         raise ExportError(f"no tokenizer can be loaded from {tokenizer}, which holds none; give its directory")
     return loaded
-
-
-def _processor(places: list[str | Path]) -> Any | None:
-    """Load the processor that makes pixels of images from where the tokenizer is; None if there is none."""
-    if not places:
-        return None
-    require_extra("vision", "a model that reads images", ExportError)
-    from gralora_fx.core.loading.tokenizers import load_processor
-
-    return load_processor(places[0], ExportError)
 
 
 def _places(traced: TracedModel, source: str | Path | None, tokenizer: Any) -> list[str | Path]:

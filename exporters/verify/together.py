@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from gralora_fx.base.features import parts
+from gralora_fx.core.model.companions import companions_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.exporters.kinds.companions import companions_of
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.translation.export_graphs import precision_of
 from gralora_fx.exporters.verify.cases import Case

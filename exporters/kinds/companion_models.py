@@ -1,0 +1,48 @@
+"""What a decoder's model runs beside it, such as a tower: ONNX models of their own in the same directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from gralora_fx.core.model.companions import companions_of
+from gralora_fx.core.model.gralora_model import GraloraModel
+from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
+from gralora_fx.exporters.kinds.data_sites import check_found
+from gralora_fx.exporters.kinds.plain import plain_models
+from gralora_fx.exporters.options import ExportOptions
+from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
+from gralora_fx.format.export_directory import MODEL
+
+
+def companion_conversions(model: TracedModel | GraloraModel, options: ExportOptions) -> dict[str, Conversion]:
+    """Return what is converted of each companion; its weights stay floats, whatever the decoder's become."""
+    own = dataclasses.replace(
+        options,
+        quantize=None,
+        bits=None,
+        block_size=None,
+        accuracy_level=None,
+        logits="last",
+        tokenizer=None,
+        texts=None,
+        dump=None,
+    )
+    found: dict[str, Conversion] = {}
+    for name, part in companions_of(model).items():
+        is_adapted = isinstance(part, GraloraModel)
+        found[name] = conversion_of(part, own if is_adapted else dataclasses.replace(own, adapters="merged"))
+    return found
+
+
+def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Model]:
+    """Return the ONNX models of companions, by the names of their files."""
+    models: dict[str, ir.Model] = {}
+    for name, conversion in conversions.items():
+        models[name] = plain_models(conversion)[MODEL]
+        if conversion.adapters is not None:
+            check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
+    return models
