@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gralora_fx.base.compat.packages import require_extra
+from gralora_fx.base.compat.packages import installation, missing_packages
 from gralora_fx.errors import ServingError, first_line, listed, shown
 from gralora_fx.features.images.image_limits import ImageLimits
 from gralora_fx.features.images.image_urls import bytes_of_url, is_url
@@ -70,7 +70,7 @@ def image_of(value: Any, limits: ImageLimits, hosts: Collection[str] = ()) -> Im
     Raises:
         ServingError: It is none of these, is damaged, or is above a limit; or Pillow is not installed.
     """
-    require_extra("vision", "an image", ServingError)
+    _check_pillow()
     from PIL import Image
 
     if isinstance(value, Image.Image):
@@ -144,7 +144,7 @@ def read_image(data: bytes, limits: ImageLimits) -> Image:
     Raises:
         ServingError: It is of another format, damaged, animated or above a limit; or Pillow is not installed.
     """
-    require_extra("vision", "an image", ServingError)
+    _check_pillow()
     if not data:
         raise ServingError("the image is empty; give a file with a picture")
     limits.check_bytes(len(data))
@@ -163,6 +163,12 @@ def read_image(data: bytes, limits: ImageLimits) -> Image:
             raise ServingError("the image is animated; give one picture of it")
         image.load()
     return _converted(image, limits)
+
+
+def _check_pillow() -> None:
+    """Check that Pillow is installed; the rest of its extra is of some models' processors."""
+    if "pillow" in missing_packages("vision"):
+        raise ServingError(f"an image needs pillow, which is not installed: {installation('vision')}")
 
 
 def _opener(data: bytes) -> Callable[[io.BytesIO], Any] | None:
