@@ -256,6 +256,7 @@ GAINED: tuple[tuple[str, ...], ...] = (
     ("base",),
     ("rows",),  # decoders with a cache
     ("flavour",),
+    ("companions",),  # models with parts beside the graph
 )
 
 
