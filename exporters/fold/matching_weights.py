@@ -118,7 +118,7 @@ class BaseWeights:
     def _as_exported(self, path: str, values: NDArray[Any]) -> NDArray[Any]:
         if self._rounding is None or path not in self._rounded_paths:
             return values
-        return self._rounding.rounded(values)
+        return self._rounding.rounded(values, f"{self.directory}, {path}.weight")
 
     @cached_property
     def _rounded_paths(self) -> Set[str]:

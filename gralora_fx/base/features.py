@@ -26,7 +26,8 @@ POINTS: dict[str, str] = {
     "last parts of the names of its tensors are signs of the feature.",
     "stored weights": "Returns a checkpoint's tensors by key with those of the form as a PackedTensor each, given "
     "where they are and what its configuration says, which is None if it has none.",
-    "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32.",
+    "rounding": "Returns a float weight [out, in] as a given quantization of the form rounds it, in float32, given its "
+    "name in messages.",
     "packed weights": "Returns a linear layer's weight as a core.graph.packed_weights.PackedWeight, given floats [out, "
     "in], which a given quantization of the form rounds, or a PackedTensor of the form; its name in messages; and "
     "whether the layer's weight is [in, out].",

@@ -14,6 +14,7 @@ import torch
 from four_bit_bases import float_base, in_eight_bits, in_four_bits, inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.base.sources.lazy_tensors import values_of
@@ -21,7 +22,7 @@ from gralora_fx.errors import CheckpointError, ConfigError, TraceError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.features.llm_int8.packed import UnpackEightBits
 from gralora_fx.features.nf4.four_bits import FourBits
-from gralora_fx.features.nf4.packed import UnpackFourBits
+from gralora_fx.features.nf4.packed import UnpackFourBits, packed_weight
 from gralora_fx.loading import load_model, load_streamed
 
 pytest.importorskip("bitsandbytes")
@@ -259,3 +260,47 @@ def test_a_file_that_was_cut_off_is_named(stored: dict[str, Path], tmp_path: Pat
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load_model(tmp_path, packed=True)
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_float_weight_that_is_not_finite_is_named_when_it_is_rounded(bases: Any, tmp_path: Path, how: str) -> None:
+    shutil.copytree(bases("LlamaForCausalLM"), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{UP}.weight"][3, 5] = torch.inf
+    save_file(tensors, file, {"format": "pt"})
+    for packed in (False, True):
+        with pytest.raises(CheckpointError, match=rf"{UP}.weight has values that are not finite.*mend the weight"):
+            load_model(tmp_path, base_quantization=how, packed=packed)
+    streamed = load_streamed(tmp_path, base_quantization=how)
+    with pytest.raises(CheckpointError, match=rf"{UP}.weight has values that are not finite"):
+        values_of(streamed.get_submodule(UP).weight, "weight")
+
+
+@pytest.mark.parametrize("how", ["nf4", "fp4-32", "nf4-1024", "nf4-double", "nf4-4096"])
+@pytest.mark.parametrize("shape", [(30, 96), (7, 9), (64, 128)])
+def test_the_kernel_of_bitsandbytes_unpacks_to_the_same_bits(how: str, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+    quantization = FourBits.of_text(how)
+    packed = packed_weight(weight, "w", quantization, is_turned=False)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = packed()
+    given = UnpackFourBits(*packed.tensors.values(), [], quantization.block_size, None, None, None)
+    expected = given.by_pytorch(
+        weight.size, *(packed.tensors[name].view(torch.float32) for name in ("scales", "table"))
+    )
+    assert torch.equal(found.view(torch.int32), expected.view(shape).view(torch.int32))
+    is_whole = weight.size % quantization.block_size == 0
+    used = any(event.key == "bitsandbytes::dequantize_4bit" for event in seen.key_averages())
+    assert used == (is_whole and quantization.block_size <= 1024)
+
+
+def test_other_values_than_those_of_the_kernel_are_unpacked_by_pytorch() -> None:
+    packed = packed_weight(torch.randn(8, 64).numpy(), "w", FourBits(), is_turned=False)
+    table = packed.tensors["table"].view(torch.float32)
+    table[3] /= 2
+    assert packed().unique().numel() > 16
+    codes = packed.tensors["codes"]
+    pairs = torch.stack((codes >> 4, codes & 15), 1).view(8, 64).int()
+    scales = packed.tensors["scales"].view(torch.float32)[:, None]
+    assert torch.equal(packed(), table[pairs] * scales)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from four_bit_bases import float_base, in_four_bits
+from four_bit_bases import float_base, in_eight_bits, in_four_bits
 
 from gralora_fx.base.sources.same_base import DIFFERENT, QUANTIZATION, SAME, BaseSource, compare_bases
 from gralora_fx.errors import CheckpointError
@@ -25,13 +25,14 @@ def bases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = float_base(folder / "float", request.param)
     for name, quantization in (("nf4", NF4), ("wide", WIDE)):
         in_four_bits(base, quantization).save_pretrained(folder / name)
+    in_eight_bits(base).save_pretrained(folder / "int8")
     other = float_base(folder / "other", request.param)
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(other / "model.safetensors")
     save_file({key: tensor.flip(0) for key, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
     in_four_bits(other, NF4).save_pretrained(folder / "other-nf4")
-    return {name: str(folder / name) for name in ("float", "nf4", "wide", "other", "other-nf4")}
+    return {name: str(folder / name) for name in ("float", "nf4", "wide", "int8", "other", "other-nf4")}
 
 
 def recorded(quantization: FourBits) -> Any:
@@ -99,3 +100,12 @@ def test_a_folded_adapter_of_four_bits_warns(bases: dict[str, str], tmp_path: Pa
     made = LoraConfig.from_pretrained(tmp_path).made_for
     assert compare_bases(made, BaseSource(bases["float"])).outcome == DIFFERENT
     assert "base_quantization" not in json.loads(LoraConfig(target_modules=["q_proj"]).to_json())
+
+
+def test_eight_bits_are_told_with_their_change(bases: dict[str, str]) -> None:
+    made = BaseSource(bases["float"], record="int8")
+    assert compare_bases(made, BaseSource(bases["int8"])).outcome == SAME
+    compared = compare_bases(made, BaseSource(bases["float"]))
+    assert compared.outcome == DIFFERENT
+    assert compared.change is not None
+    assert 0.001 < compared.change < 0.02

@@ -67,7 +67,7 @@ def unpacked(tensors, directory, told):
     return found
 
 
-def rounded(weight, quantization):
+def rounded(weight, quantization, name):
     scale = np.float32(np.abs(weight).max() / 127)
     return np.rint(weight / scale).astype(np.float32) * scale
 """

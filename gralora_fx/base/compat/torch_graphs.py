@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from gralora_fx.base.compat.packages import fenced
 
@@ -50,7 +50,9 @@ __all__ = [
     "convention_of",
     "detect_fake_mode",
     "enter_autocast",
+    "has_kernel",
     "is_mutable",
+    "is_traced",
     "is_transformed",
     "leave_autocast",
     "returns_alias",
@@ -82,6 +84,16 @@ def is_mutable(target: object) -> bool:
 def is_transformed() -> bool:
     """Whether a functional transform such as `vmap` or `jvp`, or a mode that sees every operator, is at work."""
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
+def has_kernel(operator: str, device: str) -> bool:
+    """Whether an operator, `namespace::name`, has a kernel of its own for a device, such as `CPU`."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, device))
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether operators on a tensor are recorded, or stand for others: by a compiler, a transform or a mode."""
+    return type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or is_transformed()
 
 
 def base_name(target: OpOverload) -> str:

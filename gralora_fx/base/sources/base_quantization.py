@@ -85,10 +85,18 @@ class BaseQuantization(ABC):
         """The name in safetensors of the dtype that values are rounded to."""
         return DTYPES[self.compute_dtype]
 
-    def rounded(self, weight: NDArray[Any]) -> NDArray[np.float32]:
-        """Return a float weight `[out, in]` as its layer multiplies by it once it is stored so, in float32."""
+    def rounded(self, weight: NDArray[Any], name: str) -> NDArray[np.float32]:
+        """Return a float weight `[out, in]` as its layer multiplies by it once it is stored so, in float32.
+
+        Args:
+            weight: The weight.
+            name: Its name in messages.
+
+        Raises:
+            CheckpointError: Its values are not finite.
+        """
         (rounded,) = parts("rounding", {self.sign})
-        values: NDArray[np.float32] = rounded(weight, self)
+        values: NDArray[np.float32] = rounded(weight, self, name)
         return values
 
     @abstractmethod

@@ -95,7 +95,8 @@ class RoundedTensor(StoredTensor):
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
         """Fill a contiguous array with the bytes of the rounded values, from the `first` on."""
         floats, target = self.stored.array(), bytes_of(values)
-        rounded = self.quantization.rounded(floats.T if self.is_turned else floats)
+        name = f"{self.file}, {self.key}"
+        rounded = self.quantization.rounded(floats.T if self.is_turned else floats, name)
         stored = np.ascontiguousarray(rounded.T if self.is_turned else rounded).astype(FLOATS[self.dtype], copy=False)
         target[:] = bytes_of(stored)[first : first + len(target)]
 

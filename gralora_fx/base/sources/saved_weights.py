@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -131,7 +132,8 @@ def _names_by_key(index: Path) -> dict[str, str]:
 _BYTES = np.dtype(np.uint8)
 _READ = 64  # bytes at each place of two tensors of one dtype
 _VALUES = 8  # values at each place of two tensors of different dtypes
-_ROUNDED = 2**14  # values of two weights of which one is in few bits: whole blocks of any size
+_ROUNDED = 2**14  # values of two weights of which one is in few bits, about
+_BLOCK = 4096  # the largest block of values that are rounded together
 _ROUNDINGS = 0.2  # relative change up to which they are roundings of one weight: each changes it by 0.09 to 0.15
 _IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 
@@ -211,14 +213,16 @@ def _comparison(
 
 
 def _first_values(tensor: StoredTensor, how: BaseQuantization | None) -> NDArray[Any]:
-    """The first values of a weight, rounded if that is asked for and they are not.
+    """The first rows of a weight, rounded if that is asked for and they are not.
 
     Their blocks are those of the whole weight, but for scales that are quantized too, and weights of `Conv1D`.
     """
-    values = np.empty(min(tensor.numel, _ROUNDED), FLOATS[tensor.dtype])
+    rows, columns = tensor.shape
+    whole = _BLOCK // math.gcd(_BLOCK, columns)  # rows of whole blocks
+    values = np.empty((min(rows, whole * max(1, _ROUNDED // (whole * columns))), columns), FLOATS[tensor.dtype])
     tensor.read_into(values)
     if how is not None and not isinstance(tensor, PackedTensor):
-        values = how.rounded(values)
+        values = how.rounded(values, f"{tensor.file}, {tensor.key}")
     return values.astype(float)
 
 

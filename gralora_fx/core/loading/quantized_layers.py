@@ -51,10 +51,10 @@ def round_layers(model: PreTrainedModel, quantization: BaseQuantization) -> None
     Weights that are left in their files are rounded when they are read.
     """
     layers = quantized_layers(model, quantization)
-    quantization.rounded(torch.zeros(1, 2).numpy())  # an error before any weight changes
-    for module in layers.values():
+    quantization.rounded(torch.zeros(1, 2).numpy(), "zeros")  # an error before any weight changes
+    for path, module in layers.items():
         weight = module.get_parameter("weight")
-        rounded = functools.partial(_rounded, quantization, is_turned=isinstance(module, Conv1D))
+        rounded = functools.partial(_rounded, quantization, f"{path}.weight", is_turned=isinstance(module, Conv1D))
         if is_lazy(weight):
             with_source(weight, functools.partial(rounded, copy_lazy(weight)))
         else:
@@ -101,9 +101,9 @@ def _unpacked_forward(layer: Any, x: Tensor) -> Tensor:
     return nn.functional.linear(x, values.T if isinstance(layer, Conv1D) else values, layer.bias)
 
 
-def _rounded(quantization: BaseQuantization, weight: Tensor, *, is_turned: bool) -> Tensor:
-    values = raw_values_of(weight, "weight").float()
-    values = torch.from_numpy(quantization.rounded((values.T if is_turned else values).numpy()))
+def _rounded(quantization: BaseQuantization, name: str, weight: Tensor, *, is_turned: bool) -> Tensor:
+    values = raw_values_of(weight, name).float()
+    values = torch.from_numpy(quantization.rounded((values.T if is_turned else values).numpy(), name))
     return values.T if is_turned else values
 
 

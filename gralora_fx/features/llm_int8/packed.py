@@ -55,14 +55,14 @@ class PackedEightBits(PackedWeight):
 
 
 def packed_weight(
-    weight: NDArray[np.float32] | EightBitTensor, _name: str, _quantization: EightBits, *, is_turned: bool
+    weight: NDArray[np.float32] | EightBitTensor, name: str, _quantization: EightBits, *, is_turned: bool
 ) -> PackedEightBits:
     """Return a weight in eight bits: of floats `[out, in]`, or of a checkpoint in which it is stored so."""
     if isinstance(weight, EightBitTensor):
         codes, steps = np.empty(weight.codes.shape, np.int8), weight.scales
         weight.codes.read_into(codes)
     else:
-        codes, steps = quantized(weight)
+        codes, steps = quantized(weight, name)
     return PackedEightBits(
         {"codes": torch.from_numpy(codes), "steps": torch.from_numpy(steps).view(torch.int32)}, is_turned
     )

@@ -95,22 +95,22 @@ def _floats(tensor: StoredTensor) -> NDArray[np.float32]:
     return tensor.array().reshape(-1).astype(np.float32)
 
 
-def quantized(weight: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantized(weight: NDArray[Any], name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return the codes of a float weight `[out, in]`, and the value of one step in each row, as bitsandbytes rounds."""
     with np.errstate(over="ignore"):
         halves = np.asarray(weight, np.float32).astype(np.float16).astype(np.float32)
     largest = np.abs(halves).max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
         raise CheckpointError(
-            "a weight has values that are not finite in float16, from which bitsandbytes rounds to int8; mend the "
-            "weights, or leave the layer float (skip_modules)"
+            f"{name} has values that are not finite in float16, from which bitsandbytes rounds to int8; mend the "
+            "weight, or leave the layer float (skip_modules)"
         )
     inverse = np.divide(np.float32(1), largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(halves * (inverse * np.float32(127))).astype(np.int8), largest[:, 0] * _STEP
 
 
-def rounded(weight: NDArray[Any], _: EightBits) -> NDArray[np.float32]:
+def rounded(weight: NDArray[Any], _: EightBits, name: str) -> NDArray[np.float32]:
     """Return a float weight `[out, in]` as its layer in bitsandbytes multiplies by it, in float32."""
-    codes, steps = quantized(weight)
+    codes, steps = quantized(weight, name)
     values: NDArray[np.float32] = codes * steps[:, None]
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gralora_fx.base.compat.torch_graphs import has_kernel, is_traced
+from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.packed_weights import PackedWeight
 from gralora_fx.core.operators.call import Call, V, operator
-from gralora_fx.errors import CheckpointError
 from gralora_fx.features.nf4.four_bits import FourBits
 from gralora_fx.features.nf4.stored import FourBitTensor, quantized
+
+_LARGEST_BLOCK = 1024  # larger ones are unpacked by a program that bitsandbytes has torch.compile make
 
 
 @operator("unpack_four_bits")
@@ -43,17 +47,67 @@ class UnpackFourBits(Call[V]):
     is_turned: bool
 
     def result(self: UnpackFourBits[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Return the weight: by a kernel where one is installed, else in PyTorch's own operators, to the same bits."""
         rows, columns = self.shape
         count, scales, table = rows * columns, self.scales.view(torch.float32), self.table.view(torch.float32)
+        values = None
+        if not is_traced(self.codes):
+            values = _by_kernel(self.codes, scales, table, self.block_size, count)
+        if values is None:
+            values = self.by_pytorch(count, scales, table)
+        weight = values.view(rows, columns).to(self.stored).to(self.dtype)
+        return weight.T if self.is_turned else weight
+
+    def by_pytorch(self: UnpackFourBits[Tensor], count: int, scales: Tensor, table: Tensor) -> Tensor:
+        """Return the values in float32, `[count]`; the reference."""
         pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.float64)  # of each byte
         values = pairs.view(-1).index_select(0, self.codes.to(torch.int32)).view(torch.float32)[:count]
         whole = count // self.block_size * self.block_size
         blocks = values[:whole].view(-1, self.block_size).mul_(scales[: whole // self.block_size, None])
-        if whole < count:
-            blocks = torch.cat((blocks.view(-1), values[whole:] * scales[-1]))
-        weight = blocks.view(rows, columns).to(self.stored).to(self.dtype)
-        return weight.T if self.is_turned else weight
+        return blocks if whole == count else torch.cat((blocks.view(-1), values[whole:] * scales[-1]))
+
+
+def _by_kernel(codes: Tensor, scales: Tensor, table: Tensor, block_size: int, count: int) -> Tensor | None:
+    """Return the values `[count]` of a weight in four bits; None where no kernel computes these.
+
+    On processors with AVX-512 the kernel reads rows wrong that are not whole blocks: it is given each block as a row.
+
+    Args:
+        codes: `[count / 2]`, uint8: two codes a byte, the first in the upper half.
+        scales: `[blocks]`, float32.
+        table: `[16]`, the float32 values of the codes.
+        block_size: Values with one scale.
+        count: How many values there are.
+    """
+    if block_size > _LARGEST_BLOCK or count % block_size or codes.device.type != "cpu":
+        return None
+    if (kind := _kernels().get(table.numpy().tobytes())) is None:
+        return None
+    return _unpack(codes, scales, block_size, kind).view(-1)
+
+
+@functools.cache
+def _kernels() -> Mapping[bytes, str]:
+    """The kinds of values that the kernels know by the bytes of their tables; none without bitsandbytes."""
+    try:
+        with quiet():  # it logs which of its kernels it does not find
+            import bitsandbytes  # noqa: F401  # it registers operators
+    except ImportError:
+        return {}
+    if not has_kernel("bitsandbytes::dequantize_4bit", "CPU"):  # what runs then is made by torch.compile
+        return {}
+    each = torch.arange(16, dtype=torch.uint8)
+    found = {}
+    for kind in ("nf4", "fp4"):
+        table = _unpack(each[::2] * 16 + each[1::2], torch.ones(1), 16, kind)
+        found[table.numpy().tobytes()] = kind
+    return found
+
+
+def _unpack(codes: Tensor, scales: Tensor, block_size: int, kind: str) -> Tensor:
+    shape = [scales.numel(), block_size]
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, block_size, kind, shape, torch.float32)
+    return values
 
 
 @dataclass(frozen=True)
@@ -100,10 +154,8 @@ def packed_weight(
         table, quantization, shape = weight.table, weight.quantization, weight.shape  # type: ignore[assignment]
         shape = shape[::-1] if weight.is_turned else shape
     else:
-        codes, scales, table = quantized(weight, quantization)
+        codes, scales, table = quantized(weight, quantization, name)
         shape = weight.shape
-    if not np.isfinite(scales).all():
-        raise CheckpointError(f"the scales of {name} in four bits are not finite; copy or save the model again")
     tensors = {
         "codes": torch.from_numpy(codes),
         "scales": torch.from_numpy(scales.astype(np.float32)).view(torch.int32),

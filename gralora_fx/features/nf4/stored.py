@@ -224,19 +224,19 @@ def _floats_of(tensor: StoredTensor) -> NDArray[np.float32]:
     return tensor.array().reshape(-1).astype(np.float32)
 
 
-def rounded(weight: NDArray[Any], quantization: FourBits) -> NDArray[np.float32]:
+def rounded(weight: NDArray[Any], quantization: FourBits, name: str) -> NDArray[np.float32]:
     """Return a float weight `[out, in]` as its layer in bitsandbytes multiplies by it, in float32.
 
     bitsandbytes rounds it. What it rounded to is read as from a file, since its own kernel for processors with AVX-512
     reads rows wrong that are not a whole number of blocks (0.50; those for GPUs do not).
     """
-    packed, scales, table = quantized(weight, quantization)
+    packed, scales, table = quantized(weight, quantization, name)
     floats = values_of(packed, scales, table, quantization.block_size, 0, weight.size).reshape(weight.shape)
     return floats.astype(FLOATS[quantization.stored_dtype], copy=False).astype(np.float32, copy=False)
 
 
 def quantized(
-    weight: NDArray[Any], quantization: FourBits
+    weight: NDArray[Any], quantization: FourBits, name: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
     """Return the codes of a float weight, two a byte, the scales of its blocks, and the values of the codes."""
     import torch
@@ -250,6 +250,11 @@ def quantized(
             f"the adapter ({error}): {installation(quantization.extra)}. A base that it saved in four bits is read "
             "without it"
         ) from error
+    if not np.isfinite(weight).all():
+        raise CheckpointError(
+            f"{name} has values that are not finite, which {quantization} cannot express; mend the weight, or leave "
+            "the layer float (skip_modules)"
+        )
     codes, state = quantize_4bit(
         torch.from_numpy(np.array(weight, np.float32, order="C")),
         blocksize=quantization.block_size,
