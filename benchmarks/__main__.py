@@ -41,6 +41,7 @@ NAMES = (
     "providers",
     "threads",
     "rounding",
+    "rounded-training",
     "few_bits",
     "int4-export",
     "clients",

@@ -24,7 +24,12 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.options import ExportOptions
-from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
+from gralora_fx.exporters.quantize.quantized_arrays import (
+    dequantize_blocks,
+    dequantize_columns,
+    quantize_blocks,
+    quantize_columns,
+)
 
 CACHED = "text-generation-with-past"
 ALL_LINEAR = GraloraConfig(r=8, gralora_k=2, hybrid_r=2, alpha=8, target_modules="all-linear", init_weights=False)
@@ -192,3 +197,14 @@ def test_bad_options_are_refused_before_any_work(options: dict[str, Any], messag
     with pytest.raises(ExportError, match=message):
         export_onnx(traced, tmp_path / "onnx", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_of_rounded_training_rounds_as_an_export_does() -> None:
+    from benchmarks.rounded_training import NEAREST, rounded_blocks, rounded_columns
+
+    weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
+    matrix = np.ascontiguousarray(weight.numpy().T)
+    blocks = dequantize_blocks(quantize_blocks(matrix, NEAREST), NEAREST.bits, 96)
+    assert np.array_equal(blocks, rounded_blocks(weight).numpy())
+    columns = dequantize_columns(*quantize_columns(matrix, "w"))
+    assert np.array_equal(columns.T, rounded_columns(weight).numpy())
