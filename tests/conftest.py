@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent / "parity"))  # xdist's controller 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub fails at once
 os.environ["GRALORA_FX_PROGRESS"] = "0"  # which depends on how fast a machine is; tests of it set it otherwise
+os.environ["OMP_NUM_THREADS"] = "1"  # in processes that tests start too: threads of torch spin where cores are busy
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # so that `serve` does not start over; its tests do
 
 import pytest
 import torch
+from made_once import PLACE
 from scheduling import GroupScheduling, rank, sampled
 
 collect_ignore_glob = ["clients/*.py"]  # scripts that run in environments of their own
@@ -47,13 +52,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have properties draw fewer examples in `make test`, and trace without a cache that pays from eight layers on.
+    """Make a place for what is made once; in all but `make test-all`, draw fewer examples, and have faster traces.
 
-    torch remembers what each operator gives for fake tensors: a trace of two layers takes a third less time without, and
-    has the same nodes. Workers and processes that tests start inherit both.
+    torch remembers what each operator gives for fake tensors, which pays from eight layers on: a trace of two has the
+    same nodes without, in two thirds of the time. Workers and processes that tests start inherit all of this.
     """
+    if not hasattr(config, "workerinput"):
+        place = tempfile.mkdtemp(prefix="tests-made-once-")
+        os.environ[PLACE] = place
+        config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
     if config.getoption("--sample"):
         os.environ["SAMPLE_EXAMPLES"] = "1"
+    if config.getoption("--sample") or config.option.markexpr == "quick":
         os.environ["TORCH_FAKE_TENSOR_DISPATCH_CACHE"] = "0"
 
 
@@ -62,6 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--sample"):
         items[:] = sampled(items)
     items.sort(key=rank)
+
+
+def pytest_sessionfinish() -> None:
+    """Spare pytest, which collects garbage five times at the end, all that a worker holds."""
+    gc.freeze()
+
+
+@pytest.fixture
+def own_garbage() -> Iterator[None]:
+    """Have `gc.collect`, which Trainer calls too, look at what the test makes alone: all of a worker takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

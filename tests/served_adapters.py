@@ -8,11 +8,10 @@ from typing import Any
 
 from peft_oracle import peft_model
 from prometheus_client.parser import text_string_to_metric_families
-from served_exports import END, chat_tokenizer, greedy
+from served_exports import LLAMA, chat_tokenizer, greedy
 from starlette.testclient import TestClient
 from tiny_models import tiny_model
 
-LLAMA: dict[str, Any] = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}
 COUNT = 8  # tokens of an answer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sentence_encoders import HIDDEN, save_encoder
-from served_exports import decoders
+from served_exports import CACHED, LLAMA, adapted, chat_tokenizer, decoders
 from starlette.testclient import TestClient
 
 from gralora_fx.core.config.service_settings import ServiceSettings
@@ -58,6 +58,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "suffix": ("completions", {"suffix": "b"}, "suffix"),
     "dimensions": ("embeddings", {"dimensions": HIDDEN // 2}, "dimensions"),
 }
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    folder, tokenizer = tmp_path_factory.mktemp("thinking"), chat_tokenizer()
+    body = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = f"{body}{{% if enable_thinking is false %}}</think>{{% endif %}}"
+    model, _ = adapted("llama", folder, CACHED, **LLAMA)
+    export_onnx(model, folder / MODEL, adapters="data", verify=False, tokenizer=tokenizer)
+    with TestClient(create_app(ServiceSettings(folder / MODEL, max_batch=2))) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +149,13 @@ def test_what_would_change_the_answer_is_refused(request: pytest.FixtureRequest,
     ],
 )
 def test_a_model_that_reasons_refuses_an_effort(
-    tmp_path: Path, name: str, fields: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
+    thinking: TestClient, name: str, fields: dict[str, Any], field: str
 ) -> None:
     """Its template decides what the model thinks, which an effort would change."""
-    thinking = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is false %}</think>{% endif %}"
-    monkeypatch.setattr("served_exports._TEMPLATE", thinking)
-    exports, _ = decoders(tmp_path, MODEL)
     path, body, _ = PATHS[name]
-    with TestClient(create_app(ServiceSettings(exports[MODEL], max_batch=2))) as client:
-        refused = client.post(path, json={**body, **fields})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
-        client.post(path, json=body).raise_for_status()
+    refused = thinking.post(path, json={**body, **fields})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+    thinking.post(path, json=body).raise_for_status()
 
 
 def test_the_page_lists_them_all() -> None:
