@@ -40,7 +40,7 @@ T5: dict[str, Any] = {
     "d_model": 128,
     "d_kv": 32,
     "d_ff": 256,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 4,
     "decoder_start_token_id": 0,
 }

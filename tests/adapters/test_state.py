@@ -375,6 +375,7 @@ def test_an_edit_stays_when_the_mode_changes_and_goes_with_a_switch() -> None:
     assert torch.equal(model(X), expected)
 
 
+@pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_block_with_disabled_adapters_ends_with_the_graph_from_before_it(merges: bool) -> None:
     model = adapted().eval()
@@ -405,6 +406,7 @@ def test_a_pass_runs_again_with_every_switch() -> None:
     assert len(runs) == 4
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_few_of_many_states_are_kept() -> None:
     model = adapted()
     for index in range(40):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -28,15 +29,29 @@ from gralora_fx.errors import MergeError
 from gralora_fx.exporters import fold_onnx
 
 ZERO_POINTS = ("is_symmetric=false",)
-BUILDS = (("fp32", "fp32", ()), ("int4", "int4", ()), ("int4_zero_points", "int4", ZERO_POINTS))
+# name of the export: (its model, precision, options)
+BUILDS = {
+    "fp32": ("model", "fp32", ()),
+    "int4": ("model", "int4", ()),
+    "int4_zero_points": ("model", "int4", ZERO_POINTS),
+    "merged_int4": ("merged", "int4", ()),
+    "merged_int4_zero_points": ("merged", "int4", ZERO_POINTS),
+}
+BUILDER = """
+import json, runpy, sys
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+"""
 
 
-def build(model: Path, output: Path, precision: str, *options: str) -> None:
-    """An export of onnxruntime-genai's builder."""
-    arguments = ["-m", model, "-o", output, "-p", precision, "-e", "cpu", "-c", output.parent / "cache"]
-    arguments += ["--extra_options", *options] if options else []
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True)
+def build(root: Path) -> None:
+    """Export by onnxruntime-genai's builder, in one process."""
+    calls = []
+    for name, (model, precision, options) in BUILDS.items():
+        arguments = ["-m", root / model, "-o", root / name, "-p", precision, "-e", "cpu", "-c", root / "cache"]
+        calls.append([*map(str, arguments), *(["--extra_options", *options] if options else [])])
+    subprocess.run([sys.executable, "-c", BUILDER, json.dumps(calls)], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +60,6 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("foreign")
     model = tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=96)
     model.save_pretrained(root / "model")
-    tiny_tokenizer().save_pretrained(root / "model")
-    for name, precision, options in BUILDS:
-        build(root / "model", root / name, precision, *options)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = OnnxExporter().export(model, text_batch(), OnnxConfig(dynamic=True))
@@ -57,6 +69,9 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrapped = peft.get_peft_model(tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=96), config)
     wrapped.save_pretrained(root / "adapter")
     wrapped.merge_and_unload().save_pretrained(root / "merged")
+    for name in ("model", "merged"):
+        tiny_tokenizer().save_pretrained(root / name)
+    build(root)
     return root
 
 
@@ -112,9 +127,7 @@ def test_a_quantized_model_of_genais_builder(
     report = fold_onnx(foreign / name, foreign / "adapter", tmp_path / "out", base=foreign / "model", requantize=True)
     assert report.survival is not None
     assert 0.9 < report.survival < 1.1
-    tiny_tokenizer().save_pretrained(foreign / "merged")
-    build(foreign / "merged", tmp_path / "int4", "int4", *options)
-    ours, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "int4")
+    ours, theirs = tensors(tmp_path / "out"), tensors(foreign / f"merged_{name}")
     assert ours.keys() == theirs.keys()
     assert any("zp" in key or "zero_points" in key for key in ours) == bool(options)
     for key, values in theirs.items():

@@ -70,8 +70,8 @@ def test_weights_of_half_precision_files_are_cast_as_loading_casts_them(tmp_path
     [("bert", {"precision": "fp16"}), ("vit", {"quantize": "int8", "block_size": 16})],
 )
 def test_a_model_without_a_cache_streams_too(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    tiny_model(name).save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    rewrite(fresh_trace(name), ADAPTER).save_pretrained(tmp_path / "adapter")
+    tiny_model(name, num_hidden_layers=1).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    rewrite(fresh_trace(name, num_hidden_layers=1), ADAPTER).save_pretrained(tmp_path / "adapter")
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     for stream in (False, True):
         model = load_traced(base, adapter, None, stream=stream)

@@ -7,6 +7,7 @@ python -m torch.distributed.run --standalone --nproc-per-node N sharded_steps.py
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from importlib.util import find_spec
@@ -149,12 +150,10 @@ def check_packed(output: Path) -> None:
     dist.barrier()
     ids = torch.randint(0, 90, (4, 7), generator=torch.Generator().manual_seed(3))
     for how in ("int8", *(["nf4"] if find_spec("bitsandbytes") else [])):
-        traces = [
-            trace(load_model(output / "base", base_quantization=how, packed=True), task="text-generation")
-            for _ in range(2)
-        ]
+        traced = trace(load_model(output / "base", base_quantization=how, packed=True), task="text-generation")
+        other = copy.deepcopy(traced)
         torch.manual_seed(1)
-        model = rewrite(traces[0], METHODS["gralora"]).train()
+        model = rewrite(traced, METHODS["gralora"]).train()
         expected = gradients(model, ids)
         model.gradient_checkpointing_enable()
         for block in model.blocks.values():
@@ -168,7 +167,7 @@ def check_packed(output: Path) -> None:
         assert worst <= 1e-6, (how, worst)
         model.save_pretrained(output / how)
         dist.barrier()
-        alone = GraloraModel.from_pretrained(traces[1], output / how).eval()
+        alone = GraloraModel.from_pretrained(other, output / how).eval()
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
             assert torch.allclose(model.eval()(**given).logits, alone(**given).logits, atol=1e-6)
@@ -220,11 +219,12 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     output, adapters = Path(sys.argv[1]), Path(sys.argv[2])
-    check_ddp()
-    check_accelerate(output)
-    check_packed(output)
-    check_adapter_rows()
-    check_casts_are_refused()
+    if dist.get_world_size() > 1:  # one process is there for what its adapters become
+        check_ddp()
+        check_accelerate(output)
+        check_packed(output)
+        check_adapter_rows()
+        check_casts_are_refused()
     found = {method: run(method, output, None) for method in METHODS}
     run("gralora", output / "resumed", adapters)
     if dist.get_rank() == 0:

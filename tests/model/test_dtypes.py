@@ -226,6 +226,7 @@ def test_a_conversion_to_what_a_model_is_traces_nothing(monkeypatch: pytest.Monk
     assert traced.graph_module is graph_module
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_a_trace_keeps_no_tensors_of_its_model_once_it_has_others() -> None:
     source, traced, model = own()
     weight = weakref.ref(source.inner.weight)
@@ -256,7 +257,8 @@ def test_checkpointing_over_a_converted_model_changes_no_bit(name: str, order: s
 
 
 def test_a_compiled_model_follows_a_conversion() -> None:
-    model = rewrite(fresh_trace("llama"), CONFIGS["gralora"].changed(gralora_dropout=0.0)).train()
+    traced = fresh_trace("llama", num_hidden_layers=1)
+    model = rewrite(traced, CONFIGS["gralora"].changed(gralora_dropout=0.0)).train()
     inputs = model.traced.graph_inputs
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)

@@ -29,7 +29,7 @@ GENERATORS: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({}, DECODER),
     "gpt2": ({}, DECODER),
     "mistral": ({"sliding_window": 5}, DECODER),
-    "t5": ({"decoder_start_token_id": 0}, TRANSLATOR),
+    "t5": ({"decoder_start_token_id": 0, "num_layers": 1}, TRANSLATOR),
 }
 Pair = tuple[GraloraModel, peft.PeftModel]
 
