@@ -26,6 +26,8 @@ from gralora_fx.demo.writing import Stages
 from gralora_fx.errors import GraloraError
 from gralora_fx.serving import load
 
+pytestmark = pytest.mark.usefixtures("own_garbage")
+
 run_module = importlib.import_module("gralora_fx.demo.run")  # the package's own name is the function
 
 

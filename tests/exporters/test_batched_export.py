@@ -43,7 +43,7 @@ def adapted(
         oracles[adapter] = peft_model(tiny_model(name, **overrides), seed + 1, target_modules=targets, **sizes)
         oracles[adapter].save_pretrained(str(directory / adapter))
         if model is None:
-            traced = trace(tiny_model(name, **overrides), task=task)
+            traced = fresh_trace(name, task=task, **overrides)
             model = GraloraModel.from_pretrained(traced, directory / adapter, adapter_name=adapter)
         else:
             model.load_adapter(directory / adapter, adapter)
@@ -265,7 +265,7 @@ def test_an_output_without_rows_has_no_graph_of_rows(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_says_why_it_has_none(tmp_path: Path) -> None:
-    traced = trace(tiny_model("t5"), task="text2text-generation-with-past")
+    traced = fresh_trace("t5", task="text2text-generation-with-past", num_layers=1)
     model = rewrite(traced, GraloraConfig(r=2, gralora_k=2, target_modules=["q"], init_weights=False))
     report = export_onnx(model, tmp_path / "onnx", adapters="data", verify=False)
     assert "no model_rows.onnx: rows of an encoder-decoder run one after the other" in report.details

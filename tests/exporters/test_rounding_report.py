@@ -164,7 +164,7 @@ def test_a_text_longer_than_the_context_is_cut(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_is_measured_on_answers_without_padding(tmp_path: Path) -> None:
-    traced = fresh_trace("t5", task="text2text-generation-with-past")
+    traced = fresh_trace("t5", task="text2text-generation-with-past", num_layers=1)
     quality = export_onnx(traced, tmp_path / "onnx", quantize="int4").quality
     assert quality is not None
     logits, features = quality.outputs
@@ -178,7 +178,7 @@ def test_what_cannot_be_measured_is_refused_or_left_out(tmp_path: Path) -> None:
         ExportError, match=r"texts=\.\.\. is for decoders and models without a cache, and the task .*is an encoder-"
     ):
         export_onnx(
-            fresh_trace("t5", task="text2text-generation-with-past"),
+            fresh_trace("t5", task="text2text-generation-with-past", num_layers=1),
             tmp_path / "onnx",
             quantize="int4",
             tokenizer=tiny_tokenizer(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ from tiny_models import text_batch, tiny_model
 from torch import Tensor
 from traces import relative_error
 
-from gralora_fx import GraloraModel, trace
+from gralora_fx import GraloraModel, TracedModel, trace
 from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx, to_lora, verify_onnx
 from gralora_fx.format.adapter_paths import record_path
@@ -36,6 +37,7 @@ PIXELS = {"pixel_values": torch.randn(4, 3, 16, 16, generator=torch.Generator().
 TEXTS = text_batch(4, 9)
 
 
+@functools.cache
 def classifier(name: str, labels: int = 3) -> Callable[[], Any]:
     return lambda: tiny_model(name, num_labels=labels)
 
@@ -52,9 +54,19 @@ def trained(make: Callable[[], Any], directory: Path, seed: int = 1, **fields: A
     return wrapped
 
 
+@functools.cache
+def traced_once(make: Callable[[], Any], task: str | None) -> TracedModel:
+    return trace(make(), task=task)
+
+
+def traced(make: Callable[[], Any], task: str | None = None) -> TracedModel:
+    """A trace for a test to change."""
+    return copy.deepcopy(traced_once(make, task))
+
+
 def exported(make: Callable[[], Any], folder: Path, task: str | None = None, **options: Any) -> GraloraModel:
     """The model with the adapter `folder / "a"`, exported to `folder / "onnx"`."""
-    model = GraloraModel.from_pretrained(trace(make(), task=task), folder / "a", adapter_name="a")
+    model = GraloraModel.from_pretrained(traced(make, task), folder / "a", adapter_name="a")
     export_onnx(model, folder / "onnx", **options)
     return model
 
@@ -93,7 +105,7 @@ def base_logits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ten
     @functools.cache
     def logits(name: str) -> Tensor:
         path = tmp_path_factory.mktemp("base") / "onnx"
-        export_onnx(trace(tiny_model(name, num_labels=3)), path, verify=False)
+        export_onnx(traced(classifier(name)), path, verify=False)
         return served_logits(load(path), None, PIXELS if name == "vit" else TEXTS)
 
     return logits
@@ -163,8 +175,9 @@ def test_decoders_are_verified_with_them(name: str, fields: dict[str, Any], tmp_
 def test_layers_of_an_encoder_decoder(tmp_path: Path) -> None:
     """The paths of BART's layers look like those of its cache."""
     fields = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["fc1"], "bias": "gralora_only"}
-    trained(lambda: tiny_model("bart"), tmp_path / "a", **{**GRALORA, **fields})
-    exported(lambda: tiny_model("bart"), tmp_path, "text2text-generation-with-past", adapters="data")
+    make = functools.partial(tiny_model, "bart", encoder_layers=1, decoder_layers=1)
+    trained(make, tmp_path / "a", **{**GRALORA, **fields})
+    exported(make, tmp_path, "text2text-generation-with-past", adapters="data")
     assert (tmp_path / "onnx" / "adapters" / "a.onnx_adapter").is_file()
 
 
@@ -232,7 +245,7 @@ def test_a_limit_of_ranks_is_not_of_heads(bert: tuple[Path, GraloraModel, OrtMod
 def test_a_weighted_sum_is_that_of_the_heads_too(bert: tuple[Path, GraloraModel, OrtModel]) -> None:
     folder, model, served = bert
     served.mix_adapters("sum", {"a": 0.25, "b": 0.75})
-    second = GraloraModel.from_pretrained(trace(tiny_model("bert", num_labels=3)), folder / "b", adapter_name="b")
+    second = GraloraModel.from_pretrained(traced(classifier("bert")), folder / "b", adapter_name="b")
     merged = tiny_model("bert", num_labels=3)
     parameters = dict(merged.named_parameters())
     with torch.no_grad():
@@ -258,7 +271,7 @@ def test_another_head_than_the_models_fails_verification(
     bert: tuple[Path, GraloraModel, OrtModel], tmp_path: Path
 ) -> None:
     folder, _, _ = bert
-    other = GraloraModel.from_pretrained(trace(tiny_model("bert", num_labels=3)), folder / "a", adapter_name="a")
+    other = GraloraModel.from_pretrained(traced(classifier("bert")), folder / "a", adapter_name="a")
     assert verify_onnx(folder / "onnx", other, "quick").passed
     with torch.no_grad():
         next(iter(other.adapter("a").copies["classifier"].values())).add_(0.01)

@@ -298,6 +298,7 @@ def test_several_threads_get_their_own_answers(llama: OrtModel) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not count threads")
+@pytest.mark.usefixtures("own_garbage")
 @pytest.mark.parametrize("threads", [1, 3, None])
 def test_calls_and_generation_start_no_more_threads_than_that(llama: OrtModel, threads: int | None) -> None:
     """One pool, in which the caller's thread works too."""
