@@ -20,17 +20,17 @@ LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }
-GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GPT2: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 1, "n_head": 4, "n_positions": 64}
 BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
     "num_labels": 3,

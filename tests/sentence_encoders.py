@@ -23,8 +23,9 @@ TEXTS = ["a", "A rather longer text, with which the others are padded", "two wor
 
 
 def save_transformer(name: str, directory: Path, *, padding_side: str = "right", **overrides: Any) -> Path:
-    """A tiny model without its head and a tokenizer, as transformers saves them."""
-    model = tiny_model(name, pad_token_id=0, **overrides)
+    """A tiny model of one layer without its head, and a tokenizer, as transformers saves them."""
+    layers = {"distilbert": "n_layers", "t5": "num_layers"}.get(name, "num_hidden_layers")
+    model = tiny_model(name, pad_token_id=0, **{layers: 1, **overrides})
     (model if name == "t5" else model.base_model).save_pretrained(directory)
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = padding_side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import warnings
@@ -47,8 +48,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return base
 
 
-def pair(base: Path, how: Any = "nf4") -> tuple[TracedModel, TracedModel]:
-    """Traces of the base with dense weights and with packed ones."""
+def pair(base: Path, how: str = "nf4") -> tuple[TracedModel, TracedModel]:
+    """Traces of the base with dense weights and with packed ones, for a test to change."""
+    return copy.deepcopy(_pair(base, how))
+
+
+@functools.cache
+def _pair(base: Path, how: str) -> tuple[TracedModel, TracedModel]:
     dense, packed = (load_model(base, base_quantization=how, packed=flag) for flag in (False, True))
     given = inputs(dense)
     with torch.no_grad():
@@ -106,7 +112,7 @@ def test_training_over_packed_weights_is_that_over_dense_ones(bases: Any, name: 
 @pytest.mark.parametrize("targets", ["all-linear", {"q_proj", "c_attn"}])
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
 def test_no_unpacked_weight_is_kept_for_the_backward_pass(bases: Any, name: str, targets: Any) -> None:
-    model = trace(load_model(bases(name), base_quantization="nf4", packed=True))
+    _, model = pair(bases(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names of targets that the other model has
         gralora = adapted(model, LoraConfig(r=4, target_modules=targets))
@@ -204,13 +210,13 @@ def test_what_packed_weights_cannot_be_is_refused_by_name(bases: Any) -> None:
     base = bases("LlamaForCausalLM")
     with pytest.raises(ConfigError, match="is in floats, which have to be rounded to be held in few bits"):
         load_model(base, packed=True)
-    model = adapted(trace(load_model(base, base_quantization="nf4", packed=True)), CONFIGS["lora"])
+    model = adapted(pair(base)[1], CONFIGS["lora"])
     with pytest.raises(TraceError, match=r"q_proj.weight is in its file or in few bits.*load the model.* in floats"):
         model.bfloat16()
     assert model.to("cpu").float() is model
 
 
-UP = "model.layers.1.mlp.up_proj"
+UP = "model.layers.0.mlp.up_proj"
 DAMAGES: dict[str, tuple[str, str, Any, str]] = {
     "scales that are not finite": ("nf4", ".weight.absmax", lambda t: t * torch.nan, "the scales of .* not finite"),
     "a scale too few": ("nf4", ".weight.absmax", lambda t: t[:-1], "bytes and 511 scales are not those of"),

@@ -22,6 +22,8 @@ from gralora_fx import GraloraConfig, GraloraModel, rewrite, trace
 from gralora_fx.core.model import model_class
 from gralora_fx.errors import CheckpointError, RewriteError, TraceError
 
+pytestmark = pytest.mark.usefixtures("own_garbage")
+
 # one layer, and no dropout
 SIZES: dict[str, dict[str, Any]] = {
     "bert": {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},

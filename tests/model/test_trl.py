@@ -20,6 +20,7 @@ from gralora_fx.peft import PeftModel, get_peft_model
 from tests.architectures.tiny_decoders import tiny_decoder
 
 pytestmark = [
+    pytest.mark.usefixtures("own_garbage"),
     pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing\w*. is deprecated:FutureWarning"),  # TRL calls it
     pytest.mark.filterwarnings("ignore:.*padding-free training:UserWarning"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,7 +82,8 @@ def pair(request: pytest.FixtureRequest, pair_of: Callable[[str], Pair]) -> Pair
 
 def exported(name: str, path: Path) -> Pair:
     task = ("automatic-speech-recognition" if name == "whisper" else "text2text-generation") + "-with-past"
-    sizes = {**SPECIAL, **WIDE[name], **({"num_layers": 1} if name == "t5" else {})}
+    layers = {"t5": {"num_layers": 1}, "marian": {}}.get(name, {"encoder_layers": 1, "decoder_layers": 1})
+    sizes = {**SPECIAL, **WIDE[name], **layers}
     model, traced = fresh(name, task=task, **sizes)
     for field, value in RULES[name].items():
         setattr(model.generation_config, field, value)
@@ -239,7 +241,7 @@ def assert_close(found: NDArray[Any], wanted: NDArray[Any]) -> None:
 
 
 def test_half_precision_decodes_too(tmp_path: Path) -> None:
-    model, traced = fresh("bart", task="text2text-generation-with-past", **SPECIAL)
+    model, traced = fresh("bart", task="text2text-generation-with-past", **SPECIAL, encoder_layers=1, decoder_layers=1)
     export_onnx(traced, tmp_path / "onnx", precision="fp16", verify=False)
     engine = load(tmp_path / "onnx").decoder()
     source = sources("bart")[0]
@@ -358,20 +360,19 @@ def test_an_encoder_runs_between_two_steps_of_the_rows_that_decode(pair_of: Call
         ({"input_ids": [["a"]], "attention_mask": [[1]]}, "input 'input_ids' is"),
     ],
 )
-def test_bad_sources(tmp_path: Path, source: Any, message: str) -> None:
-    _, traced = fresh("t5", task="text2text-generation-with-past", **SPECIAL, **WIDE["t5"], num_layers=1)
-    export_onnx(traced, tmp_path / "onnx", verify=False)
-    engine = load(tmp_path / "onnx").decoder(rows=2)
+def test_bad_sources(pair_of: Callable[[str], Pair], source: Any, message: str) -> None:
+    engine = pair_of("t5").rows(2)
     with pytest.raises(ServingError, match=message):
         engine.open(source=source)
     assert engine.free == 2
 
 
-def test_rules_that_read_the_source_are_tried_when_they_are_read(tmp_path: Path) -> None:
-    _, traced = fresh("t5", task="text2text-generation-with-past", **SPECIAL, **WIDE["t5"], num_layers=1)
-    export_onnx(traced, tmp_path / "onnx", verify=False)
+def test_rules_that_read_the_source_are_tried_when_they_are_read(
+    pair_of: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    shutil.copytree(pair_of("t5").path, tmp_path / "onnx")
     path = tmp_path / "onnx" / "generation_config.json"
-    fields = json.loads(path.read_text()) if path.is_file() else {}
+    fields = json.loads(path.read_text())
     forget_digests(tmp_path / "onnx")
     path.write_text(json.dumps({**fields, "encoder_no_repeat_ngram_size": -1}))
     with pytest.raises(ServingError, match=r"cannot be followed .*; repair it, or export the model again"):
