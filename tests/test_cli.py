@@ -36,6 +36,8 @@ from gralora_fx.errors import CheckpointError, ExportError, GraloraError, TraceE
 from gralora_fx.format.tasks import task_names
 from gralora_fx.serving import load
 
+LLAMA: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 1}
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with a tokenizer, and an adapter of it that PEFT saved."""
     folder = tmp_path_factory.mktemp("decoder")
-    model = tiny_model("llama", bos_token_id=1, eos_token_id=2)
+    model = tiny_model("llama", **LLAMA)
     model.save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     config = peft.GraloraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_weights=False)
@@ -121,7 +123,7 @@ def test_export_then_verify(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_lora_adapter_is_exported_and_verified_like_one_of_gralora(decoder: Path, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(
-        tiny_model("llama", bos_token_id=1, eos_token_id=2),
+        tiny_model("llama", **LLAMA),
         peft.LoraConfig(
             r=4,
             use_rslora=True,
@@ -172,7 +174,7 @@ def test_an_adapter_is_folded_into_an_export_and_verified(decoder: Path, tmp_pat
     assert "layers (" in printed.stdout
     assert "as recorded" in printed.stdout
     comparison = f"gralora-fx verify --onnx {tmp_path / 'onnx'} --model {base} --adapter {adapter}"
-    assert printed.stdout.startswith(f"folded 4 layers; not compared with PyTorch, to do so: {comparison}\n")
+    assert printed.stdout.startswith(f"folded 2 layers; not compared with PyTorch, to do so: {comparison}\n")
     assert "passed" in run(*shlex.split(comparison)[1:]).stdout
     refused = run(*folding, "--requantize", expect=1).stderr.strip()
     assert "--requantize has no effect: no weight that changes is quantized; leave it out" in refused
@@ -207,7 +209,7 @@ def test_verify_says_at_once_which_adapter_an_export_has(decoder: Path, merged_e
         assert isinstance(wrong.exception, ExportError)
         assert message in str(wrong.exception)
     # a copy of the embedding, as PEFT adds it, and half precision do not make it another one
-    embedding = tiny_model("llama", bos_token_id=1, eos_token_id=2).get_input_embeddings().weight
+    embedding = tiny_model("llama", **LLAMA).get_input_embeddings().weight
     same = changed("same", {"base_model.model.model.embed_tokens.weight": embedding.detach()})
     verified = CliRunner().invoke(app, ["verify", "--model", str(decoder / "base"), *arguments[2:], "--adapter", same])
     assert verified.exit_code == 0, verified.output
@@ -377,7 +379,7 @@ def test_a_decoder_without_a_cache_is_named(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_path: Path) -> None:
-    tiny_model("llama", hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wider")
+    tiny_model("llama", **LLAMA, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "wider")
     arguments = ["--model", str(tmp_path / "wider"), "--adapter", str(decoder / "adapter")]
     result = CliRunner().invoke(app, ["export", *arguments, "--output", str(tmp_path / "onnx")])
     assert isinstance(result.exception, CheckpointError)
@@ -389,7 +391,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_shapes(decoder: Path, tmp_
 
 
 def test_an_export_of_another_base_is_refused_in_one_line(decoder: Path, merged_export: Path, tmp_path: Path) -> None:
-    other = tiny_model("llama", seed=1, bos_token_id=1, eos_token_id=2)
+    other = tiny_model("llama", seed=1, **LLAMA)
     other.save_pretrained(tmp_path / "other")
     arguments = ["--adapter", str(decoder / "adapter"), "--output", str(tmp_path / "onnx")]
     shutil.copytree(merged_export, tmp_path / "onnx")
@@ -490,7 +492,7 @@ def test_warnings_are_lines_of_their_own(
 
 
 def test_export_streams_quantizes_and_is_verified_afterwards(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "base", max_shard_size="20KB")
     named = ("--model", tmp_path / "base", "--task", "text-generation-with-past", "--output", tmp_path / "onnx")
     result = run("export", *named, "--stream", "--quantize", "int4", "--block-size", 16)
     comparison = f"gralora-fx verify --onnx {tmp_path / 'onnx'} --model {tmp_path / 'base'}"
@@ -520,7 +522,7 @@ def test_a_file_of_texts_that_has_none_is_one_error(content: str | None, message
 
 def test_an_adapter_is_written_as_lora(decoder: Path, tmp_path: Path) -> None:
     printed = run("to-lora", "--adapter", decoder / "adapter", "--output", tmp_path / "lora")
-    assert "rank 8 at 4 layers" in printed.stdout
+    assert "rank 8 at 2 layers" in printed.stdout
     printed = run("to-lora", "--adapter", decoder / "adapter", "--output", tmp_path / "cut", "--rank", 3, "-v")
     assert "error over all layers" in printed.stdout
     printed = run("to-lora", "--adapter", tmp_path / "lora", "--output", tmp_path / "again", expect=1)
@@ -541,7 +543,7 @@ def test_an_adapter_is_merged_into_files(decoder: Path, tmp_path: Path) -> None:
         "--output",
         tmp_path / "merged",
     )
-    assert run(*arguments).stdout.startswith("merged 4 weights; every value is finite\n")
+    assert run(*arguments).stdout.startswith("merged 2 weights; every value is finite\n")
     assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
     assert "--overwrite" in run(*arguments, expect=1).stderr
     run(*arguments, "--overwrite")
@@ -564,7 +566,7 @@ def as_data(decoder: Path) -> Path:
 def lora(folder: Path, targets: list[str], **fields: Any) -> Path:
     """A LoRA adapter of the decoder that PEFT saved."""
     config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **fields)
-    peft.get_peft_model(tiny_model("llama", bos_token_id=1, eos_token_id=2), config).save_pretrained(str(folder))
+    peft.get_peft_model(tiny_model("llama", **LLAMA), config).save_pretrained(str(folder))
     return folder
 
 
@@ -596,7 +598,7 @@ def test_adapters_are_added_to_an_export_and_verified(decoder: Path, as_data: Pa
         (("--adapter", "{base}", "--onnx", "{onnx}", "--name", "x"), "no adapter_config.json in"),
         (
             ("--adapter", "{other}", "--onnx", "{onnx}", "--name", "x"),
-            "model.layers.1.self_attn.v_proj; give one of this base, or export a model that has an adapter there too",
+            "model.layers.0.self_attn.v_proj; give one of this base, or export a model that has an adapter there too",
         ),
         (
             ("--adapter", "{k4}", "--onnx", "{onnx}", "--name", "x"),
@@ -620,7 +622,7 @@ def test_an_adapter_that_cannot_be_added_is_one_line(
     if "{k4}" in arguments:
         config = peft.GraloraConfig(r=4, gralora_k=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
         places["k4"] = tmp_path / "k4"
-        peft.get_peft_model(tiny_model("llama", bos_token_id=1), config).save_pretrained(str(places["k4"]))
+        peft.get_peft_model(tiny_model("llama", **LLAMA), config).save_pretrained(str(places["k4"]))
     if "{merged}" in arguments:
         places["merged"] = tmp_path / "merged"
         run("export", "--model", decoder / "base", "--output", places["merged"], "--no-verify")

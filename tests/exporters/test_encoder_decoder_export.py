@@ -169,7 +169,7 @@ def test_a_processor_of_speech_is_saved_in_the_files_that_transformers_js_reads(
 
 
 def test_what_the_engine_refuses_is_an_error_of_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = fresh_trace("t5", task="text2text-generation-with-past")
+    traced = base("t5")
     export_onnx(traced, tmp_path / "onnx", verify=False)
 
     def full(*_: Any, **__: Any) -> int:
@@ -321,7 +321,7 @@ def test_sessions_are_onnx_runtimes(bart: Exported) -> None:
 def test_a_trace_of_its_own_inputs_whose_task_tells_no_cache_is_refused_by_the_cache(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    model, cached = fresh("t5", task="text2text-generation-with-past")
+    model, cached = fresh("t5", task=task("t5"), **sizes("t5"))
     traced = trace(model, dict(cached.example_inputs))
     assert traced.task == "text2text-generation"
     adapted = rewrite(traced, GraloraConfig(r=4, gralora_k=2, target_modules=["q"]))

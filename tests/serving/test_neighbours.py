@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from peft_oracle import peft_model
 from running_service import post, running
 from served_exports import CACHED, chat_tokenizer
 
-from gralora_fx import GraloraModel, trace
+from gralora_fx import GraloraModel, TracedModel, trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.serving import OrtModel, load
@@ -36,6 +38,11 @@ def expected(model: Any, served: OrtModel, prompts: Sequence[list[int]]) -> list
     return [alone(model, prompt, served.limits.ends)[0] for prompt in prompts]
 
 
+@functools.cache
+def traced_once(name: str, *fields: tuple[str, int]) -> TracedModel:
+    return trace(tiny_decoder(name, **dict(fields)), task=CACHED)
+
+
 class Exported:
     """An export with an adapter, and PEFT's model of it."""
 
@@ -45,7 +52,7 @@ class Exported:
             tiny_decoder(name, **fields), 1, r=4, gralora_k=2, alpha=32, target_modules="all-linear"
         )
         self.oracle.save_pretrained(str(folder / ADAPTER))
-        traced = trace(tiny_decoder(name, **fields), task=CACHED)
+        traced = copy.deepcopy(traced_once(name, *fields.items()))
         model = GraloraModel.from_pretrained(traced, folder / ADAPTER, adapter_name=ADAPTER)
         self.path, self.adapter = folder / "onnx", None if mode == "merged" else ADAPTER
         export_onnx(model, self.path, adapters=mode, verify=False, tokenizer=chat_tokenizer())  # type: ignore[arg-type]
