@@ -160,3 +160,26 @@ def _config(method: str, targets: list[str]) -> Any:
     if method == "lora":
         return peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets)
     return peft.GraloraConfig(r=8, gralora_k=2, alpha=32, target_modules=targets)
+
+
+def test_a_second_turn_takes_over_what_was_read_of_the_image(tiles: Whole) -> None:
+    """The prefix of another image of the same size is never taken for it, nor that of text."""
+    prompts = tiles.model.generation.given_prompts
+    assert prompts is not None
+    decoder = tiles.model.decoder(rows=2, prefix_cache=2**24)
+    one, other = drawn_image(70, 50), drawn_image(70, 50, seed=5)
+    answers = {}
+    for name, image in (("first", one), ("again", one), ("other", other)):
+        ids, given = prompts.read_one(_chat(1, "A long question about what is in the picture?"), [image], None)
+        row = decoder.open(None, given)
+        filled = decoder.fill(row, ids)
+        parts = [ids[start : start + 64] for start in range(filled, len(ids), 64)]
+        *_, last = [decoder.step({row: part}) for part in parts]
+        answers[name] = (filled, last[row])
+        decoder.close(row)
+    assert answers["first"][0] == 0
+    assert answers["again"][0] == len(ids) - 2
+    place = ids.index(tiles.model.config["image_token_id"])
+    assert answers["other"][0] <= place
+    assert np.array_equal(answers["again"][1], answers["first"][1])
+    assert not np.array_equal(answers["other"][1], answers["first"][1])

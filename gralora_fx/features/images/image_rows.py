@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from gralora_fx.run.engine.given_rows import GivenRows
 from gralora_fx.run.generate.prompts import Prompts
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_arguments, plain_array
 
+_BEYOND = 2**64  # above every token
 _SPECS = {each.name: each for each in STEP_INPUTS}
 
 
@@ -92,6 +94,27 @@ class ImageRows(GivenRows):
         self._places[row] = np.ones(count, bool) if places is None else np.asarray(places, bool).reshape(-1)
         if len(self._places[row]) != count:
             raise ServingError(f"{GIVEN_PLACES} is of {len(self._places[row])} tokens, and {EMBEDS} of {count}")
+
+    def names(self, row: int) -> Mapping[int, int] | None:
+        """Return digests of what stands in the place of a row's tokens, by position.
+
+        Text has its ids, as long as it counts on from what is before it.
+        """
+        own, places = self._rows[row], self._places[row]
+        by_position = {name: self._by_position(name, array)[0] for name, array in own.items()}
+        if (grid := by_position.get(GRID)) is not None:
+            largest = np.maximum.accumulate(grid.max(1))
+            expected = np.concatenate([[0], largest[:-1] + 1])
+            if (grid[~places] != expected[~places, None]).any():
+                return None
+        arrays = [np.ascontiguousarray(each) for _, each in sorted(by_position.items())]
+        names: dict[int, int] = {}
+        for position in np.flatnonzero(places).tolist():
+            digest = hashlib.blake2b(digest_size=16)
+            for each in arrays:
+                digest.update(each[position])
+            names[position] = _BEYOND + int.from_bytes(digest.digest(), "big")
+        return names
 
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]

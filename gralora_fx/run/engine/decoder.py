@@ -149,8 +149,9 @@ class Decoder(BoundedRows):
             self._lengths[number] = 0
             self._take_room(number, max_length, source)
             if self._shared is not None:
-                self._shared.begin(number, version, salt)
-                if source is not None:  # no token tells what is in its place
+                names = {} if source is None else self._names(number)
+                self._shared.begin(number, version, salt, names or {})
+                if names is None:
                     self._shared.lose([number])
             return number
 
@@ -290,6 +291,10 @@ class Decoder(BoundedRows):
     @abstractmethod
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> Any:
         """Get ready for a row that is opened; returns the version of its adapter, if rows share what they read."""
+
+    def _names(self, row: int) -> Mapping[int, int] | None:
+        """Return what tells the tokens apart that a row was given a source for (see `GivenRows.names`)."""
+        return None
 
     @abstractmethod
     def _end(self, row: int) -> None:

@@ -40,6 +40,13 @@ class GivenRows:
             + "".join(others)
         )
 
+    def names(self, row: int) -> Mapping[int, int] | None:
+        """Return what tells a row's given tokens from others, by position, as token ids tell the rest.
+
+        Rows share what they read where these are alike. None if nothing tells what the row begins with.
+        """
+        return {}
+
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:

@@ -131,6 +131,9 @@ class RowsDecoder(Decoder):
         self._stacks = ()
         return self._row_adapters[row]
 
+    def _names(self, row: int) -> Mapping[int, int] | None:
+        return self._given.names(row)
+
     def _end(self, row: int) -> None:
         self._given.begin(row, None)
         del self._row_adapters[row]

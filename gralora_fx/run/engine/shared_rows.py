@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class _SharedRow:
         exact: Up to which of them all were read several in a step.
         planned: Of a model with states, the tokens that it is known to read, such as its prompt, from the first on.
         stops: Of these, after how many tokens another text parts, or may part, from it.
+        names: What stands for tokens that it was given something in the place of, by position.
     """
 
     root: tuple[Any, str | None]
@@ -36,6 +37,13 @@ class _SharedRow:
     exact: int = 2**62
     planned: tuple[int, ...] = ()
     stops: set[int] = field(default_factory=set)
+    names: Mapping[int, int] = field(default_factory=dict)
+
+    def named(self, start: int, tokens: Sequence[int]) -> list[int]:
+        """Return tokens from a position on as they are told from others."""
+        if not self.names:
+            return list(tokens)
+        return [self.names.get(position, token) for position, token in enumerate(tokens, start)]
 
 
 class SharedRows:
@@ -72,9 +80,9 @@ class SharedRows:
         self.cache, self._tensors, self._states, self._is_float32 = cache, tensors, states, is_float32
         self._rows: dict[int, _SharedRow] = {}
 
-    def begin(self, row: int, version: Any, salt: str | None) -> None:
-        """A row is opened."""
-        self._rows[row] = _SharedRow((version, salt))
+    def begin(self, row: int, version: Any, salt: str | None, names: Mapping[int, int]) -> None:
+        """A row is opened, with what stands for tokens that it was given something in the place of."""
+        self._rows[row] = _SharedRow((version, salt), names=names)
 
     def end(self, row: int, length: int) -> None:
         """A row is closed that has read so many tokens."""
@@ -94,7 +102,7 @@ class SharedRows:
         shared = self._at(row, length)
         if proposed:
             self._keep_blocks(row, shared)
-        shared.text += tokens
+        shared.text += shared.named(length, tokens)
         if not is_several and not self._is_float32:
             shared.exact = min(shared.exact, length)
         if self.cache.keeps_states:
@@ -140,7 +148,8 @@ class SharedRows:
         shared = self._at(row, length)
         if len(tokens) <= _LEFT or self._sharable(shared) < length:
             return 0
-        text = shared.text + list(tokens[:-_LEFT])
+        tokens = shared.named(length, tokens)
+        text = shared.text + tokens[:-_LEFT]
         count = self.cache.fill(shared.root, text, length, self._tensors(row), self._states(row)) - length
         shared.text += tokens[:count]
         shared.kept = max(shared.kept, length + count) if count else shared.kept
