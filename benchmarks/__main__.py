@@ -53,6 +53,7 @@ NAMES = (
     "hybrids",
     "experts",
     "huge-pages",
+    "vision",
 )
 _SURVEYS = ("decoders", "encoders")
 RESULTS = Path(__file__).parent / "results"
