@@ -73,7 +73,7 @@ def export_onnx(
             (`ExportReport.rows` says why there is none, where rows cannot be told apart). `"inputs"`: as required
             inputs of `model.onnx`, for runtimes without overridable initializers. `"swappable"` and `"batched"` are
             earlier names of `"data"`. Whether adapters have GraLoRA's blocks, of one `gralora_k`, or are each the plain
-            LoRA that they equal, is chosen by what is faster (`conversion.takes_blocks`); the report says which.
+            LoRA that they equal, is chosen by what is faster (`data_sites.takes_blocks`); the report says which.
         precision: Precision of weights, activations and the cache: `"fp32"`, `"fp16"` or `"bf16"`. What the model
             computes in float32 in half precision stays so; all other inputs and outputs are float32.
         quantize: Quantization, for any task, after adapters are folded: `"int8"` and `"int4"` store weights in blocks,

@@ -197,6 +197,7 @@ SAMPLED = {
     "features/test_image_size_export.py::test_one_session_takes_images_of_any_size": 8,
     "features/test_image_sizes.py::test_a_trace_for_one_size_says_why_and_names_it": 2,
     "features/test_image_sizes.py::test_images_of_other_sizes_equal_the_eager_model": 4,
+    "features/test_images_whole.py::test_answers_to_images_are_those_of_transformers": 2,
     "features/test_packed_bases.py::test_its_export_is_that_of_the_rounded_base": 2,
     "features/test_packed_bases.py::test_no_unpacked_weight_is_kept_for_the_backward_pass": 3,
     "features/test_packed_bases.py::test_training_over_packed_weights_is_that_over_dense_ones": 10,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gralora_fx.base.sources import model_files
+from gralora_fx.base.sources import model_directories
 from gralora_fx.cli import main
 from gralora_fx.cli.export import check_request
 from gralora_fx.exporters.options import ExportOptions
@@ -143,7 +143,7 @@ def test_the_configuration_of_an_adapter_is_read_once(tmp_path: Path, monkeypatc
         read.append(directory)
         return Path(directory)
 
-    monkeypatch.setattr(model_files, "resolve_directory", resolved)
+    monkeypatch.setattr(model_directories, "resolve_directory", resolved)
     none: dict[str, Any] = {"model": None, "adapter_name": None, "task": None}
     adapter = str(tmp_path / "named")
     base = check_request(ExportOptions(), tmp_path / "output", adapter=adapter, **none)

@@ -201,7 +201,7 @@ def compared(
         warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
         model = rewrite(traced, method(target_modules=sites, **sizes))
     export_onnx(traced, directory / "base", verify=False, **options)
-    rule = "gralora_fx.exporters.kinds.conversion.takes_blocks"
+    rule = "gralora_fx.exporters.kinds.data_sites.takes_blocks"
     with nullcontext() if has_blocks is None else mock.patch(rule, return_value=has_blocks):
         export_onnx(model, directory / "data", adapters=mode, verify=False, **options)
     return differences(directory / "base", directory / "data", levels)

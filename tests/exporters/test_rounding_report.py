@@ -114,7 +114,7 @@ def test_a_float_adapter_over_a_quantized_base_is_measured_with_the_adapter(
     mode: Any, has_blocks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In LoRA's form and in GraLoRA's, whichever the export would take."""
-    monkeypatch.setattr("gralora_fx.exporters.kinds.conversion.takes_blocks", lambda *_, **__: has_blocks)
+    monkeypatch.setattr("gralora_fx.exporters.kinds.data_sites.takes_blocks", lambda *_, **__: has_blocks)
     model, tokenizer = adapted(), tiny_tokenizer()
     report = export_onnx(
         model,
