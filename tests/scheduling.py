@@ -99,6 +99,8 @@ LONG = (
     "model/test_dtypes.py",
     "features/test_packed_bases.py",
     "exporters/test_strict_base.py",
+    "features/test_images_whole.py",
+    "serving/test_http_images.py",
     "serving/test_http_clients.py",
     "loading/test_loading.py",
     "exporters/test_rows_graph.py",
