@@ -18,7 +18,7 @@ from gralora_fx import trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.engine import session_decoders
+from gralora_fx.run.engine import sequential_decoder
 from gralora_fx.run.engine.cache_buffers import CacheBuffers
 from gralora_fx.run.sessions import ort_values
 from gralora_fx.run.sessions.ort_values import PAGE, kept_reason
@@ -100,7 +100,7 @@ def test_rows_that_run_one_after_the_other_hold_no_more(path: Path, monkeypatch:
         made.append(CacheBuffers(*call))
         return made[-1]
 
-    monkeypatch.setattr(session_decoders, "CacheBuffers", noted)
+    monkeypatch.setattr(sequential_decoder, "CacheBuffers", noted)
     with pytest.warns(UserWarning, match="takes no node"):
         elsewhere = load(path, ["AzureExecutionProvider", "CPUExecutionProvider"])
     decoder: Any = elsewhere.decoder(rows=2)

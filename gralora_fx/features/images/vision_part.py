@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from gralora_fx.core.graph.module_tree import kept_modes
@@ -232,7 +232,7 @@ def _traced_part(model: PreTrainedModel, form: VisionForm) -> TracedModel:
     example, *others = (_in_dtype(each, model) for each in form.examples(generator))
     with kept_modes(model):
         with patch.object(model, "forward", form.features), traceable_layers(model):
-            part = trace(model, example, **_held(example))
+            part = trace(model, example, **_held(example)).with_pass(_without_unread_layers)
         if any(parameter.is_meta for parameter in model.parameters()):
             return part.eval()
         model.eval()
@@ -246,6 +246,11 @@ def _traced_part(model: PreTrainedModel, form: VisionForm) -> TracedModel:
             if (problem := gap(expected, actual)) is not None:
                 raise TraceError(f"its trace differs from {type(model).__name__} on {_sizes(inputs)}: {problem}")
     return part
+
+
+def _without_unread_layers(graph_module: fx.GraphModule) -> None:
+    """Erase layers whose output nothing reads, such as the last of a tower whose features are those before it."""
+    graph_module.graph.eliminate_dead_code()
 
 
 def _held(example: Mapping[str, Tensor]) -> dict[str, Any]:
