@@ -76,6 +76,7 @@ class Variant:
     active: Callable[[], AbstractContextManager[None]]  # the model in that state within a block
     build: Callable[[], TracedModel | GraloraModel]
     companions: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sessions of what runs beside it
+    tensors: Arrays = dataclasses.field(default_factory=dict)  # of an adapter as data, as the export holds them
 
     @cached_property
     def reference(self) -> TracedModel | GraloraModel:
@@ -117,13 +118,14 @@ def variants(
     adapters = [tensors_of(*pair, model, base) for pair in zip(names, there, strict=True)]
     disabled = model.disable_adapter if isinstance(model, GraloraModel) else nullcontext
     own = session_with(session, inputs, {})
-    yield Variant(own, by_row(None, there), None, disabled, partial(reference, {}), beside)
+    others = {part: session_with(other, inputs, {}) for part, other in beside.items()}
+    yield Variant(own, by_row(None, there), None, disabled, partial(reference, {}), others)
     if not isinstance(model, GraloraModel):
         return
     for name, exported, tensors in zip(names, there, adapters, strict=True):
         own, own_rows = session_with(session, inputs, tensors), by_row(exported, there)
         others = {part: session_with(other, inputs, tensors) for part, other in beside.items()}
-        yield Variant(own, own_rows, name, partial(_only, model, name), partial(reference, tensors), others)
+        yield Variant(own, own_rows, name, partial(_only, model, name), partial(reference, tensors), others, tensors)
 
 
 def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> Any:

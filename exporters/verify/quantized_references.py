@@ -236,7 +236,10 @@ def _models(directory: Path) -> list[Path]:
 def _differences(path: Path) -> Iterator[tuple[float, float]]:
     """The largest absolute and relative difference of each product of a model."""
     check_external_data(path)
-    model, cases = _apart(quantized_products(ir.load(path)))
+    products = quantized_products(ir.load(path))
+    if not products:  # of what runs beside a decoder
+        return
+    model, cases = _apart(products)
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     directory = path.absolute().parent
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as copy:

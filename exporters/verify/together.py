@@ -89,7 +89,7 @@ def compare_companions(
 ) -> CompanionResult:
     """Compare the companions of an export in one state of its adapters."""
     (check,) = parts("companion checks", manifest.companions)
-    models = {name: _reference(part, manifest, variant.name) for name, part in companions_of(model).items()}
+    models = {name: _reference(part, manifest, variant) for name, part in companions_of(model).items()}
     passed, tensors = True, list[TensorCheck]()
     for name, reference in models.items():
         cases = list(check.cases(base_trace(reference), torch.Generator().manual_seed(seed), quick))
@@ -114,13 +114,17 @@ def compare_companions(
     return CompanionResult(passed and together.passed, tuple(tensors), together.tokens if together.cases else None)
 
 
-def _reference(part: TracedModel | GraloraModel, manifest: Manifest, name: str | None) -> TracedModel | GraloraModel:
+def _reference(part: TracedModel | GraloraModel, manifest: Manifest, variant: Variant) -> TracedModel | GraloraModel:
     """Return a companion with the adapters of a state, its weights rounded as the export's are."""
-    if isinstance(part, GraloraModel) and manifest.adapter_inputs is not None:
+    inputs, name = manifest.adapter_inputs, variant.name
+    is_exact = {manifest.precision, precision_of(base_trace(part).graph_module)} == {"fp32"}
+    if isinstance(part, GraloraModel) and inputs is not None:
         if name not in part.configs:
             part = part.traced
-        else:
+        elif is_exact:
             part.set_adapter(name)
-    if {manifest.precision, precision_of(base_trace(part).graph_module)} == {"fp32"}:
-        return part.eval()
-    return float32_model(fold_adapters(part), manifest.precision)
+        else:  # the base and the adapter's tensors are rounded each by itself
+            from gralora_fx.exporters.verify.adapters_as_data import with_folded
+
+            return with_folded(float32_model(part.traced, manifest.precision), variant.tensors, inputs)
+    return part.eval() if is_exact else float32_model(fold_adapters(part), manifest.precision)

@@ -8,7 +8,7 @@ import torch
 from transformers import vision_utils
 
 from gralora_fx.features.images import vision_grids
-from gralora_fx.features.images.image_prompts import grid_positions
+from gralora_fx.features.images.image_rows import grid_positions
 from tests.architectures.image_prompts import tiny_image_model
 
 _SIZES = [(1, 1), (1, 7), (2, 3), (4, 4), (5, 9), (8, 8), (9, 4), (13, 2)]  # in merged patches

@@ -17,7 +17,8 @@ from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import Case, vocabulary_of
 from gralora_fx.exporters.verify.outputs import last_logits, run_model
 from gralora_fx.exporters.verify.together import TogetherRun
-from gralora_fx.features.images.image_prompts import Outputs, given_of, grid_positions, token_merge
+from gralora_fx.features.images.image_prompts import token_merge
+from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positions
 from gralora_fx.features.images.tasks_and_inputs import (
     GIVEN_PLACES,
     GRID,
@@ -175,9 +176,9 @@ def _inputs(
         if name == GRID and grid is not None:
             inputs[name] = torch.from_numpy(grid_positions(places, grid, merge)[:, None])
         elif name in given:
-            values = torch.from_numpy(given[name]).to(example.dtype)
+            values = torch.from_numpy(given[name])
             axis = 1 + spec.axis
-            inputs[name] = inputs[name].clone()
+            inputs[name] = inputs[name].to(values.dtype, copy=True)
             inputs[name].narrow(axis, 0, values.shape[axis]).copy_(values)
         elif spec.follows != IDS:
             inputs[name] = is_given.to(example.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -17,28 +18,23 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.loading.tokenizers import is_chat, load_processor
 from gralora_fx.errors import ServingError, first_line, option, shown
+from gralora_fx.features.images.image_rows import Given, Outputs, given_of
 from gralora_fx.features.images.tasks_and_inputs import (
-    DEEPSTACK,
-    FEATURES,
-    GIVEN_PLACES,
-    GRID,
     GRID_THW,
     IMAGE_FEATURES,
     IMAGES,
     VISION_ENCODER,
 )
 from gralora_fx.format.input_names import EMBEDS
-from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
+from gralora_fx.run.engine.adapters import AdapterNames, LoadedAdapter, names_of_rows
 from gralora_fx.run.engine.limits import PromptLimit
 from gralora_fx.run.generate.prompts import GenerateInputs, Prompts
 from gralora_fx.run.sessions.ort_values import as_array, run_arrays
-from gralora_fx.run.sessions.session_views import with_adapter
+from gralora_fx.run.sessions.session_views import optional_or_required, with_adapter
 
 if TYPE_CHECKING:
     from gralora_fx.run.open_export import OpenExport
 
-Given = dict[str, NDArray[Any]]  # of a row: see `ImageRows.begin`
-Outputs = dict[str, NDArray[Any]]
 _CACHED = 2**28  # bytes of features that are kept
 _PLACE = "image"  # type of a part of a message that stands for an image
 
@@ -90,6 +86,11 @@ class ImagePrompts:
         return {value.name: value for value in self._session.get_inputs()}
 
     @cached_property
+    def _taken(self) -> frozenset[str]:
+        """Names of all that it takes, tensors of adapters too."""
+        return frozenset(value.name for value in optional_or_required(self._session))
+
+    @cached_property
     def _token(self) -> int:
         """The token that stands for an image."""
         config = self._export.config
@@ -101,11 +102,12 @@ class ImagePrompts:
 
     @staticmethod
     def are_in(prompts: Any) -> bool:
-        """Return whether chats among prompts hold images."""
+        """Return whether chats among prompts hold images, or places for some."""
         from gralora_fx.features.images.image_files import images_of_chat
 
         chats = [prompts] if is_chat(prompts) else prompts if isinstance(prompts, (list, tuple)) else []
-        return any(images_of_chat(chat)[1] for chat in chats if is_chat(chat))
+        plain = (images_of_chat(chat)[0] for chat in chats if is_chat(chat))
+        return any(part.get("type") == _PLACE for chat in plain for message in chat for part in _parts_of(message))
 
     @staticmethod
     def refuse() -> NoReturn:
@@ -132,12 +134,14 @@ class ImagePrompts:
 
         is_single = isinstance(prompts, str) or is_chat(prompts)
         given = [prompts] if is_single else list(prompts)
-        listed = images if isinstance(images, (list, tuple)) else [images]
-        of_each = [None] * len(given) if images is None else [listed] if is_single else list(listed)
+        of_each = [None] * len(given) if images is None else [images] if is_single else _listed(images)
         if len(of_each) != len(given):
             raise ServingError(f"images has to be a list of {len(given)}, one for each prompt, None for one of text")
         names = names_of_rows(adapter, len(given))
-        pairs = [_with_held(*each) for each in zip(given, of_each, strict=True)]
+        pairs = [
+            _with_held(prompt, None if own is None else _listed(own))
+            for prompt, own in zip(given, of_each, strict=True)
+        ]
         texts = [text for text, _ in pairs]
         opened = [images_of(own, ImageLimits()) for _, own in pairs]
         read = [self.read_one(*each) for each in zip(texts, opened, names, strict=True)]
@@ -228,18 +232,26 @@ class ImagePrompts:
         return _Piece(inputs, digest.digest())
 
     def _read_pixels(self, piece: _Piece, adapter: str | None) -> Outputs:
-        tensors = self._export.adapters.tensors_for(adapter, self._session)
-        key = (piece.digest, *sorted((name, id(value)) for name, value in tensors.items()))
-        found = self._features.get(key)
+        adapters = self._export.adapters
+        own = self._adapter_of(adapter)
+        found = self._features.get(piece.digest, own)
         if found is None:
-            session = with_adapter(self._session, tensors)
+            session = with_adapter(self._session, adapters.tensors_for(own, self._session))
             found = run_arrays(session, piece.inputs, "an image")
-            self._features.put(key, found, tensors)
+            self._features.put(piece.digest, own, found)
         return found
+
+    def _adapter_of(self, name: str | None) -> LoadedAdapter | None:
+        """Return an adapter that changes what reads pixels; None for the base, and for one that leaves it as it is."""
+        loaded = None if name is None else self._export.adapters[name]
+        return loaded if loaded is not None and not self._taken.isdisjoint(loaded.values) else None
 
 
 class _Features:
-    """Features of images that were read lately, by the digest of their pixels and the adapter that read them."""
+    """Features of images that were read lately, by the digest of their pixels and the adapter that read them.
+
+    Adapters are held weakly, so that one that is unloaded takes no memory here.
+    """
 
     def __init__(self) -> None:
         """Begin without any."""
@@ -247,20 +259,22 @@ class _Features:
         self._found: OrderedDict[Any, tuple[Outputs, Any]] = OrderedDict()
         self._bytes = 0
 
-    def get(self, key: Any) -> Outputs | None:
+    def get(self, digest: bytes, adapter: LoadedAdapter | None) -> Outputs | None:
         """Return what is known of an image."""
         with self._lock:
-            if key not in self._found:
+            outputs, of = self._found.get((digest, id(adapter)), (None, None))
+            if outputs is None or (of is not None and of() is not adapter):
                 return None
-            self._found.move_to_end(key)
-            return self._found[key][0]
+            self._found.move_to_end((digest, id(adapter)))
+            return outputs
 
-    def put(self, key: Any, outputs: Outputs, tensors: Any) -> None:
-        """Keep what was read, with the tensors whose identity is part of the key; the oldest go."""
+    def put(self, digest: bytes, adapter: LoadedAdapter | None, outputs: Outputs) -> None:
+        """Keep what was read; the oldest go."""
+        key = (digest, id(adapter))
         with self._lock:
-            if key in self._found:
-                return
-            self._found[key] = (outputs, tensors)
+            if key in self._found:  # also of an adapter that is gone, whose number another has
+                self._bytes -= _size(self._found.pop(key)[0])
+            self._found[key] = (outputs, None if adapter is None else weakref.ref(adapter))
             self._bytes += _size(outputs)
             while self._bytes > _CACHED and len(self._found) > 1:
                 _, (oldest, _) = self._found.popitem(last=False)
@@ -269,6 +283,10 @@ class _Features:
 
 def _size(outputs: Outputs) -> int:
     return sum(array.nbytes for array in outputs.values())
+
+
+def _listed(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def _with_held(prompt: Any, images: Sequence[Any] | None) -> tuple[Any, Sequence[Any]]:
@@ -293,54 +311,3 @@ def _parts_of(message: Mapping[str, Any]) -> list[Any]:
 def token_merge(config: Mapping[str, Any]) -> int:
     """Return how many patches a token has on a side, of a model with a configuration."""
     return int((config.get("vision_config") or {}).get("spatial_merge_size") or 1)
-
-
-def given_of(
-    places: NDArray[np.bool_], outputs: Sequence[Outputs], grids: NDArray[np.int64] | None, merge: int
-) -> Given:
-    """Return what a row is given of the images of its prompt, each array of all tokens of the prompt.
-
-    Args:
-        places: Which tokens stand for images `[tokens]`.
-        outputs: What was made of each image, in order.
-        grids: Frames, height and width in patches of each image `[images, 3]`; None of a model without positions of
-            them.
-        merge: Patches on a side of a token.
-    """
-    features = np.concatenate([each[IMAGE_FEATURES] for each in outputs])
-    embeds = np.zeros((1, len(places), features.shape[1]), features.dtype)
-    embeds[0, places] = features
-    given: Given = {EMBEDS: embeds, GIVEN_PLACES: places[None]}
-    if DEEPSTACK in outputs[0]:
-        layers = np.concatenate([each[DEEPSTACK] for each in outputs], axis=1)
-        given[FEATURES] = np.zeros((len(layers), *embeds.shape), layers.dtype)
-        given[FEATURES][:, 0, places] = layers
-    if grids is not None:
-        given[GRID] = grid_positions(places, grids, merge)[:, None]
-    return given
-
-
-def grid_positions(places: NDArray[np.bool_], grids: NDArray[np.int64], merge: int) -> NDArray[np.int64]:
-    """Return the positions in time, height and width of a prompt's tokens `[3, tokens]`, as Qwen2-VL's models count.
-
-    Text counts on from the largest position before it, alike in all three; the tokens of an image count its rows and
-    columns from there.
-
-    Args:
-        places: Where tokens of images stand `[tokens]`.
-        grids: Frames, height and width in patches of each image `[images, 3]`.
-        merge: Patches on a side of a token.
-    """
-    positions = np.empty((3, len(places)), np.int64)
-    sizes = iter([(frames, height // merge, width // merge) for frames, height, width in grids.tolist()])
-    index = counted = 0
-    while index < len(places):
-        if not places[index]:
-            positions[:, index] = counted
-            index, counted = index + 1, counted + 1
-            continue
-        size = next(sizes)
-        count = int(np.prod(size))
-        positions[:, index : index + count] = counted + np.indices(size).reshape(3, -1)
-        index, counted = index + count, counted + max(size)
-    return positions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, listed, shown
-from gralora_fx.features.images.tasks_and_inputs import GIVEN_PLACES, GRID, STEP_INPUTS
+from gralora_fx.features.images.tasks_and_inputs import (
+    DEEPSTACK,
+    FEATURES,
+    GIVEN_PLACES,
+    GRID,
+    IMAGE_FEATURES,
+    STEP_INPUTS,
+)
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.given_rows import GivenRows
@@ -19,6 +26,8 @@ from gralora_fx.run.generate.prompts import Prompts
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_arguments, plain_array
 
 _BEYOND = 2**64  # above every token
+Given = dict[str, NDArray[Any]]  # of a row: see `ImageRows.begin`
+Outputs = dict[str, NDArray[Any]]  # of what reads pixels
 _SPECS = {each.name: each for each in STEP_INPUTS}
 
 
@@ -150,3 +159,54 @@ class ImageRows(GivenRows):
         """`[rows, positions, ...]`, in the array's own memory."""
         axis = _SPECS[name].axis
         return np.moveaxis(array, (axis, axis + 1), (0, 1))
+
+
+def given_of(
+    places: NDArray[np.bool_], outputs: Sequence[Outputs], grids: NDArray[np.int64] | None, merge: int
+) -> Given:
+    """Return what a row is given of the images of its prompt, each array of all tokens of the prompt.
+
+    Args:
+        places: Which tokens stand for images `[tokens]`.
+        outputs: What was made of each image, in order.
+        grids: Frames, height and width in patches of each image `[images, 3]`; None of a model without positions of
+            them.
+        merge: Patches on a side of a token.
+    """
+    features = np.concatenate([each[IMAGE_FEATURES] for each in outputs])
+    embeds = np.zeros((1, len(places), features.shape[1]), features.dtype)
+    embeds[0, places] = features
+    given: Given = {EMBEDS: embeds, GIVEN_PLACES: places[None]}
+    if DEEPSTACK in outputs[0]:
+        layers = np.concatenate([each[DEEPSTACK] for each in outputs], axis=1)
+        given[FEATURES] = np.zeros((len(layers), *embeds.shape), layers.dtype)
+        given[FEATURES][:, 0, places] = layers
+    if grids is not None:
+        given[GRID] = grid_positions(places, grids, merge)[:, None]
+    return given
+
+
+def grid_positions(places: NDArray[np.bool_], grids: NDArray[np.int64], merge: int) -> NDArray[np.int64]:
+    """Return the positions in time, height and width of a prompt's tokens `[3, tokens]`, as Qwen2-VL's models count.
+
+    Text counts on from the largest position before it, alike in all three; the tokens of an image count its rows and
+    columns from there.
+
+    Args:
+        places: Where tokens of images stand `[tokens]`.
+        grids: Frames, height and width in patches of each image `[images, 3]`.
+        merge: Patches on a side of a token.
+    """
+    positions = np.empty((3, len(places)), np.int64)
+    sizes = iter([(frames, height // merge, width // merge) for frames, height, width in grids.tolist()])
+    index = counted = 0
+    while index < len(places):
+        if not places[index]:
+            positions[:, index] = counted
+            index, counted = index + 1, counted + 1
+            continue
+        size = next(sizes)
+        count = int(np.prod(size))
+        positions[:, index : index + count] = counted + np.indices(size).reshape(3, -1)
+        index, counted = index + count, counted + max(size)
+    return positions

@@ -143,10 +143,11 @@ class Adapters(Mapping[str, LoadedAdapter]):
         inputs = self.inputs()
         return empty_adapter(inputs) | ({} if name is None else self[name].values)
 
-    def tensors_for(self, name: str | None, session: Any) -> dict[str, Any]:
+    def tensors_for(self, adapter: str | LoadedAdapter | None, session: Any) -> dict[str, Any]:
         """Return what a session over a graph with one adapter a run is fed, for an adapter or the base."""
         inputs = self._manifest.adapter_inputs
-        values = {} if name is None else self[name].values
+        own = adapter if adapter is None or isinstance(adapter, LoadedAdapter) else self[adapter]
+        values = {} if own is None else own.values
         return values if inputs is None else adapter_values(values, inputs, session)
 
     def tell(self, cache: PrefixCache) -> None:

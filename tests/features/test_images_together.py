@@ -1,0 +1,131 @@
+"""What reads pixels beside the rest of an export: its forms and precisions, its adapters, and how images are given."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from gralora_fx import GraloraModel, TracedModel, trace
+from gralora_fx.errors import ServingError
+from gralora_fx.exporters import export_adapter, export_onnx
+from gralora_fx.features.images import image_prompts
+from gralora_fx.serving import OrtModel, load
+from tests.architectures.image_prompts import tiny_image_model
+from tests.tiny_image_processors import drawn_image, tiny_processor
+
+_SIZES = {"vocab_size": 128, "max_position_embeddings": 512, "num_hidden_layers": 1}
+_TASK, _NEW = "image-text-to-text-with-past", 4
+_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+
+
+def _source() -> Any:
+    return tiny_image_model("Idefics3ForConditionalGeneration", **_SIZES).eval()
+
+
+@pytest.fixture(scope="module")
+def traced() -> TracedModel:
+    return trace(_source(), task=_TASK)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of an adapter of the tower and the decoder, of another, and of one of the decoder alone."""
+    directory = tmp_path_factory.mktemp("adapters")
+    for number, (name, targets) in enumerate(
+        {"tower": ["q_proj", "fc1"], "other": ["q_proj", "fc1"], "text": r".*text_model\.layers.*q_proj"}.items()
+    ):
+        adapted = peft.get_peft_model(_source(), peft.LoraConfig(r=2, lora_alpha=8, target_modules=targets))
+        torch.manual_seed(number)
+        for key, value in adapted.named_parameters():
+            if "lora" in key:
+                torch.nn.init.normal_(value.data, std=0.2)
+        adapted.save_pretrained(directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapted(traced: TracedModel, adapters: Path) -> GraloraModel:
+    return GraloraModel.from_pretrained(traced, adapters / "tower", adapter_name="tower")
+
+
+@pytest.fixture(scope="module")
+def inputs(adapted: GraloraModel, tmp_path_factory: pytest.TempPathFactory) -> OrtModel:
+    directory = tmp_path_factory.mktemp("inputs") / "export"
+    report = export_onnx(adapted, directory, adapters="inputs", tokenizer=tiny_processor(_source()), verify="quick")
+    assert report.verification is not None
+    assert report.verification.passed
+    return load(directory)
+
+
+def _answer(model: OrtModel, **given: Any) -> Any:
+    return model.generate(_CHAT, images=[drawn_image(70, 50)], max_new_tokens=_NEW, **given)
+
+
+def test_what_reads_pixels_takes_adapters_as_inputs(inputs: OrtModel) -> None:
+    """Also it takes all tensors of them in a run of the base."""
+    assert _answer(inputs) != _answer(inputs, adapter="tower")
+
+
+def test_features_are_kept_by_the_adapter_that_reads_pixels(
+    inputs: OrtModel, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base and an adapter of the text alone share them; one that is unloaded is not held, nor taken for another."""
+    runs: list[Any] = []
+    run = image_prompts.run_arrays
+    monkeypatch.setattr(image_prompts, "run_arrays", lambda *args: runs.append(args) or run(*args))
+
+    def count(adapter: str | None) -> int:
+        before = len(runs)
+        _answer(inputs, adapter=adapter)
+        return len(runs) - before
+
+    count(None)
+    inputs.load_adapter("text", export_adapter(adapters / "text", inputs.directory, "saved-text"))
+    assert [count(None), count("text")] == [0, 0]
+    inputs.load_adapter("own", export_adapter(adapters / "tower", inputs.directory, "saved-tower"))
+    assert count("own") > 0
+    assert count("own") == 0
+    with_first = _answer(inputs, adapter="own")
+    loaded = weakref.ref(inputs.adapters["own"])
+    inputs.unload_adapter("own")
+    gc.collect()
+    assert loaded() is None
+    inputs.load_adapter("own", export_adapter(adapters / "other", inputs.directory, "saved-other"))
+    assert count("own") > 0
+    assert _answer(inputs, adapter="own") != with_first
+
+
+@pytest.mark.parametrize("form", [{"adapters": "data", "precision": "bf16"}, {"quantize": "int8-dynamic"}])
+def test_what_reads_pixels_is_compared_in_exports_of_other_forms(
+    form: dict[str, Any], adapted: GraloraModel, tmp_path: Path
+) -> None:
+    """Weights and adapters are rounded each by itself; what reads pixels has no quantized product to compare."""
+    report = export_onnx(adapted, tmp_path / "export", verify="quick", **form)
+    assert report.verification is not None
+    assert report.verification.companions is not None
+    assert report.verification.companions.agreement == 1.0
+
+
+def test_features_of_a_bfloat16_model_are_compared_as_they_are(tmp_path: Path) -> None:
+    model = trace(_source().to(torch.bfloat16), task=_TASK)
+    report = export_onnx(model, tmp_path / "export", verify="quick")
+    assert report.verification is not None
+    assert report.verification.passed
+
+
+def test_a_prompt_in_a_list_may_have_an_image_without_a_list_of_its_own(inputs: OrtModel) -> None:
+    image = drawn_image(70, 50)
+    assert inputs.generate([_CHAT], images=[image], max_new_tokens=_NEW) == [_answer(inputs)]
+    assert inputs.generate(_CHAT, images=image, max_new_tokens=_NEW) == _answer(inputs)
+
+
+def test_a_place_without_its_image_is_refused(inputs: OrtModel) -> None:
+    for prompts in (_CHAT, ["text", _CHAT]):
+        with pytest.raises(ServingError, match="the chat has 1 places for images, and 0 were given"):
+            inputs.generate(prompts)
