@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,8 @@ class Prompts:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, Any]]:
     """An export that takes embeddings, with two adapters as data, and PEFT's models of them."""
     folder = tmp_path_factory.mktemp("images")
-    model, oracles = adapted("llama", folder, TASK, eos_token_id=END, bos_token_id=1, pad_token_id=0)
+    ids = {"eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}
+    model, oracles = adapted("llama", folder, TASK, max_position_embeddings=128, **ids)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     export_onnx(model, folder / "export", adapters="data", verify=False, tokenizer=tokenizer)
@@ -218,6 +220,31 @@ def test_tools_are_described_beside_images(http: TestClient, prompts: Prompts) -
     tools = [{"type": "function", "function": {"name": name}} for name in ("look", "listen")]
     answer(http, chat(SMALL, tools=tools, max_tokens=3))
     assert prompts.seen[-1][0] == "system: See. user: *What is it? 2assistant: "
+
+
+def test_results_of_tools_are_written_for_a_template_of_parts_that_knows_no_tools(
+    exported: tuple[Path, dict[str | None, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "export"
+    shutil.copytree(exported[0], path)
+    template = path / "chat_template.jinja"
+    known = "{% if tools %}{{ tools | length }}{% endif %}"
+    template.write_text(template.read_text().replace(known, f"{{#{'.' * (len(known) - 4)}#}}"))  # as long
+    tokenizer = load(path).tokenizer
+    prompts = Prompts(tokenizer, exported[1][None].get_input_embeddings())
+    reader = RequestImages(prompts, tokenizer, ServedImages())
+    monkeypatch.setattr(engines, "_attachment_reader", lambda *_: reader)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "ok"}]
+    with TestClient(create_app(ServiceSettings(path))) as client:
+        lengths = []
+        for urls in ((SMALL,), ()):
+            asked = [{"role": "user", "content": content(*urls, text="?")}, *said]
+            found = answer(client, {"model": "export", "messages": asked, "max_tokens": 1})
+            lengths.append(found["usage"]["prompt_tokens"])
+    text = prompts.seen[-1][0]
+    assert "f: ok" in text
+    assert lengths == [len(text) - 1 + 2 + picture().width % 3, len(text) - 1]
 
 
 def test_odd_uploads_are_each_answered_or_refused_in_a_line_and_disturb_nothing(http: TestClient) -> None:

@@ -172,7 +172,8 @@ class QuestionReader:
 
         if not is_chat(prompt):
             return ids(prompt)
-        return self._first_taken(prompt if reader is None else reader.form(prompt), asked, ids)
+        form = (lambda chat: chat) if reader is None else reader.form  # after what tools write into texts
+        return self._first_taken(prompt, asked, lambda chat, described: ids(form(chat), described))
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
         """What is read of a chat in the first form that the template takes."""
