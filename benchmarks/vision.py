@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, Idefics3Config, PreTrained
 from benchmarks.harness import Case, Claim, Report, Table, measure, progress
 from gralora_fx import trace
 from gralora_fx.exporters import export_onnx
-from gralora_fx.features.images.image_prompts import given_of
+from gralora_fx.features.images.image_rows import given_of
 from gralora_fx.serving import OrtModel, load
 
 LAYERS = 4  # of each tower and each decoder: both sides are linear in them
