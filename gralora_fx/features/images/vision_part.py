@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
+from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.module_tree import kept_modes
 from gralora_fx.core.graph.surgery import map_parameters
 from gralora_fx.core.tracing.check import gap
@@ -232,7 +233,7 @@ def _traced_part(model: PreTrainedModel, form: VisionForm) -> TracedModel:
     example, *others = (_in_dtype(each, model) for each in form.examples(generator))
     with kept_modes(model):
         with patch.object(model, "forward", form.features), traceable_layers(model):
-            part = trace(model, example, **_held(example)).with_pass(_without_unread_layers)
+            part = _without_unread_layers(trace(model, example, blocks=(), **_held(example)))
         if any(parameter.is_meta for parameter in model.parameters()):
             return part.eval()
         model.eval()
@@ -248,9 +249,17 @@ def _traced_part(model: PreTrainedModel, form: VisionForm) -> TracedModel:
     return part
 
 
-def _without_unread_layers(graph_module: fx.GraphModule) -> None:
+def _without_unread_layers(part: TracedModel) -> TracedModel:
     """Erase layers whose output nothing reads, such as the last of a tower whose features are those before it."""
-    graph_module.graph.eliminate_dead_code()
+    graph = part.graph_module.graph
+    graph.eliminate_dead_code(_has_effect)
+    # which has the tensors that the graph reads alone
+    return part.with_graph(fx.GraphModule(part.graph_module, graph, "TracedGraph"), part.tree)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Return whether a node does more than to compute its value; what dropout draws is of no use by itself."""
+    return node.op in ("placeholder", "output") or is_mutable(node.target)
 
 
 def _held(example: Mapping[str, Tensor]) -> dict[str, Any]:

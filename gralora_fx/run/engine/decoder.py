@@ -149,10 +149,7 @@ class Decoder(BoundedRows):
             self._lengths[number] = 0
             self._take_room(number, max_length, source)
             if self._shared is not None:
-                names = {} if source is None else self._names(number)
-                self._shared.begin(number, version, salt, names or {})
-                if names is None:
-                    self._shared.lose([number])
+                self._shared.begin(number, version, salt, {} if source is None else self._names(number))
             return number
 
     def fill(self, row: int, tokens: Sequence[int]) -> int:
@@ -293,8 +290,7 @@ class Decoder(BoundedRows):
         """Get ready for a row that is opened; returns the version of its adapter, if rows share what they read."""
 
     def _names(self, row: int) -> Mapping[int, int] | None:
-        """Return what tells the tokens apart that a row was given a source for (see `GivenRows.names`)."""
-        return None
+        """As `GivenRows.names`, of a row with a source."""
 
     @abstractmethod
     def _end(self, row: int) -> None:

@@ -80,9 +80,18 @@ class SharedRows:
         self.cache, self._tensors, self._states, self._is_float32 = cache, tensors, states, is_float32
         self._rows: dict[int, _SharedRow] = {}
 
-    def begin(self, row: int, version: Any, salt: str | None, names: Mapping[int, int]) -> None:
-        """A row is opened, with what stands for tokens that it was given something in the place of."""
-        self._rows[row] = _SharedRow((version, salt), names=names)
+    def begin(self, row: int, version: Any, salt: str | None, names: Mapping[int, int] | None) -> None:
+        """A row is opened.
+
+        Args:
+            row: Its number.
+            version: The version of its adapter.
+            salt: Rows share what they read with those of the same salt alone.
+            names: What stands for tokens that it was given something in the place of; None if nothing tells them.
+        """
+        self._rows[row] = _SharedRow((version, salt), names=names or {})
+        if names is None:
+            self.lose([row])
 
     def end(self, row: int, length: int) -> None:
         """A row is closed that has read so many tokens."""
