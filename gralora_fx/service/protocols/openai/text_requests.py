@@ -172,7 +172,7 @@ class QuestionReader:
 
         if not is_chat(prompt):
             return ids(prompt)
-        form = (lambda chat: chat) if reader is None else reader.form  # after what tools write into texts
+        form = (lambda chat: chat) if reader is None else reader.form  # after what others write into texts
         return self._first_taken(prompt, asked, lambda chat, described: ids(form(chat), described))
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
