@@ -25,13 +25,14 @@ from gralora_fx.exporters.artifact.staging import (
     warn_of_lost_adapters,
 )
 from gralora_fx.exporters.formats import DYNAMIC
-from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
+from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, conversion_of
 from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, layers_reports
 from gralora_fx.exporters.translation.export_graphs import check_exportable
 from gralora_fx.format.export_files import describe_files, file_names
 from gralora_fx.format.export_usage import usage_of
+from gralora_fx.format.input_names import beside_ids
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.sessions.session import Runtime, check_integer_sums
 
@@ -136,8 +137,8 @@ def export_onnx(
         if not options.overwrite:
             check_replaced(output_dir, task=conversion.traced.task, fingerprint=conversion.fingerprint)
         warn_of_lost_adapters(output_dir, conversion.data_adapters)
-        companions = _companions(model, conversion) if flavour.has_companions else {}
-        _warn_of_parts_left_out(model, conversion, companions)
+    companions = _companions(model, conversion, seconds) if flavour.has_companions else {}
+    _warn_of_parts_left_out(model, conversion, companions)
     if conversion.plan is not None:
         from gralora_fx.exporters.quantize.choice import choose_formats
 
@@ -212,13 +213,19 @@ def _input_names(manifest: Manifest) -> list[str]:
     return [name for name, shape in manifest.inputs.items() if isinstance(shape, list)]
 
 
-def _companions(model: TracedModel | GraloraModel, conversion: Conversion) -> dict[str, Conversion]:
+def _companions(
+    model: TracedModel | GraloraModel, conversion: Conversion, seconds: dict[str, float]
+) -> dict[str, Conversion]:
     """Return what is converted of each companion of a decoder, which most have none of."""
-    if not conversion.traced.companions:
+    traced = base_trace(model)
+    if not beside_ids(traced.example_inputs):
         return {}
-    from gralora_fx.exporters.kinds.companion_models import companion_conversions
+    with timed("companions", seconds, "tracing"):
+        if not traced.companions:
+            return {}
+        from gralora_fx.exporters.kinds.companion_models import companion_conversions
 
-    return companion_conversions(model, conversion.options)
+        return companion_conversions(model, conversion.options)
 
 
 def _warn_of_parts_left_out(

@@ -24,7 +24,7 @@ from gralora_fx.exporters.verify.outputs import OutputComparison, check_inputs
 from gralora_fx.exporters.verify.tolerances import LEAST_SCALE, ToleranceCheck, describe_weights, tolerance_of
 from gralora_fx.exporters.verify_report import ProviderRun, VerifyReport
 from gralora_fx.format.adapter_inputs import is_adapter_input
-from gralora_fx.format.manifest import read_manifest
+from gralora_fx.format.manifest import Manifest, read_manifest
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
@@ -157,10 +157,11 @@ def verify_onnx(
         from gralora_fx.exporters.verify.together import compare_companions
 
         of_rows = None if rows is None else open_rows
-        beside = compare_companions(manifest, model, variant, of_rows, checked, quick=quick, seed=seed)
+        beside = compare_companions(manifest, model, own, variant, of_rows, checked, quick=quick, seed=seed)
         passed, tensors = found.passed and beside.passed, (*found.tensors, *beside.tensors)
         return dataclasses.replace(found, passed=passed, tensors=tensors, companions=beside.tokens)
 
+    own = _companions(manifest, model)
     report: VerifyReport | None = None
     for variant in variants(session, model, manifest, Path(output_dir), adapter_name, rows, companions):
         with variant.active(), evaluating(model, variant.reference):
@@ -174,6 +175,15 @@ def verify_onnx(
     products = compare_products(Path(output_dir))
     is_exact = report.passed and products.max_rel_error <= PRODUCT_TOLERANCE
     return dataclasses.replace(report, passed=is_exact, tensors=(*report.tensors, products))
+
+
+def _companions(manifest: Manifest, model: TracedModel | GraloraModel) -> dict[str, TracedModel | GraloraModel]:
+    """Return the model's parts that an export has beside its graph, which most have none of."""
+    if not manifest.companions:
+        return {}
+    from gralora_fx.core.model.companions import companions_of
+
+    return companions_of(model)
 
 
 def _provider_run(runtime: Runtime, session: Any) -> ProviderRun:

@@ -22,6 +22,7 @@ Summed = TypeVar("Summed", bound="LayersReport")
 # what the stages of an export are called, with how each is left out
 _STAGES = {
     "fold": "merging adapters",
+    "companions": "tracing what runs beside the decoder",
     "choose": f"choosing bits: {option(quantize='int8')} chooses none",
     "convert": "conversion",
     "write": "writing",

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from gralora_fx.base.features import parts
-from gralora_fx.core.model.companions import companions_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
@@ -80,6 +79,7 @@ class CompanionResult:
 def compare_companions(
     manifest: Manifest,
     model: TracedModel | GraloraModel,
+    own: Mapping[str, TracedModel | GraloraModel],
     variant: Variant,
     open_rows: Callable[[int, int], Decoder] | None,
     tolerance_for: ToleranceFor,
@@ -87,9 +87,9 @@ def compare_companions(
     quick: bool,
     seed: int,
 ) -> CompanionResult:
-    """Compare the companions of an export in one state of its adapters."""
+    """Compare the companions of an export, and the model's own by the same names, in one state of their adapters."""
     (check,) = parts("companion checks", manifest.companions)
-    models = {name: _reference(part, manifest, variant) for name, part in companions_of(model).items()}
+    models = {name: _reference(part, manifest, variant) for name, part in own.items()}
     passed, tensors = True, list[TensorCheck]()
     for name, reference in models.items():
         cases = list(check.cases(base_trace(reference), torch.Generator().manual_seed(seed), quick))

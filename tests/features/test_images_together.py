@@ -7,14 +7,15 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 
-from gralora_fx import GraloraModel, TracedModel, trace
+from gralora_fx import GraloraModel, LoraConfig, TracedModel, merge, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
-from gralora_fx.features.images import image_prompts
+from gralora_fx.features.images import image_prompts, vision_part
 from gralora_fx.serving import OrtModel, load
 from tests.architectures.image_prompts import tiny_image_model
 from tests.tiny_image_processors import drawn_image, tiny_processor
@@ -129,3 +130,27 @@ def test_a_place_without_its_image_is_refused(inputs: OrtModel) -> None:
     for prompts in (_CHAT, ["text", _CHAT]):
         with pytest.raises(ServingError, match="the chat has 1 places for images, and 0 were given"):
             inputs.generate(prompts)
+
+
+def test_a_tower_is_traced_once_for_an_export_and_its_verification(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with an adapter, which an export folds; and LLaVA's tower is called without its values, once merged."""
+    source = tiny_image_model("LlavaForConditionalGeneration", num_hidden_layers=2).train()
+    config = LoraConfig(r=2, target_modules=r".*layers\.0\.self_attn\.q_proj", init_lora_weights=False)
+    model = rewrite(trace(source, task=_TASK), config)
+    made: list[Any] = []
+    of_model = vision_part.form_of
+    monkeypatch.setattr(vision_part, "form_of", lambda source: made.append(source) or of_model(source))
+    report = export_onnx(model.eval(), tmp_path / "merged", verify="quick")
+    assert report.verification is not None
+    assert report.verification.companions is not None
+    assert made == [source]
+    assert source.training  # as it was
+    report = export_onnx(merge(model), tmp_path / "after", verify="quick")
+    assert report.verification is not None
+    assert report.verification.companions is not None
+    pixels = torch.randn(2, 3, 32, 32)
+    merged, after = (load(tmp_path / name).companion_session("vision_encoder") for name in ("merged", "after"))
+    feed = {"pixel_values": pixels.numpy()}
+    assert np.allclose(merged.run(None, feed)[0], after.run(None, feed)[0], atol=1e-5)

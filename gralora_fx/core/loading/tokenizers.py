@@ -56,30 +56,19 @@ def load_tokenizer(name: str | Path, error: type[GraloraError] = CheckpointError
 
 def load_feature_extractor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
     """The feature extractor of a local directory or a hub id, or None if it has none."""
-    return _load_pretrained(
-        AutoFeatureExtractor.from_pretrained,
-        name,
-        error,
-        what="feature extractor",
-        files=_EXTRACTOR_FILES,
-        configs=_EXTRACTOR_FILES,
-        remedy="repair these files",
-    )
+    return _load_extractor(AutoFeatureExtractor.from_pretrained, name, error, what="feature extractor")
 
 
 def load_processor(name: str | Path, error: type[GraloraError] = CheckpointError) -> Any | None:
     """The processor of a local directory or a hub id, which reads more than texts, or None if it has none."""
     from transformers import AutoProcessor
 
-    return _load_pretrained(
-        AutoProcessor.from_pretrained,
-        name,
-        error,
-        what="processor",
-        files=_EXTRACTOR_FILES,
-        configs=_EXTRACTOR_FILES,
-        remedy="repair these files",
-    )
+    return _load_extractor(AutoProcessor.from_pretrained, name, error, what="processor")
+
+
+def _load_extractor(load: Callable[..., Any], name: str | Path, error: type[GraloraError], *, what: str) -> Any | None:
+    files = _EXTRACTOR_FILES
+    return _load_pretrained(load, name, error, what=what, files=files, configs=files, remedy="repair these files")
 
 
 def _auto_tokenizer(name: str | Path, **options: Any) -> Any:

@@ -17,6 +17,7 @@ from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import Case, vocabulary_of
 from gralora_fx.exporters.verify.outputs import last_logits, run_model
 from gralora_fx.exporters.verify.together import TogetherRun
+from gralora_fx.features.images.image_inputs import drawn_patches
 from gralora_fx.features.images.image_prompts import token_merge
 from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positions
 from gralora_fx.features.images.tasks_and_inputs import (
@@ -71,13 +72,12 @@ def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tens
         return [
             {IMAGES: torch.randn(count, *pixels.shape[1:], generator=generator).to(pixels.dtype)} for count in _TILES
         ]
-    merge = token_merge(part.config.to_dict() if part.config is not None else {})
-    drawn: list[dict[str, Tensor]] = []
-    for height, width in _SIDES:
-        grid = torch.tensor([[1, height * merge, width * merge]])
-        patches = torch.randn(int(grid.prod()), pixels.shape[1], generator=generator)
-        drawn.append({IMAGES: patches.to(pixels.dtype), GRID_THW: grid})
-    return drawn
+    drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
+    return [{**each, IMAGES: each[IMAGES].to(pixels.dtype)} for each in drawn]
+
+
+def _merge_of(model: TracedModel) -> int:
+    return token_merge(model.config.to_dict() if model.config is not None else {})
 
 
 def _compare_prompt(
@@ -92,7 +92,7 @@ def _compare_prompt(
     ids, places = _prompt([len(each[IMAGE_FEATURES]) for each in expected], model, run.generator)
     grids = [each[GRID_THW] for each in images if GRID_THW in each]
     grid = torch.cat(grids).numpy() if grids else None
-    merge = token_merge(model.config.to_dict() if model.config is not None else {})
+    merge = _merge_of(model)
     reference, given = (given_of(places, outputs, grid, merge) for outputs in (expected, actual))
     inputs_of = partial(_inputs, model, grid, merge)
     read = _reader(run, description, partial(inputs_of, given), ids, given)

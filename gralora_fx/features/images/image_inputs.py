@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, IMAGES, reads_images
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, GRID_THW, IMAGES, reads_images
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
 
 _IMAGES = 0.4  # the share of a case's positions that have an image
@@ -49,6 +49,19 @@ def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) ->
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
+
+
+def drawn_patches(size: tuple[int, int], merge: int, values: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw the patches of an image, and its grid `[1, 3]`, as a tower takes them that reads images of any size.
+
+    Args:
+        size: Its height and width in tokens.
+        merge: Patches on a side of a token.
+        values: How many values a patch has.
+        generator: Draws them.
+    """
+    grid = torch.tensor([[1, size[0] * merge, size[1] * merge]])
+    return {IMAGES: torch.randn(int(grid.prod()), values, generator=generator), GRID_THW: grid}
 
 
 def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:

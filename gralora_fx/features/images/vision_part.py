@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -22,15 +22,15 @@ from transformers import PreTrainedModel
 
 from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.module_tree import kept_modes
-from gralora_fx.core.graph.surgery import map_parameters
+from gralora_fx.core.graph.surgery import map_parameters, placeholder_parameters
 from gralora_fx.core.tracing.check import gap
 from gralora_fx.core.tracing.trace import trace
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, first_line, marked, warn_caller
 from gralora_fx.features.images import vision_grids
+from gralora_fx.features.images.image_inputs import drawn_patches
 from gralora_fx.features.images.tasks_and_inputs import (
     DEEPSTACK,
-    GRID_THW,
     IMAGE_FEATURES,
     IMAGES,
     VISION_ENCODER,
@@ -39,23 +39,30 @@ from gralora_fx.features.images.tasks_and_inputs import (
 from gralora_fx.features.images.vision_layers import traceable_layers
 
 Features = Callable[..., dict[str, Tensor]]
-_PROJECTORS = ("multi_modal_projector", "connector")
-_GRIDS = ((2, 3), (4, 5), (9, 6), (1, 1))  # sizes of images in merged patches: an example's, and others to compare
+_GRIDS = ((2, 3), (4, 5), (9, 6), (1, 1))  # sizes of images in tokens: an example's, and others to compare
 
 
-@dataclass(frozen=True)
-class VisionForm:
+class VisionForm(ABC):
     """How a model's part that reads pixels is called, for one image.
 
     Attributes:
+        model: The model.
         features: Computes the outputs of the part from its inputs, by name.
-        examples: Yields inputs of images: the first is what the part is traced with, the others are compared.
-        own: What the model's own code makes of such inputs, by the same names.
     """
 
     features: Features
-    examples: Callable[[torch.Generator], Iterator[dict[str, Tensor]]]
-    own: Features
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take a model that reads images."""
+        self.model = model
+
+    @abstractmethod
+    def examples(self, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+        """Draw inputs of images: the first is what the part is traced with, the others are compared."""
+
+    @abstractmethod
+    def own(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Return what the model's own code makes of such inputs, by the same names."""
 
 
 def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
@@ -89,26 +96,21 @@ def form_of(model: PreTrainedModel) -> VisionForm:
         TraceError: It is not known.
     """
     tower = next((part for part in model.modules() if isinstance(part, PreTrainedModel) and _reads_grids(part)), None)
-    if tower is not None:
-        return _GridForm(model, tower).form()
-    return _TileForm(model).form()
+    return _TileForm(model) if tower is None else _GridForm(model, tower)
 
 
 def _reads_grids(part: nn.Module) -> bool:
     return {"grid_thw"} <= inspect.signature(part.forward).parameters.keys()
 
 
-@dataclass(frozen=True)
-class _GridForm:
+class _GridForm(VisionForm):
     """A tower that reads the patches of an image of any size, and how many they are in height and width."""
 
-    model: PreTrainedModel
-    tower: PreTrainedModel
+    def __init__(self, model: PreTrainedModel, tower: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.tower, self.features = tower, self._of_patches
 
-    def form(self) -> VisionForm:
-        return VisionForm(self.features, self.examples, self.own)
-
-    def features(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:
+    def _of_patches(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:
         merge, count = self._setting("spatial_merge_size") or 1, pixel_values.shape[0]
         patches = vision_grids.places(image_grid_thw, count, merge)
         # what transformers' code would compute of the grid's numbers
@@ -133,42 +135,33 @@ class _GridForm:
             )
         return _outputs(self.tower(pixel_values.to(self.tower.dtype), grid_thw=image_grid_thw, **known))
 
-    def own(self, pixel_values: Tensor, image_grid_thw: Tensor) -> dict[str, Tensor]:
-        return _outputs(self.model.get_image_features(pixel_values, image_grid_thw, return_dict=True))
+    def own(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return _outputs(self.model.get_image_features(**inputs, return_dict=True))
 
     def examples(self, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
         vision: Any = self.tower.config
         channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
         width = channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         merge = self._setting("spatial_merge_size") or 1
-        for height, across in _GRIDS:  # in tokens
-            grid = torch.tensor([[1, height * merge, across * merge]])
-            yield {IMAGES: torch.randn(int(grid.prod()), width, generator=generator), GRID_THW: grid}
+        for size in _GRIDS:
+            yield drawn_patches(size, merge, width, generator)
 
     def _setting(self, name: str) -> Any:
         """Return a setting of the tower or of a module in it, as transformers' exporters look for it."""
         return next((value for part in self.tower.modules() if (value := getattr(part, name, None)) is not None), None)
 
 
-@dataclass(frozen=True)
-class _TileForm:
+class _TileForm(VisionForm):
     """A tower that reads tiles of one size: an image, or the parts that it was cut into and the whole."""
 
-    model: PreTrainedModel
-
-    def form(self) -> VisionForm:
-        features = self._of_idefics if hasattr(self._base, "connector") else self._projected()
-        return VisionForm(features, self.examples, self.own)
-
-    @property
-    def _base(self) -> Any:
-        """The model without its head, whose attributes are the tower and the projector."""
-        return getattr(self.model, "model", self.model)
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self._base: Any = getattr(model, "model", model)  # whose attributes are the tower and the projector
+        self.features = self._of_idefics if hasattr(self._base, "connector") else self._projected()
 
     def _projected(self) -> Features:
         """Return what ends at the projector, if the model's code then makes a list of its output, an item a tile."""
-        base = self._base
-        projector = next((part for name in _PROJECTORS if (part := getattr(base, name, None)) is not None), None)
+        projector = getattr(self._base, "multi_modal_projector", None)
         if projector is None or not self._makes_list():
             return self.own
 
@@ -181,15 +174,17 @@ class _TileForm:
                 return noted[-1][:1]  # of which a list has one item, whatever the number of tiles
 
             with patch.object(projector, "forward", note):
-                self.own(pixel_values)
+                self._call(pixel_values)
             return {IMAGE_FEATURES: noted[-1].flatten(0, -2)}
 
         return projected
 
     def _makes_list(self) -> bool:
+        """Return whether the model's code lists the features of tiles; it runs without the model's values too."""
         example = next(self.examples(torch.Generator().manual_seed(0)))
-        with torch.no_grad(), kept_modes(self.model.eval()):
-            return isinstance(self._call(**example).pooler_output, (list, tuple))
+        with kept_modes(self.model), placeholder_parameters(self.model), torch.no_grad():
+            self.model.eval()
+            return isinstance(self._call(**_in_dtype(example, self.model)).pooler_output, (list, tuple))
 
     def _of_idefics(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Compute what the model's code does for tiles of which none is padding."""
@@ -199,8 +194,8 @@ class _TileForm:
         outputs = base.vision_model(pixel_values=pixel_values, patch_attention_mask=mask, return_dict=True)
         return {IMAGE_FEATURES: base.connector(outputs.last_hidden_state).flatten(0, -2)}
 
-    def own(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        return _outputs(self._call(pixel_values))
+    def own(self, **inputs: Tensor) -> dict[str, Tensor]:
+        return _outputs(self._call(**inputs))
 
     def _call(self, pixel_values: Tensor) -> Any:
         pixels = pixel_values[None] if hasattr(self._base, "connector") else pixel_values

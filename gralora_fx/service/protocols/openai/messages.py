@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -127,6 +128,25 @@ class History:
         """Add a message."""
         message = {"role": "system" if role == "developer" else role, "content": said}
         self.messages.append(message if name is None else {**message, "name": name})
+
+
+class OfChat(ABC):
+    """A request that is a chat."""
+
+    @property
+    @abstractmethod
+    def history(self) -> History:
+        """The chat."""
+
+    @property
+    def prompts(self) -> list[list[dict[str, Any]]]:
+        """The chat, as tokenizers take it."""
+        return [self.history.messages]
+
+    @property
+    def attached(self) -> Sequence[tuple[str, str]]:
+        """The field and the URL of each attachment of the chat, in order."""
+        return self.history.attached
 
 
 def history_of(messages: Sequence[MessageFields]) -> History:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -13,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.run.generate.answer_options import LEAST_DIVISOR, Sampling
 from gralora_fx.service.protocols.openai.answer_plan import PlannedRequest
-from gralora_fx.service.protocols.openai.messages import History, MessageFields, history_of
+from gralora_fx.service.protocols.openai.messages import History, MessageFields, OfChat, history_of
 from gralora_fx.service.protocols.openai.strict_model import (
     CHAT,
     EVERYWHERE,
@@ -182,7 +181,7 @@ class ChatMessage(MessageFields):
 
 
 @with_features
-class ChatRequest(_TextFields):
+class ChatRequest(OfChat, _TextFields):
     """A request of `/v1/chat/completions`."""
 
     without_effect: ClassVar[Idle] = CHAT
@@ -203,16 +202,6 @@ class ChatRequest(_TextFields):
     def history(self) -> History:
         """The chat."""
         return history_of(self.messages)
-
-    @property
-    def prompts(self) -> list[list[dict[str, Any]]]:
-        """The chat, as tokenizers take it."""
-        return [self.history.messages]
-
-    @property
-    def attached(self) -> Sequence[tuple[str, str]]:
-        """The field and the URL of each attachment of the chat, in order."""
-        return self.history.attached
 
     @property
     def top_scores(self) -> int | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from gralora_fx.errors import ServingError
-from gralora_fx.service.protocols.openai.messages import History, ItemFields
+from gralora_fx.service.protocols.openai.messages import History, ItemFields, OfChat
 from gralora_fx.service.protocols.openai.requests import SamplingFields, StreamOptions, Whole
 from gralora_fx.service.protocols.openai.strict_model import (
     REASONING,
@@ -46,7 +46,7 @@ class Reasoning(StrictModel):
 
 
 @with_features
-class ResponseRequest(SamplingFields):
+class ResponseRequest(OfChat, SamplingFields):
     """A request of `/v1/responses`, which is kept no longer than until it is answered, whatever `store` says."""
 
     without_effect: ClassVar[Idle] = RESPONSE
@@ -76,16 +76,6 @@ class ResponseRequest(SamplingFields):
             for index, item in enumerate(self.input):
                 item.add_to(history, f"input.{index}")
         return history
-
-    @property
-    def prompts(self) -> list[list[dict[str, Any]]]:
-        """The chat, as tokenizers take it."""
-        return [self.history.messages]
-
-    @property
-    def attached(self) -> Sequence[tuple[str, str]]:
-        """The field and the URL of each attachment of the chat, in order."""
-        return self.history.attached
 
     @property
     def echo(self) -> bool:
