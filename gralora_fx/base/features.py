@@ -10,7 +10,6 @@ import pkgutil
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -132,17 +131,26 @@ class Feature:
 
     def part(self, point: str) -> Any:
         """Import what the feature adds at a point."""
-        module, _, name = self.parts[point].partition(":")
-        found = import_module(f"{_PACKAGE}.{self.name}.{module}")
-        return getattr(found, name) if name else found
+        key = self.parts[point]
+        if (self.name, key) not in _LOADED:
+            module, _, name = key.partition(":")
+            found = import_module(f"{_PACKAGE}.{self.name}.{module}")
+            _LOADED[self.name, key] = getattr(found, name) if name else found
+        return _LOADED[self.name, key]
 
 
-@cache
-def features() -> tuple[Feature, ...]:
+# What was read and imported so far, in plain containers, which torch.compile reads while it traces a forward pass.
+_FEATURES: list[Feature] = []
+_LOADED: dict[tuple[str, str], Any] = {}
+
+
+def features() -> list[Feature]:
     """Return the features whose folders are there, by name."""
-    (folder,) = import_module(_PACKAGE).__path__
-    names = sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
-    return tuple(_read(Path(folder, name, "feature.toml")) for name in names)
+    if not _FEATURES:
+        (folder,) = import_module(_PACKAGE).__path__
+        names = sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
+        _FEATURES.extend(_read(Path(folder, name, "feature.toml")) for name in names)
+    return _FEATURES
 
 
 def _read(file: Path) -> Feature:

@@ -377,17 +377,26 @@ def are_close(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> bool
 
 
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_it_compiles_whole_and_once_for_every_size(checkpoints: bool) -> None:
-    model = rewritten("llama").train()
+@pytest.mark.parametrize("task", ["text-generation", "text-generation-with-past"])
+def test_it_compiles_whole_and_once_for_every_size(task: str, checkpoints: bool) -> None:
+    """Of a trace with a cache in the form without, which is made while it compiles."""
+    config = GraloraConfig(r=4, target_modules="all-linear", init_weights=False)
+    model = rewrite(fresh_trace("llama", task=task), config).train()
     if checkpoints:
         model.gradient_checkpointing_enable()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     graphs = []
-    for batch, length in ((2, 5), (3, 7), (4, 9)):
+    for batch, length in (
+        (11, 5),
+        (7, 13),
+        (13, 10),
+    ):  # none of them a size of the trace, which torch would take for one
         ids = torch.randint(0, 90, (batch, length))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if task == "text-generation-with-past":
+            inputs["labels"] = ids
         expected, actual = step(model, inputs), step(compiled, inputs)
         assert torch.equal(actual[0], expected[0])
         assert are_close({key.removeprefix("_orig_mod."): value for key, value in actual[1].items()}, expected[1])

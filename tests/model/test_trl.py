@@ -23,6 +23,10 @@ pytestmark = [
     pytest.mark.usefixtures("own_garbage"),
     pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing\w*. is deprecated:FutureWarning"),  # TRL calls it
     pytest.mark.filterwarnings("ignore:.*padding-free training:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # in torch.compile
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning"),
 ]
 
 TEMPLATE = (
@@ -82,8 +86,9 @@ def logged(trainer: Any) -> list[float]:
         {"loss_type": "dft"},
         {"packing": True, "max_length": 16},
         {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
-    ids=["default", "assistant_only_loss", "dft", "packing", "padding_free"],
+    ids=["default", "assistant_only_loss", "dft", "packing", "padding_free", "torch_compile"],
 )
 def test_sft_with_its_defaults_trains_as_with_peft(settings: dict[str, Any], tmp_path: Path) -> None:
     rows = CHATS if "assistant_only_loss" in settings else TEXTS

@@ -89,8 +89,7 @@ def form_of(
     returns_cache = getattr(traced.config, "use_cache", True) is not False if asked is None else bool(asked)
     is_packed = _number_texts(inputs, returns_cache=returns_cache)
     form = RunForm(keeps_cache and asked is not False and ends_at is None, ends_at, is_packed)
-    drops_cache_alone = form == RunForm(keeps_cache=False)
-    return None if form == RunForm() or (drops_cache_alone and torch.compiler.is_compiling()) else form
+    return None if form == RunForm() else form
 
 
 def _check_not_packed(inputs: Mapping[str, Any]) -> None:

@@ -113,18 +113,21 @@ class StateGraph:
 
     def running_as(self, form: RunForm) -> fx.GraphModule:
         """The module that runs in another form; each is made once, and anew after an edit."""
-        edits, made = self._forms.get(form, (-1, None))
-        if made is None or edits != self.flat.edits:
-            if torch.compiler.is_compiling():
-                raise RewriteError(
-                    "torch.compile cannot make the form of the graph that this call needs; call the model this way "
-                    "once before it is compiled"
-                )
-            from gralora_fx.core.adapters.run_forms import in_form
+        self._make_form(*form)
+        edits, made = self._forms[form]
+        assert edits == self.flat.edits  # a compiled program is compiled again after an edit
+        return made
 
+    # torch.compile runs it, and reads what it made
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _make_form(self, *fields: Any) -> None:
+        from gralora_fx.core.adapters.run_forms import RunForm, in_form
+
+        form = RunForm(*fields)
+        edits, _ = self._forms.get(form, (-1, None))
+        if edits != self.flat.edits:
             made = self._new_running(in_form(self.flat.module, form, self._base.traced))
             self._forms[form] = (self.flat.edits, made)
-        return made
 
     def _new_running(self, flat: CountedGraph) -> fx.GraphModule:
         traced, passes = self._base.traced, self._training_passes()
