@@ -60,9 +60,12 @@ class TensorChanges:
 
     def shards(self, base: SavedWeights) -> list[NewShard]:
         """What is written instead of the base's files."""
+        stored = {key for old in base.shards for key in old.tensors}
+        new = {key: tensor for key, tensor in self.changed.items() if key not in stored}  # of integers of another name
 
         def shard_of(old: Layout) -> NewShard:
             added = {key: tensor for key, (tensor, near) in self.added.items() if near in old.tensors}
+            added |= {key: tensor for key, tensor in new.items() if base.tensors[key].file == old.file}
             return rewritten_shard(old, self.changed, added, old.tensors.keys() - base.tensors.keys())
 
         return [shard_of(old) for old in base.shards]

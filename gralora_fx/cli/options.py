@@ -14,7 +14,7 @@ from gralora_fx.cli.wording import REQUIRED
 from gralora_fx.core.config.option import MODEL, WRITTEN
 from gralora_fx.format.tasks import task_names
 
-_FORMS = parts("weight forms")  # whose names and help are those of an option
+_FORMS = [form for form in parts("weight forms") if form.texts]  # whose names and help are those of an option
 
 
 def _show_version(is_asked: bool) -> None:

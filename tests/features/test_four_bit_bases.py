@@ -161,14 +161,14 @@ def test_the_command_line(llama: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["inspect", "export", "merge"])
 def test_bad_words_and_bases_are_refused_before_anything_is_written(llama: Case, tmp_path: Path, command: str) -> None:
     output = [] if command == "inspect" else ["--output", tmp_path / "out"]
-    foreign = tmp_path / "gptq"
+    foreign = tmp_path / "hqq"
     foreign.mkdir()
     fields = json.loads((llama.base / "config.json").read_text())
-    (foreign / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq"}}))
+    (foreign / "config.json").write_text(json.dumps(fields | {"quantization_config": {"quant_method": "hqq"}}))
     for model, words, message in (
         (llama.base, ["--base-quantization", "nf5"], "base_quantization='nf5' is not available; take int8; or nf4"),
         (llama.packed, ["--base-quantization", "nf4"], "is quantized already"),
-        (foreign, [], "is quantized by GPTQ, which is not read"),
+        (foreign, [], "is quantized by HQQ, which is not read"),
     ):
         result = run(command, "--model", model, "--adapter", llama.adapter, *words, *output)
         assert result.exit_code != 0

@@ -189,10 +189,16 @@ def test_what_is_none(given: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "quantized by GPTQ, which is not read"),
-        ({"quant_method": "awq"}, "quantized by AWQ"),
-        ({"quant_method": "fp8"}, "quantized by FP8"),
-        ({"quant_method": "compressed-tensors"}, "quantized by compressed-tensors"),
+        ({"quant_method": "hqq"}, "quantized by HQQ, which is not read"),
+        (
+            {"quant_method": "gptq", "bits": 5},
+            "quantized by GPTQ in a way that is not read .bits of GPTQ is 5, and 2, 3, 4, 8 are",
+        ),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "version of AWQ is 'gemv', and gemm"),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            "format of compressed-tensors is 'nvf",
+        ),
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_has_fp16_weight": True},
             "quantized by bitsandbytes, which is not read",

@@ -147,9 +147,9 @@ def test_damaged_and_foreign_checkpoints(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"up_proj.weight is stored as integers without"):
             open_base(tmp_path / "packed")
     fields = json.loads(config.read_text())
-    config.write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    config.write_text(json.dumps(fields | {"quantization_config": {"quant_method": "hqq"}}))
     for open_base in (load_model, load_streamed):
-        with pytest.raises(TraceError, match=r"quantized by GPTQ, which is not read .*; give the float checkpoint"):
+        with pytest.raises(TraceError, match=r"quantized by HQQ, which is not read .*; give the float checkpoint"):
             open_base(tmp_path / "packed")
 
 

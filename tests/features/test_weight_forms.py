@@ -119,7 +119,7 @@ for name, rounding in ((base, "nf4"), (base, None)):
 
 
 def test_a_folder_adds_a_form_in_which_bases_are_read_and_to_which_they_are_rounded(tmp_path: Path) -> None:
-    tree = copy_without(tmp_path, "llm_int8", "nf4")
+    tree = copy_without(tmp_path, "group_quantized", "llm_int8", "nf4")
     folder = tree / "gralora_fx" / "features" / "whole"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -129,6 +129,6 @@ def test_a_folder_adds_a_form_in_which_bases_are_read_and_to_which_they_are_roun
 
 
 def test_bases_in_few_bits_are_refused_without_their_folders(tmp_path: Path) -> None:
-    asked, stored = run_on(copy_without(tmp_path, "llm_int8", "nf4"), REFUSED).splitlines()
+    asked, stored = run_on(copy_without(tmp_path, "group_quantized", "llm_int8", "nf4"), REFUSED).splitlines()
     assert asked == "base_quantization='nf4' is not available; leave it out"
     assert stored.startswith("base is quantized by bitsandbytes, which is not read; give the float checkpoint")

@@ -97,7 +97,6 @@ def test_a_gguf_file_is_no_export(tmp_path: Path) -> None:
     [
         ("gptq", "dequantize_model"),
         ("awq", "dequantize_model"),
-        ("fp8", "FineGrainedFP8Config(dequantize=True)"),
         ("compressed-tensors", "CompressedTensorsConfig(dequantize=True)"),
         ("bitsandbytes", ".dequantize()"),
         ("quark", None),

@@ -30,7 +30,7 @@ class BaseQuantization(ABC):
     Attributes:
         sign: One of the signs of the feature, which reads such weights and rounds others to them.
         title: The form's name in messages.
-        texts: The texts that `of` takes, in words.
+        texts: The texts that `of` takes, in words; empty of a form that is read alone, to which nothing is rounded.
         metavar: The same as a pattern.
         help: What the command line says of rounding a base.
         fields: The object of transformers that `of` takes, in words.
@@ -63,11 +63,11 @@ class BaseQuantization(ABC):
                 found = form.of_fields(fields) if isinstance(fields, Mapping) else None
             if found is not None:
                 return found
-        texts = "; or ".join(form.texts for form in forms)
+        texts = "; or ".join(form.texts for form in forms if form.texts)
         if isinstance(fields, str):
-            remedy = f"take {texts}" if forms else "leave it out"
+            remedy = f"take {texts}" if texts else "leave it out"
             raise ConfigError(f"{option(base_quantization=fields)} is not available; {remedy}")
-        choices = "; or ".join([texts, *(form.fields for form in forms)]) or "not available"
+        choices = "; or ".join([*([texts] if texts else ()), *(form.fields for form in forms)]) or "not available"
         raise ConfigError(f"base_quantization is {choices}; but got {shown(value)}")
 
     @classmethod
@@ -94,9 +94,15 @@ class BaseQuantization(ABC):
 
         Raises:
             CheckpointError: Its values are not finite.
+            ConfigError: Nothing is rounded to the form.
         """
-        (rounded,) = parts("rounding", {self.sign})
-        values: NDArray[np.float32] = rounded(weight, self, name)
+        rounding = parts("rounding", {self.sign})
+        if not rounding:
+            raise ConfigError(
+                f"a base that is quantized as {self} is read from its checkpoint, and floats are not rounded so here; "
+                "give the quantized checkpoint as the base"
+            )
+        values: NDArray[np.float32] = rounding[0](weight, self, name)
         return values
 
     @abstractmethod
@@ -146,15 +152,25 @@ def packed_quantization(
         try:
             found = form.of_fields({**config, "quant_method": method})
         except ConfigError as failure:
-            raise error(f"{origin}: its {_FIELD} cannot be read ({marked(failure)}); save the model again") from failure
+            from gralora_fx.base.sources.other_formats import of_quantized  # for an error alone
+
+            raise error(
+                f"{origin} is quantized by {_title(method)} in a way that is not read ({marked(failure)}); "
+                f"{of_quantized(origin, method, fields)}"
+            ) from failure
         if found is not None:
             return found
-    from gralora_fx.base.sources.other_formats import of_quantized  # for an error alone
+    from gralora_fx.base.sources.other_formats import of_quantized
 
-    title = method.upper() if len(method) < 5 else method
     titles = [form.title for form in forms]
     read = f" (of quantized bases, {listed(titles)} {'is' if len(titles) == 1 else 'are'})" if titles else ""
-    raise error(f"{origin} is quantized by {title}, which is not read{read}; {of_quantized(origin, method, fields)}")
+    raise error(
+        f"{origin} is quantized by {_title(method)}, which is not read{read}; {of_quantized(origin, method, fields)}"
+    )
+
+
+def _title(method: str) -> str:
+    return method.upper() if len(method) < 5 else method
 
 
 def check_not_packed(

@@ -13,8 +13,8 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER_PICKLE, _ADAPTER = "adapter_model.bin", "adapter_model.safetensors"
 _BY_GPTQMODEL = ("gptq", "awq", "gptqmodel")
-# of transformers, which unpack the weights while they are loaded
-_UNPACKING = {"fp8": "FineGrainedFP8Config", "compressed-tensors": "CompressedTensorsConfig"}
+# of transformers, which unpacks the weights while they are loaded
+_UNPACKING = {"compressed-tensors": "CompressedTensorsConfig"}
 
 
 def gguf_file(directory: Path) -> str | None:

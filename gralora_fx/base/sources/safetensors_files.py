@@ -207,16 +207,17 @@ def rewritten_shard(
         for key, tensor in sorted(old.tensors.items(), key=lambda entry: (entry[1].begin, entry[1].end))
         if key not in dropped
     } | dict(added)
+    kinds = {key: (tensor.dtype, tensor.shape) for key, tensor in old.tensors.items()}
+    resized = {key for key, tensor in new.items() if (tensor.dtype, tensor.shape) != kinds.get(key)}
     placed: dict[str, StoredTensor] = {}
     end = 0
     for key, tensor in new.items():
-        is_resized = key not in old.tensors or tensor.shape != old.tensors[key].shape
-        size = math.prod(tensor.shape) * FLOATS[tensor.dtype].itemsize if is_resized else old.tensors[key].nbytes
+        size = math.prod(tensor.shape) * FLOATS[tensor.dtype].itemsize if key in resized else old.tensors[key].nbytes
         placed[key] = StoredTensor(Path(old.file.name), end, end + size, key, tensor.dtype, tensor.shape)
         end += size
     in_order = {key: placed[key] for key in [*old.tensors, *added] if key in placed}
     head = _header(in_order, old.metadata)
-    if not added and not dropped and all(tensor.shape == old.tensors[key].shape for key, tensor in placed.items()):
+    if not dropped and not resized:
         head = _first_bytes(old)  # byte for byte
     tensors = {key: replace(t, begin=t.begin + len(head), end=t.end + len(head)) for key, t in in_order.items()}
     parts = [_part(tensors[key], tensor) for key, tensor in new.items()]

@@ -77,7 +77,10 @@ def pack_layers(
         quantization: How weights are rounded.
         stored: The tensors of a checkpoint by the names of the model, if it is in few bits.
     """
-    (packed_weight,) = parts("packed weights", {quantization.sign})
+    packing = parts("packed weights", {quantization.sign})
+    if not packing:
+        raise ConfigError(f"weights of {quantization} are not held in few bits here; leave {option(packed=True)} out")
+    (packed_weight,) = packing
     for path, layer in layers.items():
         name, is_turned = f"{path}.weight", isinstance(layer, Conv1D)
         weight = layer.get_parameter("weight")

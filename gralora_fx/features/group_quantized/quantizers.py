@@ -1,0 +1,85 @@
+"""GPTQ, AWQ, compressed-tensors and FP8 as a form of stored weights: what a checkpoint's configuration says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gralora_fx.base.sources.base_quantization import BaseQuantization
+from gralora_fx.errors import ConfigError, listed, shown
+
+METHODS = {"gptq": "GPTQ", "awq": "AWQ", "compressed-tensors": "compressed-tensors", "fp8": "FP8"}
+# by method: the field that names a layout, what it is by default, and the layouts that are read
+_LAYOUTS = {
+    "gptq": ("checkpoint_format", "gptq", ("gptq", "gptq_v2")),
+    "awq": ("version", "gemm", ("gemm",)),
+    "compressed-tensors": ("format", None, ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")),
+}
+_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,)}
+
+
+@dataclass(frozen=True)
+class GroupQuantized(BaseQuantization):
+    """Integers or eight-bit floats with a scale for each group of a layer's inputs, as a quantizer stored them.
+
+    Attributes:
+        method: Name of the quantizer: a key of `METHODS`.
+        layout: Its layout, of those that differ: `"gptq"` stores zero points less one, and `"gptq_v2"` does not.
+        bits: Bits of a weight; None where each layer's tensors say so.
+        block: Rows and columns of FP8 with one scale; None where the shapes say so.
+        compute_dtype: Dtype of the values in a record; a layer's values have the dtype of its scales.
+    """
+
+    sign = "qweight"
+    title = "those of GPTQ, AWQ, compressed-tensors and FP8"
+    texts = metavar = help = ""
+    fields = "the quantization_config of a checkpoint of GPTQ, AWQ, compressed-tensors or FP8"
+    extra = None
+
+    method: str = "gptq"
+    layout: str | None = None
+    bits: int | None = None
+    block: tuple[int, int] | None = None
+    skip_modules: tuple[str, ...] | None = field(default=None, init=False)
+    compute_dtype: str = field(default="float32", init=False)
+
+    @classmethod
+    def of_text(cls, text: str) -> None:
+        """Return None: no base is rounded so here."""
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> GroupQuantized | None:
+        """Return what a record or a `quantization_config` tells; None if it is of another form.
+
+        Raises:
+            ConfigError: The layout or the number of bits is not read.
+        """
+        method = fields.get("kind", fields.get("quant_method"))
+        if method not in METHODS:
+            return None
+        name, default, layouts = _LAYOUTS.get(method, ("", None, ()))
+        layout = fields.get("layout", fields.get(name, default) if name else None)
+        if isinstance(layout, str):
+            layout = layout.lower()
+        if layouts and layout not in layouts:
+            raise ConfigError(f"{name} of {METHODS[method]} is {shown(layout)}, and {listed(list(layouts))} are read")
+        bits = fields.get("bits") if method in _BITS else None
+        if method in _BITS and bits not in _BITS[method]:
+            read = listed([str(number) for number in _BITS[method]])
+            raise ConfigError(f"bits of {METHODS[method]} is {shown(bits)}, and {read} are read")
+        block = fields.get("block", fields.get("weight_block_size")) if method == "fp8" else None
+        return cls(method, layout, bits, None if block is None else (int(block[0]), int(block[1])))
+
+    def has_weights_of(self, other: BaseQuantization | None) -> bool:
+        """Return whether the same base has the same weights in both."""
+        return self == other
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields for a record."""
+        told = {"layout": self.layout, "bits": self.bits, "block": None if self.block is None else list(self.block)}
+        return {"kind": self.method, **{name: value for name, value in told.items() if value is not None}}
+
+    def __str__(self) -> str:
+        """Return the quantizer's name, with the bits."""
+        return METHODS[self.method] + ("" if self.bits is None else f" of {self.bits} bits")

@@ -1,0 +1,230 @@
+"""Bases of GPTQ, AWQ, compressed-tensors and FP8, read as the floats that their layers multiply by."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft_oracle import peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from gralora_fx import GraloraModel, trace
+from gralora_fx.cli import app
+from gralora_fx.errors import CheckpointError, ConfigError
+from gralora_fx.exporters import export_onnx
+from gralora_fx.loading import load_model, load_streamed
+from gralora_fx.serving import load
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4, "num_hidden_layers": 1}
+Parts = dict[str, Tensor]
+Maker = Callable[[int, int], tuple[Parts, Tensor]]
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def words(codes: Tensor, bits: int) -> Tensor:
+    """Codes `[rows, count]` in words of 32 bits, from the lowest bit on: a long number for each row, cut into words."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << (bits * place) for place, code in enumerate(row))
+        rows.append([number >> (32 * word) & 0xFFFFFFFF for word in range(len(row) * bits // 32)])
+    unsigned = torch.tensor(rows)
+    return (unsigned - (unsigned >= 2**31).long() * 2**32).int()
+
+
+def gptq(bits: int, *, acts: bool = False, v2: bool = False) -> Maker:
+    def make(outputs: int, inputs: int) -> tuple[Parts, Tensor]:
+        groups = torch.arange(inputs) // 32
+        groups = groups[torch.randperm(inputs)] if acts else groups
+        codes = torch.randint(0, 2**bits, (outputs, inputs))
+        zeros = torch.randint(1, 2**bits, (outputs, inputs // 32))
+        scales = (0.01 + torch.rand(outputs, inputs // 32) / 50).half()
+        parts = {
+            "qweight": words(codes, bits).T.contiguous(),
+            "qzeros": words(zeros.T - int(not v2), bits),
+            "scales": scales.T.contiguous(),
+            "g_idx": groups.int(),
+        }
+        return parts, scales[:, groups] * (codes - zeros[:, groups]).half()
+
+    return make
+
+
+def awq(outputs: int, inputs: int) -> tuple[Parts, Tensor]:
+    codes, zeros = torch.randint(0, 16, (inputs, outputs)), torch.randint(0, 16, (inputs // 32, outputs))
+    scales = (0.01 + torch.rand(inputs // 32, outputs) / 50).half()
+
+    def packed(values: Tensor) -> Tensor:
+        return words(values.reshape(len(values), -1, 8)[:, :, AWQ_ORDER].flatten(1), 4)
+
+    weight = (codes - zeros.repeat_interleave(32, 0)).half() * scales.repeat_interleave(32, 0)
+    return {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, weight.T
+
+
+def fp8(outputs: int, inputs: int) -> tuple[Parts, Tensor]:
+    stored = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+    scales = 0.01 + torch.rand(-(-outputs // 64), -(-inputs // 64)) / 50
+    each = scales.repeat_interleave(64, 0)[:outputs].repeat_interleave(64, 1)[:, :inputs]
+    return {"weight": stored, "weight_scale_inv": scales}, stored.float() * each
+
+
+CASES: dict[str, tuple[Maker, dict[str, Any]]] = {
+    **{f"gptq {bits}": (gptq(bits), {"quant_method": "gptq", "bits": bits}) for bits in (2, 3, 4, 8)},
+    "gptq in an order of its own": (gptq(4, acts=True), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
+    "gptq v2": (gptq(4, v2=True), {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "fp8": (fp8, {"quant_method": "fp8", "weight_block_size": [64, 64]}),
+}
+
+
+def checkpoint(folder: Path, name: str, **sizes: Any) -> nn.Module:
+    """Write a quantized Llama, and return it in floats; its head stays float."""
+    make, quantization = CASES[name]
+    model = tiny_model("llama", **{**SIZES, **sizes})
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    torch.manual_seed(0)
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and path != "lm_head":
+            parts, weight = make(layer.out_features, layer.in_features)
+            del tensors[f"{path}.weight"]
+            tensors |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
+            layer.weight.data = weight.float()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    describe(folder, quantization)
+    return model
+
+
+def describe(folder: Path, quantization: dict[str, Any]) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": quantization}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_is_read_as_the_floats_that_its_layers_multiply_by(name: str, tmp_path: Path) -> None:
+    expected = checkpoint(tmp_path, name).state_dict()
+    actual = load_model(tmp_path).state_dict()
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    streamed = load_streamed(tmp_path)
+    assert streamed.config.base_quantization["kind"] == CASES[name][1]["quant_method"]
+
+
+def test_fp8_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "fp8", intermediate_size=128)  # whole blocks: of others they take the rows as even
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=transformers.FineGrainedFP8Config(dequantize=True), dtype=torch.float32
+    ).state_dict()
+    ours = load_model(tmp_path).state_dict()
+    assert all(torch.allclose(ours[key], value, atol=1e-7) for key, value in theirs.items())
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True},
+        {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False},
+        {"num_bits": 8, "strategy": "channel", "symmetric": False},
+        {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+        {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
+    ],
+    ids=lambda fields: "-".join(str(value) for value in fields.values()),
+)
+def test_compressed_tensors_are_what_its_own_library_makes_of_them(weights: dict[str, Any], tmp_path: Path) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    base = tiny_model("llama", **SIZES, dtype=torch.bfloat16)
+    model = copy.deepcopy(base)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**weights))
+    config = quantization.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    config.quantization_status = quantization.QuantizationStatus.FROZEN
+    quantization.apply_quantization_config(model, config)
+    for layer in model.modules():
+        if getattr(layer, "quantization_scheme", None) is not None:
+            kind, weight = layer.quantization_scheme.weights, layer.weight.data
+            parts = weight.reshape(len(weight), -1, kind.group_size) if kind.group_size else weight
+            extremes = (weight.min(), weight.max()) if kind.strategy == "tensor" else (parts.amin(-1), parts.amax(-1))
+            found = quantization.utils.calculate_qparams(*extremes, kind)
+            for name, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
+                if (parameter := getattr(layer, name, None)) is not None:
+                    parameter.data = value.to(parameter.dtype).reshape(parameter.shape)
+    compressor = compressors.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    base.save_pretrained(tmp_path)
+    stored = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    compressor.update_config(tmp_path)
+    compressor.decompress_model(model)
+    actual = load_model(tmp_path).state_dict()
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[key].float()) for key, value in actual.items())
+
+
+@pytest.mark.parametrize("method", ["GRALORA", "LORA", "DORA"])
+def test_an_adapter_is_merged_exported_and_answers_as_over_the_floats(method: str, tmp_path: Path) -> None:
+    floats = checkpoint(tmp_path / "base", "gptq in an order of its own")
+    theirs = peft_model(floats, method=method, r=4, target_modules=["q_proj", "down_proj"])
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    traced = trace(load_model(tmp_path / "base"), task="text-generation-with-past")
+    model = GraloraModel.from_pretrained(traced, tmp_path / "adapter")
+    assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-5)
+    if method == "GRALORA":
+        report = export_onnx(model, tmp_path / "export", verify="quick")
+        manifest = json.loads((tmp_path / "export" / "gralora_export.json").read_text())
+        assert manifest["base"]["quantization"] == {"kind": "gptq", "layout": "gptq", "bits": 4}
+        assert report.verification.passed
+        assert torch.allclose(load(tmp_path / "export")(input_ids=ids).logits[:, -1:], expected[:, -1:], atol=1e-5)
+    result = CliRunner().invoke(
+        app,
+        ["merge", f"--model={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}", f"--output={tmp_path / 'out'}"],
+    )
+    assert result.exit_code == 0, result.output
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, expected, atol=2e-3 * float(expected.abs().max()))  # in float16
+
+
+def test_what_is_not_done_with_it_is_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path, "awq")
+    with pytest.raises(ConfigError, match=r"weights of AWQ of 4 bits are not held in few bits here; leave packed=True"):
+        load_model(tmp_path, packed=True)
+    with pytest.raises(ConfigError, match="is quantized already, and its own values are taken"):
+        load_model(tmp_path, base_quantization="nf4")
+    tiny_model("llama", **SIZES).save_pretrained(tmp_path / "floats")
+    with pytest.raises(ConfigError, match="is read from its checkpoint, and floats are not rounded so here"):
+        load_model(tmp_path / "floats", base_quantization=CASES["awq"][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("qzeros"), "qzeros is missing"),
+        (lambda parts: parts.update(scales=parts["scales"][:1]), "qzeros is I32 of shape"),
+        (lambda parts: parts.update(scales=parts["scales"] / 0), "scales is not finite"),
+        (lambda parts: parts.update(qweight=parts["qweight"].float()), "qweight is F32 of shape"),
+        (lambda parts: parts.update(g_idx=parts["g_idx"][:5]), r"g_idx is I32 of shape \[5\], and has to be I32 of sh"),
+        (lambda parts: parts.update(g_idx=parts["g_idx"] + 1), "g_idx names groups 1 to"),
+    ],
+)
+def test_damaged_checkpoints_are_named(change: Callable[[Parts], Any], message: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, "gptq 4")
+    tensors = load_file(tmp_path / "model.safetensors")
+    layer = "model.layers.0.mlp.up_proj."
+    parts = {key.removeprefix(layer): tensors.pop(key) for key in [*tensors] if key.startswith(layer)}
+    change(parts)
+    save_file(
+        tensors | {layer + key: value.contiguous() for key, value in parts.items()}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=rf"up_proj.weight: {message}"):
+        load_model(tmp_path)
