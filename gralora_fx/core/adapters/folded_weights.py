@@ -1,8 +1,8 @@
-"""Weights with the updates of adapters folded into them, in new memory; no graph changes."""
+"""Weights with the updates of adapters folded into them, in new memory, now or when they are read; no graph changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from gralora_fx.base.sources.lazy_tensors import (
+    EntrySource,
     is_lazy,
+    lazy_parameter,
     raw_values_of,
+    value_entries,
     values_of,
 )
 from gralora_fx.core.graph.sites import LinearSite, computed_sites, other_readers
+from gralora_fx.core.methods.arrays import accumulator_of
 from gralora_fx.core.methods.fold import fold
 from gralora_fx.core.methods.method import Update
 from gralora_fx.errors import MergeError, remedy
@@ -56,6 +60,37 @@ def folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
     site = entry.site
     weight = values_of(site.weight, site.path) if is_lazy(site.weight) else site.weight.data
     return fold(weight, entry.updates, transposed=site.is_transposed, out=out)
+
+
+def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
+    """Lazy folded weights by site path, computed when they are read (see `gralora_fx.base.sources.lazy_tensors`).
+
+    Half-precision weights are folded into a float32 result, so that they are rounded once.
+    """
+    work = list(work)
+    check_foldable(graph_module, [entry.site for entry in work])
+    check_not_shared(graph_module, work)
+    return {entry.site.path: _lazy_weight(entry) for entry in work}
+
+
+def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
+    site = entry.site
+
+    def with_updates(stored: Tensor, updates: Sequence[Update]) -> Tensor:
+        weight = stored.to(accumulator_of(stored))
+        out = weight if weight is not stored else None  # fold into the copy, not into the base's own
+        result = fold(weight, updates, transposed=site.is_transposed, out=out)
+        check_finite({site.path: result})
+        return result
+
+    def matrices() -> Iterator[Tensor]:
+        for index, matrix in enumerate(value_entries(site.weight, site.path)):
+            yield with_updates(matrix, [update.matrix(index) for update in entry.updates])
+
+    source: Callable[[], Tensor] = EntrySource(matrices)
+    if entry.updates[0].stack is None:
+        source = lambda: with_updates(raw_values_of(site.weight, site.path), entry.updates)  # noqa: E731
+    return lazy_parameter(source, site.weight.shape, site.weight.dtype)
 
 
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:

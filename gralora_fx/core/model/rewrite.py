@@ -9,7 +9,7 @@ from torch import nn
 
 from gralora_fx.core.adapters.adapter import adapter_names as as_names
 from gralora_fx.core.adapters.folded_adapters import describe_folded
-from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights
+from gralora_fx.core.adapters.folded_weights import SiteUpdate, folded_weights, lazy_weights
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.model.merging import replace_weights
@@ -83,8 +83,6 @@ def merge_lazily(model: GraloraModel, adapter_names: Sequence[str] | str | None 
     So a whole model is folded and written with the memory of one weight; it cannot be run. Each weight is checked to be
     finite when it is computed.
     """
-    from gralora_fx.core.adapters.lazy_folds import lazy_weights
-
     names, work = _work(model, adapter_names)
     return _merged(model, names, lazy_weights(model.traced.graph_module, work))
 
