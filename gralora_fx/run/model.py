@@ -22,7 +22,7 @@ from gralora_fx.run.open_export import OpenExport
 from gralora_fx.run.sessions.ort_values import optional_arguments
 from gralora_fx.run.sessions.run_options import ProviderOptions, Providers, runtime_of
 from gralora_fx.run.sessions.session import QUIET_RUN
-from gralora_fx.run.sessions.session_views import EncoderDecoderSession, with_adapter
+from gralora_fx.run.sessions.session_views import parts_of, with_adapter
 
 if TYPE_CHECKING:
     from gralora_fx.run.call_arrays import CallInputs, Outputs
@@ -92,7 +92,7 @@ class OrtModel(OpenExport):
 
         taken = (*self._called.get_inputs(), *optional_arguments(self._called))
         inputs = {value.name: value for value in taken if not is_adapter_input(value.name)}
-        is_pair = isinstance(self._called, EncoderDecoderSession)
+        is_pair = len(parts_of(self._called)) > 1
         return CallInputs(inputs, self.config, is_pair, self.manifest.position_offset, self.manifest.facts)
 
     def load_adapter(self, name: str, path: AdapterSource) -> None:

@@ -28,7 +28,8 @@ from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_onnx, verify_onnx
 from gralora_fx.run.engine.encoder_decoder import EncoderDecoder
 from gralora_fx.run.sessions.session import open_session
-from gralora_fx.run.sessions.session_views import EncoderDecoderSession, as_past, empty_past
+from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
+from gralora_fx.run.sessions.session_views import as_past, empty_past
 from gralora_fx.serving import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:layerdrop is not part of a trace:UserWarning")  # of training alone

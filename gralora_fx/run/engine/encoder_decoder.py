@@ -24,7 +24,8 @@ from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values, run_values
-from gralora_fx.run.sessions.session_views import EncoderDecoderSession, as_past, with_adapter
+from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
+from gralora_fx.run.sessions.session_views import as_past, with_adapter
 
 _MOST_ENCODINGS = 8  # sources
 _PARTS = "decoder", "encoder"  # of a cache, as the names of its tensors have them

@@ -12,7 +12,7 @@ import onnxruntime
 from gralora_fx.errors import ServingError, shown, warn_caller
 from gralora_fx.run.sessions.plugins import Device
 from gralora_fx.run.sessions.session import CPU, Runtime
-from gralora_fx.run.sessions.session_views import EncoderDecoderSession
+from gralora_fx.run.sessions.session_views import parts_of
 
 OPENVINO = "OpenVINOExecutionProvider"
 _OPTIONS = ("load_config", "reshape_input", "enable_causallm", "hint_enable_gqa", "dump_subgraphs")
@@ -116,8 +116,8 @@ def placement_of(session: Any) -> Placement | None:
 
     Nodes are those of the file, as providers took them before ONNX Runtime fused any.
     """
-    if isinstance(session, EncoderDecoderSession):
-        parts = [placement_of(part) for part in (session.encoder, session.decoder)]
+    if len(sessions := parts_of(session)) > 1:
+        parts = [placement_of(part) for part in sessions]
         return None if None in parts else _sum(session.get_providers(), [part for part in parts if part is not None])
     try:
         session.get_session_options().get_session_config_entry(_RECORD)

@@ -17,7 +17,6 @@ from gralora_fx.base.compat.onnxruntime import NoKernel
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, option
 from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
-from gralora_fx.run.sessions.session_views import EncoderDecoderSession
 
 if TYPE_CHECKING:
     from gralora_fx.run.sessions.plugins import Device
@@ -82,6 +81,8 @@ def open_session(
     folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
         parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored, weights) for name in (ENCODER, DECODER)]
+        from gralora_fx.run.sessions.session_pair import EncoderDecoderSession
+
         return EncoderDecoderSession(*parts)
     return _open(folder / name, runtime, error, as_stored, weights)
 
