@@ -143,36 +143,15 @@ def attributes_of(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
-def swaps_last_axes(node: ir.Node) -> bool:
-    """Return whether a node gives its input with the last two axes in the other order, and the others as they are."""
-    if node.op_type != "Transpose" or "perm" not in node.attributes:
-        return False
-    axes = list(node.attributes["perm"].as_ints())
-    rank = len(axes)
-    return rank > 1 and axes == [*range(rank - 2), rank - 1, rank - 2]
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
+    """Return an input of a node; None where it is left out."""
+    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def takes_row_count(node: ir.Node) -> bool:
     """Return whether a node takes the size of a value's first axis, and nothing else of it."""
     limits = attributes_of(node)
     return node.op_type == "Shape" and (limits.get("start", 0), limits.get("end")) == (0, 1)
-
-
-def channels_last(build: Builder, value: ir.Value) -> ir.Value:
-    """`[batch, length, channels]` of `[batch, channels, length]`: what it is the transpose of, if that is known."""
-    producer = value.producer()
-    source = producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
-    return build("Transpose", value, perm=[0, 2, 1]) if source is None else source
-
-
-def replace_channels_first(build: Builder, new: ir.Value, old: ir.Value) -> None:
-    """Replace all uses of `[batch, channels, length]` by `[batch, length, channels]`, without what transposes it."""
-    for usage in list(old.uses()):
-        if swaps_last_axes(usage.node):
-            replace_value(new, usage.node.outputs[0])
-            build.graph.remove(usage.node, safe=True)
-    if old.uses() or old.is_graph_output():
-        replace_value(build("Transpose", new, perm=[0, 2, 1]), old)
 
 
 def const_ints(value: ir.Value | None) -> list[int] | None:

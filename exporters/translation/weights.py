@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -125,37 +125,6 @@ class StackedTensor(LazyTensor):
             for entry in self.entries():
                 file.write(np.ascontiguousarray(entry).view(np.uint8).data)
                 del entry  # before the next is computed
-
-
-@dataclass
-class StackedTogether:
-    """Stacks whose entries are computed together, one entry of all after the other, by whichever is written first.
-
-    That one is not kept, the others are until they are written: so the largest comes first, where memory counts.
-    Threads compute one after the other, since the entries that they compute from are floats.
-
-    Attributes:
-        compute: Computes of each entry, in order, its arrays in all stacks.
-    """
-
-    compute: Callable[[], Iterable[Sequence[NDArray[Any]]]]
-    _kept: dict[int, list[NDArray[Any]]] = field(default_factory=dict, init=False)
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
-    def entries(self, index: int) -> Iterator[NDArray[Any]]:
-        """The entries of one of them, by its place; all are read before others are."""
-        with self._lock:
-            if index in self._kept:
-                yield from self._kept.pop(index)
-                return
-            self._kept.clear()
-            kept: dict[int, list[NDArray[Any]]] = {}
-            for arrays in self.compute():
-                for place, array in enumerate(arrays):
-                    if place != index:
-                        kept.setdefault(place, []).append(array)
-                yield arrays[index]
-            self._kept = kept
 
 
 def entries_of(tensor: ir.TensorProtocol) -> Iterator[NDArray[Any]]:

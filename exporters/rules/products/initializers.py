@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from gralora_fx.exporters.rules.builder import MICROSOFT, attributes_of
+from gralora_fx.exporters.rules.builder import MICROSOFT, attributes_of, input_at
 
 if TYPE_CHECKING:
     from gralora_fx.base.sources.rewriting import StoredBytes
@@ -190,11 +190,13 @@ def _described(
         node = readers[0].node
         ints = {name: attribute.as_int() for name, attribute in node.attributes.items()}
         block_size, bits = ints.get("block_size", 0), ints.get("bits", 4)
-        problem = problem or _why_not_apart(readers, others)
+        from gralora_fx.exporters.rules.products.quantized_products import stored_scales, why_not_apart
+
+        problem = problem or why_not_apart([reader.node for reader in readers], bool(others))
         scales = stored_scales(node.inputs[2])
         return ProductWeight(
             value, "blocks", False, ints["K"], ints["N"], tuple(readers), tuple(others), scales,
-            scales is not node.inputs[2], _input(node, 3), block_size, bits, problem=problem,
+            scales is not node.inputs[2], input_at(node, 3), block_size, bits, problem=problem,
         )  # fmt: skip
     if len(sizes) != 2:
         return None
@@ -204,7 +206,7 @@ def _described(
 
         factors = factors_of(readers[0].node)
         return ProductWeight(
-            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), _input(readers[0].node, 1),
+            value, "columns", True, inputs, outputs, tuple(readers), tuple(others), input_at(readers[0].node, 1),
             bits=8, factors=factors, problem=problem,
         )  # fmt: skip
     return ProductWeight(
@@ -240,7 +242,9 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
         return None
     if node.domain == MICROSOFT:
         if node.op_type == "MatMulNBits":
-            return _Product("blocks", False, _why_not_blocks(node))
+            from gralora_fx.exporters.rules.products.quantized_products import why_not_blocks
+
+            return _Product("blocks", False, why_not_blocks(node))
         if node.op_type == "FusedMatMul" and is_float and not flags.get("transBatchB"):
             scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
             return _Product("float", transposed != bool(flags.get("transB")), scaled)
@@ -253,48 +257,6 @@ def _product(node: ir.Node, index: int, value: ir.Value, transposed: bool) -> _P
         scaled = "it is scaled by alpha" if flags.get("alpha", 1.0) != 1.0 else ""
         return _Product("float", transposed != bool(flags.get("transB")), scaled)
     return None
-
-
-def _why_not_blocks(node: ir.Node) -> str:
-    """Return why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
-    if _input(node, 4) is not None:
-        return "its blocks have a group index, which is not re-quantized"
-    bits = node.attributes.get("bits")
-    if bits is not None and bits.as_int() not in (4, 8):
-        return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
-    scales, zero_points = stored_scales(_input(node, 2)), _input(node, 3)
-    if scales is None or not scales.is_initializer():
-        return "its scales are not an initializer"
-    if zero_points is None:
-        return ""
-    if not zero_points.is_initializer():
-        return "its zero points are not an initializer"
-    assert zero_points.const_value is not None
-    is_packed = zero_points.const_value.dtype == ir.DataType.UINT8
-    return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
-
-
-def stored_scales(value: ir.Value | None) -> ir.Value | None:
-    """The initializer of scales, behind the cast that widens them where they are stored in bfloat16."""
-    cast = None if value is None else value.producer()
-    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
-    is_stored = source is not None and source.is_initializer() and source.dtype == ir.DataType.BFLOAT16
-    return source if is_stored else value
-
-
-def _why_not_apart(readers: Sequence[Reader], others: Sequence[Reader]) -> str:
-    """Return why blocks cannot change without those of another matrix; empty if they can."""
-    nodes = {id(reader.node) for reader in readers}
-    for index, name in ((2, "scales"), (3, "zero points")):
-        part, *rest = (_input(reader.node, index) for reader in readers)
-        users = set() if part is None else {id(use.node) for use in part.uses()}
-        if any(other is not part for other in rest) or (users - nodes and not others):  # else the blocks are copied
-            return f"its {name} are not its own alone"
-    return ""
-
-
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if len(node.inputs) > index else None
 
 
 _QUANTIZED = re.compile(r"(_transposed)?_(Q[48](G\d+)?|quantized)$")

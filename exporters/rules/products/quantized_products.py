@@ -1,4 +1,4 @@
-"""Products with columns in an exported graph: the marks on their nodes, and the products found by them."""
+"""Quantized products in an exported graph: those with columns by their marks, and which blocks can be read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeVar
 import onnx_ir as ir
 
 from gralora_fx.errors import ExportError, option
+from gralora_fx.exporters.rules.builder import input_at
 
 _T = TypeVar("_T")
 
@@ -94,3 +95,46 @@ def _only(found: Sequence[_T], last: ir.Node) -> _T:
 
 def _not_marked(node: ir.Node) -> ExportError:
     return ExportError(f"the product by {node.outputs[0].name}: {EARLIER}")
+
+
+# -- products with blocks ----------------------------------------------------------------------------------------------
+
+
+def why_not_blocks(node: ir.Node) -> str:
+    """Return why the blocks of a `MatMulNBits` cannot be quantized again; empty if they can."""
+    if input_at(node, 4) is not None:
+        return "its blocks have a group index, which is not re-quantized"
+    bits = node.attributes.get("bits")
+    if bits is not None and bits.as_int() not in (4, 8):
+        return f"its blocks have {bits.as_int()} bits; 4 and 8 are re-quantized"
+    scales, zero_points = stored_scales(input_at(node, 2)), input_at(node, 3)
+    if scales is None or not scales.is_initializer():
+        return "its scales are not an initializer"
+    if zero_points is None:
+        return ""
+    if not zero_points.is_initializer():
+        return "its zero points are not an initializer"
+    assert zero_points.const_value is not None
+    is_packed = zero_points.const_value.dtype == ir.DataType.UINT8
+    return "" if is_packed else "its zero points are not packed integers, and only those are re-quantized"
+
+
+def stored_scales(value: ir.Value | None) -> ir.Value | None:
+    """The initializer of scales, behind the cast that widens them where they are stored in bfloat16."""
+    cast = None if value is None else value.producer()
+    source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
+    is_stored = source is not None and source.is_initializer() and source.dtype == ir.DataType.BFLOAT16
+    return source if is_stored else value
+
+
+def why_not_apart(products: Sequence[ir.Node], is_looked_up: bool) -> str:
+    """Return why blocks that products read cannot change without those of another matrix; empty if they can."""
+    nodes = {id(node) for node in products}
+    for index, name in ((2, "scales"), (3, "zero points")):
+        part, *rest = (input_at(node, index) for node in products)
+        users = set() if part is None else {id(use.node) for use in part.uses()}
+        if any(other is not part for other in rest) or (
+            users - nodes and not is_looked_up
+        ):  # else the blocks are copied
+            return f"its {name} are not its own alone"
+    return ""

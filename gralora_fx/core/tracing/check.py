@@ -138,25 +138,6 @@ def fixed_axes(graph: fx.Graph, inputs: Mapping[str, Any]) -> dict[str, tuple[in
     return fixed
 
 
-def check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
-    """Run a ready-made graph on its example inputs."""
-    if any(parameter.is_meta for parameter in graph_module.parameters()):
-        return
-    buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]
-    try:
-        with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
-            graph_module(**own_inputs(sample))
-    except Exception as error:  # a graph raises what its operators do
-        raise TraceError(
-            f"the graph fails on the example inputs with {type(error).__name__}: {first_line(error)}; give inputs that "
-            "it takes"
-        ) from error
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, which stays; within the block without gradients and output, and with a fixed random seed."""

@@ -18,11 +18,11 @@ from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.pipeline import Pass, PassLog
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.capture import dynamic_axes
-from gralora_fx.core.tracing.check import check_example, fixed_axes
+from gralora_fx.core.tracing.check import fixed_axes
 from gralora_fx.core.tracing.draft import Captured
 from gralora_fx.core.tracing.inputs.arguments import Arguments, check_leaves
 from gralora_fx.core.tracing.inputs.input_trees import leaf_paths
-from gralora_fx.core.tracing.inputs.signature import CallSignature
+from gralora_fx.core.tracing.inputs.signature import CallSignature, own_inputs
 from gralora_fx.core.tracing.normalize.clean import (
     cleaning_passes,
     inlining_passes,
@@ -32,7 +32,7 @@ from gralora_fx.core.tracing.normalize.clean import (
 )
 from gralora_fx.core.tracing.normalize.inline import inline_leaves
 from gralora_fx.core.tracing.normalize.modes import AnnotateModes, is_in_training
-from gralora_fx.errors import TraceError
+from gralora_fx.errors import TraceError, first_line
 
 _CONTROL_FLOW = {"cond", "scan"}  # control flow with an ONNX form
 _SCALARS = {"_operator", "math", "torch"}  # modules of the functions that compute sizes
@@ -66,7 +66,7 @@ def trace_ready_graph(
     is_dynamic = not fixed or any(size is None for sizes in fixed.values() for size in sizes)
     is_training = is_in_training(draft.graph_module.graph) or (graph_module.training and not is_exported)
     if sample:
-        check_example(draft.graph_module, sample)
+        _check_example(draft.graph_module, sample)
     signature = dataclasses.replace(signature, fixed=fixed, dynamic=is_dynamic)
     return dataclasses.replace(draft, signature=signature, evaluates=not is_training)
 
@@ -180,3 +180,22 @@ class _Named(nn.Module):
 
         forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
         self.forward = forward
+
+
+def _check_example(graph_module: fx.GraphModule, sample: Mapping[str, Any]) -> None:
+    """Run a ready-made graph on its example inputs."""
+    if any(parameter.is_meta for parameter in graph_module.parameters()):
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in graph_module.buffers()]
+    try:
+        with torch.no_grad(), quiet(), torch.random.fork_rng(devices=()):
+            graph_module(**own_inputs(sample))
+    except Exception as error:  # a graph raises what its operators do
+        raise TraceError(
+            f"the graph fails on the example inputs with {type(error).__name__}: {first_line(error)}; give inputs that "
+            "it takes"
+        ) from error
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

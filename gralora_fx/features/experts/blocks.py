@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,9 +26,10 @@ from gralora_fx.exporters.quantize.quantized_arrays import quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, add_initializer, attributes_of, replace_value
 from gralora_fx.exporters.rules.products.block_products import stored_as, widened
 from gralora_fx.exporters.rules.products.constant_matrices import drop_unread
-from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader, Storage, stored_scales
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader, Storage
 from gralora_fx.exporters.rules.products.quantize_weights import Quantized
-from gralora_fx.exporters.translation.weights import StackedTensor, StackedTogether, derived, entries_of
+from gralora_fx.exporters.rules.products.quantized_products import stored_scales
+from gralora_fx.exporters.translation.weights import StackedTensor, derived, entries_of
 from gralora_fx.features.experts.operators import Experts
 from gralora_fx.features.experts.rows import MOE, arranged, as_modelled
 from gralora_fx.format.quantized_weights import WIDEST_EXACT
@@ -118,6 +121,37 @@ def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.
     new = ir.node(QMOE, operands, attributes, domain=MICROSOFT, version=1)
     new.metadata_props.update(node.metadata_props)
     return new
+
+
+@dataclass
+class StackedTogether:
+    """Stacks whose entries are computed together, one entry of all after the other, by whichever is written first.
+
+    That one is not kept, the others are until they are written: so the largest comes first, where memory counts.
+    Threads compute one after the other, since the entries that they compute from are floats.
+
+    Attributes:
+        compute: Computes of each entry, in order, its arrays in all stacks.
+    """
+
+    compute: Callable[[], Iterable[Sequence[NDArray[Any]]]]
+    _kept: dict[int, list[NDArray[Any]]] = field(default_factory=dict, init=False)
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def entries(self, index: int) -> Iterator[NDArray[Any]]:
+        """The entries of one of them, by its place; all are read before others are."""
+        with self._lock:
+            if index in self._kept:
+                yield from self._kept.pop(index)
+                return
+            self._kept.clear()
+            kept: dict[int, list[NDArray[Any]]] = {}
+            for arrays in self.compute():
+                for place, array in enumerate(arrays):
+                    if place != index:
+                        kept.setdefault(place, []).append(array)
+                yield arrays[index]
+            self._kept = kept
 
 
 def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Value]:

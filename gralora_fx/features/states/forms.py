@@ -15,11 +15,8 @@ from gralora_fx.exporters.rules.branches import named_graph
 from gralora_fx.exporters.rules.builder import (
     MICROSOFT,
     Builder,
-    channels_last,
-    replace_channels_first,
     replace_value,
     static_dim,
-    swaps_last_axes,
 )
 from gralora_fx.exporters.rules.rows.row_tokens import RowTokens
 from gralora_fx.exporters.translation.names import layer_of
@@ -177,3 +174,29 @@ def _scan(build: Builder, node: ir.Node) -> bool:
 
 _FORMS: dict[str, Callable[[Builder, ir.Node], bool]] = {"CausalConvWithState": _convolve, "LinearAttention": _scan}
 FORM_PASSES = (lower_prompt_clamps, fast_state_forms)
+
+
+def channels_last(build: Builder, value: ir.Value) -> ir.Value:
+    """`[batch, length, channels]` of `[batch, channels, length]`: what it is the transpose of, if that is known."""
+    producer = value.producer()
+    source = producer.inputs[0] if producer is not None and swaps_last_axes(producer) else None
+    return build("Transpose", value, perm=[0, 2, 1]) if source is None else source
+
+
+def replace_channels_first(build: Builder, new: ir.Value, old: ir.Value) -> None:
+    """Replace all uses of `[batch, channels, length]` by `[batch, length, channels]`, without what transposes it."""
+    for usage in list(old.uses()):
+        if swaps_last_axes(usage.node):
+            replace_value(new, usage.node.outputs[0])
+            build.graph.remove(usage.node, safe=True)
+    if old.uses() or old.is_graph_output():
+        replace_value(build("Transpose", new, perm=[0, 2, 1]), old)
+
+
+def swaps_last_axes(node: ir.Node) -> bool:
+    """Return whether a node gives its input with the last two axes in the other order, and the others as they are."""
+    if node.op_type != "Transpose" or "perm" not in node.attributes:
+        return False
+    axes = list(node.attributes["perm"].as_ints())
+    rank = len(axes)
+    return rank > 1 and axes == [*range(rank - 2), rank - 1, rank - 2]

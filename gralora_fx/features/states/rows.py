@@ -16,16 +16,19 @@ from gralora_fx.exporters.rules.builder import (
     MICROSOFT,
     Builder,
     attributes_of,
-    channels_last,
     fixed_dim,
-    replace_channels_first,
     replace_value,
-    swaps_last_axes,
     takes_row_count,
 )
 from gralora_fx.exporters.rules.rows.row_tokens import RowsError, RowTokens, longest_row
 from gralora_fx.exporters.translation.names import layer_of
-from gralora_fx.features.states.forms import clamp_rows, fits_convolution
+from gralora_fx.features.states.forms import (
+    channels_last,
+    clamp_rows,
+    fits_convolution,
+    replace_channels_first,
+    swaps_last_axes,
+)
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import TRANSPOSED_STATES
 from gralora_fx.format.input_names import PAST_PREFIX
