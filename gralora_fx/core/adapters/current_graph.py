@@ -25,7 +25,7 @@ from gralora_fx.format.input_names import ROWS
 
 if TYPE_CHECKING:
     from gralora_fx.core.adapters.run_forms import RunForm
-    from gralora_fx.core.graph.block_modules import Checkpointing
+    from gralora_fx.core.graph.checkpointing import Checkpointing
     from gralora_fx.core.methods.low_rank import Rows
 
 

@@ -25,7 +25,7 @@ from gralora_fx.errors import MergeError, RewriteError
 if TYPE_CHECKING:
     from gralora_fx.core.adapters.merged_sources import Source
     from gralora_fx.core.adapters.run_forms import RunForm
-    from gralora_fx.core.graph.block_modules import Checkpointing
+    from gralora_fx.core.graph.checkpointing import Checkpointing
 
 _MOST = 32  # graphs that are kept; each has its own nodes and code, over shared tensors
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor, fx, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch import fx, nn
 
-from gralora_fx.base.compat.torch_graphs import is_mutable
 from gralora_fx.core.graph.block_calls import BlockCall, call_blocks
 from gralora_fx.core.graph.pipeline import Pass
 from gralora_fx.core.graph.surgery import overlay, replace_module
-from gralora_fx.errors import RewriteError, shown
+from gralora_fx.errors import RewriteError
 
-_OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind is p.KEYWORD_ONLY} | {
-    "use_reentrant",
-    "preserve_rng_state",
-}
+if TYPE_CHECKING:  # loaded where blocks are recomputed
+    from gralora_fx.core.graph.checkpointing import Checkpointing
+
 _TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _HOOKS = (
     "_forward_pre_hooks",
@@ -34,43 +29,6 @@ _HOOKS = (
     "_backward_hooks",
 )
 _OWN = (*_TENSORS, *_HOOKS, "training", "_is_full_backward_hook")  # what a block has of the container in its place
-
-
-class Checkpointing(NamedTuple):
-    """Which blocks are recomputed in the backward pass.
-
-    Attributes:
-        every: 1 for every block, n for the first of each n.
-        options: Options of `torch.utils.checkpoint.checkpoint`, as pairs.
-        offload: Whether what is kept for recomputation is kept in the host's memory.
-    """
-
-    every: int = 1
-    options: tuple[tuple[str, Any], ...] = (("use_reentrant", False),)
-    offload: bool = False
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> Self:
-        """Check the options of a call, and complete them.
-
-        Raises:
-            RewriteError: An option is unknown, or `every` is no number of blocks.
-        """
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise RewriteError(f"every must be a whole number of blocks of at least 1, but got {shown(every)}")
-        options = {"use_reentrant": False, **(given or {})}
-        if unknown := sorted(set(options) - _OPTIONS):
-            raise RewriteError(
-                f"gradient checkpointing has no option {', '.join(unknown)}; torch's are {', '.join(sorted(_OPTIONS))}"
-            )
-        return cls(every, tuple(sorted(options.items())), offload)
-
-
-def offloaded_checkpoint(block: nn.Module, *args: Any, **options: Any) -> Any:
-    """Checkpoint a block, with its inputs kept in the host's memory."""
-    device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
-    with save_on_cpu(pin_memory=device.type != "cpu", device_type=device.type):
-        return checkpoint(block, *args, **options)
 
 
 class GraphBlock(fx.GraphModule):
@@ -228,7 +186,9 @@ def running_module(
             alike.append((structure, block))
         replace_module(running, call.path, block)
     if checkpointing is not None:
-        _checkpoint_blocks(graph, {call.path for call in calls if not _updates(call.graph)}, checkpointing)
+        from gralora_fx.core.graph.checkpointing import checkpoint_blocks
+
+        checkpoint_blocks(graph, calls, checkpointing)
     running.recompile()
     return running
 
@@ -260,33 +220,3 @@ def _running_block(
         block.__dict__["_graph"] = call.graph
         call.graph.owning_module = block
     return block
-
-
-def _updates(graph: fx.Graph) -> bool:
-    """Return whether a block writes into a tensor that it did not compute."""
-    return any(
-        is_mutable(node.target) and isinstance(node.args[0], fx.Node) and node.args[0].op in ("get_attr", "placeholder")
-        for node in graph.nodes
-    )
-
-
-def _checkpoint_blocks(graph: fx.Graph, paths: Collection[str], checkpointing: Checkpointing) -> None:
-    """Recompute blocks in the backward pass, instead of keeping their activations.
-
-    One that updates a buffer, as BatchNorm does, is left as it is, since it would update it twice.
-
-    Before: `y = self.layers.0(x, mask)`
-    After:  `y = checkpoint(self.layers.0, x, mask, use_reentrant=False)`
-    """
-    calls = [node for node in graph.find_nodes(op="call_module") if node.target in paths]
-    function: Any = offloaded_checkpoint if checkpointing.offload else checkpoint
-    options = dict(checkpointing.options)
-    if objects := {name: value for name, value in options.items() if callable(value)}:  # which code cannot spell
-        function = functools.wraps(function)(functools.partial(function, **objects))
-    written = {name: value for name, value in options.items() if name not in objects}
-    for node in calls[:: checkpointing.every]:
-        with graph.inserting_before(node):
-            again = graph.call_function(function, (graph.get_attr(str(node.target)), *node.args), written)
-        again.meta = dict(node.meta)
-        node.replace_all_uses_with(again)
-        graph.erase_node(node)

@@ -96,8 +96,6 @@ class GraloraModel(Switching, Merging, Inspection, Trainable, nn.Module):
         """
         return self._state[adapter_name]
 
-    installed = adapter  # its earlier name
-
     @property
     def traced(self) -> TracedModel:
         """The base model as it was traced."""

@@ -106,7 +106,7 @@ class Checkpointed:
     def _checkpoint(self, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> None:
         if not self._state.traced.blocks:
             raise RewriteError(_NO_BLOCKS)
-        from gralora_fx.core.graph.block_modules import Checkpointing
+        from gralora_fx.core.graph.checkpointing import Checkpointing
 
         self._state.set_checkpointing(Checkpointing.of(given, every, offload=offload))
 

@@ -33,7 +33,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
 
 if TYPE_CHECKING:
-    from gralora_fx.core.graph.block_modules import Checkpointing
+    from gralora_fx.core.graph.checkpointing import Checkpointing
 
 _LIST = "torch.nn.modules.container.ModuleList"
 _CONTAINERS = (_LIST, "torch.nn.modules.container.Sequential")
@@ -248,8 +248,8 @@ def _checkpointing_of(model: nn.Module | torch.export.ExportedProgram, blocks: S
         return None
     places = [index for index, path in enumerate(blocks) if path in checkpointed]
     every = places[1] - places[0] if len(places) > 1 else 1
-    from gralora_fx.core.graph import block_modules
+    from gralora_fx.core.graph import checkpointing
 
     function = getattr(next(iter(checkpointed.values())), "_gradient_checkpointing_func", None)
     given: dict[str, Any] = getattr(function, "keywords", {})
-    return block_modules.Checkpointing(every, tuple(sorted({"use_reentrant": False, **given}.items())))
+    return checkpointing.Checkpointing(every, tuple(sorted({"use_reentrant": False, **given}.items())))

@@ -28,7 +28,7 @@ from gralora_fx.core.tracing.source_model import main_input
 from gralora_fx.errors import GraloraError, TargetError, TraceError
 
 if TYPE_CHECKING:
-    from gralora_fx.core.graph.block_modules import Checkpointing
+    from gralora_fx.core.graph.checkpointing import Checkpointing
     from gralora_fx.core.graph.sites import ParameterSite
     from gralora_fx.core.tracing.as_transformers import TransformersView
     from gralora_fx.core.tracing.draft import AppendedModules, Draft

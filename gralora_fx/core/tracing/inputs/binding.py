@@ -144,13 +144,11 @@ def _filled(signature: CallSignature, name: str, inputs: Mapping[str, Any], exam
     if name in signature.fillable or (name == IDS and takes_embeddings(examples)):
         value = default_input(name, known, counts_padding=signature.counts_padding)
     if value is None:
-        default_note = (
-            f"; the model's own default, {shown(signature.defaults[name])}, is not"
-            if name in signature.defaults
-            else ""
-        )
-        remedy = ": give it, or trace again without it" if default_note else ""
-        raise TraceError(f"input {name!r} is missing; it was part of the trace{default_note}{remedy}")
+        default = ""
+        if name in signature.defaults:
+            default = f"; the model's own default, {shown(signature.defaults[name])}, is not: give it, or trace again "
+            default += "without it"
+        raise TraceError(f"input {name!r} is missing; it was part of the trace{default}")
     return value
 
 
@@ -204,8 +202,7 @@ def _check_container(name: str, example: Any, value: Any, fixed: FixedAxes) -> N
         verb = "lacks" if other[0] in expected else "has"
         raise TraceError(
             f"input {name!r} {verb} {', '.join(map(repr, other))}, but the trace takes "
-            f"{', '.join(map(repr, expected))}; "
-            "give these, or trace again with an example of that form"
+            f"{', '.join(map(repr, expected))}; give these, or trace again with an example of that form"
         )
     for key, item in expected.items():
         _check_form(f"{name}.{key}", item, actual[key], fixed)

@@ -36,7 +36,6 @@ from gralora_fx.format.tasks import tasks_beside_ids
 
 if TYPE_CHECKING:  # imports much that serving does not need
     from transformers import PreTrainedModel
-from typing import TYPE_CHECKING
 
 _WITHOUT = f"{option(task='text-generation')} traces it without a cache"
 _ONE_LENGTH = f"{option(task='text-generation')} traces it for texts of one length, from Python with dynamic=False"

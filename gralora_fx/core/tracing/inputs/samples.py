@@ -58,10 +58,7 @@ def check_head(model: PreTrainedModel, task: str) -> None:
     model_task, requested = infer_task(model), task.removesuffix("-with-past")
     if task.endswith("-with-past"):  # whether it has a cache is checked when its inputs are generated
         return
-    is_known = "feature-extraction" not in (
-        model_task,
-        requested,
-    )  # a class may name no head, and any model can return features
+    is_known = "feature-extraction" not in (model_task, requested)  # of a class without a head; any can return them
     if model_task != requested and is_known and (classifies(model_task) or classifies(requested)):
         raise TraceError(
             f"{type(model).__name__} is a model for {model_task}, not for {task}; leave task out, or load the class "
