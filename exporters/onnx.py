@@ -34,7 +34,6 @@ from gralora_fx.format.export_files import describe_files, file_names
 from gralora_fx.format.export_usage import usage_of
 from gralora_fx.format.input_names import beside_ids
 from gralora_fx.format.manifest import Manifest
-from gralora_fx.run.sessions.session import Runtime, check_integer_sums
 
 
 @with_progress
@@ -125,6 +124,9 @@ def export_onnx(
     )
     check_output(output_dir)
     if options.quantize == DYNAMIC and options.level is not None:
+        from gralora_fx.run.sessions.integer_sums import check_integer_sums
+        from gralora_fx.run.sessions.session import Runtime
+
         check_integer_sums(Runtime(), ExportError)
     if options.dump is not None:
         check_folder(options.dump)
@@ -161,7 +163,7 @@ def export_onnx(
             digests = reader.submit(describe_files, stage, file_names(stage))
             write_program_files(stage, conversion.traced)
             if options.tokenizer is not None:
-                from gralora_fx.exporters.artifact.program_files import write_tokenizer
+                from gralora_fx.exporters.artifact.tokenizer_files import write_tokenizer
 
                 write_tokenizer(stage, conversion.traced, options.tokenizer, companions)
             flavour.write_files(stage, conversion.traced, models)

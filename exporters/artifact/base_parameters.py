@@ -23,7 +23,8 @@ from gralora_fx.exporters.artifact.exported_adapters import Changes, write_adapt
 from gralora_fx.exporters.fold.replaced_parameters import named_values
 from gralora_fx.exporters.fold.requantize import dequantized
 from gralora_fx.exporters.fold.weight_locations import Export
-from gralora_fx.exporters.rules.products.initializers import ProductWeight, read_rows
+from gralora_fx.exporters.rules.products.initializers import ProductWeight
+from gralora_fx.exporters.rules.products.stored_rows import read_rows
 from gralora_fx.format.adapter_inputs import BIAS, WHOLE, AdapterInputs
 from gralora_fx.format.manifest import Manifest
 

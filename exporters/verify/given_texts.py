@@ -13,7 +13,7 @@ from torch import Tensor
 from gralora_fx.core.loading.tokenizers import load_tokenizer, prompt_ids
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
-from gralora_fx.exporters.artifact.program_files import loaded_tokenizer
+from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, pad_prompts, vocabulary_of
 
 _BATCH = 16  # a user's texts that are compared at once

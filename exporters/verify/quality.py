@@ -23,7 +23,7 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError
-from gralora_fx.exporters.artifact.program_files import loaded_tokenizer
+from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.translation.export_graphs import precision_of

@@ -34,7 +34,7 @@ from gralora_fx.run.engine.cache_buffers import takes_buffers
 from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.generate.prompt_answers import Generation, GivenPrompts
-from gralora_fx.run.sessions.session import CPU, Runtime, check_integer_sums, open_session
+from gralora_fx.run.sessions.session import CPU, Runtime, open_session
 from gralora_fx.run.sessions.session_views import is_current_form
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class OpenExport:
         quantized = self.manifest.quantization
         # weights of an earlier export, which records no bits, are small enough for any processor
         if quantized is not None and quantized.kind == "int8-dynamic" and quantized.bits is not None:
+            from gralora_fx.run.sessions.integer_sums import check_integer_sums
+
             check_integer_sums(self._runtime)
         own_adapters(self.directory, ServingError)  # none of them is a link
         check_own_file(self.directory / MODEL_NAME, ServingError)  # which may be opened later

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
 import mmap
@@ -205,11 +204,3 @@ def kept_reason() -> str | None:
 def whole_pages(count: int) -> int:
     """Return how many bytes the pages have that some bytes take."""
     return -(-count // PAGE) * PAGE
-
-
-def trim_heap() -> None:
-    """Give back memory that was freed and that glibc keeps for later; other allocators are left alone."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
 
 from gralora_fx.base.compat.onnxruntime import NoKernel
 from gralora_fx.base.sources.model_files import usable_path
-from gralora_fx.errors import ExportError, GraloraError, ServingError, first_line, option
+from gralora_fx.errors import ExportError, GraloraError, first_line
 from gralora_fx.format.export_directory import DECODER, ENCODER, MODEL_NAME, check_own_file
 
 if TYPE_CHECKING:
@@ -235,43 +232,3 @@ def _constants(nodes: Sequence[Any]) -> Iterator[Any]:
         yield from (attribute.t, *attribute.tensors)
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
             yield from (sparse.values, sparse.indices)
-
-
-_WIDTH = 64
-
-
-def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingError) -> None:
-    """Check that the CPU, where it computes, can run products of int8 weights and rounded activations.
-
-    x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two such products in 16 bits, which
-    saturate without an error.
-    """
-    providers = [name for name, _ in runtime.providers]
-    if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():
-        raise error(
-            "the export multiplies int8 weights by activations of 8 bits, whose sums this processor does not add "
-            f"exactly (it has no VNNI): take another processor, or export with {option(quantize='int8')}"
-        )
-
-
-@functools.cache
-def adds_exactly() -> bool:
-    """Whether the largest products of uint8 and int8 add up as ONNX Runtime multiplies here; a product is run once."""
-    sides = [
-        helper.make_tensor_value_info(name, kind, shape)
-        for name, kind, shape in (
-            ("a", TensorProto.UINT8, [2, _WIDTH]),
-            ("b", TensorProto.INT8, [_WIDTH, _WIDTH]),
-            ("y", TensorProto.INT32, [2, _WIDTH]),
-        )
-    ]
-    weight = helper.make_tensor(
-        "b", TensorProto.INT8, [_WIDTH, _WIDTH], np.full(_WIDTH * _WIDTH, 127, np.int8).tobytes(), raw=True
-    )
-    graph = helper.make_graph(
-        [helper.make_node("MatMulInteger", ["a", "b"], ["y"])], "sums", sides[:1], sides[2:], [weight]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), quiet_options(1), providers=[CPU])
-    (sums,) = session.run(None, {"a": np.full((2, _WIDTH), 255, np.uint8)})
-    return bool((sums == 255 * 127 * _WIDTH).all())

@@ -16,9 +16,8 @@ from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
 from gralora_fx.run.generate.request_errors import AdapterLoadError, DeadEndError
-from gralora_fx.run.sessions.ort_values import trim_heap
 from gralora_fx.service.adapter_store.store import AdapterStore
-from gralora_fx.service.scheduling.queue import JobQueue, Observer
+from gralora_fx.service.scheduling.queue import JobQueue, Observer, trim_heap
 from gralora_fx.service.scheduling.text_jobs import Sink, TextJob
 
 _logger = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -10,7 +12,6 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from gralora_fx.run.engine.limits import TooLargeError
 from gralora_fx.run.generate.request_errors import QueueFullError, StoppedError
-from gralora_fx.run.sessions.ort_values import trim_heap
 from gralora_fx.service.adapter_store.store import AdapterStore
 
 _IDLE = 1.0  # seconds without jobs after which memory is freed
@@ -185,3 +186,11 @@ class JobQueue(ABC, Generic[_Job]):
         """Wait until there are jobs or the queue is to stop, for so many seconds at most; return whether it is so."""
         with self._condition:
             return bool(self._condition.wait_for(lambda: self._waiting or self.running or self._is_stopping, seconds))
+
+
+def trim_heap() -> None:
+    """Give back memory that was freed and that glibc keeps for later; other allocators are left alone."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
