@@ -21,7 +21,7 @@ from gralora_fx.exporters.artifact.manifest import save_models
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.artifact.triton_config import TritonConfig, tensors_of
 from gralora_fx.exporters.rules.adapters.adapter_groups import ConstantAdapters
-from gralora_fx.exporters.rules.products.initializers import external_tensors
+from gralora_fx.exporters.rules.products.stored_rows import external_tensors
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs, is_adapter_tensor
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, own_adapters
 from gralora_fx.format.export_checks import check_files, weight_files

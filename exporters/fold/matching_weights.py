@@ -16,13 +16,8 @@ from gralora_fx.base.sources.model_directories import resolve_directory
 from gralora_fx.base.sources.same_base import read_config_fields
 from gralora_fx.base.sources.saved_weights import read_weights
 from gralora_fx.errors import CheckpointError, MergeError, TraceError
-from gralora_fx.exporters.rules.products.initializers import (
-    ProductWeight,
-    dtype_of,
-    parameter_names,
-    read_rows,
-    rows_and_columns,
-)
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names
+from gralora_fx.exporters.rules.products.stored_rows import dtype_of, read_rows, rows_and_columns
 
 # Names that onnxruntime-genai's builder gives to the parts of a path, beside those of transformers.
 _SYNONYMS = {"self_attn": "attn", "self_attention": "attn", "attention": "attn"}

@@ -22,9 +22,8 @@ from gralora_fx.exporters.fold.requantize import QuantizedEdit
 from gralora_fx.exporters.fold.stack_locations import StackLocation
 from gralora_fx.exporters.fold.weight_locations import Export, WeightLocation
 from gralora_fx.exporters.rules.builder import attributes_of
-from gralora_fx.exporters.rules.products.initializers import (
-    ProductWeight,
-    Reader,
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader
+from gralora_fx.exporters.rules.products.stored_rows import (
     dtype_of,
     external_tensors,
     read_rows,

@@ -24,14 +24,8 @@ from gralora_fx.exporters.fold.weight_locations import (
     recorded_locations,
     unique,
 )
-from gralora_fx.exporters.rules.products.initializers import (
-    ProductWeight,
-    Reader,
-    initializers,
-    parameter_names,
-    read_rows,
-    rows_and_columns,
-)
+from gralora_fx.exporters.rules.products.initializers import ProductWeight, Reader, initializers, parameter_names
+from gralora_fx.exporters.rules.products.stored_rows import read_rows, rows_and_columns
 
 _WEIGHT = ".weight"
 

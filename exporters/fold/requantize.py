@@ -13,8 +13,9 @@ from gralora_fx.base.sources.rewriting import RowEdit
 from gralora_fx.errors import ExportError, MergeError, command, option
 from gralora_fx.exporters.fold.edits import LayerEdit, check_finite
 from gralora_fx.exporters.formats import Blocks
-from gralora_fx.exporters.rules.products.initializers import ProductWeight, read_rows
+from gralora_fx.exporters.rules.products.initializers import ProductWeight
 from gralora_fx.exporters.rules.products.quantized_products import EARLIER
+from gralora_fx.exporters.rules.products.stored_rows import read_rows
 
 if TYPE_CHECKING:
     from gralora_fx.exporters.quantize.block_search import BlockArrays

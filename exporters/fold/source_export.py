@@ -19,7 +19,8 @@ from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods import config_from_fields, method_of
 from gralora_fx.core.planning.targets import rule_of, trains_whole_at
 from gralora_fx.errors import ExportError, MergeError, first_line, listed, marked, option, warn_caller
-from gralora_fx.exporters.rules.products.initializers import external_tensors, initializer_names, stored_bytes
+from gralora_fx.exporters.rules.products.initializers import initializer_names
+from gralora_fx.exporters.rules.products.stored_rows import external_tensors, stored_bytes
 from gralora_fx.format.export_checks import check_files, weight_files
 from gralora_fx.format.export_directory import MANIFEST_NAME, not_an_export
 from gralora_fx.format.manifest import AdapterEntry, Manifest, read_manifest

@@ -1,13 +1,13 @@
-"""Branches and loops in an ONNX graph: nodes that hold graphs of their own."""
+"""Branches and loops in an ONNX graph, nodes that hold graphs of their own; and functions of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from gralora_fx.exporters.rules.builder import Builder
+from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder
 
 Branch = tuple[str, Sequence[ir.Node], ir.Value]  # a name, the nodes, and what they give
 
@@ -79,3 +79,21 @@ def _inner(node: ir.Node) -> Iterator[ir.Node]:
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
             yield from attribute.as_graph().all_nodes()
+
+
+def add_function(
+    model: ir.Model, name: str, inputs: Sequence[str], body: Callable[..., Mapping[str, ir.Value]]
+) -> None:
+    """Add a function to a model, unless it has one of that name."""
+    if (FUNCTIONS, name, "") in model.functions:
+        return
+    values, opset = [ir.Value(name=input_name) for input_name in inputs], model.graph.opset_imports[""]
+    graph = ir.Graph(values, [], nodes=[], opset_imports={"": opset}, name=name)
+    build = Builder(graph)
+    outputs = body(build, *values)
+    for output_name, output in outputs.items():
+        output.name = output_name
+    graph.extend(build.take())
+    graph.outputs.extend(outputs.values())
+    function = ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
+    model.functions[function.identifier()] = function

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,24 +106,6 @@ def add_input(graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[in
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     return value
-
-
-def add_function(
-    model: ir.Model, name: str, inputs: Sequence[str], body: Callable[..., Mapping[str, ir.Value]]
-) -> None:
-    """Add a function to a model, unless it has one of that name."""
-    if (FUNCTIONS, name, "") in model.functions:
-        return
-    values, opset = [ir.Value(name=input_name) for input_name in inputs], model.graph.opset_imports[""]
-    graph = ir.Graph(values, [], nodes=[], opset_imports={"": opset}, name=name)
-    build = Builder(graph)
-    outputs = body(build, *values)
-    for output_name, output in outputs.items():
-        output.name = output_name
-    graph.extend(build.take())
-    graph.outputs.extend(outputs.values())
-    function = ir.Function(FUNCTIONS, name, graph=graph, attributes=[])
-    model.functions[function.identifier()] = function
 
 
 def smallest_number(dtype: ir.DataType) -> float:

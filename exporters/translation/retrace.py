@@ -75,10 +75,10 @@ def retrace(
                 copies[part].meta = {**nodes[-1].meta, "val": part.meta.get("val")}
     (results,) = next(iter(reversed(parts.graph.nodes))).args
     for node, result in zip(outputs, results, strict=False):
-        _let_read(copies[result], node, lambda user: user not in inside)
+        node.replace_all_uses_with(copies[result], delete_user_cb=lambda user: user not in inside)
     after = _from(end)
     for node, result in zip(written, results[len(outputs) :], strict=True):
-        _let_read(copies[result], node, lambda user: user in after)
+        node.replace_all_uses_with(copies[result], delete_user_cb=lambda user: user in after)
     for node in reversed(nodes):
         graph.erase_node(node)
 
@@ -109,10 +109,6 @@ def _as_fake(value: Any, mode: Any) -> Any:
     """A tensor as a fake one whose sizes are numbers, such as a weight; anything else as it is."""
     is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
     return mode.from_tensor(value, static_shapes=True) if is_real else value
-
-
-def _let_read(new: fx.Node, old: fx.Node, reads: Callable[[fx.Node], bool]) -> None:
-    old.replace_all_uses_with(new, delete_user_cb=reads)
 
 
 def _from(first: fx.Node) -> set[fx.Node]:

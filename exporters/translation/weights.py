@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,26 +41,6 @@ def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[
     if whole not in memo:
         memo[whole] = make()
     return memo[whole]
-
-
-@dataclass
-class ComputedTogether:
-    """Arrays that are computed together, and dropped once written, which threads do at once.
-
-    Attributes:
-        compute: Computes them.
-    """
-
-    compute: Callable[[], Iterable[NDArray[Any]]]
-    _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def tensor(self, index: int) -> ir.TensorProtocol:
-        """One of them, by its place."""
-        with self._lock:
-            if index not in self._arrays:
-                self._arrays = dict(enumerate(self.compute()))
-            return ir.tensor(self._arrays.pop(index))
 
 
 class LazyTensor(ir.LazyTensor):

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from gralora_fx.errors import ExportError, ServingError, marked
 from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import PromptBatch, TokenResult, TokenRun
 from gralora_fx.exporters.verify.outputs import last_logits, run_model, step_inputs
-from gralora_fx.exporters.verify.tolerances import Float64Model, Tally, ToleranceCheck
+from gralora_fx.exporters.verify.tolerances import Tally, ToleranceCheck
 from gralora_fx.exporters.verify_report import TokenCheck
 from gralora_fx.format.input_names import PAST
 from gralora_fx.run.engine.adapters import Adapters
@@ -32,6 +32,9 @@ from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
 from gralora_fx.run.engine.session_decoders import RowsDecoder
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values, run_values
 from gralora_fx.run.sessions.session_views import as_past
+
+if TYPE_CHECKING:  # loaded where a difference is above the tolerance
+    from gralora_fx.exporters.verify.float64_model import Float64Model
 
 # from new ids `[batch, new]` and the mask `[batch, all]`, over those that were read before too, which is 0 where a
 # position is padding, to logits: `[batch, new, vocabulary]`, or those of the last position alone

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,15 @@ from gralora_fx.core.tracing.inputs.signature import own_inputs
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.verify.cases import Case, TokenResult, TokenRun
-from gralora_fx.exporters.verify.tolerances import Float64Model, Tally, ToleranceCheck
+from gralora_fx.exporters.verify.tolerances import Tally, ToleranceCheck
 from gralora_fx.format.cache_slots import slot_of
 from gralora_fx.format.export_directory import ROWS_NAME
 from gralora_fx.format.input_names import PRESENT_PREFIX
 from gralora_fx.run.sessions.ort_values import as_tensor, optional_arguments, run_values
 from gralora_fx.run.sessions.session_views import transposed_states
+
+if TYPE_CHECKING:  # loaded where a difference is above the tolerance
+    from gralora_fx.exporters.verify.float64_model import Float64Model
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from transformers import Cache
+from torch import Tensor
 
-from gralora_fx.base.compat.torch_graphs import TorchDispatchMode, returns_alias, tree_map, tree_map_only
-from gralora_fx.core.graph.surgery import copy_graph, map_parameters
 from gralora_fx.core.model.gralora_model import GraloraModel
-from gralora_fx.core.tracing.inputs.cache import tensors_of, with_tensors
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import first_line
-from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify_report import RoundingCheck, TensorCheck, TokenCheck
 from gralora_fx.format.manifest import Manifest
 from gralora_fx.run.sessions.session import CPU, Runtime
+
+if TYPE_CHECKING:  # loaded where a difference is above the tolerance
+    from gralora_fx.exporters.verify.float64_model import Float64Model
 
 # Largest difference, relative to the largest value or to 1 where that is smaller. Exports in float16 run in it: largest
 # seen 0.004 on tiny random models of 13 architectures, 0.009 on SmolLM2-135M. Those in bfloat16 run in float32 with
@@ -37,7 +36,6 @@ LEAST_SCALE = 1 / 20  # such a difference may also be one rounding error of 1, h
 _ALLOWED = 4  # times the rounding error of float32 itself
 _DRAWS = 4  # runs with random rounding noise
 _LARGEST = 0.01  # difference that rounding may explain: a model that is further off in float32 tells nothing
-_BIT = torch.finfo(torch.float32).eps  # a whole bit, as the sums within an operator round at every term too
 
 
 def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
@@ -96,8 +94,13 @@ class ToleranceCheck:
         """Nothing is run before it is needed."""
         self.tolerance, self.least_scale = tolerance, least_scale
         self.exceeded: list[RoundingCheck] = []
-        self._is_lost = not use_float64  # after an inexcusable difference no other is examined
-        self._models = [Float64Model(model, draw) for draw in range(_DRAWS + 1)]
+        self._model, self._is_lost = model, not use_float64  # after an inexcusable difference no other is examined
+
+    @cached_property
+    def _models(self) -> list[Float64Model]:
+        from gralora_fx.exporters.verify.float64_model import Float64Model
+
+        return [Float64Model(self._model, draw) for draw in range(_DRAWS + 1)]
 
     def accepts(
         self, where: str, expected: Tensor, actual: Tensor, in_float64: Callable[[Float64Model], Tensor]
@@ -209,74 +212,3 @@ def largest_value(tensor: Tensor) -> float:
     """The largest finite absolute value; 0 if there is none."""
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-class Float64Model:
-    """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
-
-    def __init__(self, model: TracedModel | GraloraModel, draw: int = 0) -> None:
-        """Copy nothing yet: the weights are copied for every run and freed after it."""
-        self.draw = draw
-        self._model = model
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Return what the model returns."""
-        round_off = _RoundingNoise(self.draw)
-        graph_module = _widened(self._model.graph_module, round_off)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.no_grad(), _Float64(round_off):
-                return graph_module(
-                    **base_trace(self._model).bind((), {name: _wide(value) for name, value in inputs.items()})
-                )
-        finally:
-            torch.set_default_dtype(before)
-
-
-class _RoundingNoise:
-    """Adds relative noise of up to a bit of float32; draw 0 adds none."""
-
-    def __init__(self, draw: int) -> None:
-        self._generator = torch.Generator().manual_seed(draw) if draw else None
-
-    def __call__(self, values: Tensor) -> Tensor:
-        if self._generator is None:
-            return values
-        noise = torch.rand(values.shape, generator=self._generator, dtype=torch.float32)
-        return values * noise.sub_(0.5).mul_(2 * _BIT).double().add_(1.0)
-
-
-class _Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replaces float32 dtype arguments by float64, and adds rounding noise to every result."""
-
-    def __init__(self, round_off: _RoundingNoise) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._noise = round_off
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        args, kwargs = tree_map(lambda v: torch.float64 if v is torch.float32 else v, (args, dict(kwargs or {})))
-        result = func(*args, **kwargs)
-        is_computed = isinstance(result, Tensor) and result.dtype == torch.float64 and not returns_alias(func)
-        return self._noise(result) if is_computed else result
-
-
-def _widened(graph_module: fx.GraphModule, round_off: _RoundingNoise) -> fx.GraphModule:
-    wide_module = fx.GraphModule(graph_module, copy_graph(graph_module), "Float64Graph")
-
-    def wide(parameter: nn.Parameter, _: str) -> nn.Parameter:
-        if parameter.dtype != torch.float32:
-            return parameter
-        return nn.Parameter(round_off(parameter.detach().double()), requires_grad=False)
-
-    map_parameters(wide_module, wide)
-    for module in wide_module.modules():
-        for tensors in (module._buffers, vars(module)):
-            tensors |= {name: _wide(value) for name, value in tensors.items() if isinstance(value, Tensor)}
-    return wide_module
-
-
-def _wide(value: Any) -> Any:
-    if isinstance(value, Cache):
-        return with_tensors(value, {slot: _wide(tensor) for slot, tensor in tensors_of(value).items()})
-    return tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.dtype == torch.float32 else tensor, value)

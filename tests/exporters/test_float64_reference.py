@@ -12,7 +12,8 @@ from traces import fresh
 from gralora_fx import TracedModel, trace
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters import export_onnx, verify_onnx
-from gralora_fx.exporters.verify.tolerances import Float64Model, ToleranceCheck
+from gralora_fx.exporters.verify.float64_model import Float64Model
+from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 
 
 class Magnifier(nn.Module):

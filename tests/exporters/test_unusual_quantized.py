@@ -32,7 +32,7 @@ from gralora_fx.exporters.quantize.quantized_arrays import (
     quantize_columns,
 )
 from gralora_fx.exporters.rules.products import block_products, column_products
-from gralora_fx.exporters.translation.weights import ComputedTogether
+from gralora_fx.exporters.rules.products.constant_matrices import ComputedTogether
 from gralora_fx.serving import load
 
 KINDS: Any = pytest.mark.parametrize("kind", ["int4", "int8-dynamic"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +16,7 @@ from gralora_fx.exporters.rules.builder import static_dim
 from gralora_fx.exporters.rules.products.float_matrices import merge_matmuls
 from gralora_fx.exporters.rules.products.quantize_weights import QuantizeWeights
 from gralora_fx.exporters.translation import weights
-from gralora_fx.exporters.translation.weights import StackedTogether, concat_tensor, parts_of, transposed_tensor
+from gralora_fx.exporters.translation.weights import concat_tensor, parts_of, transposed_tensor
 
 RNG = np.random.default_rng(0)
 
@@ -103,21 +101,3 @@ def test_blocks_of_columns_are_those_of_each_part() -> None:
     alone = [apart.graph.initializers[f"w{index}_Q4"].const_value.numpy() for index in (0, 1)]
     (name,) = [name for name in pad_prompts.graph.initializers if name.endswith("_Q4")]
     assert np.array_equal(pad_prompts.graph.initializers[name].const_value.numpy(), np.concatenate(alone))
-
-
-def test_stacks_that_are_computed_together_keep_those_alone_that_are_not_being_written() -> None:
-    computed = []
-
-    def entries() -> Iterator[list[Any]]:
-        for entry in range(3):
-            computed.append(entry)
-            yield [np.full((2, 2), entry), np.full(2, 10 + entry)]
-
-    stacks = StackedTogether(entries)
-    first = stacks.entries(0)
-    assert (next(first).tolist(), computed) == ([[0, 0], [0, 0]], [0])
-    assert [array.tolist() for array in first] == [[[1, 1], [1, 1]], [[2, 2], [2, 2]]]
-    assert [array.tolist() for array in stacks.entries(1)] == [[10, 10], [11, 11], [12, 12]]
-    assert computed == [0, 1, 2]
-    assert [array.tolist() for array in stacks.entries(1)] == [[10, 10], [11, 11], [12, 12]]  # read again: again
-    assert computed == 2 * [0, 1, 2]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExp
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
 
+from gralora_fx.features.experts.blocks import StackedTogether
 from gralora_fx.features.experts.gate import ExpertGate
 from gralora_fx.features.experts.interface import experts_as_operators, gate_of
 
@@ -70,3 +73,21 @@ def test_other_gates_are_left_as_they_are() -> None:
     module.has_post_expert_norm = True
     assert gate_of(module) is None
     assert gate_of(nn.Linear(2, 2)) is None
+
+
+def test_stacks_that_are_computed_together_keep_those_alone_that_are_not_being_written() -> None:
+    computed = []
+
+    def entries() -> Iterator[list[Any]]:
+        for entry in range(3):
+            computed.append(entry)
+            yield [np.full((2, 2), entry), np.full(2, 10 + entry)]
+
+    stacks = StackedTogether(entries)
+    first = stacks.entries(0)
+    assert (next(first).tolist(), computed) == ([[0, 0], [0, 0]], [0])
+    assert [array.tolist() for array in first] == [[[1, 1], [1, 1]], [[2, 2], [2, 2]]]
+    assert [array.tolist() for array in stacks.entries(1)] == [[10, 10], [11, 11], [12, 12]]
+    assert computed == [0, 1, 2]
+    assert [array.tolist() for array in stacks.entries(1)] == [[10, 10], [11, 11], [12, 12]]  # read again: again
+    assert computed == 2 * [0, 1, 2]

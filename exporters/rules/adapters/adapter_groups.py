@@ -11,7 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.exporters.rules.builder import Builder, add_function, add_input
+from gralora_fx.exporters.rules.branches import add_function
+from gralora_fx.exporters.rules.builder import Builder, add_input
 from gralora_fx.exporters.rules.rows.flatten_tokens import FlatTokens
 from gralora_fx.exporters.rules.rows.row_tokens import NUM_TOKENS
 from gralora_fx.exporters.rules.rows.token_groups import TokenGroups, highest_id, token_tiles, tokens_of_adapters

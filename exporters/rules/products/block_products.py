@@ -15,8 +15,13 @@ from gralora_fx.exporters.formats import Blocks
 from gralora_fx.exporters.quantize.block_search import BlockArrays, scale_dtype
 from gralora_fx.exporters.quantize.quantized_arrays import dequantize_blocks, quantize_blocks
 from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, add_initializer, replace_value
-from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, matrix_of, replace_product
-from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
+from gralora_fx.exporters.rules.products.constant_matrices import (
+    ComputedTogether,
+    ConstantMatrix,
+    matrix_of,
+    replace_product,
+)
+from gralora_fx.exporters.translation.weights import LazyTensor, derived
 
 _NEAR = 0.25  # squares of the errors of blocks of a matrix, over its squares
 _BlocksOf: TypeAlias = Callable[[Sequence[str], tuple[int, int], Blocks], BlockArrays | None]

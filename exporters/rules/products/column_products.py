@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from gralora_fx.exporters.formats import Columns
 from gralora_fx.exporters.quantize.quantized_arrays import ROW_LARGEST, ROW_TINY, ColumnInputs, quantize_columns
 from gralora_fx.exporters.rules.builder import Builder, add_initializer, static_dim
-from gralora_fx.exporters.rules.products.constant_matrices import ConstantMatrix, replace_product
+from gralora_fx.exporters.rules.products.constant_matrices import ComputedTogether, ConstantMatrix, replace_product
 from gralora_fx.exporters.rules.products.quantized_products import FACTORS, MARK, PRODUCT, STEP, WEIGHT
-from gralora_fx.exporters.translation.weights import ComputedTogether, LazyTensor, derived
+from gralora_fx.exporters.translation.weights import LazyTensor, derived
 
 _REMAINDERS = 2 * ROW_LARGEST  # integers of a step: what rounding leaves is at most half of one
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
@@ -169,3 +171,23 @@ def _is_scaled(node: ir.Node) -> bool:
     """Return whether a `Gemm` does more than to multiply and add."""
     numbers = attributes_of(node)
     return bool(numbers.get("transA")) or numbers.get("alpha", 1.0) != 1.0 or numbers.get("beta", 1.0) != 1.0
+
+
+@dataclass
+class ComputedTogether:
+    """Arrays that are computed together, and dropped once written, which threads do at once.
+
+    Attributes:
+        compute: Computes them.
+    """
+
+    compute: Callable[[], Iterable[NDArray[Any]]]
+    _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def tensor(self, index: int) -> ir.TensorProtocol:
+        """One of them, by its place."""
+        with self._lock:
+            if index not in self._arrays:
+                self._arrays = dict(enumerate(self.compute()))
+            return ir.tensor(self._arrays.pop(index))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult
-from gralora_fx.exporters.rules.branches import loop
-from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, add_function, fixed_dim
+from gralora_fx.exporters.rules.branches import add_function, loop
+from gralora_fx.exporters.rules.builder import FUNCTIONS, Builder, fixed_dim
 from gralora_fx.exporters.translation.operators import DomainNode
 from gralora_fx.features.experts.gate import HALVES, NO_GATE, ExpertGate, activated, gated
 from gralora_fx.features.experts.operators import Experts
