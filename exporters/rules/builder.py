@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -18,9 +18,13 @@ ATTENTION = frozenset({"Attention", "MultiHeadAttention"})  # operators without 
 PADDING = "gralora.padding"  # key in their metadata: the padding mask that hides keys
 SITES = "gralora_sites"  # key in a value's metadata: the outputs of linear layers that it is made of
 
+Operand: TypeAlias = ir.Value | int | Sequence[Any] | None  # of a node; whole numbers become constants
+
 
 class Builder:
     """Creates nodes to be inserted into a graph later; calling it creates one and returns its first output.
+
+    An input may be a whole number or a list of them, which becomes a constant: `build("Squeeze", value, [0])`.
 
     Attributes:
         graph: The graph that the nodes are for.
@@ -32,13 +36,15 @@ class Builder:
         self.nodes: list[ir.Node] = []
         self.graph = graph
 
-    def __call__(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def __call__(self, op_type: str, *inputs: Operand, domain: str = "", **attributes: Any) -> ir.Value:
         """Make a node with one output."""
         return self.node(op_type, inputs, domain=domain, **attributes).outputs[0]
 
-    def node(self, op_type: str, inputs: Any, *, domain: str = "", num_outputs: int = 1, **attributes: Any) -> ir.Node:
+    def node(
+        self, op_type: str, inputs: Iterable[Operand], *, domain: str = "", num_outputs: int = 1, **attributes: Any
+    ) -> ir.Node:
         """Make a node; trailing inputs that are None are left out."""
-        operands = list(inputs)
+        operands = [self._value(operand) for operand in inputs]
         while operands and operands[-1] is None:
             operands.pop()
         version = None if domain == "" else 1
@@ -47,6 +53,11 @@ class Builder:
         )
         self.nodes.append(node)
         return node
+
+    def _value(self, operand: Operand) -> ir.Value | None:
+        if isinstance(operand, int):
+            return self.scalar(operand)
+        return operand if operand is None or isinstance(operand, ir.Value) else self.ints(*operand)
 
     def split(self, value: ir.Value, count: int, axis: int) -> Sequence[ir.Value]:
         """Equal parts of a value along an axis."""
@@ -61,6 +72,10 @@ class Builder:
     def scalar(self, value: int) -> ir.Value:
         """A constant integer."""
         return self("Constant", value_int=value)
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """The size of a value's axis, as a scalar."""
+        return self("Squeeze", self("Shape", value, start=axis, end=axis + 1), [0])
 
     def tensor(self, values: Any, dtype: ir.DataType) -> ir.Value:
         """A constant of a dtype."""

@@ -142,7 +142,7 @@ def _lengths_and_bias(
     lengths = build("Expand", last, build("Shape", mask, start=0, end=1))
     zero, hidden = build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype)
     row = build("Where", build("Cast", mask, to=ir.DataType.BOOL), zero, hidden)
-    wide = build("Unsqueeze", row, build.ints(1, 2))  # [batch, 1, 1, total]
+    wide = build("Unsqueeze", row, [1, 2])  # [batch, 1, 1, total]
     ones, length = build.ints(1), build("Shape", new, start=1, end=2)
     bias = build("Expand", wide, build("Concat", ones, ones, length, ones, axis=0))
     return lengths, total, bias
@@ -190,7 +190,7 @@ def _replace(graph: ir.Graph, node: ir.Node, tables: RotaryTables, shared: _Shar
         if _joins_heads(usage.node, heads * size):
             replace_value(fused.outputs[0], usage.node.outputs[0])
     if output.uses() or output.is_graph_output():
-        replace_value(build("Reshape", fused.outputs[0], build.ints(0, 0, heads, size)), output)
+        replace_value(build("Reshape", fused.outputs[0], [0, 0, heads, size]), output)
     for new, old in ((fused.outputs[1], key), (fused.outputs[2], value)):
         replace_value(new, old)
     build.insert_before(node)

@@ -30,13 +30,13 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
     build = Builder(graph)
     bias = _bias(graph, node, attention, masks)
     if shared:  # [batch, key heads, heads / key heads, length, size] and [batch, key heads, 1, total, size]
-        query = build("Reshape", query, build.ints(0, key_heads, heads // key_heads, -1, size))
-        key, value = (build("Unsqueeze", part, build.ints(2)) for part in (key, value))
+        query = build("Reshape", query, [0, key_heads, heads // key_heads, -1, size])
+        key, value = (build("Unsqueeze", part, [2]) for part in (key, value))
         if bias is not None:
             per_head = bias.shape is not None and bias.shape[1] == heads
             length = build("Shape", bias, start=2)
-            shape = build("Concat", build.ints(0, key_heads, heads // key_heads), length, axis=0) if per_head else None
-            bias = build("Unsqueeze", bias, build.ints(2)) if shape is None else build("Reshape", bias, shape)
+            shape = build("Concat", [0, key_heads, heads // key_heads], length, axis=0) if per_head else None
+            bias = build("Unsqueeze", bias, [2]) if shape is None else build("Reshape", bias, shape)
     transposed_key = build("Transpose", key, perm=[0, 1, 2, 4, 3] if shared else [0, 1, 3, 2])
     scores = build("MatMul", build("Mul", query, build.tensor(attention.scale, dtype)), transposed_key)
     if attention.softcap:
@@ -48,13 +48,13 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, masks: dict[tuple[ir.Val
         weights = build("Softmax", scores, axis=-1)
     else:
         column = build.ints(1, key_heads, heads // key_heads, 1, 1) if shared else build.ints(1, heads, 1, 1)
-        rows = build("Concat", build("Shape", scores, end=-1), build.ints(1), axis=0)
+        rows = build("Concat", build("Shape", scores, end=-1), [1], axis=0)
         beside = build("Expand", build("Reshape", sinks, column), rows)
         weights = build("Softmax", build("Concat", scores, beside, axis=-1), axis=-1)
-        weights = build("Slice", weights, build.ints(0), build.ints(-1), build.ints(-1))
+        weights = build("Slice", weights, [0], [-1], [-1])
     result = build("MatMul", weights, value)
     if shared:
-        result = build("Reshape", result, build.ints(0, heads, -1, value_size))
+        result = build("Reshape", result, [0, heads, -1, value_size])
     build.replace(node, build("Transpose", result, perm=[0, 2, 1, 3]))
 
 
@@ -68,7 +68,7 @@ def decompose_masks(graph: ir.Graph) -> int:
     mask: Any  # its length is a value and its dtype a number, which the operator's fields do not say
     for node, mask in MaskNode.all_in(graph):
         build = Builder(graph)
-        length = build("Reshape", mask.length, build.ints(1))
+        length = build("Reshape", mask.length, [1])
         build.replace(node, _causal(build, mask.padding, length, mask.window, ir.DataType(mask.dtype)))
         count += 1
     return count
@@ -93,11 +93,11 @@ def _causal(build: Builder, padding: ir.Value, length: ir.Value, window: int, dt
     total = build("Shape", padding, start=1, end=2)
     ends, zero, one = build("Squeeze", total), build("Constant", value_int=0), build("Constant", value_int=1)
     begin = build("Squeeze", build("Sub", total, length))
-    rows = build("Unsqueeze", build("Range", begin, ends, one), build.ints(1))
-    columns = build("Unsqueeze", build("Range", zero, ends, one), build.ints(0))
+    rows = build("Unsqueeze", build("Range", begin, ends, one), [1])
+    columns = build("Unsqueeze", build("Range", zero, ends, one), [0])
     seen = build("LessOrEqual", columns, rows)
     if window:
         seen = build("And", seen, build("Greater", columns, build("Sub", rows, build("Constant", value_int=window))))
-    real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
-    seen = build("And", build("Unsqueeze", seen, build.ints(0, 1)), real)
+    real = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), [1, 2])
+    seen = build("And", build("Unsqueeze", seen, [0, 1]), real)
     return build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype))

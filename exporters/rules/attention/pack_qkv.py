@@ -31,7 +31,7 @@ def merge_heads(build: Builder, tensor: ir.Value, tables: RotaryTables) -> ir.Va
     swapped = _unswapped(build, tensor)
     if swapped is None:
         swapped = build("Transpose", tensor, perm=SWAP)
-    return _before_split(swapped, tensor) or build("Reshape", swapped, build.ints(0, 0, -1))
+    return _before_split(swapped, tensor) or build("Reshape", swapped, [0, 0, -1])
 
 
 def merged_heads(tensor: ir.Value) -> ir.Value | None:
@@ -93,7 +93,7 @@ def pack_qkv(
     count = heads + 2 * key_heads
     half = static_dim(cos, 2) or 0
     partial = {} if 2 * half == size else {"num_heads": 1, "rotary_embedding_dim": 2 * half}
-    apart = build("Reshape", result, build.ints(-1, count, size))  # each position as a row of the batch
+    apart = build("Reshape", result, [-1, count, size])  # each position as a row of the batch
     apart = build(
         "RotaryEmbedding",
         apart,

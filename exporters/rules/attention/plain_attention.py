@@ -53,7 +53,7 @@ def _bias(build: Builder, attention: DotProductAttentionNode, dtype: ir.DataType
     zero, hidden = build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype)
     keys = None
     if padding is not None:
-        keys = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), build.ints(1, 2))
+        keys = build("Unsqueeze", build("Cast", padding, to=ir.DataType.BOOL), [1, 2])
     if mask is not None and mask.dtype != ir.DataType.BOOL:
         bias = mask if keys is None else build("Where", keys, mask, hidden)
     else:
@@ -126,7 +126,7 @@ def _replace(build: Builder, node: ir.Node, attention: DotProductAttentionNode, 
     if output.uses() or output.is_graph_output():
         if result.shape is None and query.shape is not None and heads and width:
             result.shape, result.type = ir.Shape([query.shape[0], query.shape[2], heads * width]), output.type
-        apart = build("Reshape", result, build.ints(0, 0, heads, -1 if width is None else width))
+        apart = build("Reshape", result, [0, 0, heads, -1 if width is None else width])
         replace_value(build("Transpose", apart, perm=SWAP), output)
 
 
@@ -173,6 +173,6 @@ def _causal(build: Builder, query: ir.Value, key: ir.Value) -> ir.Value:
     start, step = build.scalar(0), build.scalar(1)
     sizes = [build("Squeeze", build("Shape", part, start=2, end=3)) for part in (query, key)]
     rows, columns = (build("Range", start, size, step) for size in sizes)
-    seen = build("LessOrEqual", build("Unsqueeze", columns, build.ints(0)), build("Unsqueeze", rows, build.ints(1)))
+    seen = build("LessOrEqual", build("Unsqueeze", columns, [0]), build("Unsqueeze", rows, [1]))
     mask = build("Where", seen, build.tensor(0.0, dtype), build.tensor(smallest_number(dtype), dtype))
-    return build("Unsqueeze", mask, build.ints(0, 1))
+    return build("Unsqueeze", mask, [0, 1])

@@ -226,7 +226,7 @@ class RotaryTables:
 
     def table(self, values: ir.Value) -> ir.Value:
         """`[batch * length, half]` of `[batch, length, half]`."""
-        return self._once(values, lambda build: build("Reshape", values, build.ints(-1, static_dim(values, 2))))
+        return self._once(values, lambda build: build("Reshape", values, [-1, static_dim(values, 2)]))
 
     def rows(self, values: ir.Value) -> ir.Value:
         """`[batch, length]`: the row index of each position in the table of `[batch, length, half]`."""
@@ -234,7 +234,7 @@ class RotaryTables:
         def rows(build: Builder) -> ir.Value:
             sizes = build("Shape", values, start=0, end=2)
             count = build("ReduceProd", sizes, keepdims=0)
-            return build("Reshape", build("Range", build.scalar(0), count, build.scalar(1)), sizes)
+            return build("Reshape", build("Range", 0, count, 1), sizes)
 
         return self._once(values, rows, "rows")
 
@@ -256,10 +256,8 @@ class RotaryTables:
 
         def heads(build: Builder) -> ir.Value:
             end = build("Squeeze", build("Shape", table, start=0, end=1))
-            rows = build(
-                "Unsqueeze", build("Range", build.scalar(num_rotated + num_kept), end, build.scalar(1)), build.ints(1)
-            )
-            return build("Mul", rows, build.ints(*[1] * num_rotated, *[0] * num_kept))
+            rows = build("Unsqueeze", build("Range", num_rotated + num_kept, end, 1), [1])
+            return build("Mul", rows, [*[1] * num_rotated, *[0] * num_kept])
 
         return self._once(values, heads, num_rotated, num_kept, after=table)
 
@@ -267,7 +265,7 @@ class RotaryTables:
         """`[batch, length, width]` as a shape."""
 
         def sizes(build: Builder) -> ir.Value:
-            return build("Concat", build("Shape", values, start=0, end=2), build.ints(width), axis=0)
+            return build("Concat", build("Shape", values, start=0, end=2), [width], axis=0)
 
         return self._once(values, sizes, "shape", width)
 

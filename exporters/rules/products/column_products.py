@@ -239,7 +239,7 @@ def look_up_columns(table: ir.Value, stored: StoredColumns) -> int:
         build = Builder(node.graph)
         integers = build("Cast", build("Gather", stored.integers, ids, axis=1), to=ir.DataType.FLOAT)
         values = build("Transpose", integers, perm=[*range(1, len(ids.shape) + 1), 0])
-        scale = build("Unsqueeze", build("Gather", stored.scale, ids), build.ints(-1))
+        scale = build("Unsqueeze", build("Gather", stored.scale, ids), [-1])
         found = build("Mul", values, scale)
         found = found if stored.factors is None else build("Mul", found, stored.factors)
         for index, made in enumerate(build.nodes):

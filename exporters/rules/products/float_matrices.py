@@ -101,10 +101,10 @@ def fill_vectors(model: ir.Model) -> PassResult[ir.Model]:
         assert x is not None
         build = Builder(graph)
         if (graph, x) not in padded:
-            padded[graph, x] = build("Pad", x, build.ints(0, -width % VECTOR), None, build.ints(-1))
+            padded[graph, x] = build("Pad", x, [0, -width % VECTOR], None, [-1])
         whole = build(node.op_type, padded[graph, x], *node.inputs[1:], **attributes_of(node))
         if node.op_type in OPERATORS:
-            whole = build("Slice", whole, build.ints(0), build.ints(width), build.ints(-1))
+            whole = build("Slice", whole, [0], [width], [-1])
         elif node.op_type == "ReduceMean":
             assert x.dtype is not None
             whole = build("Mul", whole, build.tensor((width + -width % VECTOR) / width, x.dtype))

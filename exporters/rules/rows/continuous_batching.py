@@ -278,8 +278,8 @@ def _chosen_or(build: Builder, chosen: ir.Value, otherwise: ir.Value) -> ir.Valu
     """`[num_logits, 1]`: chosen tokens `[num_logits]`, or others `[batch, 1]` where none are chosen."""
     number = build("Shape", chosen)
     end = build("Where", build("Cast", number, to=ir.DataType.BOOL), number, build("Shape", otherwise, end=1))
-    both = build("Concat", build("Unsqueeze", chosen, build.ints(1)), otherwise, axis=0)
-    return build("Slice", both, build.ints(0), end, build.ints(0))
+    both = build("Concat", build("Unsqueeze", chosen, [1]), otherwise, axis=0)
+    return build("Slice", both, [0], end, [0])
 
 
 def _reads_tokens_alone(head: Head) -> bool:

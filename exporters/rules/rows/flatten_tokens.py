@@ -214,7 +214,7 @@ class _Flattening:
         if value not in self.entries:
             assert value.shape is not None
             self._prepare(value)
-            flat = self.build("Reshape", value, self.build.ints(-1, value.shape[2]))
+            flat = self.build("Reshape", value, [-1, value.shape[2]])
             matrix = flat if self.tokens is None else self.build("Gather", flat, self.tokens, axis=0)
             matrix.type, matrix.shape = value.type, ir.Shape([self.num_rows, value.shape[2]])
             self.entries[value] = matrix
@@ -229,15 +229,15 @@ class _Flattening:
         self.sizes = build("Shape", entry if self.padding is None else self.padding, start=0, end=2)
         if self.padding is None:
             return
-        length = build("Squeeze", build("Shape", self.padding, start=1, end=2), build.ints(0))
-        position = build("Range", build.scalar(0), length, build.scalar(1))
+        length = build.size(self.padding, 1)
+        position = build("Range", 0, length, 1)
         shown = build("Cast", self.padding, to=ir.DataType.BOOL)
-        kept = build("Or", shown, build("Equal", position, build.scalar(0)))
-        flat = build("Reshape", kept, build.ints(-1))
-        self.tokens = build("Reshape", build("NonZero", flat), build.ints(-1))
-        count = build("CumSum", build("Cast", flat, to=ir.DataType.INT64), build.scalar(0))
-        self.row_at = build("Reshape", build("Sub", count, build.scalar(1)), self.sizes)
-        self.kept = build("Unsqueeze", kept, build.ints(2))
+        kept = build("Or", shown, build("Equal", position, 0))
+        flat = build("Reshape", kept, [-1])
+        self.tokens = build("Reshape", build("NonZero", flat), [-1])
+        count = build("CumSum", build("Cast", flat, to=ir.DataType.INT64), 0)
+        self.row_at = build("Reshape", build("Sub", count, 1), self.sizes)
+        self.kept = build("Unsqueeze", kept, [2])
 
     def _read_restored(self, node: ir.Node) -> None:
         """Let a node outside the region read token tensors made of matrices."""
@@ -269,7 +269,7 @@ class _Flattening:
         sizes = [int(size) if size.isdigit() else -1 for size in self.region.dims]
         if min(sizes) < 0 < max(sizes) or min(sizes) > 0:
             return self.build.ints(*sizes, width)
-        return self.build("Concat", self.sizes, self.build.ints(width), axis=0)
+        return self.build("Concat", self.sizes, [width], axis=0)
 
     def _take_first(self, node: ir.Node) -> None:
         """Let a node that takes the first token of each row take its row of the matrix.

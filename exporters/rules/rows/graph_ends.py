@@ -79,9 +79,9 @@ def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
     ids, mask = (_input(model, name) for name in ("input_ids", "attention_mask"))
     build = Builder(model.graph)
     length = build("Shape", ids, start=1, end=2)
-    window = build("Slice", mask, build("Neg", length), build.ints(END), build.ints(1))  # the mask of new positions
+    window = build("Slice", mask, build("Neg", length), [END], [1])  # the mask of new positions
     last = build("ArgMax", window, axis=1, keepdims=1, select_last_index=1)  # [batch, 1]
-    cut = build("GatherND", hidden, build("Unsqueeze", last, build.ints(2)), batch_dims=1)  # [batch, 1, size]
+    cut = build("GatherND", hidden, build("Unsqueeze", last, [2]), batch_dims=1)  # [batch, 1, size]
     if hidden.shape is not None:
         cut.shape = ir.Shape([hidden.shape[0], 1, *hidden.shape[2:]])
     cut.type = hidden.type

@@ -59,18 +59,18 @@ class RowTokens:
         """`[..., 1, tokens, ...]` of an input `[..., batch, length, ...]`."""
         assert value.shape is not None
         sizes = list(value.shape)
-        flat = build("Reshape", value, build.ints(*sizes[:axis], -1, *sizes[axis + 2 :]))
+        flat = build("Reshape", value, [*sizes[:axis], -1, *sizes[axis + 2 :]])
         taken = build("Gather", flat, self.tokens, axis=axis)
         taken.type = value.type
         taken.shape = ir.Shape([*sizes[:axis], 1, ir.SymbolicDim(NUM_TOKENS), *sizes[axis + 2 :]])
         return taken
 
     def is_read(self, build: Builder) -> ir.Value:
-        """`[batch, length, 1]`: whether there is a token at each position that counts."""
-        length = build("Squeeze", build("Shape", self.token_at, start=1, end=2), build.ints(0))
-        places = build("Range", build.scalar(0), length, build.scalar(1))
-        counts = build("Unsqueeze", build("Cast", self.query, to=ir.DataType.INT64), build.ints(1))
-        return build("Unsqueeze", build("Less", places, counts), build.ints(2))
+        """`[batch, length, 1]`: whether a token at each position counts, `arange(length) < query[:, None]`."""
+        length = build.size(self.token_at, 1)
+        places = build("Range", 0, length, 1)
+        counts = build("Unsqueeze", build("Cast", self.query, to=ir.DataType.INT64), [1])
+        return build("Unsqueeze", build("Less", places, counts), [2])
 
 
 def take_tokens(build: Builder, value: ir.Value, index: ir.Value, sizes: Sequence[int | ir.SymbolicDim]) -> ir.Value:
@@ -91,7 +91,12 @@ def flat_tokens(build: Builder, value: ir.Value, index: ir.Value) -> ir.Value:
 def row_tokens(
     build: Builder, input_ids: ir.Value, query: ir.Value, past: ir.Value, attended: ir.Value | None = None
 ) -> RowTokens:
-    """What tells tokens of rows that are padded on the right.
+    """Compute which tokens count of rows that are padded on the right, and where each belongs.
+
+        counts = arange(length) < query[:, None]   tokens = flatnonzero(counts)
+        ids = input_ids.flat[tokens]               positions = (past[:, None] + arange(length)).flat[tokens]
+        token_at = max(cumsum(counts.flat) - 1, 0) cached = max(past + attended - 1, 0)
+        total = max(max(cached) + 1, length)
 
     Args:
         build: Makes the nodes.
@@ -104,9 +109,9 @@ def row_tokens(
     lengths = RowLengths(build, input_ids, query)
     order = build("Sub", build("CumSum", build("Cast", lengths.flat, to=ir.DataType.INT64), lengths.zero), lengths.one)
     token_at = build("Reshape", build("Max", order, lengths.zero), build("Shape", input_ids))
-    before = build("Unsqueeze", build("Cast", past, to=ir.DataType.INT64), build.ints(1))
+    before = build("Unsqueeze", build("Cast", past, to=ir.DataType.INT64), [1])
     ids, positions = (
-        build("Gather", build("Reshape", value, build.ints(-1)), lengths.tokens)
+        build("Gather", build("Reshape", value, [-1]), lengths.tokens)
         for value in (input_ids, build("Add", before, lengths.column))
     )
     for value in (ids, positions):
@@ -120,12 +125,16 @@ def row_tokens(
 
 
 def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
-    """The same tokens in rows as long as the longest, which a batch may be longer than."""
+    """Trim rows to the longest of them, which a batch may be longer than.
+
+    longest = max(query, 1)                                     token_at = token_at[:, :longest]
+    tokens = tokens - tokens // length * (length - longest)
+    """
     one = build.scalar(1)
     length = build("Max", build("ReduceMax", build("Cast", tokens.query, to=ir.DataType.INT64), keepdims=0), one)
-    before = build("Squeeze", build("Shape", tokens.token_at, start=1, end=2), build.ints(0))
-    end = build("Unsqueeze", length, build.ints(0))
-    token_at = build("Slice", tokens.token_at, build.ints(0), end, build.ints(1))
+    before = build.size(tokens.token_at, 1)
+    end = build("Unsqueeze", length, [0])
+    token_at = build("Slice", tokens.token_at, [0], end, [1])
     row = build("Div", tokens.tokens, before)
     index = build("Sub", tokens.tokens, build("Mul", row, build("Sub", before, length)))
     sizes = (tokens.sizes[0], ir.SymbolicDim("longest_row"))
@@ -133,15 +142,15 @@ def longest_row(build: Builder, tokens: RowTokens) -> RowTokens:
 
 
 def last_tokens(build: Builder, query: ir.Value) -> ir.Value:
-    """`[batch, 1]`: the last token of each row; any for an idle row.
+    """`[batch, 1]`: the last token of each row, `max(cumsum(query) - 1, 0)`; any for an idle row.
 
     Args:
         build: Makes the nodes.
         query: `[batch]` int32, how many tokens of each row count.
     """
-    ends = build("CumSum", build("Cast", query, to=ir.DataType.INT64), build.scalar(0))
-    last = build("Max", build("Sub", ends, build.scalar(1)), build.scalar(0))
-    return build("Unsqueeze", last, build.ints(1))
+    ends = build("CumSum", build("Cast", query, to=ir.DataType.INT64), 0)
+    last = build("Max", build("Sub", ends, 1), 0)
+    return build("Unsqueeze", last, [1])
 
 
 class RowLengths:
@@ -159,8 +168,8 @@ class RowLengths:
         """Compute them from the ids `[batch, length]` and the lengths `[batch]`."""
         self.zero, self.one = build.scalar(0), build.scalar(1)
         self.counts = build("Cast", query, to=ir.DataType.INT64)
-        self.length = build("Squeeze", build("Shape", input_ids, start=1, end=2), build.ints(0))
+        self.length = build.size(input_ids, 1)
         self.column = build("Range", self.zero, self.length, self.one)
-        is_valid = build("Less", self.column, build("Unsqueeze", self.counts, build.ints(1)))
-        self.flat = build("Reshape", is_valid, build.ints(-1))
+        is_valid = build("Less", self.column, build("Unsqueeze", self.counts, [1]))
+        self.flat = build("Reshape", is_valid, [-1])
         self.tokens = build("NonZero", self.flat)

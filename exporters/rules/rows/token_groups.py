@@ -37,14 +37,14 @@ class TokenGroups:
 
 
 def highest_id(build: Builder, query: ir.Value, ids: ir.Value) -> ir.Value:
-    """`[1]`: the highest id of an adapter among the rows that read.
+    """`[1]`: the highest id of an adapter among the rows that read, `max(ids * min(query, 1))`.
 
     Args:
         build: Makes the nodes.
         query: `[batch]` int32, how many tokens of each row count.
         ids: `[batch]`, the adapter of each row.
     """
-    reads = build("Min", build("Cast", query, to=ir.DataType.INT64), build.scalar(1))
+    reads = build("Min", build("Cast", query, to=ir.DataType.INT64), 1)
     return build("ReduceMax", build("Mul", ids, reads), keepdims=1)
 
 
@@ -52,7 +52,14 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     """The tokens of rows that are padded on the right, in tiles: each some tokens of one row.
 
     A tile has as many tokens as the longest row, at most `TILE`. Where all rows that read have one adapter, all their
-    tokens are one tile, whose adapter is copied once.
+    tokens are one tile, whose adapter is copied once: then `counts` and `ids` below are those of all rows together, and
+    `length` and `size` how many tokens there are.
+
+        size = max(min(length, TILE), 2)                            offsets = arange(ceil(length / size)) * size
+        row, tile = nonzero(offsets < counts[:, None])              starts = cumsum(counts) - counts
+        tokens = (starts[row] + offsets[tile])[:, None] + arange(size), at most the last token
+        begins = (cumsum(ceil(counts / size)) - ceil(counts / size)) * size
+        slots = (begins[:, None] + arange(length)).flat[flatnonzero(arange(length) < counts[:, None])]
 
     Args:
         build: Makes the nodes.
@@ -64,24 +71,24 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     zero, one = lengths.zero, lengths.one
 
     def as_column(value: ir.Value) -> ir.Value:
-        return build("Unsqueeze", value, build.ints(1))
+        return build("Unsqueeze", value, [1])
 
     reads = build("Greater", lengths.counts, zero)
     highest = highest_id(build, query, ids)
     is_same = build("Or", build("Equal", ids, highest), build("Not", reads))
     is_one = build("Equal", build("ReduceMin", build("Cast", is_same, to=ir.DataType.INT64), keepdims=0), one)
     total = build("ReduceSum", lengths.counts, keepdims=1)
-    begin = build("Sub", build.ints(1), build("Unsqueeze", build("Cast", is_one, to=ir.DataType.INT64), build.ints(0)))
-    end = build("Where", is_one, build.ints(1), build.ints(2**31))
+    begin = build("Sub", build.ints(1), build("Unsqueeze", build("Cast", is_one, to=ir.DataType.INT64), [0]))
+    end = build("Where", is_one, [1], [2**31])
 
     def either(whole: ir.Value, by_row: ir.Value) -> ir.Value:
         """`[1]` for all rows together, or `[batch]`."""
         return build("Slice", build("Concat", whole, by_row, axis=0), begin, end)
 
     counts, ids = either(total, lengths.counts), either(highest, ids)
-    number = build("Squeeze", total, build.ints(0))
+    number = build("Squeeze", total, [0])
     length = build("Where", is_one, number, lengths.length)
-    size = _at_least_two(build, build("Where", is_one, number, build("Min", lengths.length, build.scalar(TILE))))
+    size = _at_least_two(build, build("Where", is_one, number, build("Min", lengths.length, TILE)))
 
     def number_of(tokens: ir.Value) -> ir.Value:
         return build("Div", build("Add", tokens, build("Sub", size, one)), size)
@@ -95,7 +102,7 @@ def token_tiles(build: Builder, input_ids: ir.Value, query: ir.Value, ids: ir.Va
     tokens = build("Min", build("Add", as_column(first), build("Range", zero, size, one)), final)
     numbers = number_of(counts)
     begins = build("Mul", build("Sub", build("CumSum", numbers, zero), numbers), size)  # [batch]
-    slots = build("Reshape", build("Add", as_column(begins), build("Range", zero, length, one)), build.ints(-1))
+    slots = build("Reshape", build("Add", as_column(begins), build("Range", zero, length, one)), [-1])
     order = build("Where", is_one, build("Range", zero, number, one), lengths.tokens)
     return TokenGroups(build("Gather", ids, row), tokens, build("Gather", slots, order))
 
@@ -108,6 +115,10 @@ def tokens_of_adapters(
     So no adapter is copied. That is worth it while the groups are short, and the stack has few adapters beside those
     that are used: a copy is read and written, and then read again.
 
+        own = ids[row of each token]                                hits = own[:, None] == arange(adapters)
+        most = max(max(sum(hits, 0)), 2)                            before = sum(cumsum(hits, 0) * hits, 1) - 1
+        slots = own * most + before                                 tokens.flat[slots] = arange(number of tokens)
+
     Args:
         build: Makes the nodes.
         input_ids: `[batch, length]`.
@@ -117,22 +128,22 @@ def tokens_of_adapters(
     """
     lengths = RowLengths(build, input_ids, query)
     zero, one = lengths.zero, lengths.one
-    indices = build("Squeeze", lengths.tokens, build.ints(0))
-    number = build("Squeeze", build("Shape", indices), build.ints(0))
+    indices = build("Squeeze", lengths.tokens, [0])
+    number = build("Squeeze", build("Shape", indices), [0])
     own = build("Gather", ids, build("Div", indices, lengths.length))  # [tokens]
-    column = build("Unsqueeze", own, build.ints(1))
+    column = build("Unsqueeze", own, [1])
     hits = build("Cast", build("Equal", column, build("Range", zero, adapters, one)), to=ir.DataType.INT64)
-    counts = build("ReduceSum", hits, build.ints(0), keepdims=0)
+    counts = build("ReduceSum", hits, [0], keepdims=0)
     most = _at_least_two(build, build("ReduceMax", counts, keepdims=0))
-    before = build("ReduceSum", build("Mul", build("CumSum", hits, zero), hits), build.ints(1), keepdims=0)
+    before = build("ReduceSum", build("Mul", build("CumSum", hits, zero), hits), [1], keepdims=0)
     slots = build("Add", build("Mul", own, most), build("Sub", before, one))
-    shape = build("Concat", *(build("Unsqueeze", size, build.ints(0)) for size in (adapters, most)), axis=0)
+    shape = build("Concat", *(build("Unsqueeze", size, [0]) for size in (adapters, most)), axis=0)
     room = build("Mul", adapters, most)
-    none = build("Expand", zero, build("Unsqueeze", room, build.ints(0)))
+    none = build("Expand", zero, build("Unsqueeze", room, [0]))
     tokens = build("Reshape", build("ScatterElements", none, slots, build("Range", zero, number, one)), shape)
-    is_short = build("LessOrEqual", most, build.scalar(TILE))
-    is_used = build("LessOrEqual", room, build("Add", build("Mul", number, build.scalar(_COPY)), one))
-    groups = TokenGroups(None, tokens, build("Unsqueeze", slots, build.ints(0)))
+    is_short = build("LessOrEqual", most, TILE)
+    is_used = build("LessOrEqual", room, build("Add", build("Mul", number, _COPY), one))
+    groups = TokenGroups(None, tokens, build("Unsqueeze", slots, [0]))
     return groups, build("And", is_short, is_used)
 
 
@@ -141,4 +152,4 @@ def _at_least_two(build: Builder, size: ir.Value) -> ir.Value:
 
     ONNX Runtime multiplies a lone token by an adapter in another order than several, with other last bits.
     """
-    return build("Max", size, build.scalar(2))
+    return build("Max", size, 2)

@@ -80,23 +80,23 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
     """
     hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
     size, k = width_of(experts), fixed_dim(experts.index, 1)
-    chosen = build("Reshape", experts.index, build.ints(-1))
+    chosen = build("Reshape", experts.index, [-1])
     order = order_of(build, chosen)
     unique = build.node("Unique", [chosen], num_outputs=4, axis=0)
     found, counts = unique.outputs[0], unique.outputs[3]
-    ends = build("CumSum", counts, build.scalar(0))
+    ends = build("CumSum", counts, 0)
     begins = build("Sub", ends, counts)
 
     def part(inner: Builder, index: ir.Value) -> ir.Value:
         """The outputs of one expert for its rows."""
-        at = inner("Unsqueeze", index, inner.ints(0))
+        at = inner("Unsqueeze", index, [0])
         expert, begin, end = (inner("Gather", of, at) for of in (found, begins, ends))
-        rows = inner("Div", inner("Slice", order, begin, end), inner.scalar(k))
+        rows = inner("Div", inner("Slice", order, begin, end), k)
         x = inner("Gather", hidden, rows, axis=0)
         x = _between(inner, experts.gate, _product(inner, x, experts, expert, is_up=True), dtype)
         return _product(inner, x, experts, expert, is_up=False)
 
-    parts = loop(build, build("Squeeze", build("Shape", found), build.ints(0)), part, dtype, name)
+    parts = loop(build, build("Squeeze", build("Shape", found), [0]), part, dtype, name)
     outputs = build("Gather", build("ConcatFromSequence", parts, axis=0), order_of(build, order), axis=0)
     return weighted(build, outputs, experts, k, size)
 
@@ -121,9 +121,9 @@ def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, si
         weights = build("Cast", weights, to=experts.hidden.dtype)
     if k == 1:
         return build("Mul", outputs, weights)
-    each = build("Reshape", outputs, build.ints(-1, k, size))
+    each = build("Reshape", outputs, [-1, k, size])
     # a product of each token sums in one order, and a `ReduceSum` of one token in another than of several
-    return build("Squeeze", build("MatMul", build("Unsqueeze", weights, build.ints(1)), each), build.ints(1))
+    return build("Squeeze", build("MatMul", build("Unsqueeze", weights, [1]), each), [1])
 
 
 def order_of(build: Builder, keys: ir.Value) -> ir.Value:
@@ -135,7 +135,7 @@ def _product(build: Builder, x: ir.Value, experts: ExpertsNode, expert: ir.Value
     """`x @ weight + bias` of one expert."""
     weight, bias = (experts.up, experts.up_bias) if is_up else (experts.down, experts.down_bias)
     matrix, *rest = (
-        build("Squeeze", build("Gather", of, expert, axis=0), build.ints(0)) for of in (weight, bias) if of is not None
+        build("Squeeze", build("Gather", of, expert, axis=0), [0]) for of in (weight, bias) if of is not None
     )
     return build("Gemm", x, matrix, *rest, transB=0 if experts.is_transposed else 1)
 
@@ -147,9 +147,7 @@ def _between(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) 
     if gate.layout == HALVES:
         part, linear = build.split(x, 2, axis=-1)
     else:
-        part, linear = (
-            build("Slice", x, build.ints(start), build.ints(2**31), build.ints(-1), build.ints(2)) for start in (0, 1)
-        )
+        part, linear = (build("Slice", x, [start], [2**31], [-1], [2]) for start in (0, 1))
     return gated(GateNodes(build, dtype), gate, part, linear)
 
 
@@ -196,7 +194,7 @@ def _add_function(model: ir.Model, name: str, gate: ExpertGate, count: int, stac
     def body(build: Builder, x: ir.Value, scores: ir.Value, *entries: ir.Value) -> dict[str, ir.Value]:
         weights = {stack: entries[at * count : (at + 1) * count] for at, stack in enumerate(stacks)}
         # tokens by expert, those of one as they come
-        order = build("Gather", build("NonZero", build("Transpose", scores, perm=[1, 0])), build.scalar(1), axis=0)
+        order = build("Gather", build("NonZero", build("Transpose", scores, perm=[1, 0])), 1, axis=0)
         begins, every_second = [build.ints(0), build.ints(1)], [build.ints(limit) for limit in (2**31, 0, 2)]
         counts = build("Cast", build("ReduceSum", scores, begins[0], keepdims=0), to=ir.DataType.INT64)
 

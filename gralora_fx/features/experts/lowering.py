@@ -110,9 +110,9 @@ def _with_weights_of_none(build: Builder, experts: ExpertsNode) -> ExpertsNode:
     if scores is not None and scores.shape is not None and scores.shape[-1] == count:
         return experts
     weights, dtype = experts.weights, experts.weights.dtype or ir.DataType.FLOAT
-    kept = build("Where", build("Less", experts.index, build.scalar(count)), weights, build.tensor(0, dtype))
+    kept = build("Where", build("Less", experts.index, count), weights, build.tensor(0, dtype))
     kept.type, kept.shape = weights.type, weights.shape
-    index = build("Min", experts.index, build.scalar(count - 1))
+    index = build("Min", experts.index, count - 1)
     index.type, index.shape = experts.index.type, experts.index.shape
     return ExpertsNode(**{**vars(experts), "index": index, "weights": kept})
 
@@ -139,12 +139,12 @@ def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], no
     count, k, size = fixed_dim(experts.up, 0), fixed_dim(experts.index, 1), width_of(experts)
     for name, value in _operands(experts).items():
         _arrange(value, experts, is_up=name.startswith("up"), is_bias=name.endswith("bias"))
-    chosen = build("Reshape", experts.index, build.ints(-1))
-    scores = build("OneHot", chosen, build.scalar(count), build.tensor([0, 1], dtype), axis=-1)
+    chosen = build("Reshape", experts.index, [-1])
+    scores = build("OneHot", chosen, count, build.tensor([0, 1], dtype), axis=-1)
     rows = hidden
     if k > 1:
-        each = build("Expand", build("Unsqueeze", hidden, build.ints(1)), build.ints(1, k, 1))
-        rows = build("Reshape", each, build.ints(-1, size))
+        each = build("Expand", build("Unsqueeze", hidden, [1]), [1, k, 1])
+        rows = build("Reshape", each, [-1, size])
     operands = [rows, scores, experts.up, experts.up_bias, experts.down, experts.down_bias]
     product = build.node(MOE, operands, domain=MICROSOFT, k=1, normalize_routing_weights=1, **attributes)
     product.metadata_props.update(

@@ -33,12 +33,12 @@ def lower_prompt_clamps(model: ir.Model) -> PassResult[ir.Model]:
     changed = 0
     for node, taken in PromptClampNode.all_in(model.graph):
         build = Builder(model.graph)
-        count = build("Squeeze", build("Shape", taken.x, start=1, end=2), build.ints(0))
+        count = build.size(taken.x, 1)
         rank = len(taken.state.shape or ())
-        sums = build("ReduceL1", taken.state, build.ints(*range(1, rank)), keepdims=0)
+        sums = build("ReduceL1", taken.state, [*range(1, rank)], keepdims=0)
         is_new = build("Equal", sums, build.tensor(0.0, taken.state.dtype or ir.DataType.FLOAT))
-        is_prompt = build("Or", is_new, build("Greater", count, build.scalar(1)))
-        _clamp(build, node, taken, build("Unsqueeze", is_prompt, build.ints(1, 2)))
+        is_prompt = build("Or", is_new, build("Greater", count, 1))
+        _clamp(build, node, taken, build("Unsqueeze", is_prompt, [1, 2]))
         changed += 1
     if changed:
         model.metadata_props[TOKENS_APART] = "1"
@@ -53,7 +53,7 @@ def clamp_rows(model: ir.Model, tokens: RowTokens) -> None:
         if is_prompt is None:
             zero, one = (build.tensor(number, ir.DataType.INT32) for number in (0, 1))
             of_row = build("Or", build("Greater", tokens.query, one), build("Equal", tokens.cached, zero))
-            by_place = build("And", tokens.is_read(build), build("Unsqueeze", of_row, build.ints(1, 2)))
+            by_place = build("And", tokens.is_read(build), build("Unsqueeze", of_row, [1, 2]))
             is_prompt = tokens.of_rows(build, by_place)  # [1, tokens, 1]
             model.metadata_props[TOKENS_APART] = "1"
         _clamp(build, node, taken, is_prompt)
@@ -107,11 +107,11 @@ def _convolve(build: Builder, node: ir.Node) -> bool:
     known = [concat for concat in known if list(concat.inputs) == parts]  # for the next state of rows
     joined = known[0].outputs[0] if known else build("Concat", *parts, axis=1)
     rows = build("Transpose", build("Unsqueeze", joined, kept), perm=[0, 3, 1, 2])  # [batch, channels, positions, 1]
-    y = build("Conv", rows, build("Unsqueeze", weight, build.ints(3)), bias, group=static_dim(weight, 0))
+    y = build("Conv", rows, build("Unsqueeze", weight, [3]), bias, group=static_dim(weight, 0))
     y = build("Squeeze", build("Transpose", y, perm=[0, 2, 3, 1]), kept)
     if node.attributes["activation"].as_string() == "silu":
         y = build("QuickGelu", y, domain=MICROSOFT, alpha=1.0)
-    last = build("Slice", joined, build.ints(1 - width), build.ints(1 << 62), build.ints(1))
+    last = build("Slice", joined, [1 - width], [1 << 62], [1])
     for new, old in ((y, node.outputs[0]), (last, node.outputs[1])):
         replace_channels_first(build, new, old)
     return True
@@ -144,30 +144,30 @@ def _scan(build: Builder, node: ir.Node) -> bool:
     names = ("query", "key", "value", "decay")
     parts = {name: ir.Value(name=f"{name}_here", type=ir.TensorType(dtype)) for name in names}
     inner = Builder(build.graph)
-    factor = inner("Exp", inner("Reshape", parts["decay"], inner.ints(*apart)))
+    factor = inner("Exp", inner("Reshape", parts["decay"], [*apart]))
     written = inner(
         "Mul",
-        inner("Reshape", parts["value"], inner.ints(*apart[:3], 1)),
-        inner("Reshape", parts["key"], inner.ints(0, groups, 1, size)),
+        inner("Reshape", parts["value"], [*apart[:3], 1]),
+        inner("Reshape", parts["key"], [0, groups, 1, size]),
     )
     after = inner("Add", inner("Mul", carried, factor), written)
-    y = inner("MatMul", after, inner("Reshape", parts["query"], inner.ints(0, groups, size, 1)))
+    y = inner("MatMul", after, inner("Reshape", parts["query"], [0, groups, size, 1]))
     scale = node.attributes["scale"].as_float()
     y = y if scale == 1.0 else inner("Mul", y, inner.tensor(scale, dtype))
-    y = inner("Reshape", y, inner.ints(0, heads))
+    y = inner("Reshape", y, [0, heads])
     for output in (after, y):
         output.type = ir.TensorType(dtype)
     body = named_graph([carried, *parts.values()], [after, y], inner.take(), "scan")
     loop = build.node(
         "Scan",
-        [build("Reshape", state, build.ints(*apart)), query, key, value, decay],
+        [build("Reshape", state, [*apart]), query, key, value, decay],
         num_outputs=2,
         body=body,
         num_scan_inputs=len(names),
         scan_input_axes=[1] * len(names),
         scan_output_axes=[1],
     )
-    replace_value(build("Reshape", loop.outputs[0], build.ints(0, heads, size, 1)), node.outputs[1])
+    replace_value(build("Reshape", loop.outputs[0], [0, heads, size, 1]), node.outputs[1])
     replace_value(loop.outputs[1], node.outputs[0])
     return True
 

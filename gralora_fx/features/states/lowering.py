@@ -96,7 +96,7 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
     )
     y, state = fused.outputs
     y.shape, y.type = ir.Shape([*list(taken.value.shape or ())[:2], max(queries, heads) * size]), taken.value.type
-    return build("Reshape", y, build.ints(0, 0, max(queries, heads), size)), state
+    return build("Reshape", y, [0, 0, max(queries, heads), size]), state
 
 
 def _decay(build: Builder, decay: ir.Value | None) -> ir.Value | None:
@@ -179,7 +179,7 @@ def _gated_norm(build: Builder, taken: GatedRmsNormNode) -> tuple[ir.Value, ...]
             x, gate = wide, beside  # the last are views of nothing
     y = build("GatedRMSNorm", x, taken.weight, gate, domain=MICROSOFT, epsilon=taken.eps, activation=activation)
     y.shape, y.type = x.shape, x.type
-    return (y if x is taken.x else build("Reshape", y, build.ints(*_sizes(taken.x, x))),)
+    return (y if x is taken.x else build("Reshape", y, [*_sizes(taken.x, x)]),)
 
 
 def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
@@ -221,7 +221,7 @@ def _packed(build: Builder, value: ir.Value) -> ir.Value:
     before = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
     if before is not None and before.shape is not None and len(before.shape) == 3 and before.shape[2] == width:
         return before
-    packed = build("Reshape", value, build.ints(0, 0, width))
+    packed = build("Reshape", value, [0, 0, width])
     packed.shape, packed.type = ir.Shape([*list(value.shape or ())[:2], width]), value.type
     return packed
 

@@ -167,10 +167,10 @@ def _products(mask: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
 
 def _last_inputs(build: Builder, query: ir.Value, channels: int, kept: int) -> ir.Value:
     """`[batch, kept, channels]`: where a convolution's next state is in its state and inputs, one after the other."""
-    counts = build("Unsqueeze", build("Cast", query, to=ir.DataType.INT64), build.ints(1))
-    index = build("Unsqueeze", build("Add", counts, build.ints(*range(kept))), build.ints(2))
+    counts = build("Unsqueeze", build("Cast", query, to=ir.DataType.INT64), [1])
+    index = build("Unsqueeze", build("Add", counts, [*range(kept)]), [2])
     rows = build("Shape", query)
-    return build("Expand", index, build("Concat", rows, build.ints(kept, channels), axis=0))
+    return build("Expand", index, build("Concat", rows, [kept, channels], axis=0))
 
 
 def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
