@@ -64,14 +64,14 @@ def _blocks(build: Builder, x: ir.Value, A: ir.Value, B: ir.Value, k: int, lead:
     """What blocks give; `lead` axes are before those of tokens and features, with one group of tokens each or not."""
     kept, front = [0] * lead, list(range(lead))
     swap = [*front, lead + 1, lead]  # of blocks and tokens, before the features
-    blocks = build("Reshape", x, build.ints(*kept, 0, k, -1))  # [..., tokens, input block, in/k]
+    blocks = build("Reshape", x, [*kept, 0, k, -1])  # [..., tokens, input block, in/k]
     blocks = build("Transpose", blocks, perm=[*swap, lead + 2])
     hidden = build("MatMul", blocks, A)  # [..., input block, tokens, r]
-    hidden = build("Reshape", hidden, build.ints(*kept, 0, 0, k, -1))  # [..., input block, tokens, output block, s]
+    hidden = build("Reshape", hidden, [*kept, 0, 0, k, -1])  # [..., input block, tokens, output block, s]
     hidden = build("Transpose", hidden, perm=[*front, lead + 2, lead + 1, lead, lead + 3])
-    hidden = build("Reshape", hidden, build.ints(*kept, 0, 0, -1))  # [..., output block, tokens, r]
+    hidden = build("Reshape", hidden, [*kept, 0, 0, -1])  # [..., output block, tokens, r]
     output = build("MatMul", hidden, B)  # [..., output block, tokens, out/k]
-    return build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), build.ints(*kept, 0, -1))
+    return build("Reshape", build("Transpose", output, perm=[*swap, lead + 2]), [*kept, 0, -1])
 
 
 def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, chooses: bool) -> str:
@@ -113,8 +113,8 @@ def batched_adapter_function(model: ir.Model, site: AdapterSite, k: int, *, choo
 
 def _bias_of_groups(build: Builder, x: ir.Value, bias: ir.Value) -> ir.Value:
     """`[groups, length, out]` of `[groups, out]`."""
-    shape = build("Concat", build("Shape", x, end=2), build.ints(1), axis=0)
-    return build("Expand", build("Unsqueeze", bias, build.ints(1)), shape)
+    shape = build("Concat", build("Shape", x, end=2), [1], axis=0)
+    return build("Expand", build("Unsqueeze", bias, [1]), shape)
 
 
 def _total(build: Builder, parts: Sequence[ir.Value]) -> ir.Value:
@@ -167,8 +167,8 @@ class Grouping:
             build = Builder(graph)
             self._tiles = token_tiles(build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids)
             if self.branches:
-                highest = build("Squeeze", highest_id(build, inputs[QUERY_SEQLENS], self.ids), build.ints(0))
-                self.is_any = build("Greater", highest, build.scalar(0))
+                highest = build("Squeeze", highest_id(build, inputs[QUERY_SEQLENS], self.ids), [0])
+                self.is_any = build("Greater", highest, 0)
             build.insert_before(graph[0])
 
     def count(self, stacked: ir.Value) -> None:
@@ -178,7 +178,7 @@ class Grouping:
         graph = self.model.graph
         inputs = {str(value.name): value for value in graph.inputs}
         build = Builder(graph)
-        adapters = build("Squeeze", build("Shape", stacked, start=0, end=1), build.ints(0))
+        adapters = build.size(stacked, 0)
         self._of_adapters, self.is_short = tokens_of_adapters(
             build, inputs["input_ids"], inputs[QUERY_SEQLENS], self.ids, adapters
         )
@@ -222,7 +222,7 @@ def _groups_of_tokens(build: Builder, x: ir.Value, groups: TokenGroups) -> Group
 
     def restored(build: Builder, output: ir.Value) -> ir.Value:
         whole = groups.restored(build, output)
-        return build("Squeeze", whole, build.ints(0)) if is_matrix else whole
+        return build("Squeeze", whole, [0]) if is_matrix else whole
 
     return Groups(groups.ids, groups.grouped(build, x), restored)
 
@@ -235,7 +235,7 @@ def _rows_of_matrix(build: Builder, x: ir.Value, flat: FlatTokens, ids: ir.Value
         return "the positions of its input are not known any more"
     assert x.shape is not None
     if flat.row_at is None:
-        shape = build("Concat", flat.sizes, build.ints(x.shape[-1]), axis=0)
+        shape = build("Concat", flat.sizes, [x.shape[-1]], axis=0)
         rows = build("Reshape", x, shape)
     else:
         rows = build("Gather", x, flat.row_at, axis=0)
@@ -252,13 +252,13 @@ def _rows(build: Builder, x: ir.Value, ids: ir.Value) -> Groups:
     assert x.shape is not None
     if len(x.shape) == 3:
         return Groups(ids, x, lambda build, output: output)
-    rows = build("Reshape", x, build.ints(0, -1, x.shape[-1]))
+    rows = build("Reshape", x, [0, -1, x.shape[-1]])
 
     def restored(build: Builder, output: ir.Value) -> ir.Value:
         if len(x.shape or ()) == 2:
-            return build("Squeeze", output, build.ints(1))
+            return build("Squeeze", output, [1])
         lead = build("Shape", x, end=-1)
-        return build("Reshape", output, build("Concat", lead, build.ints(-1), axis=0))
+        return build("Reshape", output, build("Concat", lead, [-1], axis=0))
 
     return Groups(ids, rows, restored)
 

@@ -179,7 +179,7 @@ class _Insertion:
         if mark.rows is None:
             return outputs
         start, stop = build.ints(mark.rows[0]), build.ints(mark.rows[1])
-        return [build("Slice", output, start, stop, build.ints(-1)) for output in outputs]
+        return [build("Slice", output, start, stop, [-1]) for output in outputs]
 
     def _outputs_of_all(
         self, build: Builder, x: ir.Value, site: AdapterSite, tensors: Sequence[ir.Value]
