@@ -24,17 +24,11 @@ from gralora_fx.run.sessions.exported_base import base_of_export, layers_of_expo
 
 @dataclass(frozen=True)
 class AdapterReport(Report):
-    """What was added to an export.
+    """What was added to an export."""
 
-    Attributes:
-        path: The file of the adapter.
-        record: What it holds.
-        usage: How the export is called with it, in Python and as a command.
-    """
-
-    path: Path
-    record: AdapterRecord
-    usage: Invocation
+    path: Path  # the file of the adapter
+    record: AdapterRecord  # what it holds
+    usage: Invocation  # how the export is called with it, in Python and as a command
 
     @property
     def summary(self) -> Summary:

@@ -15,24 +15,17 @@ MEAN_BITS = 4.5  # of an integer of int4, where none is asked for
 
 @dataclass(frozen=True)
 class Blocks:
-    """Small integers, with a scale for each block of a matrix's input axis; activations stay float.
+    """Small integers, with a scale for each block of a matrix's input axis; activations stay float."""
 
-    Attributes:
-        bits: Bits of an integer, 4 or 8.
-        block_size: Values that share a scale; a power of two, at least 16.
-        accuracy_level: How ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8.
-        zero_points: Whether a block has a zero point too; without one, zero is half of the integers' range.
-        rounding: `"nearest"`, ONNX Runtime's own by a block's smallest and largest value, or `"searched"`: the scale
-            and the zero point of those tried for which the squared error is least.
-        scale_bits: Bits of a stored scale of a float32 matrix: 32, or 16, bfloat16 that is widened when an export is
-            opened. A matrix in half precision has scales of its own dtype.
-    """
-
-    bits: int
-    block_size: int = 32
-    accuracy_level: int = 4
-    zero_points: bool = True
+    bits: int  # bits of an integer, 4 or 8
+    block_size: int = 32  # values that share a scale; a power of two, at least 16
+    accuracy_level: int = 4  # how ONNX Runtime multiplies: 0 its own choice, 1 float32, 2 float16, 3 bfloat16, 4 int8
+    zero_points: bool = True  # whether a block has a zero point too; without one, zero is half of the integers' range
+    # `"nearest"`, ONNX Runtime's own by a block's smallest and largest value, or `"searched"`: the scale and the zero
+    # point of those tried for which the squared error is least
     rounding: Literal["nearest", "searched"] = "nearest"
+    # Bits of a stored scale of a float32 matrix: 32, or 16, bfloat16 that is widened when an export is opened. A matrix
+    # in half precision has scales of its own dtype.
     scale_bits: Literal[16, 32] = 32
 
     def __post_init__(self) -> None:
@@ -56,13 +49,9 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Columns:
-    """int8 integers with a scale for each column of a matrix; activations are rounded as they come, row by row.
+    """int8 integers with a scale for each column of a matrix; activations are rounded as they come, row by row."""
 
-    Attributes:
-        activation_bits: Bits that activations are rounded to: 8, or 16, which are two products of 8.
-    """
-
-    activation_bits: int = 8
+    activation_bits: int = 8  # bits that activations are rounded to: 8, or 16, which are two products of 8
     bits: int = field(default=8, init=False)
 
     def __post_init__(self) -> None:

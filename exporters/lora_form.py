@@ -36,19 +36,12 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 
 @dataclass(frozen=True)
 class LoraSite:
-    """A site of the result.
+    """A site of the result."""
 
-    Attributes:
-        path: Its module path.
-        exact_rank: Rank of the exact LoRA form: `k*r + hybrid_r` of GraLoRA.
-        rank: Rank that was written.
-        error: `||dW - dW_N|| / ||dW||`, in the Frobenius norm; 0 for the exact form.
-    """
-
-    path: str
-    exact_rank: int
-    rank: int
-    error: float
+    path: str  # its module path
+    exact_rank: int  # rank of the exact LoRA form: `k*r + hybrid_r` of GraLoRA
+    rank: int  # rank that was written
+    error: float  # `||dW - dW_N|| / ||dW||`, in the Frobenius norm; 0 for the exact form
 
 
 @dataclass(frozen=True)

@@ -34,21 +34,13 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class LayersReport:
-    """How layers of a kind were exported, by one pass or by all of a model's.
+    """How layers of a kind were exported, by one pass or by all of a model's."""
 
-    Attributes:
-        fused: Number of layers that use ONNX Runtime's fused operator.
-        plain: Layers that use other operators, each with the reason.
-        FIELD: The kind: the field of `ExportReport`, and what it is called in texts.
-        FUSED: What is said of the number of fused layers, as text.
-        PLAIN: Likewise of the others.
-    """
-
-    fused: int
-    plain: Mapping[str, str]
-    FIELD: ClassVar[str]
-    FUSED: ClassVar[str] = "layers fused"
-    PLAIN: ClassVar[str] = "not"
+    fused: int  # number of layers that use ONNX Runtime's fused operator
+    plain: Mapping[str, str]  # layers that use other operators, each with the reason
+    FIELD: ClassVar[str]  # the kind: the field of `ExportReport`, and what it is called in texts
+    FUSED: ClassVar[str] = "layers fused"  # what is said of the number of fused layers, as text
+    PLAIN: ClassVar[str] = "not"  # likewise of the others
 
     @classmethod
     def of(cls, fused: int, skipped: Sequence[Skip]) -> Self:

@@ -16,43 +16,27 @@ from gralora_fx.format.export_directory import ROWS_NAME
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """How one output of ONNX Runtime compares with PyTorch's, over all cases.
+    """How one output of ONNX Runtime compares with PyTorch's, over all cases."""
 
-    Attributes:
-        name: Name of the output.
-        max_abs_error: Largest difference of a value.
-        max_rel_error: The same, relative to PyTorch's largest value in that case.
-        argmax_agreement: Share of rows whose largest value has the same index, or None for other outputs.
-    """
-
-    name: str
-    max_abs_error: float
-    max_rel_error: float
-    argmax_agreement: float | None
+    name: str  # name of the output
+    max_abs_error: float  # largest difference of a value
+    max_rel_error: float  # the same, relative to PyTorch's largest value in that case
+    argmax_agreement: float | None  # share of rows whose largest value has the same index, or None for other outputs
 
 
 @dataclass(frozen=True)
 class TokenCheck:
-    """How the greedy tokens of an export compare with PyTorch's; both continue with PyTorch's token.
+    """How the greedy tokens of an export compare with PyTorch's; both continue with PyTorch's token."""
 
-    Attributes:
-        cases: The prompts.
-        compared: How many tokens were compared.
-        equal: How many are equal.
-        near_ties: How many differ where PyTorch's logits of the two tokens are within the tolerance.
-        first_difference: Where the first token differs, or None.
-        step_errors: Largest difference of the last position's logits at each step, that of the prompt first, relative
-            to the largest logit or to 1 where that is smaller.
-        passed: Whether the logits of every step are close enough.
-    """
-
-    cases: tuple[str, ...]
-    compared: int
-    equal: int
-    near_ties: int
-    first_difference: str | None
+    cases: tuple[str, ...]  # the prompts
+    compared: int  # how many tokens were compared
+    equal: int  # how many are equal
+    near_ties: int  # how many differ where PyTorch's logits of the two tokens are within the tolerance
+    first_difference: str | None  # where the first token differs, or None
+    # largest difference of the last position's logits at each step, that of the prompt first, relative to the largest
+    # logit or to 1 where that is smaller
     step_errors: tuple[float, ...]
-    passed: bool = True
+    passed: bool = True  # whether the logits of every step are close enough
 
     @property
     def agreement(self) -> float:
@@ -72,20 +56,13 @@ class TokenCheck:
 
 @dataclass(frozen=True)
 class RoundingCheck:
-    """A difference above the tolerance, compared with the rounding error of float32 itself.
+    """A difference above the tolerance, compared with the rounding error of float32 itself."""
 
-    Attributes:
-        where: The case and the output or token.
-        difference: Difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller.
-        rounding: The rounding error of float32 there, likewise (see `tolerances`); 0 if it could not be
-            determined.
-        why_not: Why it could not be determined.
-    """
-
-    where: str
+    where: str  # the case and the output or token
+    # difference of the export from PyTorch, relative to the largest value, or to 1 if that is smaller
     difference: float
-    rounding: float
-    why_not: str = ""
+    rounding: float  # the rounding error of float32 there, likewise (see `tolerances`); 0 if it could not be determined
+    why_not: str = ""  # why it could not be determined
 
     def __str__(self) -> str:
         """Both numbers."""
@@ -94,18 +71,12 @@ class RoundingCheck:
 
 @dataclass(frozen=True)
 class ProviderRun:
-    """The execution provider that an export was run on.
+    """The execution provider that an export was run on."""
 
-    Attributes:
-        name: The provider.
-        version: Its version; for one that is part of ONNX Runtime, ONNX Runtime's.
-        device: The device, as far as it is known.
-        nodes: How many nodes of each operator every provider ran; empty where the CPU is alone.
-    """
-
-    name: str
-    version: str
-    device: str
+    name: str  # the provider
+    version: str  # its version; for one that is part of ONNX Runtime, ONNX Runtime's
+    device: str  # the device, as far as it is known
+    # how many nodes of each operator every provider ran; empty where the CPU is alone
     nodes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:

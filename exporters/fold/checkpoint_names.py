@@ -37,20 +37,14 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Names:
-    """What the tensors of the files are in the model.
+    """What the tensors of the files are in the model."""
 
-    Attributes:
-        model: The model without values; None for a class that transformers does not have.
-        keys: Keys in the files by the model's names.
-        parts: Names of parameters that are put together from several tensors of the files.
-        stacks: The parts of those of them that are stacks of matrices, by name.
-        transposed: Without a model, whether layers store their weights `[in, out]`, if the files show it.
-    """
-
-    model: PreTrainedModel | None
-    keys: Mapping[str, str]
-    parts: Set[str]
+    model: PreTrainedModel | None  # the model without values; None for a class that transformers does not have
+    keys: Mapping[str, str]  # keys in the files by the model's names
+    parts: Set[str]  # names of parameters that are put together from several tensors of the files
+    # without a model, whether layers store their weights `[in, out]`, if the files show it
     transposed: bool | None = None
+    # the parts of those of them that are stacks of matrices, by name
     stacks: Mapping[str, Sequence[StackPart]] = field(default_factory=dict)
 
     @functools.cached_property

@@ -27,23 +27,14 @@ _KEPT = 4  # updates of parameters that are in memory at once, since the parts o
 
 @dataclass(frozen=True)
 class LayerEdit:
-    """What happens to one layer's weight `[out, in]` in a matrix: an update is added, or other values take its place.
+    """What happens to a layer's weight `[out, in]` in a matrix: an update is added, or other values take its place."""
 
-    Attributes:
-        name: The layer, for messages.
-        start: First of its output features in the matrix.
-        stop: End of them.
-        update: Reads the update; None to take the values.
-        values: The values `[out, in]`.
-        takes_parts: Whether parts of the weight can be changed apart, rather than the whole weight at once.
-    """
-
-    name: str
-    start: int
-    stop: int
-    update: Callable[[], Update] | None = None
-    values: NDArray[Any] | None = None
-    takes_parts: bool = True
+    name: str  # the layer, for messages
+    start: int  # first of its output features in the matrix
+    stop: int  # end of them
+    update: Callable[[], Update] | None = None  # reads the update; None to take the values
+    values: NDArray[Any] | None = None  # the values `[out, in]`
+    takes_parts: bool = True  # whether parts of the weight can be changed apart, rather than the whole weight at once
 
     @classmethod
     def folding(cls, adapter: StoredAdapter, path: str, name: str, start: int, stop: int) -> Self:
@@ -70,19 +61,12 @@ class LayerEdit:
 
 @dataclass(frozen=True)
 class MatrixEdit:
-    """What happens to a matrix of floats that holds the weights of one or several layers.
+    """What happens to a matrix of floats that holds the weights of one or several layers."""
 
-    Attributes:
-        layers: What happens to each of them.
-        in_features: Input features of the matrix.
-        transposed: Whether it is stored `[in, out]`.
-        not_finite: Text of the error, as of `LayerEdit.prepare`.
-    """
-
-    layers: tuple[LayerEdit, ...]
-    in_features: int
-    transposed: bool
-    not_finite: str = NOT_FINITE
+    layers: tuple[LayerEdit, ...]  # what happens to each of them
+    in_features: int  # input features of the matrix
+    transposed: bool  # whether it is stored `[in, out]`
+    not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
 
     @property
     def takes_rows(self) -> bool:
@@ -109,29 +93,19 @@ class MatrixEdit:
 
 @dataclass(frozen=True)
 class StackEdit:
-    """Updates added to a stack of matrices, of which a tensor holds one, or some of its rows, or all.
+    """Updates added to a stack of matrices, of which a tensor holds one, or some of its rows, or all."""
 
-    Attributes:
-        name: The tensor, for messages.
-        update: Reads the update of the stack.
-        shape: `[out, in]` of a whole matrix.
-        stored: Shape of a matrix as it is stored, where a stored row of the tensor is one; None for rows of a matrix.
-        index: The matrix whose rows those are.
-        start: The first of them in the matrix.
-        as_modelled: Gives `[out, in]` of a stored matrix; it may be a view.
-        as_stored: Undoes that.
-        not_finite: Text of the error, as of `LayerEdit.prepare`.
-    """
-
-    name: str
-    update: Callable[[], Update]
-    shape: tuple[int, int]
+    name: str  # the tensor, for messages
+    update: Callable[[], Update]  # reads the update of the stack
+    shape: tuple[int, int]  # `[out, in]` of a whole matrix
+    # shape of a matrix as it is stored, where a stored row of the tensor is one; None for rows of a matrix
     stored: tuple[int, ...] | None = None
-    index: int = 0
-    start: int = 0
+    index: int = 0  # the matrix whose rows those are
+    start: int = 0  # the first of them in the matrix
+    # gives `[out, in]` of a stored matrix; it may be a view
     as_modelled: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
-    as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray
-    not_finite: str = NOT_FINITE
+    as_stored: Callable[[NDArray[Any]], NDArray[Any]] = np.asarray  # undoes that
+    not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:
@@ -164,19 +138,12 @@ def kept_updates(adapter: StoredAdapter) -> Callable[[str], Update]:
 
 @dataclass(frozen=True)
 class ValuesEdit:
-    """New values of a tensor that is not multiplied by, such as a bias or an embedding, or of a whole one.
+    """New values of a tensor that is not multiplied by, such as a bias or an embedding, or of a whole one."""
 
-    Attributes:
-        name: Name of the parameter.
-        values: Reads the values `[rows, ...]`; those of a vector are one row.
-        start: First of them in each stored row.
-        not_finite: Text of the error, as of `LayerEdit.prepare`.
-    """
-
-    name: str
-    values: Callable[[], NDArray[Any]]
-    start: int = 0
-    not_finite: str = NOT_FINITE
+    name: str  # name of the parameter
+    values: Callable[[], NDArray[Any]]  # reads the values `[rows, ...]`; those of a vector are one row
+    start: int = 0  # first of them in each stored row
+    not_finite: str = NOT_FINITE  # text of the error, as of `LayerEdit.prepare`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:

@@ -16,25 +16,16 @@ _STAGES = {"find": "finding weights", "fold": "folding"}
 
 @dataclass(frozen=True)
 class FoldedSite:
-    """A layer that an adapter was folded into.
+    """A layer that an adapter was folded into."""
 
-    Attributes:
-        path: The layer.
-        file: The ONNX file.
-        initializer: The initializer that holds its weight now.
-        start: First of its output features there.
-        stop: End of them.
-        how: How the weight was found: `"as recorded"`, `"by name"` or `"by value"`.
-        survival: Of a quantized weight, the share of the update that is left after rounding,
-            `<after - before, dW> / <dW, dW>`; None of a float one.
-    """
-
-    path: str
-    file: str
-    initializer: str
-    start: int
-    stop: int
-    how: str
+    path: str  # the layer
+    file: str  # the ONNX file
+    initializer: str  # the initializer that holds its weight now
+    start: int  # first of its output features there
+    stop: int  # end of them
+    how: str  # how the weight was found: `"as recorded"`, `"by name"` or `"by value"`
+    # of a quantized weight, the share of the update that is left after rounding, `<after - before, dW> / <dW, dW>`;
+    # None of a float one
     survival: float | None = None
 
 

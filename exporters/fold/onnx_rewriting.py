@@ -37,18 +37,12 @@ _ALIGNED = 4096  # bytes; where a new tensor begins, as ONNX Runtime maps files 
 
 @dataclass
 class OnnxRewriting:
-    """What is written instead of an export's files.
+    """What is written instead of an export's files."""
 
-    Attributes:
-        models: The models by file, whose initializers are changed in place.
-        changed: The files whose graphs changed, so that they are saved anew.
-        bytes_changed: How many bytes of weights are written anew.
-        renamed: Names of the initializers that layers have of their own now, by file, layer and old name.
-    """
-
-    models: Mapping[str, ir.Model]
-    changed: set[str] = field(default_factory=set)
-    bytes_changed: int = 0
+    models: Mapping[str, ir.Model]  # the models by file, whose initializers are changed in place
+    changed: set[str] = field(default_factory=set)  # the files whose graphs changed, so that they are saved anew
+    bytes_changed: int = 0  # how many bytes of weights are written anew
+    # names of the initializers that layers have of their own now, by file, layer and old name
     renamed: dict[tuple[str, str, str], str] = field(default_factory=dict)
     _parts: dict[Path, list[Part]] = field(default_factory=dict)  # of data files: the tensors that change
     _edited: dict[tuple[Path, int], tuple[int, object]] = field(default_factory=dict)

@@ -32,36 +32,23 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True)
 class ValueLocation:
-    """An initializer that holds a parameter which is not multiplied by.
+    """An initializer that holds a parameter which is not multiplied by."""
 
-    Attributes:
-        name: The parameter.
-        file: The ONNX file.
-        value: The initializer.
-        start: First of the parameter's values in a stored row.
-        readers: The inputs that read it, those of products left out.
-        is_shared: Whether products read it too, which keep their values.
-    """
-
-    name: str
-    file: str
-    value: ir.Value
-    start: int
-    readers: tuple[Reader, ...]
-    is_shared: bool
+    name: str  # the parameter
+    file: str  # the ONNX file
+    value: ir.Value  # the initializer
+    start: int  # first of the parameter's values in a stored row
+    readers: tuple[Reader, ...]  # the inputs that read it, those of products left out
+    is_shared: bool  # whether products read it too, which keep their values
 
 
 @dataclass(frozen=True)
 class Replacements:
-    """What replaces parameters.
+    """What replaces parameters."""
 
-    Attributes:
-        layers: Weights of linear layers: where they lie, and what happens there.
-        values: Other parameters: likewise.
-    """
-
+    # weights of linear layers: where they lie, and what happens there
     layers: tuple[tuple[WeightLocation, LayerEdit], ...]
-    values: tuple[tuple[ValueLocation, ValuesEdit], ...]
+    values: tuple[tuple[ValueLocation, ValuesEdit], ...]  # other parameters: likewise
 
 
 def find_replacements(export: Export, adapter: StoredAdapter, adapted: Iterable[WeightLocation]) -> Replacements:

@@ -32,14 +32,10 @@ class Survival:
 
     `before` and `after` are the dequantized weights before and after the fold. It is 1 where rounding changes nothing,
     0 where the update is rounded away, and near 1 on average where the rounding is of the base's own weights.
-
-    Attributes:
-        kept: `<after - before, dW>`, summed over all values.
-        whole: `<dW, dW>`.
     """
 
-    kept: float = 0.0
-    whole: float = 0.0
+    kept: float = 0.0  # `<after - before, dW>`, summed over all values
+    whole: float = 0.0  # `<dW, dW>`
 
     @property
     def share(self) -> float:
@@ -54,20 +50,14 @@ class Survival:
 
 @dataclass
 class QuantizedEdit:
-    """What happens to a quantized matrix: of the layers that change all values are quantized again, no others.
+    """What happens to a quantized matrix: of the layers that change all values are quantized again, no others."""
 
-    Attributes:
-        weight: The initializer of the integers.
-        layers: What happens to each layer.
-        base: The base's float weight `[out, in]` of a layer by its path, to quantize from; None to quantize from the
-            dequantized values.
-        survival: How much of each update is left, by path.
-    """
-
-    weight: ProductWeight
-    layers: tuple[LayerEdit, ...]
+    weight: ProductWeight  # the initializer of the integers
+    layers: tuple[LayerEdit, ...]  # what happens to each layer
+    # the base's float weight `[out, in]` of a layer by its path, to quantize from; None to quantize from the
+    # dequantized values
     base: Callable[[str], NDArray[Any]] | None
-    survival: dict[str, Survival] = field(default_factory=dict)
+    survival: dict[str, Survival] = field(default_factory=dict)  # how much of each update is left, by path
     _computed: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
 
     @property
@@ -119,15 +109,10 @@ class QuantizedEdit:
 
 @dataclass(frozen=True)
 class PartEdit:
-    """What happens to one of the tensors of a quantized matrix.
+    """What happens to one of the tensors of a quantized matrix."""
 
-    Attributes:
-        matrix: What happens to the matrix.
-        index: Number of the tensor among `weight.parts`.
-    """
-
-    matrix: QuantizedEdit
-    index: int
+    matrix: QuantizedEdit  # what happens to the matrix
+    index: int  # number of the tensor among `weight.parts`
     takes_rows: bool = field(default=True, init=False)
 
     def prepare(self) -> RowEdit:

@@ -33,23 +33,14 @@ _BESIDE = ("*config.json", "*token*.json", "vocab.*", "merges.txt", "*.jinja", "
 
 @dataclass(frozen=True)
 class SourceExport:
-    """An export directory.
+    """An export directory."""
 
-    Attributes:
-        directory: Where it is.
-        manifest: Its manifest; None of other exporters' directories.
-        models: Its models by file; external weights are not read.
-        companions: Its other files, data files left out, as POSIX paths.
-        data: Its data files.
-        is_lone_file: Whether an ONNX file is given that no manifest describes, so that it alone is folded into.
-    """
-
-    directory: Path
-    manifest: Manifest | None
-    models: Mapping[str, ir.Model]
-    companions: tuple[str, ...]
-    data: tuple[Path, ...]
-    is_lone_file: bool
+    directory: Path  # where it is
+    manifest: Manifest | None  # its manifest; None of other exporters' directories
+    models: Mapping[str, ir.Model]  # its models by file; external weights are not read
+    companions: tuple[str, ...]  # its other files, data files left out, as POSIX paths
+    data: tuple[Path, ...]  # its data files
+    is_lone_file: bool  # whether an ONNX file is given that no manifest describes, so that it alone is folded into
 
     @property
     def layers(self) -> KnownLayers | None:

@@ -52,21 +52,13 @@ class Transposed:
 
 @dataclass(frozen=True)
 class StackLocation:
-    """An initializer with the matrices of a parameter.
+    """An initializer with the matrices of a parameter."""
 
-    Attributes:
-        path: The parameter.
-        file: The ONNX file.
-        value: The initializer, `[stack, ...]`.
-        shape: `[out, in]` of a matrix, as the adapter has it.
-        arrangement: How they are stored; None for as the adapter has them.
-    """
-
-    path: str
-    file: str
-    value: ir.Value
-    shape: tuple[int, int]
-    arrangement: Arrangement | None = None
+    path: str  # the parameter
+    file: str  # the ONNX file
+    value: ir.Value  # the initializer, `[stack, ...]`
+    shape: tuple[int, int]  # `[out, in]` of a matrix, as the adapter has it
+    arrangement: Arrangement | None = None  # how they are stored; None for as the adapter has them
 
     def edit(self, update: Callable[[], Update]) -> StackEdit:
         """Return an update of the stack added to its matrices."""

@@ -28,38 +28,23 @@ RECORDED, BY_NAME, BY_VALUE = "as recorded", "by name", "by value"
 
 @dataclass(frozen=True)
 class WeightLocation:
-    """Where a layer's weight lies.
+    """Where a layer's weight lies."""
 
-    Attributes:
-        path: The layer.
-        file: The ONNX file.
-        weight: The initializer.
-        start: First of the layer's output features in it.
-        stop: End of them.
-        how: How it was found: `"as recorded"`, `"by name"` or `"by value"`.
-    """
-
-    path: str
-    file: str
-    weight: ProductWeight
-    start: int
-    stop: int
-    how: str
+    path: str  # the layer
+    file: str  # the ONNX file
+    weight: ProductWeight  # the initializer
+    start: int  # first of the layer's output features in it
+    stop: int  # end of them
+    how: str  # how it was found: `"as recorded"`, `"by name"` or `"by value"`
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is searched.
+    """What is searched."""
 
-    Attributes:
-        graphs: Its graphs by ONNX file.
-        manifest: The manifest; None of other exporters' files.
-        base: The base model's weights, if they were given.
-    """
-
-    graphs: Mapping[str, ir.Graph]
-    manifest: Manifest | None = None
-    base: BaseWeights | None = None
+    graphs: Mapping[str, ir.Graph]  # its graphs by ONNX file
+    manifest: Manifest | None = None  # the manifest; None of other exporters' files
+    base: BaseWeights | None = None  # the base model's weights, if they were given
 
     @cached_property
     def weights(self) -> Mapping[str, Sequence[ProductWeight]]:

@@ -30,23 +30,16 @@ _SAMPLES = 64  # of a parameter, for the fingerprint
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted, and how; each kind of export makes its ONNX models from it.
+    """What is converted, and how; each kind of export makes its ONNX models from it."""
 
-    Attributes:
-        model: What is exported.
-        traced: Its trace, the active adapters folded into the weights, or all adapters left out where they are data.
-        options: The options of the export.
-        log: Receives a report for each pass.
-        adapters: The layers whose adapters are data of the ONNX models; None where adapters are folded.
-        plan: How matrices are stored; None for floats.
-    """
-
-    model: TracedModel | GraloraModel
+    model: TracedModel | GraloraModel  # what is exported
+    # its trace, the active adapters folded into the weights, or all adapters left out where they are data
     traced: TracedModel
     options: ExportOptions
-    log: PassLog
+    log: PassLog  # receives a report for each pass
+    # the layers whose adapters are data of the ONNX models; None where adapters are folded
     adapters: DataSites | None = None
-    plan: QuantizationPlan | None = None
+    plan: QuantizationPlan | None = None  # how matrices are stored; None for floats
 
     @property
     def data_adapters(self) -> tuple[str, ...]:

@@ -21,17 +21,11 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class DataSites:
-    """The layers of a model whose adapters are data of its export.
+    """The layers of a model whose adapters are data of its export."""
 
-    Attributes:
-        inputs: The tensors that the export takes.
-        weights: Paths of the layers that a weight belongs to, by each name of the weight.
-        norm_biases: Paths of the normalizations whose bias trains, by each name of the bias.
-    """
-
-    inputs: AdapterInputs
-    weights: Mapping[str, tuple[str, ...]]
-    norm_biases: Mapping[str, str]
+    inputs: AdapterInputs  # the tensors that the export takes
+    weights: Mapping[str, tuple[str, ...]]  # paths of the layers that a weight belongs to, by each name of the weight
+    norm_biases: Mapping[str, str]  # paths of the normalizations whose bias trains, by each name of the bias
 
 
 def takes_blocks(model: GraloraModel, *, is_quantized: bool) -> bool:

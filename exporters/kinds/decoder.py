@@ -139,13 +139,9 @@ def decoder_pipeline(conversion: Conversion, name: str, positions: Sequence[Pass
 
 @dataclass(frozen=True)
 class NameCache:
-    """Name inputs and outputs as the ecosystem expects them.
+    """Name inputs and outputs as the ecosystem expects them."""
 
-    Attributes:
-        slots: The tensors of the cache, in the order in which the graph takes and gives them.
-    """
-
-    slots: tuple[CacheSlot, ...]
+    slots: tuple[CacheSlot, ...]  # the tensors of the cache, in the order in which the graph takes and gives them
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Rename them in place."""

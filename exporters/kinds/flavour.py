@@ -95,27 +95,17 @@ def _write_nothing(directory: Path, traced: TracedModel, models: Models) -> None
 
 @dataclass(frozen=True)
 class Flavour:
-    """A kind of export.
+    """A kind of export."""
 
-    Attributes:
-        name: What it is called.
-        convert: Makes the ONNX models, by pipelines of passes.
-        verification: What is compared with the model.
-        write_files: Writes what other programs read beside the models.
-        has_last_logits: Whether it can return the last position's logits alone.
-        takes_texts: Whether what quantization changes can be measured on texts.
-        shares_weights: Whether its models have their weights in one file.
-        has_companions: Whether what the model runs beside the graph is exported with it.
-    """
-
-    name: str
-    convert: Callable[[Conversion], Models]
-    verification: Verification
+    name: str  # what it is called
+    convert: Callable[[Conversion], Models]  # makes the ONNX models, by pipelines of passes
+    verification: Verification  # what is compared with the model
+    # writes what other programs read beside the models
     write_files: Callable[[Path, TracedModel, Models], None] = _write_nothing
-    has_last_logits: bool = False
-    takes_texts: bool = True
-    shares_weights: bool = False
-    has_companions: bool = False
+    has_last_logits: bool = False  # whether it can return the last position's logits alone
+    takes_texts: bool = True  # whether what quantization changes can be measured on texts
+    shares_weights: bool = False  # whether its models have their weights in one file
+    has_companions: bool = False  # whether what the model runs beside the graph is exported with it
 
     def logits(self, options: ExportOptions) -> str:
         """Return which positions' logits an export gives: `"last"` or `"all"`."""

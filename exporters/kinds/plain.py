@@ -166,15 +166,10 @@ def _with_flat_outputs(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, li
 
 @dataclass(frozen=True)
 class NameEnds:
-    """Name inputs and outputs; an output with the name of an input gets a prefix.
+    """Name inputs and outputs; an output with the name of an input gets a prefix."""
 
-    Attributes:
-        inputs: Names of the inputs.
-        outputs: Names of the outputs.
-    """
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]  # names of the inputs
+    outputs: tuple[str, ...]  # names of the outputs
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Rename them, in place."""

@@ -24,29 +24,19 @@ _DAMPING = 0.3  # what every input counts beside its own mean square, as a share
 
 
 class BlockArrays(NamedTuple):
-    """The values of a quantized matrix.
+    """The values of a quantized matrix."""
 
-    Attributes:
-        packed: `[N, K/block, block * bits / 8]`, uint8.
-        scales: `[N, K/block]`.
-        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
-    """
-
-    packed: NDArray[np.uint8]
-    scales: NDArray[Any]
+    packed: NDArray[np.uint8]  # `[N, K/block, block * bits / 8]`, uint8
+    scales: NDArray[Any]  # `[N, K/block]`
+    # `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range
     zero_points: NDArray[np.uint8] | None
 
 
 class InputWindow(NamedTuple):
-    """How neighbouring inputs are rounded together.
+    """How neighbouring inputs are rounded together."""
 
-    Attributes:
-        order: Their order, `[width]`: those that count most first, whose errors all others make up for.
-        feedback: `[width, width]`, in that order: how much of the error of an input (row) is added to a later one.
-    """
-
-    order: Tensor
-    feedback: Tensor
+    order: Tensor  # their order, `[width]`: those that count most first, whose errors all others make up for
+    feedback: Tensor  # `[width, width]`, in that order: how much of the error of an input (row) is added to a later one
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +108,12 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
 
 
 class _Found(NamedTuple):
-    """What a search found for some columns of a matrix.
+    """What a search found for some columns of a matrix."""
 
-    Attributes:
-        integers: `[inputs, N]`, uint8.
-        scales: `[blocks, N]`, as they are stored.
-        zeros: `[blocks, N]`.
-        errors: What was rounded away, `[inputs, N]`.
-    """
-
-    integers: Tensor
-    scales: Tensor
-    zeros: Tensor
-    errors: Tensor
+    integers: Tensor  # `[inputs, N]`, uint8
+    scales: Tensor  # `[blocks, N]`, as they are stored
+    zeros: Tensor  # `[blocks, N]`
+    errors: Tensor  # what was rounded away, `[inputs, N]`
 
     def stored(self, count: int, bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
         """The arrays of a number of blocks, as in `BlockArrays`."""

@@ -38,21 +38,13 @@ _Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a model.
+    """What was measured of a model."""
 
-    Attributes:
-        model: The float32 model in memory; None for one that cannot be run.
-        cases: Inputs that it is run on.
-        measured: What was measured; None for nothing.
-        inputs: What the inputs are, in words.
-        problem: Why it is not known what rounding costs its outputs; empty where it is.
-    """
-
-    model: TracedModel | None = None
-    cases: Sequence[Mapping[str, Any]] = ()
-    measured: Sensitivities | None = None
-    inputs: str = ""
-    problem: str = ""
+    model: TracedModel | None = None  # the float32 model in memory; None for one that cannot be run
+    cases: Sequence[Mapping[str, Any]] = ()  # inputs that it is run on
+    measured: Sensitivities | None = None  # what was measured; None for nothing
+    inputs: str = ""  # what the inputs are, in words
+    problem: str = ""  # why it is not known what rounding costs its outputs; empty where it is
 
 
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:

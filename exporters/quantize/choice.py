@@ -39,17 +39,11 @@ _SILENT = 1e-20  # mean square of inputs that are all but zero
 
 @dataclass
 class Moments:
-    """Sums over positions of products of neighbouring inputs, of those within a window, for layers that read the same.
+    """Sums over positions of products of neighbouring inputs, of within a window, for layers that read the same."""
 
-    Attributes:
-        windows: `[windows, width, width]`, those of inputs beyond the last being zero.
-        reads: Positions that were read.
-        read: The nodes whose values were.
-    """
-
-    windows: Tensor
-    reads: int = 0
-    read: set[fx.Node] = field(default_factory=set)
+    windows: Tensor  # `[windows, width, width]`, those of inputs beyond the last being zero
+    reads: int = 0  # positions that were read
+    read: set[fx.Node] = field(default_factory=set)  # the nodes whose values were
 
     @classmethod
     def of(cls, inputs: int, block_size: int) -> Moments:
@@ -159,25 +153,15 @@ _ROWS = 4096  # output features of a matrix whose errors stand for all
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A matrix of an int4 export, and what it loses in several formats.
+    """A matrix of an int4 export, and what it loses in several formats."""
 
-    Attributes:
-        names: Names of the parameter.
-        values: Number of its values.
-        forms: Four bits and eight.
-        losses: What is lost in each.
-        stored: Bits of the matrix in each, with scales and zero points.
-        relative: The expected squared error of the weights in the first, relative to their squares.
-        is_measured: Whether losses are divergences of the outputs; else they are relative errors.
-    """
-
-    names: tuple[str, ...]
-    values: int
-    forms: tuple[Blocks, Blocks]
-    losses: tuple[float, float]
-    stored: tuple[int, int]
-    relative: float
-    is_measured: bool
+    names: tuple[str, ...]  # names of the parameter
+    values: int  # number of its values
+    forms: tuple[Blocks, Blocks]  # four bits and eight
+    losses: tuple[float, float]  # what is lost in each
+    stored: tuple[int, int]  # bits of the matrix in each, with scales and zero points
+    relative: float  # the expected squared error of the weights in the first, relative to their squares
+    is_measured: bool  # whether losses are divergences of the outputs; else they are relative errors
 
     @property
     def gain(self) -> float:

@@ -87,21 +87,13 @@ def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
 
 
 class Counts(NamedTuple):
-    """What is quantized.
+    """What is quantized."""
 
-    Attributes:
-        multiplications: Nodes that multiply with quantized values.
-        lookups: Nodes that look up rows of them.
-        values: Values of the matrices that are multiplied with.
-        integer_bits: Bits of their integers.
-        stored_bits: The same with scales, zero points and padding.
-    """
-
-    multiplications: int
-    lookups: int
-    values: int
-    integer_bits: int
-    stored_bits: int
+    multiplications: int  # nodes that multiply with quantized values
+    lookups: int  # nodes that look up rows of them
+    values: int  # values of the matrices that are multiplied with
+    integer_bits: int  # bits of their integers
+    stored_bits: int  # the same with scales, zero points and padding
 
     @classmethod
     def of(cls, matrices: Iterable[tuple[Format, int, int, int]]) -> Counts:

@@ -46,19 +46,12 @@ _DIRECTIONS, _DAMPING = 128, 0.01  # in which rows are largest; what every chann
 
 @dataclass(eq=False)
 class ReadRows:
-    """What the layers that share an input read.
+    """What the layers that share an input read."""
 
-    Attributes:
-        squares: Sums of squares of the channels, `[in]`.
-        count: Rows that were read.
-        sample: Some of them, `[n, in]` each.
-        is_vector: Whether one of them was read by itself, without an axis of rows.
-    """
-
-    squares: Tensor
-    count: int = 0
-    sample: list[Tensor] = field(default_factory=list)
-    is_vector: bool = False
+    squares: Tensor  # sums of squares of the channels, `[in]`
+    count: int = 0  # rows that were read
+    sample: list[Tensor] = field(default_factory=list)  # some of them, `[n, in]` each
+    is_vector: bool = False  # whether one of them was read by itself, without an axis of rows
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     __name__ = "read_rows"
 
@@ -89,23 +82,14 @@ class ReadRows:
 
 @dataclass(frozen=True)
 class _Input:
-    """What some layers read, and what rounding costs there.
+    """What some layers read, and what rounding costs there."""
 
-    Attributes:
-        names: Names of the layers' weights.
-        values: Values of these weights.
-        multiplied: How many of them a token is multiplied by.
-        is_vector: Whether it is read by itself, without an axis of rows.
-        factors: Those that were tried.
-        errors: Of each, what rounded rows cost and what rounded weights do, `[factors, 2]`.
-    """
-
-    names: list[str]
-    values: int
-    multiplied: float
-    is_vector: bool
-    factors: Sequence[NDArray[np.float32]]
-    errors: NDArray[np.float64]
+    names: list[str]  # names of the layers' weights
+    values: int  # values of these weights
+    multiplied: float  # how many of them a token is multiplied by
+    is_vector: bool  # whether it is read by itself, without an axis of rows
+    factors: Sequence[NDArray[np.float32]]  # those that were tried
+    errors: NDArray[np.float64]  # of each, what rounded rows cost and what rounded weights do, `[factors, 2]`
 
     @property
     def best(self) -> int:

@@ -30,17 +30,11 @@ _aten = torch.ops.aten
 
 @dataclass
 class Sensitivity:
-    """What a layer reads, and what its outputs cost.
+    """What a layer reads, and what its outputs cost."""
 
-    Attributes:
-        inputs: `[in]`, squares of its inputs, summed over positions.
-        outputs: `[out]`, squares of the gradient of each output, summed over positions.
-        reads: Positions that were read.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    reads: int = 0
+    inputs: Tensor  # `[in]`, squares of its inputs, summed over positions
+    outputs: Tensor  # `[out]`, squares of the gradient of each output, summed over positions
+    reads: int = 0  # positions that were read
 
     @property
     def squares(self) -> Tensor:
@@ -54,15 +48,10 @@ class Sensitivity:
 
 @dataclass
 class TableSensitivity:
-    """How often each row of a table is looked up, and what its values cost.
+    """How often each row of a table is looked up, and what its values cost."""
 
-    Attributes:
-        lookups: `[rows]`.
-        gradients: `[columns]`, squares of the gradient of each value that was looked up, summed over lookups.
-    """
-
-    lookups: Tensor
-    gradients: Tensor
+    lookups: Tensor  # `[rows]`
+    gradients: Tensor  # `[columns]`, squares of the gradient of each value that was looked up, summed over lookups
 
     def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
         """The expected divergence of errors (see `Sensitivities.loss`)."""
@@ -82,17 +71,12 @@ def _loss_of(errors: Tensor, inputs: Tensor, outputs: Tensor, positions: int, ro
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What was measured of a model.
+    """What was measured of a model."""
 
-    Attributes:
-        layers: Of each linear layer that was run, by its path.
-        tables: Of each layer whose weight is looked up too, that of the lookups, by its path.
-        positions: Positions of the output, over which gradients are sums.
-    """
-
-    layers: Mapping[str, Sensitivity]
+    layers: Mapping[str, Sensitivity]  # of each linear layer that was run, by its path
+    # of each layer whose weight is looked up too, that of the lookups, by its path
     tables: Mapping[str, TableSensitivity]
-    positions: int
+    positions: int  # positions of the output, over which gradients are sums
 
     def has_gradients(self, path: str) -> bool:
         """Return whether it is known what a layer's weight costs the outputs."""

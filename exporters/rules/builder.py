@@ -183,18 +183,12 @@ def fixed_dim(value: ir.Value, axis: int) -> int:
 
 @dataclass(frozen=True)
 class SiteOutput:
-    """A part of a value's last axis that is the output of a linear layer.
+    """A part of a value's last axis that is the output of a linear layer."""
 
-    Attributes:
-        path: The layer's module path.
-        start: First column in the value.
-        stop: The column after the last.
-        rows: The layer's output features that these columns are, where they are not all of them.
-    """
-
-    path: str
-    start: int
-    stop: int
+    path: str  # the layer's module path
+    start: int  # first column in the value
+    stop: int  # the column after the last
+    # the layer's output features that these columns are, where they are not all of them
     rows: tuple[int, int] | None = None
 
     def moved(self, offset: int) -> SiteOutput:

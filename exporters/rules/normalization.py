@@ -125,12 +125,9 @@ class LowerNorms:
 
     Before: `s = Add(Add(MatMul(x, W), b), r); y = LayerNormalization(s, weight, shift)`
     After:  `y, s = SkipLayerNormalization(MatMul(x, W), r, weight, shift, b)`
-
-    Attributes:
-        fuses_additions: Whether to fuse them with the residual addition before them.
     """
 
-    fuses_additions: bool = True
+    fuses_additions: bool = True  # whether to fuse them with the residual addition before them
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place, the nodes sorted; the result counts additions fused and RMS norms replaced."""

@@ -102,13 +102,10 @@ class CastGraph:
     nothing in a float32 one. Weights are cast from the values of their sources, so a folded weight is rounded once.
     Outputs are float32 but for those of a cache; `float32_inputs` does the same for the inputs of the ONNX model. A
     state that sums up a text stays in float32 from step to step.
-
-    Attributes:
-        precision: `"fp32"`, `"fp16"` or `"bf16"`.
-        cache: Kinds of the tensors of its cache: its last inputs, and its outputs from the second on.
     """
 
-    precision: str
+    precision: str  # `"fp32"`, `"fp16"` or `"bf16"`
+    # kinds of the tensors of its cache: its last inputs, and its outputs from the second on
     cache: tuple[StateKind, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:

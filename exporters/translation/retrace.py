@@ -196,14 +196,10 @@ class Decompose:
     After:  `y = pow(x, 2)`
 
     An operator without a decomposition stays too.
-
-    Attributes:
-        known: Operators to leave as they are.
-        decompositions: Returns the decompositions that PyTorch does not apply by itself; called only if an operator is
-            unsupported.
     """
 
-    known: Collection[Any]
+    known: Collection[Any]  # operators to leave as they are
+    # returns the decompositions that PyTorch does not apply by itself; called only if an operator is unsupported
     decompositions: Callable[[], Table]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
@@ -225,13 +221,10 @@ class FoldNumbers:
 
     Before: `y = erf_inv(sub(full([], 1.9), 1))`
     After:  `y = full([], 1.163...)`
-
-    Attributes:
-        known: Operators to leave as they are.
-        value_at: Returns a tensor of the graph's module by its path; None for one that may change.
     """
 
-    known: Collection[Any]
+    known: Collection[Any]  # operators to leave as they are
+    # returns a tensor of the graph's module by its path; None for one that may change
     value_at: Callable[[str], Tensor | None]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:

@@ -21,18 +21,13 @@ _DECODER_PREFIXES = ("decoder_", PAST)
 
 @dataclass(frozen=True)
 class SplitGraph:
-    """A graph split in two.
+    """A graph split in two."""
 
-    Attributes:
-        encoder: From the model's own input to `last_hidden_state`.
-        decoder: From `input_ids`, `encoder_hidden_states`, the masks that it reads, and past keys and values of its own
-            positions, to `logits`, keys and values of its own positions, and those of the encoder's output.
-        outputs: Names of the decoder's outputs: `logits` and `present.N.decoder|encoder.key|value`.
-    """
-
-    encoder: fx.GraphModule
+    encoder: fx.GraphModule  # from the model's own input to `last_hidden_state`
+    # from `input_ids`, `encoder_hidden_states`, the masks that it reads, and past keys and values of its own positions,
+    # to `logits`, keys and values of its own positions, and those of the encoder's output
     decoder: fx.GraphModule
-    outputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # names of the decoder's outputs: `logits` and `present.N.decoder|encoder.key|value`
 
 
 def split(graph_module: fx.GraphModule) -> SplitGraph:

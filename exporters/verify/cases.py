@@ -26,19 +26,12 @@ LENGTHS = (1, 6, 11, 24)  # of texts
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """A batch of prompts.
+    """A batch of prompts."""
 
-    Attributes:
-        description: What they are.
-        ids: `[batch, length]`.
-        mask: `[batch, length]`, 0 where a position is padding.
-        steps: How many tokens to compare.
-    """
-
-    description: str
-    ids: Tensor
-    mask: Tensor
-    steps: int
+    description: str  # what they are
+    ids: Tensor  # `[batch, length]`
+    mask: Tensor  # `[batch, length]`, 0 where a position is padding
+    steps: int  # how many tokens to compare
 
 
 @dataclass(frozen=True)

@@ -27,30 +27,19 @@ ToleranceFor = Callable[[TracedModel | GraloraModel], ToleranceCheck]
 
 @dataclass(frozen=True)
 class TogetherRun:
-    """A decoder and its companions, of the model and of the export, in one state of their adapters.
+    """A decoder and its companions, of the model and of the export, in one state of their adapters."""
 
-    Attributes:
-        models: The model's companions by the names of their files.
-        sessions: The export's, likewise.
-        model: The decoder, as `Variant.reference`.
-        session: The session of `model.onnx`.
-        open_rows: Opens a decoder over `model_rows.onnx` for a number of rows and of tokens in each; None where there
-            is none, or it is not compared.
-        adapter: The adapter of the rows; None for the base, or where adapters are folded.
-        tally: Counts what is compared.
-        generator: Draws what is compared.
-        quick: Whether few prompts are enough.
-    """
-
-    models: Mapping[str, TracedModel | GraloraModel]
-    sessions: Mapping[str, Any]
-    model: TracedModel | GraloraModel
-    session: Any
+    models: Mapping[str, TracedModel | GraloraModel]  # the model's companions by the names of their files
+    sessions: Mapping[str, Any]  # the export's, likewise
+    model: TracedModel | GraloraModel  # the decoder, as `Variant.reference`
+    session: Any  # the session of `model.onnx`
+    # opens a decoder over `model_rows.onnx` for a number of rows and of tokens in each; None where there is none, or it
+    # is not compared
     open_rows: Callable[[int, int], Decoder] | None
-    adapter: str | None
-    tally: Tally
-    generator: torch.Generator
-    quick: bool
+    adapter: str | None  # the adapter of the rows; None for the base, or where adapters are folded
+    tally: Tally  # counts what is compared
+    generator: torch.Generator  # draws what is compared
+    quick: bool  # whether few prompts are enough
 
 
 class CompanionCheck(Protocol):

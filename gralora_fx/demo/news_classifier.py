@@ -68,17 +68,11 @@ Examples = Sequence[tuple[str, int]]
 
 @dataclass(frozen=True)
 class News:
-    """Texts with the index of their class.
+    """Texts with the index of their class."""
 
-    Attributes:
-        classes: Names of the classes.
-        train: Texts and labels to train on.
-        test: Texts and labels held out.
-    """
-
-    classes: tuple[str, ...]
-    train: tuple[tuple[str, int], ...]
-    test: tuple[tuple[str, int], ...]
+    classes: tuple[str, ...]  # names of the classes
+    train: tuple[tuple[str, int], ...]  # texts and labels to train on
+    test: tuple[tuple[str, int], ...]  # texts and labels held out
 
 
 def load_news(seed: int) -> News:

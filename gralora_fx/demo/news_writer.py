@@ -37,17 +37,11 @@ _SHORTEST, _LONGEST = 1e-3, 1e-1  # time steps
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts as tokens, one after the other, each with the end token behind.
+    """Texts as tokens, one after the other, each with the end token behind."""
 
-    Attributes:
-        train: Token ids to train on, `[tokens]`.
-        held_out: Those held out, `[tokens]`.
-        token_length: Characters of a token that is held out, on the mean.
-    """
-
-    train: Tensor
-    held_out: Tensor
-    token_length: float
+    train: Tensor  # token ids to train on, `[tokens]`
+    held_out: Tensor  # those held out, `[tokens]`
+    token_length: float  # characters of a token that is held out, on the mean
 
 
 def read_texts(seed: int) -> tuple[PreTrainedTokenizerBase, Texts, Texts]:

@@ -77,23 +77,14 @@ _WINDOW = 10  # steps whose mean is drawn
 
 @dataclass(frozen=True)
 class DemoPart:
-    """What came of one model.
+    """What came of one model."""
 
-    Attributes:
-        title: What was done.
-        rows: A name and a value of each figure.
-        asked: Title of the answers.
-        header: Names of their columns.
-        answers: A row for each.
-        picture: Its losses, beside the report or below it.
-    """
-
-    title: str
-    rows: Rows
-    asked: str
-    header: Sequence[str]
-    answers: Sequence[Sequence[str]]
-    picture: Path
+    title: str  # what was done
+    rows: Rows  # a name and a value of each figure
+    asked: str  # title of the answers
+    header: Sequence[str]  # names of their columns
+    answers: Sequence[Sequence[str]]  # a row for each
+    picture: Path  # its losses, beside the report or below it
 
     def tables(self) -> tuple[Table, Table]:
         """Answers and figures for a console."""

@@ -34,16 +34,10 @@ _DTYPES: dict[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class AdapterContent:
-    """What an adapter file and its record hold, read once.
+    """What an adapter file and its record hold, read once."""
 
-    Attributes:
-        path: Where the file is, for messages.
-        file: Its bytes.
-        record: The bytes of its record.
-    """
-
-    path: Path
-    file: Buffer
+    path: Path  # where the file is, for messages
+    file: Buffer  # its bytes
     record: bytes
 
 

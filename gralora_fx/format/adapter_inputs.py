@@ -37,22 +37,15 @@ _Tensor = TypeVar("_Tensor")
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """A linear layer whose adapter is data of the exported model.
+    """A linear layer whose adapter is data of the exported model."""
 
-    Attributes:
-        path: The layer's module path.
-        in_features: Width of its input.
-        out_features: Width of its output.
-        form: `"blocks"`: tensors of blocks and of plain LoRA; `"whole"`: of plain LoRA alone, of a layer that an
-            adapter may replace; `"bias"`: neither.
-        has_bias: Whether adapters may change its bias.
-    """
-
-    path: str
-    in_features: int
-    out_features: int
+    path: str  # the layer's module path
+    in_features: int  # width of its input
+    out_features: int  # width of its output
+    # `"blocks"`: tensors of blocks and of plain LoRA; `"whole"`: of plain LoRA alone, of a layer that an adapter may
+    # replace; `"bias"`: neither
     form: str = BLOCKS
-    has_bias: bool = False
+    has_bias: bool = False  # whether adapters may change its bias
 
     def blocks(self, k: int) -> int:
         """Blocks in each direction here, in an export of `k`; 0 for none."""
@@ -85,21 +78,15 @@ class AdapterSite:
 
 @dataclass(frozen=True)
 class AdapterInputs:
-    """The adapter tensors of an exported model.
+    """The adapter tensors of an exported model."""
 
-    Attributes:
-        mode: `"data"`: overridable initializers; `"inputs"`: required inputs; `"stacked"`, of `model_rows.onnx`:
-            required inputs with a leading adapter axis, from which `adapter_ids` chooses for each row.
-        k: Blocks in each direction, of every site; 0 for LoRA's form, which has none.
-        dtype: Their dtype: `"float32"`, `"float16"` or `"bfloat16"`.
-        sites: The layers that take an adapter.
-        uncalled: Layers that an adapter may have tensors for, though the model's forward does not call them.
-    """
-
+    # `"data"`: overridable initializers; `"inputs"`: required inputs; `"stacked"`, of `model_rows.onnx`: required
+    # inputs with a leading adapter axis, from which `adapter_ids` chooses for each row
     mode: str
-    k: int
-    dtype: str
-    sites: tuple[AdapterSite, ...] = ()
+    k: int  # blocks in each direction, of every site; 0 for LoRA's form, which has none
+    dtype: str  # their dtype: `"float32"`, `"float16"` or `"bfloat16"`
+    sites: tuple[AdapterSite, ...] = ()  # the layers that take an adapter
+    # layers that an adapter may have tensors for, though the model's forward does not call them
     uncalled: tuple[str, ...] = ()
 
     def ranks(self, site: AdapterSite) -> tuple[str, str]:

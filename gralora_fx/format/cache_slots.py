@@ -67,19 +67,12 @@ def kinds_shown(signs: Collection[str]) -> dict[str, StateKind]:
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """One tensor of a cache.
+    """One tensor of a cache."""
 
-    Attributes:
-        layer: The layer that keeps it.
-        kind: What it is.
-        number: Which one, of several of the kind in a layer.
-        part: Of an encoder-decoder's cache: `"decoder"` or `"encoder"`; else empty.
-    """
-
-    layer: int
-    kind: StateKind
-    number: int = 0
-    part: str = ""
+    layer: int  # the layer that keeps it
+    kind: StateKind  # what it is
+    number: int = 0  # which one, of several of the kind in a layer
+    part: str = ""  # of an encoder-decoder's cache: `"decoder"` or `"encoder"`; else empty
 
     @property
     def place(self) -> str:

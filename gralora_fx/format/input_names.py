@@ -22,18 +22,12 @@ DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs
 
 @dataclass(frozen=True)
 class StepInput:
-    """An input of a step that has something for every position, which text alone does without.
-
-    Attributes:
-        name: Its name.
-        absent: Its value at a position of text.
-        axis: The axis of the batch; the next one is that of positions.
-        follows: The input whose batch and positions it has: those of a step, or, with the mask, of all before it too.
-    """
+    """An input of a step that has something for every position, which text alone does without."""
 
     name: str
-    absent: float = 0
-    axis: int = 0
+    absent: float = 0  # its value at a position of text
+    axis: int = 0  # the axis of the batch; the next one is that of positions
+    # the input whose batch and positions it has: those of a step, or, with the mask, of all before it too
     follows: str = IDS
 
     def of_text(self, like: Any, inputs: Mapping[str, Any]) -> Any:

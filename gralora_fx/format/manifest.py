@@ -40,32 +40,22 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that was folded into an export.
+    """An adapter that was folded into an export."""
 
-    Attributes:
-        config: Its `adapter_config.json`.
-        sha256: Digest of its `adapter_model.safetensors`, or None where that is not known.
-        base: What was compared of the base that it was made for (see `BaseComparison`); None where nothing was, as of
-            one that was trained on the model itself.
-    """
-
-    config: Mapping[str, Any]
-    sha256: str | None
+    config: Mapping[str, Any]  # its `adapter_config.json`
+    sha256: str | None  # digest of its `adapter_model.safetensors`, or None where that is not known
+    # what was compared of the base that it was made for (see `BaseComparison`); None where nothing was, as of one that
+    # was trained on the model itself
     base: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """The base model that was exported, as it was named.
+    """The base model that was exported, as it was named."""
 
-    Attributes:
-        name: Its directory or hub id.
-        revision: The commit of its hub repository, where that is known.
-        quantization: How the weights were quantized that are exported (see `BaseQuantization`); None of floats.
-    """
-
-    name: str
-    revision: str | None = None
+    name: str  # its directory or hub id
+    revision: str | None = None  # the commit of its hub repository, where that is known
+    # how the weights were quantized that are exported (see `BaseQuantization`); None of floats
     quantization: Mapping[str, Any] | None = None
 
 
@@ -90,21 +80,13 @@ class SiteEntry:
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """Where the weight of a linear layer lies in an export, of a layer whose weight a file of it multiplies by.
+    """Where the weight of a linear layer lies in an export, of a layer whose weight a file of it multiplies by."""
 
-    Attributes:
-        file: The ONNX file, such as `model.onnx`.
-        initializer: Name of the initializer that the products read; of a quantized one that of its integers.
-        start: First of the layer's output features among the initializer's: it may hold several layers' weights.
-        stop: End of them.
-        transposed: Whether the initializer is stored `[in, out]`, not `[out, in]` as in PyTorch.
-    """
-
-    file: str
-    initializer: str
-    start: int
-    stop: int
-    transposed: bool
+    file: str  # the ONNX file, such as `model.onnx`
+    initializer: str  # name of the initializer that the products read; of a quantized one that of its integers
+    start: int  # first of the layer's output features among the initializer's: it may hold several layers' weights
+    stop: int  # end of them
+    transposed: bool  # whether the initializer is stored `[in, out]`, not `[out, in]` as in PyTorch
 
 
 @dataclass(frozen=True)
@@ -112,14 +94,10 @@ class RowsEntry:
     """The graph whose rows differ: those of a decoder in length, or why an export lacks it.
 
     It takes adapters that are data as stacks with an id a row (see `AdapterInputs.by_row`).
-
-    Attributes:
-        file: The ONNX file; None where there is none.
-        reason: Why there is none; None where there is one.
     """
 
-    file: str | None
-    reason: str | None = None
+    file: str | None  # the ONNX file; None where there is none
+    reason: str | None = None  # why there is none; None where there is one
 
     def __str__(self) -> str:
         """The file, or the reason."""
@@ -130,64 +108,44 @@ class RowsEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `gralora_export.json` says; fields with a default are not in every export.
+    """What `gralora_export.json` says; fields with a default are not in every export."""
 
-    Attributes:
-        schema_version: Version of the file's form.
-        task: The task the model was exported for, or None.
-        precision: Precision of the weights that are not quantized, and of the cache.
-        quantization: How matrices are quantized, or None.
-        adapters_mode: How adapters are held: `"merged"`, `"data"` or `"inputs"`.
-        logits: Which positions' logits the graph returns: `"last"` or `"all"`.
-        position_offset: How many rows of the table of positions no position has.
-        adapters: Adapters that were folded, by name, in the order in which they were.
-        base_fingerprint: A digest of the base's weights.
-        sites: The linear layers of the model.
-        inputs: Shapes of the graph's inputs by name; of several graphs, those of each by the name of its file.
-        outputs: As `inputs`.
-        packages: Versions of the packages that made it.
-        attention: Which layers' attention is fused; None for a model without any.
-        passes: What every pass did, in order.
-        verification: What verification measured, or None.
-        quality: How a quantized export differs from the float32 model, where that was measured.
-        adapter_inputs: The adapter tensors that the graph takes; None where adapters are folded.
-        requires: The oldest version of each package that runs the graph, where the usual ones do not all.
-        files: Every other file of the directory by its path; None where they were not recorded.
-        weights: Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that
-            no file multiplies by is not in it.
-        base: The base model by name; None of one that was made in memory.
-        rows: The graph whose rows differ; None where nothing is known of one.
-        flavour: Kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`.
-        facts: What features know of the graph's inputs, each under its name in the file.
-        companions: `inputs` and `outputs` of parts of the model that run beside the graph, by the names of their
-            files without a suffix.
-    """
-
-    schema_version: int
-    task: str | None
+    schema_version: int  # version of the file's form
+    task: str | None  # the task the model was exported for, or None
+    # precision of the weights that are not quantized, and of the cache
     precision: Annotated[str, ("fp32", "fp16", "bf16")]
-    quantization: QuantizedWeights | None = None
-    adapters_mode: str = "merged"
-    logits: str = "all"
-    position_offset: int = 0
+    quantization: QuantizedWeights | None = None  # how matrices are quantized, or None
+    adapters_mode: str = "merged"  # how adapters are held: `"merged"`, `"data"` or `"inputs"`
+    logits: str = "all"  # which positions' logits the graph returns: `"last"` or `"all"`
+    position_offset: int = 0  # how many rows of the table of positions no position has
+    # adapters that were folded, by name, in the order in which they were
     adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
-    base_fingerprint: str | None = None
-    sites: tuple[SiteEntry, ...] = ()
+    base_fingerprint: str | None = None  # a digest of the base's weights
+    sites: tuple[SiteEntry, ...] = ()  # the linear layers of the model
+    # shapes of the graph's inputs by name; of several graphs, those of each by the name of its file
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    outputs: Mapping[str, Any] = field(default_factory=dict)
-    packages: Mapping[str, Any] = field(default_factory=dict)
-    attention: Mapping[str, Any] | None = None
-    passes: tuple[Mapping[str, Any], ...] = ()
-    verification: Mapping[str, Any] | None = None
-    quality: Quality | None = None
+    outputs: Mapping[str, Any] = field(default_factory=dict)  # as `inputs`
+    packages: Mapping[str, Any] = field(default_factory=dict)  # versions of the packages that made it
+    attention: Mapping[str, Any] | None = None  # which layers' attention is fused; None for a model without any
+    passes: tuple[Mapping[str, Any], ...] = ()  # what every pass did, in order
+    verification: Mapping[str, Any] | None = None  # what verification measured, or None
+    quality: Quality | None = None  # how a quantized export differs from the float32 model, where that was measured
+    # the adapter tensors that the graph takes; None where adapters are folded
     adapter_inputs: AdapterInputs | None = None
+    # the oldest version of each package that runs the graph, where the usual ones do not all
     requires: Mapping[str, str] | None = None
+    # every other file of the directory by its path; None where they were not recorded
     files: Mapping[str, FileEntry] | None = None
+    # Where the weight of each linear layer lies, by its path; None where that was not recorded. A layer that no file
+    # multiplies by is not in it.
     weights: Mapping[str, tuple[WeightEntry, ...]] | None = None
-    base: BaseEntry | None = None
-    rows: RowsEntry | None = None
-    flavour: str = PLAIN_KIND
+    base: BaseEntry | None = None  # the base model by name; None of one that was made in memory
+    rows: RowsEntry | None = None  # the graph whose rows differ; None where nothing is known of one
+    flavour: str = PLAIN_KIND  # kind of export: `"plain"`, `"decoder"` or `"encoder-decoder"`
+    # what features know of the graph's inputs, each under its name in the file
     facts: Mapping[str, Any] = field(default_factory=dict)
+    # `inputs` and `outputs` of parts of the model that run beside the graph, by the names of their files without a
+    # suffix
     companions: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """How a matrix is stored that has a format of its own.
+    """How a matrix is stored that has a format of its own."""
 
-    Attributes:
-        form: The format, in words.
-        gain: How much less is lost than in the others' format, by the measure that chose it; None where nothing was
-            measured.
-    """
-
-    form: str
+    form: str  # the format, in words
+    # how much less is lost than in the others' format, by the measure that chose it; None where nothing was measured
     gain: float | None = None
 
 
@@ -27,32 +22,19 @@ WIDEST_EXACT = {4: 32, 8: 64}
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """How an export's matrices are quantized, and how much of it is.
+    """How an export's matrices are quantized, and how much of it is."""
 
-    Attributes:
-        kind: `"int4"`, `"int8"` or `"int8-dynamic"`.
-        block_size: Values of a matrix's input axis that share a scale; None where those of a whole column do.
-        accuracy_level: How ONNX Runtime multiplies with blocks; None where there are none.
-        zero_points: Whether blocks have a zero point each; None where there are none.
-        multiplications: Nodes that multiply with quantized values.
-        lookups: Nodes that look up rows of blocks.
-        values: Values of the matrices that are multiplied with.
-        bits: Mean bits of their integers; None where that was not recorded.
-        stored_bits: The same with scales, zero points and padding.
-        chosen_by: What the formats were chosen by, in words; None where all matrices have one.
-        layers: The matrices that have a format of their own, by the names of the parameters.
-    """
-
-    kind: str
-    block_size: int | None
-    accuracy_level: int | None
-    zero_points: bool | None
-    multiplications: int
-    lookups: int
-    values: int
-    bits: float | None = None
-    stored_bits: float | None = None
-    chosen_by: str | None = None
+    kind: str  # `"int4"`, `"int8"` or `"int8-dynamic"`
+    block_size: int | None  # values of a matrix's input axis that share a scale; None where those of a whole column do
+    accuracy_level: int | None  # how ONNX Runtime multiplies with blocks; None where there are none
+    zero_points: bool | None  # whether blocks have a zero point each; None where there are none
+    multiplications: int  # nodes that multiply with quantized values
+    lookups: int  # nodes that look up rows of blocks
+    values: int  # values of the matrices that are multiplied with
+    bits: float | None = None  # mean bits of their integers; None where that was not recorded
+    stored_bits: float | None = None  # the same with scales, zero points and padding
+    chosen_by: str | None = None  # what the formats were chosen by, in words; None where all matrices have one
+    # the matrices that have a format of their own, by the names of the parameters
     layers: Mapping[str, LayerFormat] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -75,23 +57,15 @@ class QuantizedWeights:
 
 @dataclass(frozen=True)
 class OutputQuality:
-    """How an output of a quantized export differs from the float32 model's.
+    """How an output of a quantized export differs from the float32 model's."""
 
-    Attributes:
-        name: Name of the output.
-        rows: How many rows were compared: of logits, those of a class or token each; else vectors.
-        argmax_agreement: Share of rows whose largest logit is at the same index; None for other outputs.
-        probability_change: Largest change of a probability, by softmax over a row's logits; None for other outputs.
-        mean_cosine: Mean cosine similarity of a row with the model's; None for logits.
-        min_cosine: The smallest; None for logits.
-    """
-
-    name: str
-    rows: int
-    argmax_agreement: float | None
+    name: str  # name of the output
+    rows: int  # how many rows were compared: of logits, those of a class or token each; else vectors
+    argmax_agreement: float | None  # share of rows whose largest logit is at the same index; None for other outputs
+    # largest change of a probability, by softmax over a row's logits; None for other outputs
     probability_change: float | None
-    mean_cosine: float | None
-    min_cosine: float | None
+    mean_cosine: float | None  # mean cosine similarity of a row with the model's; None for logits
+    min_cosine: float | None  # the smallest; None for logits
 
     def __str__(self) -> str:
         """The figures in a line."""
@@ -107,24 +81,16 @@ class OutputQuality:
 
 @dataclass(frozen=True)
 class TokenQuality:
-    """How the tokens of a quantized decoder differ from the float32 model's with the same adapter.
+    """How the tokens of a quantized decoder differ from the float32 model's with the same adapter."""
 
-    Attributes:
-        adapter: The adapter, of an export that takes adapters as data; None for the base, or for folded adapters.
-        texts: Number of texts.
-        positions: Their positions, at each of which the next token was compared; both read the same tokens.
-        argmax_agreement: Share of positions at which the likeliest token is the same.
-        kl_divergence: Mean of KL(float32 || quantized) of the next token's probabilities, in nats.
-        greedy_tokens: Tokens that the float32 model added greedily to each text.
-        equal_greedy_tokens: How many of them the export gives too before its first other one: the median of the texts.
-    """
-
+    # the adapter, of an export that takes adapters as data; None for the base, or for folded adapters
     adapter: str | None
-    texts: int
-    positions: int
-    argmax_agreement: float
-    kl_divergence: float
-    greedy_tokens: int
+    texts: int  # number of texts
+    positions: int  # their positions, at each of which the next token was compared; both read the same tokens
+    argmax_agreement: float  # share of positions at which the likeliest token is the same
+    kl_divergence: float  # mean of KL(float32 || quantized) of the next token's probabilities, in nats
+    greedy_tokens: int  # tokens that the float32 model added greedily to each text
+    # how many of them the export gives too before its first other one: the median of the texts
     equal_greedy_tokens: float
 
     def __str__(self) -> str:
@@ -139,16 +105,11 @@ class TokenQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """How a quantized export differs from the float32 model.
+    """How a quantized export differs from the float32 model."""
 
-    Attributes:
-        inputs: What was compared, such as `200 given texts`.
-        outputs: The outputs, without those of a cache; none for a decoder with one.
-        tokens: Of a decoder with a cache, its tokens: for folded adapters one entry, else the base and each adapter.
-    """
-
-    inputs: str
-    outputs: tuple[OutputQuality, ...] = ()
+    inputs: str  # what was compared, such as `200 given texts`
+    outputs: tuple[OutputQuality, ...] = ()  # the outputs, without those of a cache; none for a decoder with one
+    # of a decoder with a cache, its tokens: for folded adapters one entry, else the base and each adapter
     tokens: tuple[TokenQuality, ...] = ()
 
     @property

@@ -16,36 +16,26 @@ _PAST = "-with-past"  # ends the name of a task's variant with a cache
 
 @dataclass(frozen=True)
 class Task:
-    """A task that a model can be traced for.
+    """A task that a model can be traced for."""
 
-    Attributes:
-        name: Its name, without a cache.
-        auto_class: The class of transformers that loads a model for it.
-        heads: How the names of transformers' classes for it end.
-        inputs: Main inputs, one of which its models take; none for any. A model whose class could also be one for
-            text2text-generation is for the task if it takes the first.
-        cache: Which models have a variant with a cache, that generates; None for none.
-        adapters: PEFT's types of tasks whose adapters may be used for it.
-        is_classification: Whether its head is of use for no other task.
-        takes_embeddings: Whether its decoders take embeddings beside ids.
-        is_of: Returns whether a model whose class is one for text2text-generation is for the task.
-        encoder_alone: Whether it reads the states of an encoder: of an encoder-decoder that part is loaded, and a
-            checkpoint may lack what no one reads, a pooler.
-        example: An example of what `generate` is given, as Python's code, where that is not a text.
-        example_options: The same as options of the command, by their Python names.
-    """
-
-    name: str
-    auto_class: str = ""
-    heads: tuple[str, ...] = ()
+    name: str  # its name, without a cache
+    auto_class: str = ""  # the class of transformers that loads a model for it
+    heads: tuple[str, ...] = ()  # how the names of transformers' classes for it end
+    # Main inputs, one of which its models take; none for any. A model whose class could also be one for text2text-
+    # generation is for the task if it takes the first.
     inputs: tuple[str, ...] = ()
+    # which models have a variant with a cache, that generates; None for none
     cache: Literal["decoder", "encoder-decoder"] | None = None
-    adapters: tuple[str, ...] = ()
-    is_classification: bool = False
-    takes_embeddings: bool = False
+    adapters: tuple[str, ...] = ()  # PEFT's types of tasks whose adapters may be used for it
+    is_classification: bool = False  # whether its head is of use for no other task
+    takes_embeddings: bool = False  # whether its decoders take embeddings beside ids
+    # returns whether a model whose class is one for text2text-generation is for the task
     is_of: Callable[[Any], bool] | None = None
+    # whether it reads the states of an encoder: of an encoder-decoder that part is loaded, and a checkpoint may lack
+    # what no one reads, a pooler
     encoder_alone: bool = False
-    example: str = ""
+    example: str = ""  # an example of what `generate` is given, as Python's code, where that is not a text
+    # the same as options of the command, by their Python names
     example_options: Mapping[str, str] = field(default_factory=dict)
 
 

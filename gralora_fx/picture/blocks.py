@@ -15,20 +15,13 @@ _SHORTEST_RUN = 3  # two layers are drawn faster than explained
 
 @dataclass
 class Block:
-    """A frame of the picture.
+    """A frame of the picture."""
 
-    Attributes:
-        path: Module path; the root is `""`.
-        is_layer: Whether it is a numbered layer, rather than a branch such as an encoder.
-        blocks: The frames within it, in order.
-        items: Paths of the items directly in it.
-        alike: Paths of the blocks that it represents, its own first; empty if it represents only itself.
-    """
-
-    path: str
-    is_layer: bool = False
-    blocks: list[Block] = field(default_factory=list)
-    items: list[str] = field(default_factory=list)
+    path: str  # module path; the root is `""`
+    is_layer: bool = False  # whether it is a numbered layer, rather than a branch such as an encoder
+    blocks: list[Block] = field(default_factory=list)  # the frames within it, in order
+    items: list[str] = field(default_factory=list)  # paths of the items directly in it
+    # paths of the blocks that it represents, its own first; empty if it represents only itself
     alike: tuple[str, ...] = ()
 
     @property

@@ -48,20 +48,13 @@ def lay_out(source: str) -> str:
 
 @dataclass
 class DotSource:
-    """Graphviz source, and the contents of its boxes and frames by the identifiers of their SVG groups.
+    """Graphviz source, and the contents of its boxes and frames by the identifiers of their SVG groups."""
 
-    Attributes:
-        text: The source.
-        calls_again: Whether an arrow leads back to a layer that is called again.
-        has_strips: Whether a box shows the updates of several layers.
-        boxes: What each box shows.
-        frames: The block of each frame, and its title.
-    """
-
-    text: str = ""
-    calls_again: bool = False
-    has_strips: bool = False
-    boxes: dict[str, tuple[Item, Box]] = field(default_factory=dict)
+    text: str = ""  # the source
+    calls_again: bool = False  # whether an arrow leads back to a layer that is called again
+    has_strips: bool = False  # whether a box shows the updates of several layers
+    boxes: dict[str, tuple[Item, Box]] = field(default_factory=dict)  # what each box shows
+    # the block of each frame, and its title
     frames: dict[str, tuple[Block, tuple[Line, Line]]] = field(default_factory=dict)
 
 

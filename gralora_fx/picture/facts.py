@@ -51,23 +51,14 @@ class AdaptedModel(Protocol):
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """An adapter.
-
-    Attributes:
-        name: Its name.
-        state: Its state, as that of a `SiteAdapter`.
-        config: Its configuration.
-        settings: Its method's own description of the configuration, by field.
-        sites: Paths of the sites that it adapts.
-        parameters: How many values it trains.
-    """
+    """An adapter."""
 
     name: str
-    state: str
-    config: AdapterConfig
-    settings: Mapping[str, Any]
-    sites: tuple[str, ...]
-    parameters: int
+    state: str  # its state, as that of a `SiteAdapter`
+    config: AdapterConfig  # its configuration
+    settings: Mapping[str, Any]  # its method's own description of the configuration, by field
+    sites: tuple[str, ...]  # paths of the sites that it adapts
+    parameters: int  # how many values it trains
 
     @property
     def settings_text(self) -> str:
@@ -94,22 +85,14 @@ class AdapterFacts:
 
 @dataclass(frozen=True)
 class SiteAdapter:
-    """An adapter at a site.
+    """An adapter at a site."""
 
-    Attributes:
-        name: The adapter's name.
-        state: `"active"`, `"merged"`, `"waiting"` or `"planned"`.
-        sizes: Its sizes, in words.
-        k: Blocks of its update in each direction.
-        scale: Factor of its update.
-        norms: Frobenius norms of the update's blocks, rows for output blocks; None for a plan.
-    """
-
-    name: str
-    state: str
-    sizes: str
-    k: int
-    scale: float
+    name: str  # the adapter's name
+    state: str  # `"active"`, `"merged"`, `"waiting"` or `"planned"`
+    sizes: str  # its sizes, in words
+    k: int  # blocks of its update in each direction
+    scale: float  # factor of its update
+    # Frobenius norms of the update's blocks, rows for output blocks; None for a plan
     norms: tuple[tuple[float, ...], ...] | None
 
     @property
@@ -125,25 +108,15 @@ class SiteAdapter:
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """A linear site as a picture shows it.
-
-    Attributes:
-        site: The site.
-        calls: Number of nodes that read the weight as a layer.
-        status: The state of its adapters, or `"saved"`, `"rejected"`, `"base"`.
-        adapters: The adapters that it has.
-        reasons: Reasons why it has no adapter, by adapter name.
-        saved_by: Adapters that train a copy of it, or of a module around it.
-        notes: Other notes about it.
-    """
+    """A linear site as a picture shows it."""
 
     site: LinearSite
-    calls: int
-    status: str
-    adapters: tuple[SiteAdapter, ...] = ()
-    reasons: Mapping[str, str] | None = None
-    saved_by: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    calls: int  # number of nodes that read the weight as a layer
+    status: str  # the state of its adapters, or `"saved"`, `"rejected"`, `"base"`
+    adapters: tuple[SiteAdapter, ...] = ()  # the adapters that it has
+    reasons: Mapping[str, str] | None = None  # reasons why it has no adapter, by adapter name
+    saved_by: tuple[str, ...] = ()  # adapters that train a copy of it, or of a module around it
+    notes: tuple[str, ...] = ()  # other notes about it
 
     @property
     def reason(self) -> str:
@@ -156,25 +129,15 @@ class SiteFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as a picture shows it.
+    """A model as a picture shows it."""
 
-    Attributes:
-        name: The name to show.
-        traced: The base model.
-        sites: Its sites by path.
-        adapters: Its adapters.
-        trained_whole: Names of the adapters that train a copy of a module, by its path.
-        trainable: Number of values that train; None where nothing was planned.
-        total: Number of all values.
-    """
-
-    name: str
-    traced: TracedModel
-    sites: dict[str, SiteFacts]
+    name: str  # the name to show
+    traced: TracedModel  # the base model
+    sites: dict[str, SiteFacts]  # its sites by path
     adapters: tuple[AdapterFacts, ...]
-    trained_whole: dict[str, tuple[str, ...]]
-    trainable: int | None
-    total: int
+    trained_whole: dict[str, tuple[str, ...]]  # names of the adapters that train a copy of a module, by its path
+    trainable: int | None  # number of values that train; None where nothing was planned
+    total: int  # number of all values
 
     @functools.cached_property  # every box and heat map asks for it
     def largest_norm(self) -> float | None:

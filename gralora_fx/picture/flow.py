@@ -26,16 +26,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """Condensed data flow.
+    """Condensed data flow."""
 
-    Attributes:
-        items: Everything drawn, in the order in which it first computes.
-        edges: Pairs between which a value passes without another drawn item in between. Pairs that are also joined by a
-            longer path, such as those of a residual connection, are left out; a pair against the order of `items` is a
-            layer called again.
-    """
-
-    items: tuple[Item, ...]
+    items: tuple[Item, ...]  # everything drawn, in the order in which it first computes
+    # Pairs between which a value passes without another drawn item in between. Pairs that are also joined by a longer
+    # path, such as those of a residual connection, are left out; a pair against the order of `items` is a layer called
+    # again.
     edges: tuple[tuple[Item, Item], ...]
 
 

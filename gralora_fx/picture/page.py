@@ -61,16 +61,11 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Overview:
-    """A table of one adapter's block norms in the layers of one container: the root mean square at each site.
+    """A table of one adapter's block norms in the layers of one container: the root mean square at each site."""
 
-    Attributes:
-        title: The adapter and the container.
-        columns: Paths of the sites within a layer.
-        rows: Paths of the layers, with a cell for each column; None where the layer has no such adapter.
-    """
-
-    title: str
-    columns: tuple[str, ...]
+    title: str  # the adapter and the container
+    columns: tuple[str, ...]  # paths of the sites within a layer
+    # paths of the layers, with a cell for each column; None where the layer has no such adapter
     rows: tuple[tuple[str, tuple[_Cell | None, ...]], ...]
 
 

@@ -29,21 +29,14 @@ _CACHED, _NEW, _ALL = "past_sequence_length", "sequence_length", "total_sequence
 
 @dataclass(frozen=True)
 class CallInputs:
-    """Converts a call's inputs to those of a session.
+    """Converts a call's inputs to those of a session."""
 
-    Attributes:
-        inputs: The session's inputs by name, each with its type and shape.
-        config: Fields of the model's `config.json`.
-        is_encoder_decoder: Whether the session is an `EncoderDecoderSession`.
-        position_offset: By how many positions a model has fewer than its configuration says; if not 0, padding takes
-            none.
-        facts: What features know of inputs, by their names in the manifest.
-    """
-
-    inputs: Mapping[str, Any]
-    config: Mapping[str, Any] = field(default_factory=dict)
-    is_encoder_decoder: bool = False
+    inputs: Mapping[str, Any]  # the session's inputs by name, each with its type and shape
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of the model's `config.json`
+    is_encoder_decoder: bool = False  # whether the session is an `EncoderDecoderSession`
+    # by how many positions a model has fewer than its configuration says; if not 0, padding takes none
     position_offset: int = 0
+    # what features know of inputs, by their names in the manifest
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
 
     def parts(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

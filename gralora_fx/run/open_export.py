@@ -46,19 +46,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a kind of export is read.
+    """How a kind of export is read."""
 
-    Attributes:
-        name: The kind, as the manifest has it.
-        opens_rows: Whether `model_rows.onnx`, where there is one, is opened first, and not `model.onnx`: given whether
-            the CPU runs all of it, and whether every call names an adapter for each row.
-        calls_rows: Whether calls run `model_rows.onnx` where they name an adapter for each row.
-        generation: How an open export generates; it raises a `ServingError` where it does not.
-    """
-
-    name: str
+    name: str  # the kind, as the manifest has it
+    # whether `model_rows.onnx`, where there is one, is opened first, and not `model.onnx`: given whether the CPU runs
+    # all of it, and whether every call names an adapter for each row
     opens_rows: Callable[[bool, bool], bool]
-    calls_rows: bool
+    calls_rows: bool  # whether calls run `model_rows.onnx` where they name an adapter for each row
+    # how an open export generates; it raises a `ServingError` where it does not
     generation: Callable[[OpenExport], Generation]
 
 

@@ -25,15 +25,10 @@ _IDS, _TYPES, _ATTENTION_MASK = "input_ids", "token_type_ids", "attention_mask"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text or a pair.
+    """A text or a pair."""
 
-    Attributes:
-        ids: Its token ids.
-        types: The type of each, as the tokenizer gives them; None if all are 0.
-    """
-
-    ids: Sequence[int]
-    types: Sequence[int] | None = None
+    ids: Sequence[int]  # its token ids
+    types: Sequence[int] | None = None  # the type of each, as the tokenizer gives them; None if all are 0
 
 
 class TextReader:

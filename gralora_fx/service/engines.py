@@ -43,17 +43,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs requests.
+    """What runs requests."""
 
-    Attributes:
-        models: The models that requests may name.
-        manifest: The export's manifest.
-        queue: Takes requests, or rows of them.
-    """
-
-    models: AdapterStore
-    manifest: Manifest
-    queue: JobQueue[Any]
+    models: AdapterStore  # the models that requests may name
+    manifest: Manifest  # the export's manifest
+    queue: JobQueue[Any]  # takes requests, or rows of them
 
     @property
     def context_length(self) -> int | None:
@@ -101,23 +95,15 @@ class AttachmentReader(Protocol):
 
 @dataclass(frozen=True)
 class TextEngine(Engine):
-    """A decoder that answers prompts, or an encoder-decoder that answers what its encoder reads.
-
-    Attributes:
-        tokenizer: The tokenizer beside the model.
-        constraints: Compiles what answers have to be; None if no feature does.
-        templates: What features read in the tokenizer's template of chats, by its class.
-        reasons: Whether the template writes what a model thinks before it answers.
-        inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
-        attachments: Reads what chats hold beside text; None for a model that reads text alone.
-    """
+    """A decoder that answers prompts, or an encoder-decoder that answers what its encoder reads."""
 
     queue: ContinuousScheduler
-    tokenizer: PreTrainedTokenizerBase
-    constraints: Constraints | None
-    templates: Mapping[type, Any]
-    reasons: bool
-    inputs: EncoderInputs | None = None
+    tokenizer: PreTrainedTokenizerBase  # the tokenizer beside the model
+    constraints: Constraints | None  # compiles what answers have to be; None if no feature does
+    templates: Mapping[type, Any]  # what features read in the tokenizer's template of chats, by its class
+    reasons: bool  # whether the template writes what a model thinks before it answers
+    inputs: EncoderInputs | None = None  # reads what the encoder of an encoder-decoder takes; None for a decoder
+    # reads what chats hold beside text; None for a model that reads text alone
     attachments: AttachmentReader | None = None
 
     @property
@@ -143,13 +129,9 @@ class TextEngine(Engine):
 
 @dataclass(frozen=True)
 class EncoderEngine(Engine):
-    """A model that is run once for each request.
+    """A model that is run once for each request."""
 
-    Attributes:
-        encoder: Runs rows in batches.
-    """
-
-    encoder: Encoder
+    encoder: Encoder  # runs rows in batches
 
     @property
     def context_length(self) -> int | None:

@@ -65,30 +65,19 @@ def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
 
 @dataclass(frozen=True)
 class ServiceInfo:
-    """What a service serves.
+    """What a service serves."""
 
-    Attributes:
-        model: The name of the model without an adapter.
-        task: The task that it was exported for; None if there was none.
-        precision: Precision of the weights that are not quantized.
-        quantization: How matrices are quantized; None if they are not.
-        adapters_mode: How the export holds adapters.
-        context_length: Tokens of a text that an encoder reads, or of a decoder's prompt and its answer; None for no
-            limit, or if it takes no texts.
-        chat_template: Whether it takes chats: it answers texts, and its tokenizer has a template for them.
-        max_queue: The most requests, or rows, that wait.
-        version: The version of gralora-fx.
-    """
-
-    model: str
-    task: str | None
-    precision: str
-    quantization: str | None
-    adapters_mode: str
+    model: str  # the name of the model without an adapter
+    task: str | None  # the task that it was exported for; None if there was none
+    precision: str  # precision of the weights that are not quantized
+    quantization: str | None  # how matrices are quantized; None if they are not
+    adapters_mode: str  # how the export holds adapters
+    # tokens of a text that an encoder reads, or of a decoder's prompt and its answer; None for no limit, or if it takes
+    # no texts
     context_length: int | None
-    chat_template: bool
-    max_queue: int
-    version: str
+    chat_template: bool  # whether it takes chats: it answers texts, and its tokenizer has a template for them
+    max_queue: int  # the most requests, or rows, that wait
+    version: str  # the version of gralora-fx
 
     def labels(self) -> dict[str, str]:
         """The facts that metrics are labelled with."""

@@ -62,17 +62,11 @@ def note_answers(scope: Any, answers: Answers) -> None:
 
 @dataclass(frozen=True)
 class Tracing:
-    """Where spans go.
+    """Where spans go."""
 
-    Attributes:
-        tracer: Makes spans.
-        exporters: The names of what exports them.
-        close: Sends what is left.
-    """
-
-    tracer: Tracer
-    exporters: str
-    close: Callable[[], object]
+    tracer: Tracer  # makes spans
+    exporters: str  # the names of what exports them
+    close: Callable[[], object]  # sends what is left
 
 
 def tracing_of_environment() -> Tracing | None:

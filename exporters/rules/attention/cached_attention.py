@@ -43,13 +43,10 @@ class FuseAttention:
 
     The bias that masks padding is created once; causality and the window are left to the operator, for which padding
     counts as positions. A layer that the operator does not support is decomposed into plain operators.
-
-    Attributes:
-        tables: The tables of rotary embeddings in the graph.
-        has_attention: Whether there is any, which its cache of keys and values tells; else the model keeps states.
     """
 
-    tables: RotaryTables
+    tables: RotaryTables  # the tables of rotary embeddings in the graph
+    # whether there is any, which its cache of keys and values tells; else the model keeps states
     has_attention: bool = True
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:

@@ -29,15 +29,10 @@ _EXPAND = (aten.expand.default, aten.expand_as.default)
 
 
 class MaskParts(NamedTuple):
-    """A mask in two parts, both of which hide keys.
+    """A mask in two parts, both of which hide keys."""
 
-    Attributes:
-        rest: What it does beside hiding padding, boolean or additive; None for nothing.
-        padding: `[batch, keys]`, zero at the keys that it hides as padding; None where it hides none.
-    """
-
-    rest: fx.Node | None
-    padding: fx.Node | None
+    rest: fx.Node | None  # what it does beside hiding padding, boolean or additive; None for nothing
+    padding: fx.Node | None  # `[batch, keys]`, zero at the keys that it hides as padding; None where it hides none
 
 
 def split_mask(mask: fx.Node) -> MaskParts:

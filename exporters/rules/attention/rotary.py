@@ -282,13 +282,9 @@ class RotaryTables:
 @contract(needs={ROTARY_NODES}, ends={ROTARY_NODES})
 @dataclass(frozen=True)
 class LowerRotary:
-    """Replace rotary operators by `com.microsoft.RotaryEmbedding`.
+    """Replace rotary operators by `com.microsoft.RotaryEmbedding`."""
 
-    Attributes:
-        tables: The tables of the graph.
-    """
-
-    tables: RotaryTables
+    tables: RotaryTables  # the tables of the graph
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Replace them, in place."""

@@ -28,16 +28,11 @@ _BlocksOf: TypeAlias = Callable[[Sequence[str], tuple[int, int], Blocks], BlockA
 
 
 class BlockValues(NamedTuple):
-    """The initializers of a quantized matrix.
+    """The initializers of a quantized matrix."""
 
-    Attributes:
-        packed: `[N, K/block, block * bits / 8]`, uint8.
-        scales: `[N, K/block]`; those that are stored in fewer bits after the cast that widens them.
-        zero_points: `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range.
-    """
-
-    packed: ir.Value
-    scales: ir.Value
+    packed: ir.Value  # `[N, K/block, block * bits / 8]`, uint8
+    scales: ir.Value  # `[N, K/block]`; those that are stored in fewer bits after the cast that widens them
+    # `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range
     zero_points: ir.Value | None
 
     @property
@@ -58,15 +53,11 @@ class BlockProducts:
     Scales of fewer bits than a float have a `Cast` behind them, which ONNX Runtime computes when it opens the model. A
     matrix is read and quantized when it is written. An embedding that is not tied to a head keeps its precision, as
     in onnxruntime-genai.
-
-    Attributes:
-        graph: The model's graph, which gets the initializers.
-        form: How they are stored.
-        blocks_of: The blocks of a matrix that is rounded already, by the names of its parameters, its sizes and format.
     """
 
-    graph: ir.Graph
-    form: Blocks
+    graph: ir.Graph  # the model's graph, which gets the initializers
+    form: Blocks  # how they are stored
+    # the blocks of a matrix that is rounded already, by the names of its parameters, its sizes and format
     blocks_of: _BlocksOf
     _stored: dict[ConstantMatrix, BlockValues] = field(default_factory=dict, init=False)
 

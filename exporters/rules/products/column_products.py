@@ -44,15 +44,11 @@ class ColumnProducts:
     are multiplied in one product:
 
     After:  `r = x * factors / s - q`, `y = (MatMul(q, w) + MatMul(r rounded, w)) * s`
-
-    Attributes:
-        graph: The model's graph, which gets the initializers.
-        form: How they are stored.
-        inputs_of: What is known of the inputs of a matrix's products, by the names of its parameters; None for nothing.
     """
 
-    graph: ir.Graph
-    form: Columns
+    graph: ir.Graph  # the model's graph, which gets the initializers
+    form: Columns  # how they are stored
+    # what is known of the inputs of a matrix's products, by the names of its parameters; None for nothing
     inputs_of: Callable[[Sequence[str]], ColumnInputs | None] = lambda names: None
     _stored: dict[ConstantMatrix, StoredColumns] = field(default_factory=dict, init=False)
     _rounded: dict[Hashable, tuple[ir.Value, ir.Value]] = field(default_factory=dict, init=False)
@@ -204,17 +200,11 @@ def _initializers(
 
 
 class StoredColumns(NamedTuple):
-    """The initializers of a matrix in columns.
+    """The initializers of a matrix in columns."""
 
-    Attributes:
-        integers: `[K, N]`, int8.
-        scale: `[N]`.
-        factors: `[K]`, what its rows are multiplied by; None where there are none.
-    """
-
-    integers: ir.Value
-    scale: ir.Value
-    factors: ir.Value | None
+    integers: ir.Value  # `[K, N]`, int8
+    scale: ir.Value  # `[N]`
+    factors: ir.Value | None  # `[K]`, what its rows are multiplied by; None where there are none
 
 
 def is_table(value: ir.Value) -> bool:

@@ -30,15 +30,10 @@ _KEPT = {  # operators that multiply by weights or by activations, and keep thei
 
 
 class ConstantMatrix(NamedTuple):
-    """The constant matrix by which a node multiplies.
+    """The constant matrix by which a node multiplies."""
 
-    Attributes:
-        value: The initializer.
-        is_transposed: Whether it is stored `[N, K]` instead of `[K, N]`.
-    """
-
-    value: ir.Value
-    is_transposed: bool
+    value: ir.Value  # the initializer
+    is_transposed: bool  # whether it is stored `[N, K]` instead of `[K, N]`
 
     @property
     def tensor(self) -> ir.TensorProtocol:
@@ -175,13 +170,9 @@ def _is_scaled(node: ir.Node) -> bool:
 
 @dataclass
 class ComputedTogether:
-    """Arrays that are computed together, and dropped once written, which threads do at once.
+    """Arrays that are computed together, and dropped once written, which threads do at once."""
 
-    Attributes:
-        compute: Computes them.
-    """
-
-    compute: Callable[[], Iterable[NDArray[Any]]]
+    compute: Callable[[], Iterable[NDArray[Any]]]  # computes them
     _arrays: dict[int, NDArray[Any]] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 

@@ -32,40 +32,25 @@ class Reader(NamedTuple):
 
 @dataclass(frozen=True)
 class ProductWeight:
-    """A weight that products multiply by, of one or several linear layers.
+    """A weight that products multiply by, of one or several linear layers."""
 
-    Attributes:
-        value: The initializer: floats `[in, out]` or `[out, in]`, blocks `[out, in/block, bytes]` of `MatMulNBits`, or
-            int8 `[in, out]` of columns.
-        storage: Which of these it is: `"float"`, `"blocks"` or `"columns"`.
-        transposed: Whether it is stored `[in, out]`, not `[out, in]` as in PyTorch.
-        in_features: Width of the products' input.
-        out_features: Width of their output.
-        readers: The inputs that products read it by, of a transpose or a cast before them too.
-        others: Other inputs that read it, such as a lookup's.
-        scales: The scales of blocks `[out, in/block]` or of columns `[out]`; None for floats.
-        is_widened: Whether scales are stored in fewer bits than the floats that they are cast to.
-        zero_points: The packed zero points of blocks `[out, bytes]`; None where they have none.
-        block_size: Values of a block; 0 for other storage.
-        bits: Bits of a quantized value; 0 for floats.
-        factors: Those of what is multiplied by columns, `[in]`, which they take back; None where there are none.
-        problem: Why nothing can be folded into it; empty if it can.
-    """
-
+    # the initializer: floats `[in, out]` or `[out, in]`, blocks `[out, in/block, bytes]` of `MatMulNBits`, or int8
+    # `[in, out]` of columns
     value: ir.Value
-    storage: Storage
-    transposed: bool
-    in_features: int
-    out_features: int
-    readers: tuple[Reader, ...]
-    others: tuple[Reader, ...]
-    scales: ir.Value | None = None
-    is_widened: bool = False
-    zero_points: ir.Value | None = None
-    block_size: int = 0
-    bits: int = 0
+    storage: Storage  # which of these it is: `"float"`, `"blocks"` or `"columns"`
+    transposed: bool  # whether it is stored `[in, out]`, not `[out, in]` as in PyTorch
+    in_features: int  # width of the products' input
+    out_features: int  # width of their output
+    readers: tuple[Reader, ...]  # the inputs that products read it by, of a transpose or a cast before them too
+    others: tuple[Reader, ...]  # other inputs that read it, such as a lookup's
+    scales: ir.Value | None = None  # the scales of blocks `[out, in/block]` or of columns `[out]`; None for floats
+    is_widened: bool = False  # whether scales are stored in fewer bits than the floats that they are cast to
+    zero_points: ir.Value | None = None  # the packed zero points of blocks `[out, bytes]`; None where they have none
+    block_size: int = 0  # values of a block; 0 for other storage
+    bits: int = 0  # bits of a quantized value; 0 for floats
+    # those of what is multiplied by columns, `[in]`, which they take back; None where there are none
     factors: ir.Value | None = None
-    problem: str = ""
+    problem: str = ""  # why nothing can be folded into it; empty if it can
 
     @property
     def name(self) -> str:

@@ -22,15 +22,11 @@ from gralora_fx.exporters.translation.weights import parts_of
 
 
 class Quantized(NamedTuple):
-    """Weights of a feature that are quantized now.
+    """Weights of a feature that are quantized now."""
 
-    Attributes:
-        matrices: Format, inputs, outputs and bits of the floats of each, as `Counts.of` takes them.
-        floats: What stays float, with the reason.
-    """
-
+    # format, inputs, outputs and bits of the floats of each, as `Counts.of` takes them
     matrices: list[tuple[Format, int, int, int]]
-    floats: tuple[Skip, ...] = ()
+    floats: tuple[Skip, ...] = ()  # what stays float, with the reason
 
 
 @contract(needs={FLOAT_MATRICES}, ends={FLOAT_MATRICES})

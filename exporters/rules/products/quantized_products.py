@@ -21,21 +21,13 @@ EARLIER = (
 
 
 class QuantizedProduct(NamedTuple):
-    """The nodes of a product of a quantized export.
+    """The nodes of a product of a quantized export."""
 
-    Attributes:
-        nodes: From the largest value of a row to the product.
-        input: The activations, float32 `[..., K]`, with their factors.
-        weight: int8 `[K, N]`.
-        scale: float32 `[N]`.
-        output: float32 `[..., N]`.
-    """
-
-    nodes: tuple[ir.Node, ...]
-    input: ir.Value
-    weight: ir.Value
-    scale: ir.Value
-    output: ir.Value
+    nodes: tuple[ir.Node, ...]  # from the largest value of a row to the product
+    input: ir.Value  # the activations, float32 `[..., K]`, with their factors
+    weight: ir.Value  # int8 `[K, N]`
+    scale: ir.Value  # float32 `[N]`
+    output: ir.Value  # float32 `[..., N]`
 
 
 def quantized_products(model: ir.Model) -> list[QuantizedProduct]:

@@ -245,12 +245,9 @@ class LogitsOfRows:
     Tokens are chosen by an input, `logits_indices`; where it is empty, they are the last of each row. A head that reads
     more than the tokens, such as the adapter of each row, and a model that keeps states, have no such input. An idle
     row's logits mean nothing, and so do those of positions that do not count.
-
-    Attributes:
-        logits: `"last"` or `"all"`.
     """
 
-    logits: str
+    logits: str  # `"last"` or `"all"`
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Change the first output, in place."""

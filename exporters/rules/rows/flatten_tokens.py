@@ -16,21 +16,14 @@ from gralora_fx.exporters.rules.rows.token_regions import ALONG_FEATURES, NORMS,
 
 @dataclass
 class FlatTokens:
-    """How token tensors were flattened to matrices (see `FlattenTokens`), by the names of values.
-
-    Attributes:
-        is_batch: Whether their rows are those of the model's inputs.
-        tokens: `[tokens]`, the index of each among all positions; None where none was left out.
-        row_at: `[batch, length]`, the row of the matrix at each position; None where none was left out.
-        sizes: `[2]`, batch and length.
-    """
+    """How token tensors were flattened to matrices (see `FlattenTokens`), by the names of values."""
 
     META: ClassVar[str] = "gralora_flat_tokens"  # key in a model's metadata, of these by the name of the matrices' axis
 
-    is_batch: bool
-    tokens: ir.Value | None
-    row_at: ir.Value | None
-    sizes: ir.Value
+    is_batch: bool  # whether their rows are those of the model's inputs
+    tokens: ir.Value | None  # `[tokens]`, the index of each among all positions; None where none was left out
+    row_at: ir.Value | None  # `[batch, length]`, the row of the matrix at each position; None where none was left out
+    sizes: ir.Value  # `[2]`, batch and length
 
 
 def copied(model: ir.Model) -> ir.Model:
@@ -72,12 +65,9 @@ class FlattenTokens:
 
     Matrices have a second use where nothing is padded: ONNX Runtime joins an addition and the normalisation of a
     tensor of three axes to `SkipLayerNormalization`, whose kernel takes five times as long on a CPU.
-
-    Attributes:
-        removes_padding: Whether to leave padding out.
     """
 
-    removes_padding: bool = True
+    removes_padding: bool = True  # whether to leave padding out
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
         """Change every region of token tensors, in place; skipped are those whose padding stays."""

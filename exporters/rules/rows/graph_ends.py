@@ -91,17 +91,11 @@ def keep_last_position(model: ir.Model) -> PassResult[ir.Model]:
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of hidden states.
+    """What makes logits of hidden states."""
 
-    Attributes:
-        hidden: `[batch, length, size]`.
-        node: The projection that reads them.
-        chain: Its output, and what is made of it element by element, up to the logits.
-    """
-
-    hidden: ir.Value
-    node: ir.Node
-    chain: tuple[ir.Value, ...]
+    hidden: ir.Value  # `[batch, length, size]`
+    node: ir.Node  # the projection that reads them
+    chain: tuple[ir.Value, ...]  # its output, and what is made of it element by element, up to the logits
 
     def read(self, build: Builder, positions: ir.Value) -> None:
         """Let it read some positions instead of all.

@@ -22,30 +22,19 @@ class RowsError(ExportError):
 
 @dataclass(frozen=True)
 class RowTokens:
-    """Values of a graph that say which tokens count; those of one row follow each other.
+    """Values of a graph that say which tokens count; those of one row follow each other."""
 
-    Attributes:
-        sizes: Batch and length, as the graph names them.
-        ids: `[1, tokens]`, the tokens.
-        positions: `[1, tokens]`, the position of each in its row.
-        tokens: `[1, tokens]`, the index of each among all `batch * length`.
-        token_at: `[batch, length]`, the token at each position; any at positions that do not count.
-        query: `[batch]` int32, how many tokens of each row count.
-        attended: `[batch]` int32, how many tokens of each row attention reads: those that count, and padding after
-            them where another kernel is wanted.
-        cached: `[batch]` int32, the index of the last position that attention writes.
-        total: `[1]` int32, the most positions that a row has cached afterwards.
-    """
-
-    sizes: Sequence[int | ir.SymbolicDim]
-    ids: ir.Value
-    positions: ir.Value
-    tokens: ir.Value
-    token_at: ir.Value
-    query: ir.Value
+    sizes: Sequence[int | ir.SymbolicDim]  # batch and length, as the graph names them
+    ids: ir.Value  # `[1, tokens]`, the tokens
+    positions: ir.Value  # `[1, tokens]`, the position of each in its row
+    tokens: ir.Value  # `[1, tokens]`, the index of each among all `batch * length`
+    token_at: ir.Value  # `[batch, length]`, the token at each position; any at positions that do not count
+    query: ir.Value  # `[batch]` int32, how many tokens of each row count
+    # `[batch]` int32, how many tokens of each row attention reads: those that count, and padding after them where
+    # another kernel is wanted
     attended: ir.Value
-    cached: ir.Value
-    total: ir.Value
+    cached: ir.Value  # `[batch]` int32, the index of the last position that attention writes
+    total: ir.Value  # `[1]` int32, the most positions that a row has cached afterwards
 
     def to_rows(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[batch, length, width]` of `[1, tokens, width]`."""

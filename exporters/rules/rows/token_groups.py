@@ -15,17 +15,12 @@ _COPY = 3  # times that a copy of an adapter's tensors moves them through memory
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """The same tokens in groups that share an adapter each.
+    """The same tokens in groups that share an adapter each."""
 
-    Attributes:
-        ids: `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order.
-        tokens: `[groups, size]`, the tokens of each; any after its last.
-        slots: `[1, tokens]`, the index of each token among all `groups * size`.
-    """
-
+    # `[groups]`, the adapter of each; None where each adapter of the stack has one group, in its order
     ids: ir.Value | None
-    tokens: ir.Value
-    slots: ir.Value
+    tokens: ir.Value  # `[groups, size]`, the tokens of each; any after its last
+    slots: ir.Value  # `[1, tokens]`, the index of each token among all `groups * size`
 
     def grouped(self, build: Builder, value: ir.Value) -> ir.Value:
         """`[groups, size, width]` of `[1, tokens, width]` or `[tokens, width]`."""

@@ -24,19 +24,12 @@ Dims = tuple[str, str]
 
 @dataclass
 class TokenRegion:
-    """The token tensors `[batch, length, features]` of a sequence, and what computes them.
+    """The token tensors `[batch, length, features]` of a sequence, and what computes them."""
 
-    Attributes:
-        dims: Batch and length, as text; a number where the size is fixed.
-        nodes: Nodes that compute every token by itself, in the graph's order.
-        attention: Attention with queries of this sequence.
-        values: What all of these nodes give.
-    """
-
-    dims: Dims
-    nodes: list[ir.Node] = field(default_factory=list)
-    attention: list[ir.Node] = field(default_factory=list)
-    values: set[ir.Value] = field(default_factory=set)
+    dims: Dims  # batch and length, as text; a number where the size is fixed
+    nodes: list[ir.Node] = field(default_factory=list)  # nodes that compute every token by itself, in the graph's order
+    attention: list[ir.Node] = field(default_factory=list)  # attention with queries of this sequence
+    values: set[ir.Value] = field(default_factory=set)  # what all of these nodes give
 
 
 def token_regions(graph: ir.Graph) -> list[TokenRegion]:

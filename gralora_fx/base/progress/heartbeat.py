@@ -27,25 +27,15 @@ def time_left(seconds: float) -> str:
 
 @dataclass
 class RunningStage:
-    """A stage that is running.
-
-    Attributes:
-        name: Its name.
-        began: When it did, by the clock.
-        done: How many things are done.
-        total: How many there are; 0 where they are not counted.
-        unit: What they are.
-        detail: What else is news.
-        has_news: Whether something was not shown yet.
-    """
+    """A stage that is running."""
 
     name: str
-    began: float
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-    detail: str = ""
-    has_news: bool = True
+    began: float  # when it did, by the clock
+    done: int = 0  # how many things are done
+    total: int = 0  # how many there are; 0 where they are not counted
+    unit: str = ""  # what they are
+    detail: str = ""  # what else is news
+    has_news: bool = True  # whether something was not shown yet
 
     def counts(self, now: float) -> str:
         """How far it is, and how long it will take."""

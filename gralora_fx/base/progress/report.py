@@ -15,37 +15,24 @@ _LONG = 10.0  # seconds of work whose longest part is named
 
 @dataclass(frozen=True)
 class Invocation:
-    """How what was written is used.
+    """How what was written is used."""
 
-    Attributes:
-        python: In Python, as a line that can be pasted.
-        command: In a shell, the words of a command; empty where Python alone does.
-        arguments: What the command is given, by the Python names of its options.
-    """
-
-    python: str
-    command: str = ""
+    python: str  # in Python, as a line that can be pasted
+    command: str = ""  # in a shell, the words of a command; empty where Python alone does
+    # what the command is given, by the Python names of its options
     arguments: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says before anybody asks for more.
+    """What a report says before anybody asks for more."""
 
-    Attributes:
-        result: What came of it: whether it passed, and by how much.
-        written: What was written, and how large it is; of what writes nothing, what was looked at.
-        usage: How it is used; None where that is not known.
-        notes: What must not be missed, in a few words each.
-        slowest: What took longest, and how to leave it out; empty for short work.
-        comparison: What compares it with the model; None where that was done, or is not possible.
-    """
-
-    result: str
-    written: str
-    usage: Invocation | None = None
-    notes: Sequence[str] = ()
-    slowest: str = ""
+    result: str  # what came of it: whether it passed, and by how much
+    written: str  # what was written, and how large it is; of what writes nothing, what was looked at
+    usage: Invocation | None = None  # how it is used; None where that is not known
+    notes: Sequence[str] = ()  # what must not be missed, in a few words each
+    slowest: str = ""  # what took longest, and how to leave it out; empty for short work
+    # what compares it with the model; None where that was done, or is not possible
     comparison: Invocation | None = None
 
     def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> Message:

@@ -46,13 +46,9 @@ def copy_lazy(parameter: nn.Parameter) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class EntrySource:
-    """A source of values along a first axis, such as stacked matrices, which can be read one at a time.
+    """A source of values along a first axis, such as stacked matrices, which can be read one at a time."""
 
-    Attributes:
-        entries: Computes them, in order.
-    """
-
-    entries: Callable[[], Iterable[Tensor]]
+    entries: Callable[[], Iterable[Tensor]]  # computes them, in order
 
     def __call__(self) -> Tensor:
         """All of them."""

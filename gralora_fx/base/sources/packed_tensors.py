@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedTensor(StoredTensor):
-    """A weight in few bits, which is read as a tensor of floats: of its own shape and of the dtype of its products.
+    """A weight in few bits, which is read as a tensor of floats: of its own shape and of the dtype of its products."""
 
-    Attributes:
-        quantization: How it is stored.
-        is_turned: Whether it is read as `[in, out]`, as transformers' `Conv1D` has it.
-    """
-
-    quantization: BaseQuantization
+    quantization: BaseQuantization  # how it is stored
+    # whether it is read as `[in, out]`, as transformers' `Conv1D` has it
     is_turned: bool = field(default=False, kw_only=True)
 
     @property
@@ -65,17 +61,11 @@ class PackedTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class RoundedTensor(StoredTensor):
-    """A weight of floats, which is read as it is after it was rounded to few bits.
+    """A weight of floats, which is read as it is after it was rounded to few bits."""
 
-    Attributes:
-        stored: The stored weight.
-        quantization: How it is rounded.
-        is_turned: Whether it is stored as `[in, out]`, as transformers' `Conv1D` has it.
-    """
-
-    stored: StoredTensor
-    quantization: BaseQuantization
-    is_turned: bool = False
+    stored: StoredTensor  # the stored weight
+    quantization: BaseQuantization  # how it is rounded
+    is_turned: bool = False  # whether it is stored as `[in, out]`, as transformers' `Conv1D` has it
 
     @classmethod
     def of(cls, stored: StoredTensor, quantization: BaseQuantization, *, is_turned: bool) -> RoundedTensor:

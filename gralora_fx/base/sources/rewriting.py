@@ -57,18 +57,12 @@ class Kept:
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Bytes of a file, read by their place: nothing is mapped into memory.
-
-    Attributes:
-        file: The file.
-        begin: Offset of the first byte.
-        end: Offset of the byte after the last.
-        handle: Descriptor of the file while it is kept open; None to open it for each read.
-    """
+    """Bytes of a file, read by their place: nothing is mapped into memory."""
 
     file: Path
-    begin: int
-    end: int
+    begin: int  # offset of the first byte
+    end: int  # offset of the byte after the last
+    # descriptor of the file while it is kept open; None to open it for each read
     handle: int | None = field(default=None, kw_only=True)
 
     @property
@@ -107,23 +101,14 @@ class StoredBytes:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a new file: bytes that are copied, or a tensor that an edit changes.
+    """A part of a new file: bytes that are copied, or a tensor that an edit changes."""
 
-    Attributes:
-        begin: Offset in the new file.
-        nbytes: Its size in bytes.
-        source: The bytes that it is made from; None if the edit brings all values.
-        edit: What becomes of the tensor's values; None to copy the bytes.
-        dtype: Dtype of the tensor.
-        columns: Values of a stored row of the tensor.
-    """
-
-    begin: int
-    nbytes: int
-    source: StoredBytes | None
-    edit: Edit | None = None
-    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))
-    columns: int = 1
+    begin: int  # offset in the new file
+    nbytes: int  # its size in bytes
+    source: StoredBytes | None  # the bytes that it is made from; None if the edit brings all values
+    edit: Edit | None = None  # what becomes of the tensor's values; None to copy the bytes
+    dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))  # dtype of the tensor
+    columns: int = 1  # values of a stored row of the tensor
 
     @property
     def end(self) -> int:
@@ -133,17 +118,11 @@ class Part:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to write; bytes that no part has are zero.
-
-    Attributes:
-        name: Its name.
-        parts: Its parts, in the order of their offsets.
-        head: What it begins with.
-    """
+    """A file to write; bytes that no part has are zero."""
 
     name: str
-    parts: Sequence[Part]
-    head: bytes = b""
+    parts: Sequence[Part]  # its parts, in the order of their offsets
+    head: bytes = b""  # what it begins with
 
     @property
     def nbytes(self) -> int:

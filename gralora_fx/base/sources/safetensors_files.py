@@ -33,16 +33,10 @@ _EXPONENTS = {FLOATS["F16"]: np.uint16(0x7C00), FLOATS["BF16"]: np.uint16(0x7F80
 
 @dataclass(frozen=True)
 class StoredTensor(StoredBytes):
-    """A tensor in a safetensors file; calling it reads it.
-
-    Attributes:
-        key: Its key.
-        dtype: safetensors' name of its dtype, such as `BF16`.
-        shape: Its shape.
-    """
+    """A tensor in a safetensors file; calling it reads it."""
 
     key: str
-    dtype: str
+    dtype: str  # safetensors' name of its dtype, such as `BF16`
     shape: tuple[int, ...]
 
     @property
@@ -102,19 +96,12 @@ def extremes_are_finite(values: NDArray[Any]) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """A safetensors file.
-
-    Attributes:
-        file: The file.
-        tensors: Its tensors by key, in the order of the file's header.
-        metadata: Texts saved with them.
-        data: Offset of the first tensor's first byte: the length of all that comes before.
-    """
+    """A safetensors file."""
 
     file: Path
-    tensors: Mapping[str, StoredTensor]
-    metadata: Mapping[str, str]
-    data: int
+    tensors: Mapping[str, StoredTensor]  # its tensors by key, in the order of the file's header
+    metadata: Mapping[str, str]  # texts saved with them
+    data: int  # offset of the first tensor's first byte: the length of all that comes before
 
     def mapped(self) -> dict[str, Tensor]:
         """All values by key as tensors that are mapped from the file, which is opened once."""
@@ -155,34 +142,21 @@ def check_readable(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor of a new file that is not simply copied from the same key.
+    """A tensor of a new file that is not simply copied from the same key."""
 
-    Attributes:
-        dtype: safetensors' name of its dtype.
-        shape: Its shape.
-        source: The tensor that it is made from; None if the edit brings all values.
-        edit: What becomes of the values; None to copy them.
-    """
-
-    dtype: str
+    dtype: str  # safetensors' name of its dtype
     shape: tuple[int, ...]
-    source: StoredTensor | None = None
-    edit: Edit | None = None
+    source: StoredTensor | None = None  # the tensor that it is made from; None if the edit brings all values
+    edit: Edit | None = None  # what becomes of the values; None to copy them
 
 
 @dataclass(frozen=True)
 class NewShard:
-    """A safetensors file to write.
+    """A safetensors file to write."""
 
-    Attributes:
-        old: The file that it takes the place of.
-        tensors: Where each tensor will lie, in the order of the header.
-        file: What is written.
-    """
-
-    old: Layout
-    tensors: Mapping[str, StoredTensor]
-    file: NewFile
+    old: Layout  # the file that it takes the place of
+    tensors: Mapping[str, StoredTensor]  # where each tensor will lie, in the order of the header
+    file: NewFile  # what is written
 
     @property
     def more_bytes(self) -> int:

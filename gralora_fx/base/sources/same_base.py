@@ -41,19 +41,13 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class BaseSource:
-    """What is known of a base model.
+    """What is known of a base model."""
 
-    Attributes:
-        name: Its directory or hub id as it was given; None where it has no name, as a model made in memory.
-        revision: Revision or commit of the hub repository, if one is known.
-        fields: Its configuration as it is used; None for that of its directory.
-        record: How it is quantized where it is used, as a record says it (see `BaseQuantization.of`); None for what
-            its configuration says.
-    """
-
-    name: str | None
-    revision: str | None = None
-    fields: Mapping[str, Any] | None = None
+    name: str | None  # its directory or hub id as it was given; None where it has no name, as a model made in memory
+    revision: str | None = None  # revision or commit of the hub repository, if one is known
+    fields: Mapping[str, Any] | None = None  # its configuration as it is used; None for that of its directory
+    # how it is quantized where it is used, as a record says it (see `BaseQuantization.of`); None for what its
+    # configuration says
     record: Any = None
 
     @cached_property
@@ -116,25 +110,17 @@ class BaseSource:
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """What was compared of an adapter's base and of the model that it is used with.
+    """What was compared of an adapter's base and of the model that it is used with."""
 
-    Attributes:
-        made_for: The base that the adapter's configuration names, or None.
-        revision: The revision that it names, or None.
-        used_with: The name of the model, or None where it has none.
-        compared: What was compared: `"name"`, `"revision"`, `"config.json"`, `"weights"`, `"quantization"`.
-        outcome: `"same"`, `"different"` or `"unknown"`.
-        reason: Why it is not known to be the same, in words; empty if it is.
-        change: How far the model's weights are from those of the base, relative to their norm, where one of both is in
-            few bits and they could be compared; None otherwise.
-    """
-
-    made_for: str | None
-    revision: str | None
-    used_with: str | None
+    made_for: str | None  # the base that the adapter's configuration names, or None
+    revision: str | None  # the revision that it names, or None
+    used_with: str | None  # the name of the model, or None where it has none
+    # what was compared: `"name"`, `"revision"`, `"config.json"`, `"weights"`, `"quantization"`
     compared: tuple[str, ...]
-    outcome: str
-    reason: str = ""
+    outcome: str  # `"same"`, `"different"` or `"unknown"`
+    reason: str = ""  # why it is not known to be the same, in words; empty if it is
+    # how far the model's weights are from those of the base, relative to their norm, where one of both is in few bits
+    # and they could be compared; None otherwise
     change: float | None = None
 
     @property

@@ -28,18 +28,12 @@ SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """The weights of a model's directory.
-
-    Attributes:
-        directory: The directory.
-        shards: Its safetensors files.
-        has_index: Whether an index says which file holds which tensor.
-        others: Tensors that are read in place of those of their keys.
-    """
+    """The weights of a model's directory."""
 
     directory: Path
-    shards: tuple[Layout, ...]
-    has_index: bool
+    shards: tuple[Layout, ...]  # its safetensors files
+    has_index: bool  # whether an index says which file holds which tensor
+    # tensors that are read in place of those of their keys
     others: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @cached_property
@@ -140,17 +134,12 @@ _IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """How the weights of two directories differ.
+    """How the weights of two directories differ."""
 
-    Attributes:
-        common: How many tensors they have in common.
-        differing: How many of these have other values.
-        change: Of weights that are in few bits in one of them, the norm of the difference relative to the norm, over
-            all values that were compared; None where there are none.
-    """
-
-    common: int
-    differing: int
+    common: int  # how many tensors they have in common
+    differing: int  # how many of these have other values
+    # of weights that are in few bits in one of them, the norm of the difference relative to the norm, over all values
+    # that were compared; None where there are none
     change: float | None = None
 
 

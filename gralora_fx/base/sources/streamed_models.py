@@ -33,17 +33,11 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class StackPart(NamedTuple):
-    """A tensor of the files that holds rows of one matrix of a stack.
-
-    Attributes:
-        key: Its key.
-        matrix: Its place in the stack.
-        start: The first of its rows in that matrix, as of the up projection below the gate.
-    """
+    """A tensor of the files that holds rows of one matrix of a stack."""
 
     key: str
-    matrix: int
-    start: int
+    matrix: int  # its place in the stack
+    start: int  # the first of its rows in that matrix, as of the up projection below the gate
 
 
 def stack_parts(
@@ -159,17 +153,11 @@ def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> 
 
 @dataclass(frozen=True)
 class StackedMatrices(EntrySource):
-    """A stack of matrices that are tensors of their own in the files; they are read one by one.
-
-    Attributes:
-        shape: Its shape.
-        dtype: safetensors' name of its dtype.
-        file: The file of its first part, for messages.
-    """
+    """A stack of matrices that are tensors of their own in the files; they are read one by one."""
 
     shape: tuple[int, ...]
-    dtype: str
-    file: Path
+    dtype: str  # safetensors' name of its dtype
+    file: Path  # the file of its first part, for messages
 
     @classmethod
     def of(cls, parts: Sequence[StackPart], stored: Mapping[str, StoredTensor], name: str) -> StackedMatrices:

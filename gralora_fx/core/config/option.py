@@ -30,42 +30,26 @@ MODEL, ADAPTERS, NUMBERS, WRITTEN, COMPARISON = (
 
 @dataclass(frozen=True)
 class Option:
-    """What an option is, beside its type and its default.
+    """What an option is, beside its type and its default."""
 
-    Attributes:
-        help: What it means, for the command line and the documentation; empty for an option of Python alone.
-        group: The heading in a command's help under which it is listed; empty for that of all others.
-        metavar: The placeholder of its value; empty for the choices that its type has.
-        left_out: What holds where it is left out, in words, if its default does not say so.
-        least: The least value of a number; None for no check.
-        environment: An environment variable that gives it on the command line; empty for none.
-        problem: What is wrong with a value, or None: the check of values for which the type does not say enough.
-    """
-
-    help: str = ""
-    group: str = ""
-    metavar: str = ""
-    left_out: str = ""
-    least: int | None = None
-    environment: str = ""
+    help: str = ""  # what it means, for the command line and the documentation; empty for an option of Python alone
+    group: str = ""  # the heading in a command's help under which it is listed; empty for that of all others
+    metavar: str = ""  # the placeholder of its value; empty for the choices that its type has
+    left_out: str = ""  # what holds where it is left out, in words, if its default does not say so
+    least: int | None = None  # the least value of a number; None for no check
+    environment: str = ""  # an environment variable that gives it on the command line; empty for none
+    # what is wrong with a value, or None: the check of values for which the type does not say enough
     problem: Callable[[Any], str | None] = lambda value: None
 
 
 @dataclass(frozen=True)
 class DeclaredOption:
-    """An option as a record declares it.
+    """An option as a record declares it."""
 
-    Attributes:
-        name: Name of the field, which is that of the Python argument.
-        type: Its type.
-        default: Its default.
-        option: What else is declared.
-    """
-
-    name: str
+    name: str  # name of the field, which is that of the Python argument
     type: Any
     default: Any
-    option: Option
+    option: Option  # what else is declared
 
     @property
     def types(self) -> tuple[Any, ...]:

@@ -17,16 +17,11 @@ _PURE = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "e
 
 
 class BlockCall(NamedTuple):
-    """One call of a block in a graph.
+    """One call of a block in a graph."""
 
-    Attributes:
-        path: Path of the block.
-        graph: The block's graph; it reads parameters by their paths within the block.
-        outside: Modules that it calls and that are not in the block, such as branches: paths by their names in it.
-    """
-
-    path: str
-    graph: fx.Graph
+    path: str  # path of the block
+    graph: fx.Graph  # the block's graph; it reads parameters by their paths within the block
+    # modules that it calls and that are not in the block, such as branches: paths by their names in it
     outside: Mapping[str, str]
 
     @property

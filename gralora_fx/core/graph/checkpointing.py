@@ -23,17 +23,12 @@ _OPTIONS = {name for name, p in inspect.signature(checkpoint).parameters.items()
 
 
 class Checkpointing(NamedTuple):
-    """Which blocks are recomputed in the backward pass.
+    """Which blocks are recomputed in the backward pass."""
 
-    Attributes:
-        every: 1 for every block, n for the first of each n.
-        options: Options of `torch.utils.checkpoint.checkpoint`, as pairs.
-        offload: Whether what is kept for recomputation is kept in the host's memory.
-    """
-
-    every: int = 1
+    every: int = 1  # 1 for every block, n for the first of each n
+    # options of `torch.utils.checkpoint.checkpoint`, as pairs
     options: tuple[tuple[str, Any], ...] = (("use_reentrant", False),)
-    offload: bool = False
+    offload: bool = False  # whether what is kept for recomputation is kept in the host's memory
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None, every: int, *, offload: bool) -> Self:

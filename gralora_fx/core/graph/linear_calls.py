@@ -41,17 +41,11 @@ def is_unpacked(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Origin:
-    """The parameter of which a value is a view.
+    """The parameter of which a value is a view."""
 
-    Attributes:
-        node: The `get_attr` node.
-        is_transposed: Whether the view is its 2-D transpose.
-        rows: Start and end of the view's rows; None for all.
-    """
-
-    node: fx.Node
-    is_transposed: bool = False
-    rows: tuple[int, int] | None = None
+    node: fx.Node  # the `get_attr` node
+    is_transposed: bool = False  # whether the view is its 2-D transpose
+    rows: tuple[int, int] | None = None  # start and end of the view's rows; None for all
 
 
 def origin_of(value: object) -> Origin | None:
@@ -190,28 +184,20 @@ _OPERATORS: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 
 @dataclass(frozen=True)
 class LinearCall:
-    """One node that multiplies an input by a weight.
+    """One node that multiplies an input by a weight."""
 
-    Attributes:
-        node: The node whose value is `input @ weight` (with the bias, if the operator adds it).
-        input: The activation, `[..., in]`.
-        weight: The `get_attr` node of the weight, or the node that computes it.
-        bias: The `get_attr` node of the bias, or None.
-        stored_transposed: Whether the weight is `[in, out]` rather than `[out, in]`.
-        rows: Range of output features, if the call uses only a part of the weight, as `nn.MultiheadAttention` does with
-            its `in_proj_weight`; None if it uses the whole.
-        operand: For a call inside a branch or a loop: the position of the weight among the operands of the node that
-            runs it. `input` is then that node itself, not the layer's input.
-        added: What the operator adds to the product: the bias's node, or one that computes it or cuts a part of it.
-    """
-
-    node: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    stored_transposed: bool
+    node: fx.Node  # the node whose value is `input @ weight` (with the bias, if the operator adds it)
+    input: fx.Node  # the activation, `[..., in]`
+    weight: fx.Node  # the `get_attr` node of the weight, or the node that computes it
+    bias: fx.Node | None  # the `get_attr` node of the bias, or None
+    stored_transposed: bool  # whether the weight is `[in, out]` rather than `[out, in]`
+    # range of output features, if the call uses only a part of the weight, as `nn.MultiheadAttention` does with its
+    # `in_proj_weight`; None if it uses the whole
     rows: tuple[int, int] | None = None
+    # for a call inside a branch or a loop: the position of the weight among the operands of the node that runs it.
+    # `input` is then that node itself, not the layer's input
     operand: tuple[int, int] | None = None
+    # what the operator adds to the product: the bias's node, or one that computes it or cuts a part of it
     added: fx.Node | None = None
 
 

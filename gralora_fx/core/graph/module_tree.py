@@ -18,24 +18,15 @@ LINEAR_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)
 
 @dataclass(frozen=True)
 class ModuleTree:
-    """Module paths and parameters of the model that a graph was traced from.
+    """Module paths and parameters of the model that a graph was traced from."""
 
-    Attributes:
-        types: Class of each module by path, in the order of `named_modules()`; the root is `""`.
-        linear: Paths of the modules that are linear layers (`nn.Linear` or `Conv1D`).
-        aliases: Other paths of a module that is registered more than once, to the first one.
-        parameters: Parameters by every name that reaches them, aliases included.
-        output_embedding: Path of the language-model head, if transformers names one.
-        input_embedding: Path of the token embeddings, if transformers names them.
-        transposed: Paths of the modules that say that they store stacked matrices `[stack, in, out]`.
-    """
-
-    types: Mapping[str, str]
-    linear: frozenset[str]
-    aliases: Mapping[str, str]
-    parameters: Mapping[str, nn.Parameter]
-    output_embedding: str | None = None
-    input_embedding: str | None = None
+    types: Mapping[str, str]  # class of each module by path, in the order of `named_modules()`; the root is `""`
+    linear: frozenset[str]  # paths of the modules that are linear layers (`nn.Linear` or `Conv1D`)
+    aliases: Mapping[str, str]  # other paths of a module that is registered more than once, to the first one
+    parameters: Mapping[str, nn.Parameter]  # parameters by every name that reaches them, aliases included
+    output_embedding: str | None = None  # path of the language-model head, if transformers names one
+    input_embedding: str | None = None  # path of the token embeddings, if transformers names them
+    # paths of the modules that say that they store stacked matrices `[stack, in, out]`
     transposed: frozenset[str] = frozenset()
 
     @property

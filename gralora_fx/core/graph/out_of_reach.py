@@ -40,17 +40,12 @@ _ASKS = {"_assert_tensor_metadata", "dim", "getattr", "new_empty", "new_zeros", 
 
 
 class Layers(NamedTuple):
-    """The linear layers of a graph.
+    """The linear layers of a graph."""
 
-    Attributes:
-        sites: Every linear layer, in the order of the model's modules.
-        out_of_reach: Reasons why an adapter would not take effect at every call of a layer, by path of such layers.
-        in_subgraphs: The operators of the branches and loops that call layers, by the path of such layers.
-    """
-
-    sites: tuple[LinearSite, ...]
+    sites: tuple[LinearSite, ...]  # every linear layer, in the order of the model's modules
+    # reasons why an adapter would not take effect at every call of a layer, by path of such layers
     out_of_reach: dict[str, str]
-    in_subgraphs: dict[str, str]
+    in_subgraphs: dict[str, str]  # the operators of the branches and loops that call layers, by the path of such layers
 
 
 def layers_of(graph_module: fx.GraphModule, tree: ModuleTree) -> Layers:

@@ -69,14 +69,10 @@ class UnpackWeights:
 
     Before: `w = self.fc.weight; ...; y = linear(x, w)`
     After:  `c = self.fc.packed_weight_codes; ...; w = dequantize(c, ...); y = linear(x, w)`
-
-    Attributes:
-        packed: The packed weights by their names in the graph.
-        others: Names of those that the graph reads as they are, since they have other values.
     """
 
-    packed: Mapping[str, PackedWeight]
-    others: Collection[str] = ()
+    packed: Mapping[str, PackedWeight]  # the packed weights by their names in the graph
+    others: Collection[str] = ()  # names of those that the graph reads as they are, since they have other values
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Unpack them."""

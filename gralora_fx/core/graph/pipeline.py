@@ -27,19 +27,12 @@ class Skip(NamedTuple):
 
 @dataclass(frozen=True)
 class PassResult(Generic[Graph]):
-    """What a pass did.
+    """What a pass did."""
 
-    Attributes:
-        changed: How many places it changed.
-        skipped: Places that it left unchanged, each with the reason.
-        graph: The graph that replaces the given one; None if that was changed in place.
-        summary: What it found besides, as a value of a type of its own.
-    """
-
-    changed: int
-    skipped: tuple[Skip, ...] = ()
-    graph: Graph | None = None
-    summary: object = None
+    changed: int  # how many places it changed
+    skipped: tuple[Skip, ...] = ()  # places that it left unchanged, each with the reason
+    graph: Graph | None = None  # the graph that replaces the given one; None if that was changed in place
+    summary: object = None  # what it found besides, as a value of a type of its own
 
 
 Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass whose fields are its options
@@ -47,17 +40,11 @@ Pass = Callable[[Graph], PassResult[Graph]]  # a function, or a frozen dataclass
 
 @dataclass(frozen=True)
 class Contract:
-    """What must hold of a graph before a pass, and what holds after it; each fact is a short phrase.
+    """What must hold of a graph before a pass, and what holds after it; each fact is a short phrase."""
 
-    Attributes:
-        needs: Facts that the pass relies on.
-        leaves: Facts that it establishes.
-        ends: Facts that no longer hold after it.
-    """
-
-    needs: frozenset[str] = frozenset()
-    leaves: frozenset[str] = frozenset()
-    ends: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()  # facts that the pass relies on
+    leaves: frozenset[str] = frozenset()  # facts that it establishes
+    ends: frozenset[str] = frozenset()  # facts that no longer hold after it
 
 
 def contract(
@@ -75,19 +62,12 @@ def contract(
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass of a pipeline did.
+    """What one pass of a pipeline did."""
 
-    Attributes:
-        pipeline: The pipeline it belongs to.
-        name: Its name.
-        changed: How many places it changed.
-        skipped: Places that it left unchanged, each with the reason.
-    """
-
-    pipeline: str
+    pipeline: str  # the pipeline it belongs to
     name: str
-    changed: int
-    skipped: tuple[Skip, ...] = ()
+    changed: int  # how many places it changed
+    skipped: tuple[Skip, ...] = ()  # places that it left unchanged, each with the reason
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, as `gralora_export.json` holds it."""
@@ -97,15 +77,10 @@ class PassReport:
 
 @dataclass
 class PassLog:
-    """What passes did, in order.
+    """What passes did, in order."""
 
-    Attributes:
-        dump: The directory to which the graph is written after each pass, or None.
-        reports: A report for each pass that ran.
-    """
-
-    dump: Path | None = None
-    reports: list[PassReport] = field(default_factory=list)
+    dump: Path | None = None  # the directory to which the graph is written after each pass, or None
+    reports: list[PassReport] = field(default_factory=list)  # a report for each pass that ran
     _summaries: list[object] = field(default_factory=list, init=False, repr=False)
 
     def add(self, pipeline: str, name: str, result: PassResult[Any], graph: object) -> None:
@@ -123,19 +98,12 @@ class PassLog:
 
 @dataclass(frozen=True)
 class Pipeline(Generic[Graph]):
-    """An ordered sequence of passes, each of which finds what it needs when its turn comes.
+    """An ordered sequence of passes, each of which finds what it needs when its turn comes."""
 
-    Attributes:
-        name: Its name in reports.
-        passes: The passes.
-        given: Facts that hold of every graph that it gets.
-        error: What a failing pass is reported as.
-    """
-
-    name: str
+    name: str  # its name in reports
     passes: tuple[Pass[Graph], ...]
-    given: frozenset[str] = frozenset()
-    error: type[GraloraError] = RewriteError
+    given: frozenset[str] = frozenset()  # facts that hold of every graph that it gets
+    error: type[GraloraError] = RewriteError  # what a failing pass is reported as
 
     def __post_init__(self) -> None:
         """Check the order of the passes by their contracts."""

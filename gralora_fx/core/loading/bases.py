@@ -71,33 +71,20 @@ def load_traced(
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A loaded base model, with its task and adapter.
+    """A loaded base model, with its task and adapter."""
 
-    Attributes:
-        name: Local directory or hub id.
-        model: The model.
-        task: The requested task, or the adapter's; None for the model's own.
-        is_asked: Whether the task was given explicitly.
-        adapter: Directory or hub id of the adapter, or None.
-        config: The adapter's configuration, or None.
-        supplied: Names of the parameters that the adapter supplies.
-        arguments: What `trace` is given for the task, as the files of the base or of the adapter say.
-        num_labels: Number of classes of the adapter's head, or None.
-        report: How the checkpoint fits the model; None if the weights are streamed, which checks it already.
-        strict_base: Whether an adapter that is not known to be of this base is refused when it is added.
-    """
-
-    name: str
+    name: str  # local directory or hub id
     model: PreTrainedModel
-    task: str | None
-    is_asked: bool
-    adapter: str | None
-    config: AdapterConfig | None
-    supplied: Set[str]
-    arguments: Mapping[str, Any]
-    num_labels: int | None
+    task: str | None  # the requested task, or the adapter's; None for the model's own
+    is_asked: bool  # whether the task was given explicitly
+    adapter: str | None  # directory or hub id of the adapter, or None
+    config: AdapterConfig | None  # the adapter's configuration, or None
+    supplied: Set[str]  # names of the parameters that the adapter supplies
+    arguments: Mapping[str, Any]  # what `trace` is given for the task, as the files of the base or of the adapter say
+    num_labels: int | None  # number of classes of the adapter's head, or None
+    # how the checkpoint fits the model; None if the weights are streamed, which checks it already
     report: LoadReport | None
-    strict_base: bool = False
+    strict_base: bool = False  # whether an adapter that is not known to be of this base is refused when it is added
 
     @property
     def made_for(self) -> str | None:

@@ -22,20 +22,14 @@ class LoadReport:
 
     Tied tensors, tensors that the model's class ignores, and integer buffers, which are computed, do not count as
     missing.
-
-    Attributes:
-        name: Local directory or hub id of the checkpoint.
-        class_name: Class of the model.
-        missing: Shapes of tensors missing in the checkpoint, which have random values in the model.
-        mismatched: Differing shapes in the checkpoint and in the model, which has random values there.
-        unexpected: Tensors of the checkpoint that the model lacks, such as the head of another task.
     """
 
-    name: str
-    class_name: str
-    missing: Mapping[str, Shape]
+    name: str  # local directory or hub id of the checkpoint
+    class_name: str  # class of the model
+    missing: Mapping[str, Shape]  # shapes of tensors missing in the checkpoint, which have random values in the model
+    # differing shapes in the checkpoint and in the model, which has random values there
     mismatched: Mapping[str, tuple[Shape, Shape]]
-    unexpected: tuple[str, ...]
+    unexpected: tuple[str, ...]  # tensors of the checkpoint that the model lacks, such as the head of another task
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> LoadReport:

@@ -39,19 +39,12 @@ _Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TokenBound:
-    """A lower bound of the number of a text's tokens.
+    """A lower bound of the number of a text's tokens."""
 
-    Attributes:
-        normalize: What the tokenizer does to a text before it looks for tokens.
-        count: How many tokens a normalized text has at least.
-        part: How many characters may be normalized and counted by themselves.
-        longest: Characters of the longest token; of a byte-level tokenizer, its bytes.
-    """
-
-    normalize: Callable[[str], str]
-    count: Callable[[str], float]
-    part: int
-    longest: int
+    normalize: Callable[[str], str]  # what the tokenizer does to a text before it looks for tokens
+    count: Callable[[str], float]  # how many tokens a normalized text has at least
+    part: int  # how many characters may be normalized and counted by themselves
+    longest: int  # characters of the longest token; of a byte-level tokenizer, its bytes
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenBound | None:

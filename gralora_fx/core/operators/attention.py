@@ -20,19 +20,12 @@ from gralora_fx.core.operators.call import Call, V, operator
 
 @dataclass(frozen=True)
 class DotProducts(Call[V]):
-    """What attention with a cache and without have in common; their arguments begin with these.
+    """What attention with a cache and without have in common; their arguments begin with these."""
 
-    Attributes:
-        query: `[batch, heads, length, size]`.
-        key: `[batch, key heads, total, size]`; key heads divide heads.
-        value: `[batch, key heads, total, value size]`.
-        mask: Hides keys; see the operators.
-    """
-
-    query: V
-    key: V
-    value: V
-    mask: V | None
+    query: V  # `[batch, heads, length, size]`
+    key: V  # `[batch, key heads, total, size]`; key heads divide heads
+    value: V  # `[batch, key heads, total, value size]`
+    mask: V | None  # hides keys; see the operators
 
     def attended(
         self: DotProducts[Tensor], mask: Tensor | None, scale: float, *, dropout: float = 0.0, is_causal: bool = False

@@ -13,20 +13,13 @@ from gralora_fx.errors import RewriteError
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """A site that gets an adapter.
-
-    Attributes:
-        site: The site.
-        sizes: The adapter's sizes, a record of its method's.
-        scale: Factor of its update.
-        parameters: Number of trainable values.
-        parameter: Name of the parameter by which `target_parameters` selects it; None where `target_modules` does.
-    """
+    """A site that gets an adapter."""
 
     site: LinearSite
-    sizes: Sizes
-    scale: float
-    parameters: int
+    sizes: Sizes  # the adapter's sizes, a record of its method's
+    scale: float  # factor of its update
+    parameters: int  # number of trainable values
+    # name of the parameter by which `target_parameters` selects it; None where `target_modules` does
     parameter: str | None = None
 
     @property
@@ -52,19 +45,14 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class ChosenParameters:
-    """What `target_parameters` selects of a model.
+    """What `target_parameters` selects of a model."""
 
-    Attributes:
-        sites: The sites by the names of the parameters, in the order of the model's modules; one whose parameter is the
-            weight of a linear layer is that layer.
-        reasons: Why one cannot have an adapter, by path of the site.
-        problems: What cannot be met, a sentence each.
-        gaps: What to warn of: names that match nothing while others do, fields that do not concern parameters.
-    """
-
+    # the sites by the names of the parameters, in the order of the model's modules; one whose parameter is the weight
+    # of a linear layer is that layer
     sites: Mapping[str, LinearSite] = field(default_factory=dict)
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)  # why one cannot have an adapter, by path of the site
+    problems: tuple[str, ...] = ()  # what cannot be met, a sentence each
+    # what to warn of: names that match nothing while others do, fields that do not concern parameters
     gaps: tuple[str, ...] = ()
 
 

@@ -51,29 +51,18 @@ _DEFAULTS: Mapping[str, tuple[str, ...] | str] = {
 
 @dataclass(frozen=True)
 class TargetRule:
-    """A configuration's choice of modules, resolved for one model.
+    """A configuration's choice of modules, resolved for one model."""
 
-    Attributes:
-        names: Names to match exactly or as the end of a path; empty with a pattern or `all-linear`.
-        pattern: Regular expression that a whole path must match, or None.
-        all_linear: Whether every linear layer is selected.
-        left_out: Paths that `all-linear` leaves out, with the reason.
-        excluded: Names of `exclude_modules`, matched like `names`.
-        excluded_pattern: Regular expression of `exclude_modules`, or None.
-        saved: Names of `modules_to_save`, which are never adapted.
-        indices: Layer indices to select, or None for all.
-        layer_patterns: Containers whose children are counted; empty for any.
-    """
-
+    # names to match exactly or as the end of a path; empty with a pattern or `all-linear`
     names: frozenset[str] = frozenset()
-    pattern: str | None = None
-    all_linear: bool = False
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    excluded: frozenset[str] = frozenset()
-    excluded_pattern: str | None = None
-    saved: tuple[str, ...] = ()
-    indices: frozenset[int] | None = None
-    layer_patterns: tuple[str, ...] = ()
+    pattern: str | None = None  # regular expression that a whole path must match, or None
+    all_linear: bool = False  # whether every linear layer is selected
+    left_out: Mapping[str, str] = field(default_factory=dict)  # paths that `all-linear` leaves out, with the reason
+    excluded: frozenset[str] = frozenset()  # names of `exclude_modules`, matched like `names`
+    excluded_pattern: str | None = None  # regular expression of `exclude_modules`, or None
+    saved: tuple[str, ...] = ()  # names of `modules_to_save`, which are never adapted
+    indices: frozenset[int] | None = None  # layer indices to select, or None for all
+    layer_patterns: tuple[str, ...] = ()  # containers whose children are counted; empty for any
 
     def rejection(self, path: str, *, is_linear_layer: bool = True) -> str | None:
         """Why the module at `path` is not selected, or None if it is."""

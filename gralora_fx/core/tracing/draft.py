@@ -60,36 +60,21 @@ class AppendedModules(ABC):
 
 @dataclass(frozen=True)
 class Draft:
-    """A model, and what it is captured from.
+    """A model, and what it is captured from."""
 
-    Attributes:
-        model: The model, or the graph that was given for one.
-        sample: Inputs of the graph by name.
-        signature: The call signature.
-        constants: Arguments that become part of the graph.
-        task: The task, or None.
-        appended: The modules that the task appends to the model, or None.
-        options: Options of `trace` that features read.
-        has_values: Whether every parameter has values, so that the graph can be compared with the model.
-        dynamic: Whether axes may vary.
-        held: Inputs of which the batch alone may vary.
-        evaluates: Whether the model is captured in evaluation mode; else in training mode, where every dropout has its
-            probability.
-        evaluated: Paths of the modules that are in evaluation mode nevertheless.
-    """
-
-    model: nn.Module
-    sample: Mapping[str, Any]
+    model: nn.Module  # the model, or the graph that was given for one
+    sample: Mapping[str, Any]  # inputs of the graph by name
     signature: CallSignature
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    task: str | None = None
-    appended: AppendedModules | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    has_values: bool = True
-    dynamic: bool = True
-    held: Collection[str] = ()
+    constants: Mapping[str, Any] = field(default_factory=dict)  # arguments that become part of the graph
+    task: str | None = None  # the task, or None
+    appended: AppendedModules | None = None  # the modules that the task appends to the model, or None
+    options: Mapping[str, Any] = field(default_factory=dict)  # options of `trace` that features read
+    has_values: bool = True  # whether every parameter has values, so that the graph can be compared with the model
+    dynamic: bool = True  # whether axes may vary
+    held: Collection[str] = ()  # inputs of which the batch alone may vary
+    # whether the model is captured in evaluation mode; else in training mode, where every dropout has its probability
     evaluates: bool = False
-    evaluated: tuple[str, ...] = ()
+    evaluated: tuple[str, ...] = ()  # paths of the modules that are in evaluation mode nevertheless
 
 
 class Skeleton(Draft):
@@ -118,22 +103,14 @@ def skeleton_of(source: Draft | str, memo: Mapping[int, Any] | None = None) -> D
 
 @dataclass(frozen=True)
 class Captured(Draft):
-    """A draft with its graph.
-
-    Attributes:
-        graph_module: The graph.
-        passes: What the passes that normalized it did.
-        drawn: An operator of it that draws random numbers in either mode, as text, or None.
-        updated: Names of the buffers that it updates in either mode.
-        problem: How it differs from the model; None if it does not, or was not compared.
-        facts: What features know of its inputs, by the names of manifests.
-    """
+    """A draft with its graph."""
 
     graph_module: fx.GraphModule = field(kw_only=True)
-    passes: tuple[PassReport, ...] = ()
-    drawn: str | None = None
-    updated: tuple[str, ...] = ()
-    problem: str | None = None
+    passes: tuple[PassReport, ...] = ()  # what the passes that normalized it did
+    drawn: str | None = None  # an operator of it that draws random numbers in either mode, as text, or None
+    updated: tuple[str, ...] = ()  # names of the buffers that it updates in either mode
+    problem: str | None = None  # how it differs from the model; None if it does not, or was not compared
+    # what features know of its inputs, by the names of manifests
     facts: Mapping[str, InputFacts] = field(default_factory=dict)
 
 

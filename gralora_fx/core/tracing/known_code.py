@@ -28,26 +28,19 @@ INDEXER = "Indexer"  # how the names of classes end that choose keys
 
 @dataclass(frozen=True)
 class Recognised:
-    """Code of one model, which others may have copied, and what replaces it.
+    """Code of one model, which others may have copied, and what replaces it."""
 
-    Attributes:
-        place: A method or a function by its path below `transformers.models`, as in
-            `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
-        replacement: A function by its path below `folder`, as `"other_layers:drop_path"`. It
-            takes the same arguments and gives the same results; a method's takes the module first. It is imported once
-            a model has the code.
-        ending: How the names of the classes end whose method may be it, or several such endings.
-        beside: Functions or methods that must be of the same code too, since it calls them.
-        fits: Whether a module with the method is one that the replacement is for.
-        folder: The package of the replacement.
-    """
-
+    # A method or a function by its path below `transformers.models`, as in
+    # `"llama.modeling_llama:LlamaRMSNorm.forward"`. It is imported once a model has code of that name.
     place: str
+    # A function by its path below `folder`, as `"other_layers:drop_path"`. It takes the same arguments and gives the
+    # same results; a method's takes the module first. It is imported once a model has the code.
     replacement: str
+    # how the names of the classes end whose method may be it, or several such endings
     ending: str | tuple[str, ...] = ""
-    beside: tuple[str, ...] = ()
-    fits: Callable[[Any], bool] = lambda _: True
-    folder: str = _PATCHES
+    beside: tuple[str, ...] = ()  # functions or methods that must be of the same code too, since it calls them
+    fits: Callable[[Any], bool] = lambda _: True  # whether a module with the method is one that the replacement is for
+    folder: str = _PATCHES  # the package of the replacement
 
     @property
     def path(self) -> list[str]:

@@ -17,21 +17,15 @@ class ExpertGate:
 
     `act(min(g, limit)) * (clamp(l, -limit, limit) + offset)`, where `silu` is `g * sigmoid(alpha * g)`. The fields are
     arguments of the operator `experts`, of the same names.
-
-    Attributes:
-        activation: One of `ACTIVATIONS`.
-        layout: Where gates are among the first product's outputs: in the first half (`"halves"`), at even places
-            (`"interleaved"`), or everywhere, so that nothing is multiplied (`"none"`).
-        alpha: Factor within `silu`'s sigmoid.
-        offset: What is added to the linear part.
-        limit: Bound of the gate from above, and of the linear part on both sides; 0 for none.
     """
 
-    activation: str
+    activation: str  # one of `ACTIVATIONS`
+    # where gates are among the first product's outputs: in the first half (`"halves"`), at even places
+    # (`"interleaved"`), or everywhere, so that nothing is multiplied (`"none"`)
     layout: str
-    alpha: float = 1.0
-    offset: float = 0.0
-    limit: float = 0.0
+    alpha: float = 1.0  # factor within `silu`'s sigmoid
+    offset: float = 0.0  # what is added to the linear part
+    limit: float = 0.0  # bound of the gate from above, and of the linear part on both sides; 0 for none
 
 
 class Arithmetic(Protocol[T]):

@@ -25,15 +25,10 @@ class ExpertsNode(DomainNode, Experts[ir.Value]):
 
 @dataclass(frozen=True)
 class GateNodes:
-    """Nodes of ONNX that compute gates (see `Arithmetic`).
+    """Nodes of ONNX that compute gates (see `Arithmetic`)."""
 
-    Attributes:
-        build: Makes them.
-        dtype: Their dtype.
-    """
-
-    build: Builder
-    dtype: ir.DataType
+    build: Builder  # makes them
+    dtype: ir.DataType  # their dtype
 
     def number(self, value: float) -> ir.Value:
         """Return a constant."""

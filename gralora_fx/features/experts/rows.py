@@ -42,15 +42,10 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
 
 @dataclass(frozen=True)
 class Rows:
-    """How the operator stores the matrices of a product (see `Arrangement`).
+    """How the operator stores the matrices of a product (see `Arrangement`)."""
 
-    Attributes:
-        gate: What is computed of a first product.
-        is_up: Whether it is of the first product.
-    """
-
-    gate: ExpertGate
-    is_up: bool
+    gate: ExpertGate  # what is computed of a first product
+    is_up: bool  # whether it is of the first product
 
     def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
         """Return the matrix with the rows in the model's order."""

@@ -14,10 +14,6 @@ class EightBits(BaseQuantization):
     """Eight bits for each weight of a linear layer, with a scale for each output (LLM.int8, Dettmers et al. 2022).
 
     Weights alone: activations are not rounded, as they are not where bitsandbytes trains on a CPU.
-
-    Attributes:
-        skip_modules: Names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice.
-        compute_dtype: Dtype of the values, which has no choice.
     """
 
     sign = "SCB"
@@ -28,8 +24,9 @@ class EightBits(BaseQuantization):
     fields = "one with load_in_8bit=True"
     extra = None
 
+    # names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice
     skip_modules: tuple[str, ...] | None = None
-    compute_dtype: str = field(default="float32", init=False)
+    compute_dtype: str = field(default="float32", init=False)  # dtype of the values, which has no choice
 
     @classmethod
     def of_text(cls, text: str) -> EightBits | None:

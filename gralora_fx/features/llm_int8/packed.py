@@ -39,15 +39,10 @@ class UnpackEightBits(Call[V]):
 
 @dataclass(frozen=True)
 class PackedEightBits(PackedWeight):
-    """A weight in eight bits.
+    """A weight in eight bits."""
 
-    Attributes:
-        tensors: The arguments of the operator that are tensors.
-        is_turned: Whether the layer's weight is `[in, out]`.
-    """
-
-    tensors: Mapping[str, Tensor]
-    is_turned: bool
+    tensors: Mapping[str, Tensor]  # the arguments of the operator that are tensors
+    is_turned: bool  # whether the layer's weight is `[in, out]`
 
     def unpacked(self, tensors: Mapping[str, Any]) -> Any:
         """Call the operator."""

@@ -24,15 +24,10 @@ _STEP = np.float32(1 / 127)
 
 @dataclass(frozen=True)
 class EightBitTensor(PackedTensor):
-    """A weight of eight bits.
+    """A weight of eight bits."""
 
-    Attributes:
-        codes: The stored integers.
-        scales: The value of one step in each row, `[out]`.
-    """
-
-    codes: StoredTensor
-    scales: NDArray[np.float32]
+    codes: StoredTensor  # the stored integers
+    scales: NDArray[np.float32]  # the value of one step in each row, `[out]`
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return some values in float32, in the order in which they are stored."""

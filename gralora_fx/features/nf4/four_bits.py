@@ -16,16 +16,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
 
 @dataclass(frozen=True)
 class FourBits(BaseQuantization):
-    """Four bits for each weight of a linear layer, with a scale for each block of values (QLoRA, Dettmers et al. 2023).
-
-    Attributes:
-        kind: The 16 values: `"nf4"`, quantiles of a normal distribution, or `"fp4"`.
-        block_size: Values with one scale; they follow each other in the weight `[out, in]`.
-        double: Whether the scales are quantized too, to 8 bits in blocks of 256 (double quantization).
-        compute_dtype: Dtype that layers multiply in (`bnb_4bit_compute_dtype`), to which the values are rounded.
-        skip_modules: Names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice,
-            which is the head, what is tied to it, and the last layer.
-    """
+    """Four bits a weight of a linear layer, with a scale for each block of values (QLoRA, Dettmers et al. 2023)."""
 
     sign = "bitsandbytes__nf4"
     title = "NF4 of bitsandbytes"
@@ -40,10 +31,13 @@ class FourBits(BaseQuantization):
     fields = "a BitsAndBytesConfig with load_in_4bit=True"
     extra = "nf4"
 
-    kind: str = "nf4"
-    block_size: int = 64
-    double: bool = False
+    kind: str = "nf4"  # the 16 values: `"nf4"`, quantiles of a normal distribution, or `"fp4"`
+    block_size: int = 64  # values with one scale; they follow each other in the weight `[out, in]`
+    double: bool = False  # whether the scales are quantized too, to 8 bits in blocks of 256 (double quantization)
+    # dtype that layers multiply in (`bnb_4bit_compute_dtype`), to which the values are rounded
     compute_dtype: str = "float32"
+    # names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice, which is the
+    # head, what is tied to it, and the last layer
     skip_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -112,19 +112,12 @@ def _unpack(codes: Tensor, scales: Tensor, block_size: int, kind: str) -> Tensor
 
 @dataclass(frozen=True)
 class PackedFourBits(PackedWeight):
-    """A weight in four bits.
+    """A weight in four bits."""
 
-    Attributes:
-        tensors: The arguments of the operator that are tensors.
-        shape: `[out, in]`.
-        quantization: How it was rounded.
-        is_turned: Whether the layer's weight is `[in, out]`.
-    """
-
-    tensors: Mapping[str, Tensor]
-    shape: tuple[int, int]
-    quantization: FourBits
-    is_turned: bool
+    tensors: Mapping[str, Tensor]  # the arguments of the operator that are tensors
+    shape: tuple[int, int]  # `[out, in]`
+    quantization: FourBits  # how it was rounded
+    is_turned: bool  # whether the layer's weight is `[in, out]`
 
     def unpacked(self, tensors: Mapping[str, Any]) -> Any:
         """Call the operator."""

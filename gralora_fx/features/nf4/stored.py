@@ -35,21 +35,13 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The scales of a weight's blocks.
+    """The scales of a weight's blocks."""
 
-    Attributes:
-        stored: The scales, or where they are quantized, their 8-bit codes.
-        table: The values of the codes; None where the scales are floats.
-        outer: The scale of each block of codes.
-        outer_size: Codes of such a block.
-        offset: What is added to each.
-    """
-
-    stored: StoredTensor
-    table: NDArray[np.float32] | None = None
-    outer: NDArray[np.float32] | None = None
-    outer_size: int = 256
-    offset: float = 0.0
+    stored: StoredTensor  # the scales, or where they are quantized, their 8-bit codes
+    table: NDArray[np.float32] | None = None  # the values of the codes; None where the scales are floats
+    outer: NDArray[np.float32] | None = None  # the scale of each block of codes
+    outer_size: int = 256  # codes of such a block
+    offset: float = 0.0  # what is added to each
 
     def between(self, first: int, last: int) -> NDArray[np.float32]:
         """The scales of some blocks in float32, `[last - first]`."""
@@ -70,19 +62,12 @@ class BlockScales:
 
 @dataclass(frozen=True)
 class FourBitTensor(PackedTensor):
-    """A weight of four bits.
+    """A weight of four bits."""
 
-    Attributes:
-        codes: The stored bytes.
-        scales: The scales.
-        table: The 16 values.
-        block_size: Values with one scale.
-    """
-
-    codes: StoredTensor
+    codes: StoredTensor  # the stored bytes
     scales: BlockScales
-    table: NDArray[np.float32]
-    block_size: int
+    table: NDArray[np.float32]  # the 16 values
+    block_size: int  # values with one scale
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return some values in float32, in the order in which they are stored."""

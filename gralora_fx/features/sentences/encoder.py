@@ -35,26 +35,17 @@ _SMALLEST_COUNT = 1e-9
 
 @dataclass
 class SentenceEncoderOutput(ModelOutput):  # type: ignore[misc]  # transformers has no types
-    """What a sentence encoder returns.
+    """What a sentence encoder returns."""
 
-    Attributes:
-        token_embeddings: `[batch, length, hidden]`; undefined at padding.
-        sentence_embedding: `[batch, size]`.
-    """
-
-    token_embeddings: Tensor | None = None
-    sentence_embedding: Tensor | None = None
+    token_embeddings: Tensor | None = None  # `[batch, length, hidden]`; undefined at padding
+    sentence_embedding: Tensor | None = None  # `[batch, size]`
 
 
 @dataclass(frozen=True)
 class SentenceEncoder(AppendedModules):
-    """The modules that follow a transformer.
+    """The modules that follow a transformer."""
 
-    Attributes:
-        modules: What its files say of them.
-    """
-
-    modules: SentenceModules
+    modules: SentenceModules  # what its files say of them
 
     def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let a model's forward end with them, within the block."""

@@ -38,65 +38,41 @@ _REMEDY = f"take {option(task='feature-extraction')} to export the transformer a
 
 @dataclass(frozen=True)
 class Pooling:
-    """Token embeddings `[batch, length, size]` to `[batch, modes * size]`.
+    """Token embeddings `[batch, length, size]` to `[batch, modes * size]`."""
 
-    Attributes:
-        modes: Of `POOLING_MODES`; the results of several are concatenated in this order.
-    """
-
-    modes: tuple[str, ...]
+    modes: tuple[str, ...]  # of `POOLING_MODES`; the results of several are concatenated in this order
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """Embeddings divided by their L2 norm.
+    """Embeddings divided by their L2 norm."""
 
-    Attributes:
-        reads: Which embeddings: `TOKENS` or `SENTENCE`.
-        writes: What the result becomes.
-    """
-
-    reads: str = SENTENCE
-    writes: str = SENTENCE
+    reads: str = SENTENCE  # which embeddings: `TOKENS` or `SENTENCE`
+    writes: str = SENTENCE  # what the result becomes
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A linear layer with an activation.
+    """A linear layer with an activation."""
 
-    Attributes:
-        file: The safetensors file of its weights.
-        activation: Name of a module class in `torch.nn`.
-        has_residual: Whether its input is added to its output.
-        reads: Which embeddings: `TOKENS` or `SENTENCE`.
-        writes: What the result becomes.
-    """
-
-    file: Path
-    activation: str = "Tanh"
-    has_residual: bool = False
-    reads: str = SENTENCE
-    writes: str = SENTENCE
+    file: Path  # the safetensors file of its weights
+    activation: str = "Tanh"  # name of a module class in `torch.nn`
+    has_residual: bool = False  # whether its input is added to its output
+    reads: str = SENTENCE  # which embeddings: `TOKENS` or `SENTENCE`
+    writes: str = SENTENCE  # what the result becomes
 
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What makes a sentence encoder of a transformer.
+    """What makes a sentence encoder of a transformer."""
 
-    Attributes:
-        source: Where it was read from, for messages.
-        steps: The modules after the transformer, in order.
-        max_seq_length: The number of tokens to which texts are truncated, or None for the tokenizer's own.
-        lowercases: Whether texts are lowercased before they are tokenized.
-        truncate_dim: How many values of an embedding are kept, or None for all.
-        settings: `config_sentence_transformers.json`: prompts and the similarity function; empty if there is none.
-    """
-
-    source: str
-    steps: tuple[Pooling | Normalize | Dense, ...]
+    source: str  # where it was read from, for messages
+    steps: tuple[Pooling | Normalize | Dense, ...]  # the modules after the transformer, in order
+    # the number of tokens to which texts are truncated, or None for the tokenizer's own
     max_seq_length: int | None = None
-    lowercases: bool = False
-    truncate_dim: int | None = None
+    lowercases: bool = False  # whether texts are lowercased before they are tokenized
+    truncate_dim: int | None = None  # how many values of an embedding are kept, or None for all
+    # `config_sentence_transformers.json`: prompts and the similarity function; empty if there is none
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -27,15 +27,10 @@ _SLOWEST, _FASTEST = 1_000, 768_000  # sampling rates, in Hz
 
 @dataclass(frozen=True)
 class Audio:
-    """A recording of one channel.
+    """A recording of one channel."""
 
-    Attributes:
-        samples: `[samples]`, float32 from -1 to 1.
-        rate: Samples a second.
-    """
-
-    samples: NDArray[np.float32]
-    rate: int
+    samples: NDArray[np.float32]  # `[samples]`, float32 from -1 to 1
+    rate: int  # samples a second
 
     def __post_init__(self) -> None:
         """Check the samples and their rate."""

@@ -38,18 +38,12 @@ class SpeechPrompt:
     """The tokens before an answer, by the fields of `generation_config.json` that Whisper has.
 
     A model without these fields begins with its start token alone.
-
-    Attributes:
-        rules: The model's rules.
-        language: The language that is spoken; None for the model's default, or that which it detects.
-        task: `"transcribe"`, or `"translate"` into English; None for the model's default.
-        earlier: Token ids of text before the recording, as `earlier_text` gives them.
     """
 
-    rules: GenerationRules
-    language: str | None = None
-    task: str | None = None
-    earlier: tuple[int, ...] = ()
+    rules: GenerationRules  # the model's rules
+    language: str | None = None  # the language that is spoken; None for the model's default, or that which it detects
+    task: str | None = None  # `"transcribe"`, or `"translate"` into English; None for the model's default
+    earlier: tuple[int, ...] = ()  # token ids of text before the recording, as `earlier_text` gives them
 
     def __post_init__(self) -> None:
         """Check language and task."""

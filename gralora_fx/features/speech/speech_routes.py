@@ -165,13 +165,9 @@ def speech_routes(engine: TextEngine) -> APIRouter:
 
 @dataclass(frozen=True)
 class _LanguageOf(EncoderInput):
-    """What an encoder reads to hear a language: the answer is one of its tokens.
+    """What an encoder reads to hear a language: the answer is one of its tokens."""
 
-    Attributes:
-        languages: Ids of the tokens.
-    """
-
-    languages: Sequence[int] = ()
+    languages: Sequence[int] = ()  # ids of the tokens
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
         """Return what leaves these tokens alone."""

@@ -94,21 +94,13 @@ def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
 
 @dataclass
 class ConvRead:
-    """What a convolution reads of a layer's cache, which an operator takes apart.
+    """What a convolution reads of a layer's cache, which an operator takes apart."""
 
-    Attributes:
-        joined: The inputs that were kept and the new ones, `[batch, channels, kept + length]`.
-        kept: The former.
-        new: The latter.
-        layer: The layer of the cache.
-        number: Which state of the layer.
-    """
-
-    joined: Tensor
-    kept: Tensor
-    new: Tensor
-    layer: Any
-    number: int
+    joined: Tensor  # the inputs that were kept and the new ones, `[batch, channels, kept + length]`
+    kept: Tensor  # the former
+    new: Tensor  # the latter
+    layer: Any  # the layer of the cache
+    number: int  # which state of the layer
 
     def keep(self, state: Tensor) -> None:
         """Let the layer keep the next state, `[batch, channels, kernel - 1]`, which an operator has computed."""

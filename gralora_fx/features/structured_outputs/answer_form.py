@@ -33,18 +33,13 @@ _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while i
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """A form, checked as far as that needs no tokenizer.
+    """A form, checked as far as that needs no tokenizer."""
 
-    Attributes:
-        kind: Of which kind it is.
-        value: The schema as JSON text, the expression, the choices, or the grammar; of rules that
-            name others, llguidance's grammars.
-        field: The option or field that asks for it; None if that is not known.
-    """
-
-    kind: FormKind
+    kind: FormKind  # of which kind it is
+    # the schema as JSON text, the expression, the choices, or the grammar; of rules that name others, llguidance's
+    # grammars
     value: str | tuple[str, ...]
-    field: str | None = None
+    field: str | None = None  # the option or field that asks for it; None if that is not known
 
     @property
     def size(self) -> int:

@@ -19,36 +19,22 @@ _NINE = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class CallFormat:
-    """The form of calls: `start`, then of each call `head`, name, `middle`, arguments and `tail`, and at last `end`.
+    """The form of calls: `start`, then of each call `head`, name, `middle`, arguments and `tail`, and at last `end`."""
 
-    Attributes:
-        name: What the form is called.
-        marks: What a template of the family holds, all of it.
-        lacks: What such a template does not hold.
-        trigger: The beginning of `start` with which a call begins within a text; of a form that has no mark of its
-            own, what the whole answer then begins with.
-        start: What is before the first call.
-        head: What is before a name.
-        middle: What is between the name and the arguments, a JSON object.
-        tail: What is behind the arguments.
-        between: What is between two calls; None if an answer has one.
-        end: What is behind the last call.
-        tag: A token that a model may write before `start`, and need not.
-        short_ids: Whether the template wants ids of nine letters and digits.
-    """
-
-    name: str
-    marks: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
+    name: str  # what the form is called
+    marks: tuple[str, ...] = ()  # what a template of the family holds, all of it
+    lacks: tuple[str, ...] = ()  # what such a template does not hold
+    # the beginning of `start` with which a call begins within a text; of a form that has no mark of its own, what the
+    # whole answer then begins with
     trigger: str = ""
-    start: str = ""
-    head: str = '{"name": "'
-    middle: str = '", "arguments": '
-    tail: str = "}"
-    between: str | None = ", "
-    end: str = ""
-    tag: str = ""
-    short_ids: bool = False
+    start: str = ""  # what is before the first call
+    head: str = '{"name": "'  # what is before a name
+    middle: str = '", "arguments": '  # what is between the name and the arguments, a JSON object
+    tail: str = "}"  # what is behind the arguments
+    between: str | None = ", "  # what is between two calls; None if an answer has one
+    end: str = ""  # what is behind the last call
+    tag: str = ""  # a token that a model may write before `start`, and need not
+    short_ids: bool = False  # whether the template wants ids of nine letters and digits
 
     @property
     def begins_answer(self) -> bool:

@@ -24,15 +24,10 @@ _CONTENT, _TEXT = "content", "/(?s:.*)/"
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that an answer may call.
-
-    Attributes:
-        name: Its name.
-        form: The form of its arguments alone, a JSON schema.
-    """
+    """A function that an answer may call."""
 
     name: str
-    form: Form
+    form: Form  # the form of its arguments alone, a JSON schema
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str, constraints: Constraints) -> Tool:
@@ -51,17 +46,11 @@ class Tool:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools that an answer may call.
+    """The tools that an answer may call."""
 
-    Attributes:
-        tools: The tools, one or several.
-        is_required: Whether it calls one at least, and has no text.
-        is_parallel: Whether it may call several, or one several times.
-    """
-
-    tools: tuple[Tool, ...]
-    is_required: bool
-    is_parallel: bool
+    tools: tuple[Tool, ...]  # the tools, one or several
+    is_required: bool  # whether it calls one at least, and has no text
+    is_parallel: bool  # whether it may call several, or one several times
 
 
 def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, content: Form | None = None) -> Constraint:

@@ -22,19 +22,12 @@ _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "it
 
 @dataclass(frozen=True)
 class ToolTemplate:
-    """What a tokenizer's template of chats does with tools.
+    """What a tokenizer's template of chats does with tools."""
 
-    Attributes:
-        format: The form of calls.
-        has_tools: Whether the template describes tools to the model, and writes calls and their results.
-        is_known: Whether its own form of calls is one of those above.
-        shown: Tokens that are part of the form, whatever a tokenizer leaves out of texts.
-    """
-
-    format: CallFormat
-    has_tools: bool
-    is_known: bool
-    shown: frozenset[int]
+    format: CallFormat  # the form of calls
+    has_tools: bool  # whether the template describes tools to the model, and writes calls and their results
+    is_known: bool  # whether its own form of calls is one of those above
+    shown: frozenset[int]  # tokens that are part of the form, whatever a tokenizer leaves out of texts
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:

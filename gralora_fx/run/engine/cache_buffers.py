@@ -31,17 +31,11 @@ _AHEAD = 64  # pages that it takes at a time of a text that is known
 
 @dataclass(frozen=True)
 class _Parts:
-    """Equal parts of a row's cache, each of which begins a page: a head's keys in a layer, its values, or a state.
+    """Equal parts of a row's cache, each of which begins a page: a head's keys in a layer, its values, or a state."""
 
-    Attributes:
-        count: How many there are.
-        width: Bytes of a position; of a state, which has none, all of its bytes.
-        grows: Whether it has positions.
-    """
-
-    count: int
-    width: int
-    grows: bool
+    count: int  # how many there are
+    width: int  # bytes of a position; of a state, which has none, all of its bytes
+    grows: bool  # whether it has positions
 
 
 class RowLayout:
@@ -201,15 +195,10 @@ class BufferedSteps:
 
 @dataclass(frozen=True)
 class _Window:
-    """Rows that follow each other.
+    """Rows that follow each other."""
 
-    Attributes:
-        binding: What is bound for their steps.
-        caches: Their part of the buffers, by the names of the inputs.
-    """
-
-    binding: Any
-    caches: Mapping[str, Any]
+    binding: Any  # what is bound for their steps
+    caches: Mapping[str, Any]  # their part of the buffers, by the names of the inputs
 
 
 def _bind(binding: Any, values: Mapping[str, Any]) -> None:

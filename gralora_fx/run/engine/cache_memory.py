@@ -29,17 +29,11 @@ class NeverRoomError(NoRoomError):
 
 @dataclass(frozen=True)
 class RowMemory:
-    """The memory of a row's caches.
+    """The memory of a row's caches."""
 
-    Attributes:
-        taken: Bytes that it has now.
-        claim: Bytes that it has at most, at its end.
-        source: Bytes of both that are of what the row was opened with, such as the source of an encoder.
-    """
-
-    taken: int
-    claim: int
-    source: int = 0
+    taken: int  # bytes that it has now
+    claim: int  # bytes that it has at most, at its end
+    source: int = 0  # bytes of both that are of what the row was opened with, such as the source of an encoder
 
 
 class CacheMemory:

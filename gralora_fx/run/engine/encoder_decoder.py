@@ -60,22 +60,15 @@ class Encodings:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row that is open, as a step finds it.
+    """A row that is open, as a step finds it."""
 
-    Attributes:
-        decoder: The session of the decoder, with the row's adapter.
-        fixed: What every step reads of the source: the encoder's output, its mask, and after the first step its keys
-            and values.
-        cache: The keys and values of the decoder's own positions, and before the first step empty ones of the source.
-        outputs: What a step is asked for.
-        takes_flag: Whether a step says if it has a past.
-    """
-
-    decoder: Any
+    decoder: Any  # the session of the decoder, with the row's adapter
+    # what every step reads of the source: the encoder's output, its mask, and after the first step its keys and values
     fixed: Mapping[str, Any]
+    # the keys and values of the decoder's own positions, and before the first step empty ones of the source
     cache: Mapping[str, Any]
-    outputs: Sequence[str]
-    takes_flag: bool
+    outputs: Sequence[str]  # what a step is asked for
+    takes_flag: bool  # whether a step says if it has a past
 
 
 class EncoderDecoder(Decoder):

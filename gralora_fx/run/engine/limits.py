@@ -37,19 +37,12 @@ class TooLargeError(ServingError):
 
 @dataclass(frozen=True)
 class DecoderLimits:
-    """What a decoder can take.
+    """What a decoder can take."""
 
-    Attributes:
-        vocabulary: How many tokens there are; None if that is not known.
-        context: Positions of a prompt and its answer together.
-        ends: Ids of the tokens that end an answer, unless a request names others.
-        is_assumed: Whether the configuration names no context, so that it is that of a cache of some size.
-    """
-
-    vocabulary: int | None
-    context: int
-    ends: frozenset[int]
-    is_assumed: bool = False
+    vocabulary: int | None  # how many tokens there are; None if that is not known
+    context: int  # positions of a prompt and its answer together
+    ends: frozenset[int]  # ids of the tokens that end an answer, unless a request names others
+    is_assumed: bool = False  # whether the configuration names no context, so that it is that of a cache of some size
 
     @classmethod
     def of(cls, directory: Path, config: Mapping[str, Any], position_offset: int) -> DecoderLimits:
@@ -82,21 +75,14 @@ class DecoderLimits:
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """How much a decoder has room for.
+    """How much a decoder has room for."""
 
-    Attributes:
-        rows: How many rows.
-        capacity: How many tokens of each, prompt and answer; None for the model's context.
-        chunk: The most tokens that a row may read in a step beside others. A step is as wide as its longest chunk.
-        prefix_cache: The most bytes of what rows have read that is kept for others; None for nothing.
-        max_memory: The most bytes of the caches of rows, copies of their adapters and the prefix cache together; None
-            for no bound.
-    """
-
-    rows: int = 8
-    capacity: int | None = None
+    rows: int = 8  # how many rows
+    capacity: int | None = None  # how many tokens of each, prompt and answer; None for the model's context
+    # The most tokens that a row may read in a step beside others. A step is as wide as its longest chunk.
     chunk: int = 64
-    prefix_cache: int | None = None
+    prefix_cache: int | None = None  # the most bytes of what rows have read that is kept for others; None for nothing
+    # the most bytes of the caches of rows, copies of their adapters and the prefix cache together; None for no bound
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -134,17 +120,11 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class PromptLimit:
-    """The most tokens of a prompt.
+    """The most tokens of a prompt."""
 
-    Attributes:
-        most: How many; None for any.
-        what: What a prompt is called in messages.
-        excess: What is said of more tokens.
-    """
-
-    most: int | None
-    what: str
-    excess: str
+    most: int | None  # how many; None for any
+    what: str  # what a prompt is called in messages
+    excess: str  # what is said of more tokens
 
     @classmethod
     def of_context(cls, limits: DecoderLimits) -> PromptLimit:

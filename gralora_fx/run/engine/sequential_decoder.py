@@ -23,17 +23,11 @@ from gralora_fx.run.sessions.session_views import as_past, gives_all, reads_toke
 
 @dataclass
 class _Row:
-    """A row that is open.
+    """A row that is open."""
 
-    Attributes:
-        values: The tensors of its adapter, as the session takes them.
-        steps: What runs it where its cache is in buffers; None where a step gives the next cache.
-        cache: Its keys and values, which the last step gave.
-    """
-
-    values: Mapping[str, Any]
-    steps: BufferedSteps | None
-    cache: Mapping[str, Any]
+    values: Mapping[str, Any]  # the tensors of its adapter, as the session takes them
+    steps: BufferedSteps | None  # what runs it where its cache is in buffers; None where a step gives the next cache
+    cache: Mapping[str, Any]  # its keys and values, which the last step gave
 
 
 class SequentialDecoder(Decoder):

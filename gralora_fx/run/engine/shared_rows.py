@@ -19,24 +19,17 @@ _APART = 32  # tokens from one snapshot to the next that is taken on a chance
 
 @dataclass
 class _SharedRow:
-    """A row that is open.
+    """A row that is open."""
 
-    Attributes:
-        root: The version of its adapter, and its salt.
-        text: The tokens that it has read, or that were filled in.
-        kept: How many of them are in the cache, or were when they were put there.
-        exact: Up to which of them all were read several in a step.
-        planned: Of a model with states, the tokens that it is known to read, such as its prompt, from the first on.
-        stops: Of these, after how many tokens another text parts, or may part, from it.
-        names: What stands for tokens that it was given something in the place of, by position.
-    """
-
-    root: tuple[Any, str | None]
-    text: list[int] = field(default_factory=list)
-    kept: int = 0
-    exact: int = 2**62
+    root: tuple[Any, str | None]  # the version of its adapter, and its salt
+    text: list[int] = field(default_factory=list)  # the tokens that it has read, or that were filled in
+    kept: int = 0  # how many of them are in the cache, or were when they were put there
+    exact: int = 2**62  # up to which of them all were read several in a step
+    # of a model with states, the tokens that it is known to read, such as its prompt, from the first on
     planned: tuple[int, ...] = ()
+    # of these, after how many tokens another text parts, or may part, from it
     stops: set[int] = field(default_factory=set)
+    # what stands for tokens that it was given something in the place of, by position
     names: Mapping[int, int] = field(default_factory=dict)
 
     def named(self, start: int, tokens: Sequence[int]) -> list[int]:

@@ -26,40 +26,25 @@ _DRAWS = ("top_k", "top_p", "min_p", "temperature", "seed")  # of no effect wher
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """How the next token is chosen."""
 
-    Attributes:
-        max_new_tokens: Most tokens to add; None for 64, or fewer if the context ends before.
-        do_sample: Whether to draw; False takes the likeliest.
-        top_k: How many of the likeliest to draw from; 0 for all.
-        top_p: Share of the probability to draw from, in `(0, 1]`.
-        min_p: Least probability to draw, as a share of the likeliest token's, in `[0, 1]`.
-        temperature: Divisor of the logits, above 0.
-        seed: Seed of the draws, one more for each further prompt; None for a different one in every call.
-        repetition_penalty: Divisor of the logits of tokens in the prompt or the answer, as in transformers.
-        presence_penalty: What tokens of the answer lose once, as in OpenAI's protocol.
-        frequency_penalty: What tokens of the answer lose each time they occur in it, as in OpenAI's protocol.
-        logit_bias: What is added to the logits of some tokens, by id.
-        min_new_tokens: Least tokens to add before an end token may be chosen.
-        eos_token_id: Id of the token that ends an answer, or several, or none at all; None for those
-            that the model names.
-        logprobs: Of each new token its log-probability, and those of as many of the likeliest tokens; None for neither.
-            They are the model's own, before any other option.
-    """
-
-    max_new_tokens: int | None = None
-    do_sample: bool = False
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    temperature: float = 1.0
+    max_new_tokens: int | None = None  # most tokens to add; None for 64, or fewer if the context ends before
+    do_sample: bool = False  # whether to draw; False takes the likeliest
+    top_k: int = 50  # how many of the likeliest to draw from; 0 for all
+    top_p: float = 1.0  # share of the probability to draw from, in `(0, 1]`
+    min_p: float = 0.0  # least probability to draw, as a share of the likeliest token's, in `[0, 1]`
+    temperature: float = 1.0  # divisor of the logits, above 0
+    # seed of the draws, one more for each further prompt; None for a different one in every call
     seed: int | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0  # divisor of the logits of tokens in the prompt or the answer, as in transformers
+    presence_penalty: float = 0.0  # what tokens of the answer lose once, as in OpenAI's protocol
+    frequency_penalty: float = 0.0  # what tokens of the answer lose each time they occur in it, as in OpenAI's protocol
+    logit_bias: Mapping[int, float] | None = None  # what is added to the logits of some tokens, by id
+    min_new_tokens: int = 0  # least tokens to add before an end token may be chosen
+    # id of the token that ends an answer, or several, or none at all; None for those that the model names
     eos_token_id: int | Sequence[int] | None = None
+    # Of each new token its log-probability, and those of as many of the likeliest tokens; None for neither. They are
+    # the model's own, before any other option.
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -175,17 +160,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class AnswerStart:
-    """Options of an encoder-decoder: what its answers begin with.
+    """Options of an encoder-decoder: what its answers begin with."""
 
-    Attributes:
-        language: The language that the encoder reads; None for the model's default, or that which it detects.
-        task: What is done with it; None for the model's default.
-        forced_bos_token_id: The token that the answer to a text begins with; None for the model's.
-    """
-
+    # the language that the encoder reads; None for the model's default, or that which it detects
     language: str | None = None
-    task: str | None = None
-    forced_bos_token_id: int | None = None
+    task: str | None = None  # what is done with it; None for the model's default
+    forced_bos_token_id: int | None = None  # the token that the answer to a text begins with; None for the model's
 
     def check_unused(self, reason: str, *names: str) -> None:
         """Raise a `ServingError` with a reason if one of some options is given, which have no effect."""
@@ -195,27 +175,20 @@ class AnswerStart:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options of answers; each part belongs to the feature that reads it, and nobody else looks into it.
+    """Options of answers; each part belongs to the feature that reads it, and nobody else looks into it."""
 
-    Attributes:
-        sampling: How tokens are chosen and scored, how many there are, and which end an answer.
-        stop: Strings that end an answer, checked.
-        constraint: What the tokens of an answer may be; None for any.
-        shown: Special tokens that are part of an answer's text.
-        start: What an encoder-decoder's answer begins with; None for what the model says.
-        proposed: The most tokens that are proposed for a step of the answer alone; None for as many as pay.
-        scores_prompt: Whether to score the prompt's tokens too, as many of the likeliest beside each as
-            `sampling.logprobs` says; the answer may then have no tokens.
-        salt: The prompt is taken over from requests with the same one alone, and left to them; None is one too.
-    """
-
+    # how tokens are chosen and scored, how many there are, and which end an answer
     sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    constraint: Constraint | None = None
-    shown: frozenset[int] = frozenset()
-    start: AnswerStart | None = None
+    stop: tuple[str, ...] = ()  # strings that end an answer, checked
+    constraint: Constraint | None = None  # what the tokens of an answer may be; None for any
+    shown: frozenset[int] = frozenset()  # special tokens that are part of an answer's text
+    start: AnswerStart | None = None  # what an encoder-decoder's answer begins with; None for what the model says
+    # the most tokens that are proposed for a step of the answer alone; None for as many as pay
     proposed: int | None = None
+    # whether to score the prompt's tokens too, as many of the likeliest beside each as `sampling.logprobs` says; the
+    # answer may then have no tokens
     scores_prompt: bool = False
+    # the prompt is taken over from requests with the same one alone, and left to them; None is one too
     salt: str | None = None
 
     def of_answer(self, index: int) -> AnswerOptions:

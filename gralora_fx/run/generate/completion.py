@@ -24,23 +24,15 @@ Ending: TypeAlias = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A prompt to answer.
+    """A prompt to answer."""
 
-    Attributes:
-        prompt: Its token ids.
-        max_new_tokens: The most tokens to add.
-        options: How it is answered; `max_new_tokens` of their sampling is not used.
-        adapter: The adapter to answer with; None for the base.
-        source: What an encoder-decoder's encoder reads; None of a decoder.
-        given: What stands in the place of a decoder's first tokens, by name; None of text alone.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
+    prompt: tuple[int, ...]  # its token ids
+    max_new_tokens: int  # the most tokens to add
+    # how it is answered; `max_new_tokens` of their sampling is not used
     options: AnswerOptions = field(default_factory=AnswerOptions)
-    adapter: str | None = None
-    source: EncoderInput | None = None
-    given: Source | None = None
+    adapter: str | None = None  # the adapter to answer with; None for the base
+    source: EncoderInput | None = None  # what an encoder-decoder's encoder reads; None of a decoder
+    given: Source | None = None  # what stands in the place of a decoder's first tokens, by name; None of text alone
 
     @property
     def max_length(self) -> int:

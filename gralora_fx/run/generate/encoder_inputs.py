@@ -31,25 +31,16 @@ class EncoderInputs:
 
     A subclass that a feature adds reads prompts of its own: it says by `reads` for which encoders it is, and has
     `read` and `example`.
-
-    Attributes:
-        directory: The export directory.
-        task: The task that it was exported for.
-        inputs: What the encoder takes, by name, as its session describes it.
-        limits: What a row of the decoder can take.
-        rules: The rules of the model's answers.
-        takes_text: Whether the encoder reads tokens.
-        limit: The most tokens that it reads; None for no limit.
     """
 
-    directory: Path
-    task: str | None
-    inputs: Mapping[str, Any]
-    limits: DecoderLimits
-    rules: GenerationRules
-    limit: int | None = None
+    directory: Path  # the export directory
+    task: str | None  # the task that it was exported for
+    inputs: Mapping[str, Any]  # what the encoder takes, by name, as its session describes it
+    limits: DecoderLimits  # what a row of the decoder can take
+    rules: GenerationRules  # the rules of the model's answers
+    limit: int | None = None  # the most tokens that it reads; None for no limit
 
-    takes_text: ClassVar[bool] = False
+    takes_text: ClassVar[bool] = False  # whether the encoder reads tokens
 
     @classmethod
     def of(
@@ -111,13 +102,9 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class TextSources(EncoderInputs):
-    """Reads the texts that an encoder takes as token ids.
+    """Reads the texts that an encoder takes as token ids."""
 
-    Attributes:
-        vocabulary: How many tokens there are; None if that is not known.
-    """
-
-    vocabulary: int | None = None
+    vocabulary: int | None = None  # how many tokens there are; None if that is not known
 
     takes_text: ClassVar[bool] = True
 

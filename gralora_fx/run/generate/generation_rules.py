@@ -48,19 +48,12 @@ _SEARCH: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """The rules of a model for its answers.
+    """The rules of a model for its answers."""
 
-    Attributes:
-        directory: The export directory, for messages.
-        config: What its `generation_config.json` says; where there is none, its `config.json`.
-        ends: Ids of the tokens that end an answer.
-        uncounted: How many tokens before an answer its `max_length` does not count.
-    """
-
-    directory: Path
-    config: GenerationConfig
-    ends: frozenset[int]
-    uncounted: int = 0
+    directory: Path  # the export directory, for messages
+    config: GenerationConfig  # what its `generation_config.json` says; where there is none, its `config.json`
+    ends: frozenset[int]  # ids of the tokens that end an answer
+    uncounted: int = 0  # how many tokens before an answer its `max_length` does not count
 
     @classmethod
     def of(

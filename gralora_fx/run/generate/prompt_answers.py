@@ -56,19 +56,13 @@ class GivenPrompts(Protocol):
 
 @dataclass(frozen=True)
 class Generation:
-    """How an export generates.
+    """How an export generates."""
 
-    Attributes:
-        limits: What a row can take.
-        open_decoder: Makes the model as rows of a size; errors as of `Decoder`.
-        encoder_inputs: Reads what the encoder of an encoder-decoder takes; None for a decoder.
-        given_prompts: Reads prompts with more than text; None if the export reads texts alone.
-    """
-
-    limits: DecoderLimits
-    open_decoder: Callable[[DecoderSize], Decoder]
+    limits: DecoderLimits  # what a row can take
+    open_decoder: Callable[[DecoderSize], Decoder]  # makes the model as rows of a size; errors as of `Decoder`
+    # reads what the encoder of an encoder-decoder takes; None for a decoder
     encoder_inputs: EncoderInputs | None = None
-    given_prompts: GivenPrompts | None = None
+    given_prompts: GivenPrompts | None = None  # reads prompts with more than text; None if the export reads texts alone
 
     @cached_property
     def proposer(self) -> Proposer:
@@ -121,15 +115,10 @@ def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
 
 
 class Scored(NamedTuple):
-    """An answer, or a piece of one, with the log-probabilities of its tokens.
+    """An answer, or a piece of one, with the log-probabilities of its tokens."""
 
-    Attributes:
-        content: The text, or the token ids.
-        scores: The score of each of its tokens.
-    """
-
-    content: Any
-    scores: list[TokenScore]
+    content: Any  # the text, or the token ids
+    scores: list[TokenScore]  # the score of each of its tokens
 
 
 class Completions(Iterator[Any]):

@@ -24,19 +24,12 @@ SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """What an encoder reads for an answer, and what the model's own rules say of it.
+    """What an encoder reads for an answer, and what the model's own rules say of it."""
 
-    Attributes:
-        arrays: What it reads, by name, each `[1, ...]`.
-        rules: The rules of the model.
-        ids: The tokens that it reads; None for features.
-        forced_first: The token that the answer begins with; None for the model's, if it has one.
-    """
-
-    arrays: Source
-    rules: GenerationRules
-    ids: tuple[int, ...] | None = None
-    forced_first: int | None = None
+    arrays: Source  # what it reads, by name, each `[1, ...]`
+    rules: GenerationRules  # the rules of the model
+    ids: tuple[int, ...] | None = None  # the tokens that it reads; None for features
+    forced_first: int | None = None  # the token that the answer begins with; None for the model's, if it has one
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
         """What changes the logits of the answer (see `GenerationRules.processors`)."""
@@ -45,20 +38,13 @@ class EncoderInput:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as token ids.
+    """Prompts as token ids."""
 
-    Attributes:
-        rows: The ids of each, without padding: what the decoder reads before it answers.
-        is_single: Whether one prompt was given, rather than a list.
-        gives_text: Whether the answers are texts, rather than ids.
-        sources: Of an encoder-decoder what the encoder reads of each; none of a decoder.
-        given: Of a decoder what stands in the place of each one's tokens, by name; none of texts alone.
-    """
-
-    rows: list[list[int]]
-    is_single: bool
-    gives_text: bool
-    sources: Sequence[EncoderInput] = ()
+    rows: list[list[int]]  # the ids of each, without padding: what the decoder reads before it answers
+    is_single: bool  # whether one prompt was given, rather than a list
+    gives_text: bool  # whether the answers are texts, rather than ids
+    sources: Sequence[EncoderInput] = ()  # of an encoder-decoder what the encoder reads of each; none of a decoder
+    # of a decoder what stands in the place of each one's tokens, by name; none of texts alone
     given: Sequence[Source | None] = ()
 
     @property
@@ -69,23 +55,14 @@ class Prompts:
 
 @dataclass(frozen=True)
 class GenerateInputs:
-    """What `generate` is given to answer.
+    """What `generate` is given to answer."""
 
-    Attributes:
-        prompts: One prompt, or several of them.
-        input_ids: Instead of prompts, a tokenizer's result.
-        attention_mask: The mask of `input_ids` or of features.
-        input_features: Instead of prompts, a feature extractor's result, `[batch, ...]`.
-        inputs_embeds: What stands in the place of a decoder's tokens, of a prompt or of each.
-        media: What a prompt has beside its text, or each of them, as the export's companions read it.
-    """
-
-    prompts: Any = None
-    input_ids: Any = None
-    attention_mask: Any = None
-    input_features: Any = None
-    inputs_embeds: Any = None
-    media: Any = None
+    prompts: Any = None  # one prompt, or several of them
+    input_ids: Any = None  # instead of prompts, a tokenizer's result
+    attention_mask: Any = None  # the mask of `input_ids` or of features
+    input_features: Any = None  # instead of prompts, a feature extractor's result, `[batch, ...]`
+    inputs_embeds: Any = None  # what stands in the place of a decoder's tokens, of a prompt or of each
+    media: Any = None  # what a prompt has beside its text, or each of them, as the export's companions read it
 
     def check_unused(self, reason: str, name: str) -> None:
         """Raise a `ServingError` with a reason if an input is given that has no effect."""

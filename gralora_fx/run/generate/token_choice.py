@@ -29,35 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's log-probability at its place, by the model's own distribution.
+    """A token's log-probability at its place, by the model's own distribution."""
 
-    Attributes:
-        token: The token's id.
-        logprob: Its log-probability.
-        top: Ids and log-probabilities of the likeliest tokens there, the likeliest first.
-    """
-
-    token: int
-    logprob: float
+    token: int  # the token's id
+    logprob: float  # its log-probability
+    # ids and log-probabilities of the likeliest tokens there, the likeliest first
     top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A token that was chosen.
+    """A token that was chosen."""
 
-    Attributes:
-        token: Its id.
-        score: Its log-probability, if that is asked for.
-        forced: The tokens that the answer's constraint forces after it; none where scores are asked for, since each
-            then waits for its own logits.
-        completes: Whether the answer is over after these, as its constraint allows no other token.
-    """
-
-    token: int
-    score: TokenScore | None = None
+    token: int  # its id
+    score: TokenScore | None = None  # its log-probability, if that is asked for
+    # the tokens that the answer's constraint forces after it; none where scores are asked for, since each then waits
+    # for its own logits
     forced: tuple[int, ...] = ()
-    completes: bool = False
+    completes: bool = False  # whether the answer is over after these, as its constraint allows no other token
 
     @property
     def tokens(self) -> tuple[int, ...]:

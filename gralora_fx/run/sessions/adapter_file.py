@@ -33,40 +33,25 @@ _MOST_BYTES = 64 << 20  # of a record
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What an adapter file holds, and for which export.
+    """What an adapter file holds, and for which export."""
 
-    Attributes:
-        schema_version: Version of the record's form.
-        name: The adapter's name.
-        config: Its `adapter_config.json`.
-        k: Blocks in each direction, as the export has them.
-        r: The largest rank of its blocks.
-        hybrid_r: The largest rank of its plain LoRA part.
-        dtype: Dtype of its tensors.
-        sites: The layers that it adapts.
-        shapes: Shape of each tensor by its name.
-        base_fingerprint: Fingerprint of the base of the export that it was made for, by which it is loaded in no
-            other; it says nothing of the base that the adapter was trained on. None where the export has none.
-        sha256: SHA-256 of the tensors: of names, dtypes, shapes and values.
-        file_sha256: SHA-256 of the file.
-        size: Its size in bytes.
-        base: What was compared of the base that the adapter was trained on and of the export's (see
-            `BaseComparison`); None where nothing was.
-    """
-
-    schema_version: int
-    name: str
-    config: Mapping[str, Any]
-    k: Count
-    r: Count
-    hybrid_r: Count
-    dtype: Annotated[str, DTYPES]
-    sites: tuple[str, ...]
-    shapes: Mapping[str, tuple[Count, ...]]
+    schema_version: int  # version of the record's form
+    name: str  # the adapter's name
+    config: Mapping[str, Any]  # its `adapter_config.json`
+    k: Count  # blocks in each direction, as the export has them
+    r: Count  # the largest rank of its blocks
+    hybrid_r: Count  # the largest rank of its plain LoRA part
+    dtype: Annotated[str, DTYPES]  # dtype of its tensors
+    sites: tuple[str, ...]  # the layers that it adapts
+    shapes: Mapping[str, tuple[Count, ...]]  # shape of each tensor by its name
+    # Fingerprint of the base of the export that it was made for, by which it is loaded in no other; it says nothing of
+    # the base that the adapter was trained on. None where the export has none.
     base_fingerprint: str | None
-    sha256: str
-    file_sha256: str
-    size: Count
+    sha256: str  # SHA-256 of the tensors: of names, dtypes, shapes and values
+    file_sha256: str  # SHA-256 of the file
+    size: Count  # its size in bytes
+    # what was compared of the base that the adapter was trained on and of the export's (see `BaseComparison`); None
+    # where nothing was
     base: Mapping[str, Any] | None = None
 
     @property
@@ -83,15 +68,10 @@ class AdapterRecord:
 
 @dataclass(frozen=True, eq=False)
 class AdapterInMemory:
-    """An adapter as data of an export that no file holds.
+    """An adapter as data of an export that no file holds."""
 
-    Attributes:
-        record: Its record, without digests.
-        tensors: Its tensors by name.
-    """
-
-    record: AdapterRecord
-    tensors: Arrays
+    record: AdapterRecord  # its record, without digests
+    tensors: Arrays  # its tensors by name
 
 
 AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # what an adapter is loaded from

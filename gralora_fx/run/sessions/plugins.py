@@ -43,23 +43,14 @@ _brought: set[str] = set()  # providers that appeared with them
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a plug-in provider runs on.
-
-    Attributes:
-        provider: The provider.
-        kind: `CPU`, `GPU` or `NPU`; of OpenVINO its own name of the device, such as `GPU.1`.
-        name: What it is, in the provider's words.
-        version: Version of the provider.
-        properties: What the provider says about it.
-        handle: The `onnxruntime.OrtEpDevice`.
-    """
+    """A device that a plug-in provider runs on."""
 
     provider: str
-    kind: str
-    name: str
-    version: str
-    properties: Mapping[str, str] = field(repr=False, compare=False)
-    handle: Any = field(repr=False, compare=False)
+    kind: str  # `CPU`, `GPU` or `NPU`; of OpenVINO its own name of the device, such as `GPU.1`
+    name: str  # what it is, in the provider's words
+    version: str  # version of the provider
+    properties: Mapping[str, str] = field(repr=False, compare=False)  # what the provider says about it
+    handle: Any = field(repr=False, compare=False)  # the `onnxruntime.OrtEpDevice`
 
     def __str__(self) -> str:
         """The provider, its version and the device."""

@@ -33,15 +33,10 @@ Facts = tuple[int, ...]  # of a file, which differ once it is another one or was
 
 @dataclass(frozen=True)
 class AdapterRoot:
-    """A directory of adapters: `.onnx_adapter` files with their records, and directories that PEFT saved.
+    """A directory of adapters: `.onnx_adapter` files with their records, and directories that PEFT saved."""
 
-    Attributes:
-        path: The directory, absolute and without links.
-        unresolved: The directory as it was named, absolute.
-    """
-
-    path: Path
-    unresolved: Path
+    path: Path  # the directory, absolute and without links
+    unresolved: Path  # the directory as it was named, absolute
 
     @classmethod
     def of(cls, directory: Path) -> AdapterRoot:

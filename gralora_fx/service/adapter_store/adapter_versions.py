@@ -21,15 +21,10 @@ from gralora_fx.service.adapter_store.adapter_root import AdapterRoot, Facts
 
 @dataclass(frozen=True)
 class GivenFile:
-    """An adapter anywhere: an `.onnx_adapter` file, or a directory that PEFT saved.
-
-    Attributes:
-        path: Its path.
-        onnx_dir: The export that it is for.
-    """
+    """An adapter anywhere: an `.onnx_adapter` file, or a directory that PEFT saved."""
 
     path: Path
-    onnx_dir: Path
+    onnx_dir: Path  # the export that it is for
 
     def read(self, name: str, manifest: Manifest) -> AdapterSource:
         """Return the file, or what the directory holds as data of the export."""
@@ -39,19 +34,12 @@ class GivenFile:
 
 @dataclass(frozen=True)
 class RootFile:
-    """An adapter in a root, as its files are at a time: equal ones hold the same.
-
-    Attributes:
-        root: The root.
-        path: Its path there, as a request gives it.
-        onnx_dir: The export that it is for.
-        facts: What its files are like; empty where they are not looked at again.
-    """
+    """An adapter in a root, as its files are at a time: equal ones hold the same."""
 
     root: AdapterRoot
-    path: str
-    onnx_dir: Path
-    facts: tuple[Facts | None, ...] = ()
+    path: str  # its path there, as a request gives it
+    onnx_dir: Path  # the export that it is for
+    facts: tuple[Facts | None, ...] = ()  # what its files are like; empty where they are not looked at again
 
     def read(self, name: str, manifest: Manifest) -> AdapterSource:
         """Read it, as of `AdapterRoot.source`."""
@@ -103,39 +91,25 @@ class RootFiles:
 
 @dataclass
 class AdapterVersion:
-    """An adapter as it was loaded once.
-
-    Attributes:
-        name: Its name.
-        key: What the host calls it.
-        size: Bytes of its tensors.
-        file: What it was read from, which is looked at again when a request names it; None for one that is pinned: it
-            stays until it is evicted by a request.
-        holds: How many requests run with it, or are about to.
-        used: When it was last asked for, as a number that grows.
-        is_tried: Whether the model is known to run with it; else the first request with it tries it.
-    """
+    """An adapter as it was loaded once."""
 
     name: str
-    key: str
-    size: int
+    key: str  # what the host calls it
+    size: int  # bytes of its tensors
+    # what it was read from, which is looked at again when a request names it; None for one that is pinned: it stays
+    # until it is evicted by a request
     file: RootFile | None = None
-    holds: int = 0
-    used: int = 0
-    is_tried: bool = True
+    holds: int = 0  # how many requests run with it, or are about to
+    used: int = 0  # when it was last asked for, as a number that grows
+    is_tried: bool = True  # whether the model is known to run with it; else the first request with it tries it
 
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """How many adapters there is room for in memory, versions that requests hold included.
+    """How many adapters there is room for in memory, versions that requests hold included."""
 
-    Attributes:
-        count: How many; None for any number.
-        memory: Bytes of all of them; None for no limit.
-    """
-
-    count: int | None = None
-    memory: int | None = None
+    count: int | None = None  # how many; None for any number
+    memory: int | None = None  # bytes of all of them; None for no limit
 
     def allow(self, versions: Collection[AdapterVersion], size: int | None = None) -> bool:
         """Return whether versions are within the limits, with one more of `size` bytes unless that is None."""

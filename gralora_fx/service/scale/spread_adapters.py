@@ -27,14 +27,9 @@ _MODEL_PATHS = "/v2/models/"
 
 @dataclass(frozen=True)
 class AsgiRequest:
-    """A request that was read whole.
+    """A request that was read whole."""
 
-    Attributes:
-        scope: What ASGI says of it, as plain data.
-        body: Its body.
-    """
-
-    scope: dict[str, Any]
+    scope: dict[str, Any]  # what ASGI says of it, as plain data
     body: bytes
 
     @property
@@ -95,19 +90,12 @@ class UnevenReplicasError(StoppedError):
 
 @dataclass(frozen=True)
 class SharedAdapters:
-    """What requests have loaded and unloaded.
+    """What requests have loaded and unloaded."""
 
-    Attributes:
-        number: How many changes there were.
-        loaded: The file of each adapter by its name, below the folder.
-        named: Of each that is not pinned its path in the root.
-        unloaded: Names that were taken away.
-    """
-
-    number: int = 0
-    loaded: Mapping[str, str] = field(default_factory=dict)
-    named: Mapping[str, str] = field(default_factory=dict)
-    unloaded: tuple[str, ...] = ()
+    number: int = 0  # how many changes there were
+    loaded: Mapping[str, str] = field(default_factory=dict)  # the file of each adapter by its name, below the folder
+    named: Mapping[str, str] = field(default_factory=dict)  # of each that is not pinned its path in the root
+    unloaded: tuple[str, ...] = ()  # names that were taken away
 
     @classmethod
     def read(cls, folder: Path) -> SharedAdapters:

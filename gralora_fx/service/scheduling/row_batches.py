@@ -20,22 +20,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class RowJob:
-    """Rows to run.
+    """Rows to run."""
 
-    Attributes:
-        key: Jobs of equal keys can be one batch.
-        rows: How many rows.
-        payload: What to run, for the function that runs batches.
-        length: How long its rows are, where those of other lengths cost padding.
-        adapter: The adapter to run with; None for the base.
-        result: Becomes the job's result; a job whose result is cancelled before it runs does not run.
-    """
-
-    key: Hashable
-    rows: int
-    payload: Any
-    length: int = 0
-    adapter: str | None = None
+    key: Hashable  # jobs of equal keys can be one batch
+    rows: int  # how many rows
+    payload: Any  # what to run, for the function that runs batches
+    length: int = 0  # how long its rows are, where those of other lengths cost padding
+    adapter: str | None = None  # the adapter to run with; None for the base
+    # becomes the job's result; a job whose result is cancelled before it runs does not run
     result: Future[Any] = field(default_factory=Future)
     submitted: float = field(default_factory=time.perf_counter)
 

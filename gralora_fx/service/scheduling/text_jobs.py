@@ -19,23 +19,15 @@ from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to an answer.
+    """What a step adds to an answer."""
 
-    Attributes:
-        text: New text; empty while it may be the beginning of a stop string or of a letter.
-        tokens: How many new tokens the answer has now.
-        ending: Why the answer has ended; None while it goes on.
-        scores: Those of the new tokens, if they are asked for.
-        prompt_scores: Those of the prompt's tokens but the first, in the first piece, if they are asked for.
-        cached: How many tokens of the prompt were taken over from the prefix cache.
-    """
-
-    text: str
-    tokens: int
-    ending: Ending | None = None
-    scores: tuple[TokenScore, ...] = ()
+    text: str  # new text; empty while it may be the beginning of a stop string or of a letter
+    tokens: int  # how many new tokens the answer has now
+    ending: Ending | None = None  # why the answer has ended; None while it goes on
+    scores: tuple[TokenScore, ...] = ()  # those of the new tokens, if they are asked for
+    # those of the prompt's tokens but the first, in the first piece, if they are asked for
     prompt_scores: tuple[TokenScore, ...] = ()
-    cached: int = 0
+    cached: int = 0  # how many tokens of the prompt were taken over from the prefix cache
 
     def __add__(self, later: Piece) -> Piece:
         """This piece with the next one."""
@@ -51,19 +43,12 @@ class Piece:
 
 @dataclass
 class JobTimes:
-    """When a job reached each stage, in seconds of `time.perf_counter`; None for one that it has not reached.
+    """When a job reached each stage, in seconds of `time.perf_counter`; None for one that it has not reached."""
 
-    Attributes:
-        submitted: It was queued.
-        reading: The first tokens of its prompt are read, or found in a cache.
-        answering: The first token of its answer was chosen.
-        ended: Its caller was told the end.
-    """
-
-    submitted: float
-    reading: float | None = None
-    answering: float | None = None
-    ended: float | None = None
+    submitted: float  # it was queued
+    reading: float | None = None  # the first tokens of its prompt are read, or found in a cache
+    answering: float | None = None  # the first token of its answer was chosen
+    ended: float | None = None  # its caller was told the end
 
 
 Sink: TypeAlias = Callable[[Piece | RunError], None]

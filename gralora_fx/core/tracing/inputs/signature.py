@@ -23,36 +23,24 @@ _RULES = ("attention_mask", "decoder_attention_mask", "token_type_ids", "positio
 
 @dataclasses.dataclass(frozen=True)
 class CallSignature:
-    """The signature of the source model's forward, and what became of each argument in the graph.
+    """The signature of the source model's forward, and what became of each argument in the graph."""
 
-    Attributes:
-        inputs: Arguments that the graph takes, in its order.
-        positional: Arguments that the source takes by position, in its order.
-        values: The value of every other argument while tracing, which is part of the graph.
-        defaults: The source's default of each argument.
-        nullable: Arguments for which None means the default, though the default is another value.
-        optional: Inputs for which the graph has a default itself; left out if not given.
-        takes_any: Whether the source accepts arbitrary keyword arguments.
-        fillable: Inputs that may be left out, since `default_input` gives the source's default.
-        counts_padding: Whether default positions count the padding before them.
-        fixed: Sizes of input tensors to which the trace is fixed.
-        dynamic: Whether the trace was made for other sizes than the example's too.
-        has_form: Whether inputs must have the structure of the examples, as for an exported graph.
-        facts: What features know of inputs, by the names of manifests.
-    """
-
-    inputs: tuple[str, ...]
-    positional: tuple[str, ...]
+    inputs: tuple[str, ...]  # arguments that the graph takes, in its order
+    positional: tuple[str, ...]  # arguments that the source takes by position, in its order
+    # the value of every other argument while tracing, which is part of the graph
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the source's default of each argument
+    # arguments for which None means the default, though the default is another value
     nullable: frozenset[str] = frozenset()
-    optional: frozenset[str] = frozenset()
-    takes_any: bool = False
+    optional: frozenset[str] = frozenset()  # inputs for which the graph has a default itself; left out if not given
+    takes_any: bool = False  # whether the source accepts arbitrary keyword arguments
+    # inputs that may be left out, since `default_input` gives the source's default
     fillable: frozenset[str] = frozenset()
-    counts_padding: bool = False
-    fixed: FixedAxes = dataclasses.field(default_factory=dict)
-    dynamic: bool = True
-    has_form: bool = True
+    counts_padding: bool = False  # whether default positions count the padding before them
+    fixed: FixedAxes = dataclasses.field(default_factory=dict)  # sizes of input tensors to which the trace is fixed
+    dynamic: bool = True  # whether the trace was made for other sizes than the example's too
+    has_form: bool = True  # whether inputs must have the structure of the examples, as for an exported graph
+    # what features know of inputs, by the names of manifests
     facts: Mapping[str, InputFacts] = dataclasses.field(default_factory=dict)
 
     @property

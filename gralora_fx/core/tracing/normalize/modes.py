@@ -52,15 +52,12 @@ class AnnotateModes:
 
     The annotation is in `node.meta["custom"]`, which copies and re-exports keep. An attention node has its dropout only
     in a graph traced in training mode: a trace in evaluation mode has lost it.
-
-    Attributes:
-        in_training: The mode that the model was traced in. An argument that is on in an evaluation trace, such as a
-            dropout that ignores the mode, is on in both and not annotated. None if unknown.
-        known: Names of nodes that were annotated before, or do not depend on the mode.
     """
 
+    # The mode that the model was traced in. An argument that is on in an evaluation trace, such as a dropout that
+    # ignores the mode, is on in both and not annotated. None if unknown.
     in_training: bool | None = None
-    known: Collection[str] = ()
+    known: Collection[str] = ()  # names of nodes that were annotated before, or do not depend on the mode
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Annotate them."""

@@ -23,15 +23,10 @@ _AXES, _SIZE = 64, 2**48  # the most axes that numpy has, and more values than a
 
 @dataclass(frozen=True)
 class Datatype:
-    """A type of numbers.
+    """A type of numbers."""
 
-    Attributes:
-        name: The protocol's name.
-        dtype: Numpy's type, little-endian as the protocol's bytes.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
+    name: str  # the protocol's name
+    dtype: np.dtype[Any]  # numpy's type, little-endian as the protocol's bytes
 
 
 def _datatype(dtype: np.dtype[Any]) -> Datatype:
@@ -197,17 +192,11 @@ class InferRequest(_Object):
 
 @dataclass(frozen=True)
 class Inference:
-    """What a request asks for.
+    """What a request asks for."""
 
-    Attributes:
-        arrays: The inputs.
-        wanted: The outputs, and whether each is given as bytes.
-        id: The request's id.
-    """
-
-    arrays: Mapping[str, NDArray[Any]]
-    wanted: Mapping[str, bool]
-    id: str | None
+    arrays: Mapping[str, NDArray[Any]]  # the inputs
+    wanted: Mapping[str, bool]  # the outputs, and whether each is given as bytes
+    id: str | None  # the request's id
 
 
 def read_inference(

@@ -21,19 +21,12 @@ def new_id(kind: str) -> str:
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """Some text of an answer, or of an item in it.
+    """Some text of an answer, or of an item in it."""
 
-    Attributes:
-        text: Text of the answer, or what the item's text goes on with.
-        item: The number of the item; None for text of the answer.
-        name: The name of the item, where it begins.
-        id: Its id, likewise.
-    """
-
-    text: str = ""
-    item: int | None = None
-    name: str | None = None
-    id: str | None = None
+    text: str = ""  # text of the answer, or what the item's text goes on with
+    item: int | None = None  # the number of the item; None for text of the answer
+    name: str | None = None  # the name of the item, where it begins
+    id: str | None = None  # its id, likewise
 
 
 class AnswerReader(Protocol):
@@ -72,17 +65,11 @@ class AnswerReader(Protocol):
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """How answers are constrained and read.
+    """How answers are constrained and read."""
 
-    Attributes:
-        constraint: What their tokens may be; None for any.
-        shown: Special tokens that are part of their text.
-        reader: Makes what reads an answer; None for text alone.
-    """
-
-    constraint: Constraint | None = None
-    shown: frozenset[int] = frozenset()
-    reader: Callable[[], AnswerReader] | None = None
+    constraint: Constraint | None = None  # what their tokens may be; None for any
+    shown: frozenset[int] = frozenset()  # special tokens that are part of their text
+    reader: Callable[[], AnswerReader] | None = None  # makes what reads an answer; None for text alone
 
 
 class PlannedRequest(StrictModel):

@@ -37,17 +37,11 @@ _Row: TypeAlias = tuple[list[int], Source | None]  # tokens of a prompt, and wha
 
 @dataclass(frozen=True)
 class TextQuestions:
-    """What a request asks for.
+    """What a request asks for."""
 
-    Attributes:
-        requests: What to answer, of each prompt as many as it has answers.
-        prompt_tokens: The tokens of the prompts, each counted once.
-        plan: How the answers are constrained and read.
-    """
-
-    requests: list[TextRequest]
-    prompt_tokens: int
-    plan: AnswerPlan
+    requests: list[TextRequest]  # what to answer, of each prompt as many as it has answers
+    prompt_tokens: int  # the tokens of the prompts, each counted once
+    plan: AnswerPlan  # how the answers are constrained and read
 
     def reader(self) -> AnswerReader | None:
         """What reads one answer; None if it is text alone."""
