@@ -31,11 +31,7 @@ from gralora_fx.core.methods.method import Update
 from gralora_fx.core.methods.registry import method_of
 from gralora_fx.demo.news_classifier import load_news
 from gralora_fx.exporters.formats import Blocks
-from gralora_fx.exporters.quantize.quantized_arrays import (
-    LARGEST,
-    ROW_LARGEST,
-    ROW_TINY,
-)
+from gralora_fx.exporters.quantize.quantized_arrays import LARGEST, ROW_LARGEST, ROW_TINY
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps
 from gralora_fx.exporters.verify.quality import kl_divergence
 

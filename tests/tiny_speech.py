@@ -10,13 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tiny_models import WIDE, tiny_model
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    WhisperFeatureExtractor,
-    WhisperProcessor,
-    WhisperTokenizer,
-)
+from transformers import GenerationConfig, PreTrainedModel, WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
 RATE, SECONDS = 16_000, 1  # of the recordings that it reads
 LETTERS = [chr(code) for code in range(33, 127)] + ["\u0120"]  # as byte-level BPE writes them

@@ -13,14 +13,7 @@ import numpy as np
 
 from gralora_fx.base.sources.packed_tensors import PackedTensor, RoundedTensor
 from gralora_fx.base.sources.rewriting import Kept, bytes_of
-from gralora_fx.base.sources.safetensors_files import (
-    FLOATS,
-    Layout,
-    NewShard,
-    NewTensor,
-    StoredTensor,
-    rewritten_shard,
-)
+from gralora_fx.base.sources.safetensors_files import FLOATS, Layout, NewShard, NewTensor, StoredTensor, rewritten_shard
 from gralora_fx.base.sources.saved_weights import SavedWeights
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import CheckpointError, bulleted

@@ -12,14 +12,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter
 from gralora_fx.errors import MergeError, bulleted, marked, option, remedy
-from gralora_fx.exporters.fold.matching_weights import (
-    BaseWeights,
-    find_values,
-    foreign_names,
-    holds,
-    ranges,
-    reduced,
-)
+from gralora_fx.exporters.fold.matching_weights import BaseWeights, find_values, foreign_names, holds, ranges, reduced
 from gralora_fx.exporters.rules.products.initializers import ProductWeight, parameter_names, product_weights
 from gralora_fx.format.manifest import Manifest, WeightEntry
 

@@ -17,13 +17,7 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ExportError
 from gralora_fx.exporters.formats import Blocks
-from gralora_fx.exporters.quantize.block_search import (
-    BlockArrays,
-    InputProducts,
-    packed,
-    scale_dtype,
-    searched_blocks,
-)
+from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProducts, packed, scale_dtype, searched_blocks
 
 
 def quantize_blocks(

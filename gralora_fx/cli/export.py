@@ -23,12 +23,7 @@ from gralora_fx.core.config.option import ADAPTERS, COMPARISON, MODEL, WRITTEN, 
 from gralora_fx.core.config.reading import config_fields
 from gralora_fx.core.loading.adapter_facts import base_name, needed_quantization
 from gralora_fx.errors import ConfigError, ExportError, TraceError
-from gralora_fx.exporters.artifact.staging import (
-    check_base_replaced,
-    check_folder,
-    check_output,
-    check_replaced,
-)
+from gralora_fx.exporters.artifact.staging import check_base_replaced, check_folder, check_output, check_replaced
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.format.tasks import TEXT_TO_TEXT, check_adapter_task, requested_task
 

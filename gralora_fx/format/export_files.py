@@ -6,10 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from gralora_fx.format.export_directory import (
-    ADAPTERS,
-    MANIFEST_NAME,
-)
+from gralora_fx.format.export_directory import ADAPTERS, MANIFEST_NAME
 from gralora_fx.format.manifest import FileEntry
 
 

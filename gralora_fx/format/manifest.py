@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, option
-from gralora_fx.format.adapter_inputs import (
-    AS_DATA,
-    BIAS,
-    BLOCKS,
-    EARLIER_MODES,
-    WHOLE,
-    AdapterInputs,
-)
+from gralora_fx.format.adapter_inputs import AS_DATA, BIAS, BLOCKS, EARLIER_MODES, WHOLE, AdapterInputs
 from gralora_fx.format.export_directory import (
     DECODER,
     DECODER_KIND,

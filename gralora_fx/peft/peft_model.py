@@ -14,12 +14,7 @@ from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ConfigError, MergeError, RewriteError
-from gralora_fx.peft.peft_arguments import (
-    check_adapter_dtype,
-    check_unsupported,
-    name_of,
-    traced_with_cache,
-)
+from gralora_fx.peft.peft_arguments import check_adapter_dtype, check_unsupported, name_of, traced_with_cache
 from gralora_fx.peft.peft_configs import own_config
 
 

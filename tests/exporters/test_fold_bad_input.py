@@ -12,16 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from fold_cases import (
-    CACHED,
-    Case,
-    adapted,
-    assert_same_weights,
-    copied,
-    digests,
-    edited_adapter,
-    gralora,
-)
+from fold_cases import CACHED, Case, adapted, assert_same_weights, copied, digests, edited_adapter, gralora
 from tiny_models import tiny_model
 from traces import fresh_trace
 

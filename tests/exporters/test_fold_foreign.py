@@ -15,10 +15,7 @@ import onnxruntime
 import peft
 import pytest
 import torch
-from fold_cases import (
-    PROJECTIONS,
-    tensors,
-)
+from fold_cases import PROJECTIONS, tensors
 from tiny_models import text_batch, tiny_model
 from tiny_tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM

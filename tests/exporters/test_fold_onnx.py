@@ -11,15 +11,7 @@ import onnx
 import peft
 import pytest
 import torch
-from fold_cases import (
-    CACHED,
-    PROJECTIONS,
-    Case,
-    assert_same_weights,
-    digests,
-    gralora,
-    tensors,
-)
+from fold_cases import CACHED, PROJECTIONS, Case, assert_same_weights, digests, gralora, tensors
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import nn

@@ -12,13 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from damaged_exports import forget_marks
-from fold_cases import (
-    CACHED,
-    PROJECTIONS,
-    Case,
-    gralora,
-    tensors,
-)
+from fold_cases import CACHED, PROJECTIONS, Case, gralora, tensors
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from traces import fresh_trace

@@ -11,14 +11,7 @@ import pytest
 import torch
 from tiny_images import IMAGE_MODELS, PYRAMID, VIT, image_model
 from torch import nn
-from transformers import (
-    Dinov2Config,
-    Dinov2Model,
-    MobileNetV2Config,
-    MobileNetV2Model,
-    PvtConfig,
-    PvtModel,
-)
+from transformers import Dinov2Config, Dinov2Model, MobileNetV2Config, MobileNetV2Model, PvtConfig, PvtModel
 from transformers.models.mobilenet_v1 import modeling_mobilenet_v1
 from transformers.models.mobilenet_v2 import modeling_mobilenet_v2
 

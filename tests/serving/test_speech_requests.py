@@ -11,11 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from gralora_fx.errors import ServingError
-from gralora_fx.features.speech.speech_routes import (
-    TranscriptionRequest,
-    TranslationRequest,
-    read_form,
-)
+from gralora_fx.features.speech.speech_routes import TranscriptionRequest, TranslationRequest, read_form
 
 RECORDING = ("file", b"RIFF and more", "a.wav")
 

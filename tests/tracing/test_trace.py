@@ -16,16 +16,7 @@ import torch
 import transformers
 from tiny_models import TINY, text_batch, tiny_model
 from torch import Tensor, fx, nn
-from traces import (
-    TEXT_MODELS,
-    inputs_of,
-    main_output,
-    real_positions,
-    relative_error,
-    run,
-    source,
-    traced,
-)
+from traces import TEXT_MODELS, inputs_of, main_output, real_positions, relative_error, run, source, traced
 from transformers.exporters import utils as exporter_utils
 from transformers.pytorch_utils import Conv1D
 

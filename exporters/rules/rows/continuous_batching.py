@@ -36,13 +36,7 @@ from gralora_fx.exporters.rules.rows.row_tokens import (
     take_tokens,
 )
 from gralora_fx.exporters.translation.names import layer_of
-from gralora_fx.format.export_directory import (
-    ATTENTION_SEQLENS,
-    LOGITS_INDICES,
-    PAST_SEQLENS,
-    QUERY_SEQLENS,
-    ROWS_FORM,
-)
+from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS, ROWS_FORM
 from gralora_fx.format.input_names import IDS, PAST_PREFIX, PRESENT_PREFIX, beside_ids
 
 GQA = "GroupQueryAttention"

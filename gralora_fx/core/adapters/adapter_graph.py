@@ -15,12 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from gralora_fx.core.adapters.adapter import ModelAdapter, drop
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.current_graph import CurrentGraph
-from gralora_fx.core.adapters.folded_weights import (
-    SiteUpdate,
-    check_foldable,
-    check_not_shared,
-    folded_weights,
-)
+from gralora_fx.core.adapters.folded_weights import SiteUpdate, check_foldable, check_not_shared, folded_weights
 from gralora_fx.core.graph.pipeline import GraphPass
 from gralora_fx.core.methods import AdapterTensors
 from gralora_fx.core.planning.rewrite_plan import RewritePlan

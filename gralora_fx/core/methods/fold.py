@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gralora_fx.core.methods.arrays import (
-    Array,
-    accumulator_of,
-    cast,
-    is_numpy,
-    to_numpy,
-    to_torch,
-    without_gradients,
-)
+from gralora_fx.core.methods.arrays import Array, accumulator_of, cast, is_numpy, to_numpy, to_torch, without_gradients
 from gralora_fx.core.methods.method import Update, WeightTensors, first_tensor, is_low_rank, needs_weight
 
 if TYPE_CHECKING:

@@ -10,14 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import (
-    ANY_CONTAINER,
-    CONTAINER,
-    SAVED_MODULE,
-    fullmatch,
-    match,
-    within,
-)
+from gralora_fx.core.config.checks import ANY_CONTAINER, CONTAINER, SAVED_MODULE, fullmatch, match, within
 from gralora_fx.errors import TargetError
 
 if TYPE_CHECKING:

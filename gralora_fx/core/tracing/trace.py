@@ -19,14 +19,7 @@ from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
 from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code, trace_both_modes
 from gralora_fx.core.tracing.check import with_call_signature
-from gralora_fx.core.tracing.draft import (
-    NO_CHECKPOINTS,
-    AppendedModules,
-    Captured,
-    Draft,
-    called_as,
-    first_draft,
-)
+from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, AppendedModules, Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
 from gralora_fx.core.tracing.source_model import loss_function_of
 from gralora_fx.core.tracing.traced_model import TracedModel

@@ -19,12 +19,7 @@ from numpy.typing import NDArray
 from gralora_fx.core.loading.tokenizers import is_chat, load_processor
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.features.images.image_rows import Given, Outputs, given_of
-from gralora_fx.features.images.tasks_and_inputs import (
-    GRID_THW,
-    IMAGE_FEATURES,
-    IMAGES,
-    VISION_ENCODER,
-)
+from gralora_fx.features.images.tasks_and_inputs import GRID_THW, IMAGE_FEATURES, IMAGES, VISION_ENCODER
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, LoadedAdapter, names_of_rows
 from gralora_fx.run.engine.limits import PromptLimit

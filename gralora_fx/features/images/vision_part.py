@@ -29,13 +29,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, first_line, marked, warn_caller
 from gralora_fx.features.images import vision_grids
 from gralora_fx.features.images.image_inputs import drawn_patches
-from gralora_fx.features.images.tasks_and_inputs import (
-    DEEPSTACK,
-    IMAGE_FEATURES,
-    IMAGES,
-    VISION_ENCODER,
-    reads_images,
-)
+from gralora_fx.features.images.tasks_and_inputs import DEEPSTACK, IMAGE_FEATURES, IMAGES, VISION_ENCODER, reads_images
 from gralora_fx.features.images.vision_layers import traceable_layers
 
 Features = Callable[..., dict[str, Tensor]]

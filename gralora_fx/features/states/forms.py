@@ -12,12 +12,7 @@ import onnx_ir as ir
 
 from gralora_fx.core.graph.pipeline import PassResult, Skip
 from gralora_fx.exporters.rules.branches import named_graph
-from gralora_fx.exporters.rules.builder import (
-    MICROSOFT,
-    Builder,
-    replace_value,
-    static_dim,
-)
+from gralora_fx.exporters.rules.builder import MICROSOFT, Builder, replace_value, static_dim
 from gralora_fx.exporters.rules.rows.row_tokens import RowTokens
 from gralora_fx.exporters.translation.names import layer_of
 from gralora_fx.features.states.lowering import PromptClampNode

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
-from gralora_fx.base.compat.transformers_models import (
-    DummyLayer,
-    DynamicIndexedLayer,
-    DynamicLayer,
-)
+from gralora_fx.base.compat.transformers_models import DummyLayer, DynamicIndexedLayer, DynamicLayer
 from gralora_fx.base.features import parts
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout, batch_of, cache_layout
 from gralora_fx.errors import TraceError

@@ -20,11 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from gralora_fx.errors import ServingError, shown
 from gralora_fx.service.encoder import Tokens
 from gralora_fx.service.engines import EncoderEngine
-from gralora_fx.service.protocols.openai.requests import (
-    ClassifyRequest,
-    Document,
-    RerankRequest,
-)
+from gralora_fx.service.protocols.openai.requests import ClassifyRequest, Document, RerankRequest
 from gralora_fx.service.protocols.openai.strict_model import with_ignored
 from gralora_fx.service.replies import timeout_of, unless_disconnected
 from gralora_fx.service.spans import note_model
