@@ -8,16 +8,7 @@ if TYPE_CHECKING:
     from gralora_fx.core.methods.method import AdapterMethod, LayerCall, LowRankTensors, Sizes, SummableMethod, Update
     from gralora_fx.core.methods.registry import METHODS, register
 
-__all__ = [
-    "METHODS",
-    "AdapterMethod",
-    "LayerCall",
-    "LowRankTensors",
-    "Sizes",
-    "SummableMethod",
-    "Update",
-    "register",
-]
+__all__ = ["METHODS", "AdapterMethod", "LayerCall", "LowRankTensors", "Sizes", "SummableMethod", "Update", "register"]
 
 _HOMES = dict.fromkeys(__all__, "core.methods.method") | {
     "METHODS": "core.methods.registry",

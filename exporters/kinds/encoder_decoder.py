@@ -172,13 +172,7 @@ def _translated(conversion: Conversion, name: str, graph_module: fx.GraphModule,
 
 def translated_pipeline(conversion: Conversion, name: str) -> OnnxPipeline:
     """Return what either part goes through as it was translated."""
-    return OnnxPipeline(
-        name,
-        (
-            *translated_passes(conversion, unless_weight),
-            drop_stack_traces,
-        ),
-    )
+    return OnnxPipeline(name, (*translated_passes(conversion, unless_weight), drop_stack_traces))
 
 
 def _tables(conversion: Conversion, *parts: ir.Model) -> frozenset[str]:

@@ -21,10 +21,7 @@ from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProduct
 
 
 def quantize_blocks(
-    matrix: NDArray[Any],
-    form: Blocks,
-    inputs: InputProducts | None = None,
-    name: str = "a matrix",
+    matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None = None, name: str = "a matrix"
 ) -> BlockArrays:
     """A matrix as blocks.
 

@@ -84,11 +84,7 @@ def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _axis_name(
-    name: str,
-    axis: int,
-    taken: Collection[str],
-    known: Mapping[str, tuple[str, ...]],
-    cache: Mapping[str, str] | None,
+    name: str, axis: int, taken: Collection[str], known: Mapping[str, tuple[str, ...]], cache: Mapping[str, str] | None
 ) -> str:
     slot = slot_of(name)
     if cache is not None and slot is not None:

@@ -40,11 +40,7 @@ _BASIC: dict[Any, Function] = {torch.ops.prims.broadcast_in_dim.default: _broadc
 _UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.aten.clamp.default}
 
 
-def retrace(
-    nodes: Sequence[fx.Node],
-    table: Table | None = None,
-    written: Sequence[fx.Node] = (),
-) -> None:
+def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Sequence[fx.Node] = ()) -> None:
     """Replace calls in a graph by a new trace of their computation, without in-place writes."""
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))

@@ -87,11 +87,7 @@ class StackedTensor(LazyTensor):
     """
 
     def __init__(
-        self,
-        name: str | None,
-        dtype: ir.DataType,
-        shape: ir.Shape,
-        entries: Callable[[], Iterator[NDArray[Any]]],
+        self, name: str | None, dtype: ir.DataType, shape: ir.Shape, entries: Callable[[], Iterator[NDArray[Any]]]
     ) -> None:
         """Compute nothing yet."""
         super().__init__(name, dtype, shape, lambda: ir.tensor(np.stack(list(entries())), dtype=dtype))

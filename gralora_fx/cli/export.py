@@ -159,12 +159,7 @@ def export(
 
 
 def _check_together(
-    options: Mapping[str, Any],
-    verify: str | None,
-    without: Sequence[str],
-    texts: Path | None,
-    *,
-    no_tokenizer: bool,
+    options: Mapping[str, Any], verify: str | None, without: Sequence[str], texts: Path | None, *, no_tokenizer: bool
 ) -> None:
     """Check that every option has an effect beside the others."""
     for name in ("bits", "block_size", "accuracy_level"):

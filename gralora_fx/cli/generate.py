@@ -27,10 +27,7 @@ _STDIN = "-"
 
 Prompt = Annotated[
     str | None,
-    typer.Option(
-        metavar="TEXT",
-        help="Continue this text, or answer it where --chat is given; - reads it from stdin.",
-    ),
+    typer.Option(metavar="TEXT", help="Continue this text, or answer it where --chat is given; - reads it from stdin."),
 ]
 Chosen = Annotated[
     str | None,
@@ -227,10 +224,7 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
     name, path = read_adapter(given, may_be_bare=True)
     check_name(name, ConfigError)
     check_takes_adapters(
-        manifest,
-        directory,
-        ServingError,
-        remedy="leave --adapter out, or export the model with --adapters data",
+        manifest, directory, ServingError, remedy="leave --adapter out, or export the model with --adapters data"
     )
     if path is None:
         there = own_adapters(directory, ServingError)

@@ -18,11 +18,7 @@ _READ = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.onnx", "*.onnx
 
 
 def check_files(
-    directory: str | Path,
-    manifest: Manifest,
-    *,
-    digests: bool,
-    error: type[GraloraError] = ExportError,
+    directory: str | Path, manifest: Manifest, *, digests: bool, error: type[GraloraError] = ExportError
 ) -> int:
     """Compare the files of an export directory with what its manifest says of them.
 

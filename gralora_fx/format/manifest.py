@@ -157,16 +157,7 @@ class Manifest:
         What an export may lack is left out where it does.
         """
         entries = dataclasses.asdict(self)
-        optional = (
-            "adapter_inputs",
-            "attention",
-            "base",
-            "files",
-            "quality",
-            "requires",
-            "rows",
-            "weights",
-        )
+        optional = ("adapter_inputs", "attention", "base", "files", "quality", "requires", "rows", "weights")
         facts = entries.pop("facts")
         if not entries["companions"]:
             del entries["companions"]

@@ -319,12 +319,7 @@ READINGS = {
     for reading in (
         Reading(PLAIN_KIND, lambda is_on_cpu, by_row: by_row, calls_rows=True, generation=_no_generation),
         # other providers lack the operators of rows
-        Reading(
-            DECODER_KIND,
-            lambda is_on_cpu, by_row: is_on_cpu,
-            calls_rows=False,
-            generation=_decoder_generation,
-        ),
+        Reading(DECODER_KIND, lambda is_on_cpu, by_row: is_on_cpu, calls_rows=False, generation=_decoder_generation),
         Reading(
             ENCODER_DECODER_KIND,
             lambda is_on_cpu, by_row: False,

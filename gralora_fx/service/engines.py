@@ -194,12 +194,7 @@ def _text_engine(
     prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
     _logger.info(new_proposer().note(settings.proposed, decoder.verify_problem))
     queue = ContinuousScheduler(
-        decoder,
-        tokenizer,
-        observer,
-        max_queue=settings.max_queue,
-        models=models,
-        most_proposed=settings.proposed,
+        decoder, tokenizer, observer, max_queue=settings.max_queue, models=models, most_proposed=settings.proposed
     )
     models.trial = try_decoder(model)
     template = str(getattr(tokenizer, "chat_template", None) or "").lower()

@@ -173,12 +173,7 @@ def _gather(table: ir.Value, blocks: BlockValues, form: Blocks) -> int:
         assert isinstance(graph, ir.Graph)
         shape = ir.node("Constant", [], attributes={"value_ints": [rows, -1]})
         flattened = ir.node("Reshape", [blocks.packed, shape.outputs[0]])
-        attributes = {
-            "bits": form.bits,
-            "block_size": form.block_size,
-            "gather_axis": 0,
-            "quantize_axis": 1,
-        }
+        attributes = {"bits": form.bits, "block_size": form.block_size, "gather_axis": 0, "quantize_axis": 1}
         lookup = ir.node(
             "GatherBlockQuantized",
             [flattened.outputs[0], node.inputs[1], *blocks.present[1:]],

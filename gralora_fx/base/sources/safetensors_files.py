@@ -170,10 +170,7 @@ class NewShard:
 
 
 def rewritten_shard(
-    old: Layout,
-    changed: Mapping[str, NewTensor],
-    added: Mapping[str, NewTensor],
-    dropped: Set[str] = frozenset(),
+    old: Layout, changed: Mapping[str, NewTensor], added: Mapping[str, NewTensor], dropped: Set[str] = frozenset()
 ) -> NewShard:
     """A file in place of another: with changed tensors in their order, and added ones at the end."""
     new = {

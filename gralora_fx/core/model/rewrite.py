@@ -47,11 +47,7 @@ def rewrite(
 
 
 def merge(
-    model: GraloraModel,
-    adapter_names: Sequence[str] | str | None = None,
-    *,
-    safe: bool = True,
-    untie: bool = False,
+    model: GraloraModel, adapter_names: Sequence[str] | str | None = None, *, safe: bool = True, untie: bool = False
 ) -> TracedModel:
     """The base model, node for node, with adapters folded into its weights.
 

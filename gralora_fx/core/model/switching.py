@@ -74,11 +74,7 @@ class Switching:
         self._state.remove(adapter_name)
 
     def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
         """Add an adapter whose weight update is the weighted sum of others'; it is not active yet.
 

@@ -13,11 +13,7 @@ from gralora_fx.core.tracing.traced_model import TracedModel
 
 
 def chosen_parameters(
-    config: AdapterConfig,
-    rule: TargetRule,
-    traced: TracedModel,
-    others: Iterable[ParameterSite],
-    saved: Iterable[str],
+    config: AdapterConfig, rule: TargetRule, traced: TracedModel, others: Iterable[ParameterSite], saved: Iterable[str]
 ) -> ChosenParameters:
     """The parameters that a configuration names."""
     names = config.target_parameters or []

@@ -54,11 +54,7 @@ def out_of_reach(site: LinearSite, traced: TracedModel, config: AdapterConfig) -
 
 
 def problems_of(
-    rule: TargetRule,
-    config: AdapterConfig,
-    traced: TracedModel,
-    saved: Iterable[str],
-    selected: Sequence[PlannedSite],
+    rule: TargetRule, config: AdapterConfig, traced: TracedModel, saved: Iterable[str], selected: Sequence[PlannedSite]
 ) -> list[str]:
     """Every problem of a configuration with a model; empty if there is none."""
     sites = {site.path: site for site in traced.sites}

@@ -36,11 +36,7 @@ def capture(draft: Draft) -> Captured:
     """The draft with the graph of its model in the model's current mode, as it was exported."""
     model, sample = draft.model, draft.sample
     try:
-        with (
-            quiet(),
-            _as_traced(model),
-            traceable_modes() as checkpoints,
-        ):
+        with quiet(), _as_traced(model), traceable_modes() as checkpoints:
             shapes = dynamic_axes(sample, draft.held) if draft.dynamic else None
             if isinstance(model, PreTrainedModel):
                 program = _export_transformers_model(model, sample, shapes)

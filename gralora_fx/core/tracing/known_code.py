@@ -138,11 +138,7 @@ BLOCK_SPARSE_ATTENTION = Recognised(
     ending="QSAIndexer",
     fits=lambda module: module.index_kv_heads == 1,
 )
-IN_EVERY_MODEL = (
-    DROP_PATH,
-    *SAME_PADDING,
-    BLOCK_SPARSE_ATTENTION,
-)
+IN_EVERY_MODEL = (DROP_PATH, *SAME_PADDING, BLOCK_SPARSE_ATTENTION)
 
 RMS_NORM = Recognised("llama.modeling_llama:LlamaRMSNorm.forward", "decoder_operators:norm")
 ROTARY_EMBEDDING = Recognised(

@@ -141,9 +141,7 @@ def _scan(build: Builder, node: ir.Node) -> bool:
     inner = Builder(build.graph)
     factor = inner("Exp", inner("Reshape", parts["decay"], [*apart]))
     written = inner(
-        "Mul",
-        inner("Reshape", parts["value"], [*apart[:3], 1]),
-        inner("Reshape", parts["key"], [0, groups, 1, size]),
+        "Mul", inner("Reshape", parts["value"], [*apart[:3], 1]), inner("Reshape", parts["key"], [0, groups, 1, size])
     )
     after = inner("Add", inner("Mul", carried, factor), written)
     y = inner("MatMul", after, inner("Reshape", parts["query"], [0, groups, size, 1]))

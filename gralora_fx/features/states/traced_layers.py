@@ -207,11 +207,7 @@ def norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = None
 def gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
     """The norm of delta rules, whose gate, by SiLU or by the sigmoid, comes after."""
     return GatedRmsNorm.compute(
-        x=hidden_states,
-        weight=module.weight,
-        gate=gate,
-        eps=module.variance_epsilon,
-        silu=module.activation in SILU,
+        x=hidden_states, weight=module.weight, gate=gate, eps=module.variance_epsilon, silu=module.activation in SILU
     )
 
 

@@ -37,13 +37,7 @@ class SequentialDecoder(Decoder):
     """
 
     def __init__(
-        self,
-        session: Any,
-        adapters: Adapters,
-        limits: DecoderLimits,
-        size: DecoderSize,
-        *,
-        takes_buffers: bool,
+        self, session: Any, adapters: Adapters, limits: DecoderLimits, size: DecoderSize, *, takes_buffers: bool
     ) -> None:
         """Begin without rows."""
         super().__init__(limits, size, gives_all=gives_all(session), is_apart=reads_tokens_apart(session))

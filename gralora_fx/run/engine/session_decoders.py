@@ -191,11 +191,7 @@ class RowsDecoder(Decoder):
         return [*([single] if single else []), *({row: array} for row, array in read.items() if len(array) > 1)]
 
     def _run_together(
-        self,
-        read: Mapping[int, NDArray[np.int64]],
-        last: Mapping[int, int],
-        stack: Stack,
-        lengths: Mapping[int, int],
+        self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int], stack: Stack, lengths: Mapping[int, int]
     ) -> dict[int, NDArray[Any]]:
         """Let rows read tokens that choose from one stack, after the lengths that rows have then."""
         rows = range(min(read), max(read) + 1)  # the others take no time at all

@@ -138,12 +138,7 @@ class Completions(Iterator[Any]):
         sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
         self._requests = [
             TextRequest(
-                tuple(row),
-                new,
-                options.of_answer(index),
-                name,
-                source,
-                prompts.given[index] if prompts.given else None,
+                tuple(row), new, options.of_answer(index), name, source, prompts.given[index] if prompts.given else None
             )
             for index, (row, new, name, source) in enumerate(zip(prompts.rows, most, names, sources, strict=True))
         ]

@@ -85,11 +85,7 @@ def open_session(
 
 
 def _open(
-    path: Path,
-    runtime: Runtime,
-    error: type[GraloraError],
-    as_stored: bool,
-    weights: Container[str] | None,
+    path: Path, runtime: Runtime, error: type[GraloraError], as_stored: bool, weights: Container[str] | None
 ) -> Any:
     if not path.is_file():
         raise error(f"no {path.name} in {path.parent}; give the directory of an export")

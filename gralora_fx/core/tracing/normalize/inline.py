@@ -32,10 +32,7 @@ _WRAPPERS: dict[Any, tuple[int, int]] = {
     _hop.wrap: (0, 1),
 }
 # those that run it in another mode: the function that enters the mode, given the arguments before the subgraph
-_REGIONS: dict[Any, Any] = {
-    _hop.wrap_with_set_grad_enabled: enter_grad_mode,
-    _hop.wrap_with_autocast: enter_autocast,
-}
+_REGIONS: dict[Any, Any] = {_hop.wrap_with_set_grad_enabled: enter_grad_mode, _hop.wrap_with_autocast: enter_autocast}
 
 
 @contract(leaves={INLINED})

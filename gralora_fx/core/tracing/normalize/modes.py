@@ -34,9 +34,7 @@ _FLAGS: dict[Any, int] = {
     _aten.rnn_relu.input: 6,
 }
 # PyTorch's operators: position of the dropout probability, which evaluation sets to zero
-_PROBABILITIES: dict[Any, int] = {
-    _aten.scaled_dot_product_attention.default: 4,
-}
+_PROBABILITIES: dict[Any, int] = {_aten.scaled_dot_product_attention.default: 4}
 _FUNCTIONAL = {
     torch.nn.functional.dropout,
     torch.nn.functional.alpha_dropout,

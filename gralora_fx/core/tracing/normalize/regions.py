@@ -50,10 +50,7 @@ def leave_autocast(context: Any) -> None:
     torch_graphs.leave_autocast(context)
 
 
-LEAVE: dict[Callable[..., Any], Callable[..., Any]] = {
-    enter_grad_mode: leave_grad_mode,
-    enter_autocast: leave_autocast,
-}
+LEAVE: dict[Callable[..., Any], Callable[..., Any]] = {enter_grad_mode: leave_grad_mode, enter_autocast: leave_autocast}
 
 
 @contract(needs={INLINED})

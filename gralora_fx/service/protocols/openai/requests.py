@@ -99,12 +99,7 @@ class SamplingFields(PlannedRequest):
         temperature = 1.0 if self.temperature is None else self.temperature
         draws: dict[str, Any] = {}
         if temperature:
-            draws = {
-                "do_sample": True,
-                "temperature": temperature,
-                "top_k": self.top_k or 0,
-                "seed": self.seed,
-            }
+            draws = {"do_sample": True, "temperature": temperature, "top_k": self.top_k or 0, "seed": self.seed}
             draws |= {"top_p": 1.0 if self.top_p is None else self.top_p, "min_p": self.min_p or 0.0}
         return Sampling(
             **draws,

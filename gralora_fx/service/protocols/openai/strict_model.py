@@ -38,12 +38,7 @@ EVERYWHERE: Idle = {
     "prompt_cache_retention": None,
 }
 # of answers: values that ask for what is done anyway
-TEXT: Idle = {
-    **EVERYWHERE,
-    "modalities": (["text"],),
-    "best_of": (1,),
-    "suffix": ("",),
-}
+TEXT: Idle = {**EVERYWHERE, "modalities": (["text"],), "best_of": (1,), "suffix": ("",)}
 CHAT: Idle = {
     **TEXT,
     "prediction": None,  # a guess of the answer, which makes it faster
