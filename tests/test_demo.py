@@ -15,8 +15,7 @@ import pytest
 from rich.console import Console
 from running_service import post, running
 
-from gralora_fx.base.progress.console import SILENCED
-from gralora_fx.base.progress.heartbeat import Heartbeat
+from gralora_fx.base.progress.console import SILENCED, Heartbeat
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.demo import news_classifier as news_module
 from gralora_fx.demo import news_writer, writing

@@ -72,8 +72,8 @@ POINTS: dict[str, str] = {
     "step examples": "A module of what a decoder's step takes beside its ids: `examples_beside` gives an example of "
     "both for a model, ids and mask; `drawn_beside` draws both for a trace, a case of verification and a generator.",
     "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
-    "given rows": "A subclass of run.engine.given_rows.GivenRows: what rows begin with in the place of tokens, and the "
-    "prompts of the embeddings that `generate` was given.",
+    "given rows": "A subclass of run.engine.session_decoders.GivenRows: what rows begin with in the place of tokens, "
+    "and the prompts of the embeddings that `generate` was given.",
     "companion files": "Returns what makes a companion's inputs of prompts, which is saved in the place of the "
     "tokenizer, given that and where it may have come from; None if there is nothing.",
     "given prompts": "A class as run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export whose "

@@ -15,10 +15,17 @@ import pytest
 from rich.console import Console
 from terminals import in_terminal, plain_lines
 
-from gralora_fx.base.progress import heartbeat as module
-from gralora_fx.base.progress.console import SILENCED, CommandProgress, StageProgress, with_progress
-from gralora_fx.base.progress.heartbeat import FIRST, SILENCE, Heartbeat, time_left
-from gralora_fx.base.progress.stages import counted, is_displayed, quiet, timed
+from gralora_fx.base.progress import console as module
+from gralora_fx.base.progress.console import (
+    FIRST,
+    SILENCE,
+    SILENCED,
+    CommandProgress,
+    Heartbeat,
+    StageProgress,
+    with_progress,
+)
+from gralora_fx.base.progress.stages import counted, is_displayed, quiet, time_left, timed
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID,
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from gralora_fx.base.progress.heartbeat import RunningStage
-from gralora_fx.base.progress.stages import displayed_by
+from gralora_fx.base.progress.stages import RunningStage, displayed_by
 
 
 class LiveStages:

@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
+_LEAST = 1.0  # seconds of a stage that say how long it will take
 _OBJECTS = 200_000  # allocations before a garbage collection; the default is 700
 
 
@@ -54,6 +56,40 @@ class Count(Protocol):
 
     def __call__(self, done: int, detail: str = "") -> None:
         """Note it."""
+
+
+def time_left(seconds: float) -> str:
+    """Say how many seconds are left, in words such as `about 20 s left`."""
+    if seconds >= 90:
+        return f"about {round(seconds / 60)} min left"
+    step = 1 if seconds < 10 else 5
+    return f"about {max(step, round(seconds / step) * step)} s left"
+
+
+@dataclass
+class RunningStage:
+    """A stage that is running."""
+
+    name: str
+    began: float  # when it did, by the clock
+    done: int = 0  # how many things are done
+    total: int = 0  # how many there are; 0 where they are not counted
+    unit: str = ""  # what they are
+    detail: str = ""  # what else is news
+    has_news: bool = True  # whether something was not shown yet
+
+    def counts(self, now: float) -> str:
+        """How far it is, and how long it will take."""
+        parts = [f"{self.done}/{self.total} {self.unit}".rstrip()]
+        parts += [self.detail] if self.detail else []
+        elapsed = now - self.began
+        if self.done and elapsed >= _LEAST:
+            parts.append(time_left(elapsed / self.done * (self.total - self.done)))
+        return ", ".join(parts)
+
+    def line(self, now: float) -> str:
+        """Return what a log says of it."""
+        return f"{self.name}: {self.counts(now)}" if self.total else f"{self.name} ..."
 
 
 _display: ContextVar[Display | None] = ContextVar("display", default=None)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
-from gralora_fx.base.progress.stages import quiet
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.format.input_names import LABELS
 
@@ -81,13 +80,6 @@ def main_input(traced: Traced) -> str:
     """Name of a model's main input, such as that of token ids."""
     name = getattr(source_class(traced), "main_input_name", None)
     return name if name in traced.input_names else next(iter(traced.input_names), "input_ids")
-
-
-def loss_function_of(model: PreTrainedModel) -> Callable[..., Tensor] | None:
-    """Return the loss function that transformers has for a model; None where it has none."""
-    with quiet():  # of a class that is not named after its loss, transformers logs that its configuration names none
-        found: Callable[..., Tensor] | None = getattr(model, "loss_function", None)
-    return found
 
 
 def label_names(loss_function: Callable[..., Tensor] | None) -> tuple[str, ...]:

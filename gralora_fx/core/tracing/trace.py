@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from transformers import PreTrainedModel
 
-from gralora_fx.base.progress.stages import gc_pause
+from gralora_fx.base.progress.stages import gc_pause, quiet
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.out_of_reach import layers_of
 from gralora_fx.core.graph.surgery import placeholder_parameters, restore_parameters
@@ -21,7 +21,6 @@ from gralora_fx.core.tracing.capture import features_as_nodes, has_own_code, tra
 from gralora_fx.core.tracing.check import with_call_signature
 from gralora_fx.core.tracing.draft import NO_CHECKPOINTS, AppendedModules, Captured, Draft, called_as, first_draft
 from gralora_fx.core.tracing.inputs.arguments import example_arguments
-from gralora_fx.core.tracing.source_model import loss_function_of
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
 
@@ -208,7 +207,11 @@ def _with_layers(draft: Captured, tree: ModuleTree, blocks: Sequence[str] | None
     """The last stage: the linear layers of a checked graph, and what the source model says beside it."""
     model, config, loss = draft.model, None, None
     if isinstance(model, PreTrainedModel):
-        config, loss = model.config, loss_function_of(model)
+        config = model.config
+        with (
+            quiet()
+        ):  # of a class that is not named after its loss, transformers logs that its configuration names none
+            loss = getattr(model, "loss_function", None)
     found = blocks_of(draft.graph_module, tree, blocks)
     traced = TracedModel(
         draft.graph_module,

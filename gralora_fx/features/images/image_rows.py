@@ -21,7 +21,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS
 from gralora_fx.run.engine.cache_memory import Source
-from gralora_fx.run.engine.given_rows import GivenRows
+from gralora_fx.run.engine.session_decoders import GivenRows
 from gralora_fx.run.generate.prompts import Prompts
 from gralora_fx.run.sessions.ort_values import DTYPES, as_array, optional_arguments, plain_array
 

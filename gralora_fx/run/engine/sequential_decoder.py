@@ -14,8 +14,8 @@ from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
+from gralora_fx.run.engine.session_decoders import given_rows
 from gralora_fx.run.sessions.ort_values import as_tensor, empty_values
 from gralora_fx.run.sessions.session import QUIET_RUN
 from gralora_fx.run.sessions.session_views import as_past, gives_all, reads_tokens_apart

@@ -1,4 +1,4 @@
-"""Decoders over a graph with a cache: all rows in one run, each with its adapter, or one row after the other."""
+"""A decoder over a graph of rows with a cache: all in one run, each with its adapter and with what it begins with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ServingError, option
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE
 from gralora_fx.format.cache_slots import past_slots
 from gralora_fx.format.export_directory import ATTENTION_SEQLENS, LOGITS_INDICES, PAST_SEQLENS, QUERY_SEQLENS
@@ -18,9 +18,8 @@ from gralora_fx.run.engine.adapters import Adapters, LoadedAdapter, Stack
 from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers
 from gralora_fx.run.engine.cache_memory import Source
 from gralora_fx.run.engine.decoder import Decoder
-from gralora_fx.run.engine.given_rows import given_rows
 from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize
-from gralora_fx.run.sessions.ort_values import as_tensor, kept_reason
+from gralora_fx.run.sessions.ort_values import as_tensor, kept_reason, optional_arguments
 from gralora_fx.run.sessions.session_views import adapter_dtype, gives_all, reads_tokens_apart
 
 if TYPE_CHECKING:  # loaded where rows have adapters
@@ -30,6 +29,67 @@ _MOST_PADDED = 64  # positions of padding that are summed up rather than run the
 _STATES = "layers of the model keep states"
 _SEVERAL = 2  # tokens of a row from which attention has the kernel of several
 _NO_STACK = Stack({None: BASE}, {})  # of a graph without adapters
+
+
+class GivenRows:
+    """What rows begin with in the place of tokens: nothing, of a decoder that takes ids alone.
+
+    A feature's subclass, a part of the point "given rows", is made of the session. Its `prompts_with` takes prompts and
+    the embeddings that `generate` was given, and returns the prompts with them.
+    """
+
+    def begin(self, row: int, source: Mapping[str, Any] | None) -> None:
+        """Note that a row is opened, or closed.
+
+        Args:
+            row: Its number.
+            source: What stands in the place of its first tokens, by name, as `model.onnx` takes it of one row. None for
+                a row of text alone.
+
+        Raises:
+            ServingError: The model does not take it.
+        """
+        if source is None:
+            return
+        from gralora_fx.format.tasks import tasks_beside_ids
+
+        others = [f", or export the model with {option(task=task)}" for task in tasks_beside_ids()]
+        raise ServingError(
+            "the export takes ids alone, so nothing can be put in their place; leave inputs_embeds out"
+            + "".join(others)
+        )
+
+    def names(self, row: int) -> Mapping[int, int] | None:
+        """Return what tells a row's given tokens from others, by position, as token ids tell the rest.
+
+        Rows share what they read where these are alike. None if nothing tells what the row begins with.
+        """
+        return {}
+
+    def arrays(
+        self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
+    ) -> dict[str, NDArray[Any]]:
+        """Return what a step is fed beside the ids: of text alone, arrays that stand for any number of tokens.
+
+        Args:
+            read: The tokens of each row that reads.
+            before: How many it had read before.
+            rows: The rows of the step.
+            ids: `[rows, length]`, the tokens as the step reads them; those whose embeddings are given become `GIVEN`.
+        """
+        return {}
+
+
+def given_rows(session: Any) -> GivenRows:
+    """Return what the rows of a session begin with."""
+    taken = [value.name for value in optional_arguments(session)]
+    if not taken:
+        return GivenRows()
+    from gralora_fx.base.features import parts
+
+    (kind,) = parts("given rows", taken)
+    rows: GivenRows = kind(session)
+    return rows
 
 
 class RowsDecoder(Decoder):
