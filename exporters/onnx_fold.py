@@ -39,7 +39,7 @@ from gralora_fx.exporters.fold.source_export import (
     open_export,
     with_adapter,
 )
-from gralora_fx.exporters.fold.stack_locations import StackLocation, find_stacks, named_by_export
+from gralora_fx.exporters.fold.stack_locations import find_stacks, named_by_export
 from gralora_fx.exporters.fold.weight_locations import BY_NAME, Export, WeightLocation, find_locations
 from gralora_fx.format.export_checks import check_files
 from gralora_fx.format.export_directory import MANIFEST_NAME
@@ -138,7 +138,10 @@ def fold_onnx(
     return FoldReport(
         Path(output_dir),
         name,
-        (*(_site(location, rewriting, survival) for location in locations), *map(_stack, stacks)),
+        (
+            *(_site(location, rewriting, survival) for location in locations),
+            *(FoldedSite(at.path, at.file, str(at.value.name), 0, at.shape[0], BY_NAME) for at in stacks),
+        ),
         tuple(adapter.copies),
         rewriting.bytes_changed,
         overall_share(survival),
@@ -235,10 +238,6 @@ def _renamed(manifest: Manifest, rewriting: OnnxRewriting) -> Mapping[str, tuple
         )
         for path, entries in manifest.weights.items()
     }
-
-
-def _stack(at: StackLocation) -> FoldedSite:
-    return FoldedSite(at.path, at.file, str(at.value.name), 0, at.shape[0], BY_NAME)
 
 
 def _site(location: WeightLocation, rewriting: OnnxRewriting, survival: Mapping[str, Survival]) -> FoldedSite:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
 from gralora_fx.base.features import parts
 from gralora_fx.core.graph.pipeline import Pass, PassLog, PassResult
 from gralora_fx.core.tracing.inputs.cache import cached_slots
-from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import ExportError, listed
 from gralora_fx.exporters.artifact.program_files import write_genai_config
 from gralora_fx.exporters.kinds.conversion import Conversion
@@ -156,15 +154,11 @@ class NameCache:
         return PassResult(2 * len(pasts) + 1)
 
 
-def _write_files(directory: Path, traced: TracedModel, models: Models) -> None:
-    write_genai_config(directory, traced.config, models[MODEL])
-
-
 DECODER = Flavour(
     DECODER_KIND,
     convert=decoder_models,
     verification=Verification(decoder_inputs, random_prompts, compare_decoder),
-    write_files=_write_files,
+    write_files=lambda directory, traced, models: write_genai_config(directory, traced.config, models[MODEL]),
     has_last_logits=True,
     shares_weights=True,
     has_companions=True,

@@ -49,7 +49,7 @@ class Calibration:
 
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
     """Run a model on inputs, and measure what rounding costs its outputs."""
-    if _is_streamed(conversion):
+    if any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values()):  # it is streamed
         if conversion.options.choosing_texts is not None:
             raise ExportError(
                 f"{option(texts=...)} choose bits by what the model computes of them, and a streamed model is not "
@@ -66,10 +66,6 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
             return Calibration(traced, cases, measure_sensitivities(traced, _some(cases)), inputs)
         except (RuntimeError, NotImplementedError) as error:
             return Calibration(traced, cases, None, inputs, f"the model gives no gradients ({first_line(error)})")
-
-
-def _is_streamed(conversion: Conversion) -> bool:
-    return any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values())
 
 
 def _runnable(conversion: Conversion) -> TracedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
@@ -53,7 +52,9 @@ def bfloat16_in_float32(graph: fx.Graph) -> PassResult[fx.Graph]:
     """
     if any(_is_bfloat16(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")):
         return PassResult(0)  # a model of bfloat16
-    changed = [node for node in graph.nodes if _is_bfloat16(node) and torch.Tag.pointwise in _tags(node)]
+    changed = [
+        node for node in graph.nodes if _is_bfloat16(node) and torch.Tag.pointwise in getattr(node.target, "tags", ())
+    ]
     for node in changed:
         with graph.inserting_before(node):
             for source in [source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor)]:
@@ -70,10 +71,6 @@ def bfloat16_in_float32(graph: fx.Graph) -> PassResult[fx.Graph]:
 def _is_bfloat16(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype is torch.bfloat16
-
-
-def _tags(node: fx.Node) -> Sequence[torch.Tag]:
-    return getattr(node.target, "tags", ())
 
 
 @contract(needs={NOTED_VALUES}, leaves={ONE_SPELLING})

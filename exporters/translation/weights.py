@@ -26,12 +26,10 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
     if tensor.ndim == 3:
-        return StackedTensor(name, dtype, shape, lambda: map(_array, value_entries(tensor, name)))
+        return StackedTensor(
+            name, dtype, shape, lambda: (TorchTensor(each).numpy() for each in value_entries(tensor, name))
+        )
     return LazyTensor(name, dtype, shape, lambda: TorchTensor(values_of(tensor, name).contiguous()))
-
-
-def _array(tensor: Tensor) -> NDArray[Any]:
-    return TorchTensor(tensor).numpy()
 
 
 def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[[], Made]) -> Made:

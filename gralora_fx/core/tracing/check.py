@@ -214,17 +214,13 @@ def other_sizes(model: nn.Module, sample: Mapping[str, Any]) -> Iterator[tuple[s
     if tensors and len({leaf.shape[0] for leaf in tensors}) == 1:
         yield "one row", tree_map(lambda value: _rows(value, slice(0, 1)), dict(sample))
         yield "another row", tree_map(_with_another_row, dict(sample))
-    text = [name for name in TEXT_INPUTS if _is_sequence(sample.get(name))]
+    text = [name for name in TEXT_INPUTS if isinstance(leaf := sample.get(name), Tensor) and leaf.ndim >= 2]
     if text:
         # in front, where a mask that ends or begins with padding gets no gap
         longer = {name: torch.cat([v[:, :3], v], dim=1) if name in text else v for name, v in sample.items()}
         yield "a longer sequence", longer
     elif all(leaf.ndim == 3 for leaf in tensors) and len({leaf.shape[1] for leaf in tensors}) == 1:
         yield "a longer sequence", tree_map(_with_another_position, dict(sample))
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim >= 2
 
 
 def _rows(value: Any, rows: slice) -> Any:

@@ -82,7 +82,7 @@ def chosen(
     keys = keys.gather(1, order.unsqueeze(-1).expand(batch, total, size))
     keys = nn.functional.pad(keys, (0, 0, 0, count * width - total)).view(batch, count, width, size)
     blocks = module.k_layernorm(keys.float().mean(2).to(query.dtype)).unsqueeze(2)
-    rotate = _rotation(module)
+    rotate = importlib.import_module(type(module).__module__).apply_rotary_pos_emb
     cos, sin = position_embeddings
     at = starts.unsqueeze(-1).expand(batch, count, cos.shape[-1])
     blocks = rotate(blocks, cos=cos.gather(1, at), sin=sin.gather(1, at), unsqueeze_dim=2).squeeze(2)
@@ -96,11 +96,6 @@ def chosen(
     block = ((is_token.cumsum(-1) - 1).clamp(min=0) // width).unsqueeze(1)
     is_chosen: Tensor = is_best.gather(-1, block.expand(batch, length, total)) | (block >= whole)
     return (is_chosen & seen).unsqueeze(1)
-
-
-def _rotation(module: Any) -> Any:
-    """The rotary embedding of a module's Python module."""
-    return importlib.import_module(type(module).__module__).apply_rotary_pos_emb
 
 
 @contextmanager
