@@ -30,10 +30,9 @@ from gralora_fx.exporters.kinds.flavour import flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, layers_reports
 from gralora_fx.exporters.translation.export_graphs import check_exportable
-from gralora_fx.format.export_files import describe_files, file_names
 from gralora_fx.format.export_usage import usage_of
 from gralora_fx.format.input_names import beside_ids
-from gralora_fx.format.manifest import Manifest
+from gralora_fx.format.manifest import Manifest, describe_files, file_names
 
 
 @with_progress

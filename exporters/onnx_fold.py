@@ -43,9 +43,8 @@ from gralora_fx.exporters.fold.stack_locations import find_stacks, named_by_expo
 from gralora_fx.exporters.fold.weight_locations import BY_NAME, Export, WeightLocation, find_locations
 from gralora_fx.format.export_checks import check_files
 from gralora_fx.format.export_directory import MANIFEST_NAME
-from gralora_fx.format.export_files import describe_files
 from gralora_fx.format.export_usage import usage_of
-from gralora_fx.format.manifest import FileEntry, Manifest, WeightEntry
+from gralora_fx.format.manifest import FileEntry, Manifest, WeightEntry, describe_files
 from gralora_fx.run.sessions.exported_base import base_of_export
 
 

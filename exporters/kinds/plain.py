@@ -49,9 +49,8 @@ from gralora_fx.exporters.translation.export_graphs import CastGraph, graph_to_t
 from gralora_fx.exporters.translation.names import input_names, name_axes, name_outputs
 from gralora_fx.exporters.translation.translate import translate
 from gralora_fx.exporters.translation.weights import unless_weight
-from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.cases import Verification, plain_inputs
 from gralora_fx.exporters.verify.outputs import compare_rows
-from gralora_fx.exporters.verify.plain_cases import plain_inputs
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, DATA
 from gralora_fx.format.export_directory import MODEL, PLAIN_KIND
 

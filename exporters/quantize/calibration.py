@@ -20,12 +20,11 @@ from gralora_fx.exporters.kinds.conversion import Conversion, base_trace
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities, draw, measure_sensitivities
 from gralora_fx.exporters.translation.export_graphs import precision_of
-from gralora_fx.exporters.verify.cases import Verification
+from gralora_fx.exporters.verify.cases import Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model
 from gralora_fx.exporters.verify.given_texts import drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verify.outputs import step_inputs
-from gralora_fx.exporters.verify.plain_cases import random_answers
 from gralora_fx.format.input_names import PAST
 
 _DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a text that the model draws; texts at least and at most

@@ -27,12 +27,11 @@ from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.kinds.conversion import base_trace, fold_adapters
 from gralora_fx.exporters.quantize.sensitivity import draw
 from gralora_fx.exporters.translation.export_graphs import precision_of
-from gralora_fx.exporters.verify.cases import Case, Verification
+from gralora_fx.exporters.verify.cases import Case, Verification, random_answers
 from gralora_fx.exporters.verify.comparable import evaluating, float32_model, variants
 from gralora_fx.exporters.verify.given_texts import MeasuredTexts, drawn_texts, text_cases, user_texts
 from gralora_fx.exporters.verify.greedy_tokens import DecoderSteps, ModelSteps, Step, read_together
 from gralora_fx.exporters.verify.outputs import OutputComparison
-from gralora_fx.exporters.verify.plain_cases import random_answers
 from gralora_fx.format.manifest import read_manifest
 from gralora_fx.format.quantized_weights import OutputQuality, Quality, TokenQuality
 from gralora_fx.run.sessions.session import Runtime, open_session, yielding_options

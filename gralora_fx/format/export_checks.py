@@ -55,13 +55,13 @@ def _differences(folder: Path, name: str, entry: FileEntry, digests: bool) -> It
 
 
 def _has_other_digest(path: Path, entry: FileEntry) -> bool:
-    from gralora_fx.format.export_files import digest_of  # a check of sizes needs none
+    from gralora_fx.format.manifest import digest_of  # a check of sizes needs none
 
     return digest_of(path) != entry.sha256
 
 
 def _unnamed(folder: Path, files: Mapping[str, FileEntry]) -> list[str]:
-    from gralora_fx.format.export_files import file_names
+    from gralora_fx.format.manifest import file_names
 
     return [
         name

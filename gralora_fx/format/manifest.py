@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from gralora_fx.base.sources.model_files import usable_path
 from gralora_fx.errors import ExportError, GraloraError, option
 from gralora_fx.format.adapter_inputs import AS_DATA, BIAS, BLOCKS, EARLIER_MODES, WHOLE, AdapterInputs
 from gralora_fx.format.export_directory import (
+    ADAPTERS,
     DECODER,
     DECODER_KIND,
     ENCODER_DECODER_KIND,
@@ -25,7 +27,7 @@ from gralora_fx.format.export_directory import (
 from gralora_fx.format.json_records import MISSING, FieldError, read_object, wrong_fields
 from gralora_fx.format.quantized_weights import Quality, QuantizedWeights
 
-if TYPE_CHECKING:  # of an export whose inputs features know alone
+if TYPE_CHECKING:
     from gralora_fx.format.input_names import InputFacts
 
 SCHEMA_VERSION = 1
@@ -284,3 +286,23 @@ def _command(content: Mapping[str, Any], directory: Path) -> str:
     }
     told = [word for option, value in options.items() if isinstance(value, str) for word in (option, value)]
     return shlex.join(["gralora-fx", "export", *told, "--overwrite"])
+
+
+def describe_files(directory: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Size in bytes and SHA-256 of files of an export."""
+    return {name: FileEntry((directory / name).stat().st_size, digest_of(directory / name)) for name in names}
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file in a directory and its subdirectories, as POSIX paths.
+
+    Left out are the manifest and the adapters, which come and go, each with a record of its own.
+    """
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in paths if name != MANIFEST_NAME and not name.startswith(f"{ADAPTERS}/"))
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,8 +23,7 @@ from gralora_fx.exporters.kinds.conversion import Conversion
 from gralora_fx.exporters.kinds.flavour import Flavour, Models
 from gralora_fx.exporters.translation.export_graphs import graph_to_translate
 from gralora_fx.exporters.translation.translate import translate
-from gralora_fx.exporters.verify.cases import Verification
-from gralora_fx.exporters.verify.plain_cases import plain_inputs
+from gralora_fx.exporters.verify.cases import Verification, plain_inputs
 from gralora_fx.run import open_export as readings
 from gralora_fx.serving import load
 
