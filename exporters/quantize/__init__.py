@@ -1,1 +1,1 @@
-"""How each weight of an export is stored: the formats, their arithmetic, and the plan that gives every matrix one."""
+"""Quantization: formats of weights, their arithmetic, and the plan that assigns one to every matrix."""

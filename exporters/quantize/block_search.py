@@ -1,4 +1,4 @@
-"""Blocks by search: scales and zero points of least error, and integers that make up for each other's errors."""
+"""Block quantization by search: scales and zero points of least error, and GPTQ's error compensation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DAMPING = 0.3  # what every input counts beside its own mean square, as a share
 
 
 class BlockArrays(NamedTuple):
-    """The values of a quantized matrix."""
+    """A block-quantized matrix."""
 
     packed: NDArray[np.uint8]  # `[N, K/block, block * bits / 8]`, uint8
     scales: NDArray[Any]  # `[N, K/block]`
@@ -33,7 +33,7 @@ class BlockArrays(NamedTuple):
 
 
 class InputWindow(NamedTuple):
-    """How neighbouring inputs are rounded together."""
+    """Rounding of neighbouring inputs together."""
 
     order: Tensor  # their order, `[width]`: those that count most first, whose errors all others make up for
     feedback: Tensor  # `[width, width]`, in that order: how much of the error of an input (row) is added to a later one
@@ -41,25 +41,25 @@ class InputWindow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class InputProducts:
-    """Mean products of neighbouring inputs, for layers that read the same: what follows of them is computed once.
+    """Mean products of neighbouring inputs, shared by layers with the same input; derived values are cached.
 
     Attributes:
-        means: `[windows, width, width]`. Windows are of whole blocks; products with inputs beyond the last are zero.
+        means: `[windows, width, width]`. Windows are whole blocks; products with inputs beyond the last are zero.
     """
 
     means: Tensor
 
     @cached_property
     def squares(self) -> Tensor:
-        """What the square of an error at each input counts, `[windows * width]`."""
+        """Weight of a squared error at each input, `[windows * width]`."""
         return self._damped.diagonal(dim1=1, dim2=2).flatten()
 
     @cached_property
     def windows(self) -> tuple[InputWindow, ...]:
-        """How the inputs of each window are rounded.
+        """Rounding of each window's inputs.
 
-        With `products = U D U'`, `U` upper and its diagonal one, `U[i, j]` of the error at `i` is added at `j`: that is
-        GPTQ without an inverse, as in QuIP (arXiv:2307.13304).
+        With `products = U D U'`, `U` upper triangular with unit diagonal, `U[i, j]` of the error at `i` is added at
+        `j`: that is GPTQ without an inverse, as in QuIP (arXiv:2307.13304).
         """
         found = []
         for products in self._damped:
@@ -76,18 +76,18 @@ class InputProducts:
 
 
 def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None) -> BlockArrays:
-    """A matrix as blocks with the scales and zero points that a search finds best.
+    """Return a matrix as blocks with the best scales and zero points found.
 
-    Where products of inputs are known, an error of one integer is made up for by those after it in its window: the
-    error of the products is least, not that of the weights. That is GPTQ (arXiv:2210.17323) with the second moments of
-    neighbouring inputs alone, which take little memory and bring most of what all bring. Few or much alike inputs would
-    let weights drift that other inputs read: columns that would be far from the matrix are rounded as if nothing were
-    known.
+    If products of inputs are known, later integers of a window compensate the errors of earlier ones, which minimises
+    the error of the products, not of the weights. That is GPTQ (arXiv:2210.17323) with the second moments of
+    neighbouring inputs only, which take little memory and have most of the benefit of all. Few or very similar inputs
+    would let weights drift that other inputs read: columns that would be far from the matrix are rounded as if nothing
+    were known.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
-        inputs: What is known of the inputs; None for nothing: they count alike.
+        inputs: Products of the inputs; None if unknown: all inputs then have equal weight.
     """
     height, outputs = matrix.shape
     count = -(-height // form.block_size)
@@ -108,7 +108,7 @@ def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | 
 
 
 class _Found(NamedTuple):
-    """What a search found for some columns of a matrix."""
+    """Quantized columns of a matrix."""
 
     integers: Tensor  # `[inputs, N]`, uint8
     scales: Tensor  # `[blocks, N]`, as they are stored
@@ -116,7 +116,7 @@ class _Found(NamedTuple):
     errors: Tensor  # what was rounded away, `[inputs, N]`
 
     def stored(self, count: int, bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-        """The arrays of a number of blocks, as in `BlockArrays`."""
+        """Return the arrays of the first `count` blocks, as in `BlockArrays`."""
         rows = self.integers.t().contiguous().numpy()
         integers = rows.reshape(len(rows), len(self.scales), -1)[:, :count]
         zeros = np.pad(self.zeros.t().numpy()[:, :count].astype(np.uint8), ((0, 0), (0, -count % (8 // bits))))
@@ -124,7 +124,7 @@ class _Found(NamedTuple):
 
 
 def _without_drift(found: _Found, values: Tensor, form: Blocks, dtype: Any) -> _Found:
-    """What was found, but of columns that are far from the values what is found where nothing is known of inputs."""
+    """Replace columns that are far from their values by columns searched without knowledge of inputs."""
     usual = found.scales.square().sum(0) * (form.block_size / 12)
     is_far = found.errors.square().sum(0) > _FARTHEST * usual
     if not is_far.any():
@@ -140,8 +140,8 @@ def _search(values: Tensor, weights: Tensor, windows: Sequence[InputWindow] | No
 
     Args:
         values: The columns, `[inputs, N]`, of whole blocks.
-        weights: What the squares of errors count, `[inputs]`.
-        windows: How errors are made up for; None for not at all.
+        weights: Weights of squared errors, `[inputs]`.
+        windows: Error compensation; None for none.
         form: How they are stored.
         dtype: Dtype of the stored scales.
     """
@@ -168,11 +168,11 @@ def _search(values: Tensor, weights: Tensor, windows: Sequence[InputWindow] | No
 def _made_up_for(
     values: Tensor, window: InputWindow, scales: Tensor, zeros: Tensor, largest: float
 ) -> tuple[Tensor, Tensor]:
-    """Integers `[inputs, N]` of a window that make up for each other's errors, and the errors.
+    """Round a window with error compensation; return integers `[inputs, N]` and errors.
 
     Args:
         values: `[inputs, N]`.
-        window: How errors are made up for.
+        window: The order and feedback of errors.
         scales: `[blocks, N]`, none of them zero.
         zeros: `[blocks, N]`.
         largest: The largest integer.
@@ -199,15 +199,15 @@ def _made_up_for(
 
 
 def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[Tensor, Tensor]:
-    """The scales, as they are stored, and the zero points `[blocks, N]` for which the weighted error is least.
+    """Return scales, as they are stored, and zero points `[blocks, N]` of least weighted error.
 
-    Of several ranges, each as wide as the block's or narrower, a zero point follows. The scale for which the error of
-    the integers is least is then a quotient, as in llama.cpp's k-quants: `sum w c b / sum w c^2` with `c = q - zero`,
-    and the error is `sum w b^2` less the square of its numerator over its denominator.
+    Several ranges are tried, the block's and narrower ones; each determines a zero point. The best scale for its
+    integers is then a quotient, as in llama.cpp's k-quants: `sum w c b / sum w c^2` with `c = q - zero`, and the error
+    is `sum w b^2` less the square of its numerator over its denominator.
 
     Args:
         blocks: `[blocks, size, N]`.
-        weights: What the squares of errors count, `[blocks, size]`.
+        weights: Weights of squared errors, `[blocks, size]`.
         largest: The largest integer.
         dtype: Dtype of the stored scales.
     """
@@ -229,12 +229,12 @@ def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[
 
 
 def scale_dtype(form: Blocks, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype in which the scales of a matrix's blocks are stored."""
+    """Return the dtype in which the scales of a matrix's blocks are stored."""
     return np.dtype(ml_dtypes.bfloat16) if form.scale_bits == 16 and dtype == np.float32 else dtype
 
 
 def packed(integers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Integers as bytes along the last axis; of two in a byte the first is the low nibble."""
+    """Pack integers into bytes along the last axis; with 4 bits, the first of two is the low nibble."""
     if bits == 4:
         integers = integers[..., ::2] | (integers[..., 1::2] * np.uint8(16))
     return integers

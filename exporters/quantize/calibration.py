@@ -1,4 +1,4 @@
-"""Inputs on which a float model is run when formats are chosen, and what is measured on them."""
+"""Inputs on which a float model is run to choose formats, and the measurements on them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a model."""
+    """Measurements of a model."""
 
     model: TracedModel | None = None  # the float32 model in memory; None for one that cannot be run
     cases: Sequence[Mapping[str, Any]] = ()  # inputs that it is run on
@@ -47,7 +47,7 @@ class Calibration:
 
 
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
-    """Run a model on inputs, and measure what rounding costs its outputs."""
+    """Run a model on inputs, and measure how its outputs depend on rounding."""
     if any(parameter.is_meta for parameter in base_trace(conversion.model).tree.parameters.values()):  # it is streamed
         if conversion.options.choosing_texts is not None:
             raise ExportError(
@@ -68,7 +68,7 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
 
 
 def _runnable(conversion: Conversion) -> TracedModel:
-    """The adapter-free model in float32, its weights in memory: itself, or a copy."""
+    """Return the adapter-free model in float32 with its weights in memory: itself, or a copy."""
     model, traced = conversion.model, conversion.traced
     is_ready = traced is model or traced is base_trace(model)
     if is_ready and precision_of(traced.graph_module) == "fp32":
@@ -77,7 +77,7 @@ def _runnable(conversion: Conversion) -> TracedModel:
 
 
 def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
-    """The texts that choose bits as inputs of one row each; None where none are given."""
+    """Return the texts for choosing bits as single-row inputs; None if none are given."""
     texts = options.choosing_texts
     if texts is None:
         return None
@@ -95,7 +95,7 @@ def _given(traced: TracedModel, options: ExportOptions) -> list[_Row] | None:
 def _cases(
     traced: TracedModel, given: Sequence[_Row] | None, verification: Verification
 ) -> tuple[list[Mapping[str, Any]], str]:
-    """Inputs on which the model is run, and what they are, in words."""
+    """Return inputs to run the model on, and their description."""
     is_decoder = traced.cache_layout is CacheLayout.DECODER
     if given is not None:
         batches = list(_batches(given))
@@ -113,7 +113,7 @@ def _cases(
 
 
 def _some(cases: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Those of many texts that measure: squares need fewer than the products that weights are rounded by."""
+    """Return a sample of many texts: mean squares need fewer than the products used for rounding."""
     positions = sum(case["input_ids"].numel() for case in cases if "input_ids" in case)
     return cases[:: max(1, positions // _TOGETHER)]
 
@@ -131,7 +131,7 @@ def _positions(row: _Row) -> int:
 
 
 def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
-    """Texts of one length together, some at a time: padding would count as what layers read."""
+    """Batch texts of equal length, since layers would read padding too."""
 
     def sizes(row: _Row) -> list[tuple[int, ...]]:
         return [tuple(value.shape) for value in row.values()]
@@ -145,14 +145,14 @@ def _batches(rows: Sequence[_Row]) -> Iterator[_Row]:
 
 
 def _step(traced: TracedModel, ids: Tensor) -> Mapping[str, Any]:
-    """Return what a decoder takes to read texts from their beginning."""
+    """Return a decoder's inputs for reading texts from their beginning."""
     inputs = step_inputs(ids, torch.ones_like(ids), traced.input_names)
     return {**traced.constants, **inputs, PAST: empty_cache(traced.example_inputs[PAST], len(ids))}
 
 
 @torch.no_grad()
 def _drawn(traced: TracedModel) -> Tensor:
-    """Texts that the model draws, `[texts, length]`; others than those on which an export is compared."""
+    """Sample texts from the model, `[texts, length]`; not those on which an export is compared."""
     texts = drawn_texts(traced, 1, _DRAWN, _count(traced))
     ids = torch.tensor(texts.rows)
     steps, generator = ModelSteps(traced, len(ids)), torch.Generator().manual_seed(1)
@@ -165,7 +165,7 @@ def _drawn(traced: TracedModel) -> Tensor:
 def _count(traced: TracedModel) -> int:
     """Return how many texts have as many tokens as the widest layer has inputs, within bounds.
 
-    The products of so many inputs are known from about as many positions.
+    Estimating the products of so many inputs takes about as many positions.
     """
     widest = max((site.in_features for site in traced.sites if site.calls), default=0)
     return min(max(-(-widest // _DRAWN), _FEWEST), _MOST)

@@ -1,4 +1,4 @@
-"""The choice of an export's formats by measured error, within a budget of bits, and rounding in the model's order."""
+"""Choice of an export's formats by measured error within a bit budget, and rounding in execution order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Moments:
 
     @classmethod
     def of(cls, inputs: int, block_size: int) -> Moments:
-        """Those of no position yet; windows are whole blocks."""
+        """Return zero sums; windows are whole blocks."""
         width = min(-(-inputs // block_size) * block_size, max(WINDOW, block_size))
         return cls(torch.zeros(-(-inputs // width), width, width))
 
@@ -61,14 +61,14 @@ class Moments:
 
     @cached_property
     def products(self) -> InputProducts | None:
-        """Their means, once all positions were added; None where no input was read but zeros."""
+        """Their means, once all positions were added; None if all inputs were zero."""
         means = self.windows / max(1, self.reads)
         return InputProducts(means) if float(means.diagonal(dim1=1, dim2=2).mean()) > _SILENT else None
 
 
 @dataclass
 class _Layer:
-    """A layer whose weight is to be rounded."""
+    """A layer with a weight to round."""
 
     site: LinearSite
     name: str
@@ -77,7 +77,7 @@ class _Layer:
     calls: list[LinearCall]
 
     def round(self) -> tuple[BlockArrays, Tensor]:
-        """The blocks of its weight, and the weight that they stand for."""
+        """Return the blocks of its weight, and the dequantized weight."""
         weight = self.site.weight.detach().float()
         is_transposed = self.site.kind == "conv1d"
         matrix = np.ascontiguousarray((weight if is_transposed else weight.t()).numpy())  # [in, out]
@@ -92,7 +92,7 @@ def round_in_order(
 ) -> dict[str, BlockArrays]:
     """Round the weights of layers.
 
-    Each is rounded where its layer is called last, for the inputs of all its calls.
+    Each is rounded at its layer's last call, for the inputs of all its calls.
     """
     layers, rounded = _layers(model, forms), dict[str, BlockArrays]()
     runs = [_run(model, case) for case in cases]
@@ -123,7 +123,7 @@ def round_in_order(
 def _layers(
     model: TracedModel, forms: Mapping[str, tuple[str, Blocks]]
 ) -> dict[fx.Node, list[tuple[_Layer, LinearCall]]]:
-    """The layers to round and their calls, by the nodes of these; not those in branches or of parts of a weight."""
+    """Return the layers to round and their calls, by node; not those in branches or of parts of a weight."""
     nodes = {node.name: node for node in model.graph_module.graph.nodes}
     found: dict[fx.Node, list[tuple[_Layer, LinearCall]]] = {}
     shared: dict[Any, Moments] = {}
@@ -141,7 +141,7 @@ def _layers(
 
 
 def _run(model: TracedModel, case: Mapping[str, Any]) -> fx.Interpreter:
-    """An interpreter that has a model's inputs."""
+    """Return an interpreter with a model's inputs set."""
     run = fx.Interpreter(model.graph_module)
     inputs = [node for node in model.graph_module.graph.nodes if node.op == "placeholder"]
     run.env = dict(zip(inputs, tree_leaves(model.bind((), case)), strict=True))
@@ -153,7 +153,7 @@ _ROWS = 4096  # output features of a matrix whose errors stand for all
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A matrix of an int4 export, and what it loses in several formats."""
+    """A matrix of an int4 export, and its loss in two formats."""
 
     names: tuple[str, ...]  # names of the parameter
     values: int  # number of its values
@@ -165,18 +165,18 @@ class _Candidate:
 
     @property
     def gain(self) -> float:
-        """How much less is lost in eight bits."""
+        """Loss saved by eight bits."""
         return self.losses[0] - self.losses[1]
 
 
 def choose_formats(conversion: Conversion, verification: Verification) -> QuantizationPlan | None:
-    """The plan of an export: for int4 and int8-dynamic by measured error, for int8 as it is.
+    """Return the plan of an export: for int4 and int8-dynamic by measured error, for int8 unchanged.
 
-    Each layer's rounding error is weighed by what it costs the model's outputs (see `sensitivity`). In int4 8 bits go
-    to the layers where they save most for each bit more, until the mean reaches the budget; in int8-dynamic 16 bits go
-    to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a user's
-    texts, on texts that a decoder draws itself, or on random inputs of other models. A streamed model cannot be run:
-    there the relative errors of the weights themselves count, as for layers that were not measured in others.
+    Each layer's rounding error is weighted by its effect on the model's outputs (see `sensitivity`). In int4, 8 bits go
+    to the layers where they save most per additional bit, until the mean reaches the budget; in int8-dynamic, 16 bits
+    go to the activations whose rounding costs most (see `row_errors`). The float model is run on every second of a
+    user's texts, on texts sampled from a decoder, or on random inputs of other models. A streamed model cannot be run:
+    the relative errors of the weights are used instead, as for layers that were not measured.
     """
     plan, traced = conversion.plan, conversion.traced
     if plan is None or (isinstance(plan.default, Blocks) and plan.default.bits != 4):
@@ -212,7 +212,7 @@ def _rounded(
     own: Mapping[str, Blocks],
     names: Mapping[str, tuple[str, ...]],
 ) -> dict[str, BlockArrays]:
-    """Blocks of the weights whose rounding is searched, by all names of each, which are given by the layers' paths."""
+    """Return the blocks of weights rounded by search, by all names of each, from the layers' paths."""
     assert run.model is not None
     chosen = {path: (of[0], own.get(of[0], default)) for path, of in names.items()}
     forms = {path: one for path, one in chosen.items() if one[1].rounding == "searched"}
@@ -222,7 +222,7 @@ def _rounded(
 
 
 def _with_rows(plan: QuantizationPlan, conversion: Conversion, run: Calibration) -> QuantizationPlan:
-    """The plan of an export whose activations are rounded; without figures where the model cannot be run."""
+    """Return the plan of an export with rounded activations; without measurements if the model cannot be run."""
     if run.model is None or not run.cases:
         return dataclasses.replace(plan, chosen_by=f"nothing, as {run.problem}")
     chosen_by = (
@@ -237,7 +237,7 @@ def _with_rows(plan: QuantizationPlan, conversion: Conversion, run: Calibration)
 
 
 def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Those not measured with losses as of the others: a relative error costs what it costs there in the median."""
+    """Convert unmeasured candidates' losses, valuing a relative error like the median of the measured ones."""
     costs = [one.losses[0] / one.relative for one in candidates if one.is_measured and one.relative > 0]
     cost = float(np.median(costs)) if costs else 1.0
 
@@ -249,9 +249,9 @@ def _comparable(candidates: Sequence[_Candidate]) -> list[_Candidate]:
 
 
 def _within(candidates: Sequence[_Candidate], bits: float) -> tuple[dict[str, Blocks], dict[str, float]]:
-    """Formats of their own, and what each saves, by all names of a matrix.
+    """Return individual formats, and the loss each saves, by all names of a matrix.
 
-    Eight bits go where they save most for each stored bit more, as far as the mean number of bits allows.
+    Eight bits go where they save most per additional bit, within the mean number of bits allowed.
     """
     room = (bits - 4) * sum(one.values for one in candidates)
     taken = []
@@ -265,7 +265,7 @@ def _within(candidates: Sequence[_Candidate], bits: float) -> tuple[dict[str, Bl
 
 
 def _forms(form: Blocks, site: LinearSite, is_table: bool, has_own: bool) -> tuple[Blocks, Blocks]:
-    """The formats that a layer's weight may have (see `_Candidate`); a table is looked up by rows of whole blocks."""
+    """Return the formats for a layer's weight (see `_Candidate`); a lookup table needs rows of whole blocks."""
     fits = site.in_features >= WIDEST_EXACT[8] and (not is_table or site.in_features % WIDEST_EXACT[8] == 0)
     size = WIDEST_EXACT[8] if has_own and fits else form.block_size
     return form, dataclasses.replace(form, bits=8, block_size=size, rounding="nearest")
@@ -274,7 +274,7 @@ def _forms(form: Blocks, site: LinearSite, is_table: bool, has_own: bool) -> tup
 def _candidate(
     site: LinearSite, names: tuple[str, ...], forms: tuple[Blocks, Blocks], measured: Sensitivities | None
 ) -> _Candidate:
-    """Return what a layer's weight loses in several formats."""
+    """Return a layer's weight with its loss in each format."""
     values = values_of(site.weight, names[0]).detach()
     weight = values.t() if site.kind == "conv1d" else values  # [out, in]
     rows = torch.arange(0, len(weight), max(1, len(weight) // _ROWS))
@@ -296,7 +296,7 @@ def _candidate(
 
 
 def _expected_errors(weight: Tensor, form: Blocks) -> Tensor:
-    """The expected squares of errors of a weight `[out, in]`: in a block a twelfth of the square of its step."""
+    """Return expected squared errors of a weight `[out, in]`: a twelfth of the squared step of each block."""
     inputs = weight.shape[1]
     padded = torch.nn.functional.pad(weight, (0, -inputs % form.block_size))
     blocks = padded.reshape(len(weight), -1, form.block_size)

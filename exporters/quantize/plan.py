@@ -1,4 +1,4 @@
-"""The plan of an export's quantization: the format of every matrix that a product reads, and what is recorded of it."""
+"""The quantization plan of an export: a format for every matrix that a product reads, and its record."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class QuantizationPlan:
     """The format of each constant matrix; it is chosen before the conversion.
 
     Attributes:
-        default: The format of every matrix that has none of its own.
-        by_matrix: Formats of their own by the names of the parameters; None for one that stays float. Of a parameter
-            with several names each is in it.
-        gains: What a format of its own saves, compared with the default, by the same names: as much of the measure that
+        default: The format of every matrix without its own.
+        by_matrix: Individual formats by parameter name; None for one that stays float. A parameter with several names
+            is listed under each.
+        gains: Loss that an individual format saves, compared with the default, by the same names, in the measure that
             chose it (see `choice`).
-        chosen_by: What the formats were chosen by, in words; None where all have the default.
-        rounded: Blocks of matrices that were rounded when formats were chosen (see `sequential`), by the same names;
-            others are rounded when they are written.
-        inputs: What is known of the inputs of a matrix that is stored in columns, by the same names.
-        layers: Names of the weights of linear layers and stacks of layers, which alone are quantized; a router that
+        chosen_by: Description of how formats were chosen; None if all have the default.
+        rounded: Blocks of matrices rounded while formats were chosen (see `round_in_order`), by the same names; others
+            are rounded when they are written.
+        inputs: Statistics of the inputs of matrices stored in columns, by the same names.
+        layers: Names of the weights of linear layers and stacks of layers; only these are quantized. A router that
             multiplies in float32 whatever the model's precision is neither. None for every constant matrix.
     """
 
@@ -45,13 +45,13 @@ class QuantizationPlan:
     layers: Set[str] | None = field(default=None, repr=False)
 
     def format_of(self, names: Collection[str]) -> Format | None:
-        """The format of a matrix, or None for one that stays float."""
+        """Return a matrix's format, or None for one that stays float."""
         if self.layers is not None and self.layers.isdisjoint(names):
             return None
         return next((self.by_matrix[name] for name in names if name in self.by_matrix), self.default)
 
     def blocks_of(self, names: Iterable[str], sizes: tuple[int, int], form: Blocks) -> BlockArrays | None:
-        """The blocks of a matrix that was rounded when its format was chosen, or None."""
+        """Return the blocks of a matrix rounded while formats were chosen, or None."""
         found = [self.rounded.get(name) for name in names]
         parts = [blocks for blocks in found if blocks is not None]
         inputs, outputs = sizes
@@ -67,12 +67,12 @@ class QuantizationPlan:
         )
 
     def inputs_of(self, names: Iterable[str]) -> ColumnInputs | None:
-        """Return what is known of the inputs of a matrix; None for nothing."""
+        """Return the statistics of a matrix's inputs; None if unknown."""
         return next((self.inputs[name] for name in names if name in self.inputs), None)
 
 
 def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
-    """Return the plan of a model's linear layers, all in one format, and of what features have beside them."""
+    """Return a plan with one format for a model's linear layers, and for the matrices that features add."""
     called = [site for site in traced.sites if site.calls]  # a router that casts its weight has none
     names = {name for site in called for name in (*weight_names(traced, site), f"{site.path}.weight")}
     plan = QuantizationPlan(default, layers=names)
@@ -82,12 +82,12 @@ def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
 
 
 def weight_names(traced: TracedModel, site: LinearSite) -> tuple[str, ...]:
-    """The names of a layer's weight, by each of which a plan knows it."""
+    """Return the names of a layer's weight in a plan."""
     return traced.tree.names_of(site.weight) or (f"{site.path}.weight",)
 
 
 class Counts(NamedTuple):
-    """What is quantized."""
+    """Counts of quantized matrices."""
 
     multiplications: int  # nodes that multiply with quantized values
     lookups: int  # nodes that look up rows of them
@@ -97,7 +97,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, matrices: Iterable[tuple[Format, int, int, int]]) -> Counts:
-        """Count matrices by format, inputs, outputs and bits of a value before; no nodes."""
+        """Count matrices, given by format, inputs, outputs and original bits per value; no nodes."""
         values = integers = stored = 0
         for form, inputs, outputs, float_bits in matrices:
             values += inputs * outputs

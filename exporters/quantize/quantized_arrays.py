@@ -1,6 +1,7 @@
-"""The arithmetic of quantized matrices, of blocks and of columns.
+"""Arithmetic of quantized matrices, in blocks or columns.
 
-Blocks are small integers with scales and zero points, by ONNX Runtime's quantizer; columns are int8 with a scale each.
+Blocks are small integers with scales and zero points, by ONNX Runtime's quantizer; columns are int8 with one scale
+each.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProduct
 def quantize_blocks(
     matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None = None, name: str = "a matrix"
 ) -> BlockArrays:
-    """A matrix as blocks.
+    """Quantize a matrix in blocks.
 
     Args:
         matrix: `[K, N]`, float32 or float16.
         form: How to quantize it.
-        inputs: What is known of the inputs, for a search (see `searched_blocks`); None for nothing.
+        inputs: Products of the inputs, for a search (see `searched_blocks`); None if unknown.
         name: Its name in error messages.
     """
     if not np.isfinite(matrix).all():
@@ -45,14 +46,14 @@ def quantize_blocks(
 
 
 def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np.float32]:
-    """The values of blocks, `[N, K]`."""
+    """Return the dequantized values of blocks, `[N, K]`."""
     values = (_integers(blocks.packed, bits) - _zeros_of(blocks, bits)) * blocks.scales[..., None]
     rows: NDArray[np.float32] = values.reshape(len(values), -1)[:, :inputs]
     return rows
 
 
 def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays, form: Blocks) -> BlockArrays:
-    """Blocks of a matrix, those whose scale and zero point were better before with these.
+    """Return a matrix's blocks, reusing the scale and zero point of earlier blocks where they fit better.
 
     Args:
         matrix: `[K, N]`.
@@ -78,7 +79,7 @@ def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays,
 
 
 def _on_grid(values: NDArray[np.float32], grid: BlockArrays, form: Blocks) -> BlockArrays:
-    """Blocks of values `[N, K/block, block]` with the scales and zero points of others."""
+    """Quantize values `[N, K/block, block]` with the given blocks' scales and zero points."""
     scales = np.where(grid.scales == 0, 1, grid.scales)[..., None]
     integers = values / scales + _zeros_of(grid, form.bits)
     whole = integers.round().clip(0, 2**form.bits - 1).astype(np.uint8)
@@ -86,7 +87,7 @@ def _on_grid(values: NDArray[np.float32], grid: BlockArrays, form: Blocks) -> Bl
 
 
 def _in_blocks(matrix: NDArray[Any], form: Blocks) -> NDArray[np.float32]:
-    """The values of a matrix `[K, N]` as `[N, K/block, block]`, the last block padded with zeros."""
+    """Return a matrix `[K, N]` as `[N, K/block, block]`, the last block padded with zeros."""
     count = -(-len(matrix) // form.block_size)
     rows = np.zeros((matrix.shape[1], count * form.block_size), np.float32)
     rows[:, : len(matrix)] = matrix.T
@@ -94,12 +95,12 @@ def _in_blocks(matrix: NDArray[Any], form: Blocks) -> NDArray[np.float32]:
 
 
 def _rounded_up(scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The next scales that bfloat16 holds, away from zero, so that no value of a block lies beyond its integers."""
+    """Round scales to bfloat16 away from zero, so that no value of a block exceeds its integers' range."""
     return ((scales.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:
-    """The zero points `[N, blocks, 1]`."""
+    """Return the zero points `[N, blocks, 1]`."""
     if blocks.zero_points is None:
         return np.full((*blocks.scales.shape, 1), 2.0 ** (bits - 1), np.float32)
     return _integers(blocks.zero_points, bits)[:, : blocks.packed.shape[1], None]
@@ -109,7 +110,7 @@ def _zeros_of(blocks: BlockArrays, bits: int) -> NDArray[np.float32]:
 def _quantizer(
     bits: int, block_size: int, zero_points: bool
 ) -> Callable[[NDArray[Any]], tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    """ONNX Runtime's quantization of one matrix `[K, N]` to packed integers, scales and zero points."""
+    """Return ONNX Runtime's quantizer of a matrix `[K, N]` to packed integers, scales and zero points."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     from onnxruntime.quantization import matmul_nbits_quantizer as quantizers  # it sets up logging when it is imported
@@ -121,7 +122,7 @@ def _quantizer(
 
 
 def _integers(stored: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
-    """The integers of bytes along the last axis; of two in a byte the first is the low nibble."""
+    """Unpack bytes along the last axis to integers; with 4 bits, the first of two is the low nibble."""
     if bits == 4:
         stored = np.stack([stored & 15, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1)
     return stored.astype(np.float32)
@@ -138,13 +139,12 @@ _ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of 
 
 @dataclass(frozen=True, eq=False)
 class ColumnInputs:
-    """What is known of the rows that a matrix is multiplied by; what follows of it is computed once for all columns.
+    """Statistics of the rows that a matrix is multiplied by; derived values are cached for all columns.
 
     Attributes:
-        factors: What their channels are multiplied by before they are rounded, `[K]` (see `input_factors`); None for
-            nothing.
-        directions: `[K, r]`, those of most length: `directions @ directions.T` is that part of their second moments.
-        rest: Mean squares of the channels beside it, `[K]`.
+        factors: Factors of the channels before rounding, `[K]` (see `input_factors`); None for none.
+        directions: `[K, r]`, the principal directions: `directions @ directions.T` is their part of the second moments.
+        rest: Remaining mean squares of the channels, `[K]`.
     """
 
     factors: NDArray[np.float32] | None
@@ -153,15 +153,15 @@ class ColumnInputs:
 
     @cached_property
     def scaled(self) -> NDArray[np.float32]:
-        """The directions of rows that are multiplied by the factors, `[K, r]`."""
+        """Directions multiplied by the factors, `[K, r]`."""
         return self.directions if self.factors is None else self.directions * self.factors[:, None]
 
     @cached_property
     def gains(self) -> NDArray[np.float32]:
-        """How much an error along each direction changes each number, `[K, r]` (see `_made_up_for`).
+        """Effect of an error along each direction on each number, `[K, r]` (see `_made_up_for`).
 
-        It is `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`. The sum is of the number and those after it, so from the last on
-        each adds a term to a matrix whose inverse is known (Sherman-Morrison).
+        It is `(I + sum p_j p_j' / v_j)^-1 p_j / v_j`. The sum is over the number and those after it, so from the last
+        on each adds a rank-one term to a matrix whose inverse is known (Sherman-Morrison).
         """
         directions = self.scaled.astype(np.float64)
         rest = (self.rest if self.factors is None else self.rest * np.square(self.factors)).astype(np.float64)
@@ -174,16 +174,16 @@ class ColumnInputs:
 
 
 def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.float32]:
-    """Factors `[K]` of what a product reads, which bring its channels nearer to each other; 1 for the median channel.
+    """Return factors `[K]` for a product's input channels that equalise them; 1 for the median channel.
 
-    A row is rounded by its largest value, so that channels with small values lose most. The weights take the factors
-    back, and their columns are rounded too: as in SmoothQuant (arXiv:2211.10438) an exponent says which part of the
-    differences is taken from the rows and left to the columns. Channels that were all but silent may be loud in other
-    inputs, which a large factor would make the largest of their row: they have 1.
+    A row is rounded relative to its largest value, so that channels with small values lose most. The weights are
+    divided by the factors, and their columns are rounded too: as in SmoothQuant (arXiv:2211.10438), an exponent says
+    how much of the differences moves from rows to columns. Channels that were nearly silent may be loud in other
+    inputs, and a large factor would make them their row's largest: they have 1.
 
     Args:
         squares: Mean squares of the channels, `[K]`.
-        exponent: 0 for factors of 1, 1 for what makes all channels equal.
+        exponent: 0 for factors of 1, 1 to make all channels equal.
     """
     least = _ZERO * max(float(squares.mean()), 1e-24)
     heard = squares[squares > least].astype(np.float64)
@@ -196,17 +196,16 @@ def input_factors(squares: NDArray[np.float32], exponent: float) -> NDArray[np.f
 def quantize_columns(
     matrix: NDArray[Any], name: str, factors: NDArray[np.float32] | None = None, inputs: ColumnInputs | None = None
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix as integers between -127 and 127 with a scale a column, symmetric.
+    """Quantize a matrix symmetrically to integers between -127 and 127, with one scale per column.
 
     Args:
         matrix: `[K, N]`.
         name: Its name in error messages.
-        factors: Those of what is multiplied by it, `[K]`, which it takes back; None where there are none.
-        inputs: What is known of what is multiplied by it, with the same factors, by which one integer makes up for the
-            errors of others; None for the nearest integers.
+        factors: Factors of its input, `[K]`, by which it is divided; None for none.
+        inputs: Statistics of its input, with the same factors, for error compensation; None to round to nearest.
 
     Returns:
-        Integers `[K, N]` and scales `[N]`; their product, times the factors, is close to the matrix.
+        Integers `[K, N]` and scales `[N]`; their product, times the factors, approximates the matrix.
     """
     matrix = matrix.astype(np.float32, copy=False)
     matrix = matrix if factors is None else matrix / factors[:, None]
@@ -221,11 +220,11 @@ def quantize_columns(
 
 
 def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np.float32]:
-    """Integers on either side of numbers `[K, N]`, for which the errors of products with known inputs are least.
+    """Round numbers `[K, N]` up or down to minimise the error of products with known inputs.
 
-    With the errors `e` so far along the directions `P`, the change of the numbers that follow that costs least is
-    `-(p_j / v_j) (I + sum p_j p_j' / v_j)^-1 e`: `v` is what is left beside `P`. That is GPTQ (arXiv:2210.17323) with
-    second moments of low rank.
+    With the errors `e` so far along the directions `P`, the cheapest change of the following numbers is
+    `-(p_j / v_j) (I + sum p_j p_j' / v_j)^-1 e`, where `v` is the rest beside `P`. That is GPTQ (arXiv:2210.17323) with
+    low-rank second moments.
     """
     directions, gains = inputs.scaled, inputs.gains
     rounded, left = np.floor(steps), np.empty_like(steps)
@@ -245,6 +244,6 @@ def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np
 def dequantize_columns(
     integers: NDArray[np.int8], scales: NDArray[np.float32], factors: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """The values `[K, N]` of integers `[K, N]`, scales `[N]` and factors `[K]`."""
+    """Return the values `[K, N]` of integers `[K, N]`, scales `[N]` and factors `[K]`."""
     values: NDArray[np.float32] = integers * scales
     return values if factors is None else values * factors[:, None]

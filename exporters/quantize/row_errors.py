@@ -1,8 +1,8 @@
-"""What rounding the rows that a layer reads costs the model's outputs, beside what rounding its weight costs.
+"""Cost to the model's outputs of rounding the rows that a layer reads, compared with rounding its weight.
 
-Channels of a row differ, by a hundred times in some models, and a row has one step for all. Factors bring them nearer
-to each other first (see `input_factors`), as near as costs the outputs least. Where rounded rows cost most all the
-same, a layer gets activations of 16 bits, whose error is negligible.
+A row has one step for all channels, which differ by a hundred times in some models. Factors equalise them first (see
+`input_factors`), as far as minimises the cost. Where rounded rows still cost most, a layer gets activations of 16 bits,
+whose error is negligible.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _DIRECTIONS, _DAMPING = 128, 0.01  # in which rows are largest; what every chann
 
 @dataclass(eq=False)
 class ReadRows:
-    """What the layers that share an input read."""
+    """Collects the rows read by layers that share an input."""
 
     squares: Tensor  # sums of squares of the channels, `[in]`
     count: int = 0  # rows that were read
@@ -56,7 +56,7 @@ class ReadRows:
     __name__ = "read_rows"
 
     def __call__(self, value: Tensor) -> None:
-        """Note a layer's input."""
+        """Record a layer's input."""
         rows = value.detach().reshape(-1, value.shape[-1]).float()
         self.is_vector = self.is_vector or value.ndim < 2
         self.squares += rows.square().sum(0)
@@ -70,7 +70,7 @@ class ReadRows:
         return (self.squares / max(1, self.count)).numpy()
 
     def inputs(self, factors: NDArray[np.float32] | None) -> ColumnInputs:
-        """Return what rounding a matrix asks of it."""
+        """Return the statistics of inputs needed to round a matrix."""
         rows = torch.cat(self.sample).double()
         _, _, vectors = torch.linalg.svd(rows, full_matrices=False)
         own = vectors[:_DIRECTIONS].t()
@@ -82,7 +82,7 @@ class ReadRows:
 
 @dataclass(frozen=True)
 class _Input:
-    """What some layers read, and what rounding costs there."""
+    """An input shared by layers, and the cost of rounding it."""
 
     names: list[str]  # names of the layers' weights
     values: int  # values of these weights
@@ -93,26 +93,26 @@ class _Input:
 
     @property
     def best(self) -> int:
-        """The factors for which both together cost least."""
+        """Index of the factors of least total cost."""
         return int(self.errors.sum(1).argmin())
 
     @property
     def finest(self) -> int:
-        """The factors for which rounded weights cost least, which are left where rows have 16 bits."""
+        """Index of the factors of least cost from weights alone, for rows of 16 bits."""
         return int(self.errors[:, 1].argmin())
 
     @property
     def saved(self) -> float:
-        """How much less is lost with 16 bits."""
+        """Cost saved by 16 bits."""
         return float(self.errors[self.best].sum() - self.errors[self.finest, 1])
 
 
 def plan_rows(
     plan: QuantizationPlan, traced: TracedModel, cases: Sequence[Mapping[str, Any]], measured: Sensitivities | None
 ) -> QuantizationPlan:
-    """A plan with factors of what each matrix is multiplied by, and 16 bits where 8 cost most for a multiplication.
+    """Return the plan with input factors of each matrix, and 16 bits where 8 cost most per multiplication.
 
-    Layers that read one tensor have one format, as they share its rounding.
+    Layers that read the same tensor have the same format, as they share its rounding.
     """
     groups = [(sites, read) for sites, read in _run(traced, cases) if read.count]
     if not all(bool(read.squares.isfinite().all()) for _, read in groups):
@@ -140,7 +140,7 @@ def plan_rows(
 
 
 def _head(traced: TracedModel) -> str | None:
-    """The layer that a decoder calls last, for the last token of a piece alone; None for other models."""
+    """Return a decoder's last layer, computed only for a prompt's last token; None for other models."""
     if traced.cache_layout is not CacheLayout.DECODER:
         return None
     order = {node.name: index for index, node in enumerate(traced.graph_module.graph.nodes)}
@@ -149,7 +149,7 @@ def _head(traced: TracedModel) -> str | None:
 
 
 def _run(traced: TracedModel, cases: Sequence[Mapping[str, Any]]) -> list[tuple[list[LinearSite], ReadRows]]:
-    """The layers that read each tensor, and what they read."""
+    """Return the layers that read each tensor, and the rows read."""
     root = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ReadGraph")
     nodes = {node.name: node for node in root.graph.nodes}
     groups: dict[fx.Node, tuple[list[LinearSite], ReadRows]] = {}
@@ -172,11 +172,7 @@ def _run(traced: TracedModel, cases: Sequence[Mapping[str, Any]]) -> list[tuple[
 def _errors(
     site: LinearSite, read: ReadRows, tried: Sequence[NDArray[np.float32]], measured: Sensitivities | None
 ) -> NDArray[np.float64]:
-    """Return what rounded rows and rounded weights of a layer cost.
-
-    Returns:
-        `[factors, 2]`.
-    """
+    """Return the cost of rounding a layer's rows and its weights with each of some factors, `[factors, 2]`."""
     every = max(1, site.out_features // _OUTPUTS)
     weight = site.weight.detach().float()
     matrix = np.ascontiguousarray((weight if site.kind == "conv1d" else weight.t())[:, ::every].numpy())

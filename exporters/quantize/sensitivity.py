@@ -1,8 +1,8 @@
-"""What rounding a weight costs a model's outputs: squares of the layers' inputs and of the outputs' gradients.
+"""Sensitivity of a model's outputs to rounding a weight: squares of layers' inputs and of outputs' gradients.
 
-The mean KL divergence of a position, in nats, that a small change of weights `D [out, in]` brings is about
+A small change of weights `D [out, in]` has a mean KL divergence per position, in nats, of about
 `1/2 sum_ij g_i x_j D_ij^2`: `x_j` is the mean square of an input, `g_i` the mean square of the gradient of
-`-log p(y)` by an output, with `y` drawn of the model's own probabilities. That is the diagonal of the Fisher
+`-log p(y)` by an output, with `y` drawn from the model's own probabilities. That is the diagonal of the Fisher
 information with inputs and gradients taken as independent, as in K-FAC (arXiv:1503.05671). For outputs that are not
 logits it is half the mean square change of their values.
 """
@@ -30,7 +30,7 @@ _aten = torch.ops.aten
 
 @dataclass
 class Sensitivity:
-    """What a layer reads, and what its outputs cost."""
+    """A layer's inputs and its outputs' gradients."""
 
     inputs: Tensor  # `[in]`, squares of its inputs, summed over positions
     outputs: Tensor  # `[out]`, squares of the gradient of each output, summed over positions
@@ -42,25 +42,25 @@ class Sensitivity:
         return self.inputs / max(1, self.reads)
 
     def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
-        """The expected divergence of errors (see `Sensitivities.loss`)."""
+        """Return the expected divergence of errors (see `Sensitivities.loss`)."""
         return _loss_of(errors, self.squares, self.outputs, positions, rows)
 
 
 @dataclass
 class TableSensitivity:
-    """How often each row of a table is looked up, and what its values cost."""
+    """A table's lookups and their gradients."""
 
     lookups: Tensor  # `[rows]`
     gradients: Tensor  # `[columns]`, squares of the gradient of each value that was looked up, summed over lookups
 
     def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
-        """The expected divergence of errors (see `Sensitivities.loss`)."""
+        """Return the expected divergence of errors (see `Sensitivities.loss`)."""
         mean = self.gradients / self.lookups.sum().clamp(min=1)
         return _loss_of(errors, mean, self.lookups, positions, rows)
 
 
 def _loss_of(errors: Tensor, inputs: Tensor, outputs: Tensor, positions: int, rows: Tensor | None) -> float:
-    """`1/2 sum_ij outputs_i inputs_j errors_ij` a position; the rows of the errors stand for all."""
+    """Return `1/2 sum_ij outputs_i inputs_j errors_ij` per position; the errors' rows may be a sample of all."""
     weighted = errors @ inputs
     if rows is None:
         return 0.5 * float(outputs @ weighted) / max(1, positions)
@@ -71,7 +71,7 @@ def _loss_of(errors: Tensor, inputs: Tensor, outputs: Tensor, positions: int, ro
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What was measured of a model."""
+    """Measurements of a model."""
 
     layers: Mapping[str, Sensitivity]  # of each linear layer that was run, by its path
     # of each layer whose weight is looked up too, that of the lookups, by its path
@@ -79,19 +79,19 @@ class Sensitivities:
     positions: int  # positions of the output, over which gradients are sums
 
     def has_gradients(self, path: str) -> bool:
-        """Return whether it is known what a layer's weight costs the outputs."""
+        """Return whether the cost of changing a layer's weight was measured."""
         layer = self.layers.get(path)
         return self.positions > 0 and (path in self.tables or (layer is not None and layer.reads > 0))
 
     def loss(self, path: str, errors: Tensor, rows: Tensor | None = None) -> float:
-        """Estimate the divergence, in nats a position, of squared errors `[out, in]`; some rows may stand for all."""
+        """Estimate the divergence of squared errors `[out, in]`, in nats per position; rows may be a sample of all."""
         layer, table = self.layers.get(path), self.tables.get(path)
         both = [sensitivity for sensitivity in (layer, table) if sensitivity is not None]
         return sum(sensitivity.loss(errors, self.positions, rows) for sensitivity in both)
 
 
 def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]) -> Sensitivities:
-    """Run a model forward and backward on inputs; its parameters and their gradients stay as they are."""
+    """Run a model forward and backward on inputs; its parameters and gradients are unchanged."""
     layers: dict[str, Sensitivity] = {}
     tables: dict[str, TableSensitivity] = {}
     tapped = _tapped(model, layers, tables)
@@ -110,7 +110,7 @@ def measure_sensitivities(model: TracedModel, cases: Sequence[Mapping[str, Any]]
 
 
 def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str, TableSensitivity]) -> TracedModel:
-    """A copy whose layers note their inputs and the gradients of their outputs; no parameter needs a gradient."""
+    """Return a copy whose layers record inputs and output gradients; no parameter requires a gradient."""
     root = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "TappedGraph")
     readers = other_readers(root, model.sites)
     map_parameters(root, lambda parameter, _: nn.Parameter(parameter.detach(), requires_grad=False))
@@ -133,7 +133,7 @@ def _tapped(model: TracedModel, layers: dict[str, Sensitivity], tables: dict[str
 
 
 def _insert(node: fx.Node, tap: Any, *arguments: Any) -> None:
-    """Let all readers of a node read what a tap gives."""
+    """Insert a tap between a node and all its readers."""
     with node.graph.inserting_after(node):
         noted = node.graph.call_function(tap, arguments)
     node.replace_all_uses_with(noted, delete_user_cb=lambda user: user is not noted)
@@ -141,7 +141,7 @@ def _insert(node: fx.Node, tap: Any, *arguments: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Tap:
-    """Notes what layers read."""
+    """Records the inputs of layers."""
 
     noted: Sensitivity
     __name__ = "tap"
@@ -155,32 +155,32 @@ class _Tap:
 
 @dataclass(frozen=True, eq=False)
 class _OutputTap:
-    """Notes the gradient of what a layer gives."""
+    """Records the gradient of a layer's output."""
 
     squares: Tensor
     __name__ = "output_tap"
 
     def __call__(self, output: Tensor) -> Tensor:
-        """The output, unchanged."""
+        """Return the output unchanged, recording its gradient."""
         return _watched(output, self.squares)
 
 
 @dataclass(frozen=True, eq=False)
 class _TableTap:
-    """Notes which rows of a table are looked up, and the gradient of what they give."""
+    """Records a table's lookups and the gradients of their results."""
 
     noted: TableSensitivity
     __name__ = "table_tap"
 
     def __call__(self, output: Tensor, ids: Tensor) -> Tensor:
-        """The output, unchanged."""
+        """Return the output unchanged, recording lookups and its gradient."""
         flat = ids.detach().flatten()
         self.noted.lookups.index_add_(0, flat, torch.ones(len(flat)))
         return _watched(output, self.noted.gradients)
 
 
 def _watched(output: Tensor, squares: Tensor) -> Tensor:
-    """An output whose gradient's squares are added up by its last axis."""
+    """Return an output whose gradient's squares are summed by its last axis."""
 
     def note(gradient: Tensor) -> None:
         squares.add_(gradient.reshape(-1, gradient.shape[-1]).square().sum(0))
@@ -191,7 +191,7 @@ def _watched(output: Tensor, squares: Tensor) -> Tensor:
 
 
 def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tuple[Tensor, int]:
-    """Return what gradients are of: `-log p` of drawn labels, summed over positions, or projections of other values."""
+    """Return the loss: `-log p` of sampled labels, summed over positions, or projections of other values."""
     fields = outputs if isinstance(outputs, Mapping) else {"output": outputs}
     leaves = [(str(name), leaf) for name, field in fields.items() for leaf in tree_leaves(field)]
     named = [(name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -211,16 +211,16 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
 
 
 def draw(logits: Tensor, generator: torch.Generator, left_out: Sequence[int] = ()) -> Tensor:
-    """Draw a column of every row by its probability; one of `-inf` is never drawn.
+    """Sample a column of every row by its softmax probability; a logit of `-inf` is never sampled.
 
-    A row takes one random number, by which its cumulative sums are searched; `torch.multinomial` takes one for each
-    column, which costs more than the softmax. Rows are worked on one at a time, as long as they are in the cache, and
-    by numpy: threads would wait longer for each other than a row takes.
+    A row takes one random number, which is searched in its cumulative sums; `torch.multinomial` takes one per column,
+    which costs more than the softmax. Rows are processed one at a time, while they are in the cache, and with numpy:
+    thread synchronisation would take longer than a row.
 
     Args:
         logits: `[rows, columns]`, float32.
-        generator: Draws the numbers.
-        left_out: Columns that are not drawn.
+        generator: Random generator.
+        left_out: Columns that are not sampled.
 
     Returns:
         The columns, `[rows]`.

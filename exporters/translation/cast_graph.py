@@ -1,4 +1,4 @@
-"""A traced graph cast to another float precision, as the model itself would run in it."""
+"""Casting of a traced graph to another float precision, as the model itself would run in it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _FLOAT16_OVERFLOW = 65520.0  # the smallest value that rounds to infinity
 
 
 class _Kind(Enum):
-    """What decides the precision of a float value.
+    """Determines the precision of a float value.
 
     Attributes:
-        OWN: The model's own precision: weights, and what is computed with them.
+        OWN: The model's own precision: weights, and values computed with them.
         RAISED: float32 because the model casts up, as inside a normalisation or a softmax.
-        FREE: float32, and computed without a weight, such as rotary angles; cast where it meets the other kinds.
+        FREE: float32, computed without a weight, such as rotary angles; cast where it meets the other kinds.
     """
 
     OWN = "own"
@@ -52,7 +52,7 @@ class GraphCast:
     def __init__(
         self, graph_module: fx.GraphModule, before: torch.dtype, dtype: torch.dtype, cache: tuple[StateKind, ...]
     ) -> None:
-        """Copy the graph; `before` is the dtype of its parameters, `cache` the kinds of the tensors of its cache."""
+        """Copy the graph; `before` is the dtype of its parameters, `cache` the kinds of its cache's tensors."""
         self.source = graph_module
         self.before, self.dtype, self.cache = before, dtype, cache
         self.graph = copy_graph(graph_module)
@@ -62,7 +62,7 @@ class GraphCast:
         self.module = fx.GraphModule(graph_module, self.graph)
 
     def run(self) -> fx.GraphModule:
-        """The graph in the other precision."""
+        """Return the graph in the other precision."""
         pasts = [node for node in self.graph.find_nodes(op="placeholder") if str(node.target).startswith(PAST)]
         summed = {node for node, kind in zip(pasts, self.cache, strict=False) if kind.sums_up}
         for node in list(self.graph.nodes):
@@ -119,7 +119,7 @@ class GraphCast:
     def _part_from(self, node: fx.Node, source: fx.Node) -> None:
         """Let readers outside the module that raised a value read the original value.
 
-        In float32 the two are one tensor, so that a trace has the residual connection read what a normalisation raised.
+        In float32 both are one tensor, so the trace's residual connection reads the value that a normalisation raised.
         """
         if self.kinds[node] is not _Kind.RAISED:
             return
@@ -130,7 +130,7 @@ class GraphCast:
                 user.replace_input_with(node, source)
 
     def _call(self, node: fx.Node) -> None:
-        """Handle an operator: its float operands are cast to one precision, which its result has too."""
+        """Cast an operator's float operands to one precision, which its result has too."""
         floats = [arg for arg in node.all_input_nodes if arg in self.kinds]
         kind = self._kind_of(node, floats)
         if any(_is_float(value) for value in _values(node)):
@@ -166,11 +166,11 @@ class GraphCast:
         self._retype(node, self._dtype_of(kind))
 
     def _retype(self, node: fx.Node, dtype: torch.dtype) -> None:
-        """Note the dtype of a node's float values."""
+        """Record the dtype of a node's float values."""
         node.meta["val"] = tree_map(lambda value: _as_dtype(value, dtype), node.meta["val"])
 
     def _use(self, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> None:
-        """Cast a value for one of its readers, if it has another dtype."""
+        """Cast a value for one of its readers, if its dtype differs."""
         values = [value for value in _values(arg) if _is_float(value)]
         if not values or values[0].dtype == dtype or not isinstance(arg.meta["val"], Tensor):
             return
@@ -186,7 +186,7 @@ class GraphCast:
         return cast
 
     def _set_dtype(self, node: fx.Node) -> None:
-        """Set the dtype argument of a node to the dtype of its noted value."""
+        """Set a node's dtype argument to its recorded dtype."""
         dtype = next((value.dtype for value in _values(node) if isinstance(value, Tensor)), None)
         if dtype is None:
             return
@@ -194,7 +194,7 @@ class GraphCast:
         node.kwargs = {name: dtype if isinstance(arg, torch.dtype) else arg for name, arg in node.kwargs.items()}
 
     def _keep_finite(self, node: fx.Node, dtype: torch.dtype) -> None:
-        """Clamp constants such as the smallest float32, which masks a position, to the range of the precision."""
+        """Clamp constants such as the smallest float32, which masks a position, to the precision's range."""
         limit, extreme = torch.finfo(self.dtype).max, torch.finfo(self.before).max
 
         def bounded(value: Any) -> Any:
@@ -212,7 +212,7 @@ class GraphCast:
 
 
 def cast_inputs(graph: fx.Graph, dtype: torch.dtype) -> fx.GraphModule:
-    """Let a graph that was cast take floats of any dtype, and return its module."""
+    """Let a cast graph take floats of any dtype, and return its module."""
     for node in filter(_is_float, graph.find_nodes(op="placeholder")):
         with graph.inserting_after(node):
             cast = graph.call_function(_aten.to.dtype, (node, dtype))
@@ -240,7 +240,7 @@ def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype, name: str) -> n
 
 
 def _scope(node: fx.Node) -> str:
-    """Path of the module that a node was traced in, ending in a dot."""
+    """Return the path of the module that a node was traced in, ending in a dot."""
     paths = [path for path, _ in module_stack(node)]
     return f"{paths[-1]}." if paths and paths[-1] else ""
 
@@ -252,7 +252,7 @@ def _contracts(node: fx.Node) -> bool:
 
 
 def _dtype_argument(node: fx.Node) -> torch.dtype | None:
-    """The dtype that a node names for its result."""
+    """Return the dtype that a node's arguments give for its result."""
     return next((arg for arg in (*node.args, *node.kwargs.values()) if isinstance(arg, torch.dtype)), None)
 
 
@@ -267,7 +267,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _as_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """A noted value with another dtype; its symbolic sizes stay."""
+    """Change the dtype of a recorded value, keeping its symbolic sizes."""
     if not _is_float(value) or value.dtype == dtype:
         return value
     return (

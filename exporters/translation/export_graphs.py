@@ -1,4 +1,4 @@
-"""The graphs that an export begins with: of PyTorch's operators, in the export's precision."""
+"""The graphs that an export starts from: PyTorch operators, in the export's precision."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def check_exportable(traced: TracedModel, *, verify: bool) -> None:
 
 
 def _is_tensor(node: fx.Node) -> bool:
-    """Return whether a node is a tensor, as far as its traced value tells."""
+    """Return whether a node is a tensor, by its traced value."""
     return "val" not in node.meta or isinstance(node.meta["val"], torch.Tensor)
 
 
 def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
-    """A copy of a trace's graph in evaluation mode, of PyTorch's operators, each with its traced value."""
+    """Return a copy of a trace's graph in evaluation mode, of PyTorch operators, each with its traced value."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
     if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # as those of regions are
@@ -63,7 +63,7 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
 
 
 def step_to_translate(traced: TracedModel) -> fx.GraphModule:
-    """The graph of a decoder's step that returns logits and the cache alone, whatever the model returns beside them."""
+    """Return the graph of a decoder's step, which returns only logits and the cache."""
     graph_module = graph_to_translate(traced)
     output = graph_module.graph.output_node()
     results: Any = output.args[0]
@@ -80,7 +80,7 @@ def step_to_translate(traced: TracedModel) -> fx.GraphModule:
 
 
 def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.GraphModule:
-    """The graph itself if it can be translated, else captured again, such as a symbolic trace that calls modules."""
+    """Return the graph if it can be translated, else capture it again, such as a symbolic trace that calls modules."""
     from gralora_fx.core.tracing.ready_graphs import is_operator_graph, recapture
 
     if is_operator_graph(graph_module.graph):
@@ -93,7 +93,7 @@ def _as_operators(graph_module: fx.GraphModule, traced: TracedModel) -> fx.Graph
 
 @dataclass(frozen=True)
 class CastGraph:
-    """Bring a graph's weights and activations to a precision; nothing changes where all are float32 and shall be.
+    """Cast a graph's weights and activations to a precision; unchanged if all are float32 and stay so.
 
     Before: `x: float32; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float32) * w`
     After:  `x: float16; h = to(x, float32); y = to(h * rsqrt(mean(h * h)), float16) * w`, `w` cast when it is read
@@ -109,7 +109,7 @@ class CastGraph:
     cache: tuple[StateKind, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Give a graph over new parameters, which are on the meta device until they are read."""
+        """Return a graph with new parameters, on the meta device until they are read."""
         graph_module = graph.owning_module
         assert graph_module is not None
         before = precision_of(graph_module)
@@ -123,7 +123,7 @@ class CastGraph:
 
 
 def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
-    """Return a model's graph in a precision, itself where it has that (see `CastGraph`); it takes inputs of any."""
+    """Return a model's graph in a precision, itself if it has that (see `CastGraph`); it takes inputs of any."""
     graph = CastGraph(precision)(graph_module.graph).graph
     if graph is None:
         return graph_module
@@ -133,7 +133,7 @@ def cast_graph(graph_module: fx.GraphModule, precision: str) -> fx.GraphModule:
 
 
 def precision_of(graph_module: fx.GraphModule) -> str:
-    """Return the precision of a graph's float parameters; `fp32` where it has none."""
+    """Return the precision of a graph's float parameters; `fp32` if it has none."""
     dtypes = {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
     matches = [name for name, dtype in DTYPES.items() if dtypes <= {dtype}]
     if not matches:

@@ -1,4 +1,4 @@
-"""Matching of traced expressions: what a node computes, however the model's code is written."""
+"""Matching of traced expressions by what they compute, however the model's code is written."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ ADD = (aten.add.Tensor, aten.add.Scalar, operator.add)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Whether a value is a call of one of the given operators."""
+    """Return whether a value is a call of one of the given operators."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
 def operands(node: Any, *targets: Any) -> tuple[Any, Any] | None:
-    """The two operands of a call of one of the given binary operators without `alpha`; None for anything else."""
+    """Return the operands of a binary operator's call without `alpha`; None for anything else."""
     if not is_call(node, *targets) or len(node.args) != 2 or node.kwargs:
         return None
     return node.args[0], node.args[1]
 
 
 def number(value: Any) -> float | None:
-    """A number, or None."""
+    """Return a number as float, or None for anything else."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def reshaped(node: Any) -> Any:
-    """What a node gives with other axes; None where it does anything else."""
+    """Return the input of a reshape; None for other nodes."""
     reshape = Reshape.of(node)
     if reshape is not None:
         return reshape.x
@@ -43,23 +43,23 @@ def reshaped(node: Any) -> Any:
 
 
 def shape(node: Any) -> tuple[Any, ...]:
-    """The traced shape of a tensor, symbolic sizes included; empty for anything else."""
+    """Return a tensor's traced shape, including symbolic sizes; empty for anything else."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def same_size(first: Any, second: Any) -> bool:
-    """Whether two sizes are equal expressions, without adding a guard to the trace."""
+    """Return whether two sizes are equal expressions, without adding a guard to the trace."""
     return bool(expression(first) == expression(second))
 
 
 def is_size(node: Any) -> bool:
-    """Whether a node is a size that is not known when tracing."""
+    """Return whether a node is a size unknown at trace time."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def expression(size: Any) -> Any:
-    """A size as a plain number or a symbolic expression."""
+    """Return a size as a plain number or a symbolic expression."""
     if isinstance(size, torch.SymInt):
         number = size.node.maybe_as_int()
         return size.node.expr if number is None else number
@@ -67,7 +67,7 @@ def expression(size: Any) -> Any:
 
 
 def limits(node: Any) -> Slice | None:
-    """A slice with limits known when tracing, its axis counted from the front; None of anything else."""
+    """Return a slice with limits known at trace time, its axis counted from the front; None for anything else."""
     if not is_call(node, aten.slice.Tensor) or node.kwargs:
         return None
     args: list[Any] = list(node.args)
@@ -81,7 +81,7 @@ def limits(node: Any) -> Slice | None:
 
 
 def last_axis_slice(node: Any) -> tuple[fx.Node, int, int, int] | None:
-    """`(x, start, stop, step)` of a node `x[..., start:stop:step]`; None for anything else."""
+    """Return `(x, start, stop, step)` of a node `x[..., start:stop:step]`; None for anything else."""
     sliced = limits(node)
     if sliced is None or sliced.axis != len(shape(sliced.x)) - 1:
         return None
@@ -93,7 +93,7 @@ def last_axis_slice(node: Any) -> tuple[fx.Node, int, int, int] | None:
 
 
 def concat_operands(node: Any) -> list[Any] | None:
-    """The operands of a concatenation along the last axis; None for anything else."""
+    """Return the operands of a concatenation along the last axis; None for anything else."""
     if not is_call(node, aten.cat.default):
         return None
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

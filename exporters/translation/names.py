@@ -1,4 +1,4 @@
-"""The ecosystem's names for the inputs, outputs and axes of an exported graph."""
+"""Conventional names for the inputs, outputs and axes of an exported graph."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def input_names(inputs: Mapping[str, Any]) -> list[str]:
-    """The names of a graph's inputs, in order: `pairs.0`, `options.scales.left`."""
+    """Return the names of a graph's inputs, in order: `pairs.0`, `options.scales.left`."""
     paths = [path for path, leaf in leaf_paths(inputs) if isinstance(leaf, Tensor)]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -70,9 +70,9 @@ def input_names(inputs: Mapping[str, Any]) -> list[str]:
 
 
 def name_outputs(model: ir.Model) -> PassResult[ir.Model]:
-    """Name the outputs of a plain module `output`, or `output_0` and so on; a transformers model's have names.
+    """Name a plain module's outputs `output`, or `output_0` and so on; a transformers model's have names.
 
-    They are called `result` if an input has such a name.
+    They become `result` if an input has such a name.
     """
     outputs = model.graph.outputs
     taken = {value.name for value in model.graph.inputs}
@@ -103,7 +103,7 @@ def _symbols(value: ir.Value) -> list[str | None]:
 
 
 def _symbol(dim: object) -> str | None:
-    """The text of a symbolic axis, the terms of a sum sorted; None for a number."""
+    """Return a symbolic axis's text, with the terms of a sum sorted; None for a number."""
     text = dim.value if isinstance(dim, ir.SymbolicDim) else None
     return None if text is None else " + ".join(sorted(text.split(" + ")))
 
@@ -124,7 +124,7 @@ def _rename(value: ir.Value, names: Mapping[str, str]) -> None:
 
 
 def layer_of(node: ir.Node) -> str:
-    """The path of the module in which a node was traced, or the node's name."""
+    """Return the path of the module in which a node was traced, or the node's name."""
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     names = [name.strip(" '\"[]") for name in scopes.split(",")]
     return next((name for name in reversed(names[:-1]) if name and not name.startswith(_NOWHERE)), str(node.name))

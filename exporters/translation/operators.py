@@ -1,8 +1,8 @@
-"""How this project's operators are translated to ONNX; those of PyTorch are torchlib's, or of `torch_operators`.
+"""Translation of this project's operators to ONNX; for PyTorch's see torchlib and `torch_operators`.
 
-The project's are of the domain `gralora`, larger than PyTorch's operators and named as the runtime's; a later pass
-replaces them by what ONNX Runtime has. They take what the operators of `gralora_fx.core.operators` take, tensors as
-inputs and the rest as attributes, and are written and read here alone.
+They become nodes of the domain `gralora`, larger than PyTorch's operators and named like the runtime's; a later pass
+replaces them by ONNX Runtime's. They take the arguments of `gralora_fx.core.operators`, tensors as inputs and the rest
+as attributes, and are written and read here only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DOMAIN = "gralora"
 
 
 class DomainNode(Call[ir.Value]):
-    """A node of the domain, read and written by the names of the operator's arguments.
+    """A node of the domain, with the operator's arguments as attributes.
 
     Attributes:
         op_type: The operator.
@@ -32,23 +32,23 @@ class DomainNode(Call[ir.Value]):
 
     @classmethod
     def of(cls, node: object) -> Self | None:
-        """What a node takes; None where it is another operator."""
+        """Return a node's arguments; None for another operator."""
         if not isinstance(node, ir.Node) or (node.domain, node.op_type) != (DOMAIN, cls.op_type):
             return None
         return cls.read(node)
 
     @classmethod
     def read(cls, node: ir.Node) -> Self:
-        """What a node that is known to be the operator takes."""
+        """Return the arguments of a node known to be the operator."""
         inputs = [*node.inputs, *[None] * (len(cls.tensors) - len(node.inputs))]  # trailing ones may be left out
         attributes = {name: node.attributes[name].value for name in cls.names() if name not in cls.tensors}
         return cls(**dict(zip(cls.tensors, inputs, strict=True)), **attributes)
 
     @classmethod
     def all_in(cls, graph: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, Self]]:
-        """Every node of the operator among some, with what it takes.
+        """Yield every node of the operator, with its arguments.
 
-        The nodes are listed first, and each is read when its turn comes, so a pass may change the graph meanwhile.
+        The nodes are listed first, and each is read in its turn, so a pass may change the graph meanwhile.
         """
         for node in list(graph):
             taken = cls.of(node)
@@ -56,7 +56,7 @@ class DomainNode(Call[ir.Value]):
                 yield node, taken
 
     def node(self) -> ir.Node:
-        """A new node, for a pass to insert."""
+        """Return a new node, for a pass to insert."""
         values = {name: getattr(self, name) for name in self.names()}
         inputs = [values.pop(name) for name in self.tensors]
         return ir.node(self.op_type, inputs, values, domain=DOMAIN, version=1, num_outputs=self.results)
@@ -93,7 +93,7 @@ class RotaryNode(DomainNode, Rotary[ir.Value]):
 
 
 def translation_of(kind: type[DomainNode]) -> Callable[..., Any]:
-    """Return the translation of an operator to its node of the domain; it takes the operator's arguments in order."""
+    """Return an operator's translation to its node of the domain; it takes the operator's arguments in order."""
 
     def translation(*values: Any) -> Any:
         arguments = dict(zip(kind.names(), values, strict=True))
@@ -111,19 +111,19 @@ def translation_of(kind: type[DomainNode]) -> Callable[..., Any]:
 
 
 def _reshape(x: Any, shape: list[int]) -> Any:
-    """ONNX `Reshape` to a constant shape, 0 for a size that stays as it is."""
+    """Return ONNX `Reshape` to a constant shape, 0 for an unchanged size."""
     sizes = _add("Constant", [], {"value_ints": list(shape)})
     return _add("Reshape", [x, sizes], {})
 
 
 def _slice(x: Any, axis: int, start: int, stop: int, step: int) -> Any:
-    """ONNX `Slice` with constant limits."""
+    """Return ONNX `Slice` with constant limits."""
     limits = [_add("Constant", [], {"value_ints": [number]}) for number in (start, stop, axis, step)]
     return _add("Slice", [x, *limits], {})
 
 
 def _add(op_type: str, inputs: list[Any], attributes: dict[str, Any]) -> ir.Value:
-    """A new node of ONNX's own in the graph that is being translated; its output."""
+    """Append a node of ONNX's domain to the graph being translated; return its output."""
     return _append(ir.node(op_type, inputs, attributes))
 
 

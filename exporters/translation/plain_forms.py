@@ -1,4 +1,4 @@
-"""Calls in the form that has a translation: by PyTorch's and transformers' own passes, of sizes, and of numbers."""
+"""Rewriting of calls to forms with a translation: by PyTorch's and transformers' passes, of sizes and of numbers."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def fix_calls(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def bfloat16_in_float32(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute in float32, and round, what a model of another precision computes in bfloat16 between its casts.
+    """Replace bfloat16 operators in a model of another precision by float32 operators and rounding.
 
-    ONNX Runtime's CPU provider has casts of bfloat16 and no other kernels. Falcon computes ALiBi's biases like that.
+    ONNX Runtime's CPU provider has casts of bfloat16 and no other kernels. Falcon computes ALiBi's biases so.
 
     Before: `y: bfloat16 = mul(slopes, positions)`
     After:  `y = to(mul(to(slopes, float32), to(positions, float32)), bfloat16)`
@@ -75,7 +75,7 @@ def _is_bfloat16(node: fx.Node) -> bool:
 
 @contract(needs={NOTED_VALUES}, leaves={ONE_SPELLING})
 def eliminate_common_subexpressions(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute equal expressions once; the result is a new graph."""
+    """Compute equal expressions once; return a new graph."""
     cse_result = CSEPass(banned_ops=get_CSE_banned_ops())(module_of(graph))
     if cse_result is None:
         return PassResult(0)
@@ -113,7 +113,7 @@ _ARITHMETIC = (aten.div.Tensor, aten.mul.Tensor, aten.add.Tensor, aten.sub.Tenso
 
 @contract(needs={NOTED_VALUES})
 def plain_sizes(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace numbers of elements by products of sizes, and cast sizes that floats are computed with.
+    """Replace element counts by products of sizes, and cast sizes used in float arithmetic.
 
     Before: `y = div(x, sym_numel(z))`
     After:  `y = div(x, sym_float(sym_size(z, 0)))`
@@ -141,7 +141,7 @@ def _as_float(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _product(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The product of the sizes of a tensor's axes that are not constant one, in place of its number of elements."""
+    """Return a tensor's number of elements as the product of its sizes other than constant one."""
     source = node.args[0]
     sizes = shape(source)
     axes = [axis for axis, size in enumerate(sizes) if expression(size) != 1]

@@ -1,4 +1,4 @@
-"""Calls without an ONNX form replaced: traced anew without writes or decomposed, or the number that they compute."""
+"""Replacement of calls without an ONNX form: retraced without writes, decomposed, or computed as numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Table = Mapping[Any, Function]  # what replaces an operator
 
 
 def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
-    """`x` broadcast to a shape, its axes at `axes`."""
+    """Broadcast `x` to a shape, its axes at `axes`."""
     sizes = [x.shape[axes.index(axis)] if axis in axes else 1 for axis in range(len(shape))]
     return x.reshape(sizes).expand(shape)
 
@@ -41,7 +41,7 @@ _UNTRACEABLE: dict[Any, Function] = {torch.ops.aten.clamp_.default: torch.ops.at
 
 
 def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Sequence[fx.Node] = ()) -> None:
-    """Replace calls in a graph by a new trace of their computation, without in-place writes."""
+    """Replace calls in a graph by a retrace of their computation without in-place writes."""
     inside = set(nodes)
     inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside))
     outputs = [node for node in nodes if any(user not in inside for user in node.users)]
@@ -80,14 +80,14 @@ def retrace(nodes: Sequence[fx.Node], table: Table | None = None, written: Seque
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
-    """The result of an operator, which may write into its first argument."""
+    """Return an operator's result; it may write into its first argument."""
     functional = _UNTRACEABLE.get(target)
     return target(*args, **kwargs) if functional is None else args[0].copy_(functional(*args, **kwargs))
 
 
 @contract(leaves={NOTED_VALUES})
 def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Set `meta["val"]` of every call that a pass added without one, by PyTorch's own shape rules."""
+    """Set `meta["val"]` of every call that a pass added without it, by PyTorch's own shape rules."""
     added = [node for node in graph.nodes if node.op == "call_function" and "val" not in node.meta]
     if not added:
         return PassResult(0)
@@ -102,13 +102,13 @@ def note_values(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _as_fake(value: Any, mode: Any) -> Any:
-    """A tensor as a fake one whose sizes are numbers, such as a weight; anything else as it is."""
+    """Return a tensor, such as a weight, as a fake one with static sizes; other values unchanged."""
     is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
     return mode.from_tensor(value, static_shapes=True) if is_real else value
 
 
 def _from(first: fx.Node) -> set[fx.Node]:
-    """A node and all nodes after it."""
+    """Return a node and all nodes after it."""
     nodes = list(first.graph.nodes)
     return set(nodes[nodes.index(first) :])
 
@@ -155,12 +155,12 @@ def _joined(spans: list[tuple[int, int, fx.Node]]) -> list[tuple[int, int, list[
 
 
 def _is_computed(node: fx.Node) -> bool:
-    """Whether a node computes a tensor, rather than selecting one of several results."""
+    """Return whether a node computes a tensor, rather than selecting one of several results."""
     return node.op == "call_function" and node.target is not operator.getitem
 
 
 def _root(node: fx.Node) -> fx.Node | None:
-    """The tensor whose memory a node's result may alias; None if it has memory of its own."""
+    """Return the tensor whose memory a node's result may alias; None if it has its own."""
     source = node
     while (earlier := _shares_with(source)) is not None:
         source = earlier
@@ -186,7 +186,7 @@ def _writes(node: fx.Node) -> bool:
 @contract(needs={FUNCTIONAL, NOTED_VALUES})
 @dataclass(frozen=True)
 class Decompose:
-    """Replace every unsupported operator by PyTorch's decomposition of it; the rest of the graph stays.
+    """Replace every unsupported operator by PyTorch's decomposition; the rest of the graph is unchanged.
 
     Before: `y = square(x)`
     After:  `y = pow(x, 2)`
@@ -238,7 +238,7 @@ class FoldNumbers:
         return PassResult(count)
 
     def _number(self, node: fx.Node, numbers: dict[fx.Node, Tensor | None]) -> Tensor | None:
-        """The scalar value of a node that depends on constants only; None for any other node."""
+        """Return the scalar value of a node that depends on constants only; None for other nodes."""
         if node not in numbers:
             numbers[node] = self._computed(node, numbers)
         return numbers[node]

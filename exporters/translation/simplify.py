@@ -1,4 +1,4 @@
-"""Removal of what ONNX does not need: casts that change nothing, copies, shapes computed at run time."""
+"""Removal of nodes that ONNX does not need: casts without effect, copies, shapes computed at run time."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
 
     Casts to a tensor's own dtype, copies, dropout in evaluation mode, multiplications by 1 and empty pieces are
     removed; other casts get the form that has a translation. Splits become slices, and a squeeze names its axes. A
-    shape that can be written with numbers known when tracing, 0 for an unchanged size and at most one -1, becomes a
-    constant.
+    shape of sizes known at trace time, 0 for an unchanged size and at most one -1, becomes a constant.
     """
     before = len(graph.nodes)
     for node in list(graph.nodes):
@@ -60,7 +59,7 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _unchanged(node: fx.Node) -> Any:
-    """What a node gives again as it is; None where it computes something."""
+    """Return the input that a node returns unchanged; None if it computes something."""
     drop_path = DropPath.of(node)
     if drop_path is not None:
         return None if drop_path.train else drop_path.x
@@ -87,7 +86,7 @@ def _drop(node: fx.Node, source: Any) -> None:
 
 
 def _plain_cast(node: fx.Node) -> None:
-    """Rewrite a conversion to the one that has an ONNX form, or drop it if it changes nothing."""
+    """Rewrite a conversion to the form that ONNX has, or drop it if it changes nothing."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     dtype = node.meta["val"].dtype
@@ -98,7 +97,7 @@ def _plain_cast(node: fx.Node) -> None:
 
 
 def _named_axes(node: fx.Node) -> None:
-    """Name the axes that are dropped: without names, a batch of one row would be dropped too.
+    """Name the squeezed axes; without names, a batch of one row would be squeezed too.
 
     Before: `squeeze(x)` of `[batch, 1]`
     After:  `squeeze(x, 1)`
@@ -138,7 +137,7 @@ def _constant_shape(node: fx.Node) -> None:
 
 
 def _slices(node: fx.Node) -> None:
-    """Replace a split by slices, if its pieces have sizes known when tracing."""
+    """Replace a split by slices, if the sizes of its pieces are known at trace time."""
     source = node.args[0]
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     if not isinstance(dim, int) or any(not is_call(user, operator.getitem) for user in node.users):
@@ -204,7 +203,7 @@ def addmm_to_matmul(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 @contract(needs={UNSHARED_WRITES}, leaves={FUNCTIONAL})
 def out_of_place(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Replace in-place operators by out-of-place ones; later readers read the result. The graph is changed in place.
+    """Replace in-place operators by out-of-place ones, in place in the graph; later readers read the result.
 
     Before: `x.add_(y); z = f(x)`
     After:  `x2 = x.add(y); z = f(x2)`
@@ -229,7 +228,7 @@ def _out_of_place(node: fx.Node) -> bool:
 
 
 def _functional(target: Any) -> Any:
-    """The out-of-place variant of an operator that writes into its first argument; None for any other."""
+    """Return the out-of-place variant of an operator that writes into its first argument; None for others."""
     if not is_mutable(target):
         return None
     name = base_name(target)

@@ -1,4 +1,4 @@
-"""The graph of an encoder-decoder, split in two at the encoder's output."""
+"""Splitting of an encoder-decoder's graph at the encoder's output."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def split(graph_module: fx.GraphModule) -> SplitGraph:
 def _part(
     graph_module: fx.GraphModule, inputs: Mapping[str, fx.Node], outputs: Mapping[str, fx.Node]
 ) -> fx.GraphModule:
-    """The subgraph between inputs and outputs, which reads every size from its own inputs."""
+    """Return the subgraph between inputs and outputs, which reads every size from its own inputs."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for name, node in inputs.items():
@@ -102,7 +102,7 @@ def _part(
 
 
 def _reached(outputs: object, *, stop: set[fx.Node], sizes: Mapping[str, tuple[fx.Node, int]]) -> set[fx.Node]:
-    """Every node that the outputs depend on, not looking past the given nodes and known sizes."""
+    """Return every node that the outputs depend on, stopping at the given nodes and known sizes."""
     reached: set[fx.Node] = set()
     waiting = list(outputs)  # type: ignore[call-overload]
     while waiting:

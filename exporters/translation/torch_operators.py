@@ -1,4 +1,4 @@
-"""Operators of PyTorch that torchlib translates otherwise, or not at all; loaded for a graph that calls one."""
+"""PyTorch operators that torchlib translates differently or not at all; loaded for graphs that call one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """`Softmax(MatMul(scale * query, Transpose(key)) + mask) @ value`.
+    """Translate to `Softmax(MatMul(scale * query, Transpose(key)) + mask) @ value`.
 
     torchlib's translation transposes keys by shapes computed at run time, scales queries and keys separately, and
     checks every layer's weights for NaN, which cannot occur with a finite mask.
@@ -73,7 +73,7 @@ def batch_norm(
     eps: float,
     cudnn_enabled: bool = True,
 ) -> Any:
-    """`BatchNormalization` by the running statistics, which ONNX Runtime folds into a convolution before it.
+    """Translate to `BatchNormalization` with running statistics, which ONNX Runtime folds into a convolution.
 
     A layer without running statistics normalises by those of the batch, in evaluation too.
 
@@ -82,9 +82,9 @@ def batch_norm(
         weight: `[channels]` or None.
         bias: `[channels]` or None.
         running_mean: `[channels]`, or None without running statistics.
-        running_var: As `running_mean`.
+        running_var: Like `running_mean`.
         training: Whether to normalise by the statistics of the batch.
-        momentum: Of the running statistics; no effect here.
+        momentum: No effect here.
         eps: Added to the variance.
         cudnn_enabled: No effect here.
     """
@@ -106,7 +106,7 @@ def batch_norm(
 
 
 def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    """`Softplus`; torchlib's translation gives large numbers back as they are, which they are anyway."""
+    """Translate to `Softplus`; torchlib's threshold for large numbers is not needed."""
     if beta == 1.0:
         return op.Softplus(x)
     factor = op.Constant(value=_number(beta, x.dtype))
@@ -114,7 +114,7 @@ def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
 
 
 def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) -> Any:
-    """Fourier transform of real numbers along given axes, as a complex tensor: its last axis is the pair of parts.
+    """Translate a Fourier transform of real numbers along given axes to complex numbers, pairs in a last axis.
 
     PyTorch's decomposition fixes the sizes of the trace.
     """
@@ -128,9 +128,9 @@ def fft_fftn(x: Any, s: Any = None, dim: Any = None, norm: str | None = None) ->
 
 
 def histc(x: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:
-    """How many numbers lie in each of `bins` equal parts of `[min, max]`, such as the tokens of each route.
+    """Count the numbers in each of `bins` equal parts of `[min, max]`, such as the tokens of each route.
 
-    torchlib's translation looks for NaN first. Here a number that lies in no part, as NaN does, equals no part's index.
+    torchlib's translation tests for NaN first. Here a number in no part, such as NaN, equals no part's index.
     """
     if min == max or x.dtype is None:
         return aten_histc(x, bins, min, max)

@@ -69,9 +69,9 @@ def translate(
 ) -> ir.Model:
     """Translate a traced graph in evaluation mode; its weights become initializers under their own names.
 
-    Inputs keep the names of the graph's placeholders, outputs those of its nodes. This project's operators
-    become nodes of a domain that ONNX Runtime does not know: later passes have to replace them. Branches of a condition
-    become those of `If`.
+    Inputs keep the names of the graph's placeholders, outputs those of its nodes. This project's operators become nodes
+    of a domain that ONNX Runtime does not know, for later passes to replace. Branches of a condition become those of
+    `If`.
     """
     model = ir.Model(ir.Graph([], [], nodes=[], name="main_graph"), ir_version=IR_VERSION)
     log = PassLog() if log is None else log
@@ -105,7 +105,7 @@ def _translate_into(
     name: str,
     passes: Sequence[Pass[fx.Graph]] = (),
 ) -> Weights:
-    """Translate a graph into a graph or function of a model; its subgraphs become functions of the model."""
+    """Translate a graph into a graph or function of a model; its subgraphs become functions."""
     parts = {path: part for path, part in graph_module.named_children() if isinstance(part, fx.GraphModule)}
     functions = {path: _function(path, part, model, log) for path, part in parts.items()}
     graph = copy_graph(graph_module)
@@ -157,7 +157,7 @@ def _translate_into(
 
 
 def _take_weights(graph: fx.Graph, graph_module: fx.GraphModule, parts: Mapping[str, fx.GraphModule]) -> Weights:
-    """The tensors that a graph reads, each by a single node, so that tensors in the same memory are stored once."""
+    """Return the tensors that a graph reads, each by one node, so that tensors in the same memory are stored once."""
     weights: Weights = {}
     first: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="get_attr"):
@@ -177,7 +177,7 @@ def _take_weights(graph: fx.Graph, graph_module: fx.GraphModule, parts: Mapping[
 
 
 def _memory(tensor: Tensor) -> Any:
-    """A key that is equal for tensors that are the same view of the same memory."""
+    """Return a key that is equal for equal views of the same memory."""
     if tensor.is_meta:
         return id(tensor)
     location = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
@@ -194,12 +194,12 @@ def _function(name: str, graph_module: fx.GraphModule, model: ir.Model, log: Pas
 
 
 def _placeholder_tensor(tensor: Tensor) -> Tensor:
-    """A tensor to translate with: the tensor itself, or a zero expanded to its shape if it is on the meta device."""
+    """Return a tensor to translate with: itself, or an expanded zero if it is on the meta device."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) if tensor.is_meta else tensor
 
 
 def _constant(tensor: Tensor) -> Tensor | None:
-    """A tensor that is not a parameter and has values, or None."""
+    """Return a tensor that has values and is no parameter, or None."""
     return None if isinstance(tensor, nn.Parameter) or tensor.is_meta else tensor
 
 
@@ -228,5 +228,5 @@ def _register_replaced() -> None:
 
 
 def _unsqueeze_complex(tensor: Any, dim: int) -> Any:
-    """A new axis of a complex tensor, whose last axis in ONNX is the pair of its parts."""
+    """Translate an unsqueeze of a complex tensor, whose last axis in ONNX is the pair of its parts."""
     return opset18.Unsqueeze(tensor, opset18.Constant(value_ints=[dim if dim >= 0 else dim - 1]))

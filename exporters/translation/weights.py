@@ -1,4 +1,4 @@
-"""Weights of a graph as tensors of an ONNX model; lazy ones stay lazy."""
+"""Weights of a graph as ONNX tensors; lazy ones stay lazy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 
 
 def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
-    """A parameter as an initializer's value, which shares its memory or is computed when it is written."""
+    """Return a parameter as an initializer's value, sharing its memory or computed when it is written."""
     if not tensor.is_meta:
         return TorchTensor(tensor.detach(), name=name)
     shape, dtype = ir.Shape(tensor.shape), from_torch_dtype(tensor.dtype)
@@ -33,7 +33,7 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
 
 
 def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[[], Made]) -> Made:
-    """What is made of tensors, made once for all graphs that hold them: so they share it, and it is stored once."""
+    """Return a value derived from tensors, made once and shared by all graphs that hold them, so stored once."""
     memo: dict[Hashable, Made] = sources[0].meta.setdefault(_DERIVED, {})
     whole = key, *map(id, sources)  # all are held by what is made
     if whole not in memo:
@@ -42,10 +42,10 @@ def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[
 
 
 class LazyTensor(ir.LazyTensor):
-    """A tensor whose values are computed by a function at every read, and not kept.
+    """A tensor whose values are computed at every read, and not kept.
 
     Attributes:
-        parts: The tensors that it joins along its last axis, for who can do with one at a time; else empty.
+        parts: The tensors that it concatenates along its last axis, for readers of one at a time; else empty.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class LazyTensor(ir.LazyTensor):
         make: Callable[[], ir.TensorProtocol],
         parts: Sequence[ir.TensorProtocol] = (),
     ) -> None:
-        """Make nothing yet."""
+        """Compute nothing yet."""
 
         def values() -> ir.TensorProtocol:
             with torch.no_grad():
@@ -66,7 +66,7 @@ class LazyTensor(ir.LazyTensor):
         self.parts = tuple(parts)
 
     def tofile(self, file: Any) -> None:
-        """Write the values to a binary file; of a transposed matrix some rows after the other, without a copy."""
+        """Write the values to a binary file; a transposed matrix is written by chunks of rows, without a copy."""
         tensor = self.raw()
         values = tensor.numpy()
         if isinstance(tensor, ir.Tensor) and (values.ndim < 2 or values.flags.c_contiguous):
@@ -78,7 +78,7 @@ class LazyTensor(ir.LazyTensor):
 
 
 class StackedTensor(LazyTensor):
-    """Matrices or vectors along a first axis, which are computed and written one after the other.
+    """Matrices or vectors along a first axis, computed and written one at a time.
 
     Attributes:
         entries: Computes them, in order.
@@ -92,7 +92,7 @@ class StackedTensor(LazyTensor):
         self.entries = entries
 
     def tofile(self, file: Any) -> None:
-        """Write the values to a binary file, with no more than one entry in memory."""
+        """Write the values to a binary file, with at most one entry in memory."""
         with torch.no_grad():
             for entry in self.entries():
                 file.write(np.ascontiguousarray(entry).view(np.uint8).data)
@@ -100,17 +100,17 @@ class StackedTensor(LazyTensor):
 
 
 def entries_of(tensor: ir.TensorProtocol) -> Iterator[NDArray[Any]]:
-    """The entries of a tensor along its first axis, one after the other where they are computed so."""
+    """Return the entries of a tensor along its first axis, one at a time if they are computed so."""
     return tensor.entries() if isinstance(tensor, StackedTensor) else iter(tensor.numpy())
 
 
 def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
-    """Tensors joined along their last axis, put together when they are read."""
+    """Concatenate tensors along their last axis lazily."""
     first, widths = parts[0], [int(part.shape.numpy()[-1]) for part in parts]
     shape = ir.Shape([*first.shape.numpy()[:-1], sum(widths)])
 
     def whole() -> ir.TensorProtocol:
-        """Copy one part after the other, so that no more than one is in memory beside the whole."""
+        """Copy one part at a time, so that at most one is in memory beside the whole."""
         values = np.empty(shape.numpy(), first.dtype.numpy())
         for part, end, width in zip(parts, np.cumsum(widths), widths, strict=True):
             values[..., end - width : end] = part.numpy()
@@ -120,7 +120,7 @@ def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
 
 
 def transposed_tensor(name: str | None, matrix: ir.TensorProtocol) -> LazyTensor:
-    """A transposed matrix, which is copied as a whole neither when it is read nor when it is written.
+    """Return a transposed matrix, which is never copied as a whole.
 
     Args:
         name: Name of the transposed matrix.
@@ -131,11 +131,11 @@ def transposed_tensor(name: str | None, matrix: ir.TensorProtocol) -> LazyTensor
 
 
 def parts_of(tensor: ir.TensorProtocol) -> tuple[ir.TensorProtocol, ...]:
-    """The parts of a concatenated matrix; the matrix itself if it is not one."""
+    """Return the parts of a concatenated matrix, or the matrix itself."""
     return tensor.parts if isinstance(tensor, LazyTensor) and tensor.parts else (tensor,)
 
 
 def unless_weight(node: ir.Node) -> bool | None:
-    """Whether constants may be folded at a node: not at the transpose of a weight, which would be stored twice."""
+    """Return whether constants may be folded at a node: not at a weight's transpose, which would be stored twice."""
     source = node.inputs[0] if node.op_type == "Transpose" and node.inputs else None
     return False if source is not None and source.is_initializer() else None

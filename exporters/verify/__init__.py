@@ -1,1 +1,1 @@
-"""Comparison of an export with its model: inputs, tokens, references, tolerances."""
+"""Verification: comparison of an export with its model on fresh inputs and tokens, within tolerances."""

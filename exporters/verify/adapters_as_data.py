@@ -1,4 +1,4 @@
-"""Adapters that are data of an export: compared with the model's, in sessions, in rows beside others, and folded."""
+"""Adapters as data of an export, compared with the model's: in sessions, in rows beside others, and folded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
-    """Return a session over `model.onnx`, or over what runs beside it, with an adapter; as it is if it takes none."""
+    """Return a session over the export's model, or a companion's, with an adapter; unchanged if it takes none."""
     if not takes_adapters(session):
         return session
     taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
@@ -51,7 +51,7 @@ def session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
 
 
 def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInputs | None, directory: Path) -> None:
-    """Check that a name in the export can be that of the model's adapter."""
+    """Check that a name in the export can belong to the model's adapter."""
     check_name(name)
     if inputs is None:
         raise ExportError(f"{directory} holds no adapters as data; leave {option(adapter_name=name)} out")
@@ -64,7 +64,7 @@ def check_named(name: str, model: TracedModel | GraloraModel, inputs: AdapterInp
 
 
 def tensors_of(name: str, exported: str, model: TracedModel | GraloraModel, base: BaseParameters) -> Arrays:
-    """Return the tensors of an active adapter as the export, where it may have another name, holds them."""
+    """Return an active adapter's tensors as the export stores them, where its name may differ."""
     directory, manifest = base.directory, base.manifest
     inputs = manifest.adapter_inputs
     assert inputs is not None
@@ -114,13 +114,13 @@ def with_folded(base: TracedModel, tensors: Mapping[str, NDArray[Any]], inputs: 
 
 
 class MixedRows(SessionView):
-    """A session over `model_rows.onnx` of a model without a cache, seen as one whose rows all have one adapter.
+    """A session over `model_rows.onnx` of a model without a cache, presented as if all rows had one adapter.
 
-    Each row is run beside a copy of itself with another adapter, or none, so that a row that gets a wrong one shows.
+    Each row runs beside a copy of itself with another adapter, or none, so that a wrong adapter in a row is noticed.
     """
 
     def __init__(self, session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> None:
-        """Stack the adapters in the types that the session takes, which may be one over a float32 copy."""
+        """Stack the adapters in the session's dtypes, which may be those of a float32 copy."""
         super().__init__(session)
         stack, types = adapters.stack_of([adapters[other] for other in names]), _types(session)
         self.count = 1 + len(names)
@@ -128,16 +128,16 @@ class MixedRows(SessionView):
         self.number = stack.ids[None if name is None else adapters[name]]
 
     def get_inputs(self) -> list[Any]:
-        """The inputs of the model."""
+        """Return the inputs of the model."""
         return [value for value in self.session.get_inputs() if not is_adapter_input(value.name)]
 
     def ids(self, rows: int) -> NDArray[np.int64]:
-        """`[2 * rows]`: the adapter of every row and, after it, of its copy: the others in turn."""
+        """Return adapter ids `[2 * rows]`: of every row, then of its copy, cycling through the others."""
         others = [number for number in range(self.count) if number != self.number] or [self.number]
         return np.array([number for row in range(rows) for number in (self.number, others[row % len(others)])])
 
     def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any], options: Any = None) -> list[Any]:
-        """Run on the rows and their copies; outputs are those of the rows."""
+        """Run the rows and their copies; return the rows' outputs."""
         shapes, types = {value.name: value.shape for value in self.session.get_inputs()}, _types(self.session)
         rows, doubled = 0, {}
         for name, value in feed.items():

@@ -1,4 +1,4 @@
-"""The cases of a verification: inputs and prompts that are drawn afresh, and what runs on them."""
+"""Cases of a verification: freshly drawn inputs and prompts, and their runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """An export and the model that its greedy tokens are compared with, after their outputs."""
+    """An export and the model whose greedy tokens it is compared with, after their outputs."""
 
     session: Any
     model: TracedModel | GraloraModel  # in evaluation mode
@@ -57,7 +57,7 @@ class TokenRun:
 
 @dataclass(frozen=True)
 class TokenResult:
-    """How greedy tokens compare, those of `model.onnx` and of the graph of rows; nothing of a model without a cache."""
+    """Comparison of greedy tokens, of `model.onnx` and of the graph of rows; empty for a model without a cache."""
 
     passed: bool = True
     tokens: TokenCheck | None = None
@@ -67,11 +67,11 @@ class TokenResult:
 
 @dataclass(frozen=True)
 class Verification:
-    """What is compared of a kind of export.
+    """The verification of a kind of export.
 
     Attributes:
-        inputs: Gives fresh inputs of a trace by a generator of random numbers, few where that is enough.
-        prompts: Gives prompts of a trace by a seed, few where that is enough; None for a kind that takes none.
+        inputs: Returns fresh inputs of a trace from a random generator, only few if that is enough.
+        prompts: Returns prompts of a trace from a seed, only few if that is enough; None for a kind without prompts.
         compare_tokens: Compares greedy tokens.
     """
 
@@ -80,13 +80,13 @@ class Verification:
     compare_tokens: Callable[[TokenRun], TokenResult] = lambda _: TokenResult()
 
     def cases(self, model: TracedModel, seed: int, *, quick: bool) -> list[Case]:
-        """Fresh inputs with the constants that a call of the model gives again."""
+        """Return fresh inputs, completed by the constants of the trace."""
         drawn = self.inputs(model, torch.Generator().manual_seed(seed), quick)
         return [(description, {**model.constants, **case}) for description, case in drawn]
 
 
 def context_of(model: TracedModel) -> int | None:
-    """Context length of a model, less two for models whose positions begin at two; None without a limit."""
+    """Return a model's context length, less two for models whose positions begin at two; None without a limit."""
     config = {} if model.config is None else model.config.get_text_config().to_dict()
     limits = [context_length(config, name) for name in ("input_ids", "decoder_input_ids")]
     known = [limit for limit in limits if limit is not None]
@@ -94,25 +94,25 @@ def context_of(model: TracedModel) -> int | None:
 
 
 def vocabulary_of(model: TracedModel) -> int | None:
-    """Vocabulary size of a model; None if its configuration does not say."""
+    """Return a model's vocabulary size; None if its configuration has none."""
     config = None if model.config is None else model.config.get_text_config()
     return getattr(config, "vocab_size", None)
 
 
 def longest_text(model: TracedModel) -> int:
-    """Return how many positions a text may have: the context, or 24 where that has no limit."""
+    """Return the longest text to use: the context, or 24 without a limit."""
     return context_of(model) or max(LENGTHS)
 
 
 def is_text(name: str) -> bool:
-    """Return whether the second axis of an input is positions of a text."""
+    """Return whether an input's second axis is positions of a text."""
     return AXES.get(name, ())[1:2] in (("sequence_length",), ("decoder_sequence_length",))
 
 
 def text_like(
     name: str, value: Tensor, model: TracedModel, batch: int, length: int, generator: torch.Generator
 ) -> Tensor:
-    """Random values for an input of a text, with another batch and length; of another input with another batch."""
+    """Return random values for a text input with another batch and length; for other inputs, another batch."""
     if not is_text(name):
         return like(value, batch, None, generator)
     if name.endswith("attention_mask"):
@@ -132,7 +132,7 @@ def text_like(
 def like(
     value: Tensor, batch: int, length: int | None, generator: torch.Generator, vocabulary: int | None = None
 ) -> Tensor:
-    """Random values like a tensor's, with another batch size and, if given, another length."""
+    """Return random values like a tensor's, with another batch size and optionally another length."""
     if value.ndim == 0:
         return value
     shape = [batch, *value.shape[1:]]
@@ -147,10 +147,10 @@ def like(
 
 
 def pad(case: dict[str, Any], side: str) -> None:
-    """Mask a different number of positions in every row but the first.
+    """Mask a different number of positions in every row but the first; in place.
 
-    The tokens there are the row's smallest, so that a model that pools at the largest, as CLIP does, reads no padding.
-    The last stays, which ends the text for models that pool there.
+    Masked tokens become the row's smallest, so that a model that pools at the largest token, such as CLIP, reads no
+    padding. The last token stays, for models that pool at the end token.
     """
     for name, mask in case.items():
         if name == "attention_mask":
@@ -185,7 +185,7 @@ _QUICK_PROMPTS: tuple[tuple[tuple[int, ...], str, int], ...] = (((7, 3), "left",
 
 
 def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prompts with an empty cache, and steps after a long one, padded on the left."""
+    """Yield prompts with an empty cache, and steps after a long one, left-padded."""
     example, beside = model.example_inputs[PAST], beside_ids(model.example_inputs)
     limit = longest_text(model)
     for batch, past, length, side in _QUICK_STEPS if quick else _STEPS:
@@ -219,7 +219,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
 
 
 def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterator[PromptBatch]:
-    """Random prompts: one, several of unequal length padded on either side, and one that fills the context."""
+    """Return random prompts: one, several of unequal length padded on either side, and one that fills the context."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary, context = vocabulary_of(model) or 4, context_of(model) or _LONG
     for lengths, side, steps in _QUICK_PROMPTS if quick else _PROMPTS:
@@ -234,7 +234,7 @@ def random_prompts(model: TracedModel, seed: int, quick: bool = False) -> Iterat
 def pad_prompts(
     rows: Sequence[Sequence[int]], *, side: str = "left", steps: int = 16, label: str = "prompt"
 ) -> PromptBatch:
-    """Batch prompts, the shorter ones padded."""
+    """Batch prompts, padding the shorter ones."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -247,7 +247,7 @@ def pad_prompts(
 
 
 def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Texts of several lengths, padded on either side; other and nested inputs in several batch sizes."""
+    """Yield texts of several lengths, padded on either side; other and nested inputs in several batch sizes."""
     inputs = model.graph_inputs
     sample = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     if len(sample) < len(inputs) or not any(map(is_text, sample)):
@@ -277,13 +277,13 @@ def plain_inputs(model: TracedModel, generator: torch.Generator, quick: bool) ->
 
 
 def _others(model: TracedModel) -> Iterator[tuple[str, str, OtherValues]]:
-    """Yield other values of inputs that features know, to compare: the input, the value in words, what makes it."""
+    """Yield variants of inputs known to features: the input's name, a description, and a function that makes it."""
     for facts in model.signature.facts.values():
         yield from ((facts.input, *other) for other in facts.others(model.example_inputs[facts.input]))
 
 
 def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
-    """Batch size and sequence length that a trace is fixed to; None for one that may vary."""
+    """Return the batch size and sequence length that a trace is fixed to; None for dynamic ones."""
     texts = [name for name in sample if AXES.get(name, ("", ""))[1:2] == ("sequence_length",)]
     sizes = [model.signature.fixed.get(name, (None, None)) for name in texts]
     rows, lengths = zip(*(size[:2] for size in sizes if len(size) > 1), strict=True) if sizes else ((), ())
@@ -291,7 +291,7 @@ def _held_sizes(model: TracedModel, sample: Mapping[str, Tensor]) -> tuple[int |
 
 
 def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: torch.Generator) -> Any:
-    """Random values with the structure of an example, with another batch size if the trace lets it vary."""
+    """Return random values with an example's structure, with another batch size if it is dynamic."""
 
     def fresh(keys: KeyPath, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -303,9 +303,9 @@ def _nested(model: TracedModel, name: str, example: Any, batch: int, generator: 
 
 
 def random_answers(model: TracedModel, seed: int) -> list[Case]:
-    """What an encoder-decoder is measured on: 16 random texts, or 4 other inputs, each with an answer from its start.
+    """Return inputs to measure an encoder-decoder on: 16 random texts, or 4 other inputs, with answers from the start.
 
-    None is padded, and there are no keys and values but those that the model computes.
+    There is no padding, and the cache is empty.
     """
     generator, length = torch.Generator().manual_seed(seed), min(_ANSWER, longest_text(model))
     example = {name: value for name, value in model.example_inputs.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""The two that are compared: an opened export in each state of its adapters, and the model with its weights."""
+"""The two sides of a comparison: an opened export and the model, in each state of the adapters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RUN_ROWS = {CPU, "CUDAExecutionProvider"}  # providers whose attention takes th
 
 
 class Comparable(NamedTuple):
-    """An export, or its float32 copy, opened to be compared."""
+    """An export, or its float32 copy, opened for comparison."""
 
     session: Any
     rows: Any  # a session over the graph of rows; None where there is none, or the providers are not known to run it
@@ -42,7 +42,7 @@ class Comparable(NamedTuple):
 
 
 def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
-    """Sessions over an export, or over its float32 copy where that is needed."""
+    """Open sessions over an export, or over its float32 copy if one is needed."""
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision)
@@ -66,7 +66,7 @@ def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precis
 
 @dataclass(frozen=True)
 class Variant:
-    """An export and the model in one state of its adapters."""
+    """An export and the model in one state of the adapters."""
 
     session: Any
     # of the graph of rows (see `RowSteps`) what makes the steps of prompts, of a model without a cache a session; None
@@ -80,7 +80,7 @@ class Variant:
 
     @cached_property
     def reference(self) -> TracedModel | GraloraModel:
-        """What the export is compared with: the model, or one with the export's rounded weights."""
+        """The model to compare with: itself, or one with the export's rounded weights."""
         return self.build()
 
 
@@ -93,7 +93,7 @@ def variants(
     rows: Any = None,
     companions: Mapping[str, Any] | None = None,
 ) -> Iterator[Variant]:
-    """The states in which an export is compared: one for folded adapters, else the base and each active adapter."""
+    """Yield the states to compare an export in: one if adapters are folded, else the base and each active adapter."""
     inputs, beside = manifest.adapter_inputs, dict(companions or {})
     if adapter_name is not None:
         from gralora_fx.exporters.verify.adapters_as_data import check_named
@@ -129,7 +129,7 @@ def variants(
 
 
 def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequence[str]) -> Any:
-    """What runs `model_rows.onnx` with an adapter or none, beside rows with the others of some (see `Variant`)."""
+    """Return what runs `model_rows.onnx` with an adapter or none, beside rows with others (see `Variant`)."""
     if session is None:
         return None
     if any(value.name == PAST_SEQLENS for value in session.get_inputs()):
@@ -142,7 +142,7 @@ def _rows_with(session: Any, adapters: Adapters, name: str | None, names: Sequen
 
 @contextmanager
 def _only(model: GraloraModel, name: str) -> Iterator[None]:
-    """One adapter alone active within a block."""
+    """Activate one adapter only while the block runs."""
     before = model.active_adapters
     model.set_adapter(name)
     try:
@@ -153,7 +153,7 @@ def _only(model: GraloraModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: TracedModel | GraloraModel, reference: TracedModel | GraloraModel) -> Iterator[None]:
-    """The reference in evaluation mode; afterwards it is in the model's again."""
+    """Set the reference to evaluation mode while the block runs, then to the model's mode."""
     was_training = model.training
     reference.eval()
     try:
@@ -165,10 +165,10 @@ def evaluating(model: TracedModel | GraloraModel, reference: TracedModel | Gralo
 def reference_model(
     model: TracedModel | GraloraModel, manifest: Manifest, directory: Path
 ) -> TracedModel | GraloraModel:
-    """The model itself; for an export of another precision, the adapter-free model with the same rounded weights.
+    """Return the model; for an export of another precision, an adapter-free model with the same rounded weights.
 
-    A quantized weight is what the export holds, if that is what the model's weight may be rounded to; else it is the
-    model's own, and a comparison shows the difference. So nothing here depends on how a weight was rounded.
+    A quantized weight is the export's if the model's weight may be rounded to it; otherwise it is the model's own, and
+    the comparison shows the difference. So nothing here depends on how weights were rounded.
     """
     precision, quantized = manifest.precision, manifest.quantization
     traced = base_trace(model)
@@ -183,7 +183,7 @@ def reference_model(
 
 
 def float32_model(traced: TracedModel, precision: str) -> TracedModel:
-    """The model in float32 arithmetic with weights of its own, in memory, which were rounded to a precision."""
+    """Return the model in float32 arithmetic, with copies of its weights rounded to a precision."""
     dtype = DTYPES[precision]
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "RoundedGraph")
     set_mode(graph_module.graph, False)

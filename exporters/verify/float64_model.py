@@ -23,7 +23,7 @@ class Float64Model:
     """A model with every float32 tensor in float64: weights, inputs and intermediate results."""
 
     def __init__(self, model: TracedModel | GraloraModel, draw: int = 0) -> None:
-        """Copy nothing yet: the weights are copied for every run and freed after it."""
+        """Keep the model; its weights are copied for every run and freed after it."""
         self.draw = draw
         self._model = model
 

@@ -1,4 +1,4 @@
-"""Texts that an export is measured on, given or drawn, and a user's own prompts."""
+"""Texts that an export is measured on, given or generated, and a user's own prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONTINUED = 24  # greedy tokens after each text
 
 @dataclass(frozen=True)
 class MeasuredTexts:
-    """Texts, each of which the float32 model continues greedily."""
+    """Texts, each continued greedily by the float32 model."""
 
     rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
     drawn: int  # tokens that the float32 model draws after each row; they belong to the text
@@ -33,7 +33,7 @@ class MeasuredTexts:
     end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
 
     def __str__(self) -> str:
-        """Return how many there are, and where they are from."""
+        """Describe how many there are, and their origin."""
         plural = "s" if len(self.rows) > 1 else ""
         if self.drawn:
             return f"{len(self.rows)} text{plural} of {self.drawn + 1} tokens that it drew"
@@ -41,7 +41,7 @@ class MeasuredTexts:
 
 
 def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count: int = _COUNT) -> MeasuredTexts:
-    """Texts that the model draws: after the token that begins a text, or a random one without it."""
+    """Return texts to be sampled from the model, each after the token that begins a text, or a random one."""
     vocabulary = vocabulary_of(traced) or 4
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()
@@ -57,7 +57,7 @@ def drawn_texts(traced: TracedModel, seed: int = 0, length: int = _DRAWN, count:
 
 
 def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> MeasuredTexts:
-    """A user's texts, of each the first 128 tokens, or fewer where the context has no room for them."""
+    """Tokenize a user's texts: the first 128 tokens of each, or fewer if the context is too short."""
     vocabulary, room = vocabulary_of(traced), context_of(traced) or _LONGEST + _CONTINUED
     continued = min(_CONTINUED, max(1, room // 2))
     length = min(_LONGEST, max(1, room - continued))
@@ -73,7 +73,7 @@ def user_texts(texts: Sequence[str], tokenizer: Any, traced: TracedModel) -> Mea
 
 
 def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[int, ...]:
-    """The ids that a configuration gives for a special token: none, one or several."""
+    """Return the ids of a special token in a configuration: none, one or several."""
     config = None if traced.config is None else traced.config.get_text_config()
     value = getattr(config, name, None)
     tokens = value if isinstance(value, (list, tuple)) else [value]
@@ -83,7 +83,7 @@ def _special_tokens(traced: TracedModel, name: str, vocabulary: int) -> tuple[in
 def text_cases(
     texts: Sequence[str], tokenizer: Any, traced: TracedModel, *, batch: int = _BATCH, longest: int | None = None
 ) -> Iterator[Case]:
-    """Batches of texts, each padded to its longest, cut at the model's context."""
+    """Batch texts, each batch padded to its longest, cut at the model's context."""
     loaded = loaded_tokenizer(tokenizer)
     names = [name for name, value in traced.graph_inputs.items() if isinstance(value, Tensor)]
     room = longest_text(traced)
@@ -109,7 +109,7 @@ def _encoded(tokenizer: Any, texts: list[str], length: int, where: str) -> dict[
 
 
 def user_prompts(prompts: Sequence[Any], output_dir: str | Path, traced: TracedModel) -> PromptBatch:
-    """A user's prompts as one batch, padded on the left."""
+    """Tokenize a user's prompts as one batch, left-padded."""
     if isinstance(prompts, str) or not prompts:
         raise ExportError("prompts are a list of texts, chats or token ids, with at least one; give such a list")
     tokenizer = load_tokenizer(output_dir, ExportError)

@@ -1,7 +1,7 @@
-"""An export's greedy tokens compared with the model's, step by step, each with a cache of its own.
+"""Comparison of an export's greedy tokens with the model's, step by step, each with its own cache.
 
-`model.onnx` is read as other programs read it: a batch with a mask. Rows of lengths of their own and encoder-decoders
-are read by the engine's decoders, as they are served.
+`model.onnx` is run as other programs run it: a batch with a mask. Graphs with row lengths and encoder-decoders are run
+by the engine's decoders, as they are served.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _BYSTANDER = (0, 0, 0)  # what the row reads that is idle from then on; every vo
 
 
 class DecoderSteps:
-    """A `Step` of `model.onnx`, with the cache of the steps that it has taken."""
+    """A `Step` of `model.onnx`, with the cache of its earlier steps."""
 
     def __init__(self, session: Any, batch: int, description: str = "a step") -> None:
-        """Begin with an empty cache."""
+        """Start with an empty cache."""
         self._session, self._description = session, description
         self._names = {value.name for value in session.get_inputs()}
         self._cache = empty_values(session, batch)
@@ -61,7 +61,7 @@ class DecoderSteps:
 
 
 class ModelSteps:
-    """A `Step` of a traced decoder, with the cache of the steps that it has taken."""
+    """A `Step` of a traced decoder, with the cache of its earlier steps."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ModelSteps:
         description: str = "a step",
         run: Callable[..., Any] | None = None,
     ) -> None:
-        """Begin with an empty cache; `run` is called instead of the model."""
+        """Start with an empty cache; `run` is called instead of the model."""
         self._traced, self._run = base_trace(model), run or partial(run_model, model, description)
         self._cache: Any = empty_cache(self._traced.example_inputs[PAST], batch)
 
@@ -84,14 +84,14 @@ class ModelSteps:
 
 
 class EngineSteps:
-    """A `Step` of the rows of an engine's decoder, as they are served: without the positions that a mask hides."""
+    """A `Step` of an engine's decoder rows, as they are served: masked positions are left out."""
 
     def __init__(self, decoder: Decoder, rows: Sequence[int], description: str) -> None:
-        """Take rows that are open."""
+        """Use rows that are open."""
         self._decoder, self._rows, self._description = decoder, rows, description
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Read new tokens; the logits are those after the last token of each row, `[batch, 1, vocabulary]`."""
+        """Read new tokens; return the logits after each row's last token, `[batch, 1, vocabulary]`."""
         is_new = mask[:, -ids.shape[1] :].bool()
         logits = self._read([row[new].tolist() for row, new in zip(ids, is_new, strict=True)])
         return torch.stack([torch.from_numpy(array)[None] for array in logits])
@@ -108,10 +108,10 @@ class EngineSteps:
 
 
 class RowSteps(EngineSteps):
-    """Rows of lengths of their own, each beside a copy of itself with another adapter.
+    """Rows of different lengths, each beside a copy of itself with another adapter.
 
     New tokens are read in steps: some rows read theirs at once, some in two chunks, some are idle first. One more row
-    is idle in every step. The cache of a row that is idle has to stay as it is, bit for bit.
+    is idle in every step. The cache of an idle row must not change, bit for bit.
     """
 
     _decoder: RowsDecoder
@@ -119,7 +119,7 @@ class RowSteps(EngineSteps):
     def __init__(
         self, session: Any, adapters: Adapters, name: str | None, others: Sequence[str | None], prompts: PromptBatch
     ) -> None:
-        """Open the rows, with room for prompts and the tokens that follow."""
+        """Open the rows, with room for prompts and the tokens after them."""
         count, length = prompts.ids.shape[0], prompts.ids.shape[1] + prompts.steps
         limits = DecoderLimits(None, max(length, len(_BYSTANDER)), frozenset())
         with engine_errors(prompts.description):
@@ -132,7 +132,7 @@ class RowSteps(EngineSteps):
 
     @staticmethod
     def adapters(name: str | None, others: Sequence[str | None], rows: int) -> list[str | None]:
-        """The adapter of every row and, after it, of its copy: the others in turn."""
+        """Return the adapter of every row, then of its copy, cycling through the others."""
         return [adapter for row in range(rows) for adapter in (name, others[row % len(others)])]
 
     def _read(self, tokens: Sequence[list[int]]) -> list[Any]:
@@ -154,7 +154,7 @@ class RowSteps(EngineSteps):
 
 
 def _chunk(tokens: list[int], row: int, part: int) -> list[int]:
-    """What a row reads of new tokens in the first step or the second; of two, none by itself (see `PromptClamp`)."""
+    """Return a row's new tokens for the first or second step; two tokens are not split (see `PromptClamp`)."""
     half = len(tokens) // 2 if len(tokens) > 2 else 0
     first = (len(tokens), half, 0)[row % 3]
     return tokens[first:] if part else tokens[:first]
@@ -162,7 +162,7 @@ def _chunk(tokens: list[int], row: int, part: int) -> list[int]:
 
 @contextmanager
 def engine_errors(case: str) -> Iterator[None]:
-    """The engine's errors as those of a verification."""
+    """Convert the engine's errors to verification errors."""
     try:
         yield
     except ServingError as error:
@@ -170,7 +170,7 @@ def engine_errors(case: str) -> Iterator[None]:
 
 
 class Together(NamedTuple):
-    """The last logits of all, `[batch, vocabulary]` each, and the tokens that the step reads (see `Step`)."""
+    """Last logits of all sides, `[batch, vocabulary]` each, and the tokens of the step (see `Step`)."""
 
     expected: Tensor
     actual: tuple[Tensor, ...]
@@ -181,9 +181,9 @@ class Together(NamedTuple):
 def read_together(
     steps: Sequence[Step], ids: Tensor, mask: Tensor, count: int, choose: Callable[[Tensor, int], Tensor] | None = None
 ) -> Iterator[Together]:
-    """Let the model, whose steps are the first, and graphs read the same tokens (see `Step`), step by step.
+    """Run the model, whose steps are the first, and graphs on the same tokens (see `Step`), step by step.
 
-    `choose` gives the next token of each row by the model's logits and the number of the step; None for the likeliest.
+    `choose` returns each row's next token from the model's logits and the step's index; None for the likeliest.
     """
     for index in range(count):
         expected, *actual = (
@@ -196,7 +196,7 @@ def read_together(
 
 
 def compare_decoder(run: TokenRun) -> TokenResult:
-    """Compare the tokens of a decoder after every prompt."""
+    """Compare a decoder's tokens after every prompt."""
     if not run.prompts:  # of a context too short for any
         return TokenResult()
     readers: dict[str, Reader] = {"": reader(run.session)}
@@ -208,7 +208,7 @@ def compare_decoder(run: TokenRun) -> TokenResult:
 
 
 def reader(session: Any) -> Reader:
-    """How a session over `model.onnx` begins to read prompts."""
+    """Return a function that starts reading prompts with a session over `model.onnx`."""
     return lambda prompts: DecoderSteps(session, prompts.ids.shape[0], prompts.description)
 
 
@@ -218,9 +218,9 @@ def compare_greedy(
     cases: Collection[PromptBatch],
     tolerance_check: ToleranceCheck,
 ) -> list[TokenCheck]:
-    """Compare logits and the likeliest token of several graphs with one run of the model; all continue with its token.
+    """Compare logits and likeliest tokens of several graphs with one run of the model; all continue with its tokens.
 
-    The first one alone reads prompts with padding before what follows: rows of their own lengths have none.
+    Only the first graph runs on right-padded prompts: graphs with row lengths have no padding.
     """
     tallies = {label: Tally(tolerance_check, label) for label in readers}
     done = itertools.count(1)
@@ -241,13 +241,13 @@ def compare_greedy(
 
 
 class _StepsInFloat64:
-    """The steps of a batch in float64, each model with a cache of its own; none is run before it is needed.
+    """A batch's steps in float64, each model with its own cache; run only when needed.
 
-    Some models compute a token that is read by itself differently from one of several (see `PromptClamp`), so a text at
-    once is no reference for one that is read in steps.
+    Some models compute a single token differently from one of several (see `PromptClamp`), so a run on the whole text
+    is no reference for steps.
 
     Attributes:
-        taken: The new ids and the mask of every step until now.
+        taken: The new ids and the mask of every step so far.
     """
 
     def __init__(self, model: TracedModel | GraloraModel, batch: int) -> None:
@@ -257,7 +257,7 @@ class _StepsInFloat64:
         self._logits: dict[Float64Model, list[Tensor]] = {}
 
     def __call__(self, model: Float64Model) -> Tensor:
-        """Return the logits of the last step, `[batch, vocabulary]`, after those before it."""
+        """Run all steps so far; return the logits of the last, `[batch, vocabulary]`."""
         read = self._read.setdefault(model, self._begin(run=model))
         logits = self._logits.setdefault(model, [])
         logits += [last_logits(read(ids, mask), mask)[:, -1] for ids, mask in self.taken[len(logits) :]]

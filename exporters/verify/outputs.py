@@ -1,4 +1,4 @@
-"""Outputs of an export compared with the model's on the same inputs: by name, at the positions that count."""
+"""Comparison of an export's outputs with the model's on the same inputs, by name, without padding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # loaded where a difference is above the tolerance
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """An export and the model that it is compared with."""
+    """An export and the model to compare it with."""
 
     session: Any
     model: TracedModel | GraloraModel  # in evaluation mode
@@ -57,7 +57,7 @@ class OutputComparison:
         return tally
 
     def both(self, case: Mapping[str, Any], description: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All outputs of the model and of the export, by the export's names, padding included."""
+        """Return all outputs of the model and of the export, by the export's names, including padding."""
         values, names = flat(case), [value.name for value in self.session.get_inputs()]
         names += [value.name for value in optional_arguments(self.session)]
         expected = self._outputs(partial(run_model, self.model, description), case)
@@ -75,14 +75,14 @@ class OutputComparison:
         return expected, actual
 
     def _outputs(self, model: Callable[..., Any], case: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A model's outputs by name, with the logits that the export returns."""
+        """Return a model's outputs by name, with only the logits that the export returns."""
         outputs = named_outputs(model(**own_inputs(case)))
         if self.logits == "last":
             outputs["logits"] = last_logits(outputs["logits"], flat(case)["attention_mask"])
         return outputs
 
     def _counted(self, case: Mapping[str, Any], model: Float64Model) -> list[Tensor]:
-        """A float64 model's outputs in their order, without padding."""
+        """Return a float64 model's outputs in order, without padding."""
         return list(without_padding(self._outputs(model, case), case).values())
 
 
@@ -91,7 +91,7 @@ def _output(run: Callable[[Float64Model], list[Tensor]], index: int, model: Floa
 
 
 def compare_rows(run: TokenRun) -> TokenResult:
-    """Compare the outputs of `model_rows.onnx`, where there is one, on the inputs of `model.onnx`."""
+    """Compare the outputs of `model_rows.onnx`, if it exists, on the inputs of `model.onnx`."""
     if run.rows is None:
         return TokenResult()
     tally = OutputComparison(run.rows, run.model, "all").run(run.cases, run.tolerance_check)
@@ -100,7 +100,7 @@ def compare_rows(run: TokenRun) -> TokenResult:
 
 
 def run_model(model: TracedModel | GraloraModel, description: str, **inputs: Any) -> Any:
-    """Run the model that an export is compared with."""
+    """Run the reference model."""
     try:
         with torch.no_grad():
             return model(**inputs)
@@ -109,7 +109,7 @@ def run_model(model: TracedModel | GraloraModel, description: str, **inputs: Any
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Input or output tensors by the names of an exported graph: nested ones by path, a cache by layer."""
+    """Return tensors by the names of an exported graph: nested ones by path, a cache by layer."""
     tensors: dict[str, Tensor] = {}
     for name, value in values.items():
         if isinstance(value, Cache):
@@ -128,7 +128,7 @@ def _named(cache: Cache, *, is_present: bool) -> dict[str, Tensor]:
 
 
 def named_outputs(outputs: Any) -> dict[str, Tensor]:
-    """The tensors of a model's return value by name, nested ones by their path."""
+    """Return the tensors of a model's return value by name, nested ones by path."""
     if isinstance(outputs, Tensor):
         return {"output": outputs}
     if (cache := returned_cache(outputs)) is not None:
@@ -142,7 +142,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the last position of each row that is not padding, `[batch, 1, vocabulary]`.
+    """Return the logits at each row's last non-padding position, `[batch, 1, vocabulary]`.
 
     Args:
         logits: `[batch, length, vocabulary]`.
@@ -154,10 +154,10 @@ def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Outputs without the positions that the attention mask hides, whose values no one defines.
+    """Return outputs without the positions that the attention mask hides, whose values are undefined.
 
-    Of keys and values, those of the mask's positions remain; states as they are; of a decoder's logits, the last ones;
-    of other outputs, the positions of the text that the mask is of, which the encoder of an encoder-decoder reads.
+    Keys and values keep unmasked positions; states are kept; a decoder's logits keep the last positions; other outputs
+    keep the unmasked positions of the masked text, which is the encoder's in an encoder-decoder.
 
     Args:
         outputs: Output tensors by name: `[batch, length, ...]`, keys and values `[batch, heads, length, size]`.
@@ -184,11 +184,11 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
 
 
 def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Return what a decoder takes of a step: new tokens, the mask of all positions, and the new ones' places.
+    """Return a decoder's inputs for a step: new tokens, the mask of all positions, and position ids.
 
     Args:
         ids: `[batch, new]`.
-        mask: `[batch, all]`, over those that were read before too; 0 where a position is padding.
+        mask: `[batch, all]`, including earlier positions; 0 at padding.
         names: The inputs that the decoder has.
     """
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}

@@ -1,6 +1,6 @@
-"""What quantization changes: a quantized export, as it is run, compared with the float32 model.
+"""Quality of quantization: a quantized export, as it is run, compared with the float32 model.
 
-Of a decoder both read a user's texts, or beginnings of texts that the model draws, token by token.
+For a decoder, both read a user's texts, or texts begun by sampling the model, token by token.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def measure_quality(
     texts: Sequence[str] | None,
     tokenizer: Any,
 ) -> Quality:
-    """Run a quantized export and the float32 model on the same inputs, both without adapters that are its data.
+    """Run a quantized export and the float32 model on the same inputs.
 
-    Of a decoder's export that takes adapters as data, tokens are compared without one and with each active one.
+    Adapters as data are left out, but a decoder's tokens are compared without one and with each active one.
     """
     traced, manifest = base_trace(model), read_manifest(directory)
     session = open_session(directory, Runtime(session_options=yielding_options()))
@@ -75,10 +75,7 @@ def measure_quality(
 
 @contextmanager
 def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | GraloraModel]:
-    """What quantization is measured by: the model itself, or one of half precision in float32 arithmetic.
-
-    It is in evaluation mode within a block.
-    """
+    """Yield the reference for quantization, in evaluation mode: the model, or its float32 version."""
     is_float32 = precision_of(base_trace(model).graph_module) == "fp32"
     reference = model if is_float32 else float32_model(fold_adapters(model), "fp32")
     with evaluating(model, reference):
@@ -86,7 +83,7 @@ def _float32(model: TracedModel | GraloraModel) -> Iterator[TracedModel | Gralor
 
 
 def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs: str) -> Quality:
-    """Compare the outputs of an export with those of the float32 model; what a mask hides and a cache are left out."""
+    """Compare an export's outputs with the float32 model's, except masked positions and caches."""
     tallies: dict[str, _Tally] = {}
     for description, case in cases:
         expected, actual = comparison.both(case, description)
@@ -101,12 +98,12 @@ def compare_outputs(comparison: OutputComparison, cases: Iterable[Case], inputs:
 
 
 def _is_logits(name: str, value: Tensor) -> bool:
-    """Whether an output's last axis is classes, or positions of a text; a regression's single value is neither."""
+    """Return whether an output is logits over classes or positions; a regression's single value is not."""
     return "logits" in name and (name.endswith("_logits") or value.shape[-1] > 1)
 
 
 def _rows(name: str, value: Tensor, case: Mapping[str, Any]) -> Tensor:
-    """An output as rows `[rows, width]`, without the positions that a mask hides."""
+    """Return an output as rows `[rows, width]`, without masked positions."""
     mask = case.get("attention_mask")
     if mask is not None and (mask.ndim != 2 or "decoder_input_ids" in case):
         mask = None  # of other positions than the outputs'
@@ -127,10 +124,10 @@ def _rows(name: str, value: Tensor, case: Mapping[str, Any]) -> Tensor:
 def token_quality(
     session: Any, model: TracedModel | GraloraModel, texts: MeasuredTexts, adapter: str | None = None
 ) -> TokenQuality:
-    """Compare the probabilities of the next token at every position; both read the same tokens.
+    """Compare next-token probabilities at every position; both sides read the same tokens.
 
-    Every text is followed by tokens that are the float32 model's likeliest. As long as the export's are the same, they
-    are what it would generate. Tokens are read one by one, so that every logit is one that the export serves.
+    Every text is followed by the float32 model's greedy tokens. While the export's are the same, they are what it would
+    generate. Tokens are read one by one, so that every logit is one that the export serves.
     """
     tally, equal_tokens = _Tally(), []
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +155,7 @@ def token_quality(
 def _following(
     logits: Tensor, last: int, rows: Sequence[Sequence[int]], texts: MeasuredTexts, generator: torch.Generator
 ) -> Tensor:
-    """The token of each row after a position: its text's, one that is drawn, or the model's likeliest."""
+    """Return each row's token after a position: its text's, a sampled one, or the model's likeliest."""
     position, chosen, longest = last + 1, logits.argmax(-1), max(map(len, rows)) + texts.drawn
     drawn = draw(logits, generator, texts.end) if position < longest else chosen
     for index, row in enumerate(rows):
@@ -171,7 +168,7 @@ def _following(
 
 @dataclass
 class _Tally:
-    """Figures of an output, or of a decoder's next tokens, over all inputs."""
+    """Figures of an output, or of a decoder's next tokens, accumulated over all inputs."""
 
     rows: int = 0
     equal: int = 0
@@ -180,7 +177,7 @@ class _Tally:
     cosines: list[Tensor] = field(default_factory=list)
 
     def add_logits(self, expected: Tensor, actual: Tensor, *, is_text: bool = False) -> None:
-        """Count logits `[rows, width]`: the largest change of a probability, or of a text the divergence."""
+        """Accumulate logits `[rows, width]`: the largest change of a probability, or for texts the divergence."""
         self.rows += expected.shape[0]
         if not expected.numel():
             return
@@ -191,7 +188,7 @@ class _Tally:
             self.change = max(self.change, float((expected.softmax(-1) - actual.softmax(-1)).abs().max()))
 
     def add_vectors(self, expected: Tensor, actual: Tensor) -> None:
-        """Count vectors `[rows, width]`."""
+        """Accumulate vectors `[rows, width]`."""
         if expected.numel():
             self.rows += expected.shape[0]
             similarity = torch.cosine_similarity(expected.double(), actual.double(), dim=-1)
@@ -211,7 +208,7 @@ class _Tally:
 
 
 def _check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> None:
-    """Check that an output is finite wherever the model's is."""
+    """Check that an output is finite where the model's is."""
     if bool((expected.isfinite() & ~actual.isfinite()).any()):
         raise ExportError(
             f"the quantized export gives values of {name} that are not finite on {where}, and the model's are finite; "
@@ -220,13 +217,13 @@ def _check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> No
 
 
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    """KL(p || q) of the distributions of two sets of logits, in nats.
+    """Return KL(p || q) of the distributions of two sets of logits, in nats.
 
-    Rows are worked on as in `draw`: one at a time and by numpy.
+    Rows are processed one at a time with numpy, as in `draw`.
 
     Args:
         expected: Logits of p, `[rows, vocabulary]`.
-        actual: Those of q.
+        actual: Logits of q.
 
     Returns:
         `[rows]`, float64.

@@ -1,4 +1,4 @@
-"""What quantized exports are compared with: models of the stored weights, and int8 products as they are."""
+"""References for quantized exports: models with the stored weights, and int8 products run one by one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _ROWS = 4096  # dequantized at once
 def with_stored_weights(
     reference: TracedModel, traced: TracedModel, quantized: QuantizedWeights, directory: Path
 ) -> TracedModel:
-    """Return a float32 model with the values that an export holds of its weights (see `reference_model`)."""
+    """Return a float32 model with an export's stored values as weights (see `reference_model`)."""
     stored = _stored_weights(directory, traced)
     found = {id(site.weight): site.weight.numel() for site in traced.sites if site.calls and site.path in stored}
     others = [rounded(directory, reference) for rounded in parts("rounded weights", reference.operators)]
@@ -73,7 +73,7 @@ class _StoredWeight(NamedTuple):
 
 
 def _stored_weights(directory: Path, traced: TracedModel) -> dict[str, _StoredWeight]:
-    """The quantized weights of an export by the paths of the layers."""
+    """Return an export's quantized weights by the paths of the layers."""
     paths = [path for path in sorted(directory.glob("*.onnx")) if path.name != ROWS_NAME]
     graphs = {path.stem: ir.load(path).graph for path in paths}
     weights = {
@@ -91,12 +91,12 @@ def _stored_weights(directory: Path, traced: TracedModel) -> dict[str, _StoredWe
 
 
 def _is_shared(site: LinearSite, others: Sequence[str], weight: ProductWeight) -> bool:
-    """Return whether a weight is quantized for others that read it too."""
+    """Return whether a weight is quantized for other readers too."""
     return bool(site.tied_with or others) and (weight.storage == "columns" or site.in_features % weight.block_size == 0)
 
 
 def _rounded(site: LinearSite, stored: _StoredWeight) -> nn.Parameter:
-    """Return what the export holds of a site's weight, or the weight itself if that is not rounded to it."""
+    """Return the export's stored values of a site's weight, or the weight itself if those are no rounding of it."""
     is_conv1d, (weight, start, stop) = site.kind == "conv1d", stored
     held = stored_values(weight)
     own = site.weight.detach().t() if is_conv1d else site.weight.detach()  # [out, in]
@@ -114,11 +114,11 @@ _IN_FLOAT32 = 1  # the accuracy level
 
 
 def write_float32_copy(directory: Path, target: Path) -> None:
-    """Write a copy of an export that computes in float32 instead of bfloat16 or int8, activations not rounded.
+    """Write a copy of an export that computes in float32 instead of bfloat16 or int8, without rounding activations.
 
-    The weights keep the values that they were rounded to. The CPU provider has no bfloat16 kernel for multiplications,
-    attention or elementwise operators; and what a quantized operator loses by rounding activations would hide what is
-    wrong with the weights. The copy tells whether the graph and the weights are right.
+    The weights keep their rounded values. The CPU provider has no bfloat16 kernels for multiplications, attention or
+    elementwise operators; and the rounding of activations in quantized operators would hide errors of the weights. The
+    copy shows whether the graph and the weights are right.
     """
     target.mkdir(parents=True, exist_ok=True)
     models: dict[str, ir.Model] = {}
@@ -158,7 +158,7 @@ def _in_float32(model: ir.Model) -> None:
 
 
 def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
-    """Multiply by what int8 weights stand for.
+    """Multiply by dequantized int8 weights.
 
     Before: `y = MatMul(q, DequantizeLinear(w, w_scale)) * s`, with `q` the rounded `x / s` (see `ColumnProducts`)
     After:  `y = MatMul(x, w * w_scale)`
@@ -207,7 +207,7 @@ _HALVES = 1  # the row between two steps, where there are 16 bits
 
 
 class _Case(NamedTuple):
-    """A product by itself, with the names of its input and output."""
+    """A single product, with the names of its input and output."""
 
     input: str
     output: str
@@ -217,10 +217,10 @@ class _Case(NamedTuple):
 
 
 def compare_products(directory: Path) -> TensorCheck:
-    """Run every quantized product of an export by itself, on activations that its bits hold exactly.
+    """Run every quantized product of an export by itself, on activations that its bits represent exactly.
 
-    One row of them is at the upper end of its range: there sums are largest, and a processor that adds in too few bits
-    would saturate. What is left is the rounding of float32 (see `PRODUCT_TOLERANCE`).
+    One row is at the upper end of its range, where sums are largest and accumulation in too few bits would saturate.
+    The remaining difference is float32 rounding (see `PRODUCT_TOLERANCE`).
     """
     differences = [pair for path in _models(directory) for pair in _differences(path)]
     absolute = max((absolute for absolute, _ in differences), default=0.0)
@@ -229,12 +229,12 @@ def compare_products(directory: Path) -> TensorCheck:
 
 
 def _models(directory: Path) -> list[Path]:
-    """The models of an export; of those with the same products, one."""
+    """Return the models of an export; one of those with the same products."""
     return [path for path in sorted(directory.glob("*.onnx")) if path.name != ROWS_NAME]
 
 
 def _differences(path: Path) -> Iterator[tuple[float, float]]:
-    """The largest absolute and relative difference of each product of a model."""
+    """Yield the largest absolute and relative difference of each product of a model."""
     check_external_data(path)
     products = quantized_products(ir.load(path))
     if not products:  # of what runs beside a decoder
@@ -254,7 +254,7 @@ def _differences(path: Path) -> Iterator[tuple[float, float]]:
 
 
 def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]:
-    """A model of products with an input and an output each, their nodes as they are in the export."""
+    """Return a model of the products, each with its own input and output, their nodes copied from the export."""
     weights: dict[str, ir.Value] = {}
     nodes: list[ir.Node] = []
     inputs: list[ir.Value] = []
@@ -295,9 +295,9 @@ def _apart(products: Sequence[QuantizedProduct]) -> tuple[ir.Model, list[_Case]]
 
 
 def _activations(width: int, has_rest: bool) -> NDArray[np.float32]:
-    """Activations `[4, width]`: random ones, all at the upper end, all at the lower.
+    """Return activations `[4, width]`: random rows, one row at the upper end, one at the lower.
 
-    Of 16 bits one row is half a step beside what 8 bits hold, which is the most that is left of it.
+    With 16 bits, one row is half a step off the values of 8 bits, the largest remainder.
     """
     values = (
         np.random.default_rng(width).integers(-_LARGEST, _LARGEST, (_DRAWN_ROWS, width), endpoint=True).astype(float)
@@ -310,9 +310,9 @@ def _activations(width: int, has_rest: bool) -> NDArray[np.float32]:
 
 
 def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[np.float32]) -> tuple[float, float]:
-    """The largest difference from the exact product, in itself and relative to each exact value.
+    """Return the largest difference from the exact product, absolute and relative to each exact value.
 
-    In a row of two parts it is relative to the sum of what is added, as they may cancel.
+    In a row of two parts it is relative to the sum of absolute terms, as these may cancel.
     """
     weight, scale = case.weight.numpy(), case.scale.numpy().astype(np.float64)
     absolute = relative = 0.0
@@ -330,7 +330,7 @@ def _difference(case: _Case, activations: NDArray[np.float32], results: NDArray[
 
 
 def with_parameters(model: TracedModel, parameters: Mapping[int, nn.Parameter]) -> TracedModel:
-    """Copy a model so that its graph reads other parameters."""
+    """Copy a model with other parameters for its graph."""
     graph_module = fx.GraphModule(model.graph_module, copy_graph(model.graph_module), "RoundedGraph")
     map_parameters(graph_module, lambda parameter, _: parameters.get(id(parameter), parameter))
     return model.with_graph(graph_module, model.tree)

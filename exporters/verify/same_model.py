@@ -1,4 +1,4 @@
-"""What differs between a model and the one that was exported, or between their adapters."""
+"""Differences between a model and the exported one, or between their adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedModel | GraloraModel) -> None:
-    """Check that an export is compared with its own model: of another, every difference would look like a fault."""
+    """Check that an export is compared with its own model; with another, every difference would look like a fault."""
     expected, own = manifest.base_fingerprint, fingerprint_of(model)
     if expected not in (None, own) and not _is_merged(model, manifest):
         if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
@@ -41,10 +41,10 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
 
 
 def _is_merged(model: TracedModel | GraloraModel, manifest: Manifest) -> bool:
-    """Whether an export's fingerprint is that of the model with active adapters folded, as after an export of a merge.
+    """Return whether an export's fingerprint is that of the model with its active adapters merged.
 
-    Others may have been folded into that export afterwards, which leaves the fingerprint as it is: those that count are
-    the first ones of the manifest.
+    Others may have been folded into the export later, which leaves its fingerprint unchanged: only the first ones of
+    the manifest count.
     """
     if not isinstance(model, GraloraModel):
         return False
@@ -98,7 +98,7 @@ def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[
 
 
 def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, str | None]:
-    """The entry that an adapter is, and None; or the name of another one, and what differs from it."""
+    """Return the matching entry of an adapter, and None; or another entry's name, and the difference."""
     from gralora_fx.core.adapters.adapter_files import read_adapter
 
     config, tensors = read_adapter(adapter)
@@ -109,7 +109,7 @@ def _nearest(entries: Mapping[str, AdapterEntry], adapter: str) -> tuple[str, st
 
 
 def _difference(entry: AdapterEntry, config: AdapterConfig, digests: Set[str]) -> str:
-    """Return what differs between an exported adapter and another; empty if it is the same."""
+    """Describe how an exported adapter differs from another; empty if it does not."""
     differing = [
         f"{field}={value!r} instead of {entry.config[field]!r}"
         for field, value in ({"peft_type": config.peft_type} | config.sizes).items()
@@ -125,7 +125,7 @@ def _all(entries: Mapping[str, AdapterEntry]) -> str:
 
 
 def _one(name: str, entry: AdapterEntry) -> str:
-    """A description of an adapter: name, sizes, base and digest."""
+    """Describe an adapter: name, sizes, base and digest."""
     config = entry.config
     fields = method_described(config, f"the adapter {name!r}").config.SIZE_FIELDS
     sizes = ", ".join(f"{field}={config[field]}" for field in fields if config.get(field) not in ({}, None))
@@ -135,7 +135,7 @@ def _one(name: str, entry: AdapterEntry) -> str:
 
 
 def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> set[str]:
-    """The digests that a manifest may hold for a file, since a model may cast its tensors.
+    """Return the digests that a manifest may hold for a file, since a model may cast its tensors.
 
     A model also drops copies of base tensors: PEFT's copy of an adapted head's weight, or of an embedding.
     """
@@ -156,6 +156,6 @@ def _possible_digests(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> s
 
 
 def _is_under(key: str, module: str) -> bool:
-    """Return whether a key belongs to a module that PEFT would save by this name: one whose path ends with it."""
+    """Return whether a key belongs to a module that PEFT saves by this name: one whose path ends with it."""
     parts = key.split(".")
     return any(".".join(parts[:end]).endswith(module) for end in range(1, len(parts)))

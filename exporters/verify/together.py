@@ -1,4 +1,4 @@
-"""What runs beside a decoder compared with the model: its outputs, and tokens of prompts that it reads a part of."""
+"""Comparison of a decoder's companion models with the model's: outputs, and tokens of prompts that they read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ToleranceFor = Callable[[TracedModel | GraloraModel], ToleranceCheck]
 
 @dataclass(frozen=True)
 class TogetherRun:
-    """A decoder and its companions, of the model and of the export, in one state of their adapters."""
+    """A decoder and its companions, of the model and of the export, in one state of the adapters."""
 
     models: Mapping[str, TracedModel | GraloraModel]  # the model's companions by the names of their files
     sessions: Mapping[str, Any]  # the export's, likewise
@@ -43,22 +43,22 @@ class TogetherRun:
 
 
 class CompanionCheck(Protocol):
-    """What a feature compares of companions: a part of the point "companion checks"."""
+    """A feature's comparison of companions: a part of the point "companion checks"."""
 
     @staticmethod
     def cases(part: TracedModel, generator: torch.Generator, quick: bool) -> Iterator[Case]:
-        """Give fresh inputs of a companion."""
+        """Yield fresh inputs of a companion."""
         ...
 
     @staticmethod
     def compare_tokens(run: TogetherRun) -> None:
-        """Compare greedy tokens of prompts that companions read a part of."""
+        """Compare greedy tokens of prompts that companions read partly."""
         ...
 
 
 @dataclass(frozen=True)
 class CompanionResult:
-    """How companions compare, and the tokens of what they read a part of."""
+    """Comparison of companions, and of tokens of prompts that they read partly."""
 
     passed: bool = True
     tensors: tuple[TensorCheck, ...] = ()
@@ -76,7 +76,7 @@ def compare_companions(
     quick: bool,
     seed: int,
 ) -> CompanionResult:
-    """Compare the companions of an export, and the model's own by the same names, in one state of their adapters."""
+    """Compare an export's companions with the model's of the same names, in one state of the adapters."""
     (check,) = parts("companion checks", manifest.companions)
     models = {name: _reference(part, manifest, variant) for name, part in own.items()}
     passed, tensors = True, list[TensorCheck]()
@@ -104,7 +104,7 @@ def compare_companions(
 
 
 def _reference(part: TracedModel | GraloraModel, manifest: Manifest, variant: Variant) -> TracedModel | GraloraModel:
-    """Return a companion with the adapters of a state, its weights rounded as the export's are."""
+    """Return a companion with a state's adapters and the export's rounded weights."""
     inputs, name = manifest.adapter_inputs, variant.name
     is_exact = {manifest.precision, precision_of(base_trace(part).graph_module)} == {"fp32"}
     if isinstance(part, GraloraModel) and inputs is not None:

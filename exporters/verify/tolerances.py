@@ -1,4 +1,4 @@
-"""The tally of what is compared, and what differences are allowed: by arithmetic, or by float32's own rounding."""
+"""Allowed differences, by arithmetic or by float32's own rounding, and the tally of comparisons."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LARGEST = 0.01  # difference that rounding may explain: a model that is further
 
 
 def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
-    """The largest difference from a model with the same weights that an export's arithmetic explains.
+    """Return the largest difference from a model with the same weights that arithmetic explains.
 
     A larger one is an error. Quantization adds nothing: the reference has the same quantized weights.
     """
@@ -47,7 +47,7 @@ def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
 
 
 def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = False) -> str:
-    """The least exact precision that a run computes in."""
+    """Return the least exact precision that a run computes in."""
     if [name for name, _ in runtime.providers] == [CPU]:
         return precision
     from gralora_fx.run.sessions.placement import arithmetic, is_openvino
@@ -65,14 +65,14 @@ def arithmetic_of(runtime: Runtime, precision: str, *, is_quantized: bool = Fals
 
 
 def _on_nvidia(options: Mapping[str, Any]) -> str:
-    """CUDA and TensorRT multiply float32 matrices as TF32 unless `use_tf32` is 0."""
+    """Return the precision of float32 products on CUDA and TensorRT: `tf32` unless it is off, or TensorRT's `fp16`."""
     if str(options.get("trt_fp16_enable", "0")).lower() in ("1", "true"):
         return "fp16"
     return "fp32" if str(options.get("use_tf32", "1")).lower() in ("0", "false") else "tf32"
 
 
 def describe_weights(manifest: Manifest) -> str:
-    """Precision of an export's weights, quantized ones first, such as `fp16` or `int4, else fp32`."""
+    """Describe the precision of an export's weights, quantized ones first, such as `fp16` or `int4, else fp32`."""
     kinds = [] if manifest.quantization is None else [manifest.quantization.kind]
     return ", else ".join([*kinds, manifest.precision])
 
@@ -91,7 +91,7 @@ class ToleranceCheck:
     def __init__(
         self, model: TracedModel | GraloraModel, tolerance: float, *, use_float64: bool, least_scale: float = 1.0
     ) -> None:
-        """Nothing is run before it is needed."""
+        """Prepare the runs; none is made before it is needed."""
         self.tolerance, self.least_scale = tolerance, least_scale
         self.exceeded: list[RoundingCheck] = []
         self._model, self._is_lost = model, not use_float64  # after an inexcusable difference no other is examined
@@ -122,7 +122,7 @@ class ToleranceCheck:
 
 
 class _Difference(NamedTuple):
-    """How two tensors differ: at most, beside the largest value, and in which rows of logits another one is largest."""
+    """Difference of two tensors: maximum, largest value, and rows whose likeliest token agrees."""
 
     absolute: float
     largest: float
@@ -134,15 +134,15 @@ class _Difference(NamedTuple):
 
 
 class Tally:
-    """What an export was compared with: the largest differences, and how many tokens are equal.
+    """Tally of comparisons: the largest differences, and how many tokens are equal.
 
     Attributes:
-        cases: What was compared, in words.
+        cases: Descriptions of the cases.
         passed: Whether everything is close enough.
     """
 
     def __init__(self, check: ToleranceCheck, label: str = "") -> None:
-        """Begin with nothing compared."""
+        """Start empty."""
         self.cases: list[str] = []
         self.passed = True
         self._check, self._label = check, label
@@ -157,7 +157,7 @@ class Tally:
         actual: Tensor,
         in_float64: Callable[[Float64Model], Tensor],
     ) -> Tensor | None:
-        """Count an output or, by its number, the logits of a step; returns which rows of logits have the same token."""
+        """Add an output or, by its index, the logits of a step; return which rows of logits have the same token."""
         self.passed &= self._check.accepts(f"{self._label}{place}", expected, actual, in_float64)
         is_logits = (isinstance(name, int) or "logits" in name) and expected.numel() > 0
         is_same = expected.argmax(-1) == actual.argmax(-1) if is_logits else None
@@ -168,7 +168,7 @@ class Tally:
     def add_step(
         self, index: int, case: str, expected: Tensor, actual: Tensor, in_float64: Callable[[Float64Model], Tensor]
     ) -> None:
-        """Count the logits of a step, `[batch, vocabulary]`, and tell near ties from other tokens."""
+        """Add the logits of a step, `[batch, vocabulary]`, distinguishing near ties from other tokens."""
         is_same = self.add(index, f"{case}, token {index}", expected, actual, in_float64)
         assert is_same is not None
         allowed = 2 * self._check.tolerance * max(self._check.least_scale, largest_value(expected))
@@ -200,7 +200,7 @@ class Tally:
 
 
 def largest_gap(expected: Tensor, actual: Tensor) -> float:
-    """The largest absolute difference; infinite if only one of two values is finite."""
+    """Return the largest absolute difference; infinite if only one of two values is finite."""
     both_missing = expected.isnan() & actual.isnan()
     gap = (expected - actual).abs().masked_fill((expected == actual) | both_missing, 0.0)  # inf equals inf
     if not gap.numel():
@@ -209,6 +209,6 @@ def largest_gap(expected: Tensor, actual: Tensor) -> float:
 
 
 def largest_value(tensor: Tensor) -> float:
-    """The largest finite absolute value; 0 if there is none."""
+    """Return the largest finite absolute value; 0 if there is none."""
     finite = tensor[torch.isfinite(tensor)]
     return float(finite.abs().max()) if finite.numel() else 0.0

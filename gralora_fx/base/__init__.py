@@ -1,1 +1,1 @@
-"""Code that every stage stands on: private API of other packages, progress, sources of weights and files."""
+"""Foundations of every stage: private API of other packages, progress display, sources of weights and files."""

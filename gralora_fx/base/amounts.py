@@ -1,4 +1,4 @@
-"""Amounts that options and serving share: sizes of memory, as `512MiB`."""
+"""Memory sizes as text, such as `512MiB`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)")
 
 
 def read_size(text: object) -> int | None:
-    """The bytes that a text such as `512MiB`, `1.5 GB` or `1048576` says; None if it says none, or less than one."""
+    """Parse a size such as `512MiB`, `1.5 GB` or `1048576` into bytes; None if it is invalid or below 1."""
     match = _SIZE.fullmatch(text) if isinstance(text, str) and text.isascii() else None
     unit = None if match is None else _UNITS.get(match[2].upper())
     if match is None or unit is None:
@@ -20,12 +20,12 @@ def read_size(text: object) -> int | None:
 
 
 def size_problem(name: str, text: object) -> str | None:
-    """What is wrong with the size that an option has; None if nothing is."""
+    """Describe why an option's size is invalid; None if it is valid."""
     if read_size(text) is not None:
         return None
     return f"{option(name)} must be a number of bytes above 0, such as 512MiB or 2GB, but got {shown(text)}"
 
 
 def shown_size(size: int) -> str:
-    """A number of bytes for a message: `19.5 MiB`."""
+    """Format a number of bytes for a message: `19.5 MiB`."""
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size:,} bytes"

@@ -1,4 +1,4 @@
-"""Features, and the points at which stages take what they add.
+"""Features, and the points at which they extend stages.
 
 A feature is a capability in a folder of `gralora_fx/features/`, found by its folder. A stage asks for the parts of a
 point, whose contract `POINTS` states, and imports no feature itself.
@@ -114,14 +114,14 @@ _OWN = "gralora_"  # how the keys of metadata begin that this project writes
 
 @dataclass(frozen=True)
 class Feature:
-    """A capability in a folder of its own, as the folder's `feature.toml` says; reading it loads nothing of the folder.
+    """A capability in its own folder, as the folder's `feature.toml` describes it; reading that imports nothing.
 
     Attributes:
         name: Name of its folder.
-        signs: Names by which a graph shows that it has something of the feature: operators of a trace or an
-            ONNX model, such as `"gralora::attention"`, keys of the metadata of an export's nodes and of its manifest,
-            inputs of traces and exports, names of tasks, and types of models; or by which a checkpoint does: the last
-            parts of the names of its tensors, such as `"absmax"`.
+        signs: Names by which a graph shows that it uses the feature: operators of a trace or an ONNX model, such as
+            `"gralora::attention"`, metadata keys of an export's nodes and its manifest, inputs of traces and exports,
+            names of tasks, and model types; or by which a checkpoint does: last parts of its tensors' names, such as
+            `"absmax"`.
         parts: What it adds, by point: `"module:name"` below its folder, or `"module"` for a module whose import is all.
     """
 
@@ -130,7 +130,7 @@ class Feature:
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def part(self, point: str) -> Any:
-        """Import what the feature adds at a point."""
+        """Import the part that the feature adds at a point."""
         key = self.parts[point]
         if (self.name, key) not in _LOADED:
             module, _, name = key.partition(":")
@@ -145,7 +145,7 @@ _LOADED: dict[tuple[str, str], Any] = {}
 
 
 def features() -> list[Feature]:
-    """Return the features whose folders are there, by name."""
+    """Return the installed features by name."""
     if not _FEATURES:
         (folder,) = import_module(_PACKAGE).__path__
         names = sorted(module.name for module in pkgutil.iter_modules([folder]) if module.ispkg)
@@ -159,11 +159,11 @@ def _read(file: Path) -> Feature:
 
 
 def parts(point: str, signs: Collection[str] | None = None) -> list[Any]:
-    """Import what features add at a point; if the signs of a graph are given, of the features that it shows."""
+    """Import the parts at a point; if a graph's signs are given, only of features that they show."""
     asked = features() if signs is None else [feature for feature in features() if not feature.signs.isdisjoint(signs)]
     return [feature.part(point) for feature in asked if point in feature.parts]
 
 
 def marks(keys: Collection[str]) -> set[str]:
-    """Return those keys of the metadata of an export's nodes that this project wrote, of which some are signs."""
+    """Return the metadata keys of nodes that this project writes; some are signs of features."""
     return {key for key in keys if key.startswith(_OWN)}

@@ -1,4 +1,4 @@
-"""The commands: what each option leads to, in the order of its steps."""
+"""The commands, each a short list of steps."""
 
 from __future__ import annotations
 

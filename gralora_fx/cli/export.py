@@ -69,13 +69,13 @@ Texts = Annotated[
 
 
 class TraceOptions(Protocol):
-    """Options of how models of some kind are traced, as a feature adds them: a dataclass."""
+    """Options that a feature adds for tracing its kind of model: a dataclass."""
 
     def check(self, task: str | None) -> None:
-        """Check that they have an effect for a task, which is None where it is not known yet."""
+        """Check that they have an effect for a task; None if the task is not known yet."""
 
     def trace_options(self) -> Mapping[str, Any]:
-        """Return what `trace` is given besides."""
+        """Return additional arguments for `trace`."""
 
 
 _OTHERS: list[Any] = parts("export options")
@@ -190,7 +190,7 @@ def check_request(
     traced: Sequence[TraceOptions] = (),
     base_quantization: str | None = None,
 ) -> str:
-    """Check what is exported and where it is written, as far as their files tell."""
+    """Check the request and the output directory before anything is loaded; return the base's name."""
     check_output(output)
     if options.dump is not None:
         check_folder(options.dump)
@@ -223,7 +223,7 @@ def check_base(
     fields: Mapping[str, object] | None,
     base_quantization: str | None = None,
 ) -> str:
-    """The name of the base."""
+    """Check the base and the options that depend on it; return its name."""
     if adapter is not None and fields is not None:
         check_adapter_task(str(fields.get("task_type")), task, adapter)
     base = base_name(model, adapter, fields)
@@ -237,7 +237,7 @@ def check_base(
 
 
 def _is_pair(base: str) -> bool:
-    """Whether a base is an encoder-decoder that is exported with its cache where no task is named."""
+    """Return whether a base is an encoder-decoder that is exported with its cache if no task is given."""
     directory = local_directory(base, TraceError)
     if directory is None:
         return False
@@ -246,7 +246,7 @@ def _is_pair(base: str) -> bool:
 
 
 def _check_apart(output: Path, sources: Iterable[str | None]) -> None:
-    """Check that what is read does not lie where the output is replaced."""
+    """Check that no input lies in the output directory, which is replaced."""
     target = output.resolve()
     for source in filter(None, sources):
         directory = local_directory(source, ExportError)

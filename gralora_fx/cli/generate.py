@@ -76,9 +76,9 @@ RunThreads = Annotated[
 
 
 class PromptOptions(Protocol):
-    """Options for prompts other than texts, as a feature adds them: a dataclass.
+    """Options that a feature adds for prompts other than text: a dataclass.
 
-    The first option is the prompt, and further ones have an effect beside it alone.
+    The first option is the prompt; the others need it.
     """
 
     TASK: ClassVar[str]  # the task whose exports are given such a prompt
@@ -88,7 +88,7 @@ class PromptOptions(Protocol):
         """Read the prompt's file, before anything slow is imported."""
 
     def inputs(self, model: Any, content: Any) -> Mapping[str, Any]:
-        """Return the arguments of `generate` for what the file holds."""
+        """Return the arguments of `generate` for the file's content."""
 
 
 _KINDS: list[Any] = parts("generate options")
@@ -178,7 +178,7 @@ def _check_generates(directory: Path, manifest: Manifest) -> None:
 def _check_input(
     directory: Path, manifest: Manifest, prompt: str | None, options: Mapping[str, Any], *, chat: bool
 ) -> PromptOptions | None:
-    """Check that an export is given what it answers: a text, or the prompt of a feature, which is returned."""
+    """Check that the prompt suits the export: a text, or a feature's prompt options, which are returned."""
     own = next((kind for kind in _OTHERS if manifest.task == kind.TASK), None)
     mains = {kind: declared_options(kind)[0] for kind in _OTHERS}
     wanted = "--prompt TEXT" if own is None else f"{mains[own].flag} {mains[own].metavar}"
@@ -202,7 +202,7 @@ def _check_input(
 
 
 def _beside(directory: Path, manifest: Manifest, options: Mapping[str, Any]) -> list[PromptOptions]:
-    """Return what is given beside a text, for an export that reads it."""
+    """Return the feature options given beside a text, if the export reads them."""
     found: list[PromptOptions] = []
     for kind in _BESIDE:
         declared = declared_options(kind)
@@ -218,7 +218,7 @@ def _beside(directory: Path, manifest: Manifest, options: Mapping[str, Any]) -> 
 
 
 def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tuple[str | None, Path | None]:
-    """The adapter to answer with, and where it is to be loaded from; None for one of the export's own."""
+    """Return the adapter's name, and its path unless it is one of the export's own."""
     if given is None:
         return None, None
     name, path = read_adapter(given, may_be_bare=True)
@@ -237,7 +237,7 @@ def _read_adapter(directory: Path, manifest: Manifest, given: str | None) -> tup
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any]:
-    """The options of `generate` that draw; none where the likeliest token is taken."""
+    """Return the sampling options of `generate`; none for greedy decoding."""
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise ConfigError(f"--temperature takes a number from 0 on, but got {temperature}; 0 takes the likeliest token")
     if top_p is not None and not 0 < top_p <= 1:
@@ -253,7 +253,7 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
 
 
 def _read_stdin() -> str:
-    """The prompt from stdin, without the newline at its end."""
+    """Read the prompt from stdin, without the newline at its end."""
     try:
         return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -13,14 +13,13 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def use_huge_pages() -> None:
-    """Start the program over with memory in huge pages, where the kernel gives them to programs that ask.
+    """Restart the program with memory in huge pages, if the kernel gives them on request.
 
-    A token reads all weights, and the processor finds them sooner in pages of 2 MiB than in those of 4 KiB. Most Linux
-    systems give them on request (`madvise`), and glibc requests them if a variable says so when a program starts: so it
-    is set, and the program replaced by itself, with the same process id, which its first line on stderr says. A
-    program's first use of memory takes longer then, so this is for one that runs long. Nothing happens on other
-    systems, where the variable says something already, in a program that was not started by its arguments, or where the
-    interpreter cannot be started anew.
+    Every token reads all weights, and address translation is faster with pages of 2 MiB than of 4 KiB. Most Linux
+    systems give them on request (`madvise`), and glibc requests them if a variable is set when a program starts: so it
+    is set, and the program replaces itself, keeping its process id and printing one line to stderr. First use of memory
+    takes longer then, so this is for long-running programs. Nothing happens on other systems, if the variable is set
+    already, if the program was not started by its arguments, or if the interpreter cannot be restarted.
     """
     tunables = os.environ.get(VARIABLE, "")
     own = sys.argv[1:]

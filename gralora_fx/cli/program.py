@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _misuse(error: Any, command: Any) -> str:
-    """What is wrong with the arguments, on one line; the example of the command, if something is missing."""
+    """Describe wrong arguments on one line, with the command's example if one is missing."""
     param = getattr(error, "param", None)
     text = " ".join(str(error.message).split()).rstrip(".").removeprefix("Value error, ")
     if type(error).__name__ == "MissingParameter" and param is not None:
@@ -81,7 +81,7 @@ def _misuse(error: Any, command: Any) -> str:
 
 
 def _help(running: str | None) -> str:
-    """Where the right arguments are listed."""
+    """Return where the valid arguments are listed."""
     if running is None:
         return "gralora-fx --help lists the commands"
     return f"gralora-fx {running} --help lists the options"

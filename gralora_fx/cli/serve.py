@@ -139,9 +139,9 @@ def _check_idle(reason: str, options: Mapping[str, object]) -> None:
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Leave out collections of garbage while a service is made, and what it is made of out of later ones.
+    """Disable garbage collection while the service is created, and freeze what exists then.
 
-    An eighth of the time of imports goes to them, and later ones would hold up all requests for 0.2 s.
+    Collections take an eighth of the import time, and later ones would delay all requests for 0.2 s.
     """
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""The options of a command that a record declares, and what options take, read before anything slow is imported."""
+"""Options declared by records, and parsers of option values that import nothing slow."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def model_names(names: list[str] | None) -> list[str] | None:
 
 
 def file_name(name: str | None) -> str | None:
-    """Check the name of an adapter in an export, which is also that of a file."""
+    """Check an adapter's name in an export, which becomes a file name."""
     return name if name is None else check_name(utf8(name), ConfigError)
 
 
 def graph_name(name: str | None) -> str | None:
-    """Check the name of an adapter, which is also that of a file and of a part of the graph."""
+    """Check an adapter's name, which becomes a file name and a name in the graph."""
     if file_name(name) is not None:
         check_adapter_letters(name)
     return name
@@ -65,18 +65,18 @@ def task_name(task: str | None) -> str | None:
 
 
 def quantization_words(words: str | None) -> str | None:
-    """Check the words that say how a base is rounded."""
+    """Check a `--base-quantization` value."""
     return words if words is None else str(BaseQuantization.of(utf8(words)))
 
 
 def check_rounding(quantization: str | BaseQuantization | None) -> None:
-    """Check that a base can be rounded before anything slow is imported."""
+    """Check that the extra needed to round a base is installed, before anything slow is imported."""
     if quantization is not None and (extra := BaseQuantization.of(quantization).extra) is not None:
         require_extra(extra, option(base_quantization=str(quantization)), ConfigError)
 
 
 def export_directory(onnx: Path | None, directory: Path | None) -> Path:
-    """The directory of an export, by its option or, as before there was one, without a name."""
+    """Return the export directory, given as --onnx or, as in earlier versions, as an argument."""
     if (onnx is None) == (directory is None):
         raise typer.BadParameter(
             "missing --onnx DIR, the directory of an export" if onnx is None else f"give --onnx {onnx} or {directory}"
@@ -85,7 +85,7 @@ def export_directory(onnx: Path | None, directory: Path | None) -> Path:
 
 
 def read_adapter(text: str, *, may_be_bare: bool = False) -> tuple[str, Path | None]:
-    """The name and the path of an `--adapter NAME=PATH`."""
+    """Parse `--adapter NAME=PATH`."""
     name, equals, path = text.partition("=")
     if not name or (equals and not path) or not (equals or may_be_bare):
         form = "a name, or a name and a path as NAME=PATH" if may_be_bare else "a name and a path as NAME=PATH"
@@ -94,7 +94,7 @@ def read_adapter(text: str, *, may_be_bare: bool = False) -> tuple[str, Path | N
 
 
 def read_adapters(texts: list[str] | None) -> dict[str, Path]:
-    """The adapters of several `--adapter NAME=PATH`, by name."""
+    """Parse several `--adapter NAME=PATH` into paths by name."""
     found: dict[str, Path] = {}
     for name, path in map(read_adapter, texts or ()):
         if name in found:
@@ -105,7 +105,7 @@ def read_adapters(texts: list[str] | None) -> dict[str, Path]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts of a file, one on each line; empty lines are left out."""
+    """Read the non-empty lines of a file."""
     try:
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError as error:
@@ -118,10 +118,10 @@ def read_texts(path: Path) -> list[str]:
 
 
 def takes(*records: type) -> Callable[[_Command], _Command]:
-    """A command with an option for each that records declare.
+    """Return a decorator that adds an option for each one that the records declare.
 
-    They come after the command's own positional parameters and before its keyword-only ones, and the command gets them
-    as `**options`. One that the command names itself comes there, and is given by that name.
+    They come after the command's own positional parameters and before its keyword-only ones, and reach the command as
+    `**options`. An option that the command names itself takes that place and is passed by that name.
     """
     options = [option for record in records for option in declared_options(record)]
     declared = {option.name: _parameter(option) for option in options if option.option.help}
@@ -142,7 +142,7 @@ def takes(*records: type) -> Callable[[_Command], _Command]:
 
 
 def _parameter(declared: DeclaredOption) -> inspect.Parameter:
-    """An option as a parameter that typer reads; a choice is a text, whose check is the record's."""
+    """Return an option as a parameter that typer reads; a choice is a string, which its record checks."""
     option = declared.option
     text = in_command(option.help)
     info: dict[str, Any] = {"help": f"{text}  [default: {option.left_out}]" if option.left_out else text}

@@ -161,7 +161,7 @@ def verify(
 
 
 def _recorded(manifest: Manifest, model: str | None, adapters: Sequence[str]) -> BaseQuantization | None:
-    """How the base is rounded to be the one that was exported; None where it needs no rounding."""
+    """Return how to quantize the base as it was for the export; None if it needs none."""
     if manifest.base is None or manifest.base.quantization is None:
         return None
     return needed_quantization(manifest.base.quantization, base_name(model, adapters[0] if adapters else None))
@@ -178,7 +178,7 @@ def _verify_files(output: Path, others: list[str]) -> None:
 
 
 def _exported_name(directory: Path, manifest: Manifest, name: str | None) -> str | None:
-    """The name in an export of the adapter that it is compared with."""
+    """Return the name that the adapter has in the export; None without adapters as data."""
     if manifest.adapter_inputs is None:
         if name is not None:
             raise ExportError(f"{directory} holds no adapters as data; leave --adapter-name {name} out")
@@ -188,7 +188,7 @@ def _exported_name(directory: Path, manifest: Manifest, name: str | None) -> str
 
 
 def _provider_options(provider: str | None, options: list[str] | None) -> dict[str, str] | None:
-    """The options of a provider by name; None if there are none."""
+    """Parse provider options; None if there are none."""
     if not options:
         return None
     if provider is None:

@@ -1,6 +1,6 @@
-"""Help and reports in the words of the command line, and where what is not a result is printed.
+"""Help and reports in the command line's words, and the console for messages.
 
-Help leads with an example, then what is required, and options in groups with a placeholder for each value.
+Help begins with an example, then required options, then groups of options with a placeholder for each value.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _HYPHEN = "\u2011"  # one at which no line is broken, so that every name is foun
 
 
 class _Help:
-    """Help that leads with an example, and breaks no line within a name."""
+    """Help that begins with an example, and breaks no line within a name."""
 
     epilog: str | None
     help: str | None
 
     def get_help(self, ctx: Any) -> str:
-        """The text."""
+        """Return the help text."""
         formatter = ctx.make_formatter()
         formatter.write(f"Example: {self.epilog}\n\n")
         self.format_help(ctx, formatter)  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ class _Help:
         return text.replace(_HYPHEN, "-").rstrip("\n")
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """Write what the command does."""
+        """Write the command's description."""
         formatter.write_paragraph()
         with formatter.indentation():
             formatter.write_text(_unbroken(inspect.cleandoc(self.help or "")))
@@ -49,10 +49,10 @@ class _Help:
 
 
 class Group(_Help, TyperGroup):
-    """The program, whose help says what every command does in a whole sentence."""
+    """The program; its help describes every command in a sentence."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line after the program."""
+        """Return the usage line after the program's name."""
         return ["COMMAND", "[OPTIONS]"]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -71,11 +71,11 @@ class Group(_Help, TyperGroup):
 class Command(_Help, TyperCommand):
     """A command whose help and usage name the required options first.
 
-    An option's first name is its name; further ones are older names, which go on working and are not shown.
+    An option's first name is shown; its further names are older ones, still accepted.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; of an option that takes one value and is given several, click would keep the last."""
+        """Parse the arguments; raise for a repeated single-value option, of which click would keep the last."""
         for text in args:
             if "\0" in text:
                 raise ConfigError(f"{text[:80]!r} holds a zero byte; give text without one")
@@ -89,7 +89,7 @@ class Command(_Help, TyperCommand):
         return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The usage line after the command: `--output DIR [OPTIONS]`."""
+        """Return the usage line after the command's name: `--output DIR [OPTIONS]`."""
         needed = [name_of(param) for param in self.get_params(ctx) if _group(param) == REQUIRED]
         return [*needed, "[OPTIONS]"]
 
@@ -106,7 +106,7 @@ class Command(_Help, TyperCommand):
 
 
 def name_of(param: Any) -> str:
-    """An option's name with the placeholder of its value, such as `--output DIR`."""
+    """Return an option's name with its placeholder, such as `--output DIR`."""
     letters = [name for name in param.opts[1:] if not name.startswith("--")]
     names = ", ".join([*letters, param.opts[0]])
     return names if not param.metavar or param.is_flag else f"{names} {param.metavar}"
@@ -133,7 +133,7 @@ notes = Console(stderr=True, highlight=False, soft_wrap=True)  # where what is n
 
 
 def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None) -> None:
-    """Print a report to stdout: three lines, or all of it."""
+    """Print a report to stdout: three lines, or with all details."""
 
     def words(usage: Invocation) -> str:
         if not usage.command:
@@ -145,7 +145,7 @@ def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None
 
 
 def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str, str | Sequence[str] | None]:
-    """Return what names a model, with a place for its base where a local adapter alone is given and names none."""
+    """Return the options that name a model, with a placeholder for the base if a local adapter does not name one."""
     given = sources.get("adapter")
     adapters = [given] if isinstance(given, str) else given or ()
     local = [adapter for adapter in adapters if (Path(adapter) / CONFIG_NAME).is_file()]
@@ -158,7 +158,7 @@ def _with_base(sources: Mapping[str, str | Sequence[str] | None]) -> Mapping[str
 
 
 def _command(usage: Invocation, more: Mapping[str, str | Sequence[str] | None]) -> str:
-    """A usage as a line of the shell."""
+    """Return a usage as a shell command."""
     parts = [usage.command]
     for name, given in {**usage.arguments, **more}.items():
         values = [given] if isinstance(given, str) else given or ()

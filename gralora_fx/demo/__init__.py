@@ -1,4 +1,4 @@
-"""The demonstration: MiniLM learns to sort BBC news, and a small hybrid to write them; both answer on ONNX Runtime."""
+"""The demo: MiniLM learns to classify BBC news, a small hybrid model to write them; both run on ONNX Runtime."""
 
 from gralora_fx.demo.run import run
 

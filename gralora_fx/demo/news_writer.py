@@ -1,6 +1,6 @@
-"""A writer of news: a small hybrid of Mamba2 and attention, its tokenizer, its training, and its bits per character.
+"""A writer of news: a small hybrid of Mamba2 and attention, its tokenizer, training, and bits per character.
 
-It learns from BBC news alone, from four topics of five; an adapter learns the fifth.
+The base learns four of five topics of BBC news; an adapter learns the fifth.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SHORTEST, _LONGEST = 1e-3, 1e-1  # time steps
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts as tokens, one after the other, each with the end token behind."""
+    """Tokenized texts, concatenated, each followed by the end token."""
 
     train: Tensor  # token ids to train on, `[tokens]`
     held_out: Tensor  # those held out, `[tokens]`
@@ -45,7 +45,7 @@ class Texts:
 
 
 def read_texts(seed: int) -> tuple[PreTrainedTokenizerBase, Texts, Texts]:
-    """The news, and a tokenizer that has seen the base's texts alone."""
+    """Return a tokenizer trained on the base's texts only, and the texts of the base's topics and of the adapter's."""
     news = load_news(seed)
     number = news.classes.index(TOPIC)
     parts = [
@@ -58,11 +58,11 @@ def read_texts(seed: int) -> tuple[PreTrainedTokenizerBase, Texts, Texts]:
 
 
 def hybrid(tokenizer: PreTrainedTokenizerBase, seed: int) -> GraniteMoeHybridForCausalLM:
-    """A random model of 0.9 million parameters: three layers of Mamba2 and one of attention, as Granite 4 has them.
+    """Return a random model of 0.9 million parameters: three Mamba2 layers and one attention layer, as in Granite 4.
 
-    Time steps begin between 0.001 and 0.1, as in the code of "Mamba: Linear-Time Sequence Modeling with Selective
-    State Spaces", https://arxiv.org/abs/2312.00752. transformers begins with 1.3, at which states forget a text within
-    a few tokens.
+    Time steps are initialised between 0.001 and 0.1, as in the code of "Mamba: Linear-Time Sequence Modeling with
+    Selective State Spaces", https://arxiv.org/abs/2312.00752. transformers initialises them to 1.3, at which states
+    forget a text within a few tokens.
     """
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
@@ -97,7 +97,7 @@ def hybrid(tokenizer: PreTrainedTokenizerBase, seed: int) -> GraniteMoeHybridFor
 def train(
     model: Any, parameters: Iterable[nn.Parameter], texts: Texts, *, steps: int, rate: float, seed: int
 ) -> list[float]:
-    """Train a traced or a rewritten model to predict the next token, on pieces from random places."""
+    """Train a traced or rewritten model to predict the next token, on random pieces of text."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(texts.train) - LENGTH, (steps * _BATCH, 1), generator=generator)
     pieces = texts.train[starts + torch.arange(LENGTH + 1)]
@@ -108,7 +108,7 @@ def train(
 
 
 def bits_per_character(model: Callable[..., Any], texts: Texts) -> float:
-    """Bits per character of held-out text: the loss of a token in bits, over the mean length of a token."""
+    """Return bits per character of held-out text: a token's loss in bits over the mean token length."""
     pieces = texts.held_out.unfold(0, LENGTH + 1, LENGTH)[:_HELD_OUT]
     with torch.no_grad():
         loss = fmean(_loss(model, batch).item() for batch in torch.split(pieces, _BATCH))
@@ -121,7 +121,7 @@ def _loss(model: Callable[..., Any], pieces: Tensor) -> Tensor:
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte pairs of texts."""
+    """Train a byte-pair tokenizer on texts."""
     pairs = Tokenizer(models.BPE())
     pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     pairs.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""The demonstration from end to end, each stage timed."""
+"""The demo from end to end, each stage timed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _REPORT, _PARTS = "report.md", 2
 
 
 def run(output: Path, *, epochs: int, seed: int, steps: int = BASE_STEPS) -> None:
-    """Train MiniLM to sort news, and a small hybrid to write them; export, verify and ask both on ONNX Runtime."""
+    """Train MiniLM to classify news and a small hybrid model to write them; export, verify and run both."""
     report = output / _REPORT
     for folder in (output / "onnx", *exports_of(output / "hybrid")):
         check_output(folder)
@@ -52,7 +52,7 @@ def run(output: Path, *, epochs: int, seed: int, steps: int = BASE_STEPS) -> Non
 
 
 def _report(parts: Sequence[DemoPart], path: Path, console: Console) -> None:
-    """Show the last part, and write all of them."""
+    """Print the last part, and write the report of all parts."""
     for table in parts[-1].tables():
         console.print(table)
     write_report(parts, path)

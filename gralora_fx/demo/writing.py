@@ -1,4 +1,4 @@
-"""The demonstration's second model: a hybrid learns to write news from nothing, and with an adapter a topic more."""
+"""The demo's second model: a hybrid learns to write news from scratch, and one more topic with an adapter."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Stages:
 
     Attributes:
         console: Where they are shown.
-        seconds: How long each took, by name, in order.
+        seconds: The time of each stage by name, in order.
     """
 
     def __init__(self, console: Console) -> None:
-        """Begin."""
+        """Start without stages."""
         self.console = console
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Name a stage, show how far it is, and time the block."""
+        """Show a named stage while the block runs, and time it."""
         named: AbstractContextManager[None] = timed(name)
         if not self.console.is_terminal:  # a line names it at once, and others follow if there is news within it
             self.console.print(f"{name} ...", markup=False)
@@ -63,11 +63,11 @@ class Stages:
         self.seconds[name] = time.perf_counter() - begin
 
     def wrote(self, path: Path, what: str) -> None:
-        """Say that there is something to look at."""
+        """Print the path of a file to look at."""
         self.console.print(f"wrote {path}: {what}", markup=False)
 
     def rows(self) -> Rows:
-        """The seconds of each stage and of all, for a table."""
+        """Return table rows of each stage's seconds and the total."""
         rows = [(f"seconds: {stage}", f"{value:.1f}") for stage, value in self.seconds.items()]
         return [*rows, ("seconds: all", f"{sum(self.seconds.values()):.1f}")]
 
@@ -77,7 +77,7 @@ _WINDOW = 10  # steps whose mean is drawn
 
 @dataclass(frozen=True)
 class DemoPart:
-    """What came of one model."""
+    """The results of one model."""
 
     title: str  # what was done
     rows: Rows  # a name and a value of each figure
@@ -87,7 +87,7 @@ class DemoPart:
     picture: Path  # its losses, beside the report or below it
 
     def tables(self) -> tuple[Table, Table]:
-        """Answers and figures for a console."""
+        """Return answers and figures as tables for a console."""
         answers, figures = Table(*self.header, title=self.asked), Table("what", "value", title=self.title)
         for table, rows in ((answers, self.answers), (figures, self.rows)):
             for row in rows:
@@ -107,7 +107,7 @@ def write_report(parts: Sequence[DemoPart], path: Path) -> None:
 
 
 def draw_losses(losses: Sequence[float], path: Path) -> None:
-    """Draw the loss of every step."""
+    """Plot the loss of every step."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: no display is needed
@@ -136,12 +136,12 @@ _CLOSE = 1e-3  # bits per character, by which ONNX Runtime may differ from PyTor
 
 
 def exports_of(output: Path) -> tuple[Path, Path]:
-    """The directories of a demo's exports: with the adapter as data, and merged."""
+    """Return the demo's export directories: with the adapter as data, and merged."""
     return output / _DATA, output / _MERGED
 
 
 def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> DemoPart:
-    """Train a base and an adapter, export them twice, verify, and let base and adapter answer side by side."""
+    """Train a base and an adapter, export them twice, verify, and compare answers of base and adapter."""
     console, stage = stages.console, stages.stage
     with stage("read news"):
         tokenizer, texts, topic = read_texts(seed)
@@ -212,7 +212,7 @@ def write_news(output: Path, stages: Stages, *, steps: int, seed: int) -> DemoPa
 
 
 def _answers(export: Path) -> tuple[list[str], list[str]]:
-    """Answers by the base and the adapter to each prompt: all in one batch, and each alone."""
+    """Return answers of the base and the adapter to each prompt: in one batch, and one by one."""
     served = load(export)
     cases = [(prompt, name) for prompt in _PROMPTS for name in (None, TOPIC)]
     draws: dict[str, Any] = {"max_new_tokens": 32, "do_sample": True, "temperature": 0.7}

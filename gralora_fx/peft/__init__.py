@@ -1,4 +1,4 @@
-"""PEFT's names over graphs: a script that trains with PEFT changes its import alone."""
+"""PEFT's names for traced models: a script that trains with PEFT changes only its import."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -75,7 +75,7 @@ _INSTEAD = {
 
 
 def __getattr__(name: str) -> Any:
-    """Say what to do about a name of PEFT's that this package lacks."""
+    """Raise for a name of PEFT's that this package lacks, saying what to use instead."""
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _INSTEAD:

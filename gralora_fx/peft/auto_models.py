@@ -14,7 +14,7 @@ from gralora_fx.peft.peft_model import CLASSES, PeftModel
 
 
 class AutoPeftModel:
-    """Loads an adapter with its base; `task_type` of its configuration says which class of transformers that is."""
+    """Loads an adapter with its base; the `task_type` of its configuration selects transformers' class."""
 
     _task: ClassVar[str | None] = None  # None for the one that the configuration says
     _bases: ClassVar[dict[str, str]] = {
@@ -42,7 +42,7 @@ class AutoPeftModel:
             pretrained_model_name_or_path: Directory or hub id of the adapter.
             adapter_name: Name to give the adapter.
             is_trainable: Whether it trains.
-            config: As of `PeftModel.from_pretrained`.
+            config: See `PeftModel.from_pretrained`.
             revision: Revision of the adapter's hub repository.
             **kwargs: Arguments for the base model's `from_pretrained`.
 
@@ -72,36 +72,36 @@ class AutoPeftModel:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """Loads a model of texts."""
+    """Loads a causal language model."""
 
     _task = TaskType.CAUSAL_LM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """Loads a model of texts from texts."""
+    """Loads an encoder-decoder language model."""
 
     _task = TaskType.SEQ_2_SEQ_LM
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """Loads a model of texts' classes."""
+    """Loads a sequence classification model."""
 
     _task = TaskType.SEQ_CLS
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """Loads a model of tokens' classes."""
+    """Loads a token classification model."""
 
     _task = TaskType.TOKEN_CLS
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """Loads a model of spans of texts."""
+    """Loads an extractive question answering model."""
 
     _task = TaskType.QUESTION_ANS
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """Loads a model of hidden states."""
+    """Loads a model whose outputs are hidden states."""
 
     _task = TaskType.FEATURE_EXTRACTION

@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer that stops a run before a step that would make weights useless."""
+"""A callback for transformers' Trainer that stops a run before a step that would corrupt the weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gralora_fx.errors import CheckpointError
 
 
 class StopAtNonFinite(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Stops before a step whose gradients are not finite, as those of a loss that is NaN are.
+    """Stops before an optimizer step whose gradients are not finite, as after a NaN loss.
 
     The error names the step, the first such parameter, and the last checkpoint, whose tensors are finite. With
-    `fp16=True` Trainer leaves such steps out by itself, and nothing is stopped.
+    `fp16=True` Trainer skips such steps by itself, and nothing is stopped.
     """
 
     def on_pre_optimizer_step(
@@ -48,6 +48,6 @@ class StopAtNonFinite(TrainerCallback):  # type: ignore[misc]  # transformers ha
 
 
 def all_finite(tensors: Any) -> bool:
-    """Return whether all values of tensors are finite, with one question to their device."""
+    """Return whether all values of tensors are finite, with one device synchronisation."""
     sums = [tensor.detach().float().abs().sum() for tensor in tensors]
     return not sums or bool(torch.isfinite(torch.stack(sums)).all())

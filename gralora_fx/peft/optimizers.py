@@ -21,7 +21,7 @@ def create_loraplus_optimizer(
     loraplus_weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> Optimizer:
-    """Make an optimizer of what trains, in which `B` and vectors learn faster than `A`.
+    """Create an optimizer of the trainable parameters in which `B` and vectors learn faster than `A`.
 
     Args:
         model: The rewritten model.
@@ -32,7 +32,8 @@ def create_loraplus_optimizer(
         **kwargs: Other arguments of the optimizer.
 
     Raises:
-        ConfigError: Nothing trains, or embeddings were given a rate, where no adapter is here.
+        ConfigError: No parameter requires gradients, or `loraplus_lr_embedding` is given, since embeddings have no
+            adapters here.
     """
     if "loraplus_lr_embedding" in kwargs:
         raise ConfigError("loraplus_lr_embedding is for adapters of embeddings, which are not supported; leave it out")

@@ -1,4 +1,4 @@
-"""The base that PEFT's functions are given, traced, and arguments of theirs that have no meaning here."""
+"""Conversions and checks of the arguments of PEFT's functions."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def traced_with_cache(model: Any, tracing: Mapping[str, Any]) -> TracedModel:
 
 
 def name_of(model: Any) -> str | None:
-    """Return where a model was loaded from; None if that is not known."""
+    """Return the path or hub id that a model was loaded from; None if unknown."""
     config = getattr(model, "config", None)
     return getattr(config, "_name_or_path", None) or None
 
 
 def check_adapter_dtype(model: Any, autocast_adapter_dtype: bool) -> None:
-    """Check that adapters have the dtype that is asked for."""
+    """Raise unless adapters will have the requested dtype."""
     if autocast_adapter_dtype or not hasattr(model, "parameters"):
         return
     parameters: Iterable[Tensor] = model.parameters()
@@ -57,7 +57,7 @@ def check_adapter_dtype(model: Any, autocast_adapter_dtype: bool) -> None:
 
 
 def check_unsupported(**arguments: Any) -> None:
-    """Check that arguments of PEFT's that have no meaning here are left out."""
+    """Raise if an argument of PEFT's without meaning here is given."""
     for name, value in arguments.items():
         if value:
             raise ConfigError(f"{name}={value!r} is not supported; leave it out, or use peft itself")

@@ -13,14 +13,14 @@ from gralora_fx.core.methods.saved_configs import config_from_fields, config_fro
 
 
 class TaskType(StrEnum):
-    """What a model with an adapter is trained for, as `task_type` of a configuration.
+    """The task that a model with an adapter is trained for, as `task_type` of a configuration.
 
     Attributes:
-        SEQ_CLS: Classes of texts.
-        SEQ_2_SEQ_LM: Texts from texts, by an encoder and a decoder.
-        CAUSAL_LM: Texts.
-        TOKEN_CLS: Classes of tokens.
-        QUESTION_ANS: Spans of texts.
+        SEQ_CLS: Sequence classification.
+        SEQ_2_SEQ_LM: Encoder-decoder language modelling.
+        CAUSAL_LM: Causal language modelling.
+        TOKEN_CLS: Token classification.
+        QUESTION_ANS: Extractive question answering.
         FEATURE_EXTRACTION: Hidden states.
     """
 
@@ -45,7 +45,7 @@ class PeftType(StrEnum):
 
 
 class PeftConfig(ABC):  # noqa: B024  # what its name is for is isinstance
-    """Any configuration of this package, for `isinstance`; `from_pretrained` reads one of whatever method."""
+    """Any configuration of this package, for `isinstance`; `from_pretrained` reads a configuration of any method."""
 
     @classmethod
     def from_pretrained(
@@ -71,7 +71,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> AdapterConfig:
     """Build a configuration from the fields of a file.
 
     Args:
-        config_dict: The fields, `peft_type` among them.
+        config_dict: The fields, including `peft_type`.
 
     Raises:
         ConfigError: The method is not known, or a field has an invalid value.

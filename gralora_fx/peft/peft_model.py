@@ -1,4 +1,4 @@
-"""`get_peft_model` and `PeftModel`: a rewritten model with the arguments and results of PEFT's."""
+"""`get_peft_model` and `PeftModel`: a rewritten model with PEFT's arguments and results."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def get_peft_model(
         adapter_name: Name of the adapter.
         mixed: Must be False: a model takes adapters of all methods in any case.
         autocast_adapter_dtype: Whether adapters of half-precision layers are float32; must be True for such a model.
-        revision: Revision of the base model, noted in the configuration.
-        low_cpu_mem_usage: Accepted, and ignored: an adapter's tensors are real at once.
+        revision: Revision of the base model, recorded in the configuration.
+        low_cpu_mem_usage: Accepted and ignored: an adapter's tensors are allocated immediately.
         **tracing: Arguments of `gralora_fx.trace`, such as `task`, `example_inputs` and `blocks`.
 
     Raises:
-        ConfigError: The configuration is of a method that is not known, or an argument is not supported.
+        ConfigError: The configuration is of an unknown method, or an argument is not supported.
         TraceError: The model cannot be traced.
         TargetError: The configuration does not fit the model.
         RewriteError: The model has adapters already.
@@ -61,7 +61,7 @@ def get_peft_model(
 
 
 class PeftModel(GraloraModel):
-    """A `GraloraModel` whose methods take PEFT's arguments and return what PEFT's return."""
+    """A `GraloraModel` with the method signatures and return values of PEFT's `PeftModel`."""
 
     _source: nn.Module | None = None
 
@@ -199,7 +199,7 @@ class PeftModel(GraloraModel):
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter is active."""
+        """Return whether an adapter is active."""
         return bool(self.active_adapters)
 
     # -- files ------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ class PeftModel(GraloraModel):
     def merge_and_unload(  # type: ignore[override]  # PEFT's arguments and result
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
     ) -> nn.Module | TracedModel:
-        """Fold adapters into the base model's own weights, and return it: the model that was given.
+        """Fold adapters into the base model's own weights, and return the original model.
 
         Args:
             progressbar: Accepted, and ignored.
@@ -262,13 +262,13 @@ class PeftModel(GraloraModel):
         return merged if self._source is None else self._source
 
     def unload(self) -> nn.Module | TracedModel:  # type: ignore[override]
-        """Remove every adapter, and return the base model: the one that was given."""
+        """Remove every adapter, and return the original base model."""
         self._check_source()
         unloaded = super().unload()
         return unloaded if self._source is None else self._source
 
     def _check_source(self) -> None:
-        """Check that the model that was given still has the parameters of the graph."""
+        """Check that the original model still shares its parameters with the graph."""
         if self._source is None:
             return
         own = {id(parameter) for parameter in self._source.parameters()}
@@ -291,36 +291,36 @@ class PeftModel(GraloraModel):
 
     @property
     def name_or_path(self) -> str:
-        """Where the base model was loaded from."""
+        """Path or hub id that the base model was loaded from."""
         return self.traced.tokenizer_source or ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle and copies, whose base is a trace."""
+        """Return the state for pickle and copies, whose base is a trace."""
         return {name: value for name, value in super().__getstate__().items() if name != "_source"}
 
 
 class PeftModelForCausalLM(PeftModel):
-    """A model of texts."""
+    """A causal language model."""
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    """A model of texts from texts."""
+    """An encoder-decoder language model."""
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A model of texts' classes."""
+    """A sequence classification model."""
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """A model of tokens' classes."""
+    """A token classification model."""
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """A model of spans of texts."""
+    """An extractive question answering model."""
 
 
 class PeftModelForFeatureExtraction(PeftModel):
-    """A model of hidden states."""
+    """A model whose outputs are hidden states."""
 
 
 CLASSES: dict[str, type[PeftModel]] = {
@@ -334,5 +334,5 @@ CLASSES: dict[str, type[PeftModel]] = {
 
 
 def _class_for(cls: type[PeftModel], config: AdapterConfig) -> type[PeftModel]:
-    """Return the class of PEFT's name for a configuration's task, unless another one than `PeftModel` is given."""
+    """Return the subclass for a configuration's task if `PeftModel` itself was called, else the class called."""
     return CLASSES.get(config.task_type or "", PeftModel) if cls is PeftModel else cls

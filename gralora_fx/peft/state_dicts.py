@@ -1,4 +1,4 @@
-"""An adapter's tensors by the keys of PEFT's files, and a base made ready for training."""
+"""Adapter state dicts with the keys of PEFT's files, and preparation of a base for training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gralora_fx.errors import ConfigError, RewriteError
 
 
 class LoadedKeys(NamedTuple):
-    """What did not fit when tensors were loaded; both are empty, since anything that does not fit is an error.
+    """Result of loading tensors; both lists are empty, since keys that do not fit raise an error.
 
     Attributes:
         missing_keys: Keys that were not given.
@@ -34,17 +34,17 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by the keys of PEFT's files, whole where FSDP2 has distributed them.
+    """Return an adapter's tensors by the keys of PEFT's files, gathered if FSDP2 shards them.
 
     Args:
         model: The rewritten model.
-        state_dict: The model's state dict, if it is at hand; it must hold the model's current values.
+        state_dict: The model's current state dict, if it is at hand.
         adapter_name: Name of the adapter.
-        unwrap_compiled: Whether the model is what `torch.compile` returned.
+        unwrap_compiled: Whether the model was returned by `torch.compile`.
         save_embedding_layers: "auto" or False.
 
     Raises:
-        CheckpointError: The state dict holds other values.
+        CheckpointError: The state dict's values are not the model's.
         RewriteError: The adapter does not exist.
     """
     if save_embedding_layers not in ("auto", False):
@@ -89,11 +89,11 @@ def prepare_model_for_kbit_training(
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Freeze a base model, let its half-precision parameters be float32, and recompute its blocks in training.
+    """Freeze a base model, cast its half-precision parameters to float32, and enable gradient checkpointing.
 
     Args:
         model: The base model, before `get_peft_model`.
-        use_gradient_checkpointing: Whether blocks are recomputed.
+        use_gradient_checkpointing: Whether blocks are recomputed in the backward pass.
         gradient_checkpointing_kwargs: Options of `torch.utils.checkpoint.checkpoint`.
 
     Raises:
@@ -113,6 +113,6 @@ def prepare_model_for_kbit_training(
 
 
 def _unwrapped(model: Any, unwrap_compiled: bool) -> GraloraModel:
-    """The model that `torch.compile` wrapped."""
+    """Return the model inside a `torch.compile` wrapper."""
     unwrapped: GraloraModel = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     return unwrapped

@@ -1,4 +1,4 @@
-"""A picture of a rewritten graph, as SVG or as a page of HTML."""
+"""Pictures of a rewritten graph, as SVG or as an HTML page."""
 
 from gralora_fx.picture.dot import PictureError
 from gralora_fx.picture.page import html_of

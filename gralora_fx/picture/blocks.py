@@ -1,4 +1,4 @@
-"""The blocks of a model, from module paths: numbered layers and the branches that hold them; equal ones are folded."""
+"""Blocks of a model, from module paths: numbered layers and the branches around them; runs of equal ones are folded."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Block:
         return self.path.rpartition(".")[0]
 
     def all_items(self) -> list[str]:
-        """Everything in it and in the frames within it."""
+        """Return all items in it and in nested frames."""
         return [*self.items, *(item for block in self.blocks for item in block.all_items())]
 
 
 class BlockMap:
-    """Which frames a module path lies in.
+    """Maps module paths to frames.
 
     A numbered layer is the outermost module of a path that is named by a number and holds sites, such as
     `encoder.layer.0`. Within it, a second numbering makes frames only if its children are alike, as stages and
@@ -56,20 +56,20 @@ class BlockMap:
         self._branches = _branches({path.rpartition(".")[0] for path in outermost})
 
     def frames_of(self, path: str) -> list[str]:
-        """Paths of the frames around a module, outermost first."""
+        """Return paths of the frames around a module, outermost first."""
         return [above for above in ancestors(path) if above in self._layers or above in self._branches]
 
     def layer_of(self, path: str, *, apart_from: str = "") -> str | None:
-        """The outermost numbered layer around a module that does not contain another module."""
+        """Return the outermost numbered layer around `path` that does not contain `apart_from`."""
         layers = [above for above in ancestors(path) if above in self._layers]
         return next((layer for layer in layers if not is_within(apart_from, layer)), None)
 
     def has_frames_in(self, path: str) -> bool:
-        """Whether a module is or contains a frame."""
+        """Return whether a module is or contains a frame."""
         return any(is_within(frame, path) for frame in self._layers | self._branches)
 
     def tree(self, items: Iterable[str]) -> Block:
-        """The frames as a tree, with items in the order given."""
+        """Return the frames as a tree, with items in the given order."""
         root = Block("")
         blocks = {"": root}
         for item in items:
@@ -111,13 +111,13 @@ def _first_numbered(path: str, within: str) -> str | None:
 
 
 def ancestors(path: str) -> list[str]:
-    """Paths of the ancestors of a module, outermost first."""
+    """Return paths of a module's ancestors, outermost first."""
     parts = path.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _branches(containers: Collection[str]) -> set[str]:
-    """The modules at which the paths to the containers diverge."""
+    """Return the modules at which the paths to the containers diverge."""
     ways = {tuple(container.split(".")) for container in containers if container}
     branches: set[str] = set()
     for way in ways:
@@ -129,13 +129,13 @@ def _branches(containers: Collection[str]) -> set[str]:
 
 
 class Folding:
-    """Blocks with runs folded, and the mapping from layers that are not drawn to those that represent them."""
+    """Blocks with folded runs, and the mapping from hidden layers to the ones that represent them."""
 
     def __init__(self, root: Block, facts: ModelFacts, edges: Sequence[tuple[str, str]], *, full: bool) -> None:
         """Fold a tree of blocks in place.
 
-        Layers are equal if they hold the same sites, with the same shapes, adapters, reasons and inner edges. The norms
-        of their updates do not count: a strip in the box of a folded site shows the update of every layer.
+        Layers are equal if they hold the same sites, with the same shapes, adapters, reasons and inner edges. Norms of
+        updates may differ: a strip in the box of a folded site shows every layer's.
         """
         self._facts, self._edges = facts, edges
         self._stands_for: dict[str, str] = {}
@@ -145,14 +145,14 @@ class Folding:
         self._representatives = set(self._stands_for.values())
 
     def drawn(self, path: str) -> str:
-        """The path of the module that is drawn for a module."""
+        """Return the path of the module drawn in place of `path`."""
         for block in ancestors(path):
             if block in self._stands_for:
                 return self.drawn(self._stands_for[block] + path[len(block) :])
         return path
 
     def alike(self, path: str) -> tuple[str, ...]:
-        """Paths of the sites that the box of a site represents, its own included, in the order of the modules."""
+        """Return paths of the sites that a site's box represents, itself included, in module order."""
         if self._alike is None:
             self._alike = {}
             for other in self._facts.sites:
@@ -160,12 +160,12 @@ class Folding:
         return tuple(self._alike.get(path, [path]))
 
     def joins_folded_layers(self, tail: str, head: str) -> bool:
-        """Whether an edge leads from one layer of a folded run to another of it."""
+        """Return whether an edge connects two layers of one folded run."""
         tails, heads = self._layers_of(tail), self._layers_of(head)
         return any(tails[layer] != heads[layer] for layer in tails.keys() & heads.keys())
 
     def _layers_of(self, path: str) -> dict[str, str]:
-        """The layers around a module, by the layer that is drawn for each."""
+        """Return the layers around a module, by the layer drawn for each."""
         pairs = {self._stands_for.get(above, above): above for above in ancestors(path)}
         return {drawn: above for drawn, above in pairs.items() if drawn in self._representatives}
 
@@ -197,7 +197,7 @@ class Folding:
         return block.container, items, names, inner, edges
 
     def _look(self, path: str, index: int) -> Hashable:
-        """Everything that the box of an item shows, except for the number of its layer."""
+        """Return everything that an item's box shows, except its layer's number."""
         entry = self._facts.sites.get(path)
         if entry is None:
             return self._facts.trained_whole.get(path)

@@ -1,7 +1,7 @@
-"""Boxes of the picture: what they say, their size for Graphviz, which places them, and their drawing at those places.
+"""Boxes of the picture: their text, their size for Graphviz's layout, and their drawing.
 
-Graphviz sees sizes only, since its WebAssembly build does not support tables in labels; so no name from a model ever
-gets into its source.
+Graphviz sees sizes only, since its WebAssembly build does not support tables in labels; so no name from a model
+ever gets into its source.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """The updates of one adapter in layers that are drawn as one: a site of each, and the norm that its cell shows."""
+    """The updates of one adapter in layers drawn as one: a cell for each layer's site and norm."""
 
     cells: tuple[tuple[str, SiteAdapter], ...]
 
@@ -69,7 +69,7 @@ class Box(NamedTuple):
 
 
 def rows_of(item: Item, facts: ModelFacts, within: str, alike: Sequence[str] = ()) -> tuple[str, list[Row]]:
-    """The status of an item's box, which determines its colours, and its rows."""
+    """Return the status of an item's box, which determines its colours, and its rows."""
     name = clipped(item.path.removeprefix(f"{within}.") if within else item.path)
     if item.kind == "site":
         entry = facts.sites[item.path]
@@ -82,7 +82,7 @@ def rows_of(item: Item, facts: ModelFacts, within: str, alike: Sequence[str] = (
 
 
 def tooltip_of(item: Item, facts: ModelFacts, alike: Sequence[str] = ()) -> str:
-    """The tooltip of an item: everything about it, and what it represents."""
+    """Return an item's tooltip: everything about it, and the sites that it represents."""
     if item.kind == "site":
         others = [f"also represents {path}" for path in alike if path != item.path]
         return "\n".join([_site_tooltip(facts.sites[item.path]), *others])
@@ -92,13 +92,13 @@ def tooltip_of(item: Item, facts: ModelFacts, alike: Sequence[str] = ()) -> str:
 
 
 def adapter_line(adapter: SiteAdapter) -> str:
-    """An adapter's name, its state where it is not simply active, its sizes and its scale."""
+    """Describe an adapter: its name, its state unless simply active, its sizes and its scale."""
     state = f" ({adapter.state})" if adapter.state not in ("active", adapter.name) else ""
     return f"{clipped(adapter.name, 24)}{state}: {adapter.sizes} scale={adapter.scale:.4g}"
 
 
 def short_reason(reason: str) -> str:
-    """The first clause of a reason, shortened to fit a box."""
+    """Return a reason's first clause, shortened to fit a box."""
     clause = re.split(r"[,;]", reason, maxsplit=1)[0]
     return clause if len(clause) <= _LONGEST_REASON else f"{clause[: _LONGEST_REASON - 1]}…"
 
@@ -150,7 +150,7 @@ def _norm(adapter: SiteAdapter) -> str:
 
 
 def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> list[Element]:
-    """The box, its lines and its heat maps."""
+    """Draw the box, its lines and its heat maps."""
     paint, top = PAINTS[box.status], centre - box.height / 2
     geometry = {"x": middle - box.width / 2, "y": top, "width": box.width, "height": box.height}
     frame = Element("rect", {name: f"{value:.2f}" for name, value in geometry.items()})
@@ -174,7 +174,7 @@ def draw_box(box: Box, middle: float, centre: float, largest_norm: float) -> lis
 
 
 def draw_line(line: Line, x: float, baseline: float, colour: str, *, anchor: str = "middle") -> Element:
-    """A line of text."""
+    """Draw a line of text."""
     text = Element("text", {"x": f"{x:.2f}", "y": f"{baseline:.2f}", "text-anchor": anchor, "fill": colour})
     text.attrib |= {"font-family": FONT, "font-size": f"{line.size:g}"}
     if line.style:

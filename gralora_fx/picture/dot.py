@@ -48,7 +48,7 @@ def lay_out(source: str) -> str:
 
 @dataclass
 class DotSource:
-    """Graphviz source, and the contents of its boxes and frames by the identifiers of their SVG groups."""
+    """Graphviz source, and the contents of its boxes and frames by the ids of their SVG groups."""
 
     text: str = ""  # the source
     calls_again: bool = False  # whether an arrow leads back to a layer that is called again
@@ -166,7 +166,7 @@ def _digraph() -> Digraph:
 
 
 def _title_of(block: Block, *, is_nested: bool) -> tuple[Line, Line]:
-    """A frame's title and its place in the model; a nested layer is named after its container."""
+    """Return a frame's title and its path; a nested layer is named after its container."""
     if not block.is_layer:
         return Line(clipped(block.path), 12, "bold"), Line("")
     names = [clipped(block.container.rpartition(".")[2], 20)] * 2 if is_nested else ["layer", "layers"]

@@ -1,4 +1,4 @@
-"""The facts that a picture shows of a model: its sites, adapters and counts, without tensors."""
+"""Facts about a model that a picture shows: sites, adapters and counts, without tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STATES = ("active", "merged", "waiting", PLANNED)  # the first one present pain
 
 
 class AdaptedModel(Protocol):
-    """What a picture needs of a `GraloraModel`, as a protocol, so that the model may import its picture."""
+    """The part of `GraloraModel` that a picture needs, as a protocol to avoid a circular import."""
 
     @property
     def traced(self) -> TracedModel:
@@ -32,7 +32,7 @@ class AdaptedModel(Protocol):
 
     @property
     def plans(self) -> dict[str, RewritePlan]:
-        """What each adapter adapts."""
+        """The plan of each adapter."""
 
     @property
     def active_adapters(self) -> list[str]:
@@ -46,7 +46,7 @@ class AdaptedModel(Protocol):
         """Norms of the blocks of an adapter's update."""
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Values that train, and all values."""
+        """Return the numbers of trainable and of all parameters."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class AdapterFacts:
 
     @property
     def settings_text(self) -> str:
-        """The settings in a line."""
+        """The settings on one line."""
         numbers = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in self.settings.items()}
         return " ".join(f"{name}={text}" for name, text in numbers.items())
 
     @property
     def targets(self) -> str:
-        """What `target_modules` says."""
+        """The value of `target_modules`, as text."""
         targets = self.config.target_modules
         if targets is None:
             return "the model type's default"
@@ -76,7 +76,7 @@ class AdapterFacts:
 
     @property
     def targets_summary(self) -> str | None:
-        """What a long list of `target_modules` holds, in two words; None where the list itself is short."""
+        """The count of a long `target_modules` list, such as "12 layers"; None if the list itself is short."""
         targets = self.config.target_modules
         if not isinstance(targets, set) or len(self.targets) <= _LONGEST_TARGETS:
             return None
@@ -102,7 +102,7 @@ class SiteAdapter:
 
     @property
     def mean_block_norm(self) -> float | None:
-        """Root mean square of the norms of its blocks, which is on the scale of their heat map."""
+        """Root mean square of its blocks' norms, comparable with the heat map's scale."""
         return None if self.norms is None else (self.update_norm or 0.0) / len(self.norms)
 
 
@@ -120,7 +120,7 @@ class SiteFacts:
 
     @property
     def reason(self) -> str:
-        """Why it has no adapter, by adapter name if the reasons differ."""
+        """Reason for having no adapter, by adapter name if the reasons differ."""
         reasons = self.reasons or {}
         if len(set(reasons.values())) == 1:
             return next(iter(reasons.values()))
@@ -141,14 +141,14 @@ class ModelFacts:
 
     @functools.cached_property  # every box and heat map asks for it
     def largest_norm(self) -> float | None:
-        """The largest finite block norm of all sites, or None where no adapter has tensors."""
+        """Largest finite block norm of all sites; None if no adapter has tensors."""
         grids = [a.norms for facts in self.sites.values() for a in facts.adapters if a.norms is not None]
         values = [value for grid in grids for row in grid for value in row if math.isfinite(value)]
         return max(values, default=0.0) if grids else None
 
 
 def read_facts(model: TracedModel | AdaptedModel, plan: RewritePlan | None = None) -> ModelFacts:
-    """Read everything that a picture shows of a model."""
+    """Collect everything that a picture shows of a model."""
     if isinstance(model, TracedModel):
         traced, plans, states = model, {} if plan is None else {PLANNED: plan}, {PLANNED: PLANNED}
         if plan is not None:

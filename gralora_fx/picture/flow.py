@@ -1,4 +1,4 @@
-"""Data flow between the sites of a graph, condensed by skipping all other nodes."""
+"""Data flow between the sites of a graph, without the nodes in between."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHAPES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, getatt
 
 
 class Item(NamedTuple):
-    """Something that is drawn: a site, another part with parameters, an input, or the output."""
+    """An item to draw: a site, another part with parameters, an input, or the output."""
 
     kind: Literal["site", "part", "input", "output"]
     path: str
@@ -70,7 +70,7 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
 
 
 class _Owners:
-    """Which items a node belongs to."""
+    """Maps nodes to the items that they belong to."""
 
     def __init__(self, facts: ModelFacts, blocks: BlockMap) -> None:
         self._tree, self._blocks = facts.traced.tree, blocks
@@ -86,7 +86,7 @@ class _Owners:
                 self._calls.setdefault(name, []).append(path)
 
     def items_of(self, node: fx.Node) -> list[Item]:
-        """The items that a node computes, in order: several of stacks of matrices, whose products are one node."""
+        """Return the items that a node computes, in order: several for stacked matrices, multiplied by one node."""
         if node.op == "placeholder":
             return [Item("input", str(node.target))] if node.users else []
         if node.op == "output":
@@ -98,11 +98,11 @@ class _Owners:
         return [] if part is None else [part]
 
     def holds_sites(self, path: str) -> bool:
-        """Whether a module is or contains a site."""
+        """Return whether a module is or contains a site."""
         return any(is_within(site, path) for site in self._site_paths)
 
     def _owner_of_parameters(self, node: fx.Node) -> str | None:
-        """The module whose parameters a node applies to a value."""
+        """Return the module whose parameters a node applies to a value."""
         if node.op == "call_module":
             module = self._graph_module.get_submodule(str(node.target))
             return str(node.target) if any(True for _ in module.parameters()) else None
@@ -117,7 +117,7 @@ class _Owners:
         return self._tree.canonical(stack[-1]) if stack else parameters[0].rpartition(".")[0]
 
     def _part(self, path: str) -> Item | None:
-        """The largest module around a path that holds neither sites nor layers."""
+        """Return the largest module around a path that holds neither sites nor layers."""
         if self.holds_sites(path):
             return None
         for module in self._whole:
@@ -134,12 +134,12 @@ class _Owners:
 
 
 def _is_shape(node: fx.Node) -> bool:
-    """Whether a node only reads a size, which is not data flow."""
+    """Return whether a node only reads a size, which is not data flow."""
     return node.target in _SHAPES if node.op == "call_function" else node.op == "call_method" and node.target == "size"
 
 
 def _bits_downwards(mask: int) -> Iterator[int]:
-    """Positions of the set bits, the highest first."""
+    """Yield positions of the set bits, highest first."""
     while mask:
         bit = mask.bit_length() - 1
         yield bit

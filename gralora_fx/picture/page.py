@@ -1,4 +1,4 @@
-"""`html_of`: the picture with its numbers on one self-contained page."""
+"""`html_of`: the picture and its numbers as one self-contained page."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Map:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A norm with the colours it is shown in."""
+    """A norm with its cell's colours."""
 
     text: str
     fill: str
@@ -70,9 +70,9 @@ class _Overview:
 
 
 def html_of(model: TracedModel | AdaptedModel, *, plan: RewritePlan | None = None, full: bool = False) -> str:
-    """Write a page about a model's graph: counts, adapters, the picture, every site, every heat map.
+    """Return an HTML page about a model's graph: counts, adapters, the picture, every site, every heat map.
 
-    It is one file, fetches nothing, and follows the reader's choice of light or dark.
+    It is one file, loads nothing from elsewhere, and follows the reader's light or dark setting.
     """
     import jinja2
     from markupsafe import Markup
@@ -143,7 +143,7 @@ def _svg(width: float, height: float, label: str) -> ElementTree.Element:
 
 
 def _overviews(facts: ModelFacts, blocks: BlockMap) -> list[_Overview]:
-    """A table for each adapter and each container of three or more adapted layers."""
+    """Return a table for each adapter and each container of three or more adapted layers."""
     norms: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for path, entry in facts.sites.items():
         layer = blocks.layer_of(path)

@@ -1,4 +1,4 @@
-"""How a picture looks: a colour for each state, the width of text, and heat maps of block norms with their scale."""
+"""Styles: a colour for each state, text widths, and heat maps of block norms with their scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 
 class Paint(NamedTuple):
-    """How a box is drawn: its fill, its border, its text, and whether the border is dashed."""
+    """Colours of a box: fill, border and text, and whether the border is dashed."""
 
     fill: str
     border: str
@@ -79,9 +79,9 @@ _NARROW, _WIDE = frozenset("iljtfrI.,:;'|!()[] "), frozenset("mwMW@%—→")
 
 
 def dark_style() -> str:
-    """Style rules that give a picture its dark colours where the reader's screen is dark.
+    """Return CSS rules for dark screens.
 
-    White text stays, since it is on the dark colours of the scale.
+    White text stays white: it stands on dark colours of the scale.
     """
     rules = [
         f'{":not(text)" if light == ZERO else ""}[fill="{light}"]{{fill:{dark}}}[stroke="{light}"]{{stroke:{dark}}}'
@@ -91,7 +91,7 @@ def dark_style() -> str:
 
 
 def heat_colour(value: float, largest: float) -> str:
-    """Colour of a norm on the scale from 0 to the largest one; zero and values that are not finite have their own."""
+    """Return the colour of a norm on the scale from 0 to `largest`; zero and non-finite values have their own."""
     if not math.isfinite(value):
         return NOT_FINITE
     if value == 0:
@@ -104,7 +104,7 @@ def heat_colour(value: float, largest: float) -> str:
 
 
 def text_on(colour: str) -> str:
-    """Black or white, whichever reads better on a colour."""
+    """Return black or white, whichever is more legible on a colour."""
     red, green, blue = (_linear(channel / 255) for channel in _channels(colour))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue  # of WCAG 2; the two contrasts are equal at 0.179
     return "#000000" if luminance > 0.179 else "#ffffff"
@@ -119,7 +119,7 @@ def _linear(channel: float) -> float:
 
 
 def text_width(text: str, size: float, *, bold: bool = False) -> float:
-    """Width of a line in points, by the wider of the sans-serif fonts that a reader may have (DejaVu Sans)."""
+    """Return a line's width in points in DejaVu Sans, the widest common sans-serif font."""
     ems = 0.0
     for character in text:
         if character in _NARROW:
@@ -132,13 +132,13 @@ def text_width(text: str, size: float, *, bold: bool = False) -> float:
 
 
 def clipped(name: str, longest: int = _LONGEST_NAME) -> str:
-    """A name that fits a box: the middle of a longer one is left out."""
+    """Shorten a name to fit a box, leaving out its middle."""
     half = (longest - 1) // 2
     return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"
 
 
 def printable(text: str) -> str:
-    """Text with every character that XML or a line cannot hold replaced; line ends stay."""
+    """Replace every character that XML or a line cannot hold; keep line ends."""
     return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
@@ -159,15 +159,15 @@ class Rect(NamedTuple):
 
     @property
     def attributes(self) -> dict[str, str]:
-        """As those of an SVG element, which is outlined thinly."""
+        """Attributes of a thinly outlined SVG `rect`."""
         numbers = zip(("x", "y", "width", "height"), self, strict=True)
         return {**{name: f"{number:.2f}" for name, number in numbers}, "stroke-width": "0.4"}
 
 
 def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -> Element:
-    """A grid as a group of cells, each with its value as a tooltip and, where there are few, as text.
+    """Draw a grid as a group of cells, each with its value as tooltip and, if there are few, as text.
 
-    A zero block is a white cell with a small dot, so that a zero update can be recognised; the scale begins above.
+    A zero block is a white cell with a small dot, so that a zero update is recognisable; the scale starts above zero.
     """
     k = len(norms)
     shown = coarser(norms, _grid_blocks(k)) if coarse else norms
@@ -191,7 +191,7 @@ def draw_grid(norms: Grid, largest: float, rect: Rect, *, coarse: bool = True) -
 
 
 def draw_strip(cells: Sequence[tuple[str, float]], largest: float, rect: Rect) -> Element:
-    """A row of cells on the scale of the grids, each with a text as its tooltip."""
+    """Draw a row of cells on the grids' scale, each with a text as tooltip."""
     group = Element("g", {"class": "heat strip zero" if all(value == 0 for _, value in cells) else "heat strip"})
     cell_width = rect.width / len(cells)
     for index, (title, value) in enumerate(cells):
@@ -205,7 +205,7 @@ def draw_strip(cells: Sequence[tuple[str, float]], largest: float, rect: Rect) -
 
 
 def draw_scale(largest: float, *, left: float, top: float) -> Element:
-    """The scale of all grids and strips with its numbers, and the symbol of a zero block."""
+    """Draw the scale of all grids and strips, and the symbol of a zero block."""
     group = Element("g", {"class": "scale"})
     if largest == 0:
         _text(group, "every update is still zero", left + 28, top + 10, 10, anchor="start")
@@ -226,7 +226,7 @@ def draw_scale(largest: float, *, left: float, top: float) -> Element:
 
 
 def grid_size(k: int) -> tuple[float, float]:
-    """Width and height in points of the heat map of `k x k` blocks in a box."""
+    """Return width and height in points of the heat map of `k x k` blocks in a box."""
     if k <= _LARGEST_TEXT_GRID:
         return 34.0 * k, 17.0 * k
     side = _grid_blocks(k)
@@ -235,12 +235,12 @@ def grid_size(k: int) -> tuple[float, float]:
 
 
 def strip_size(cells: int) -> tuple[float, float]:
-    """Width and height in points of a strip in a box."""
+    """Return width and height in points of a strip in a box."""
     return cells * min(14.0, max(3.0, 180.0 / cells)), 14.0
 
 
 def coarser(norms: Grid, side: int) -> list[list[float]]:
-    """The norms of fewer, larger blocks, exactly: the root of the sum of their blocks' squares."""
+    """Merge norms into fewer, larger blocks, exactly: the root of the sum of squares."""
     step = len(norms) // side
     return [
         [
@@ -252,7 +252,7 @@ def coarser(norms: Grid, side: int) -> list[list[float]]:
 
 
 def short_number(value: float) -> str:
-    """A norm in at most six characters."""
+    """Format a norm in at most six characters."""
     if not math.isfinite(value):
         return str(value)
     if value == 0 or 0.01 <= value < 1000:
@@ -262,7 +262,7 @@ def short_number(value: float) -> str:
 
 
 def _grid_blocks(k: int) -> int:
-    """Blocks a side that are drawn in a box: `k`, or fewer if each drawn one represents several."""
+    """Return the blocks per side drawn in a box: `k`, or fewer that each represent several."""
     return next(side for side in range(min(k, _LARGEST_GRID), 0, -1) if k % side == 0)
 
 
@@ -271,7 +271,7 @@ def _span(index: int, step: int) -> str:
 
 
 def _dot(parent: Element, x: float, y: float, radius: float) -> None:
-    """The symbol of zero, in the middle of a cell."""
+    """Draw the symbol of zero in the middle of a cell."""
     SubElement(parent, "circle", {"cx": f"{x:.2f}", "cy": f"{y:.2f}", "r": f"{radius:.2f}", "fill": _LINE})
 
 

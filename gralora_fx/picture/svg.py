@@ -1,4 +1,4 @@
-"""A model's graph as SVG: Graphviz's drawing with a head, boxes, heat maps and text for screen readers."""
+"""A model's graph as SVG: Graphviz's drawing plus a title, boxes, heat maps and text for screen readers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(text: str, path: str | Path) -> Path:
 
 
 def headline(facts: ModelFacts) -> str:
-    """One line: how many sites are adapted, and how many values train."""
+    """Return one line: how many sites are adapted, and how many parameters train."""
     adapted = sum(bool(entry.adapters) for entry in facts.sites.values())
     if facts.trainable is None:
         return f"{len(facts.sites)} linear sites; {facts.total:,} parameters"
@@ -60,7 +60,7 @@ def headline(facts: ModelFacts) -> str:
 
 
 def _finish(svg: str, facts: ModelFacts, source: DotSource) -> str:
-    """Draw the parts of a laid-out graph that Graphviz does not."""
+    """Draw the parts of a laid-out graph that Graphviz does not draw."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
@@ -107,20 +107,20 @@ def _title_frame(group: Element, source: DotSource, key: str) -> None:
 
 
 def _extent(group: Element) -> tuple[float, float, float, float]:
-    """Left, right, top and bottom of a box."""
+    """Return left, right, top and bottom of a box."""
     points = _points(group[0])
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return min(xs), max(xs), min(ys), max(ys)
 
 
 def _points(shape: Element) -> list[tuple[float, float]]:
-    """The points of a polygon, or of a path of straight and curved pieces."""
+    """Return the points of a polygon, or of a path of lines and curves."""
     text = shape.get("points") or shape.get("d", "").translate({ord("M"): None, ord("C"): " "})
     return [(float(x), float(y)) for x, y in (pair.split(",") for pair in text.split())]
 
 
 def _assembled(root: Element, graph: Element, facts: ModelFacts, source: DotSource) -> str:
-    """Put the head above the graph, with a background and styles for light and dark screens."""
+    """Assemble the head and the graph, with a background and styles for light and dark screens."""
     _, _, graph_width, graph_height = (float(number) for number in root.get("viewBox", "").split())
     head, width, head_height = _draw_head(facts, source, graph_width)
     height = head_height + graph_height

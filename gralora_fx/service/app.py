@@ -37,16 +37,16 @@ _logger = logging.getLogger("uvicorn.error")  # which says what else happens at 
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:
-    """Open an export, run it once, and make the app that serves it.
+    """Open an export, run it once, and return the ASGI app that serves it.
 
-    The app answers while its lifespan runs. When that ends, requests that were taken are answered first.
+    The app serves during its lifespan; at the end, requests in progress are answered first.
 
     Args:
         settings: What to serve.
 
     Raises:
-        ServingError: The export or an adapter cannot be opened, or the environment asks for an exporter of traces that
-            is not there.
+        ServingError: The export or an adapter cannot be opened, or the environment names a trace exporter that is
+            not installed.
         GraloraError: An adapter that PEFT saved cannot be converted (see `export_adapter`).
         ConfigError: The adapter root is not a directory.
     """
@@ -133,7 +133,7 @@ def _add_routes(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
 
 
 def _feature_routes(engine: Engine, signs: Collection[str]) -> APIRouter:
-    """Return the routes that features add for a model, of which its task or its outputs are signs."""
+    """Return the routes that features add for this model's task or outputs."""
     router = APIRouter()
     for routes in parts("routes", signs):
         _include(router, routes(engine))
@@ -141,13 +141,13 @@ def _feature_routes(engine: Engine, signs: Collection[str]) -> APIRouter:
 
 
 def _include(router: APIRouter, other: APIRouter) -> None:
-    """Add another router's routes, if it has any, so that a router without routes stays one."""
+    """Include another router unless it is empty, so that a router without routes stays one."""
     if other.routes:
         router.include_router(other)
 
 
 def _text_routes(engine: TextEngine) -> APIRouter:
-    """The routes of texts, which share the threads that compile forms of answers."""
+    """Return the routes for text; they share the threads that compile constraints on answers."""
     questions, router = QuestionReader(engine), APIRouter()
     router.include_router(completion_routes(engine, questions))
     router.include_router(response_routes(engine, questions))
@@ -174,7 +174,7 @@ _POSTED = {
 
 
 class ErrorFields(BaseModel):
-    """What is wrong."""
+    """Fields of an error."""
 
     message: str
     type: str
@@ -195,10 +195,10 @@ class InferenceError(BaseModel):
 
 
 class DescribedApp(FastAPI):
-    """An app whose description names the errors that it answers."""
+    """A FastAPI app whose OpenAPI description lists the errors that it answers with."""
 
     def openapi(self) -> dict[str, Any]:
-        """The description, made once."""
+        """Return the OpenAPI description, built once."""
         if self.openapi_schema is None:
             description = super().openapi()
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
@@ -237,7 +237,7 @@ def _add_errors(path: str, method: str, operation: dict[str, Any]) -> None:
 
 
 def _add_bodies(path: str, method: str, operation: dict[str, Any]) -> None:
-    """Describe binary tensors of `infer`, and streams of answers."""
+    """Describe binary tensors of `infer`, and streamed answers."""
     answer = operation["responses"].get("200", {}).setdefault("content", {})
     if path.endswith(("completions", "/responses")):
         answer[_EVENTS] = {"schema": {"type": "string"}}

@@ -1,4 +1,4 @@
-"""Texts and tensors run through an encoder in batches, texts as its tokenizer reads them."""
+"""Batched runs of an encoder over texts, tokenized here, or tensors."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _IDS, _TYPES, _ATTENTION_MASK = "input_ids", "token_type_ids", "attention_mask"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text or a pair."""
+    """A tokenized text or text pair."""
 
     ids: Sequence[int]  # its token ids
     types: Sequence[int] | None = None  # the type of each, as the tokenizer gives them; None if all are 0
 
 
 class TextReader:
-    """Reads texts with the tokenizer of an encoder.
+    """Tokenizes texts for an encoder.
 
     Attributes:
-        limit: The most tokens of a text: the model's limit, or the tokenizer's if that is less.
+        limit: The most tokens of a text: the smaller of the model's and the tokenizer's limit.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TextReader:
         position_offset: int,
         inputs: Collection[str],
     ) -> None:
-        """Note the limits."""
+        """Determine the limits."""
         self._tokenizer, self._inputs = tokenizer, inputs
         context = context_length(config)
         most = tokenizer.model_max_length
@@ -55,21 +55,21 @@ class TextReader:
 
     @property
     def pads(self) -> bool:
-        """Whether the tokenizer has a token for padding."""
+        """Return whether the tokenizer has a padding token."""
         return self._tokenizer.pad_token_id is not None
 
     def texts(self, texts: Sequence[str | Sequence[int]]) -> list[Tokens]:
-        """Token ids of texts; ids that are given stay as they are."""
+        """Tokenize texts; lists of ids are kept."""
         if all(isinstance(text, str) for text in texts):
             return self._encoded(texts, None)
         return [self._one(text) for text in texts]
 
     def pairs(self, first: str, seconds: Sequence[str]) -> list[Tokens]:
-        """Return token ids of a text with each of others, as the tokenizer joins them."""
+        """Tokenize a text paired with each of several others."""
         return self._encoded([first] * len(seconds), seconds)
 
     def padded(self, rows: Sequence[Tokens]) -> dict[str, NDArray[Any]]:
-        """The model's inputs for rows, padded to the longest on the tokenizer's side."""
+        """Return the model's inputs `[rows, longest]`, padded on the tokenizer's padding side."""
         lengths = [len(row.ids) for row in rows]
         width = max(lengths)
         padding = self._tokenizer.pad_token_id if self.pads else 0
@@ -112,7 +112,7 @@ class TextReader:
 
 
 def _check_text(text: Any) -> None:
-    """Check that a text can be encoded; a lone surrogate cannot, which the tokenizers' own error does not say."""
+    """Raise for a lone surrogate, which tokenizers reject with an unclear error."""
     if not isinstance(text, str):
         raise ServingError(f"a text is a string or a list of token ids, but got {shown(text)}")
     try:
@@ -129,17 +129,17 @@ _logger = logging.getLogger(__name__)
 
 
 class Encoder:
-    """An exported model that is run once for each request, in batches.
+    """An exported model that runs once per request, batched across requests.
 
-    Texts run together with those nearest in length, padded to the longest; where padding changes what a text gives,
-    only texts of one length run together. Tensors of several requests run together if they agree in all axes but the
-    first, and the model has the batch as the first axis of every input and output. Where the export has
-    `model_rows.onnx`, each row has its adapter; else a batch has one.
+    Texts are batched with those nearest in length, padded to the longest; if padding changes the model's outputs, only
+    with texts of the same length. Tensors of several requests are batched if their shapes agree in all axes but the
+    first and every input and output has the batch as its first axis. With `model_rows.onnx` each row has its own
+    adapter; otherwise a batch has one.
 
     Attributes:
         model: The model.
-        inputs: What it takes, by name, as its session describes it.
-        outputs: What it gives.
+        inputs: The session's inputs by name.
+        outputs: The session's outputs by name.
         batches: The queue.
     """
 
@@ -153,7 +153,7 @@ class Encoder:
         max_queue: int,
         models: AdapterStore,
     ) -> None:
-        """Make the queue."""
+        """Create the queue."""
         self.model = model
         self._observer = observer
         self._rows_have_adapters = model.manifest.has_rows
@@ -170,17 +170,17 @@ class Encoder:
 
     @property
     def takes_texts(self) -> bool:
-        """Whether texts can be run: there is a tokenizer, and the model takes its ids."""
+        """Return whether texts can be run: there is a tokenizer, and the model takes its ids."""
         return self._reader is not None and "input_ids" in self.inputs and self._is_batchable
 
     @property
     def reader(self) -> TextReader:
-        """Reads texts, where the model takes them."""
+        """The tokenizer wrapper; only for a model that takes texts."""
         assert self._reader is not None
         return self._reader
 
     def warm_up(self) -> None:
-        """Run texts, where the model takes them, and find out whether padding changes what a text gives."""
+        """Run example texts, if the model takes them, and find out whether padding changes outputs."""
         if not self.takes_texts:
             return
         if _MASK not in self.inputs:
@@ -195,7 +195,7 @@ class Encoder:
         _logger.warning(f"{reason}, so only texts of one length run together", self.model.directory)
 
     def _ignores_padding(self) -> bool:
-        """Return whether a text gives beside a longer one what it gives alone."""
+        """Return whether a text has the same outputs alone as padded beside a longer one."""
         short = self.reader.texts(["a"])[0].ids
         fill = short[1:-1] or short
         room = max(min(_WIDTH, self.reader.limit) - len(short), 0)
@@ -215,7 +215,7 @@ class Encoder:
         )
 
     async def texts(self, rows: Sequence[Tokens], adapter: str | None) -> list[dict[str, NDArray[Any]]]:
-        """Run texts, each by itself in whatever batch has room."""
+        """Run texts, each its own job in whichever batch has room."""
         shared = None if self._rows_have_adapters else adapter
         jobs = [
             RowJob((_TEXTS, shared, 0 if self._takes_padding else len(row.ids)), 1, row, len(row.ids), adapter)
@@ -226,7 +226,7 @@ class Encoder:
         return results
 
     async def tensors(self, arrays: Mapping[str, NDArray[Any]], adapter: str | None) -> dict[str, NDArray[Any]]:
-        """Run inputs as they are."""
+        """Run tensors as one job."""
         sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
         rows = max(sizes, default=0) or 1  # one without rows is refused by the model, and counts while it waits
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
@@ -241,7 +241,7 @@ class Encoder:
         return await asyncio.gather(*(asyncio.wrap_future(job.result) for job in jobs))
 
     def _run(self, jobs: Sequence[RowJob]) -> list[dict[str, NDArray[Any]]]:
-        """Run jobs of one key as a batch; the outputs of each."""
+        """Run jobs of one key as a batch; return the outputs of each job."""
         payloads = [job.payload for job in jobs]
         if isinstance(payloads[0], Tokens):
             outputs = self._call(self.reader.padded(payloads), jobs)
@@ -265,6 +265,6 @@ def _is_finite(array: NDArray[Any]) -> bool:
 
 
 def _gap(array: NDArray[Any], other: NDArray[Any]) -> float:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest absolute difference, relative to the largest value of `other`."""
     array, other = array.astype(np.float64), other.astype(np.float64)
     return float(np.abs(array - other).max() / max(np.abs(other).max(), np.finfo(np.float64).tiny))

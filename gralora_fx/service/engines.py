@@ -1,4 +1,4 @@
-"""What runs behind the routes: a decoder with its scheduler or an encoder with its batches, and the models served."""
+"""The engine behind the routes: a decoder with its scheduler, or an encoder with its batches, and the models served."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs requests."""
+    """Runs requests."""
 
     models: AdapterStore  # the models that requests may name
     manifest: Manifest  # the export's manifest
@@ -51,36 +51,36 @@ class Engine:
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens of a text, or of a prompt and its answer; None for no limit, or if it takes no texts."""
+        """Maximum tokens of a text, or of prompt and answer together; None for no limit, or if it takes no texts."""
         return None
 
     @property
     def takes_chats(self) -> bool:
-        """Whether it answers texts, and its tokenizer has a template for chats."""
+        """Return whether it answers texts and its tokenizer has a chat template."""
         return False
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the log says of it once it is ready."""
+        """Lines to log once it is ready."""
         return ()
 
     def stop(self) -> None:
-        """Answer what is there, and end."""
+        """Finish the queued requests, then stop."""
         self.queue.stop()
         self.models.close()
 
 
 class AttachmentReader(Protocol):
-    """Reads what chats hold beside text, as a feature adds it at the point "attachments"."""
+    """Reads what chats hold beside text; features register one at the point "attachments"."""
 
     def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
-        """Return the files of attachments, each given by its field and its URL; it may wait for other hosts."""
+        """Return the bytes of attachments, each given by its field and its URL; it may download them."""
 
     def opened(self, files: Sequence[bytes], fields: Sequence[str]) -> Sequence[Any]:
-        """Open the files of attachments, whose fields errors name."""
+        """Decode the files of attachments; errors name their fields."""
 
     def form(self, chat: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-        """Return a chat in the form in which the template writes its texts."""
+        """Render a chat for the template."""
 
     def read(
         self,
@@ -90,12 +90,12 @@ class AttachmentReader(Protocol):
         adapter: str | None,
         limit: PromptLimit,
     ) -> tuple[list[int], Source | None]:
-        """Return the tokens of a chat with opened attachments, and what stands in the place of some of them."""
+        """Return a chat's tokens, and a source that replaces the placeholder tokens of its attachments."""
 
 
 @dataclass(frozen=True)
 class TextEngine(Engine):
-    """A decoder that answers prompts, or an encoder-decoder that answers what its encoder reads."""
+    """A decoder that continues prompts, or an encoder-decoder that answers what its encoder reads."""
 
     queue: ContinuousScheduler
     tokenizer: PreTrainedTokenizerBase  # the tokenizer beside the model
@@ -108,7 +108,7 @@ class TextEngine(Engine):
 
     @property
     def takes_text(self) -> bool:
-        """Whether it answers texts, rather than what else an encoder reads."""
+        """Return whether prompts are text, rather than other encoder inputs."""
         return self.inputs is None or self.inputs.takes_text
 
     @property
@@ -118,18 +118,18 @@ class TextEngine(Engine):
 
     @property
     def takes_chats(self) -> bool:
-        """Whether it answers texts, and its tokenizer has a template for chats."""
+        """Return whether it answers texts and its tokenizer has a chat template."""
         return self.takes_text and bool(getattr(self.tokenizer, "chat_template", None))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What features say of the template of chats."""
+        """Lines that features log about the chat template."""
         return tuple(map(str, self.templates.values())) if self.takes_chats else ()
 
 
 @dataclass(frozen=True)
 class EncoderEngine(Engine):
-    """A model that is run once for each request."""
+    """A model that runs once per request."""
 
     encoder: Encoder  # runs rows in batches
 
@@ -140,7 +140,7 @@ class EncoderEngine(Engine):
 
 
 def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
-    """Open the export and its own adapters, and run it once so that the first request finds it warm."""
+    """Open the export and its own adapters, and run it once as a warm-up."""
     is_generating = generates(read_manifest(settings.directory, ServingError).task)
     # an arena would keep for good what the longest prompt has taken
     options = {"enable_cpu_mem_arena": False} if is_generating else None
@@ -167,7 +167,7 @@ def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
 
 
 def _check_left_out(settings: ServiceSettings, model: OrtModel) -> None:
-    """Check that no option of what this export does not read is given."""
+    """Raise for options that do not apply to this export."""
     for record in settings.more:
         for each in declared_options(type(record)):
             if getattr(record, each.name) != each.default:
@@ -212,13 +212,13 @@ def _text_engine(
 
 
 def _attachment_reader(settings: ServiceSettings, model: OrtModel) -> AttachmentReader | None:
-    """What reads attachments of chats, if the export reads any and a feature that is installed knows how."""
+    """Return the reader of attachments; None if the export reads none or no installed feature can."""
     readers = parts("attachments", model.manifest.companions) if model.generation.given_prompts is not None else []
     return next((reader.of(model, settings) for reader in readers), None)
 
 
 def _decoder(settings: ServiceSettings, model: OrtModel) -> Decoder:
-    """The rows that answer requests; without a prefix cache where they can have none, unless that is asked for."""
+    """Open the decoder's rows; without a prefix cache if the model cannot have one and none was requested."""
     open_rows = partial(
         model.decoder,
         rows=settings.decoder_rows,
@@ -258,7 +258,7 @@ def _described_room(decoder: Decoder, source: Source | None) -> str:
 
 
 def _open_adapters(settings: ServiceSettings, model: OrtModel) -> AdapterStore:
-    """Load the export's own adapters, so that requests find them in memory."""
+    """Load the export's own adapters into memory."""
     adapters = model.adapters
     names = tuple(adapters.available())
     for name in names:

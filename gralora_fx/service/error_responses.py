@@ -1,4 +1,4 @@
-"""Errors as responses: OpenAI's JSON object, or that of the Open Inference Protocol for its paths."""
+"""Errors as responses: OpenAI's JSON error object, or the Open Inference Protocol's on its paths."""
 
 from __future__ import annotations
 
@@ -55,32 +55,32 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 def status_of(error: GraloraError) -> int:
-    """The HTTP status of an error; 400 for a request that is wrong."""
+    """Return an error's HTTP status; 400 unless its class has one."""
     return next((status for kind, status in _STATUS if isinstance(error, kind)), 400)
 
 
 def error_body(status: int, message: str, field: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """Return OpenAI's error object."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": field, "code": status}}
 
 
 def is_inference(path: str) -> bool:
-    """Whether a path belongs to the Open Inference Protocol."""
+    """Return whether a path belongs to the Open Inference Protocol."""
     return path == _INFERENCE or path.startswith(f"{_INFERENCE}/")
 
 
 def error_response(
     path: str, status: int, message: str, field: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """An error in the form of the protocol that a path belongs to."""
+    """Return an error response in the form of the path's protocol."""
     body = {"error": message} if is_inference(path) else error_body(status, message, field)
     added = _HEADERS.get(status, {})
     return JSONResponse(body, status, headers={**added, **(headers or {})})
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Let an app answer every error in its protocol's form."""
+    """Register handlers that answer every error in its protocol's form."""
 
     @app.exception_handler(GraloraError)
     async def _refused(request: Request, error: GraloraError) -> JSONResponse:
@@ -108,7 +108,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _described(request: Request, error: HTTPException) -> str:
-    """What an error of the framework means: it has a few words for the status alone."""
+    """Reword an error of the framework, whose own text only repeats the status."""
     path = shown(request.url.path)
     if error.status_code == 404 and error.detail == "Not Found":
         return f"there is no {path} here; /openapi.json lists the paths of this export"
@@ -120,7 +120,7 @@ def _described(request: Request, error: HTTPException) -> str:
 
 
 def _first_problem(request: Request, error: RequestValidationError) -> tuple[str | None, str]:
-    """The field of a problem and what is wrong with it: by the kind that fits best, where a field may be several."""
+    """Return the field and text of the most specific validation error, since a union reports one error per member."""
     problem = max(error.errors(), key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     is_field = problem["type"] == "extra_forbidden"
     loc = [part for part in problem["loc"] if part != "body"]
@@ -139,7 +139,7 @@ def _first_problem(request: Request, error: RequestValidationError) -> tuple[str
 
 
 def _body_problem(request: Request, problem: Mapping[str, Any]) -> str:
-    """What is wrong with a body as a whole."""
+    """Describe an error about the body as a whole."""
     if problem["type"] == "missing":
         return "the body is missing; give a JSON object"
     if isinstance(problem.get("input"), bytes):  # FastAPI reads no JSON then

@@ -1,4 +1,4 @@
-"""Inputs of one row for a model that is run once for each request: to try its adapters, and as an example."""
+"""Single-row example inputs for a model that runs once per request: for adapter trials and for documentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def try_encoder(encoder: Encoder) -> AdapterTrial:
-    """Make trials of a model that is run once for each request, with inputs that the base takes."""
+    """Return a trial that runs the model with example inputs that the base accepts."""
     inputs: Arrays = {}
 
     def run(key: str | None) -> list[NDArray[Any]]:
@@ -38,7 +38,7 @@ def try_encoder(encoder: Encoder) -> AdapterTrial:
 
 
 def example_inputs(encoder: Encoder) -> Arrays:
-    """Find inputs of one row that the base takes, and that give finite outputs; every one of the model's is there."""
+    """Find single-row values for all inputs that the base accepts and whose outputs are finite."""
     problem: ServingError | None = None
     for inputs in _candidates(encoder):
         try:
@@ -69,7 +69,7 @@ def _candidates(encoder: Encoder) -> Iterator[Arrays]:
 
 
 def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float | None) -> Arrays:
-    """Add to the known inputs those that have a default, and for the others values of a size."""
+    """Complete known inputs with defaults, and the rest with values of a given size."""
     axes = _axes(encoder, size)
     arrays: Arrays = {}
     # ids come first: what has a default has it from them
@@ -88,7 +88,7 @@ def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float |
 
 
 def _axes(encoder: Encoder, size: int) -> dict[str, int]:
-    """Sizes of axes by their names: equal names are of equal size, whichever axes they are of."""
+    """Return the size of each named axis."""
     axes: dict[str, int] = {}
     known = {facts.input: facts.smallest for facts in encoder.model.manifest.facts.values()}
     for name, value in encoder.inputs.items():

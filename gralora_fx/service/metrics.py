@@ -1,4 +1,4 @@
-"""What is measured: counters and gauges, also under the names that vLLM and a gateway's picker of servers know."""
+"""Prometheus metrics; some also under the names that vLLM and the Gateway API's endpoint picker use."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def mark_counted(scope: Scope) -> None:
-    """Say that a request is counted, here or by another process, which answered it."""
+    """Mark a request as counted, here or by the process that answered it."""
     scope[_COUNTED] = True
 
 
 def note_rejection(scope: Any, error: Exception) -> None:
-    """Remember with a request why it is rejected, where its status says less than the error."""
+    """Record the reason of a rejection if its status alone does not tell."""
     for kind, reason in ((TooLargeError, "too_large"), (NoRoomError, "no_memory")):
         if isinstance(error, kind):
             scope[_KEY] = reason
 
 
 class _Now(Collector):
-    """What is measured when it is asked for: it is of this process alone, so several processes do not add it up.
+    """Gauges computed when they are scraped; per process, so they are not summed across processes.
 
     Attributes:
-        model: Facts of the model that is served, by their names.
+        model: Facts of the served model, by name.
     """
 
     def __init__(self) -> None:
-        """Watch nothing."""
+        """Start with no gauges."""
         self.model: dict[str, str] = {}
         self._watched: dict[str, tuple[str, Callable[[], int]]] = {}
 
     def watch(self, name: str, text: str, count: Callable[[], int]) -> None:
-        """Measure one more thing."""
+        """Add a gauge."""
         self._watched[f"gralora_fx_{name}"] = text, count
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, as Prometheus' client asks for them."""
+        """Yield the gauges, for Prometheus' client."""
         for name, (text, count) in self._watched.items():
             yield GaugeMetricFamily(name, text, value=count())
         if self.model:
@@ -72,11 +72,11 @@ class _Now(Collector):
 
 
 class Metrics:
-    """The metrics of one service and its process, in a registry of its own; an observer of its scheduler.
+    """The metrics of one service process, in its own registry; an observer of its scheduler.
 
     Attributes:
-        registry: The registry of what is counted.
-        now: The registry of what is measured when it is asked for, of this process alone.
+        registry: The registry of counters and histograms.
+        now: The registry of gauges of this process.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class Metrics:
         )
 
     def watch_adapters(self, models: AdapterStore) -> None:
-        """Measure the adapters in memory, and count how they come and go."""
+        """Add metrics of the adapters in memory, their loads and evictions."""
         models.when_evicted, models.pending.when_loaded = self._evictions.inc, self._adapter_loaded
         versions = "Versions of adapters in memory, replaced ones included."
         self._now.watch("adapters_loaded", "Adapters in memory.", lambda: len(models.adapters))
@@ -137,16 +137,16 @@ class Metrics:
         self._load_seconds.observe(seconds)
 
     def adapter_load(self, outcome: Literal["ok", "refused"]) -> None:
-        """A load of an adapter ended."""
+        """Count a finished adapter load."""
         self._loads.labels(outcome).inc()
 
     def describe(self, model: Mapping[str, str], queue_length: Callable[[], int]) -> None:
-        """Say what is served."""
+        """Set the facts of the served model."""
         self._now.model = dict(model)
         self._now.watch("queue_length", "Requests, or rows of them, that wait.", queue_length)
 
     def measure_tokens(self, *, generated: bool) -> None:
-        """Measure tokens, too, for a model that reads them."""
+        """Add token metrics, for a model that reads tokens."""
         self._tokens = Counter("gralora_fx_tokens", "Tokens, by kind.", ("kind",), registry=self.registry)
         for kind in ("prompt", "generated") if generated else ("prompt",):
             self._tokens.labels(kind)
@@ -159,14 +159,14 @@ class Metrics:
             )
 
     def measure_memory(self, memory: CacheMemory) -> None:
-        """Measure the memory of a decoder's caches, too."""
+        """Add the memory of a decoder's caches."""
         text = "Memory of all caches: of rows, of their adapters, of what prompts share."
         self._now.watch("cache_bytes", text, lambda: memory.taken)
         if memory.limit is not None:
             self._now.watch("cache_limit_bytes", "The most memory of all caches.", lambda: memory.limit or 0)
 
     def measure_prefixes(self, cache: PrefixCache) -> None:
-        """Measure a prefix cache, too; what is asked of it also by the names that vLLM has for it."""
+        """Add prefix cache metrics; queries and hits also under vLLM's names."""
         text = "Tokens of prompts that the prefix cache was asked for"
         for prefix in ("gralora_fx_", "vllm:"):
             queries = Counter(f"{prefix}prefix_cache_queries", f"{text}.", registry=self.registry)
@@ -181,7 +181,7 @@ class Metrics:
         self._now.watch("prefix_cache_evictions", made_room, lambda: cache.evictions)
 
     def measure_proposed(self) -> None:
-        """Measure tokens that are proposed and verified, too, also by the names that vLLM has for them."""
+        """Add metrics of proposed and accepted tokens, also under vLLM's names."""
         proposed, accepted = "Tokens that were proposed, and verified.", "Proposed tokens that were chosen."
         for prefix in ("gralora_fx_", "vllm:spec_decode_num_"):
             self._proposed += (
@@ -191,16 +191,16 @@ class Metrics:
 
     @property
     def answering(self) -> int:
-        """How many requests are being answered."""
+        """Number of requests in flight."""
         return self._in_flight
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry) + generate_latest(self.now)
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:
-        """Counts a request while it is being answered; in the event loop's thread."""
+        """Count a request as in flight while the block runs; call from the event loop's thread."""
         self._in_flight += 1
         try:
             yield
@@ -208,7 +208,7 @@ class Metrics:
             self._in_flight -= 1
 
     def answered(self, scope: Scope, code: int) -> None:
-        """Count an answered request; methods that HTTP does not have count as one, to bound the labels."""
+        """Count an answered request; unknown HTTP methods share one label, to bound the labels."""
         if _COUNTED in scope:
             return
         mark_counted(scope)
@@ -222,39 +222,39 @@ class Metrics:
             self._rejections.labels(method, reason).inc()
 
     def waited(self, seconds: float) -> None:
-        """A request, or a row of one, waited before the first of its tokens was read."""
+        """Record how long a request, or a row of one, waited until its first token was read."""
         self._queue.observe(seconds)
 
     def began(self, seconds: float) -> None:
-        """The first token of an answer was chosen, so long after its request."""
+        """Record the time to first token."""
         if self._first is not None:
             self._first.observe(seconds)
 
     def ran(self, seconds: float, rows: int) -> None:
-        """A batch ran."""
+        """Record a batch."""
         self._run.observe(seconds)
         self._rows.observe(rows)
 
     def failed(self) -> None:
-        """A run failed."""
+        """Count a failed run."""
         self._failures.inc()
 
     def read(self, tokens: int) -> None:
-        """Tokens of prompts or texts were read."""
+        """Count tokens read from prompts or texts."""
         self._count("prompt", tokens)
 
     def looked_up(self, tokens: int, found: int) -> None:
-        """A prompt of some tokens is there, of which some were found in the prefix cache."""
+        """Count a prompt's tokens, and those of them found in the prefix cache."""
         for counter, count in zip(self._prefixes, (tokens, found) * 2, strict=False):
             counter.inc(count)
 
     def proposed(self, tokens: int, accepted: int) -> None:
-        """A step verified tokens that were proposed, of which some were chosen."""
+        """Count the proposed tokens that a step verified, and those of them accepted."""
         for counter, count in zip(self._proposed, (tokens, accepted) * 2, strict=False):
             counter.inc(count)
 
     def generated(self, tokens: int) -> None:
-        """New tokens were chosen."""
+        """Count generated tokens."""
         self._count("generated", tokens)
 
     def _count(self, kind: str, tokens: int) -> None:
@@ -263,18 +263,18 @@ class Metrics:
 
 
 class GatewayMetrics(Collector):
-    """Requests that run and wait, how full the caches of rows are, and which adapters are in memory.
+    """Running and waiting requests, cache usage, and the adapters in memory.
 
-    The Gateway API Inference Extension reads them of a model server, under vLLM's names, to choose one for a request:
+    A Gateway API Inference Extension endpoint picker reads these, under vLLM's names, to choose a model server:
     https://github.com/kubernetes-sigs/gateway-api-inference-extension, docs/proposals/003-model-server-protocol.
     """
 
     def __init__(self, models: AdapterStore, queue: JobQueue[Any]) -> None:
-        """Take what is measured."""
+        """Set the models and the queue to measure."""
         self._models, self._queue = models, queue
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, as Prometheus' client asks for them."""
+        """Yield the metrics, for Prometheus' client."""
         models, queue = self._models, self._queue
         yield self._gauge("num_requests_running", "Requests, or rows of them, that run.", queue.running)
         yield self._gauge(

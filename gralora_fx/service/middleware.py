@@ -1,4 +1,4 @@
-"""What every request passes: the access log, other origins, counting, the API key, and the reading of its body."""
+"""Middleware of every request: access log, CORS, counting, API key, and reading the body."""
 
 from __future__ import annotations
 
@@ -39,19 +39,18 @@ _WINDOW_BITS = {"gzip": zlib.MAX_WBITS + 16, "x-gzip": zlib.MAX_WBITS + 16, "def
 
 
 class CorsMiddleware:
-    """Tells browsers that pages of some origins may use the service; pages of others get no header of it.
+    """Allows pages of some origins to use the service (CORS); responses to other origins carry no CORS header.
 
-    It stands before all else that a request passes: a browser's question whether it may ask has no key, and errors of
-    whatever is behind it are to be read, too. Credentials of the browser, as cookies, are not allowed; the key is a
-    header of the request.
+    It is outermost: a preflight request has no key, and errors of inner middleware must be readable too. Browser
+    credentials, such as cookies, are not allowed; the API key is a request header.
     """
 
     def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
-        """Wrap an app; bodies are bounded once they are decompressed too."""
+        """Wrap an ASGI app."""
         self._app, self._origins, self._is_open = app, frozenset(origins), ANY in origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a browser's question, or pass a request on."""
+        """Answer a preflight request, or pass a request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -77,7 +76,7 @@ class CorsMiddleware:
             raise
 
     def _describe(self, headers: MutableHeaders, origin: str | None) -> None:
-        """Add what a browser reads to the headers of an answer."""
+        """Add CORS headers to a response."""
         if not self._is_open:
             headers.add_vary_header("Origin")  # a cache must not give one origin the answer to another
         if origin is not None:
@@ -86,7 +85,7 @@ class CorsMiddleware:
 
 
 def _permission(asked: Headers) -> Response:
-    """The answer to the question whether a page may make a request: any with a method and headers that there are."""
+    """Return the response to a preflight request: any method and header of the service is allowed."""
     headers = {"Access-Control-Allow-Methods": _METHODS, "Access-Control-Max-Age": _AGE}
     if (names := asked.get("access-control-request-headers")) is not None:
         headers["Access-Control-Allow-Headers"] = names
@@ -94,17 +93,17 @@ def _permission(asked: Headers) -> Response:
 
 
 class AccessLogMiddleware:
-    """Writes a line for each request: the common log format, and behind it the seconds until the end of the answer.
+    """Writes a line per request: the common log format, then the seconds until the end of the response.
 
     Queries, headers and bodies are left out, since they may hold prompts and keys.
     """
 
     def __init__(self, app: ASGIApp, file: TextIO) -> None:
-        """Wrap an app; bodies are bounded once they are decompressed too."""
+        """Wrap an ASGI app."""
         self._app, self._file, self._has_failed = app, file, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and write its line when its answer has ended, however it ends."""
+        """Pass a request on, and write its line when the response has ended, however it ends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -128,7 +127,7 @@ class AccessLogMiddleware:
             self._write(f"{_request(scope, began)} {status} {size} {time.perf_counter() - started:.3f}\n")
 
     def _write(self, line: str) -> None:
-        """Write a line; requests are answered, too, when nobody reads it or the disk is full."""
+        """Write a line; a full disk or closed pipe does not fail requests."""
         if self._has_failed:
             return
         try:
@@ -140,7 +139,7 @@ class AccessLogMiddleware:
 
 
 def _request(scope: Scope, began: datetime) -> str:
-    """Who asked, when, and for what."""
+    """Return the client, time and request line for the access log."""
     client = quote((scope.get("client") or ("-",))[0], safe=":.-[]")
     path = quote(scope.get("raw_path") or scope["path"].encode(), safe=_SAFE)
     shortened = path if len(path) <= _MOST else f"{path[:_MOST]}..."
@@ -149,7 +148,7 @@ def _request(scope: Scope, began: datetime) -> str:
 
 
 def add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) -> None:
-    """Let requests pass what lets other origins in, counts, asks for the key, and reads bodies, in this order."""
+    """Add the middleware; requests pass CORS, counting, the API key and body reading, in this order."""
     app.add_middleware(BodyMiddleware, max_body=settings.max_body)
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
@@ -159,10 +158,10 @@ def add_middleware(app: FastAPI, settings: ServiceSettings, metrics: Metrics) ->
 
 
 class ApiKeyMiddleware:
-    """Refuses requests without the key, apart from those for the service's health and for the page."""
+    """Refuses requests without the API key, except those for health and for the page."""
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
-        """Wrap an app; bodies are bounded once they are decompressed too."""
+        """Wrap an ASGI app."""
         self._app, self._expected = app, f"bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,14 +179,14 @@ class ApiKeyMiddleware:
 
 
 class CountingMiddleware:
-    """Counts requests by the route that answered them, so that labels are bounded."""
+    """Counts requests by the route that answered them, which bounds the labels."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        """Wrap an app; bodies are bounded once they are decompressed too."""
+        """Wrap an ASGI app."""
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and count it when its answer begins."""
+        """Pass a request on, and count it when its response begins."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -207,7 +206,7 @@ class CountingMiddleware:
 
 
 class _Refused(Exception):
-    """A body is not taken."""
+    """A body is refused."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -215,10 +214,10 @@ class _Refused(Exception):
 
 
 class BodyMiddleware:
-    """Reads the body of every request, and refuses those over a limit, compressed or not."""
+    """Reads every request's body, and refuses those over a limit, before or after decompression."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
-        """Wrap an app; bodies are bounded once they are decompressed too."""
+        """Wrap an ASGI app; the limit also applies to decompressed bodies."""
         self._app, self._max_body = app, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -258,7 +257,7 @@ class BodyMiddleware:
         return b"".join(parts)
 
     def _decompressed(self, body: bytes, window_bits: int) -> bytes:
-        """A body without its compression."""
+        """Return a body decompressed; `window_bits` is zlib's."""
         stream = zlib.decompressobj(window_bits)
         try:
             result = stream.decompress(body, self._max_body)
@@ -279,7 +278,7 @@ class BodyMiddleware:
 
 
 def _window_bits(headers: Headers) -> int | None:
-    """How zlib reads a body's compression; None for one without."""
+    """Return zlib's `wbits` for the body's Content-Encoding; None for an uncompressed body."""
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return None
@@ -289,14 +288,14 @@ def _window_bits(headers: Headers) -> int | None:
 
 
 def _describe(scope: Scope, length: int) -> None:
-    """Give a request the headers of its decompressed body."""
+    """Replace a request's headers with those of its decompressed body."""
     headers = MutableHeaders(raw=[pair for pair in scope["headers"] if pair[0] != b"content-encoding"])
     headers["Content-Length"] = str(length)
     scope["headers"] = headers.raw
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives a body as one message, and then what the server tells."""
+    """Return a `receive` that yields the body as one message, then the server's messages."""
     is_given = False
 
     async def replayed() -> Message:

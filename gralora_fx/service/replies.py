@@ -1,4 +1,4 @@
-"""Answers to clients that may go away, or wait no longer than they say: whole, or as server-sent events."""
+"""Responses to clients that may disconnect or time out: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CLIENT_CLOSED = 499  # nginx's status; nobody reads it
 
 
 def timeout_of(request: Request) -> float | None:
-    """Seconds that a request may take: what its header says, or the service's own limit if that is less.
+    """Return a request's time limit in seconds: its header's, or the service's if that is less.
 
     Raises:
         ServingError: The header is not a number of seconds.
@@ -50,7 +50,7 @@ def timeout_of(request: Request) -> float | None:
 async def unless_disconnected(
     request: Request, work: Callable[[], Coroutine[Any, Any, Response]], begun: float | None = None
 ) -> Response:
-    """The response of some work, which is cancelled if the client goes away first, or its time is over."""
+    """Await a response; cancel its work if the client disconnects or the time limit passes."""
     seconds = timeout_of(request)
     working, leaving = asyncio.ensure_future(work()), asyncio.ensure_future(_disconnected(request))
     try:
@@ -67,7 +67,7 @@ async def unless_disconnected(
 
 
 def _left(seconds: float | None, begun: float | None) -> float | None:
-    """What is left of some seconds that have begun."""
+    """Return the seconds left of a time limit that started at `begun`."""
     return seconds if seconds is None or begun is None else max(seconds - (time.monotonic() - begun), 0.0)
 
 
@@ -87,7 +87,7 @@ class TextAnswers:
     """The answers to the prompts of one request.
 
     Attributes:
-        jobs: The answers on their way.
+        jobs: The answers in progress.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class TextAnswers:
         *,
         each: int = 1,
     ) -> None:
-        """Queue the prompts, all or none; from the event loop's thread.
+        """Queue the prompts, all or none; call from the event loop's thread.
 
         Args:
-            queue: What answers them.
-            requests: What to answer.
+            queue: Runs them.
+            requests: One for each answer.
             prompt_tokens: Tokens of the prompts, each counted once.
-            seconds: How long it may take; None for no limit.
-            begun: When its time began (`time.monotonic`); None for now.
-            each: How many answers each prompt has, which follow each other.
+            seconds: Time limit; None for no limit.
+            begun: When the time limit started (`time.monotonic`); None for now.
+            each: Number of answers for each prompt; they are adjacent in `requests`.
         """
         self._prompt_tokens, self._tokens, self._each = prompt_tokens, [0] * len(requests), each
         self._cached = [0] * len(requests)
@@ -123,7 +123,7 @@ class TextAnswers:
         self.jobs: list[TextJob] = queue.submit([(request, sink(index)) for index, request in enumerate(requests)])
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers as they come, each with the number of its answer."""
+        """Yield the pieces of all answers as they come, each with its answer's index."""
         while self._left:
             try:
                 async with nullcontext() if self._end is None else asyncio.timeout_at(self._end):
@@ -137,23 +137,23 @@ class TextAnswers:
             yield index, event
 
     def cancel(self) -> None:
-        """Give up what has not ended."""
+        """Cancel the answers in progress."""
         for job in self.jobs:
             job.cancel()
 
     @property
     def cached_tokens(self) -> int:
-        """How many tokens of the prompts no row has read: of several answers to one, the one that took over least."""
+        """Number of prompt tokens taken from the prefix cache; of several answers to a prompt, the least."""
         return sum(min(self._cached[at : at + self._each]) for at in range(0, len(self._cached), self._each))
 
     def usage(self) -> dict[str, Any]:
-        """The tokens so far, in OpenAI's form."""
+        """Return the tokens so far as OpenAI's `usage`."""
         prompt, new = self._prompt_tokens, sum(self._tokens)
         details = {"prompt_tokens_details": {"cached_tokens": self.cached_tokens}}
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, **details}
 
     async def respond(self, request: Request, whole: Callable[[], Coroutine[Any, Any, Response]]) -> Response:
-        """The response with whole answers, which are given up when the client goes away or its time is over."""
+        """Return the response with whole answers; cancel them if the client disconnects or the time limit passes."""
         note_answers(request.scope, self)
         try:
             return await unless_disconnected(request, whole)
@@ -162,16 +162,16 @@ class TextAnswers:
 
 
 def _put(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Any], event: Any) -> None:
-    """Hand an event over from a scheduler's thread; to nobody, if the loop was closed while it came."""
+    """Post an event from a scheduler's thread; drop it if the loop was closed meanwhile."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; the answers are given up when the client goes away, even before the first event."""
+    """Server-sent events; the answers are cancelled when the client disconnects, even before the first event."""
 
     def __init__(self, answers: TextAnswers, objects: AsyncIterator[dict[str, Any]], *, is_typed: bool = False) -> None:
-        """Begin a stream."""
+        """Start a stream."""
         events = self._typed(objects) if is_typed else self._events(objects)
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._answers = answers
@@ -185,7 +185,7 @@ class EventStream(StreamingResponse):
             self._answers.cancel()
 
     async def _events(self, objects: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-        """The events; a stream that fails midway, or takes too long, ends with an error."""
+        """Yield the events; a stream that fails or times out midway ends with an error event."""
         try:
             async for body in objects:
                 yield event(body)
@@ -200,6 +200,6 @@ class EventStream(StreamingResponse):
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """An event with an object; as ASCII, since some clients split lines at other letters too, such as U+2028."""
+    """Encode an object as a server-sent event; in ASCII, since some clients also split lines at U+2028."""
     text = orjson.dumps(body)
     return b"data: " + (text if text.isascii() else json.dumps(body).encode()) + b"\n\n"

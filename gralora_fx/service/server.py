@@ -1,4 +1,4 @@
-"""The service on uvicorn: its sockets, its signals, and the limits of connections and of the heads of requests."""
+"""The service on uvicorn: sockets, signals, and limits on connections and request heads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _logger = logging.getLogger("uvicorn.error")
 
 
 def limited(limits: ConnectionLimits, log: Callable[[ASGIApp], ASGIApp] | None = None) -> type[asyncio.Protocol]:
-    """A protocol for uvicorn that keeps to limits."""
+    """Return a protocol class for uvicorn that enforces limits."""
 
     class Limited(_LimitedProtocol):
         pass
@@ -47,8 +47,8 @@ def _unlogged(app: ASGIApp) -> ASGIApp:
 class _LimitedProtocol(HttpToolsProtocol):
     """A connection, which is closed when a request does not arrive in time.
 
-    The clock starts when the connection is made and with the first byte of a further request, and stops when a request
-    is complete. It covers what is left of a body that was refused, too.
+    The clock starts with the connection and with the first byte of each further request, and stops when the request is
+    complete. The rest of a refused body is timed too.
     """
 
     limits = ConnectionLimits()
@@ -79,14 +79,14 @@ class _LimitedProtocol(HttpToolsProtocol):
                 self._close(431, f"the head of the request has more than the {_MAX_HEAD} bytes that are taken")
 
     def on_message_begin(self) -> None:
-        """A further request begins."""
+        """Start the clock for a further request."""
         super().on_message_begin()
         self._head = 0
         if self._timer is None:
             self._start_clock()
 
     def on_headers_complete(self) -> None:
-        """The head is complete: the app answers, or there are too many connections, or the head is too large."""
+        """Choose what answers: the app, or an error for too many connections or too large a head."""
         self._head = -1
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         self.app = self._served_app
@@ -97,7 +97,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The request has arrived."""
+        """Stop the clock."""
         self._stop_clock()
         super().on_message_complete()
         if self.cycle.response_complete:  # it was answered before; uvicorn's own clock for idle connections has stopped
@@ -107,11 +107,11 @@ class _LimitedProtocol(HttpToolsProtocol):
             )
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
+        """Answer bytes that are not HTTP."""
         self._close(400, "the request is not valid HTTP")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer a request, whose head is complete, with an error, and end the connection."""
+        """Answer a request whose head is complete with an error, and close the connection."""
         _logger.info("%s: %d, %s", self.client, status, message)
 
         async def refusal(scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,7 +135,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._close(408, f"the request did not arrive within {self.limits.read_timeout:g} seconds")
 
     def _close(self, status: int, message: str) -> None:
-        """End the connection, with an answer where none has begun."""
+        """Close the connection, with an error response if none has begun."""
         self._is_closed = True
         self._stop_clock()
         _logger.info("%s: %d, %s", self.client, status, message)
@@ -152,7 +152,7 @@ class _LimitedProtocol(HttpToolsProtocol):
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets on an address, which take connections once the service runs."""
+    """Return bound sockets, which accept connections once the service runs."""
     sockets: list[socket.socket] = []
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -180,7 +180,7 @@ def run(
 ) -> None:
     """Serve until the process is told to end.
 
-    The first SIGTERM or SIGINT lets the requests that run end, and takes no more; a second one ends the process at
+    The first SIGTERM or SIGINT lets running requests finish and refuses new ones; a second one ends the process at
     once, with the shell's status for the signal.
     """
     # the thread that runs batches must not wait for the one that reads requests, or processors would idle

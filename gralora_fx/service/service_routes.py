@@ -1,7 +1,7 @@
-"""The routes that every service has: that it lives, that it is ready, what is served, and the pages for browsers.
+"""Routes of every service: liveness, readiness, facts, and pages for browsers.
 
-The pages are `/`, which tries the model, and `/docs`, Swagger UI of the API: plain HTML, CSS and JavaScript that the
-other routes answer; Swagger UI's own files come from a package.
+The pages are `/`, which tries the model, and `/docs`, Swagger UI of the API: plain HTML, CSS and JavaScript that use
+the other routes; Swagger UI's own files come from a package.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HEADERS = {
 
 
 def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
-    """The routes, which need no key."""
+    """Return the health routes, which need no key."""
     router = APIRouter()
 
     @router.head("/v2/health/live", include_in_schema=False)  # some load balancers ask so
@@ -65,7 +65,7 @@ def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
 
 @dataclass(frozen=True)
 class ServiceInfo:
-    """What a service serves."""
+    """Facts of a service."""
 
     model: str  # the name of the model without an adapter
     task: str | None  # the task that it was exported for; None if there was none
@@ -80,7 +80,7 @@ class ServiceInfo:
     version: str  # the version of gralora-fx
 
     def labels(self) -> dict[str, str]:
-        """The facts that metrics are labelled with."""
+        """Return the facts that label metrics."""
         return {
             "base": self.model,
             "task": self.task or "none",
@@ -92,7 +92,7 @@ class ServiceInfo:
 
 
 def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
-    """What a service serves."""
+    """Return the facts of a service."""
     manifest, context = engine.manifest, engine.context_length
     return ServiceInfo(
         model=engine.models.base,
@@ -108,7 +108,7 @@ def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
 
 
 def info_routes(info: ServiceInfo) -> APIRouter:
-    """The route of the facts."""
+    """Return the route of the facts."""
     router = APIRouter()
 
     @router.get("/info")
@@ -119,7 +119,7 @@ def info_routes(info: ServiceInfo) -> APIRouter:
 
 
 def page_routes() -> APIRouter:
-    """The routes of the pages."""
+    """Return the routes of the pages."""
     router = APIRouter(include_in_schema=False)
 
     def add(path: str, file: Path) -> None:

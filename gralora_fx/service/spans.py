@@ -1,8 +1,8 @@
-"""Spans of OpenTelemetry: one for each request, and below it those of its answers: queue, prompt, decode.
+"""OpenTelemetry spans: one for each request, with children for its answers: queue, prompt, decode.
 
-They are made where the environment names an exporter, or a provider is there already; else nothing of OpenTelemetry is
-imported. A route notes with its request what is answered; the spans are made of that when the answer has ended, so that
-no step waits for one.
+They are made if the environment names an exporter or a provider exists already; otherwise OpenTelemetry is not
+imported. A route notes its answers with the request; their spans are made when the response has ended, so that no
+decoder step waits for one.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Answers(Protocol):
     jobs: list[TextJob]
 
     def usage(self) -> dict[str, Any]:
-        """The tokens so far, in OpenAI's form."""
+        """Return the tokens so far as OpenAI's `usage`."""
 
 
 def note_model(scope: Any, model: str, adapter: str | None) -> None:
-    """Remember with a request which model it names, and the version of the adapter that this means."""
+    """Record the model that a request names and the adapter version that runs it."""
     scope[_MODEL] = model, adapter
 
 
 def note_answers(scope: Any, answers: Answers) -> None:
-    """Remember with a request what answers it."""
+    """Record a request's answers."""
     scope[_ANSWERS] = answers
 
 
@@ -70,9 +70,9 @@ class Tracing:
 
 
 def tracing_of_environment() -> Tracing | None:
-    """Tracing as OpenTelemetry's environment variables describe it; None where they ask for none.
+    """Return tracing as set by OpenTelemetry's environment variables; None if they ask for none.
 
-    A provider that is there already, as under `opentelemetry-instrument`, is used as it is.
+    A provider that exists already, as under `opentelemetry-instrument`, is used as it is.
     """
     if "opentelemetry.sdk.trace" in sys.modules:
         from opentelemetry.sdk.trace import TracerProvider
@@ -93,7 +93,7 @@ def _tracer(provider: TracerProvider) -> Tracer:
 
 
 def _provider(names: list[str]) -> TracerProvider:
-    """A provider with exporters; its sampler, limits and batches are those of the environment."""
+    """Create a provider with exporters; sampler, limits and batching come from the environment."""
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -116,14 +116,14 @@ def _provider(names: list[str]) -> TracerProvider:
 
 
 class SpanMiddleware:
-    """Makes a span of every request, in the trace that its header `traceparent` names; none for probes and the page."""
+    """Makes a span for every request, in the trace of its `traceparent` header; none for probes and the page."""
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         """Wrap an app."""
         self._app, self._tracer = app, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and end its span when its answer has ended."""
+        """Pass a request on, and end its span when its response has ended."""
         if scope["type"] != "http" or scope["path"] in _UNTRACED:
             await self._app(scope, receive, send)
             return
@@ -159,7 +159,7 @@ class SpanMiddleware:
             span.end()
 
     def _trace_jobs(self, span: Span, jobs: list[TextJob], epoch: int) -> None:
-        """Make the spans of answers, whose times are past."""
+        """Make the spans of answers, whose times have passed."""
         from opentelemetry.trace import set_span_in_context
 
         parent = set_span_in_context(span)
@@ -170,7 +170,7 @@ class SpanMiddleware:
 
 
 def _stages(job: TextJob) -> Iterator[tuple[str, float, float]]:
-    """The stages of a job that it has reached, each with its begin and end in seconds."""
+    """Yield the stages that a job has reached, each with its start and end in seconds."""
     times = job.times
     ended = times.ended or time.perf_counter()
     marks = (("queue", times.submitted), ("prompt", times.reading), ("decode", times.answering))
@@ -180,7 +180,7 @@ def _stages(job: TextJob) -> Iterator[tuple[str, float, float]]:
 
 
 def _describe(span: Span, scope: Scope, status: int) -> None:
-    """Say what a request was, in the terms of HTTP and of generative AI."""
+    """Set a request's attributes by the semantic conventions of HTTP and generative AI."""
     route = getattr(scope.get("route"), "path", None)
     attributes: dict[str, Any] = {
         "http.request.method": scope["method"],
@@ -212,7 +212,7 @@ def _fail(span: Span, kind: str) -> None:
 
 
 def _describe_answers(span: Span, answers: Answers) -> None:
-    """Say what was asked for and what came: never a text."""
+    """Set attributes of a request's parameters and usage; never a text."""
     jobs, usage = answers.jobs, answers.usage()
     request = jobs[0].request
     sampling = request.options.sampling

@@ -177,7 +177,7 @@ class ComputedTogether:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def tensor(self, index: int) -> ir.TensorProtocol:
-        """One of them, by its place."""
+        """Return one of them by its index."""
         with self._lock:
             if index not in self._arrays:
                 self._arrays = dict(enumerate(self.compute()))

@@ -1,4 +1,4 @@
-"""Errors of ONNX Runtime, which have no public name."""
+"""ONNX Runtime's exceptions, which have no public names."""
 
 from gralora_fx.base.compat.packages import fenced
 

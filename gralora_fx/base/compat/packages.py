@@ -1,7 +1,7 @@
-"""Installed packages: the versions that gralora-fx was tested with, and what the extras bring.
+"""Installed packages: tested versions, and the packages of extras.
 
-Other versions are warned of, and an error where their private API lacks a name. Extras are those of
-`pip install 'gralora-fx[EXTRA]'`, whose packages are found without importing them.
+Untested versions cause a warning, or an error if a private name is missing. Extras are those of
+`pip install 'gralora-fx[EXTRA]'`; their packages are found without importing them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fenced(package: str) -> Iterator[None]:
 
 @functools.cache  # once in a process
 def warn_of_untested() -> None:
-    """Warn of each installed package whose version is outside the tested range; of a package that is missing, not."""
+    """Warn of each installed package whose version is outside the tested range; missing packages are ignored."""
     for package in TESTED:
         installed = installed_version(package)
         if installed is not None and not _is_tested(package, installed):
@@ -57,12 +57,12 @@ def warn_of_untested() -> None:
 
 
 def range_of(package: str) -> str:
-    """The tested versions of a package, for a message: `2.11 to 2.15`."""
+    """Return a package's tested versions for a message: `2.11 to 2.15`."""
     return " to ".join(dict.fromkeys(TESTED[package]))
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, or of another that brings its module, as onnxruntime-gpu does."""
+    """Return a package's installed version, or that of another package with its module, such as onnxruntime-gpu."""
     if package == "python":
         return ".".join(map(str, sys.version_info[:3]))
     try:
@@ -76,7 +76,7 @@ def installed_version(package: str) -> str | None:
 
 
 def _is_tested(package: str, installed: str) -> bool:
-    """Whether a version is in the tested range; a development version of what comes after the newest is not."""
+    """Return whether a version is in the tested range; development versions after the newest are not."""
     lowest, newest = map(Version, TESTED[package])
     try:
         version = Version(installed)
@@ -117,17 +117,17 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
 
 
 def installation(extra: str) -> str:
-    """How to install an extra, for a message."""
+    """Return how to install an extra, for a message."""
     return f"pip install 'gralora-fx[{extra}]' (in a clone: pip install -e '.[{extra}]')"
 
 
 def missing_packages(extra: str) -> list[str]:
-    """The packages of an extra that are not installed, as pip calls them."""
+    """Return the packages of an extra that are not installed, by their names on PyPI."""
     return [package for package, module in EXTRAS[extra].items() if not _is_installed(module)]
 
 
 def require_extra(extra: str, needed_by: str, error: type[GraloraError]) -> None:
-    """Check that the packages of an extra are installed, in milliseconds."""
+    """Raise unless the packages of an extra are installed; takes milliseconds."""
     if packages := missing_packages(extra):
         are = "which is" if len(packages) == 1 else "which are"
         raise error(f"{needed_by} needs {listed(packages)}, {are} not installed: {installation(extra)}")

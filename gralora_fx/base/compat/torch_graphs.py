@@ -1,4 +1,4 @@
-"""What torch has no public name for: operators, fake tensors, calling conventions, autocast, nested inputs."""
+"""Private API of torch: operator schemas, fake tensors, calling conventions, autocast, nested inputs."""
 
 from __future__ import annotations
 
@@ -72,42 +72,42 @@ __all__ = [
 
 
 def schema_of(target: object) -> Any:
-    """Arguments and results of an operator, or None for another function."""
+    """Return an operator's schema; None for another function."""
     return getattr(target, "_schema", None)
 
 
 def is_mutable(target: object) -> bool:
-    """Whether a target is an operator that writes into one of its arguments."""
+    """Return whether a target is an operator that mutates one of its arguments."""
     return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def is_transformed() -> bool:
-    """Whether a functional transform such as `vmap` or `jvp`, or a mode that sees every operator, is at work."""
+    """Return whether a functional transform (`vmap`, `jvp`) or a dispatch mode is active."""
     return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def has_kernel(operator: str, device: str) -> bool:
-    """Whether an operator, `namespace::name`, has a kernel of its own for a device, such as `CPU`."""
+    """Return whether an operator, `namespace::name`, has its own kernel for a device, such as `CPU`."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, device))
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether operators on a tensor are recorded, or stand for others: by a compiler, a transform or a mode."""
+    """Return whether operators on a tensor are recorded or replaced by a compiler, a transform or a mode."""
     return type(tensor) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or is_transformed()
 
 
 def base_name(target: OpOverload) -> str:
-    """An operator's name without its namespace and overload: `add_` of `aten::add_.Tensor`."""
+    """Return an operator's name without its namespace and overload: `add_` of `aten::add_.Tensor`."""
     return str(target._schema.name.partition("::")[2])
 
 
 def returns_alias(target: OpOverload) -> bool:
-    """Whether an operator's result may alias an argument."""
+    """Return whether an operator's result may alias an argument."""
     return any(returned.alias_info is not None for returned in target._schema.returns)
 
 
 def convention_of(graph: fx.Graph) -> Any:
-    """The code generator of a graph, which holds its calling convention for nested inputs and outputs."""
+    """Return a graph's code generator, which holds its calling convention for nested inputs and outputs."""
     return graph._codegen
 
 
@@ -117,12 +117,12 @@ def set_convention(graph: fx.Graph, convention: Any) -> None:
 
 
 def tree_info(graph: fx.Graph) -> Any:
-    """Names and specs of the nested inputs and outputs (`_PyTreeInfo`), or None for a graph that has none."""
+    """Return names and specs of nested inputs and outputs (`_PyTreeInfo`); None for a graph without them."""
     return getattr(graph._codegen, "pytree_info", None)
 
 
 def code_transformer(graph: fx.Graph) -> Any:
-    """The function that edits the lines of a graph's code (`on_generate_code`), or None."""
+    """Return the function that edits the lines of a graph's code (`on_generate_code`), or None."""
     return graph._codegen._body_transformer
 
 
@@ -138,9 +138,9 @@ def leave_autocast(context: Any) -> None:
 
 @contextmanager
 def without_new_symbols(mode: Any) -> Iterator[None]:
-    """Let calls within the block compute sizes from values without symbols that a trace would have to bind.
+    """Let the block compute data-dependent sizes without unbacked symbols that a trace would have to bind.
 
-    Those that calls before have left are forgotten too.
+    Pending symbols of earlier calls are dropped too.
     """
     if mode.shape_env is None:
         yield

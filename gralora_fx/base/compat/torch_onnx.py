@@ -1,4 +1,4 @@
-"""The translation of operators within `torch.onnx`, without the trace and the passes around it."""
+"""`torch.onnx`'s translation of operators, without its tracing and passes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ with fenced("torch"):
 
 
 def new_registry(opset: int) -> Any:
-    """The translations of PyTorch's operators for an opset version, from onnxscript's torchlib."""
+    """Return onnxscript torchlib's translations of PyTorch operators for an opset version."""
     return _registration.ONNXRegistry.from_torchlib(opset_version=opset)
 
 
 def operators_in(registry: Any) -> set[Any]:
-    """The operators that a registry can translate."""
+    """Return the operators that a registry can translate."""
     return set(_decomp.get_onnx_implemented_overloads(registry))
 
 
 def decomposition_table(supported: Iterable[Any]) -> dict[Any, Callable[..., Any]]:
-    """PyTorch's decompositions, except those of supported operators."""
+    """Return PyTorch's decompositions, except those of supported operators."""
     return dict(_decomp.create_onnx_friendly_decomposition_table(set(supported)))
 
 
@@ -39,8 +39,8 @@ def translate_graph(
 ) -> None:
     """Translate a graph, node for node.
 
-    Tensors that the graph reads become initializers of a graph and `Constant` nodes of a function, under the names of
-    the nodes that read them. `torch.onnx` is given inputs in their place: that of torch 2.11 translates no such nodes.
+    Tensors that the graph reads become initializers of an ONNX graph, or `Constant` nodes of a function, named like the
+    nodes that read them. They are passed to `torch.onnx` as inputs, because torch 2.11 translates no `get_attr` nodes.
     """
     tensors = {node.name: node for node in graph.find_nodes(op="get_attr") if node.target not in functions}
     for node in tensors.values():
@@ -69,5 +69,5 @@ def add_opset_imports(model: ir.Model) -> None:
 
 
 def current_builder() -> Any:
-    """The builder that the running translation adds nodes to."""
+    """Return the builder that the running translation adds nodes to."""
     return _core.current_tracer

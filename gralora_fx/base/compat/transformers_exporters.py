@@ -1,4 +1,4 @@
-"""`transformers.exporters`, which transformers calls experimental."""
+"""`transformers.exporters`, experimental API of transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def export_program(
 
 
 def auto_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """`dynamic_shapes` for `torch.export` in which every axis of every tensor may vary."""
+    """Return `dynamic_shapes` for `torch.export` in which every axis of every tensor may vary."""
     shapes: dict[str, Any] = get_auto_dynamic_shapes(dict(inputs))
     return shapes
 
@@ -46,7 +46,7 @@ def register_cache(kind: type) -> None:
 
 
 def onnx_translations() -> dict[Any, Any]:
-    """The translations that transformers has of operators, such as of grouped products, as onnxscript functions."""
+    """Return transformers' translations of its operators, such as grouped matrix products, as onnxscript functions."""
     return dict(_ONNX_TRANSLATION_TABLE)
 
 
@@ -62,16 +62,16 @@ def fix_model(model: ir.Model) -> None:
 
 
 def leaf_names(values: Any) -> dict[str, Tensor]:
-    """The tensors of nested inputs or outputs by the names that transformers' exporter gives them."""
+    """Return the tensors of nested inputs or outputs by the names that transformers' exporter gives them."""
     return dict(get_leaf_tensors(values))
 
 
 @contextmanager
 def _recording_grad_modes() -> Iterator[None]:
-    """Let this thread's exports record where a model turns gradients off.
+    """Let this thread's exports record `torch.no_grad` blocks of a model.
 
-    The exporter calls `torch.export.export` without gradients, where turning them off is not recorded, so that a layer
-    within `torch.no_grad` would train.
+    The exporter calls `torch.export.export` with gradients disabled, where such blocks are not recorded, so that their
+    layers would train.
     """
     export, thread = torch.export.export, threading.get_ident()
 
@@ -89,10 +89,10 @@ _OF_ONNX = {("transformers.masking_utils", "_vmap_expansion_sdpa")}
 
 @contextmanager
 def _chosen_patches() -> Iterator[None]:
-    """Skip the patches of models that are not imported, since applying them would import dozens of models.
+    """Skip patches for model modules that are not imported, since applying them would import dozens of models.
 
-    The exported model is in memory, so its own module is imported. A mask that is built by `torch.vmap`, whose batched
-    tensors would be part of the trace, is built by broadcasting, and needs no help for reading tensors at them.
+    The exported model's own module is imported. Masks are built by broadcasting instead of `torch.vmap`, whose batched
+    tensors would be part of the trace; so reading tensors at batched indices needs no patch.
     """
     patches = list(exporter_utils._PATCHES["dynamo"])
     chosen = [patch for patch in patches if _is_imported(patch[0])]
@@ -106,6 +106,6 @@ def _chosen_patches() -> Iterator[None]:
 
 
 def _is_imported(path: str) -> bool:
-    """Whether the model module of a dotted path is imported; paths elsewhere count as imported."""
+    """Return whether the model module of a dotted path is imported; other paths count as imported."""
     parts = path.split(".")
     return parts[:2] != ["transformers", "models"] or ".".join(parts[:4]) in sys.modules

@@ -1,4 +1,4 @@
-"""What transformers' models are loaded and run with: names of tensors, layers that are quantized, caches, masks."""
+"""Private API for loading and running transformers' models: tensor names, quantized layers, caches, masks."""
 
 from collections.abc import Sequence
 
@@ -68,22 +68,22 @@ def has_class(auto_class: str, config: PreTrainedConfig) -> bool:
 
 
 def unquantized_modules(model: PreTrainedModel, names: Sequence[str] | None) -> list[str]:
-    """Names of the modules that transformers leaves in floats when it quantizes a model, and the given ones."""
+    """Return the modules that transformers keeps in floats when it quantizes a model, plus the given ones."""
     given = None if names is None else list(names)
     modules: list[str] = HfQuantizer.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
     return modules
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The products of groups of rows, each with a matrix of its own.
+    """Multiply groups of rows, each by its own matrix.
 
-    Of tensors that have values it is a product for each group that has rows, whose gradients are those that are needed;
-    else, as in a graph that is compiled, transformers' operator.
+    Tensors with values take one product per non-empty group, which computes only the gradients needed; in a compiled
+    graph it is transformers' operator.
 
     Args:
         x: `[rows, in]`, the groups one after the other.
         weight: `[groups, in, out]`.
-        ends: `[groups]`, where each group ends.
+        ends: `[groups]`, the end of each group.
 
     Returns:
         `[rows, out]`, in the weight's dtype.

@@ -1,1 +1,1 @@
-"""What a user sees of long work: stages, counts and times, reports, silence for the libraries underneath."""
+"""Progress of long work: stages, counts and times, reports, and silencing of other libraries."""

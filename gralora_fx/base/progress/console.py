@@ -1,4 +1,4 @@
-"""Progress on a console: stages live on a terminal, and as a line now and then elsewhere."""
+"""Progress on a console: live on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _POLL = 0.5  # seconds until a log asks again whether there is news
 
 
 class Heartbeat:
-    """Prints now and then what is going on, to a console that is not a terminal: one line at a time, with news alone.
+    """Prints occasional progress lines to a console that is not a terminal, only when there is news.
 
     A context manager and a display of stages (`progress.stages`): lines come while the block runs, the first after a
-    few seconds. On a terminal it prints nothing, as live displays do that there.
+    few seconds. On a terminal it prints nothing, since live displays do.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Heartbeat:
         silence: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin outside any stage.
+        """Start outside any stage.
 
         Args:
             console: Where to print.
             first: Seconds until the first line may come; None for `FIRST`.
-            silence: The least seconds between two lines; None for `SILENCE`.
-            clock: Gives the time in seconds.
+            silence: Minimum seconds between two lines; None for `SILENCE`.
+            clock: Returns the time in seconds.
         """
         self._console, self._clock = console, clock
         self._silence = SILENCE if silence is None else silence
@@ -82,7 +82,7 @@ class Heartbeat:
                 del self._stages[len(names) - 1 - names[::-1].index(stage) :]
 
     def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
-        """Note how far a stage is (see `progress.stages.Display`)."""
+        """Record a stage's progress (see `progress.stages.Display`)."""
         with self._lock:
             for running in self._stages:
                 if running.name == stage:
@@ -91,12 +91,12 @@ class Heartbeat:
                     running.has_news = running.has_news or is_new
 
     def shown(self) -> None:
-        """Note that something else was just printed."""
+        """Record that something else was just printed."""
         with self._lock:
             self._due = self._clock() + self._silence
 
     def beat(self) -> float:
-        """Print a line if one is due and there is news; returns the seconds until the next can be."""
+        """Print a line if one is due and there is news; return the seconds until the next can be."""
         with self._lock:
             now = self._clock()
             if self._due > now:
@@ -127,13 +127,13 @@ def is_silenced() -> bool:
 
 
 class StageProgress:
-    """Shows stages: live on a terminal, and elsewhere as a line now and then.
+    """Shows stages: live on a terminal, as occasional lines elsewhere.
 
-    A context manager. It shows nothing where the stages are shown already, or where the environment silences it.
+    A context manager. It shows nothing if the stages are shown already, or if the environment silences it.
     """
 
     def __init__(self, console: Console | None = None, *, silence: float | None = None) -> None:
-        """Choose where and how often stages are shown."""
+        """Choose where and how often to show stages."""
         self._console, self._silence = console, silence
 
     def __enter__(self) -> None:
@@ -152,12 +152,12 @@ class StageProgress:
         self._display.__enter__()
 
     def __exit__(self, kind: object = None, *_: object) -> None:
-        """Stop, and show the total of several stages on a terminal unless an error ended the work."""
+        """Stop; on a terminal, show the total of several stages unless an error ended the work."""
         self._display.__exit__(kind, None, None)  # type: ignore[arg-type]
 
 
 class CommandProgress(StageProgress):
-    """Shows the stages of a command, and what else the package logs, as it comes."""
+    """Shows the stages of a command and the package's other log records."""
 
     def __enter__(self) -> None:
         """Show the stages of this thread, and the package's log."""
@@ -174,7 +174,7 @@ class CommandProgress(StageProgress):
 
 
 class _Records(logging.Handler):
-    """Prints the package's log records to stderr, but for those of stages, which are shown otherwise."""
+    """Prints the package's log records to stderr, except those of stages, which are shown otherwise."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -185,7 +185,7 @@ class _Records(logging.Handler):
 
 
 def with_progress(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Let a public function show the stages of its work, unless its caller shows them."""
+    """Let a public function show its stages, unless its caller shows them."""
 
     @functools.wraps(function)
     def shown(*args: _Parameters.args, **options: _Parameters.kwargs) -> _Result:

@@ -1,4 +1,4 @@
-"""Stages that are shown live on a terminal."""
+"""Live stages on a terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gralora_fx.base.progress.stages import RunningStage, displayed_by
 
 
 class LiveStages:
-    """Stages on a terminal: each with its time, the counts of the running one, and the total of several at the end."""
+    """Stages on a terminal: each with its time, progress of the running one, and the total of several at the end."""
 
     def __init__(self, console: Console) -> None:
         """Show stages on a console."""
@@ -30,7 +30,7 @@ class LiveStages:
         self._shown.__enter__()
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Stop, and show the total of several stages unless an error ended the work."""
+        """Stop; show the total of several stages unless an error ended the work."""
         self._shown.__exit__(None, None, None)
         self._live.stop()
         if self._outermost > 1 and kind is None:
@@ -38,14 +38,14 @@ class LiveStages:
             self._console.print(f"  {'total':<{width}} {time.perf_counter() - self._begin:>8.1f} s")
 
     def begin(self, stage: str) -> None:
-        """Show that a stage begins."""
+        """Show the start of a stage."""
         self._live.start()
         self._outermost += not self._tasks
         running = RunningStage(stage, time.monotonic())
         self._tasks.append((running, self._live.add_task(stage, total=None, running=running)))
 
     def end(self, stage: str) -> None:
-        """Show that a stage and those within it have ended."""
+        """Show the end of a stage and those within it."""
         names = [running.name for running, _ in self._tasks]
         if stage not in names:
             return
@@ -58,14 +58,14 @@ class LiveStages:
         del self._tasks[first:]
 
     def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
-        """Show how far a stage is."""
+        """Show a stage's progress."""
         for running, _ in self._tasks:
             if running.name == stage:
                 running.done, running.total, running.unit, running.detail = done, total, unit, detail
 
 
 class _Seconds(ProgressColumn):
-    """The seconds of a stage, finished or so far."""
+    """A stage's seconds, final or so far."""
 
     def render(self, task: Task) -> Text:
         seconds = task.finished_time if task.finished else task.elapsed
@@ -73,7 +73,7 @@ class _Seconds(ProgressColumn):
 
 
 class _Bar(ProgressColumn):
-    """How far a counted stage is, as a bar."""
+    """A counted stage's progress as a bar."""
 
     def render(self, task: Task) -> ProgressBar | Text:
         stage: RunningStage = task.fields["running"]
@@ -81,7 +81,7 @@ class _Bar(ProgressColumn):
 
 
 class _Count(ProgressColumn):
-    """How far a counted stage is, in words."""
+    """A counted stage's progress in words."""
 
     def render(self, task: Task) -> Text:
         stage: RunningStage = task.fields["running"]

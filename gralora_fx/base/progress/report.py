@@ -1,4 +1,4 @@
-"""Reports of finished work: three lines on what came of it, what was written and how to use it; the rest on request."""
+"""Reports of finished work: three lines with result, files and usage; details on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONG = 10.0  # seconds of work whose longest part is named
 
 @dataclass(frozen=True)
 class Invocation:
-    """How what was written is used."""
+    """How to use what was written."""
 
     python: str  # in Python, as a line that can be pasted
     command: str = ""  # in a shell, the words of a command; empty where Python alone does
@@ -25,7 +25,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says before anybody asks for more."""
+    """The short form of a report."""
 
     result: str  # what came of it: whether it passed, and by how much
     written: str  # what was written, and how large it is; of what writes nothing, what was looked at
@@ -36,7 +36,7 @@ class Summary:
     comparison: Invocation | None = None
 
     def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> Message:
-        """The lines."""
+        """Return the lines of the short form; `words` renders an invocation."""
         result = self.result
         if self.comparison is not None:
             result += f"; not compared with PyTorch, to do so: {words(self.comparison)}"
@@ -50,25 +50,25 @@ class Summary:
 
 
 class Report:
-    """A report that prints as three lines, and the rest as `details`."""
+    """A report that prints as three lines; `details` has the rest."""
 
     @property
     def summary(self) -> Summary:
-        """The lines, in parts."""
+        """The short form."""
         raise NotImplementedError
 
     @property
     def details(self) -> str:
-        """Everything that the report holds, as text."""
+        """The report's full text."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """Return what came of it, what was written, how to use it, and what must not be missed."""
+        """Return the short form: outcome, files, usage and notes."""
         return self.summary.text()
 
 
 def size_of(count: int) -> str:
-    """A number of bytes in words, such as `86.2 MB`."""
+    """Format a number of bytes, such as `86.2 MB`."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"
@@ -76,29 +76,29 @@ def size_of(count: int) -> str:
 
 
 def written(directory: Path, files: Mapping[str, int]) -> str:
-    """Say what was written, in a line."""
+    """Describe what was written on one line."""
     return f"wrote {directory}: {size_of(sum(files.values()))} in {len(files)} file{'s' * (len(files) > 1)}"
 
 
 def written_lines(directory: Path, files: Mapping[str, int], widths: tuple[int, int] = (28, 14)) -> list[str]:
-    """Say what was written: the path of the directory, and a line for each file."""
+    """Return the written directory's path, and a line for each file."""
     name_width, size_width = widths
     lines = [f"  {name:<{name_width}}{size:>{size_width},} bytes" for name, size in files.items()]
     return [f"wrote {directory}", *lines]
 
 
 def times(seconds: Mapping[str, float]) -> str:
-    """The time of every stage, in a line."""
+    """Return the time of every stage on one line."""
     return ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
 
 
 def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> Message:
-    """Say which stage took longest, and how to leave it out; nothing of short work.
+    """Name the slowest stage and how to skip it; empty for short work.
 
     Args:
         seconds: Seconds of each stage.
-        stages: What the stages are called, with a remedy after a colon where there is one.
-        least: Seconds of work from which on it is said.
+        stages: Descriptions of stages, optionally followed by a colon and a remedy.
+        least: Minimum total seconds for a message.
     """
     total = sum(seconds.values())
     if not seconds or total < least:

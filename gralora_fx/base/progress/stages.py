@@ -1,4 +1,4 @@
-"""Stages of long work: timed and counted for a display, the libraries underneath silenced, the collector at rest."""
+"""Stages of long work: timed and counted for a display, with other libraries silenced and fewer collections."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OBJECTS = 200_000  # allocations before a garbage collection; the default is 70
 
 
 class _Quiet:
-    """The blocks that are quiet now, of all threads, and what they suppress."""
+    """Count of quiet blocks active in all threads, and their context managers."""
 
     def __init__(self) -> None:
         self.lock, self.blocks, self.stack = threading.Lock(), 0, ExitStack()
@@ -31,7 +31,7 @@ _quiet = _Quiet()
 
 
 class Display(Protocol):
-    """Shows a user what long work is doing; stages may lie within each other."""
+    """Displays the stages of long work; stages may be nested."""
 
     def begin(self, stage: str) -> None:
         """Enter a stage."""
@@ -40,26 +40,26 @@ class Display(Protocol):
         """Leave a stage, and those within it that an error ended."""
 
     def count(self, stage: str, done: int, total: int, unit: str = "", detail: str = "") -> None:
-        """Note how far a stage is.
+        """Record a stage's progress.
 
         Args:
             stage: A stage that was entered.
-            done: How many things are done.
-            total: How many there are.
-            unit: What they are, as a plural such as `matrices`; empty where the stage says it.
-            detail: What else is news, such as `loss 0.41`.
+            done: Number of things done.
+            total: Number of things.
+            unit: Plural of the things, such as `matrices`; empty if the stage's name says it.
+            detail: Further news, such as `loss 0.41`.
         """
 
 
 class Count(Protocol):
-    """Notes how far a counted stage is."""
+    """Records a counted stage's progress."""
 
     def __call__(self, done: int, detail: str = "") -> None:
-        """Note it."""
+        """Record it."""
 
 
 def time_left(seconds: float) -> str:
-    """Say how many seconds are left, in words such as `about 20 s left`."""
+    """Return the remaining time in words, such as `about 20 s left`."""
     if seconds >= 90:
         return f"about {round(seconds / 60)} min left"
     step = 1 if seconds < 10 else 5
@@ -79,7 +79,7 @@ class RunningStage:
     has_news: bool = True  # whether something was not shown yet
 
     def counts(self, now: float) -> str:
-        """How far it is, and how long it will take."""
+        """Return its progress and remaining time."""
         parts = [f"{self.done}/{self.total} {self.unit}".rstrip()]
         parts += [self.detail] if self.detail else []
         elapsed = now - self.began
@@ -88,7 +88,7 @@ class RunningStage:
         return ", ".join(parts)
 
     def line(self, now: float) -> str:
-        """Return what a log says of it."""
+        """Return its line for a log."""
         return f"{self.name}: {self.counts(now)}" if self.total else f"{self.name} ..."
 
 
@@ -102,7 +102,7 @@ def is_displayed() -> bool:
 
 @contextmanager
 def displayed_by(display: Display) -> Iterator[None]:
-    """Let a display show the stages of this thread within the block."""
+    """Let a display show this thread's stages while the block runs."""
     token = _display.set(display)
     try:
         yield
@@ -112,12 +112,12 @@ def displayed_by(display: Display) -> Iterator[None]:
 
 @contextmanager
 def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: str = "") -> Iterator[None]:
-    """Show a stage, log its begin and end at level INFO, and record its time if it ends without an error.
+    """Show a stage, log its start and end at level INFO, and record its time if it ends without an error.
 
     Args:
         name: Name of the stage, such as `trace`.
         seconds: Receives the stage's time under its name.
-        shown: What a display calls it; empty for its name.
+        shown: Its name on a display; empty for `name`.
     """
     display = _display.get()
     _log.info("%s ...", name)
@@ -137,7 +137,7 @@ def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: s
 
 @contextmanager
 def counting(stage: str, total: int, unit: str) -> Iterator[Count]:
-    """Show how far the block is (`choosing bits: 120/210 matrices`): it calls what it gets with how many are done."""
+    """Yield a function that shows the block's progress, such as `choosing bits: 120/210 matrices`."""
     display = _display.get()
     if display is None:
         yield lambda done, detail="": None
@@ -151,7 +151,7 @@ def counting(stage: str, total: int, unit: str) -> Iterator[Count]:
 
 
 def counted(items: Collection[_Item], stage: str, unit: str) -> Iterator[_Item]:
-    """Yield items, and show how many are done (see `counting`)."""
+    """Yield items, showing how many are done (see `counting`)."""
     with counting(stage, len(items), unit) as count:
         for done, item in enumerate(items):
             count(done)
@@ -160,9 +160,9 @@ def counted(items: Collection[_Item], stage: str, unit: str) -> Iterator[_Item]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress the prints, logs and warnings of the libraries underneath within the block.
+    """Suppress prints, logs and warnings of other libraries while the block runs.
 
-    They are the process's, so blocks of several threads are one: the first begins it, and the last ends it.
+    These are process-wide, so nested and concurrent blocks count as one: the first starts it, the last ends it.
     """
     with _quiet.lock:
         _quiet.blocks += 1
@@ -192,7 +192,7 @@ def _suppression() -> Iterator[None]:
 
 @contextmanager
 def gc_pause() -> Iterator[None]:
-    """Let the garbage collector run less often within the block.
+    """Run the garbage collector less often while the block runs.
 
     A trace creates a million objects that stay alive; scanning them repeatedly takes a sixth of its time.
     """

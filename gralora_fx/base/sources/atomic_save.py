@@ -40,7 +40,7 @@ Writer = Callable[[Path], object]
 def save_together(
     directory: str | Path, folders: Mapping[str, Mapping[str, Writer]], error: type[GraloraError]
 ) -> None:
-    """Write files to a directory, all or none; leftovers of a killed save are finished or removed."""
+    """Write files to a directory, all or none; finish or remove leftovers of a killed save."""
     if not folders:
         return
     path = usable_directory(directory, error, remedy="give another directory", writes=True).absolute()
@@ -69,7 +69,7 @@ def save_together(
 
 
 def read_together(directory: Path, names: Sequence[str], read: Callable[..., T]) -> T:
-    """Read files that belong together, retrying if another program saves them meanwhile."""
+    """Read files that belong together, retrying if another process saves them meanwhile."""
     for _ in range(_READS):
         before = [_version(current_file(directory, name)) for name in names]
         try:
@@ -85,7 +85,7 @@ def read_together(directory: Path, names: Sequence[str], read: Callable[..., T])
 
 
 def current_file(directory: Path, name: str) -> Path:
-    """The path of a file: in its place, or in the folder of a committed but unfinished save."""
+    """Return a file's path: its place, or the folder of a committed but unfinished save."""
     unfinished = [directory / _COMMIT]
     if _of_one_owner(directory.parent / _COMMIT, directory):
         unfinished.append(directory.parent / _COMMIT / directory.name)
@@ -93,7 +93,7 @@ def current_file(directory: Path, name: str) -> Path:
 
 
 def _of_one_owner(folder: Path, directory: Path) -> bool:
-    """Whether both exist and have one owner: in a shared folder such as `/tmp` anybody could create the first."""
+    """Return whether both have the same owner; in a shared folder such as `/tmp` anybody could create the first."""
     try:
         return folder.stat().st_uid == directory.stat().st_uid
     except OSError:
@@ -101,7 +101,7 @@ def _of_one_owner(folder: Path, directory: Path) -> bool:
 
 
 def _version(path: Path) -> tuple[Path, tuple[int, ...] | None]:
-    """A path, and a key that changes when the file is replaced."""
+    """Return a path, and a key that changes when the file is replaced."""
     try:
         status = path.stat()
     except OSError:
@@ -110,7 +110,7 @@ def _version(path: Path) -> tuple[Path, tuple[int, ...] | None]:
 
 
 def _make_folder(path: Path, created: list[Path]) -> None:
-    """Create a directory and its parents, and record which were missing."""
+    """Create a directory and its parents; record which were missing."""
     missing = []
     while not path.exists():
         missing.append(path)
@@ -130,8 +130,8 @@ def _remove_empty(created: list[Path]) -> None:
 def _locked(directory: Path) -> Iterator[None]:
     """Lock a directory against other saves; the lock ends with the process.
 
-    Where directories cannot be locked (Windows, some network drives), two simultaneous saves may leave files of both,
-    which is detected on loading by the sizes recorded with the tensors.
+    Where directories cannot be locked (Windows, some network drives), two simultaneous saves may mix their files; the
+    sizes recorded with the tensors reveal that on loading.
     """
     if sys.platform == "win32":
         yield
@@ -194,7 +194,7 @@ def _stage(path: Path, folders: Mapping[str, Mapping[str, Writer]], created: lis
 
 
 def _finish(path: Path) -> None:
-    """Move the files of a committed save to their places, also those of a killed one."""
+    """Move a committed save's files to their places, including those of a killed save."""
     commit = path / _COMMIT
     if not commit.is_dir():
         return

@@ -1,8 +1,8 @@
-"""How the weights of a base model are stored in few bits, or rounded where an adapter is trained on it.
+"""Quantization of a base model's stored weights, or of its float weights while an adapter is trained.
 
-A form of stored weights is a subclass of `BaseQuantization`, which a feature adds at the point "weight forms". An
-instance says how a base is stored in it: what a text, the fields of `config.json`, an object of
-transformers, or a record of an adapter or an export tells.
+A format is a subclass of `BaseQuantization`, which a feature adds at the point "weight forms". An instance holds a
+base's settings, read from a text, the fields of `config.json`, a transformers object, or a record of an adapter or an
+export.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _READ_BY_TRANSFORMERS = ("mxfp4",)  # which becomes floats while it is loaded
 
 
 class BaseQuantization(ABC):
-    """A form of stored weights, and how a base is stored in it.
+    """A format of quantized weights, and a base's settings in it.
 
     Attributes:
         sign: One of the signs of the feature, which reads such weights and rounds others to them.
@@ -51,7 +51,7 @@ class BaseQuantization(ABC):
 
     @classmethod
     def of(cls, value: Any) -> BaseQuantization:
-        """Return the quantization that a text, a record, or an object of transformers or its fields tell."""
+        """Return the quantization described by a text, a record, or a transformers object or its fields."""
         if isinstance(value, BaseQuantization):
             return value
         forms: list[type[BaseQuantization]] = parts("weight forms")
@@ -73,12 +73,12 @@ class BaseQuantization(ABC):
     @classmethod
     @abstractmethod
     def of_text(cls, text: str) -> Self | None:
-        """Return what a text tells; None if it is of no such form."""
+        """Parse a text; None if it is of another format."""
 
     @classmethod
     @abstractmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> Self | None:
-        """Return what a record or a configuration of transformers tells; None if it is of another form."""
+        """Parse a record or a transformers configuration; None if it is of another format."""
 
     @property
     def stored_dtype(self) -> str:
@@ -86,7 +86,7 @@ class BaseQuantization(ABC):
         return DTYPES[self.compute_dtype]
 
     def rounded(self, weight: NDArray[Any], name: str) -> NDArray[np.float32]:
-        """Return a float weight `[out, in]` as its layer multiplies by it once it is stored so, in float32.
+        """Quantize and dequantize a float weight `[out, in]`: return it in float32 as its layer would multiply by it.
 
         Args:
             weight: The weight.
@@ -107,7 +107,7 @@ class BaseQuantization(ABC):
 
     @abstractmethod
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
-        """Return whether the same base has the same weights in both, but for rounding to the dtype of products."""
+        """Return whether both give a base the same weights, apart from rounding to the compute dtype."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class BaseQuantization(ABC):
 
 
 def layer_names(value: Any) -> tuple[str, ...] | None:
-    """Return the names of layers that a record lists.
+    """Return the layer names that a record lists.
 
     Raises:
         ConfigError: It is neither a list of names nor None.
@@ -126,7 +126,7 @@ def layer_names(value: Any) -> tuple[str, ...] | None:
 
 
 def recorded_quantization(record: Any) -> BaseQuantization | None:
-    """Return the quantization that a record tells; None if it cannot be read."""
+    """Return a record's quantization; None if it cannot be read."""
     try:
         return BaseQuantization.of(record)
     except ConfigError:
@@ -136,9 +136,9 @@ def recorded_quantization(record: Any) -> BaseQuantization | None:
 def packed_quantization(
     fields: Mapping[str, Any], origin: object, error: type[GraloraError]
 ) -> BaseQuantization | None:
-    """Return the quantization of the weights in a checkpoint's files; None of floats.
+    """Return the quantization of a checkpoint's weights; None for floats.
 
-    What `config.json` does not tell, such as a block size, the files do (`SavedWeights.quantization`).
+    Settings missing from `config.json`, such as a block size, come from the files (`SavedWeights.quantization`).
     """
     config = fields.get(_FIELD)
     if not config:
@@ -176,7 +176,7 @@ def _title(method: str) -> str:
 def check_not_packed(
     fields: Mapping[str, Any], origin: object, asked: BaseQuantization, error: type[GraloraError]
 ) -> None:
-    """Check that a checkpoint's weights are floats, before they are rounded."""
+    """Check that a checkpoint's weights are floats before rounding them."""
     if packed_quantization(fields, origin, error) is not None:
         raise ConfigError(
             f"{origin} is quantized already, and its own values are taken: leave "

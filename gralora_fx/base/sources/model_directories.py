@@ -1,4 +1,4 @@
-"""The directory of a model or an adapter by its name, local or of the hub, and whether it is a saved model."""
+"""Resolution of model and adapter names to directories, local or downloaded, and checks of saved models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def resolve_directory(
     revision: str | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The local directory for `name_or_path`, downloaded from the hub if it is a hub id."""
+    """Return the local directory of `name_or_path`, downloaded if it is a hub id."""
     remedy = "give a directory or a hub id"
     path, name = usable_path(name_or_path, error, remedy=remedy), str(name_or_path)
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""Paths that users give, checked, and the directory of a model by its name: what it holds beside weights."""
+"""Checks of user-supplied paths, and the JSON files of a model's directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LONGEST = 300  # characters of a path in a message
 def usable_path(
     value: object, error: type[GraloraError], *, remedy: str = "give another path", writes: bool = False
 ) -> Path:
-    """A path that the file system takes, whether or not something is there."""
+    """Return a path that the file system accepts, whether or not it exists."""
     try:
         path = Path(value)  # type: ignore[arg-type]
         if value and str(value).strip():
@@ -36,7 +36,7 @@ def usable_path(
 def usable_directory(
     value: object, error: type[GraloraError], *, remedy: str = "give a directory", writes: bool = False
 ) -> Path:
-    """A path at which there is a directory that can be listed, or nothing; otherwise as `usable_path`."""
+    """Return a path to a directory that can be listed, or to nothing; see `usable_path`."""
     path = usable_path(value, error, remedy=remedy, writes=writes)
     try:
         if path.exists():
@@ -51,7 +51,7 @@ def usable_directory(
 def usable_file(
     value: object, error: type[GraloraError], *, remedy: str = "give the path of a file", writes: bool = False
 ) -> Path:
-    """A path that the file system takes, at which there is a file or nothing; otherwise as `usable_path`."""
+    """Return a path to a file or to nothing; see `usable_path`."""
     path = usable_path(value, error, remedy=remedy, writes=writes)
     if path.is_dir():
         raise _refusal(value, error, os.strerror(errno.EISDIR), remedy, writes)
@@ -61,7 +61,7 @@ def usable_file(
 
 
 def shown_path(value: object) -> str:
-    """What was given as a path, for a message: quoted and truncated where it is long or does not print."""
+    """Format a user-supplied path for a message, quoted and truncated if it is long or unprintable."""
     if not isinstance(value, Path):
         return shown(value)
     text = str(value)
@@ -75,7 +75,7 @@ def _refusal(value: object, error: type[GraloraError], reason: str, remedy: str,
 
 
 def _look_up(path: Path) -> None:
-    """Ask the file system for a path, each part that is not there yet by itself, since it may be too long."""
+    """Look up a path, then each missing part by itself, since a part may be too long."""
     there = path.absolute()
     missing = []
     while not _exists(there):
@@ -99,12 +99,12 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def is_model(path: Path) -> bool:
-    """Whether a directory holds a saved model, and is not an export, which holds the configuration of one."""
+    """Return whether a directory is a saved model, not an export (which has a model's configuration too)."""
     return (path / MODEL_FILE).is_file() and not (path / EXPORT_FILE).is_file()
 
 
 def described(directory: str | Path) -> str:
-    """What is at a path, to go on from the path itself: `is empty`, `is an adapter`."""
+    """Describe what is at a path, to follow the path in a message: `is empty`, `is an adapter`."""
     from gralora_fx.base.sources.other_formats import gguf_file, pickle_file
 
     path = Path(directory)
@@ -137,7 +137,7 @@ def read_json(path: Path, error: type[GraloraError]) -> Any:
 
 
 def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
-    """Read a JSON file that holds an object; otherwise as `read_json`."""
+    """Read a JSON file that holds an object; see `read_json`."""
     content = read_json(path, error)
     if not isinstance(content, dict):
         raise error(f"{path} holds {'null' if content is None else f'a {type(content).__name__}'}, not a JSON object")
@@ -145,7 +145,7 @@ def read_json_object(path: Path, error: type[GraloraError]) -> dict[str, Any]:
 
 
 def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
-    """The directory of a name, or None for a hub id."""
+    """Return the directory of a name, or None for a hub id."""
     path = usable_path(name, error, remedy="give a local directory or a hub id")
     if path.is_dir():
         return path
@@ -155,7 +155,7 @@ def local_directory(name: str | Path, error: type[GraloraError]) -> Path | None:
 
 
 def check_json_objects(directory: Path, names: Sequence[str], error: type[GraloraError]) -> None:
-    """Check that those of the files that exist hold a JSON object."""
+    """Check that the existing ones of the files hold a JSON object."""
     for file in names:
         if (directory / file).is_file():
             read_json_object(directory / file, error)

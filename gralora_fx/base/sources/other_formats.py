@@ -1,4 +1,4 @@
-"""Weights in other forms than floats in safetensors files: what they are, and the command that converts them."""
+"""Weights that are not floats in safetensors files: their format, and the command that converts them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _UNPACKING = {"compressed-tensors": "CompressedTensorsConfig"}
 
 
 def gguf_file(directory: Path) -> str | None:
-    """Name of the GGUF file of a directory without safetensors files and pickles; None where there is none."""
+    """Return the GGUF file's name in a directory without safetensors files and pickles; None if there is none."""
     if any((directory / name).is_file() for name in (*_SAFETENSORS, *_PICKLES)):
         return None
     return next((path.name for path in sorted(directory.glob("*.gguf"))), None)
 
 
 def pickle_file(directory: Path) -> str | None:
-    """Name of the pickle with the weights of a directory without safetensors files; None where there is none."""
+    """Return the weight pickle's name in a directory without safetensors files; None if there is none."""
     if any((directory / name).is_file() for name in _SAFETENSORS):
         return None
     return next((name for name in _PICKLES if (directory / name).is_file()), None)
 
 
 def of_gguf(directory: Path, file: str) -> str:
-    """What to do about a GGUF file, for a message."""
+    """Return the remedy for a GGUF file, for a message."""
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig; "
         f"d, f, out = {_text(directory)}, {_text(file)}, {_text(CONVERTED)}; "
@@ -46,7 +46,7 @@ def of_gguf(directory: Path, file: str) -> str:
 
 
 def of_pickle(directory: Path, file: str, fields: Mapping[str, Any]) -> str:
-    """What to do about a model's pickle, for a message."""
+    """Return the remedy for a model's pickle, for a message."""
     code = (
         f"import transformers; d = {_text(directory)}; "
         f"transformers.{_class(fields)}.from_pretrained(d).save_pretrained(d)"
@@ -58,7 +58,7 @@ def of_pickle(directory: Path, file: str, fields: Mapping[str, Any]) -> str:
 
 
 def of_adapter_pickle(directory: Path) -> str:
-    """What to do about an adapter's pickle, for a message."""
+    """Return the remedy for an adapter's pickle, for a message."""
     code = (
         f"import torch; from safetensors.torch import save_file; d = {_text(directory)}; "
         f'tensors = torch.load(d + "/{_ADAPTER_PICKLE}", map_location="cpu", weights_only=True); '
@@ -71,7 +71,7 @@ def of_adapter_pickle(directory: Path) -> str:
 
 
 def of_quantized(origin: object, method: str, fields: Mapping[str, Any]) -> str:
-    """What to do about a checkpoint of a quantization that is not read, for a message."""
+    """Return the remedy for a checkpoint of an unsupported quantization, for a message."""
     begin = f"import transformers; transformers.{_class(fields)}.from_pretrained({_text(origin)}"
     end = f".save_pretrained({_text(CONVERTED)})"
     if method in _BY_GPTQMODEL:
@@ -92,14 +92,14 @@ def of_quantized(origin: object, method: str, fields: Mapping[str, Any]) -> str:
 
 
 def _class(fields: Mapping[str, Any]) -> str:
-    """The class of transformers that a configuration names."""
+    """Return the transformers class that a configuration names."""
     names = fields.get("architectures")
     is_named = isinstance(names, (list, tuple)) and names and str(names[0]).isidentifier()
     return str(names[0]) if is_named and names else "AutoModel"
 
 
 def _text(value: object) -> str:
-    """A text as Python has it, in double quotes, so that the shell's are single ones."""
+    """Quote a text for Python in double quotes, so that the shell's quotes can be single."""
     return json.dumps(str(value))
 
 

@@ -1,4 +1,4 @@
-"""Weights that are stored in few bits, or rounded as if they were, each read as a tensor of floats."""
+"""Quantized weights, stored or simulated, each read as a float tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedTensor(StoredTensor):
-    """A weight in few bits, which is read as a tensor of floats: of its own shape and of the dtype of its products."""
+    """A quantized weight, read as floats in its original shape and compute dtype."""
 
     quantization: BaseQuantization  # how it is stored
     # whether it is read as `[in, out]`, as transformers' `Conv1D` has it
@@ -29,7 +29,7 @@ class PackedTensor(StoredTensor):
 
     @property
     def is_whole(self) -> bool:
-        """Whether all values are read for a part of them."""
+        """Return whether reading a part computes all values."""
         return self.is_turned
 
     def turned(self) -> Self:
@@ -37,11 +37,11 @@ class PackedTensor(StoredTensor):
         return replace(self, shape=self.shape[::-1], is_turned=not self.is_turned)
 
     def __call__(self) -> Tensor:
-        """Return the values as a tensor in memory of its own."""
+        """Return the values as a newly allocated tensor."""
         return as_tensor(self.array())
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the floats, from the `first` on."""
+        """Fill a contiguous array with bytes of the floats, starting at byte `first`."""
         dtype, target = FLOATS[self.dtype], bytes_of(values)
         if self.is_turned:
             whole = replace(self, shape=self.shape[::-1], is_turned=False).array()
@@ -61,7 +61,7 @@ class PackedTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class RoundedTensor(StoredTensor):
-    """A weight of floats, which is read as it is after it was rounded to few bits."""
+    """A float weight, read with the values that quantization would give it."""
 
     stored: StoredTensor  # the stored weight
     quantization: BaseQuantization  # how it is rounded
@@ -69,21 +69,21 @@ class RoundedTensor(StoredTensor):
 
     @classmethod
     def of(cls, stored: StoredTensor, quantization: BaseQuantization, *, is_turned: bool) -> RoundedTensor:
-        """Return the weight of a file, in its own dtype."""
+        """Wrap a file's weight, keeping its dtype."""
         file, begin, end = stored.file, stored.begin, stored.end
         return cls(file, begin, end, stored.key, stored.dtype, stored.shape, stored, quantization, is_turned)
 
     @property
     def is_whole(self) -> bool:
-        """Whether all values are read for a part of them."""
+        """Return whether reading a part computes all values."""
         return True
 
     def __call__(self) -> Tensor:
-        """Return the values as a tensor in memory of its own."""
+        """Return the values as a newly allocated tensor."""
         return as_tensor(self.array())
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes of the rounded values, from the `first` on."""
+        """Fill a contiguous array with bytes of the rounded values, starting at byte `first`."""
         floats, target = self.stored.array(), bytes_of(values)
         name = f"{self.file}, {self.key}"
         rounded = self.quantization.rounded(floats.T if self.is_turned else floats, name)
@@ -92,7 +92,7 @@ class RoundedTensor(StoredTensor):
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:
-    """Return an array as a tensor over the same memory, of bfloat16 too."""
+    """Return a tensor that shares an array's memory; bfloat16 arrays work too."""
     import torch
 
     if values.dtype == FLOATS["BF16"]:
@@ -101,5 +101,5 @@ def as_tensor(values: NDArray[Any]) -> Tensor:
 
 
 def packed_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[PackedTensor]:
-    """Return those of a model's tensors that are stored in few bits."""
+    """Yield those of a model's tensors that are quantized."""
     return (tensor for tensor in tensors.values() if isinstance(tensor, PackedTensor))

@@ -1,8 +1,8 @@
-"""Files of weights written anew with some tensors changed: the engine behind folds into exports and into checkpoints.
+"""Rewriting of weight files with some tensors changed: used by folds into exports and into checkpoints.
 
-A new file is made of parts: ranges of bytes that are copied from another file, and tensors whose rows an edit changes,
-a block at a time, so that no tensor is in memory as a whole unless its edit needs it. The formats say what the parts
-are: `safetensors_files`, and `fold/onnx_rewriting.py` of the exporters.
+A new file consists of parts: byte ranges copied from another file, and tensors whose rows an edit changes block by
+block, so that no whole tensor is in memory unless its edit needs it. File formats supply the parts:
+`safetensors_files`, and `fold/onnx_rewriting.py` of the exporters.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ RowEdit = Callable[[NDArray[Any], int], None]  # changes stored rows in place, g
 
 
 class Edit(Protocol):
-    """What becomes of a tensor's values.
+    """A change of a tensor's values.
 
     Attributes:
-        takes_rows: Whether some rows can be changed at a time, rather than all at once.
+        takes_rows: Whether it can change some rows at a time, rather than all at once.
     """
 
     @property
     def takes_rows(self) -> bool: ...  # noqa: D102
 
     def prepare(self) -> RowEdit:
-        """Read or compute what is needed; called once for a tensor, whose rows are then changed in order."""
+        """Read or compute prerequisites; called once per tensor, before its rows are changed in order."""
         ...
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The edit of a tensor whose values stay, where its bytes do not: it is stored in another form."""
+    """The edit of a tensor that keeps its values, but is stored in another format."""
 
     takes_rows: bool = True
 
     def prepare(self) -> RowEdit:
-        """Nothing is changed."""
+        """Return an edit that changes nothing."""
         return lambda rows, first: None
 
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Bytes of a file, read by their place: nothing is mapped into memory."""
+    """A byte range of a file, read by its offset; nothing is memory-mapped."""
 
     file: Path
     begin: int  # offset of the first byte
@@ -67,16 +67,16 @@ class StoredBytes:
 
     @property
     def is_whole(self) -> bool:
-        """Whether they are computed all at once, so that a part of them costs as much."""
+        """Return whether values are computed all at once, so that reading a part costs as much."""
         return False
 
     @property
     def nbytes(self) -> int:
-        """Their number."""
+        """Number of bytes."""
         return self.end - self.begin
 
     def read_into(self, values: NDArray[Any], first: int = 0) -> None:
-        """Fill a contiguous array with the bytes from the `first` on."""
+        """Fill a contiguous array with bytes, starting at byte `first`."""
         view, offset = bytes_of(values), self.begin + first
         with self.opened() as handle:
             while view:
@@ -86,12 +86,12 @@ class StoredBytes:
                 view, offset = view[count:], offset + count
 
     def shortened(self) -> CheckpointError:
-        """The error of a file that ends before these bytes do."""
+        """Return the error for a file that has become too short."""
         return CheckpointError(f"{self.file} has become shorter while it is read; copy or save it again")
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the file: the one that is kept open, or a new one."""
+        """Yield the file's descriptor: the open one, or a new one."""
         if self.handle is not None:
             yield self.handle
         else:
@@ -101,7 +101,7 @@ class StoredBytes:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a new file: bytes that are copied, or a tensor that an edit changes."""
+    """A part of a new file: copied bytes, or a tensor changed by an edit."""
 
     begin: int  # offset in the new file
     nbytes: int  # its size in bytes
@@ -112,13 +112,13 @@ class Part:
 
     @property
     def end(self) -> int:
-        """Offset of the byte after its last in the new file."""
+        """Offset after its last byte in the new file."""
         return self.begin + self.nbytes
 
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to write; bytes that no part has are zero."""
+    """A file to write; bytes outside its parts are zero."""
 
     name: str
     parts: Sequence[Part]  # its parts, in the order of their offsets
@@ -131,7 +131,7 @@ class NewFile:
 
 
 def copies(parts: Iterable[Part]) -> list[Part]:
-    """Copied parts in the order of their offsets, those joined that follow each other in both files."""
+    """Sort copied parts by offset, merging those adjacent in both files."""
     joined: list[Part] = []
     for part in sorted((part for part in parts if part.nbytes), key=lambda part: part.begin):
         last = joined[-1] if joined else None
@@ -174,7 +174,7 @@ def write_files(files: Sequence[NewFile], directory: Path, *, workers: int, dige
 
 
 def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
-    """Parts for one thread each: long copies are cut."""
+    """Split long copies, so that each part is for one thread."""
     for part in parts:
         if part.edit is not None or part.source is None:
             yield part
@@ -206,7 +206,7 @@ def _write(part: Part, target: int) -> None:
 
 
 def _copy(source: StoredBytes, handle: int, target: int, place: int) -> None:
-    """Copy bytes between files, by the system itself where it can."""
+    """Copy bytes between files, in the kernel if possible."""
     begin, count = source.begin, source.nbytes
     copy: Callable[..., int] | None = getattr(os, "copy_file_range", None)
     while count and copy is not None:
@@ -232,7 +232,7 @@ def _write_all(target: int, view: memoryview, offset: int) -> None:
 
 
 def _hash_up_to(end: int, digest: Any, target: int, position: int) -> int:
-    """Add what is written up to an offset to a digest; the result is that offset."""
+    """Update a digest with the bytes written up to an offset; return the offset."""
     while position < end:
         data = os.pread(target, min(_HASHED, end - position), position)
         if not data:
@@ -243,13 +243,13 @@ def _hash_up_to(end: int, digest: Any, target: int, position: int) -> int:
 
 
 def bytes_of(values: NDArray[Any]) -> memoryview:
-    """The bytes of an array whose values follow each other, for reading and writing; of bfloat16 too."""
+    """Return a contiguous array's bytes as a buffer; bfloat16 arrays work too."""
     return memoryview(values.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # arrays are buffers
 
 
 @contextmanager
 def opened_for_reading(file: Path) -> Iterator[int]:
-    """A file's descriptor."""
+    """Open a file for reading and yield its descriptor."""
     try:
         handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:

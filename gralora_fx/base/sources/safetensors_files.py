@@ -1,4 +1,4 @@
-"""Safetensors files of a model: their tensors, each read from where it lies, and new files with some changed."""
+"""Safetensors files of a model: tensors read from their places, and new files with some tensors changed."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ class StoredTensor(StoredBytes):
 
     @property
     def numel(self) -> int:
-        """How many values it has."""
+        """Number of values."""
         return math.prod(self.shape)
 
     @property
     def columns(self) -> int:
-        """Values of a row, which are those of all axes but the first; a vector is one row."""
+        """Values per row: the product of all axes but the first; a vector is one row."""
         return math.prod(self.shape[1:] if len(self.shape) > 1 else self.shape)
 
     def __call__(self) -> Tensor:
-        """The values as a tensor that is mapped from the file, which is open only while it is read."""
+        """Return the values as a memory-mapped tensor; the file is closed again."""
         return _mapped(self.file, [self.key])[self.key]
 
     def array(self) -> NDArray[Any]:
-        """The values as a numpy array in memory of its own; of bfloat16 too."""
+        """Return the values as a newly allocated numpy array; bfloat16 works too."""
         if self.dtype not in FLOATS:
             raise CheckpointError(f"{self.key} of {self.file} is {self.dtype}, not a float tensor; save it as floats")
         values = np.empty(self.shape, FLOATS[self.dtype])
@@ -62,7 +62,7 @@ class StoredTensor(StoredBytes):
         return values
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """The values of a float tensor in their order, some at a time; the next ones overwrite them."""
+        """Yield a float tensor's values in order, a block at a time; each block overwrites the previous one."""
         dtype = FLOATS[self.dtype]
         kept = np.empty(min(self.numel, BLOCK), dtype)
         with self.opened() as handle:
@@ -72,7 +72,7 @@ class StoredTensor(StoredBytes):
                 yield values
 
     def is_finite(self) -> bool:
-        """Whether all values of a float tensor are finite."""
+        """Return whether all values of a float tensor are finite."""
         return all(extremes_are_finite(values) for values in self.blocks())
 
 
@@ -85,7 +85,7 @@ def _mapped(file: Path, keys: Iterable[str]) -> dict[str, Tensor]:
 
 
 def extremes_are_finite(values: NDArray[Any]) -> bool:
-    """Whether all values are finite: the extremes are not where any value is not, and cost less than each."""
+    """Return whether all values are finite, by their extremes, which costs less than a test of each value."""
     if not values.size:
         return True
     if values.dtype in _EXPONENTS:  # of half precision, whose extremes numpy finds slowly: by the bits of the exponent
@@ -104,18 +104,18 @@ class Layout:
     data: int  # offset of the first tensor's first byte: the length of all that comes before
 
     def mapped(self) -> dict[str, Tensor]:
-        """All values by key as tensors that are mapped from the file, which is opened once."""
+        """Return all values by key as memory-mapped tensors, opening the file once."""
         return _mapped(self.file, self.tensors)
 
     @contextmanager
     def opened(self) -> Iterator[Layout]:
-        """The same with a file that is kept open, so that another one in its place is not read instead."""
+        """Yield the same layout with the file kept open, so that replacing the file does not change what is read."""
         with opened_for_reading(self.file) as handle:
             yield replace(self, tensors={key: replace(t, handle=handle) for key, t in self.tensors.items()})
 
 
 def read_layout(file: Path) -> Layout:
-    """The layout of a safetensors file, which is checked to be whole."""
+    """Read a safetensors file's layout; raise if the file is incomplete."""
     try:
         with safe_open(file, framework="np"):  # which checks the header and the size of the file
             pass
@@ -160,19 +160,19 @@ class NewShard:
 
     @property
     def more_bytes(self) -> int:
-        """How many bytes of tensors it has more than the old one."""
+        """Change in bytes of tensors, compared with the old file."""
         return sum(t.nbytes for t in self.tensors.values()) - sum(t.nbytes for t in self.old.tensors.values())
 
     @property
     def more_values(self) -> int:
-        """How many values it has more than the old one."""
+        """Change in number of values, compared with the old file."""
         return sum(t.numel for t in self.tensors.values()) - sum(t.numel for t in self.old.tensors.values())
 
 
 def rewritten_shard(
     old: Layout, changed: Mapping[str, NewTensor], added: Mapping[str, NewTensor], dropped: Set[str] = frozenset()
 ) -> NewShard:
-    """A file in place of another: with changed tensors in their order, and added ones at the end."""
+    """Return a replacement for a file, with changed tensors in place and added ones at the end."""
     new = {
         key: changed.get(key) or NewTensor(tensor.dtype, tensor.shape, source=tensor)
         for key, tensor in sorted(old.tensors.items(), key=lambda entry: (entry[1].begin, entry[1].end))
@@ -209,7 +209,7 @@ def _first_bytes(layout: Layout) -> bytes:
 
 
 def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the first tensor, its length included, of tensors whose places are counted from there."""
+    """Return the header with its length prefix; tensor offsets count from the header's end."""
     fields: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     for key, tensor in tensors.items():
         fields[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [tensor.begin, tensor.end]}
@@ -217,7 +217,7 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
 
 
 def header_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The bytes of a file's header as safetensors writes them: its length, and its fields padded with blanks."""
+    """Encode a header as safetensors does: its length, then its fields as JSON padded with spaces."""
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // _LENGTH) * _LENGTH)
     return len(text).to_bytes(_LENGTH, "little") + text

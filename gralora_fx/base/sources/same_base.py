@@ -1,7 +1,7 @@
-"""Whether the base that an adapter was made for is the model that it is used with, told without loading either.
+"""Comparison of the base that an adapter was trained for with the model that it is used with, loading neither.
 
-Names come first: hub ids with their revisions, and resolved paths. Where they differ, `config.json` and a sample of the
-weights decide, as far as the files are at hand.
+Names come first: hub ids with their revisions, and resolved paths. If they differ, `config.json` and a sample of the
+weights decide, as far as the files are available locally.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class BaseSource:
-    """What is known of a base model."""
+    """Known facts of a base model."""
 
     name: str | None  # its directory or hub id as it was given; None where it has no name, as a model made in memory
     revision: str | None = None  # revision or commit of the hub repository, if one is known
@@ -52,7 +52,7 @@ class BaseSource:
 
     @cached_property
     def directory(self) -> Path | None:
-        """Its files, as far as they are on this machine: a directory, or a snapshot in the hub's cache."""
+        """Its local directory: the path given, or a snapshot in the hub's cache; None if there is none."""
         if not self.name:
             return None
         try:
@@ -65,7 +65,7 @@ class BaseSource:
 
     @cached_property
     def hub_id(self) -> str | None:
-        """Its hub id: the name, or that of the snapshot of the hub's cache which the name is the path of."""
+        """Its hub id: the name, or the repository of the cached snapshot at that path."""
         if not self.name:
             return None
         try:
@@ -80,7 +80,7 @@ class BaseSource:
 
     @cached_property
     def commit(self) -> str | None:
-        """The commit of its files, where that is known."""
+        """The commit of its files, if known."""
         if self.revision is not None and _COMMIT.fullmatch(self.revision):
             return self.revision
         is_snapshot = self.hub_id is not None and self.directory is not None
@@ -88,14 +88,14 @@ class BaseSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
-        """Its configuration, as far as it is known."""
+        """Its configuration, if known."""
         if self.fields or self.directory is None:  # an empty one tells nothing
             return self.fields
         return read_config_fields(self.directory)
 
     @cached_property
     def quantization(self) -> BaseQuantization | None:
-        """How it is quantized where it is used; None of floats, and where that is not known."""
+        """Its quantization in use; None for floats, and if unknown."""
         record = self.record or (self.config or {}).get(RECORD)
         if record:
             from gralora_fx.base.sources.base_quantization import recorded_quantization  # of quantized bases alone
@@ -110,7 +110,7 @@ class BaseSource:
 
 @dataclass(frozen=True)
 class BaseComparison:
-    """What was compared of an adapter's base and of the model that it is used with."""
+    """Comparison of an adapter's base with the model that it is used with."""
 
     made_for: str | None  # the base that the adapter's configuration names, or None
     revision: str | None  # the revision that it names, or None
@@ -125,15 +125,15 @@ class BaseComparison:
 
     @property
     def is_proven_different(self) -> bool:
-        """Whether configurations, weights or their quantization differ, rather than names or commits alone."""
+        """Return whether configurations, weights or quantization differ, rather than only names or commits."""
         return self.outcome == DIFFERENT and not {CONFIG, WEIGHTS, QUANTIZATION}.isdisjoint(self.compared)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for a record."""
+        """Return the fields for a record."""
         return {**asdict(self), "compared": list(self.compared)}
 
     def settle(self, adapter: object, *, strict: bool, error: type[GraloraError]) -> None:
-        """Refuse an adapter of another base, or warn of it."""
+        """Warn unless the base is the same; with `strict`, raise instead."""
         if self.outcome == SAME:
             return
         if strict:
@@ -163,7 +163,7 @@ def compare_bases(made: BaseSource, used: BaseSource) -> BaseComparison:
 
 
 def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, float | None]:
-    """What differs between two quantizations of one base, in words, and the relative change of the weights."""
+    """Describe how two quantizations of one base differ, and return the relative change of the weights."""
     from gralora_fx.base.sources.saved_weights import differing_weights
 
     other = "float" if used.quantization is None else str(used.quantization)
@@ -189,7 +189,7 @@ def _differently_quantized(made: BaseSource, used: BaseSource) -> tuple[str, flo
 
 
 def read_config_fields(directory: Path) -> Mapping[str, Any] | None:
-    """The fields of a directory's `config.json`; None if it has none that can be read."""
+    """Return the fields of a directory's `config.json`; None if it is missing or unreadable."""
     try:
         return read_json_object(directory / MODEL_FILE, GraloraError)
     except GraloraError:
@@ -197,7 +197,7 @@ def read_config_fields(directory: Path) -> Mapping[str, Any] | None:
 
 
 def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str, str]:
-    """What was compared, the outcome and the reason."""
+    """Return what was compared, the outcome and the reason."""
     if not made.name and made.fields is None:
         return (), UNKNOWN, "its adapter_config.json names no base model, so there is nothing to compare"
     one, other = made.hub_id, used.hub_id
@@ -233,7 +233,7 @@ def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str,
 
 
 def _revisions(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str, str]:
-    """The comparison of one hub repository's revisions; an adapter that names none is for any."""
+    """Compare revisions of one hub repository; an adapter without a revision matches any."""
     if not made.revision or made.revision == used.revision:
         return (NAME, REVISION) if made.revision else (NAME,), SAME, ""
     if made.commit is None or used.commit is None:
@@ -244,10 +244,10 @@ def _revisions(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str
 
 
 def _differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """What differs between two configurations, in words; None if they have nothing in common that could tell.
+    """Describe how two configurations differ: "" if they do not, None if they have no fields in common.
 
-    A model that another one is composed of is the same base: a whole is compared with the other whole, and with what is
-    in it, but never what is in the one with what is in the other, such as the vision towers of two sizes of a model.
+    A model contained in another is the same base: each whole is compared with the other whole and with its parts, but
+    never parts with parts, such as the vision towers of two sizes of a model.
     """
     pairs = [(one, other), *((one, part) for part in _parts(other)), *((part, other) for part in _parts(one))]
     found = [differences for a, b in pairs if (differences := _differences(a, b)) is not None]
@@ -258,7 +258,7 @@ def _differing_fields(one: Mapping[str, Any], other: Mapping[str, Any]) -> str |
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The configurations of the models that a model is composed of, and of those that these are composed of."""
+    """Yield the configurations of a model's parts, recursively."""
     for value in config.values():
         if isinstance(value, Mapping):
             if "model_type" in value:
@@ -271,7 +271,7 @@ def _sizes() -> tuple[str, ...]:
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str] | None:
-    """Fields that differ, those of parts that have the same name included; None if both have none in common."""
+    """Return fields that differ, also in parts of the same name; None if they have none in common."""
     fields = [name for name in ("model_type", *_sizes()) if one.get(name) is not None and other.get(name) is not None]
     pairs = {name: (_plain(one[name]), _plain(other[name])) for name in fields}
     found = [
@@ -290,7 +290,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str =
 
 
 def _is_renamed(one: str, other: str) -> bool:
-    """Whether the types of two parts are one, which later versions of transformers call by a longer name."""
+    """Return whether two model types are one, since newer transformers versions use longer names for parts."""
     return one.startswith(f"{other}_") or other.startswith(f"{one}_")
 
 
@@ -299,7 +299,7 @@ def _plain(value: Any) -> Any:
 
 
 def _cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
-    """A repository's snapshot in the hub's cache, if it was downloaded."""
+    """Return a repository's snapshot in the hub's cache; None if it was not downloaded."""
     from huggingface_hub.constants import HF_HUB_CACHE  # seldom needed
 
     folder = Path(HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}"

@@ -1,4 +1,4 @@
-"""The weights of a model's directory: its safetensors files together, those in few bits as floats; samples of them."""
+"""Weights of a model's directory: its safetensors files as one, quantized tensors as floats, and samples."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ class SavedWeights:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """The tensors of all files by key, those in few bits as floats (see `PackedTensor`)."""
+        """All tensors by key; quantized ones are read as floats (see `PackedTensor`)."""
         stored = {key: tensor for shard in self.shards for key, tensor in shard.tensors.items()}
         return {**unpacked_in(self.directory, stored), **self.others}
 
     @cached_property
     def quantization(self) -> BaseQuantization | None:
-        """How the weights are quantized; None of floats."""
+        """The weights' quantization; None for floats."""
         first = next(packed_tensors(self.tensors), None)
         return None if first is None or _packed(self.directory) is None else first.quantization
 
     @contextmanager
     def opened(self) -> Iterator[SavedWeights]:
-        """The same with files that are kept open."""
+        """Yield the same weights with their files kept open."""
         with ExitStack() as stack:
             yield replace(self, shards=tuple(stack.enter_context(shard.opened()) for shard in self.shards))
 
 
 def unpacked_in(directory: Path, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """Tensors of a model's files, those in few bits as floats of the dtype that its configuration says.
+    """Return stored tensors with the quantized ones as floats, in the dtype that the configuration says.
 
-    Without a configuration, the last parts of the tensors' names are the signs of a form of stored weights.
+    Without a configuration, the last parts of tensor names show the format.
     """
     told = _packed(directory)
     for unpacked in parts(
@@ -69,14 +69,14 @@ def unpacked_in(directory: Path, stored: Mapping[str, StoredTensor]) -> Mapping[
 
 
 def _packed(directory: Path) -> BaseQuantization | None:
-    """What a model's configuration says of its weights; nothing where there is none."""
+    """Return the quantization in a model's configuration; None if there is none."""
     if not (directory / MODEL_FILE).is_file():
         return None
     return packed_quantization(read_json_object(directory / MODEL_FILE, CheckpointError), directory, CheckpointError)
 
 
 def read_weights(directory: Path) -> SavedWeights:
-    """The layouts of a model's safetensors files, a single one or several with an index, each checked to be whole."""
+    """Read the layouts of a model's safetensors files, single or with an index, each checked for completeness."""
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
     if single.is_file():  # which transformers prefers too
         return SavedWeights(directory, (read_layout(single),), has_index=False)
@@ -110,7 +110,7 @@ def read_weights(directory: Path) -> SavedWeights:
 
 
 def _names_by_key(index: Path) -> dict[str, str]:
-    """The name of each tensor's file, as an index says."""
+    """Read an index: the file name of each tensor."""
     try:
         names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = sorted({str(name) for name in names.values() if Path(name).name != name})
@@ -134,7 +134,7 @@ _IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 
 @dataclass(frozen=True)
 class WeightComparison:
-    """How the weights of two directories differ."""
+    """The difference of two directories' weights."""
 
     common: int  # how many tensors they have in common
     differing: int  # how many of these have other values
@@ -144,7 +144,7 @@ class WeightComparison:
 
 
 def stored_quantization(directory: Path) -> BaseQuantization | None:
-    """How the weights of a directory are quantized; None of floats, and where they cannot be read."""
+    """Return the quantization of a directory's weights; None for floats or unreadable files."""
     try:
         return read_weights(directory).quantization
     except CheckpointError:  # whoever loads the files says what is wrong with them
@@ -156,7 +156,7 @@ def differing_weights(
 ) -> WeightComparison | None:
     """Compare the safetensors files of two directories.
 
-    A tensor of another dtype counts as equal where its values are within the coarser one's rounding.
+    Tensors of different dtypes are equal if their values agree within the coarser one's rounding.
     """
     try:
         first, second = _tensors(one), _tensors(other)
@@ -169,7 +169,7 @@ def differing_weights(
 
 
 def _tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a model by key."""
+    """Return a model's tensors by key."""
     files = [file for file in sorted(directory.glob("*.safetensors")) if not file.name.startswith("adapter_")]
     return dict(unpacked_in(directory, {key: t for file in files for key, t in read_layout(file).tensors.items()}))
 
@@ -177,7 +177,7 @@ def _tensors(directory: Path) -> dict[str, StoredTensor]:
 def _comparison(
     pairs: Sequence[tuple[StoredTensor, StoredTensor]], how: BaseQuantization | None, other_how: BaseQuantization | None
 ) -> WeightComparison:
-    """The comparison of tensors of the same keys."""
+    """Compare pairs of tensors of equal keys."""
     packed = [tuple(isinstance(tensor, PackedTensor) for tensor in pair) for pair in pairs]
     is_turned = any(  # by transformers' Conv1D, whose weights bitsandbytes stores transposed
         flags[0] != flags[1] and a.shape == b.shape[::-1] != b.shape
@@ -202,9 +202,9 @@ def _comparison(
 
 
 def _first_values(tensor: StoredTensor, how: BaseQuantization | None) -> NDArray[Any]:
-    """The first rows of a weight, rounded if that is asked for and they are not.
+    """Return the first rows of a weight, quantized and dequantized if `how` is given and it is not packed.
 
-    Their blocks are those of the whole weight, but for scales that are quantized too, and weights of `Conv1D`.
+    Quantization blocks match those of the whole weight, except for double-quantized scales and weights of `Conv1D`.
     """
     rows, columns = tensor.shape
     whole = _BLOCK // math.gcd(_BLOCK, columns)  # rows of whole blocks
@@ -216,7 +216,7 @@ def _first_values(tensor: StoredTensor, how: BaseQuantization | None) -> NDArray
 
 
 def _agree(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors have the same shape, and the same values at the places that are read."""
+    """Return whether two tensors have the same shape and equal samples of values."""
     if one.shape != other.shape:
         return False
     if one.dtype == other.dtype:
@@ -229,7 +229,7 @@ def _agree(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _samples(tensor: StoredTensor, dtype: np.dtype[Any], most: int) -> list[NDArray[Any]]:
-    """Up to `most` values from the beginning and from the middle of a tensor, whose bytes are read as of `dtype`."""
+    """Return up to `most` values, of type `dtype`, from the beginning and from the middle of a tensor."""
     count = tensor.nbytes // dtype.itemsize
     taken = min(count, most)
     parts = [np.empty(taken, dtype) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Models with weights left in safetensors files: lazy parameters that read from them."""
+"""Models with weights left in safetensors files, read by lazy parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class StackPart(NamedTuple):
-    """A tensor of the files that holds rows of one matrix of a stack."""
+    """A stored tensor that holds rows of one matrix of a stack."""
 
     key: str
     matrix: int  # its place in the stack
@@ -43,9 +43,9 @@ class StackPart(NamedTuple):
 def stack_parts(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor], parts: Mapping[str, str]
 ) -> dict[str, tuple[StackPart, ...]]:
-    """The parts of each parameter that transformers stacks from matrices of their own, by the parameter's name.
+    """Return the stored tensors of each parameter that transformers stacks from matrices, by parameter name.
 
-    Those that it puts together in other ways are left out.
+    Parameters that transformers builds in other ways are left out.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -65,7 +65,7 @@ def stack_parts(
 
 
 def _stacks_rows(converter: WeightConverter) -> bool:
-    """Whether a parameter is a stack of matrices, each of them the rows of several tensors in the converter's order."""
+    """Return whether a converter stacks matrices, each made of the rows of several tensors in order."""
     first, *rest = converter.operations
     is_stack = isinstance(first, MergeModulelist) and first.dim == 0
     return is_stack and all(isinstance(entry, Concatenate) and entry.dim == 1 for entry in rest) and len(rest) < 2
@@ -77,7 +77,7 @@ def _start(keys: Mapping[str, tuple[int, int]], index: int, place: int, stored: 
 
 
 def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A model with parameters on the meta device; buffers, such as rotary frequencies, have their values."""
+    """Create a model with parameters on the meta device; buffers, such as rotary frequencies, have values."""
     with _parameters_on_meta():
         model = make()
     return model.eval()
@@ -86,7 +86,7 @@ def empty_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[str] = frozenset()) -> PreTrainedModel:
     """Connect the parameters of an empty model to their values in safetensors files.
 
-    Keys are renamed as transformers renames them when it loads the model. Persistent buffers are read at once.
+    Keys are renamed as transformers does when loading. Persistent buffers are read immediately.
     """
     tensors = by_parameter_name(model, as_in_layers(model, weights.tensors))
     problems: list[str] = []
@@ -118,7 +118,7 @@ def attach_shards(model: PreTrainedModel, weights: SavedWeights, supplied: Set[s
 
 
 def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The keys in a model's files by the model's names, as transformers renames them when it loads the model."""
+    """Map names of the model to keys of its files as transformers does when loading, and keys of parts to names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
@@ -137,7 +137,7 @@ def keys_by_name(model: PreTrainedModel, keys: Iterable[str]) -> tuple[dict[str,
 
 
 def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-    """A model's tensors by key, those in few bits as its layers have them: all are stored as `[out, in]`."""
+    """Return a model's tensors by key; quantized ones of `Conv1D` layers are transposed, being stored `[out, in]`."""
     if next(packed_tensors(stored), None) is None:
         return stored
     names = model.state_dict().keys()
@@ -153,7 +153,7 @@ def as_in_layers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> 
 
 @dataclass(frozen=True)
 class StackedMatrices(EntrySource):
-    """A stack of matrices that are tensors of their own in the files; they are read one by one."""
+    """A stack of matrices that are separate tensors in the files, read one by one."""
 
     shape: tuple[int, ...]
     dtype: str  # safetensors' name of its dtype
@@ -161,7 +161,7 @@ class StackedMatrices(EntrySource):
 
     @classmethod
     def of(cls, parts: Sequence[StackPart], stored: Mapping[str, StoredTensor], name: str) -> StackedMatrices:
-        """The parameter of some parts."""
+        """Build the parameter from its parts."""
         matrices: dict[int, list[StoredTensor]] = {}
         for part in sorted(parts, key=lambda part: (part.matrix, part.start)):
             matrices.setdefault(part.matrix, []).append(stored[part.key])
@@ -179,7 +179,7 @@ class StackedMatrices(EntrySource):
 def by_parameter_name(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor | StackedMatrices]:
-    """Stored tensors by the model's parameter names."""
+    """Return stored tensors by the model's parameter names."""
     keys, parts = keys_by_name(model, stored)
     stacks = stack_parts(model, stored, parts) if parts else {}
     parts = {key: name for key, name in parts.items() if name not in stacks}
@@ -204,7 +204,7 @@ def _unfit(name: str, stored: StoredTensor | StackedMatrices, parameter: nn.Para
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Make modules created within the block register their parameters on the meta device; tied ones stay tied."""
+    """Let modules created in the block register parameters on the meta device; tied ones stay tied."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:

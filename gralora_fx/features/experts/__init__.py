@@ -1,1 +1,1 @@
-"""Mixtures of experts: one operator a layer, of which each token passes those that a router chose for it."""
+"""Mixtures of experts: one operator per layer, in which each token passes the experts that a router chose."""

@@ -1,4 +1,4 @@
-"""Experts with matrices in blocks, of a size that divides the widths of both products: `QMoE`, and what it stores."""
+"""Experts with block-quantized matrices (`QMoE`): quantizing them, and reading them back."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ from gralora_fx.format.quantized_weights import WIDEST_EXACT
 
 
 def with_formats_of_experts(plan: QuantizationPlan, traced: TracedModel) -> QuantizationPlan:
-    """Return the plan that stores experts in its format too, or in one of their own where it does not fit.
+    """Return a plan that stores experts in its format, or in one of their own if that does not fit.
 
-    Experts whose activations would be rounded in `int8-dynamic` have blocks of eight bits, whose activations ONNX
-    Runtime rounds block by block.
+    In `int8-dynamic`, experts get blocks of eight bits, whose activations ONNX Runtime rounds block by block.
     """
     own: dict[str, Format | None] = {}
     names = set[str]()
@@ -53,14 +52,14 @@ def with_formats_of_experts(plan: QuantizationPlan, traced: TracedModel) -> Quan
 
 
 def expert_matrices(traced: TracedModel, experts: Experts) -> dict[str, Tensor]:
-    """The weights of a layer's experts by their names in the graph; empty where the graph computes one of them."""
+    """Return a layer's expert weights by their names in the graph; empty if the graph computes one of them."""
     names = [str(node.target) for node in (experts.up, experts.down) if node.op == "get_attr"]
     found = {name: weight for name in names if (weight := tensor_at(traced.graph_module, name)) is not None}
     return found if len(found) == 2 else {}
 
 
 def _format(default: Format, widths: list[int]) -> Blocks | None:
-    """The format of matrices of some numbers of inputs; None where no size of blocks divides all."""
+    """Return the format of matrices with these input widths; None if no block size divides all."""
     form = default if isinstance(default, Blocks) else Blocks(8)
     size = min(form.block_size, WIDEST_EXACT[form.bits])
     while size > LEAST_BLOCK and any(width % size for width in widths):
@@ -77,7 +76,7 @@ _UP, _DOWN = (at for at, _ in MATRICES[MOE])
 
 
 def quantize_experts(model: ir.Model, plan: QuantizationPlan) -> Quantized:
-    """Store the matrices of experts in blocks, as the plan says; in place.
+    """Quantize the matrices of experts in blocks, as the plan says; in place.
 
     Before: `y = MoE(x, scores, up, up_bias, down, down_bias)`
     After:  `y = QMoE(x, scores, up_Q4, up_scales, up_bias, down_Q4, down_scales, down_bias, zero points)`
@@ -108,7 +107,7 @@ def quantize_experts(model: ir.Model, plan: QuantizationPlan) -> Quantized:
 
 
 def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.Node:
-    """The operator with blocks, in the place of one with floats."""
+    """Return the block-quantized replacement of a `MoE` node."""
     (up, up_scales, *up_zeros), (down, down_scales, *down_zeros) = blocks
     up_bias, down_bias = (node.inputs[at + 1] if len(node.inputs) > at + 1 else None for at in (_UP, _DOWN))
     operands = [*node.inputs[:2], up, up_scales, up_bias, down, down_scales, down_bias]
@@ -125,13 +124,13 @@ def _in_blocks(node: ir.Node, blocks: list[list[ir.Value]], form: Blocks) -> ir.
 
 @dataclass
 class StackedTogether:
-    """Stacks whose entries are computed together, one entry of all after the other, by whichever is written first.
+    """Stacks computed together, one entry of all at a time, when the first of them is written.
 
-    That one is not kept, the others are until they are written: so the largest comes first, where memory counts.
-    Threads compute one after the other, since the entries that they compute from are floats.
+    The first one written is not kept, the others are until they are written: so write the largest first if memory
+    matters. Threads compute one at a time, since they hold float entries meanwhile.
 
     Attributes:
-        compute: Computes of each entry, in order, its arrays in all stacks.
+        compute: Yields for each entry, in order, its arrays in all stacks.
     """
 
     compute: Callable[[], Iterable[Sequence[NDArray[Any]]]]
@@ -139,7 +138,7 @@ class StackedTogether:
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def entries(self, index: int) -> Iterator[NDArray[Any]]:
-        """The entries of one of them, by its place; all are read before others are."""
+        """Yield the entries of one stack by its index; read all of them before another's."""
         with self._lock:
             if index in self._kept:
                 yield from self._kept.pop(index)
@@ -155,7 +154,7 @@ class StackedTogether:
 
 
 def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Value]:
-    """Integers `[experts, out, bytes]`, scales and zero points of a stack of matrices `[experts, out, in]`."""
+    """Return codes `[experts, out, bytes]`, scales and zero points of matrices `[experts, out, in]`."""
     tensor, name = weight.const_value, str(weight.name)
     assert tensor is not None
     experts, outputs, inputs = (int(size) for size in tensor.shape.numpy())
@@ -182,7 +181,7 @@ def _initializers(graph: ir.Graph, weight: ir.Value, form: Blocks) -> list[ir.Va
 
 
 def _quantized(tensor: ir.TensorProtocol, form: Blocks, name: str) -> Iterator[list[NDArray[Any]]]:
-    """The arrays of one expert after the other, each of which is float when its turn comes."""
+    """Yield the quantized arrays of one expert at a time, reading its floats only then."""
 
     def of(rows: NDArray[Any]) -> list[NDArray[Any]]:
         columns = np.ascontiguousarray(rows.T)
@@ -202,7 +201,7 @@ _FOUR = 4
 
 
 def rounded_experts(directory: Path, reference: TracedModel) -> tuple[dict[int, nn.Parameter], int]:
-    """Return what an export holds in blocks of a model's experts, where those may be rounded to it."""
+    """Return a model's experts rounded to an export's blocks, by parameter id, and the number of weights in blocks."""
     layers = list(Experts.all_in(reference.graph_module.graph))
     weights: dict[str, ProductWeight] = {}
     for path in sorted(directory.glob("*.onnx")) if layers else ():
@@ -223,10 +222,10 @@ def rounded_experts(directory: Path, reference: TracedModel) -> tuple[dict[int, 
 
 
 def experts_in_floats(model: ir.Model) -> None:
-    """Let experts multiply by what their blocks stand for, in float32, activations not rounded; in place.
+    """Let experts multiply by their dequantized matrices, in float32, without rounding activations; in place.
 
     Before: `y = QMoE(x, scores, up_Q8, up_scales, up_bias, down_Q8, down_scales, down_bias)`
-    After:  `y = MoE(x, scores, up, up_bias, down, down_bias)`; of 4 bits `QMoE` computes so by its accuracy level
+    After:  `y = MoE(x, scores, up, up_bias, down, down_bias)`; with 4 bits, `QMoE` at accuracy level 1
     """
     weights = {weight.name: (name, weight) for name, weight in expert_weights(model.graph).items()}
     for node in list(model.graph.all_nodes()):
@@ -250,7 +249,7 @@ def experts_in_floats(model: ir.Model) -> None:
 
 
 def _floats(graph: ir.Graph, name: str, weight: ProductWeight) -> ir.Value:
-    """An initializer of what blocks stand for, in the scales' dtype."""
+    """Return an initializer of a matrix's dequantized values, in the scales' dtype."""
     tensor, scales = weight.value.const_value, weight.scales
     assert tensor is not None
     assert scales is not None
@@ -269,10 +268,10 @@ def _floats(graph: ir.Graph, name: str, weight: ProductWeight) -> ir.Value:
 
 
 def expert_weights(graph: ir.Graph) -> dict[str, ProductWeight]:
-    """The matrices of the experts of a graph, by the names of the parameters that they were.
+    """Return the experts' matrices in a graph, by the names of their parameters.
 
-    A stack `[experts, out, in]` is a weight of `experts * out` output features, rows in the order in which the operator
-    reads them (see `arranged` and `as_modelled`).
+    A stack `[experts, out, in]` is a weight with `experts * out` output features, its rows in the operator's order (see
+    `arranged` and `as_modelled`).
     """
     weights: dict[str, ProductWeight] = {}
     for node in graph.all_nodes():

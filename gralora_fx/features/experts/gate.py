@@ -1,4 +1,4 @@
-"""What an expert computes between its two products, written once: with PyTorch's tensors, and with nodes of ONNX."""
+"""The computation between an expert's two products, written once for PyTorch tensors and for ONNX nodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GATE_NOTE = "gralora_gate"  # key in the metadata of an exported operator: `<act
 
 @dataclass(frozen=True)
 class ExpertGate:
-    """What an expert computes between its two products: of a gate `g` and a linear part `l`, or of `g` alone.
+    """The function between an expert's two products, of a gate `g` and a linear part `l`, or of `g` alone.
 
     `act(min(g, limit)) * (clamp(l, -limit, limit) + offset)`, where `silu` is `g * sigmoid(alpha * g)`. The fields are
     arguments of the operator `experts`, of the same names.
@@ -29,10 +29,10 @@ class ExpertGate:
 
 
 class Arithmetic(Protocol[T]):
-    """What gates are computed with."""
+    """The arithmetic that gates are computed with."""
 
     def number(self, value: float) -> Any:
-        """Return a number as `minimum`, `clip` and `add` take it."""
+        """Return a number in the form that `minimum`, `clip` and `add` take."""
         ...
 
     def minimum(self, x: T, high: Any) -> T: ...  # noqa: D102
@@ -76,7 +76,7 @@ def activated(at: Arithmetic[T], gate: ExpertGate, x: T) -> T:
 
 
 def gated(at: Arithmetic[T], gate: ExpertGate, part: T, linear: T) -> T:
-    """Return what gates and linear parts give (see `ExpertGate`)."""
+    """Combine gates and linear parts (see `ExpertGate`)."""
     if gate.limit:
         low, high = (at.number(sign * gate.limit) for sign in (-1, 1))
         part, linear = at.minimum(part, high), at.clip(linear, low, high)

@@ -1,10 +1,11 @@
-"""Experts of transformers' models while they are traced: one operator a layer, told by what their code computes.
+"""Tracing of transformers' experts: one operator per layer, recognised by what their code computes.
 
-transformers calls the experts of a model by one interface, and each class says how its parameters are stored. What is
-between its two products is a method of its own; its numbers are measured on a few inputs, and compared on many.
+transformers calls the experts of a model by one interface, and each class says how its parameters are stored. The
+function between the two products is a method of its own; its parameters are measured on a few inputs and checked on
+many.
 
-Some models compute their experts in a loop of their own, which asks which experts some token has, a value that a graph
-does not know. Loops whose code is known become the same operator.
+Some models loop over the experts that some token uses, a value that a graph does not know. Loops whose code is known
+become the same operator.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ _FAR = 1e6
 
 @contextmanager
 def experts_as_operators(model: nn.Module) -> Iterator[None]:
-    """Let a model call `gralora::experts` within the block, for each module of experts that the operator can express.
+    """Replace every module of experts that the operator can express by `gralora::experts` while the block runs.
 
-    Those that it cannot are computed by grouped products, where transformers has that form of them: a loop runs over
-    the experts that some token uses, which a graph cannot know.
+    The others use grouped products if transformers has that implementation for them: a loop runs over the experts that
+    some token uses, which a graph cannot know.
     """
     with ExitStack() as changed:
         for part in model.modules():
@@ -50,14 +51,14 @@ def experts_as_operators(model: nn.Module) -> Iterator[None]:
 
 
 def _loops(model: PreTrainedModel) -> bool:
-    """Whether a model's experts run in a loop, and may be computed otherwise."""
+    """Return whether a model's experts run in a loop, and may use another implementation."""
     return bool(model._can_set_experts_implementation()) and model.get_experts_implementation()[""] == _LOOP
 
 
 def _compute(
     module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The operator behind transformers' interface of experts."""
+    """Call the operator with the arguments of transformers' interface of experts."""
     return Experts.compute(
         hidden=hidden_states,
         index=top_k_index,
@@ -72,7 +73,7 @@ def _compute(
 
 
 def gate_of(module: Any) -> ExpertGate | None:
-    """What a module of experts computes between its products; None where the operator has no such form of them."""
+    """Return the gate of a module of experts; None if the operator cannot express it."""
     if not callable(getattr(module, "_apply_gate", None)) or not hasattr(module, "has_gate"):
         return None
     weights = [getattr(module, name, None) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
@@ -87,17 +88,17 @@ def gate_of(module: Any) -> ExpertGate | None:
 
 
 def ungated(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
-    """What an activation computes, of experts without a gate; None where the operator has no such form of it."""
+    """Return the gate of experts without a linear part, by their activation; None if the operator lacks it."""
     x = torch.linspace(-9, 9, 73, dtype=torch.float64)
     return next((gate for gate in _gates(NO_GATE) if torch.allclose(function(x), between(gate, x), 1e-5, 1e-6)), None)
 
 
 def _measured(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
-    """The gate that a function computes, of gates and linear parts in one of the two layouts."""
+    """Return the gate that a function computes, in either layout, by evaluating it; None if there is none."""
     for layout in (HALVES, INTERLEAVED):
 
         def at(gate: float, linear: float, layout: str = layout) -> float:
-            """What it gives of one number of each, beside zeros."""
+            """Evaluate the function at one gate and one linear part, next to zeros."""
             numbers = [gate, 0.0, linear, 0.0] if layout == HALVES else [gate, linear, 0.0, 0.0]
             return float(function(torch.tensor([numbers], dtype=torch.float64))[0, 0])
 
@@ -131,7 +132,7 @@ def _gates(layout: str, alpha: float = 1.0, offset: float = 0.0, limit: float = 
 
 @contextmanager
 def looped_experts_as_operators(model: nn.Module, table: Sequence[Recognised]) -> Iterator[None]:
-    """Let a model whose loop is known call `gralora::experts` within the block."""
+    """Replace a model's known loop over experts by `gralora::experts` while the block runs."""
     with ExitStack() as changed:
         for part in model.modules():
             for code in table:
@@ -144,7 +145,7 @@ def looped_experts_as_operators(model: nn.Module, table: Sequence[Recognised]) -
 
 
 def _halves(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: ExpertGate) -> Tensor:
-    """The experts of each token: gates in the first half of `up`, `down` as `[experts, size, width]`."""
+    """Call the operator: gates in the first half of `up`, `down` as `[experts, size, width]`."""
     return Experts.compute(
         hidden=hidden,
         index=index,
@@ -159,7 +160,7 @@ def _halves(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Te
 
 
 def dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """DBRX's, whose matrices are those of all experts one below the other."""
+    """Compute DBRX's experts, whose matrices are concatenated along the rows."""
     parts = (module.mlp.w1, module.mlp.v1, module.mlp.w2)
     w1, v1, w2 = (part.view(module.num_experts, module.ffn_hidden_size, -1) for part in parts)
     x = hidden_states.reshape(-1, module.hidden_size)
@@ -168,7 +169,7 @@ def dbrx(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tens
 
 
 def longcat(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """LongCat's, some of which give a token as it is and have no matrices."""
+    """Compute LongCat's experts, some of which are the identity and have no matrices."""
     count = module.num_routed_experts
     is_own = top_k_index < count
     weights, kept = top_k_weights * is_own, (top_k_weights * ~is_own).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Experts as a loop over those with tokens: in place of ONNX Runtime's operator, and as its function on a CPU."""
+"""Experts as a loop over those with tokens: instead of ONNX Runtime's operator, and as its function for the CPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ExpertsNode(DomainNode, Experts[ir.Value]):
 
 @dataclass(frozen=True)
 class GateNodes:
-    """Nodes of ONNX that compute gates (see `Arithmetic`)."""
+    """ONNX nodes that compute gates (see `Arithmetic`)."""
 
     build: Builder  # makes them
     dtype: ir.DataType  # their dtype
@@ -67,7 +67,7 @@ NODES = (ExpertsNode,)
 
 
 def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Value:
-    """Return what a layer's experts compute, by two products for each expert that some token has.
+    """Return a layer's output, computed by two products per expert that some token has.
 
     Before: `y = gralora.Experts(x, index, weights, up, down)`
     After:  `order = <rows of tokens by expert>; parts = Loop { Gemm(act(Gemm(x[rows], up[expert])), down[expert]) }`
@@ -83,7 +83,7 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
     begins = build("Sub", ends, counts)
 
     def part(inner: Builder, index: ir.Value) -> ir.Value:
-        """The outputs of one expert for its rows."""
+        """Return one expert's outputs for its rows."""
         at = inner("Unsqueeze", index, [0])
         expert, begin, end = (inner("Gather", of, at) for of in (found, begins, ends))
         rows = inner("Div", inner("Slice", order, begin, end), k)
@@ -97,18 +97,18 @@ def loop_over_experts(build: Builder, experts: ExpertsNode, name: str) -> ir.Val
 
 
 def width_of(experts: ExpertsNode) -> int:
-    """The width of a token, as the second products give it."""
+    """Return a token's width, by the output size of the second product."""
     return fixed_dim(experts.down, 2 if experts.is_transposed else 1)
 
 
 def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, size: int) -> ir.Value:
-    """The sums of the outputs of each token's experts, `[tokens, size]`.
+    """Return the weighted sums of the outputs of each token's experts, `[tokens, size]`.
 
     Args:
         build: Makes the nodes.
         outputs: `[tokens * k, size]`.
         experts: The layer, with the weights.
-        k: Experts of a token.
+        k: Experts per token.
         size: Width of a token.
     """
     weights = experts.weights
@@ -122,12 +122,12 @@ def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, si
 
 
 def order_of(build: Builder, keys: ir.Value) -> ir.Value:
-    """Return the indices that sort integers, equal ones as they come."""
+    """Return the indices that sort integers stably."""
     return build.node("TopK", [keys, build("Shape", keys)], num_outputs=2, largest=0).outputs[1]
 
 
 def _product(build: Builder, x: ir.Value, experts: ExpertsNode, expert: ir.Value, *, is_up: bool) -> ir.Value:
-    """`x @ weight + bias` of one expert."""
+    """Return `x @ weight + bias` of one expert."""
     weight, bias = (experts.up, experts.up_bias) if is_up else (experts.down, experts.down_bias)
     matrix, *rest = (
         build("Squeeze", build("Gather", of, expert, axis=0), [0]) for of in (weight, bias) if of is not None
@@ -136,7 +136,7 @@ def _product(build: Builder, x: ir.Value, experts: ExpertsNode, expert: ir.Value
 
 
 def _between(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return what a second product reads of the outputs of a first one."""
+    """Return the second product's input from the first product's output."""
     if gate.layout == NO_GATE:
         return activated(GateNodes(build, dtype), gate, x)
     if gate.layout == HALVES:
@@ -160,8 +160,8 @@ def write_expert_functions(model: ir.Model) -> PassResult[ir.Model]:
             `h = act(Concat(Gemm(parts[i], up.i[::2])...), Concat(Gemm(parts[i], up.i[1::2])...))`
             `y = Concat(Gemm(Split(h)[i], down.i)...)[<order, inverted>]`
 
-    Layers of the same form share a function. Where a model's experts take more than `MOST_BYTES` there is none, since
-    packed matrices are copies in memory.
+    Layers of the same form share a function. There is none if the experts take more than `MOST_BYTES`, since packed
+    matrices are copies in memory.
     """
     layers = [(node, stacks) for node in model.graph if node.op_type == MOE and (stacks := _float_stacks(node))]
     tensors = {stack: stack.const_value for _, stacks in layers for stack in stacks.values()}
@@ -180,7 +180,7 @@ def write_expert_functions(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _float_stacks(node: ir.Node) -> dict[str, ir.Value]:
-    """Return an operator's weights and biases by name; none where they are not float32."""
+    """Return an operator's weights and biases by name; empty unless they are float32."""
     stacks = {name: stack for name, stack in zip(_WEIGHTS, node.inputs[2:], strict=False) if stack is not None}
     return stacks if all(stack.dtype == ir.DataType.FLOAT for stack in stacks.values()) else {}
 
@@ -194,7 +194,7 @@ def _add_function(model: ir.Model, name: str, gate: ExpertGate, count: int, stac
         counts = build("Cast", build("ReduceSum", scores, begins[0], keepdims=0), to=ir.DataType.INT64)
 
         def products(rows: ir.Value, of: str, half: int | None = None) -> ir.Value:
-            """Products of each expert's rows, one below the other; of a half, with every second row of its matrix."""
+            """Return products of each expert's rows, concatenated; `half` selects every second row of its matrix."""
             parts = build.node("Split", [rows, counts], num_outputs=count).outputs
             outputs = []
             for index, part in enumerate(parts):

@@ -1,6 +1,6 @@
-"""Experts in a translated model, and as ONNX Runtime has them: one `MoE` a layer, or a loop over those with tokens.
+"""Lowering of experts to ONNX Runtime: one `MoE` per layer, or a loop over the experts with tokens.
 
-Layers whose experts are not one operator in a trace are noted for the report.
+Layers whose experts are not one operator in a trace are listed in the report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WHY = "between its products it computes what no operator does, so that each of 
 
 
 def note_experts(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Name the layers whose experts are grouped products, each with the reason; the graph stays as it is."""
+    """List the layers whose experts are grouped products, each with the reason; the graph is unchanged."""
     products = [node for node in graph.nodes if node.op == "call_function" and "grouped_mm" in str(node.target)]
     layers = dict.fromkeys(innermost_path(node) or node.name for node in products)
     skipped = tuple(Skip(layer, _WHY) for layer in layers)
@@ -36,7 +36,7 @@ def note_experts(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 class ExpertsReport(LayersReport):
-    """Which layers' experts are one operator, and why the others are not: a loop, or products of their own."""
+    """Layers whose experts are one operator, and why others are not: a loop, or separate products."""
 
     FIELD = "experts"
     FUSED, PLAIN = "layers with one operator each", "without"
@@ -49,21 +49,20 @@ _ARRANGED = "gralora_experts"  # key in the metadata of a value: how it was arra
 
 @dataclass(frozen=True)
 class LowerExperts:
-    """Compute the experts of each layer by ONNX Runtime's operator, where that computes the same.
+    """Compute each layer's experts with ONNX Runtime's operator if it computes the same.
 
     Before: `y = gralora.Experts(x, index, weights, up, down)`
     After:  `y = weights @ MoE(<x once for each of its experts>, OneHot(index), up, down, k=1)`, for each token
 
-    Each token is a row for each of its experts, and each row has one expert, whose weight is 1 whatever the operator
-    makes of scores. So routers of every kind are exact: the model's own nodes choose and weigh.
+    Each token is repeated once per expert, and each row has one expert, whose weight is 1 however the operator treats
+    scores. So every kind of router is exact: the model's own nodes choose and weigh.
 
-    Rows of gates and linear parts are stored one beside the other, as the operator reads them. `relu` of a gate is the
-    gate times the sigmoid of 1e20 times it; `relu2` is that with the gate for its linear part too, so that its rows are
-    stored twice.
+    Rows of gates and linear parts are interleaved, as the operator reads them. `relu` of a gate is the gate times
+    `sigmoid(1e20 * gate)`; `relu2` also takes the gate as linear part, so its rows are stored twice.
     """
 
     def __call__(self, model: ir.Model) -> PassResult[ir.Model]:
-        """Lower every layer, in place; skipped are those that a loop computes. The summary is an `ExpertsReport`."""
+        """Lower every layer, in place; layers computed by a loop are skipped. The summary is an `ExpertsReport`."""
         fused, skipped = 0, []
         for node, experts in ExpertsNode.all_in(model.graph.all_nodes()):
             graph = node.graph
@@ -85,7 +84,7 @@ LOWER_EXPERTS = LowerExperts()
 
 
 def moe_attributes(gate: ExpertGate) -> dict[str, Any] | str:
-    """The attributes of `MoE` and `QMoE` for experts with a gate, or why they cannot compute it."""
+    """Return the attributes of `MoE` and `QMoE` for a gate, or why they cannot compute it."""
     if gate.layout == NO_GATE and gate.activation in UNGATED and gate.alpha == 1:
         return {"activation_type": UNGATED[gate.activation]}
     is_step = gate.activation == ("relu2" if gate.layout == NO_GATE else "relu")
@@ -101,9 +100,9 @@ def moe_attributes(gate: ExpertGate) -> dict[str, Any] | str:
 
 
 def _with_weights_of_none(build: Builder, experts: ExpertsNode) -> ExpertsNode:
-    """Experts of which a token has only known ones: what stands for none is the last one, with a weight of 0.
+    """Replace out-of-range expert ids by the last expert, with weight 0.
 
-    A router that chooses the largest of one score for each expert knows no others.
+    Ids from a TopK over one score per expert are in range already.
     """
     count, choice = fixed_dim(experts.up, 0), experts.index.producer()
     scores = None if choice is None or choice.op_type != "TopK" else choice.inputs[0]
@@ -118,13 +117,13 @@ def _with_weights_of_none(build: Builder, experts: ExpertsNode) -> ExpertsNode:
 
 
 def _operands(experts: ExpertsNode) -> dict[str, ir.Value]:
-    """Weights and biases, those that there are."""
+    """Return weights and biases by name, without missing ones."""
     values = {name: getattr(experts, name) for name in ("up", "up_bias", "down", "down_bias")}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _problem(experts: ExpertsNode) -> str | None:
-    """Why weights cannot be stored as the operator reads them."""
+    """Return why weights cannot be stored as the operator reads them; None if they can."""
     for value in _operands(experts).values():
         if not value.is_initializer() or value.const_value is None:
             return "weights are computed in the graph"
@@ -134,7 +133,7 @@ def _problem(experts: ExpertsNode) -> str | None:
 
 
 def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], node: ir.Node) -> ir.Value:
-    """The operator with the tokens' rows, and their sums."""
+    """Return the weighted sums of the operator's outputs for the tokens' rows."""
     hidden, dtype = experts.hidden, experts.hidden.dtype or ir.DataType.FLOAT
     count, k, size = fixed_dim(experts.up, 0), fixed_dim(experts.index, 1), width_of(experts)
     for name, value in _operands(experts).items():
@@ -155,7 +154,7 @@ def _routed(build: Builder, experts: ExpertsNode, attributes: dict[str, Any], no
 
 
 def _arrange(value: ir.Value, experts: ExpertsNode, *, is_up: bool, is_bias: bool) -> None:
-    """Let a weight or a bias be stored as the operator reads it; layers that share one arrange it once."""
+    """Store a weight or a bias in the operator's order; layers that share one rearrange it once."""
     tensor, gate = value.const_value, experts.gate
     is_transposed = bool(experts.is_transposed) and not is_bias
     key = (gate, is_up, is_transposed)

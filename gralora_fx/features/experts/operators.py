@@ -1,4 +1,4 @@
-"""A mixture's experts: one node a layer, of which each token passes those that a router chose for it."""
+"""The operator of a mixture's experts: one node per layer, in which each token passes the experts chosen for it."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class GateTensors:
 
 
 def between(gate: ExpertGate, x: Tensor) -> Tensor:
-    """Return the second product's input, `[..., width]`, of the first one's output.
+    """Return the second product's input `[..., width]` from the first product's output.
 
     Args:
-        gate: What is computed.
+        gate: The function between them.
         x: `[..., outputs]`.
     """
     if gate.layout == NO_GATE:
@@ -61,20 +61,21 @@ def between(gate: ExpertGate, x: Tensor) -> Tensor:
 
 @operator("experts", contracts=True)
 class Experts(Call[V]):
-    """`gralora::experts`: `sum(weight * expert(x))` over the experts of each token, as transformers' models have them.
+    """`gralora::experts`: `sum(weight * expert(x))` over the experts of each token, as in transformers' models.
 
-    An expert is `down @ gate(up @ x + up bias) + down bias` (see `ExpertGate`). The result is as `hidden`.
+    An expert is `down @ gate(up @ x + up bias) + down bias` (see `ExpertGate`). The result has the shape and dtype of
+    `hidden`.
 
     Attributes:
         hidden: `[tokens, size]`.
-        index: `[tokens, k]`, the experts of each token; their number stands for none, as in transformers.
-        weights: `[tokens, k]`, what the output of each is multiplied by.
-        up: `[experts, outputs, size]`; outputs are twice the width where there is a gate.
+        index: `[tokens, k]`, the experts of each token; the number of experts means none, as in transformers.
+        weights: `[tokens, k]`, factors of the experts' outputs.
+        up: `[experts, outputs, size]`; outputs are twice the width if there is a gate.
         down: `[experts, size, width]`.
         up_bias: `[experts, outputs]`, or None.
         down_bias: `[experts, size]`, or None.
         is_transposed: Whether `up` is `[experts, size, outputs]` and `down` is `[experts, width, size]`.
-        activation: As in `ExpertGate`, and so the others.
+        activation: See `ExpertGate`, as for the others.
         layout: See there.
         alpha: See there.
         offset: See there.
@@ -97,11 +98,11 @@ class Experts(Call[V]):
 
     @property
     def gate(self) -> ExpertGate:
-        """What is computed between the two products."""
+        """The function between the two products."""
         return ExpertGate(self.activation, self.layout, self.alpha, self.offset, self.limit)
 
     def result(self: Experts[Tensor]) -> Tensor:
-        """The reference: tokens in the order of their experts, and a product for each expert that some token has."""
+        """Compute the reference: tokens sorted by expert, and one product per expert that some token has."""
         last = self.up.shape[0] - 1
         weights = self.weights.masked_fill(self.index > last, 0)
         experts, order = torch.sort(self.index.clamp(max=last).reshape(-1), stable=True)
@@ -119,5 +120,5 @@ class Experts(Call[V]):
         return y if bias is None else y + bias[experts]
 
     def shape_only(self: Experts[Tensor]) -> Tensor:
-        """The shape."""
+        """Return an empty tensor of the result's shape."""
         return torch.empty_like(self.hidden)

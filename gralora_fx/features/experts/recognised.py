@@ -1,4 +1,4 @@
-"""Which models have experts, and how they compute them: through transformers' interface, or in a loop of their own."""
+"""Recognition of models with experts: by transformers' interface, or by a known loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def has_experts(model: nn.Module) -> bool:
 
 @contextmanager
 def as_operators(model: nn.Module) -> Iterator[None]:
-    """Let a model's experts be one node a layer within the block, if it has any."""
+    """Trace a model's experts, if any, as one node per layer while the block runs."""
     if not has_experts(model):
         yield
         return

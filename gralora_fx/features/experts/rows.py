@@ -1,4 +1,4 @@
-"""How the rows of experts' matrices lie in ONNX Runtime's operator, and in the model."""
+"""Order of the rows of experts' matrices in ONNX Runtime's operator, and in the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _UP = 2  # position of the first product's weights among the operator's inputs
 
 
 def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
-    """One expert's matrix `[out, in]` or bias `[out]`, with the rows in the order of the operator.
+    """Return one expert's matrix `[out, in]` or bias `[out]` with its rows in the operator's order.
 
     Args:
-        matrix: As the model has it.
-        gate: What is computed of a first product.
+        matrix: The model's matrix or bias.
+        gate: The function between the products.
         is_up: Whether it is of the first product; the second has no gates.
         is_transposed: Whether the model has `[in, out]`.
     """
@@ -32,7 +32,7 @@ def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transpos
 
 
 def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
-    """One expert's matrix with the rows in the model's order: `arranged`, inverted."""
+    """Return one expert's matrix with its rows in the model's order; the inverse of `arranged`."""
     if is_up and gate.layout == HALVES:
         matrix = np.concatenate([matrix[::2], matrix[1::2]])
     elif is_up and is_read_twice(gate):
@@ -42,7 +42,7 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
 
 @dataclass(frozen=True)
 class Rows:
-    """How the operator stores the matrices of a product (see `Arrangement`)."""
+    """Row order of a product's matrices (see `Arrangement`)."""
 
     gate: ExpertGate  # what is computed of a first product
     is_up: bool  # whether it is of the first product
@@ -57,7 +57,7 @@ class Rows:
 
 
 def arrangement_at(node: ir.Node, position: int) -> Rows | None:
-    """Return how a node stores the matrices that it reads; None for another operator."""
+    """Return the row order of the matrices that a node reads; None for another operator."""
     if node.op_type != MOE:
         return None
     gate = gate_noted_at(node)
@@ -67,7 +67,7 @@ def arrangement_at(node: ir.Node, position: int) -> Rows | None:
 
 
 def gate_noted_at(node: ir.Node) -> ExpertGate | None:
-    """The gate that an operator computes, by which the rows of its first product are arranged; None without a note."""
+    """Return the gate noted in a node's metadata, which determines its row order; None without a note."""
     activation, _, layout = node.metadata_props.get(GATE_NOTE, "").partition(" ")
     names = {"alpha": "activation_alpha", "offset": "activation_beta", "limit": "swiglu_limit"}
     numbers = {name: node.attributes[key].as_float() for name, key in names.items() if key in node.attributes}
@@ -75,5 +75,5 @@ def gate_noted_at(node: ir.Node) -> ExpertGate | None:
 
 
 def is_read_twice(gate: ExpertGate) -> bool:
-    """Whether the rows of a first product are both gates and linear parts."""
+    """Return whether the first product's rows serve as gates and as linear parts."""
     return gate.layout == NO_GATE and gate.activation == "relu2"

@@ -1,1 +1,1 @@
-"""LLM.int8: bases that bitsandbytes stored in eight bits, or that are rounded as it does."""
+"""LLM.int8: bases stored in bitsandbytes' eight bits, or rounded to them."""

@@ -1,4 +1,4 @@
-"""LLM.int8 as a form of stored weights: what tells it, and how it is told."""
+"""LLM.int8 as a format of stored weights: recognition and settings."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class EightBits(BaseQuantization):
 
     @classmethod
     def of_text(cls, text: str) -> EightBits | None:
-        """Return what the word `int8` tells; None of any other."""
+        """Parse the word `int8`; None for any other."""
         return cls() if text.lower() == "int8" else None
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> EightBits | None:
-        """Return what a record or the fields of a `BitsAndBytesConfig` tell; None if they are of another form."""
+        """Parse a record or the fields of a `BitsAndBytesConfig`; None if they are of another format."""
         if fields.get("kind") == "int8":
             return cls(layer_names(fields.get("skip_modules")))
         if not fields.get("load_in_8bit") or fields.get("quant_method", "bitsandbytes") != "bitsandbytes":
@@ -43,7 +43,7 @@ class EightBits(BaseQuantization):
         return None if fields.get("llm_int8_has_fp16_weight") else cls(layer_names(fields.get("llm_int8_skip_modules")))
 
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
-        """Return whether the same base has the same weights in both."""
+        """Return whether both give a base the same weights."""
         return isinstance(other, EightBits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,5 +51,5 @@ class EightBits(BaseQuantization):
         return {"kind": "int8", "skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
 
     def __str__(self) -> str:
-        """Return the word that tells it; names of layers are left out."""
+        """Return the word for it; layer names are left out."""
         return "int8"

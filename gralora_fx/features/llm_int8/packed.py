@@ -32,7 +32,7 @@ class UnpackEightBits(Call[V]):
     is_turned: bool
 
     def result(self: UnpackEightBits[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch operators."""
         weight = self.codes.to(torch.float32).mul_(self.steps.view(torch.float32)[:, None])
         return weight.T if self.is_turned else weight
 
@@ -52,7 +52,7 @@ class PackedEightBits(PackedWeight):
 def packed_weight(
     weight: NDArray[np.float32] | EightBitTensor, name: str, _quantization: EightBits, *, is_turned: bool
 ) -> PackedEightBits:
-    """Return a weight in eight bits: of floats `[out, in]`, or of a checkpoint in which it is stored so."""
+    """Return a weight in eight bits, quantized from floats `[out, in]` or taken from a checkpoint."""
     if isinstance(weight, EightBitTensor):
         codes, steps = np.empty(weight.codes.shape, np.int8), weight.scales
         weight.codes.read_into(codes)

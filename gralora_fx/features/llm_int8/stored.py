@@ -1,7 +1,7 @@
-"""Weights in eight bits, as bitsandbytes stores them, read as the floats that its layers multiply by; and its rounding.
+"""Weights in bitsandbytes' eight bits, read as the floats that its layers multiply by; and its rounding.
 
-A weight `[out, in]` is stored as `<layer>.weight`, int8, and `<layer>.SCB`, float32, the largest absolute value of each
-row; `<layer>.weight_format` is 0, for rows.
+A weight `[out, in]` is stored as `<layer>.weight`, int8, and `<layer>.SCB`, float32, the largest absolute value of
+each row; `<layer>.weight_format` is 0, for rows.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _STEP = np.float32(1 / 127)
 
 @dataclass(frozen=True)
 class EightBitTensor(PackedTensor):
-    """A weight of eight bits."""
+    """A weight in eight bits."""
 
     codes: StoredTensor  # the stored integers
     scales: NDArray[np.float32]  # the value of one step in each row, `[out]`
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Return some values in float32, in the order in which they are stored."""
+        """Return some values in float32, in stored order."""
         codes = np.empty(stop - start, np.int8)
         self.codes.read_into(codes, start)
         values: NDArray[np.float32] = codes * self.scales[np.arange(start, stop) // self.codes.shape[1]]
@@ -38,7 +38,7 @@ class EightBitTensor(PackedTensor):
 
 
 def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: EightBits | None) -> Mapping[str, StoredTensor]:
-    """Return a model's tensors with those of eight bits as floats, and without what is stored beside them."""
+    """Return a model's tensors, eight-bit weights as floats and their auxiliary tensors dropped."""
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
@@ -66,7 +66,7 @@ def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: EightBits 
 
 
 def _problem(codes: StoredTensor, scales: StoredTensor | None, form: StoredTensor | None) -> str | None:
-    """Return what is wrong with a stored weight; None if nothing is."""
+    """Describe what is wrong with a stored weight; None if nothing is."""
     if scales is None:
         return "it is stored as integers, and the scales of its rows, SCB, are missing"
     if codes.dtype != "I8" or len(codes.shape) != 2:
@@ -91,7 +91,7 @@ def _floats(tensor: StoredTensor) -> NDArray[np.float32]:
 
 
 def quantized(weight: NDArray[Any], name: str) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Return the codes of a float weight `[out, in]`, and the value of one step in each row, as bitsandbytes rounds."""
+    """Quantize a float weight `[out, in]` as bitsandbytes does; return codes and step sizes per row."""
     with np.errstate(over="ignore"):
         halves = np.asarray(weight, np.float32).astype(np.float16).astype(np.float32)
     largest = np.abs(halves).max(axis=1, keepdims=True)
@@ -105,7 +105,7 @@ def quantized(weight: NDArray[Any], name: str) -> tuple[NDArray[np.int8], NDArra
 
 
 def rounded(weight: NDArray[Any], _: EightBits, name: str) -> NDArray[np.float32]:
-    """Return a float weight `[out, in]` as its layer in bitsandbytes multiplies by it, in float32."""
+    """Quantize and dequantize a float weight `[out, in]` as bitsandbytes' layer does, to float32."""
     codes, steps = quantized(weight, name)
     values: NDArray[np.float32] = codes * steps[:, None]
     return values

@@ -1,1 +1,1 @@
-"""NF4: bases that bitsandbytes stored in four bits, or that are rounded as it does for QLoRA."""
+"""NF4: bases stored in bitsandbytes' four bits, or rounded to them for QLoRA."""

@@ -1,4 +1,4 @@
-"""NF4 and FP4 as a form of stored weights: what tells it, and how it is told."""
+"""NF4 and FP4 as a format of stored weights: recognition and settings."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class FourBits(BaseQuantization):
 
     @classmethod
     def of_text(cls, text: str) -> FourBits | None:
-        """Return what words such as `nf4-double-128-bfloat16` tell; None if they are not of this form."""
+        """Parse words such as `nf4-double-128-bfloat16`; None if they are of another format."""
         kind, *words = text.lower().split("-")
         fields: dict[str, Any] = {}
         for word in words:
@@ -68,7 +68,7 @@ class FourBits(BaseQuantization):
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> FourBits | None:
-        """Return what a record or the fields of a `BitsAndBytesConfig` tell; None if they are of another form."""
+        """Parse a record or the fields of a `BitsAndBytesConfig`; None if they are of another format."""
         if "kind" in fields:
             known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             return cls(**known | {"skip_modules": layer_names(known.get("skip_modules"))})
@@ -82,7 +82,7 @@ class FourBits(BaseQuantization):
         )
 
     def has_weights_of(self, other: BaseQuantization | None) -> bool:
-        """Return whether the same base has the same weights in both, but for rounding to the dtype of products."""
+        """Return whether both give a base the same weights, apart from rounding to the compute dtype."""
         if not isinstance(other, FourBits):
             return False
         return (self.kind, self.block_size, self.double) == (other.kind, other.block_size, other.double)
@@ -92,6 +92,6 @@ class FourBits(BaseQuantization):
         return asdict(self) | {"skip_modules": None if self.skip_modules is None else list(self.skip_modules)}
 
     def __str__(self) -> str:
-        """Return the words that tell it, as `of` takes them; names of layers are left out."""
+        """Return the words for it, as `of` takes them; layer names are left out."""
         words = [self.kind, *["double"] * self.double, str(self.block_size)]
         return "-".join([*words, *[self.compute_dtype] * (self.compute_dtype != "float32")])

@@ -31,8 +31,8 @@ class UnpackFourBits(Call[V]):
         scales: `[blocks]`, the float32 scales as int32, which no conversion of a model's floats changes.
         table: `[16]`, the float32 values of the codes as int32.
         shape: `[out, in]`.
-        block_size: Values with one scale; they follow each other in the weight.
-        stored: What the values are rounded to, as bitsandbytes does for products in half precision.
+        block_size: Consecutive values with one scale.
+        stored: Dtype to which the values are rounded, as bitsandbytes does for half-precision products.
         dtype: Dtype of the result.
         is_turned: Whether the result is `[in, out]`.
     """
@@ -47,7 +47,7 @@ class UnpackFourBits(Call[V]):
     is_turned: bool
 
     def result(self: UnpackFourBits[Tensor]) -> Tensor:
-        """Return the weight: by a kernel where one is installed, else in PyTorch's own operators, to the same bits."""
+        """Return the weight, by a kernel if one is installed, else with PyTorch operators; both are bit-identical."""
         rows, columns = self.shape
         count, scales, table = rows * columns, self.scales.view(torch.float32), self.table.view(torch.float32)
         values = None
@@ -59,7 +59,7 @@ class UnpackFourBits(Call[V]):
         return weight.T if self.is_turned else weight
 
     def by_pytorch(self: UnpackFourBits[Tensor], count: int, scales: Tensor, table: Tensor) -> Tensor:
-        """Return the values in float32, `[count]`; the reference."""
+        """Compute the reference `[count]` in float32."""
         pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1).view(torch.float64)  # of each byte
         values = pairs.view(-1).index_select(0, self.codes.to(torch.int32)).view(torch.float32)[:count]
         whole = count // self.block_size * self.block_size
@@ -68,16 +68,9 @@ class UnpackFourBits(Call[V]):
 
 
 def _by_kernel(codes: Tensor, scales: Tensor, table: Tensor, block_size: int, count: int) -> Tensor | None:
-    """Return the values `[count]` of a weight in four bits; None where no kernel computes these.
+    """Return `count` values by a kernel; None if no kernel handles them.
 
-    On processors with AVX-512 the kernel reads rows wrong that are not whole blocks: it is given each block as a row.
-
-    Args:
-        codes: `[count / 2]`, uint8: two codes a byte, the first in the upper half.
-        scales: `[blocks]`, float32.
-        table: `[16]`, the float32 values of the codes.
-        block_size: Values with one scale.
-        count: How many values there are.
+    On processors with AVX-512 the kernel misreads rows that are not whole blocks, so each block is passed as a row.
     """
     if block_size > _LARGEST_BLOCK or count % block_size or codes.device.type != "cpu":
         return None
@@ -88,7 +81,7 @@ def _by_kernel(codes: Tensor, scales: Tensor, table: Tensor, block_size: int, co
 
 @functools.cache
 def _kernels() -> Mapping[bytes, str]:
-    """The kinds of values that the kernels know by the bytes of their tables; none without bitsandbytes."""
+    """Return the kernels' value types by the bytes of their tables; empty without bitsandbytes."""
     try:
         with quiet():  # it logs which of its kernels it does not find
             import bitsandbytes  # noqa: F401  # it registers operators
@@ -129,12 +122,12 @@ class PackedFourBits(PackedWeight):
 def packed_weight(
     weight: NDArray[np.float32] | FourBitTensor, name: str, quantization: FourBits, *, is_turned: bool
 ) -> PackedFourBits:
-    """Return a weight in four bits: of floats, or of a checkpoint in which it is stored so.
+    """Return a weight in four bits, quantized from floats or taken from a checkpoint.
 
     Args:
-        weight: Floats `[out, in]`, or what is stored of them.
+        weight: Floats `[out, in]`, or the stored weight.
         name: Its name in messages.
-        quantization: How it is rounded.
+        quantization: How to quantize floats.
         is_turned: Whether the layer's weight is `[in, out]`.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Weights in four bits: as bitsandbytes stored them, read as the floats that its layers multiply by, or rounded by it.
+"""Weights in bitsandbytes' four bits, read as the floats that its layers multiply by; and its rounding.
 
 A weight `[out, in]` is stored as `<key>` (two values a byte, the first in the upper half), `<key>.quant_map` (the 16
 values), `<key>.absmax` (the scale of each block) and `<key>.quant_state.bitsandbytes__nf4`, which is JSON: block size,
-shape and dtype. Where the scales are quantized too, `<key>.nested_absmax`, `<key>.nested_quant_map` and an offset say
-how. The arithmetic is bitsandbytes' own, in float32, so that every value is equal; it is not needed to read them.
+shape and dtype. Double quantization adds `<key>.nested_absmax`, `<key>.nested_quant_map` and an offset. The arithmetic
+is bitsandbytes' own, in float32, so that every value is equal; reading needs no bitsandbytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 class _DamagedError(Exception):
-    """What is wrong with a stored weight, in words."""
+    """A description of what is wrong with a stored weight."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class BlockScales:
     offset: float = 0.0  # what is added to each
 
     def between(self, first: int, last: int) -> NDArray[np.float32]:
-        """The scales of some blocks in float32, `[last - first]`."""
+        """Return the scales of some blocks in float32, `[last - first]`."""
         kind = np.dtype(np.uint8) if self.table is not None else FLOATS[self.stored.dtype]
         values = np.empty(last - first, kind)
         self.stored.read_into(values, first * kind.itemsize)
@@ -62,7 +62,7 @@ class BlockScales:
 
 @dataclass(frozen=True)
 class FourBitTensor(PackedTensor):
-    """A weight of four bits."""
+    """A weight in four bits."""
 
     codes: StoredTensor  # the stored bytes
     scales: BlockScales
@@ -70,7 +70,7 @@ class FourBitTensor(PackedTensor):
     block_size: int  # values with one scale
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Return some values in float32, in the order in which they are stored."""
+        """Return some values in float32, in stored order."""
         packed = np.empty((stop + 1) // 2 - start // 2, np.uint8)
         self.codes.read_into(packed, start // 2)
         scales = self.scales.between(start // self.block_size, -(-stop // self.block_size))
@@ -85,7 +85,7 @@ def scales_of(
     outer_size: int,
     offset: float,
 ) -> NDArray[np.float32]:
-    """Scales from their codes."""
+    """Return scales from their codes."""
     scales: NDArray[np.float32] = table[codes] * outer[np.arange(first, first + len(codes)) // outer_size]
     return scales + np.float32(offset)
 
@@ -98,15 +98,15 @@ def values_of(
     start: int,
     stop: int,
 ) -> NDArray[np.float32]:
-    """The values `start` to `stop` of a weight in float32.
+    """Return the values `start` to `stop` of a weight in float32.
 
     Args:
         packed: The bytes that hold them.
         scales: The scales of the blocks that hold them.
         table: The 16 values.
         block_size: Values with one scale.
-        start: The first value.
-        stop: The one after the last.
+        start: Index of the first value.
+        stop: Index after the last value.
     """
     pairs = np.stack((packed >> 4, packed & 15), axis=-1).reshape(-1)[start % 2 :][: stop - start]
     each = np.repeat(scales, block_size)[start % block_size :][: stop - start]
@@ -115,7 +115,7 @@ def values_of(
 
 
 def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: FourBits | None) -> Mapping[str, StoredTensor]:
-    """Return a model's tensors with those of four bits as floats, and without what is stored beside them."""
+    """Return a model's tensors, four-bit weights as floats and their auxiliary tensors dropped."""
     states = {key.partition(_STATE)[0]: key for key in tensors if _STATE in key}
     if not states and told is None:
         return tensors
@@ -145,12 +145,12 @@ def unpacked(tensors: Mapping[str, StoredTensor], origin: Path, told: FourBits |
 
 
 def _belongs(key: str, weights: Mapping[str, str]) -> bool:
-    """Whether a tensor is a part of a weight of four bits."""
+    """Return whether a tensor is part of a four-bit weight."""
     return key.partition(_STATE)[0] in weights if _STATE in key else key.rpartition(".")[0] in weights
 
 
 def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], told: FourBits) -> FourBitTensor:
-    """The weight of a key."""
+    """Build the four-bit weight of a key."""
     lacking = [part for part in _PARTS[:2] if f"{key}.{part}" not in tensors]
     nested = [part for part in _PARTS[2:] if f"{key}.{part}" in tensors]
     if lacking or len(nested) == 1:
@@ -190,7 +190,7 @@ def _four_bits(key: str, state_key: str, tensors: Mapping[str, StoredTensor], to
 
 
 def _state(tensor: StoredTensor) -> dict[str, Any]:
-    """What is stored as JSON beside a weight."""
+    """Read the JSON stored beside a weight."""
     text = np.empty(tensor.nbytes, np.uint8)
     tensor.read_into(text)
     try:
@@ -203,17 +203,17 @@ def _state(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def _floats_of(tensor: StoredTensor) -> NDArray[np.float32]:
-    """A short tensor of floats in float32."""
+    """Read a short float tensor as float32."""
     if tensor.dtype not in FLOATS:
         raise _DamagedError(f"{tensor.key} is {tensor.dtype}, not floats")
     return tensor.array().reshape(-1).astype(np.float32)
 
 
 def rounded(weight: NDArray[Any], quantization: FourBits, name: str) -> NDArray[np.float32]:
-    """Return a float weight `[out, in]` as its layer in bitsandbytes multiplies by it, in float32.
+    """Quantize and dequantize a float weight `[out, in]` as bitsandbytes' layer does, to float32.
 
-    bitsandbytes rounds it. What it rounded to is read as from a file, since its own kernel for processors with AVX-512
-    reads rows wrong that are not a whole number of blocks (0.50; those for GPUs do not).
+    bitsandbytes quantizes it; the codes are dequantized here, since its kernel for processors with AVX-512 misreads
+    rows that are not a whole number of blocks (0.50; those for GPUs do not).
     """
     packed, scales, table = quantized(weight, quantization, name)
     floats = values_of(packed, scales, table, quantization.block_size, 0, weight.size).reshape(weight.shape)
@@ -223,7 +223,7 @@ def rounded(weight: NDArray[Any], quantization: FourBits, name: str) -> NDArray[
 def quantized(
     weight: NDArray[Any], quantization: FourBits, name: str
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """Return the codes of a float weight, two a byte, the scales of its blocks, and the values of the codes."""
+    """Quantize a float weight; return codes, two a byte, the scales of its blocks, and the values of the codes."""
     import torch
 
     try:

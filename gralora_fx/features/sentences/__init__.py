@@ -1,1 +1,1 @@
-"""Sentence encoders: transformers with the modules that make one embedding of a text, and scores of cross-encoders."""
+"""Sentence encoders: transformers plus the modules that pool one embedding per text, and cross-encoder scores."""

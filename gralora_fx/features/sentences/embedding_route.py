@@ -20,7 +20,7 @@ from gralora_fx.service.protocols.openai.strict_model import with_ignored
 
 
 class Embedding(BaseModel):
-    """The embedding of a text: numbers, or in base64 the bytes of little-endian 32-bit floats."""
+    """The embedding of a text: numbers, or little-endian float32 bytes in base64."""
 
     object: Literal["embedding"]
     index: int
@@ -37,7 +37,7 @@ class EmbeddingResponse(BaseModel):
 
 
 def embedding_routes(engine: EncoderEngine) -> APIRouter:
-    """Return the routes of a sentence encoder; none of a model that takes no texts."""
+    """Return the routes of a sentence encoder; none for a model that takes no texts."""
     router = APIRouter()
     if not engine.encoder.takes_texts:
         return router

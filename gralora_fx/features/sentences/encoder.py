@@ -1,4 +1,4 @@
-"""A transformer with the modules that make a sentence encoder of it, as one forward to trace."""
+"""A transformer and its sentence encoder modules as one forward to trace."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SMALLEST_COUNT = 1e-9
 
 @dataclass
 class SentenceEncoderOutput(ModelOutput):  # type: ignore[misc]  # transformers has no types
-    """What a sentence encoder returns."""
+    """Output of a sentence encoder."""
 
     token_embeddings: Tensor | None = None  # `[batch, length, hidden]`; undefined at padding
     sentence_embedding: Tensor | None = None  # `[batch, size]`
@@ -48,7 +48,7 @@ class SentenceEncoder(AppendedModules):
     modules: SentenceModules  # what its files say of them
 
     def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Let a model's forward end with them, within the block."""
+        """Append them to a model's forward while the block runs."""
         return followed_by(model, self.modules)
 
     def told_to(self, tokenizer: Any, config: Any) -> Any:
@@ -56,12 +56,12 @@ class SentenceEncoder(AppendedModules):
         return settings_of_tokenizer(tokenizer, self.modules, config)
 
     def write(self, directory: Path) -> None:
-        """Write prompts and the similarity function."""
+        """Write the prompts and the similarity function."""
         write_settings(directory, self.modules)
 
 
 def sentence_encoder_of(model: object, task: str, source: str | Path | None) -> SentenceEncoder:
-    """Return the modules after a model, as the directory of its files says or, if it is given, another."""
+    """Return the modules that follow a model: those of its directory, or of another if given."""
     return SentenceEncoder(_modules_of(model, task, source))
 
 
@@ -88,7 +88,7 @@ def _modules_of(model: object, task: str, source: str | Path | None) -> Sentence
 
 
 def _default_modules(model: PreTrainedModel, origin: str) -> SentenceModules:
-    """What sentence-transformers assumes without `modules.json`: the last token of a decoder, or the mean."""
+    """Return sentence-transformers' defaults without `modules.json`: last-token pooling for decoders, else mean."""
     config = model.config
     is_decoder = bool(config.architectures) and config.architectures[0].endswith("ForCausalLM")
     mode = "lasttoken" if is_decoder and getattr(config, "is_causal", True) else "mean"
@@ -104,9 +104,9 @@ _MODE_NAMES = {"mean": "the mean of its token embeddings", "lasttoken": "the emb
 
 @contextmanager
 def followed_by(model: nn.Module, modules: SentenceModules) -> Iterator[None]:
-    """Let a model's forward end with the modules of a sentence encoder, within the block.
+    """Append a sentence encoder's modules to a model's forward while the block runs.
 
-    The paths of the model's own modules stay as they are, so that adapters find them.
+    Paths of the model's own modules do not change, so that adapters find them.
     """
     assert isinstance(model, PreTrainedModel)
     device = "cpu" if model.device.type == "meta" else model.device
@@ -152,7 +152,7 @@ class _Steps(nn.Module):
 
 
 class _Pooling(nn.Module):
-    """Embeddings of tokens `[batch, length, size]` to one for each row; sums are in float32."""
+    """Pools token embeddings `[batch, length, size]` to one per row; sums are in float32."""
 
     def __init__(self, description: described.Pooling) -> None:
         super().__init__()
@@ -163,12 +163,12 @@ class _Pooling(nn.Module):
 
 
 def _raised(values: Tensor) -> Tensor:
-    """Values in float32, or in float64 where they are."""
+    """Return values in float32, or float64 unchanged."""
     return values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 
 def _weighted(states: Tensor, weights: Tensor, power: float = 1.0) -> Tensor:
-    """The sum of states by weights `[batch, length]`, divided by a power of the sum of weights."""
+    """Return weighted sums of states, weights `[batch, length]`, divided by a power of the weights' sum."""
     raised = _raised(states)
     weights = weights.unsqueeze(-1).to(raised.dtype)
     total = weights.sum(1).clamp(min=_SMALLEST_COUNT)
@@ -181,12 +181,12 @@ def _largest(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def _at(states: Tensor, positions: Tensor) -> Tensor:
-    """The state of each row at its position `[batch]`."""
+    """Return each row's state at its position `[batch]`."""
     return states.gather(1, positions.view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
 
 
 def _counted(mask: Tensor) -> Tensor:
-    """Positions from 1 on, counted from the first that is not padding; 0 at padding `[batch, length]`."""
+    """Return positions `[batch, length]` counted from 1 at the first non-padding token; 0 at padding."""
     first = mask.to(torch.int32).argmax(1, keepdim=True)
     return (torch.arange(1, mask.shape[1] + 1, device=mask.device) - first) * mask
 
@@ -212,10 +212,10 @@ class _Normalize(nn.Module):
 
 
 class _Dense(nn.Module):
-    """`activation(x @ weight.T + offset)`, plus `x` or its projection where there is a residual connection.
+    """`activation(x @ weight.T + offset)`, plus `x` or its projection with a residual connection.
 
-    It is not an `nn.Linear` and has no `bias` by name: `all-linear` and `bias="all"` of an adapter leave it out,
-    as they do in sentence-transformers, which gives adapters to the transformer alone.
+    It is not an `nn.Linear` and has no parameter named `bias`, so that `all-linear` and `bias="all"` skip it, as they
+    do in sentence-transformers, which adapts the transformer alone.
     """
 
     weight: nn.Parameter
@@ -243,7 +243,7 @@ class _Dense(nn.Module):
 
 
 def _tensors(description: described.Dense) -> dict[str, Tensor]:
-    """The tensors of a Dense module, in float32."""
+    """Read the tensors of a Dense module, in float32."""
     try:
         tensors = load_file(description.file)
     except (SafetensorError, OSError) as error:

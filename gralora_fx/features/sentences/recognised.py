@@ -1,4 +1,4 @@
-"""What shows that a model is one of sentence-transformers': its files, before any of its modules are read."""
+"""Recognition of sentence-transformers models by their files, before any of their modules are read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FILES = (MODULES_NAME, "*sentence*.json", "*_*/config.json", "*_*/model.safeten
 
 
 def inferred_task(names: Iterable[str]) -> tuple[str, dict[str, Any]] | None:
-    """Return the task of a sentence encoder, with the directory whose `modules.json` says what follows the transformer.
+    """Return a sentence encoder's task and the directory whose `modules.json` lists the modules; None for others.
 
-    As for optimum, a model is one where such a directory is found.
+    Like optimum, any model with such a directory counts.
     """
     directories = map(find_sentence_directory, names)
     directory = next((path for path in directories if path is not None), None)
@@ -32,7 +32,7 @@ def inferred_task(names: Iterable[str]) -> tuple[str, dict[str, Any]] | None:
 
 
 def find_sentence_directory(name: str | Path) -> Path | None:
-    """Return the directory of a sentence encoder; None without `modules.json`, and of another kind of model."""
+    """Return the directory of a sentence encoder; None without `modules.json`, and for other kinds of models."""
     directory = resolve_directory(name, TraceError, patterns=_FILES)
     if not (directory / MODULES_NAME).is_file():
         return None
@@ -41,13 +41,13 @@ def find_sentence_directory(name: str | Path) -> Path | None:
 
 
 def note_score_function(config: Any, name: str | Path) -> None:
-    """Note the function of a cross-encoder's score in its configuration, where sentence-transformers reads it, too."""
+    """Record a cross-encoder's score function in its configuration, where sentence-transformers reads it too."""
     if (function := score_function(name)) is not None:
         config.sentence_transformers = {"activation_fn": function}
 
 
 def score_function(name: str | Path) -> str | None:
-    """Return the function that makes a score of a cross-encoder's output, as a path such as `torch.nn.Identity`."""
+    """Return a cross-encoder's score function as a path, such as `torch.nn.Identity`."""
     path = resolve_directory(name, TraceError, patterns=(SETTINGS_NAME,)) / SETTINGS_NAME
     settings = _settings(path.parent)
     function = settings.get("activation_fn") if settings.get("model_type") == "CrossEncoder" else None
@@ -57,6 +57,6 @@ def score_function(name: str | Path) -> str | None:
 
 
 def _settings(directory: Path) -> dict[str, Any]:
-    """Return what sentence-transformers notes of a model; nothing where there is no such file."""
+    """Return sentence-transformers' settings of a model; empty if there is no such file."""
     path = directory / SETTINGS_NAME
     return read_json_object(path, TraceError) if path.is_file() else {}

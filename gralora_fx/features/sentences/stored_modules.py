@@ -1,4 +1,4 @@
-"""What sentence-transformers' files say of the modules after a transformer."""
+"""Description of the modules after a transformer, from sentence-transformers' files."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _REMEDY = f"take {option(task='feature-extraction')} to export the transformer a
 
 @dataclass(frozen=True)
 class Pooling:
-    """Token embeddings `[batch, length, size]` to `[batch, modes * size]`."""
+    """Pools token embeddings `[batch, length, size]` to `[batch, modes * size]`."""
 
     modes: tuple[str, ...]  # of `POOLING_MODES`; the results of several are concatenated in this order
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """Embeddings divided by their L2 norm."""
+    """Divides embeddings by their L2 norm."""
 
     reads: str = SENTENCE  # which embeddings: `TOKENS` or `SENTENCE`
     writes: str = SENTENCE  # what the result becomes
@@ -64,7 +64,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class SentenceModules:
-    """What makes a sentence encoder of a transformer."""
+    """The description of a sentence encoder."""
 
     source: str  # where it was read from, for messages
     steps: tuple[Pooling | Normalize | Dense, ...]  # the modules after the transformer, in order
@@ -77,7 +77,7 @@ class SentenceModules:
 
 
 def read_sentence_modules(directory: Path) -> SentenceModules:
-    """Read what a sentence-transformers directory says of the modules after its transformer."""
+    """Read the modules after the transformer from a sentence-transformers directory."""
     path = directory / MODULES_NAME
     entries = _entries(path)
     kinds = [_kind(entry, path) for entry in entries]
@@ -115,7 +115,7 @@ def read_sentence_modules(directory: Path) -> SentenceModules:
 
 
 def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path) -> None:
-    """Check that a Pooling comes before whatever reads a sentence embedding."""
+    """Check that a Pooling precedes every module that reads a sentence embedding."""
     pooled = next((index for index, step in enumerate(steps) if isinstance(step, Pooling)), None)
     if pooled is None:
         raise TraceError(f"{path} has no Pooling, so that it makes no sentence embedding; {_REMEDY}")
@@ -127,7 +127,7 @@ def _check_order(steps: Sequence[Pooling | Normalize | Dense], path: Path) -> No
 
 
 def _size(options: Mapping[str, Any], name: str, directory: Path) -> int | None:
-    """A size that may be left out."""
+    """Return an optional positive size."""
     size = options.get(name)
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise TraceError(f"{name} is {shown(size)} in {directory}, not a positive number; repair or copy its files")
@@ -135,12 +135,12 @@ def _size(options: Mapping[str, Any], name: str, directory: Path) -> int | None:
 
 
 def _object_if_there(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
+    """Return the object in a JSON file; empty if there is no such file."""
     return read_json_object(path, TraceError) if path.is_file() else {}
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of `modules.json`, each with a `type` and a `path` within the directory."""
+    """Read the entries of `modules.json`, each with a `type` and a `path` within the directory."""
     entries = read_json(path, TraceError)
     if not isinstance(entries, list) or not entries:
         raise TraceError(f"{path} is not a list of modules; copy it again, or {_REMEDY}")
@@ -155,7 +155,7 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _kind(entry: Mapping[str, Any], path: Path) -> str:
-    """The class name of one of sentence-transformers' own modules."""
+    """Return the class name of a sentence-transformers module; raise for other code."""
     package, _, name = entry["type"].rpartition(".")
     if package.partition(".")[0] != "sentence_transformers":
         raise TraceError(f"{path} has the module {entry['type']}, which is code of its own and is not run; {_REMEDY}")
@@ -202,7 +202,7 @@ def _read_dense(folder: Path) -> Dense:
 
 
 def _ends(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """Which embeddings a module reads, and which it writes."""
+    """Return the embeddings that a module reads and writes."""
     reads = config.get("module_input_name") or SENTENCE
     writes = config.get("module_output_name") or reads
     if other := [name for name in (reads, writes) if name not in (TOKENS, SENTENCE)]:
@@ -221,7 +221,7 @@ _READERS: Mapping[str, Callable[[Path], Pooling | Normalize | Dense]] = {
 
 
 def _transformer_options(directory: Path) -> dict[str, Any]:
-    """What `sentence_bert_config.json` says, where it changes nothing that would have to be part of the graph."""
+    """Return `sentence_bert_config.json`; raise for options that would have to be part of the graph."""
     path = next((path for name in _TRANSFORMER_CONFIGS if (path := directory / name).is_file()), None)
     if path is None:
         return {}

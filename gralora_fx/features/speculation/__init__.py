@@ -1,1 +1,1 @@
-"""Speculation: tokens that an answer repeats are proposed, and verified several in a step."""
+"""Speculative decoding: propose tokens that repeat earlier text, and verify several in a step."""

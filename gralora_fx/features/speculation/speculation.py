@@ -1,4 +1,4 @@
-"""Which tokens to propose, as they followed before, and how many: by what it yields and costs, both as measured."""
+"""N-gram proposals, and draft lengths chosen by measured acceptance and step costs."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _KEPT, _FORGOTTEN = 5, 500  # times of steps of a size; steps after which they s
 class NGrams:
     """A prompt and its answer so far, with the place where its last tokens occurred before.
 
-    What it proposes depends on the text alone, so an answer is the same in every run.
+    Proposals depend on the text alone, so an answer is the same in every run.
 
     Attributes:
         matched: How many of the last tokens occurred before, at most `LONGEST`; 0 for fewer than `ORDER`.
-        credit: How many steps of one token the row is ahead of a row without proposals (see `Speculation`).
+        credit: Single-token steps by which the row is ahead of a row without proposals (see `Speculation`).
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        """Begin with a prompt."""
+        """Start with a prompt."""
         self._tokens = list(tokens)
         grams = zip(*(self._tokens[start:] for start in range(ORDER)), strict=False)
         # where the text goes on after each, the last time; the last of all has nothing after it yet
@@ -41,7 +41,7 @@ class NGrams:
         self._look_up()
 
     def add(self, token: int) -> bool:
-        """Add the next token of the answer; returns whether it is the one that was proposed."""
+        """Append the answer's next token; return whether it was the proposed one."""
         tokens = self._tokens
         is_proposed = self.matched > 0 and tokens[self._at] == token
         if len(tokens) >= ORDER:
@@ -54,7 +54,7 @@ class NGrams:
         return is_proposed
 
     def proposal(self, count: int) -> list[int]:
-        """The next tokens as they followed before; those of a repetition that goes on, where the text ends."""
+        """Return `count` tokens that followed the earlier occurrence, continuing its repetition past the text's end."""
         if not self.matched:
             return []
         period = len(self._tokens) - self._at
@@ -72,10 +72,10 @@ class NGrams:
 
 
 class StepCosts:
-    """What a step costs by how many tokens it reads, by the last steps that were timed."""
+    """Step time by number of tokens read, from the most recent timed steps."""
 
     def __init__(self) -> None:
-        """Begin without times."""
+        """Start without times."""
         self._times: dict[int, deque[float]] = {}
         self._last: dict[int, int] = {}
         self._steps = 0
@@ -83,7 +83,7 @@ class StepCosts:
         self._best: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
-        """A step that read so many tokens took so long."""
+        """Record the time of a step that read `size` tokens."""
         self._steps += 1
         times = self._times.setdefault(size, deque(maxlen=_KEPT))
         times.append(seconds)
@@ -97,16 +97,16 @@ class StepCosts:
             self._sizes = sorted(self._best)
 
     def knows(self, size: int) -> bool:
-        """Return whether such steps were timed lately."""
+        """Return whether such steps were timed recently."""
         return size in self._best
 
     @property
     def largest(self) -> int:
-        """The largest size that is known; 0 for none."""
+        """Largest known size; 0 if there is none."""
         return self._sizes[-1] if self._sizes else 0
 
     def __call__(self, size: int) -> float:
-        """The seconds of a step, between those of the sizes around it; beyond the largest as if more cost nothing."""
+        """Return a step's seconds, interpolated between known sizes; constant beyond the largest."""
         if size in self._best:
             return self._best[size]
         index = bisect_left(self._sizes, size)
@@ -119,25 +119,25 @@ class StepCosts:
 
 
 class Speculation:
-    """Chooses the lengths of drafts in the steps of a decoder.
+    """Chooses draft lengths for the steps of a decoder.
 
-    Of every token of an answer it is known whether it is the one that would have been proposed, so how likely proposed
-    tokens are costs nothing to know, also while none is proposed. What a step costs is known once it was tried: drafts
-    grow from one token on, and where a longer one does not pay, it is not tried again for some hundred steps.
+    For every token of an answer it is known whether it would have been proposed, so acceptance rates cost nothing to
+    measure, even without proposals. The cost of a step is known once it was tried: drafts grow from one token, and a
+    longer one that does not pay is not tried again for some hundred steps.
 
-    A step gets the drafts with which its rows get most tokens a second. Each row has an account of what drafts, its own
-    and those of others, gave and cost it; once it has lost more than a fiftieth of its time, its steps have none.
+    A step gets the drafts that maximise tokens per second over its rows. Each row has an account of what drafts, its
+    own and those of others, gained and cost it; once it has lost more than a fiftieth of its time, its steps have none.
     """
 
     def __init__(self) -> None:
-        """Begin without knowledge."""
+        """Start without measurements."""
         self._costs = StepCosts()
         self._likely = [matched / (matched + 3) for matched in range(LONGEST + 1)]
         self._excess = 0.0  # of the last step over one without drafts, in such steps
 
     @staticmethod
     def most(wanted: int | None) -> int:
-        """Check an option, and return the most tokens that are proposed for a row."""
+        """Check an option, and return the maximum number of proposed tokens per row."""
         if not (wanted is None or (type(wanted) is int and wanted >= 0)):
             raise ServingError(f"prompt_lookup_num_tokens must be a whole number from 0 on, but got {wanted!r:.80}")
         return _MOST if wanted is None else wanted
@@ -152,16 +152,16 @@ class Speculation:
 
     @staticmethod
     def text(prompt: Sequence[int]) -> NGrams:
-        """Begin a text."""
+        """Start a text."""
         return NGrams(prompt)
 
     def saw(self, matched: int, is_proposed: bool) -> None:
-        """Take note of a token: how many before it occurred earlier, and whether it went on as then."""
+        """Record a token: how many tokens before it matched, and whether it continued the match."""
         if matched:
             self._likely[matched] += _WEIGHT * (is_proposed - self._likely[matched])
 
     def propose(self, rows: Sequence[AnswerRow], room: int, most: int) -> int:
-        """Make the drafts of a step in which rows read tokens that were chosen; returns how many tokens they have."""
+        """Make drafts for a step's decoding rows; return their total number of tokens."""
         base = sum(len(row.unread) for row in rows)
         limits = [min(most, row.most, room - len(row.unread)) if row.matched else 0 for row in rows]
         if max(limits, default=0) < 1 or not self._costs.knows(base) or any(_text(row).credit < 0 for row in rows):
@@ -170,7 +170,7 @@ class Speculation:
         return sum(row.propose(count) for row, count in zip(rows, counts, strict=True) if count)
 
     def _best_counts(self, rows: Sequence[AnswerRow], limits: Sequence[int], base: int) -> list[int]:
-        """The lengths with which the rows get most tokens a second; the likeliest tokens are taken first."""
+        """Return draft lengths that maximise tokens per second, taking the likeliest tokens first."""
         counts, best, chosen = [0] * len(rows), len(rows) / self._costs(base), 0
         waiting = [(-self._likely[row.matched], index) for index, row in enumerate(rows) if limits[index] > 0]
         heapq.heapify(waiting)
@@ -192,13 +192,13 @@ class Speculation:
         return counts
 
     def ran(self, size: int, proposed: int, seconds: float) -> None:
-        """Note how many seconds a step of `size` tokens took, some of them proposed."""
+        """Record the seconds of a step of `size` tokens, some of them proposed."""
         self._costs.add(size, seconds)
         base, cost = size - proposed, self._costs(size) if self._costs.knows(size) else seconds
         self._excess = cost / self._costs(base) - 1 if proposed else 0.0
 
     def settle(self, row: AnswerRow, gained: int) -> None:
-        """Take note of what a row that read in the last step got."""
+        """Record what a row gained in the last step."""
         text = _text(row)
         text.credit = min(text.credit + gained - self._excess + _LOSS, _MOST_CREDIT)
 

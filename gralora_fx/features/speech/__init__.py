@@ -1,1 +1,1 @@
-"""Speech: models that read sound and write down what was said."""
+"""Speech: models that transcribe audio."""

@@ -1,4 +1,4 @@
-"""Recordings: audio files as samples, and samples as what the encoder of a speech model reads."""
+"""Recordings: audio files as samples, and samples as encoder inputs of a speech model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SLOWEST, _FASTEST = 1_000, 768_000  # sampling rates, in Hz
 
 @dataclass(frozen=True)
 class Audio:
-    """A recording of one channel."""
+    """A single-channel recording."""
 
     samples: NDArray[np.float32]  # `[samples]`, float32 from -1 to 1
     rate: int  # samples a second
@@ -43,11 +43,11 @@ class Audio:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Its length in seconds."""
         return len(self.samples) / self.rate
 
     def at(self, rate: int) -> NDArray[np.float32]:
-        """The samples at another rate, band-limited: frequencies that it cannot hold are left out."""
+        """Return the samples resampled to another rate, band-limited."""
         if rate == self.rate:
             return self.samples
         common = int(np.gcd(rate, self.rate))
@@ -65,7 +65,7 @@ class Audio:
 
 
 def read_audio(data: bytes, most_seconds: float) -> Audio:
-    """Read an audio file; its channels are averaged."""
+    """Read an audio file, averaging its channels."""
     if not data:
         raise ServingError("the audio file is empty; send one with samples")
     is_wav = data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE"
@@ -74,7 +74,7 @@ def read_audio(data: bytes, most_seconds: float) -> Audio:
 
 
 def check_length(seconds: float, most: float) -> None:
-    """Check how long a recording is."""
+    """Check a recording's length."""
     if seconds > most:
         raise TooLargeError(
             f"the audio is {seconds:.1f} seconds long, and the model reads {most:g} at a time; send it in parts"
@@ -82,7 +82,7 @@ def check_length(seconds: float, most: float) -> None:
 
 
 def _wav(data: bytes, most_seconds: float) -> Audio | None:
-    """A WAV file's audio; None for a coding that is not read here."""
+    """Decode a WAV file; None for an unsupported coding."""
     form, content = None, None
     for name, chunk in _chunks(data):
         if name == b"fmt ":
@@ -107,7 +107,7 @@ def _wav(data: bytes, most_seconds: float) -> Audio | None:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """The chunks of a RIFF file; one whose size is not known, as in a stream, goes to the end."""
+    """Yield the chunks of a RIFF file; one of unknown size, as in a stream, extends to the end."""
     view, place = memoryview(data), 12
     while place + 8 <= len(view):
         name, size = struct.unpack("<4sI", view[place : place + 8])
@@ -137,7 +137,7 @@ _DECODERS: dict[tuple[int, int], Any] = {
 
 
 def _by_soundfile(data: bytes, most_seconds: float, *, is_wav: bool) -> Audio:
-    """Audio of another format."""
+    """Decode audio of another format with soundfile."""
     try:
         soundfile: Any = importlib.import_module("soundfile")  # of an extra
     except ImportError as error:
@@ -162,8 +162,8 @@ class SpeechReader:
     """The feature extractor of an export.
 
     Attributes:
-        rate: Samples a second of the recordings that it takes.
-        most_seconds: How long they may be.
+        rate: Samples per second that it takes.
+        most_seconds: Maximum length of a recording.
     """
 
     def __init__(self, directory: Path, inputs: Mapping[str, Any]) -> None:
@@ -185,7 +185,7 @@ class SpeechReader:
         self.most_seconds = math.inf if samples is None else samples / self.rate
 
     def features(self, audio: Audio) -> dict[str, NDArray[Any]]:
-        """What the encoder reads of a recording."""
+        """Return the encoder's inputs for a recording."""
         check_length(audio.seconds, self.most_seconds)
         samples = audio.at(self.rate)
         try:
@@ -197,7 +197,7 @@ class SpeechReader:
 
 
 def recording(value: Any, rate: int) -> Audio:
-    """A recording as it is given in Python."""
+    """Convert a recording given in Python."""
     if isinstance(value, Mapping):
         value, rate = value[SAMPLES], value[RATE]
     if isinstance(rate, bool) or not isinstance(rate, (int, np.integer)):

@@ -1,4 +1,4 @@
-"""Example inputs of models that read sound: samples, or the features of a spectrogram."""
+"""Example inputs of models that read audio: samples, or spectrogram features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAMPLES = 4000  # a quarter of a second
 
 
 def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) -> torch.Tensor | None:
-    """Return random sound of the shape that a model takes."""
+    """Return random audio of the shape that a model takes."""
     sounds = [torch.randn(shape, generator=generator) for shape in _shapes(model.config, name)]
     if not sounds:
         return None
@@ -23,7 +23,7 @@ def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) ->
 
 
 def _shapes(config: Any, name: str) -> list[tuple[int, ...]]:
-    """Return the shapes that a sound may have for a model, the most common first; none of another input."""
+    """Return the shapes that a model's audio input may have, most common first; none for other inputs."""
     bins = getattr(part_with(config, "num_mel_bins"), "num_mel_bins", None)
     if name == "input_values":
         if bins and hasattr(config, "max_length"):
@@ -38,7 +38,7 @@ def _shapes(config: Any, name: str) -> list[tuple[int, ...]]:
 
 
 def _runs_on(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
-    """Return whether a model, in evaluation mode, runs on an input alone."""
+    """Return whether a model, in evaluation mode, runs with this input alone."""
     try:
         with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=()):
             model.eval()
@@ -49,6 +49,6 @@ def _runs_on(model: PreTrainedModel, name: str, value: torch.Tensor) -> bool:
 
 
 def _frame_width(config: Any) -> int | None:
-    """Return how many features a frame has, for a model that takes `[batch, frames, features]`; None for another."""
+    """Return the features per frame of a model that takes `[batch, frames, features]`; None for others."""
     names = ("feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
     return next((getattr(config, name) for name in names if isinstance(getattr(config, name, None), int)), None)

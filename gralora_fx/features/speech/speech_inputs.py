@@ -1,4 +1,4 @@
-"""Recordings that the encoder of a model of speech reads, and what its answers begin with."""
+"""Recordings as inputs of a speech model's encoder, and the tokens that begin its answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _REPAIR = f"repair {GENERATION_CONFIG}, or export the model again"
 
 @dataclass(frozen=True)
 class SpeechPrompt:
-    """The tokens before an answer, by the fields of `generation_config.json` that Whisper has.
+    """The tokens before an answer, by Whisper's fields of `generation_config.json`.
 
     A model without these fields begins with its start token alone.
     """
@@ -64,13 +64,13 @@ class SpeechPrompt:
 
     @property
     def languages(self) -> list[int]:
-        """Token ids of the languages to choose among by what is heard, after the start token; none if it is known."""
+        """Language token ids to choose among after the start token; empty if the language is known."""
         forced = self._forced()
         is_known = self._language is not None or (bool(forced) and forced[0] is not None)
         return [] if is_known else sorted(self._ids("lang_to_id").values())
 
     def tokens(self, heard: int | None = None) -> list[int]:
-        """The tokens before the answer."""
+        """Return the tokens before the answer; `heard` is a detected language's id."""
         tokens: list[int | None] = [self.rules.start, *self._forced()]
         language = heard if self._language is None else self._language_id(self._language)
         if language is not None:
@@ -101,14 +101,14 @@ class SpeechPrompt:
         return getattr(self.rules.config, name, None)
 
     def _ids(self, name: str) -> Mapping[str, int]:
-        """Token ids by name, as a field has them; none where it is not there."""
+        """Return a field's token ids by name; empty without the field."""
         found = self._field(name) or {}
         if not isinstance(found, Mapping) or not all(type(token) is int and token >= 0 for token in found.values()):
             raise ServingError(f"{name} of {self.rules.directory} is {shown(found)}, not ids of tokens; {_REPAIR}")
         return found
 
     def _forced(self) -> list[int | None]:
-        """Tokens that old checkpoints force after the start token, where nobody says a language or a task."""
+        """Return the tokens that old checkpoints force after the start token if no language or task is given."""
         value = self._field("forced_decoder_ids")
         if not value or self._language is not None or self._task is not None:
             return []
@@ -133,7 +133,7 @@ class SpeechPrompt:
 
 
 def earlier_text(tokenizer: PreTrainedTokenizerBase, text: str, positions: int) -> tuple[int, ...]:
-    """Text before a recording as the tokens that Whisper's decoder takes for it, the last of them if they are many."""
+    """Tokenize text before a recording for Whisper's decoder, keeping its last tokens if there are many."""
     read, most = getattr(tokenizer, "get_prompt_ids", None), max(positions // 2 - 1, 1)
     if read is None:
         raise ServingError("prompt has no effect: the model's tokenizer takes no earlier text; leave it out")
@@ -145,7 +145,7 @@ def earlier_text(tokenizer: PreTrainedTokenizerBase, text: str, positions: int) 
 
 
 def _end(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The end of a text that has some tokens at least, cut between two words, where no token goes across."""
+    """Return the end of a text, of at least some tokens, cut between words where no token spans the cut."""
     bound = TokenBound.of(tokenizer)
     least = sys.maxsize if bound is None else tokens * bound.longest
     found = (
@@ -165,7 +165,7 @@ _SEARCH: Mapping[str, tuple[Any, ...]] = {
 
 
 class SpeechInputs(EncoderInputs):
-    """Reads the recordings that an encoder takes as samples or as features of a spectrogram."""
+    """Reads recordings for an encoder that takes samples or spectrogram features."""
 
     @classmethod
     def of(
@@ -176,7 +176,7 @@ class SpeechInputs(EncoderInputs):
         inputs: Mapping[str, Any],
         limits: DecoderLimits,
     ) -> SpeechInputs:
-        """Read the rules of an export, and check those of languages and tasks (see `EncoderInputs.of`)."""
+        """Read an export's rules, and check those of languages and tasks (see `EncoderInputs.of`)."""
         positions = config.get("max_target_positions") if config.get("model_type") == "whisper" else None
         uncounted = positions // 2 - 1 if isinstance(positions, int) else 0
         rules = GenerationRules.of(directory, config, limits.ends, uncounted=uncounted, more_search=_SEARCH)
@@ -198,12 +198,12 @@ class SpeechInputs(EncoderInputs):
         return EncoderInput(self.checked(self.speech.features(audio)), self.rules)
 
     def example(self, ids: Sequence[int]) -> EncoderInput:
-        """Return an input to try the model with: silence."""
+        """Return an example input: silence."""
         silence = np.zeros(self.speech.rate // 10, dtype=np.float32)
         return self.of_recording(Audio(silence, self.speech.rate))
 
     def refuse(self) -> NoReturn:
-        """Raise a `ServingError`: texts are not read."""
+        """Raise a `ServingError`, since texts are not read."""
         raise ServingError(
             f"{self.directory} reads sound, not text; give a recording as an array of floats, or over HTTP to "
             "/v1/audio/transcriptions"
@@ -217,7 +217,7 @@ class SpeechInputs(EncoderInputs):
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
-        """Read what `generate` was given (see `Generation.read`)."""
+        """Read the arguments of `generate` (see `Generation.read`)."""
         start.check_unused("an answer to a recording begins with its language and task", "forced_bos_token_id")
         prompt = SpeechPrompt(self.rules, start.language, start.task)
         is_single, gives_text, sources = self._recordings(inputs)
@@ -232,7 +232,7 @@ class SpeechInputs(EncoderInputs):
         return Prompts([prompt.tokens(language) for language in languages], is_single, gives_text, sources)
 
     def _recordings(self, inputs: GenerateInputs) -> tuple[bool, bool, list[EncoderInput]]:
-        """Return whether a single recording was given and whether as samples, and what the encoder reads of each."""
+        """Return whether it is a single recording, whether it was given as samples, and the encoder inputs of each."""
         mask, features = inputs.attention_mask, inputs.input_features
         if inputs.input_ids is not None:
             self.refuse()

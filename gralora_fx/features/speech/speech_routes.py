@@ -1,4 +1,4 @@
-"""`/v1/audio/transcriptions` and `/v1/audio/translations`: what was said in a recording, whole or as a stream."""
+"""`/v1/audio/transcriptions` and `/v1/audio/translations`: a recording's text, whole or streamed."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ _TRANSCRIPTIONS, _TRANSLATIONS = "/v1/audio/transcriptions", "/v1/audio/translat
 
 
 class TranslationRequest(StrictModel):
-    """The fields of a request of `/v1/audio/translations`, beside the file.
+    """Form fields of `/v1/audio/translations`, beside the file.
 
     Attributes:
         model: The model's name.
         prompt: Text before the recording.
         response_format: `"json"` or `"text"`.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 is greedy decoding.
         seed: Seed of the draws.
-        max_completion_tokens: The most tokens of the answer.
+        max_completion_tokens: Maximum tokens of the answer.
     """
 
     model_config = ConfigDict(extra="forbid", strict=False)  # a form's values are texts
@@ -61,28 +61,28 @@ class TranslationRequest(StrictModel):
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
+        """The sampling parameters."""
         if not self.temperature:
             return Sampling()
         return Sampling(do_sample=True, temperature=self.temperature, top_k=0, seed=self.seed)
 
     @property
     def spoken(self) -> str | None:
-        """The language that is spoken; None if it is not said."""
+        """The spoken language; None if not given."""
         return None
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is sent piece by piece."""
+        """Return whether the answer is streamed."""
         return False
 
 
 class TranscriptionRequest(TranslationRequest):
-    """The fields of a request of `/v1/audio/transcriptions`, beside the file.
+    """Form fields of `/v1/audio/transcriptions`, beside the file.
 
     Attributes:
-        language: The language that is spoken, as `en` or `English`; None for that which the model hears.
-        stream: Whether the answer is sent as server-sent events.
+        language: The spoken language, as `en` or `English`; None to detect it.
+        stream: Whether to send the answer as server-sent events.
     """
 
     language: str | None = None
@@ -90,17 +90,17 @@ class TranscriptionRequest(TranslationRequest):
 
     @property
     def spoken(self) -> str | None:
-        """The language that is spoken; None if it is not said."""
+        """The spoken language; None if not given."""
         return self.language
 
     @property
     def streams(self) -> bool:
-        """Whether the answer is sent piece by piece."""
+        """Return whether the answer is streamed."""
         return bool(self.stream)
 
 
 async def read_form(request: Request, kind: type[TranslationRequest]) -> tuple[TranslationRequest, bytes]:
-    """The fields of a form, checked, and the content of its file."""
+    """Read a form: its fields, checked, and its file's content."""
     content_type = request.headers.get("content-type")
     if content_type is None or content_type.partition(";")[0].strip().lower() != _FORM:
         what = "is missing" if content_type is None else f"is {shown(content_type)}"
@@ -134,7 +134,7 @@ def _checked(fields: dict[str, Any], kind: type[TranslationRequest]) -> Translat
 
 
 def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
-    """A form as OpenAPI describes it."""
+    """Return a form's OpenAPI description."""
     fields = kind.model_json_schema()
     recording = {"type": "string", "format": "binary", "description": "The recording."}
     schema = {
@@ -147,7 +147,7 @@ def form_schema(kind: type[TranslationRequest]) -> dict[str, Any]:
 
 
 def speech_routes(engine: TextEngine) -> APIRouter:
-    """Return the routes of a model of speech; none of another."""
+    """Return the routes of a speech model; none for others."""
     router, inputs = APIRouter(), engine.inputs
     if not isinstance(inputs, SpeechInputs):
         return router
@@ -165,12 +165,12 @@ def speech_routes(engine: TextEngine) -> APIRouter:
 
 @dataclass(frozen=True)
 class _LanguageOf(EncoderInput):
-    """What an encoder reads to hear a language: the answer is one of its tokens."""
+    """Encoder input for language detection: the answer is one of the language tokens."""
 
     languages: Sequence[int] = ()  # ids of the tokens
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
-        """Return what leaves these tokens alone."""
+        """Return a logits processor that allows only these tokens."""
         return [PrefixConstrainedLogitsProcessor(lambda batch, ids: list(self.languages), 1)]
 
 
@@ -206,7 +206,7 @@ def _source(inputs: SpeechInputs, content: bytes) -> tuple[Audio, EncoderInput]:
 async def _heard(
     engine: TextEngine, speech: SpeechPrompt, source: EncoderInput, adapter: str | None, seconds: float | None
 ) -> int:
-    """The language of a recording, as the first token of its own answer; the encoder's output is kept for the next."""
+    """Return a recording's language, decoded as one token; the encoder's output is reused for the answer."""
     asked = _LanguageOf(source.arrays, source.rules, languages=speech.languages)
     question = TextRequest((source.rules.start,), 1, AnswerOptions(Sampling(logprobs=0)), adapter, asked)
     answers = TextAnswers(engine.queue, [question], 1, seconds)
@@ -233,7 +233,7 @@ async def _whole(answers: TextAnswers, asked: TranslationRequest, audio: Audio) 
 
 
 async def _deltas(answers: TextAnswers, audio: Audio) -> AsyncIterator[dict[str, Any]]:
-    """The objects of a stream."""
+    """Yield the objects of a stream."""
     text = ""
     async for _, piece in answers.pieces():
         new = piece.text if text else piece.text.lstrip()

@@ -1,4 +1,4 @@
-"""The task of a model of speech, and the options of `gralora-fx generate` for a recording."""
+"""The speech recognition task, and the options of `gralora-fx generate` for a recording."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TASKS = (
 
 @dataclass(frozen=True)
 class RecordingOptions:
-    """A recording that is written down.
+    """A recording to transcribe.
 
     Attributes:
-        audio: The path of the recording.
-        language: The language that is spoken; None for the one that the model hears.
+        audio: Path of the recording.
+        language: The spoken language; None to detect it.
     """
 
     audio: Annotated[

@@ -1,1 +1,1 @@
-"""Layers that keep a state in place of keys and values: linear attention, state spaces and causal convolutions."""
+"""Layers with a state instead of keys and values: linear attention, state space models, causal convolutions."""

@@ -1,9 +1,9 @@
-"""States in transformers' caches: empty layers for them, what a model keeps too long, and updates while it is traced.
+"""States in transformers' caches: empty layers for them, and functional updates while a model is traced.
 
-While a model is traced each update makes the next state, where transformers writes over the last. So a graph takes a
-state and gives the next, and no input is changed by a run. Code that replaces a model's own asks
-`cache.get_conv_state(layer)` or `cache.get_recurrent_state(layer)` for a state, as the model does, and hands the next
-one to `cache.update_recurrent_state(next, layer)`, or to `ConvRead.keep` where an operator has made it.
+In a trace each update creates the next state, where transformers overwrites the last. So a graph takes a state and
+returns the next, and no run changes an input. Code that replaces a model's own reads a state with
+`cache.get_conv_state(layer)` or `cache.get_recurrent_state(layer)`, like the model, and stores the next one with
+`cache.update_recurrent_state(next, layer)`, or with `ConvRead.keep` if an operator computed it.
 
 MiniMax's cache keeps the states of lightning attention in a list beside its layers.
 """
@@ -33,12 +33,12 @@ _BESIDE = KINDS["recurrent"].beside
 
 
 def empty(like: DynamicCache) -> DynamicCache:
-    """Return a cache without layers, of the model's own class where it keeps states beside them."""
+    """Return a cache without layers, of the model's own class if that keeps states beside them."""
     return type(like)() if hasattr(like, _BESIDE) else DynamicCache()
 
 
 def fresh(cache: DynamicCache, index: int) -> Any:
-    """Return an empty layer for as many states as a cache's layer; None if it keeps none."""
+    """Return an empty layer with as many states as a cache's layer; None if it keeps none."""
     beside = getattr(cache, _BESIDE, [])
     if index >= len(cache.layers) or isinstance((beside[index : index + 1] or [None])[0], Tensor):
         return LinearAttentionLayer()
@@ -50,7 +50,7 @@ def fresh(cache: DynamicCache, index: int) -> Any:
 
 
 def keep(cache: Any, slot: CacheSlot, state: Tensor) -> None:
-    """Put a state into a cache that has a layer for it."""
+    """Store a state in a cache that has a layer for it."""
     if hasattr(cache, _BESIDE):
         cache.set_linear_cache(slot.layer, state)
         return
@@ -65,9 +65,9 @@ def keep(cache: Any, slot: CacheSlot, state: Tensor) -> None:
 
 @contextmanager
 def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
-    """Note which states the model keeps within the block that hold as many inputs as a kernel: one is not read again.
+    """Record which convolution states kept in the block are as wide as the kernel: one input more than is read.
 
-    Such a state is kept by a module with a single convolution, of that width.
+    The state is attributed to the innermost running module with a single convolution of that width.
     """
     longer: set[tuple[int, int]] = set()
     running: list[nn.Conv1d] = []  # the convolutions of the modules that run, the innermost last
@@ -94,7 +94,7 @@ def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
 
 @dataclass
 class ConvRead:
-    """What a convolution reads of a layer's cache, which an operator takes apart."""
+    """A convolution's read of a layer's cache, for an operator that takes its parts."""
 
     joined: Tensor  # the inputs that were kept and the new ones, `[batch, channels, kept + length]`
     kept: Tensor  # the former
@@ -103,7 +103,7 @@ class ConvRead:
     number: int  # which state of the layer
 
     def keep(self, state: Tensor) -> None:
-        """Let the layer keep the next state, `[batch, channels, kernel - 1]`, which an operator has computed."""
+        """Store the next state, `[batch, channels, kernel - 1]`, that an operator computed."""
         self.layer.conv_states[self.number] = state
 
 
@@ -111,14 +111,14 @@ _last: ContextVar[ConvRead | None] = ContextVar("the last read of a convolution"
 
 
 def conv_read(joined: Tensor) -> ConvRead | None:
-    """The read of a cache that gave a tensor, if it was the last one; None of any other tensor."""
+    """Return the cache read that produced a tensor, if it was the last one; None for other tensors."""
     last = _last.get()
     return last if last is not None and last.joined is joined else None
 
 
 @contextmanager
 def fresh_states() -> Iterator[None]:
-    """Let updates of states give new tensors within the block."""
+    """Let updates of states return new tensors while the block runs."""
     before = _last.set(None)
     try:
         with (
@@ -131,7 +131,7 @@ def fresh_states() -> Iterator[None]:
 
 
 def _next_conv_state(layer: Any, conv_states: Tensor, state_idx: int = 0, **_: Any) -> Tensor:
-    """What a convolution reads: the inputs that were kept and the new ones, of which the last are kept."""
+    """Return a convolution's input: the kept inputs and the new ones; the last of them are kept."""
     kept = layer.conv_states[state_idx]
     read = torch.cat([kept, conv_states], dim=-1)
     layer.conv_states[state_idx] = read[..., -kept.shape[-1] :]

@@ -1,7 +1,7 @@
-"""Last forms of layers with a state: those that take less time on a CPU, and limits of numbers in prompts alone.
+"""Final forms of layers with a state: faster ones on a CPU, and clamps that apply to prompts only.
 
-They come last, so that the passes before see the operators. Limits are as transformers has them of Mamba2's time steps
-(see `PromptClamp`).
+They come last, so that earlier passes see the operators. Clamps are those of Mamba2's time steps in transformers (see
+`PromptClamp`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gralora_fx.format.export_directory import TOKENS_APART
 
 
 def lower_prompt_clamps(model: ir.Model) -> PassResult[ir.Model]:
-    """Limit numbers where there are several tokens, or no state before them.
+    """Clamp numbers if there are several tokens, or no state before them.
 
     Before: `y = PromptClamp(x, state)`
-    After:  `y = Where(Or(Shape(x)[1] > 1, ReduceL1(state) == 0), Clip(x), x)`, and metadata that say so
+    After:  `y = Where(Or(Shape(x)[1] > 1, ReduceL1(state) == 0), Clip(x), x)`, recorded in the metadata
     """
     changed = 0
     for node, taken in PromptClampNode.all_in(model.graph):
@@ -41,7 +41,7 @@ def lower_prompt_clamps(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def clamp_rows(model: ir.Model, tokens: RowTokens) -> None:
-    """The same in a graph whose rows have lengths of their own: where a row reads several tokens, or its first one."""
+    """Lower clamps of a graph with row lengths: they apply where a row reads several tokens, or its first."""
     is_prompt: ir.Value | None = None
     for node, taken in PromptClampNode.all_in(model.graph):
         build = Builder(model.graph)
@@ -68,7 +68,7 @@ _BLOCK = 16  # channels that ONNX Runtime's convolution computes at once; with o
 
 
 def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:
-    """Replace operators with a state by forms that ONNX Runtime computes faster, where there are such.
+    """Replace operators with a state by forms that ONNX Runtime computes faster, if there are any.
 
     Before: `y, next = CausalConvWithState(Transpose(x), weight, bias, state)`, a third of the speed of a convolution
     After:  `y = Conv(Concat(state, x), weight, bias)` and `next`, the end of the concatenation
@@ -92,7 +92,7 @@ def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _convolve(build: Builder, node: ir.Node) -> bool:
-    """Make a convolution whose channels come last, as the layers around it have them; False if it does not fit."""
+    """Build a convolution with channels last, like the layers around it; return False if it does not fit."""
     x, weight, bias, state = (*node.inputs, None, None)[:4]
     width = static_dim(weight, 2)
     if not fits_convolution(node) or x is None or weight is None or state is None or width is None:
@@ -113,7 +113,7 @@ def _convolve(build: Builder, node: ir.Node) -> bool:
 
 
 def fits_convolution(node: ir.Node) -> bool:
-    """Whether a node is a causal convolution with a state among channels that come last, which they do around it."""
+    """Return whether a node is a causal convolution with a state, surrounded by channels-last layers."""
     if node.domain != MICROSOFT or node.op_type != "CausalConvWithState":
         return False
     x, weight, _, state = (*node.inputs, None, None)[:4]
@@ -125,7 +125,7 @@ def fits_convolution(node: ir.Node) -> bool:
 
 
 def _scan(build: Builder, node: ir.Node) -> bool:
-    """Make a loop over positions of linear attention of single numbers; False of any other."""
+    """Build a Scan over positions for linear attention of single numbers; return False for any other."""
     query, key, value, state, decay, beta = (*node.inputs, None, None)[:6]
     heads, groups = (node.attributes[name].as_int() for name in ("kv_num_heads", "q_num_heads"))
     size = static_dim(state, 2)

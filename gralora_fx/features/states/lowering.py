@@ -1,4 +1,4 @@
-"""The operators of layers with a state in a translated model, and what the runtime has in their place: `_LOWERED`."""
+"""Lowering of the operators of layers with a state to ONNX Runtime's: the table `_LOWERED`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _RULES = {  # whether there is a decay, and a beta
 def lower_state_operators(model: ir.Model) -> PassResult[ir.Model]:
     """Replace operators that carry a state, and the norm beside them, by the runtime's.
 
-    Before: `y, next = LinearAttention(query, key, value, decay, beta, state)`, heads and their sizes apart
+    Before: `y, next = LinearAttention(query, key, value, decay, beta, state)`, heads and sizes as separate axes
     After:  `y, next = com.microsoft.LinearAttention(query, key, value, state, decay, beta)`, heads in one axis
     """
     changed = 0
@@ -100,12 +100,12 @@ def _linear_attention(build: Builder, taken: LinearAttentionNode) -> tuple[ir.Va
 
 
 def _decay(build: Builder, decay: ir.Value | None) -> ir.Value | None:
-    """A decay as one operator, where a model computes it as the gated delta rule does.
+    """Fuse a decay computed as in the gated delta rule into one operator.
 
     Before: `decay = Mul(scale, Softplus(Add(a, bias)))`
     After:  `decay = LinearAttentionGate(a, bias, scale)`
 
-    The operator gives a beta as well, of which it rounds what `_beta` does not.
+    The operator's beta output is not used: it is rounded, unlike that of `_beta`.
     """
     scale, softplus = _vector_first(decay, "Mul")
     rate = None if softplus is None else softplus.producer()
@@ -123,13 +123,13 @@ def _decay(build: Builder, decay: ir.Value | None) -> ir.Value | None:
 
 
 def _beta(graph: ir.Graph, beta: ir.Value | None) -> ir.Value | None:
-    """A beta whose small values are exact; the graph is changed in place.
+    """Return a beta whose small values are exact; the graph is changed in place.
 
     Before: `beta = Sigmoid(b)`, or `Mul(Sigmoid(b), 2)`
     After:  `beta = Reciprocal(Add(Exp(Neg(b)), 1))`, or its double
 
-    ONNX Runtime's `Sigmoid` is off by 6e-8, a rounding error of 1, however small the result. Of heads that are written
-    with a beta of 1e-5 that is a hundredth, and the norm behind them magnifies it by up to `1 / sqrt(eps)`.
+    ONNX Runtime's `Sigmoid` has an absolute error of 6e-8, however small the result. For heads with a beta of 1e-5 that
+    is a hundredth, and the norm after them magnifies it by up to `1 / sqrt(eps)`.
     """
     node = None if beta is None else beta.producer()
     factors = () if node is None or node.op_type != "Mul" else node.inputs
@@ -145,7 +145,7 @@ def _beta(graph: ir.Graph, beta: ir.Value | None) -> ir.Value | None:
 
 
 def _vector_first(value: ir.Value | None, op_type: str) -> tuple[ir.Value | None, ir.Value | None]:
-    """The operands of an operator, that with one axis before that with three; None and None of anything else."""
+    """Return an operator's operands, the 1-D one before the 3-D one; (None, None) for anything else."""
     node = None if value is None else value.producer()
     operands = () if node is None or node.op_type != op_type else node.inputs
     ranks = {len(each.shape): each for each in operands if each is not None and each.shape is not None}
@@ -166,7 +166,7 @@ def _causal_conv(build: Builder, taken: CausalConvNode) -> tuple[ir.Value, ...]:
 
 
 def _gated_norm(build: Builder, taken: GatedRmsNormNode) -> tuple[ir.Value, ...]:
-    """A norm of groups that lie side by side in the last axis, so that no tensor needs another shape for it.
+    """Normalise groups side by side in the last axis, so that no tensor needs reshaping.
 
     Before: `y = Reshape(GatedRMSNorm(Reshape(x, [-1, size]), weight, Reshape(gate, [-1, size])), shape of x)`
     After:  `y = GatedRMSNorm(x, weight, gate)`
@@ -183,7 +183,7 @@ def _gated_norm(build: Builder, taken: GatedRmsNormNode) -> tuple[ir.Value, ...]
 
 
 def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
-    """A shape as `Reshape` of a value takes it: 0 for an axis as the value's own, -1 for one to be inferred."""
+    """Return a shape for `Reshape`: 0 for an axis of the input's size, -1 for one to be inferred."""
     before = list(source.shape or ())
     return [
         size if isinstance(size, int) else 0 if axis < len(before) and before[axis] == size else -1
@@ -192,12 +192,12 @@ def _sizes(value: ir.Value, source: ir.Value) -> list[int]:
 
 
 def _alike(one: ir.Value, other: ir.Value) -> bool:
-    """Return whether two values are known to have one shape."""
+    """Return whether two values are known to have the same shape."""
     return one.shape is not None and one.shape == other.shape and not one.shape.has_unknown_dim()
 
 
 def _views(value: ir.Value) -> Iterator[ir.Value]:
-    """A value, what it is a view of, what that is a view of, and so on."""
+    """Yield a value, and the inputs of the `Reshape` chain that it comes from."""
     yield value
     producer = value.producer()
     if producer is not None and producer.op_type == "Reshape" and producer.inputs[0] is not None:
@@ -205,7 +205,7 @@ def _views(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _drop_views(graph: ir.Graph, value: ir.Value) -> None:
-    """Let what reads a value in a shape that one of its sources has read that one."""
+    """Let reshapes of a value read its source directly if that has their shape already."""
     for reader in [usage.node for usage in value.uses()]:
         result = reader.outputs[0]
         same = [source for source in _views(value) if _alike(source, result)]
@@ -215,7 +215,7 @@ def _drop_views(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def _packed(build: Builder, value: ir.Value) -> ir.Value:
-    """`[batch, length, heads * size]` of `[batch, length, heads, size]`: what it is a view of, where that is known."""
+    """Reshape `[batch, length, heads, size]` to `[batch, length, heads * size]`, reusing the source of a view."""
     width = fixed_dim(value, 2) * fixed_dim(value, 3)
     producer = value.producer()
     before = producer.inputs[0] if producer is not None and producer.op_type == "Reshape" else None
@@ -242,7 +242,7 @@ _LOWERED: dict[type[DomainNode], Callable[[Builder, Any], tuple[ir.Value, ...]]]
 
 
 def join_slices(graph: ir.Graph, source: ir.Value) -> bool:
-    """Replace slices that together are a whole tensor by one node, in place.
+    """Replace slices that together cover a tensor by one `Split`, in place.
 
     ONNX Runtime does so itself, but not below a transpose, which it moves into each slice.
 
@@ -268,7 +268,7 @@ def join_slices(graph: ir.Graph, source: ir.Value) -> bool:
 
 
 def _piece(node: ir.Node) -> tuple[ir.Node, int, int, int] | None:
-    """The node, its axis, its start and its end, of a slice along one axis; None of any other node."""
+    """Return the node, axis, start and end of a slice along one axis; None for other nodes."""
     if node.op_type != "Slice" or node.domain or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
     start, end, axis, step = (const_ints(value) for value in (*node.inputs[1:], None, None)[:4])

@@ -1,6 +1,6 @@
-"""Operators of layers with a state: linear attention, a convolution, a norm with a gate, limits of prompts.
+"""Operators of layers with a state: linear attention, causal convolution, gated norm, clamps of prompts.
 
-Linear attention keeps a state of keys times values in place of a cache of them. Mamba2, the gated delta rule, Kimi's
+Linear attention keeps a state of keys times values instead of a cache of them. Mamba2, the gated delta rule, Kimi's
 delta attention, lightning attention and Mamba's selective scan are this operator with other arguments.
 """
 
@@ -17,10 +17,10 @@ __all__ = ["CausalConv", "GatedRmsNorm", "LinearAttention", "PromptClamp"]  # th
 
 @operator("causal_conv")
 class CausalConv(Call[V]):
-    """`gralora::causal_conv`: each channel convolved with its own kernel, over the last inputs of earlier calls too.
+    """`gralora::causal_conv`: a causal depthwise convolution that continues from earlier calls' last inputs.
 
-    As `CausalConvWithState` of ONNX Runtime. The results are as `x`, and the last `kernel - 1` inputs of the sequence,
-    those of `state` included, which the next call takes. An input of zeros is what padding before a sequence has to be.
+    Like ONNX Runtime's `CausalConvWithState`. The results are a tensor like `x`, and the last `kernel - 1` inputs of
+    the sequence, including those of `state`, for the next call. Inputs of padding before a sequence must be zeros.
 
     Attributes:
         x: `[batch, channels, length]`.
@@ -37,14 +37,14 @@ class CausalConv(Call[V]):
     silu: bool
 
     def result(self: CausalConv[Tensor]) -> tuple[Tensor, Tensor]:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch operators."""
         joined = torch.cat([self._initial(), self.x], dim=-1)
         y = nn.functional.conv1d(joined.to(self.weight.dtype), self.weight, self.bias, groups=self.weight.shape[0])
         y = nn.functional.silu(y) if self.silu else y
         return y.to(self.x.dtype), joined[..., joined.shape[-1] - (self.weight.shape[-1] - 1) :].contiguous()
 
     def shape_only(self: CausalConv[Tensor]) -> tuple[Tensor, Tensor]:
-        """The shapes."""
+        """Return empty tensors of the results' shapes."""
         return torch.empty_like(self.x), torch.empty_like(self._initial())
 
     def _initial(self: CausalConv[Tensor]) -> Tensor:
@@ -57,13 +57,13 @@ class CausalConv(Call[V]):
 class GatedRmsNorm(Call[V]):
     """`gralora::gated_rms_norm`: `x / sqrt(mean(x ** 2) + eps) * weight * f(gate)` over the last axis.
 
-    As `GatedRMSNorm` of ONNX Runtime; the result is as `x`, and computed in float32.
+    Like ONNX Runtime's `GatedRMSNorm`; the result has the shape and dtype of `x`, and is computed in float32.
 
     Attributes:
         x: `[..., size]`.
         weight: `[size]`.
-        gate: As `x`.
-        eps: What is added to the mean.
+        gate: Like `x`.
+        eps: Added to the mean.
         silu: Whether `f(z)` is `z * sigmoid(z)` rather than `sigmoid(z)`.
     """
 
@@ -74,27 +74,27 @@ class GatedRmsNorm(Call[V]):
     silu: bool
 
     def result(self: GatedRmsNorm[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch operators."""
         normed = RmsNorm(self.x, self.weight, self.eps).result()
         wide = torch.promote_types(self.x.dtype, torch.float32)
         activation = nn.functional.silu if self.silu else torch.sigmoid
         return (normed.to(wide) * activation(self.gate.to(wide))).to(self.x.dtype)
 
     def shape_only(self: GatedRmsNorm[Tensor]) -> Tensor:
-        """The shape."""
+        """Return an empty tensor of the result's shape."""
         return torch.empty_like(self.x)
 
 
 @operator("prompt_clamp")
 class PromptClamp(Call[V]):
-    """`gralora::prompt_clamp`: numbers within limits where a row reads a prompt, as they are where it reads one token.
+    """`gralora::prompt_clamp`: `x` clamped in rows that read a prompt, unchanged in rows that read one token.
 
-    transformers limits the time steps of Mamba2's layers so: those of several tokens, and that of a single one with no
+    transformers clamps the time steps of Mamba2's layers so: those of several tokens, and that of a single one with no
     state before it.
 
     Attributes:
         x: `[batch, length, size]`.
-        state: `[batch, ...]`, what a recurrence has summed up of earlier tokens; zeros for none.
+        state: `[batch, ...]`, a recurrence's sum over earlier tokens; zeros for none.
         least: The lower limit.
         largest: The upper limit.
     """
@@ -105,14 +105,14 @@ class PromptClamp(Call[V]):
     largest: float
 
     def result(self: PromptClamp[Tensor]) -> Tensor:
-        """The reference, in PyTorch's own operators."""
+        """Compute the reference with PyTorch operators."""
         # no branch, so that the length may be any; integers, to which a verification adds no rounding noise
         is_several = self.x.new_ones(self.x.shape[1], dtype=torch.int64).sum() > 1
         is_prompt = is_several | (self.state == 0).flatten(1).all(1)
         return torch.where(is_prompt[:, None, None], self.x.clamp(self.least, self.largest), self.x)
 
     def shape_only(self: PromptClamp[Tensor]) -> Tensor:
-        """The shape."""
+        """Return an empty tensor of the result's shape."""
         return torch.empty_like(self.x)
 
 
@@ -158,7 +158,7 @@ class LinearAttention(Call[V]):
     scale: float
 
     def result(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
-        """The reference, in PyTorch's own operators, in float32 or better; the length may be any."""
+        """Compute the reference with PyTorch operators, in float32 or better, for any length."""
         if self.beta is None and self.decay is not None and self.decay.ndim == 4 and self.value.shape[3] == 1:
             return self._of_numbers(self.decay)
         heads, length = self.value.shape[2], self.query.shape[1]
@@ -184,9 +184,9 @@ class LinearAttention(Call[V]):
         return (self.scale * y).to(self.value.dtype).contiguous(), state.to(dtype)
 
     def _of_numbers(self: LinearAttention[Tensor], decay: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of values that are single numbers, as Mamba's, whose states at all positions fit into memory.
+        """Compute the same for values that are single numbers, as in Mamba, with all states in memory.
 
-        Chunks are computed beside each other, step by step, each from a state of zeros; then what was before each.
+        Chunks are computed in parallel, step by step, each from a state of zeros; then the state before each is added.
         """
         heads, length = self.value.shape[2], self.value.shape[1]
         size = _chunk_size(length, _CHUNK_OF_NUMBERS)
@@ -210,7 +210,7 @@ class LinearAttention(Call[V]):
         return (self.scale * y).to(self.value.dtype), before[-1].unsqueeze(-1).to(dtype)
 
     def shape_only(self: LinearAttention[Tensor]) -> tuple[Tensor, Tensor]:
-        """The shapes."""
+        """Return empty tensors of the results' shapes."""
         batch, length, heads, size = self.value.shape
         state = self._initial(torch.float32) if self.state is None else self.state
         y = self.value.new_empty(batch, length, max(heads, self.query.shape[2]), size)
@@ -224,12 +224,12 @@ class LinearAttention(Call[V]):
 
 
 def _chunk_size(length: int | torch.SymInt, most: int) -> int:
-    """Positions of a chunk: no more than there are, so that a token does not cost a chunk."""
+    """Return a chunk's positions: at most the length, so that a single token does not cost a chunk."""
     return max(1, min(length, most)) if isinstance(length, int) else most
 
 
 def _in_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
-    """`[chunks, batch, heads, size, ...]` of `[batch, length, heads, ...]` in float32 or better, with zeros behind."""
+    """Split `[batch, length, heads, ...]` into `[chunks, batch, heads, size, ...]`, zero-padded, at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     padded = nn.functional.pad(wide, (0, 0) * (x.ndim - 2) + (0, chunks * size - x.shape[1]))
     return padded.reshape(x.shape[0], chunks, size, *x.shape[2:]).transpose(0, 1).transpose(2, 3)
@@ -238,7 +238,7 @@ def _in_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
 def _chunk(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What linear attention gives for a chunk, and the next state.
+    """Return a chunk's outputs of linear attention, and the next state.
 
     Args:
         query: `[batch, heads, shared, length, key size]`.
@@ -269,12 +269,12 @@ def _chunk(
 
 
 def _share(decay: Tensor) -> Tensor:
-    """`exp(decay)`, and zero below `_LEAST`: products would be denormal numbers there, which take processors long."""
+    """Return `exp(decay)`, zero below `_LEAST`, where products would be denormal and slow."""
     return decay.masked_fill(decay < _LEAST, float("-inf")).exp()
 
 
 def _products(one: Tensor, key: Tensor, left: Tensor | None, later: Tensor) -> Tensor:
-    """Products of positions with the keys of themselves and earlier ones, `[..., length, length]`."""
+    """Return products of positions with their own and earlier keys, `[..., length, length]`."""
     if left is not None and left.shape[-1] > 1:
         return torch.einsum("...ik,...jk,...ijk->...ij", one, key, left)
     products = one @ key.transpose(-1, -2)

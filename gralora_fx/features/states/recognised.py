@@ -1,4 +1,4 @@
-"""The code by which a trace knows layers with a state: one row for each, by whose copies of it others are known too."""
+"""Code by which a trace recognises layers with a state, one row each; copies in other models are recognised too."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ KNOWN_CODE = (*RECURRENCES, *STATE_SPACES, *GATED_NORMS)
 
 
 def forgets_before_prompts(model: nn.Module) -> bool:
-    """Return whether transformers' code of a model reads several tokens as if none came before (selective scans)."""
+    """Return whether transformers' code treats several tokens as if no state preceded them (selective scans)."""
     return any(code.replaces_in(part) for part in model.modules() for code in _SELECTIVE_SCANS)

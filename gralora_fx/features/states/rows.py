@@ -1,6 +1,6 @@
-"""Layers that keep a state in a graph whose rows have lengths of their own.
+"""Layers with a state in a graph with row lengths.
 
-A row's state is that after its own tokens: what stands behind them neither decays it nor adds to it, and an idle row
+A row's state is that after its own tokens: padding behind them neither decays it nor adds to it, and an idle row
 keeps its own, bit for bit.
 """
 
@@ -39,17 +39,17 @@ STATE = 3  # the position of the state among the inputs of either operator
 
 
 class RowStates:
-    """Rewrites a graph's operators that keep a state; what they share is computed once."""
+    """Rewrites a graph's operators with a state; shared values are computed once."""
 
     def __init__(self, graph: ir.Graph, tokens: RowTokens) -> None:
-        """Begin a rewrite."""
+        """Start a rewrite."""
         self._graph, self._tokens = graph, tokens
         self._shared: dict[tuple[str, int, int], ir.Value] = {}
         self._rows: RowTokens | None = None
         self._is_read: ir.Value | None = None
 
     def rewrite(self, node: ir.Node) -> None:
-        """Let an operator of `STATE_OPERATORS` read and give rows of tokens, in place."""
+        """Let an operator of `STATE_OPERATORS` read and return rows of tokens, in place."""
         build = Builder(self._graph)
         if self._rows is None:
             self._rows = longest_row(build, self._tokens)
@@ -59,7 +59,7 @@ class RowStates:
         self._graph.remove(node, safe=True)
 
     def _convolve(self, build: Builder, node: ir.Node) -> None:
-        """A convolution, whose next state is the last inputs of the row's own tokens.
+        """Rewrite a convolution: its next state is the last inputs of the row's own tokens.
 
         Before: `y, next = CausalConvWithState(x, weight, bias, state)`
         After:  `y = CausalConvWithState(rows(x), weight, bias, state)` of the tokens, and
@@ -83,10 +83,10 @@ class RowStates:
         replace_channels_first(build, last, node.outputs[1])
 
     def _attend(self, build: Builder, node: ir.Node) -> None:
-        """Linear attention, to which a position that does not count has key 0, decay 0 and beta 0.
+        """Rewrite linear attention: padding has key 0, decay 0 and beta 0.
 
         Before: `y, next = LinearAttention(query, key, value, state, decay, beta)`
-        After:  the same of rows of tokens, with `Where(is_read, rows(key), 0)` and so on
+        After:  the same on rows of tokens, with `Where(is_read, rows(key), 0)` and so on
         """
         rows, (query, key, value, state, decay, beta) = self._rows, (*node.inputs, None, None)[:6]
         assert rows is not None
@@ -123,7 +123,7 @@ class StateRows:
         self._nodes = [node for node in model.graph if node.op_type in STATE_OPERATORS]
 
     def drop_padding_mask(self, mask: ir.Value, ids: ir.Value) -> None:
-        """Take away what hides padding from layers with a state, since all tokens of a row count.
+        """Remove the padding mask from layers with a state, since all tokens of a row count.
 
         Before: `y = Mul(x, Cast(Unsqueeze(Slice(attention_mask))))`, the mask of the new positions
         After:  `y = x`
@@ -146,7 +146,7 @@ class StateRows:
         return states
 
     def rewrite(self, tokens: RowTokens) -> int:
-        """Let the layers read and give rows of tokens, in place; return how many there are."""
+        """Let the layers read and return rows of tokens, in place; return the number of layers."""
         clamp_rows(self._model, tokens)
         states = RowStates(self._model.graph, tokens)
         for node in self._nodes:
@@ -155,7 +155,7 @@ class StateRows:
 
 
 def _products(mask: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
-    """Products with a mask, and what it is multiplied by."""
+    """Yield products with a mask, and their other factors."""
     for usage in mask.uses():
         if usage.node.op_type in ("Unsqueeze", "Cast"):
             yield from _products(usage.node.outputs[0])
@@ -166,7 +166,7 @@ def _products(mask: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
 
 
 def _last_inputs(build: Builder, query: ir.Value, channels: int, kept: int) -> ir.Value:
-    """`[batch, kept, channels]`: where a convolution's next state is in its state and inputs, one after the other."""
+    """Return indices `[batch, kept, channels]` of a convolution's next state within its state and inputs."""
     counts = build("Unsqueeze", build("Cast", query, to=ir.DataType.INT64), [1])
     index = build("Unsqueeze", build("Add", counts, [*range(kept)]), [2])
     rows = build("Shape", query)
@@ -174,15 +174,14 @@ def _last_inputs(build: Builder, query: ir.Value, channels: int, kept: int) -> i
 
 
 def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
-    """Let a model take and give states as its operators do, where the model itself has their last two axes swapped.
+    """Let a model take and return states in its operators' layout, if its own has the last two axes swapped.
 
     Before: `y, next = LinearAttention(..., Transpose(past), ...); present = Transpose(next)`
     After:  `y, present = LinearAttention(..., past, ...)`, `past` and `present` of the other shape
 
-    Likewise the state of a convolution whose inputs and results have their channels last: the state has them last too
-    (see `fast_state_forms`).
+    The state of a convolution with channels-last inputs and results becomes channels-last too (see `fast_state_forms`).
 
-    The model's metadata name them, since their shapes do not always tell.
+    The model's metadata name these states, since their shapes do not always tell.
     """
     for node in list(model.graph):
         if fits_convolution(node):
@@ -204,7 +203,7 @@ def keep_state_layout(model: ir.Model) -> PassResult[ir.Model]:
 
 
 def _turn_state(graph: ir.Graph, node: ir.Node) -> None:
-    """Transpose a state of the cache twice before an operator and twice behind it, so that either pair can be parted.
+    """Insert two transposes before and two after an operator's state, so that either pair can be separated.
 
     Before: `y, present = CausalConvWithState(x, weight, bias, past)`
     After:  `y, next = CausalConvWithState(x, weight, bias, T(T(past)))`, `present = T(T(next))`
@@ -227,12 +226,12 @@ def _turn_state(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _readers(value: ir.Value) -> list[ir.Node]:
-    """Return what reads a state, but for its number of rows."""
+    """Return the readers of a state, except those of its number of rows."""
     return [usage.node for usage in value.uses() if not takes_row_count(usage.node)]
 
 
 def _after(value: ir.Value) -> ir.Value | None:
-    """The value with its last two axes swapped, where that is all that is read of it."""
+    """Return a value's transpose of the last two axes, if that is its only reader."""
     readers = _readers(value)
     if len(readers) != 1:
         return None
@@ -243,7 +242,7 @@ def _after(value: ir.Value) -> ir.Value | None:
 
 
 def _before(value: ir.Value) -> ir.Value | None:
-    """The value of which it is the one with the last two axes swapped."""
+    """Return the value whose transpose of the last two axes this is."""
     node = value.producer()
     if node is None or node.inputs[0] is None:
         return None
@@ -253,7 +252,7 @@ def _before(value: ir.Value) -> ir.Value | None:
 
 
 def _keeps_shape(node: ir.Node) -> bool:
-    """Whether a node gives a value of the same shape: a reshape whose sizes, but for that of the batch, are known."""
+    """Return whether a node is a reshape to the same shape, all sizes known except the batch's."""
     shapes = [v.shape for v in (node.inputs[0], node.outputs[0]) if v is not None and v.shape is not None]
     if node.op_type != "Reshape" or len(shapes) != 2 or len(shapes[0]) != len(shapes[1]):
         return False

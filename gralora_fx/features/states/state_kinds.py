@@ -1,4 +1,4 @@
-"""The kinds of tensors that layers with a state keep, and the operators of exports that read them."""
+"""Kinds of states in a cache, and the exported operators that read them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Layers with a state while a model is traced, and functions of them that models copy from each other, as operators.
+"""Replacements for transformers' layers with a state, and functions of them, that trace to operators.
 
-transformers computes a prompt in chunks or step by step, drops the state before it in some of these paths, and lets the
-state decay at padding. Here one form serves a prompt, a step and all between, and padding leaves a state as it is. So a
-model's own forward does what it should with the function for prompts alone.
+transformers computes a prompt in chunks or step by step, drops earlier state in some of these paths, and lets the
+state decay at padding. Here one form serves prompts, steps and anything between, and padding leaves a state
+unchanged. So the model's own forward is correct when its function for prompts is replaced.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from gralora_fx.features.states.recognised import SILU
 
 
 def shown(x: Tensor, mask: Tensor | None) -> Tensor:
-    """A tensor `[batch, length, ...]` with zeros where the last columns of a mask are zero."""
+    """Zero a tensor `[batch, length, ...]` where the mask's last columns are zero."""
     if mask is None:
         return x
     return x * mask[:, mask.shape[1] - x.shape[1] :].unsqueeze(-1).to(x.dtype)
 
 
 def _convolved(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
-    """A layer's causal convolution with its activation, over the inputs that a cache holds; it keeps the last ones.
+    """Return a layer's causal convolution with its activation, continuing from the cache, which is updated.
 
-    transformers keeps as many inputs as the kernel has, one more than are read; a cache of either width stays as wide.
+    transformers keeps as many inputs as the kernel has, one more than are read; the cache's width stays as it is.
 
     Args:
         module: The layer, with `in_proj`, `conv1d`, `activation`, `act` and `layer_idx`.
-        x: `[batch, length, channels]`, of `in_proj`, which has read zeros at padding.
+        x: `[batch, length, channels]`, output of `in_proj`, whose inputs at padding are zeros.
         cache: The model's cache, or None.
         mask: `[batch, length or more]`, zero at padding, or None.
     """
@@ -60,7 +60,7 @@ def _convolved(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tenso
 
 
 def _state(cache: Any, layer: int, kind: str) -> Tensor | None:
-    """What a layer's cache holds, `conv_states` or `recurrent_states`; None before the first call."""
+    """Return a layer's `conv_states` or `recurrent_states` from the cache; None before the first call."""
     return None if cache is None else getattr(cache.layers[layer], kind)[0]
 
 
@@ -73,7 +73,7 @@ def _keep(cache: Any, layer: int, kind: str, state: Tensor) -> None:
 def _scan(
     module: Any, cache: Any, before: Tensor | None, query: Tensor, key: Tensor, value: Tensor, decay: Tensor
 ) -> Tensor:
-    """Linear attention over a layer's recurrent state, which transformers keeps as `[batch, ..., value, key size]`."""
+    """Run linear attention on a layer's recurrent state, kept by transformers as `[batch, ..., value, key size]`."""
     y, state = LinearAttention.compute_with_state(
         query=query, key=key, value=value, decay=decay, beta=None, state=before, scale=1.0
     )
@@ -84,7 +84,7 @@ def _scan(
 
 
 def _before(module: Any, cache: Any, heads: int) -> Tensor | None:
-    """A layer's recurrent state as `LinearAttention` takes it, or None; each channel may be a head of width 1."""
+    """Return a layer's recurrent state for `LinearAttention`, or None; each channel may be a head of width 1."""
     state = _state(cache, module.layer_idx, "recurrent_states")
     if state is None:
         return None
@@ -92,14 +92,14 @@ def _before(module: Any, cache: Any, heads: int) -> Tensor | None:
 
 
 def _heads(x: Tensor, count: int) -> Tensor:
-    """`[..., count, size]` of `[..., count * size]`."""
+    """Split `[..., count * size]` into `[..., count, size]`."""
     return torch.unflatten(x, -1, (count, x.shape[-1] // count))
 
 
 def mamba2(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """A layer of Mamba2: state space duality, of "Transformers are SSMs", https://arxiv.org/abs/2405.21060.
+    """Compute a Mamba2 layer: state space duality, of "Transformers are SSMs", https://arxiv.org/abs/2405.21060.
 
     Queries are its C, keys its B, values its x times a time step, and the decay is its A times the time step.
     """
@@ -132,7 +132,7 @@ def mamba2(
 
 
 def _limited(module: Any, step: Tensor, before: Tensor | None) -> Tensor:
-    """Time steps within a layer's limits: transformers limits those of prompts, not of single tokens."""
+    """Clamp time steps to a layer's limits: transformers clamps those of prompts, not of single tokens."""
     least, largest = module.time_step_limit
     if least <= 0 and largest == math.inf:  # those of softplus
         return step
@@ -144,7 +144,7 @@ def _limited(module: Any, step: Tensor, before: Tensor | None) -> Tensor:
 def mamba(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """A layer of Mamba, https://arxiv.org/abs/2312.00752, of FalconMamba and of Jamba."""
+    """Compute a layer of Mamba (https://arxiv.org/abs/2312.00752), FalconMamba or Jamba."""
     mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).chunk(2, dim=-1)
     mixed = _convolved(module, mixed, cache, attention_mask)
     parts = module.x_proj(mixed).split([module.time_step_rank, module.ssm_state_size, module.ssm_state_size], dim=-1)
@@ -159,7 +159,7 @@ def mamba(
 def zamba(
     module: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """A layer of Zamba: Mamba's with several heads, each with weights of its own."""
+    """Compute a layer of Zamba: Mamba with several heads, each with its own weights."""
     mixed, gate = module.in_proj(shown(hidden_states, attention_mask)).unflatten(-1, (-1, 2)).unbind(dim=-1)
     mixed = _convolved(module, mixed, cache, attention_mask)
     by_head = _heads(mixed, module.n_mamba_heads).unsqueeze(-2)
@@ -172,17 +172,17 @@ def zamba(
 def _selected(
     module: Any, cache: Any, mask: Tensor | None, x: Tensor, gate: Tensor, step: Tensor, key: Tensor, query: Tensor
 ) -> Tensor:
-    """What a selective scan gives: each channel is a head whose values have one number, with a decay for each key.
+    """Compute a selective scan: each channel is a head with values of one number and a decay for each key.
 
     Args:
         module: The layer.
         cache: The model's cache, or None.
         mask: `[batch, length or more]`, zero at padding, or None.
         x: `[batch, length, channels]`.
-        gate: As `x`.
-        step: As `x`: time steps before softplus.
+        gate: Like `x`.
+        step: Like `x`: time steps before softplus.
         key: `[batch, length, heads, state size]`; heads divide channels.
-        query: As `key`.
+        query: Like `key`.
     """
     step = shown(nn.functional.softplus(step), mask)
     decay = -torch.exp(module.A_log.float()).reshape(-1, module.ssm_state_size)
@@ -194,7 +194,7 @@ def _selected(
 
 
 def norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-    """Mamba2's norm: of groups of what is gated."""
+    """Compute Mamba2's norm, over groups of the gated values."""
     wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     wide = wide if gate is None else wide * nn.functional.silu(gate.to(wide.dtype))
     groups = wide.shape[-1] // module.group_size
@@ -205,7 +205,7 @@ def norm_of_gated(module: Any, hidden_states: Tensor, gate: Tensor | None = None
 
 
 def gate_of_normed(module: Any, hidden_states: Tensor, gate: Tensor) -> Tensor:
-    """The norm of delta rules, whose gate, by SiLU or by the sigmoid, comes after."""
+    """Compute the norm of delta rules, with the gate, SiLU or sigmoid, applied after it."""
     return GatedRmsNorm.compute(
         x=hidden_states, weight=module.weight, gate=gate, eps=module.variance_epsilon, silu=module.activation in SILU
     )
@@ -217,9 +217,9 @@ _L2_EPS = 1e-6  # what transformers adds to a sum of squares
 def convolve(
     hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **_: Any
 ) -> Tensor:
-    """A causal convolution of each channel, `[batch, channels, length]`, with its activation.
+    """Convolve each channel causally, `[batch, channels, length]`, with its activation.
 
-    Of a read of a cache, which is inputs that were kept and new ones, it gives what there is for the new ones.
+    If the input is a read of a cache, kept inputs and new ones, only results for the new ones are returned.
     """
     read = conv_read(hidden_states)
     if read is not None and read.kept.shape[-1] != weight.shape[-1] - 1:
@@ -248,7 +248,7 @@ def delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gated delta rule, https://arxiv.org/abs/2412.06464; with a decay for each key it is Kimi's delta attention.
+    """Compute the gated delta rule, https://arxiv.org/abs/2412.06464; with a decay per key, Kimi's delta attention.
 
     Arguments and results are those of the function that it replaces.
     """
@@ -261,7 +261,7 @@ def delta_rule(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors of length 1: an RMS norm of weight `size ** -0.5`, whose epsilon is of the mean of squares."""
+    """Normalise vectors to length 1: an RMS norm of weight `size ** -0.5`, whose epsilon is of the mean of squares."""
     size = int(x.shape[-1])
     weight = torch.full((size,), size**-0.5, dtype=x.dtype, device=x.device)
     return RmsNorm.compute(x=x, weight=weight, eps=_L2_EPS / size)
@@ -275,9 +275,9 @@ def lightning(
     cache: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """MiniMax's lightning attention, https://arxiv.org/abs/2401.04658: each head's state decays by a constant.
+    """Compute MiniMax's lightning attention, https://arxiv.org/abs/2401.04658: each head's state decays by a constant.
 
-    transformers lets it decay at padding too; here padding leaves it as it is.
+    transformers lets it decay at padding too; here padding leaves it unchanged.
     """
     states = shown(module.act_fn(module.qkv_proj(hidden_states)), attention_mask)
     heads = torch.unflatten(states, -1, (module.num_attention_heads, 3 * module.head_dim))

@@ -1,1 +1,1 @@
-"""Structured outputs: answers that meet a JSON schema, match an expression, are one of some, or follow a grammar."""
+"""Structured outputs: answers constrained by a JSON schema, a regular expression, a list of choices, or a grammar."""

@@ -1,4 +1,4 @@
-"""The form that an answer is to have: a JSON schema, a regular expression, some choices, or a grammar."""
+"""The required form of an answer: a JSON schema, a regular expression, choices, or a grammar."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_RULES = 2000  # of a grammar: each rule within another takes stack while i
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """A form, checked as far as that needs no tokenizer."""
+    """A form, checked as far as possible without a tokenizer."""
 
     kind: FormKind  # of which kind it is
     # the schema as JSON text, the expression, the choices, or the grammar; of rules that name others, llguidance's
@@ -43,12 +43,12 @@ class AnswerForm:
 
     @property
     def size(self) -> int:
-        """How many characters describe it."""
+        """Number of characters in its description."""
         return len(self.value) if isinstance(self.value, str) else sum(map(len, self.value))
 
     @classmethod
     def of(cls, kind: FormKind, value: Any, field: str | None = None) -> AnswerForm:
-        """A form of what a caller gives."""
+        """Check a caller's value and wrap it as a form."""
         try:
             return cls(kind, schema_text(value) if kind == "json" else _checked(kind, value), field)
         except ServingError as error:
@@ -56,7 +56,7 @@ class AnswerForm:
 
 
 def _checked(kind: FormKind, value: Any) -> str | tuple[str, ...]:
-    """An expression, choices or a grammar."""
+    """Check an expression, choices or a grammar."""
     texts = value if kind == "choice" else [value]
     if not isinstance(texts, Sequence) or isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
         raise ServingError(f"{'a list of texts' if kind == 'choice' else 'a text'} is needed, but got {shown(value)}")
@@ -75,12 +75,12 @@ def _checked(kind: FormKind, value: Any) -> str | tuple[str, ...]:
 
 
 def is_gbnf(grammar: str) -> bool:
-    """Whether a grammar is in GBNF, whose rules have `::=`; if not, it is in Lark."""
+    """Return whether a grammar is GBNF, whose rules use `::=`; otherwise it is Lark."""
     return _GBNF.search(grammar) is not None
 
 
 def with_checked_parts(grammar: str) -> str:
-    r"""A grammar in Lark whose expressions and JSON schemas are written as those of other forms are, and checked.
+    r"""Normalise and check the regular expressions and JSON schemas inside a Lark grammar.
 
     Before:  `start: /\d/ %json {"type": "string", "format": "path"}`
     After:   `start: /[0-9]/ %json {"x-guidance": {"whitespace_flexible": false, ...}, "type": "string"}`
@@ -110,7 +110,7 @@ def with_checked_parts(grammar: str) -> str:
 
 
 def one_form(given: Wanted) -> AnswerForm | None:
-    """The one form among what may be given, by its name; None if there is none."""
+    """Return the only form given, checked; None if there is none. Raise if there are several."""
     forms = {name: pair for name, pair in given.items() if pair[1] is not None}
     if len(forms) > 1:
         first, second, *_ = forms

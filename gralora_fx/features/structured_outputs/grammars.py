@@ -1,4 +1,4 @@
-"""Forms of answers as grammars over a tokenizer's tokens, by llguidance: which tokens may come next in each row."""
+"""Forms compiled by llguidance to grammars over a tokenizer's tokens: which tokens may come next in each row."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _foreseeing = ThreadPoolExecutor(1, "gralora-fx masks")  # one, as a step of the
 
 
 class RowGrammar:
-    """What the tokens of one answer may be.
+    """Constrains the tokens of one answer.
 
-    An end token may come only where the answer is complete, and an answer that nothing can follow is over without one.
-    A token of the text that is to end it, such as a brace, may come wherever the grammar allows it.
+    An end token is allowed only where the answer is complete; an answer that nothing can follow ends without one. An
+    end token that is also text, such as a brace, is allowed wherever the grammar allows it.
 
-    Which tokens are allowed is found out when that is asked for, since whether a single one is takes a hundredth of it;
-    or in another thread, while the model's step runs, if it is foreseen.
+    The mask of allowed tokens is computed on demand, since testing a single token costs a hundredth of it; `foresee`
+    computes it in another thread while the model's step runs.
 
     Attributes:
-        forced: Tokens that the grammar alone determines, which come next; none of them needs to be chosen.
+        forced: Next tokens that the grammar alone determines; none of them needs to be chosen.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class RowGrammar:
         vocabulary: int,
         field: str | None = None,
     ) -> None:
-        """Begin an answer; see `AnswerGrammar.begin`."""
+        """Start an answer; see `AnswerGrammar.begin`."""
         self._vocabulary, self._field = vocabulary, field
         self._matcher, self._own_ends, self._ends, self._left = matcher, own_ends, ends, most
         self.forced: deque[int] = deque()
@@ -58,11 +58,11 @@ class RowGrammar:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the answer is over: it meets the grammar, and nothing can follow it."""
+        """Return whether the answer is over: it meets the grammar, and nothing can follow it."""
         return not self.forced and not self._goes_on
 
     def foresee(self) -> None:
-        """Find out in another thread which tokens may come next; whatever is asked then waits for that."""
+        """Compute the mask of next tokens in another thread; later calls wait for it."""
         if self._allowed is None and self._foreseen is None and self._goes_on and self._left > 0:
             self._foreseen = _foreseeing.submit(self._find_allowed)
 
@@ -76,7 +76,7 @@ class RowGrammar:
         return token < self._vocabulary and token not in self._own_ends and self._matcher.validate_tokens([token]) == 1
 
     def allowed(self, size: int) -> NDArray[np.bool_]:
-        """Return which tokens may come next, `[size]`."""
+        """Return a mask of the tokens that may come next, `[size]`."""
         self._settle()
         if self._allowed is None:
             self._allowed = self._find_allowed()
@@ -84,12 +84,12 @@ class RowGrammar:
         return allowed if len(allowed) == size else np.pad(allowed, (0, size - len(allowed)))
 
     def prefix(self, tokens: Sequence[int]) -> int:
-        """Return how many of some tokens may come next, one after the other."""
+        """Return how many of the given tokens the grammar accepts in sequence."""
         self._settle()
         return int(self._matcher.validate_tokens(list(tokens[: self._left]))) if self._goes_on else 0
 
     def take(self, token: int) -> None:
-        """Go on after a token that was chosen among those that are allowed."""
+        """Advance past a token chosen among the allowed ones."""
         self._settle()
         self._left -= 1
         if token in self._ends:
@@ -99,7 +99,7 @@ class RowGrammar:
         self._advance()
 
     def _advance(self) -> None:
-        """Find the tokens that are forced, and whether others may come after them."""
+        """Compute the forced tokens, and whether others may follow them."""
         matcher, self._allowed = self._matcher, None
         forced = list(takewhile(self._is_taken, matcher.compute_ff_tokens()[: self._left]))
         forced = forced[: matcher.validate_tokens(forced)]  # a tokenizer may lack bytes of the text that is forced
@@ -113,19 +113,19 @@ class RowGrammar:
             self._allowed = self._find_allowed()
 
     def _surely_goes_on(self) -> bool:
-        """Return whether a token can follow, or else it is soon enough to say so when one is chosen."""
+        """Return whether cheap tests show that the answer goes on; a dead end then shows when a token is chosen."""
         if self._last is None:
             return False
         return not self._matcher.is_accepting() or self._matcher.validate_tokens([self._last]) == 1
 
     def _settle(self) -> None:
-        """Wait for what is found out in another thread; of an error `allowed` tells, where one is expected."""
+        """Wait for the other thread; an error is left for `allowed` to raise, where callers expect it."""
         foreseen, self._foreseen = self._foreseen, None
         if foreseen is not None and foreseen.exception() is None:
             self._allowed = foreseen.result()
 
     def _is_taken(self, token: int) -> bool:
-        """Whether a token that is forced is taken without a choice: it is one of the model's, and ends nothing."""
+        """Return whether a forced token is taken without a choice: it is in the vocabulary and no end token."""
         return token not in self._ends and token < self._vocabulary
 
     def _find_allowed(self) -> NDArray[np.bool_]:
@@ -139,14 +139,14 @@ class RowGrammar:
         return allowed
 
     def _check(self) -> None:
-        """Check that something can go on, or the answer is complete."""
+        """Raise unless the answer is complete or something can follow."""
         if self._matcher.is_error() or not (self._goes_on or self._matcher.is_accepting()):
             reason = problem_of(self._matcher.get_error()) or "the model has no token for what comes next"
             raise DeadEndError(self._field, f"no token can go on with the grammar of the answer ({reason})")
 
 
 def problem_of(message: str) -> str:
-    """Return what llguidance says of an error, in one line."""
+    """Describe an llguidance error in one line."""
     if message.startswith("NoExtension"):
         return ""
     lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
@@ -168,36 +168,36 @@ _Result = TypeVar("_Result")
 
 
 class Grammars:
-    """Compiles forms for a tokenizer, each time anew, as a row may spoil what it was compiled to.
+    """Compiles forms for a tokenizer, each call anew, since a row may exhaust a compiled form's limits.
 
-    Several threads may use it.
+    Thread-safe.
 
     Attributes:
         tokenizer: The tokenizer; None if there is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits | None = None) -> None:
-        """Begin without grammars."""
+        """Start without a tokenizer loaded into llguidance."""
         self.tokenizer, self._limits = tokenizer, limits
         self._tokens: Any = None  # llguidance's form of the tokenizer
         self._lock = threading.Lock()
 
     @staticmethod
     def part(wanted: Wanted) -> AnswerForm | None:
-        """Check the one form among what may be given; None if there is none."""
+        """Check the only form given; None if there is none."""
         return one_form(wanted)
 
     def of(self, wanted: Wanted) -> AnswerGrammar | None:
-        """Compile the one form among what may be given; None if there is none."""
+        """Compile the only form given; None if there is none."""
         found = one_form(wanted)
         return None if found is None else self.compiled(found)
 
     def compiled(self, form: AnswerForm) -> AnswerGrammar:
-        """A form as a grammar."""
+        """Compile a form."""
         return AnswerGrammar(self._read(form.field), form, None if self._limits is None else self._limits.vocabulary)
 
     def joined(self, rules: str, named: Mapping[str, AnswerForm], field: str) -> AnswerGrammar:
-        """Compile rules in Lark in which `@name` stands for a form; an error is about the form that is wrong."""
+        """Compile Lark rules in which `@name` stands for a form; errors name the field of the invalid form."""
         try:
             parts = [{**_own_rules(form), "name": name} for name, form in named.items()]
             whole = {"grammars": [{"name": "answer", "lark_grammar": rules}, *parts]}
@@ -208,13 +208,13 @@ class Grammars:
             raise
 
     def special_tokens(self, field: str | None = None) -> frozenset[int]:
-        """Return ids of special tokens, which a grammar can name and no text within one has; without end tokens."""
+        """Return ids of special tokens, except end tokens; a grammar can name them, but no text contains them."""
         tokens = self._read(field)
         special = filter(tokens.is_special_token, range(tokens.vocab_size))
         return frozenset(special) - frozenset(tokens.eos_tokens)
 
     def _read(self, field: str | None) -> Any:
-        """The tokenizer as llguidance takes it."""
+        """Return the tokenizer in llguidance's form, read once."""
         with self._lock:
             if self._tokens is None:
                 try:
@@ -225,10 +225,9 @@ class Grammars:
 
 
 class AnswerGrammar:
-    """A compiled form, from which each row of a request begins a state of its own.
+    """A compiled form, from which each row of a request starts its own state.
 
-    What one row finds out serves the others too, and if it is too complex for one, it is for all: for rows of one
-    request alone.
+    Rows share its caches, and if it is too complex for one row it is for all: so only rows of one request share it.
     """
 
     def __init__(self, tokens: Any, form: AnswerForm, vocabulary: int | None = None) -> None:
@@ -248,12 +247,12 @@ class AnswerGrammar:
             raise WrongFieldError(form.field, "no token of the model can begin such an answer")
 
     def begin(self, ends: frozenset[int], most: int) -> RowGrammar:
-        """The state of a row that has no token of its answer yet."""
+        """Return the state of a row whose answer is empty."""
         return RowGrammar(self._start.deep_copy(), self._ends, ends, most, self._vocabulary, self._field)
 
 
 def _with_stack(work: Callable[[], _Result]) -> _Result:
-    """Return what some work gives, in a thread with a large stack."""
+    """Call a function in a thread with a large stack, and return its result."""
     with ThreadPoolExecutor(1) as pool:
         with _stack_lock:  # the size is the process's
             before = threading.stack_size(_STACK)
@@ -265,7 +264,7 @@ def _with_stack(work: Callable[[], _Result]) -> _Result:
 
 
 def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> Any:
-    """A tokenizer as llguidance takes it; large ones take about a second."""
+    """Convert a tokenizer for llguidance; large ones take about a second."""
     if tokenizer is None:
         raise ServingError(
             f"a grammar needs a tokenizer, and the export holds none; export with {option(tokenizer=...)}"
@@ -291,7 +290,7 @@ def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> An
 
 
 def _own_rules(form: AnswerForm) -> dict[str, Any]:
-    """A form as one of llguidance's grammars."""
+    """Return a form as the object of one llguidance grammar."""
     text = _source(form)
     if not text.startswith("{"):
         return {"lark_grammar": text}
@@ -300,7 +299,7 @@ def _own_rules(form: AnswerForm) -> dict[str, Any]:
 
 
 def _source(form: AnswerForm) -> str:
-    """A form as llguidance takes it."""
+    """Return a form as llguidance's grammar text."""
     import llguidance
 
     if form.kind == "joined":

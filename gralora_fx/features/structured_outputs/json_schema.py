@@ -1,9 +1,10 @@
-r"""JSON schemas of answers, checked before a grammar is made of them, and expressions that every dialect reads alike.
+r"""JSON schemas of answers, checked before compilation, and regular expressions that all dialects read alike.
 
-What would be ignored of a schema or never end is refused. Its patterns are those of ECMA 262, answers are checked with
-Python's `re` as often, and llguidance compiles Rust's. `\d`, `\w`, `\s` and `.` differ: in ECMA 262 the first two are
-ASCII, in Python and Rust they have letters and digits of all scripts. So each class is written out as what all dialects
-agree on: `\d`, `\w` and `\s` are ASCII, and `\D`, `\W`, `\S` and `.` leave out whatever one of the dialects does.
+A keyword that would be ignored, or recursion without end, is refused. Patterns in schemas are ECMA 262, answers are
+often checked with Python's `re`, and llguidance compiles Rust's. `\d`, `\w`, `\s` and `.` differ: in ECMA 262 the
+first two are ASCII, in Python and Rust they include letters and digits of all scripts. So each class is written out
+as what all dialects agree on: `\d`, `\w` and `\s` are ASCII, and `\D`, `\W`, `\S` and `.` exclude whatever any of the
+dialects excludes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PART = re.compile(r"\\.|\[\^?\]?|\]|--|.", re.DOTALL)
 
 
 def portable(expression: str) -> str:
-    r"""Write out the classes of an expression in Rust's syntax, as what all dialects agree on.
+    r"""Expand the character classes of an expression in Rust's syntax to what all dialects agree on.
 
     Before:  `\d{3}[^\s,]`
     After:   `[0-9]{3}[^[\p{White_Space}\x1c-\x1f\ufeff],]`
@@ -74,15 +75,14 @@ _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, 
 
 
 def schema_text(schema: Any) -> str:
-    """A schema as JSON, after a check that a grammar can say all of it and that some answer meets it.
+    """Return a schema as JSON, checked to be expressible as a grammar and to have a finite value.
 
-    Formats that no grammar knows, which are notes, are left out, classes of characters in a pattern are written out
-    (see `character_classes`), and choices that a `discriminator` tells apart by a member are written as `anyOf`.
+    Formats unknown to grammars are annotations and are dropped, character classes in patterns are expanded (see
+    `portable`), and choices with a `discriminator` become `anyOf`.
 
     Raises:
         ServingError: It is not an object, is larger than `LARGEST` bytes, has more than 1000 properties or a keyword
-            that no grammar follows, refers to what is not within it, or every value of it holds another of its kind
-            without end.
+            that no grammar follows, refers to something outside it, or has only infinitely nested values.
     """
     if isinstance(schema, str):
         check_size(schema)
@@ -103,7 +103,7 @@ def schema_text(schema: Any) -> str:
 
 
 def check_size(text: str) -> None:
-    """Check the bound of a form.
+    """Check a form's size.
 
     Raises:
         ServingError: It has more than `LARGEST` bytes.
@@ -113,7 +113,7 @@ def check_size(text: str) -> None:
 
 
 class _Walk:
-    """Every schema within a schema, and those that it refers to; without recursion, however deep they are."""
+    """Visits every schema within a schema, and those it refers to; iteratively, so that any depth works."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -122,7 +122,7 @@ class _Walk:
         self._properties = 0
 
     def check(self) -> None:
-        """Check all keywords and references, write them plainly, and check that the first has a value that ends."""
+        """Check all keywords and references, simplify them, and check that the root has a finite value."""
         waiting, seen = [self._root], set[int]()
         while waiting:
             schema = waiting.pop()
@@ -140,7 +140,7 @@ class _Walk:
         self._check_end()
 
     def _simplify(self, schema: dict[str, Any]) -> None:
-        """Leave out what every value meets, and write plainly a pattern's classes and choices with a discriminator."""
+        """Drop keywords that every value meets; expand patterns' classes and choices with a discriminator."""
         if isinstance(form := schema.get("format"), str) and form not in _FORMATS:
             del schema["format"]
         for keyword, values in _IDLE.items():
@@ -163,7 +163,7 @@ class _Walk:
         del schema["oneOf"], schema["discriminator"]
 
     def _tags(self, choice: Any, name: str) -> set[str]:
-        """The values of a choice's member of a name, as JSON; none if it may be another one."""
+        """Return the values that a choice allows for a member, as JSON; none if it may have others."""
         tags, waiting, seen = set[str](), [choice], set[int]()
         while waiting:
             schema = waiting.pop()
@@ -202,7 +202,7 @@ class _Walk:
             )
 
     def _referred(self, reference: Any) -> Any:
-        """What a reference names within the schema."""
+        """Resolve a reference within the schema."""
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             raise ServingError(
                 f"the schema refers to {shown(reference)}; only what is within it can be referred to, as '#/$defs/name'"
@@ -219,7 +219,7 @@ class _Walk:
         return found
 
     def _check_end(self) -> None:
-        """Find all schemas that have a finite value: those that need no other one, then those that need only these."""
+        """Find all schemas with a finite value: first those that need no other, then those that need only these."""
         ending, left = set[int](), self._order[::-1]  # what is referred to comes first, so a chain takes one turn
         while left:
             rest = []
@@ -237,7 +237,7 @@ class _Walk:
             raise ServingError("the schema refers to itself without end: no answer that meets it is finite")
 
     def _ends(self, schema: Mapping[str, Any], ending: set[int]) -> bool:
-        """Whether a schema has a finite value, as far as is known."""
+        """Return whether a schema is known to have a finite value."""
 
         def known(inner: Any) -> bool:
             return not isinstance(inner, dict) or id(inner) in ending
@@ -258,7 +258,7 @@ class _Walk:
 
 
 def _children(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """The schemas right within a schema."""
+    """Yield the direct subschemas."""
     for name in _MAPS:
         if isinstance(inner := schema.get(name), dict):
             yield from inner.values()
@@ -273,7 +273,7 @@ def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _with_name(required: Any, name: str) -> Any:
-    """What a choice requires, and its tag."""
+    """Return a choice's required members, including its tag."""
     return sorted({name, *required}) if isinstance(required, list) and _are_texts(required) else required or [name]
 
 
@@ -282,7 +282,7 @@ def _are_texts(values: list[Any]) -> bool:
 
 
 def _needed_members(schema: Mapping[str, Any]) -> list[Any]:
-    """The schemas of members that every object has."""
+    """Return the schemas of members that every object has."""
     properties, other = schema.get("properties", {}), schema.get("additionalProperties", True)
     required = schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
@@ -295,7 +295,7 @@ def _needed_members(schema: Mapping[str, Any]) -> list[Any]:
 
 
 def _needed_items(schema: Mapping[str, Any]) -> list[Any]:
-    """The schemas of items that every array has."""
+    """Return the schemas of items that every array has."""
     least, items = schema.get("minItems", 0), schema.get("items", True)
     first = items if isinstance(items, list) else _listed(schema, "prefixItems")
     after = schema.get("additionalItems", True) if isinstance(items, list) else items

@@ -1,4 +1,4 @@
-"""The form of an answer in a request: OpenAI's `response_format`, and vLLM's names for the same and for other forms."""
+"""Request fields for an answer's form: OpenAI's `response_format`, and vLLM's equivalents and extensions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ANY_OBJECT = {"type": "object"}
 
 
 class JsonSchemaFormat(StrictModel):
-    """A JSON schema with a name. The name and the description are not used, and the schema is followed in any case."""
+    """A named JSON schema. The name and the description are not used; the schema is always followed."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
@@ -26,13 +26,13 @@ class JsonSchemaFormat(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """OpenAI's form of an answer."""
+    """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
     def named(self, name: str) -> Wanted:
-        """The form by the field that says it."""
+        """Return the form by the name of the field that holds it."""
         if (self.type == "json_schema") is not (self.json_schema is not None):
             is_missing = self.json_schema is None
             problem = (
@@ -45,7 +45,7 @@ class ResponseFormat(StrictModel):
 
 
 class StructuredOutputs(StrictModel):
-    """vLLM's form of an answer, of which one field is given."""
+    """vLLM's `structured_outputs`; one field is given."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
@@ -54,7 +54,7 @@ class StructuredOutputs(StrictModel):
     json_object: bool | None = None
 
     def named(self, name: str) -> Wanted:
-        """The forms by the fields that say them."""
+        """Return the forms by the names of the fields that hold them."""
         whole = _ANY_OBJECT if self.json_object else None
         given: Wanted = {
             f"{name}.json": ("json", self.json_),
@@ -69,7 +69,7 @@ class StructuredOutputs(StrictModel):
 
 
 class AnswerFormat(PlannedRequest):
-    """The fields that say the form of an answer; `guided_` is how vLLM called those of `structured_outputs` before."""
+    """Fields for an answer's form; `guided_` are vLLM's older names of those in `structured_outputs`."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -79,7 +79,7 @@ class AnswerFormat(PlannedRequest):
     guided_grammar: str | None = None
 
     def wanted(self) -> Wanted:
-        """What the fields ask for, by their names."""
+        """Return the requested forms by field."""
         given: dict[str, tuple[FormKind, Any]] = {
             "guided_json": ("json", self.guided_json),
             "guided_regex": ("regex", self.guided_regex),
@@ -113,13 +113,13 @@ class TextFormat(StrictModel):
 
 
 class FormattedText(StrictModel):
-    """The field of a response's text that says its form."""
+    """Options of a response's text, including its form."""
 
     format: TextFormat | None = None
 
 
 class ResponseFormats(PlannedRequest):
-    """The form of a response's text."""
+    """A response request whose text may have a form."""
 
     changing: ClassVar[frozenset[str]] = frozenset({"text"})
 
@@ -127,7 +127,7 @@ class ResponseFormats(PlannedRequest):
         text: FormattedText | None
 
     def wanted(self) -> Wanted:
-        """Return the form that the text has to have, by its field."""
+        """Return the requested form of the text, by field."""
         given = None if self.text is None else self.text.format
         if given is None or given.type == "text":
             return {}
@@ -136,7 +136,7 @@ class ResponseFormats(PlannedRequest):
         return {"text.format.schema": ("json", given.schema_)}
 
     def echoed(self) -> Iterator[tuple[str, Any]]:
-        """Return the fields of the request that its response has again."""
+        """Return the request's fields that its response repeats."""
         yield from super().echoed()
         text = self.text.format if self.text is not None and self.text.format is not None else TextFormat(type="text")
         yield "text", {"format": text.model_dump(by_alias=True, exclude_none=True)}

@@ -1,1 +1,1 @@
-"""Calls of tools in answers to chats: described to the model, constrained to their schemas, read as they come."""
+"""Tool calls in chat answers: tools described to the model, calls constrained to their schemas and parsed."""

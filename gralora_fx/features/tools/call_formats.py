@@ -1,4 +1,4 @@
-"""How model families write calls of tools: a table with an entry for each, and answers read by it as they come."""
+"""Formats in which model families write tool calls, one table row each, and an incremental parser of answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NINE = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class CallFormat:
-    """The form of calls: `start`, then of each call `head`, name, `middle`, arguments and `tail`, and at last `end`."""
+    """A format of calls: `start`, then for each call `head`, name, `middle`, arguments and `tail`, then `end`."""
 
     name: str  # what the form is called
     marks: tuple[str, ...] = ()  # what a template of the family holds, all of it
@@ -38,33 +38,33 @@ class CallFormat:
 
     @property
     def begins_answer(self) -> bool:
-        """Whether calls have no mark of their own: an answer is calls from its first letter, or has none."""
+        """Return whether calls have no mark of their own: an answer begins with calls, or has none."""
         return self.trigger.endswith('"name"')
 
     def fits(self, template: str) -> bool:
-        """Return whether a template of chats is of the family."""
+        """Return whether a chat template is of the family."""
         return all(mark in template for mark in self.marks) and not any(mark in template for mark in self.lacks)
 
     def new_id(self) -> str:
-        """An id for a call."""
+        """Return a new id for a call."""
         if self.short_ids:
             return "".join(secrets.choice(_NINE) for _ in range(9))
         return f"call_{secrets.token_hex(12)}"
 
     def written(self, calls: Sequence[Mapping[str, Any]]) -> str:
-        """Calls as an answer has them."""
+        """Format calls as the model would write them."""
         texts = [f"{self.head}{call['name']}{self.middle}{json.dumps(call['arguments'])}{self.tail}" for call in calls]
         return self.start + (self.between or "\n").join(texts) + self.end
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-        """The added tokens of a tokenizer that are part of the form, with their ids."""
+        """Return the tokenizer's added tokens that occur in the format, with their ids."""
         added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         texts = (self.start, self.head, self.middle, self.tail, self.between or "", self.end, self.tag)
         return {token: index for token, index in added.items() if token and any(token in text for text in texts)}
 
 
 def _deepseek(name: str) -> str:
-    """A token of DeepSeek, whose bars and gaps are letters of their own."""
+    """Return a DeepSeek token, whose bars and gaps are letters of their own."""
     return "<\uff5c{}\uff5c>".format(name.replace(" ", "\u2581"))
 
 
@@ -117,7 +117,7 @@ FORMATS = (
 
 
 class _At(Enum):
-    """Where a reader is in an answer."""
+    """State of a reader."""
 
     BEGIN = auto()
     TEXT = auto()
@@ -130,19 +130,19 @@ class _At(Enum):
 
 
 class CallReader:
-    """Reads one answer, whose calls are written as their format has them.
+    """Parses one answer with calls in a format.
 
-    Text that may be the beginning of a call is held back until that is known. What is cut within a call's name is left
-    out, and a call that is cut within its arguments has the beginning of them.
+    Text that may begin a call is held back until that is certain. A call cut off within its name is dropped; one cut
+    off within its arguments keeps their beginning.
 
     Attributes:
-        items: How many calls have begun.
+        items: Number of calls that have begun.
     """
 
     text_field, event, finish_reason = "arguments", "function_call_arguments", "tool_calls"
 
     def __init__(self, form: CallFormat) -> None:
-        """Begin an answer."""
+        """Start an answer."""
         self._form = form
         self._at = _At.BEGIN if form.begins_answer else _At.TEXT
         self._held = ""
@@ -151,11 +151,11 @@ class CallReader:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all calls that have begun are complete."""
+        """Return whether every call that has begun is complete."""
         return self._at not in (_At.HEAD, _At.NAME, _At.ARGUMENTS)
 
     def step(self, text: str) -> list[AnswerPart]:
-        """Read text."""
+        """Parse more text."""
         self._held += text
         parts: list[AnswerPart] = []
         steps = {
@@ -176,12 +176,12 @@ class CallReader:
         return parts
 
     def finish(self) -> list[AnswerPart]:
-        """The text that was held back, once the answer has ended."""
+        """Return the text held back, once the answer has ended."""
         text, self._held = self._held, ""
         return [AnswerPart(text)] if text and self._at in (_At.BEGIN, _At.TEXT) else []
 
     def in_chat(self, parts: Sequence[AnswerPart], *, streams: bool) -> dict[str, Any]:
-        """Return the calls of a message, or what a piece of it adds to them."""
+        """Return a message's calls, or a delta's additions to them."""
         calls: dict[int | None, dict[str, Any]] = {}
         for part in parts:
             call = calls.setdefault(part.item, {"index": part.item} if streams else {})
@@ -193,7 +193,7 @@ class CallReader:
 
     @staticmethod
     def begun(part: AnswerPart) -> dict[str, Any] | None:
-        """Return the item of a response that begins with a part; None if none does."""
+        """Return the response item that a part begins; None if it begins none."""
         if part.name is None:
             return None
         return {"id": new_id("fc"), "type": "function_call", "call_id": part.id, "name": part.name, "arguments": ""}
@@ -203,7 +203,7 @@ class CallReader:
         return text
 
     def _begin(self) -> None:
-        """Find out whether an answer is calls, from its first letters."""
+        """Decide by an answer's first letters whether it is calls."""
         form = self._form
         if form.tag and self._held.startswith(form.tag):
             self._take(len(form.tag))
@@ -224,7 +224,7 @@ class CallReader:
         return AnswerPart(text) if text else None
 
     def _head(self) -> None:
-        """Pass what is before a name."""
+        """Skip the text before a name."""
         form = self._form
         before = form.start if not self.items else form.tail + (form.between or "")
         self._pass(before + form.head, _At.NAME)
@@ -259,7 +259,7 @@ class CallReader:
         return AnswerPart(self._take(end), item=self.items - 1)
 
     def _after(self) -> None:
-        """Find out whether another call follows."""
+        """Decide whether another call follows."""
         form = self._form
         ahead = form.tail + (form.between or "") + form.head
         if form.between is not None and self._held.startswith(ahead):
@@ -271,12 +271,12 @@ class CallReader:
         self._held = ""
 
     def _pass(self, text: str, then: _At) -> None:
-        """Pass text that is known, once all of it is there."""
+        """Skip expected text once all of it is there."""
         if len(self._held) >= len(text):
             self._take(len(text))
             self._at = then
 
 
 def _overlap(text: str, start: str) -> int:
-    """Return how many letters at the end of a text are the beginning of another one."""
+    """Return the length of the longest suffix of a text that is a prefix of another."""
     return next((size for size in range(min(len(start) - 1, len(text)), 0, -1) if text.endswith(start[:size])), 0)

@@ -1,4 +1,4 @@
-"""Fields of requests that are about tools, calls in messages too, and what they make of prompts and answers."""
+"""Request fields for tools, including calls in messages, and their effect on prompts and answers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 
 class CalledFunction(StrictModel):
-    """What a call of the history called."""
+    """The function of an earlier call."""
 
     name: str
     arguments: str
 
 
 class ToolCall(StrictModel):
-    """A call of the history."""
+    """A call in the chat's history."""
 
     without_effect: ClassVar[Idle] = {"index": None}
 
@@ -56,7 +56,7 @@ class ToolCall(StrictModel):
 
 
 class CalledMessageFields(MessageFields):
-    """A message of a chat: what was said, calls of an assistant, or the result of one."""
+    """A chat message: text, an assistant's calls, or the result of one."""
 
     without_effect: ClassVar[Idle] = {"tool_calls": ([],)}
 
@@ -88,7 +88,7 @@ class CalledMessageFields(MessageFields):
 
 
 class CallItemFields(ItemFields):
-    """An item of a response's input: a message, a call of a tool, or the result of one."""
+    """An item of a response's input: a message, a tool call, or the result of one."""
 
     needed: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "message": ("role", "content"),
@@ -113,7 +113,7 @@ class CallItemFields(ItemFields):
 
 
 def add_call(history: History, key: str, name: str, arguments: str, field: str) -> None:
-    """Add a call to the assistant's message, which is new unless it is the last one."""
+    """Append a call to the last message if it is the assistant's, else to a new one."""
     try:
         given = json.loads(arguments or "{}", parse_constant=_refused)
     except (ValueError, RecursionError):
@@ -142,25 +142,25 @@ _OF_OLD: Idle = {"functions": ([],), "function_call": ("none", "auto")}
 
 
 class ToolCaller(PlannedRequest):
-    """What chats and responses share: tools that an answer may call."""
+    """A request, chat or response, whose answer may call tools."""
 
     tool_choice: Mode | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @abstractmethod
     def functions(self) -> dict[str, FunctionFields]:
-        """The tools by the names of their fields."""
+        """Return the tools by the names of their fields."""
 
     @property
     def is_parallel(self) -> bool:
-        """Whether an answer may have several calls."""
+        """Return whether an answer may have several calls."""
         return self.parallel_tool_calls is not False
 
     def tool_use(self, constraints: Constraints | None) -> ToolUse | None:
-        """The tools that the answer may call; None if it calls none.
+        """Return the tools that the answer may call; None if it calls none.
 
         Raises:
-            WrongFieldError: A tool's arguments are no schema, two have one name, or a choice names none of them.
+            WrongFieldError: A tool's arguments are no schema, two tools share a name, or a choice names none of them.
         """
         choice = self.tool_choice
         mode, named = choice.named() if isinstance(choice, ToolChoice) else (choice or "auto", dict[str, str]())
@@ -169,7 +169,7 @@ class ToolCaller(PlannedRequest):
         return chosen_tools(self.functions(), mode, named, constraints, is_parallel=is_parallel)
 
     def plan(self, engine: TextEngine) -> AnswerPlan:
-        """Plan the answers; constraints are compiled, which takes a while."""
+        """Plan the answers; this compiles constraints, which takes a while."""
         if (constraints := engine.constraints) is None and self.functions():
             raise WrongFieldError(
                 "tools", "no feature that is installed can say what calls of them have to be; leave it out"
@@ -184,7 +184,7 @@ class ToolCaller(PlannedRequest):
     def chats(
         self, chat: Sequence[Mapping[str, Any]], engine: TextEngine
     ) -> Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
-        """Return forms of a chat that a template may take; it may have calls also where its answer may have none."""
+        """Return forms of a chat to try in order; earlier messages may have calls even if the answer may not."""
         template: ToolTemplate = engine.templates[ToolTemplate]
         functions = () if self.tool_choice == "none" else self.functions().values()
         tools = [template_tool(function) for function in functions]
@@ -192,7 +192,7 @@ class ToolCaller(PlannedRequest):
 
 
 class ChatToolFields(ToolCaller):
-    """The fields of a chat."""
+    """Tool fields of a chat request."""
 
     without_effect: ClassVar[Idle] = _OF_OLD
 
@@ -200,12 +200,12 @@ class ChatToolFields(ToolCaller):
     tool_choice: Mode | NamedTool | AllowedToolsChoice | None = None
 
     def functions(self) -> dict[str, FunctionFields]:
-        """The tools by the names of their fields."""
+        """Return the tools by the names of their fields."""
         return {f"tools.{index}.function": tool.function for index, tool in enumerate(self.tools or ())}
 
 
 class ResponseToolFields(ToolCaller):
-    """The fields of a response."""
+    """Tool fields of a response request."""
 
     without_effect: ClassVar[Idle] = {"max_tool_calls": None}
 
@@ -213,11 +213,11 @@ class ResponseToolFields(ToolCaller):
     tool_choice: Mode | NamedFunction | AllowedFunctions | None = None
 
     def functions(self) -> dict[str, FunctionFields]:
-        """The tools by the names of their fields."""
+        """Return the tools by the names of their fields."""
         return {f"tools.{index}": tool for index, tool in enumerate(self.tools or ())}
 
     def echoed(self) -> Iterator[tuple[str, Any]]:
-        """Return the fields of the request that its response has again."""
+        """Return the request's fields that its response repeats."""
         yield from super().echoed()
         unsaid = {"description": None, "parameters": None, "strict": True}
         yield "tools", [{**unsaid, **_plain(tool)} for tool in self.tools or ()]
@@ -227,7 +227,7 @@ class ResponseToolFields(ToolCaller):
 
 
 class CompletionToolFields(PlannedRequest):
-    """Fields of a completion that ask for what is done anyway: no calls."""
+    """Fields of a completion that request the default: no calls."""
 
     without_effect: ClassVar[Idle] = {
         **_OF_OLD,

@@ -31,7 +31,7 @@ class Tool:
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str, constraints: Constraints) -> Tool:
-        """A tool, whose arguments are checked as far as that needs no tokenizer."""
+        """Return a tool, its schema checked as far as possible without a tokenizer."""
         schema: dict[str, Any] = {"type": "object", **(parameters or {})}
         if schema["type"] != "object":
             raise WrongFieldError(
@@ -54,7 +54,7 @@ class ToolUse:
 
 
 def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, content: Form | None = None) -> Constraint:
-    """Constrain answers that may call tools, and those that call none to a form if one is given."""
+    """Constrain answers that may call tools; text without calls follows the given form, if any."""
     if content is not None and not use.is_required and form.begins_answer:
         raise WrongFieldError(
             content.field,
@@ -73,7 +73,7 @@ def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, conte
 
 
 class _Lark:
-    """The rules of an answer around the schemas of its tools, in llguidance's variant of Lark."""
+    """The rules around the tools' schemas, in llguidance's variant of Lark."""
 
     def __init__(self, constraints: Constraints, form: CallFormat, use: ToolUse) -> None:
         self._form, self._use = form, use
@@ -83,7 +83,7 @@ class _Lark:
         self._other = special - set(self._tokens.values())
 
     def text(self, *, has_form: bool) -> str:
-        """The rules."""
+        """Return the rules."""
         start = self._form.start
         if self._use.is_required:
             rules = {"start": "calls"}
@@ -97,7 +97,7 @@ class _Lark:
         return "\n".join(f"{name}: {body}" for name, body in (rules | self._calls(start)).items())
 
     def _calls(self, start: str) -> dict[str, str]:
-        """Rules of calls."""
+        """Return the rules of calls."""
         form, count = self._form, len(self._use.tools)
         several = form.between is not None and self._use.is_parallel
         rules = {"calls": f"{_any_of('first', count)} {'more*' if several else ''} {self._literal(form.end)}"}
@@ -112,14 +112,14 @@ class _Lark:
         return rules
 
     def _instead_of_text(self) -> dict[str, str]:
-        """Rules of an answer that is free text, or calls from its first letter."""
+        """Return the rules of an answer that is either free text or calls from its first letter."""
         form, other = self._form, self._others()
         first = f"BEGIN | BEGIN {other} (TEXT {other})* TEXT" if other else "BEGIN"
         tagged = f"{self._literal(form.tag)} calls | " if form.tag in self._tokens else ""
         return {"start": f"{tagged}calls | {first}", "BEGIN": f"/{_not_beginning(form.trigger)}/", "TEXT": _TEXT}
 
     def _within_text(self) -> dict[str, str]:
-        """Rules of an answer that is free text until a call begins, if one does."""
+        """Return the rules of an answer of free text, up to an optional call."""
         form, other = self._form, self._others()
         before = f"(TEXT {other})*" if other else ""
         trigger = f"written | TEXT {self._literal(form.trigger)}" if form.trigger in self._tokens else "written"
@@ -131,11 +131,11 @@ class _Lark:
         }
 
     def _others(self) -> str:
-        """The tokens that may come within free text though no letters stand for them; empty if there are none."""
+        """Return a class of the special tokens allowed within free text; empty if there are none."""
         return f"<[{','.join(_ranges(sorted(self._other)))}]>" if self._other else ""
 
     def _literal(self, text: str) -> str:
-        """A text as a rule has it, its special tokens by their ids."""
+        """Return a text as a rule's literals, special tokens by id."""
         if not self._tokens:
             return json.dumps(text) if text else ""
         parts = re.split("({})".format("|".join(map(re.escape, self._tokens))), text)
@@ -147,7 +147,7 @@ def _any_of(name: str, count: int) -> str:
 
 
 def _ranges(ids: list[int]) -> list[str]:
-    """Ids as ranges, which are shorter."""
+    """Return ids as ranges."""
     ranges: list[list[int]] = []
     for index in ids:
         if ranges and ranges[-1][1] == index - 1:
@@ -158,7 +158,7 @@ def _ranges(ids: list[int]) -> list[str]:
 
 
 def _not_beginning(start: str) -> str:
-    """An expression for all texts that do not begin with another one."""
+    """Return a regular expression for all texts that do not begin with `start`."""
     others, ahead = [], ""
     for letter in start:
         others.append(f"{ahead}[^{re.escape(letter)}](?s:.*)")
@@ -196,26 +196,26 @@ class FunctionName(StrictModel):
 
 
 class ToolChoice(StrictModel):
-    """Which tools an answer may call."""
+    """A choice of the tools that an answer may call."""
 
     @abstractmethod
     def named(self) -> tuple[Literal["auto", "required", "named"], dict[str, str]]:
-        """Return whether it must call one, and the names of the tools by the fields that name them."""
+        """Return whether a call is required, and the chosen tools' names by field."""
 
 
 class NamedTool(ToolChoice):
-    """A tool by its name."""
+    """A choice of one tool."""
 
     type: Literal["function"]
     function: FunctionName
 
     def named(self) -> tuple[Literal["named"], dict[str, str]]:
-        """The one tool, which is called."""
+        """Return the chosen tool, which must be called."""
         return "named", {"function.name": self.function.name}
 
 
 class AllowedTools(StrictModel):
-    """Some of the tools, and whether one of them must be called."""
+    """Some of the tools, and whether one must be called."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MOST, fail_fast=True)]
@@ -228,14 +228,14 @@ class AllowedToolsChoice(ToolChoice):
     allowed_tools: AllowedTools
 
     def named(self) -> tuple[Literal["auto", "required"], dict[str, str]]:
-        """The tools, and what their mode says."""
+        """Return the mode, and the allowed tools' names by field."""
         allowed = self.allowed_tools
         tools = {f"allowed_tools.tools.{n}.function.name": tool.function.name for n, tool in enumerate(allowed.tools)}
         return allowed.mode, tools
 
 
 class _Function(StrictModel):
-    """The kind of tools that there are; a field of its own, so that it is what is said of another kind."""
+    """The only kind of tool; a base class, so that validation reports another kind first."""
 
     type: Literal["function"]
 
@@ -245,30 +245,30 @@ class ResponseTool(FunctionFields, _Function):
 
 
 class NamedFunction(ToolChoice):
-    """A tool of a response by its name."""
+    """A choice of one tool of a response."""
 
     type: Literal["function"]
     name: str
 
     def named(self) -> tuple[Literal["named"], dict[str, str]]:
-        """The one tool, which is called."""
+        """Return the chosen tool, which must be called."""
         return "named", {"name": self.name}
 
 
 class AllowedFunctions(ToolChoice):
-    """Some of a response's tools, and whether one of them must be called."""
+    """Some of a response's tools, and whether one must be called."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MOST, fail_fast=True)]
 
     def named(self) -> tuple[Literal["auto", "required"], dict[str, str]]:
-        """The tools, and what their mode says."""
+        """Return the mode, and the allowed tools' names by field."""
         return self.mode, {f"tools.{index}.name": tool.name for index, tool in enumerate(self.tools)}
 
 
 def template_tool(function: FunctionFields) -> dict[str, Any]:
-    """A function as templates of chats take it: what is given of it, since they write all of that."""
+    """Return a function as chat templates take it: only the given fields, since templates write all of them."""
     fields = {name: getattr(function, name) for name in function.given if name in _DESCRIBED}
     return {"type": "function", "function": fields}
 
@@ -281,7 +281,7 @@ def chosen_tools(
     *,
     is_parallel: bool,
 ) -> ToolUse | None:
-    """The tools that an answer may call; None if it calls none."""
+    """Return the tools that an answer may call; None if it calls none."""
     tools: dict[str, Tool] = {}
     for field, function in functions.items():
         if function.name in tools:

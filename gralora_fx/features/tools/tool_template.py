@@ -1,4 +1,4 @@
-"""What a tokenizer's template of chats does with tools, and chats for one that does not know tools."""
+"""Tool support of a tokenizer's chat template, and rewriting of chats for templates without it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "it
 
 @dataclass(frozen=True)
 class ToolTemplate:
-    """What a tokenizer's template of chats does with tools."""
+    """Tool support of a tokenizer's chat template."""
 
     format: CallFormat  # the form of calls
     has_tools: bool  # whether the template describes tools to the model, and writes calls and their results
@@ -31,7 +31,7 @@ class ToolTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:
-        """Find the form of a tokenizer's template."""
+        """Find the call format of a tokenizer's template."""
         templates = getattr(tokenizer, "chat_template", None) or ""
         if isinstance(templates, dict):  # by their names
             templates = templates.get("tool_use") or templates.get("default") or ""
@@ -42,7 +42,7 @@ class ToolTemplate:
         return cls(found, has_tools="tools" in text, is_known=bool(fits), shown=shown)
 
     def __str__(self) -> str:
-        """What is said at the start."""
+        """Return a line for the log."""
         if self.is_known:
             described = "" if self.has_tools else "; a message describes the tools, which it does not"
             return f"tool calls: {self.format.name}, as the tokenizer's template has them{described}"
@@ -51,7 +51,7 @@ class ToolTemplate:
         return "tool calls: JSON, since the tokenizer's template has none; a message describes the tools"
 
     def messages(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-        """Messages as the template takes them: as they are, unless it does not know of tools."""
+        """Return messages for the template: unchanged, unless it does not support tools."""
         if self.has_tools:
             return [dict(message) for message in messages]
         plain = _plain_messages(messages, self.format)
@@ -59,7 +59,7 @@ class ToolTemplate:
 
 
 def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> list[dict[str, Any]]:
-    """Messages whose calls are text of the assistant, and results that follow each other one text of the user."""
+    """Rewrite calls as assistant text, and consecutive results as one user message."""
     plain: list[dict[str, Any]] = []
     was_result = False
     for message in messages:
@@ -83,7 +83,7 @@ def _plain_messages(messages: Sequence[Mapping[str, Any]], form: CallFormat) -> 
 def attempts(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
-    """A chat and its tools as they are, and then as a template may need them that does not take them so.
+    """Yield a chat and its tools unchanged, then in variants for templates that reject that.
 
     Some templates need every field of a function, and some the arguments of calls as text.
     """
@@ -100,7 +100,7 @@ def _without(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
 
 
 def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose calls have their arguments as JSON text, which some templates join with other text."""
+    """Return messages whose calls have their arguments as JSON text, which some templates concatenate."""
     own = []
     for message in messages:
         calls = [
@@ -112,7 +112,7 @@ def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str,
 
 
 def _with_instructions(messages: list[dict[str, Any]], tools: Sequence[Any], form: CallFormat) -> list[dict[str, Any]]:
-    """Messages that begin with what the tools are: in the system's message, else before the user's first words."""
+    """Describe the tools in the system message, else before the first user message."""
     listed = "\n".join(json.dumps(tool["function"]) for tool in tools)
     text = _INSTRUCTIONS.format(tools=listed, example=form.written([_EXAMPLE]))
     first = messages[0]

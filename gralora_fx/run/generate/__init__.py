@@ -1,1 +1,1 @@
-"""Prompts to answers: tokens chosen, rules, texts."""
+"""Text generation: prompts, token choice, generation rules, detokenization."""

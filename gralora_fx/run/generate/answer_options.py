@@ -1,4 +1,4 @@
-"""How prompts are answered: one record, from the caller to the row that answers, with the options of sampling."""
+"""Options of answers, sampling included: one record from the caller to the row that answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DRAWS = ("top_k", "top_p", "min_p", "temperature", "seed")  # of no effect wher
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling parameters."""
 
     max_new_tokens: int | None = None  # most tokens to add; None for 64, or fewer if the context ends before
     do_sample: bool = False  # whether to draw; False takes the likeliest
@@ -48,7 +48,7 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every field, and that each has an effect."""
+        """Check every field, and that no field is without effect."""
         if not isinstance(self.do_sample, (bool, np.bool_)):
             raise ServingError(f"do_sample must be True or False, but got {self.do_sample!r:.80}")
         for name, least in (("max_new_tokens", 1), ("seed", 0), ("logprobs", 0)):
@@ -62,7 +62,7 @@ class Sampling:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sampling:
-        """Sampling by the options of a call."""
+        """Build the sampling parameters from a call's options."""
         names = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in names]:
             raise ServingError(
@@ -72,14 +72,14 @@ class Sampling:
 
     @property
     def ends(self) -> frozenset[int] | None:
-        """Ids of the tokens that end an answer; None for those that the model names."""
+        """Ids of the tokens that end an answer; None for the model's."""
         given = self.eos_token_id
         return None if given is None else frozenset(given if isinstance(given, Sequence) else [given])
 
     def new_tokens(
         self, prompts: Sequence[Sequence[int]], limits: DecoderLimits, defaults: Sequence[int | None] = ()
     ) -> list[int]:
-        """The most tokens that the answer to each prompt has, after a check that a decoder can take them."""
+        """Return the maximum new tokens for each prompt, after checking that a decoder can run them."""
         if not prompts:
             raise ServingError("there is no prompt; give at least one")
         for index, row in enumerate(prompts):
@@ -160,7 +160,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class AnswerStart:
-    """Options of an encoder-decoder: what its answers begin with."""
+    """Options for the beginning of an encoder-decoder's answers."""
 
     # the language that the encoder reads; None for the model's default, or that which it detects
     language: str | None = None
@@ -168,14 +168,14 @@ class AnswerStart:
     forced_bos_token_id: int | None = None  # the token that the answer to a text begins with; None for the model's
 
     def check_unused(self, reason: str, *names: str) -> None:
-        """Raise a `ServingError` with a reason if one of some options is given, which have no effect."""
+        """Raise a `ServingError` with the reason if an option without effect is given."""
         if unused := [name for name in names if getattr(self, name) is not None]:
             raise ServingError(f"{unused[0]} has no effect: {reason}; leave it out")
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """Options of answers; each part belongs to the feature that reads it, and nobody else looks into it."""
+    """Options of answers; each part is read by one feature only."""
 
     # how tokens are chosen and scored, how many there are, and which end an answer
     sampling: Sampling = field(default_factory=Sampling)
@@ -192,19 +192,19 @@ class AnswerOptions:
     salt: str | None = None
 
     def of_answer(self, index: int) -> AnswerOptions:
-        """Return the options of one of several answers, which draws by a seed of its own."""
+        """Return the options of one of several answers, with a seed of its own."""
         seed = self.sampling.seed
         if seed is None:
             return self
         return replace(self, sampling=replace(self.sampling, seed=(seed + index) % 2**31))
 
     def ends(self, limits: DecoderLimits) -> frozenset[int]:
-        """Return the ids of the tokens that end an answer: those that are asked for, or the model's."""
+        """Return the ids of the tokens that end an answer: those requested, or the model's."""
         return limits.ends if self.sampling.ends is None else self.sampling.ends
 
 
 def stop_strings(stop: Any, tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, ...]:
-    """Strings that end an answer, checked."""
+    """Return the strings that end an answer, checked."""
     if not isinstance(stop, (str, list, tuple)) or not all(isinstance(string, str) for string in stop):
         raise ServingError(f"stop must be a string or a list of strings, but got {stop!r:.80}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)

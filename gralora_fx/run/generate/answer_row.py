@@ -1,4 +1,4 @@
-"""An answer as a row of a decoder reads it: tokens that were chosen, and maybe tokens that are proposed after them."""
+"""An answer as read by a decoder's row: chosen tokens, optionally followed by proposed ones."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from gralora_fx.run.generate.token_choice import Choice, TokenChooser
 
 
 class ProposedText(Protocol):
-    """A prompt and its answer so far, and what is proposed to follow.
+    """A prompt and its answer so far, with proposed continuations.
 
     Attributes:
-        matched: How surely something is; 0 if nothing is.
+        matched: Confidence of the next proposal; 0 if there is none.
     """
 
     matched: int
 
     def add(self, token: int) -> bool:
-        """Add the next token of the answer, and return whether it is the one that was proposed."""
+        """Append the answer's next token, and return whether it is the proposed one."""
 
     def proposal(self, count: int) -> list[int]:
-        """Return the next tokens as they are proposed, at most so many."""
+        """Return the next tokens proposed, at most `count`."""
 
 
 class Proposer(Protocol):
     """Proposes next tokens of rows, which a step verifies."""
 
     def most(self, wanted: int | None) -> int:
-        """Check an option, and return the most tokens that are proposed for a row; None for as many as pay."""
+        """Check an option, and return the maximum of proposed tokens per row; None for as many as pay."""
 
     def note(self, wanted: int | None, problem: str | None) -> str:
-        """Return a line for a log, or raise if tokens are wanted that cannot be verified, with the problem."""
+        """Return a line for a log; raise with the problem if tokens are requested that cannot be verified."""
 
     def text(self, prompt: Sequence[int]) -> ProposedText | None:
-        """Begin a text; None if nothing is ever proposed."""
+        """Start a text; None if nothing is ever proposed."""
 
     def propose(self, rows: Sequence[AnswerRow], room: int, most: int) -> int:
-        """Propose tokens for a step in which rows read those that were chosen, and return how many."""
+        """Propose tokens for a step in which rows read chosen ones, and return how many."""
 
     def saw(self, matched: int, is_proposed: bool) -> None:
-        """Take note of a token: how surely one was proposed there, and whether it is that one."""
+        """Record a token: the confidence of a proposal there, and whether it was right."""
 
     def ran(self, size: int, proposed: int, seconds: float) -> None:
-        """Take note of how long a step took, in which rows that answer read so many tokens."""
+        """Record the time of a step and its number of tokens in rows that answer."""
 
     def settle(self, row: AnswerRow, gained: int) -> None:
-        """Take note of how many proposed tokens a row that read in the last step got."""
+        """Record how many proposed tokens a row got accepted in the last step."""
 
 
 class NoProposals:
     """Proposes nothing."""
 
     def most(self, wanted: int | None) -> int:
-        """Return 0, unless tokens are asked for, which is an error."""
+        """Return 0; raise if tokens are requested."""
         if wanted:
             raise ServingError(
                 f"{shown(wanted)} proposed tokens are asked for, and no feature that is installed proposes any; "
@@ -71,44 +71,44 @@ class NoProposals:
         return "no tokens are proposed"
 
     def text(self, prompt: Sequence[int]) -> None:
-        """Begin no text."""
+        """Return None."""
 
     def propose(self, rows: Sequence[AnswerRow], room: int, most: int) -> int:
         """Propose nothing."""
         return 0
 
     def saw(self, matched: int, is_proposed: bool) -> None:
-        """Take note of nothing."""
+        """Do nothing."""
 
     def ran(self, size: int, proposed: int, seconds: float) -> None:
-        """Take note of nothing."""
+        """Do nothing."""
 
     def settle(self, row: AnswerRow, gained: int) -> None:
-        """Take note of nothing."""
+        """Do nothing."""
 
 
 def new_proposer() -> Proposer:
-    """Return what proposes tokens: that of a feature, or one that proposes nothing."""
+    """Return a feature's proposer, or one that proposes nothing."""
     found = parts("proposers")
     return found[0]() if found else NoProposals()
 
 
 class AnswerRow:
-    """The tokens that a row reads next, and what is chosen of their logits.
+    """The tokens that a row reads next, and the choice of tokens from its logits.
 
-    A step reads the tokens that were chosen, and proposed ones after them. The token after the chosen ones is chosen of
-    its own logits, as ever; while it is the proposed one, so is the next one, whose logits are there already.
+    A step reads the chosen tokens, and proposed ones after them. The token after the chosen ones is chosen from its own
+    logits, as always; while it equals the proposed one, so is the next, whose logits were computed in the same step.
 
     Attributes:
-        text: The prompt and the answer so far, and what is proposed to follow; None if nothing is.
-        unread: Tokens that were chosen, or forced by a constraint, and not read yet.
+        text: The prompt and the answer so far, with proposals; None if nothing is proposed.
+        unread: Tokens chosen, or forced by a constraint, and not read yet.
         proposed: Tokens that the next step reads after these, to verify them.
-        accepted: How many of those that were proposed last were chosen.
-        surplus: How many of them the row has read and has to forget.
+        accepted: Number of the last proposed tokens that were chosen.
+        surplus: Number of tokens that the row has read and must forget.
     """
 
     def __init__(self, choose: TokenChooser, most: int, text: ProposedText | None = None) -> None:
-        """Begin an answer of at most so many tokens."""
+        """Start an answer of at most `most` tokens."""
         self._choose, self._left = choose, most
         self.text = text
         self.unread: tuple[int, ...] = ()
@@ -117,47 +117,47 @@ class AnswerRow:
 
     @property
     def matched(self) -> int:
-        """How surely a token can be proposed; 0 if none can."""
+        """Confidence of a proposal; 0 if there is none."""
         return 0 if self.text is None else self.text.matched
 
     @property
     def most(self) -> int:
-        """The most tokens that may be proposed: the last token of an answer is not read."""
+        """Maximum number of tokens to propose: an answer's last token is not read."""
         return self._left - 1
 
     def propose(self, count: int) -> int:
-        """Propose at most so many tokens, and return how many the answer's constraint allows."""
+        """Propose at most `count` tokens, and return how many the answer's constraint allows."""
         assert self.text is not None
         self.proposed = self._choose.plausible(self.text.proposal(count))
         return len(self.proposed)
 
     def next_tokens(self, most: int) -> list[int]:
-        """The tokens to read in the next step, at most so many."""
+        """Return the tokens to read in the next step: at most `most` chosen ones, and the proposed ones."""
         return [*self.unread[:most], *self.proposed]
 
     def wanted(self, read: int) -> int | None:
-        """After how many of the tokens that a step reads the logits are wanted (see `Decoder.step`).
+        """Return how many of the last tokens of a step need logits (see `Decoder.step`).
 
-        Where tokens can be proposed, a token computes as one of several, whether some are or not: so an answer depends
-        on its text alone, and not on what it pays to propose.
+        If tokens can be proposed, a token is always computed as one of several, so that an answer depends on its text
+        alone, and not on whether proposing pays.
         """
         is_all = read == len(self.unread) + len(self.proposed)
         return len(self.proposed) + 1 if self.matched and is_all else None
 
     def read(self, count: int) -> bool:
-        """Take note of chosen tokens that were read, without proposed ones; returns whether all are."""
+        """Record that chosen tokens were read, without proposed ones; return whether all are read."""
         self.unread = self.unread[count:]
         return not self.unread
 
     def choices(
         self, logits: NDArray[Any], saw: Callable[[int, bool], None] = lambda matched, is_proposed: None
     ) -> Iterator[Choice]:
-        """Choose the next tokens, until one is not the proposed one; a caller ends it where the answer ends.
+        """Yield the next tokens, until one differs from the proposed one; the caller stops where the answer ends.
 
         Args:
             logits: `[vocabulary]` after the last chosen token, or `[1 + proposed, vocabulary]` after it and each
                 proposed one.
-            saw: Is told of each token how surely one was proposed, and whether it is that one (see `Proposer`).
+            saw: Receives for each token the proposal's confidence, and whether it was right (see `Proposer`).
         """
         proposed, self.proposed, self.unread, self.accepted = self.proposed, [], (), 0
         self.surplus = len(proposed)

@@ -1,4 +1,4 @@
-"""A prompt to answer, and its completion, token by token."""
+"""A request for one answer, and the completion as it grows token by token."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class TextRequest:
 
     @property
     def max_length(self) -> int:
-        """The most tokens of its row: the prompt and the answer."""
+        """Maximum tokens of its row: the prompt and the answer."""
         return len(self.prompt) + self.max_new_tokens
 
     @property
     def arrays(self) -> Source | None:
-        """What a row is opened with: what an encoder reads, or what stands in the place of a decoder's tokens."""
+        """Arrays to open a row with: the encoder's input, or replacements of a decoder's tokens."""
         return self.given if self.source is None else self.source.arrays
 
     def chooser(self, ends: frozenset[int]) -> TokenChooser:
-        """What chooses its tokens."""
+        """Return the token chooser of its answer."""
         sampling, constraint = self.options.sampling, self.options.constraint
         rules = [] if self.source is None else self.source.processors(sampling, self.prompt, self.max_new_tokens)
         begun = None if constraint is None else constraint.begin(ends, self.max_new_tokens)
@@ -68,27 +68,27 @@ class TextRequest:
             )
 
     def score_prompt(self, start: int, logits: NDArray[Any]) -> list[TokenScore]:
-        """Scores of the prompt's tokens that follow some others.
+        """Return scores of the prompt's tokens that follow a chunk just read.
 
         Args:
-            start: The first position that was read.
-            logits: `[positions, vocabulary]`, what the model gives after each that was read.
+            start: The first position read.
+            logits: `[positions, vocabulary]`, the model's output at each position read.
         """
         tokens = self.prompt[start + 1 : start + 1 + len(logits)]
         return token_scores(logits[: len(tokens)], tokens, self.options.sampling.logprobs or 0) if tokens else []
 
 
 class Completion:
-    """The tokens of one row and the text they make, cut before a stop string or an end token.
+    """The tokens of one row and their text, cut before a stop string or an end token.
 
-    Text that may be the beginning of a stop string is held back until that is known. Of overlapping stop strings, the
-    one that is complete first ends the answer; of those complete at the same time, the longest.
+    Text that may begin a stop string is held back until that is certain. Of overlapping stop strings, the one that is
+    complete first ends the answer; of those complete at the same time, the longest.
 
     Attributes:
         ids: The new tokens.
         text: The text so far; empty without a tokenizer.
         has_ended: Whether the answer has ended.
-        ending: Why it has, once `extend` has ended it.
+        ending: The finish reason, once `extend` has ended it.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Completion:
         return "".join(self._pieces)
 
     def take(self, token: int) -> str:
-        """Add a token; returns the new text."""
+        """Append a token; return the new text."""
         if self.has_ended:
             return ""
         if token in self._ends:
@@ -122,7 +122,7 @@ class Completion:
         return "" if self._stream is None else self._add(self._stream.step(token))
 
     def extend(self, choice: Choice, most: int) -> str:
-        """Add the tokens of a choice, up to the end of the answer; returns the new text."""
+        """Append a choice's tokens, up to the end of the answer; return the new text."""
         text, last = "", len(choice.tokens)
         for number, token in enumerate(choice.tokens, 1):
             text += self.take(token)
@@ -135,7 +135,7 @@ class Completion:
         return text
 
     def finish(self) -> str:
-        """End the answer; returns the text that was held back."""
+        """End the answer; return the text held back."""
         if self.has_ended:
             return ""
         rest = "" if self._stream is None else self._add(self._stream.finish())
@@ -143,7 +143,7 @@ class Completion:
         return rest + self._give(len(self._held))
 
     def _add(self, piece: str) -> str:
-        """Add text; returns the part that cannot be the beginning of a stop string."""
+        """Append text; return the part that cannot begin a stop string."""
         if not self._stops:
             self._held += piece
             return self._give(len(self._held))
@@ -157,7 +157,7 @@ class Completion:
         return self._give(len(self._held) - max(stop.matched for stop in self._stops))
 
     def _give(self, cut: int) -> str:
-        """Release the first `cut` characters of the text that is held back."""
+        """Release the first `cut` characters of the text held back."""
         text, self._held = self._held[:cut], self._held[cut:]
         self._pieces.append(text)
         return text
@@ -170,17 +170,17 @@ class StopSearch:
 
     Attributes:
         string: The stop string.
-        matched: The length of its longest prefix that the text ends with.
+        matched: Length of its longest prefix that the text ends with.
     """
 
     def __init__(self, string: str) -> None:
-        """Begin without text."""
+        """Start without text."""
         self.string = string
         self.matched = 0
         self._borders = [0]  # for each prefix: the length of its longest proper prefix that is also its suffix
 
     def step(self, letter: str) -> bool:
-        """Add a character; returns whether the string is complete."""
+        """Append a character; return whether the string is complete."""
         while self.matched and self.string[self.matched] != letter:
             self.matched = self._borders[self.matched - 1]
         if self.string[self.matched] == letter:

@@ -1,4 +1,4 @@
-"""What tokens an answer may have: contracts of what a feature compiles, and of the state that each row has of it."""
+"""Protocols of constraints on an answer's tokens: compiled by a feature, with a state for each row."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Wanted: TypeAlias = Mapping[str, tuple[Any, Any]]  # by an option or a field: a 
 
 
 class RowConstraint(Protocol):
-    """The state of one answer.
+    """The constraint state of one answer.
 
     Attributes:
-        forced: Tokens that come next, none of which needs to be chosen.
+        forced: Next tokens, none of which needs to be chosen.
     """
 
     forced: deque[int]
@@ -30,38 +30,38 @@ class RowConstraint(Protocol):
         """Return whether nothing can follow."""
 
     def foresee(self) -> None:
-        """Begin to find out which tokens may come next."""
+        """Start computing the allowed tokens in the background."""
 
     def permits(self, token: int) -> bool:
         """Return whether a token may come next."""
 
     def allowed(self, size: int) -> NDArray[np.bool_]:
-        """Return which tokens may come next, `[size]`."""
+        """Return a mask of the tokens that may come next, `[size]`."""
 
     def prefix(self, tokens: Sequence[int]) -> int:
-        """Return how many of some tokens may come next, one after the other."""
+        """Return how many of the given tokens are allowed in sequence."""
 
     def take(self, token: int) -> None:
-        """Go on after a token that was chosen among those that are allowed."""
+        """Advance past a token chosen among the allowed ones."""
 
 
 class Constraint(Protocol):
-    """What the tokens of all answers to a request may be."""
+    """A constraint on the tokens of all answers to a request."""
 
     def begin(self, ends: frozenset[int], most: int) -> RowConstraint:
-        """Return the state of an answer without tokens, which has at most `most` and ends with one of `ends`."""
+        """Return the state of an empty answer, of at most `most` tokens, ended by one of `ends`."""
 
 
 class Form(Protocol):
-    """What a part of an answer has to be, checked as far as that needs no tokenizer."""
+    """The required form of a part of an answer, checked as far as possible without a tokenizer."""
 
     @property
     def field(self) -> str | None:
-        """The option or field that asks for it."""
+        """The option or request field that set it."""
 
     @property
     def size(self) -> int:
-        """How many characters describe it."""
+        """Number of characters in its description."""
 
 
 class Constraints(Protocol):
@@ -74,19 +74,19 @@ class Constraints(Protocol):
     tokenizer: PreTrainedTokenizerBase | None
 
     def of(self, wanted: Wanted) -> Constraint | None:
-        """Compile the one that is given; None if there is none."""
+        """Compile the only form given; None if there is none."""
 
     def part(self, wanted: Wanted) -> Form | None:
-        """Check the one that is given; None if there is none."""
+        """Check the only form given; None if there is none."""
 
     def special_tokens(self, field: str | None) -> frozenset[int]:
-        """Return ids of tokens that no text has, without end tokens; rules name them as `<[id]>`."""
+        """Return ids of special tokens that no text contains, except end tokens; rules name them as `<[id]>`."""
 
     def joined(self, rules: str, named: Mapping[str, Form], field: str) -> Constraint:
-        """Compile rules in Lark in which `@name` stands for a part."""
+        """Compile Lark rules in which `@name` stands for a part."""
 
 
 def compiler_for(tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits) -> Constraints | None:
-    """Return what compiles constraints for a tokenizer; None if no feature does."""
+    """Return the constraint compiler for a tokenizer; None if no feature has one."""
     compilers = parts("constraints")
     return compilers[0](tokenizer, limits) if compilers else None

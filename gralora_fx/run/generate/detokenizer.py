@@ -1,4 +1,4 @@
-"""Tokens as text, piece by piece as they come, and as bytes, one by one."""
+"""Tokens to text, streamed, and tokens to bytes, one by one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _LEAST, _MOST = 8, 32  # tokens that are decoded again in a step, at least and a
 
 
 class TextStream:
-    """The text of a growing answer: the pieces together are `tokenizer.decode(ids, skip_special_tokens=True)`.
+    """The text of a growing answer: its pieces add up to `tokenizer.decode(ids, skip_special_tokens=True)`.
 
-    If special tokens are shown, they are that of the tokens before, between and after these, and their names.
+    With `shown` special tokens, these are kept, and the text before, between and after them is decoded separately.
 
-    A step decodes only the last few tokens, with some context on which the new text may depend: a first token loses its
-    space. Text that later tokens may change is held back: a character of several tokens, a run of byte tokens (which
-    form text together or not at all), and the last word if spaces are cleaned up.
+    A step decodes only the last few tokens, with enough context for the new text: a first token loses its space. Text
+    that later tokens may change is held back: a character of several tokens, a run of byte tokens (which form text
+    together or not at all), and the last word if spaces are cleaned up.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: frozenset[int] = frozenset()) -> None:
-        """Start an empty text."""
+        """Start with no text."""
         self._tokenizer = tokenizer
         special = _special_tokens(tokenizer)
         self._skipped, self._shown = special - shown, special & shown
@@ -33,7 +33,7 @@ class TextStream:
         self._cleaner = _Cleaner(tokenizer) if _cleans_spaces(tokenizer) else None
 
     def step(self, token: int) -> str:
-        """The text that a token adds."""
+        """Append a token; return the new text."""
         name = _name_of(self._tokenizer, token)
         if token in self._skipped or name is None:
             return ""
@@ -51,7 +51,7 @@ class TextStream:
         return piece if self._cleaner is None else self._cleaner.step(piece)
 
     def finish(self) -> str:
-        """The text that was held back."""
+        """Return the text held back."""
         text = self._decode()
         piece = self._take(text, len(text))
         return piece if self._cleaner is None else self._cleaner.finish(piece)
@@ -62,7 +62,7 @@ class TextStream:
         return piece
 
     def _shorten(self) -> None:
-        """Drop tokens on which new text no longer depends; a run of byte tokens is not cut."""
+        """Drop tokens on which new text no longer depends; runs of byte tokens are not cut."""
         start = len(self._window) - _LEAST
         while start > 0 and _BYTE.match(_name_of(self._tokenizer, self._window[start]) or ""):
             start -= 1
@@ -75,21 +75,21 @@ class TextStream:
 
 
 class TokenBytes:
-    """What each token adds to a text; a token may be a part of a letter, whose bytes are then no text by themselves."""
+    """Each token's bytes in a text; a token may be part of a character, not text by itself."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Read how the tokenizer writes bytes."""
+        """Determine how the tokenizer represents bytes."""
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token: int) -> bytes:
-        """The UTF-8 bytes of a token; none for an id outside the vocabulary."""
+        """Return a token's UTF-8 bytes; empty for an id outside the vocabulary."""
         if token not in self._known:
             self._known[token] = self._read(token)
         return self._known[token]
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is left out of an answer's text."""
+        """Return whether a token is left out of an answer's text."""
         return token in self._special
 
     @cached_property
@@ -98,7 +98,7 @@ class TokenBytes:
 
     @cached_property
     def _byte_letters(self) -> dict[str, int]:
-        """The letters that stand for bytes, where the tokenizer has such; else none."""
+        """Letters that stand for bytes in a byte-level tokenizer; empty for others."""
         decoder = getattr(getattr(self._tokenizer, "backend_tokenizer", None), "decoder", None)
         if decoder is None or b'"ByteLevel"' not in decoder.__getstate__():
             return {}
@@ -128,7 +128,7 @@ class _Cleaner:
         self._held = ""
 
     def step(self, piece: str) -> str:
-        """Add a piece; returns the text before the last word, cleaned."""
+        """Append a piece; return the text before the last word, cleaned."""
         self._held += piece
         cut = self._held.rfind(" ")
         while cut > 0 and (self._held[cut - 1] == " " or self._held[max(cut - 2, 0) : cut] == " '"):
@@ -138,7 +138,7 @@ class _Cleaner:
         return self._clean(ready)
 
     def finish(self, piece: str) -> str:
-        """The rest of the text."""
+        """Return the rest of the text."""
         held, self._held = self._held + piece, ""
         return self._clean(held)
 
@@ -147,7 +147,7 @@ class _Cleaner:
 
 
 def _cleans_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether `decode` cleans up spaces; transformers does not for BPE, unless a second option is set."""
+    """Return whether `decode` cleans up spaces; for BPE only if a second option is set, as in transformers."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -156,7 +156,7 @@ def _cleans_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the tokens that `skip_special_tokens` skips."""
+    """Return ids of the tokens that `skip_special_tokens` skips."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return frozenset(getattr(tokenizer, "all_special_ids", ()))
@@ -164,7 +164,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def _name_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
-    """A token of the vocabulary; None for an id outside of it, which decodes to nothing."""
+    """Return a token of the vocabulary; None for an id outside of it, which decodes to nothing."""
     try:
         name = tokenizer.convert_ids_to_tokens(token)
     except (IndexError, KeyError, OverflowError):

@@ -1,4 +1,4 @@
-"""What the encoder of an encoder-decoder reads for an answer: token ids, or what a feature makes of other prompts."""
+"""Encoder inputs of an encoder-decoder: token ids, or a feature's conversion of other prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MASK = "attention_mask"
 
 @dataclass(frozen=True)
 class EncoderInputs:
-    """Reads what the encoder of an export takes; the base class reads arrays alone.
+    """Reads an export's encoder inputs; the base class reads arrays only.
 
     A subclass that a feature adds reads prompts of its own: it says by `reads` for which encoders it is, and has
     `read` and `example`.
@@ -51,12 +51,12 @@ class EncoderInputs:
         inputs: Mapping[str, Any],
         limits: DecoderLimits,
     ) -> EncoderInputs:
-        """Read the rules of an export."""
+        """Create it, reading the export's rules."""
         return cls(directory, manifest.task, inputs, limits, GenerationRules.of(directory, config, limits.ends))
 
     @classmethod
     def reads(cls, inputs: Mapping[str, Any]) -> bool:
-        """Return whether this class is for an encoder with some inputs, by name."""
+        """Return whether this class reads for an encoder with these inputs, by name."""
         return True
 
     def read(
@@ -67,11 +67,11 @@ class EncoderInputs:
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
-        """Read what `generate` was given (see `Generation.read`)."""
+        """Read the arguments of `generate` (see `Generation.read`)."""
         self.refuse()
 
     def example(self, ids: Sequence[int]) -> EncoderInput:
-        """Return an input to try the model with, of a text's tokens if it reads text."""
+        """Return an example input, of a text's tokens if it reads text."""
         self.refuse()
 
     def refuse(self) -> NoReturn:
@@ -82,7 +82,7 @@ class EncoderInputs:
         )
 
     def of_features(self, values: Mapping[str, Any]) -> list[EncoderInput]:
-        """Read features, a row each, of arrays or tensors whose first axis is the batch."""
+        """Split features, arrays or tensors with the batch as first axis, into an input per row."""
         unknown = [name for name in values if name not in self.inputs]
         if unknown:
             raise ServingError(f"the encoder of {self.directory} takes {', '.join(self.inputs)}, not {unknown[0]}")
@@ -94,7 +94,7 @@ class EncoderInputs:
         return [EncoderInput(self.checked(row), self.rules) for row in rows]
 
     def checked(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Return all inputs of the encoder, in its dtypes."""
+        """Return all inputs of the encoder, cast to its dtypes."""
         if missing := [name for name in self.inputs if name not in arrays]:
             raise ServingError(f"the encoder of {self.directory} takes {missing[0]} too; give it")
         return {name: as_array(name, arrays[name], value) for name, value in self.inputs.items()}
@@ -102,7 +102,7 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class TextSources(EncoderInputs):
-    """Reads the texts that an encoder takes as token ids."""
+    """Reads texts for an encoder that takes token ids."""
 
     vocabulary: int | None = None  # how many tokens there are; None if that is not known
 
@@ -117,7 +117,7 @@ class TextSources(EncoderInputs):
         inputs: Mapping[str, Any],
         limits: DecoderLimits,
     ) -> TextSources:
-        """Read the rules of an export (see `EncoderInputs.of`)."""
+        """Create it, reading the export's rules (see `EncoderInputs.of`)."""
         rules = GenerationRules.of(directory, config, limits.ends, reads_ids=True)
         limit, size = context_length(config, IDS), config.get("vocab_size")
         limit = None if limit is None else limit - manifest.position_offset
@@ -125,11 +125,11 @@ class TextSources(EncoderInputs):
 
     @property
     def sources(self) -> PromptLimit:
-        """The most tokens of a source, for a check of a source."""
+        """The limit on a source's tokens."""
         return PromptLimit.of_source(self.limit)
 
     def of_ids(self, ids: Sequence[int], forced_first: int | None = None) -> EncoderInput:
-        """Read the token ids of a text."""
+        """Check a text's token ids and return the encoder's input."""
         if not len(ids):
             raise ServingError("the source is empty; give at least one token")
         most = self.vocabulary
@@ -143,13 +143,13 @@ class TextSources(EncoderInputs):
 
     @staticmethod
     def check_texts(prompts: Any) -> None:
-        """Check that no text is empty, to which many tokenizers give an end token all the same."""
+        """Raise for an empty text, for which many tokenizers produce an end token all the same."""
         for prompt in [prompts] if isinstance(prompts, str) else prompts if isinstance(prompts, (list, tuple)) else ():
             if isinstance(prompt, str) and not prompt.strip():
                 raise ServingError("the source is empty; give a text")
 
     def example(self, ids: Sequence[int]) -> EncoderInput:
-        """Return an input to try the model with: the tokens of a text."""
+        """Return an example input: the tokens of a text."""
         return self.of_ids(ids)
 
     def read(
@@ -160,7 +160,7 @@ class TextSources(EncoderInputs):
         tokenizer: PreTrainedTokenizerBase | None,
         open_decoder: Callable[[DecoderSize], Decoder],
     ) -> Prompts:
-        """Read what `generate` was given (see `Generation.read`)."""
+        """Read the arguments of `generate` (see `Generation.read`)."""
         start.check_unused("the model reads text", "language", "task")
         inputs.check_unused("the model reads text", "input_features")
         first = start.forced_bos_token_id

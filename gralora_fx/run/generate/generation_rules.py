@@ -1,4 +1,4 @@
-"""What a model's `generation_config.json` says of every answer, as transformers' `generate` takes it."""
+"""Rules for every answer from a model's `generation_config.json`, applied as by transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SEARCH: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class GenerationRules:
-    """The rules of a model for its answers."""
+    """A model's rules for its answers."""
 
     directory: Path  # the export directory, for messages
     config: GenerationConfig  # what its `generation_config.json` says; where there is none, its `config.json`
@@ -66,7 +66,7 @@ class GenerationRules:
         uncounted: int = 0,
         more_search: Mapping[str, tuple[Any, ...]] | None = None,
     ) -> GenerationRules:
-        """Read the rules of an export."""
+        """Read an export's rules."""
         path = directory / GENERATION_CONFIG
         fields = read_json_object(path, ServingError) if path.is_file() else {}
         names = ("decoder_start_token_id", "bos_token_id", "forced_decoder_ids")
@@ -88,7 +88,7 @@ class GenerationRules:
 
     @property
     def start(self) -> int:
-        """The token that an answer's decoder begins with."""
+        """The decoder's start token."""
         for name in ("decoder_start_token_id", "bos_token_id"):
             found = getattr(self.config, name, None)
             if type(found) is int and found >= 0:
@@ -98,7 +98,7 @@ class GenerationRules:
         )
 
     def new_tokens(self, prompt_length: int) -> int | None:
-        """How many tokens an answer has at most where a request does not say; None if the model does not say either."""
+        """Return the model's maximum tokens of an answer; None if it sets none."""
         if self.config.max_new_tokens is not None:
             return int(self.config.max_new_tokens)
         most = self.config.max_length
@@ -112,7 +112,7 @@ class GenerationRules:
         source: Sequence[int] | None = None,
         forced_first: int | None = None,
     ) -> list[Any]:
-        """What changes the logits of every answer, in transformers' order, before anything is drawn."""
+        """Return the model's logits processors, in transformers' order; they run before sampling."""
         ends = sorted(self.ends if sampling.ends is None else sampling.ends)
         return [
             *self._of_repetition(sampling, source, ends),
@@ -121,7 +121,7 @@ class GenerationRules:
         ]
 
     def _of_repetition(self, sampling: Sampling, source: Sequence[int] | None, ends: list[int]) -> Iterator[Any]:
-        """What may not be said, or said again."""
+        """Yield processors against repetition and bad words."""
         config = self.config
         if config.sequence_bias is not None:
             yield SequenceBiasLogitsProcessor(config.sequence_bias)
@@ -138,7 +138,7 @@ class GenerationRules:
             yield NoBadWordsLogitsProcessor(config.bad_words_ids, ends or None)
 
     def _of_length(self, sampling: Sampling, length: int, ends: list[int]) -> Iterator[Any]:
-        """When an answer may end at the earliest."""
+        """Yield processors that delay the end of an answer."""
         config = self.config
         if not ends or sampling.min_new_tokens:
             return
@@ -148,7 +148,7 @@ class GenerationRules:
             yield MinLengthLogitsProcessor(config.min_length, ends)
 
     def _of_places(self, length: int, new_tokens: int, ends: list[int], forced_first: int | None) -> Iterator[Any]:
-        """What stands at the beginning and at the end."""
+        """Yield processors for the beginning and the end of an answer."""
         config = self.config
         first = config.forced_bos_token_id if forced_first is None else forced_first
         if first is not None:
@@ -166,7 +166,7 @@ class GenerationRules:
             yield SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin)
 
     def warn_of_search(self, fields: Mapping[str, tuple[Any, ...]]) -> None:
-        """Warn of fields whose values are not among those that are followed: they choose another search."""
+        """Warn of fields that choose a search other than those supported."""
         others = [
             f"{name}={value}"
             for name, followed in fields.items()

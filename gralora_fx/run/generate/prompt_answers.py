@@ -1,4 +1,4 @@
-"""How an export with a cache generates: the answers to prompts run together, each until its own end."""
+"""Generation with an export that has a cache: prompts run together, each answer until its own end."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ _FORCED = 32  # tokens that a constraint forces, in a step
 
 
 class GivenPrompts(Protocol):
-    """Reads prompts with more than text, of which companions of a decoder make what its rows are given."""
+    """Reads prompts with more than text, which a decoder's companion models turn into inputs of its rows."""
 
     @staticmethod
     def refuse() -> NoReturn:
-        """Raise a `ServingError`: the export reads texts alone."""
+        """Raise a `ServingError`: the export reads text only."""
         ...
 
     def are_in(self, prompts: Any) -> bool:
-        """Return whether chats among prompts hold more than text, in the place where it is."""
+        """Return whether chats among the prompts hold more than text within their messages."""
         ...
 
     def read(self, inputs: GenerateInputs, adapter: AdapterNames, limit: PromptLimit) -> Prompts:
-        """Read what `generate` was given: prompts, and what each has beside its text."""
+        """Read the arguments of `generate`: prompts, and what each has beside its text."""
         ...
 
     def read_one(
         self, prompt: Any, media: Sequence[Any], adapter: str | None, described: Sequence[Any] = ()
     ) -> tuple[list[int], Source | None]:
-        """Return the ids of a prompt, and what stands in the place of some of them; None of text alone."""
+        """Return a prompt's ids, and the source that replaces some of them; None for text alone."""
         ...
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How an export generates."""
+    """Generation with an export."""
 
     limits: DecoderLimits  # what a row can take
     open_decoder: Callable[[DecoderSize], Decoder]  # makes the model as rows of a size; errors as of `Decoder`
@@ -66,7 +66,7 @@ class Generation:
 
     @cached_property
     def proposer(self) -> Proposer:
-        """Proposes tokens, by what calls before have measured."""
+        """The proposer of tokens, with its measurements from earlier calls."""
         return new_proposer()
 
     def read(
@@ -76,7 +76,7 @@ class Generation:
         adapter: AdapterNames,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> Prompts:
-        """Read what `generate` was given as what encoder and decoder read."""
+        """Convert the arguments of `generate` to inputs of encoder and decoder."""
         reader = self.encoder_inputs
         if reader is None:
             reason = "the model is a decoder, without an encoder"
@@ -104,7 +104,7 @@ class Generation:
 
 
 def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
-    """Return prompts with what stands in the place of their tokens, as a feature reads it."""
+    """Return prompts with the tensors that replace their tokens, as a feature reads them."""
     from gralora_fx.base.features import parts
 
     kinds = parts("given rows", (EMBEDS,))
@@ -115,14 +115,14 @@ def _with_embeddings(texts: Prompts, inputs: GenerateInputs) -> Prompts:
 
 
 class Scored(NamedTuple):
-    """An answer, or a piece of one, with the log-probabilities of its tokens."""
+    """An answer, or a piece of one, with its tokens' log-probabilities."""
 
     content: Any  # the text, or the token ids
     scores: list[TokenScore]  # the score of each of its tokens
 
 
 class Completions(Iterator[Any]):
-    """The completions of prompts, piece by piece, or all at once."""
+    """The completions of prompts: iterate for pieces, or call `result` for whole ones."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Completions(Iterator[Any]):
         options: AnswerOptions,
         adapter: AdapterNames = None,
     ) -> None:
-        """Check the prompts, and let a decoder read them."""
+        """Check the prompts, and open a decoder row for each."""
         most = options.sampling.new_tokens(prompts.rows, generation.limits, prompts.new_tokens)
         names = names_of_rows(adapter, len(prompts.rows))
         sources: Sequence[EncoderInput | None] = prompts.sources or (None,) * len(prompts.rows)
@@ -151,7 +151,7 @@ class Completions(Iterator[Any]):
         self._rows: _Rows | None = _Rows(generation, self._requests, ends, options)
 
     def __next__(self) -> Any:
-        """What the next step adds: a text or ids, or a list of them for a list of prompts."""
+        """Return the next step's new text or ids, or a list of them for a list of prompts."""
         going = [row for row, completion in enumerate(self._completions) if not completion.has_ended]
         if self._rows is None or not going:
             self._rows = None  # with what they hold, the cache and the adapter
@@ -182,7 +182,7 @@ class Completions(Iterator[Any]):
         return pieces[0] if self._prompts.is_single else pieces
 
     def result(self) -> Any:
-        """The whole completions."""
+        """Return the whole completions."""
         for _ in self:
             pass
         contents: list[Any] = [each.text if self._prompts.gives_text else each.ids for each in self._completions]
@@ -192,7 +192,7 @@ class Completions(Iterator[Any]):
 
 
 class _Rows:
-    """Prompts in the rows of a decoder of their own, and their answers as these read them."""
+    """Prompts in the rows of their own decoder, and their answers."""
 
     def __init__(
         self, generation: Generation, requests: Sequence[TextRequest], ends: frozenset[int], options: AnswerOptions
@@ -219,7 +219,7 @@ class _Rows:
             tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}
 
     def step(self, going: Sequence[int]) -> None:
-        """Let rows that go on read what was chosen, maybe with proposed tokens after it."""
+        """Let unfinished rows read their chosen tokens, followed by proposed ones if any."""
         waiting = {row: self._answers[row] for row in going if self._answers[row].unread}
         self._proposer.propose(list(waiting.values()), self._chunk, self._most)
         while waiting:
@@ -232,11 +232,11 @@ class _Rows:
             waiting = {row: each for row, each in waiting.items() if not (each.proposed or each.read(len(tokens[row])))}
 
     def choices(self, row: int) -> Iterator[Choice]:
-        """The next tokens of a row that has read what was chosen before."""
+        """Yield the next tokens of a row after a step."""
         return self._answers[row].choices(self._logits[row], self._proposer.saw)
 
     def settle(self, row: int) -> None:
-        """Let a row forget proposed tokens that it has read and that were not chosen."""
+        """Let a row forget tokens that it has read and that were not chosen."""
         answer = self._answers[row]
         if answer.surplus:
             self._decoder.rewind(self._rows[row], self._decoder.length(self._rows[row]) - answer.surplus)

@@ -1,4 +1,4 @@
-"""The prompts of `generate`: texts, chats and token ids, one or several, or a tokenizer's result."""
+"""Prompts of `generate`: texts, chats or token ids, one or several, or a tokenizer's result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """What an encoder reads for an answer, and what the model's own rules say of it."""
+    """The encoder's input for an answer, and the model's rules for it."""
 
     arrays: Source  # what it reads, by name, each `[1, ...]`
     rules: GenerationRules  # the rules of the model
@@ -32,7 +32,7 @@ class EncoderInput:
     forced_first: int | None = None  # the token that the answer begins with; None for the model's, if it has one
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
-        """What changes the logits of the answer (see `GenerationRules.processors`)."""
+        """Return the logits processors of the answer (see `GenerationRules.processors`)."""
         return self.rules.processors(sampling, prompt, new_tokens, self.ids, self.forced_first)
 
 
@@ -49,13 +49,13 @@ class Prompts:
 
     @property
     def new_tokens(self) -> list[int | None]:
-        """The most tokens that the model says for each answer, if it does; none of a decoder."""
+        """The model's maximum tokens of each answer, if it sets one; empty for a decoder."""
         return [source.rules.new_tokens(len(self.rows[index])) for index, source in enumerate(self.sources)]
 
 
 @dataclass(frozen=True)
 class GenerateInputs:
-    """What `generate` is given to answer."""
+    """The prompt arguments of `generate`."""
 
     prompts: Any = None  # one prompt, or several of them
     input_ids: Any = None  # instead of prompts, a tokenizer's result
@@ -65,12 +65,12 @@ class GenerateInputs:
     media: Any = None  # what a prompt has beside its text, or each of them, as the export's companions read it
 
     def check_unused(self, reason: str, name: str) -> None:
-        """Raise a `ServingError` with a reason if an input is given that has no effect."""
+        """Raise a `ServingError` with the reason if an input without effect is given."""
         if getattr(self, name) is not None:
             raise ServingError(f"{name} has no effect: {reason}; leave it out")
 
     def read(self, tokenizer: PreTrainedTokenizerBase | None, limit: PromptLimit | None = None) -> Prompts:
-        """Prompts, or a tokenizer's result, as token ids."""
+        """Convert prompts, or a tokenizer's result, to token ids."""
         if self.input_ids is None:
             if self.prompts is None or self.attention_mask is not None:
                 raise ServingError("give prompts, or input_ids and attention_mask as generate(**tokenizer(...)) does")
@@ -99,11 +99,11 @@ def read_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase | None, limit:
 
 
 def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
-    """Prompts from a tokenizer's result: tensors, arrays or lists, padded on either side or not at all.
+    """Convert a tokenizer's result to prompts: tensors, arrays or lists, padded on either side or not at all.
 
     Args:
         input_ids: `[batch, length]`, or `[length]` for one prompt; rows of lists may differ in length.
-        attention_mask: As `input_ids`, 0 where a position is padding; None without padding.
+        attention_mask: Like `input_ids`, 0 at padding; None without padding.
     """
     ids = _as_lists("input_ids", input_ids)
     is_single = not any(isinstance(row, list) for row in ids)
@@ -127,7 +127,7 @@ def read_tokenized(input_ids: Any, attention_mask: Any) -> Prompts:
 
 
 def is_signal(value: Any) -> bool:
-    """Return whether a prompt is a signal: samples of one channel, or a dict of them with their rate."""
+    """Return whether a prompt is a signal: single-channel samples, or a dict of them with their rate."""
     if isinstance(value, Mapping):
         return SAMPLES in value and RATE in value
     array = np.asarray(value) if isinstance(value, (list, tuple)) and value and _is_float(value[0]) else value
@@ -140,7 +140,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _rows(prompts: Iterable[Any]) -> Iterable[Any]:
-    """The single prompts of a batch."""
+    """Return the prompts of a batch."""
     if not isinstance(prompts, (torch.Tensor, np.ndarray)):
         return prompts
     if prompts.ndim not in (1, 2) or getattr(prompts, "is_meta", False):

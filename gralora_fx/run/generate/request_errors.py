@@ -1,4 +1,4 @@
-"""Why a request is not answered, other than that it is wrong in itself; the service has a status for each."""
+"""Errors of requests other than plain invalid ones; the service maps each to an HTTP status."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from gralora_fx.errors import ServingError
 
 
 class WrongFieldError(ServingError):
-    """What a field of a request, or an option, asks for cannot be done."""
+    """The value of a request field, or of an option, is not supported."""
 
     def __init__(self, field: str | None, problem: str) -> None:
-        """Say what is wrong."""
+        """Create it with the field's name and the problem."""
         super().__init__(problem if field is None else f"{field}: {problem}")
         self.field = field
 
 
 class DeadEndError(WrongFieldError):
-    """No token can go on with an answer as it has to be, or that is too complex to tell."""
+    """No token can continue an answer under its constraint, or the constraint is too complex to evaluate."""
 
 
 class UnknownModelError(ServingError):
@@ -25,7 +25,7 @@ class UnknownModelError(ServingError):
 
 
 class UnknownAdapterError(ServingError):
-    """A request names an adapter that is not there."""
+    """A request names an adapter that does not exist."""
 
     field = "lora_name"
 
@@ -35,19 +35,19 @@ class AdapterNotFoundError(ServingError):
 
 
 class AdapterNameError(ServingError):
-    """A name may not be given to an adapter."""
+    """A name is not allowed for an adapter."""
 
     field = "lora_name"
 
 
 class AdapterLoadError(ServingError):
-    """An adapter that a request names is there, and cannot be loaded."""
+    """An adapter that a request names exists, but cannot be loaded."""
 
     field = "model"
 
 
 class AdapterLimitError(ServingError):
-    """An adapter is above a limit, or there is no room beside those that stay."""
+    """An adapter exceeds a limit, or there is no room beside those that stay."""
 
 
 class AdaptersInUseError(ServingError):
@@ -55,11 +55,11 @@ class AdaptersInUseError(ServingError):
 
 
 class TooManyChangesError(ServingError):
-    """There is no room for more loads now."""
+    """Too many adapter changes are waiting."""
 
 
 class QueueFullError(ServingError):
-    """There is no room for more requests now."""
+    """The queue of requests is full."""
 
 
 class StoppedError(ServingError):
@@ -67,15 +67,15 @@ class StoppedError(ServingError):
 
 
 class DeadlineError(ServingError):
-    """A request was right, and took longer than it may."""
+    """A valid request exceeded its time limit."""
 
 
 class RunError(ServingError):
-    """A request was right, and running it failed."""
+    """Running a valid request failed."""
 
     @classmethod
     def of(cls, error: Exception) -> RunError:
-        """Make what a caller is told of an error while its request ran."""
+        """Create the error that a caller receives when its request failed while running."""
         if isinstance(error, (DeadEndError, AdapterLoadError)):
             told = AnswerError(str(error))
             told.field = error.field
@@ -84,4 +84,4 @@ class RunError(ServingError):
 
 
 class AnswerError(RunError):
-    """A request was right as far as could be told, and its answer has come to where no token may follow."""
+    """A valid request's answer has come to a point where no token may follow."""

@@ -1,4 +1,4 @@
-"""The next token of a row, chosen from its logits by transformers' processors, and log-probabilities of tokens."""
+"""Choice of a row's next token by transformers' logits processors, and log-probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token's log-probability at its place, by the model's own distribution."""
+    """A token's log-probability in the model's own distribution."""
 
     token: int  # the token's id
     logprob: float  # its log-probability
@@ -39,7 +39,7 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Choice:
-    """A token that was chosen."""
+    """A chosen token."""
 
     token: int  # its id
     score: TokenScore | None = None  # its log-probability, if that is asked for
@@ -55,7 +55,7 @@ class Choice:
 
 
 class TokenChooser:
-    """Chooses the tokens of one answer; its draws depend on its own seed alone, not on other rows."""
+    """Chooses the tokens of one answer; draws depend on its own seed only, not on other rows."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TokenChooser:
         rules: Sequence[Any] = (),
         constraint: RowConstraint | None = None,
     ) -> None:
-        """Prepare the processors, in the order of transformers' `generate`."""
+        """Build the processors, in the order of transformers' `generate`."""
         self._ids = list(prompt)
         self._top = sampling.logprobs
         self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
@@ -85,7 +85,7 @@ class TokenChooser:
         """Choose the next token, and remember it.
 
         Args:
-            logits: `[vocabulary]`, what the model gives after the prompt and the tokens that were chosen before.
+            logits: `[vocabulary]`, the model's output after the prompt and the tokens chosen so far.
         """
         constraint = self._constraint
         if constraint is not None and constraint.forced:
@@ -107,7 +107,7 @@ class TokenChooser:
         return Choice(token, score, forced, constraint.is_complete)
 
     def plausible(self, proposed: list[int]) -> list[int]:
-        """What proposed tokens begin with that the constraint of the answer allows."""
+        """Return the longest prefix of proposed tokens that the answer's constraint allows."""
         constraint = self._constraint
         return proposed if constraint is None or constraint.forced else proposed[: constraint.prefix(proposed)]
 
@@ -130,32 +130,32 @@ class TokenChooser:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
     def _warped_apart(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The warped scores of the tokens that the constraint allows, often a few of all, which soon are sorted."""
+        """Warp the scores of allowed tokens only, often few, since warping sorts them."""
         allowed = (scores[0] > -math.inf).nonzero()[:, 0]
         warped = self._warpers(ids, scores[:, allowed])
         return torch.full_like(scores, -math.inf).index_copy_(1, allowed, warped)
 
     def _within(self, constraint: RowConstraint, scores: torch.Tensor, logits: NDArray[Any]) -> torch.Tensor:
-        """Scores of the tokens that a constraint allows; before any rule, where the rules leave none of them."""
+        """Return the scores of tokens that a constraint allows; their unprocessed logits if the rules leave none."""
         scores = scores.masked_fill(torch.from_numpy(~constraint.allowed(scores.shape[1])), -math.inf)
         return torch.from_numpy(_masked(logits, constraint)).float()[None] if scores.max() == -math.inf else scores
 
 
 def _masked(logits: NDArray[Any], constraint: RowConstraint) -> NDArray[Any]:
-    """Logits `[vocabulary]` of the tokens that a constraint allows, and minus infinity for others."""
+    """Set logits `[vocabulary]` of tokens that a constraint forbids to minus infinity."""
     masked: NDArray[Any] = np.where(constraint.allowed(len(logits)), logits, logits.dtype.type(-np.inf))
     return masked
 
 
 class OccurrencePenalty:
-    """OpenAI's penalties: what a token of the answer loses because it occurs there, and for each time that it does."""
+    """OpenAI's penalties for tokens that occur in the answer: once (presence), and per occurrence (frequency)."""
 
     def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
         """Set the penalties."""
         self._presence, self._frequency, self._start = presence, frequency, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores `[rows, vocabulary]` after the penalties.
+        """Return the scores `[rows, vocabulary]` after the penalties.
 
         Args:
             input_ids: `[rows, length]`, the prompts and answers.
@@ -167,17 +167,17 @@ class OccurrencePenalty:
 
 
 class _SortedTopP:
-    """transformers' warper of `top_p`, given scores in the order in which it sorts them: in half of the time.
+    """transformers' `top_p` warper on presorted scores, in half of the time.
 
-    numpy sorts them in the processor's vectors, and torch only finds that they are sorted. Which of equal scores is
-    left out at the edge is open there, too.
+    numpy sorts them with vector instructions, and torch then finds them sorted. Which of equal scores is dropped at the
+    threshold is undefined there, too.
     """
 
     def __init__(self, top_p: float) -> None:
         self._warp = TopPLogitsWarper(top_p)
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """The scores `[1, vocabulary]`, minus infinity for those that are left out."""
+        """Return the scores `[1, vocabulary]`, minus infinity for those dropped."""
         row = scores[0].numpy()
         if np.isneginf(row).sum() > len(row) // 2:  # top_k leaves them out; equal ones are soon sorted
             warped: torch.Tensor = self._warp(input_ids, scores)
@@ -189,12 +189,12 @@ class _SortedTopP:
 
 
 def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """Scores of tokens.
+    """Return scores of tokens.
 
     Args:
-        logits: `[tokens, vocabulary]`, what the model gives for each place.
-        tokens: The tokens at these places.
-        top: How many of the likeliest tokens to score beside each.
+        logits: `[tokens, vocabulary]`, the model's output before each token.
+        tokens: The tokens.
+        top: Number of likeliest tokens to score beside each.
     """
     scores = torch.from_numpy(logits).float().log_softmax(-1)
     own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
@@ -204,7 +204,7 @@ def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[
 
 
 def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> list[Any]:
-    """What changes the logits of single tokens, by what was chosen before."""
+    """Return the processors that change logits of single tokens, by option or by occurrence."""
     processors: list[Any] = []
     if sampling.logit_bias:
         bias = {(int(token),): float(value) for token, value in sampling.logit_bias.items()}
@@ -220,7 +220,7 @@ def _penalties(sampling: Sampling, length: int, ends: frozenset[int]) -> list[An
 
 
 def _warpers(sampling: Sampling) -> list[Any]:
-    """What shapes the distribution that is drawn from."""
+    """Return the processors that shape the distribution to draw from."""
     processors: list[Any] = []
     if sampling.temperature != 1:
         processors.append(TemperatureLogitsWarper(float(sampling.temperature)))

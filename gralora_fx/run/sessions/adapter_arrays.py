@@ -1,6 +1,6 @@
-"""Adapter tensors as arrays, of bfloat16 too, which numpy lacks; those of several stacked or summed, exactly.
+"""Adapter tensors as arrays, including bfloat16, which numpy lacks; several stacked or summed exactly.
 
-Rows of a batch choose an adapter of a stack by its id. In a weighted sum the ranks add up.
+Rows of a batch choose an adapter of a stack by its id. A weighted sum of adapters has the sum of their ranks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Ranks = Sequence[tuple[int, int]]  # at each layer of an export, of blocks and o
 
 
 def as_ort_value(array: NDArray[Any]) -> Any:
-    """An array as an `OrtValue`, of bfloat16 too."""
+    """Return an array as an `OrtValue`; bfloat16 works too."""
     if array.dtype == _BFLOAT16:
         raw = np.ascontiguousarray(array).view(np.uint16)
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
@@ -33,13 +33,13 @@ def as_ort_value(array: NDArray[Any]) -> Any:
 
 
 def cast(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """An array in one of the dtypes of adapter tensors."""
+    """Cast an array to one of the dtypes of adapter tensors."""
     found: NDArray[Any] = array.astype(DTYPES[dtype])
     return found
 
 
 def as_arrays(values: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-    """`OrtValue`s by name as arrays, of bfloat16 too."""
+    """Return `OrtValue`s by name as arrays; bfloat16 works too."""
     return {name: _array(value) for name, value in values.items()}
 
 
@@ -57,7 +57,7 @@ def _array(value: Any) -> NDArray[Any]:
 
 
 def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]:
-    """Adapters stacked as `OrtValue`s by name, padded with zeros to the largest rank at each layer."""
+    """Stack adapters as `OrtValue`s by name, padded with zeros to the largest rank at each layer."""
     ranks = largest_ranks([ranks_of(tensors, inputs) for tensors in adapters], inputs)
     arrays = empty_stack(len(adapters), ranks, inputs)
     for number, tensors in enumerate(adapters, BASE + 1):
@@ -66,7 +66,7 @@ def stacked(adapters: Sequence[Arrays], inputs: AdapterInputs) -> dict[str, Any]
 
 
 def ranks_of(tensors: Arrays, inputs: AdapterInputs) -> Ranks:
-    """The ranks of an adapter at each layer of an export, 0 for a part that it lacks."""
+    """Return an adapter's ranks at each layer of an export, 0 for a part that it lacks."""
     parts = (site.parts(tensors) for site in inputs.sites)
     return tuple(
         (0 if A is None else A.shape[2], 0 if general is None else general.shape[1]) for A, _, general, *_ in parts
@@ -74,23 +74,23 @@ def ranks_of(tensors: Arrays, inputs: AdapterInputs) -> Ranks:
 
 
 def largest_ranks(several: Sequence[Ranks], inputs: AdapterInputs) -> Ranks:
-    """The largest of some ranks at each layer; 0 for those of none."""
+    """Return the largest ranks at each layer; 0 without adapters."""
     by_site = zip(*several, strict=True) if several else ([(0, 0)] for _ in inputs.sites)
     return tuple((max(r for r, _ in ranks), max(general for _, general in ranks)) for ranks in by_site)
 
 
 def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """Zeros with room for adapters, and for the base before them.
+    """Return zeros with room for adapters, and for the base before them.
 
     Returns:
-        `[1 + count, ...]` by name; what nobody has written to takes no memory yet.
+        `[1 + count, ...]` by name; pages take no memory until they are written.
     """
     dtype = DTYPES[inputs.dtype]
     return {name: np.zeros((1 + count, *shape), dtype) for name, shape in _shapes(ranks, inputs).items()}
 
 
 def slot_size(ranks: Ranks, inputs: AdapterInputs) -> int:
-    """Return how many bytes an adapter takes in a stack that has room for some ranks."""
+    """Return the bytes of an adapter in a stack with the given ranks."""
     count = sum(math.prod(shape) for shape in _shapes(ranks, inputs).values())
     return count * int(DTYPES[inputs.dtype].itemsize)
 
@@ -104,10 +104,10 @@ def _shapes(ranks: Ranks, inputs: AdapterInputs) -> dict[str, tuple[int, ...]]:
 
 
 def write_adapter(stack: Mapping[str, NDArray[Any]], number: int, tensors: Arrays, inputs: AdapterInputs) -> None:
-    """Write an adapter into a stack, over what was there; zeros where it has no tensor or a smaller rank.
+    """Write an adapter into a stack in place; zeros fill missing tensors and smaller ranks.
 
     Ranks are padded within the part of each pair of blocks: with s = r / k, columns `j * s` to `(j + 1) * s` of `A`
-    belong to output block j, and so for the rows of `B`.
+    belong to output block j, likewise the rows of `B`.
     """
     for site in inputs.sites:
         for place, name in zip(_places(site, inputs.k), site.names(inputs.k), strict=True):
@@ -122,7 +122,7 @@ def write_adapter(stack: Mapping[str, NDArray[Any]], number: int, tensors: Array
 
 
 def _places(site: AdapterSite, k: int) -> Iterator[Callable[[NDArray[Any]], NDArray[Any]]]:
-    """For each tensor at a layer, the view of it in which a smaller one is padded at the end of each axis."""
+    """Return for each tensor at a layer the view in which a smaller one is padded at the end of each axis."""
     k, ins, outs = site.blocks(k), site.in_features, site.out_features
 
     def of_A(array: NDArray[Any]) -> NDArray[Any]:
@@ -136,10 +136,10 @@ def _places(site: AdapterSite, k: int) -> Iterator[Callable[[NDArray[Any]], NDAr
 
 
 def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """The adapter whose update is the weighted sum of others'.
+    """Return an adapter whose update is the weighted sum of others'.
 
     The weights become part of the `B` tensors, in float32, rounded once. Each block pair (j, n) of GraLoRA has its own
-    s columns of `A[n]` and rows of `B[j]`, so those are joined pair by pair; plain LoRA's are joined as they are.
+    s columns of `A[n]` and rows of `B[j]`, so those are concatenated pair by pair; plain LoRA's are concatenated whole.
     Changes of biases are added.
     """
     tensors: dict[str, NDArray[Any]] = {}
@@ -152,7 +152,7 @@ def mixed(parts: Sequence[tuple[Arrays, float]], inputs: AdapterInputs) -> dict[
 
 
 def _sum_at(site: AdapterSite, adapters: Sequence[tuple[Arrays, float]], k: int) -> Iterator[NDArray[Any]]:
-    """The sum's tensors at a layer, in the order of their names."""
+    """Yield the sum's tensors at a layer, in the order of their names."""
     parts = [(site.parts(arrays), weight) for arrays, weight in adapters]
     blocks = [(A, _scaled(B, weight)) for (A, B, *_), weight in parts if A is not None and B is not None]
     if blocks:
@@ -179,6 +179,6 @@ def _blocks(site: AdapterSite, parts: Sequence[tuple[NDArray[Any], NDArray[Any]]
 
 
 def _scaled(array: NDArray[Any], weight: float) -> NDArray[Any]:
-    """An array times a weight, in its own dtype."""
+    """Scale an array in float32, keeping its dtype."""
     found: NDArray[Any] = array if weight == 1.0 else (array.astype(np.float32) * weight).astype(array.dtype)
     return found

@@ -1,7 +1,7 @@
-"""`<name>.onnx_adapter`, the file of an adapter's tensors, and `<name>.json`, the record of what it holds.
+"""`<name>.onnx_adapter`, an adapter's tensors, and `<name>.json`, the record that describes them.
 
-ONNX Runtime's format has no checksum: a file with a flipped bit may load and run. So a file is parsed only once its
-SHA-256 is the one in its record, which also says for which export it was made.
+ONNX Runtime's format has no checksum: a file with a flipped bit may load and run. So a file is parsed only after its
+SHA-256 matches its record, which also says for which export it was made.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_BYTES = 64 << 20  # of a record
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """What an adapter file holds, and for which export."""
+    """Contents of an adapter file, and the export that it is for."""
 
     schema_version: int  # version of the record's form
     name: str  # the adapter's name
@@ -60,7 +60,7 @@ class AdapterRecord:
         return str(self.config.get("base_model_name_or_path") or "another base")
 
     def to_json(self) -> str:
-        """The text of the record, keys in order, and a SHA-256 of its own under `record_sha256`."""
+        """Return the record as JSON, keys in order, with its own SHA-256 under `record_sha256`."""
         fields = dataclasses.asdict(self)
         fields = {name: value for name, value in fields.items() if name != "base" or value is not None}
         return json.dumps({**fields, _OWN_DIGEST: _fields_sha256(fields)}, indent=2, sort_keys=True) + "\n"
@@ -68,7 +68,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True, eq=False)
 class AdapterInMemory:
-    """An adapter as data of an export that no file holds."""
+    """An adapter as data of an export, without a file."""
 
     record: AdapterRecord  # its record, without digests
     tensors: Arrays  # its tensors by name
@@ -80,7 +80,7 @@ AdapterSource: TypeAlias = str | Path | AdapterContent | AdapterInMemory  # what
 def read_record(
     path: Path, error: type[GraloraError] = ExportError, content: AdapterContent | None = None
 ) -> AdapterRecord:
-    """The record of an adapter file."""
+    """Read the record of an adapter file."""
     place = record_path(path)
     remedy = f"make the adapter again with {command('export_adapter')}"
     try:
@@ -118,12 +118,12 @@ def check_rank(place: Path | str, record: AdapterRecord, most: int | None) -> No
 
 
 def _fields_sha256(fields: Mapping[str, Any]) -> str:
-    """SHA-256 of a record's fields, whatever the layout of their text."""
+    """Return the SHA-256 of a record's fields, independent of JSON formatting."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def tensors_sha256(tensors: Arrays) -> str:
-    """SHA-256 over the names, dtypes, shapes and values of tensors."""
+    """Return the SHA-256 over the names, dtypes, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
@@ -150,7 +150,7 @@ def record_of(
     fingerprint: str | None,
     base: Mapping[str, Any] | None = None,
 ) -> AdapterRecord:
-    """The record of an adapter file that was written."""
+    """Return the record of an adapter file just written."""
     content = path.read_bytes()
     record = record_in_memory(name, tensors, config, inputs, fingerprint)
     digest = hashlib.sha256(content).hexdigest()
@@ -166,9 +166,9 @@ def record_in_memory(
     *,
     with_digest: bool = True,
 ) -> AdapterRecord:
-    """The record of an adapter without a file, whose digest and size are empty; arguments as of `record_of`.
+    """Return the record of an adapter without a file, with empty digests and size 0; for arguments see `record_of`.
 
-    That of its tensors is empty, too, unless it is asked for `with_digest`.
+    The tensors' digest is computed only if `with_digest`.
     """
     r, hybrid_r = _largest_ranks(tensors, inputs)
     return AdapterRecord(
@@ -189,14 +189,14 @@ def record_in_memory(
 
 
 def _largest_ranks(tensors: Arrays, inputs: AdapterInputs) -> tuple[int, int]:
-    """The largest rank of the blocks and of the plain LoRA part of any layer; of one that is replaced, none."""
+    """Return the largest ranks of the blocks and of the plain LoRA part; replaced layers do not count."""
     ranks = [(site, *_ranks(site, tensors)) for site in inputs.sites]
     general = [hybrid_r for site, _, hybrid_r in ranks if not site.is_within(hybrid_r)]
     return max((r for _, r, _ in ranks), default=0), max(general, default=0)
 
 
 def _ranks(site: AdapterSite, tensors: Arrays) -> tuple[int, int]:
-    """The ranks at a layer, of blocks and of plain LoRA; 0 for a part that is not there, or has other axes."""
+    """Return a layer's ranks, of blocks and of plain LoRA; 0 for a part that is missing or has other axes."""
     A, _, A_general, _, _ = site.parts(tensors)
     r = 0 if A is None or A.ndim != 3 else A.shape[2]
     return r, 0 if A_general is None or A_general.ndim != 2 else A_general.shape[1]
@@ -210,7 +210,7 @@ def read_tensors(
     error: type[GraloraError],
     content: AdapterContent | None = None,
 ) -> dict[str, NDArray[Any]]:
-    """The tensors of an adapter file, if they are what an export takes."""
+    """Return an adapter file's tensors; raise unless they fit the export."""
     problems = [*_record_problems(record, inputs, fingerprint)]
     if problems:
         raise error(f"{path} does not fit this export: {listed(problems)}")
@@ -230,7 +230,7 @@ def read_tensors(
 def check_file(
     path: Path, record: AdapterRecord, error: type[GraloraError], content: AdapterContent | None = None
 ) -> NDArray[np.uint8]:
-    """The bytes of an adapter file, which is the one that its record describes."""
+    """Return an adapter file's bytes; raise unless they match its record."""
     try:
         file = np.fromfile(path, np.uint8) if content is None else content.file
     except OSError as failure:

@@ -1,4 +1,4 @@
-"""Functions that an export holds for the CPU: its graph calls them there in the place of the nodes that name them."""
+"""Functions for the CPU in an export: calls to them replace the nodes that name them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def call_cpu_functions(model: onnx.ModelProto) -> bool:
     Before: `y = MoE(x, scores, up, "", down)`, with `up [2, N, K]`, whose metadata names `gralora.Layer_0`
     After:  `y = gralora.Layer_0(x, scores, up.0, up.1, down.0, down.1)`, with `up.0 [N, K]`
 
-    Each entry of an initializer is a constant of its own over the same bytes: ONNX Runtime packs the constant matrices
-    of products once, when it makes the session.
+    Each entry of an initializer becomes a constant over the same bytes: ONNX Runtime prepacks constant matrices of
+    products once, when it creates the session.
     """
     graph = model.graph
     marked = [(node, note.value) for node in graph.node for note in node.metadata_props if note.key == CPU_FUNCTION]

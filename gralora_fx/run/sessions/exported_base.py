@@ -1,4 +1,4 @@
-"""The model that an export is of, which an adapter is compared with: its base, and its linear layers."""
+"""The model in an export, to compare an adapter with: its base, and its linear layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gralora_fx.format.manifest import Manifest
 
 
 def base_of_export(directory: str | Path, manifest: Manifest | None, given: str | Path | None = None) -> BaseSource:
-    """Return what is known of the base of an export."""
+    """Return the known facts of an export's base."""
     fields = read_config_fields(Path(directory))
     if manifest is not None and manifest.base is not None:
         return BaseSource(manifest.base.name, manifest.base.revision, fields, manifest.base.quantization)
@@ -19,7 +19,7 @@ def base_of_export(directory: str | Path, manifest: Manifest | None, given: str 
 
 
 def layers_of_export(directory: str | Path, manifest: Manifest) -> KnownLayers:
-    """Return the linear layers of an exported model, whether the export takes adapters there or not."""
+    """Return the linear layers of an exported model, including those without adapter inputs."""
     model_type = (read_config_fields(Path(directory)) or {}).get("model_type")
     linear, functional = (
         [site.path for site in manifest.sites if (site.kind == "functional") == is_call] for is_call in (False, True)

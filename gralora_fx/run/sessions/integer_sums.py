@@ -15,10 +15,10 @@ _WIDTH = 64
 
 
 def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingError) -> None:
-    """Check that the CPU, where it computes, can run products of int8 weights and rounded activations.
+    """Raise if the CPU is used and cannot add products of int8 weights and rounded activations exactly.
 
     x86 processors without VNNI (Intel's before 2019, AMD's before Zen 4) add two such products in 16 bits, which
-    saturate without an error.
+    saturates silently.
     """
     providers = [name for name, _ in runtime.providers]
     if providers[:1] in ([], [CPU]) and not runtime.devices and not adds_exactly():
@@ -30,7 +30,7 @@ def check_integer_sums(runtime: Runtime, error: type[GraloraError] = ServingErro
 
 @functools.cache
 def adds_exactly() -> bool:
-    """Whether the largest products of uint8 and int8 add up as ONNX Runtime multiplies here; a product is run once."""
+    """Return whether ONNX Runtime adds the largest uint8 by int8 products exactly here, by running one product."""
     sides = [
         helper.make_tensor_value_info(name, kind, shape)
         for name, kind, shape in (

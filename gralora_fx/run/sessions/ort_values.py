@@ -1,4 +1,4 @@
-"""Values of ONNX Runtime as tensors without a copy, and memory that is taken as it fills."""
+"""ONNX Runtime values as tensors without a copy, and memory that is committed as it fills."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_values(
     names: Sequence[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> dict[str, Any]:
-    """Run a session on tensors, which are cast to its input dtypes, or on its own output values."""
+    """Run a session on tensors, cast to its input dtypes, or on its own output values."""
     kinds = {value.name: value.type for value in (*session.get_inputs(), *optional_arguments(session))}
     if unknown := [name for name in feed if name not in kinds]:
         raise error(f"{description}: the session takes no {', '.join(unknown)}")
@@ -55,7 +55,7 @@ def run_values(
 
 
 def run_arrays(session: Any, feed: Mapping[str, NDArray[Any]], description: str) -> dict[str, NDArray[Any]]:
-    """Run a session on arrays of its input dtypes; its outputs by name."""
+    """Run a session on arrays of its input dtypes; return its outputs by name."""
     names = [value.name for value in session.get_outputs()]
     try:
         results = session.run(names, dict(feed))
@@ -66,14 +66,14 @@ def run_arrays(session: Any, feed: Mapping[str, NDArray[Any]], description: str)
 
 
 def optional_arguments(session: Any) -> list[Any]:
-    """Return what a decoder's session takes beside ids, which a text leaves out (see `beside_ids`)."""
+    """Return a decoder session's inputs beside ids that text alone does not need (see `beside_ids`)."""
     optional: list[Any] = getattr(session, "get_overridable_initializers", list)()
     known = beside_ids([IDS, *(value.name for value in optional)])
     return [value for value in optional if value.name in known]
 
 
 def as_value(tensor: Tensor, kind: str) -> Any:
-    """A tensor as an `OrtValue` for a session."""
+    """Return a tensor as an `OrtValue` for a session."""
     array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous()
     if array.dtype == torch.bfloat16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(torch.uint16).numpy(), TensorProto.BFLOAT16)
@@ -81,7 +81,7 @@ def as_value(tensor: Tensor, kind: str) -> Any:
 
 
 def own_value(tensor: Tensor, kind: str) -> Any:
-    """A tensor as an `OrtValue` in memory of its own, like a session's output; not of bfloat16."""
+    """Copy a tensor into a new `OrtValue`, like a session's output; not for bfloat16."""
     array = tensor.detach().to(TORCH_DTYPES[kind]).contiguous().numpy()
     value = OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype)
     value.update_inplace(array)
@@ -89,7 +89,7 @@ def own_value(tensor: Tensor, kind: str) -> Any:
 
 
 def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
-    """An empty cache for a session: every `past_key_values.N...` input, states zeros."""
+    """Return an empty cache for a session: every `past_key_values.N...` input, states zeros."""
     values: dict[str, Any] = {}
     for slot, value in past_slots(session.get_inputs()).items():
         shape, dtype = slot.kind.shape(value.shape, batch, length), TORCH_DTYPES[value.type]
@@ -101,13 +101,13 @@ def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """An `OrtValue` as a tensor of the same dtype and memory, which is that of an array if `as_value` made it."""
+    """Return an `OrtValue` as a tensor sharing its memory (an array's memory if `as_value` made it)."""
     tensor: Tensor = from_dlpack(value)
     return tensor
 
 
 def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
-    """An input as an array of the type and shape that a session takes."""
+    """Convert an input to an array of the type and shape that a session takes."""
     array = plain_array(name, value)
     dtype = DTYPES.get(expected.type, array.dtype)
     shape = list(expected.shape)
@@ -130,7 +130,7 @@ def as_array(name: str, value: Any, expected: Any) -> NDArray[Any]:
 
 
 def plain_array(name: str, value: Any) -> NDArray[Any]:
-    """A value as an array of any type and shape."""
+    """Convert a value to an array of any type and shape."""
     try:
         if not isinstance(value, Tensor):
             return np.asarray(value)
@@ -148,15 +148,15 @@ _POPULATE = 23  # MADV_POPULATE_WRITE of Linux since 5.14, for which `mmap` has 
 class PagedBytes:
     """Zeros in pages of the smallest size.
 
-    A large array of numpy takes memory as it is written, too, but in huge pages, which numpy asks the kernel for, as
-    glibc does where `GLIBC_TUNABLES` says so: one byte takes 2 MiB then.
+    A large numpy array commits memory as it is written, too, but in huge pages, which numpy requests from the kernel,
+    as glibc does if `GLIBC_TUNABLES` says so: one byte then takes 2 MiB.
 
     Attributes:
         array: The bytes.
     """
 
     def __init__(self, count: int) -> None:
-        """Reserve addresses of so many bytes."""
+        """Reserve address space for so many bytes."""
         self._map = _mapped(max(count, 1))
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -164,19 +164,19 @@ class PagedBytes:
         self.array = np.frombuffer(self._map, np.uint8, count)
 
     def take(self, start: int, stop: int) -> None:
-        """Take the pages of some bytes, which are written soon.
+        """Commit the pages of bytes that are written soon.
 
-        Pages that are taken together mostly lie together in memory, where the processor finds them sooner. Where the
-        system does not do that, each page is taken when it is first written.
+        Pages committed together are mostly contiguous, so that address translation is faster. If the system cannot,
+        each page is committed on its first write.
         """
         if sys.platform == "linux":
             with contextlib.suppress(OSError):  # an older kernel
                 self._map.madvise(_POPULATE, start, stop - start)
 
     def give_back(self, start: int, stop: int) -> None:
-        """Give back the pages that lie wholly within some bytes, which are zeros from then on.
+        """Release the pages that lie wholly within some bytes, which are zeros afterwards.
 
-        Where the system does not do that, the bytes stay as they are (see `kept_reason`).
+        If the system cannot, the bytes stay unchanged (see `kept_reason`).
         """
         first, end = whole_pages(start), stop // PAGE * PAGE
         if sys.platform == "linux" and first < end and kept_reason() is None:
@@ -191,7 +191,7 @@ def _mapped(size: int) -> mmap.mmap:
 
 @functools.cache
 def kept_reason() -> str | None:
-    """Return why pages that were taken are not given back; None if they are."""
+    """Return why pages are not released; None if they are."""
     if sys.platform != "linux":
         return f"{sys.platform} does not take single pages back"
     try:
@@ -202,5 +202,5 @@ def kept_reason() -> str | None:
 
 
 def whole_pages(count: int) -> int:
-    """Return how many bytes the pages have that some bytes take."""
+    """Return the size of the pages that some bytes take."""
     return -(-count // PAGE) * PAGE

@@ -1,4 +1,4 @@
-"""Which execution provider runs which nodes of a model, and in which precision OpenVINO does."""
+"""Placement of a model's nodes on execution providers, and the precision that OpenVINO computes in."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
 def is_openvino(name: str) -> bool:
-    """Whether a provider is OpenVINO's, or one of those that choose among its devices, such as `...Provider.AUTO`."""
+    """Return whether a provider is OpenVINO's, including variants that choose a device, such as `...Provider.AUTO`."""
     return name.partition(".")[0] == OPENVINO
 
 
 def complete_options(
     options: Mapping[str, Any], device: Device, threads: int, *, threads_are_given: bool
 ) -> dict[str, Any]:
-    """Options as OpenVINO takes them, with the number of threads."""
+    """Return options in OpenVINO's form, with the number of threads."""
     for name in options:
         if name in _PROPERTIES:
             raise ServingError(
@@ -62,11 +62,11 @@ def complete_options(
 
 
 def arithmetic(options: Mapping[str, Any], device: Device, *, is_quantized: bool = False) -> str:
-    """The precision that OpenVINO computes in: `fp32`, `bf16`, `fp16`, or `int8` where it rounds activations to that.
+    """Return the precision that OpenVINO computes in: `fp32`, `bf16`, `fp16`, or `int8` for rounded activations.
 
-    OpenVINO may compute in less than the model's precision unless it is told: in bfloat16 on processors that have it,
-    in float16 on other devices. On a processor without float16 a hint of it gives bfloat16. What multiplies quantized
-    weights is rounded to int8 in groups, unless `DYNAMIC_QUANTIZATION_GROUP_SIZE` is 0.
+    OpenVINO may compute in less than the model's precision unless told otherwise: in bfloat16 on processors with it, in
+    float16 on other devices. On a processor without float16, a hint of it gives bfloat16. Activations of quantized
+    weights are rounded to int8 in groups, unless `DYNAMIC_QUANTIZATION_GROUP_SIZE` is 0.
     """
     config = _load_config(options)
     sections = [section for name, section in config.items() if name.partition(".")[0] == device.kind.partition(".")[0]]
@@ -107,14 +107,14 @@ Placement = Mapping[str, Mapping[str, int]]
 
 
 def record_placement(options: onnxruntime.SessionOptions) -> None:
-    """Let sessions with these options record which provider each node was given to."""
+    """Let sessions with these options record each node's provider."""
     options.add_session_config_entry(_RECORD, "1")
 
 
 def placement_of(session: Any) -> Placement | None:
-    """Return how many nodes of each operator every provider of a session runs.
+    """Return the number of nodes of each operator that every provider of a session runs.
 
-    Nodes are those of the file, as providers took them before ONNX Runtime fused any.
+    Nodes are those of the file, as assigned before ONNX Runtime fuses any. None if the session did not record them.
     """
     if len(sessions := parts_of(session)) > 1:
         parts = [placement_of(part) for part in sessions]
@@ -130,7 +130,7 @@ def placement_of(session: Any) -> Placement | None:
 
 
 def describe_placement(placement: Placement) -> str:
-    """The nodes of each provider, as in `OpenVINOExecutionProvider 225, CPUExecutionProvider 2 (Shape 2)`."""
+    """Describe the nodes of each provider: `OpenVINOExecutionProvider 225, CPUExecutionProvider 2 (Shape 2)`."""
     texts = []
     for position, (name, operators) in enumerate(placement.items()):
         most = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
@@ -144,7 +144,7 @@ def _sum(providers: list[str], parts: list[Placement]) -> Placement:
 
 
 def warn_of_idle(runtime: Runtime, placement: Placement | None) -> None:
-    """Warn of a provider that was asked for and runs no node of the model."""
+    """Warn of a requested provider that runs no node of the model."""
     if placement is None:
         return
     for name, _ in runtime.providers:
@@ -154,7 +154,7 @@ def warn_of_idle(runtime: Runtime, placement: Placement | None) -> None:
 
 
 def describe_providers(runtime: Runtime, session: Any, *, is_quantized: bool = False) -> list[str]:
-    """Every provider of a session with version and device, as far as they are known, and OpenVINO's precision."""
+    """Describe a session's providers with known versions and devices, and OpenVINO's precision."""
     options = dict(runtime.providers)
     texts = {device.provider: str(device) for device in runtime.devices}
     for device in runtime.devices:

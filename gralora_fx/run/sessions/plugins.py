@@ -1,4 +1,4 @@
-"""Execution providers that are packages of their own: found, registered when one is asked for, and their devices."""
+"""Plug-in execution providers, from separate packages: finding, registering and listing their devices."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _brought: set[str] = set()  # providers that appeared with them
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a plug-in provider runs on."""
+    """A device of a plug-in provider."""
 
     provider: str
     kind: str  # `CPU`, `GPU` or `NPU`; of OpenVINO its own name of the device, such as `GPU.1`
@@ -53,12 +53,12 @@ class Device:
     handle: Any = field(repr=False, compare=False)  # the `onnxruntime.OrtEpDevice`
 
     def __str__(self) -> str:
-        """The provider, its version and the device."""
+        """Return the provider, its version and the device."""
         return f"{self.provider} {self.version} on {self.kind} ({self.name})"
 
 
 def devices_of(provider: str) -> tuple[Device, ...]:
-    """The devices of a plug-in provider; its package's library is registered once in a process."""
+    """Return a plug-in provider's devices, registering its package's library once per process."""
     with _lock:
         if found := registered_devices(provider):
             return found
@@ -80,14 +80,14 @@ def devices_of(provider: str) -> tuple[Device, ...]:
 
 
 def registered_devices(provider: str) -> tuple[Device, ...]:
-    """The devices of a plug-in provider whose library is registered."""
+    """Return the devices of a plug-in provider whose library is registered."""
     handles = [handle for handle in onnxruntime.get_ep_devices() if handle.ep_name == provider]
     # ONNX Runtime lists devices of its own providers too; older versions do not say which come from a library
     return tuple(_device(handle) for handle in handles if provider in _brought or "library_path" in handle.ep_metadata)
 
 
 def choose_device(devices: tuple[Device, ...], kind: object = None) -> Device:
-    """The device of a kind; the CPU, else the first, where none is asked for."""
+    """Return the device of a kind; by default the CPU, else the first."""
     if kind is None:
         return next((device for device in devices if device.kind == "CPU"), devices[0])
     chosen = next((device for device in devices if kind in (device.kind, device.kind.partition(".")[0])), None)
@@ -105,7 +105,7 @@ def _device(handle: Any) -> Device:
 
 
 def _candidates(provider: str) -> Iterator[str]:
-    """Modules of installed packages that may bring a provider: the known one, or all that are not known for others."""
+    """Return modules of installed packages that may provide it: the known one, or all not known for others."""
     installed = {module.name for module in pkgutil.iter_modules()}
     if known := _MODULES.get(provider.partition(".")[0]):
         yield from installed & {known}
@@ -115,7 +115,7 @@ def _candidates(provider: str) -> Iterator[str]:
 
 
 def _register(module_name: str, provider: str) -> bool:
-    """Register a package's library, unless the package says that it brings other providers."""
+    """Register a package's library, unless the package says that it has other providers."""
     path = module_name
     try:
         module = importlib.import_module(module_name)
@@ -140,7 +140,7 @@ def _providers_with_devices() -> set[str]:
 
 
 def _package(module_name: str) -> str:
-    """The package of a module with its version, where it is an installed one."""
+    """Return a module's package with its version, if installed as one."""
     name = module_name.replace("_", "-")
     try:
         return f"{name} {version(name)}"
@@ -149,6 +149,6 @@ def _package(module_name: str) -> str:
 
 
 def _hardware() -> str:
-    """The devices of this machine that ONNX Runtime knows."""
+    """List this machine's devices known to ONNX Runtime."""
     devices = [handle.device for handle in onnxruntime.get_ep_devices()]
     return ", ".join(dict.fromkeys(f"{device.type.name} ({device.vendor})" for device in devices))

@@ -1,4 +1,4 @@
-"""How ONNX Runtime is to run a model, checked: execution providers, session options, and threads for the cores."""
+"""Checked options of ONNX Runtime: execution providers, session options, and threads for the available cores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def runtime_of(
     session_options: onnxruntime.SessionOptions | Mapping[str, Any] | None,
     threads: int | None,
 ) -> Runtime:
-    """How ONNX Runtime runs a model."""
+    """Check the options and return how ONNX Runtime runs a model."""
     if isinstance(session_options, onnxruntime.SessionOptions):
         return _with_session_options(providers, provider_options, session_options, threads)
     if not (session_options is None or isinstance(session_options, Mapping)):
@@ -52,7 +52,7 @@ def runtime_of(
 
 
 def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *, threads_are_given: bool) -> Runtime:
-    """Session options that hold the providers, if a plug-in is among them; else providers beside the options."""
+    """Put plug-in providers into the session options; otherwise keep providers beside the options."""
     if [name for name, _ in chosen] == [CPU]:
         return Runtime(chosen, options, threads=threads)
     from gralora_fx.run.sessions.placement import complete_options, is_openvino, record_placement
@@ -84,7 +84,7 @@ def _runtime(chosen: Pairs, options: onnxruntime.SessionOptions, threads: int, *
 
 
 def _as_text(provider: str, name: str, value: object) -> str:
-    """An option's value as text, which plug-ins take: objects as JSON."""
+    """Return an option's value as text, which plug-ins require; objects as JSON."""
     if isinstance(value, (str, int, float)):
         return str(value)
     try:
@@ -135,7 +135,7 @@ def _set_field(options: onnxruntime.SessionOptions, name: object, value: object)
 
 
 def _providers(providers: Providers | None, provider_options: ProviderOptions | None) -> Pairs:
-    """Providers with their options, by name."""
+    """Return providers with their options, by name."""
     if providers is None:
         if provider_options is not None:
             raise ServingError("provider_options need providers; name those that they are for")
@@ -158,7 +158,7 @@ def _providers(providers: Providers | None, provider_options: ProviderOptions | 
 
 
 def _devices_of(provider: str) -> tuple[Device, ...]:
-    """Return the devices of a provider that is a plug-in; none of one that ONNX Runtime has built in."""
+    """Return a plug-in provider's devices; none for a built-in provider."""
     from gralora_fx.run.sessions.plugins import devices_of
 
     return devices_of(provider)
@@ -197,17 +197,17 @@ def _provider_options(name: str, options: Any) -> Mapping[str, Any]:
 
 
 def available_threads(root: Path = Path("/")) -> int:
-    """How many cores this process may use: those it may be scheduled on, or fewer by the quota of a control group.
+    """Return the number of cores that this process may use, by its affinity and its control group's quota.
 
-    A quota of two and a half cores counts as two, and one below a core as one: of more threads than the quota has
-    cores, all would be stopped each time it is used up.
+    A quota of two and a half cores counts as two, and one below a core as one: with more threads than cores in the
+    quota, all would be stopped each time it is used up.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *(int(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores that each control group around this process allows it; none on a system without control groups."""
+    """Yield the cores allowed by each control group around this process; none without control groups."""
     groups, mount = root / "proc/self/cgroup", root / "sys/fs/cgroup"
     if not groups.is_file():
         return
@@ -221,7 +221,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _quotas_within(mount: Path, path: str, names: tuple[str, ...]) -> Iterator[float]:
-    """The quotas of a group and of those that it is in; in a container its own group may be the mount itself."""
+    """Yield the quotas of a group and its parents; in a container its own group may be the mount itself."""
     group = mount / path.strip("/")
     for folder in (group, *group.parents):
         if folder.is_relative_to(mount) and all((folder / name).is_file() for name in names):

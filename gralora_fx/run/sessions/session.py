@@ -36,7 +36,7 @@ class Runtime:
             them.
         session_options: Session options; None for those of `quiet_options`.
         devices: The devices of plug-in providers; the session options then hold all providers.
-        threads: Threads of an operator, as the session options have them or ONNX Runtime chooses; None if not said.
+        threads: Threads of an operator, from the session options or ONNX Runtime's default; None if unknown.
     """
 
     providers: tuple[tuple[str, Mapping[str, Any]], ...] = ((CPU, {}),)
@@ -46,7 +46,7 @@ class Runtime:
 
 
 def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Session options that leave errors to exceptions."""
+    """Return session options that report errors by exceptions only."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL
     if threads is not None:
@@ -55,10 +55,10 @@ def quiet_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
 
 def yielding_options(threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Session options of `quiet_options` whose threads stop as soon as a run has ended, rather than wait for the next.
+    """Return `quiet_options` whose threads stop spinning when a run ends.
 
-    Where runs alternate with PyTorch's, waiting threads take the cores from it: each of its operations then takes
-    many times as long.
+    When runs alternate with PyTorch's, spinning threads take the cores from it: each of its operations then takes many
+    times as long.
     """
     options = quiet_options(threads)
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -74,7 +74,7 @@ def open_session(
     weights: Container[str] | None = None,
     error: type[GraloraError] = ExportError,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` over the model of a directory, or an `EncoderDecoderSession` over two."""
+    """Open the model of a directory as an `onnxruntime.InferenceSession`, or two as an `EncoderDecoderSession`."""
     folder, runtime = usable_path(directory, error), runtime or Runtime()
     if (folder / f"{ENCODER}.onnx").is_file():
         parts = [_open(folder / f"{name}.onnx", runtime, error, as_stored, weights) for name in (ENCODER, DECODER)]
@@ -122,7 +122,7 @@ def _open(
 
 
 def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
-    """Say where the weights of a model are that is opened of bytes; ONNX Runtime warns where an entry is set twice."""
+    """Set the directory of external weights for a model opened from bytes; ONNX Runtime warns if it is set twice."""
     try:
         known = options.get_session_config_entry(_WEIGHTS_FOLDER)
     except RuntimeError:  # there is none
@@ -132,7 +132,7 @@ def _read_weights_in(folder: Path, options: onnxruntime.SessionOptions) -> None:
 
 
 def _call_functions(model: onnx.ModelProto) -> bool:
-    """Call the functions that a model has for the CPU, in place, if there may be any (see `call_cpu_functions`)."""
+    """Call a model's functions for the CPU in place, if it may have any (see `call_cpu_functions`)."""
     if not model.functions:
         return False
     from gralora_fx.run.sessions.cpu_functions import call_cpu_functions
@@ -141,7 +141,7 @@ def _call_functions(model: onnx.ModelProto) -> bool:
 
 
 def _take_defaults(model: onnx.ModelProto) -> bool:
-    """Take the values of initializers that may be overridden, which are inputs then: OpenVINO's provider needs that."""
+    """Drop defaults of initializers that are also inputs, as OpenVINO's provider requires; return whether any were."""
     inputs = {value.name for value in model.graph.input}
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in inputs]
     if len(kept) == len(model.graph.initializer):
@@ -152,7 +152,7 @@ def _take_defaults(model: onnx.ModelProto) -> bool:
 
 
 def _reason(failure: Exception) -> str:
-    """What ONNX Runtime or a provider says, without OpenVINO's lines about places in its own code."""
+    """Return the first meaningful line of an error, without OpenVINO's lines about its own source files."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     telling = [line for line in lines if not any(mark in line for mark in ("Exception from src/", " failed at src/"))]
     return telling[0] if telling and telling[0] is not lines[0] else first_line(failure)
@@ -200,7 +200,7 @@ def _check_location(path: Path, location: str, error: type[GraloraError]) -> Non
 
 
 def _within(nodes: Any) -> Iterator[Any]:
-    """Nodes, including those of subgraphs."""
+    """Yield nodes, including those of subgraphs."""
     for node in nodes:
         yield node
         for graph in _branches(node):
@@ -213,7 +213,7 @@ def _branches(node: Any) -> Iterator[Any]:
 
 
 def _initializers(graph: Any) -> Iterator[Any]:
-    """The initializers of a graph, including sparse ones and those of subgraphs."""
+    """Yield a graph's initializers, including sparse ones and those of subgraphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -223,7 +223,7 @@ def _initializers(graph: Any) -> Iterator[Any]:
 
 
 def _constants(nodes: Sequence[Any]) -> Iterator[Any]:
-    """The tensor attributes of nodes."""
+    """Yield the tensor attributes of nodes."""
     for attribute in (attribute for node in nodes for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):

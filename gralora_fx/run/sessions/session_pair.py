@@ -39,29 +39,29 @@ class EncoderDecoderSession:
     """
 
     def __init__(self, encoder: Any, decoder: Any) -> None:
-        """Take the two opened sessions."""
+        """Set the two opened sessions."""
         self.encoder, self.decoder = self.parts = encoder, decoder
         self._past_inputs = [value for value in decoder.get_inputs() if value.name.startswith(PAST)]
         self._decoder_names = {value.name for value in decoder.get_inputs()}
 
     def get_inputs(self) -> list[Any]:
-        """The inputs of the whole model."""
+        """Return the inputs of the whole model."""
         ids = next(value for value in self.decoder.get_inputs() if value.name == "input_ids")
         shape = [ids.shape[0], "decoder_sequence_length"]
         pasts = [value for value in self._past_inputs if ".decoder." in value.name]
         return [*self.encoder.get_inputs(), Argument("decoder_input_ids", shape, ids.type), *pasts]
 
     def get_outputs(self) -> list[Any]:
-        """`logits`, the keys and values, and `encoder_last_hidden_state`."""
+        """Return `logits`, the keys and values, and `encoder_last_hidden_state`."""
         (hidden,) = self.encoder.get_outputs()
         return [*self.decoder.get_outputs(), Argument("encoder_last_hidden_state", hidden.shape, hidden.type)]
 
     def get_providers(self) -> list[str]:
-        """The execution providers that both sessions run on."""
+        """Return the execution providers that both sessions run on."""
         return [name for name in self.encoder.get_providers() if name in self.decoder.get_providers()]
 
     def run(self, names: Sequence[str] | None, feed: Arrays, options: Any = None) -> list[NDArray[Any]]:
-        """One call of the whole model."""
+        """Run the whole model once."""
         ids, mask = feed["decoder_input_ids"], feed.get("attention_mask")
         past = {name: value for name, value in feed.items() if name.startswith(PAST)}
         hidden = self.encode(feed, options)
@@ -74,12 +74,12 @@ class EncoderDecoderSession:
         return [outputs[name] for name in names or [value.name for value in self.get_outputs()]]
 
     def run_with_ort_values(self, names: Sequence[str], feed: Mapping[str, Any]) -> list[Any]:
-        """The same with `OrtValue`s in and out."""
+        """Run the whole model once, with `OrtValue`s in and out."""
         results = self.run(names, {name: value.numpy() for name, value in feed.items()})
         return [OrtValue.ortvalue_from_numpy(np.ascontiguousarray(result)) for result in results]
 
     def encode(self, feed: Arrays, options: Any = None) -> NDArray[Any]:
-        """The encoder's output `[batch, length, size]` for its inputs, by name."""
+        """Return the encoder's output `[batch, length, size]` for its inputs, by name."""
         names = [value.name for value in self.encoder.get_inputs()]
         hidden: NDArray[Any] = self.encoder.run(None, {name: feed[name] for name in names}, options)[0]
         return hidden
@@ -93,7 +93,7 @@ class EncoderDecoderSession:
         *,
         options: Any = None,
     ) -> dict[str, NDArray[Any]]:
-        """One step of the decoder.
+        """Run one step of the decoder.
 
         Args:
             ids: `[batch, length]`, the new tokens.

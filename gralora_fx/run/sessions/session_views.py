@@ -18,12 +18,12 @@ PAST, PRESENT = PAST_PREFIX, PRESENT_PREFIX
 
 
 def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The cache that a step returned, by the input names of the next step."""
+    """Rename a step's returned cache to the input names of the next step."""
     return {name.replace(PRESENT, PAST, 1): value for name, value in outputs.items() if name.startswith(PRESENT)}
 
 
 def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
-    """An empty cache for the past inputs of a session: no positions, and states of zeros."""
+    """Return an empty cache for a session's past inputs: no positions, and states of zeros."""
     dtypes = {"tensor(float16)": np.float16}
     return {
         value.name: np.zeros(slot.kind.shape(value.shape, batch, 0), dtypes.get(value.type, np.float32))
@@ -32,23 +32,23 @@ def empty_past(inputs: Sequence[Any], batch: int) -> dict[str, NDArray[Any]]:
 
 
 def transposed_states(session: Any) -> frozenset[str]:
-    """Names of the states that a session takes and gives with the last two axes swapped, of inputs and outputs."""
+    """Return names, inputs and outputs, of the states that a session keeps with the last two axes swapped."""
     places = _metadata(session).get(TRANSPOSED_STATES, "").split()
     return frozenset(prefix + place for place in places for prefix in (PAST, PRESENT))
 
 
 def reads_tokens_apart(session: Any) -> bool:
-    """Return whether a model computes a token that it reads by itself, after others, otherwise than one of several."""
+    """Return whether a model computes a single token after others differently from the same token among several."""
     return TOKENS_APART in _metadata(session)
 
 
 def is_current_form(session: Any) -> bool:
-    """Return whether a graph of rows is of the form that this version writes (see `batch_continuously`)."""
+    """Return whether a graph of rows has this version's form (see `batch_continuously`)."""
     return _metadata(session).get(ROWS_FORM) == "2"
 
 
 def gives_all(session: Any) -> bool:
-    """Return whether a graph gives the logits of every position, not of the last alone."""
+    """Return whether a graph returns the logits of every position, not only of the last."""
     logits = next(value for value in session.get_outputs() if value.name == "logits")
     return bool(logits.shape[1] != 1)
 
@@ -63,49 +63,49 @@ def _metadata(session: Any) -> Mapping[str, str]:
 
 
 class SessionView:
-    """A session seen with other inputs; its outputs and providers are the session's.
+    """A session with different inputs; outputs and providers are the session's.
 
     Attributes:
         session: The `onnxruntime.InferenceSession`.
     """
 
     def __init__(self, session: Any) -> None:
-        """Take the session."""
+        """Set the session."""
         self.session = session
 
     def get_outputs(self) -> list[Any]:
-        """The outputs."""
+        """Return the session's outputs."""
         outputs: list[Any] = self.session.get_outputs()
         return outputs
 
     def get_overridable_initializers(self) -> list[Any]:
-        """The inputs that may be left out, without those for an adapter."""
+        """Return the optional inputs, without those for an adapter."""
         return [value for value in self.session.get_overridable_initializers() if not is_adapter_tensor(value.name)]
 
     def get_providers(self) -> list[str]:
-        """The execution providers."""
+        """Return the session's execution providers."""
         providers: list[str] = self.session.get_providers()
         return providers
 
 
 class AdapterSession(SessionView):
-    """An ONNX Runtime session with an adapter, with the interface of a session whose inputs do not include it.
+    """An ONNX Runtime session with an adapter; its interface has no adapter inputs.
 
-    ONNX Runtime's own way, `RunOptions.add_active_adapter`, overrides what is fed without notice and is ignored with
-    I/O binding; feeding the tensors is the same and has neither fault.
+    ONNX Runtime's `RunOptions.add_active_adapter` silently overrides fed inputs and is ignored with I/O binding;
+    feeding the tensors computes the same and has neither fault.
 
     Attributes:
         values: The adapter's tensors that the session takes.
     """
 
     def __init__(self, session: Any, values: Values) -> None:
-        """Take the tensors that the session has inputs for."""
+        """Keep the tensors that the session has inputs for."""
         super().__init__(session)
         taken = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
         self.values = {name: value for name, value in values.items() if name in taken}
 
     def get_inputs(self) -> list[Any]:
-        """The inputs without those for an adapter."""
+        """Return the inputs without those for an adapter."""
         return [value for value in self.session.get_inputs() if not is_adapter_tensor(value.name)]
 
     def run(self, names: Sequence[str] | None, feed: Mapping[str, Any], options: Any = None) -> list[Any]:
@@ -120,7 +120,7 @@ class AdapterSession(SessionView):
 
 
 def with_adapter(session: Any, values: Values) -> Any:
-    """A session, or an `EncoderDecoderSession`, that runs with an adapter."""
+    """Return a session, or an `EncoderDecoderSession`, that runs with an adapter."""
     if not values:
         return session
     adapted = [AdapterSession(part, values) for part in parts_of(session)]
@@ -128,7 +128,7 @@ def with_adapter(session: Any, values: Values) -> Any:
 
 
 def adapter_values(values: Values, inputs: AdapterInputs, session: Any) -> dict[str, Any]:
-    """Return the tensors of an adapter as a session takes them, for layers that it does not adapt too if need be."""
+    """Return an adapter's tensors for a session; empty ones for layers that it does not adapt, if required."""
     taken = [value for part in parts_of(session) for value in part.get_inputs()]
     is_required = any(is_adapter_tensor(value.name) for value in taken)
     return {**(empty_adapter(inputs) if is_required else {}), **values}
@@ -141,17 +141,17 @@ def parts_of(session: Any) -> Sequence[Any]:
 
 
 def takes_adapters(session: Any) -> bool:
-    """Return whether a session takes tensors of adapters."""
+    """Return whether a session has adapter inputs."""
     return any(is_adapter_tensor(v.name) for part in parts_of(session) for v in optional_or_required(part))
 
 
 def optional_or_required(session: Any) -> list[Any]:
-    """Return all inputs of a session, those that may be left out too."""
+    """Return all inputs of a session, including optional ones."""
     return [*session.get_inputs(), *session.get_overridable_initializers()]
 
 
 def adapter_dtype(session: Any) -> str:
-    """The dtype of the adapter tensors that a session takes."""
+    """Return the dtype of a session's adapter inputs."""
     values = [value for part in parts_of(session) for value in optional_or_required(part)]
     kind = next(value.type for value in values if is_adapter_tensor(value.name))
     return {"tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}.get(kind, "float32")

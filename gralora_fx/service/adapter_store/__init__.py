@@ -1,1 +1,1 @@
-"""The adapters of a service: loaded, used by requests, and evicted."""
+"""Adapters of the service: load, hold while requests run, evict."""

@@ -1,6 +1,6 @@
-"""The directory that adapters may be loaded from while the service runs, and copies of what it holds.
+"""The directory that adapters may be loaded from while the service runs.
 
-A file is copied before it is read: what is checked is what runs, whatever happens to the file meanwhile.
+Files are copied before they are read, so that the bytes that were checked are the bytes that run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AdapterRoot:
         return cls(path, directory.absolute())
 
     def names(self) -> list[str]:
-        """The names of what looks like an adapter right below the root and does not lead out of it."""
+        """Return the names of the adapters directly below the root, without links that lead out of it."""
         with os.scandir(self.path) as entries:
             return [entry.name.removesuffix(SUFFIX) for entry in entries if self._is_adapter(entry)]
 
@@ -67,9 +67,9 @@ class AdapterRoot:
         return is_kind and is_name(entry.name.removesuffix(SUFFIX))
 
     def find(self, name: str) -> str | None:
-        """The path of what has a name right below the root: a file, or a directory that PEFT saved; None for neither.
+        """Return the relative path of the adapter called `name`: a file, a directory saved by PEFT, or None.
 
-        Where a link leads is not looked at before it is copied.
+        Links are resolved later, by `copy`.
         """
         if not is_name(name):
             return None
@@ -77,20 +77,20 @@ class AdapterRoot:
         return file if os.path.lexists(self.path / file) else name if (self.path / name / _PEFT[0]).exists() else None
 
     def state_of(self, text: str) -> tuple[Facts | None, ...]:
-        """Return facts of each file at a path (as of `copy`), None for one that cannot be found."""
+        """Return `stat` facts of each file at a path, None for a missing file; for paths see `copy`."""
         path = self._within(text)
         files = [path, record_path(path)] if path.suffix == SUFFIX else [path / file for file in _PEFT]
         return tuple(map(_facts, files))
 
     def copy(self, text: str, name: str, onnx_dir: Path, folder: Path) -> Path:
-        """Copy an adapter, or convert one of PEFT, into an empty folder; return its `.onnx_adapter` file there."""
+        """Copy an adapter into an empty folder, converting one of PEFT; return its `.onnx_adapter` file there."""
         is_directory, contents = self._contents(text)
         copy = folder / Path(text).name
         _write(contents, copy if is_directory else folder)
         return adapter_as_data(copy, onnx_dir, copy, name)
 
     def source(self, text: str, name: str, onnx_dir: Path, manifest: Manifest) -> AdapterContent | AdapterInMemory:
-        """Read an adapter's files once; arguments and errors as of `copy`, and the export's manifest."""
+        """Read an adapter's files once; arguments and errors are those of `copy`, plus the export's manifest."""
         is_directory, contents = self._contents(text)
         if not is_directory:
             (file, content), (_, record) = contents.items()
@@ -104,7 +104,7 @@ class AdapterRoot:
                 raise type(error)(marked(error).replace(f"{folder}/", "")) from error
 
     def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
-        """Whether there is a directory at a path, and the bytes of its files, or of a file and its record, by name."""
+        """Return whether the path is a directory, and the bytes of its files (or of a file and its record) by name."""
         path = self._within(text)
         try:
             is_directory = self._resolved(path, text).is_dir()
@@ -124,7 +124,7 @@ class AdapterRoot:
         return is_directory, contents
 
     def _within(self, text: str) -> Path:
-        """A path below the root by its letters alone."""
+        """Return a path below the root, checked as text only (links are not resolved)."""
         parts = PurePosixPath(text).parts
         if not text or "\0" in text or ".." in parts or not text.isprintable():
             raise ServingError(f"lora_path is {shown(text)}; give a path within the adapter root, without '..'")
@@ -135,7 +135,7 @@ class AdapterRoot:
         return path
 
     def _resolved(self, path: Path, text: str) -> Path:
-        """A path without links, which may not lead out of the root."""
+        """Resolve a path's links; raise if it leaves the root."""
         try:
             resolved = path.resolve(strict=True)
         except FileNotFoundError as error:
@@ -149,7 +149,7 @@ class AdapterRoot:
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[BinaryIO]:
-        """A file of the root, opened part by part from the root, so that no link is followed that comes meanwhile."""
+        """Open a file of the root directory by directory with O_NOFOLLOW: links created meanwhile are not followed."""
         text = str(path.relative_to(self.path))
         parts = self._resolved(path, text).relative_to(self.path).parts
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

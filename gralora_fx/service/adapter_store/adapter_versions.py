@@ -1,6 +1,6 @@
-"""Versions of adapters in memory, how many of them there is room for, and where they are read from.
+"""Versions of adapters in memory, limits on them, and the files that they are read from.
 
-That is a path that the operator gives, or a root, in which requests name them.
+A file is either a path that the operator gave, or a path in a root, which requests may name.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from gralora_fx.service.adapter_store.adapter_root import AdapterRoot, Facts
 
 @dataclass(frozen=True)
 class GivenFile:
-    """An adapter anywhere: an `.onnx_adapter` file, or a directory that PEFT saved."""
+    """An adapter given by the operator: an `.onnx_adapter` file, or a directory saved by PEFT."""
 
     path: Path
     onnx_dir: Path  # the export that it is for
 
     def read(self, name: str, manifest: Manifest) -> AdapterSource:
-        """Return the file, or what the directory holds as data of the export."""
+        """Return the file's path, or a PEFT directory's tensors converted for the export."""
         file = adapter_path(self.path)
         return in_memory(file, self.onnx_dir, name, manifest) if file.is_dir() else file
 
 
 @dataclass(frozen=True)
 class RootFile:
-    """An adapter in a root, as its files are at a time: equal ones hold the same."""
+    """An adapter in a root at one moment: equal records mean unchanged files."""
 
     root: AdapterRoot
     path: str  # its path there, as a request gives it
@@ -42,48 +42,48 @@ class RootFile:
     facts: tuple[Facts | None, ...] = ()  # what its files are like; empty where they are not looked at again
 
     def read(self, name: str, manifest: Manifest) -> AdapterSource:
-        """Read it, as of `AdapterRoot.source`."""
+        """Read the adapter with `AdapterRoot.source`."""
         return self.root.source(self.path, name, self.onnx_dir, manifest)
 
 
 class RootFiles:
-    """The adapters of a root by name: those right below it, and those that requests named.
+    """The adapters of a root by name: those directly below it, and those that requests named.
 
-    A name that a request took away is not found until a request gives it again.
+    A name that a request unloaded stays hidden until a request loads it again.
 
     Attributes:
         onnx_dir: The export that they are for.
     """
 
     def __init__(self, root: AdapterRoot, onnx_dir: Path) -> None:
-        """Begin with the adapters right below the root."""
+        """Start with the adapters directly below the root."""
         self._root, self.onnx_dir = root, onnx_dir
         self._paths: dict[str, str] = {}  # of those that requests named
         self._hidden: set[str] = set()
 
     def names(self) -> list[str]:
-        """The adapters that there are, whether they can be loaded or not."""
+        """Return all known names, including those of adapters that fail to load."""
         return sorted({*self._root.names(), *self._paths} - self._hidden)
 
     def find(self, name: str) -> RootFile | None:
-        """Find an adapter by its name, and look at its files."""
+        """Find an adapter by name and read its files' facts."""
         path = None if name in self._hidden else self._paths.get(name) or self._root.find(name)
         file = None if path is None else self.at(path)
         return None if file is None or not any(file.facts) else file
 
     def at(self, path: str, *, looks: bool = True) -> RootFile:
-        """Return the adapter at a path (as of `AdapterRoot.copy`), where there may be none, with facts of its files."""
+        """Return a record for the adapter at a path (for paths see `AdapterRoot.copy`), whether or not it exists."""
         return RootFile(self._root, path, self.onnx_dir, self._root.state_of(path) if looks else ())
 
     def give_name(self, name: str, path: str | None) -> None:
-        """Let a name stand for what is at a path; None for what is in memory alone."""
+        """Map a name to a path; None for an adapter that exists in memory only."""
         self._paths.pop(name, None)
         if path is not None:
             self._paths[name] = path
         self._hidden.discard(name)
 
     def take_name(self, name: str) -> None:
-        """Take a name away."""
+        """Hide a name until it is given again."""
         self._paths.pop(name, None)
         if self._root.find(name) is not None:
             self._hidden.add(name)
@@ -91,7 +91,7 @@ class RootFiles:
 
 @dataclass
 class AdapterVersion:
-    """An adapter as it was loaded once."""
+    """One loaded version of an adapter."""
 
     name: str
     key: str  # what the host calls it
@@ -106,18 +106,18 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """How many adapters there is room for in memory, versions that requests hold included."""
+    """Limits on adapters in memory; versions held by requests count too."""
 
     count: int | None = None  # how many; None for any number
     memory: int | None = None  # bytes of all of them; None for no limit
 
     def allow(self, versions: Collection[AdapterVersion], size: int | None = None) -> bool:
-        """Return whether versions are within the limits, with one more of `size` bytes unless that is None."""
+        """Return whether versions fit the limits, with one more of `size` bytes unless it is None."""
         count, memory = len(versions) + (size is not None), sum(version.size for version in versions) + (size or 0)
         return (self.count is None or count <= self.count) and (self.memory is None or memory <= self.memory)
 
     def check(self, staying: Collection[AdapterVersion], name: str = "", size: int | None = None) -> None:
-        """Raise an `AdapterLimitError` unless there is room beside versions for one more of a name and size."""
+        """Raise an `AdapterLimitError` if one more version of this name and size does not fit beside `staying`."""
         if self.allow(staying, size):
             return
         taken = sum(version.size for version in staying)
@@ -132,9 +132,9 @@ class AdapterLimits:
     def victim(
         self, versions: Collection[AdapterVersion], serving: Mapping[str, AdapterVersion], name: str, size: int
     ) -> AdapterVersion | None:
-        """Choose the version to free for a new one of a name and size, the least recently used; None if there is room.
+        """Return the least recently used version to free for a new one; None if there is room.
 
-        Of the versions that names stand for (`serving`), the one of `name` goes once the new one is there.
+        Of the served versions (`serving`), the one of `name` goes once the new one is there.
         """
         if self.allow([version for version in versions if version is not serving.get(name) or version.holds], size):
             return None

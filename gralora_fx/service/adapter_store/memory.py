@@ -1,4 +1,4 @@
-"""The adapters in memory: the version that each name stands for, and older ones while requests run with them."""
+"""Adapters in memory: the version served under each name, and older ones that requests still run with."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _Result = TypeVar("_Result")
 class AdapterMemory:
     """Holds versions within limits.
 
-    A version never changes: a new one is loaded beside the old one, and then the name stands for the new one. A request
-    holds the version that it began with. One that no name stands for is freed when its last hold ends; of the others,
-    those that nobody pinned go when a new one needs their room, the least recently used first. Changes run one after
-    the other in a thread of their own.
+    A version is immutable: a new one is loaded beside the old one, then the name is switched to it. A request holds
+    the version that it began with. A version that no name refers to is freed when its last hold ends; other unpinned
+    versions are evicted least recently used first when a new one needs room. Changes run one at a time in their own
+    thread.
 
     Attributes:
-        limits: How many adapters there is room for.
-        when_evicted: Is called when one is freed for the room of another.
-        when_freed: Is called when there may be more room: a version is not held any more, or was freed.
+        limits: Limits on number and memory.
+        when_evicted: Called when a version is evicted to make room.
+        when_freed: Called when there may be more room: a hold ended, or a version was freed.
     """
 
     def __init__(self, host: OrtModel, limits: AdapterLimits | None = None) -> None:
-        """Take the adapters that the host has as pinned ones, or raise an `AdapterLimitError` if they are too many."""
+        """Pin the adapters that the host already has; raise an `AdapterLimitError` if there are too many."""
         self.limits, self._host = limits or AdapterLimits(), host
         self.when_evicted: Callable[[], None] = lambda: None
         self.when_freed: Callable[[], None] = lambda: None
@@ -52,7 +52,7 @@ class AdapterMemory:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters that are loaded now."""
+        """Names of the loaded adapters."""
         return tuple(sorted(self._serving))
 
     @property
@@ -61,11 +61,11 @@ class AdapterMemory:
         return sum(version.size for version in self._versions.values())
 
     def __len__(self) -> int:
-        """How many versions are in memory."""
+        """Return the number of versions in memory."""
         return len(self._versions)
 
     def hold(self, *keys: str | None) -> None:
-        """Keep versions until as many releases, or raise an `UnknownModelError`; None, the base, always stays."""
+        """Hold versions until each is released (None, the base, is ignored), or raise an `UnknownModelError`."""
         with self._lock:
             named = [key for key in keys if key is not None]
             for key in named:
@@ -75,7 +75,7 @@ class AdapterMemory:
                 self._versions[key].holds += 1
 
     def hold_named(self, name: str) -> AdapterVersion | None:
-        """Hold the version that a name stands for; return None if there is none."""
+        """Hold the version served under a name; return None if there is none."""
         with self._lock:
             version = self._serving.get(name)
             if version is not None:
@@ -97,10 +97,10 @@ class AdapterMemory:
     def add(
         self, name: str, source: AdapterSource, try_adapter: Callable[[str], None] | None, file: RootFile | None
     ) -> AdapterVersion:
-        """Load a version that no name stands for yet, and return it held; within a change.
+        """Load a version that no name refers to yet and return it held; call within a change.
 
-        It is tried by its key, or else by its first request. Where it may not be used, or there is no room, a
-        `ServingError` is raised; others may have gone for it then, and nothing else has changed.
+        `try_adapter` tries it; if None, its first request does. On a `ServingError` (unusable, no room) nothing else
+        changed, except that other versions may have been evicted.
         """
         self._make_room(name, 0)
         key = self._new_key(name)
@@ -119,7 +119,7 @@ class AdapterMemory:
         return version
 
     def give_name(self, version: AdapterVersion) -> None:
-        """Let a version's name stand for it."""
+        """Serve a version under its name."""
         with self._lock:
             old = self._serving.get(version.name)
             version.used = next(self._clock)
@@ -128,14 +128,14 @@ class AdapterMemory:
                 self._free_unused(old)
 
     def take_name(self, version: AdapterVersion) -> None:
-        """Take a version's name away, unless it stands for another one by now."""
+        """Stop serving a version under its name, unless the name refers to another version by now."""
         with self._lock:
             if self._serving.get(version.name) is version:
                 self._serving = {name: each for name, each in self._serving.items() if each is not version}
                 self._free_unused(version)
 
     def change(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Run some work that changes adapters after the changes that wait, or raise a `TooManyChangesError`."""
+        """Run a change of adapters after those queued; raise a `TooManyChangesError` if too many wait."""
         if not self._room_for_changes.acquire(blocking=False):
             raise TooManyChangesError(f"{_MOST_CHANGES} changes of adapters wait; ask again later")
 
@@ -146,12 +146,12 @@ class AdapterMemory:
         return self._thread.submit(begun)
 
     def change_later(self, work: Callable[[], None]) -> None:
-        """Run some work of the service itself after the changes that wait; nothing, once the thread has ended."""
+        """Queue a change made by the service itself; do nothing once the thread has ended."""
         with suppress(RuntimeError):
             self._thread.submit(work)
 
     def close(self) -> None:
-        """End the thread of changes once those that wait are done."""
+        """End the thread after the queued changes."""
         with self._lock:
             self._is_closed = True
         self._thread.shutdown()
@@ -164,7 +164,7 @@ class AdapterMemory:
         return next(key for n in self._numbers if (key := f"{name[:_NAME_IN_KEY]}.{n}") not in known)
 
     def _make_room(self, name: str, size: int) -> None:
-        """Free versions until there is room for one more, or raise (see `AdapterLimits.victim`)."""
+        """Evict versions until one more fits, or raise (see `AdapterLimits.victim`)."""
         while True:
             with self._lock:
                 victim = self.limits.victim(self._versions.values(), self._serving, name, size)
@@ -176,7 +176,7 @@ class AdapterMemory:
             self.when_evicted()
 
     def _free_unused(self, version: AdapterVersion) -> None:
-        """Have a version freed that no name stands for and no request holds; called with the lock held."""
+        """Queue freeing a version that no name refers to and no request holds; the caller holds the lock."""
         if self._serving.get(version.name) is version or version.holds or self._is_closed:
             return
         self._versions = {key: each for key, each in self._versions.items() if each is not version}

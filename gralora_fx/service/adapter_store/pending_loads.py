@@ -1,4 +1,4 @@
-"""Adapters that requests wait for: each is loaded once for all that name it, and not again after a failure."""
+"""Adapter loads that requests wait for: one load for all requests of a name, no retry after a failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Load:
-    """A load that requests wait for, each of which gets the version by a future of its own."""
+    """A load and the requests that wait for it, each with its own future."""
 
     name: str
     file: RootFile
@@ -37,13 +37,13 @@ class _Load:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait that were not given up."""
+        """Number of requests that still wait."""
         return sum(not request.cancelled() for request in self.requests)
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why an adapter cannot be loaded, while its files are as they were and for a time."""
+    """A failed load: remembered while the files are unchanged, until a time."""
 
     file: RootFile
     text: str
@@ -54,15 +54,15 @@ class _Failure:
 class PendingLoads:
     """Loads adapters for the requests that name them.
 
-    A load that has no room until a request ends is tried again then; loads behind it are not held up.
+    A load without room is retried when a request ends; it does not block the loads behind it.
 
     Attributes:
-        most: The most requests that may wait.
-        when_loaded: Is called with whether a load succeeded, and its seconds.
+        most: Maximum number of waiting requests.
+        when_loaded: Called with whether a load succeeded, and its seconds.
     """
 
     def __init__(self, memory: AdapterMemory, load: Callable[[str, RootFile], AdapterVersion]) -> None:
-        """Begin without loads; `load` makes an adapter what its name stands for, and returns it held."""
+        """Start empty; `load` loads an adapter, serves it under its name and returns it held."""
         self.most = 0
         self.when_loaded: Callable[[bool, float], None] = lambda is_loaded, seconds: None
         self._memory, self._load, self._lock = memory, load, threading.Lock()
@@ -73,16 +73,16 @@ class PendingLoads:
 
     @property
     def requests(self) -> int:
-        """How many requests wait for loads."""
+        """Number of requests that wait for loads."""
         return sum(load.waiting for load in list(self._loads.values()))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters that they wait for."""
+        """Names of the adapters being waited for."""
         return tuple(sorted(load.name for load in list(self._loads.values()) if load.waiting))
 
     async def wait(self, name: str, file: RootFile, end: float | None) -> AdapterVersion:
-        """Wait for the load of an adapter, for others or a new one, until a `time.monotonic`; return it held."""
+        """Wait for an adapter, joining a load in progress, until `end` (`time.monotonic`); return it held."""
         failure = self._failures.get(name)
         if failure is not None and failure.file == file and time.monotonic() < failure.until:
             raise AdapterLoadError(failure.text)
@@ -106,7 +106,7 @@ class PendingLoads:
             raise
 
     def refuse(self, name: str, file: RootFile, error: Exception) -> str:
-        """Remember that an adapter cannot be loaded, log it, and return why."""
+        """Record and log a failed load; return the error's text."""
         is_known = isinstance(error, GraloraError)
         text = f"the adapter {shown(name)} cannot be loaded: {error if is_known else 'the log of the server says why'}"
         if is_known:
@@ -121,11 +121,11 @@ class PendingLoads:
         return text
 
     def forget_limits(self) -> None:
-        """Let loads be tried again that failed for want of room."""
+        """Allow retries of loads that failed for lack of room."""
         self._failures = {name: failure for name, failure in self._failures.items() if not failure.is_limit}
 
     def _resume(self) -> None:
-        """Try loads again that had no room, after the load that may run now."""
+        """Retry loads that had no room, after the load that may run now."""
         if self._loads:
             self._memory.change_later(self._run_stalled)
 
@@ -135,7 +135,7 @@ class PendingLoads:
             self._run(load)
 
     def _run(self, load: _Load) -> None:
-        """Load an adapter, in the thread of changes, and hand it to every request that waits."""
+        """Load an adapter in the thread of changes and resolve every waiting request."""
         started, text = time.perf_counter(), ""
         with self._lock:
             if not load.waiting:

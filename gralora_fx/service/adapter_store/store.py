@@ -1,4 +1,4 @@
-"""The adapters of a service by three verbs, load, use and evict, and the trial of each; the given ones come first."""
+"""The adapter store: load, use, evict and try adapters; those given at start come first."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from gralora_fx.service.adapter_store.pending_loads import PendingLoads
 
 @dataclass(frozen=True)
 class AdapterTrial:
-    """Runs a model with an adapter once; a file that passed is not tried again.
+    """Runs the model once with an adapter; a file that passed is not tried again.
 
     Attributes:
-        run: Runs the model with the adapter of a key, or as the base, and returns its outputs.
+        run: Runs the model with the adapter of a key (None for the base) and returns its outputs.
         model: Holds the adapters.
-        by_requests: Whether the first request with an adapter that is loaded for it tries it: its outputs are checked
+        by_requests: Whether an adapter loaded for a request is tried by that request: its outputs are checked
             (see `AdapterStore.check_outputs`).
     """
 
@@ -58,11 +58,11 @@ class AdapterTrial:
 
     @cached_property
     def _base(self) -> list[NDArray[Any]]:
-        """Where the base's outputs are finite."""
+        """Masks of where the base's outputs are finite."""
         return [np.isfinite(output) for output in self.run(None)]
 
     def __call__(self, key: str) -> None:
-        """Try an adapter that is loaded."""
+        """Try a loaded adapter."""
         digest = self.model.adapters[key].record.file_sha256
         if digest in self._passed:
             return
@@ -77,7 +77,7 @@ class AdapterTrial:
 
 
 def try_decoder(model: OrtModel) -> AdapterTrial:
-    """Make trials of a decoder, in a row beside those that answer requests."""
+    """Return a trial for a decoder, which runs in one row of its own."""
     token, source = example_prompt(model)
     decoder = model.decoder(rows=1, capacity=1, chunk=1)
 
@@ -92,7 +92,7 @@ def try_decoder(model: OrtModel) -> AdapterTrial:
 
 
 def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
-    """Return a token that a decoder may read first, and what the encoder of an encoder-decoder may read."""
+    """Return a token that a decoder may read first, and an example encoder input of an encoder-decoder."""
     ids = prompt_ids("a", model.tokenizer, ServingError)
     inputs = model.encoder_inputs
     if inputs is None:
@@ -101,22 +101,22 @@ def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
 
 
 class AdapterStore(AdapterMemory):
-    """The models that requests may name: the base, adapters in memory, and those of a root, loaded when first named.
+    """The models that requests may name: the base, adapters in memory, and those of a root, loaded on first use.
 
-    Files that were changed are a new version, which requests wait for; an adapter whose files are gone is gone. While
-    new files cannot be loaded, the version in memory goes on.
+    Changed files are a new version, which requests wait for; an adapter whose files are gone is gone. While new files
+    cannot be loaded, the version in memory keeps serving.
 
     Attributes:
         base: The name of the model without an adapter.
-        trial: Tries an adapter that is loaded.
-        files: The adapters of the root; None if there is none, and adapters stay as they are.
+        trial: Tries a loaded adapter.
+        files: The adapters of the root; None without a root: the set of adapters is then fixed.
         pending: Loads that requests wait for.
     """
 
     trial: AdapterTrial  # made once what runs the model is there, which holds adapters of this store
 
     def __init__(self, base: str, host: OrtModel, limits: AdapterLimits | None = None) -> None:
-        """Take the adapters that the host has, which nobody else unloads (see `AdapterMemory`)."""
+        """Take over the adapters that the host already has; they are never unloaded (see `AdapterMemory`)."""
         super().__init__(host, limits)
         self.base = base
         self.files: RootFiles | None = None
@@ -124,29 +124,29 @@ class AdapterStore(AdapterMemory):
 
     @property
     def available(self) -> tuple[str, ...]:
-        """The adapters that requests may name."""
+        """Names of the adapters that requests may use."""
         return tuple(sorted({*self._serving, *([] if self.files is None else self.files.names())} - {self.base}))
 
     def knows(self, model: str) -> bool:
-        """Return whether requests may name a model."""
+        """Return whether requests may name this model."""
         return model == self.base or model in self._serving or self._find(model) is not None
 
     def check(self, model: str) -> None:
-        """Raise an `UnknownModelError` unless requests may name a model."""
+        """Raise an `UnknownModelError` for a model that requests may not name."""
         if not self.knows(model):
             raise self._unknown(model)
 
     def check_adapter(self, name: str) -> None:
-        """Raise an `UnknownAdapterError` unless there is an adapter of the name."""
+        """Raise an `UnknownAdapterError` if there is no adapter of this name."""
         if name == self.base or not self.knows(name):
             raise UnknownAdapterError(
                 f"no adapter {shown(name)} is loaded; loaded is {listed(self.adapters) or 'none'}"
             )
 
     async def load(self, name: str, path: str, *, may_replace: bool, pin: bool) -> None:
-        """Load the adapter at a path of the root under a name, which another adapter may lose to it.
+        """Load the adapter at a path of the root under a name; raise as `stage` does.
 
-        One that is pinned stays in memory until it is evicted by name. Errors are those of `stage`.
+        `may_replace`: another adapter may lose the name. `pin`: it stays in memory until it is evicted by name.
         """
         files = self.files
         assert files is not None
@@ -158,13 +158,13 @@ class AdapterStore(AdapterMemory):
 
     @asynccontextmanager
     async def use(self, model: str, seconds: float | None = None) -> AsyncIterator[str | None]:
-        """Hold the version that a model's name means, once it is loaded, and give its key; None for the base.
+        """Hold the version of a model while the block runs and yield its key; None for the base.
 
-        A queue holds it for the requests that it takes, so this is to last until they are queued.
+        A queue takes its own hold for submitted requests, so the block only has to last until they are queued.
 
         Raises:
             UnknownModelError: There is no such model.
-            ServingError: It cannot be loaded, or not in so many seconds.
+            ServingError: It cannot be loaded, or not within `seconds`.
         """
         key = None if model == self.base else (await self._held(model, seconds)).key
         try:
@@ -173,27 +173,27 @@ class AdapterStore(AdapterMemory):
             self.release(key)
 
     async def evict(self, name: str) -> None:
-        """Take an adapter's name away until a request gives it again; requests that run with it end undisturbed."""
+        """Hide an adapter's name until a request loads it again; running requests finish undisturbed."""
         await self.changed(lambda: self.drop(name))
 
     async def changed(self, work: Callable[[], None]) -> None:
-        """Wait for a change of adapters, which goes on if the client goes away."""
+        """Run a change of adapters; it completes even if the client disconnects."""
         await asyncio.shield(asyncio.wrap_future(self.change(work)))
         self.pending.forget_limits()
 
     def stage(self, name: str, file: GivenFile | RootFile, *, may_replace: bool, pin: bool = True) -> AdapterVersion:
-        """Load and try a version, which its name names once it is served; return it held; within a change."""
+        """Load and try a version without serving it yet; return it held; call within a change."""
         return self._load(name, file, may_replace=may_replace, pin=pin, is_tried=True)
 
     def serve(self, version: AdapterVersion) -> None:
-        """Let its name stand for a version that was staged; within a change."""
+        """Serve a staged version under its name; call within a change."""
         if self.files is not None:
             self.files.give_name(version.name, None if version.file is None else version.file.path)
         self.give_name(version)
         self.release(version.key)
 
     def drop(self, name: str) -> None:
-        """Evict an adapter, or raise an `UnknownAdapterError`; within a change."""
+        """Evict an adapter, or raise an `UnknownAdapterError`; call within a change."""
         self.check_adapter(name)
         version = self._serving.get(name)
         if version is not None:
@@ -202,7 +202,7 @@ class AdapterStore(AdapterMemory):
             self.files.take_name(name)
 
     def check_outputs(self, key: str | None, outputs: NDArray[Any]) -> None:
-        """Try a version by the outputs of its first request; one that fails loses its name, and is not read again."""
+        """Try a version by its first request's outputs; if it fails, hide its name and do not read its files again."""
         version = None if key is None else self._versions.get(key)
         if version is None or version.is_tried:
             return
@@ -248,7 +248,7 @@ class AdapterStore(AdapterMemory):
         return UnknownModelError(f"no model {shown(model)}; there is {listed(names)}{others}")
 
     def load_found(self, name: str, file: RootFile) -> AdapterVersion:
-        """Load what requests wait for; the first of them tries it, where that is how adapters are tried."""
+        """Load an adapter that requests wait for; if trials are `by_requests`, the first request is the trial."""
         version = self._load(name, file, may_replace=True, pin=False, is_tried=not self.trial.by_requests)
         self.give_name(version)
         return version
@@ -270,7 +270,7 @@ class AdapterStore(AdapterMemory):
 
 
 def load_given(store: AdapterStore, settings: ServiceSettings) -> None:
-    """Load the adapters that a service is started with; they take precedence over those of the export itself."""
+    """Load the adapters given at start; they take precedence over the export's own."""
     for name, path in settings.adapters.items():
         if name in store.adapters:
             warn_caller(f"{path} is served as {name!r}, and the export's own adapter of that name is not")
@@ -280,7 +280,7 @@ def load_given(store: AdapterStore, settings: ServiceSettings) -> None:
 
 @contextmanager
 def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
-    """Convert the adapters of settings to `.onnx_adapter` files, for several processes that serve the same."""
+    """Convert the adapters of the settings to `.onnx_adapter` files, shared by several processes."""
     with tempfile.TemporaryDirectory(prefix="gralora-fx-") as folder:
         adapters: dict[str, Path] = {}
         manifest = read_manifest(settings.directory, ServingError)
@@ -294,7 +294,7 @@ def converted(settings: ServiceSettings) -> Iterator[ServiceSettings]:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Begin the message of an error with the adapter that it is about."""
+    """Prefix error messages with the adapter's name."""
     try:
         yield
     except GraloraError as error:

@@ -1,1 +1,1 @@
-"""Protocols of the service, a folder each."""
+"""Protocols of the service, one folder each."""

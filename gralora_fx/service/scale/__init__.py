@@ -7,10 +7,10 @@ import secrets
 
 
 def prepare() -> None:
-    """Set what Ray is to read; call this before it is imported.
+    """Set Ray's environment variables; call this before importing Ray.
 
-    Its processes listen on every address of the machine, so whoever speaks to them has to know a token, which is drawn
-    anew. Nothing is reported to Ray's makers.
+    Ray's processes listen on every address of the machine, so they require a token, drawn anew each time. Usage
+    reports to Ray's makers are off.
     """
     # a proxy that imports more slowly than this is killed by Ray's controller, on a busy machine again and again
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")

@@ -1,7 +1,7 @@
-"""The frontend of several replicas: it reads which model a request names, and lets Ray choose a replica for that.
+"""The frontend of several replicas: it reads the model that a request names, and lets Ray choose a replica for it.
 
-Ray's proxy cannot read a request's body, and does not know the form of the protocols' errors. What replicas measure is
-added up here.
+Ray's proxy cannot read request bodies, and does not know the protocols' error forms. Metrics of the replicas are
+summed here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Frontend:
-    """Takes requests from Ray's proxy, and hands each to a replica that Ray chooses, by the adapter that it names."""
+    """Takes requests from Ray's proxy, and forwards each to a replica that Ray chooses by the adapter named."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Frontend:
         app.router.routes.append(Route("/{path:path}", Forwarding(replicas, is_adapter)))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The app, for Ray."""
+        """Return the app, for Ray."""
         return self._app
 
 
@@ -98,10 +98,10 @@ def _add_own_routes(app: FastAPI, metrics_folder: Path, now: ReplicaMetrics) -> 
 
 
 class Forwarding:
-    """Answers requests by a replica: whole, or with an error in the protocol's form if the replica ends before."""
+    """Forwards requests to a replica; if the replica dies first, answers with an error in the protocol's form."""
 
     def __init__(self, replicas: Any, is_adapter: Callable[[str | None], bool]) -> None:
-        """Take the replicas."""
+        """Set the replicas."""
         self._replicas, self._is_adapter = replicas.options(stream=True), is_adapter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,13 +131,13 @@ class Forwarding:
 
 
 class _Sender:
-    """Passes an answer on: a stream of events as it comes, and any other answer once it is whole.
+    """Forwards a response: event streams as they come, other responses once complete.
 
-    Until then an error can still take its place.
+    Until the first message is sent, an error can still replace the response.
 
     Attributes:
         has_begun: Whether something was sent.
-        is_complete: Whether all was sent.
+        is_complete: Whether everything was sent.
     """
 
     def __init__(self, scope: Scope, send: Send) -> None:
@@ -147,7 +147,7 @@ class _Sender:
         self._is_stream = False
 
     async def pass_on(self, message: Message) -> None:
-        """Take the next message of the answer."""
+        """Forward the next message of the response."""
         self._held.append(message)
         if message["type"] == "http.response.start":
             self._is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith(_EVENTS)
@@ -162,13 +162,13 @@ class _Sender:
             await self._send(part)
 
     async def end_with(self, status: int, text: str) -> None:
-        """End a stream of events with an error."""
+        """End an event stream with an error event."""
         body = event(error_body(status, text)) + END
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _described(error: Exception) -> tuple[int, str]:
-    """The status and text for an error of Ray's."""
+    """Return the HTTP status and text for an error of Ray's."""
     if isinstance(error, BackPressureError):
         return 429, "as many requests wait as there is room for; try again"
     if isinstance(error, RayActorError):
@@ -184,14 +184,14 @@ _RUNNING, _NAMES = "vllm:num_requests_running", ("running_lora_adapters", "waiti
 
 
 class ReplicaMetrics:
-    """Asks all replicas, and adds up what they say; shares of something are averaged, and names joined."""
+    """Collects the metrics of all replicas: sums counts, averages shares, and joins lists of names."""
 
     def __init__(self, replicas: Any, metrics: Metrics) -> None:
-        """Take the replicas."""
+        """Set the replicas."""
         self._replicas, self._metrics = replicas, metrics
 
     async def text(self) -> bytes:
-        """The metrics, as Prometheus reads them; without those of replicas that have just ended."""
+        """Return the metrics in Prometheus' text format; replicas that have just ended are left out."""
         try:
             answers = await self._replicas.broadcast("measured").results_async(return_exceptions=True)
         except RayServeException:  # no replica runs
@@ -205,7 +205,7 @@ class ReplicaMetrics:
 
 
 class _Given(Collector):
-    """Metrics that are there; of requests that wait, those in the frontend too."""
+    """Metrics collected from replicas; requests that wait in the frontend are added."""
 
     def __init__(self, metrics: Sequence[Metric], answering: int) -> None:
         self._metrics, self._answering = metrics, answering
@@ -220,7 +220,7 @@ class _Given(Collector):
 
 
 def _together(metrics: Sequence[Metric]) -> Metric:
-    """One metric of those of all replicas, each of which has one sample or none."""
+    """Merge one metric of all replicas, each with one sample or none."""
     whole, samples = metrics[0], [sample for metric in metrics for sample in metric.samples]
     if whole.type == "info" or not samples:
         return whole
@@ -234,7 +234,7 @@ def _together(metrics: Sequence[Metric]) -> Metric:
 
 
 def _labels(several: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The labels of all: of those that list names, each name once."""
+    """Merge labels; labels that list names get each name once."""
     joined = dict(several[0])
     for label in _NAMES:
         if label in joined:

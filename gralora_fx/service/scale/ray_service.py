@@ -38,10 +38,10 @@ _CONNECTIONS = 4096  # requests that the frontend holds; those that wait for a r
 
 
 class ModelReplica:
-    """A process with the model and all of its adapters, which answers requests by the app of `create_app`."""
+    """A process with the model and all adapters, which answers requests with the app of `create_app`."""
 
     async def __init__(self, settings: ServiceSettings, folder: Path) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Open the model; Ray hands over requests once it is warm."""
+        """Open the model; Ray routes requests here once it is warm."""
         torch.set_num_threads(1)  # as of `server.run`
         self._app = create_app(settings)
         self._models = self._app.state.engine.models
@@ -52,21 +52,21 @@ class ModelReplica:
         await self._lifespan.enter_async_context(self._app.router.lifespan_context(self._app))
 
     async def change(self, step: str, *arguments: object) -> GraloraError | None:
-        """Take a step of a change of adapters, a method of `ReplicaAdapters`; returns what is wrong with it."""
+        """Run a step of an adapter change, a method of `ReplicaAdapters`; return its error, if any."""
         problem: GraloraError | None = await getattr(self._adapters, step)(*arguments)
         return problem
 
     async def measured(self) -> list[Metric]:
-        """Return what is measured when it is asked for."""
+        """Return the gauges of this process."""
         return list(self._app.state.metrics.now.collect())
 
     @serve.multiplexed(max_num_models_per_replica=-1)  # type: ignore[untyped-decorator]
     async def adapter(self, name: str) -> str:
-        """Tell Ray that this replica has run an adapter, so that it prefers the replica for that one."""
+        """Tell Ray that this replica has run an adapter, so that Ray prefers it for that adapter."""
         return name
 
     async def answer(self, request: AsgiRequest) -> AsyncIterator[Message]:
-        """The messages that answer a request."""
+        """Yield the ASGI messages that answer a request."""
         if self._adapters is not None:
             await self._adapters.follow()
         name = serve.get_multiplexed_model_id()
@@ -76,12 +76,12 @@ class ModelReplica:
             yield message
 
     async def __del__(self) -> None:
-        """End, after the requests that are here."""
+        """Stop after the requests in progress."""
         await self._lifespan.aclose()
 
 
 def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
-    """Open what will be served, once, so that an error is the one line that it is without Ray."""
+    """Open the export once, so that an error is one line, as without Ray."""
     engine = open_engine(settings, Metrics())
     with closing(engine.models):
         load_given(engine.models, settings)
@@ -100,7 +100,7 @@ def run_replicas(
     port: int,
     has_access_log: bool = False,
 ) -> NoReturn:
-    """Serve until the process is told to end; no more requests are taken then, and those that run are answered."""
+    """Serve until the process is told to end; running requests are then answered, new ones refused."""
     port = _free_port(host, port)
     settings = _settled(settings, replicas)
     with tempfile.TemporaryDirectory(prefix="gralora-fx-replicas-") as place, _ray(settings, replicas) as logs:
@@ -138,7 +138,7 @@ def run_replicas(
 
 
 def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
-    """The settings with whole paths, and a share of the cores for each replica."""
+    """Return the settings with absolute paths, and each replica's share of the cores."""
     adapters = {name: path.absolute() for name, path in settings.adapters.items()}
     threads = settings.threads or max(1, available_threads() // replicas)
     root = None if settings.adapter_root is None else settings.adapter_root.absolute()
@@ -149,7 +149,7 @@ def _settled(settings: ServiceSettings, replicas: int) -> ServiceSettings:
 def _deployments(
     settings: ServiceSettings, replicas: int, at_a_time: int, metrics: Path
 ) -> tuple[serve.Deployment, serve.Deployment]:
-    """The model and the frontend, as Ray runs them."""
+    """Return Ray's deployments of the model and the frontend."""
     environment = {"env_vars": {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}}
     model = serve.deployment(
         name=MODEL,
@@ -172,7 +172,7 @@ def _deployments(
 
 @contextmanager
 def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
-    """Ray on this machine alone, whose processes end with the block; signals that end this one raise `SystemExit`."""
+    """Run Ray on this machine only, until the block ends; signals that end this process raise `SystemExit`."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         context = _started(replicas * (settings.threads or 1))
@@ -184,7 +184,7 @@ def _ray(settings: ServiceSettings, replicas: int) -> Iterator[str]:
 
 
 def _started(threads: int) -> Any:
-    """Ray's description of itself, once it runs."""
+    """Start Ray and return its context."""
     try:
         return ray.init(
             address="local",
@@ -206,7 +206,7 @@ def _end(number: int, _: object) -> NoReturn:
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0."""
+    """Return the port, or a free one for 0."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as server:

@@ -1,4 +1,4 @@
-"""What is passed on to replicas: requests, and adapters, which all take or none does."""
+"""Forwarding to replicas: requests to one, changes of adapters to all or none."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _MODEL_PATHS = "/v2/models/"
 
 @dataclass(frozen=True)
 class AsgiRequest:
-    """A request that was read whole."""
+    """A request with its whole body."""
 
     scope: dict[str, Any]  # what ASGI says of it, as plain data
     body: bytes
 
     @property
     def path(self) -> str:
-        """The path."""
+        """The URL's path."""
         return str(self.scope["path"])
 
     @property
     def model(self) -> str | None:
-        """The model that it names, in its path or its body; None if it names none."""
+        """The model named in the path or the body; None if there is none."""
         if self.path.startswith(_MODEL_PATHS):
             return self.path.removeprefix(_MODEL_PATHS).partition("/")[0]
         try:
@@ -57,9 +57,9 @@ async def read(request: Request) -> AsgiRequest:
 
 
 async def answer(app: ASGIApp, request: AsgiRequest) -> AsyncIterator[Message]:
-    """The messages with which an app answers a request, as they come.
+    """Yield the messages with which an app answers a request, as they come.
 
-    When the iterator is closed early, as for a client that went away, the app's work is cancelled.
+    Closing the iterator early, when a client disconnects, cancels the app's work.
     """
     messages: asyncio.Queue[Message | None] = asyncio.Queue()
     body: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
@@ -85,12 +85,12 @@ _RECORD = "adapters.json"
 
 
 class UnevenReplicasError(StoppedError):
-    """A replica ended while an adapter was loaded."""
+    """A replica ended during an adapter load."""
 
 
 @dataclass(frozen=True)
 class SharedAdapters:
-    """What requests have loaded and unloaded."""
+    """Record of the adapters that requests have loaded and unloaded."""
 
     number: int = 0  # how many changes there were
     loaded: Mapping[str, str] = field(default_factory=dict)  # the file of each adapter by its name, below the folder
@@ -99,7 +99,7 @@ class SharedAdapters:
 
     @classmethod
     def read(cls, folder: Path) -> SharedAdapters:
-        """Return what the record of a folder says; nothing if there is none."""
+        """Read a folder's record; an empty one if there is none."""
         try:
             fields = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -107,22 +107,22 @@ class SharedAdapters:
         return cls(**{**fields, "unloaded": tuple(fields["unloaded"])})
 
     def without(self, name: str) -> SharedAdapters:
-        """Return a copy without any entry for a name."""
+        """Return a copy without any entry for `name`."""
         loaded, named = ({n: file for n, file in files.items() if n != name} for files in (self.loaded, self.named))
         return SharedAdapters(self.number, loaded, named, tuple(other for other in self.unloaded if other != name))
 
     def write(self, folder: Path) -> None:
-        """Write the record, as a whole."""
+        """Write the record atomically."""
         new = folder / f"{_RECORD}.new"
         new.write_text(json.dumps(asdict(self)), encoding="utf-8")
         new.replace(folder / _RECORD)
 
 
 class SpreadChanges:
-    """Changes of the adapters of all replicas, one after the other."""
+    """Changes the adapters of all replicas, one change at a time."""
 
     def __init__(self, replicas: Any, root: AdapterRoot, onnx_dir: Path, folder: Path) -> None:
-        """Take the replicas."""
+        """Set the replicas."""
         self._replicas, self._root, self._onnx_dir, self._folder = replicas, root, onnx_dir, folder
         self._lock = asyncio.Lock()
 
@@ -149,7 +149,7 @@ class SpreadChanges:
                 await self._record(replace(others, named={**others.named, name: path}))
 
     async def evict(self, name: str) -> None:
-        """Take an adapter's name away in every replica."""
+        """Unload an adapter and hide its name in every replica."""
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
             await self._spread("check", name)
@@ -164,7 +164,7 @@ class SpreadChanges:
             shutil.rmtree(self._folder / Path(file).parts[0], ignore_errors=True)
 
     async def _spread(self, step: str, *arguments: object, is_sure: bool = True) -> None:
-        """Let every replica take a step of a change, and raise what one of them says is wrong, if that is asked for."""
+        """Run a step of a change in every replica; with `is_sure`, raise if it failed in one."""
         try:
             answers = await self._replicas.broadcast("change", step, *arguments).results_async(return_exceptions=True)
         except RayServeException as error:
@@ -182,10 +182,10 @@ class SpreadChanges:
 
 
 class ReplicaAdapters:
-    """The adapters of one replica, as the record has them."""
+    """Keeps one replica's adapters in step with the record."""
 
     def __init__(self, models: AdapterStore, folder: Path) -> None:
-        """Begin without those of the record; `follow` loads them."""
+        """Start without the record's adapters; `follow` loads them."""
         assert models.files is not None
         self._models, self._files, self._folder = models, models.files, folder
         self._staged: dict[tuple[str, str], AdapterVersion] = {}  # by the name and the file
@@ -193,7 +193,7 @@ class ReplicaAdapters:
         self._lock = asyncio.Lock()
 
     async def stage(self, name: str, file: str, may_replace: bool, pin: bool) -> GraloraError | None:
-        """Load an adapter whose name does not stand for it yet; return why that is not possible, if it is not."""
+        """Load an adapter without serving it yet; return the error, if any."""
 
         def work() -> None:
             self._staged[name, file] = self._stage(name, file, may_replace=may_replace, pin=pin)
@@ -201,17 +201,17 @@ class ReplicaAdapters:
         return await self._problem_of(work)
 
     async def discard(self) -> None:
-        """Give up what was staged."""
+        """Drop the staged adapters."""
         staged, self._staged = self._staged, {}
         for version in staged.values():
             self._models.release(version.key)
 
     async def check(self, name: str) -> GraloraError | None:
-        """Return what is wrong with evicting an adapter, if something is."""
+        """Return why an adapter cannot be evicted; None if it can."""
         return await self._problem_of(lambda: self._models.check_adapter(name))
 
     async def follow(self) -> None:
-        """Do what the record says, if that is not done."""
+        """Apply changes of the record that this replica has not applied yet."""
         async with self._lock:
             shared = await run_in_threadpool(SharedAdapters.read, self._folder)
             if shared.number != self._applied.number:

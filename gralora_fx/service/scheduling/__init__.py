@@ -1,1 +1,1 @@
-"""Requests of many callers, batched: text with continuous batching, calls of encoders with dynamic batching."""
+"""Batching across callers: continuous batching for text, dynamic batching for encoders."""

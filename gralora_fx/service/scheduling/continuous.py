@@ -26,21 +26,21 @@ _logger = logging.getLogger(__name__)
 class ContinuousScheduler(JobQueue[TextJob]):
     """Runs requests in the rows of a decoder, each with its adapter.
 
-    Before each step rows of requests that have ended or were given up are freed, and requests that wait take them. In a
-    step every row that decodes reads a token, and prompts share a budget of tokens, the earliest first, so that a long
-    prompt does not hold up the answers beside it. What the earliest leaves of the budget goes to prompts that fit it as
-    a whole: a prompt that has begun is the earliest, and has the budget to itself until it is read. A prompt that is
-    longer than the budget is read by itself where no row decodes, in larger pieces.
+    Before each step, rows of requests that ended or were cancelled are freed, and waiting requests take them. In a step
+    every decoding row reads a token, and prompts share a token budget, earliest first, so that a long prompt does not
+    delay the answers beside it. What the earliest prompt leaves of the budget goes to prompts that fit it whole: once
+    begun, a prompt is the earliest, and has the budget to itself until it is read. A prompt longer than the budget is
+    read alone in larger chunks while no row decodes.
 
-    With a prefix cache a prompt's beginning is taken over from rows that have read it, also from one that is reading it
-    now, so that several answers to a prompt read it once.
+    With a prefix cache, a prompt's beginning is taken from rows that have read it, or are reading it now, so that
+    several answers to a prompt read it once.
 
     Attributes:
-        limits: What the model can take.
-        scores_prompts: Whether tokens of prompts can be scored: the export gives the logits of every position.
-        prefix_cache: What prompts that begin alike share; None if they share nothing.
-        memory: What all caches take.
-        proposes: Whether tokens of answers are proposed and verified.
+        limits: The model's limits.
+        scores_prompts: Whether prompt tokens can be scored: the export has logits for every position.
+        prefix_cache: Shares the caches of prompts with equal beginnings; None if there is none.
+        memory: Memory of all caches.
+        proposes: Whether tokens are proposed and verified (speculative decoding).
     """
 
     unit = "requests"
@@ -70,12 +70,12 @@ class ContinuousScheduler(JobQueue[TextJob]):
 
     @property
     def running(self) -> int:
-        """How many rows are in use."""
+        """Number of rows in use."""
         return len(self._rows)
 
     @property
     def cache_usage(self) -> float:
-        """The share of the rows' caches, or of the memory that there is for them, that is filled, from 0 to 1."""
+        """Filled share of the rows' caches, or of their memory limit, from 0 to 1."""
         if self.memory.limit is not None:
             return min(self.memory.taken_by_rows / self.memory.limit, 1.0)
         filled = sum(job.read + len(job.answer.ids) for job in list(self._rows.values()))
@@ -98,7 +98,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return jobs
 
     def _check_memory(self) -> None:
-        """Check that the requests that wait for memory do not need all of it already."""
+        """Raise if the requests waiting for memory already need all of it."""
         limit = self.memory.limit
         if limit is None or not self._is_short:
             return
@@ -129,7 +129,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self._decoder.trim()
 
     def _free(self) -> None:
-        """Close the rows of requests that have ended or were given up."""
+        """Close the rows of requests that ended or were cancelled."""
         for row, job in list(self._rows.items()):
             if job.is_done or job.is_cancelled:
                 self._decoder.close(row)
@@ -137,7 +137,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 self._leave(job)
 
     def _admit(self) -> None:
-        """Give free rows to requests that wait."""
+        """Assign free rows to waiting requests."""
         is_short = False
         while self._decoder.free and (job := self._next()) is not None:
             source = job.request.source
@@ -163,7 +163,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self._is_short = is_short
 
     def _next(self) -> TextJob | None:
-        """The next request that waits for an answer; None if none does."""
+        """Return the next waiting request that is not cancelled; None if there is none."""
         with self._condition:
             while self._waiting:
                 job = self._waiting.popleft()
@@ -206,7 +206,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._observer.proposed(proposed, sum(each.accepted for each in answering.values()))
 
     def _tokens(self) -> dict[int, list[int]]:
-        """What each row reads in the next step; prompts that the budget does not reach rest, and rows without room."""
+        """Return the tokens that each row reads in the next step; rows without budget or memory are left out."""
         tokens: dict[int, list[int]] = {}
         budget, is_earliest = self._decoder.chunk, True
         is_awaited = any(job.is_answering for job in self._rows.values())
@@ -233,12 +233,12 @@ class ContinuousScheduler(JobQueue[TextJob]):
         return tokens
 
     def _answering(self, tokens: Mapping[int, list[int]]) -> dict[int, AnswerRow]:
-        """The rows among those that read whose prompts are read."""
+        """Return the answers of those of the stepped rows whose prompts are read."""
         jobs = {row: self._rows[row] for row in tokens}
         return {row: job.row for row, job in jobs.items() if job.is_answering and job.row is not None}
 
     def _advance(self, tokens: Mapping[int, list[int]], logits: Mapping[int, NDArray[Any]]) -> None:
-        """Choose the next token of every row that has read all of its prompt; a row that fails fails alone."""
+        """Choose the next token of every row that has read its prompt; an error fails its own row only."""
         for row, read in tokens.items():
             job = self._rows[row]
             is_first = was_reading = not job.is_answering
@@ -258,7 +258,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 self._fail(job, error, "choosing a token failed")
 
     def _fail(self, job: TextJob, error: Exception, what: str) -> None:
-        """Tell the caller of a job, and the log; an error that is not the request's own counts as a failure."""
+        """Report an error to a job's caller and the log; one that is not the request's fault counts as a failure."""
         if isinstance(error, (DeadEndError, AdapterLoadError)):
             _logger.warning("%s: %s", what, error)
         else:

@@ -1,4 +1,4 @@
-"""A bounded queue of requests, and the thread that works on them."""
+"""A bounded queue of jobs and its worker thread."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ _IDLE = 1.0  # seconds without jobs after which memory is freed
 
 
 class Observer(Protocol):
-    """Is told what a scheduler does, for metrics; called from its thread."""
+    """Receives a scheduler's events for metrics; called from its thread."""
 
     def waited(self, seconds: float) -> None:
-        """A request, or a row of one, waited before the first of its tokens was read."""
+        """Record how long a request, or a row of one, waited until its first token was read."""
 
     def began(self, seconds: float) -> None:
-        """The first token of an answer was chosen, so long after its request."""
+        """Record the time to first token."""
 
     def ran(self, seconds: float, rows: int) -> None:
-        """A batch ran."""
+        """Record a batch."""
 
     def read(self, tokens: int) -> None:
-        """Tokens of prompts or texts were read."""
+        """Count tokens read from prompts or texts."""
 
     def looked_up(self, tokens: int, found: int) -> None:
-        """A prompt of some tokens is there, of which some were found in the prefix cache."""
+        """Count a prompt's tokens, and those of them found in the prefix cache."""
 
     def generated(self, tokens: int) -> None:
-        """New tokens were chosen."""
+        """Count generated tokens."""
 
     def proposed(self, tokens: int, accepted: int) -> None:
-        """A step verified tokens that were proposed, of which some were chosen."""
+        """Count the proposed tokens that a step verified, and those of them accepted."""
 
     def failed(self) -> None:
-        """A run failed, other than for a request that is wrong."""
+        """Count a failed run, other than for an invalid request."""
 
 
 class Job(Protocol):
-    """What waits in a queue."""
+    """An entry of a queue."""
 
     @property
     def rows(self) -> int:
-        """How much of the queue's room it takes."""
+        """Room that it takes in the queue."""
 
     @property
     def adapter(self) -> str | None:
-        """The key of the adapter that it runs with; None for the base."""
+        """The key of its adapter; None for the base."""
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether its caller has gone."""
+        """Return whether its caller has gone."""
 
 
 _Job = TypeVar("_Job", bound=Job)
 
 
 class JobQueue(ABC, Generic[_Job]):
-    """Takes jobs of any thread up to a bound, and works on them in a thread of its own.
+    """Takes jobs from any thread up to a bound, and runs them in its own thread.
 
-    The adapter of each job is held while the job waits or runs. Told to stop, the queue takes nothing more, and its
-    thread ends once nothing is left.
+    A job's adapter is held while the job waits or runs. After `stop` the queue takes no jobs, and its thread ends
+    once the queue is empty.
 
     Attributes:
-        room: The most rows of jobs that may run or wait at a time.
-        unit: What a row is called in messages.
-        excess: What was asked for that there is never room for, and how to ask for less.
+        room: Maximum rows of running and waiting jobs.
+        unit: The name of a row in messages.
+        excess: Message for a request that never fits, and its remedy.
     """
 
     unit: ClassVar[str]
     excess: ClassVar[tuple[str, str]]
 
     def __init__(self, name: str, observer: Observer, *, room: int, models: AdapterStore | None = None) -> None:
-        """Make an empty queue with room for some rows of jobs; `start` starts its thread."""
+        """Create an empty queue with room for some rows; `start` starts its thread."""
         self.room = room
         self._observer, self._models = observer, models
         self._waiting: deque[_Job] = deque()
@@ -89,11 +89,11 @@ class JobQueue(ABC, Generic[_Job]):
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Take nothing more, finish what is there, and end."""
+        """Refuse new jobs, finish those queued, and end the thread."""
         with self._condition:
             self._is_stopping = True
             self._condition.notify_all()
@@ -101,24 +101,24 @@ class JobQueue(ABC, Generic[_Job]):
 
     @property
     def waiting(self) -> int:
-        """How many rows of jobs wait."""
+        """Number of rows that wait."""
         with self._condition:
             return sum(job.rows for job in self._waiting if not job.is_cancelled)
 
     @property
     def in_flight(self) -> int:
-        """How many rows of jobs run or wait, with those that were given up and not removed yet."""
+        """Number of rows that run or wait, including cancelled ones not removed yet."""
         with self._condition:  # a caller may hold it already
             return sum(job.rows for job in self._waiting) + self.running
 
     @property
     @abstractmethod
     def running(self) -> int:
-        """How many rows of jobs run."""
+        """Number of rows that run."""
 
     @property
     def cache_usage(self) -> float:
-        """The share of caches that is filled, from 0 to 1; 0 of what has none."""
+        """Filled share of caches, from 0 to 1; 0 without caches."""
         return 0.0
 
     @abstractmethod
@@ -126,10 +126,10 @@ class JobQueue(ABC, Generic[_Job]):
         """Do some work; called in the queue's thread while a job runs or waits."""
 
     def check_count(self, rows: int) -> None:
-        """Check that there is ever room for so many rows at a time; before they are read, which takes time.
+        """Raise if so many rows can never be queued at once; call before tokenizing them, which takes time.
 
         Raises:
-            TooLargeError: There is not.
+            TooLargeError: They cannot.
         """
         if rows > self.room:
             what, remedy = self.excess
@@ -143,7 +143,7 @@ class JobQueue(ABC, Generic[_Job]):
         Raises:
             QueueFullError: There is no room for all of them now.
             StoppedError: The queue is stopping.
-            ServingError: They are more than there is ever room for, or an adapter is gone.
+            ServingError: They can never fit, or an adapter is gone.
         """
         rows = sum(job.rows for job in jobs)
         self.check_count(rows)
@@ -164,7 +164,7 @@ class JobQueue(ABC, Generic[_Job]):
             self._condition.notify_all()
 
     def _leave(self, job: _Job) -> None:
-        """Let a job's adapter go; called once for each job, when it neither waits nor runs any more."""
+        """Release a job's adapter; called once per job, when it no longer waits or runs."""
         if self._models is not None:
             self._models.release(job.adapter)
 
@@ -180,16 +180,16 @@ class JobQueue(ABC, Generic[_Job]):
             self._turn()
 
     def _trim(self) -> None:
-        """Free memory that only running jobs need; called in the queue's thread while there are none."""
+        """Free memory that only running jobs need; called in the queue's thread when there are none."""
 
     def _wait(self, seconds: float | None) -> bool:
-        """Wait until there are jobs or the queue is to stop, for so many seconds at most; return whether it is so."""
+        """Wait for jobs or a stop, for `seconds` at most; return whether either came."""
         with self._condition:
             return bool(self._condition.wait_for(lambda: self._waiting or self.running or self._is_stopping, seconds))
 
 
 def trim_heap() -> None:
-    """Give back memory that was freed and that glibc keeps for later; other allocators are left alone."""
+    """Release freed memory that glibc keeps; other allocators are left alone."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

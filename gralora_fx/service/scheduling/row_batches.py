@@ -1,4 +1,4 @@
-"""Dynamic batching of single runs: what waits while a batch runs goes into the next one."""
+"""Dynamic batching of single runs: jobs that wait while a batch runs form the next one."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class RowJob:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether its caller has gone."""
+        """Return whether its caller has gone."""
         return self.result.cancelled()
 
 
 class RowBatches(JobQueue[RowJob]):
-    """Takes rows of any thread, and runs them in batches in a thread of its own, the earliest first.
+    """Takes rows from any thread, and runs them in batches in its own thread, earliest first.
 
     A batch is the job that has waited longest and those nearest to it in length.
     """
@@ -55,14 +55,14 @@ class RowBatches(JobQueue[RowJob]):
         max_queue: int,
         models: AdapterStore | None = None,
     ) -> None:
-        """Make an empty queue; `start` starts its thread."""
+        """Create an empty queue; `start` starts its thread."""
         super().__init__("gralora-fx rows", observer, room=max_batch + max_queue, models=models)
         self._run, self._max_batch = run, max_batch
         self._running = 0
 
     @property
     def running(self) -> int:
-        """How many rows run."""
+        """Number of rows that run."""
         return self._running
 
     def _turn(self) -> None:
@@ -76,9 +76,9 @@ class RowBatches(JobQueue[RowJob]):
         self._running = 0
 
     def _take(self) -> list[RowJob]:
-        """The first job that waits, and of those of its key the nearest in length, as far as there is room.
+        """Return the first waiting job, and those of its key nearest in length that fit.
 
-        Since the first one always runs, a job waits for at most as many batches as there were jobs before it.
+        Since the first job always runs, a job waits for at most as many batches as there were jobs before it.
         """
         batch: list[RowJob] = []
         while self._waiting and not batch:
@@ -96,7 +96,7 @@ class RowBatches(JobQueue[RowJob]):
         return [*batch, *self._started(mates)]
 
     def _started(self, jobs: Iterable[RowJob]) -> list[RowJob]:
-        """Those of jobs that nobody gave up while they waited."""
+        """Mark jobs as running; return those not cancelled while they waited."""
         started = []
         for job in jobs:
             if job.result.set_running_or_notify_cancel():

@@ -1,4 +1,4 @@
-"""A request for text on its way through a scheduler, and what its caller is told."""
+"""A text request in a scheduler, and the pieces that its caller receives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gralora_fx.run.generate.token_choice import Choice, TokenScore
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to an answer."""
+    """The part that a step adds to an answer."""
 
     text: str  # new text; empty while it may be the beginning of a stop string or of a letter
     tokens: int  # how many new tokens the answer has now
@@ -30,7 +30,7 @@ class Piece:
     cached: int = 0  # how many tokens of the prompt were taken over from the prefix cache
 
     def __add__(self, later: Piece) -> Piece:
-        """This piece with the next one."""
+        """Join this piece with the next one."""
         return Piece(
             self.text + later.text,
             later.tokens,
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass
 class JobTimes:
-    """When a job reached each stage, in seconds of `time.perf_counter`; None for one that it has not reached."""
+    """When a job reached each stage, in `time.perf_counter` seconds; None if not yet."""
 
     submitted: float  # it was queued
     reading: float | None = None  # the first tokens of its prompt are read, or found in a cache
@@ -55,16 +55,16 @@ Sink: TypeAlias = Callable[[Piece | RunError], None]
 
 
 class TextJob:
-    """A request, the answer so far and its caller; once it runs, also the row of the decoder.
+    """A request, its answer so far and its caller; while it runs, also its decoder row.
 
     Attributes:
         request: The request.
         answer: The answer so far.
         is_done: Whether its caller was told the end.
-        read: How many tokens of its prompt the row has read, or taken over.
-        cached: How many of them it has taken over from the prefix cache.
+        read: Number of prompt tokens read, or taken from the prefix cache.
+        cached: Number of prompt tokens taken from the prefix cache.
         row: The answer as the decoder's row reads it, once the job has begun.
-        is_answering: Whether its prompt is read, so that it reads what was chosen.
+        is_answering: Whether its prompt is read, so that it reads chosen tokens.
         times: When it reached each stage.
     """
 
@@ -84,12 +84,12 @@ class TextJob:
 
     @property
     def adapter(self) -> str | None:
-        """The key of the adapter that it runs with; None for the base."""
+        """The key of its adapter; None for the base."""
         return self.request.adapter
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether its caller has gone."""
+        """Return whether its caller has gone."""
         return self._cancelled.is_set()
 
     @property
@@ -99,25 +99,25 @@ class TextJob:
 
     @property
     def unread(self) -> int:
-        """How many tokens of its prompt the row has not read."""
+        """Number of prompt tokens not read yet."""
         return len(self.request.prompt) - self.read
 
     def cancel(self) -> None:
-        """Give the job up; its row is free at the next step."""
+        """Cancel the job; its row is free at the next step."""
         self._cancelled.set()
 
     def skip(self, count: int) -> None:
-        """Take note of tokens of the prompt that the row has taken over."""
+        """Record prompt tokens taken from the prefix cache."""
         self.read += count
         self.cached += count
 
     def begin(self, proposer: Proposer) -> None:
-        """Get ready to choose tokens; a model's own rules may raise here that do not go with the request."""
+        """Prepare sampling; logits processors of the model may raise here for parameters that they do not support."""
         request = self.request
         self.row = AnswerRow(request.chooser(self._ends), request.max_new_tokens, proposer.text(request.prompt))
 
     def next_tokens(self, most: int) -> list[int]:
-        """The tokens to read in the next step: at most some of the prompt, or of those that were chosen last."""
+        """Return at most `most` tokens to read next, of the prompt or of those chosen last."""
         if self.is_answering:
             assert self.row is not None
             return self.row.next_tokens(most)
@@ -126,7 +126,7 @@ class TextJob:
     def advance(
         self, count: int, logits: NDArray[Any], saw: Callable[[int, bool], None] = lambda matched, is_proposed: None
     ) -> Iterator[Choice]:
-        """Take note of the tokens that were read; the next ones, if all are read and the answer has tokens."""
+        """Record `count` tokens read, and yield the tokens chosen once the prompt is read."""
         assert self.row is not None
         if self.is_answering:
             if not self.row.proposed and not self.row.read(count):
@@ -147,7 +147,7 @@ class TextJob:
                 return
 
     def take(self, choice: Choice) -> None:
-        """Add what was chosen to the answer, and tell the caller."""
+        """Add chosen tokens to the answer, and send the piece to the caller."""
         before = len(self.answer.ids)
         text = self.answer.extend(choice, self.request.max_new_tokens)
         if choice.score is not None and len(self.answer.ids) > before:
@@ -155,7 +155,7 @@ class TextJob:
         self._tell(text, self.answer.ending)
 
     def fail(self, error: Exception) -> None:
-        """Tell the caller that the job cannot be done."""
+        """Report an error to the caller."""
         self._end()
         self._sink(RunError.of(error))
 

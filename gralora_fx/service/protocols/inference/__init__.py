@@ -1,1 +1,1 @@
-"""The Open Inference Protocol, version 2: tensors as JSON, or as bytes by Triton's extension."""
+"""The Open Inference Protocol, version 2: tensors as JSON, or as bytes (Triton's binary extension)."""

@@ -1,4 +1,4 @@
-"""Requests of the protocol, with tensors as JSON or as bytes."""
+"""Requests of the protocol: parsing tensors given as JSON or as bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _AXES, _SIZE = 64, 2**48  # the most axes that numpy has, and more values than a
 
 @dataclass(frozen=True)
 class Datatype:
-    """A type of numbers."""
+    """A tensor data type."""
 
     name: str  # the protocol's name
     dtype: np.dtype[Any]  # numpy's type, little-endian as the protocol's bytes
@@ -38,7 +38,7 @@ _DATATYPES = {kind: _datatype(dtype) for kind, dtype in DTYPES.items()}  # by ON
 
 
 def datatype_of(value: Any) -> Datatype:
-    """The type of an input or output of a session."""
+    """Return the data type of a session's input or output."""
     datatype = _DATATYPES.get(value.type)
     if datatype is None:
         raise ServingError(f"{value.name!r} is a {value.type}, which the Open Inference Protocol cannot be served with")
@@ -46,13 +46,13 @@ def datatype_of(value: Any) -> Datatype:
 
 
 def described(value: Any) -> dict[str, Any]:
-    """An input or output of a session, in the protocol's form; -1 is any size."""
+    """Describe a session's input or output in the protocol's form; -1 is a dynamic size."""
     shape = [size if isinstance(size, int) else -1 for size in value.shape]
     return {"name": value.name, "datatype": datatype_of(value).name, "shape": shape}
 
 
 def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) -> NDArray[Any]:
-    """A tensor from numbers, flat or nested."""
+    """Build a tensor from flat or nested lists of numbers."""
     kind = datatype.dtype.kind
     wrong = ServingError(f"the data of {name!r} is not of {datatype.name}; give numbers of that type alone")
     if not _types_of(data) <= _TYPES[kind]:  # numpy would make room for the longest text at every place
@@ -78,7 +78,7 @@ def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) 
 
 
 def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype) -> NDArray[Any]:
-    """Make a tensor of bytes, row by row; floats may be infinite or not a number."""
+    """Build a tensor from row-major bytes; floats may be infinite or NaN."""
     count = _count(name, shape)
     size = count * datatype.dtype.itemsize
     if len(data) != size:
@@ -93,12 +93,12 @@ def from_bytes(name: str, data: memoryview, shape: list[int], datatype: Datatype
 
 
 def to_bytes(array: NDArray[Any], datatype: Datatype) -> bytes:
-    """A tensor as bytes, row by row."""
+    """Return a tensor as row-major bytes."""
     return array.astype(datatype.dtype, copy=False).tobytes()
 
 
 def to_numbers(name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """A tensor as a flat array for JSON."""
+    """Flatten a tensor for JSON; raise if it is not finite."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ServingError(f"output {name!r} is not finite for these inputs; ask for it as binary data")
     return np.ascontiguousarray(array).ravel()
@@ -112,14 +112,14 @@ def _shaped(name: str, array: NDArray[Any], shape: list[int]) -> NDArray[Any]:
 
 
 def _count(name: str, shape: list[int]) -> int:
-    """Return how many values a shape has; -1 if a size is negative."""
+    """Return the number of elements of a shape; -1 if a size is negative."""
     if len(shape) > _AXES or any(size > _SIZE for size in shape):
         raise ServingError(f"input {name!r} cannot have shape {shown(shape)}")
     return -1 if any(size < 0 for size in shape) else prod(shape)
 
 
 def _types_of(data: list[Any]) -> set[type]:
-    """The types of the values in nested lists."""
+    """Return the types of the values in nested lists."""
     types = set(map(type, data))
     if list not in types:
         return types
@@ -132,7 +132,7 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class _Object(BaseModel):
-    """An object of the protocol, whose fields are all known."""
+    """An object of the protocol; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -148,7 +148,7 @@ class InputParameters(_Object):
 
 
 class InputTensor(_Object):
-    """An input: with `data`, or with its bytes behind the JSON object."""
+    """An input, with its values in `data` or its bytes after the JSON object."""
 
     name: str
     shape: Annotated[list[int], Field(fail_fast=True)]
@@ -158,7 +158,7 @@ class InputTensor(_Object):
 
 
 class OutputParameters(_Object):
-    """Parameters of an output that is asked for."""
+    """Parameters of a requested output."""
 
     binary_data: Annotated[
         bool | None,
@@ -167,7 +167,7 @@ class OutputParameters(_Object):
 
 
 class RequestedOutput(_Object):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: OutputParameters = OutputParameters()
@@ -192,7 +192,7 @@ class InferRequest(_Object):
 
 @dataclass(frozen=True)
 class Inference:
-    """What a request asks for."""
+    """A parsed inference request."""
 
     arrays: Mapping[str, NDArray[Any]]  # the inputs
     wanted: Mapping[str, bool]  # the outputs, and whether each is given as bytes
@@ -202,7 +202,7 @@ class Inference:
 def read_inference(
     body: bytes, header_length: str | None, inputs: Mapping[str, Any], outputs: Mapping[str, Any]
 ) -> Inference:
-    """A request, checked."""
+    """Parse and check a request."""
     length = len(body) if header_length is None else _length(header_length, len(body))
     request = _parsed(memoryview(body)[:length].tobytes(), header_length)
     binary = memoryview(body)[length:]
@@ -228,7 +228,7 @@ def read_inference(
 
 
 def _parsed(head: bytes, header_length: str | None) -> InferRequest:
-    """The JSON object of a request."""
+    """Parse the JSON object of a request."""
     try:
         return InferRequest.model_validate_json(head)
     except ValidationError as error:
@@ -246,10 +246,10 @@ def _parsed(head: bytes, header_length: str | None) -> InferRequest:
 
 
 def _announced(name: str, size: Any, binary: memoryview) -> tuple[memoryview, memoryview]:
-    """The bytes of an input, and those that are left for others.
+    """Split off the bytes of one input; return them and the remaining bytes.
 
     Raises:
-        ServingError: It is not a number of bytes, or there are not as many.
+        ServingError: `size` is not a number of bytes, or more than are left.
     """
     if type(size) is not int or size < 0:
         raise ServingError(
@@ -273,7 +273,7 @@ def _length(header: str, size: int) -> int:
 
 
 def _taken(tensor: InputTensor, inputs: Mapping[str, Any]) -> Datatype:
-    """The type of an input that the model takes."""
+    """Return the data type of an input; raise if the model has no such input or another type."""
     value = inputs.get(tensor.name)
     if value is None:
         raise ServingError(f"no input {shown(tensor.name)}; the model takes {listed(inputs)}")
@@ -284,7 +284,7 @@ def _taken(tensor: InputTensor, inputs: Mapping[str, Any]) -> Datatype:
 
 
 def _wanted(request: InferRequest, outputs: Mapping[str, Any]) -> dict[str, bool]:
-    """The outputs that are asked for, and whether each is binary; all of them where none is named."""
+    """Return the requested outputs and whether each is binary; all outputs if none is named."""
     is_binary = request.parameters.binary_data_output
     if not request.outputs:
         return dict.fromkeys(outputs, is_binary)

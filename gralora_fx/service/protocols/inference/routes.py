@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, with Triton's extension for binary tensors."""
+"""Routes of the Open Inference Protocol, version 2, with Triton's extension for binary tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LARGE = 2**16  # bytes of a body that is read in another thread, so that other 
 
 
 class ServerMetadata(BaseModel):
-    """What the server is."""
+    """Name, version and extensions of the server."""
 
     name: str
     version: str
@@ -47,7 +47,7 @@ class ServerMetadata(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """An input or output; -1 is any size."""
+    """An input or output; -1 is a dynamic size."""
 
     name: str
     datatype: str
@@ -55,7 +55,7 @@ class TensorMetadata(BaseModel):
 
 
 class ModelMetadata(BaseModel):
-    """What a model takes and gives."""
+    """Inputs and outputs of a model."""
 
     name: str
     versions: list[str]
@@ -65,14 +65,14 @@ class ModelMetadata(BaseModel):
 
 
 class ModelReady(BaseModel):
-    """Whether a model is served."""
+    """Readiness of a model."""
 
     name: str
     ready: bool
 
 
 class OutputTensor(BaseModel):
-    """An output: with `data`, or with its bytes behind the JSON object."""
+    """An output, with its values in `data` or its bytes after the JSON object."""
 
     name: str
     datatype: str
@@ -91,7 +91,7 @@ class InferResponse(BaseModel):
 
 
 def server_routes(models: AdapterStore) -> APIRouter:
-    """The routes of the protocol that every service has."""
+    """Return the routes of the protocol that every service has."""
     router = APIRouter(prefix="/v2")
 
     async def server() -> ServerMetadata:
@@ -110,7 +110,7 @@ def server_routes(models: AdapterStore) -> APIRouter:
 
 
 def inference_routes(engine: EncoderEngine) -> APIRouter:
-    """The routes of a model that is run once for each request."""
+    """Return the routes of a model that runs once per request."""
     router, encoder, models = APIRouter(prefix="/v2"), engine.encoder, engine.models
     inputs = [TensorMetadata(**described(value)) for value in encoder.inputs.values()]
     outputs = [TensorMetadata(**described(value)) for value in encoder.outputs.values()]
@@ -134,7 +134,7 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
             return await unless_disconnected(request, partial(_infer, encoder, name, adapter, asked), begun)
 
     async def example(name: str, version: str = _VERSION) -> Response:
-        """A request that `infer` takes as it is."""
+        """Return an example request that `infer` accepts as it is."""
         _check_model(models, name, version)
         arrays = await run_in_threadpool(example_inputs, encoder)
         tensors = [
@@ -152,13 +152,13 @@ def inference_routes(engine: EncoderEngine) -> APIRouter:
 
 
 def _add(method: Callable[..., Any], path: str, endpoint: Callable[..., Any], model: type[BaseModel]) -> None:
-    """Add an endpoint of a model, with and without the model's version."""
+    """Add a model's endpoint, with and without a version in the path."""
     for prefix in ("/models/{name}", "/models/{name}/versions/{version}"):
         method(f"{prefix}{path}", response_model=model, response_model_exclude_none=True)(endpoint)
 
 
 def _check_model(models: AdapterStore, name: str, version: str) -> None:
-    """Check that there is a model of a name and version."""
+    """Raise unless there is a model of this name and version."""
     models.check(name)
     if version != _VERSION:
         raise UnknownModelError(f"no version {shown(version)} of model {name!r}; there is {_VERSION}")

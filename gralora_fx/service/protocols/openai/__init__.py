@@ -1,1 +1,1 @@
-"""OpenAI's protocol, with vLLM's and Cohere's additions: text, embeddings, classes, rankings, and models."""
+"""OpenAI's protocol, with vLLM's and Cohere's additions: text, embeddings, classification, reranking and models."""

@@ -1,4 +1,4 @@
-"""What a request for text asks of its answers, beside how tokens are chosen: hooks that features fill."""
+"""How a request constrains and parses its answers, apart from sampling: hooks for features."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def new_id(kind: str) -> str:
-    """Make an id of a kind of objects."""
+    """Return a new id with a prefix."""
     return f"{kind}_{uuid.uuid4().hex}"
 
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """Some text of an answer, or of an item in it."""
+    """A piece of an answer's text, or of an item in it, such as a call."""
 
     text: str = ""  # text of the answer, or what the item's text goes on with
     item: int | None = None  # the number of the item; None for text of the answer
@@ -30,12 +30,12 @@ class AnswerPart:
 
 
 class AnswerReader(Protocol):
-    """Reads one answer, in which items may stand beside text or instead of it.
+    """Parses one answer, in which items may stand beside text or replace it.
 
     Attributes:
-        items: How many items have begun.
-        text_field: The field of an item of a response that its text is.
-        event: What the events of this field are called.
+        items: Number of items that have begun.
+        text_field: The field of a response's item that holds its text.
+        event: The name of the events of this field.
     """
 
     items: int
@@ -44,28 +44,28 @@ class AnswerReader(Protocol):
 
     @property
     def is_whole(self) -> bool:
-        """Return whether all items that have begun are complete."""
+        """Return whether every item that has begun is complete."""
 
     @property
     def finish_reason(self) -> str:
-        """Why an answer that has items ends a turn."""
+        """Finish reason of an answer that has items."""
 
     def step(self, text: str) -> list[AnswerPart]:
-        """Read text."""
+        """Parse more text."""
 
     def finish(self) -> list[AnswerPart]:
-        """Return the text that was held back, once the answer has ended."""
+        """Return the text held back, once the answer has ended."""
 
     def in_chat(self, parts: Sequence[AnswerPart], *, streams: bool) -> dict[str, Any]:
-        """Return the fields by which parts of items are told in a message, or in a piece of one."""
+        """Return the message or delta fields that describe parts of items."""
 
     def begun(self, part: AnswerPart) -> dict[str, Any] | None:
-        """Return the item of a response that begins with a part; None if none does."""
+        """Return the response item that a part begins; None if it begins none."""
 
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """How answers are constrained and read."""
+    """How answers are constrained and parsed."""
 
     constraint: Constraint | None = None  # what their tokens may be; None for any
     shown: frozenset[int] = frozenset()  # special tokens that are part of their text
@@ -73,10 +73,10 @@ class AnswerPlan:
 
 
 class PlannedRequest(StrictModel):
-    """What features may change about the answers to a request.
+    """A request whose answers features may constrain and parse.
 
     Attributes:
-        changing: Fields beside those that features add which may change its answers.
+        changing: Fields that may change the answers, in addition to those that features add.
     """
 
     changing: ClassVar[frozenset[str]] = frozenset()
@@ -88,28 +88,28 @@ class PlannedRequest(StrictModel):
 
     @property
     def is_plain(self) -> bool:
-        """Return whether no field is given that may change its answers, which then may be any text."""
+        """Return whether no field is given that may change the answers: plain text then."""
         return (self.added | self.changing).isdisjoint(self.given)
 
     def wanted(self) -> Wanted:
-        """Return what the text of an answer has to be, by the fields that say so."""
+        """Return the format required of an answer's text, by the fields that say so."""
         return {}
 
     def plan(self, engine: TextEngine) -> AnswerPlan:
-        """Plan the answers; constraints are compiled, which takes a while."""
+        """Plan the answers; this compiles constraints, which takes a while."""
         wanted = self.wanted()
         return AnswerPlan(engine.constraints.of(wanted) if wanted and engine.constraints is not None else None)
 
     def chats(
         self, chat: Sequence[Mapping[str, Any]], engine: TextEngine
     ) -> Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
-        """Return forms of a chat, the first of which that the tokenizer's template takes is used.
+        """Return forms of a chat to try in order, until the tokenizer's template accepts one.
 
         Returns:
-            Pairs of messages and what the template is to describe to the model.
+            Pairs of messages and the definitions that the template describes to the model.
         """
         return [(chat, ())]
 
     def echoed(self) -> Iterator[tuple[str, Any]]:
-        """Return the fields of the request that its response has again."""
+        """Return the request's fields that its response repeats."""
         yield from ()

@@ -1,4 +1,4 @@
-"""`/v1/completions` and `/v1/chat/completions`: whole answers, streams of server-sent events, and their choices."""
+"""`/v1/completions` and `/v1/chat/completions`: whole answers, server-sent events, and their choices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON
 
 
 def completion_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
-    """The routes of texts and chats."""
+    """Return the routes of completions and chats."""
     router, texts = APIRouter(), TokenBytes(engine.tokenizer)
 
     @router.post("/v1/completions")
@@ -68,7 +68,7 @@ async def _answer(
 
 
 def _echoes(engine: TextEngine, asked: CompletionRequest | ChatRequest) -> list[str]:
-    """The text that each answer begins with: that of its prompt."""
+    """Return the prompt text that each answer begins with (`echo`)."""
     decode = engine.tokenizer.decode
     texts = [prompt if isinstance(prompt, str) else str(decode(prompt)) for prompt in asked.prompts]
     return [text for text in texts for _ in range(asked.n)]
@@ -85,7 +85,7 @@ async def _whole(answers: TextAnswers, head: dict[str, Any], choices: Sequence[C
 async def _chunks(
     answers: TextAnswers, head: dict[str, Any], choices: Sequence[ChoiceWriter], *, includes_usage: bool
 ) -> AsyncIterator[dict[str, Any]]:
-    """The objects of a stream."""
+    """Yield the objects of a stream."""
     more = {"usage": None} if includes_usage else {}
     for choice in choices:
         if (first := choice.first()) is not None:
@@ -98,7 +98,7 @@ async def _chunks(
 
 
 class ChoiceWriter:
-    """One answer, written piece by piece; the pieces of a stream together are the whole answer."""
+    """Writes one answer piece by piece; the streamed pieces add up to the whole answer."""
 
     def __init__(
         self,
@@ -118,11 +118,11 @@ class ChoiceWriter:
             self._writer = LogprobWriter(texts, is_chat=is_chat)
 
     def first(self) -> dict[str, Any] | None:
-        """What a streamed message begins with; None for a text."""
+        """Return the first chunk of a streamed chat message; None for a text completion."""
         return self._fields({"delta": {"role": "assistant", "content": ""}}, None, None) if self._is_chat else None
 
     def part(self, piece: Piece) -> dict[str, Any] | None:
-        """A piece of a streamed answer; None while it may be a part of an item's mark or name."""
+        """Return the chunk of a piece; None while the text may be part of an item's mark or name."""
         text, self._echo = self._echo + piece.text, ""
         if not self._is_chat:
             return self._fields({"text": text}, self._logprobs(piece), piece.ending)
@@ -134,7 +134,7 @@ class ChoiceWriter:
         return self._fields({"delta": delta}, self._logprobs(piece), self._ending(piece))
 
     def whole(self, piece: Piece) -> dict[str, Any]:
-        """A whole answer, as a single piece."""
+        """Return a whole answer as one choice."""
         if not self._is_chat:
             return self._fields({"text": self._echo + piece.text}, self._logprobs(piece), piece.ending)
         text, items = self._read(piece, streams=False)
@@ -143,7 +143,7 @@ class ChoiceWriter:
         return self._fields({"message": message}, self._logprobs(piece), self._ending(piece))
 
     def _read(self, piece: Piece, *, streams: bool) -> tuple[str, dict[str, Any]]:
-        """The text of a message, and the fields that tell what else is in it."""
+        """Return a message's text, and the fields for other items in it."""
         if self._reader is None:
             return piece.text, {}
         parts = self._reader.step(piece.text)
@@ -162,7 +162,7 @@ class ChoiceWriter:
         )
 
     def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        """The scores of a piece; those of the prompt come with the first."""
+        """Return a piece's logprobs; the first piece includes those of the prompt."""
         if self._writer is None:
             return None
         first = self._request.prompt[0] if self._request.options.scores_prompt else None
@@ -175,21 +175,21 @@ class ChoiceWriter:
 
 
 class LogprobWriter:
-    """Writes the scores of one answer, piece by piece.
+    """Writes the logprobs of one answer piece by piece.
 
     Attributes:
         is_begun: Whether a piece was written.
     """
 
     def __init__(self, texts: TokenBytes, *, is_chat: bool) -> None:
-        """Begin at the first letter."""
+        """Start at text offset 0."""
         self._texts, self._is_chat = texts, is_chat
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._letters = 0
         self.is_begun = False
 
     def write(self, scores: Sequence[TokenScore], first: int | None = None) -> dict[str, Any]:
-        """The `logprobs` of some tokens."""
+        """Return the `logprobs` object of some tokens."""
         self.is_begun = True
         if self._is_chat:
             return {"content": [self._entry(score) for score in scores], "refusal": None}
@@ -211,12 +211,12 @@ class LogprobWriter:
         return {"token": utf8.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(utf8)}
 
     def _top(self, score: TokenScore) -> dict[str, float]:
-        """The likeliest tokens by name, and the one that was chosen if it is not among them."""
+        """Return the likeliest tokens' logprobs by name, including the chosen token's."""
         pairs = [*score.top, *([] if score.token in dict(score.top) else [(score.token, score.logprob)])]
         return {self._name(token): _finite(logprob) for token, logprob in reversed(pairs)}
 
     def _name(self, token: int) -> str:
-        """A token as text; a part of a letter as its bytes."""
+        """Return a token's text; bytes that are not valid UTF-8 are escaped."""
         utf8 = self._texts.bytes_of(token)
         try:
             return utf8.decode()
@@ -224,7 +224,7 @@ class LogprobWriter:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8)
 
     def _offset(self, token: int) -> int:
-        """Where a token's text begins in the answer's."""
+        """Return a token's offset in the answer's text, and advance past it."""
         start = self._letters
         if not self._texts.is_special(token):
             self._letters += len(self._decoder.decode(self._texts.bytes_of(token)))

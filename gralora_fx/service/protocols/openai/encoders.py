@@ -31,7 +31,7 @@ _SHORT = 2048  # letters, or token ids, that are read sooner than another thread
 
 
 class Usage(BaseModel):
-    """How many tokens were read."""
+    """Number of tokens read."""
 
     prompt_tokens: int
     total_tokens: int
@@ -59,7 +59,7 @@ class ClassifyResponse(BaseModel):
 
 
 class Rank(BaseModel):
-    """A document's place in a ranking, by its number in the request."""
+    """A document's score, by its index in the request."""
 
     index: int
     relevance_score: float
@@ -67,7 +67,7 @@ class Rank(BaseModel):
 
 
 class RerankResponse(BaseModel):
-    """Documents, the most relevant first."""
+    """Documents, most relevant first."""
 
     id: str
     model: str
@@ -76,7 +76,7 @@ class RerankResponse(BaseModel):
 
 
 def encoder_routes(engine: EncoderEngine) -> APIRouter:
-    """The routes that an encoder has for texts: by its outputs and its task."""
+    """Return the encoder's routes for texts, as its outputs and task allow."""
     router, encoder = APIRouter(), engine.encoder
     if not encoder.takes_texts:
         return router
@@ -135,7 +135,7 @@ async def answer_texts(
     texts: Sequence[Any],
     body: Callable[[Outputs], dict[str, Any]],
 ) -> Response:
-    """Run texts, and answer with what their outputs make."""
+    """Run texts, and build a response from their outputs."""
     encoder, begun = engine.encoder, time.monotonic()
     async with engine.models.use(model, timeout_of(request)) as adapter:
         note_model(request.scope, model, adapter)
@@ -154,14 +154,14 @@ async def answer_texts(
 
 
 def finite(output: NDArray[Any]) -> NDArray[Any]:
-    """An output of a text, checked: JSON has no number for what is not finite."""
+    """Return an output; raise if it is not finite, since JSON cannot represent that."""
     if not np.isfinite(output).all():
         raise ServingError("the model's output for a text is not finite")
     return output
 
 
 def scores_of(logits: NDArray[Any], config: Mapping[str, Any]) -> NDArray[Any]:
-    """Scores of a text's classes, by the function that transformers' pipeline applies.
+    """Return class scores, activated as transformers' pipeline does.
 
     Args:
         logits: `[classes]`.
@@ -178,13 +178,13 @@ def scores_of(logits: NDArray[Any], config: Mapping[str, Any]) -> NDArray[Any]:
 
 
 def labels_of(config: Mapping[str, Any], count: int) -> list[str]:
-    """The names of the classes; transformers' defaults where the configuration has none."""
+    """Return the class names; transformers' defaults if the configuration has none."""
     names = config.get("id2label") or {}
     return [str(names.get(str(index), f"LABEL_{index}")) for index in range(count)]
 
 
 def relevance_of(config: Mapping[str, Any]) -> Callable[[float], float]:
-    """Return the function from a cross-encoder's output to its score, which sentence-transformers notes."""
+    """Return the function from a cross-encoder's logit to its score, as sentence-transformers configures it."""
     noted = config.get("sentence_transformers")
     name = noted.get("activation_fn") if isinstance(noted, Mapping) else None
     name = name or config.get("sbert_ce_default_activation_function") or "torch.nn.modules.activation.Sigmoid"

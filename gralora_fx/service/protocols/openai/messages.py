@@ -1,4 +1,4 @@
-"""The messages of a chat, and the items of a response's input, as OpenAI's clients send them."""
+"""Chat messages and response input items, as OpenAI's clients send them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Said: TypeAlias = str | list[dict[str, str]]  # the content of a message, as tem
 
 
 class TextPart(StrictModel):
-    """A part of a message."""
+    """A text part of a message."""
 
     without_effect: ClassVar[Idle] = TEXT_PART
 
@@ -48,22 +48,22 @@ class MessageFields(StrictModel):
 
     @property
     def text(self) -> str:
-        """The content, its parts joined."""
+        """Text content with its parts joined."""
         if self.content is None:
             return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
     def said(self, history: History, field: str) -> Said:
-        """Return the content as templates take it."""
+        """Return the content in the form that chat templates take."""
         return self.text
 
     def add_to(self, history: History, field: str) -> None:
-        """Add it to a chat, as that field of the request."""
+        """Append it to a chat; `field` names it in errors."""
         history.say(self.role, self.said(history, field), self.name)
 
 
 class InputText(StrictModel):
-    """A part of a message."""
+    """A text part of an input message."""
 
     without_effect: ClassVar[Idle] = INPUT_TEXT
 
@@ -75,7 +75,7 @@ class ItemFields(StrictModel):
     """A message, or a reference to an item.
 
     Attributes:
-        needed: The fields that an item of a type has, all of them.
+        needed: Required fields of an item, by its type.
     """
 
     without_effect: ClassVar[Idle] = INPUT_ITEM
@@ -101,56 +101,56 @@ class ItemFields(StrictModel):
         return self
 
     def said(self, history: History, field: str) -> Said:
-        """Return the content as templates take it."""
+        """Return the content in the form that chat templates take."""
         return joined(self.content)
 
     def add_to(self, history: History, field: str) -> None:
-        """Add it to a chat, as that field of the request."""
+        """Append it to a chat; `field` names it in errors."""
         history.say(str(self.role), self.said(history, field))
 
 
 class History:
-    """A chat as templates take it, which know a developer as the system.
+    """A chat in the form that templates take; the role `developer` becomes `system`.
 
     Attributes:
-        messages: What was said so far.
-        names: What later messages refer to: names by ids.
-        attached: What parts of messages stand for beside text, in their order: the field of each and its URL.
+        messages: The messages so far.
+        names: Names by id, for later messages that refer to them.
+        attached: The field and URL of each attachment, in order.
     """
 
     def __init__(self) -> None:
-        """Begin a chat."""
+        """Start an empty chat."""
         self.messages: list[dict[str, Any]] = []
         self.names: dict[str, str] = {}
         self.attached: list[tuple[str, str]] = []
 
     def say(self, role: str, said: Said, name: str | None = None) -> None:
-        """Add a message."""
+        """Append a message."""
         message = {"role": "system" if role == "developer" else role, "content": said}
         self.messages.append(message if name is None else {**message, "name": name})
 
 
 class OfChat(ABC):
-    """A request that is a chat."""
+    """A request that holds a chat."""
 
     @property
     @abstractmethod
     def history(self) -> History:
-        """The chat."""
+        """The request's chat."""
 
     @property
     def prompts(self) -> list[list[dict[str, Any]]]:
-        """The chat, as tokenizers take it."""
+        """The chat, as the only prompt."""
         return [self.history.messages]
 
     @property
     def attached(self) -> Sequence[tuple[str, str]]:
-        """The field and the URL of each attachment of the chat, in order."""
+        """The field and URL of each attachment of the chat, in order."""
         return self.history.attached
 
 
 def history_of(messages: Sequence[MessageFields]) -> History:
-    """Messages as a chat."""
+    """Build a chat from messages."""
     history = History()
     for number, message in enumerate(messages):
         message.add_to(history, f"messages.{number}")
@@ -158,7 +158,7 @@ def history_of(messages: Sequence[MessageFields]) -> History:
 
 
 def with_text(said: Said, before: str = "", after: str = "") -> Said:
-    """Content with text before or after what it says."""
+    """Return content with text before and after it."""
     if isinstance(said, str):
         return f"{before}{said}{after}"
     return [*_text_parts(before), *said, *_text_parts(after)]
@@ -169,5 +169,5 @@ def _text_parts(text: str) -> list[dict[str, str]]:
 
 
 def joined(content: str | list[InputText] | None) -> str:
-    """The text of a message, its parts joined."""
+    """Return a message's text with its parts joined."""
     return content if isinstance(content, str) else "".join(part.text for part in content or ())

@@ -18,7 +18,7 @@ from gralora_fx.service.protocols.openai.strict_model import StrictModel
 
 
 def model_routes(served: AdapterStore) -> APIRouter:
-    """The routes of the list of models."""
+    """Return the routes that list models."""
     router = APIRouter()
     created = int(time.time())
 
@@ -46,8 +46,8 @@ class LoadRequest(StrictModel):
     Attributes:
         lora_name: Its name.
         lora_path: Its path in the adapter root.
-        load_inplace: Whether it may take the name from another one.
-        pin: Whether it stays in memory until it is unloaded, rather than go when others need its room.
+        load_inplace: Whether it may replace an adapter of the same name.
+        pin: Whether it stays in memory until unloaded, instead of being evicted when others need room.
     """
 
     lora_name: str
@@ -63,17 +63,17 @@ class UnloadRequest(StrictModel):
 
 
 class AdapterChanges(Protocol):
-    """Changes of adapters that requests ask for: those of an `AdapterStore`, or of one in each replica."""
+    """Changes of adapters by requests: of one `AdapterStore`, or of the one in each replica."""
 
     async def load(self, name: str, path: str, *, may_replace: bool, pin: bool) -> None:
         """Load the adapter at a path of the root under a name."""
 
     async def evict(self, name: str) -> None:
-        """Take an adapter's name away."""
+        """Unload an adapter and hide its name."""
 
 
 def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRouter:
-    """The routes that change adapters."""
+    """Return the routes that load and unload adapters."""
     router = APIRouter()
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)

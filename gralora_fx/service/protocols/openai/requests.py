@@ -1,4 +1,4 @@
-"""Requests as JSON: the fields that are supported; any other that would change the answer is refused."""
+"""Requests as JSON: supported fields; a field that would change the answer and is not supported is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 def _single_texts(texts: Any) -> list[str | list[int]]:
-    """The texts of a field that holds one or several, each a string or token ids."""
+    """Return the texts of a field that holds one or several, each a string or token ids."""
     return [texts] if isinstance(texts, str) or (texts and isinstance(texts[0], int)) else texts
 
 
@@ -55,7 +55,7 @@ def _few(tokens: Any) -> Any:
 
 
 class StreamOptions(StrictModel):
-    """What a stream holds beside text."""
+    """Options of a stream."""
 
     without_effect: ClassVar[Idle] = STREAM_OPTIONS
 
@@ -63,7 +63,7 @@ class StreamOptions(StrictModel):
 
 
 class SamplingFields(PlannedRequest):
-    """How tokens are chosen: OpenAI's fields, and beside them vLLM's."""
+    """Sampling parameters: OpenAI's fields, and vLLM's."""
 
     model: str
     temperature: Temperature | None = None
@@ -85,16 +85,16 @@ class SamplingFields(PlannedRequest):
     @property
     @abstractmethod
     def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        """Number of likeliest tokens to score beside each token; None for no scores."""
 
     def sampling(self, ends: frozenset[int]) -> Sampling:
-        """How tokens are chosen: temperature 1 by default, and the likeliest at temperature 0.
+        """Return the sampling parameters; the default temperature is 1, and 0 means greedy decoding.
 
         Args:
             ends: Ids of the tokens that end an answer by default.
 
         Raises:
-            ServingError: `logit_bias` names what is not a token.
+            ServingError: `logit_bias` names an id that is no token.
         """
         temperature = 1.0 if self.temperature is None else self.temperature
         draws: dict[str, Any] = {}
@@ -120,21 +120,21 @@ class SamplingFields(PlannedRequest):
         return {int(name): value for name, value in names.items()} or None
 
     def _ends(self, ends: frozenset[int]) -> list[int] | None:
-        """The end tokens, where they are not the default ones."""
+        """Return the end tokens; None for the default ones."""
         if not (self.ignore_eos or self.stop_token_ids):
             return None
         return sorted({*(() if self.ignore_eos else ends), *(self.stop_token_ids or ())})
 
 
 class _TextFields(SamplingFields):
-    """What completions and chats share."""
+    """Fields that completions and chats share."""
 
     n: Annotated[int, Field(ge=1, le=128)] = 1
     stream_options: StreamOptions | None = None
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """Return whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -152,16 +152,16 @@ class CompletionRequest(_TextFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one by one."""
+        """The prompts as a list."""
         return _single_texts(self.prompt) or [[]]
 
     @property
     def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        """Number of likeliest tokens to score beside each token; None for no scores."""
         return self.logprobs
 
     def most_tokens(self, left: int) -> int:
-        """The most tokens to add to a prompt."""
+        """Return the maximum number of new tokens."""
         if self.max_tokens == 0 and not self.echo:
             problem = "max_tokens is 0, which leaves nothing to answer; give at least 1, or echo"
             raise ServingError(problem).about("max_tokens")
@@ -190,30 +190,30 @@ class ChatRequest(OfChat, _TextFields):
 
     @property
     def echo(self) -> bool:
-        """Whether the answer begins with the prompt: never."""
+        """Return whether the answer begins with the prompt: never."""
         return False
 
     @cached_property
     def history(self) -> History:
-        """The chat."""
+        """The request's chat."""
         return history_of(self.messages)
 
     @property
     def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        """Number of likeliest tokens to score beside each token; None for no scores."""
         if self.top_logprobs and not self.logprobs:  # 0 asks for none, as some clients do by default
             problem = "top_logprobs has no effect without logprobs; give logprobs too, or leave it out"
             raise ServingError(problem).about("top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self, left: int) -> int:
-        """The most tokens to add to a prompt: all that there is room for, unless the request names fewer."""
+        """Return the maximum number of new tokens: all that fit, unless the request sets fewer."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return max(left, 1) if most is None else most
 
 
 class _EncoderFields(StrictModel):
-    """What requests for texts through an encoder share."""
+    """Fields that requests to encoders share."""
 
     without_effect: ClassVar[Idle] = EVERYWHERE
 
@@ -228,7 +228,7 @@ class EmbeddingRequest(_EncoderFields):
 
     @property
     def texts(self) -> list[str | list[int]]:
-        """The texts, one by one."""
+        """The texts as a list."""
         return _single_texts(self.input)
 
 
@@ -240,7 +240,7 @@ class ClassifyRequest(_EncoderFields):
 
     @property
     def texts(self) -> list[str | list[int]]:
-        """The texts, one by one."""
+        """The texts as a list."""
         return _single_texts(self.input)
 
 
@@ -261,5 +261,5 @@ class RerankRequest(_EncoderFields):
 
     @property
     def texts(self) -> list[str]:
-        """The texts of the documents."""
+        """The documents' texts."""
         return [document if isinstance(document, str) else document.text for document in self.documents]

@@ -1,4 +1,4 @@
-"""Requests of `/v1/responses` as JSON: text in and out, without anything that is kept."""
+"""Requests of `/v1/responses` as JSON: text in and out; responses are not stored."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class InputItem(ItemFields):
 
 @with_features
 class TextConfig(StrictModel):
-    """How the text is to be."""
+    """Options of the answer's text."""
 
     without_effect: ClassVar[Idle] = TEXT_OPTIONS
 
@@ -47,7 +47,7 @@ class Reasoning(StrictModel):
 
 @with_features
 class ResponseRequest(OfChat, SamplingFields):
-    """A request of `/v1/responses`, which is kept no longer than until it is answered, whatever `store` says."""
+    """A request of `/v1/responses`; nothing is stored after it is answered, whatever `store` says."""
 
     without_effect: ClassVar[Idle] = RESPONSE
     prompt_field: ClassVar[str] = "input"
@@ -66,7 +66,7 @@ class ResponseRequest(OfChat, SamplingFields):
 
     @cached_property
     def history(self) -> History:
-        """The chat."""
+        """The request's chat."""
         history = History()
         if self.instructions is not None:
             history.say("system", self.instructions)
@@ -79,17 +79,17 @@ class ResponseRequest(OfChat, SamplingFields):
 
     @property
     def echo(self) -> bool:
-        """Whether the answer begins with the prompt: never."""
+        """Return whether the answer begins with the prompt: never."""
         return False
 
     @property
     def n(self) -> int:
-        """How many answers: one."""
+        """Number of answers: one."""
         return 1
 
     @property
     def top_scores(self) -> int | None:
-        """Of each token, how many of the likeliest tokens are scored beside it; None to score no token."""
+        """Number of likeliest tokens to score beside each token; None for no scores."""
         if _LOGPROBS in (self.include or ()):
             return self.top_logprobs or 0
         if self.top_logprobs:
@@ -98,17 +98,17 @@ class ResponseRequest(OfChat, SamplingFields):
         return None
 
     def ignored(self) -> Iterator[str]:
-        """The fields that are accepted and have no effect."""
+        """Yield the fields that are accepted without effect."""
         yield from super().ignored()
         if {*(self.include or ())} - {_LOGPROBS}:
             yield "include"
 
     def most_tokens(self, left: int) -> int:
-        """The most tokens to add to a prompt after which there is room for some."""
+        """Return the maximum number of new tokens: all that fit (at least 1), unless the request sets a limit."""
         return max(left, 1) if self.max_output_tokens is None else self.max_output_tokens
 
     def echoed(self) -> Iterator[tuple[str, Any]]:
-        """Return the fields of the request that its response has again."""
+        """Return the request's fields that its response repeats."""
         yield "instructions", self.instructions
         yield "max_output_tokens", self.max_output_tokens
         yield "temperature", 1.0 if self.temperature is None else self.temperature

@@ -1,4 +1,4 @@
-"""`/v1/responses`: whole responses, and streams of their events in OpenAI's order, written piece by piece."""
+"""`/v1/responses`: whole responses, and streams of events in OpenAI's order."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _FIXED: Mapping[str, Any] = {  # what no request changes, unless a feature has a
 
 
 class ResponseWriter:
-    """Writes one response; what its events say together is what it is as a whole."""
+    """Writes one response; its events add up to the whole response."""
 
     def __init__(self, asked: ResponseRequest, reader: AnswerReader | None, scores: LogprobWriter | None) -> None:
-        """Begin a response."""
+        """Start a response."""
         self._reader, self._scores = reader, scores
         self._body = {"id": new_id("resp"), "created_at": int(time.time()), "model": asked.model, **_FIXED}
         self._body |= dict(asked.echoed())
@@ -54,12 +54,12 @@ class ResponseWriter:
         self._number = 0
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """The first events."""
+        """Yield the opening events."""
         for name in ("created", "in_progress"):
             yield self._event(name, response=dict(self._body))
 
     def part(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The events of a piece of the answer; the last piece closes what is open."""
+        """Yield the events of a piece; the last piece closes the open item."""
         if self._scores is not None:
             self._unsaid += self._scores.write(piece.scores)["content"]
         for part in self._parts(piece):
@@ -80,17 +80,17 @@ class ResponseWriter:
             self._body["completed_at"] = int(time.time())
 
     def end(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The last event."""
+        """Return the final event."""
         return self._event(self._body["status"], response=self.whole(usage))
 
     def failed(self, status: int, message: str) -> dict[str, Any]:
-        """The last event where running failed."""
+        """Return the final event of a failed run."""
         error = {"code": "invalid_prompt" if status < 500 else "server_error", "message": message}
         output = [{**item, "status": item["status"].replace("in_progress", "incomplete")} for item in self._items]
         return self._event("failed", response={**self._body, "status": "failed", "error": error, "output": output})
 
     def whole(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The response."""
+        """Return the whole response."""
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         tokens = {
             "input_tokens": usage["prompt_tokens"],
@@ -138,7 +138,7 @@ class ResponseWriter:
         yield self._event("output_item.added", output_index=len(self._items) - 1, item=dict(item))
 
     def _close(self, status: str) -> Iterator[dict[str, Any]]:
-        """The events of the end of the item that is open, if one is."""
+        """Yield the closing events of the open item, if any."""
         if not self._is_open:
             return
         item, self._is_open = self._items[-1], False
@@ -166,7 +166,7 @@ class ResponseWriter:
 
 
 def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
-    """The route of responses."""
+    """Return the route of responses."""
     router, texts = APIRouter(), TokenBytes(engine.tokenizer)
 
     @router.post("/v1/responses")
@@ -189,7 +189,7 @@ def response_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
 
 
 async def _events(answers: TextAnswers, writer: ResponseWriter) -> AsyncIterator[dict[str, object]]:
-    """The events of a stream; one that fails midway, or takes too long, ends with that."""
+    """Yield the events of a stream; one that fails or times out midway ends with a `failed` event."""
     for event in writer.begin():
         yield event
     try:

@@ -1,7 +1,7 @@
-"""What every request as JSON is: strict in its fields, and cheap to refuse.
+"""Base model of JSON requests: strict in its fields, and cheap to refuse.
 
-Fields of OpenAI's protocol that change no answer here are accepted, and named in a header; this has the one list of
-them. A field that would change the answer elsewhere and cannot here is on none of these tables: it is refused by name.
+Fields of OpenAI's protocol without effect here are accepted, and named in a response header; the tables below list
+them all. A field that would change the answer elsewhere and cannot here is in no table: it is refused by name.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ IGNORED = "X-Ignored-Fields"
 
 
 class StrictModel(BaseModel):
-    """A request, or a part of one: fields are known and of their own types, and a field that is null counts as missing.
+    """A request, or a part of one: known fields of exact types; null fields count as missing.
 
     A wrong request costs no more than a right one. Pydantic describes every wrong item of a list and every unknown
-    field, which for a body of some megabytes are gigabytes: so lists of requests end at their first wrong item
-    (`fail_fast`), and of unknown fields one is looked at.
+    field, which takes gigabytes for a body of some megabytes: so validation of lists stops at the first wrong item
+    (`fail_fast`), and at most one unknown field is reported.
 
     Attributes:
-        without_effect: Fields that are accepted although they change no answer; of some only these values.
+        without_effect: Fields accepted without effect, some with certain values only.
         added: Fields that features add.
     """
 
@@ -99,7 +99,7 @@ class StrictModel(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _read(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Note the fields without effect, and leave out all unknown fields but the first, which is the error."""
+        """Record the fields without effect, and drop all unknown fields but the first, which is then the error."""
         if not isinstance(body, dict):
             return handler(body)
         idle, known = cls.without_effect, {field.alias or name for name, field in cls.model_fields.items()}
@@ -114,11 +114,11 @@ class StrictModel(BaseModel):
 
     @property
     def given(self) -> tuple[str, ...]:
-        """The fields that are given, in their order."""
+        """The fields given, in order."""
         return self._given
 
     def ignored(self) -> Iterator[str]:
-        """The fields that are accepted and have no effect, those of options too, as `text.verbosity`."""
+        """Yield the fields accepted without effect, nested ones too, such as `text.verbosity`."""
         yield from self._ignored
         for name in type(self).model_fields:
             if isinstance(value := getattr(self, name), StrictModel):
@@ -126,7 +126,7 @@ class StrictModel(BaseModel):
 
 
 def with_features(model: type[_Model]) -> type[_Model]:
-    """Return a model of requests with the fields that features add to it; a decorator."""
+    """Extend a request model by the fields that features add; a decorator."""
     added = [fields[model.__name__] for fields in parts("request fields") if model.__name__ in fields]
     if not added:
         return model
@@ -138,19 +138,19 @@ def with_features(model: type[_Model]) -> type[_Model]:
 
 
 def with_ignored(response: Response, asked: StrictModel) -> Response:
-    """Name the fields of a request that have no effect in a header of its answer."""
+    """List the request's fields without effect in a response header."""
     if names := ", ".join(asked.ignored()):
         response.headers[IGNORED] = names
     return response
 
 
 def wrong_field(field: str, kind: str, problem: str) -> ValidationError:
-    """An error of a field that is wrong beside others, for a validator to raise."""
+    """Return an error for a validator to raise about a field that is wrong in combination with others."""
     # in braces a problem would be taken for a template
     error = PydanticCustomError(kind, "{problem}", {"problem": problem})
     return ValidationError.from_exception_data(field, [InitErrorDetails(type=error, loc=(field,), input=None)])
 
 
 def _is_among(value: Any, values: tuple[Any, ...] | None) -> bool:
-    """Whether a field has one of some values, of the same type; None for any."""
+    """Return whether a value is one of some values, of the same type; any value if there are none."""
     return values is None or any(type(value) is type(other) and value == other for other in values)

@@ -1,4 +1,4 @@
-"""What the requests of OpenAI's protocol ask of a decoder: prompts as tokens, and how tokens are chosen."""
+"""From requests of OpenAI's protocol to decoder requests: prompts as tokens, and sampling parameters."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _Row: TypeAlias = tuple[list[int], Source | None]  # tokens of a prompt, and wha
 
 @dataclass(frozen=True)
 class TextQuestions:
-    """What a request asks for."""
+    """The decoder requests of one HTTP request."""
 
     requests: list[TextRequest]  # what to answer, of each prompt as many as it has answers
     prompt_tokens: int  # the tokens of the prompts, each counted once
     plan: AnswerPlan  # how the answers are constrained and read
 
     def reader(self) -> AnswerReader | None:
-        """What reads one answer; None if it is text alone."""
+        """Return a parser of one answer; None for plain text."""
         return None if self.plan.reader is None else self.plan.reader()
 
 
@@ -52,14 +52,14 @@ class QuestionReader:
     """Reads requests for one decoder."""
 
     def __init__(self, engine: TextEngine) -> None:
-        """Begin without requests."""
+        """Create the thread pools."""
         self._engine = engine
         self._sources = engine.inputs if isinstance(engine.inputs, TextSources) else None
         self._compiling = ThreadPoolExecutor(_COMPILING, "gralora-fx constraints")
         self._attaching = ThreadPoolExecutor(_ATTACHING, "gralora-fx attachments")
 
     async def ask(self, asked: Asked, request: Request) -> tuple[TextQuestions, TextAnswers]:
-        """Queue what a request asks for, with the adapter that its model's name means."""
+        """Tokenize and queue a request, with the adapter of its model name."""
         engine, seconds, begun = self._engine, timeout_of(request), time.monotonic()
         if asked.stream_options is not None and not asked.stream:
             problem = "stream_options has no effect without stream; give stream too, or leave it out"
@@ -76,7 +76,7 @@ class QuestionReader:
         return asks, answers
 
     async def _read(self, asked: Asked, adapter: str | None) -> TextQuestions:
-        """What a request asks for, with an adapter by its key; None for the base."""
+        """Build the decoder requests for an adapter key; None for the base."""
         engine, queue, prompts, reader = self._engine, self._engine.queue, asked.prompts, self._sources
         with concerning("n" if asked.n > 1 else asked.prompt_field):
             queue.check_count(len(prompts) * asked.n)
@@ -115,13 +115,13 @@ class QuestionReader:
         return TextQuestions(requests, sum(len(ids) for ids, _ in rows), plan)
 
     async def _plan(self, asked: Asked) -> AnswerPlan:
-        """How the answers are constrained and read."""
+        """Plan how the answers are constrained and parsed, in a thread."""
         if asked.is_plain:
             return AnswerPlan()
         return await asyncio.get_running_loop().run_in_executor(self._compiling, asked.plan, self._engine)
 
     async def _rows(self, prompts: Sequence[Any], asked: Asked, adapter: str | None) -> list[_Row]:
-        """The tokens of prompts, and what stands in the place of some of them."""
+        """Return the tokens of prompts, each with the source that replaces its placeholder tokens, if any."""
         if not asked.attached:
             return await run_in_threadpool(self._text_rows, prompts, asked)
         fields, reader = [field for field, _ in asked.attached], self._engine.attachments
@@ -136,7 +136,7 @@ class QuestionReader:
     def _attached_row(
         self, chat: Any, fields: Sequence[str], files: Sequence[bytes], asked: Asked, adapter: str | None
     ) -> _Row:
-        """The tokens of a chat with attachments."""
+        """Return the row of a chat with attachments."""
         reader, limit = self._engine.attachments, PromptLimit.of_context(self._engine.queue.limits)
         assert reader is not None
         opened = reader.opened(files, fields)
@@ -147,7 +147,7 @@ class QuestionReader:
         return row
 
     def _text_rows(self, prompts: Sequence[Any], asked: Asked) -> list[_Row]:
-        """The tokens of prompts of text alone."""
+        """Return the rows of text-only prompts."""
         reader = self._sources
         limit = PromptLimit.of_context(self._engine.queue.limits) if reader is None else reader.sources
         rows: list[_Row] = []
@@ -158,7 +158,7 @@ class QuestionReader:
         return rows
 
     def _ids(self, prompt: Any, asked: Asked, limit: PromptLimit) -> list[int]:
-        """The tokens of a prompt."""
+        """Tokenize a prompt."""
         tokenizer, reader = self._engine.tokenizer, self._engine.attachments
 
         def ids(prompt: Any, described: Sequence[Any] = ()) -> list[int]:
@@ -170,7 +170,7 @@ class QuestionReader:
         return self._first_taken(prompt, asked, lambda chat, described: ids(form(chat), described))
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
-        """What is read of a chat in the first form that the template takes."""
+        """Read a chat in its first form that the template accepts; raise the first form's error if none is."""
         problem: ServingError | None = None
         for form, described in asked.chats(chat, self._engine):
             try:
