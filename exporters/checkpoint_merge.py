@@ -23,8 +23,9 @@ from gralora_fx.base.sources.safetensors_files import NewShard
 from gralora_fx.base.sources.same_base import BaseComparison, BaseSource, compare_bases
 from gralora_fx.base.sources.saved_weights import INDEX_NAME, SavedWeights, read_weights
 from gralora_fx.core.adapters.stored_adapter import open_adapter
+from gralora_fx.core.config.checks import check_acts_everywhere
 from gralora_fx.core.loading.adapter_facts import head_classes
-from gralora_fx.errors import CheckpointError, listed
+from gralora_fx.errors import CheckpointError, MergeError, listed
 from gralora_fx.exporters.artifact.staging import check_converted, file_sizes, require_space, staged
 from gralora_fx.exporters.fold.checkpoint_changes import TensorChanges, find_changes
 from gralora_fx.exporters.fold.checkpoint_names import Names, in_layers, names_in_files, names_of
@@ -128,6 +129,7 @@ def merge_checkpoint(
         ExportError: The output may not be written, or writing fails.
     """
     with open_adapter(adapter_dir) as adapter:
+        check_acts_everywhere(adapter.config.acts_from, adapter.directory, "merging", MergeError)
         is_named = adapter.config.base_model_name_or_path == str(model_dir)
         revision = adapter.config.revision if is_named else None  # of the base that the adapter names in these words
         directory = _base_directory(model_dir, revision)

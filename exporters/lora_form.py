@@ -243,7 +243,7 @@ def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """PEFT's `LoraConfig` of scale 1 that selects the same layers."""
     shared = (
         *("exclude_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
-        *("task_type", "base_model_name_or_path", "revision", "base_quantization"),
+        *("task_type", "base_model_name_or_path", "revision", "base_quantization", "alora_invocation_tokens"),
     )
     fields: dict[str, Any] = {name: getattr(config, name) for name in shared} | _targets(config, ranks)
     r, _ = Counter(ranks.values()).most_common(1)[0]

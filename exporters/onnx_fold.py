@@ -17,6 +17,7 @@ from gralora_fx.base.progress.stages import timed
 from gralora_fx.base.sources.rewriting import NewFile, write_files
 from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
+from gralora_fx.core.config.checks import check_acts_everywhere
 from gralora_fx.core.loading.adapter_facts import needed_quantization
 from gralora_fx.errors import CheckpointError, ExportError, MergeError, command, option
 from gralora_fx.exporters.artifact.staging import (
@@ -103,6 +104,7 @@ def fold_onnx(
             _check_apart(source, onnx_dir, output_dir)
             manifest = source.manifest
             adapter = stack.enter_context(open_adapter(adapter_dir))
+            check_acts_everywhere(adapter.config.acts_from, adapter.directory, "folding", MergeError)
             graphs = {file: model.graph for file, model in source.models.items()}
             adapter = named_by_export(graphs, adapter)
             compared, sha256 = _compare(adapter, source, base), digest_of(adapter)

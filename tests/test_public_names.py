@@ -107,6 +107,7 @@ def test_fields() -> None:
         "gralora_k_pattern",
         "base_quantization",
         "target_parameters",
+        "alora_invocation_tokens",
     ]
 
 

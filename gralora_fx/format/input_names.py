@@ -14,6 +14,8 @@ TEXT_INPUTS = (IDS, "attention_mask", "token_type_ids", "position_ids", EMBEDS)
 LABELS = ("labels", "start_positions", "end_positions")
 ADAPTER_NAMES = "adapter_names"  # of a call in PyTorch: the adapter of each row
 ROWS = "adapter_rows"  # of a graph in which adapters act by row: the rows of each
+# of a call and of a graph: from which column of its rows on, cached ones included, each adapter acts
+STARTS = "adapter_starts"
 ITEM_COUNT = "num_items_in_batch"  # by which a loss over accumulated batches is divided
 # where the texts of a row begin, of collators that pack; positions that start again say the same
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})

@@ -22,7 +22,7 @@ from gralora_fx.errors import ConfigError, GraloraError
 pytestmark = pytest.mark.quick
 
 BEYOND_PEFT = {"exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {}, "gralora_k_pattern": {}}
-BEYOND_PEFT |= {"base_quantization": None, "target_parameters": None}
+BEYOND_PEFT |= {"base_quantization": None, "target_parameters": None, "alora_invocation_tokens": None}
 SHARED = [field.name for field in dataclasses.fields(GraloraConfig) if field.name not in BEYOND_PEFT]
 
 
@@ -395,7 +395,7 @@ def test_fields_of_a_later_peft_are_refused_where_they_are_used(tmp_path: Path) 
         (LoraConfig, "gralora_dropout", "use lora_dropout"),
         (LoraConfig, "gralora_k", "it is GraLoRA's number of blocks, which GraloraConfig has"),
         (LoraConfig, "k", "it is GraLoRA's number of blocks, which GraloraConfig has"),
-        (LoraConfig, "velocity", "its fields are r, target_modules, .*, target_parameters"),
+        (LoraConfig, "velocity", "its fields are r, target_modules, .*, alora_invocation_tokens"),
         (DoraConfig, "alpha", "use lora_alpha"),
         (DoraConfig, "hybrid_r", "it is the LoRA beside GraLoRA's blocks, which GraloraConfig has"),
     ],

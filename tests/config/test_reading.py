@@ -57,7 +57,7 @@ def test_an_unknown_key_that_says_nothing_is_read(method: AdapterMethod, value: 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.config.TITLE)
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("alora_invocation_tokens", [1, 2]), ("layer_replication", [[0, 1]]), ("a_later_form", {"size": 4})],
+    [("trainable_token_indices", [1, 2]), ("layer_replication", [[0, 1]]), ("a_later_form", {"size": 4})],
 )
 def test_a_key_that_may_change_what_is_computed_is_refused_by_every_way_of_reading(
     method: AdapterMethod, field: str, value: Any, tmp_path: Path

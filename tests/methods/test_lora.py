@@ -66,7 +66,6 @@ def test_a_bad_field_is_named(fields: dict[str, Any], expected: str) -> None:
 OTHER_FORMS = {
     "use_qalora": True,
     "lora_bias": True,
-    "alora_invocation_tokens": [1, 2],
     "layer_replication": [[0, 2]],
     "trainable_token_indices": [3],
     "megatron_config": {"x": 1},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_fx.base.sources.lazy_tensors import values_of
+from gralora_fx.core.adapters.acting_tokens import acting_of
 from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import KEY_PREFIX
@@ -150,7 +151,8 @@ class ModelAdapter:
             site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
             own_dtype = dtype if dtype != site.weight.dtype else None
             insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
-        return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout)
+        acting = acting_of(self.config)
+        return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout, acting)
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Set whether the adapter's tensors require gradients."""

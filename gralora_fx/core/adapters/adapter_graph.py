@@ -16,6 +16,7 @@ from gralora_fx.core.adapters.adapter import ModelAdapter, drop
 from gralora_fx.core.adapters.base import Base
 from gralora_fx.core.adapters.current_graph import CurrentGraph
 from gralora_fx.core.adapters.folded_weights import SiteUpdate, check_foldable, check_not_shared, folded_weights
+from gralora_fx.core.config.checks import check_acts_everywhere
 from gralora_fx.core.graph.pipeline import GraphPass
 from gralora_fx.core.methods import AdapterTensors
 from gralora_fx.core.planning.rewrite_plan import RewritePlan
@@ -192,6 +193,8 @@ class AdapterGraph(CurrentGraph):
     def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
         """The weight updates of adapters that fold into one weight, by site."""
         chosen = [self[name] for name in names]
+        for adapter in chosen:
+            check_acts_everywhere(adapter.config.acts_from, f"adapter {adapter.name!r}", "merging", MergeError)
         self.check_beside_each_other(names)
         self.base.check_whole()
         return [

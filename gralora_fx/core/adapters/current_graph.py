@@ -66,6 +66,11 @@ class CurrentGraph:
         return self._state if self._current is None else self._current.state
 
     @property
+    def is_suspended(self) -> bool:
+        """Whether all adapters are disabled."""
+        return self._suspended is not None
+
+    @property
     def current(self) -> StateGraph:
         """The state and its graph."""
         if self._current is None:

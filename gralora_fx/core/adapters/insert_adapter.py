@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from gralora_fx.core.adapters.acting_tokens import ActingTokens, Inserting
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS
 from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, replace_operand
 from gralora_fx.core.graph.pipeline import PassResult, contract
@@ -60,44 +61,56 @@ class InsertAdapter:
     Before: `w = self.moe.down_proj; y = grouped_mm(x, w, offsets)`
     After:  `w = self.moe.down_proj; ...; w_1 = baddbmm(w, B, A, alpha=scale); y = grouped_mm(x, w_1, offsets)`
 
+    An adapter that acts on some tokens alone reads zeros at the others, once for all layers that read one value:
+
+    After:  `x_1 = at_tokens(x, acting); y = linear(x, w, b); h = project(x_1, A); ...`
+
     Attributes:
         adapter: Name of the adapter.
         method: Its method.
         insertions: Its sites.
         dropout: Dropout probability of its input.
+        acting: Inserts what says on which tokens it acts (`at_tokens`); None for an adapter that acts on all.
     """
 
     adapter: str
     method: AdapterMethod
     insertions: tuple[Insertion, ...]
     dropout: float = 0.0
+    acting: Inserting | None = None
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
         """Insert it."""
         by_name = {node.name: node for node in graph.nodes}
+        acting = None if self.acting is None else self.acting(graph)
         count = 0
         for insertion in self.insertions:
             if isinstance(insertion.site, ParameterSite):
+                _check_acts_everywhere(acting, insertion.site.path)
                 count += sum(self._insert_at_read(graph, by_name[name], insertion) for name in insertion.site.calls)
                 continue
             for name in insertion.site.calls:
                 for call in _calls(by_name, name, insertion.site):
-                    self._insert(graph, call, insertion)
+                    self._insert(graph, call, insertion, acting)
                     count += 1
         return PassResult(count)
 
-    def _insert(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> None:
+    def _insert(self, graph: fx.Graph, call: LinearCall, insertion: Insertion, acting: ActingTokens | None) -> None:
         if call.operand is not None:
+            _check_acts_everywhere(acting, insertion.site.path)
             added = self._insert_into_operand(graph, call, call.operand, insertion)
         else:
-            added = self._insert_after(graph, call, insertion)
+            added = self._insert_after(graph, call, insertion, acting)
         annotate_all(added, insertion.site.path, self.adapter, call.node)
 
-    def _insert_after(self, graph: fx.Graph, call: LinearCall, insertion: Insertion) -> list[fx.Node]:
+    def _insert_after(
+        self, graph: fx.Graph, call: LinearCall, insertion: Insertion, acting: ActingTokens | None
+    ) -> list[fx.Node]:
         """Give the readers of a call the output with the adapter."""
+        x = call.input if acting is None else acting.read(call.input, insertion.site.path, self.adapter)
         node, after = call.node, call.node.next
         with graph.inserting_before(after):
-            result = self.output(graph, insertion, call, call.input, node)
+            result = self.output(graph, insertion, call, x, node)
         return redirect_readers(node, result, after)
 
     def output(self, graph: fx.Graph, insertion: Insertion, call: LinearCall, x: fx.Node, y: fx.Node) -> fx.Node:
@@ -107,7 +120,7 @@ class InsertAdapter:
             graph: The graph, at the place where it is inserted.
             insertion: The adapter at the call's site.
             call: The call.
-            x: What the layer reads, or some rows of it.
+            x: What the layer reads, or some rows of it, or at some tokens.
             y: Its own output for these.
         """
         tracer = GraphAppendingTracer(graph)
@@ -182,6 +195,14 @@ class InsertAdapter:
         names = insertion.names.items()
         return self.method.tensors(
             **{field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names}
+        )
+
+
+def _check_acts_everywhere(acting: ActingTokens | None, path: str) -> None:
+    if acting is not None:
+        raise RewriteError(
+            f"{path} is a parameter that other code reads, or a layer in a branch or a loop, where an adapter acts on "
+            "all tokens or on none, and this one acts on some; leave it out of the adapter"
         )
 
 

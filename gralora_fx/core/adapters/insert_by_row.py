@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from gralora_fx.base.compat.torch_graphs import (
-    TreeSpec,
-    convention_of,
-    is_mutable,
-    set_convention,
-    tree_flatten,
-    tree_info,
-)
+from gralora_fx.base.compat.torch_graphs import is_mutable
+from gralora_fx.core.adapters.acting_tokens import ActingTokens, acting_of
 from gralora_fx.core.adapters.adapter import CopyTable, ModelAdapter
 from gralora_fx.core.adapters.insert_adapter import INSERTED, InsertAdapter, Insertion, annotate_all, redirect_readers
 from gralora_fx.core.adapters.module_copies import is_inside, is_tied_outside
@@ -27,8 +20,8 @@ from gralora_fx.core.graph.linear_calls import calls_at, tensor_at
 from gralora_fx.core.graph.module_tree import ModuleTree, is_within
 from gralora_fx.core.graph.pipeline import PassResult, contract
 from gralora_fx.core.graph.sites import ParameterSite
-from gralora_fx.core.graph.surgery import module_of
-from gralora_fx.core.methods.low_rank import set_rows, take_rows
+from gralora_fx.core.graph.surgery import add_tuple_input, module_of
+from gralora_fx.core.methods.low_rank import at_tokens, set_rows, take_rows
 from gralora_fx.core.tracing.normalize.modes import MODES
 from gralora_fx.errors import RewriteError
 from gralora_fx.format.input_names import ROWS
@@ -65,7 +58,8 @@ class InsertByRow:
                 )
         by_name = {node.name: node for node in graph.nodes}
         layout = _Layout(graph, self.main_input)
-        rows = {a.name: node for a, node in zip(self.adapters, _add_input(graph, len(self.adapters)), strict=True)}
+        added = add_tuple_input(graph, ROWS, len(self.adapters))
+        rows = {adapter.name: node for adapter, node in zip(self.adapters, added, strict=True)}
         modules = list(dict.fromkeys(module for adapter in self.adapters for module in adapter.copies))
         for inner, outer in itertools.permutations(modules, 2):
             if is_within(inner, outer):
@@ -80,6 +74,7 @@ class InsertByRow:
                 if module in adapter.copies
             ]
             self._copy_module(graph, module, copies, layout)
+        acting = {a.name: made(graph, rows[a.name]) for a in self.adapters if (made := acting_of(a.config))}
         calls: dict[fx.Node, list[tuple[fx.Node, InsertAdapter, Insertion]]] = {}
         for adapter in self.adapters:
             inserted = adapter.insertion()
@@ -87,7 +82,7 @@ class InsertByRow:
                 for node in _calls(by_name, insertion, adapter.name):
                     calls.setdefault(node, []).append((rows[adapter.name], inserted, insertion))
         for node, parts in calls.items():
-            self._insert(graph, node, parts, layout)
+            self._insert(graph, node, parts, layout, acting)
         return PassResult(len(calls))
 
     def _insert(
@@ -96,6 +91,7 @@ class InsertByRow:
         node: fx.Node,
         parts: Sequence[tuple[fx.Node, InsertAdapter, Insertion]],
         layout: _Layout,
+        acting: Mapping[str, ActingTokens],
     ) -> None:
         """Give the readers of a call its output with the adapters."""
         after = node.next
@@ -106,6 +102,9 @@ class InsertByRow:
             batch = layout.batch_argument(call.input, f"{path} reads")
             for rows, inserted, insertion in parts:
                 x, y = (graph.call_function(take_rows, (each, rows, *batch)) for each in (call.input, node))
+                if (tokens := acting.get(inserted.adapter)) is not None:
+                    tokens.check(call.input, path)
+                    x = graph.call_function(at_tokens, (x, tokens.mask))
                 values.append(inserted.output(graph, insertion, call, x, y))
             chosen = graph.call_function(set_rows, (node, [part[0] for part in parts], values, *batch))
         annotate_all(redirect_readers(node, chosen, after), path, names, node)
@@ -291,17 +290,3 @@ def _calls(by_name: Mapping[str, fx.Node], insertion: Insertion, adapter: str) -
 def _describe_as(node: fx.Node, other: fx.Node) -> None:
     """Give a node the shape and the module of another."""
     node.meta |= {key: other.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in other.meta}
-
-
-def _add_input(graph: fx.Graph, count: int) -> list[fx.Node]:
-    """Add the input `adapter_rows` to a graph, a tuple."""
-    placeholders = graph.find_nodes(op="placeholder")
-    with graph.inserting_after(placeholders[-1]):
-        added = [graph.placeholder(f"{ROWS}_{index}") for index in reversed(range(count))][::-1]
-    convention, info = copy.copy(convention_of(graph)), tree_info(graph)
-    args, kwargs = info.in_spec.children()
-    names, specs = [*kwargs.context, ROWS], [*kwargs.children(), tree_flatten(tuple(added))[1]]
-    in_spec = TreeSpec(tuple, None, [args, TreeSpec(dict, names, specs)])
-    convention.pytree_info = info._replace(orig_args=[*info.orig_args, ROWS], in_spec=in_spec)
-    set_convention(graph, convention)
-    return added

@@ -20,6 +20,7 @@ from gralora_fx.base.compat.torch_graphs import (
     tree_leaves,
     tree_unflatten,
 )
+from gralora_fx.core.adapters.acting_tokens import check_not_packed, take_starts
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.graph.surgery import CountedGraph, copy_graph, erase_unused, overlay
 from gralora_fx.core.operators.attention import Attention, Documents
@@ -40,11 +41,13 @@ class RunForm(NamedTuple):
         keeps_cache: Whether the cache is among the outputs. Without, no keys and values are kept for it.
         ends_at: The layer before which the run ends, whose input is then the output; None for none.
         is_packed: Whether the mask has the number of each token's text, to which attention keeps.
+        takes_starts: Whether it is given from which column on adapters act that act on some tokens.
     """
 
     keeps_cache: bool = True
     ends_at: str | None = None
     is_packed: bool = False
+    takes_starts: bool = False
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
@@ -125,7 +128,10 @@ def _number_texts(inputs: dict[str, Any], *, returns_cache: bool) -> bool:
 def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> CountedGraph:
     """Return a flat graph in another form, over the same tensors."""
     graph = copy_graph(flat)
+    if form.takes_starts:
+        take_starts(graph)
     if form.is_packed:
+        check_not_packed(graph)
         _keep_texts_apart(graph, traced)
     if form.ends_at is not None:
         _return_only(graph, BaseModelOutput(last_hidden_state=_input_of(graph, form.ends_at, traced)))

@@ -81,6 +81,7 @@ class AdapterConfig(ABC):
     inference_mode: bool
     base_quantization: Any = None  # a field only of methods that list it
     target_parameters: list[str] | None = None  # likewise
+    alora_invocation_tokens: list[int] | None = None  # likewise
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:
         """Create an object of the class that the fields ask for."""
@@ -94,11 +95,7 @@ class AdapterConfig(ABC):
 
     @classmethod
     def form_of(cls, fields: Mapping[str, Any]) -> type[Self]:
-        """Return the class that fields ask for: this one, or a subclass where PEFT has one class for several.
-
-        Args:
-            fields: Arguments by name.
-        """
+        """Return the class that fields ask for: this one, or a subclass where PEFT has one class for several."""
         return cls
 
     def __post_init__(self) -> None:
@@ -172,6 +169,11 @@ class AdapterConfig(ABC):
     def trains_adapted_biases(self) -> bool:
         """Whether the biases of the adapted layers train, and no others."""
         return self.bias == self.ADAPTED_BIASES
+
+    @property
+    def acts_from(self) -> tuple[int, ...]:
+        """The tokens from whose last occurrence in a row on the adapter acts; none for one that acts everywhere."""
+        return tuple(self.alora_invocation_tokens or ())
 
     @property
     def used_patterns(self) -> list[str]:

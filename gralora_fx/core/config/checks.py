@@ -17,7 +17,7 @@ from typing import Any
 import regex
 
 from gralora_fx.base.sources import ADAPTER_FILE
-from gralora_fx.errors import ConfigError, RewriteError, shown
+from gralora_fx.errors import ConfigError, RewriteError, option, shown
 
 CONFIG_NAME = ADAPTER_FILE
 ALL_LINEAR = "all-linear"
@@ -87,6 +87,37 @@ def check_parameters(names: object, dropout: str, probability: float) -> None:
         raise ConfigError(
             f"{dropout}={probability} does not work with target_parameters={shown(names)}: dropout acts on the input "
             f"of a layer, and an adapter of a parameter has none; set {dropout} to 0, as PEFT requires"
+        )
+
+
+def check_tokens(name: str, tokens: object, parameters: list[str] | None) -> None:
+    """Check the ids of the tokens from which on an adapter acts; an adapter of parameters acts on no single tokens."""
+    if tokens is None:
+        return
+    if not isinstance(tokens, list) or not tokens:
+        raise ConfigError(
+            f"{name} must be a list of at least one token id, or None for an adapter that acts on every token, but got "
+            f"{shown(tokens)}"
+        )
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise ConfigError(
+                f"{name} must hold token ids, as the model's tokenizer has them without special tokens, but it holds "
+                f"{shown(token)}"
+            )
+    if parameters:
+        raise ConfigError(
+            f"{name} does not work with target_parameters={shown(parameters)}, which have one value for all tokens; "
+            "take linear layers (target_modules)"
+        )
+
+
+def check_acts_everywhere(tokens: tuple[int, ...], adapter: object, purpose: str, error: type[Exception]) -> None:
+    """Check that an adapter acts on all tokens (`acts_from` none), for a purpose such as "merging"."""
+    if tokens:
+        raise error(
+            f"{adapter} acts from its tokens {shown(list(tokens))} on, and on none before them; {purpose} would let it "
+            f"act on every token: keep it as it is, or export it as data ({option(adapters='data')})"
         )
 
 

@@ -22,7 +22,6 @@ _FORMS = {
     "use_qalora": "QA-LoRA, which pools the input",
     "use_bdlora": "BD-LoRA, whose factors are block-diagonal",
     "lora_bias": "a bias of lora_B",
-    "alora_invocation_tokens": "activated LoRA, which acts after certain tokens only",
     "layer_replication": "layer replication, which changes the base model",
     "trainable_token_indices": "trained embeddings of single tokens",
     "arrow_config": "Arrow, which routes between adapters",

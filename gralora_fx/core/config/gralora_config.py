@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from gralora_fx.core.config.adapter_config import AdapterConfig
-from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer
+from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer, check_tokens
 from gralora_fx.errors import ConfigError
 
 
@@ -48,8 +48,10 @@ class GraloraConfig(AdapterConfig):
             it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
         target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), as in PEFT's LoRA:
             each matrix of a stack gets an adapter of its own.
+        alora_invocation_tokens: Token ids from whose last occurrence in a row on the adapter acts, as in PEFT's LoRA; a
+            row without them is the base's. None for an adapter that acts on every token.
 
-    The last six go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
+    The last seven go beyond PEFT's GraLoRA: they are in the saved file only if they are used, and PEFT then warns that
     it ignores them.
 
     Raises:
@@ -83,6 +85,7 @@ class GraloraConfig(AdapterConfig):
     gralora_k_pattern: dict[str, int] = field(default_factory=dict)
     base_quantization: Any = None
     target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     PEFT_TYPE = "GRALORA"
     TITLE = "GraLoRA"
@@ -100,7 +103,7 @@ class GraloraConfig(AdapterConfig):
     }
     SIZE_FIELDS = ("r", "hybrid_r", "alpha", "gralora_k", *PATTERNS)
     BEYOND_PEFT = ("exclude_modules", *PATTERNS)
-    SAVED_IF_USED = ("base_quantization", "target_parameters")
+    SAVED_IF_USED = ("base_quantization", "target_parameters", "alora_invocation_tokens")
     DROPOUT, ALPHA = "gralora_dropout", "alpha"
 
     @property
@@ -125,6 +128,7 @@ class GraloraConfig(AdapterConfig):
         check_alpha("alpha", self.alpha)
         check_dropout("gralora_dropout", self.gralora_dropout)
         check_flag("init_weights", self.init_weights)
+        check_tokens("alora_invocation_tokens", self.alora_invocation_tokens, self.target_parameters)
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy as shallow_copy
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from gralora_fx.base.compat.torch_graphs import convention_of, set_convention
+from gralora_fx.base.compat.torch_graphs import TreeSpec, convention_of, set_convention, tree_flatten, tree_info
 
 _KEY = "gralora"
 
@@ -42,6 +43,20 @@ def erase_unused(graph: fx.Graph, node: fx.Node) -> None:
             waiting += unread.all_input_nodes
             graph.erase_node(unread)
             erased.add(unread)
+
+
+def add_tuple_input(graph: fx.Graph, name: str, count: int) -> list[fx.Node]:
+    """Add an input to a graph, a tuple of so many values, and return the node of each."""
+    placeholders = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(placeholders[-1]):
+        added = [graph.placeholder(f"{name}_{index}") for index in reversed(range(count))][::-1]
+    convention, info = shallow_copy(convention_of(graph)), tree_info(graph)
+    args, kwargs = info.in_spec.children()
+    names, specs = [*kwargs.context, name], [*kwargs.children(), tree_flatten(tuple(added))[1]]
+    in_spec = TreeSpec(tuple, None, [args, TreeSpec(dict, names, specs)])
+    convention.pytree_info = info._replace(orig_args=[*info.orig_args, name], in_spec=in_spec)
+    set_convention(graph, convention)
+    return added
 
 
 def module_of(graph: fx.Graph) -> fx.GraphModule:

@@ -51,6 +51,11 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
         super().check_sizes()
         if self.use_dora is not True:
             raise ConfigError(f"use_dora must be True, but got {shown(self.use_dora)}; take LoraConfig for plain LoRA")
+        if self.acts_from:
+            raise ConfigError(
+                f"use_dora=True does not work with alora_invocation_tokens={shown(list(self.acts_from))}, as in PEFT; "
+                "take plain LoRA or GraLoRA for an adapter that acts from tokens on"
+            )
         if self.target_parameters:
             raise ConfigError(
                 f"use_dora=True does not work with target_parameters={shown(self.target_parameters)}, as in PEFT; take "

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer
+from gralora_fx.core.config.checks import check_alpha, check_dropout, check_flag, check_integer, check_tokens
 from gralora_fx.core.methods.arrays import moved
 from gralora_fx.core.methods.method import LayerCall, SummableMethod
 from gralora_fx.errors import ConfigError, shown, warn_caller
@@ -65,6 +65,8 @@ class LoraConfig(AdapterConfig):
             it; None where it was not, or that is not known. It is saved only if it is known, and PEFT does not read it.
         target_parameters: Names of parameters to adapt (exact, or the end of a name after a dot), such as stacked
             matrices `"moe.down_proj"`: those that are no module's `weight` to name by `target_modules`.
+        alora_invocation_tokens: Token ids from whose last occurrence in a row on the adapter acts (activated LoRA); a
+            row without them is the base's. None for an adapter that acts on every token.
 
     Raises:
         ConfigError: A field has an invalid value, or two fields contradict each other.
@@ -95,6 +97,7 @@ class LoraConfig(AdapterConfig):
     use_dora: bool = False
     base_quantization: Any = None
     target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     PEFT_TYPE = "LORA"
     TITLE = "LoRA"
@@ -107,7 +110,7 @@ class LoraConfig(AdapterConfig):
     PATTERN_OF: ClassVar[Mapping[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     SIZE_FIELDS = ("r", "lora_alpha", "use_rslora", *PATTERNS)
     DROPOUT, ALPHA = "lora_dropout", "lora_alpha"
-    SAVED_IF_USED = ("use_dora", "base_quantization", "target_parameters")
+    SAVED_IF_USED = ("use_dora", "base_quantization", "target_parameters", "alora_invocation_tokens")
     _FORMS: ClassVar[dict[str, type[LoraConfig]]] = {}  # by the field that asks for one
 
     def __init_subclass__(cls, asked_for_by: str | None = None, **kwargs: Any) -> None:
@@ -153,6 +156,7 @@ class LoraConfig(AdapterConfig):
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         check_flag("use_rslora", self.use_rslora)
+        check_tokens("alora_invocation_tokens", self.alora_invocation_tokens, self.target_parameters)
         for name, form in self._FORMS.items():
             if not isinstance(self, form) and getattr(self, name) is not False:
                 raise ConfigError(

@@ -35,6 +35,16 @@ def drop_inputs(x: Tensor, probability: float) -> Tensor:
     return nn.functional.dropout(x, probability, training=True) if probability else x
 
 
+def at_tokens(x: Tensor, acting: Tensor) -> Tensor:
+    """Return a layer's input as an adapter reads it that acts on some tokens: zeros at the others, so it adds nothing.
+
+    Args:
+        x: `[batch, tokens, in]`, or `[batch * tokens, in]`.
+        acting: `[batch, tokens]`, whether it acts on each.
+    """
+    return torch.where(acting.reshape(*x.shape[:-1], 1), x, 0)
+
+
 def project(x: Tensor, A: Tensor) -> Tensor:
     """Multiply a layer's input by the first factor.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gralora_fx.core.adapters.adapter_graph import AdapterGraph
 from gralora_fx.errors import RewriteError
-from gralora_fx.format.input_names import ADAPTER_NAMES, ITEM_COUNT, PACKING, PAST, split_labels
+from gralora_fx.format.input_names import ADAPTER_NAMES, ITEM_COUNT, PACKING, PAST, STARTS, split_labels
 
 if TYPE_CHECKING:
     from gralora_fx.core.adapters.run_forms import RunForm
@@ -84,12 +84,52 @@ def run_to_head(model: Model, *args: Any, **kwargs: Any) -> Any:
 def _run(model: Model, args: tuple[Any, ...], inputs: dict[str, Any], form: RunForm | None) -> Any:
     if hasattr(model, "reshard"):  # FSDP2's
         model._state.check_precision()
-    names = inputs.pop(ADAPTER_NAMES, None)
+    names, starts = inputs.pop(ADAPTER_NAMES, None), inputs.pop(STARTS, None)
     traced = model._state.base.traced
-    bound = traced.bind(args, inputs)
-    if names is None:
-        return model._state.run(bound, form)
-    from gralora_fx.core.adapters.adapter_rows import rows_of_call
+    bound, rows = traced.bind(args, inputs), None
+    if names is not None:
+        from gralora_fx.core.adapters.adapter_rows import rows_of_call
 
-    rows = rows_of_call(names, bound[traced.main_input_name], model._state.__getitem__)
+        rows = rows_of_call(names, bound[traced.main_input_name], model._state.__getitem__)
+    if starts is not None and (acting := acting_adapters(model._state, rows)):
+        from gralora_fx.core.adapters.acting_tokens import given_starts
+        from gralora_fx.core.adapters.run_forms import RunForm
+
+        batch, length = bound[traced.main_input_name].shape
+        bound[STARTS] = given_starts(starts, acting, rows, batch, _columns_before(bound, length))
+        form = (form or RunForm())._replace(takes_starts=True)
     return model._state.run(bound, form, rows)
+
+
+def _columns_before(inputs: Mapping[str, Any], length: int) -> int:
+    """Return how many columns of a call's rows are cached, beside the new ones."""
+    if PAST not in inputs:
+        return 0
+    from gralora_fx.core.tracing.inputs.cache import cached_length
+
+    past = cached_length(inputs[PAST])
+    if past is None:  # of states alone; the mask covers all columns
+        mask = inputs.get("attention_mask")
+        past = 0 if mask is None else mask.shape[1] - length
+    return past
+
+
+def acting_adapters(state: AdapterGraph, rows: Iterable[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return the adapters of a run that act from tokens on, with these; of the rows' adapters, or the active ones."""
+    names = state.state.active if rows is None else () if state.is_suspended else rows
+    return {name: tokens for name in names if (tokens := state[name].config.acts_from)}
+
+
+def starts_of_prompts(model: Model, ids: Tensor, adapter_names: object) -> dict[str, Tensor] | None:
+    """Return from which column of prompts on adapters act, for the steps of `generate`; None if all act everywhere."""
+    rows = None
+    if adapter_names is not None:
+        from gralora_fx.core.adapters.adapter_rows import rows_of_call
+
+        rows = rows_of_call(adapter_names, ids, model._state.__getitem__)
+    acting = acting_adapters(model._state, rows)
+    if not acting:
+        return None
+    from gralora_fx.core.adapters.acting_tokens import starts_in
+
+    return starts_in(ids, acting, rows)

@@ -198,7 +198,7 @@ class Trainable(Checkpointed):
         A `forward` that is assigned to it, as TRL does to compute losses without logits, is the model's from then on;
         its `base_model` is the model up to the language model's head.
         """
-        from gralora_fx.core.model.forward import compute, run_to_head
+        from gralora_fx.core.model.forward import compute, run_to_head, starts_of_prompts
         from gralora_fx.core.tracing.as_transformers import Viewed, view_of
 
         if self._view is None:
@@ -208,6 +208,7 @@ class Trainable(Checkpointed):
                 parameters=self._parameters_read,
                 assign=functools.partial(setattr, self, "generation_config"),
                 run_to_head=functools.partial(run_to_head, self),
+                starts=functools.partial(starts_of_prompts, self),
                 replace_forward=functools.partial(self.__dict__.__setitem__, "_other_forward"),
             )
             self.__dict__["_view"] = view_of(viewed, labels=True)  # no submodule, which it would be as an attribute

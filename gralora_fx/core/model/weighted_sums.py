@@ -42,6 +42,11 @@ def weighted_sum(
                 f"adapter {adapter.name!r} adapts parameters ({listed(at, 2)}), of which there is no weighted sum, as "
                 "in PEFT; make both active (set_adapter), or merge them"
             )
+    if len({adapter.config.acts_from for adapter in adapters}) > 1:
+        raise RewriteError(
+            f"adapters {listed(repr(adapter.name) for adapter in adapters)} act from other tokens on "
+            "(alora_invocation_tokens), and a sum acts from one of them; make them active together (set_adapter)"
+        )
     updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for path in adapter.factors:

@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 
 import torch
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import pattern_key
 from gralora_fx.core.graph.module_tree import is_within
@@ -63,6 +64,7 @@ def problems_of(
         *_unsupported(rule, traced, sites),
         *_unused_names(config.BEYOND_PEFT, rule, traced, config, selected),
         *_unfit_sizes(config, selected),
+        *_unfit_tokens(config, traced),
     ]
 
 
@@ -179,6 +181,13 @@ def _unfit_sizes(config: AdapterConfig, selected: Sequence[PlannedSite]) -> list
         for planned in selected
         for problem in method.problems(planned.site.in_features, planned.site.out_features, planned.sizes)
     ]
+
+
+def _unfit_tokens(config: AdapterConfig, traced: TracedModel) -> list[str]:
+    """Why an adapter cannot act from tokens on in a model."""
+    if not config.acts_from:
+        return []
+    return [problem for part in parts("acting tokens") for problem in part.problems(config.acts_from, traced)]
 
 
 def warn_of_gaps(

@@ -18,6 +18,7 @@ from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.tracing.inputs.cache import cached_length, own_cache
 from gralora_fx.core.tracing.inputs.input_trees import batch_of
 from gralora_fx.core.tracing.losses import counts_items, decoder_inputs
+from gralora_fx.core.tracing.row_arguments import RowNames, RowStarts, spread_over_copies
 from gralora_fx.core.tracing.source_model import (
     Traced,
     class_name,
@@ -27,7 +28,7 @@ from gralora_fx.core.tracing.source_model import (
     with_signature,
 )
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.format.input_names import ADAPTER_NAMES, PAST
+from gralora_fx.format.input_names import ADAPTER_NAMES, IDS, PAST, STARTS
 
 # A class that overrides one of these methods customises generation. The cache is excluded, since a trace creates its
 # own; Phi-3 only overrides how a new cache is started where its long positions begin.
@@ -48,6 +49,8 @@ class Viewed:
         assign: Takes a generation configuration that is assigned to the view.
         run_to_head: Runs the graph up to the language model's head, whose input it returns as `last_hidden_state`.
         replace_forward: Takes a function that is assigned to the view's `forward`, to run in its place.
+        starts: Returns from which column of prompts' ids on adapters act, given these and the names of rows' adapters,
+            for all steps of `generate`; None for adapters that act everywhere.
     """
 
     traced: Callable[[], Traced]
@@ -56,6 +59,7 @@ class Viewed:
     assign: Callable[[GenerationConfig], None] | None = None
     run_to_head: Callable[..., Any] | None = None
     replace_forward: Callable[[Callable[..., Any]], None] | None = None
+    starts: Callable[[Tensor, object], Mapping[str, Tensor] | None] | None = None
 
 
 class _ToHead(nn.Module):
@@ -159,9 +163,7 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         for name in ("output_attentions", "output_hidden_states"):
             if kwargs.pop(name, None) and name not in self.traced.input_names:
                 raise TraceError(f"{name} was not part of the trace; trace the model with it among the example inputs")
-        if isinstance(names := kwargs.get(ADAPTER_NAMES), _Names):  # rows for each of the caller's: beams, or samples
-            rows = batch_of((*args, *kwargs.values()))
-            kwargs[ADAPTER_NAMES] = [name for name in names for _ in range(rows // len(names))]
+        spread_over_copies(args, kwargs)
         source = kwargs.pop("encoder_outputs", None)
         if source is not None:  # passed through by _Source
             kwargs[self.main_input_name] = source.last_hidden_state
@@ -185,11 +187,15 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
         check_generation(name, source_class(self.traced), kwargs)
         if kwargs.get(ADAPTER_NAMES) is not None:
             rows = batch_of((*args, *(kwargs.get(n) for n in ("inputs", "inputs_embeds", self.main_input_name))))
-            kwargs[ADAPTER_NAMES] = _Names.of(kwargs[ADAPTER_NAMES], rows)
+            kwargs[ADAPTER_NAMES] = RowNames(check_row_names(kwargs[ADAPTER_NAMES], rows))
             if _option(self, kwargs, "guidance_scale") not in (None, 1, 1.0):
                 raise TraceError(
                     "generate cannot take guidance_scale beside adapter_names: its second pass has no names"
                 )
+        ids = next((each for each in (*args[:1], kwargs.get("inputs"), kwargs.get(IDS)) if each is not None), None)
+        if self._viewed.starts is not None and ids is not None and kwargs.get(STARTS) is None:
+            starts = self._viewed.starts(ids, kwargs.get(ADAPTER_NAMES))
+            kwargs |= {} if starts is None else {STARTS: RowStarts(starts)}
         self._given_cache = kwargs.get(PAST, kwargs.get("cache"))
         if PAST not in self.traced.input_names:
             if _option(self, kwargs, "use_cache") is not False:
@@ -246,14 +252,6 @@ class TransformersView(GenerationMixin, nn.Module):  # type: ignore[misc]  # tra
             )
 
 
-class _Names(list[str]):
-    """The names of the adapters of the rows that `generate` was called with."""
-
-    @classmethod
-    def of(cls, adapter_names: object, rows: int) -> _Names:
-        return cls(check_row_names(adapter_names, rows))
-
-
 class _Source(nn.Module):
     """A stub encoder that returns its input."""
 
@@ -271,7 +269,7 @@ def view_of(viewed: Viewed, *, labels: bool) -> TransformersView:
     inputs = ["cache" if name == PAST else name for name in traced.input_names]
     if getattr(traced.config, "is_encoder_decoder", False):
         inputs.append("encoder_outputs")
-    beside = (*label_names(traced.loss_function), ADAPTER_NAMES) if labels else ()
+    beside = (*label_names(traced.loss_function), ADAPTER_NAMES, STARTS) if labels else ()
     forward = with_signature(TransformersView.forward, inputs, beside)
     cls = type(class_name(traced), (TransformersView,), {"forward": forward, "__module__": __name__})
     view: TransformersView = cls(viewed)

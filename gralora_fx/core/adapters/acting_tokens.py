@@ -1,0 +1,165 @@
+"""The tokens on which an adapter acts, in a graph: what its layers read is zero at the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from gralora_fx.base.features import parts
+from gralora_fx.core.graph.surgery import add_tuple_input, annotate
+from gralora_fx.core.methods.low_rank import at_tokens, take_rows
+from gralora_fx.errors import RewriteError, shown
+from gralora_fx.format.input_names import IDS, STARTS
+
+if TYPE_CHECKING:
+    from gralora_fx.core.config import AdapterConfig
+    from gralora_fx.core.methods.low_rank import Rows
+
+NEVER = 2**31  # a column that no row has
+
+
+class ActingTokens:
+    """On which tokens an adapter acts.
+
+    Attributes:
+        mask: `[batch, tokens]`, the node that says it of each.
+        ids: The input of token ids.
+    """
+
+    def __init__(self, mask: fx.Node, ids: fx.Node) -> None:
+        """Begin with no value that is read at these tokens."""
+        self.mask, self.ids = mask, ids
+        self._made: dict[fx.Node, fx.Node] = {}
+
+    def read(self, x: fx.Node, path: str, adapter: str) -> fx.Node:
+        """Return what an adapter reads of a layer's input; made once for all layers that read one value."""
+        if x not in self._made:
+            self.check(x, path)
+            graph = x.graph
+            with graph.inserting_after(self.mask if x.op == "placeholder" else x):
+                made = self._made[x] = graph.call_function(at_tokens, (x, self.mask))
+            annotate(made, site=path, adapter=adapter, call=x.name)
+            if "nn_module_stack" in x.meta:
+                made.meta["nn_module_stack"] = x.meta["nn_module_stack"]
+        return self._made[x]
+
+    def check(self, x: fx.Node, path: str) -> None:
+        """Check that a layer's input is one vector of each token, as far as the graph has a record of its shapes.
+
+        Raises:
+            RewriteError: It is not.
+        """
+        lead, tokens = _shape(x)[:-1], _shape(self.ids)
+        if lead and tokens and not _is_same(lead, tokens):
+            raise RewriteError(
+                f"{path} does not read one vector of each token, so that an adapter cannot act on some tokens there; "
+                "leave the layer out of the adapter (exclude_modules)"
+            )
+
+
+class Inserting(Protocol):
+    """What inserts the tokens on which an adapter acts into a graph."""
+
+    def __call__(self, graph: fx.Graph, rows: fx.Node | None = None) -> ActingTokens:
+        """Insert them, of the whole batch or of some rows."""
+        ...
+
+
+def acting_of(config: AdapterConfig) -> Inserting | None:
+    """Return what inserts the tokens on which an adapter of a configuration acts; None for all."""
+    if not config.acts_from:
+        return None
+
+    def insert(graph: fx.Graph, rows: fx.Node | None = None) -> ActingTokens:
+        ids = next(node for node in graph.find_nodes(op="placeholder") if node.target == IDS)
+        last = [*graph.find_nodes(op="placeholder"), *_part().masks(graph)][-1]  # masks are in the order of adapters
+        with graph.inserting_after(last):
+            own = ids if rows is None else graph.call_function(take_rows, (ids, rows))
+        with graph.inserting_after(last if rows is None else own):
+            return ActingTokens(_part().insert_mask(graph, own, config.acts_from), ids)
+
+    return insert
+
+
+def starts_in(ids: Tensor, acting: Mapping[str, tuple[int, ...]], rows: Mapping[str, Rows] | None) -> dict[str, Tensor]:
+    """Return from which column of each row of prompts on each adapter acts; the number of tokens for never.
+
+    Args:
+        ids: `[batch, tokens]`.
+        acting: The tokens from which on each acts, by its name.
+        rows: The rows of each adapter, of which it warns where one never acts; None for all.
+    """
+    part, found = _part(), {}
+    for name, tokens in acting.items():
+        starts = found[name] = part.first_columns(ids, tokens)
+        starts = torch.where(starts < ids.shape[1], starts, NEVER)
+        own = slice(None) if rows is None else rows[name]
+        part.warn_of_rows_without(ids[own], tokens, found[name][own])
+        found[name] = starts
+    return found
+
+
+def given_starts(
+    starts: object, acting: Iterable[str], rows: Mapping[str, Rows] | None, batch: int, past: int
+) -> tuple[Tensor, ...]:
+    """Return the starts that a call gives as its graph takes them, for each adapter that acts on some tokens.
+
+    Args:
+        starts: `[batch]`, or such a tensor for each adapter by name.
+        acting: The adapters, in the order of their masks.
+        rows: The rows of each; None for all.
+        batch: Number of rows.
+        past: Number of columns that are cached.
+    """
+    by_name: dict[str, Tensor] = {}
+    for name in acting:
+        given = starts.get(name) if isinstance(starts, Mapping) else starts
+        if not isinstance(given, Tensor) or tuple(given.shape) != (batch,) or given.is_floating_point():
+            raise RewriteError(
+                f"{STARTS} is a column for each of the {batch} rows, from which on adapter {name!r} acts, but got "
+                f"{shown(given)}; give an integer tensor, or one for each adapter by name"
+            )
+        by_name[name] = given if rows is None else given[rows[name]]
+    return tuple(given - past for given in by_name.values())
+
+
+def take_starts(graph: fx.Graph) -> None:
+    """Let a graph take from which column on each adapter acts (`STARTS`), in the place of finding it in the ids."""
+    masks: list[fx.Node] = _part().masks(graph)
+    for mask, start in zip(masks, add_tuple_input(graph, STARTS, len(masks)), strict=True):
+        mask.update_kwarg("starts", start)
+
+
+def check_not_packed(graph: fx.Graph) -> None:
+    """Check that adapters act on all tokens, in rows that hold several texts."""
+    if any(node.target is at_tokens for node in graph.nodes):
+        raise RewriteError(
+            "a row that holds several texts (packing, padding_free) has one last occurrence of the tokens from which "
+            "on an adapter acts (alora_invocation_tokens), not one of each; train it with a text a row"
+        )
+
+
+def _part() -> Any:
+    found = parts("acting tokens")
+    if not found:
+        raise RewriteError(
+            "the adapter acts from tokens on (alora_invocation_tokens), and features/activated is missing"
+        )
+    return found[0]
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def _is_same(lead: Sequence[Any], tokens: Sequence[Any]) -> bool:
+    """Return whether there are as many vectors as tokens, by the expressions of their sizes."""
+    sizes = [
+        math.prod(size.node.expr if isinstance(size, torch.SymInt) else size for size in s) for s in (lead, tokens)
+    ]
+    return bool(sizes[0] - sizes[1] == 0)

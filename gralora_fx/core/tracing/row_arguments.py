@@ -1,0 +1,31 @@
+"""What `generate` is given for each row: in its steps, a row may have become several, as of beams or samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gralora_fx.core.tracing.inputs.input_trees import batch_of
+from gralora_fx.format.input_names import ADAPTER_NAMES, STARTS
+
+
+class RowNames(list[str]):
+    """The names of the adapters of the rows that `generate` was called with."""
+
+
+class RowStarts(dict[str, Tensor]):
+    """From which column on adapters act, of the rows that `generate` was called with."""
+
+
+def spread_over_copies(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Give every row of a step what the row has that it is a copy of, in place."""
+    names, starts = kwargs.get(ADAPTER_NAMES), kwargs.pop(STARTS, None)
+    rows = batch_of((*args, *kwargs.values())) if isinstance(names, RowNames) or isinstance(starts, RowStarts) else 0
+    if isinstance(names, RowNames):
+        kwargs[ADAPTER_NAMES] = [name for name in names for _ in range(rows // len(names))]
+    if isinstance(starts, RowStarts):
+        starts = {name: each.repeat_interleave(rows // len(each)) for name, each in starts.items()}
+    if starts is not None:
+        kwargs[STARTS] = starts
