@@ -24,7 +24,7 @@ from gralora_fx import trace
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.demo.news_classifier import load_news, package_folder
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.serving import load
 
 BASE, OUTPUT = Path("runs/generation/base"), Path("runs/few_bits_speed")

@@ -31,7 +31,8 @@ from gralora_fx.base.sources.model_files import EXPORT_FILE
 from gralora_fx.core.loading.bases import load_traced
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine import cache_buffers
-from gralora_fx.run.engine.decoder import Decoder, part_length
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.serving import OrtModel, load
 
 RUNS = Path("runs/service_memory")

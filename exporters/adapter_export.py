@@ -14,7 +14,7 @@ from gralora_fx.base.sources.same_base import BaseComparison, compare_bases
 from gralora_fx.core.adapters.stored_adapter import open_adapter
 from gralora_fx.errors import CheckpointError, ExportError, command, listed, option, warn_caller
 from gralora_fx.exporters.artifact.exported_adapters import Changes, adapter_tensors, write_adapter
-from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters
+from gralora_fx.format.adapter_paths import SUFFIX, check_can_act, check_name, check_takes_adapters
 from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND
 from gralora_fx.format.export_usage import comparison_of, usage_of
 from gralora_fx.format.manifest import Manifest, read_manifest
@@ -136,6 +136,8 @@ def _changes(
     with open_adapter(adapter_dir, revision=revision) as stored:
         stored.method.check_lora_form(stored.directory, "an adapter as data of an export", ExportError)
         stored.check_no_parameters("an adapter as data of an export", ExportError)
+        acts_from, has_copies = stored.config.acts_from, bool(stored.copies)
+        check_can_act(acts_from, stored.directory, manifest.flavour, has_copies=has_copies)
         stored.check_layers(layers_of_export(onnx_dir, manifest))
         base = compare_bases(stored.config.made_for, base_of_export(onnx_dir, manifest))
         base.settle(adapter_dir, strict=strict_base, error=CheckpointError)

@@ -18,7 +18,7 @@ from gralora_fx.core.adapters.adapter_files import adapter_writers
 from gralora_fx.core.adapters.parameter_keys import names_parameter, parameter_keys
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.core.config.checks import KEY_PREFIX, check_integer, fullmatch
+from gralora_fx.core.config.checks import ACTING, KEY_PREFIX, check_integer, fullmatch
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import Truncated, truncate, update_norm
 from gralora_fx.core.methods.lora import Lora, LoraConfig
@@ -243,7 +243,7 @@ def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """PEFT's `LoraConfig` of scale 1 that selects the same layers."""
     shared = (
         *("exclude_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
-        *("task_type", "base_model_name_or_path", "revision", "base_quantization", "alora_invocation_tokens"),
+        *("task_type", "base_model_name_or_path", "revision", "base_quantization", ACTING),
     )
     fields: dict[str, Any] = {name: getattr(config, name) for name in shared} | _targets(config, ranks)
     r, _ = Counter(ranks.values()).most_common(1)[0]

@@ -133,6 +133,7 @@ def export_onnx(
     with timed("fold", seconds, "preparing"):
         conversion = conversion_of(model, options)
         flavour = flavour_of(conversion.traced)
+        conversion.check_kind(flavour.name)
         flavour.check(options)
         check_exportable(conversion.traced, verify=options.level is not None)
         if not options.overwrite:

@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.exporters import export_onnx
 from gralora_fx.exporters.adapter_export import convert_adapter
-from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.run.generate.answer_options import AnswerOptions, Sampling
 from gralora_fx.run.generate.completion import TextRequest
 from gralora_fx.service.adapter_store.store import AdapterStore

@@ -9,7 +9,7 @@ from prefix_interleavings import SIZES
 from served_exports import CACHED, adapted, chat_tokenizer
 
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.engine.limits import part_length
 
 CONTEXT = 2048
 TOKEN = 2 * 2 * 2 * 64 * 4  # bytes of keys and values: layers, key heads, size, float32

@@ -20,6 +20,7 @@ from gralora_fx.core.tracing.traced_model import CALL_TRACE, TracedModel
 from gralora_fx.errors import ExportError, command, option
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.rules.onnx_pipeline import export_log
+from gralora_fx.format.adapter_paths import check_can_act
 
 if TYPE_CHECKING:
     from gralora_fx.exporters.kinds.data_sites import DataSites
@@ -46,6 +47,13 @@ class Conversion:
         """Names of the active adapters, where they become data."""
         model = self.model
         return tuple(model.active_adapters) if isinstance(model, GraloraModel) and self.adapters is not None else ()
+
+    def check_kind(self, kind: str) -> None:
+        """Check that active adapters that act from tokens on can be data of a kind of export."""
+        for name in self.data_adapters:
+            assert isinstance(self.model, GraloraModel)
+            adapter = self.model.adapter(name)
+            check_can_act(adapter.config.acts_from, f"adapter {name!r}", kind, has_copies=bool(adapter.copies))
 
     @cached_property
     def fingerprint(self) -> str:

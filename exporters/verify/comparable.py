@@ -146,7 +146,8 @@ def _only(model: GraloraModel, name: str) -> Iterator[None]:
     before = model.active_adapters
     model.set_adapter(name)
     try:
-        yield
+        with model._state.acting_everywhere():  # as in a run of the export, which is one of tokens that it acts on
+            yield
     finally:
         model.set_adapter(before)
 

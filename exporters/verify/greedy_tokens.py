@@ -126,7 +126,7 @@ class RowSteps(EngineSteps):
             decoder = RowsDecoder(session, adapters, limits, DecoderSize(2 * count + 1, chunk=limits.context))
             names = self.adapters(name, others, count)
             # the one that rests is between others, since a step gives the graph the rows from the first to the last
-            first, self._idle, *rest = [decoder.open(name) for name in (names[0], name, *names[1:])]
+            first, self._idle, *rest = [decoder.open(name, start=0) for name in (names[0], name, *names[1:])]
             decoder.step({self._idle: _BYSTANDER})
         super().__init__(decoder, [first, *rest], prompts.description)
 

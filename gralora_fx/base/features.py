@@ -60,7 +60,8 @@ POINTS: dict[str, str] = {
     "asks it.",
     "acting tokens": "A module for adapters that act on some tokens, as their configuration's `acts_from` says: "
     "`insert_mask` adds the node of a mask to a graph, `masks` finds these nodes, whose `starts` may be given, "
-    "`first_columns` says where each row of ids begins to be acted on, `problems` why a trace cannot have one.",
+    "`first_columns` says where each row of ids begins to be acted on, `problems` why a trace cannot have "
+    "one, and `start_in_prompt` where a served prompt begins to be.",
     # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
     "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
     "own traces": "A function that captures and checks a draft by the inputs that the feature knows, as "

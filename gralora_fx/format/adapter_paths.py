@@ -8,7 +8,7 @@ from pathlib import Path
 from gralora_fx.base.sources.model_files import shown_path, usable_path
 from gralora_fx.errors import ExportError, GraloraError, ServingError, option, shown
 from gralora_fx.format.adapter_inputs import AdapterInputs
-from gralora_fx.format.export_directory import ADAPTERS, check_own_file
+from gralora_fx.format.export_directory import ADAPTERS, DECODER_KIND, check_own_file
 from gralora_fx.format.manifest import Manifest
 
 SUFFIX = ".onnx_adapter"
@@ -47,6 +47,27 @@ def check_takes_adapters(
         merged = f" and has {', '.join(manifest.adapters)} merged into its weights" if manifest.adapters else ""
         raise error(f"{name} takes no adapters: it was exported with {option(adapters='merged')}{merged}; {remedy}")
     return manifest.adapter_inputs
+
+
+def check_can_act(tokens: tuple[int, ...], adapter: object, kind: str, *, has_copies: bool) -> None:
+    """Check that an adapter as data of an export may act from tokens on, `tokens`: the engine sees to that.
+
+    Args:
+        tokens: The tokens; none for an adapter that acts everywhere.
+        adapter: The adapter, for the message.
+        kind: The kind of the export.
+        has_copies: Whether it trains parameters of the base whole.
+    """
+    if tokens and kind != DECODER_KIND:
+        raise ExportError(
+            f"{adapter} acts from tokens on, which needs a decoder with a cache, whose base reads what is before them; "
+            f"export the model for {option(task='text-generation-with-past')}"
+        )
+    if tokens and has_copies:
+        raise ExportError(
+            f"{adapter} acts from tokens on, and trains parameters of the base whole (modules_to_save or bias), which "
+            "act on every token; train it without these"
+        )
 
 
 def own_adapters(directory: Path, error: type[GraloraError]) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from gralora_fx.exporters.verify.cases import PromptBatch, pad_prompts
 from gralora_fx.exporters.verify.greedy_tokens import ModelSteps, Step, compare_greedy
 from gralora_fx.exporters.verify.tolerances import ToleranceCheck
 from gralora_fx.exporters.verify_report import TokenCheck
-from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.run.model import OrtModel
 from gralora_fx.serving import load
 from tests.architectures.tiny_decoders import tiny_decoder

@@ -13,7 +13,8 @@ from gralora_fx import GraloraConfig, LoraConfig, rewrite, trace
 from gralora_fx.errors import ServingError
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine import session_decoders
-from gralora_fx.run.engine.decoder import Decoder, part_length
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.serving import OrtModel, load
 from tests.architectures.tiny_decoders import tiny_decoder
 

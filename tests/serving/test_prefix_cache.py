@@ -24,7 +24,8 @@ from gralora_fx import GraloraModel, trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.errors import ConfigError, ServingError
 from gralora_fx.exporters import export_onnx
-from gralora_fx.run.engine.decoder import Decoder, part_length
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.run.engine.prefix_cache import PrefixCache, PrefixCacheError
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import OrtModel, load

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.base.features import parts
+from gralora_fx.core.config.checks import ACTING
 from gralora_fx.core.graph.surgery import add_tuple_input, annotate
 from gralora_fx.core.methods.low_rank import at_tokens, take_rows
 from gralora_fx.errors import RewriteError, shown
@@ -139,7 +140,7 @@ def check_not_packed(graph: fx.Graph) -> None:
     if any(node.target is at_tokens for node in graph.nodes):
         raise RewriteError(
             "a row that holds several texts (packing, padding_free) has one last occurrence of the tokens from which "
-            "on an adapter acts (alora_invocation_tokens), not one of each; train it with a text a row"
+            f"on an adapter acts ({ACTING}), not one of each; train it with a text a row"
         )
 
 

@@ -15,7 +15,7 @@ from gralora_fx.base.sources.lazy_tensors import values_of
 from gralora_fx.core.adapters.acting_tokens import acting_of
 from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import KEY_PREFIX
+from gralora_fx.core.config.checks import ACTING, KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import ROOT, container_at
@@ -153,6 +153,13 @@ class ModelAdapter:
             insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
         acting = acting_of(self.config)
         return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout, acting)
+
+    def everywhere(self) -> ModelAdapter:
+        """The same adapter, acting on all tokens."""
+        if not self.config.acts_from:
+            return self
+        plan = dataclasses.replace(self.plan, config=self.config.changed(**{ACTING: None}))
+        return dataclasses.replace(self, plan=plan)
 
     def requires_grad_(self, requires_grad: bool) -> None:
         """Set whether the adapter's tensors require gradients."""

@@ -210,11 +210,26 @@ class CurrentGraph:
         graph = self.current.flat.module.graph
         return max((trained_probability(node) for node in dropouts(graph)), default=0.0)
 
+    def _take(self, adapters: dict[str, ModelAdapter]) -> None:
+        self.adapters = adapters
+        self._cache.clear()
+        self._make()
+
     def _show_adapters(self) -> None:
         """Update the current graph module's adapter tensors to the current adapters."""
         self.current.show_adapters()
         self._cache.clear()
         self._remember()
+
+    @contextmanager
+    def acting_everywhere(self) -> Iterator[None]:
+        """Let adapters that act on some tokens act on all, within the block."""
+        before = self.adapters
+        self._take({name: adapter.everywhere() for name, adapter in before.items()})
+        try:
+            yield
+        finally:
+            self._take(before)
 
     # -- within -----------------------------------------------------------------------------------------------------
 

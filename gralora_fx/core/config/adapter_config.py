@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gralora_fx.core.config.checks import (
+    ACTING,
     ALL_LINEAR,
     CONFIG_NAME,
     CONTAINER,
@@ -40,8 +41,7 @@ _TASK_HEADS = {
 class AdapterConfig(ABC):
     """The configuration of an adapter, of whatever method: a frozen dataclass with at least the fields below.
 
-    A subclass lists its fields in PEFT's order, names those that set its sizes, and checks its own fields in
-    `check_sizes`; those that all methods have are checked here.
+    A subclass lists its fields in PEFT's order, names those that set its sizes, and checks its own in `check_sizes`.
 
     Attributes:
         PEFT_TYPE: PEFT's name of the method, as in the files.
@@ -81,7 +81,6 @@ class AdapterConfig(ABC):
     inference_mode: bool
     base_quantization: Any = None  # a field only of methods that list it
     target_parameters: list[str] | None = None  # likewise
-    alora_invocation_tokens: list[int] | None = None  # likewise
 
     def __new__(cls, *_: Any, **fields: Any) -> Self:
         """Create an object of the class that the fields ask for."""
@@ -151,7 +150,7 @@ class AdapterConfig(ABC):
             origin: Where they come from, for messages.
 
         Raises:
-            ConfigError: They mean something that this class cannot express; each is named.
+            ConfigError: They mean something that this class cannot express.
         """
         return fields
 
@@ -173,7 +172,7 @@ class AdapterConfig(ABC):
     @property
     def acts_from(self) -> tuple[int, ...]:
         """The tokens from whose last occurrence in a row on the adapter acts; none for one that acts everywhere."""
-        return tuple(self.alora_invocation_tokens or ())
+        return tuple(getattr(self, ACTING, None) or ())
 
     @property
     def used_patterns(self) -> list[str]:

@@ -11,7 +11,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import regex
@@ -22,6 +22,7 @@ from gralora_fx.errors import ConfigError, RewriteError, option, shown
 CONFIG_NAME = ADAPTER_FILE
 ALL_LINEAR = "all-linear"
 KEY_PREFIX = "base_model.model."  # of every key of an adapter's tensors in PEFT's file
+ACTING = "alora_invocation_tokens"  # the field of those that say from which tokens on an adapter acts
 LARGEST = 2**24  # no layer is that wide
 
 
@@ -90,24 +91,30 @@ def check_parameters(names: object, dropout: str, probability: float) -> None:
         )
 
 
-def check_tokens(name: str, tokens: object, parameters: list[str] | None) -> None:
+def acts_from(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens from which on an adapter with these fields of a file acts; none for everywhere."""
+    check_tokens(tokens := fields.get(ACTING))
+    return tuple(tokens or ())
+
+
+def check_tokens(tokens: Any, parameters: list[str] | None = None) -> None:
     """Check the ids of the tokens from which on an adapter acts; an adapter of parameters acts on no single tokens."""
     if tokens is None:
         return
     if not isinstance(tokens, list) or not tokens:
         raise ConfigError(
-            f"{name} must be a list of at least one token id, or None for an adapter that acts on every token, but got "
-            f"{shown(tokens)}"
+            f"{ACTING} must be a list of at least one token id, or None for an adapter that acts on every token, but "
+            f"got {shown(tokens)}"
         )
     for token in tokens:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise ConfigError(
-                f"{name} must hold token ids, as the model's tokenizer has them without special tokens, but it holds "
+                f"{ACTING} must hold token ids, as the model's tokenizer has them without special tokens, but it holds "
                 f"{shown(token)}"
             )
     if parameters:
         raise ConfigError(
-            f"{name} does not work with target_parameters={shown(parameters)}, which have one value for all tokens; "
+            f"{ACTING} does not work with target_parameters={shown(parameters)}, which have one value for all tokens; "
             "take linear layers (target_modules)"
         )
 

@@ -128,7 +128,7 @@ class GraloraConfig(AdapterConfig):
         check_alpha("alpha", self.alpha)
         check_dropout("gralora_dropout", self.gralora_dropout)
         check_flag("init_weights", self.init_weights)
-        check_tokens("alora_invocation_tokens", self.alora_invocation_tokens, self.target_parameters)
+        check_tokens(self.alora_invocation_tokens, self.target_parameters)
 
     @classmethod
     def translate(cls, fields: Mapping[str, Any], origin: str) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gralora_fx.core.config.checks import ACTING
 from gralora_fx.core.methods.arrays import Array, accumulator_of, cast, row_norms
 from gralora_fx.core.methods.lora import Lora, LoraConfig, LoraSizes
 from gralora_fx.core.methods.method import AdapterMethod, LayerCall
@@ -53,7 +54,7 @@ class DoraConfig(LoraConfig, asked_for_by="use_dora"):
             raise ConfigError(f"use_dora must be True, but got {shown(self.use_dora)}; take LoraConfig for plain LoRA")
         if self.acts_from:
             raise ConfigError(
-                f"use_dora=True does not work with alora_invocation_tokens={shown(list(self.acts_from))}, as in PEFT; "
+                f"use_dora=True does not work with {ACTING}={shown(list(self.acts_from))}, as in PEFT; "
                 "take plain LoRA or GraLoRA for an adapter that acts from tokens on"
             )
         if self.target_parameters:

@@ -156,7 +156,7 @@ class LoraConfig(AdapterConfig):
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         check_flag("use_rslora", self.use_rslora)
-        check_tokens("alora_invocation_tokens", self.alora_invocation_tokens, self.target_parameters)
+        check_tokens(self.alora_invocation_tokens, self.target_parameters)
         for name, form in self._FORMS.items():
             if not isinstance(self, form) and getattr(self, name) is not False:
                 raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.config import AdapterConfig
+from gralora_fx.core.config.checks import ACTING
 from gralora_fx.core.methods import AdapterTensors, SummableMethod, Update
 from gralora_fx.core.methods.forms import as_gralora, summed, summed_lora
 from gralora_fx.core.methods.gralora import GraloraSizes
@@ -45,7 +46,7 @@ def weighted_sum(
     if len({adapter.config.acts_from for adapter in adapters}) > 1:
         raise RewriteError(
             f"adapters {listed(repr(adapter.name) for adapter in adapters)} act from other tokens on "
-            "(alora_invocation_tokens), and a sum acts from one of them; make them active together (set_adapter)"
+            f"({ACTING}), and a sum acts from one of them; make them active together (set_adapter)"
         )
     updates: dict[str, list[Update]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):

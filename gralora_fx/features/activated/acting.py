@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.base.compat.torch_graphs import is_transformed
+from gralora_fx.core.config.checks import ACTING
 from gralora_fx.errors import listed, shown, warn_caller
 from gralora_fx.format.input_names import IDS
 
 if TYPE_CHECKING:
     from gralora_fx.core.tracing.traced_model import TracedModel
 
-_FIELD = "alora_invocation_tokens"
 _OUTSIDE = ("torch", "transformers", "peft", "accelerate", "None")  # a warning is at the line that called these
 
 
@@ -56,6 +56,13 @@ def first_columns(ids: Tensor, invocation: Sequence[int]) -> Tensor:
     return torch.where(last > 0, last - 1, length)
 
 
+def start_in_prompt(tokens: Sequence[int], invocation: Sequence[int]) -> int | None:
+    """Return where the last invocation in a prompt begins; None if there is none."""
+    wanted, length = list(invocation), len(invocation)
+    starts = range(len(tokens) - length, -1, -1)
+    return next((at for at in starts if tokens[at] == wanted[0] and list(tokens[at : at + length]) == wanted), None)
+
+
 def warn_of_rows_without(ids: Tensor, invocation: Sequence[int], starts: Tensor) -> None:
     """Warn of rows in which an adapter never acts; not while a graph is compiled or transformed."""
     if torch.compiler.is_compiling() or is_transformed() or ids.is_meta:
@@ -63,7 +70,7 @@ def warn_of_rows_without(ids: Tensor, invocation: Sequence[int], starts: Tensor)
     rows = (starts == ids.shape[1]).nonzero()[:, 0].tolist()
     if rows:
         warn_caller(
-            f"rows {listed(rows, 5)} do not have the tokens {shown(list(invocation))} ({_FIELD}), from which on the "
+            f"rows {listed(rows, 5)} do not have the tokens {shown(list(invocation))} ({ACTING}), from which on the "
             "adapter acts: they are the base's. After a cache give adapter_starts, as generate does",
             also=_OUTSIDE,
         )
@@ -82,15 +89,15 @@ def masks(graph: fx.Graph) -> list[fx.Node]:
 def problems(invocation: Sequence[int], traced: TracedModel) -> list[str]:
     """Return why an adapter cannot be invoked in a model."""
     if not traced.can_generate() or getattr(traced.config, "is_encoder_decoder", False):
-        return [f"{_FIELD} is for causal language models, as in PEFT, and the model is none; leave it out"]
+        return [f"{ACTING} is for causal language models, as in PEFT, and the model is none; leave it out"]
     if IDS not in traced.input_names:
-        return [f"{_FIELD} is found in input_ids, which the trace does not take; trace the model with them"]
+        return [f"{ACTING} is found in input_ids, which the trace does not take; trace the model with them"]
     path = traced.tree.input_embedding
     table = None if path is None else traced.tree.parameters.get(f"{path}.weight")
     outside = [] if table is None else [token for token in invocation if token >= table.shape[0]]
     if table is not None and outside:
         return [
-            f"{_FIELD} has {listed(outside)}, outside the model's vocabulary of {table.shape[0]} tokens; give the ids "
+            f"{ACTING} has {listed(outside)}, outside the model's vocabulary of {table.shape[0]} tokens; give the ids "
             "that the model's tokenizer has for the invocation's text"
         ]
     return []

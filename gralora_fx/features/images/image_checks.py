@@ -131,7 +131,7 @@ def _reader(
     if run.open_rows is None:
         return lambda ids: _last_of_session(run.session, description, inputs_of(ids))
     decoder = run.open_rows(1, len(prompt) + _STEPS)
-    row = decoder.open(run.adapter, given)
+    row = decoder.open(run.adapter, given, start=0)
     known = 0
 
     def read(ids: Sequence[int]) -> Tensor:

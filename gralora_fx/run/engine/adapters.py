@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from weakref import WeakSet
 import numpy as np
 
 from gralora_fx.base.sources.model_files import usable_path
+from gralora_fx.core.config.checks import acts_from, check_acts_everywhere
 from gralora_fx.errors import ServingError, command, listed, remedy, shown
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
@@ -54,6 +56,58 @@ class LoadedAdapter:
     def size(self) -> int:
         """Bytes of its tensors."""
         return sum(array.nbytes for array in self.tensors.values())
+
+    @cached_property
+    def acts_from(self) -> tuple[int, ...]:
+        """The tokens from whose last occurrence in a prompt on it acts; none for one that acts everywhere."""
+        return acts_from(self.record.config)
+
+    @cached_property
+    def number(self) -> int:
+        """A number that no other adapter of the process has."""
+        return next(_numbers)
+
+    def start_in(self, tokens: Sequence[int]) -> int | None:
+        """Return how many tokens of a prompt are before those on which it acts; None for one that acts everywhere.
+
+        Raises:
+            NotInvokedError: It acts from tokens on that the prompt does not have.
+        """
+        if not self.acts_from:
+            return None
+        from gralora_fx.base.features import parts
+
+        starts = [part.start_in_prompt(tokens, self.acts_from) for part in parts("acting tokens")]
+        if not starts or starts[0] is None:
+            raise NotInvokedError(self)
+        start: int = starts[0]
+        return start
+
+    def check_acts_everywhere(self, purpose: str) -> None:
+        """Check that it acts on all tokens, for a purpose that would let it."""
+        check_acts_everywhere(self.acts_from, f"adapter {self.name!r}", purpose, ServingError)
+
+
+class NotInvokedError(ServingError):
+    """A prompt lacks the tokens from which on its adapter acts.
+
+    Attributes:
+        adapter: The adapter.
+    """
+
+    field = "prompt"
+
+    def __init__(self, adapter: LoadedAdapter, text: str | None = None) -> None:
+        """Say which tokens these are, maybe as text."""
+        tokens = shown(list(adapter.acts_from)) + ("" if text is None else f", {shown(text)}")
+        super().__init__(
+            f"adapter {adapter.name!r} acts from its tokens {tokens} on, and the prompt does not have them; put them "
+            "where its answer begins, or name no adapter"
+        )
+        self.adapter = adapter
+
+
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -211,6 +265,8 @@ class Adapters(Mapping[str, LoadedAdapter]):
         wrong = [part for part, weight in weights.items() if not _is_number(weight)]
         if wrong:
             raise ServingError(f"the weight of {shown(wrong[0])} is {shown(weights[wrong[0]])}, not a finite number")
+        for part in weights:
+            self[part].check_acts_everywhere("a sum")
         parts = [(self[part].tensors, float(weight)) for part, weight in weights.items()]
         configs = {part: {"weight": float(weights[part]), "config": self[part].record.config} for part in weights}
         from gralora_fx.run.sessions.adapter_arrays import mixed

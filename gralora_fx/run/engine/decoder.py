@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, first_line, option, shown
 from gralora_fx.run.engine.cache_memory import BoundedRows, CacheMemory, NoRoomError, Source
-from gralora_fx.run.engine.limits import QUERIES, DecoderLimits, DecoderSize
+from gralora_fx.run.engine.limits import LEAST_CHUNK, DecoderLimits, DecoderSize
+from gralora_fx.run.engine.row_starts import StartedRows
 
 if TYPE_CHECKING:  # loaded where rows share what they read
     from gralora_fx.run.engine.prefix_cache import PrefixCache
     from gralora_fx.run.engine.shared_rows import SharedRows
 
 _ALONE = 256  # tokens: attention computes what later ones hide, too, so that longer pieces take more time again
-LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
 
 
-class Decoder(BoundedRows):
+class Decoder(StartedRows, BoundedRows):
     """A decoder with room for some rows.
 
     A caller opens a row for each prompt, lets rows read tokens in steps that they share, and closes the row. In one
@@ -122,6 +122,7 @@ class Decoder(BoundedRows):
         *,
         salt: str | None = None,
         max_length: int | None = None,
+        start: int | None = None,
     ) -> int:
         """Take a free row.
 
@@ -131,12 +132,15 @@ class Decoder(BoundedRows):
                 first tokens (see `GivenRows.begin`), or None.
             salt: Rows share what they read with those of the same salt alone.
             max_length: The most tokens that it reads, for a bound of memory; None for its capacity.
+            start: How many of its tokens the base reads before the adapter acts (see `start_of`); None for none, of an
+                adapter that acts everywhere.
 
         Returns:
             The row's number.
 
         Raises:
-            ServingError: No row is free, there is no such adapter, or the source is not what the model takes.
+            ServingError: No row is free, there is no such adapter, it acts from tokens on and there is no `start`, or
+                the source is not what the model takes.
             NoRoomError: The bound of memory has no room for it now.
         """
         with self._lock:
@@ -145,11 +149,13 @@ class Decoder(BoundedRows):
             if not self.has_room(max_length, adapter, source):
                 raise NoRoomError("max_memory has no room for one more row now; close one first, or give more memory")
             number = self._nearest()
+            self._begin_at(number, adapter, start)
             version = self._begin(number, adapter, source)
             self._lengths[number] = 0
             self._take_room(number, max_length, source)
             if self._shared is not None:
-                self._shared.begin(number, version, salt, {} if source is None else self._names(number))
+                names = {} if source is None else self._names(number)
+                self._shared.begin(number, version, salt, names, self.start(number))
             return number
 
     def fill(self, row: int, tokens: Sequence[int]) -> int:
@@ -254,7 +260,8 @@ class Decoder(BoundedRows):
         return logits
 
     def _cut(self, read: Mapping[int, NDArray[np.int64]]) -> Mapping[int, NDArray[np.int64]]:
-        """Return what is read first: all, or what some rows read up to where others may take over from them."""
+        """Return what is read first: all, or what some rows read up to where others, or an adapter, may take over."""
+        read = self._up_to_starts(read, self._lengths)
         if self._shared is None or not self._shared.cache.keeps_states:
             return read
         counts = {row: self._shared.cut(row, self._lengths[row], len(array)) for row, array in read.items()}
@@ -336,15 +343,3 @@ class Decoder(BoundedRows):
     def _check_open(self, number: object) -> None:
         if not isinstance(number, int) or number not in self._lengths:
             raise ServingError(f"row {shown(number)} is not open; give the number of one that is")
-
-
-def part_length(left: int, most: int) -> int:
-    """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
-
-    A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
-    that is alone in a block.
-    """
-    part = min(left, most)
-    while part > 2 and 1 in (left - part, part % QUERIES):
-        part -= 1
-    return part

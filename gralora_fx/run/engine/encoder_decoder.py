@@ -105,6 +105,8 @@ class EncoderDecoder(Decoder):
             raise ServingError("an encoder-decoder answers what its encoder reads, and there is no source; give one")
         source = _checked(source, self._session)
         loaded = None if adapter is None else self._adapters[adapter]
+        if loaded is not None:
+            loaded.check_acts_everywhere("an encoder-decoder")
         session = with_adapter(self._session, self._adapters.tensors_for(adapter, self._session))
         hidden = self._encodings.get(source, adapter, loaded, lambda: _encoded(session.encoder, source))
         fixed = {"encoder_hidden_states": hidden}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _ENDS = "eos_token_id"
 UNLIMITED = 2048  # positions of a decoder whose configuration names no limit, for a cache of some size
 QUERIES = 16  # ONNX Runtime's attention takes queries in blocks of a multiple of it
+LEAST_CHUNK = 3  # tokens of a step that leave none of a longer prompt to be read by itself (see `part_length`)
 # fields of configurations for the number of positions
 CONTEXT_FIELDS = (
     "max_position_embeddings",
@@ -147,3 +148,15 @@ class PromptLimit:
         """Check that tokens fit."""
         if self.most is not None and len(tokens) > self.most:
             raise TooLargeError(f"{self.what} has {len(tokens)} tokens, {self.excess}; shorten it")
+
+
+def part_length(left: int, most: int) -> int:
+    """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
+
+    A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
+    that is alone in a block.
+    """
+    part = min(left, most)
+    while part > 2 and 1 in (left - part, part % QUERIES):
+        part -= 1
+    return part

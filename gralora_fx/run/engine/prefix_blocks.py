@@ -12,6 +12,7 @@ from torch import Tensor
 BLOCK = 64  # most tokens of a block
 OVERHEAD, OF_TOKEN = 2048, 40  # bytes of a block, and of each of its tokens, beside keys, values and states
 _ALIGNMENT = 16  # bytes
+_NUMBER = 256  # bits of a token, or of what stands for one, above which is the number of the adapter that reads it
 Kind: TypeAlias = tuple[tuple[int, ...], torch.dtype]  # of a tensor: its shape and its numbers
 Root: TypeAlias = tuple[Any, str | None]  # the version of an adapter, None for the base; and the salt
 
@@ -68,6 +69,16 @@ def upwards(block: TokenBlock | None) -> Iterator[TokenBlock]:
     while block is not None:
         yield block
         block = block.above
+
+
+def owned(token: int, number: int) -> int:
+    """Return what stands for a token that an adapter reads after those of the base."""
+    return token + (number << _NUMBER)
+
+
+def owner_of(token: int) -> int:
+    """Return the number of the adapter that reads a token after those of the base; 0 for the base."""
+    return token >> _NUMBER
 
 
 def common(known: Sequence[int], tokens: Sequence[int]) -> int:

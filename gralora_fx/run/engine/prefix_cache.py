@@ -31,6 +31,7 @@ from gralora_fx.run.engine.prefix_blocks import (
     TokenBlock,
     common,
     length_of,
+    owner_of,
     unpacked,
     upwards,
 )
@@ -156,7 +157,8 @@ class PrefixCache:
                 is a chance, too.
         """
         with self._lock:
-            if root[0] is not None and root[0] in self._gone:
+            owner = owner_of(tokens[-1]) if tokens else 0
+            if any(each is root[0] or (owner and owner == getattr(each, "number", 0)) for each in self._gone):
                 return
             if self._states and length_of(self._kinds(len(tokens))) + length_of(self._states) > self.room:
                 return
@@ -191,16 +193,30 @@ class PrefixCache:
         """Free the blocks of a version of an adapter, for good."""
         with self._lock:
             self._gone.add(version)
+            number = getattr(version, "number", None)
             for root in [root for root in self._roots if root[0] is version]:
-                blocks = [self._roots.pop(root)]
-                while blocks:
-                    block = blocks.pop()
-                    blocks += block.below.values()
-                    if block.above is not None:
-                        self._recent.pop(block, None)
-                        self._chances.pop(block, None)
-                        self._bytes_used -= block.size
-                        self._count -= 1
+                self._free(self._roots.pop(root))
+            waiting = list(self._roots.values())
+            while waiting:
+                block = waiting.pop()
+                if block.above is not None and owner_of(block.tokens[-1]) == number:
+                    del block.above.below[block.tokens[0]]
+                    self._free(block)
+                    self._prune(block.above)
+                else:
+                    waiting += block.below.values()
+
+    def _free(self, block: TokenBlock) -> None:
+        """Free a block and all below it."""
+        blocks = [block]
+        while blocks:
+            block = blocks.pop()
+            blocks += block.below.values()
+            if block.above is not None:
+                self._recent.pop(block, None)
+                self._chances.pop(block, None)
+                self._bytes_used -= block.size
+                self._count -= 1
 
     def _path(self, root: Root, tokens: Sequence[int]) -> Iterator[tuple[TokenBlock, int]]:
         """The blocks that a text begins with, and how many tokens of each it has: all, but maybe of the last."""

@@ -26,6 +26,7 @@ class _Row:
     """A row that is open."""
 
     values: Mapping[str, Any]  # the tensors of its adapter, as the session takes them
+    base: Mapping[str, Any]  # those of the base, with which it reads before its adapter acts
     steps: BufferedSteps | None  # what runs it where its cache is in buffers; None where a step gives the next cache
     cache: Mapping[str, Any]  # its keys and values, which the last step gave
 
@@ -51,12 +52,12 @@ class SequentialDecoder(Decoder):
 
     def _begin(self, row: int, adapter: str | None, source: Source | None) -> None:
         self._given.begin(row, source)
-        values = self._adapters.tensors_for(adapter, self._session)
+        values, base = (self._adapters.tensors_for(name, self._session) for name in (adapter, None))
         if self._takes_buffers:
             steps = BufferedSteps(self._session, CacheBuffers(self._session, 1, self.capacity))
-            self._open[row] = _Row(values, steps, {})
+            self._open[row] = _Row(values, base, steps, {})
         else:
-            self._open[row] = _Row(values, None, empty_values(self._session, 1))
+            self._open[row] = _Row(values, base, None, empty_values(self._session, 1))
 
     def _row_size(self, tokens: int, count: int) -> int:
         return self._layout.row_size(tokens + count)
@@ -74,6 +75,7 @@ class SequentialDecoder(Decoder):
     def _step(self, number: int, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
         """The cache after a row has read tokens, where that is another one, and the logits."""
         row, total, ids = self._open[number], past + len(tokens), tokens[None].copy()
+        adapter = row.values if self.acts(number, past) else row.base
         inputs = {
             "input_ids": ids,
             "attention_mask": np.ones((1, total), dtype=np.int64),
@@ -83,10 +85,10 @@ class SequentialDecoder(Decoder):
         feed |= self._given.arrays({number: tokens}, {number: past}, range(number, number + 1), ids)
         cache: Mapping[str, Any] = {}
         if row.steps is not None:
-            logits = row.steps(feed, row.values)
+            logits = row.steps(feed, adapter)
         else:
             own = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feed.items()}
-            values = {**own, **row.cache, **row.values}
+            values = {**own, **row.cache, **adapter}
             outputs = self._session.run_with_ort_values(self._outputs, values, QUIET_RUN)
             results = dict(zip(self._outputs, outputs, strict=True))
             cache, logits = as_past(results), as_tensor(results["logits"])

@@ -223,12 +223,12 @@ class RowsDecoder(Decoder):
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
         self._stacks = [_NO_STACK] if self._row_stacks is None else self._stacks_of(self._row_stacks)
         parts: list[dict[int, NDArray[np.int64]]] = [{} for _ in self._stacks]
-        for row, array in read.items():
-            adapter = self._row_adapters[row]
+        acting = {row: self._acting(row) for row in read}
+        for row, adapter in acting.items():
             if adapter is not None:
-                parts[next(n for n, stack in enumerate(self._stacks) if adapter in stack.ids)][row] = array
+                parts[next(n for n, stack in enumerate(self._stacks) if adapter in stack.ids)][row] = read[row]
         most = max(parts, key=len)  # rows of the base are in all stacks
-        most |= {row: array for row, array in read.items() if self._row_adapters[row] is None}
+        most |= {row: read[row] for row, adapter in acting.items() if adapter is None}
         logits: dict[int, NDArray[Any]] = {}
         before = dict(self._lengths)
         runs = [(run, stack) for part, stack in zip(parts, self._stacks, strict=True) for run in self._runs(part)]
@@ -236,6 +236,10 @@ class RowsDecoder(Decoder):
             logits |= self._run_together(run, last, stack, before)
             before |= {row: before[row] + len(array) for row, array in run.items()}  # idle from then on
         return logits
+
+    def _acting(self, row: int) -> LoadedAdapter | None:
+        """Return the adapter with which a row reads now: the base before its own acts."""
+        return self._row_adapters[row] if self.acts(row, self._lengths[row]) else None
 
     def _runs(self, read: Mapping[int, NDArray[np.int64]]) -> list[Mapping[int, NDArray[np.int64]]]:
         """Rows that read tokens, in runs: all in one, or those with several tokens apart where padding costs more.
@@ -262,7 +266,7 @@ class RowsDecoder(Decoder):
         numbers = np.full(len(rows), BASE, dtype=np.int64)
         for row, array in read.items():
             self._buffers.take(row, lengths[row] + len(array))
-            numbers[row - rows.start] = stack.ids[self._row_adapters[row]]
+            numbers[row - rows.start] = stack.ids[self._acting(row)]
             ids[row - rows.start, : len(array)], query[row - rows.start] = array, len(array)
             is_several = row in last and self._lengths[row] + _SEVERAL <= self.capacity
             attended[row - rows.start] = max(len(array), _SEVERAL if is_several else 1)

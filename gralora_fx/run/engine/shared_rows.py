@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gralora_fx.run.engine.limits import QUERIES
-from gralora_fx.run.engine.prefix_blocks import BLOCK, common
+from gralora_fx.run.engine.prefix_blocks import BLOCK, common, owned
 from gralora_fx.run.engine.prefix_cache import PrefixCache
 
 _LEFT = 2  # tokens that a row reads itself, at least
@@ -31,12 +31,16 @@ class _SharedRow:
     stops: set[int] = field(default_factory=set)
     # what stands for tokens that it was given something in the place of, by position
     names: Mapping[int, int] = field(default_factory=dict)
+    start: int = 0  # the first token on which its adapter acts; what is before it is the base's, whose text it goes on
+    adapter: int = 0  # the adapter's number, of one that acts from a token on
 
     def named(self, start: int, tokens: Sequence[int]) -> list[int]:
         """Return tokens from a position on as they are told from others."""
-        if not self.names:
+        if not self.names and not self.adapter:
             return list(tokens)
-        return [self.names.get(position, token) for position, token in enumerate(tokens, start)]
+        named = [self.names.get(position, token) for position, token in enumerate(tokens, start)]
+        base = max(self.start - start, 0)
+        return [*named[:base], *(owned(token, self.adapter) for token in named[base:])]
 
 
 class SharedRows:
@@ -73,7 +77,9 @@ class SharedRows:
         self.cache, self._tensors, self._states, self._is_float32 = cache, tensors, states, is_float32
         self._rows: dict[int, _SharedRow] = {}
 
-    def begin(self, row: int, version: Any, salt: str | None, names: Mapping[int, int] | None) -> None:
+    def begin(
+        self, row: int, version: Any, salt: str | None, names: Mapping[int, int] | None, start: int | None = None
+    ) -> None:
         """A row is opened.
 
         Args:
@@ -81,8 +87,12 @@ class SharedRows:
             version: The version of its adapter.
             salt: Rows share what they read with those of the same salt alone.
             names: What stands for tokens that it was given something in the place of; None if nothing tells them.
+            start: The first token on which the adapter acts, after those of the base; None for all.
         """
-        self._rows[row] = _SharedRow((version, salt), names=names or {})
+        if version is None or start is None:
+            self._rows[row] = _SharedRow((version, salt), names=names or {})
+        else:  # a text of the base, which goes on with tokens that are the adapter's own
+            self._rows[row] = _SharedRow((None, salt), names=names or {}, start=start, adapter=version.number)
         if names is None:
             self.lose([row])
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.errors import ServingError, first_line
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, names_of_rows
-from gralora_fx.run.engine.decoder import LEAST_CHUNK, Decoder, part_length
-from gralora_fx.run.engine.limits import DecoderLimits, DecoderSize, PromptLimit
+from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.engine.limits import LEAST_CHUNK, DecoderLimits, DecoderSize, PromptLimit, part_length
 from gralora_fx.run.generate.answer_options import AnswerOptions, AnswerStart
 from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
 from gralora_fx.run.generate.completion import Completion, TextRequest
@@ -204,7 +204,11 @@ class _Rows:
         several = max(_FORCED if options.constraint is not None else LEAST_CHUNK, 1 + self._most)
         self._chunk = min(max(longest, several), capacity, _CHUNK if count == 1 else _CHUNK_OF_MANY)
         self._decoder = generation.open_decoder(DecoderSize(count, capacity, self._chunk))
-        self._rows = [self._decoder.open(request.adapter, request.arrays) for request in requests]
+        starts = [self._decoder.start_of(request.adapter, request.prompt) for request in requests]
+        self._rows = [
+            self._decoder.open(request.adapter, request.arrays, start=start)
+            for request, start in zip(requests, starts, strict=True)
+        ]
         verifies = self._decoder.verify_problem is None
         self._proposer: Proposer = generation.proposer if verifies else NoProposals()
         self._answers = [

@@ -82,7 +82,7 @@ def try_decoder(model: OrtModel) -> AdapterTrial:
     decoder = model.decoder(rows=1, capacity=1, chunk=1)
 
     def run(key: str | None) -> list[NDArray[Any]]:
-        row = decoder.open(key, source)
+        row = decoder.open(key, source, start=0)  # where it acts, since the base runs otherwise
         try:
             return [decoder.step({row: [token]})[row]]
         finally:

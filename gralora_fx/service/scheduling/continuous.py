@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from gralora_fx.base.amounts import shown_size
+from gralora_fx.run.engine.adapters import NotInvokedError
 from gralora_fx.run.engine.cache_memory import NoRoomError
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.generate.answer_row import AnswerRow, NoProposals, Proposer, new_proposer
@@ -87,6 +88,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         for request, _ in requests:
             request.check(self.limits)
             self._decoder.check_room(request.max_length, request.adapter, request.arrays)
+            self._check_invoked(request)
         self._check_memory()
         jobs = []
         for request, sink in requests:
@@ -96,6 +98,13 @@ class ContinuousScheduler(JobQueue[TextJob]):
             jobs.append(TextJob(request, answer, ends, sink))
         self.put(jobs)
         return jobs
+
+    def _check_invoked(self, request: TextRequest) -> None:
+        """Check that a prompt has the tokens from which on its adapter acts."""
+        try:
+            self._decoder.start_of(request.adapter, request.prompt)
+        except NotInvokedError as error:
+            raise NotInvokedError(error.adapter, self._tokenizer.decode(error.adapter.acts_from)) from error
 
     def _check_memory(self) -> None:
         """Raise if the requests waiting for memory already need all of it."""
@@ -148,7 +157,11 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     break
                 job.begin(self._proposer)  # before a row is taken
                 row = self._decoder.open(
-                    job.adapter, job.request.arrays, salt=job.request.options.salt, max_length=job.request.max_length
+                    job.adapter,
+                    job.request.arrays,
+                    salt=job.request.options.salt,
+                    max_length=job.request.max_length,
+                    start=self._decoder.start_of(job.adapter, job.request.prompt),
                 )
                 if not job.request.options.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read

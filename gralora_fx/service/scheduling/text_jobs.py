@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from gralora_fx.run.engine.decoder import part_length
+from gralora_fx.run.engine.limits import part_length
 from gralora_fx.run.generate.answer_row import AnswerRow, Proposer
 from gralora_fx.run.generate.completion import Completion, Ending, TextRequest
 from gralora_fx.run.generate.request_errors import RunError
