@@ -30,6 +30,7 @@ NAMES = (
     "answer-grammars",
     "tool-schemas",
     "prefix-cache",
+    "activated",
     "speculation",
     "adapters",
     "streaming",

@@ -74,6 +74,7 @@ JOBS = (
     Job("load and generate", _GENERATE, 51, 7_000),  # the export that the job before it wrote
 )
 NAMED = {
+    "activated": r"(?<![rq])alora|activated (adapter|lora)",
     "experts": "expert",
     "quantization": "quantiz",
     "images": r"(?<!input_)image(?!/svg|_url)|pixel",  # a type in HTTP and a field of OpenAI's are of another kind
@@ -86,6 +87,7 @@ NAMED = {
     "states": "linear_?attention|state.?space|recurrence|mamba|causal_?conv",
 }
 APART = (
+    "activated",
     "experts",
     "images",
     "nf4",

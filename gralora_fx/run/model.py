@@ -169,10 +169,10 @@ class OrtModel(OpenExport):
 
     def _with_adapter(self, adapter: Any, feed: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
         """The session that runs a call with an adapter, or one for each row, and what to feed it besides."""
-        for name in filter(None, [adapter] if isinstance(adapter, str) else adapter or ()):
-            self.adapters[name].check_acts_everywhere("a call (generate finds where it acts)")
         if not (adapter is None or isinstance(adapter, str)):
             return self._rows_for(adapter), self.adapters.rows(adapter, next(iter(feed.values())).shape[0])
+        if adapter is not None:
+            self.adapters[adapter].check_acts_everywhere("a call (generate finds where it acts)")
         return with_adapter(self.session, self.adapters.tensors_for(adapter, self.session)), {}
 
     def _rows_for(self, adapter: object) -> Any:

@@ -5,30 +5,33 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from made_once import made_once
 from served_exports import CACHED, LLAMA, chat_tokenizer
 from starlette.testclient import TestClient
 from traces import fresh_trace
 
-from gralora_fx import LoraConfig, rewrite
+from gralora_fx import LoraConfig, rewrite, trace
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.exporters import export_onnx
 from gralora_fx.run.engine.decoder import Decoder
 from gralora_fx.run.engine.limits import part_length
 from gralora_fx.service.app import create_app
 from gralora_fx.serving import load
+from tests.architectures.tiny_decoders import tiny_decoder
 
 ADAPTERS = {"judge": [90, 91], "guide": [92, 93]}
 CONTEXT = [3 + number % 80 for number in range(100)]
 LONG: dict[str, Any] = {**LLAMA, "max_position_embeddings": 256}
 
 
-def make_export(folder: Path) -> None:
+def make_export(folder: Path, **options: Any) -> None:
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "init_lora_weights": False}
     traced = fresh_trace("llama", task=CACHED, **LONG)
     model = None
@@ -41,7 +44,7 @@ def make_export(folder: Path) -> None:
     assert model is not None
     model.add_adapter("plain", LoraConfig(**fields))
     model.set_adapter([*ADAPTERS, "plain"])
-    export_onnx(model, folder / "export", adapters="data", verify=False, tokenizer=chat_tokenizer())
+    export_onnx(model, folder / "export", adapters="data", verify=False, tokenizer=chat_tokenizer(), **options)
 
 
 @pytest.fixture
@@ -52,10 +55,11 @@ def export(tmp_path: Path) -> Path:
 
 def answer(decoder: Decoder, prompt: list[int], adapter: str | None, count: int = 6) -> tuple[list[int], int, Any]:
     """A row's greedy answer, how many tokens of its prompt it took over, and the logits after the prompt."""
-    row = decoder.open(adapter, start=decoder.start_of(adapter, prompt))
+    start = decoder.start_of(adapter, prompt)
+    row = decoder.open(adapter, start=start)
     filled = at = decoder.fill(row, prompt)
     while at < len(prompt):
-        part = part_length(len(prompt) - at, decoder.chunk)
+        part = part_length(len(prompt) - at, decoder.chunk, (start or 0) - at)
         logits = first = decoder.step({row: prompt[at : at + part]})[row].copy()
         at += part
     tokens: list[int] = []
@@ -115,6 +119,45 @@ def test_an_adapter_that_is_unloaded_takes_its_tokens_along_and_no_others(export
         blocks += block.below.values()
     assert len(cache) == len(blocks) - len(cache._roots)
     assert cache.size == sum(block.size for block in blocks if block.above is not None)
+
+
+@pytest.mark.parametrize("chunk", [64, 7])
+def test_where_numbers_are_rounded_every_logit_is_the_cold_one_bit_for_bit(tmp_path: Path, chunk: int) -> None:
+    made = made_once("activated-int4", partial(make_export, quantize="int4"))
+    model = load(made / "export", threads=1)
+    warm, cold = (model.decoder(rows=2, capacity=200, chunk=chunk, **more) for more in ({"prefix_cache": 10**7}, {}))
+    prompts = [
+        (CONTEXT, None),
+        ([*CONTEXT, 90, 91], "judge"),
+        ([*CONTEXT, 90, 91, 5, 6], "judge"),
+        ([*CONTEXT[:41], 92, 93, 7, 8], "guide"),
+        ([*CONTEXT[:40], 7, 92, 93, 7, 8], "guide"),  # all but one token before the invocation are known
+        ([*CONTEXT, 7, 90, 91, 9], "judge"),
+    ]
+    filled = []
+    for prompt, name in prompts:
+        found, expected = (answer(decoder, prompt, name) for decoder in (warm, cold))
+        assert np.array_equal(found[2], expected[2])
+        assert found[0] == expected[0]
+        filled.append(found[1])
+    assert filled == [0, 100, 102, 41, 39, 99]
+
+
+def test_layers_that_keep_states_go_on_from_where_the_base_was(tmp_path: Path) -> None:
+    traced = trace(tiny_decoder("Qwen3NextForCausalLM", vocab_size=101, max_position_embeddings=256), task=CACHED)
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "out_proj"]}
+    config = LoraConfig(**fields, alora_invocation_tokens=[90, 91], init_lora_weights=False)
+    model = rewrite(traced, config, adapter_name="judge")
+    export_onnx(model, tmp_path / "export", adapters="data", verify=False)
+    opened = load(tmp_path / "export", threads=1)
+    ids = [*CONTEXT, 90, 91, 5, 6]
+    answers = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :].tolist()
+    assert opened.generate(ids, adapter="judge", max_new_tokens=6) == answers
+    decoder = opened.decoder(rows=2, capacity=200, chunk=64, prefix_cache=10**7)
+    assert answer(decoder, ids, "judge")[:2] == (answers, 0)
+    again = answer(decoder, [*ids, 7, 8], "judge")
+    assert again[1] == len(ids)
+    assert answer(decoder, [*CONTEXT, 9, 10, 11], None)[1] == len(CONTEXT)  # a snapshot of the base's states
 
 
 @pytest.fixture

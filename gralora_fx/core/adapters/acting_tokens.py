@@ -148,7 +148,7 @@ def _part() -> Any:
     found = parts("acting tokens")
     if not found:
         raise RewriteError(
-            "the adapter acts from tokens on (alora_invocation_tokens), and features/activated is missing"
+            f"the adapter acts from tokens on ({ACTING}), and the feature that finds them is not installed"
         )
     return found[0]
 

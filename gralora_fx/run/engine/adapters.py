@@ -236,6 +236,8 @@ class Adapters(Mapping[str, LoadedAdapter]):
     def rows(self, adapter: object, count: int) -> dict[str, Any]:
         """What a graph with an adapter a row takes beside a call's own inputs: the adapters, and which each row has."""
         chosen = [None if name is None else self[name] for name in names_of_rows(adapter, count)]
+        for each in filter(None, chosen):
+            each.check_acts_everywhere("a call (generate finds where it acts)")
         stack = self.stack_of([each for each in chosen if each is not None])
         return {**stack.values, ADAPTER_IDS: np.array([stack.ids[each] for each in chosen], dtype=np.int64)}
 

@@ -150,12 +150,15 @@ class PromptLimit:
             raise TooLargeError(f"{self.what} has {len(tokens)} tokens, {self.excess}; shorten it")
 
 
-def part_length(left: int, most: int) -> int:
+def part_length(left: int, most: int, before: int = 0) -> int:
     """How many of the tokens that are left of a text to read in the next step, so that none is read alone if possible.
+
+    Of these, the base may read some before an adapter acts, which are then read first.
 
     A step of one token computes other last digits than one of several (see `SharedRows`), and so does attention of one
     that is alone in a block.
     """
+    left = before if 0 < before < left else left
     part = min(left, most)
     while part > 2 and 1 in (left - part, part % QUERIES):
         part -= 1

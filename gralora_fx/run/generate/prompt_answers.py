@@ -218,7 +218,8 @@ class _Rows:
         self._logits: dict[int, NDArray[Any]] = {}
         tokens: dict[int, Sequence[int]] = {row: request.prompt for row, request in enumerate(requests)}
         while tokens:
-            counts = {row: part_length(len(left), self._chunk) for row, left in tokens.items()}
+            before = {row: (starts[row] or 0) - self._decoder.length(self._rows[row]) for row in tokens}
+            counts = {row: part_length(len(left), self._chunk, before[row]) for row, left in tokens.items()}
             self._read({row: tokens[row][:count] for row, count in counts.items()}, {})
             tokens = {row: left[counts[row] :] for row, left in tokens.items() if counts[row] < len(left)}
 

@@ -156,12 +156,14 @@ class ContinuousScheduler(JobQueue[TextJob]):
                         self._waiting.appendleft(job)
                     break
                 job.begin(self._proposer)  # before a row is taken
+                start = self._decoder.start_of(job.adapter, job.request.prompt)
+                job.start = start or 0
                 row = self._decoder.open(
                     job.adapter,
                     job.request.arrays,
                     salt=job.request.options.salt,
                     max_length=job.request.max_length,
-                    start=self._decoder.start_of(job.adapter, job.request.prompt),
+                    start=start,
                 )
                 if not job.request.options.scores_prompt:  # every position's logits are wanted then
                     job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read

@@ -63,6 +63,7 @@ class TextJob:
         is_done: Whether its caller was told the end.
         read: Number of prompt tokens read, or taken from the prefix cache.
         cached: Number of prompt tokens taken from the prefix cache.
+        start: Number of prompt tokens that the base reads before the adapter acts.
         row: The answer as the decoder's row reads it, once the job has begun.
         is_answering: Whether its prompt is read, so that it reads chosen tokens.
         times: When it reached each stage.
@@ -74,7 +75,7 @@ class TextJob:
         """Start a job."""
         self.request, self.answer = request, answer
         self.is_done = False
-        self.read = self.cached = 0
+        self.read = self.cached = self.start = 0
         self.row: AnswerRow | None = None
         self.is_answering = False
         self._ends, self._sink, self._cancelled = ends, sink, threading.Event()
@@ -121,7 +122,8 @@ class TextJob:
         if self.is_answering:
             assert self.row is not None
             return self.row.next_tokens(most)
-        return list(self.request.prompt[self.read : self.read + part_length(self.unread, most)])
+        part = part_length(self.unread, most, self.start - self.read)
+        return list(self.request.prompt[self.read : self.read + part])
 
     def advance(
         self, count: int, logits: NDArray[Any], saw: Callable[[int, bool], None] = lambda matched, is_proposed: None
