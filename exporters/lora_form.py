@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.base.progress.report import Invocation, Report, Summary, written, written_lines
+from gralora_fx.base.sources import ACTING
 from gralora_fx.core.adapters.adapter_files import adapter_writers
 from gralora_fx.core.adapters.parameter_keys import names_parameter, parameter_keys
 from gralora_fx.core.adapters.stored_adapter import StoredAdapter, open_adapter
 from gralora_fx.core.config import CONFIG_NAME, AdapterConfig
-from gralora_fx.core.config.checks import ACTING, KEY_PREFIX, check_integer, fullmatch
+from gralora_fx.core.config.checks import KEY_PREFIX, check_integer, fullmatch
 from gralora_fx.core.methods.arrays import to_numpy
 from gralora_fx.core.methods.forms import Truncated, truncate, update_norm
 from gralora_fx.core.methods.lora import Lora, LoraConfig
@@ -243,9 +244,10 @@ def _lora_config(config: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """PEFT's `LoraConfig` of scale 1 that selects the same layers."""
     shared = (
         *("exclude_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
-        *("task_type", "base_model_name_or_path", "revision", "base_quantization", ACTING),
+        *("task_type", "base_model_name_or_path", "revision", "base_quantization"),
     )
     fields: dict[str, Any] = {name: getattr(config, name) for name in shared} | _targets(config, ranks)
+    fields[ACTING] = list(config.acts_from) or None
     r, _ = Counter(ranks.values()).most_common(1)[0]
     pattern = {_pattern_key(path, ranks): rank for path, rank in ranks.items() if rank != r}
     return LoraConfig().changed(

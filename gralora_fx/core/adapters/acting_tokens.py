@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.base.features import parts
-from gralora_fx.core.config.checks import ACTING
+from gralora_fx.base.sources import ACTING
 from gralora_fx.core.graph.surgery import add_tuple_input, annotate
 from gralora_fx.core.methods.low_rank import at_tokens, take_rows
 from gralora_fx.errors import RewriteError, shown

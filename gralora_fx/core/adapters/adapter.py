@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gralora_fx.base.sources import ACTING
 from gralora_fx.base.sources.lazy_tensors import values_of
-from gralora_fx.core.adapters.acting_tokens import acting_of
 from gralora_fx.core.adapters.insert_adapter import InsertAdapter, Insertion
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import ACTING, KEY_PREFIX
+from gralora_fx.core.config.checks import KEY_PREFIX
 from gralora_fx.core.graph.module_tree import ModuleTree
 from gralora_fx.core.graph.sites import LinearSite
 from gralora_fx.core.graph.surgery import ROOT, container_at
@@ -151,7 +151,11 @@ class ModelAdapter:
             site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
             own_dtype = dtype if dtype != site.weight.dtype else None
             insertions.append(Insertion(site, self.factors.paths[site.path], planned.sizes, planned.scale, own_dtype))
-        acting = acting_of(self.config)
+        acting = None
+        if self.config.acts_from:
+            from gralora_fx.core.adapters.acting_tokens import acting_of
+
+            acting = acting_of(self.config)
         return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout, acting)
 
     def everywhere(self) -> ModelAdapter:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from gralora_fx.core.adapters.acting_tokens import ActingTokens, Inserting
 from gralora_fx.core.adapters.other_parameters import OWN_WEIGHTS
 from gralora_fx.core.graph.linear_calls import LinearCall, calls_at, replace_operand
 from gralora_fx.core.graph.pipeline import PassResult, contract
@@ -20,6 +19,9 @@ from gralora_fx.core.methods import AdapterMethod, AdapterTensors, LayerCall, Si
 from gralora_fx.core.methods.low_rank import accumulate, set_rows
 from gralora_fx.core.tracing.normalize.modes import MODES
 from gralora_fx.errors import RewriteError
+
+if TYPE_CHECKING:
+    from gralora_fx.core.adapters.acting_tokens import ActingTokens, Inserting
 
 INSERTED = "adapters are inserted"
 

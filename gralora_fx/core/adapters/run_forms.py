@@ -20,7 +20,6 @@ from gralora_fx.base.compat.torch_graphs import (
     tree_leaves,
     tree_unflatten,
 )
-from gralora_fx.core.adapters.acting_tokens import check_not_packed, take_starts
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.graph.surgery import CountedGraph, copy_graph, erase_unused, overlay
 from gralora_fx.core.operators.attention import Attention, Documents
@@ -129,8 +128,12 @@ def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> Counted
     """Return a flat graph in another form, over the same tensors."""
     graph = copy_graph(flat)
     if form.takes_starts:
+        from gralora_fx.core.adapters.acting_tokens import take_starts
+
         take_starts(graph)
     if form.is_packed:
+        from gralora_fx.core.adapters.acting_tokens import check_not_packed
+
         check_not_packed(graph)
         _keep_texts_apart(graph, traced)
     if form.ends_at is not None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from gralora_fx.base.sources import ACTING
 from gralora_fx.core.config.checks import (
-    ACTING,
     ALL_LINEAR,
     CONFIG_NAME,
     CONTAINER,

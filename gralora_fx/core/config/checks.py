@@ -16,13 +16,12 @@ from typing import Any
 
 import regex
 
-from gralora_fx.base.sources import ADAPTER_FILE
+from gralora_fx.base.sources import ACTING, ADAPTER_FILE
 from gralora_fx.errors import ConfigError, RewriteError, option, shown
 
 CONFIG_NAME = ADAPTER_FILE
 ALL_LINEAR = "all-linear"
 KEY_PREFIX = "base_model.model."  # of every key of an adapter's tensors in PEFT's file
-ACTING = "alora_invocation_tokens"  # the field of those that say from which tokens on an adapter acts
 LARGEST = 2**24  # no layer is that wide
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gralora_fx.core.config.checks import ACTING
+from gralora_fx.base.sources import ACTING
 from gralora_fx.core.methods.arrays import Array, accumulator_of, cast, row_norms
 from gralora_fx.core.methods.lora import Lora, LoraConfig, LoraSizes
 from gralora_fx.core.methods.method import AdapterMethod, LayerCall

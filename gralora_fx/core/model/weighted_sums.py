@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from gralora_fx.base.sources import ACTING
 from gralora_fx.core.adapters.adapter import ModelAdapter
 from gralora_fx.core.config import AdapterConfig
-from gralora_fx.core.config.checks import ACTING
 from gralora_fx.core.methods import AdapterTensors, SummableMethod, Update
 from gralora_fx.core.methods.forms import as_gralora, summed, summed_lora
 from gralora_fx.core.methods.gralora import GraloraSizes

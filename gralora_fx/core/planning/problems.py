@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable, Sequence
 
 import torch
 
-from gralora_fx.base.features import parts
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.config.checks import pattern_key
 from gralora_fx.core.graph.module_tree import is_within
@@ -187,6 +186,8 @@ def _unfit_tokens(config: AdapterConfig, traced: TracedModel) -> list[str]:
     """Why an adapter cannot act from tokens on in a model."""
     if not config.acts_from:
         return []
+    from gralora_fx.base.features import parts
+
     return [problem for part in parts("acting tokens") for problem in part.problems(config.acts_from, traced)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from gralora_fx.base.compat.torch_graphs import is_transformed
-from gralora_fx.core.config.checks import ACTING
+from gralora_fx.base.sources import ACTING
 from gralora_fx.errors import listed, shown, warn_caller
 from gralora_fx.format.input_names import IDS
 

@@ -14,8 +14,8 @@ from weakref import WeakSet
 
 import numpy as np
 
+from gralora_fx.base.sources import ACTING
 from gralora_fx.base.sources.model_files import usable_path
-from gralora_fx.core.config.checks import acts_from, check_acts_everywhere
 from gralora_fx.errors import ServingError, command, listed, remedy, shown
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
@@ -60,6 +60,10 @@ class LoadedAdapter:
     @cached_property
     def acts_from(self) -> tuple[int, ...]:
         """The tokens from whose last occurrence in a prompt on it acts; none for one that acts everywhere."""
+        if self.record.config.get(ACTING) is None:
+            return ()
+        from gralora_fx.core.config.checks import acts_from
+
         return acts_from(self.record.config)
 
     @cached_property
@@ -85,7 +89,10 @@ class LoadedAdapter:
 
     def check_acts_everywhere(self, purpose: str) -> None:
         """Check that it acts on all tokens, for a purpose that would let it."""
-        check_acts_everywhere(self.acts_from, f"adapter {self.name!r}", purpose, ServingError)
+        if self.acts_from:
+            from gralora_fx.core.config.checks import check_acts_everywhere
+
+            check_acts_everywhere(self.acts_from, f"adapter {self.name!r}", purpose, ServingError)
 
 
 class NotInvokedError(ServingError):
@@ -94,8 +101,6 @@ class NotInvokedError(ServingError):
     Attributes:
         adapter: The adapter.
     """
-
-    field = "prompt"
 
     def __init__(self, adapter: LoadedAdapter, text: str | None = None) -> None:
         """Say which tokens these are, maybe as text."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gralora_fx.errors import ServingError, shown
-from gralora_fx.run.engine.adapters import Adapters
+
+if TYPE_CHECKING:
+    from gralora_fx.run.engine.adapters import Adapters
 
 
 class StartedRows:
