@@ -13,7 +13,7 @@ from gralora_fx.base.progress.stages import gc_pause, timed
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.inputs.input_trees import CacheLayout
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import ExportError, listed, marked, warn_caller
+from gralora_fx.errors import ExportError, TraceError, listed, marked, option, warn_caller
 from gralora_fx.exporters.artifact.manifest import describe, save_models, write_manifest
 from gralora_fx.exporters.artifact.program_files import write_program_files
 from gralora_fx.exporters.artifact.staging import (
@@ -218,13 +218,25 @@ def _input_names(manifest: Manifest) -> list[str]:
 def _companions(
     model: TracedModel | GraloraModel, conversion: Conversion, seconds: dict[str, float]
 ) -> dict[str, Conversion]:
-    """Return what is converted of each companion of a decoder, which most have none of."""
+    """Return what is converted of each companion of a decoder, which most have none of.
+
+    Raises:
+        ExportError: One cannot be traced, and the export is to be verified: nothing would tell what is made without it.
+    """
     traced = base_trace(model)
     if not beside_ids(traced.example_inputs):
         return {}
     with timed("companions", seconds, "tracing"):
-        if not traced.companions:
-            return {}
+        try:
+            if not traced.companions:
+                return {}
+        except TraceError as error:
+            alone = f"export with {option(verify=False)}, the decoder alone and unverified"
+            if conversion.options.level is None:
+                warn_caller(f"{marked(error)}; the decoder is exported without it")
+                return {}
+            texts = f"the decoder of its texts with {option(task='text-generation-with-past')}"
+            raise ExportError(f"{marked(error)}; nothing of it would be compared: {alone}, or {texts}") from error
         from gralora_fx.exporters.kinds.companion_models import companion_conversions
 
         return companion_conversions(model, conversion.options)

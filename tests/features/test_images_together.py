@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gralora_fx import GraloraModel, LoraConfig, TracedModel, merge, rewrite, trace
-from gralora_fx.errors import ServingError
+from gralora_fx.errors import ExportError, ServingError, in_command
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.features.images import image_prompts, vision_part
 from gralora_fx.serving import OrtModel, load
@@ -22,6 +22,7 @@ from tests.tiny_image_processors import drawn_image, tiny_processor
 
 _SIZES = {"vocab_size": 128, "max_position_embeddings": 512, "num_hidden_layers": 1}
 _TASK, _NEW = "image-text-to-text-with-past", 4
+_UNTRACED = "the part that reads pixels cannot be traced"
 _CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
 
@@ -154,3 +155,23 @@ def test_a_tower_is_traced_once_for_an_export_and_its_verification(
     merged, after = (load(tmp_path / name).companion_session("vision_encoder") for name in ("merged", "after"))
     feed = {"pixel_values": pixels.numpy()}
     assert np.allclose(merged.run(None, feed)[0], after.run(None, feed)[0], atol=1e-5)
+
+
+def test_a_part_that_cannot_be_traced_is_refused_unless_nothing_is_verified(tmp_path: Path) -> None:
+    """The decoder alone would take embeddings of images that nothing compared."""
+    source = tiny_image_model("LlavaForConditionalGeneration", num_hidden_layers=1).eval()
+    tower = source.model.vision_tower
+    forward = tower.forward
+    tower.forward = lambda pixel_values, **options: forward(
+        pixel_values * (1 if float(pixel_values.detach().sum()) > 0 else 2), **options
+    )
+    model = trace(source, task=_TASK)
+    with pytest.raises(ExportError, match=_UNTRACED) as refused:
+        export_onnx(model, tmp_path / "export")
+    text = in_command(refused.value)
+    assert "--no-verify" in text
+    assert "--task text-generation-with-past" in text
+    assert not (tmp_path / "export").exists()
+    with pytest.warns(UserWarning, match=_UNTRACED):
+        export_onnx(model, tmp_path / "export", verify=False)
+    assert not (tmp_path / "export" / "vision_encoder.onnx").exists()

@@ -26,7 +26,7 @@ from gralora_fx.core.graph.surgery import map_parameters, placeholder_parameters
 from gralora_fx.core.tracing.check import gap
 from gralora_fx.core.tracing.trace import trace
 from gralora_fx.core.tracing.traced_model import TracedModel
-from gralora_fx.errors import TraceError, first_line, marked, warn_caller
+from gralora_fx.errors import TraceError, first_line, marked
 from gralora_fx.features.images import vision_grids
 from gralora_fx.features.images.image_inputs import drawn_patches
 from gralora_fx.features.images.tasks_and_inputs import DEEPSTACK, IMAGE_FEATURES, IMAGES, VISION_ENCODER, reads_images
@@ -62,12 +62,13 @@ class VisionForm(ABC):
 def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
     """Return the trace of what reads pixels, by the name of its file; none of a model that reads texts alone.
 
-    Where there is such a part that cannot be traced, a warning says why.
+    Raises:
+        TraceError: There is such a part, and it cannot be traced.
     """
     source = traced.source
     if isinstance(source, str):
         if getattr(traced.config, "vision_config", None) is not None:
-            warn_caller(f"{_NOT_EXPORTED}: {source}; trace the model itself")
+            raise TraceError(f"{_NOT_TRACED}: {source}; trace the model itself")
         return {}
     model = source.model
     if not isinstance(model, PreTrainedModel) or not reads_images(model):
@@ -75,12 +76,11 @@ def vision_part(traced: TracedModel) -> dict[str, TracedModel]:
     try:
         part = _traced_part(model, form_of(model))
     except TraceError as error:
-        warn_caller(f"{_NOT_EXPORTED}: {marked(error)}")
-        return {}
+        raise TraceError(f"{_NOT_TRACED}: {marked(error)}") from error
     return {VISION_ENCODER: _over_parameters(part, model, traced)}
 
 
-_NOT_EXPORTED = "the part that reads pixels is not exported"
+_NOT_TRACED = "the part that reads pixels cannot be traced"
 
 
 def form_of(model: PreTrainedModel) -> VisionForm:
