@@ -147,11 +147,13 @@ def export_onnx(
         with timed("choose", seconds, "quantizing"):
             conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds, "converting"), gc_pause():
-        models = flavour.convert(conversion)
+        models, programs = flavour.convert(conversion), dict[str, Any]()
         if companions:
-            from gralora_fx.exporters.kinds.companion_models import companion_models
+            from gralora_fx.exporters.kinds.companion_models import companion_models, program_models
 
             models = {**models, **companion_models(companions)}
+            programs = program_models(conversion, models, companions)
+            models = {**models, **programs}
         if conversion.adapters is not None:
             from gralora_fx.exporters.kinds.data_sites import check_found
             from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
@@ -167,7 +169,8 @@ def export_onnx(
 
                 write_tokenizer(stage, conversion.traced, options.tokenizer, companions)
             flavour.write_files(stage, conversion.traced, models)
-            manifest = describe(conversion, models, companions, flavour=flavour.name, logits=flavour.logits(options))
+            kind = {"flavour": flavour.name, "logits": flavour.logits(options)}
+            manifest = describe(conversion, models, companions, programs, **kind)
             write_manifest(stage, manifest)
             active: list[str] = []
             if isinstance(model, GraloraModel) and conversion.adapters is not None:

@@ -47,3 +47,20 @@ def genai_tokens(
             break
         tokens.append(token)
     return tokens
+
+
+def genai_answer(directory: Path, text: str, images: Sequence[Path], count: int) -> tuple[list[int], Mapping[str, Any]]:
+    """The greedy tokens after a text with places of images, and what onnxruntime-genai's own processor made of both."""
+    model = onnxruntime_genai.Model(str(directory))
+    opened = onnxruntime_genai.Images.open(*map(str, images)) if images else None
+    inputs = model.create_multimodal_processor()(text, images=opened)
+    read = {name: inputs[name].as_numpy() for name in inputs.keys()}  # noqa: SIM118
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=read["input_ids"].shape[1] + count, do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.set_inputs(inputs)
+    tokens: list[int] = []
+    while len(tokens) < count and not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    return tokens, read

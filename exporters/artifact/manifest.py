@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def describe(
     conversion: Conversion,
     models: Mapping[str, ir.Model],
     companions: Mapping[str, Conversion],
+    programs: Collection[str] = (),
     *,
     flavour: str,
     logits: str,
@@ -54,13 +55,14 @@ def describe(
         conversion: What was converted.
         models: All ONNX models of the export, by the names of their files.
         companions: What was converted of parts that run beside it, by the names of their files.
+        programs: Names of the files of models that other programs run in its place.
         flavour: The kind of export.
         logits: Which positions' logits it gives.
     """
     model, options, log = conversion.model, conversion.options, conversion.log
     traced = base_trace(model)
     graphs = {name: onnx_model.graph for name, onnx_model in models.items()}
-    described = {name: graph for name, graph in graphs.items() if name not in (ROWS, *companions)}
+    described = {name: graph for name, graph in graphs.items() if name not in (ROWS, *companions, *programs)}
     attention = attention_report(log)
     return Manifest(
         schema_version=SCHEMA_VERSION,

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.format.cache_slots import KINDS, CacheSlot, keeps_state, past_slots, slot_of
-from gralora_fx.format.export_directory import GENAI_CONFIG, MODEL_NAME
+from gralora_fx.format.export_directory import GENAI_CONFIG, MODEL, MODEL_NAME
 from gralora_fx.format.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
 from gralora_fx.run.engine.limits import UNLIMITED, context_length
 
@@ -31,10 +31,14 @@ def write_program_files(stage: Path, traced: TracedModel) -> None:
         traced.appended.write(stage)
 
 
-def write_genai_config(directory: Path, config: PreTrainedConfig, model: ir.Model) -> None:
-    """Write the configuration beside the model."""
-    text = json.dumps(genai_config(config, model), indent=2) + "\n"
-    (directory / GENAI_CONFIG).write_text(text, encoding="utf-8")
+def write_genai_config(directory: Path, config: PreTrainedConfig, models: Mapping[str, ir.Model]) -> None:
+    """Write the configuration beside a decoder's models, and what those that run with it add."""
+    from gralora_fx.base.features import parts
+
+    fields = genai_config(config, models[MODEL])
+    for write in parts("program files", models):
+        write(directory, config, models, fields)
+    (directory / GENAI_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def genai_config(config: PreTrainedConfig, model: ir.Model) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
+from gralora_fx.base.features import parts
 from gralora_fx.core.model.companions import companions_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
@@ -46,3 +47,13 @@ def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Mode
         if conversion.adapters is not None:
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     return models
+
+
+def program_models(
+    conversion: Conversion, models: Mapping[str, ir.Model], companions: Collection[str]
+) -> dict[str, ir.Model]:
+    """Return what other programs run in the place of the decoder, over the same weights, by the names of its files."""
+    found: dict[str, ir.Model] = {}
+    for graphs_of in parts("program graphs", companions):
+        found |= graphs_of(conversion.traced.config, models)
+    return found

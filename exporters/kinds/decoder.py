@@ -47,7 +47,7 @@ from gralora_fx.exporters.translation.weights import unless_weight
 from gralora_fx.exporters.verify.cases import Verification, decoder_inputs, random_prompts
 from gralora_fx.exporters.verify.greedy_tokens import compare_decoder
 from gralora_fx.format.cache_slots import CacheSlot
-from gralora_fx.format.export_directory import DECODER_KIND, MODEL
+from gralora_fx.format.export_directory import DECODER_KIND
 from gralora_fx.format.input_names import PAST
 
 
@@ -158,7 +158,7 @@ DECODER = Flavour(
     DECODER_KIND,
     convert=decoder_models,
     verification=Verification(decoder_inputs, random_prompts, compare_decoder),
-    write_files=lambda directory, traced, models: write_genai_config(directory, traced.config, models[MODEL]),
+    write_files=lambda directory, traced, models: write_genai_config(directory, traced.config, models),
     has_last_logits=True,
     shares_weights=True,
     has_companions=True,

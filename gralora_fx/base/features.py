@@ -78,6 +78,10 @@ POINTS: dict[str, str] = {
     "optional inputs": "A pass over an ONNX decoder that lets step inputs be left out; nothing is folded after it.",
     "given rows": "A subclass of run.engine.session_decoders.GivenRows: what rows begin with in the place of tokens, "
     "and the prompts of the embeddings that `generate` was given.",
+    "program graphs": "A function of a model's configuration and an export's ONNX models by the names of their files, "
+    "that returns more of them, over the same weights, which other programs run.",
+    "program files": "A function of an export's directory, the model's configuration, the ONNX models by the names of "
+    "their files and what genai_config.json holds, which it changes; it writes what other programs read beside them.",
     "companion files": "Returns what makes a companion's inputs of prompts, which is saved in the place of the "
     "tokenizer, given that and where it may have come from; None if there is nothing.",
     "given prompts": "A class as run.generate.prompt_answers.GivenPrompts, whose `of` takes an open export whose "
