@@ -60,6 +60,11 @@ class Engine:
         return False
 
     @property
+    def attached(self) -> tuple[str, ...]:
+        """Types of parts of a chat that it reads beside text."""
+        return ()
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Lines to log once it is ready."""
         return ()
@@ -72,6 +77,8 @@ class Engine:
 
 class AttachmentReader(Protocol):
     """Reads what chats hold beside text; features register one at the point "attachments"."""
+
+    kinds: tuple[str, ...]  # types of parts of messages that hold one, by OpenAI's names
 
     def files(self, attached: Sequence[tuple[str, str]]) -> list[bytes]:
         """Return the bytes of attachments, each given by its field and its URL; it may download them."""
@@ -120,6 +127,11 @@ class TextEngine(Engine):
     def takes_chats(self) -> bool:
         """Return whether it answers texts and its tokenizer has a chat template."""
         return self.takes_text and bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        """Types of parts of a chat that it reads beside text."""
+        return () if self.attachments is None else self.attachments.kinds
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -76,6 +76,7 @@ class ServiceInfo:
     # no texts
     context_length: int | None
     chat_template: bool  # whether it takes chats: it answers texts, and its tokenizer has a template for them
+    attachments: tuple[str, ...]  # types of parts of a chat's messages that it reads beside text, by OpenAI's names
     max_queue: int  # the most requests, or rows, that wait
     version: str  # the version of gralora-fx
 
@@ -102,6 +103,7 @@ def service_info(settings: ServiceSettings, engine: Engine) -> ServiceInfo:
         adapters_mode=manifest.adapters_mode,
         context_length=context if context is not None and context < _NO_LIMIT else None,
         chat_template=engine.takes_chats,
+        attachments=engine.attached,
         max_queue=settings.max_queue,
         version=version("gralora-fx"),
     )

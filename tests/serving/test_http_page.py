@@ -95,6 +95,7 @@ def test_facts_of_a_model_of_tensors(net: Path) -> None:
             "adapters_mode": "merged",
             "context_length": None,
             "chat_template": False,
+            "attachments": [],
             "max_queue": 7,
         }
         assert client.get("/page/index.html").status_code == 404

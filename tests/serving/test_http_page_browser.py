@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shlex
@@ -27,6 +28,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from sentence_encoders import save_encoder
 from served_exports import chat_tokenizer, decoders
+from tiny_image_processors import drawn_image, tiny_processor
 from tiny_models import tiny_model
 from tiny_speech import processor, sound, tiny_whisper, wav
 
@@ -37,6 +39,7 @@ from gralora_fx.exporters import export_onnx
 from gralora_fx.format import adapter_paths
 from gralora_fx.service.replies import TextAnswers
 from gralora_fx.serving import Decoder, load
+from tests.architectures.image_prompts import tiny_image_model
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -646,3 +649,68 @@ def test_speech_is_written_down(page: Page, folder: Path, services: Any) -> None
     assert not page.shown("#panels .error")
     assert not page.is_too_wide()
     assert all("400" in problem for problem in page.problems())
+
+
+def give(page: Page, kind: str, name: str, data: bytes) -> None:
+    """Paste or drop a file onto the chat."""
+    page.driver.execute_script(
+        """const [target, kind, name, text] = arguments;
+        const data = new DataTransfer();
+        const type = name.endsWith('.png') ? 'image/png' : 'text/plain';
+        data.items.add(new File([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], name, { type }));
+        const options = { bubbles: true, cancelable: true };
+        target.dispatchEvent(
+          kind === 'paste'
+            ? new ClipboardEvent('paste', { clipboardData: data, ...options })
+            : new DragEvent('drop', { dataTransfer: data, ...options }),
+        );""",
+        page.one("textarea[name=prompt]"),
+        kind,
+        name,
+        base64.b64encode(data).decode(),
+    )
+
+
+def test_images_are_chosen_pasted_and_dropped(
+    page: Page, folder: Path, services: Any, text_service: tuple[str, Any]
+) -> None:
+    source = tiny_image_model("LlavaForConditionalGeneration", vocab_size=128, max_position_embeddings=512).eval()
+    traced = trace(source, task="image-text-to-text-with-past")
+    export_onnx(traced, folder / "sees", verify=False, tokenizer=tiny_processor(source))
+    files = [folder / f"picture{number}.png" for number in range(3)]
+    for seed, file in enumerate(files):
+        drawn_image(70, 50, seed).save(file)
+    urls = [f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files]
+    page.open(services(ServiceSettings(folder / "sees"))[0])
+    page.fill("input[name=temperature]", "0")
+    page.fill("input[name=max_tokens]", "8")
+
+    def attached() -> list[str]:
+        return [str(image.get_attribute("src")) for image in page.all(".attached img")]
+
+    page.one("input[name=images]").send_keys(str(files[0]))
+    page.wait(lambda: attached() == urls[:1])
+    give(page, "paste", "pasted.png", files[1].read_bytes())
+    page.wait(lambda: attached() == urls[:2])
+    give(page, "drop", "dropped.png", files[2].read_bytes())
+    page.wait(lambda: attached() == urls)
+    give(page, "drop", "notes.txt", b"text")
+    page.wait(lambda: page.one(".panel .error").text == "notes.txt is not an image.")
+    page.one("button[aria-label='Remove image 2']").click()
+    page.wait(lambda: attached() == [urls[0], urls[2]])
+    page.fill("textarea[name=prompt]", "What is it?")
+    page.one("button[name=send]").click()
+    page.wait(lambda: ANSWERED in page.one(".note").text and page.one("button[name=send]").text == "Send")
+    assert [image.get_attribute("src") for image in page.all(".prompt img")] == [urls[0], urls[2]]
+    assert attached() == []
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in (urls[0], urls[2])]
+    asked = {"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}
+    body = {"model": "sees", "messages": [asked], "temperature": 0, "max_tokens": 8}
+    reference = post(f"{page.url}v1/chat/completions", body)["choices"][0]["message"]["content"]
+    assert page.one(".answer").get_property("textContent") == reference
+    unfold(page, "Copy as curl")
+    command = shlex.split(str(page.one("pre").get_property("textContent")).replace("\\\n", " "))
+    assert json.loads(command[-1])["messages"][0] == asked  # the chat goes on with them
+    assert page.problems() == []
+    page.open(text_service[0])
+    assert not page.shown("input[name=images]")  # of a model that reads texts alone

@@ -22,6 +22,8 @@ _MARK = "gralora-fx"
 class RequestImages:
     """Reads images of chats (see `service.engines.AttachmentReader`)."""
 
+    kinds = ("image_url",)
+
     def __init__(self, prompts: Any, tokenizer: Any, served: ServedImages) -> None:
         """Take what reads prompts with opened images, a tokenizer and the bounds."""
         self._prompts, self._tokenizer, self._served = prompts, tokenizer, served

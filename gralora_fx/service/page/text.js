@@ -1,6 +1,7 @@
 // Prompts and chats of a decoder, answered as they come.
 
 import { element, find, fromTemplate, number, showError } from "./dom.js";
+import { KIND, imageField, pictures } from "./images.js";
 import { events } from "./service.js";
 import { showCommand } from "./shell.js";
 
@@ -25,7 +26,8 @@ const FORMS = {
 };
 
 function messages(entry) {
-  const asked = { role: "user", content: entry.prompt };
+  const images = entry.images.map((url) => ({ type: KIND, [KIND]: { url } }));
+  const asked = { role: "user", content: images.length ? [...images, { type: "text", text: entry.prompt }] : entry.prompt };
   return entry.answer === null ? [asked] : [asked, { role: "assistant", content: entry.answer }];
 }
 
@@ -35,6 +37,7 @@ export function textPanel(kind, info, model, asksForKey) {
   const fields = find("form", panel).elements;
   const log = find(".log", panel);
   const empty = find(".empty", panel);
+  const attached = kind === "chat" && info.attachments.includes(KIND) ? imageField(panel, () => writeCommand()) : null;
   let entries = [];
   let abort = null;
 
@@ -51,8 +54,13 @@ export function textPanel(kind, info, model, asksForKey) {
     entries = [];
     log.replaceChildren(empty);
     showError(panel, null);
+    attached?.set([]);
     writeCommand();
     fields.prompt.focus();
+  }
+
+  function newEntry() {
+    return { prompt: fields.prompt.value, images: attached?.urls() ?? [], answer: null };
   }
 
   function setRunning(controller) {
@@ -93,7 +101,7 @@ export function textPanel(kind, info, model, asksForKey) {
 
   async function answer() {
     const controller = new AbortController();
-    const entry = { prompt: fields.prompt.value, answer: null };
+    const entry = newEntry();
     const asked = [...entries, entry];
     let body; // as it is now, also where fields change while it is answered
     try {
@@ -102,11 +110,12 @@ export function textPanel(kind, info, model, asksForKey) {
       showSchemaError(error);
       return;
     }
-    const shown = newEntry(entry.prompt);
+    const shown = exchange(entry);
     empty.remove();
     log.append(shown.item);
     log.scrollTop = log.scrollHeight;
     if (kind === "chat") fields.prompt.value = "";
+    attached?.set([]);
     showError(panel, null);
     setRunning(controller);
     const started = performance.now();
@@ -138,6 +147,7 @@ export function textPanel(kind, info, model, asksForKey) {
       if (!seen.stopped && seen.first === null) {
         shown.item.remove(); // nothing came: the prompt is in its field again
         fields.prompt.value ||= entry.prompt;
+        if (!attached?.urls().length) attached?.set(entry.images);
         if (!log.childElementCount) log.append(empty);
         return;
       }
@@ -163,7 +173,7 @@ export function textPanel(kind, info, model, asksForKey) {
   fields.clear.addEventListener("click", clear);
   panel.addEventListener("input", markUsed);
   const writeCommand = showCommand(panel, asksForKey, () => {
-    const asked = [...entries, { prompt: fields.prompt.value, answer: null }];
+    const asked = [...entries, newEntry()];
     return { path: form.path, body: JSON.stringify(request(asked, { strict: false })), streams: true };
   });
   fields.prompt.addEventListener("keydown", (event) => {
@@ -184,10 +194,10 @@ function parsed(schema, strict) {
   }
 }
 
-function newEntry(prompt) {
+function exchange({ prompt, images }) {
   const answer = element("span", { class: "answer" });
   const note = element("p", { class: "note quiet" }, "Waiting for the first token");
-  const text = element("div", { class: "exchange" }, element("span", { class: "prompt" }, prompt), answer);
+  const text = element("div", { class: "exchange" }, element("span", { class: "prompt" }, ...pictures(images), prompt), answer);
   return { item: element("article", {}, text, note), answer, note };
 }
 
