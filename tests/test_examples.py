@@ -87,6 +87,16 @@ def test_two_adapters_one_base(
     assert "loaded: brief, formal" in output
 
 
+def test_read_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("read_digits.py", "--output", tmp_path, "--images", 64, "--steps", 120, "--questions", 10)
+    output = capsys.readouterr().out
+    first, *_, last = map(float, re.findall(r"^step \d+: loss (\S+)$", output, re.MULTILINE))
+    assert last < first
+    assert "exported, and verified with images: True" in output
+    before, after = map(int, re.findall(r"^(?:before|after): (\d+) of 10 digits read over HTTP$", output, re.MULTILINE))
+    assert before < after
+
+
 def test_hybrid_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     news = news_writer.load_news(0)
     few = dataclasses.replace(news, train=news.train[:32], test=news.test[:16])
