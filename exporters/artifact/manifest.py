@@ -86,10 +86,8 @@ def describe(
         base=_base(traced),
         rows=next(iter(log.summaries(RowsEntry)), None),
         flavour=flavour,
-        companions={
-            name: {"inputs": _shapes(graphs[name].inputs), "outputs": _shapes(graphs[name].outputs)}
-            for name in companions
-        },
+        companions={name: _ends(graphs[name]) for name in companions},
+        programs={name: _ends(graphs[name]) for name in programs},
     )
 
 
@@ -192,6 +190,10 @@ def _active(model: GraloraModel) -> Mapping[str, Any]:
 
 def _by_file(described: dict[str, Any]) -> dict[str, Any]:
     return described if len(described) > 1 else dict(next(iter(described.values())))
+
+
+def _ends(graph: ir.Graph) -> dict[str, Any]:
+    return {"inputs": _shapes(graph.inputs), "outputs": _shapes(graph.outputs)}
 
 
 def _shapes(values: Iterable[ir.Value]) -> dict[str, list[int | str | None]]:

@@ -38,29 +38,32 @@ class Comparable(NamedTuple):
     session: Any
     rows: Any  # a session over the graph of rows; None where there is none, or the providers are not known to run it
     arithmetic: str  # precision that it is run in
-    companions: Mapping[str, Any]  # sessions of what runs beside it
+    companions: Mapping[str, Any]  # sessions of what runs beside it, and of what others run in its place
 
 
-def open_comparable(directory: Path, manifest: Manifest, runtime: Runtime | None = None) -> Comparable:
-    """Open sessions over an export, or over its float32 copy if one is needed."""
+def open_comparable(
+    directory: Path, manifest: Manifest, runtime: Runtime | None = None, *, programs: bool = False
+) -> Comparable:
+    """Open sessions over an export, or its float32 copy where that is needed; over graphs of other programs if asked."""
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
-        return _opened(directory, manifest, runtime, precision)
+        return _opened(directory, manifest, runtime, precision, programs)
     from gralora_fx.exporters.verify.quantized_references import write_float32_copy
 
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.absolute().parent) as copy:
         write_float32_copy(directory, Path(copy))
-        return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32")
+        return _opened(Path(copy), manifest, runtime, "fp16" if precision == "fp16" else "fp32", programs)
 
 
-def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str) -> Comparable:
+def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precision: str, programs: bool) -> Comparable:
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
     opened = runtime or Runtime(session_options=yielding_options())
     rows = open_session(directory, opened, name=ROWS_NAME) if is_known and manifest.has_rows else None
     session = open_session(directory, opened, as_stored=True)  # what others open; rows as they are served
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
-    companions = {name: open_session(directory, opened, name=f"{name}.onnx") for name in manifest.companions}
+    names = (*manifest.companions, *(manifest.programs if programs else ()))
+    companions = {name: open_session(directory, opened, name=f"{name}.onnx") for name in names}
     return Comparable(session, rows, precision, companions)
 
 

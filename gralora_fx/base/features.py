@@ -79,7 +79,7 @@ POINTS: dict[str, str] = {
     "given rows": "A subclass of run.engine.session_decoders.GivenRows: what rows begin with in the place of tokens, "
     "and the prompts of the embeddings that `generate` was given.",
     "program graphs": "A function of a model's configuration and an export's ONNX models by the names of their files, "
-    "that returns more of them, over the same weights, which other programs run.",
+    "that returns more of them, over the same weights, which other programs run in the place of `model.onnx`.",
     "program files": "A function of an export's directory, the model's configuration, the ONNX models by the names of "
     "their files and what genai_config.json holds, which it changes; it writes what other programs read beside them.",
     "companion files": "Returns what makes a companion's inputs of prompts, which is saved in the place of the "

@@ -142,6 +142,8 @@ class Manifest:
     # `inputs` and `outputs` of parts of the model that run beside the graph, by the names of their files without a
     # suffix
     companions: Mapping[str, Any] = field(default_factory=dict)
+    # the same of graphs over the weights of `model.onnx` that other programs run in its place
+    programs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_rows(self) -> bool:
@@ -161,8 +163,9 @@ class Manifest:
         entries = dataclasses.asdict(self)
         optional = ("adapter_inputs", "attention", "base", "files", "quality", "requires", "rows", "weights")
         facts = entries.pop("facts")
-        if not entries["companions"]:
-            del entries["companions"]
+        for name in ("companions", "programs"):
+            if not entries[name]:
+                del entries[name]
         fields = {name: value for name, value in entries.items() if name not in optional or value is not None} | facts
         folded = fields.pop("adapters")
         ordered: dict[str, Any] = json.loads(json.dumps(fields | {"adapters": None}, sort_keys=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from gralora_fx import GraloraConfig, rewrite, trace
-from gralora_fx.exporters import export_onnx, fold_onnx
+from gralora_fx.exporters import export_onnx, fold_onnx, verify_onnx
 from gralora_fx.features.images.program_graphs import DECODER, EMBEDDING
 from tests.architectures.image_prompts import IMAGE, tiny_image_model
 from tests.genai_client import genai_answer
@@ -118,6 +120,26 @@ def test_transformers_js_reads_tiles(tmp_path: Path) -> None:
 
 def _options() -> dict[str, Any]:
     return {"max_new_tokens": _NEW, "eos_token_id": None}
+
+
+def test_a_full_verification_compares_the_graphs_of_other_programs(qwen: Exported, tmp_path: Path) -> None:
+    shutil.copytree(qwen.directory, tmp_path / "export")
+    traced = trace(qwen.source, task=_TASK)
+    assert verify_onnx(tmp_path / "export", traced).passed
+    model = onnx_ir.load(tmp_path / "export" / f"{EMBEDDING}.onnx")
+    (token,) = [node for node in model.graph if node.op_type == "Constant" and _is_token(node)]
+    token.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor([[IMAGE + 1]]))
+    onnx_ir.save(model, tmp_path / "export" / f"{EMBEDDING}.onnx")
+    report = verify_onnx(tmp_path / "export", traced, check=False)
+    assert report.companions is not None
+    assert not report.passed
+    assert report.companions.first_difference is not None
+    assert "by embeddings" in report.companions.first_difference
+
+
+def _is_token(node: onnx_ir.Node) -> bool:
+    value = node.attributes.get("value")
+    return value is not None and value.as_tensor().numpy().tolist() == [[IMAGE]]
 
 
 def test_an_adapter_folded_into_an_export_is_in_the_graphs_of_other_programs(qwen: Exported, tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ GAINED: tuple[tuple[str, ...], ...] = (
     ("rows",),  # decoders with a cache
     ("flavour",),
     ("companions",),  # models with parts beside the graph
+    ("programs",),  # graphs over the same weights
 )
 
 

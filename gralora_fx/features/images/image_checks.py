@@ -20,6 +20,7 @@ from gralora_fx.exporters.verify.together import TogetherRun
 from gralora_fx.features.images.image_inputs import drawn_patches
 from gralora_fx.features.images.image_prompts import token_merge
 from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positions
+from gralora_fx.features.images.program_graphs import DECODER, EMBEDDING, image_token
 from gralora_fx.features.images.tasks_and_inputs import (
     GIVEN_PLACES,
     GRID,
@@ -28,7 +29,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     IMAGES,
     VISION_ENCODER,
 )
-from gralora_fx.format.input_names import GIVEN, IDS, PAST, beside_ids
+from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids
 from gralora_fx.run.sessions.ort_values import as_array, as_tensor, empty_values, run_arrays, run_values
 
 _SIDES = ((2, 3), (5, 4), (3, 9))  # heights and widths of images, in tokens
@@ -97,6 +98,11 @@ def _compare_prompt(
     inputs_of = partial(_inputs, model, grid, merge)
     read = _reader(run, description, partial(inputs_of, given), ids, given)
     run.tally.cases.append(description)
+    if DECODER in run.sessions and run.adapter is None:
+        inputs, embeddings = inputs_of(reference, ids), [outputs[IMAGE_FEATURES] for outputs in actual]
+        wanted = _logits(partial(run_model, run.model, description), inputs)
+        found = _last_of_programs(run, description, inputs_of(given, ids), np.concatenate(embeddings))
+        run.tally.add_step(0, f"{description}, by embeddings", wanted, found, partial(_logits, inputs=inputs))
     for index in range(_QUICK_STEPS if run.quick else _STEPS):
         inputs = inputs_of(reference, ids)
         wanted = _logits(partial(run_model, run.model, description), inputs)
@@ -107,12 +113,16 @@ def _compare_prompt(
 def _prompt(
     counts: Sequence[int], model: TracedModel, generator: torch.Generator
 ) -> tuple[list[int], NDArray[np.bool_]]:
-    high = vocabulary_of(model) or 4
-    ids: list[int] = torch.randint(min(3, high - 1), high, (3,), generator=generator).tolist()
+    high, token = vocabulary_of(model) or 4, image_token(model.config)
+
+    def text(length: int) -> list[int]:
+        drawn: list[int] = torch.randint(min(3, high - 1), high, (length,), generator=generator).tolist()
+        return [each - (each == token) for each in drawn]  # which stands for no text
+
+    ids = text(3)
     places = [False] * len(ids)
     for count in counts:
-        after: list[int] = torch.randint(min(3, high - 1), high, (2,), generator=generator).tolist()
-        ids += [*[0] * count, *after]
+        ids += [*[0] * count, *text(2)]
         places += [*[True] * count, False, False]
     return ids, np.array(places)
 
@@ -146,6 +156,25 @@ def _reader(
 def _last_of_session(session: Any, description: str, inputs: Mapping[str, Any]) -> Tensor:
     feed = {name: value for name, value in inputs.items() if name != PAST}
     logits = run_values(session, {**feed, **empty_values(session, 1)}, description)["logits"]
+    return last_logits(as_tensor(logits).float(), inputs["attention_mask"])[:, -1]
+
+
+def _last_of_programs(run: TogetherRun, description: str, inputs: Mapping[str, Any], features: NDArray[Any]) -> Tensor:
+    """Return the last logits by the graphs that other programs run: embeddings of all tokens, then the decoder."""
+    embedding, decoder = run.sessions[EMBEDDING], run.sessions[DECODER]
+    token = image_token(base_trace(run.model).config)
+    ids = inputs[IDS].masked_fill(inputs[IDS] == GIVEN, token)
+    read = {IDS: ids, IMAGE_FEATURES: torch.from_numpy(features)}
+    places = inputs.get(GRID)
+    if places is not None:
+        places = torch.where(places < 0, inputs["position_ids"], places)
+    feed = {
+        **{name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs},
+        **({} if places is None else {"position_ids": places}),
+        EMBEDS: run_values(embedding, read, description)[EMBEDS],
+        **empty_values(decoder, 1),
+    }
+    logits = run_values(decoder, feed, description)["logits"]
     return last_logits(as_tensor(logits).float(), inputs["attention_mask"])[:, -1]
 
 

@@ -16,6 +16,7 @@ from gralora_fx.errors import ExportError
 from gralora_fx.exporters.rules.builder import Builder, add_input
 from gralora_fx.exporters.rules.clean_up import remove_unused_nodes
 from gralora_fx.features.images.tasks_and_inputs import GRID, IMAGE_FEATURES
+from gralora_fx.format.adapter_inputs import is_adapter_tensor
 from gralora_fx.format.export_directory import MODEL
 from gralora_fx.format.input_names import EMBEDS, IDS, beside_ids
 
@@ -24,14 +25,18 @@ _POSITIONS = "position_ids"
 
 
 def program_graphs(config: Any, models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
-    """Return the graphs by the names of their files; none of a model whose text has more of images than embeddings.
+    """Return the graphs by the names of their files.
+
+    There are none of a model whose text has more of images than embeddings, and where adapters have to be given.
 
     Args:
         config: The model's configuration.
         models: The models of the export, by the names of their files.
     """
     model, token = models[MODEL], image_token(config)
-    if token is None or not beside_ids([str(value.name) for value in model.graph.inputs]).keys() <= {EMBEDS, GRID}:
+    names = [str(value.name) for value in model.graph.inputs]
+    takes_adapters = any(is_adapter_tensor(name) and name not in model.graph.initializers for name in names)
+    if token is None or takes_adapters or not beside_ids(names).keys() <= {EMBEDS, GRID}:
         return {}
     table = _of_ids(model)
     return {DECODER: _of_embeddings(model), EMBED_TOKENS: table, EMBEDDING: _with_features(table, token)}
