@@ -26,7 +26,7 @@ from gralora_fx.exporters.artifact.staging import (
 )
 from gralora_fx.exporters.formats import DYNAMIC
 from gralora_fx.exporters.kinds.conversion import Conversion, base_trace, conversion_of
-from gralora_fx.exporters.kinds.flavour import flavour_of
+from gralora_fx.exporters.kinds.flavour import Models, flavour_of
 from gralora_fx.exporters.options import ExportOptions
 from gralora_fx.exporters.reports import ExportReport, layers_reports
 from gralora_fx.exporters.translation.export_graphs import check_exportable
@@ -147,13 +147,8 @@ def export_onnx(
         with timed("choose", seconds, "quantizing"):
             conversion = dataclasses.replace(conversion, plan=choose_formats(conversion, flavour.verification))
     with timed("convert", seconds, "converting"), gc_pause():
-        models, programs = flavour.convert(conversion), dict[str, Any]()
-        if companions:
-            from gralora_fx.exporters.kinds.companion_models import companion_models, program_models
-
-            models = {**models, **companion_models(companions)}
-            programs = program_models(conversion, models, companions)
-            models = {**models, **programs}
+        models = flavour.convert(conversion)
+        models, companions, programs = _with_companions(models, conversion, companions)
         if conversion.adapters is not None:
             from gralora_fx.exporters.kinds.data_sites import check_found
             from gralora_fx.exporters.rules.adapters.site_marks import MarkedSites
@@ -224,7 +219,7 @@ def _companions(
     """Return what is converted of each companion of a decoder, which most have none of.
 
     Raises:
-        ExportError: One cannot be traced, and the export is to be verified: nothing would tell what is made without it.
+        ExportError: One cannot be traced, and the export is to be verified.
     """
     traced = base_trace(model)
     if not beside_ids(traced.example_inputs):
@@ -234,15 +229,39 @@ def _companions(
             if not traced.companions:
                 return {}
         except TraceError as error:
-            alone = f"export with {option(verify=False)}, the decoder alone and unverified"
-            if conversion.options.level is None:
-                warn_caller(f"{marked(error)}; the decoder is exported without it")
-                return {}
-            texts = f"the decoder of its texts with {option(task='text-generation-with-past')}"
-            raise ExportError(f"{marked(error)}; nothing of it would be compared: {alone}, or {texts}") from error
+            _leave_out(error, conversion.options)
+            return {}
         from gralora_fx.exporters.kinds.companion_models import companion_conversions
 
         return companion_conversions(model, conversion.options)
+
+
+def _with_companions(
+    models: Models, conversion: Conversion, companions: dict[str, Conversion]
+) -> tuple[Models, dict[str, Conversion], tuple[str, ...]]:
+    """Return the models with those of companions and of other programs, the companions, and the programs' names."""
+    if not companions:
+        return models, companions, ()
+    from gralora_fx.exporters.kinds.companion_models import companion_models, program_models
+
+    try:
+        beside = companion_models(companions)
+    except ExportError as error:
+        _leave_out(error, conversion.options)
+        return models, {}, ()
+    whole = {**models, **beside}
+    programs = program_models(conversion, whole, companions)
+    return {**whole, **programs}, companions, tuple(programs)
+
+
+def _leave_out(error: TraceError | ExportError, options: ExportOptions) -> None:
+    """Refuse to export a decoder without its companions, of which nothing would be compared, or warn of it."""
+    if options.level is None:
+        warn_caller(f"{marked(error)}; the decoder is exported without it")
+        return
+    alone = f"export with {option(verify=False)}, the decoder alone and unverified"
+    texts = f"the decoder of its texts with {option(task='text-generation-with-past')}"
+    raise ExportError(f"{marked(error)}; nothing of it would be compared: {alone}, or {texts}") from error
 
 
 def _warn_of_parts_left_out(

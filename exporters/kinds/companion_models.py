@@ -11,6 +11,7 @@ from gralora_fx.base.features import parts
 from gralora_fx.core.model.companions import companions_of
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.core.tracing.traced_model import TracedModel
+from gralora_fx.errors import ExportError, marked
 from gralora_fx.exporters.kinds.conversion import Conversion, conversion_of
 from gralora_fx.exporters.kinds.data_sites import check_found
 from gralora_fx.exporters.kinds.plain import plain_models
@@ -40,10 +41,17 @@ def companion_conversions(model: TracedModel | GraloraModel, options: ExportOpti
 
 
 def companion_models(conversions: Mapping[str, Conversion]) -> dict[str, ir.Model]:
-    """Return the ONNX models of companions, by the names of their files."""
+    """Return the ONNX models of companions, by the names of their files.
+
+    Raises:
+        ExportError: One cannot be converted.
+    """
     models: dict[str, ir.Model] = {}
     for name, conversion in conversions.items():
-        models[name] = plain_models(conversion)[MODEL]
+        try:
+            models[name] = plain_models(conversion)[MODEL]
+        except ExportError as error:
+            raise ExportError(f"{name}.onnx cannot be made: {marked(error)}") from error
         if conversion.adapters is not None:
             check_found(conversion.adapters, (found.paths for found in conversion.log.summaries(MarkedSites)))
     return models

@@ -96,6 +96,18 @@ def test_genai_answers_about_images_of_a_model_with_states(tmp_path: Path) -> No
     _check_genai(_exported("Qwen3_5ForConditionalGeneration", tmp_path / "export"), tmp_path, 1)
 
 
+def test_genai_reads_texts_alone_where_adapters_are_data(tmp_path: Path) -> None:
+    """It gives no adapters to models of several graphs."""
+    adapted = rewrite(trace(_source(_QWEN), task=_TASK), GraloraConfig(r=4, target_modules=["q_proj"]))
+    processor = tiny_processor(_source(_QWEN))
+    export_onnx(adapted, tmp_path / "data", adapters="data", tokenizer=processor, verify=False)
+    export_onnx(adapted, tmp_path / "inputs", adapters="inputs", tokenizer=processor, verify=False)
+    described = json.loads((tmp_path / "data" / "genai_config.json").read_text())["model"]
+    assert (described["type"], described["decoder"]["filename"]) == ("decoder", "model.onnx")
+    assert (tmp_path / "data" / f"{DECODER}.onnx").is_file()
+    assert not (tmp_path / "inputs" / f"{DECODER}.onnx").exists()
+
+
 @needs_node
 def test_transformers_js_answers_about_images_as_transformers(qwen: Exported, tmp_path: Path) -> None:
     """By its own processor; it resizes otherwise than Pillow, so the image has the size of whole patches."""
