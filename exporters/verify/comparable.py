@@ -44,7 +44,7 @@ class Comparable(NamedTuple):
 def open_comparable(
     directory: Path, manifest: Manifest, runtime: Runtime | None = None, *, programs: bool = False
 ) -> Comparable:
-    """Open sessions over an export, or its float32 copy where that is needed; over graphs of other programs if asked."""
+    """Open sessions over an export, or its float32 copy where needed; over graphs of other programs if asked."""
     precision, is_on_cpu = manifest.precision, runtime is None or runtime.providers[0][0] == CPU
     if manifest.quantization is None and (precision != "bf16" or not is_on_cpu):
         return _opened(directory, manifest, runtime, precision, programs)
