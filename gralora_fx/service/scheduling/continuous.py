@@ -41,7 +41,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         scores_prompts: Whether prompt tokens can be scored: the export has logits for every position.
         prefix_cache: Shares the caches of prompts with equal beginnings; None if there is none.
         memory: Memory of all caches.
-        proposes: Whether tokens are proposed and verified (speculative decoding).
+        proposes: Whether tokens are proposed and verified.
     """
 
     unit = "requests"
