@@ -2,7 +2,7 @@
 
 Two layers of SmolLM2-135M's and of Llama-3.2-1B's widths with a GraLoRA adapter on all seven projections, float32 and
 int4. Both forms are exported and stepped in turns on two threads: one row decodes, eight rows decode with an adapter
-each, and one row reads a prompt. An export takes the form that `gralora_fx.exporters.kinds.conversion.takes_blocks`
+each, and one row reads a prompt. An export takes the form that `gralora_fx.exporters.kinds.data_sites.takes_blocks`
 says; here both are made, and what the rule chooses is compared with the better one.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.harness import Case, Claim, Report, Table, Timings, measure, pro
 from gralora_fx import GraloraConfig, TracedModel, rewrite, trace
 from gralora_fx.core.model.gralora_model import GraloraModel
 from gralora_fx.exporters import export_onnx
-from gralora_fx.exporters.kinds.conversion import takes_blocks
+from gralora_fx.exporters.kinds.data_sites import takes_blocks
 from gralora_fx.serving import Decoder, load
 
 RUNS = Path("runs/forms")
@@ -47,7 +47,7 @@ MOST = 1.15
 
 def in_form(form: str) -> AbstractContextManager[Any]:
     """Exports within a block have a form, whatever the rule says: `BLOCKS` or `LORA`."""
-    return mock.patch("gralora_fx.exporters.kinds.conversion.takes_blocks", return_value=form == BLOCKS)
+    return mock.patch("gralora_fx.exporters.kinds.data_sites.takes_blocks", return_value=form == BLOCKS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from benchmarks.harness import Case, Report, Table, measure, progress
 from benchmarks.models import minilm, small_llama
 from gralora_fx import GraloraConfig, rewrite, trace
+from gralora_fx.base.compat.transformers_exporters import export_program
 from gralora_fx.base.progress.stages import quiet
-from gralora_fx.core.tracing.capture import Axes, export_transformers_model
+from gralora_fx.core.tracing.capture import dynamic_axes
 
 OPTIONS: dict[str, Any] = {"r": 8, "gralora_k": 2, "target_modules": "all-linear"}
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
@@ -50,7 +51,8 @@ def _compare(label: str, model: PreTrainedModel, task: str, iterations: int) -> 
 
     @quiet()
     def export_alone() -> ExportedProgram:
-        return export_transformers_model(model, traced.example_inputs, Axes.SEQUENCES)
+        inputs = traced.example_inputs
+        return export_program(model, inputs, dynamic_axes(inputs), dynamic=True)
 
     cases = [
         Case.of("exporter alone", export_alone),

@@ -272,7 +272,7 @@ def test_values_are_made_whenever_they_are_read_and_cast_then() -> None:
 
 
 def test_weights_are_folded_one_by_one_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gralora_fx.core.adapters import lazy_folds as fold_module
+    from gralora_fx.core.adapters import folded_weights as fold_module
 
     folded: list[weakref.ref[torch.Tensor]] = []
     most_alive = 0
