@@ -194,6 +194,7 @@ SAMPLED = {
     "exporters/test_trained_heads.py::test_heads_and_biases_are_pefts": 5,
     "exporters/test_trained_heads.py::test_other_precisions_pass_verification": 2,
     "exporters/test_transformers_js.py::test_an_encoder_decoder_runs_unchanged": 2,
+    "features/test_activated_adapters.py::test_logits_and_gradients_and_tokens_are_pefts": 3,
     "features/test_few_bits_of_states.py::test_a_hybrid_holds_in_few_bits": 3,
     "features/test_four_bit_bases.py::test_a_fold_into_its_export": 4,
     "features/test_image_size_export.py::test_one_session_takes_images_of_any_size": 8,

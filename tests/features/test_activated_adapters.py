@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from gralora_fx import DoraConfig, GraloraConfig, GraloraModel, LoraConfig, TracedModel, merge, plan, rewrite, trace
 from gralora_fx.core.adapters.adapter import checkpoint_parameters
+from gralora_fx.core.methods import method_of
 from gralora_fx.errors import ConfigError, MergeError, RewriteError, TargetError
 from gralora_fx.exporters import export_onnx, merge_checkpoint, to_lora
 from tests.architectures.tiny_decoders import tiny_decoder
@@ -232,6 +233,7 @@ def test_files_are_read_and_written_as_peft_does(tmp_path: Path) -> None:
     assert peft.LoraConfig.from_pretrained(str(tmp_path)).alora_invocation_tokens == INVOCATION
     assert LoraConfig.from_pretrained(tmp_path) == config
     assert LoraConfig.from_peft(peft.LoraConfig.from_pretrained(str(tmp_path))) == config
+    assert method_of(config).settings(config)["alora_invocation_tokens"] == INVOCATION  # as tables show it
     LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
     assert "alora_invocation_tokens" not in (tmp_path / "adapter_config.json").read_text()
     ours = GraloraConfig(target_modules=["q_proj"], alora_invocation_tokens=INVOCATION)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard
 
+from gralora_fx.base.sources import ACTING
 from gralora_fx.core.config import AdapterConfig
 from gralora_fx.core.methods.stacked_tensors import StackedTensors
 from gralora_fx.errors import command, option
@@ -253,12 +254,15 @@ class AdapterMethod(StackedTensors):
     def settings(self, config: Any) -> dict[str, Any]:
         """What a configuration says of its adapter by the names of its fields, for tables: sizes, scale, dropout.
 
-        Patterns that are not used are left out; `scale` is the factor where no pattern says otherwise.
+        Patterns that are not used are left out, as are tokens from which on it acts, where it acts everywhere; `scale`
+        is the factor where no pattern says otherwise.
         """
         unused = set(config.PATTERNS) - set(config.used_patterns)
         names = [name for name in config.SIZE_FIELDS if name not in unused]
         _, scale = self.sizes(config, partial(getattr, config))
-        return {**{name: getattr(config, name) for name in names}, "scale": scale, config.DROPOUT: config.dropout}
+        acting = {ACTING: list(config.acts_from)} if config.acts_from else {}
+        sizes = {name: getattr(config, name) for name in names}
+        return {**sizes, "scale": scale, config.DROPOUT: config.dropout, **acting}
 
     def parameter_count(self, in_features: int, out_features: int, sizes: Any) -> int:
         """Number of trainable values at a layer."""
