@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gralora_fx.exporters.formats import Blocks
 
-_TOGETHER, _IN_CACHE = 2**22, 2**17  # values that are rounded at once; that are searched at once
-_PANEL = 32  # inputs that are rounded between two products with the errors so far
-_RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a block's values, tried in a search
-_TINY = 1e-30  # the least width of a block
-_FARTHEST = 8.0  # square of a column's error over that of integers that are rounded to the nearest, `scale^2 / 12`
-_DAMPING = 0.3  # what every input counts beside its own mean square, as a share of the mean of all
+_TOGETHER, _IN_CACHE = 2**22, 2**17  # values rounded at once; values searched at once
+_PANEL = 32  # inputs rounded between two products with the errors so far
+_RANGES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # shares of a block's range, tried in a search
+_TINY = 1e-30  # minimum width of a block's range
+_FARTHEST = 8.0  # limit of a column's squared error relative to rounding to nearest, `scale^2 / 12`
+_DAMPING = 0.3  # damping added to each input's mean square, as a share of the mean
 
 
 class BlockArrays(NamedTuple):
@@ -28,15 +28,15 @@ class BlockArrays(NamedTuple):
 
     packed: NDArray[np.uint8]  # `[N, K/block, block * bits / 8]`, uint8
     scales: NDArray[Any]  # `[N, K/block]`
-    # `[N, ceil(K/block * bits / 8)]`, uint8; None where all are half of the integers' range
+    # `[N, ceil(K/block * bits / 8)]`, uint8; None if all are the middle of the integers' range
     zero_points: NDArray[np.uint8] | None
 
 
 class InputWindow(NamedTuple):
     """Rounding of neighbouring inputs together."""
 
-    order: Tensor  # their order, `[width]`: those that count most first, whose errors all others make up for
-    feedback: Tensor  # `[width, width]`, in that order: how much of the error of an input (row) is added to a later one
+    order: Tensor  # their order, `[width]`: those of largest weight first, whose errors the later ones compensate
+    feedback: Tensor  # `[width, width]`, in that order: the share of an input's error (row) added to a later input
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +76,13 @@ class InputProducts:
 
 
 def searched_blocks(matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None) -> BlockArrays:
-    """Return a matrix as blocks with the best scales and zero points found.
+    """Return a matrix `[K, N]` as blocks with the best scales and zero points found.
 
     If products of inputs are known, later integers of a window compensate the errors of earlier ones, which minimises
     the error of the products, not of the weights. That is GPTQ (arXiv:2210.17323) with the second moments of
     neighbouring inputs only, which take little memory and have most of the benefit of all. Few or very similar inputs
     would let weights drift that other inputs read: columns that would be far from the matrix are rounded as if nothing
-    were known.
-
-    Args:
-        matrix: `[K, N]`, float32 or float16.
-        form: How to quantize it.
-        inputs: Products of the inputs; None if unknown: all inputs then have equal weight.
+    were known. Without products all inputs have equal weight.
     """
     height, outputs = matrix.shape
     count = -(-height // form.block_size)
@@ -113,7 +108,7 @@ class _Found(NamedTuple):
     integers: Tensor  # `[inputs, N]`, uint8
     scales: Tensor  # `[blocks, N]`, as they are stored
     zeros: Tensor  # `[blocks, N]`
-    errors: Tensor  # what was rounded away, `[inputs, N]`
+    errors: Tensor  # rounding errors, `[inputs, N]`
 
     def stored(self, count: int, bits: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
         """Return the arrays of the first `count` blocks, as in `BlockArrays`."""
@@ -136,14 +131,9 @@ def _without_drift(found: _Found, values: Tensor, form: Blocks, dtype: Any) -> _
 
 
 def _search(values: Tensor, weights: Tensor, windows: Sequence[InputWindow] | None, form: Blocks, dtype: Any) -> _Found:
-    """Round columns of a matrix.
+    """Round columns `[inputs, N]` of whole blocks, with weights `[inputs]` of squared errors.
 
-    Args:
-        values: The columns, `[inputs, N]`, of whole blocks.
-        weights: Weights of squared errors, `[inputs]`.
-        windows: Error compensation; None for none.
-        form: How they are stored.
-        dtype: Dtype of the stored scales.
+    Errors are compensated within `windows`, if there are any; `dtype` is that of the stored scales.
     """
     size, largest = form.block_size, float(2**form.bits - 1)
     blocks = values.reshape(-1, size, values.shape[1])
@@ -168,19 +158,14 @@ def _search(values: Tensor, weights: Tensor, windows: Sequence[InputWindow] | No
 def _made_up_for(
     values: Tensor, window: InputWindow, scales: Tensor, zeros: Tensor, largest: float
 ) -> tuple[Tensor, Tensor]:
-    """Round a window with error compensation; return integers `[inputs, N]` and errors.
+    """Round a window `[inputs, N]` with error compensation; return integers and errors of the same shape.
 
-    Args:
-        values: `[inputs, N]`.
-        window: The order and feedback of errors.
-        scales: `[blocks, N]`, none of them zero.
-        zeros: `[blocks, N]`.
-        largest: The largest integer.
+    Scales, none of them zero, and zero points are `[blocks, N]`.
     """
     blocks = window.order // (len(values) // len(scales))
     integers, errors = torch.empty_like(values, dtype=torch.uint8), torch.empty_like(values)
     rows, of_blocks = errors.unbind(), list(zip(scales.unbind(), (1 / scales).unbind(), zeros.unbind(), strict=True))
-    for begin in range(0, len(values), _PANEL):  # what all before a panel add to it is one product
+    for begin in range(0, len(values), _PANEL):  # one product adds the errors of all inputs before a panel
         places, own = window.order[begin : begin + _PANEL], blocks[begin : begin + _PANEL]
         ordered, feedback = values[places], window.feedback[:, begin : begin + _PANEL].t().contiguous()
         wanted = torch.addmm(ordered, feedback[:, :begin], errors[:begin])
@@ -201,15 +186,10 @@ def _made_up_for(
 def _grid(blocks: Tensor, weights: Tensor, largest: float, dtype: Any) -> tuple[Tensor, Tensor]:
     """Return scales, as they are stored, and zero points `[blocks, N]` of least weighted error.
 
-    Several ranges are tried, the block's and narrower ones; each determines a zero point. The best scale for its
-    integers is then a quotient, as in llama.cpp's k-quants: `sum w c b / sum w c^2` with `c = q - zero`, and the error
-    is `sum w b^2` less the square of its numerator over its denominator.
-
-    Args:
-        blocks: `[blocks, size, N]`.
-        weights: Weights of squared errors, `[blocks, size]`.
-        largest: The largest integer.
-        dtype: Dtype of the stored scales.
+    Several ranges are tried for blocks `[blocks, size, N]` with weights `[blocks, size]`: the block's and narrower
+    ones; each determines a zero point. The best scale for its integers is then a quotient, as in llama.cpp's k-quants:
+    `sum w c b / sum w c^2` with `c = q - zero`, and the error is `sum w b^2` less the square of its numerator over its
+    denominator.
     """
     low, high = blocks.amin(1, keepdim=True).clamp_(max=0), blocks.amax(1, keepdim=True).clamp_(min=0)
     extent = (high - low).clamp_(min=_TINY)

@@ -27,10 +27,10 @@ from gralora_fx.exporters.verify.greedy_tokens import ModelSteps
 from gralora_fx.exporters.verify.outputs import step_inputs
 from gralora_fx.format.input_names import PAST
 
-_DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a text that the model draws; texts at least and at most
-_TOGETHER = 512  # positions that are run at once, and about as many measure what rounding costs
+_DRAWN, _FEWEST, _MOST = 32, 16, 48  # tokens of a sampled text; minimum and maximum number of texts
+_TOGETHER = 512  # positions run at once, and approximate positions for measuring sensitivity
 _LEAST_POSITIONS = 16
-_TEXTS, _LONGEST = 256, 128  # the most texts that are run, and tokens of each
+_TEXTS, _LONGEST = 256, 128  # maximum number of texts, and tokens of each
 
 _Row: TypeAlias = Mapping[str, Tensor]  # a text as inputs of one row
 
@@ -41,9 +41,9 @@ class Calibration:
 
     model: TracedModel | None = None  # the float32 model in memory; None for one that cannot be run
     cases: Sequence[Mapping[str, Any]] = ()  # inputs that it is run on
-    measured: Sensitivities | None = None  # what was measured; None for nothing
-    inputs: str = ""  # what the inputs are, in words
-    problem: str = ""  # why it is not known what rounding costs its outputs; empty where it is
+    measured: Sensitivities | None = None  # the measurements; None if there are none
+    inputs: str = ""  # description of the inputs
+    problem: str = ""  # why the effect of rounding on the outputs is unknown; empty if it is known
 
 
 def calibrate(conversion: Conversion, verification: Verification) -> Calibration:
@@ -55,7 +55,7 @@ def calibrate(conversion: Conversion, verification: Verification) -> Calibration
                 "run: leave them out, or load the model whole"
             )
         return Calibration(problem="a streamed model is not run")
-    given = _given(conversion.traced, conversion.options)  # what is wrong with them is said before a copy is made
+    given = _given(conversion.traced, conversion.options)  # errors in them are raised before a copy is made
     traced = _runnable(conversion)
     with evaluating(conversion.model, traced):
         cases: list[Mapping[str, Any]] = []

@@ -32,18 +32,18 @@ from gralora_fx.exporters.verify.cases import Verification
 from gralora_fx.exporters.verify.comparable import evaluating
 from gralora_fx.format.quantized_weights import WIDEST_EXACT
 
-WINDOW = 2048  # neighbouring inputs whose errors make up for each other: memory grows with its square
+WINDOW = 2048  # neighbouring inputs with joint error compensation: memory grows with its square
 
-_SILENT = 1e-20  # mean square of inputs that are all but zero
+_SILENT = 1e-20  # mean square of inputs that are practically zero
 
 
 @dataclass
 class Moments:
     """Sums over positions of products of neighbouring inputs, of within a window, for layers that read the same."""
 
-    windows: Tensor  # `[windows, width, width]`, those of inputs beyond the last being zero
-    reads: int = 0  # positions that were read
-    read: set[fx.Node] = field(default_factory=set)  # the nodes whose values were
+    windows: Tensor  # `[windows, width, width]`; products with inputs beyond the last are zero
+    reads: int = 0  # number of positions
+    read: set[fx.Node] = field(default_factory=set)  # the nodes whose values were added
 
     @classmethod
     def of(cls, inputs: int, block_size: int) -> Moments:
@@ -110,7 +110,7 @@ def round_in_order(
                     run.env[call.weight] = values
         if not layers:
             break
-        if node.target in LEAVE or node.target in LEAVE.values():  # no gradients are computed, and no casts exported
+        if node.target in LEAVE or node.target in LEAVE.values():  # gradients are off, and casts are not exported
             continue
         for run in runs:
             if node not in run.env:
@@ -148,7 +148,7 @@ def _run(model: TracedModel, case: Mapping[str, Any]) -> fx.Interpreter:
     return run
 
 
-_ROWS = 4096  # output features of a matrix whose errors stand for all
+_ROWS = 4096  # output features of a matrix sampled for its error
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ class _Candidate:
 
     names: tuple[str, ...]  # names of the parameter
     values: int  # number of its values
-    forms: tuple[Blocks, Blocks]  # four bits and eight
-    losses: tuple[float, float]  # what is lost in each
+    forms: tuple[Blocks, Blocks]  # formats of four and of eight bits
+    losses: tuple[float, float]  # the loss in each
     stored: tuple[int, int]  # bits of the matrix in each, with scales and zero points
     relative: float  # the expected squared error of the weights in the first, relative to their squares
-    is_measured: bool  # whether losses are divergences of the outputs; else they are relative errors
+    is_measured: bool  # whether losses are divergences of the outputs, rather than relative errors
 
     @property
     def gain(self) -> float:

@@ -58,7 +58,7 @@ class QuantizationPlan:
         shape = (-(-inputs // form.block_size), form.block_size * form.bits // 8)
         is_whole = len(parts) == len(found) and sum(len(blocks.packed) for blocks in parts) == outputs
         if not is_whole or any(blocks.packed.shape[1:] != shape for blocks in parts):
-            return None  # of a parameter that is multiplied by the other way too
+            return None  # the parameter is multiplied transposed, too
         zero_points = [blocks.zero_points for blocks in parts if blocks.zero_points is not None]
         return BlockArrays(
             np.concatenate([blocks.packed for blocks in parts]),
@@ -73,7 +73,7 @@ class QuantizationPlan:
 
 def plan_of_model(default: Format, traced: TracedModel) -> QuantizationPlan:
     """Return a plan with one format for a model's linear layers, and for the matrices that features add."""
-    called = [site for site in traced.sites if site.calls]  # a router that casts its weight has none
+    called = [site for site in traced.sites if site.calls]  # a router that casts its weight has no calls
     names = {name for site in called for name in (*weight_names(traced, site), f"{site.path}.weight")}
     plan = QuantizationPlan(default, layers=names)
     for with_formats in parts("weight formats", traced.operators):
@@ -91,9 +91,9 @@ class Counts(NamedTuple):
 
     multiplications: int  # nodes that multiply with quantized values
     lookups: int  # nodes that look up rows of them
-    values: int  # values of the matrices that are multiplied with
+    values: int  # values of the multiplied matrices
     integer_bits: int  # bits of their integers
-    stored_bits: int  # the same with scales, zero points and padding
+    stored_bits: int  # bits including scales, zero points and padding
 
     @classmethod
     def of(cls, matrices: Iterable[tuple[Format, int, int, int]]) -> Counts:

@@ -24,14 +24,7 @@ from gralora_fx.exporters.quantize.block_search import BlockArrays, InputProduct
 def quantize_blocks(
     matrix: NDArray[Any], form: Blocks, inputs: InputProducts | None = None, name: str = "a matrix"
 ) -> BlockArrays:
-    """Quantize a matrix in blocks.
-
-    Args:
-        matrix: `[K, N]`, float32 or float16.
-        form: How to quantize it.
-        inputs: Products of the inputs, for a search (see `searched_blocks`); None if unknown.
-        name: Its name in error messages.
-    """
+    """Quantize a matrix `[K, N]`, float32 or float16, in blocks; a search uses the products of its inputs, if known."""
     if not np.isfinite(matrix).all():
         raise ExportError(
             f"{name} holds values that are not finite, which int{form.bits} cannot express; mend the weights"
@@ -55,11 +48,7 @@ def dequantize_blocks(blocks: BlockArrays, bits: int, inputs: int) -> NDArray[np
 def with_scales(matrix: NDArray[Any], blocks: BlockArrays, earlier: BlockArrays, form: Blocks) -> BlockArrays:
     """Return a matrix's blocks, reusing the scale and zero point of earlier blocks where they fit better.
 
-    Args:
-        matrix: `[K, N]`.
-        blocks: Its blocks.
-        earlier: Blocks of the same shapes, scales in float32.
-        form: How both are stored.
+    The matrix is `[K, N]`; `earlier` has the shapes of `blocks`, and scales in float32.
     """
     count, values = blocks.packed.shape[1], _in_blocks(matrix, form)
     kept, zeros = _on_grid(values, earlier, form), _zeros_of(earlier, form.bits)
@@ -129,12 +118,12 @@ def _integers(stored: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
 
 
 # Largest absolute value of a weight. x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where
-# 2 * 255 * 127 does not fit: they are refused when a session is opened (see `runtime.integer_sums`).
+# 2 * 255 * 127 does not fit: they are refused when a session is opened (see `check_integer_sums`).
 LARGEST = 127
 ROW_LARGEST = 127  # integers of a row's largest value, less the zero point
 ROW_TINY = 1e-30  # what a row of zeros is divided by
 _TOGETHER = 32  # rows of a matrix that are rounded between two updates of the errors so far
-_ZERO, _SILENT = 1e-6, 1e-2  # mean square of a channel: of the mean of all; of the median of those that are not zero
+_ZERO, _SILENT = 1e-6, 1e-2  # thresholds of a channel's mean square: of the mean; of the non-zero median
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +218,7 @@ def _made_up_for(steps: NDArray[np.float32], inputs: ColumnInputs) -> NDArray[np
     directions, gains = inputs.scaled, inputs.gains
     rounded, left = np.floor(steps), np.empty_like(steps)
     errors = np.zeros((directions.shape[1], steps.shape[1]), np.float32)
-    for begin in range(0, len(steps), _TOGETHER):  # the errors before it are one product for all numbers of a part
+    for begin in range(0, len(steps), _TOGETHER):  # one product adds all errors before a part
         part = slice(begin, begin + _TOGETHER)
         change, among = gains[part] @ errors, gains[part] @ directions[part].T
         for place, index in enumerate(range(*part.indices(len(steps)))):

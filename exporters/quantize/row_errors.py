@@ -36,12 +36,12 @@ from gralora_fx.exporters.quantize.quantized_arrays import (
 from gralora_fx.exporters.quantize.sensitivity import Sensitivities
 
 _EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of factors, tried in this order
-_MORE = 5.0  # what 16 bits save for a value of a matrix, over what its rounding costs at least in the mean of all
-_PIECE = 64  # tokens that are read at once, of which a decoder's head multiplies one
-_SAMPLE, _FEWEST, _KEPT = 1024, 256, 2**20  # rows that stand for all: at most, at least, and values of them between
-_TRIED, _OUTPUTS = 256, 256  # rows, and output features, on which errors are measured
-_AT_ONCE = 64  # rows that are taken of a run
-_DIRECTIONS, _DAMPING = 128, 0.01  # in which rows are largest; what every channel counts beside, of the mean of all
+_MORE = 5.0  # minimum saving of 16 bits per value, relative to the mean of the least costs of rounding
+_PIECE = 64  # tokens read at once; a decoder's head multiplies one of them
+_SAMPLE, _FEWEST, _KEPT = 1024, 256, 2**20  # sampled rows: maximum, minimum; and values between
+_TRIED, _OUTPUTS = 256, 256  # sampled rows and output features for measuring errors
+_AT_ONCE = 64  # rows taken from a run
+_DIRECTIONS, _DAMPING = 128, 0.01  # number of principal directions; damping relative to the mean
 
 
 @dataclass(eq=False)
@@ -49,9 +49,9 @@ class ReadRows:
     """Collects the rows read by layers that share an input."""
 
     squares: Tensor  # sums of squares of the channels, `[in]`
-    count: int = 0  # rows that were read
+    count: int = 0  # number of rows
     sample: list[Tensor] = field(default_factory=list)  # some of them, `[n, in]` each
-    is_vector: bool = False  # whether one of them was read by itself, without an axis of rows
+    is_vector: bool = False  # whether one was read without an axis of rows
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     __name__ = "read_rows"
 
@@ -85,11 +85,11 @@ class _Input:
     """An input shared by layers, and the cost of rounding it."""
 
     names: list[str]  # names of the layers' weights
-    values: int  # values of these weights
-    multiplied: float  # how many of them a token is multiplied by
-    is_vector: bool  # whether it is read by itself, without an axis of rows
-    factors: Sequence[NDArray[np.float32]]  # those that were tried
-    errors: NDArray[np.float64]  # of each, what rounded rows cost and what rounded weights do, `[factors, 2]`
+    values: int  # number of values of these weights
+    multiplied: float  # number of them that a token is multiplied by
+    is_vector: bool  # whether it is read without an axis of rows
+    factors: Sequence[NDArray[np.float32]]  # factors that were tried
+    errors: NDArray[np.float64]  # cost of rounded rows and of rounded weights with each, `[factors, 2]`
 
     @property
     def best(self) -> int:

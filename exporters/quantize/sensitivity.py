@@ -34,7 +34,7 @@ class Sensitivity:
 
     inputs: Tensor  # `[in]`, squares of its inputs, summed over positions
     outputs: Tensor  # `[out]`, squares of the gradient of each output, summed over positions
-    reads: int = 0  # positions that were read
+    reads: int = 0  # number of positions
 
     @property
     def squares(self) -> Tensor:
@@ -50,8 +50,8 @@ class Sensitivity:
 class TableSensitivity:
     """A table's lookups and their gradients."""
 
-    lookups: Tensor  # `[rows]`
-    gradients: Tensor  # `[columns]`, squares of the gradient of each value that was looked up, summed over lookups
+    lookups: Tensor  # `[rows]`, the number of lookups of each row
+    gradients: Tensor  # `[columns]`, squares of the gradients of looked-up values, summed over lookups
 
     def loss(self, errors: Tensor, positions: int, rows: Tensor | None = None) -> float:
         """Return the expected divergence of errors (see `Sensitivities.loss`)."""
@@ -73,10 +73,9 @@ def _loss_of(errors: Tensor, inputs: Tensor, outputs: Tensor, positions: int, ro
 class Sensitivities:
     """Measurements of a model."""
 
-    layers: Mapping[str, Sensitivity]  # of each linear layer that was run, by its path
-    # of each layer whose weight is looked up too, that of the lookups, by its path
-    tables: Mapping[str, TableSensitivity]
-    positions: int  # positions of the output, over which gradients are sums
+    layers: Mapping[str, Sensitivity]  # by path, each linear layer that was run
+    tables: Mapping[str, TableSensitivity]  # by path, the lookups of each layer whose weight is a lookup table too
+    positions: int  # number of output positions that gradients are summed over
 
     def has_gradients(self, path: str) -> bool:
         """Return whether the cost of changing a layer's weight was measured."""
@@ -198,7 +197,7 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
     logits = [(name, value) for name, value in named if "logits" in name and value.ndim and value.shape[-1] > 1]
     total, count = torch.zeros(()), 0
     for _, value in logits or named:
-        rows = value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)  # of one axis: a value for each position
+        rows = value.reshape(-1, value.shape[-1] if value.ndim > 1 else 1)  # one axis: one value per position
         if mask is not None and value.ndim > 1 and mask.shape == value.shape[:-1]:
             rows = rows[mask.flatten().bool()]
         if logits:
@@ -211,19 +210,11 @@ def _loss(outputs: Any, mask: Tensor | None, generator: torch.Generator) -> tupl
 
 
 def draw(logits: Tensor, generator: torch.Generator, left_out: Sequence[int] = ()) -> Tensor:
-    """Sample a column of every row by its softmax probability; a logit of `-inf` is never sampled.
+    """Sample a column of every row `[rows, columns]` by its softmax probability: `[rows]`; never one of `-inf`.
 
     A row takes one random number, which is searched in its cumulative sums; `torch.multinomial` takes one per column,
     which costs more than the softmax. Rows are processed one at a time, while they are in the cache, and with numpy:
     thread synchronisation would take longer than a row.
-
-    Args:
-        logits: `[rows, columns]`, float32.
-        generator: Random generator.
-        left_out: Columns that are not sampled.
-
-    Returns:
-        The columns, `[rows]`.
     """
     if left_out:
         logits = logits.clone()
@@ -235,5 +226,5 @@ def draw(logits: Tensor, generator: torch.Generator, left_out: Sequence[int] = (
             sums = np.exp(row - row.max()).cumsum(dtype=np.float64)
             if not np.isfinite(sums[-1]):
                 raise RuntimeError("its probabilities are not finite")
-            drawn.append(int(sums.searchsorted(number * sums[-1])))  # no number is 0, which a first sum may be
+            drawn.append(int(sums.searchsorted(number * sums[-1])))  # no number is 0, but a first sum may be
     return torch.tensor(drawn, dtype=torch.long)

@@ -51,12 +51,12 @@ def graph_to_translate(traced: TracedModel) -> fx.GraphModule:
     """Return a copy of a trace's graph in evaluation mode, of PyTorch operators, each with its traced value."""
     graph_module = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module))
     set_mode(graph_module.graph, False)
-    if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # as those of regions are
+    if any(isinstance(node.target, FunctionType) for node in graph_module.graph.nodes):  # such as those of regions
         from gralora_fx.core.tracing.normalize.regions import drop_regions_for_inference
 
         drop_regions_for_inference(graph_module.graph)
     graph_module.train(False)
-    is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle leaves it
+    is_noted = all("val" in node.meta for node in graph_module.graph.find_nodes(op="placeholder"))  # pickle drops it
     if traced.example_inputs.get(PAST) is not None and is_noted:
         return graph_module
     return _as_operators(graph_module, traced)
@@ -73,7 +73,7 @@ def step_to_translate(traced: TracedModel) -> fx.GraphModule:
     if not beside:
         return graph_module
     output.args = (tuple(node for node in results if node not in beside),)
-    graph_module.graph.set_codegen(fx.graph.CodeGen())  # its outputs are those of its form no more
+    graph_module.graph.set_codegen(fx.graph.CodeGen())  # the outputs no longer match its spec
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
@@ -105,7 +105,7 @@ class CastGraph:
     """
 
     precision: str  # `"fp32"`, `"fp16"` or `"bf16"`
-    # kinds of the tensors of its cache: its last inputs, and its outputs from the second on
+    # kinds of its cache's tensors: the last inputs, and the outputs from the second on
     cache: tuple[StateKind, ...] = ()
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:

@@ -12,7 +12,7 @@ from gralora_fx.core.operators.layers import Reshape, Slice
 
 aten = torch.ops.aten
 MUL = (aten.mul.Tensor, aten.mul.Scalar, operator.mul)
-END = 2**63 - 1  # of an axis of any size
+END = 2**63 - 1  # end of a slice over an axis of any size
 ADD = (aten.add.Tensor, aten.add.Scalar, operator.add)
 
 

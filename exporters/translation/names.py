@@ -19,7 +19,7 @@ from gralora_fx.format.input_names import IDS, PAST_PREFIX, beside_ids
 _TEXT = ("batch_size", "sequence_length")
 _DECODER = ("batch_size", "decoder_sequence_length")
 _ENCODED = ("batch_size", "encoder_sequence_length", "hidden_size")
-_BUFFER = {"past_sequence_length": "capacity"}  # of a cache that is input and output at once
+_BUFFER = {"past_sequence_length": "capacity"}  # for a cache that is input and output at once
 AXES: Mapping[str, tuple[str, ...]] = {
     "input_ids": _TEXT,
     "attention_mask": _TEXT,
@@ -33,7 +33,7 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "input_features": ("batch_size", "feature_size", "frames"),
     LOGITS_INDICES: ("num_logits",),
 }
-_NOWHERE = "_empty_nn_module_stack"  # what torch.export says of a node that no module made
+_NOWHERE = "_empty_nn_module_stack"  # torch.export's module name for nodes outside any module
 
 
 def name_axes(model: ir.Model) -> PassResult[ir.Model]:
@@ -47,7 +47,7 @@ def name_axes(model: ir.Model) -> PassResult[ir.Model]:
     has_cache = any(name.startswith(PAST_PREFIX) for name in inputs)
     cache = _BUFFER if PAST_SEQLENS in inputs else {}
     known = {**AXES, **{name: axes for table in parts("input axes", inputs) for name, axes in table.items()}}
-    if has_cache:  # inputs of a step that have its earlier positions too
+    if has_cache:  # inputs of a step that also cover earlier positions
         over_all = ("attention_mask", *(each.name for each in beside_ids(inputs).values() if each.follows != IDS))
         known |= dict.fromkeys(over_all, ("batch_size", "total_sequence_length"))
     for value in model.graph.inputs:

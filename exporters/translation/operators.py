@@ -22,11 +22,7 @@ DOMAIN = "gralora"
 
 
 class DomainNode(Call[ir.Value]):
-    """A node of the domain, with the operator's arguments as attributes.
-
-    Attributes:
-        op_type: The operator.
-    """
+    """A node of the domain, with the operator's arguments as attributes; `op_type` is the operator."""
 
     op_type: ClassVar[str]
 
@@ -40,7 +36,7 @@ class DomainNode(Call[ir.Value]):
     @classmethod
     def read(cls, node: ir.Node) -> Self:
         """Return the arguments of a node known to be the operator."""
-        inputs = [*node.inputs, *[None] * (len(cls.tensors) - len(node.inputs))]  # trailing ones may be left out
+        inputs = [*node.inputs, *[None] * (len(cls.tensors) - len(node.inputs))]  # trailing inputs may be missing
         attributes = {name: node.attributes[name].value for name in cls.names() if name not in cls.tensors}
         return cls(**dict(zip(cls.tensors, inputs, strict=True)), **attributes)
 

@@ -20,7 +20,7 @@ from gralora_fx.core.operators.layers import Reshape, RmsNorm, Rotary, Slice
 from gralora_fx.exporters.rules.onnx_pipeline import NOTED_VALUES, ONE_SPELLING
 from gralora_fx.exporters.translation.matching import aten, expression, is_call, is_size, shape
 
-# operators that take tensors of several dtypes as they are, or whose result has another by its meaning
+# operators that accept mixed dtypes, or whose result has another dtype by definition
 _MIXED = {
     aten._to_copy.default,
     aten.batch_norm.default,
@@ -90,7 +90,7 @@ def promote_types(graph: fx.Graph) -> PassResult[fx.Graph]:
         return PassResult(0)
     module = module_of(graph)
     for node in graph.nodes:
-        node.target = without_values(node.target)  # the operators of any length take seconds to compute
+        node.target = without_values(node.target)  # computing these operators takes seconds at any length
     with quiet():
         torch_onnx.promote_types(module)
     for node in module.graph.nodes:
@@ -156,5 +156,5 @@ def _product(graph: fx.Graph, node: fx.Node) -> fx.Node:
                 continue
             result = graph.call_function(operator.mul, (result, size))
             result.meta = {**node.meta, "val": value}
-    assert result is not None  # a number that is not known has an axis that is not
+    assert result is not None  # an unknown number of elements has an unknown axis
     return result

@@ -24,7 +24,7 @@ from gralora_fx.exporters.rules.onnx_pipeline import FUNCTIONAL, NOTED_VALUES, U
 from gralora_fx.exporters.translation.matching import expression
 
 Function = Callable[..., Any]
-Table = Mapping[Any, Function]  # what replaces an operator
+Table = Mapping[Any, Function]  # replacements by operator
 
 
 def _broadcast(x: Tensor, shape: Sequence[Any], axes: Sequence[int]) -> Tensor:
@@ -194,7 +194,7 @@ class Decompose:
     An operator without a decomposition stays too.
     """
 
-    known: Collection[Any]  # operators to leave as they are
+    known: Collection[Any]  # operators to keep
     # returns the decompositions that PyTorch does not apply by itself; called only if an operator is unsupported
     decompositions: Callable[[], Table]
 
@@ -219,7 +219,7 @@ class FoldNumbers:
     After:  `y = full([], 1.163...)`
     """
 
-    known: Collection[Any]  # operators to leave as they are
+    known: Collection[Any]  # operators to keep
     # returns a tensor of the graph's module by its path; None for one that may change
     value_at: Callable[[str], Tensor | None]
 

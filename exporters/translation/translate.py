@@ -51,7 +51,7 @@ _FUNCTIONS = "gralora.functions"  # domain of subgraphs, until they are inlined
 Weights = dict[str, tuple[str, Tensor]]  # path and tensor by the name of the node that reads it
 
 _aten = torch.ops.aten
-_REPLACED = {  # whose translation is of `torch_operators`
+_REPLACED = {  # replaced by those in `torch_operators`
     _aten.scaled_dot_product_attention.default,
     _aten.batch_norm.default,
     _aten.fft_fftn.default,
@@ -130,12 +130,12 @@ def _translate_into(
             addmm_to_matmul,
             fix_calls,  # transformers' own
             bfloat16_in_float32,
-            note_values,  # of the nodes it added
+            note_values,  # for the nodes added before
             eliminate_common_subexpressions,
             *passes,
-            Decompose(known, lambda: decomposition_table(known)),  # what no pass has replaced
+            Decompose(known, lambda: decomposition_table(known)),  # operators that no pass has replaced
             FoldNumbers(known, lambda path: _constant(weights[path][1]) if path in weights else None),
-            plain_sizes,  # of those that decompositions compute too
+            plain_sizes,  # also of sizes computed by decompositions
             constant_slices,
             promote_types,  # last: it runs the whole graph
         ),
@@ -214,7 +214,7 @@ def _registry() -> Any:
     return registry
 
 
-@functools.cache  # once, in the one registry
+@functools.cache  # one registry for all
 def _register(kind: type[DomainNode]) -> None:
     _registry().register_op(kind.target, translation_of(kind))
 

@@ -35,7 +35,7 @@ def weight_tensor(name: str, tensor: Tensor) -> ir.TensorProtocol:
 def derived(sources: Sequence[ir.TensorProtocol], key: Hashable, make: Callable[[], Made]) -> Made:
     """Return a value derived from tensors, made once and shared by all graphs that hold them, so stored once."""
     memo: dict[Hashable, Made] = sources[0].meta.setdefault(_DERIVED, {})
-    whole = key, *map(id, sources)  # all are held by what is made
+    whole = key, *map(id, sources)  # the result holds all of them, so their ids stay valid
     if whole not in memo:
         memo[whole] = make()
     return memo[whole]
@@ -78,11 +78,7 @@ class LazyTensor(ir.LazyTensor):
 
 
 class StackedTensor(LazyTensor):
-    """Matrices or vectors along a first axis, computed and written one at a time.
-
-    Attributes:
-        entries: Computes them, in order.
-    """
+    """Matrices or vectors along a first axis, computed in order by `entries` and written one at a time."""
 
     def __init__(
         self, name: str | None, dtype: ir.DataType, shape: ir.Shape, entries: Callable[[], Iterator[NDArray[Any]]]
@@ -120,12 +116,7 @@ def concat_tensor(name: str, parts: Sequence[ir.TensorProtocol]) -> LazyTensor:
 
 
 def transposed_tensor(name: str | None, matrix: ir.TensorProtocol) -> LazyTensor:
-    """Return a transposed matrix, which is never copied as a whole.
-
-    Args:
-        name: Name of the transposed matrix.
-        matrix: `[rows, columns]`.
-    """
+    """Return the transpose of a matrix `[rows, columns]`, which is never copied as a whole."""
     shape = ir.Shape(list(reversed(matrix.shape.numpy())))
     return LazyTensor(name, matrix.dtype, shape, lambda: ir.tensor(matrix.numpy().T, dtype=matrix.dtype))
 

@@ -45,7 +45,7 @@ def session_with(session: Any, inputs: AdapterInputs, tensors: Arrays) -> Any:
     """Return a session over the export's model, or a companion's, with an adapter; unchanged if it takes none."""
     if not takes_adapters(session):
         return session
-    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # of a float32 copy of a bfloat16 export
+    taken = dataclasses.replace(inputs, dtype=adapter_dtype(session))  # a bfloat16 export's copy has float32
     values = {name: as_ort_value(cast(array, taken.dtype)) for name, array in tensors.items()}
     return with_adapter(session, adapter_values(values, taken, session))
 

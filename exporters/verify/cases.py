@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gralora_fx.format.input_names import OtherValues
 
 Case = tuple[str, Mapping[str, Any]]  # a description, and inputs by name
-LENGTHS = (1, 6, 11, 24)  # of texts
+LENGTHS = (1, 6, 11, 24)  # lengths of texts
 _ANSWER = 24  # tokens of an encoder-decoder's answer that is measured
 
 
@@ -35,10 +35,10 @@ _ANSWER = 24  # tokens of an encoder-decoder's answer that is measured
 class PromptBatch:
     """A batch of prompts."""
 
-    description: str  # what they are
+    description: str
     ids: Tensor  # `[batch, length]`
-    mask: Tensor  # `[batch, length]`, 0 where a position is padding
-    steps: int  # how many tokens to compare
+    mask: Tensor  # `[batch, length]`, 0 at padding
+    steps: int  # number of tokens to compare
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TokenResult:
 
     passed: bool = True
     tokens: TokenCheck | None = None
-    tensors: tuple[TensorCheck, ...] = ()  # what is said as of an output
+    tensors: tuple[TensorCheck, ...] = ()  # figures reported like those of an output
     rows: TokenCheck | None = None
 
 
@@ -204,7 +204,7 @@ def decoder_inputs(model: TracedModel, generator: torch.Generator, quick: bool) 
         if "position_ids" in case:
             case["position_ids"] = positions(mask, length)
         cache = empty_cache(example, batch)
-        if past:  # computed by the model: errors on random keys and values would say nothing about texts
+        if past:  # computed by the model: random keys and values would not resemble a text's
             first = {name: value for name, value in case.items() if name not in ("attention_mask", "position_ids")}
             first["input_ids"] = like(case["input_ids"], batch, past, generator, vocabulary_of(model))
             first["attention_mask"] = mask[:, :past]

@@ -36,8 +36,8 @@ class Comparable(NamedTuple):
     """An export, or its float32 copy, opened for comparison."""
 
     session: Any
-    rows: Any  # a session over the graph of rows; None where there is none, or the providers are not known to run it
-    arithmetic: str  # precision that it is run in
+    rows: Any  # a session over the graph of rows; None without one, or if the providers may not run it
+    arithmetic: str  # precision of the run
     companions: Mapping[str, Any]  # sessions of what runs beside it, and of what others run in its place
 
 
@@ -59,7 +59,7 @@ def _opened(directory: Path, manifest: Manifest, runtime: Runtime | None, precis
     is_known = runtime is None or (not runtime.devices and {name for name, _ in runtime.providers} <= _RUN_ROWS)
     opened = runtime or Runtime(session_options=yielding_options())
     rows = open_session(directory, opened, name=ROWS_NAME) if is_known and manifest.has_rows else None
-    session = open_session(directory, opened, as_stored=True)  # what others open; rows as they are served
+    session = open_session(directory, opened, as_stored=True)  # `model.onnx` as others open it; rows as they are served
     if runtime is not None:
         precision = arithmetic_of(runtime, precision, is_quantized=manifest.quantization is not None)
     names = (*manifest.companions, *(manifest.programs if programs else ()))
@@ -72,14 +72,14 @@ class Variant:
     """An export and the model in one state of the adapters."""
 
     session: Any
-    # of the graph of rows (see `RowSteps`) what makes the steps of prompts, of a model without a cache a session; None
-    # where that is not compared
+    # with a cache a function that makes the steps of prompts in the graph of rows (see `RowSteps`), else a session;
+    # None if it is not compared
     rows: Any
     name: str | None  # the adapter; None for the base, or for an export whose adapters are folded
-    active: Callable[[], AbstractContextManager[None]]  # the model in that state within a block
+    active: Callable[[], AbstractContextManager[None]]  # activates this state in the model while the block runs
     build: Callable[[], TracedModel | GraloraModel]
-    companions: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sessions of what runs beside it
-    tensors: Arrays = dataclasses.field(default_factory=dict)  # of an adapter as data, as the export holds them
+    companions: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # sessions of companion models
+    tensors: Arrays = dataclasses.field(default_factory=dict)  # tensors of an adapter as data, as exported
 
     @cached_property
     def reference(self) -> TracedModel | GraloraModel:
@@ -110,7 +110,7 @@ def variants(
     from gralora_fx.exporters.artifact.base_parameters import BaseParameters
     from gralora_fx.exporters.verify.adapters_as_data import session_with, tensors_of, with_folded
 
-    rounded = cache(partial(reference_model, base_trace(model), manifest, directory))  # one for all states
+    rounded = cache(partial(reference_model, base_trace(model), manifest, directory))  # shared by all states
 
     def reference(tensors: Arrays) -> TracedModel | GraloraModel:
         return model if rounded() is base_trace(model) else with_folded(base_trace(rounded()), tensors, inputs)

@@ -16,10 +16,10 @@ from gralora_fx.errors import ExportError, first_line
 from gralora_fx.exporters.artifact.tokenizer_files import loaded_tokenizer
 from gralora_fx.exporters.verify.cases import Case, PromptBatch, context_of, longest_text, pad_prompts, vocabulary_of
 
-_BATCH = 16  # a user's texts that are compared at once
-_USER_STEPS = 16  # tokens that are compared after a user's own prompts
-_LONGEST = 128  # tokens that are read of a given text whose quality is measured
-_COUNT, _DRAWN = 16, 24  # texts that the model draws, and tokens of each
+_BATCH = 16  # texts of a user compared at once
+_USER_STEPS = 16  # tokens compared after a user's prompts
+_LONGEST = 128  # tokens of a given text used to measure quality
+_COUNT, _DRAWN = 16, 24  # number of sampled texts, and tokens of each
 _CONTINUED = 24  # greedy tokens after each text
 
 
@@ -28,9 +28,9 @@ class MeasuredTexts:
     """Texts, each continued greedily by the float32 model."""
 
     rows: tuple[tuple[int, ...], ...]  # token ids by text, at least one each
-    drawn: int  # tokens that the float32 model draws after each row; they belong to the text
+    drawn: int  # tokens sampled from the float32 model after each row; they belong to the text
     continued: int  # greedy tokens after each text
-    end: tuple[int, ...] = ()  # tokens that end a text or pad it, which are not drawn
+    end: tuple[int, ...] = ()  # tokens that end a text or pad it, never sampled
 
     def __str__(self) -> str:
         """Describe how many there are, and their origin."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # loaded where a difference is above the tolerance
 # position is padding, to logits: `[batch, new, vocabulary]`, or those of the last position alone
 Step = Callable[[Tensor, Tensor], Tensor]
 Reader = Callable[[PromptBatch], Step]  # from prompts to what reads them
-_BYSTANDER = (0, 0, 0)  # what the row reads that is idle from then on; every vocabulary has this token
+_BYSTANDER = (0, 0, 0)  # tokens of the row that is idle from then on; every vocabulary has this token
 
 
 class DecoderSteps:
@@ -197,7 +197,7 @@ def read_together(
 
 def compare_decoder(run: TokenRun) -> TokenResult:
     """Compare a decoder's tokens after every prompt."""
-    if not run.prompts:  # of a context too short for any
+    if not run.prompts:  # the context is too short for any
         return TokenResult()
     readers: dict[str, Reader] = {"": reader(run.session)}
     if run.rows is not None:
@@ -244,10 +244,7 @@ class _StepsInFloat64:
     """A batch's steps in float64, each model with its own cache; run only when needed.
 
     Some models compute a single token differently from one of several (see `PromptClamp`), so a run on the whole text
-    is no reference for steps.
-
-    Attributes:
-        taken: The new ids and the mask of every step so far.
+    is no reference for steps. `taken` holds the new ids and the mask of every step so far.
     """
 
     def __init__(self, model: TracedModel | GraloraModel, batch: int) -> None:

@@ -133,7 +133,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
         return {"output": outputs}
     if (cache := returned_cache(outputs)) is not None:
         step = outputs if isinstance(cache, EncoderDecoderCache) else {"logits": outputs["logits"], "cache": cache}
-        return flat(step)  # what a decoder's model returns beside them is not exported
+        return flat(step)  # other return values of a decoder's model are not exported
     if isinstance(outputs, (list, tuple)):
         outputs = {str(index): value for index, value in enumerate(outputs)}
     if isinstance(outputs, Mapping):
@@ -144,9 +144,7 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
 def last_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the logits at each row's last non-padding position, `[batch, 1, vocabulary]`.
 
-    Args:
-        logits: `[batch, length, vocabulary]`.
-        mask: `[batch, past + length]`.
+    Logits are `[batch, length, vocabulary]`, the mask `[batch, past + length]`.
     """
     window = mask[:, mask.shape[1] - logits.shape[1] :]
     last = window.shape[1] - 1 - window.flip(1).argmax(1)
@@ -184,12 +182,9 @@ def without_padding(outputs: Mapping[str, Tensor], inputs: Mapping[str, Any]) ->
 
 
 def step_inputs(ids: Tensor, mask: Tensor, names: Collection[str]) -> dict[str, Tensor]:
-    """Return a decoder's inputs for a step: new tokens, the mask of all positions, and position ids.
+    """Return a decoder's inputs for a step, those in `names`: new tokens, the mask of all positions, position ids.
 
-    Args:
-        ids: `[batch, new]`.
-        mask: `[batch, all]`, including earlier positions; 0 at padding.
-        names: The inputs that the decoder has.
+    New tokens are `[batch, new]`, the mask is `[batch, past + new]`, 0 at padding.
     """
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask, ids.shape[1])}
     return {name: value for name, value in inputs.items() if name in names}

@@ -61,7 +61,7 @@ def measure_quality(
             with variant.active(), _float32(model) as reference:
                 tokens.append(token_quality(variant.session, reference, chosen, variant.name))
         return Quality(str(chosen), (), tuple(tokens))
-    base = next(states)  # without adapters that are data
+    base = next(states)  # adapters as data are left out
     cases: Iterable[Case]
     if traced.cache_layout is CacheLayout.ENCODER_DECODER:
         cases, inputs = random_answers(traced, seed=0), "random inputs"
@@ -106,11 +106,11 @@ def _rows(name: str, value: Tensor, case: Mapping[str, Any]) -> Tensor:
     """Return an output as rows `[rows, width]`, without masked positions."""
     mask = case.get("attention_mask")
     if mask is not None and (mask.ndim != 2 or "decoder_input_ids" in case):
-        mask = None  # of other positions than the outputs'
+        mask = None  # the mask is of other positions than the outputs
     if value.ndim == 2:
         if (
             mask is not None and name.endswith("_logits") and value.shape == mask.shape
-        ):  # a logit a position: of an answer's start or end
+        ):  # one logit per position: start or end of an answer
             value = value.masked_fill(~mask.bool(), float("-inf"))
     elif value.ndim == 3:
         is_text = mask is not None and value.shape[:2] == mask.shape
@@ -144,7 +144,7 @@ def token_quality(
         for position, step in zip(counted(positions, "comparing with float32", "tokens"), together, strict=True):
             expected, (actual,) = step.expected, step.actual
             _check_finite("logits", where, expected, actual)
-            after = position + 1 - lengths  # how many tokens of the continuation were read: negative before the first
+            after = position + 1 - lengths  # tokens of the continuation read so far: negative before the first
             tally.add_logits(expected[after <= 0], actual[after <= 0], is_text=True)
             parts = (after >= 0) & (after < equal) & (expected.argmax(-1) != actual.argmax(-1))
             equal[parts] = after[parts]
@@ -217,16 +217,9 @@ def _check_finite(name: str, where: str, expected: Tensor, actual: Tensor) -> No
 
 
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    """Return KL(p || q) of the distributions of two sets of logits, in nats.
+    """Return KL(p || q) of the distributions of two sets of logits `[rows, vocabulary]`, in nats: `[rows]`, float64.
 
     Rows are processed one at a time with numpy, as in `draw`.
-
-    Args:
-        expected: Logits of p, `[rows, vocabulary]`.
-        actual: Logits of q.
-
-    Returns:
-        `[rows]`, float64.
     """
     found = []
     with np.errstate(invalid="ignore"):

@@ -122,7 +122,7 @@ def write_float32_copy(directory: Path, target: Path) -> None:
     """
     target.mkdir(parents=True, exist_ok=True)
     models: dict[str, ir.Model] = {}
-    stored: dict[Hashable, ir.ExternalTensor] = {}  # tensors of several models that are stored once
+    stored: dict[Hashable, ir.ExternalTensor] = {}  # tensors shared by several models
     for path in sorted(directory.glob("*.onnx")):
         check_external_data(path)
         model = models[path.stem] = ir.load(path)
@@ -181,7 +181,7 @@ def _multiply_in_float32(graph: ir.Graph, product: QuantizedProduct) -> None:
     branch.insert_before(last, product_node)
     replace_value(product_node.outputs[0], product.output)
     for node in reversed(product.nodes):
-        if not any(value.uses() for value in node.outputs):  # what rounds is read by other products too
+        if not any(value.uses() for value in node.outputs):  # other products may read the rounded input too
             branch.remove(node, safe=True)
     drop_unread(graph, [str(product.weight.name), str(product.scale.name)])
 
@@ -202,7 +202,7 @@ def _as_float32(tensor: ir.TensorProtocol) -> LazyTensor:
 # relative: a sum of integers is cast, and three scales are multiplied, each rounded once
 PRODUCT_TOLERANCE = 6 * 2.0**-24
 _STEP, _LARGEST = 2.0**-6, 127  # values whose rounding by their largest is exact
-_DRAWN_ROWS, _COLUMNS = 4, 4096  # of the activations; of a weight at once
+_DRAWN_ROWS, _COLUMNS = 4, 4096  # rows of activations; columns of a weight at once
 _HALVES = 1  # the row between two steps, where there are 16 bits
 
 
@@ -213,7 +213,7 @@ class _Case(NamedTuple):
     output: str
     weight: ir.TensorProtocol  # int8 [K, N]
     scale: ir.TensorProtocol  # float32 [N]
-    has_rest: bool  # whether activations have 16 bits: what rounding leaves is multiplied too
+    has_rest: bool  # whether activations have 16 bits: the remainder is multiplied too
 
 
 def compare_products(directory: Path) -> TensorCheck:
@@ -237,7 +237,7 @@ def _differences(path: Path) -> Iterator[tuple[float, float]]:
     """Yield the largest absolute and relative difference of each product of a model."""
     check_external_data(path)
     products = quantized_products(ir.load(path))
-    if not products:  # of what runs beside a decoder
+    if not products:  # a companion model
         return
     model, cases = _apart(products)
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]

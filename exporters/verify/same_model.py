@@ -29,7 +29,7 @@ def check_same_model(output_dir: str | Path, manifest: Manifest, model: TracedMo
     """Check that an export is compared with its own model; with another, every difference would look like a fault."""
     expected, own = manifest.base_fingerprint, fingerprint_of(model)
     if expected not in (None, own) and not _is_merged(model, manifest):
-        if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # of a single file
+        if all(isinstance(shape, list) for shape in manifest.inputs.values()):  # a single file
             check_inputs(manifest.inputs, base_trace(model).example_inputs)
         raise ExportError(
             f"{output_dir} was exported from another base: its weights have fingerprint {str(expected)[:12]}, those of "
@@ -73,7 +73,7 @@ def _check_active_adapters(manifest: Manifest, origin: str, model: TracedModel |
 
 def check_exported_adapters(manifest: Manifest, origin: str, adapters: Sequence[str]) -> None:
     """Check that adapter directories are what was exported, in any order, before a base is loaded."""
-    if manifest.adapter_inputs is not None:  # any may be given; verification looks for its tensors
+    if manifest.adapter_inputs is not None:  # any adapter is allowed; verification looks for its tensors
         if len(adapters) > 1:
             raise ExportError(f"{origin} takes adapters as data, and is verified with one at a time; give one adapter")
         return

@@ -29,16 +29,16 @@ ToleranceFor = Callable[[TracedModel | GraloraModel], ToleranceCheck]
 class TogetherRun:
     """A decoder and its companions, of the model and of the export, in one state of the adapters."""
 
-    models: Mapping[str, TracedModel | GraloraModel]  # the model's companions by the names of their files
+    models: Mapping[str, TracedModel | GraloraModel]  # the model's companions by file name
     sessions: Mapping[str, Any]  # the export's, likewise, and of other programs' graphs in a full comparison
     model: TracedModel | GraloraModel  # the decoder, as `Variant.reference`
     session: Any  # the session of `model.onnx`
-    # opens a decoder over `model_rows.onnx` for a number of rows and of tokens in each; None where there is none, or it
-    # is not compared
+    # opens a decoder over `model_rows.onnx` for a number of rows and tokens per row; None if there is none, or it is
+    # not compared
     open_rows: Callable[[int, int], Decoder] | None
-    adapter: str | None  # the adapter of the rows; None for the base, or where adapters are folded
-    tally: Tally  # counts what is compared
-    generator: torch.Generator  # draws what is compared
+    adapter: str | None  # the adapter of the rows; None for the base, or if adapters are folded
+    tally: Tally  # accumulates comparisons
+    generator: torch.Generator  # random generator of inputs
     quick: bool  # whether few prompts are enough
 
 
@@ -112,7 +112,7 @@ def _reference(part: TracedModel | GraloraModel, manifest: Manifest, variant: Va
             part = part.traced
         elif is_exact:
             part.set_adapter(name)
-        else:  # the base and the adapter's tensors are rounded each by itself
+        else:  # the base and the adapter's tensors are rounded separately
             from gralora_fx.exporters.verify.adapters_as_data import with_folded
 
             return with_folded(float32_model(part.traced, manifest.precision), variant.tensors, inputs)

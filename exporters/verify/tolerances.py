@@ -32,10 +32,10 @@ _FROM_THE_MOST_EXACT = ("fp32", "tf32", "fp16", "bf16", "int8")
 # what providers compute in that do not keep to a float32 model's precision unless an option says so
 _LESS = {"QNNExecutionProvider": "fp16", "CoreMLExecutionProvider": "fp16"}
 _NVIDIA = {"CUDAExecutionProvider", "TensorrtExecutionProvider"}
-LEAST_SCALE = 1 / 20  # such a difference may also be one rounding error of 1, however small the largest value is
+LEAST_SCALE = 1 / 20  # a difference relative to 1 may be one rounding error of 1, however small the largest value is
 _ALLOWED = 4  # times the rounding error of float32 itself
 _DRAWS = 4  # runs with random rounding noise
-_LARGEST = 0.01  # difference that rounding may explain: a model that is further off in float32 tells nothing
+_LARGEST = 0.01  # maximum difference attributed to rounding: a model further off in float32 proves nothing
 
 
 def tolerance_of(precision: str, arithmetic: str = "fp32") -> float:
@@ -134,12 +134,7 @@ class _Difference(NamedTuple):
 
 
 class Tally:
-    """Tally of comparisons: the largest differences, and how many tokens are equal.
-
-    Attributes:
-        cases: Descriptions of the cases.
-        passed: Whether everything is close enough.
-    """
+    """Tally of comparisons, described in `cases`: the largest differences, and how many tokens are equal."""
 
     def __init__(self, check: ToleranceCheck, label: str = "") -> None:
         """Start empty."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = f"{__name__.partition('.')[0]}.features"
-# what a feature may add, by point: what a part is, and who asks for it
+# the points: what a part is, and who asks for it
 POINTS: dict[str, str] = {
     "config sizes": "Fields of config.json that set shapes, by which adapters' bases are told apart.",
     "stacks": "A regular expression found in the names of parameters that stack matrices of layers; a plan then says "
@@ -62,7 +62,7 @@ POINTS: dict[str, str] = {
     "`insert_mask` adds the node of a mask to a graph, `masks` finds these nodes, whose `starts` may be given, "
     "`first_columns` says where each row of ids begins to be acted on, `problems` why a trace cannot have "
     "one, and `start_in_prompt` where a served prompt begins to be.",
-    # the core needs no feature for what it knows itself, and asks for these parts only of what it does not know
+    # the core asks for these parts only for what it does not know itself
     "call patches": "A context over a transformers model and the inputs of its trace, in which it is called.",
     "own traces": "A function that captures and checks a draft by the inputs that the feature knows, as "
     "core.tracing.capture.trace_both_modes does.",
@@ -117,7 +117,7 @@ POINTS: dict[str, str] = {
     "routes": "A function of a service's engine, that returns a router with the routes for its model, if it has any. "
     "The model's task or an output of its graph is a sign of the feature.",
 }
-_OWN = "gralora_"  # how the keys of metadata begin that this project writes
+_OWN = "gralora_"  # prefix of this project's metadata keys
 
 
 @dataclass(frozen=True)

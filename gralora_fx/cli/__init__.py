@@ -14,10 +14,10 @@ def main() -> None:
     """Run the command line (see `gralora_fx.cli.program.main`)."""
     command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     if command == "serve" and "--help" not in sys.argv:
-        use_huge_pages()  # before anything is imported that the program would import once more
+        use_huge_pages()  # before imports that the restarted program would repeat
     from gralora_fx.cli.program import main as run
 
     run()
 
 
-__getattr__ = first_use(__name__, {"app": "cli.commands"})  # which imports every command
+__getattr__ = first_use(__name__, {"app": "cli.commands"})  # it imports every command

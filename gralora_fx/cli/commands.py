@@ -144,7 +144,7 @@ def fold(
             from gralora_fx.exporters import fold_onnx
         given: dict[str, Any] = {"base": base, "requantize": requantize, "force": force, "overwrite": overwrite}
         report = fold_onnx(onnx, adapter, output, strict_base=strict_base, **given)
-    others = ["DIR"] * (len(report.adapters) - 1)  # of the adapters that were folded in before
+    others = ["DIR"] * (len(report.adapters) - 1)  # placeholders for adapters folded in earlier
     show(report, verbose=verbose, model=base, adapter=[adapter, *others])
 
 

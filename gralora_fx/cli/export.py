@@ -198,7 +198,7 @@ def check_request(
         raise ConfigError(f"--adapter-name {adapter_name} has no effect without --adapter; give it, or leave it out")
     if adapter is None:
         options.check_model(methods={}, task=task)
-    fields = None if adapter is None else config_fields(adapter)[0]  # once: of a hub id, each time is a look-up
+    fields = None if adapter is None else config_fields(adapter)[0]  # once, since each read of a hub id is a look-up
     known = requested_task((fields or {}).get("task_type"), task, with_cache=True)
     if known is not None and not options.overwrite:
         check_replaced(output, task=known)

@@ -81,8 +81,8 @@ class PromptOptions(Protocol):
     The first option is the prompt; the others need it.
     """
 
-    TASK: ClassVar[str]  # the task whose exports are given such a prompt
-    IS_BESIDE: ClassVar[bool]  # whether it goes beside a text, which is then asked as a message of a chat
+    TASK: ClassVar[str]  # the task whose exports take such a prompt
+    IS_BESIDE: ClassVar[bool]  # whether it accompanies a text, which then is a chat message
 
     def content(self) -> Any:
         """Read the prompt's file, before anything slow is imported."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
-_OLDEST = (2, 35)  # glibc that knows it
+_OLDEST = (2, 35)  # oldest glibc that supports it
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -28,7 +28,7 @@ def use_huge_pages() -> None:
     os.environ[VARIABLE] = ":".join([*([tunables] if tunables else []), f"{TUNABLE}=1"])
     sys.stderr.write(f"starting over to have memory in huge pages: {VARIABLE}={os.environ[VARIABLE]}\n")
     sys.stderr.flush()
-    with contextlib.suppress(OSError):  # a user who may not start the interpreter anew runs it as it is
+    with contextlib.suppress(OSError):  # if the interpreter may not be restarted, run as it is
         os.execv(sys.executable, sys.orig_argv)
 
 

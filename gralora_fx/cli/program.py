@@ -19,9 +19,9 @@ from gralora_fx.errors import GraloraError, in_command
 
 _shown: set[str] = set()  # warnings shown already
 _ENDS = {130: "interrupted", 143: "terminated"}  # the shell's statuses for SIGINT and SIGTERM
-_CLOSED = 141  # its status for SIGPIPE
+_CLOSED = 141  # the shell's status for SIGPIPE
 _EXTRA = re.compile(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)")  # in the parser's words
-_PARSER = re.compile("Input should be")  # in those of what checks types
+_PARSER = re.compile("Input should be")  # in pydantic's words
 _MISUSED = 2  # the shell's status for wrong arguments
 _UsageError: Any = typer.BadParameter.__base__  # what typer raises for them, under a name of its own in some versions
 

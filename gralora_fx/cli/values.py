@@ -17,7 +17,7 @@ from gralora_fx.errors import ConfigError, first_line, in_command, option, shown
 from gralora_fx.format.adapter_paths import check_name
 from gralora_fx.format.tasks import check_task
 
-Declared = Any  # the type of a command's parameter that is an option which its record declares, default included
+Declared = Any  # type of a parameter whose option, with its default, a record declares
 _KINDS = (Path, int, float, str)
 _Command = TypeVar("_Command", bound=Callable[..., None])
 

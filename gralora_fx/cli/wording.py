@@ -21,7 +21,7 @@ from gralora_fx.errors import ConfigError, in_command, joined
 from gralora_fx.format.export_usage import COMPARING
 
 REQUIRED, _OTHER = "Required", "Options"
-_HYPHEN = "\u2011"  # one at which no line is broken, so that every name is found as it is written
+_HYPHEN = "\u2011"  # a hyphen without a line break, so that names stay whole
 
 
 class _Help:
@@ -99,7 +99,7 @@ class Command(_Help, TyperCommand):
         for param in self.get_params(ctx):
             if param.param_type_name == "option" and not getattr(param, "hidden", False):
                 groups.setdefault(_group(param), []).append((name_of(param), _unbroken(" ".join(_texts(param)))))
-        for title, rows in sorted(groups.items(), key=lambda group: group[0] == _OTHER):  # those of no group last
+        for title, rows in sorted(groups.items(), key=lambda group: group[0] == _OTHER):  # ungrouped options last
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
@@ -129,7 +129,7 @@ def _texts(param: Any) -> Iterator[str]:
         yield f" [default: {default:g}]" if isinstance(default, float) else f" [default: {default}]"
 
 
-notes = Console(stderr=True, highlight=False, soft_wrap=True)  # where what is not a result is printed
+notes = Console(stderr=True, highlight=False, soft_wrap=True)  # for messages that are not results
 
 
 def show(report: Report, *, verbose: bool, **sources: str | Sequence[str] | None) -> None:

@@ -57,7 +57,7 @@ def fit(
     return losses
 
 
-TEXTS, TEST_TEXTS = 560, 200  # that it reads of those there are, so that two slow cores train it in a minute
+TEXTS, TEST_TEXTS = 560, 200  # texts used, so that two slow cores train in a minute
 LENGTH = 32  # tokens of a text that are read: its headline and a sentence
 _TEST_SHARE = 0.2
 _BATCH = 16

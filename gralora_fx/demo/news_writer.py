@@ -23,7 +23,7 @@ from transformers import (
 
 from gralora_fx.demo.news_classifier import fit, load_news
 
-TOPIC = "sports"  # the adapter's
+TOPIC = "sports"  # the adapter's topic
 LENGTH = 96  # tokens of a text that are read at once
 BASE_STEPS, ADAPTER_STEPS = 120, 40
 BASE_RATE, ADAPTER_RATE = 1.2e-2, 1e-2
@@ -40,8 +40,8 @@ class Texts:
     """Tokenized texts, concatenated, each followed by the end token."""
 
     train: Tensor  # token ids to train on, `[tokens]`
-    held_out: Tensor  # those held out, `[tokens]`
-    token_length: float  # characters of a token that is held out, on the mean
+    held_out: Tensor  # held-out token ids, `[tokens]`
+    token_length: float  # mean characters of a held-out token
 
 
 def read_texts(seed: int) -> tuple[PreTrainedTokenizerBase, Texts, Texts]:

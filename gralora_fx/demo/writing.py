@@ -38,12 +38,7 @@ Rows: TypeAlias = Sequence[tuple[str, str]]
 
 
 class Stages:
-    """The stages of one model.
-
-    Attributes:
-        console: Where they are shown.
-        seconds: The time of each stage by name, in order.
-    """
+    """The stages of one model, shown on a console, with the seconds of each."""
 
     def __init__(self, console: Console) -> None:
         """Start without stages."""
@@ -54,7 +49,7 @@ class Stages:
     def stage(self, name: str) -> Iterator[None]:
         """Show a named stage while the block runs, and time it."""
         named: AbstractContextManager[None] = timed(name)
-        if not self.console.is_terminal:  # a line names it at once, and others follow if there is news within it
+        if not self.console.is_terminal:  # a line names it at once, and more follow if there is news
             self.console.print(f"{name} ...", markup=False)
             named = nullcontext()
         begin = time.perf_counter()
@@ -80,11 +75,11 @@ class DemoPart:
     """The results of one model."""
 
     title: str  # what was done
-    rows: Rows  # a name and a value of each figure
+    rows: Rows  # names and values of figures
     asked: str  # title of the answers
-    header: Sequence[str]  # names of their columns
+    header: Sequence[str]  # column names of the answers
     answers: Sequence[Sequence[str]]  # a row for each
-    picture: Path  # its losses, beside the report or below it
+    picture: Path  # a plot of its losses, beside the report or below it
 
     def tables(self) -> tuple[Table, Table]:
         """Return answers and figures as tables for a console."""

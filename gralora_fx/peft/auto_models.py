@@ -16,7 +16,7 @@ from gralora_fx.peft.peft_model import CLASSES, PeftModel
 class AutoPeftModel:
     """Loads an adapter with its base; the `task_type` of its configuration selects transformers' class."""
 
-    _task: ClassVar[str | None] = None  # None for the one that the configuration says
+    _task: ClassVar[str | None] = None  # None for the configuration's
     _bases: ClassVar[dict[str, str]] = {
         "CAUSAL_LM": "AutoModelForCausalLM",
         "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

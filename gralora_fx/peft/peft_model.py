@@ -242,7 +242,7 @@ class PeftModel(GraloraModel):
             state_dict=state_dict,
         )
         if is_main_process:
-            write_card: Any = self.create_or_update_model_card  # PEFT's
+            write_card: Any = self.create_or_update_model_card  # PEFT's method
             write_card(str(save_directory))
 
     # -- the base ---------------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ class DotSource:
     text: str = ""  # the source
     calls_again: bool = False  # whether an arrow leads back to a layer that is called again
     has_strips: bool = False  # whether a box shows the updates of several layers
-    boxes: dict[str, tuple[Item, Box]] = field(default_factory=dict)  # what each box shows
-    # the block of each frame, and its title
+    boxes: dict[str, tuple[Item, Box]] = field(default_factory=dict)  # the item and box by id
+    # the block and title of each frame by id
     frames: dict[str, tuple[Block, tuple[Line, Line]]] = field(default_factory=dict)
 
 

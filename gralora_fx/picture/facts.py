@@ -18,7 +18,7 @@ from gralora_fx.core.planning.rewrite_plan import RewritePlan
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import RewriteError
 
-PLANNED = "planned"  # name and state of the adapter of a plan that no rewrite has carried out
+PLANNED = "planned"  # name and state of the adapter of a plan not carried out
 _LONGEST_TARGETS = 80  # characters of `target_modules` that are shown at once
 _STATES = ("active", "merged", "waiting", PLANNED)  # the first one present paints the site
 

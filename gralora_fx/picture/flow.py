@@ -42,7 +42,7 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
     After:  `q -> o, k -> o`
     """
     owners = _Owners(facts, blocks)
-    events: list[Item] = []  # every time that an item computes; bits of the masks below index these
+    events: list[Item] = []  # every computation of an item; bits of the masks below index these
     nearest: dict[fx.Node, int] = {}  # the last events that a node's value comes from
     earlier: list[int] = []  # by event: all events before it
     edges: dict[tuple[Item, Item], None] = {}
@@ -54,7 +54,7 @@ def condense(facts: ModelFacts, blocks: BlockMap) -> Flow:
         for item in owners.items_of(node):
             before = 0
             for event in _bits_downwards(sources):
-                if not before >> event & 1:  # else a longer path leads there
+                if not before >> event & 1:  # otherwise a longer path leads there
                     edges.setdefault((events[event], item))
                     before |= earlier[event] | 1 << event
             sources = 1 << len(events)

@@ -33,7 +33,7 @@ from gralora_fx.service.protocols.openai.text_requests import QuestionReader
 from gralora_fx.service.service_routes import OPEN_PATHS, health_routes, info_routes, page_routes, service_info
 from gralora_fx.service.spans import SpanMiddleware, Tracing, tracing_of_environment
 
-_logger = logging.getLogger("uvicorn.error")  # which says what else happens at the start
+_logger = logging.getLogger("uvicorn.error")  # uvicorn's log of the start
 
 
 def create_app(settings: ServiceSettings) -> FastAPI:
@@ -202,7 +202,7 @@ class DescribedApp(FastAPI):
         if self.openapi_schema is None:
             description = super().openapi()
             schemas = description.setdefault("components", {}).setdefault("schemas", {})
-            for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form, which is not answered
+            for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own error form, which is not used
                 schemas.pop(name, None)
             modes = [(model, "validation") for model in (Error, InferenceError, InferRequest)]
             schemas |= models_json_schema(modes, ref_template=_SCHEMAS + "{model}")[1]["$defs"]  # type: ignore[arg-type]

@@ -27,16 +27,12 @@ _IDS, _TYPES, _ATTENTION_MASK = "input_ids", "token_type_ids", "attention_mask"
 class Tokens:
     """A tokenized text or text pair."""
 
-    ids: Sequence[int]  # its token ids
-    types: Sequence[int] | None = None  # the type of each, as the tokenizer gives them; None if all are 0
+    ids: Sequence[int]  # token ids
+    types: Sequence[int] | None = None  # token type ids; None if all are 0
 
 
 class TextReader:
-    """Tokenizes texts for an encoder.
-
-    Attributes:
-        limit: The most tokens of a text: the smaller of the model's and the tokenizer's limit.
-    """
+    """Tokenizes texts for an encoder; `limit` is the smaller of the model's and the tokenizer's."""
 
     def __init__(
         self,
@@ -124,7 +120,7 @@ def _check_text(text: Any) -> None:
 _TEXTS, _MASK = "texts", "attention_mask"
 # how much of its largest value a text's outputs may change beside a longer one: by rounding, and no more
 _ROUNDING, _COARSE_ROUNDING = 1e-4, 2e-2
-_WIDTH = 24  # tokens of that longer one
+_WIDTH = 24  # tokens of the longer text
 _logger = logging.getLogger(__name__)
 
 
@@ -164,7 +160,7 @@ class Encoder:
         if tokenizer is not None:
             self._reader = TextReader(tokenizer, model.config, model.manifest.position_offset, self.inputs)
         first = {(list(value.shape) or [None])[0] for value in (*self.inputs.values(), *self.outputs.values())}
-        self._takes_padding = False  # until it is tried
+        self._takes_padding = False  # until it is tested
         self._is_batchable = len(first) == 1 and isinstance(next(iter(first)), str)
         self.batches = RowBatches(self._run, observer, max_batch=max_batch, max_queue=max_queue, models=models)
 
@@ -228,7 +224,7 @@ class Encoder:
     async def tensors(self, arrays: Mapping[str, NDArray[Any]], adapter: str | None) -> dict[str, NDArray[Any]]:
         """Run tensors as one job."""
         sizes = {array.shape[0] if array.ndim else 0 for array in arrays.values()}
-        rows = max(sizes, default=0) or 1  # one without rows is refused by the model, and counts while it waits
+        rows = max(sizes, default=0) or 1  # no rows: refused by the model, and counted while waiting
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in arrays.items()))
         key: Any = (shapes, None if self._rows_have_adapters else adapter)
         if not self._is_batchable or sizes != {rows} or not all(map(_is_finite, arrays.values())):

@@ -36,7 +36,7 @@ from gralora_fx.service.example_inputs import try_encoder
 from gralora_fx.service.scheduling.continuous import ContinuousScheduler
 from gralora_fx.service.scheduling.queue import JobQueue, Observer
 
-_MOST_ADAPTERS = 64  # in memory, unless there are more from the start
+_MOST_ADAPTERS = 64  # default limit in memory, unless more are given at the start
 _REASONING = ("think", "reasoning")  # as in enable_thinking, </think> and reasoning_content
 _logger = logging.getLogger(__name__)
 
@@ -106,12 +106,11 @@ class TextEngine(Engine):
 
     queue: ContinuousScheduler
     tokenizer: PreTrainedTokenizerBase  # the tokenizer beside the model
-    constraints: Constraints | None  # compiles what answers have to be; None if no feature does
-    templates: Mapping[type, Any]  # what features read in the tokenizer's template of chats, by its class
-    reasons: bool  # whether the template writes what a model thinks before it answers
-    inputs: EncoderInputs | None = None  # reads what the encoder of an encoder-decoder takes; None for a decoder
-    # reads what chats hold beside text; None for a model that reads text alone
-    attachments: AttachmentReader | None = None
+    constraints: Constraints | None  # compiles constraints on answers; None without a feature that does
+    templates: Mapping[type, Any]  # what features found in the tokenizer's chat template, by class
+    reasons: bool  # whether the template makes the model reason before it answers
+    inputs: EncoderInputs | None = None  # reads encoder inputs of an encoder-decoder; None for a decoder
+    attachments: AttachmentReader | None = None  # reads what chats hold beside text; None for a text-only model
 
     @property
     def takes_text(self) -> bool:
@@ -154,7 +153,7 @@ class EncoderEngine(Engine):
 def open_engine(settings: ServiceSettings, observer: Observer) -> Engine:
     """Open the export and its own adapters, and run it once as a warm-up."""
     is_generating = generates(read_manifest(settings.directory, ServingError).task)
-    # an arena would keep for good what the longest prompt has taken
+    # an arena would permanently keep what the longest prompt took
     options = {"enable_cpu_mem_arena": False} if is_generating else None
     runtime = runtime_of(None, None, options, settings.threads)
     model = OrtModel(settings.directory, runtime, by_row=True, max_rank=settings.max_adapter_rank)
@@ -203,7 +202,7 @@ def _text_engine(
     row = decoder.open(None, source, max_length=1)
     decoder.step({row: [token]})
     decoder.close(row)
-    prompt_ids("a", tokenizer, ServingError)  # a first text may set the tokenizer up, which no two threads may do
+    prompt_ids("a", tokenizer, ServingError)  # a first text may initialise the tokenizer, which is not thread-safe
     _logger.info(new_proposer().note(settings.proposed, decoder.verify_problem))
     queue = ContinuousScheduler(
         decoder, tokenizer, observer, max_queue=settings.max_queue, models=models, most_proposed=settings.proposed

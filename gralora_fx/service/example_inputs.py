@@ -16,10 +16,10 @@ from gralora_fx.service.adapter_store.store import AdapterTrial
 from gralora_fx.service.encoder import Encoder
 from gralora_fx.service.protocols.inference.requests import datatype_of
 
-_TEXTS = ("An example", "a")  # the second for the shortest of contexts
-_SIZES = (4, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)  # of axes that may have any, in this order
-_MOST_VALUES = 2**22  # of an input with such axes
-_RAMP = 10  # different floats: equal ones may make a matrix that has no inverse
+_TEXTS = ("An example", "a")  # the second for very short contexts
+_SIZES = (4, 1, 2, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)  # sizes of dynamic axes, in this order
+_MOST_VALUES = 2**22  # maximum values of an input with dynamic axes
+_RAMP = 10  # different floats: equal ones may make a singular matrix
 _FILLS: tuple[float | None, ...] = (None, 1, 0, 0.5)  # None for different ones
 
 Arrays = dict[str, NDArray[Any]]
@@ -72,7 +72,7 @@ def _filled(encoder: Encoder, known: Mapping[str, Any], size: int, fill: float |
     """Complete known inputs with defaults, and the rest with values of a given size."""
     axes = _axes(encoder, size)
     arrays: Arrays = {}
-    # ids come first: what has a default has it from them
+    # ids first, since defaults derive from them
     for name, value in sorted(encoder.inputs.items(), key=lambda pair: not pair[0].endswith("input_ids")):
         dtype = datatype_of(value).dtype
         tensors = {other: torch.from_numpy(array) for other, array in arrays.items() if other.endswith("input_ids")}

@@ -48,11 +48,7 @@ def note_rejection(scope: Any, error: Exception) -> None:
 
 
 class _Now(Collector):
-    """Gauges computed when they are scraped; per process, so they are not summed across processes.
-
-    Attributes:
-        model: Facts of the served model, by name.
-    """
+    """Gauges computed when they are scraped; per process, so they are not summed across processes."""
 
     def __init__(self) -> None:
         """Start with no gauges."""
@@ -74,9 +70,7 @@ class _Now(Collector):
 class Metrics:
     """The metrics of one service process, in its own registry; an observer of its scheduler.
 
-    Attributes:
-        registry: The registry of counters and histograms.
-        now: The registry of gauges of this process.
+    `registry` has counters and histograms, `now` the gauges of this process.
     """
 
     def __init__(self) -> None:

@@ -27,10 +27,10 @@ from gralora_fx.service.service_routes import OPEN_PATHS
 
 ANY = "*"
 _METHODS = "GET, HEAD, POST"
-_AGE = "600"  # seconds for which a browser need not ask again
+_AGE = "600"  # seconds for which a browser may cache the permission
 # headers of answers that scripts may read, beside those that they always may
 _EXPOSED = ", ".join((IGNORED, HEADER_LENGTH, "Retry-After", "X-Should-Retry"))
-_SAFE = "/%:@!$&'()*+,;=~[]"  # what a path holds beside letters; all else is written as %XX, so a line stays a line
+_SAFE = "/%:@!$&'()*+,;=~[]"  # characters of a path kept in a log line; others are written as %XX
 _MOST = 1000  # characters of a path
 _CLIENT_GONE = 499  # nginx's status
 _logger = logging.getLogger("uvicorn.error")
@@ -70,7 +70,7 @@ class CorsMiddleware:
             return
         try:
             await self._app(scope, receive, allowing)
-        except Exception:  # which the framework logs, and would answer outside of every middleware
+        except Exception:  # the framework logs it, and would answer outside of every middleware
             if not has_begun:
                 await error_response(scope["path"], 500, FAILED)(scope, receive, allowing)
             raise
@@ -168,7 +168,7 @@ class ApiKeyMiddleware:
         """Pass a request on, or answer 401."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             authorization = Headers(scope=scope).get("authorization", "").encode("latin-1")
-            # the scheme's letters may be of either case, the key's not
+            # the scheme is case-insensitive, the key is not
             scheme, space, key = authorization.partition(b" ")
             if not secrets.compare_digest(scheme.lower() + space + key, self._expected):
                 message = "the API key is missing or wrong; give it as Authorization: Bearer KEY"
@@ -196,7 +196,7 @@ class CountingMiddleware:
                 self._metrics.answered(scope, message["status"])
             await send(message)
 
-        is_scrape = scope["path"] == _METRICS  # which would count itself whenever anybody looks
+        is_scrape = scope["path"] == _METRICS  # a scrape would count itself
         try:
             with nullcontext() if is_scrape else self._metrics.in_flight():
                 await self._app(scope, receive, counted)

@@ -29,11 +29,7 @@ _CLIENT_CLOSED = 499  # nginx's status; nobody reads it
 
 
 def timeout_of(request: Request) -> float | None:
-    """Return a request's time limit in seconds: its header's, or the service's if that is less.
-
-    Raises:
-        ServingError: The header is not a number of seconds.
-    """
+    """Return a request's time limit in seconds: its header's, or the service's if that is less."""
     limit: float | None = request.app.state.timeout
     header = request.headers.get(_HEADER)
     if header is None:
@@ -84,11 +80,7 @@ def _too_late(seconds: float | None) -> DeadlineError:
 
 
 class TextAnswers:
-    """The answers to the prompts of one request.
-
-    Attributes:
-        jobs: The answers in progress.
-    """
+    """The answers to the prompts of one request; `jobs` are those in progress."""
 
     def __init__(
         self,

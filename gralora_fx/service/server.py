@@ -54,7 +54,7 @@ class _LimitedProtocol(HttpToolsProtocol):
     limits = ConnectionLimits()
     log: Callable[[ASGIApp], ASGIApp] = staticmethod(_unlogged)
     _timer: asyncio.TimerHandle | None = None
-    _head = 0  # bytes so far of a head that is not complete; -1 once it is
+    _head = 0  # bytes of an incomplete head so far; -1 once it is complete
     _is_closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -100,7 +100,7 @@ class _LimitedProtocol(HttpToolsProtocol):
         """Stop the clock."""
         self._stop_clock()
         super().on_message_complete()
-        if self.cycle.response_complete:  # it was answered before; uvicorn's own clock for idle connections has stopped
+        if self.cycle.response_complete:  # answered early; uvicorn's clock for idle connections has stopped
             self._unset_keepalive_if_required()
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -129,7 +129,7 @@ class _LimitedProtocol(HttpToolsProtocol):
             self._timer = None
 
     def _time_out(self) -> None:
-        if self.flow.read_paused:  # it is this side that does not read
+        if self.flow.read_paused:  # this side paused reading
             self._start_clock()
             return
         self._close(408, f"the request did not arrive within {self.limits.read_timeout:g} seconds")
@@ -183,9 +183,9 @@ def run(
     The first SIGTERM or SIGINT lets running requests finish and refuses new ones; a second one ends the process at
     once, with the shell's status for the signal.
     """
-    # the thread that runs batches must not wait for the one that reads requests, or processors would idle
+    # otherwise the thread that runs batches waits for the one that reads requests, and cores idle
     sys.setswitchinterval(_SWITCH)
-    torch.set_num_threads(1)  # tokens are chosen by it, and more threads wait for each other where cores are busy
+    torch.set_num_threads(1)  # token choice needs one thread; more would wait for each other on busy cores
     log: Callable[[ASGIApp], ASGIApp] | None = None
     if access_log is not None:
         log = partial(AccessLogMiddleware, file=access_log)
@@ -210,5 +210,5 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             _logger.warning("%s again: ended at once, requests that ran are lost", signal.Signals(sig).name)
             logging.shutdown()
-            os._exit(128 + sig)  # whatever threads do
+            os._exit(128 + sig)  # even if threads are running
         super().handle_exit(sig, frame)

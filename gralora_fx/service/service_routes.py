@@ -19,7 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from gralora_fx.core.config.service_settings import ServiceSettings
 from gralora_fx.service.engines import Engine
 
-_NO_LIMIT = 2**31  # tokenizers without a limit say 10^30
+_NO_LIMIT = 2**31  # tokenizers without a limit have 10^30
 _PAGES = Path(__file__).parent / "page"
 _SWAGGER = Path(str(files("fastapi_swagger"))) / "resources"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -47,7 +47,7 @@ def health_routes(is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
     """Return the health routes, which need no key."""
     router = APIRouter()
 
-    @router.head("/v2/health/live", include_in_schema=False)  # some load balancers ask so
+    @router.head("/v2/health/live", include_in_schema=False)  # used by some load balancers
     @router.get("/v2/health/live")
     async def live() -> dict[str, Any]:
         return {"live": True}
@@ -72,12 +72,12 @@ class ServiceInfo:
     precision: str  # precision of the weights that are not quantized
     quantization: str | None  # how matrices are quantized; None if they are not
     adapters_mode: str  # how the export holds adapters
-    # tokens of a text that an encoder reads, or of a decoder's prompt and its answer; None for no limit, or if it takes
-    # no texts
+    # tokens of a text that an encoder reads, or of a decoder's prompt and answer; None for no limit, or if it takes no
+    # texts
     context_length: int | None
-    chat_template: bool  # whether it takes chats: it answers texts, and its tokenizer has a template for them
+    chat_template: bool  # whether it takes chats: it answers texts, and its tokenizer has a chat template
     attachments: tuple[str, ...]  # types of parts of a chat's messages that it reads beside text, by OpenAI's names
-    max_queue: int  # the most requests, or rows, that wait
+    max_queue: int  # maximum number of waiting requests or rows
     version: str  # the version of gralora-fx
 
     def labels(self) -> dict[str, str]:

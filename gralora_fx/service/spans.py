@@ -31,9 +31,9 @@ _MODEL, _ANSWERS = "gralora_fx.model", "gralora_fx.answers"
 _UNTRACED = frozenset((*OPEN_PATHS, "/metrics"))
 _PROTOCOLS = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 _OTLP = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
-_GROUP = "opentelemetry_traces_exporter"  # of entry points; packages of exporters add theirs
+_GROUP = "opentelemetry_traces_exporter"  # entry point group of exporter packages
 _MOST = 1000  # letters of a path
-_OPERATIONS = {  # by routes, as the semantic conventions of generative AI name them
+_OPERATIONS = {  # by route, the operation names of the generative AI conventions
     "/v1/completions": "text_completion",
     "/v1/chat/completions": "chat",
     "/v1/responses": "chat",
@@ -65,8 +65,8 @@ class Tracing:
     """Where spans go."""
 
     tracer: Tracer  # makes spans
-    exporters: str  # the names of what exports them
-    close: Callable[[], object]  # sends what is left
+    exporters: str  # names of the exporters
+    close: Callable[[], object]  # sends the remaining spans
 
 
 def tracing_of_environment() -> Tracing | None:
@@ -130,14 +130,14 @@ class SpanMiddleware:
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind, get_current_span, use_span
 
-        is_inner = get_current_span().is_recording()  # within FastAPI's own, where the provider is everybody's
+        is_inner = get_current_span().is_recording()  # inside FastAPI's own instrumentation, if the provider is global
         context = None if is_inner else extract(Headers(scope=scope))
         span = self._tracer.start_span(scope["method"], context, SpanKind.INTERNAL if is_inner else SpanKind.SERVER)
         if not span.is_recording():  # it is not sampled
             await self._app(scope, receive, send)
             return
         epoch = time.time_ns() - time.perf_counter_ns()
-        status = 499  # nginx's, of a client that went away before the answer began
+        status = 499  # nginx's status for a client that disconnected before the response
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -145,7 +145,7 @@ class SpanMiddleware:
                 status = message["status"]
             await send(message)
 
-        try:  # spans that libraries make are below it
+        try:  # spans of libraries are children
             with use_span(span, record_exception=False, set_status_on_exception=False):
                 await self._app(scope, receive, watched)
         except Exception:

@@ -80,7 +80,7 @@ def _is_tested(package: str, installed: str) -> bool:
     lowest, newest = map(Version, TESTED[package])
     try:
         version = Version(installed)
-    except InvalidVersion:  # of someone's own build; what cannot be compared was not tested
+    except InvalidVersion:  # a custom build's version cannot be compared, so it counts as untested
         return False
     return version >= lowest and version.release[: len(newest.release)] <= newest.release
 

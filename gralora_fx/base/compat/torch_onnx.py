@@ -52,7 +52,7 @@ def translate_graph(
         value.const_value = _core.TorchTensor(tensors[str(value.name)].meta["val"], name=value.name)
         if isinstance(into, ir.Graph):
             into.register_initializer(value)
-        else:  # which reads nothing from outside
+        else:  # a function reads nothing from outside
             _prepend(into, ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)], outputs=[value]))
 
 

@@ -83,7 +83,7 @@ def _recording_grad_modes() -> Iterator[None]:
         yield
 
 
-# patches that transformers applies for an export to ONNX only, though without them the trace itself is of no use
+# patches that transformers applies for ONNX only, although the trace itself needs them
 _OF_ONNX = {("transformers.masking_utils", "_vmap_expansion_sdpa")}
 
 

@@ -18,7 +18,7 @@ from gralora_fx.base.progress import stages
 from gralora_fx.base.progress.stages import RunningStage, displayed_by, is_displayed
 
 FIRST, SILENCE = 5.0, 15.0  # seconds of work before the first line of a log, and between its lines
-_POLL = 0.5  # seconds until a log asks again whether there is news
+_POLL = 0.5  # seconds between two checks for news
 
 
 class Heartbeat:
@@ -115,7 +115,7 @@ class Heartbeat:
             wait = self.beat()
 
 
-SILENCED = "GRALORA_FX_PROGRESS"  # the environment variable that is 0 where nothing is to be shown
+SILENCED = "GRALORA_FX_PROGRESS"  # environment variable; 0 shows nothing
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")

@@ -51,7 +51,7 @@ class LiveStages:
             return
         first = len(names) - 1 - names[::-1].index(stage)
         for running, task in self._tasks[first:]:
-            if running.total:  # its time is part of the stage's around it
+            if running.total:  # a counted stage's time is part of the enclosing stage's
                 self._live.remove_task(task)
             else:
                 self._live.update(task, total=1, completed=1)

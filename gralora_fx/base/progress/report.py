@@ -10,16 +10,16 @@ from pathlib import Path
 from gralora_fx.errors import Message, joined, marked, remedy
 
 DETAILS = remedy("print(report.details)", "-v")
-_LONG = 10.0  # seconds of work whose longest part is named
+_LONG = 10.0  # minimum seconds of work for naming its longest part
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """How to use what was written."""
+    """Usage of what was written."""
 
-    python: str  # in Python, as a line that can be pasted
-    command: str = ""  # in a shell, the words of a command; empty where Python alone does
-    # what the command is given, by the Python names of its options
+    python: str  # a line of Python to paste
+    command: str = ""  # the words of a shell command; empty if there is none
+    # the command's arguments, by the Python names of its options
     arguments: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -27,12 +27,12 @@ class Invocation:
 class Summary:
     """The short form of a report."""
 
-    result: str  # what came of it: whether it passed, and by how much
-    written: str  # what was written, and how large it is; of what writes nothing, what was looked at
-    usage: Invocation | None = None  # how it is used; None where that is not known
-    notes: Sequence[str] = ()  # what must not be missed, in a few words each
-    slowest: str = ""  # what took longest, and how to leave it out; empty for short work
-    # what compares it with the model; None where that was done, or is not possible
+    result: str  # the outcome: whether it passed, and by how much
+    written: str  # the files written and their size; if nothing was written, what was examined
+    usage: Invocation | None = None  # how to use it; None if unknown
+    notes: Sequence[str] = ()  # important notes, a few words each
+    slowest: str = ""  # the slowest stage, and how to skip it; empty for short work
+    # the call that compares it with the model; None if that was done, or is impossible
     comparison: Invocation | None = None
 
     def text(self, words: Callable[[Invocation], str] = attrgetter("python")) -> Message:
@@ -93,12 +93,9 @@ def times(seconds: Mapping[str, float]) -> str:
 
 
 def slowest(seconds: Mapping[str, float], stages: Mapping[str, str], *, least: float = _LONG) -> Message:
-    """Name the slowest stage and how to skip it; empty for short work.
+    """Name the slowest stage and how to skip it; empty for short work, of less than `least` seconds.
 
-    Args:
-        seconds: Seconds of each stage.
-        stages: Descriptions of stages, optionally followed by a colon and a remedy.
-        least: Minimum total seconds for a message.
+    `stages` holds descriptions of stages, optionally followed by a colon and a remedy.
     """
     total = sum(seconds.values())
     if not seconds or total < least:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 _log = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
-_LEAST = 1.0  # seconds of a stage that say how long it will take
+_LEAST = 1.0  # minimum seconds of a stage before its remaining time is estimated
 _OBJECTS = 200_000  # allocations before a garbage collection; the default is 700
 
 
@@ -68,14 +68,14 @@ def time_left(seconds: float) -> str:
 
 @dataclass
 class RunningStage:
-    """A stage that is running."""
+    """A running stage."""
 
     name: str
-    began: float  # when it did, by the clock
-    done: int = 0  # how many things are done
-    total: int = 0  # how many there are; 0 where they are not counted
-    unit: str = ""  # what they are
-    detail: str = ""  # what else is news
+    began: float  # its start, by the clock
+    done: int = 0  # number of things done
+    total: int = 0  # number of things; 0 if they are not counted
+    unit: str = ""  # plural of the things
+    detail: str = ""  # further news
     has_news: bool = True  # whether something was not shown yet
 
     def counts(self, now: float) -> str:
@@ -112,12 +112,9 @@ def displayed_by(display: Display) -> Iterator[None]:
 
 @contextmanager
 def timed(name: str, seconds: MutableMapping[str, float] | None = None, shown: str = "") -> Iterator[None]:
-    """Show a stage, log its start and end at level INFO, and record its time if it ends without an error.
+    """Show a stage, log its start and end at level INFO, and record its time in `seconds` unless it fails.
 
-    Args:
-        name: Name of the stage, such as `trace`.
-        seconds: Receives the stage's time under its name.
-        shown: Its name on a display; empty for `name`.
+    `shown` is its name on a display; empty for `name`.
     """
     display = _display.get()
     _log.info("%s ...", name)

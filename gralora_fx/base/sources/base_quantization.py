@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # with safetensors' names
 
-_FIELD = "quantization_config"  # of config.json
-_READ_BY_TRANSFORMERS = ("mxfp4",)  # which becomes floats while it is loaded
+_FIELD = "quantization_config"  # in config.json
+_READ_BY_TRANSFORMERS = ("mxfp4",)  # transformers converts it to floats when loading
 
 
 class BaseQuantization(ABC):
@@ -115,11 +115,7 @@ class BaseQuantization(ABC):
 
 
 def layer_names(value: Any) -> tuple[str, ...] | None:
-    """Return the layer names that a record lists.
-
-    Raises:
-        ConfigError: It is neither a list of names nor None.
-    """
+    """Return the layer names that a record lists; raise a `ConfigError` unless it is a list of names or None."""
     if value is None or (isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)):
         return None if value is None else tuple(value)
     raise ConfigError(f"the names of the layers that stay float must be a list or None, but got {shown(value)}")
@@ -152,7 +148,7 @@ def packed_quantization(
         try:
             found = form.of_fields({**config, "quant_method": method})
         except ConfigError as failure:
-            from gralora_fx.base.sources.other_formats import of_quantized  # for an error alone
+            from gralora_fx.base.sources.other_formats import of_quantized  # needed for an error only
 
             raise error(
                 f"{origin} is quantized by {_title(method)} in a way that is not read ({marked(failure)}); "

@@ -59,7 +59,7 @@ def raw_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:
     """Return the entries of a tensor along its first axis in the source's dtype, one at a time if the source can."""
     source = getattr(tensor, _SOURCE, None)
     entries = source.entries() if isinstance(source, EntrySource) else raw_values_of(tensor, name)
-    return map(Tensor.detach, entries)  # which keeps no entry while it reads the next, as a generator would
+    return map(Tensor.detach, entries)  # unlike a generator, map keeps no entry while it reads the next
 
 
 def value_entries(tensor: Tensor, name: str) -> Iterator[Tensor]:

@@ -94,7 +94,7 @@ def _exists(path: Path) -> bool:
 
 
 MODEL_FILE, EXPORT_FILE = "config.json", "gralora_export.json"
-RECORD = "base_quantization"  # the field that says how a base was quantized: of a model, an adapter and an export
+RECORD = "base_quantization"  # field with a base's quantization, in a model, an adapter and an export
 GENERATION_CONFIG = "generation_config.json"
 
 

@@ -24,7 +24,7 @@ class PackedTensor(StoredTensor):
     """A quantized weight, read as floats in its original shape and compute dtype."""
 
     quantization: BaseQuantization  # how it is stored
-    # whether it is read as `[in, out]`, as transformers' `Conv1D` has it
+    # whether it is read transposed, `[in, out]`, for transformers' `Conv1D`
     is_turned: bool = field(default=False, kw_only=True)
 
     @property
@@ -64,8 +64,8 @@ class RoundedTensor(StoredTensor):
     """A float weight, read with the values that quantization would give it."""
 
     stored: StoredTensor  # the stored weight
-    quantization: BaseQuantization  # how it is rounded
-    is_turned: bool = False  # whether it is stored as `[in, out]`, as transformers' `Conv1D` has it
+    quantization: BaseQuantization  # how it is quantized
+    is_turned: bool = False  # whether it is stored transposed, `[in, out]`, as in transformers' `Conv1D`
 
     @classmethod
     def of(cls, stored: StoredTensor, quantization: BaseQuantization, *, is_turned: bool) -> RoundedTensor:

@@ -61,8 +61,8 @@ class StoredBytes:
 
     file: Path
     begin: int  # offset of the first byte
-    end: int  # offset of the byte after the last
-    # descriptor of the file while it is kept open; None to open it for each read
+    end: int  # offset after the last byte
+    # the file's descriptor while it is kept open; None to open it for each read
     handle: int | None = field(default=None, kw_only=True)
 
     @property
@@ -105,10 +105,10 @@ class Part:
 
     begin: int  # offset in the new file
     nbytes: int  # its size in bytes
-    source: StoredBytes | None  # the bytes that it is made from; None if the edit brings all values
-    edit: Edit | None = None  # what becomes of the tensor's values; None to copy the bytes
+    source: StoredBytes | None  # the bytes that it is made from; None if the edit supplies all values
+    edit: Edit | None = None  # changes the tensor's values; None to copy the bytes
     dtype: np.dtype[Any] = field(default_factory=lambda: np.dtype(np.uint8))  # dtype of the tensor
-    columns: int = 1  # values of a stored row of the tensor
+    columns: int = 1  # values in a stored row of the tensor
 
     @property
     def end(self) -> int:
@@ -121,8 +121,8 @@ class NewFile:
     """A file to write; bytes outside its parts are zero."""
 
     name: str
-    parts: Sequence[Part]  # its parts, in the order of their offsets
-    head: bytes = b""  # what it begins with
+    parts: Sequence[Part]  # its parts, ordered by offset
+    head: bytes = b""  # its first bytes
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +196,7 @@ def _write(part: Part, target: int) -> None:
     count = part.nbytes // width if width else 0
     is_whole = not part.edit.takes_rows or (part.source is not None and part.source.is_whole)
     step = max(1, count if is_whole else BLOCK // max(1, part.columns))
-    block = np.empty((min(step, count), part.columns), part.dtype)  # one for all, since fresh memory costs time
+    block = np.empty((min(step, count), part.columns), part.dtype)  # one buffer for all, since fresh memory costs time
     for first in range(0, count, step):
         rows = block[: count - first]
         if part.source is not None:

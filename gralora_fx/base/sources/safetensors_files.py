@@ -88,7 +88,7 @@ def extremes_are_finite(values: NDArray[Any]) -> bool:
     """Return whether all values are finite, by their extremes, which costs less than a test of each value."""
     if not values.size:
         return True
-    if values.dtype in _EXPONENTS:  # of half precision, whose extremes numpy finds slowly: by the bits of the exponent
+    if values.dtype in _EXPONENTS:  # half precision, whose extremes numpy finds slowly: test the exponent's bits
         exponent = _EXPONENTS[values.dtype]
         return not bool(((values.view(np.uint16) & exponent) == exponent).any())
     return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
@@ -100,8 +100,8 @@ class Layout:
 
     file: Path
     tensors: Mapping[str, StoredTensor]  # its tensors by key, in the order of the file's header
-    metadata: Mapping[str, str]  # texts saved with them
-    data: int  # offset of the first tensor's first byte: the length of all that comes before
+    metadata: Mapping[str, str]  # the header's metadata
+    data: int  # offset of the first tensor's first byte
 
     def mapped(self) -> dict[str, Tensor]:
         """Return all values by key as memory-mapped tensors, opening the file once."""
@@ -117,7 +117,7 @@ class Layout:
 def read_layout(file: Path) -> Layout:
     """Read a safetensors file's layout; raise if the file is incomplete."""
     try:
-        with safe_open(file, framework="np"):  # which checks the header and the size of the file
+        with safe_open(file, framework="np"):  # checks the header and the size of the file
             pass
         with file.open("rb") as opened:
             data = _LENGTH + int.from_bytes(opened.read(_LENGTH), "little")
@@ -146,17 +146,17 @@ class NewTensor:
 
     dtype: str  # safetensors' name of its dtype
     shape: tuple[int, ...]
-    source: StoredTensor | None = None  # the tensor that it is made from; None if the edit brings all values
-    edit: Edit | None = None  # what becomes of the values; None to copy them
+    source: StoredTensor | None = None  # the tensor that it is made from; None if the edit supplies all values
+    edit: Edit | None = None  # changes the values; None to copy them
 
 
 @dataclass(frozen=True)
 class NewShard:
     """A safetensors file to write."""
 
-    old: Layout  # the file that it takes the place of
-    tensors: Mapping[str, StoredTensor]  # where each tensor will lie, in the order of the header
-    file: NewFile  # what is written
+    old: Layout  # the file that it replaces
+    tensors: Mapping[str, StoredTensor]  # the place of each tensor, in the order of the header
+    file: NewFile  # the contents to write
 
     @property
     def more_bytes(self) -> int:

@@ -43,11 +43,10 @@ _SIZES = (
 class BaseSource:
     """Known facts of a base model."""
 
-    name: str | None  # its directory or hub id as it was given; None where it has no name, as a model made in memory
-    revision: str | None = None  # revision or commit of the hub repository, if one is known
-    fields: Mapping[str, Any] | None = None  # its configuration as it is used; None for that of its directory
-    # how it is quantized where it is used, as a record says it (see `BaseQuantization.of`); None for what its
-    # configuration says
+    name: str | None  # its directory or hub id as it was given; None without a name, as for a model made in memory
+    revision: str | None = None  # revision or commit of the hub repository, if known
+    fields: Mapping[str, Any] | None = None  # its configuration in use; None for that of its directory
+    # its quantization in use as a record (see `BaseQuantization.of`); None for that of its configuration
     record: Any = None
 
     @cached_property
@@ -98,7 +97,7 @@ class BaseSource:
         """Its quantization in use; None for floats, and if unknown."""
         record = self.record or (self.config or {}).get(RECORD)
         if record:
-            from gralora_fx.base.sources.base_quantization import recorded_quantization  # of quantized bases alone
+            from gralora_fx.base.sources.base_quantization import recorded_quantization  # for quantized bases only
 
             return recorded_quantization(record)
         if self.directory is None or not (read_config_fields(self.directory) or {}).get("quantization_config"):
@@ -114,13 +113,13 @@ class BaseComparison:
 
     made_for: str | None  # the base that the adapter's configuration names, or None
     revision: str | None  # the revision that it names, or None
-    used_with: str | None  # the name of the model, or None where it has none
+    used_with: str | None  # the model's name, or None if it has none
     # what was compared: `"name"`, `"revision"`, `"config.json"`, `"weights"`, `"quantization"`
     compared: tuple[str, ...]
     outcome: str  # `"same"`, `"different"` or `"unknown"`
     reason: str = ""  # why it is not known to be the same, in words; empty if it is
-    # how far the model's weights are from those of the base, relative to their norm, where one of both is in few bits
-    # and they could be compared; None otherwise
+    # distance of the model's weights from the base's, relative to their norm, if one of both is quantized and they
+    # could be compared; None otherwise
     change: float | None = None
 
     @property
@@ -203,7 +202,7 @@ def _compared(made: BaseSource, used: BaseSource) -> tuple[tuple[str, ...], str,
     one, other = made.hub_id, used.hub_id
     is_named_alike = one is not None and other is not None and one.casefold() == other.casefold()
     if is_named_alike or (made.directory is not None and made.directory == used.directory):
-        has_fields = made.fields is not None or used.fields is not None  # what has the name now may be another model
+        has_fields = made.fields is not None or used.fields is not None  # the name may refer to another model now
         if has_fields and made.config is not None and used.config is not None:
             if different := _differing_fields(made.config, used.config):
                 return (NAME, CONFIG), DIFFERENT, different

@@ -32,9 +32,8 @@ class SavedWeights:
 
     directory: Path
     shards: tuple[Layout, ...]  # its safetensors files
-    has_index: bool  # whether an index says which file holds which tensor
-    # tensors that are read in place of those of their keys
-    others: Mapping[str, StoredTensor] = field(default_factory=dict)
+    has_index: bool  # whether an index maps tensors to files
+    others: Mapping[str, StoredTensor] = field(default_factory=dict)  # tensors that replace those of the same keys
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -78,7 +77,7 @@ def _packed(directory: Path) -> BaseQuantization | None:
 def read_weights(directory: Path) -> SavedWeights:
     """Read the layouts of a model's safetensors files, single or with an index, each checked for completeness."""
     single, index = directory / SINGLE_NAME, directory / INDEX_NAME
-    if single.is_file():  # which transformers prefers too
+    if single.is_file():  # transformers prefers it too
         return SavedWeights(directory, (read_layout(single),), has_index=False)
     if not index.is_file():
         if (file := pickle_file(directory)) is not None:
@@ -126,9 +125,9 @@ def _names_by_key(index: Path) -> dict[str, str]:
 _BYTES = np.dtype(np.uint8)
 _READ = 64  # bytes at each place of two tensors of one dtype
 _VALUES = 8  # values at each place of two tensors of different dtypes
-_ROUNDED = 2**14  # values of two weights of which one is in few bits, about
+_ROUNDED = 2**14  # approximate number of values of two weights, one of them quantized
 _BLOCK = 4096  # the largest block of values that are rounded together
-_ROUNDINGS = 0.2  # relative change up to which they are roundings of one weight: each changes it by 0.09 to 0.15
+_ROUNDINGS = 0.2  # maximum relative change between roundings of one weight: each changes it by 0.09 to 0.15
 _IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 
 
@@ -136,10 +135,10 @@ _IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
 class WeightComparison:
     """The difference of two directories' weights."""
 
-    common: int  # how many tensors they have in common
-    differing: int  # how many of these have other values
-    # of weights that are in few bits in one of them, the norm of the difference relative to the norm, over all values
-    # that were compared; None where there are none
+    common: int  # number of tensors in common
+    differing: int  # number of common tensors with other values
+    # for weights quantized in one of them, the norm of the difference relative to the norm, over all compared values;
+    # None if there are none
     change: float | None = None
 
 
@@ -147,7 +146,7 @@ def stored_quantization(directory: Path) -> BaseQuantization | None:
     """Return the quantization of a directory's weights; None for floats or unreadable files."""
     try:
         return read_weights(directory).quantization
-    except CheckpointError:  # whoever loads the files says what is wrong with them
+    except CheckpointError:  # loading the files reports what is wrong
         return None
 
 
@@ -164,7 +163,7 @@ def differing_weights(
         if not common or 2 * len(common) < min(len(first), len(second)):
             return None
         return _comparison([(first[key], second[key]) for key in common], how, other_how)
-    except (CheckpointError, OSError):  # whoever loads the files says what is wrong with them
+    except (CheckpointError, OSError):  # loading the files reports what is wrong
         return None
 
 

@@ -36,8 +36,8 @@ class StackPart(NamedTuple):
     """A stored tensor that holds rows of one matrix of a stack."""
 
     key: str
-    matrix: int  # its place in the stack
-    start: int  # the first of its rows in that matrix, as of the up projection below the gate
+    matrix: int  # the matrix's index in the stack
+    start: int  # its first row in that matrix: the up projection begins below the gate
 
 
 def stack_parts(
@@ -50,7 +50,7 @@ def stack_parts(
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    found: dict[str, dict[str, tuple[int, int]]] = {}  # key to its matrix and the place of its kind among the rows
+    found: dict[str, dict[str, tuple[int, int]]] = {}  # key to its matrix and its row group
     for key, name in parts.items():
         _, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, model.state_dict())
         converter = next(entry for entry in converters if pattern in entry.source_patterns)

@@ -70,7 +70,7 @@ def _format(default: Format, widths: list[int]) -> Blocks | None:
 QMOE = "QMoE"
 # which inputs are matrices, and which their zero points; of floats a bias follows each, of blocks scales and a bias
 MATRICES = {MOE: ((2, 2), (4, 4)), QMOE: ((2, 11), (5, 12))}
-_ROWS = 128  # of a matrix that are rounded at once: a search holds several copies
+_ROWS = 128  # rows of a matrix rounded at once: a search holds several copies
 OF_BLOCKS = ("expert_weight_bits", "block_size", "weights_prepacked", "accuracy_level")
 _UP, _DOWN = (at for at, _ in MATRICES[MOE])
 

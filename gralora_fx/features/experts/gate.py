@@ -20,12 +20,12 @@ class ExpertGate:
     """
 
     activation: str  # one of `ACTIVATIONS`
-    # where gates are among the first product's outputs: in the first half (`"halves"`), at even places
-    # (`"interleaved"`), or everywhere, so that nothing is multiplied (`"none"`)
+    # the gates' places among the first product's outputs: the first half (`"halves"`), even places (`"interleaved"`),
+    # or all of them, without a linear part (`"none"`)
     layout: str
     alpha: float = 1.0  # factor within `silu`'s sigmoid
-    offset: float = 0.0  # what is added to the linear part
-    limit: float = 0.0  # bound of the gate from above, and of the linear part on both sides; 0 for none
+    offset: float = 0.0  # added to the linear part
+    limit: float = 0.0  # upper bound of the gate, and bound of the linear part on both sides; 0 for none
 
 
 class Arithmetic(Protocol[T]):

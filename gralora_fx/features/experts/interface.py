@@ -83,7 +83,7 @@ def gate_of(module: Any) -> ExpertGate | None:
     try:
         with torch.no_grad():
             return _measured(module._apply_gate) if module.has_gate else ungated(module.act_fn)
-    except (TypeError, ValueError, RuntimeError):  # it takes more than these numbers, or gives something else
+    except (TypeError, ValueError, RuntimeError):  # its signature or result differs
         return None
 
 
@@ -103,7 +103,7 @@ def _measured(function: Callable[[Tensor], Tensor]) -> ExpertGate | None:
             return float(function(torch.tensor([numbers], dtype=torch.float64))[0, 0])
 
         nothing = at(0.5, 0)
-        activated = at(0.5, 1) - nothing  # of 0.5
+        activated = at(0.5, 1) - nothing  # the activation of 0.5
         if not 0 < activated <= 0.5:
             continue
         bound = (at(0.5, _FAR) - nothing) / activated
@@ -179,7 +179,7 @@ def longcat(module: Any, gate: ExpertGate, hidden_states: Tensor, top_k_index: T
     return y + _halves(hidden_states, index, weights.to(hidden_states.dtype), up, down, gate)
 
 
-# the activation of the experts of each
+# the experts' activation, by function
 _ACTIVATIONS: Mapping[Callable[..., Any], Callable[[Any], Any]] = {
     dbrx: lambda experts: experts.mlp.activation_fn,
     longcat: lambda experts: experts.act_fn,

@@ -28,7 +28,7 @@ class GateNodes:
     """ONNX nodes that compute gates (see `Arithmetic`)."""
 
     build: Builder  # makes them
-    dtype: ir.DataType  # their dtype
+    dtype: ir.DataType
 
     def number(self, value: float) -> ir.Value:
         """Return a constant."""
@@ -102,22 +102,14 @@ def width_of(experts: ExpertsNode) -> int:
 
 
 def weighted(build: Builder, outputs: ir.Value, experts: ExpertsNode, k: int, size: int) -> ir.Value:
-    """Return the weighted sums of the outputs of each token's experts, `[tokens, size]`.
-
-    Args:
-        build: Makes the nodes.
-        outputs: `[tokens * k, size]`.
-        experts: The layer, with the weights.
-        k: Experts per token.
-        size: Width of a token.
-    """
+    """Return the weighted sums `[tokens, size]` of the outputs `[tokens * k, size]` of each token's k experts."""
     weights = experts.weights
     if weights.dtype != experts.hidden.dtype and experts.hidden.dtype is not None:
         weights = build("Cast", weights, to=experts.hidden.dtype)
     if k == 1:
         return build("Mul", outputs, weights)
     each = build("Reshape", outputs, [-1, k, size])
-    # a product of each token sums in one order, and a `ReduceSum` of one token in another than of several
+    # a MatMul sums each token in the same order; `ReduceSum` of one token in another order than of several
     return build("Squeeze", build("MatMul", build("Unsqueeze", weights, [1]), each), [1])
 
 
@@ -146,7 +138,7 @@ def _between(build: Builder, gate: ExpertGate, x: ir.Value, dtype: ir.DataType) 
     return gated(GateNodes(build, dtype), gate, part, linear)
 
 
-MOST_BYTES = 8 << 30  # of experts in a model; larger ones stay in the file, of which ONNX Runtime maps what is read
+MOST_BYTES = 8 << 30  # maximum size of experts; larger ones stay in the file, memory-mapped by ONNX Runtime
 _WEIGHTS = ("up", "up_bias", "down", "down_bias")  # inputs of the operator from the third on
 
 
@@ -188,7 +180,7 @@ def _float_stacks(node: ir.Node) -> dict[str, ir.Value]:
 def _add_function(model: ir.Model, name: str, gate: ExpertGate, count: int, stacks: Sequence[str]) -> None:
     def body(build: Builder, x: ir.Value, scores: ir.Value, *entries: ir.Value) -> dict[str, ir.Value]:
         weights = {stack: entries[at * count : (at + 1) * count] for at, stack in enumerate(stacks)}
-        # tokens by expert, those of one as they come
+        # tokens sorted stably by expert
         order = build("Gather", build("NonZero", build("Transpose", scores, perm=[1, 0])), 1, axis=0)
         begins, every_second = [build.ints(0), build.ints(1)], [build.ints(limit) for limit in (2**31, 0, 2)]
         counts = build("Cast", build("ReduceSum", scores, begins[0], keepdims=0), to=ir.DataType.INT64)

@@ -42,7 +42,7 @@ class ExpertsReport(LayersReport):
     FUSED, PLAIN = "layers with one operator each", "without"
 
 
-_STEP = 1e20  # times a number it is so far from 0 that its sigmoid is 0 or 1
+_STEP = 1e20  # factor that makes any sigmoid 0 or 1
 UNGATED = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu", "identity": "identity"}  # the operator's names
 _ARRANGED = "gralora_experts"  # key in the metadata of a value: how it was arranged
 
@@ -165,7 +165,7 @@ def _arrange(value: ir.Value, experts: ExpertsNode, *, is_up: bool, is_bias: boo
 
     def entries() -> Iterator[NDArray[Any]]:
         one = functools.partial(arranged, gate=gate, is_up=is_up, is_transposed=is_transposed)
-        return map(one, entries_of(tensor))  # which keeps no matrix while it reads the next, as a generator would
+        return map(one, entries_of(tensor))  # unlike a generator, map keeps no matrix while it reads the next
 
     sizes = [int(size) for size in tensor.shape.numpy()]
     if is_transposed:

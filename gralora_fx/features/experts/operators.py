@@ -47,12 +47,7 @@ class GateTensors:
 
 
 def between(gate: ExpertGate, x: Tensor) -> Tensor:
-    """Return the second product's input `[..., width]` from the first product's output.
-
-    Args:
-        gate: The function between them.
-        x: `[..., outputs]`.
-    """
+    """Return the second product's input `[..., width]` from the first product's output `[..., outputs]`."""
     if gate.layout == NO_GATE:
         return activated(GateTensors(), gate, x)
     part, linear = x.chunk(2, dim=-1) if gate.layout == HALVES else (x[..., ::2], x[..., 1::2])

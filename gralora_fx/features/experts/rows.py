@@ -19,11 +19,7 @@ _UP = 2  # position of the first product's weights among the operator's inputs
 def arranged(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_transposed: bool = False) -> NDArray[Any]:
     """Return one expert's matrix `[out, in]` or bias `[out]` with its rows in the operator's order.
 
-    Args:
-        matrix: The model's matrix or bias.
-        gate: The function between the products.
-        is_up: Whether it is of the first product; the second has no gates.
-        is_transposed: Whether the model has `[in, out]`.
+    `is_up`: it is of the first product; only this has gates. `is_transposed`: the model has `[in, out]`.
     """
     matrix = matrix.T if is_transposed else matrix
     if is_up and gate.layout == HALVES:
@@ -44,8 +40,8 @@ def as_modelled(matrix: NDArray[Any], gate: ExpertGate, *, is_up: bool, is_trans
 class Rows:
     """Row order of a product's matrices (see `Arrangement`)."""
 
-    gate: ExpertGate  # what is computed of a first product
-    is_up: bool  # whether it is of the first product
+    gate: ExpertGate  # the function between the products
+    is_up: bool  # whether it is the first product
 
     def as_modelled(self, matrix: NDArray[Any]) -> NDArray[Any]:
         """Return the matrix with the rows in the model's order."""

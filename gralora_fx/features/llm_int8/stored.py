@@ -27,7 +27,7 @@ class EightBitTensor(PackedTensor):
     """A weight in eight bits."""
 
     codes: StoredTensor  # the stored integers
-    scales: NDArray[np.float32]  # the value of one step in each row, `[out]`
+    scales: NDArray[np.float32]  # the step size of each row, `[out]`
 
     def floats(self, start: int, stop: int) -> NDArray[np.float32]:
         """Return some values in float32, in stored order."""

@@ -32,12 +32,12 @@ class FourBits(BaseQuantization):
     extra = "nf4"
 
     kind: str = "nf4"  # the 16 values: `"nf4"`, quantiles of a normal distribution, or `"fp4"`
-    block_size: int = 64  # values with one scale; they follow each other in the weight `[out, in]`
+    block_size: int = 64  # consecutive values of the weight `[out, in]` with one scale
     double: bool = False  # whether the scales are quantized too, to 8 bits in blocks of 256 (double quantization)
     # dtype that layers multiply in (`bnb_4bit_compute_dtype`), to which the values are rounded
     compute_dtype: str = "float32"
-    # names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice, which is the
-    # head, what is tied to it, and the last layer
+    # names of the layers that stay float (`llm_int8_skip_modules`); None for transformers' own choice: the head,
+    # weights tied to it, and the last layer
     skip_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

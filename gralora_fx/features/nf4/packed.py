@@ -19,7 +19,7 @@ from gralora_fx.core.operators.call import Call, V, operator
 from gralora_fx.features.nf4.four_bits import FourBits
 from gralora_fx.features.nf4.stored import FourBitTensor, quantized
 
-_LARGEST_BLOCK = 1024  # larger ones are unpacked by a program that bitsandbytes has torch.compile make
+_LARGEST_BLOCK = 1024  # bitsandbytes unpacks larger ones with torch.compile
 
 
 @operator("unpack_four_bits")
@@ -83,11 +83,11 @@ def _by_kernel(codes: Tensor, scales: Tensor, table: Tensor, block_size: int, co
 def _kernels() -> Mapping[bytes, str]:
     """Return the kernels' value types by the bytes of their tables; empty without bitsandbytes."""
     try:
-        with quiet():  # it logs which of its kernels it does not find
+        with quiet():  # it logs missing kernels
             import bitsandbytes  # noqa: F401  # it registers operators
     except ImportError:
         return {}
-    if not has_kernel("bitsandbytes::dequantize_4bit", "CPU"):  # what runs then is made by torch.compile
+    if not has_kernel("bitsandbytes::dequantize_4bit", "CPU"):  # its fallback is made by torch.compile
         return {}
     each = torch.arange(16, dtype=torch.uint8)
     found = {}
@@ -107,9 +107,9 @@ def _unpack(codes: Tensor, scales: Tensor, block_size: int, kind: str) -> Tensor
 class PackedFourBits(PackedWeight):
     """A weight in four bits."""
 
-    tensors: Mapping[str, Tensor]  # the arguments of the operator that are tensors
+    tensors: Mapping[str, Tensor]  # the tensor arguments of the operator
     shape: tuple[int, int]  # `[out, in]`
-    quantization: FourBits  # how it was rounded
+    quantization: FourBits  # its quantization
     is_turned: bool  # whether the layer's weight is `[in, out]`
 
     def unpacked(self, tensors: Mapping[str, Any]) -> Any:
@@ -122,16 +122,9 @@ class PackedFourBits(PackedWeight):
 def packed_weight(
     weight: NDArray[np.float32] | FourBitTensor, name: str, quantization: FourBits, *, is_turned: bool
 ) -> PackedFourBits:
-    """Return a weight in four bits, quantized from floats or taken from a checkpoint.
+    """Return a weight in four bits, quantized from floats `[out, in]` or taken from a checkpoint.
 
-    Args:
-        weight: Floats `[out, in]`, or the stored weight.
-        name: Its name in messages.
-        quantization: How to quantize floats.
-        is_turned: Whether the layer's weight is `[in, out]`.
-
-    Raises:
-        CheckpointError: A scale is not finite.
+    `is_turned`: the layer's weight is `[in, out]`. Raises a `CheckpointError` if a scale is not finite.
     """
     if isinstance(weight, FourBitTensor):
         codes = np.empty(weight.codes.nbytes, np.uint8)

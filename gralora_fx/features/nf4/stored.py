@@ -37,11 +37,11 @@ class _DamagedError(Exception):
 class BlockScales:
     """The scales of a weight's blocks."""
 
-    stored: StoredTensor  # the scales, or where they are quantized, their 8-bit codes
-    table: NDArray[np.float32] | None = None  # the values of the codes; None where the scales are floats
+    stored: StoredTensor  # the scales, or with double quantization their 8-bit codes
+    table: NDArray[np.float32] | None = None  # the values of the codes; None if the scales are floats
     outer: NDArray[np.float32] | None = None  # the scale of each block of codes
-    outer_size: int = 256  # codes of such a block
-    offset: float = 0.0  # what is added to each
+    outer_size: int = 256  # codes in such a block
+    offset: float = 0.0  # added to each scale
 
     def between(self, first: int, last: int) -> NDArray[np.float32]:
         """Return the scales of some blocks in float32, `[last - first]`."""
@@ -98,16 +98,7 @@ def values_of(
     start: int,
     stop: int,
 ) -> NDArray[np.float32]:
-    """Return the values `start` to `stop` of a weight in float32.
-
-    Args:
-        packed: The bytes that hold them.
-        scales: The scales of the blocks that hold them.
-        table: The 16 values.
-        block_size: Values with one scale.
-        start: Index of the first value.
-        stop: Index after the last value.
-    """
+    """Return the values `start` to `stop` of a weight in float32, from the bytes and the scales that cover them."""
     pairs = np.stack((packed >> 4, packed & 15), axis=-1).reshape(-1)[start % 2 :][: stop - start]
     each = np.repeat(scales, block_size)[start % block_size :][: stop - start]
     values: NDArray[np.float32] = table[pairs] * each

@@ -45,7 +45,7 @@ class SentenceEncoderOutput(ModelOutput):  # type: ignore[misc]  # transformers 
 class SentenceEncoder(AppendedModules):
     """The modules that follow a transformer."""
 
-    modules: SentenceModules  # what its files say of them
+    modules: SentenceModules  # their description, read from its files
 
     def appended_to(self, model: nn.Module) -> AbstractContextManager[None]:
         """Append them to a model's forward while the block runs."""

@@ -40,15 +40,15 @@ _REMEDY = f"take {option(task='feature-extraction')} to export the transformer a
 class Pooling:
     """Pools token embeddings `[batch, length, size]` to `[batch, modes * size]`."""
 
-    modes: tuple[str, ...]  # of `POOLING_MODES`; the results of several are concatenated in this order
+    modes: tuple[str, ...]  # of `POOLING_MODES`; results of several are concatenated in this order
 
 
 @dataclass(frozen=True)
 class Normalize:
     """Divides embeddings by their L2 norm."""
 
-    reads: str = SENTENCE  # which embeddings: `TOKENS` or `SENTENCE`
-    writes: str = SENTENCE  # what the result becomes
+    reads: str = SENTENCE  # its input: `TOKENS` or `SENTENCE`
+    writes: str = SENTENCE  # its output, likewise
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Dense:
     file: Path  # the safetensors file of its weights
     activation: str = "Tanh"  # name of a module class in `torch.nn`
     has_residual: bool = False  # whether its input is added to its output
-    reads: str = SENTENCE  # which embeddings: `TOKENS` or `SENTENCE`
-    writes: str = SENTENCE  # what the result becomes
+    reads: str = SENTENCE  # its input: `TOKENS` or `SENTENCE`
+    writes: str = SENTENCE  # its output, likewise
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,9 @@ class SentenceModules:
 
     source: str  # where it was read from, for messages
     steps: tuple[Pooling | Normalize | Dense, ...]  # the modules after the transformer, in order
-    # the number of tokens to which texts are truncated, or None for the tokenizer's own
-    max_seq_length: int | None = None
+    max_seq_length: int | None = None  # number of tokens to which texts are truncated, or None for the tokenizer's own
     lowercases: bool = False  # whether texts are lowercased before they are tokenized
-    truncate_dim: int | None = None  # how many values of an embedding are kept, or None for all
+    truncate_dim: int | None = None  # number of values of an embedding to keep, or None for all
     # `config_sentence_transformers.json`: prompts and the similarity function; empty if there is none
     settings: Mapping[str, Any] = field(default_factory=dict)
 

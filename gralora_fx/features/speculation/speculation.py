@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from gralora_fx.errors import ServingError, option
 from gralora_fx.run.generate.answer_row import AnswerRow
 
-ORDER = 3  # tokens that have to occur again
-LONGEST = 16  # to which it is counted how many do
-_MOST = 16  # tokens of a draft, where nothing else is said
+ORDER = 3  # minimum length of a match
+LONGEST = 16  # maximum counted length of a match
+_MOST = 16  # default maximum tokens of a draft
 _LEAST_LIKELY = 0.1
-_LOSS = 0.02  # share of its time that a row may lose to drafts
-_MOST_CREDIT = 2.0  # steps
-_WEIGHT = 0.05  # of the last token, in how often a proposed one was chosen
-_KEPT, _FORGOTTEN = 5, 500  # times of steps of a size; steps after which they say nothing any more
+_LOSS = 0.02  # maximum share of its time that a row may lose to drafts
+_MOST_CREDIT = 2.0  # maximum credit, in steps
+_WEIGHT = 0.05  # weight of the last token in the acceptance rate
+_KEPT, _FORGOTTEN = 5, 500  # times kept per size; steps after which they expire
 
 
 class NGrams:
@@ -79,7 +79,7 @@ class StepCosts:
         self._times: dict[int, deque[float]] = {}
         self._last: dict[int, int] = {}
         self._steps = 0
-        self._sizes: list[int] = []  # that are known, in order
+        self._sizes: list[int] = []  # known sizes, sorted
         self._best: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
@@ -88,7 +88,7 @@ class StepCosts:
         times = self._times.setdefault(size, deque(maxlen=_KEPT))
         times.append(seconds)
         self._last[size] = self._steps
-        if len(times) > 1:  # the first may have made room for those after it
+        if len(times) > 1:  # the first may include memory allocation
             self._best[size] = min(times)
         if len(self._best) != len(self._sizes) or self._steps % _FORGOTTEN == 0:
             for old in [size for size, last in self._last.items() if last <= self._steps - _FORGOTTEN]:
@@ -133,7 +133,7 @@ class Speculation:
         """Start without measurements."""
         self._costs = StepCosts()
         self._likely = [matched / (matched + 3) for matched in range(LONGEST + 1)]
-        self._excess = 0.0  # of the last step over one without drafts, in such steps
+        self._excess = 0.0  # extra cost of the last step over one without drafts, in such steps
 
     @staticmethod
     def most(wanted: int | None) -> int:
@@ -174,7 +174,7 @@ class Speculation:
         counts, best, chosen = [0] * len(rows), len(rows) / self._costs(base), 0
         waiting = [(-self._likely[row.matched], index) for index, row in enumerate(rows) if limits[index] > 0]
         heapq.heapify(waiting)
-        most = 2 * max(self._costs.largest - base, 0) + 1  # beyond what was tried, a little
+        most = 2 * max(self._costs.largest - base, 0) + 1  # slightly beyond the tried sizes
         taken: list[int] = []
         expected = float(len(rows))
         while waiting and len(taken) < most and -waiting[0][0] >= _LEAST_LIKELY:

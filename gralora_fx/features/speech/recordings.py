@@ -30,7 +30,7 @@ class Audio:
     """A single-channel recording."""
 
     samples: NDArray[np.float32]  # `[samples]`, float32 from -1 to 1
-    rate: int  # samples a second
+    rate: int  # samples per second
 
     def __post_init__(self) -> None:
         """Check the samples and their rate."""
@@ -51,8 +51,8 @@ class Audio:
         if rate == self.rate:
             return self.samples
         common = int(np.gcd(rate, self.rate))
-        taken, given = self.rate // common, rate // common  # so many samples become so many
-        margin = self.rate // 20 + 1  # zeros, since the Fourier transform takes the end to meet the beginning
+        taken, given = self.rate // common, rate // common  # every `taken` samples become `given`
+        margin = self.rate // 20 + 1  # zeros, since the Fourier transform is periodic
         blocks = -(-(len(self.samples) + margin) // taken)
         spectrum = np.fft.rfft(self.samples.astype(np.float64), blocks * taken)
         size = blocks * given
@@ -139,7 +139,7 @@ _DECODERS: dict[tuple[int, int], Any] = {
 def _by_soundfile(data: bytes, most_seconds: float, *, is_wav: bool) -> Audio:
     """Decode audio of another format with soundfile."""
     try:
-        soundfile: Any = importlib.import_module("soundfile")  # of an extra
+        soundfile: Any = importlib.import_module("soundfile")  # from an extra
     except ImportError as error:
         what = "WAV of a coding other than PCM and floats" if is_wav else "not WAV"
         raise ServingError(
@@ -152,19 +152,14 @@ def _by_soundfile(data: bytes, most_seconds: float, *, is_wav: bool) -> Audio:
             samples, rate = file.read(most, dtype="float32", always_2d=True), int(file.samplerate)
             length = max(len(samples), file.frames)
     except Exception as error:  # soundfile raises types of its own
-        reason = first_line(error).rpartition(": ")[2]  # before it there is what soundfile calls the file
+        reason = first_line(error).rpartition(": ")[2]  # without soundfile's name of the file
         raise ServingError(f"the file is not audio that can be read ({reason}); send WAV of PCM") from error
     check_length(length / rate, most_seconds)
     return Audio(samples.mean(1, dtype=np.float64).astype(np.float32), rate)
 
 
 class SpeechReader:
-    """The feature extractor of an export.
-
-    Attributes:
-        rate: Samples per second that it takes.
-        most_seconds: Maximum length of a recording.
-    """
+    """The feature extractor of an export, with its sample rate and maximum length of a recording."""
 
     def __init__(self, directory: Path, inputs: Mapping[str, Any]) -> None:
         """Load it."""

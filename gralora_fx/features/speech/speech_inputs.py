@@ -41,9 +41,9 @@ class SpeechPrompt:
     """
 
     rules: GenerationRules  # the model's rules
-    language: str | None = None  # the language that is spoken; None for the model's default, or that which it detects
+    language: str | None = None  # the spoken language; None for the model's default, or to detect it
     task: str | None = None  # `"transcribe"`, or `"translate"` into English; None for the model's default
-    earlier: tuple[int, ...] = ()  # token ids of text before the recording, as `earlier_text` gives them
+    earlier: tuple[int, ...] = ()  # token ids of text before the recording, from `earlier_text`
 
     def __post_init__(self) -> None:
         """Check language and task."""
@@ -155,7 +155,7 @@ def _end(text: str, tokens: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 _FEATURES, _MASK = "input_features", "attention_mask"
-# fields of generation_config.json that are not followed, with the values that ask for nothing
+# fields of generation_config.json that are not supported, with their neutral values
 _SEARCH: Mapping[str, tuple[Any, ...]] = {
     "return_timestamps": (None, False),
     "logprob_threshold": (None,),
@@ -180,7 +180,7 @@ class SpeechInputs(EncoderInputs):
         positions = config.get("max_target_positions") if config.get("model_type") == "whisper" else None
         uncounted = positions // 2 - 1 if isinstance(positions, int) else 0
         rules = GenerationRules.of(directory, config, limits.ends, uncounted=uncounted, more_search=_SEARCH)
-        SpeechPrompt(rules)  # says now what is wrong with its languages and tasks
+        SpeechPrompt(rules)  # raises now for invalid languages and tasks
         return cls(directory, manifest.task, inputs, limits, rules)
 
     @classmethod

@@ -32,8 +32,8 @@ from gralora_fx.service.spans import note_model
 
 _FORM = "multipart/form-data"
 _FILE = "file"
-_FIELDS = 64  # the most of a form
-_TIMED = ("verbose_json", "srt", "vtt", "diarized_json")  # forms that say when something was said
+_FIELDS = 64  # maximum number of form fields
+_TIMED = ("verbose_json", "srt", "vtt", "diarized_json")  # formats with timestamps
 _TRANSCRIPTIONS, _TRANSLATIONS = "/v1/audio/transcriptions", "/v1/audio/translations"
 
 

@@ -60,7 +60,7 @@ def keep(cache: Any, slot: CacheSlot, state: Tensor) -> None:
     layer.has_previous_state[slot.number] = True
     if slot.kind.is_window:
         layer.conv_kernel_size[slot.number] = state.shape[-1]
-        layer.device = state.device  # and no dtype, so that a run in another precision has the same form
+        layer.device = state.device  # no dtype, so that a run in another precision takes the same form
 
 
 @contextmanager
@@ -96,11 +96,11 @@ def longer_states(model: nn.Module) -> Iterator[set[tuple[int, int]]]:
 class ConvRead:
     """A convolution's read of a layer's cache, for an operator that takes its parts."""
 
-    joined: Tensor  # the inputs that were kept and the new ones, `[batch, channels, kept + length]`
-    kept: Tensor  # the former
-    new: Tensor  # the latter
+    joined: Tensor  # the kept inputs and the new ones, `[batch, channels, kept + length]`
+    kept: Tensor  # the kept inputs
+    new: Tensor  # the new inputs
     layer: Any  # the layer of the cache
-    number: int  # which state of the layer
+    number: int  # index of the state in the layer
 
     def keep(self, state: Tensor) -> None:
         """Store the next state, `[batch, channels, kernel - 1]`, that an operator computed."""

@@ -64,7 +64,7 @@ def _clamp(build: Builder, node: ir.Node, taken: PromptClampNode, is_prompt: ir.
     build.graph.remove(node, safe=True)
 
 
-_BLOCK = 16  # channels that ONNX Runtime's convolution computes at once; with others left it has no fast form
+_BLOCK = 16  # channels that ONNX Runtime's convolution computes at once; it has no fast form for a remainder
 
 
 def fast_state_forms(model: ir.Model) -> PassResult[ir.Model]:

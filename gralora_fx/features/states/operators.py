@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gralora_fx.core.operators.call import Call, V, operator
 from gralora_fx.core.operators.layers import RmsNorm
 
-__all__ = ["CausalConv", "GatedRmsNorm", "LinearAttention", "PromptClamp"]  # those that importing this defines
+__all__ = ["CausalConv", "GatedRmsNorm", "LinearAttention", "PromptClamp"]  # importing this module defines them
 
 
 @operator("causal_conv")
@@ -106,7 +106,7 @@ class PromptClamp(Call[V]):
 
     def result(self: PromptClamp[Tensor]) -> Tensor:
         """Compute the reference with PyTorch operators."""
-        # no branch, so that the length may be any; integers, to which a verification adds no rounding noise
+        # no branch, so that any length works; integers, so that a verification adds no rounding noise
         is_several = self.x.new_ones(self.x.shape[1], dtype=torch.int64).sum() > 1
         is_prompt = is_several | (self.state == 0).flatten(1).all(1)
         return torch.where(is_prompt[:, None, None], self.x.clamp(self.least, self.largest), self.x)
@@ -116,7 +116,7 @@ class PromptClamp(Call[V]):
         return torch.empty_like(self.x)
 
 
-# positions that are computed at once; a decay for each key takes memory for each
+# chunk lengths; a decay for each key takes memory for each
 _CHUNK, _CHUNK_PER_KEY, _CHUNK_OF_NUMBERS = 64, 16, 32
 _LEAST = -70.0  # e ** -70 is 4e-31, and float32's least normal number 1e-38
 
@@ -238,22 +238,18 @@ def _in_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
 def _chunk(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor | None, beta: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a chunk's outputs of linear attention, and the next state.
+    """Return a chunk's outputs of linear attention, and the next state `[batch, heads, key size, value size]`.
 
-    Args:
-        query: `[batch, heads, shared, length, key size]`.
-        key: `[batch, heads, length, key size]`.
-        value: `[batch, heads, length, value size]`.
-        decay: Sums of logarithms from the chunk's start, `[batch, heads, length, 1 or key size]`, or None.
-        beta: `[batch, heads, length, 1]`, or None.
-        state: `[batch, heads, key size, value size]`.
+    Keys and values are `[batch, heads, length, size]`, queries `[batch, heads, shared, length, size]`, betas
+    `[batch, heads, length, 1]`, and decays, sums of logarithms from the chunk's start,
+    `[batch, heads, length, 1 or key size]`.
     """
     later = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(1)
-    left = None  # of what a position wrote, at another position: [batch, heads, length, length, 1 or key size]
+    left = None  # remaining share of a position's write at a later one: [batch, heads, length, length, 1 or key size]
     if decay is not None:
         left = decay.unsqueeze(3) - decay.unsqueeze(2)
         left = _share(left.masked_fill(later.unsqueeze(-1), float("-inf")))
-    before = key if decay is None else key * _share(decay)  # what reads the state before the chunk
+    before = key if decay is None else key * _share(decay)  # keys that read the state before the chunk
     written = value
     if beta is not None:
         predicted = beta * _products(key, key, left, later)

@@ -34,7 +34,7 @@ from gralora_fx.format.export_directory import TRANSPOSED_STATES
 from gralora_fx.format.input_names import PAST_PREFIX
 
 _CHANNELS_LAST = [0, 2, 1]
-_OF_STATES = frozenset({"Reshape", "Transpose"})  # of states of single numbers, or whose channels come last
+_OF_STATES = frozenset({"Reshape", "Transpose"})  # operators on states of single numbers, or channels-last ones
 STATE = 3  # the position of the state among the inputs of either operator
 
 

@@ -30,13 +30,8 @@ def shown(x: Tensor, mask: Tensor | None) -> Tensor:
 def _convolved(module: Any, x: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
     """Return a layer's causal convolution with its activation, continuing from the cache, which is updated.
 
-    transformers keeps as many inputs as the kernel has, one more than are read; the cache's width stays as it is.
-
-    Args:
-        module: The layer, with `in_proj`, `conv1d`, `activation`, `act` and `layer_idx`.
-        x: `[batch, length, channels]`, output of `in_proj`, whose inputs at padding are zeros.
-        cache: The model's cache, or None.
-        mask: `[batch, length or more]`, zero at padding, or None.
+    transformers keeps as many inputs as the kernel has, one more than are read; the cache's width stays as it is. `x`
+    is `[batch, length, channels]`, output of `in_proj`, whose inputs at padding are zeros.
     """
     before, read = _state(cache, module.layer_idx, "conv_states"), module.conv1d.kernel_size[0] - 1
     # a projection without a bias gives zeros at padding
@@ -134,7 +129,7 @@ def mamba2(
 def _limited(module: Any, step: Tensor, before: Tensor | None) -> Tensor:
     """Clamp time steps to a layer's limits: transformers clamps those of prompts, not of single tokens."""
     least, largest = module.time_step_limit
-    if least <= 0 and largest == math.inf:  # those of softplus
+    if least <= 0 and largest == math.inf:  # the limits of softplus itself
         return step
     if before is None:
         return step.clamp(least, largest)
@@ -174,15 +169,8 @@ def _selected(
 ) -> Tensor:
     """Compute a selective scan: each channel is a head with values of one number and a decay for each key.
 
-    Args:
-        module: The layer.
-        cache: The model's cache, or None.
-        mask: `[batch, length or more]`, zero at padding, or None.
-        x: `[batch, length, channels]`.
-        gate: Like `x`.
-        step: Like `x`: time steps before softplus.
-        key: `[batch, length, heads, state size]`; heads divide channels.
-        query: Like `key`.
+    `x`, `gate` and `step`, time steps before softplus, are `[batch, length, channels]`; `key` and `query` are
+    `[batch, length, heads, state size]`, where heads divide channels.
     """
     step = shown(nn.functional.softplus(step), mask)
     decay = -torch.exp(module.A_log.float()).reshape(-1, module.ssm_state_size)

@@ -28,18 +28,18 @@ _GBNF = re.compile(r"^\s*[^\s:]+\s*::=", re.MULTILINE)
 _PIECE = re.compile(
     r"""(?s:"(?:\\.|[^"\\])*"|(?P<expression>/(?!/)(?:\\.|[^/\\])+/))|(?://|#)[^\n]*|(?P<schema>%json\s*)|(?P<idle>temperature\s*=)"""
 )
-_MOST_RULES = 2000  # of a grammar: each rule within another takes stack while it is compiled
+_MOST_RULES = 2000  # each nested rule takes stack during compilation
 
 
 @dataclass(frozen=True)
 class AnswerForm:
     """A form, checked as far as possible without a tokenizer."""
 
-    kind: FormKind  # of which kind it is
-    # the schema as JSON text, the expression, the choices, or the grammar; of rules that name others, llguidance's
+    kind: FormKind  # its kind
+    # the schema as JSON text, the expression, the choices, or the grammar; for rules that name others, llguidance's
     # grammars
     value: str | tuple[str, ...]
-    field: str | None = None  # the option or field that asks for it; None if that is not known
+    field: str | None = None  # the option or request field that set it; None if unknown
 
     @property
     def size(self) -> int:

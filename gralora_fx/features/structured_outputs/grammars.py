@@ -21,7 +21,7 @@ from gralora_fx.run.engine.limits import DecoderLimits
 from gralora_fx.run.generate.constraints import Wanted
 from gralora_fx.run.generate.request_errors import DeadEndError, WrongFieldError
 
-_foreseeing = ThreadPoolExecutor(1, "gralora-fx masks")  # one, as a step of the model wants the other cores
+_foreseeing = ThreadPoolExecutor(1, "gralora-fx masks")  # one thread, since the model's step needs the other cores
 
 
 class RowGrammar:
@@ -52,7 +52,7 @@ class RowGrammar:
         self.forced: deque[int] = deque()
         self._allowed: NDArray[np.bool_] | None = None
         self._foreseen: Future[NDArray[np.bool_]] | None = None
-        self._last: int | None = None  # the token that was taken last
+        self._last: int | None = None  # the last token taken
         self._goes_on = True
         self._advance()
 
@@ -102,7 +102,7 @@ class RowGrammar:
         """Compute the forced tokens, and whether others may follow them."""
         matcher, self._allowed = self._matcher, None
         forced = list(takewhile(self._is_taken, matcher.compute_ff_tokens()[: self._left]))
-        forced = forced[: matcher.validate_tokens(forced)]  # a tokenizer may lack bytes of the text that is forced
+        forced = forced[: matcher.validate_tokens(forced)]  # a tokenizer may lack bytes of the forced text
         if forced:
             matcher.consume_tokens(forced)
             self.forced.extend(forced)
@@ -168,13 +168,7 @@ _Result = TypeVar("_Result")
 
 
 class Grammars:
-    """Compiles forms for a tokenizer, each call anew, since a row may exhaust a compiled form's limits.
-
-    Thread-safe.
-
-    Attributes:
-        tokenizer: The tokenizer; None if there is none.
-    """
+    """Compiles forms for a tokenizer, each call anew, since a row may exhaust a compiled form's limits; thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, limits: DecoderLimits | None = None) -> None:
         """Start without a tokenizer loaded into llguidance."""
@@ -254,7 +248,7 @@ class AnswerGrammar:
 def _with_stack(work: Callable[[], _Result]) -> _Result:
     """Call a function in a thread with a large stack, and return its result."""
     with ThreadPoolExecutor(1) as pool:
-        with _stack_lock:  # the size is the process's
+        with _stack_lock:  # the stack size is process-wide
             before = threading.stack_size(_STACK)
             try:
                 result = pool.submit(work)  # which starts the thread
@@ -273,8 +267,8 @@ def _read(tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int]) -> An
         from llguidance.hf import from_tokenizer
     except ImportError as error:
         raise ServingError(f"an answer in a form needs llguidance ({error}): {installation('serve')}") from error
-    own = None  # the tokenizer's
-    if tokenizer.eos_token_id is None:  # for which llguidance takes the token 0
+    own = None  # None for the tokenizer's
+    if tokenizer.eos_token_id is None:  # llguidance would use token 0
         own = sorted(end for end in ends if end < len(tokenizer))
         if not own:
             raise ServingError(

@@ -17,14 +17,14 @@ from urllib.parse import unquote
 
 from gralora_fx.errors import ServingError, shown
 
-# of each class: what is in it in every dialect, and what is in it in any
+# for each class: what every dialect includes, and what any does
 _CLASSES = {
     "d": ("0-9", r"\p{Nd}"),
     "w": ("0-9A-Za-z_", r"\p{Alphabetic}\p{M}\p{N}\p{Pc}\u200c\u200d"),
     "s": (r" \t\n\r\f\v", r"\p{White_Space}\x1c-\x1f\ufeff"),
 }
 _DOT = r"[^\n\r\u2028\u2029]"
-_ALL_DOTS = re.compile(r"\(\?[a-zA-Z]*s")  # a flag by which a dot is any character
+_ALL_DOTS = re.compile(r"\(\?[a-zA-Z]*s")  # a flag that makes a dot match any character
 _PART = re.compile(r"\\.|\[\^?\]?|\]|--|.", re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def portable(expression: str) -> str:
     After:   `[0-9]{3}[^[\p{White_Space}\x1c-\x1f\ufeff],]`
     """
     has_dots = _ALL_DOTS.search(expression) is None
-    negated: list[bool] = []  # of each class that is open: whether what stands in it is what does not match
+    negated: list[bool] = []  # for each open class: whether its members are excluded
     written = []
     for part in _PART.findall(expression):
         is_out = bool(negated) and negated[-1]
@@ -43,7 +43,7 @@ def portable(expression: str) -> str:
             negated.append(is_out is not part.startswith("[^"))
         elif part == "]" and negated:
             negated.pop()
-        elif part == "--" and negated:  # takes what follows away
+        elif part == "--" and negated:  # set difference
             negated[-1] = not is_out
         elif part == "." and not negated and has_dots:
             part = _DOT
@@ -54,8 +54,8 @@ def portable(expression: str) -> str:
     return "".join(written)
 
 
-LARGEST = 64 * 1024  # bytes of a form
-_MOST_PROPERTIES = 1000  # of a schema: the time to compile it, here 0.1 s, grows with their square
+LARGEST = 64 * 1024  # maximum bytes of a form
+_MOST_PROPERTIES = 1000  # compilation time, here 0.1 s, grows with their square
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # keywords whose values are schemas by name
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
@@ -65,12 +65,12 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _CONTENTS = ("contentMediaType", "contentEncoding", "contentSchema")
 _TEXTS = ("title", "description", "default", "examples", "example", "$comment")
 _NOTES = (*_TEXTS, "deprecated", "readOnly", "writeOnly", *_CONTENTS)
-_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # are followed
-# values of other keywords that every answer meets, as programs write them
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")  # supported
+# neutral values of other keywords, which programs write
 _IDLE: dict[str, Any] = {"propertyNames": (True, {}, {"type": "string"}), "uniqueItems": (False,)}
 # within JSON, a control character that has no escape of its own
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(?:\\u00(?:[01][0-9a-f]|7f)|\x7f)")
-_HEAD = ("$schema", "$id")  # of the whole schema
+_HEAD = ("$schema", "$id")  # allowed in the root schema only
 _KEYWORDS = frozenset((*_MAPS, *_LISTS, *_SINGLE, *_LIMITS, *_VALUES, *_BOUNDS, *_NOTES))
 
 
@@ -103,11 +103,7 @@ def schema_text(schema: Any) -> str:
 
 
 def check_size(text: str) -> None:
-    """Check a form's size.
-
-    Raises:
-        ServingError: It has more than `LARGEST` bytes.
-    """
+    """Raise a `ServingError` for a form of more than `LARGEST` bytes."""
     if len(text) > LARGEST or len(text.encode(errors="replace")) > LARGEST:
         raise ServingError(f"it is larger than {LARGEST // 1024} KiB; ask for a simpler answer")
 
@@ -117,7 +113,7 @@ class _Walk:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._targets: dict[int, Any] = {}  # by the id of a schema with `$ref`: what that is
+        self._targets: dict[int, Any] = {}  # the target of a schema with `$ref`, by its id
         self._order: list[dict[str, Any]] = []
         self._properties = 0
 
@@ -220,7 +216,7 @@ class _Walk:
 
     def _check_end(self) -> None:
         """Find all schemas with a finite value: first those that need no other, then those that need only these."""
-        ending, left = set[int](), self._order[::-1]  # what is referred to comes first, so a chain takes one turn
+        ending, left = set[int](), self._order[::-1]  # referenced schemas first, so a chain takes one pass
         while left:
             rest = []
             for schema in left:
@@ -253,7 +249,7 @@ class _Walk:
         kinds = types if isinstance(types, list) else [types]
         nesting = [_NEEDED[kind] for kind in kinds if isinstance(kind, str) and kind in _NEEDED]
         if "enum" in schema or "const" in schema or len(nesting) < len(kinds):
-            return True  # a value without others in it
+            return True  # a value without nested values
         return any(all(map(known, needed(schema))) for needed in nesting)
 
 
@@ -286,7 +282,7 @@ def _needed_members(schema: Mapping[str, Any]) -> list[Any]:
     properties, other = schema.get("properties", {}), schema.get("additionalProperties", True)
     required = schema.get("required", [])
     if not isinstance(properties, dict) or not isinstance(required, list):
-        return []  # which the compiler refuses
+        return []  # the compiler refuses it
     needed = [properties.get(name, other) for name in required if isinstance(name, str)]
     least = schema.get("minProperties", 0)
     if isinstance(least, int) and least > len(properties):

@@ -21,20 +21,20 @@ _NINE = string.ascii_letters + string.digits
 class CallFormat:
     """A format of calls: `start`, then for each call `head`, name, `middle`, arguments and `tail`, then `end`."""
 
-    name: str  # what the form is called
-    marks: tuple[str, ...] = ()  # what a template of the family holds, all of it
-    lacks: tuple[str, ...] = ()  # what such a template does not hold
-    # the beginning of `start` with which a call begins within a text; of a form that has no mark of its own, what the
-    # whole answer then begins with
+    name: str
+    marks: tuple[str, ...] = ()  # strings that a template of the family contains, all of them
+    lacks: tuple[str, ...] = ()  # strings that such a template does not contain
+    # the prefix of `start` with which a call begins within text; for a format without a mark of its own, the prefix of
+    # the whole answer
     trigger: str = ""
-    start: str = ""  # what is before the first call
-    head: str = '{"name": "'  # what is before a name
-    middle: str = '", "arguments": '  # what is between the name and the arguments, a JSON object
-    tail: str = "}"  # what is behind the arguments
-    between: str | None = ", "  # what is between two calls; None if an answer has one
-    end: str = ""  # what is behind the last call
-    tag: str = ""  # a token that a model may write before `start`, and need not
-    short_ids: bool = False  # whether the template wants ids of nine letters and digits
+    start: str = ""  # text before the first call
+    head: str = '{"name": "'  # text before a name
+    middle: str = '", "arguments": '  # text between the name and the arguments, a JSON object
+    tail: str = "}"  # text after the arguments
+    between: str | None = ", "  # text between two calls; None if an answer has one call
+    end: str = ""  # text after the last call
+    tag: str = ""  # an optional token before `start`
+    short_ids: bool = False  # whether the template requires ids of nine letters and digits
 
     @property
     def begins_answer(self) -> bool:
@@ -134,9 +134,6 @@ class CallReader:
 
     Text that may begin a call is held back until that is certain. A call cut off within its name is dropped; one cut
     off within its arguments keeps their beginning.
-
-    Attributes:
-        items: Number of calls that have begun.
     """
 
     text_field, event, finish_reason = "arguments", "function_call_arguments", "tool_calls"

@@ -27,7 +27,7 @@ class Tool:
     """A function that an answer may call."""
 
     name: str
-    form: Form  # the form of its arguments alone, a JSON schema
+    form: Form  # the JSON schema of its arguments
 
     @classmethod
     def of(cls, name: str, parameters: Mapping[str, Any] | None, field: str, constraints: Constraints) -> Tool:
@@ -48,9 +48,9 @@ class Tool:
 class ToolUse:
     """The tools that an answer may call."""
 
-    tools: tuple[Tool, ...]  # the tools, one or several
-    is_required: bool  # whether it calls one at least, and has no text
-    is_parallel: bool  # whether it may call several, or one several times
+    tools: tuple[Tool, ...]  # one or several tools
+    is_required: bool  # whether the answer is calls only, at least one
+    is_parallel: bool  # whether it may have several calls
 
 
 def call_grammar(constraints: Constraints, form: CallFormat, use: ToolUse, content: Form | None = None) -> Constraint:
@@ -167,8 +167,8 @@ def _not_beginning(start: str) -> str:
     return "|".join([*others, beginnings])
 
 
-MOST = 128  # OpenAI's
-_DESCRIBED = ("name", "description", "parameters")  # what a model is told of a function
+MOST = 128  # OpenAI's limit
+_DESCRIBED = ("name", "description", "parameters")  # fields of a function that the model sees
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,128}$")]
 Mode: TypeAlias = Literal["none", "auto", "required"]
 

@@ -16,7 +16,7 @@ _INSTRUCTIONS = """You can call these tools. Each line has one, with a JSON sche
 {tools}
 To call one, answer with nothing but its name and arguments in this form:
 {example}"""
-_UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}  # of a function
+_UNSAID = {"description": "", "parameters": {"type": "object", "properties": {}}}  # defaults of a function's fields
 _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "its value"}}
 
 
@@ -24,10 +24,10 @@ _EXAMPLE = {"name": "name_of_the_tool", "arguments": {"name_of_an_argument": "it
 class ToolTemplate:
     """Tool support of a tokenizer's chat template."""
 
-    format: CallFormat  # the form of calls
+    format: CallFormat
     has_tools: bool  # whether the template describes tools to the model, and writes calls and their results
-    is_known: bool  # whether its own form of calls is one of those above
-    shown: frozenset[int]  # tokens that are part of the form, whatever a tokenizer leaves out of texts
+    is_known: bool  # whether its own call format is in the table
+    shown: frozenset[int]  # tokens of the format, kept when texts are decoded without special tokens
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ToolTemplate:

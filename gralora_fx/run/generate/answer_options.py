@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NEW_TOKENS = 64
 _LARGEST = 2**31 - 1  # ids and seeds that runtimes accept
-LEAST_DIVISOR = 1e-6  # of logits, which smaller ones make infinite in float32
-_DRAWS = ("top_k", "top_p", "min_p", "temperature", "seed")  # of no effect where the likeliest token is taken
+LEAST_DIVISOR = 1e-6  # smaller divisors make logits infinite in float32
+_DRAWS = ("top_k", "top_p", "min_p", "temperature", "seed")  # without effect in greedy decoding
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters."""
 
-    max_new_tokens: int | None = None  # most tokens to add; None for 64, or fewer if the context ends before
-    do_sample: bool = False  # whether to draw; False takes the likeliest
-    top_k: int = 50  # how many of the likeliest to draw from; 0 for all
+    max_new_tokens: int | None = None  # maximum tokens to add; None for 64, or fewer if the context ends before
+    do_sample: bool = False  # whether to draw; False is greedy decoding
+    top_k: int = 50  # number of likeliest tokens to draw from; 0 for all
     top_p: float = 1.0  # share of the probability to draw from, in `(0, 1]`
-    min_p: float = 0.0  # least probability to draw, as a share of the likeliest token's, in `[0, 1]`
+    min_p: float = 0.0  # minimum probability of a drawn token relative to the likeliest token's, in `[0, 1]`
     temperature: float = 1.0  # divisor of the logits, above 0
     # seed of the draws, one more for each further prompt; None for a different one in every call
     seed: int | None = None
     repetition_penalty: float = 1.0  # divisor of the logits of tokens in the prompt or the answer, as in transformers
-    presence_penalty: float = 0.0  # what tokens of the answer lose once, as in OpenAI's protocol
-    frequency_penalty: float = 0.0  # what tokens of the answer lose each time they occur in it, as in OpenAI's protocol
-    logit_bias: Mapping[int, float] | None = None  # what is added to the logits of some tokens, by id
-    min_new_tokens: int = 0  # least tokens to add before an end token may be chosen
-    # id of the token that ends an answer, or several, or none at all; None for those that the model names
+    presence_penalty: float = 0.0  # subtracted once from logits of tokens in the answer, as in OpenAI's protocol
+    frequency_penalty: float = 0.0  # subtracted for each occurrence of a token in the answer, as in OpenAI's protocol
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of tokens, by id
+    min_new_tokens: int = 0  # minimum tokens to add before an end token may be chosen
+    # id of the token that ends an answer, or several, or an empty list for none; None for the model's
     eos_token_id: int | Sequence[int] | None = None
-    # Of each new token its log-probability, and those of as many of the likeliest tokens; None for neither. They are
-    # the model's own, before any other option.
+    # number of likeliest tokens whose log-probabilities to return beside each new token's own; None for no
+    # log-probabilities. They are the model's own, before any other option
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -162,10 +162,9 @@ class Sampling:
 class AnswerStart:
     """Options for the beginning of an encoder-decoder's answers."""
 
-    # the language that the encoder reads; None for the model's default, or that which it detects
-    language: str | None = None
-    task: str | None = None  # what is done with it; None for the model's default
-    forced_bos_token_id: int | None = None  # the token that the answer to a text begins with; None for the model's
+    language: str | None = None  # the language of the encoder's input; None for the model's default, or to detect it
+    task: str | None = None  # the task, such as `translate`; None for the model's default
+    forced_bos_token_id: int | None = None  # the first token of the answer to a text; None for the model's
 
     def check_unused(self, reason: str, *names: str) -> None:
         """Raise a `ServingError` with the reason if an option without effect is given."""
@@ -180,16 +179,14 @@ class AnswerOptions:
     # how tokens are chosen and scored, how many there are, and which end an answer
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # strings that end an answer, checked
-    constraint: Constraint | None = None  # what the tokens of an answer may be; None for any
-    shown: frozenset[int] = frozenset()  # special tokens that are part of an answer's text
-    start: AnswerStart | None = None  # what an encoder-decoder's answer begins with; None for what the model says
-    # the most tokens that are proposed for a step of the answer alone; None for as many as pay
-    proposed: int | None = None
-    # whether to score the prompt's tokens too, as many of the likeliest beside each as `sampling.logprobs` says; the
-    # answer may then have no tokens
+    constraint: Constraint | None = None  # constrains the tokens of an answer; None for no constraint
+    shown: frozenset[int] = frozenset()  # special tokens kept in an answer's text
+    start: AnswerStart | None = None  # the beginning of an encoder-decoder's answer; None for the model's
+    proposed: int | None = None  # maximum tokens proposed per step of the answer; None for as many as pay
+    # whether to score the prompt's tokens too, with `sampling.logprobs` likeliest tokens beside each; the answer may
+    # then be empty
     scores_prompt: bool = False
-    # the prompt is taken over from requests with the same one alone, and left to them; None is one too
-    salt: str | None = None
+    salt: str | None = None  # the prefix cache is shared only between requests of the same salt, None included
 
     def of_answer(self, index: int) -> AnswerOptions:
         """Return the options of one of several answers, with a seed of its own."""

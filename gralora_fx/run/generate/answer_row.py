@@ -13,11 +13,7 @@ from gralora_fx.run.generate.token_choice import Choice, TokenChooser
 
 
 class ProposedText(Protocol):
-    """A prompt and its answer so far, with proposed continuations.
-
-    Attributes:
-        matched: Confidence of the next proposal; 0 if there is none.
-    """
+    """A prompt and its answer so far, with proposed continuations; `matched` is their confidence, 0 for none."""
 
     matched: int
 

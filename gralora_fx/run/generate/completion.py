@@ -27,12 +27,12 @@ class TextRequest:
     """A prompt to answer."""
 
     prompt: tuple[int, ...]  # its token ids
-    max_new_tokens: int  # the most tokens to add
-    # how it is answered; `max_new_tokens` of their sampling is not used
+    max_new_tokens: int  # maximum tokens to add
+    # options of the answer; their `sampling.max_new_tokens` is not used
     options: AnswerOptions = field(default_factory=AnswerOptions)
     adapter: str | None = None  # the adapter to answer with; None for the base
-    source: EncoderInput | None = None  # what an encoder-decoder's encoder reads; None of a decoder
-    given: Source | None = None  # what stands in the place of a decoder's first tokens, by name; None of text alone
+    source: EncoderInput | None = None  # encoder input of an encoder-decoder; None for a decoder
+    given: Source | None = None  # tensors, by name, that replace a decoder's first tokens; None for text alone
 
     @property
     def max_length(self) -> int:
@@ -68,12 +68,7 @@ class TextRequest:
             )
 
     def score_prompt(self, start: int, logits: NDArray[Any]) -> list[TokenScore]:
-        """Return scores of the prompt's tokens that follow a chunk just read.
-
-        Args:
-            start: The first position read.
-            logits: `[positions, vocabulary]`, the model's output at each position read.
-        """
+        """Return scores of the prompt's tokens after positions `start` on; logits are `[positions, vocabulary]`."""
         tokens = self.prompt[start + 1 : start + 1 + len(logits)]
         return token_scores(logits[: len(tokens)], tokens, self.options.sampling.logprobs or 0) if tokens else []
 
@@ -167,10 +162,6 @@ class StopSearch:
     """An incremental Knuth-Morris-Pratt search for a stop string, one character at a time.
 
     Its table is extended only as far as the text has matched, so a long string costs no more than the text.
-
-    Attributes:
-        string: The stop string.
-        matched: Length of its longest prefix that the text ends with.
     """
 
     def __init__(self, string: str) -> None:

@@ -13,15 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from gralora_fx.base.features import parts
 from gralora_fx.run.engine.limits import DecoderLimits
 
-Wanted: TypeAlias = Mapping[str, tuple[Any, Any]]  # by an option or a field: a kind of constraint, and a value or None
+Wanted: TypeAlias = Mapping[str, tuple[Any, Any]]  # by option or field: kind and value, or None
 
 
 class RowConstraint(Protocol):
-    """The constraint state of one answer.
-
-    Attributes:
-        forced: Next tokens, none of which needs to be chosen.
-    """
+    """The constraint state of one answer; `forced` are next tokens that need not be chosen."""
 
     forced: deque[int]
 
@@ -65,11 +61,7 @@ class Form(Protocol):
 
 
 class Constraints(Protocol):
-    """Compiles constraints for a tokenizer.
-
-    Attributes:
-        tokenizer: The tokenizer; None if there is none.
-    """
+    """Compiles constraints for a tokenizer, if there is one."""
 
     tokenizer: PreTrainedTokenizerBase | None
 

@@ -10,7 +10,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 _UNFINISHED = "\ufffd"
-_LEAST, _MOST = 8, 32  # tokens that are decoded again in a step, at least and at most
+_LEAST, _MOST = 8, 32  # minimum and maximum tokens decoded again per step
 
 
 class TextStream:
@@ -29,7 +29,7 @@ class TextStream:
         special = _special_tokens(tokenizer)
         self._skipped, self._shown = special - shown, special & shown
         self._window: list[int] = []
-        self._released = 0  # letters of the window's text
+        self._released = 0  # released characters of the window's text
         self._cleaner = _Cleaner(tokenizer) if _cleans_spaces(tokenizer) else None
 
     def step(self, token: int) -> str:
@@ -115,7 +115,7 @@ class TokenBytes:
         if self._byte_letters:
             letters = self._byte_letters
             return bytes(letters[c] for c in name) if all(c in letters for c in name) else name.encode()
-        # the first token of a text may lose its space, so it is read after itself
+        # a text's first token may lose its space, so decode it after itself
         once, twice = (self._tokenizer.decode([token] * count, clean_up_tokenization_spaces=False) for count in (1, 2))
         return str(twice).removeprefix(str(once)).encode()
 

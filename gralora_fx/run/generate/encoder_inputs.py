@@ -35,10 +35,10 @@ class EncoderInputs:
 
     directory: Path  # the export directory
     task: str | None  # the task that it was exported for
-    inputs: Mapping[str, Any]  # what the encoder takes, by name, as its session describes it
-    limits: DecoderLimits  # what a row of the decoder can take
-    rules: GenerationRules  # the rules of the model's answers
-    limit: int | None = None  # the most tokens that it reads; None for no limit
+    inputs: Mapping[str, Any]  # the encoder's inputs, by name, from its session
+    limits: DecoderLimits  # limits of a decoder row
+    rules: GenerationRules  # the generation rules of the model
+    limit: int | None = None  # maximum tokens that it reads; None for no limit
 
     takes_text: ClassVar[bool] = False  # whether the encoder reads tokens
 
@@ -104,7 +104,7 @@ class EncoderInputs:
 class TextSources(EncoderInputs):
     """Reads texts for an encoder that takes token ids."""
 
-    vocabulary: int | None = None  # how many tokens there are; None if that is not known
+    vocabulary: int | None = None  # number of tokens; None if unknown
 
     takes_text: ClassVar[bool] = True
 

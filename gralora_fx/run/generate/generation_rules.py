@@ -31,7 +31,7 @@ from gralora_fx.base.sources.model_files import GENERATION_CONFIG, read_json_obj
 from gralora_fx.errors import ServingError, first_line, option, warn_caller
 from gralora_fx.run.generate.answer_options import Sampling
 
-# fields that choose how `generate` searches, with the only values that are followed; a request's own options draw
+# fields that choose a search, with the only supported values; sampling is set by a request's options
 _SEARCH: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "guidance_scale": (None, 1, 1.0),
@@ -51,9 +51,9 @@ class GenerationRules:
     """A model's rules for its answers."""
 
     directory: Path  # the export directory, for messages
-    config: GenerationConfig  # what its `generation_config.json` says; where there is none, its `config.json`
+    config: GenerationConfig  # its `generation_config.json`, or its `config.json` if there is none
     ends: frozenset[int]  # ids of the tokens that end an answer
-    uncounted: int = 0  # how many tokens before an answer its `max_length` does not count
+    uncounted: int = 0  # number of tokens before an answer that `max_length` does not count
 
     @classmethod
     def of(
@@ -78,7 +78,7 @@ class GenerationRules:
             rules.processors(Sampling(), [rules.start], 1, [rules.start] if reads_ids else None)
         except ServingError:
             raise
-        except Exception as error:  # whatever a value of another type makes transformers raise
+        except Exception as error:  # values of wrong types make transformers raise anything
             raise ServingError(
                 f"{path if path.is_file() else directory / 'config.json'} cannot be followed ({first_line(error)}); "
                 "repair it, or export the model again"

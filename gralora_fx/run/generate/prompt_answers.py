@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gralora_fx.run.generate.prompts import EncoderInput
 
 _CHUNK, _CHUNK_OF_MANY = 256, 64  # tokens of each prompt in a step
-_FORCED = 32  # tokens that a constraint forces, in a step
+_FORCED = 32  # maximum tokens forced by a constraint that a step reads
 
 
 class GivenPrompts(Protocol):
@@ -58,11 +58,11 @@ class GivenPrompts(Protocol):
 class Generation:
     """Generation with an export."""
 
-    limits: DecoderLimits  # what a row can take
-    open_decoder: Callable[[DecoderSize], Decoder]  # makes the model as rows of a size; errors as of `Decoder`
-    # reads what the encoder of an encoder-decoder takes; None for a decoder
-    encoder_inputs: EncoderInputs | None = None
-    given_prompts: GivenPrompts | None = None  # reads prompts with more than text; None if the export reads texts alone
+    limits: DecoderLimits  # limits of a row
+    # opens the model as decoder rows of a size; raises as `Decoder` does
+    open_decoder: Callable[[DecoderSize], Decoder]
+    encoder_inputs: EncoderInputs | None = None  # reads encoder inputs of an encoder-decoder; None for a decoder
+    given_prompts: GivenPrompts | None = None  # reads prompts with more than text; None if the export reads text only
 
     @cached_property
     def proposer(self) -> Proposer:
@@ -154,7 +154,7 @@ class Completions(Iterator[Any]):
         """Return the next step's new text or ids, or a list of them for a list of prompts."""
         going = [row for row, completion in enumerate(self._completions) if not completion.has_ended]
         if self._rows is None or not going:
-            self._rows = None  # with what they hold, the cache and the adapter
+            self._rows = None  # frees the cache and the adapter
             raise StopIteration
         before, texts = [len(completion.ids) for completion in self._completions], [""] * len(self._completions)
         scores: list[list[Any]] = [[] for _ in texts]
@@ -170,7 +170,7 @@ class Completions(Iterator[Any]):
                         break
                 self._rows.settle(row)
         except Exception as error:
-            self._rows = None  # what was read, and nothing chosen after it, cannot be taken back
+            self._rows = None  # a step cannot be undone after a failure
             if isinstance(error, ServingError):
                 raise
             raise ServingError(f"no token can be chosen ({first_line(error)})") from error

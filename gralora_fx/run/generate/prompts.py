@@ -26,10 +26,10 @@ SAMPLES, RATE = "array", "sampling_rate"  # fields of a signal, as the datasets 
 class EncoderInput:
     """The encoder's input for an answer, and the model's rules for it."""
 
-    arrays: Source  # what it reads, by name, each `[1, ...]`
-    rules: GenerationRules  # the rules of the model
-    ids: tuple[int, ...] | None = None  # the tokens that it reads; None for features
-    forced_first: int | None = None  # the token that the answer begins with; None for the model's, if it has one
+    arrays: Source  # the encoder's inputs by name, each `[1, ...]`
+    rules: GenerationRules  # the model's generation rules
+    ids: tuple[int, ...] | None = None  # its token ids; None for features
+    forced_first: int | None = None  # the answer's first token; None for the model's, if it has one
 
     def processors(self, sampling: Sampling, prompt: Sequence[int], new_tokens: int) -> list[Any]:
         """Return the logits processors of the answer (see `GenerationRules.processors`)."""
@@ -40,11 +40,11 @@ class EncoderInput:
 class Prompts:
     """Prompts as token ids."""
 
-    rows: list[list[int]]  # the ids of each, without padding: what the decoder reads before it answers
+    rows: list[list[int]]  # the ids of each, unpadded: the decoder's tokens before the answer
     is_single: bool  # whether one prompt was given, rather than a list
     gives_text: bool  # whether the answers are texts, rather than ids
-    sources: Sequence[EncoderInput] = ()  # of an encoder-decoder what the encoder reads of each; none of a decoder
-    # of a decoder what stands in the place of each one's tokens, by name; none of texts alone
+    sources: Sequence[EncoderInput] = ()  # encoder inputs of each, for an encoder-decoder; empty for a decoder
+    # tensors, by name, that replace tokens of each, for a decoder; empty for text alone
     given: Sequence[Source | None] = ()
 
     @property
@@ -61,8 +61,8 @@ class GenerateInputs:
     input_ids: Any = None  # instead of prompts, a tokenizer's result
     attention_mask: Any = None  # the mask of `input_ids` or of features
     input_features: Any = None  # instead of prompts, a feature extractor's result, `[batch, ...]`
-    inputs_embeds: Any = None  # what stands in the place of a decoder's tokens, of a prompt or of each
-    media: Any = None  # what a prompt has beside its text, or each of them, as the export's companions read it
+    inputs_embeds: Any = None  # embeddings that replace a decoder's tokens, of one prompt or of each
+    media: Any = None  # what a prompt, or each of them, has beside its text, for the export's companions
 
     def check_unused(self, reason: str, name: str) -> None:
         """Raise a `ServingError` with the reason if an input without effect is given."""

@@ -33,7 +33,7 @@ class TokenScore:
 
     token: int  # the token's id
     logprob: float  # its log-probability
-    # ids and log-probabilities of the likeliest tokens there, the likeliest first
+    # ids and log-probabilities of the likeliest tokens at its position, likeliest first
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -42,9 +42,9 @@ class Choice:
     """A chosen token."""
 
     token: int  # its id
-    score: TokenScore | None = None  # its log-probability, if that is asked for
-    # the tokens that the answer's constraint forces after it; none where scores are asked for, since each then waits
-    # for its own logits
+    score: TokenScore | None = None  # its log-probability, if requested
+    # tokens that the answer's constraint forces after it; none if scores are requested, since each token then needs its
+    # own logits
     forced: tuple[int, ...] = ()
     completes: bool = False  # whether the answer is over after these, as its constraint allows no other token
 
@@ -71,7 +71,7 @@ class TokenChooser:
         self._rules = LogitsProcessorList([*_penalties(sampling, len(prompt), ends), *rules])
         self._warpers = LogitsProcessorList()
         self._constraint = constraint
-        self._needs_mask = sampling.do_sample or bool(self._rules)  # of all tokens, rather than of the likeliest
+        self._needs_mask = sampling.do_sample or bool(self._rules)  # whether to mask all tokens, rather than test one
         self._generator: torch.Generator | None = None
         if sampling.do_sample:
             self._generator = torch.Generator()
@@ -82,11 +82,7 @@ class TokenChooser:
             self._warpers.extend(_warpers(sampling))
 
     def __call__(self, logits: NDArray[Any]) -> Choice:
-        """Choose the next token, and remember it.
-
-        Args:
-            logits: `[vocabulary]`, the model's output after the prompt and the tokens chosen so far.
-        """
+        """Choose the next token, and remember it; `logits` are the model's output for it, `[vocabulary]`."""
         constraint = self._constraint
         if constraint is not None and constraint.forced:
             token = constraint.forced.popleft()
@@ -116,7 +112,7 @@ class TokenChooser:
             likeliest = int(logits.argmax())
             if self._constraint is None:
                 return likeliest
-            self._needs_mask = not self._constraint.permits(likeliest)  # the next time too, as far as can be told
+            self._needs_mask = not self._constraint.permits(likeliest)  # assume the same for the next token
             return int(_masked(logits, self._constraint).argmax()) if self._needs_mask else likeliest
         ids = torch.tensor([self._ids if self._rules else self._ids[-1:]])
         if self._constraint is not None and not self._rules:
@@ -155,12 +151,7 @@ class OccurrencePenalty:
         self._presence, self._frequency, self._start = presence, frequency, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores `[rows, vocabulary]` after the penalties.
-
-        Args:
-            input_ids: `[rows, length]`, the prompts and answers.
-            scores: `[rows, vocabulary]`.
-        """
+        """Return the scores `[rows, vocabulary]` after the penalties; `input_ids` are prompts and answers."""
         new = input_ids[:, self._start :]
         counts = torch.zeros_like(scores).scatter_add_(1, new, torch.ones(new.shape, dtype=scores.dtype))
         return scores - self._frequency * counts - self._presence * (counts > 0)
@@ -179,7 +170,7 @@ class _SortedTopP:
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores `[1, vocabulary]`, minus infinity for those dropped."""
         row = scores[0].numpy()
-        if np.isneginf(row).sum() > len(row) // 2:  # top_k leaves them out; equal ones are soon sorted
+        if np.isneginf(row).sum() > len(row) // 2:  # top_k drops most, and equal scores sort quickly
             warped: torch.Tensor = self._warp(input_ids, scores)
             return warped
         order = torch.from_numpy(np.argsort(row))
@@ -189,13 +180,7 @@ class _SortedTopP:
 
 
 def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> list[TokenScore]:
-    """Return scores of tokens.
-
-    Args:
-        logits: `[tokens, vocabulary]`, the model's output before each token.
-        tokens: The tokens.
-        top: Number of likeliest tokens to score beside each.
-    """
+    """Return scores of tokens and of the `top` likeliest beside each, from their logits `[tokens, vocabulary]`."""
     scores = torch.from_numpy(logits).float().log_softmax(-1)
     own = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
     values, ids = scores.topk(min(top, scores.shape[1]))

@@ -80,11 +80,7 @@ def largest_ranks(several: Sequence[Ranks], inputs: AdapterInputs) -> Ranks:
 
 
 def empty_stack(count: int, ranks: Ranks, inputs: AdapterInputs) -> dict[str, NDArray[Any]]:
-    """Return zeros with room for adapters, and for the base before them.
-
-    Returns:
-        `[1 + count, ...]` by name; pages take no memory until they are written.
-    """
+    """Return zeros `[1 + count, ...]` by name, for the base and adapters; pages take no memory until written."""
     dtype = DTYPES[inputs.dtype]
     return {name: np.zeros((1 + count, *shape), dtype) for name, shape in _shapes(ranks, inputs).items()}
 

@@ -28,30 +28,30 @@ from gralora_fx.run.sessions.adapter_arrays import DTYPES, Arrays, as_ort_value
 
 SCHEMA_VERSION = 1
 _OWN_DIGEST = "record_sha256"
-_MOST_BYTES = 64 << 20  # of a record
+_MOST_BYTES = 64 << 20  # maximum size of a record
 
 
 @dataclass(frozen=True)
 class AdapterRecord:
     """Contents of an adapter file, and the export that it is for."""
 
-    schema_version: int  # version of the record's form
+    schema_version: int  # version of the record's schema
     name: str  # the adapter's name
     config: Mapping[str, Any]  # its `adapter_config.json`
-    k: Count  # blocks in each direction, as the export has them
+    k: Count  # blocks in each direction, as in the export
     r: Count  # the largest rank of its blocks
     hybrid_r: Count  # the largest rank of its plain LoRA part
     dtype: Annotated[str, DTYPES]  # dtype of its tensors
     sites: tuple[str, ...]  # the layers that it adapts
     shapes: Mapping[str, tuple[Count, ...]]  # shape of each tensor by its name
-    # Fingerprint of the base of the export that it was made for, by which it is loaded in no other; it says nothing of
-    # the base that the adapter was trained on. None where the export has none.
+    # fingerprint of the base of the export that it was made for; no other export loads it. It is not about the base
+    # that the adapter was trained on. None if the export has none
     base_fingerprint: str | None
     sha256: str  # SHA-256 of the tensors: of names, dtypes, shapes and values
     file_sha256: str  # SHA-256 of the file
     size: Count  # its size in bytes
-    # what was compared of the base that the adapter was trained on and of the export's (see `BaseComparison`); None
-    # where nothing was
+    # comparison of the base that the adapter was trained on with the export's (see `BaseComparison`); None if they were
+    # not compared
     base: Mapping[str, Any] | None = None
 
     @property
@@ -216,7 +216,7 @@ def read_tensors(
         raise error(f"{path} does not fit this export: {listed(problems)}")
     file = check_file(path, record, error, content)
     try:
-        tensors = read_parameters(file)  # of these very bytes, and in their memory
+        tensors = read_parameters(file)  # shares the memory of these checked bytes
     except FormatError as failure:
         raise error(f"{path} is not an adapter of ONNX Runtime, of the version that is known ({failure})") from failure
     problems = [*_tensor_problems(tensors, record, inputs)]

@@ -93,7 +93,7 @@ def empty_values(session: Any, batch: int, length: int = 0) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for slot, value in past_slots(session.get_inputs()).items():
         shape, dtype = slot.kind.shape(value.shape, batch, length), TORCH_DTYPES[value.type]
-        # pages of numpy's that nobody has read or written yet take no memory, where torch writes its zeros
+        # untouched pages of numpy's zeros take no memory; torch writes its zeros
         count = math.prod(shape)
         zeros = np.zeros(max(count, 1) * dtype.itemsize, np.uint8)
         values[value.name] = as_value(torch.from_numpy(zeros).view(dtype)[:count].reshape(shape), value.type)
@@ -150,9 +150,6 @@ class PagedBytes:
 
     A large numpy array commits memory as it is written, too, but in huge pages, which numpy requests from the kernel,
     as glibc does if `GLIBC_TUNABLES` says so: one byte then takes 2 MiB.
-
-    Attributes:
-        array: The bytes.
     """
 
     def __init__(self, count: int) -> None:

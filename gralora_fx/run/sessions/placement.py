@@ -101,7 +101,7 @@ def _load_config(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 _RECORD = "session.record_ep_graph_assignment_info"
-_SHOWN = 6  # operators of a provider in a text
+_SHOWN = 6  # operators shown for a provider
 
 Placement = Mapping[str, Mapping[str, int]]
 

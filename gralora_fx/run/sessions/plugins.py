@@ -31,14 +31,14 @@ _INSTALL = {  # how to get a provider that the onnxruntime package itself does n
     "CoreMLExecutionProvider": "pip install onnxruntime on macOS",
     "DmlExecutionProvider": "pip install onnxruntime-directml on Windows",
 }
-_NEEDS = {  # what a provider looks for, where its own answer is only that there is none
+_NEEDS = {  # requirements of providers whose own error only says that no device was found
     "OpenVINOExecutionProvider": "a processor, GPU or NPU of Intel",
     "QNNExecutionProvider": "a Qualcomm device",
     "WebGpuExecutionProvider": "a GPU",
 }
 _lock = threading.Lock()
 _registered: set[str] = set()  # modules whose library was registered here
-_brought: set[str] = set()  # providers that appeared with them
+_brought: set[str] = set()  # providers that became available with them
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Device:
     """A device of a plug-in provider."""
 
     provider: str
-    kind: str  # `CPU`, `GPU` or `NPU`; of OpenVINO its own name of the device, such as `GPU.1`
-    name: str  # what it is, in the provider's words
+    kind: str  # `CPU`, `GPU` or `NPU`; for OpenVINO its own name of the device, such as `GPU.1`
+    name: str  # the provider's description of it
     version: str  # version of the provider
-    properties: Mapping[str, str] = field(repr=False, compare=False)  # what the provider says about it
+    properties: Mapping[str, str] = field(repr=False, compare=False)  # the provider's properties of it
     handle: Any = field(repr=False, compare=False)  # the `onnxruntime.OrtEpDevice`
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ def devices_of(provider: str) -> tuple[Device, ...]:
 def registered_devices(provider: str) -> tuple[Device, ...]:
     """Return the devices of a plug-in provider whose library is registered."""
     handles = [handle for handle in onnxruntime.get_ep_devices() if handle.ep_name == provider]
-    # ONNX Runtime lists devices of its own providers too; older versions do not say which come from a library
+    # ONNX Runtime lists built-in providers' devices too; older versions do not mark those of a library
     return tuple(_device(handle) for handle in handles if provider in _brought or "library_path" in handle.ep_metadata)
 
 

@@ -153,7 +153,7 @@ def _providers(providers: Providers | None, provider_options: ProviderOptions | 
         raise ServingError(f"execution provider {twice} is named twice; name it once")
     for name in names:
         if name != CPU:
-            _devices_of(name)  # which raises if it is not installed
+            _devices_of(name)  # raises if it is not installed
     return tuple((name, _provider_options(name, options)) for name, options in pairs)
 
 

@@ -29,7 +29,7 @@ QUIET_RUN.log_severity_level = FATAL
 
 @dataclass(frozen=True)
 class Runtime:
-    """How ONNX Runtime runs a model.
+    """ONNX Runtime's configuration for a model.
 
     Attributes:
         providers: Execution providers in order of preference, each with its options; empty if the session options hold
@@ -96,7 +96,7 @@ def _open(
     changes = (_take_defaults if runtime.devices else None, _call_functions if is_cpu and not as_stored else None)
     try:
         changed = [change(model) for change in changes if change is not None]
-        if any(changed):  # bytes of a model do not say where its weights are
+        if any(changed):  # a model's bytes do not say where its weights are
             _read_weights_in(path.parent, options)
         session = onnxruntime.InferenceSession(
             model.SerializeToString() if any(changed) else str(path),

@@ -93,14 +93,9 @@ class EncoderDecoderSession:
         *,
         options: Any = None,
     ) -> dict[str, NDArray[Any]]:
-        """Run one step of the decoder.
+        """Run one step of the decoder; `past` has the names of its inputs, None for the first step.
 
-        Args:
-            ids: `[batch, length]`, the new tokens.
-            hidden: The encoder's output.
-            mask: `[batch, encoder length]`, 0 where a position of the encoder is padding.
-            past: Keys and values by the names of the inputs; None for the first step.
-            options: An `onnxruntime.RunOptions`.
+        Shapes: `ids` `[batch, length]`, the new tokens; `mask` `[batch, encoder length]`, 0 at padding.
         """
         feed: dict[str, NDArray[Any]] = {"input_ids": ids, "encoder_hidden_states": hidden}
         if mask is not None:

@@ -63,11 +63,7 @@ def _metadata(session: Any) -> Mapping[str, str]:
 
 
 class SessionView:
-    """A session with different inputs; outputs and providers are the session's.
-
-    Attributes:
-        session: The `onnxruntime.InferenceSession`.
-    """
+    """A session with different inputs; outputs and providers are the session's."""
 
     def __init__(self, session: Any) -> None:
         """Set the session."""
@@ -93,9 +89,6 @@ class AdapterSession(SessionView):
 
     ONNX Runtime's `RunOptions.add_active_adapter` silently overrides fed inputs and is ignored with I/O binding;
     feeding the tensors computes the same and has neither fault.
-
-    Attributes:
-        values: The adapter's tensors that the session takes.
     """
 
     def __init__(self, session: Any, values: Values) -> None:

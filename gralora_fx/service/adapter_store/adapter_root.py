@@ -27,8 +27,8 @@ from gralora_fx.run.open_export import adapter_as_data, in_memory
 from gralora_fx.run.sessions.adapter_file import AdapterInMemory
 
 _PEFT = ("adapter_config.json", "adapter_model.safetensors")
-_MOST_BYTES = 8 << 30  # of a file
-Facts = tuple[int, ...]  # of a file, which differ once it is another one or was written to
+_MOST_BYTES = 8 << 30  # maximum size of a file
+Facts = tuple[int, ...]  # `stat` fields that change when a file is replaced or written
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class AdapterRoot:
             _write(contents, copy)
             try:
                 return in_memory(copy, onnx_dir, name, manifest)
-            except GraloraError as error:  # the copy's place means nothing
+            except GraloraError as error:  # the copy's path means nothing to the caller
                 raise type(error)(marked(error).replace(f"{folder}/", "")) from error
 
     def _contents(self, text: str) -> tuple[bool, dict[str, NDArray[np.uint8]]]:
@@ -154,7 +154,7 @@ class AdapterRoot:
         parts = self._resolved(path, text).relative_to(self.path).parts
         handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         for index, part in enumerate(parts):
-            kind = os.O_DIRECTORY if index < len(parts) - 1 else os.O_NONBLOCK  # a pipe would keep it waiting
+            kind = os.O_DIRECTORY if index < len(parts) - 1 else os.O_NONBLOCK  # opening a pipe would block
             try:
                 inner = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=handle)
             finally:
@@ -162,7 +162,7 @@ class AdapterRoot:
             handle = inner
         facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
-            os.close(handle)  # of a directory, fdopen would leave it open
+            os.close(handle)  # fdopen would leave a directory's descriptor open
             raise ServingError(f"{shown(text)} is not a regular file")
         with os.fdopen(handle, "rb") as file:
             if facts.st_nlink > 1:

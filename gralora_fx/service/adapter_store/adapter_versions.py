@@ -39,7 +39,7 @@ class RootFile:
     root: AdapterRoot
     path: str  # its path there, as a request gives it
     onnx_dir: Path  # the export that it is for
-    facts: tuple[Facts | None, ...] = ()  # what its files are like; empty where they are not looked at again
+    facts: tuple[Facts | None, ...] = ()  # `stat` facts of its files; empty if the files are not watched
 
     def read(self, name: str, manifest: Manifest) -> AdapterSource:
         """Read the adapter with `AdapterRoot.source`."""
@@ -50,15 +50,12 @@ class RootFiles:
     """The adapters of a root by name: those directly below it, and those that requests named.
 
     A name that a request unloaded stays hidden until a request loads it again.
-
-    Attributes:
-        onnx_dir: The export that they are for.
     """
 
     def __init__(self, root: AdapterRoot, onnx_dir: Path) -> None:
         """Start with the adapters directly below the root."""
         self._root, self.onnx_dir = root, onnx_dir
-        self._paths: dict[str, str] = {}  # of those that requests named
+        self._paths: dict[str, str] = {}  # paths of adapters that requests named
         self._hidden: set[str] = set()
 
     def names(self) -> list[str]:
@@ -94,22 +91,22 @@ class AdapterVersion:
     """One loaded version of an adapter."""
 
     name: str
-    key: str  # what the host calls it
+    key: str  # its name inside the model that holds adapters
     size: int  # bytes of its tensors
-    # what it was read from, which is looked at again when a request names it; None for one that is pinned: it stays
-    # until it is evicted by a request
+    # the file that it was read from, checked for changes at each request; None for a pinned adapter, which stays until
+    # a request unloads it
     file: RootFile | None = None
-    holds: int = 0  # how many requests run with it, or are about to
-    used: int = 0  # when it was last asked for, as a number that grows
-    is_tried: bool = True  # whether the model is known to run with it; else the first request with it tries it
+    holds: int = 0  # number of requests that run with it, or are about to
+    used: int = 0  # counter value of its last use; larger is more recent
+    is_tried: bool = True  # whether the model has run with it; if not, its first request is the trial
 
 
 @dataclass(frozen=True)
 class AdapterLimits:
     """Limits on adapters in memory; versions held by requests count too."""
 
-    count: int | None = None  # how many; None for any number
-    memory: int | None = None  # bytes of all of them; None for no limit
+    count: int | None = None  # maximum number; None for no limit
+    memory: int | None = None  # maximum bytes of all of them; None for no limit
 
     def allow(self, versions: Collection[AdapterVersion], size: int | None = None) -> bool:
         """Return whether versions fit the limits, with one more of `size` bytes unless it is None."""

@@ -17,8 +17,8 @@ from gralora_fx.run.model import OrtModel
 from gralora_fx.run.sessions.adapter_file import AdapterSource
 from gralora_fx.service.adapter_store.adapter_versions import AdapterLimits, AdapterVersion, RootFile
 
-_MOST_CHANGES = 16  # that wait
-_NAME_IN_KEY = 100  # characters of a name that a version's key begins with
+_MOST_CHANGES = 16  # maximum number of waiting changes
+_NAME_IN_KEY = 100  # characters of the name that begin a version's key
 _logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 

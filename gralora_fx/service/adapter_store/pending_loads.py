@@ -22,7 +22,7 @@ from gralora_fx.run.generate.request_errors import (
 from gralora_fx.service.adapter_store.adapter_versions import AdapterVersion, RootFile
 from gralora_fx.service.adapter_store.memory import AdapterMemory
 
-_SHORT, _LONG = 5.0, 10**9  # seconds that a failure is remembered which is not of the files, and one which is
+_SHORT, _LONG = 5.0, 10**9  # seconds to remember a failure: not caused by the files; caused by them
 _MOST_FAILURES = 10_000
 _logger = logging.getLogger(__name__)
 
@@ -52,13 +52,10 @@ class _Failure:
 
 
 class PendingLoads:
-    """Loads adapters for the requests that name them.
+    """Loads adapters for the requests that name them, of which `most` may wait.
 
-    A load without room is retried when a request ends; it does not block the loads behind it.
-
-    Attributes:
-        most: Maximum number of waiting requests.
-        when_loaded: Called with whether a load succeeded, and its seconds.
+    A load without room is retried when a request ends; it does not block the loads behind it. `when_loaded` is called
+    with whether a load succeeded, and its seconds.
     """
 
     def __init__(self, memory: AdapterMemory, load: Callable[[str, RootFile], AdapterVersion]) -> None:
@@ -99,7 +96,7 @@ class PendingLoads:
             async with asyncio.timeout(None if end is None else max(end - time.monotonic(), 0)):
                 return await asyncio.wrap_future(request)
         except (TimeoutError, asyncio.CancelledError) as error:
-            if not request.cancel() and request.exception() is None:  # it was told meanwhile
+            if not request.cancel() and request.exception() is None:  # it was resolved meanwhile
                 self._memory.release(request.result().key)
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"the adapter {shown(name)} was not loaded in time; ask again") from error

@@ -96,7 +96,7 @@ def example_prompt(model: OrtModel) -> tuple[int, Source | None]:
     ids = prompt_ids("a", model.tokenizer, ServingError)
     inputs = model.encoder_inputs
     if inputs is None:
-        return ids[-1], None  # that of padding may have an embedding of zeros
+        return ids[-1], None  # the padding token may have an embedding of zeros
     return inputs.rules.start, inputs.example(ids).arrays
 
 
@@ -113,7 +113,7 @@ class AdapterStore(AdapterMemory):
         pending: Loads that requests wait for.
     """
 
-    trial: AdapterTrial  # made once what runs the model is there, which holds adapters of this store
+    trial: AdapterTrial  # set once the engine that uses this store exists
 
     def __init__(self, base: str, host: OrtModel, limits: AdapterLimits | None = None) -> None:
         """Take over the adapters that the host already has; they are never unloaded (see `AdapterMemory`)."""
@@ -223,7 +223,7 @@ class AdapterStore(AdapterMemory):
             if version is not None:
                 if version.file in (None, file):
                     return version
-                self.release(version.key)  # it would keep the room of the next one
+                self.release(version.key)  # it would take the next one's room
             if file is None:
                 if version is not None:
                     self.take_name(version)
@@ -237,14 +237,14 @@ class AdapterStore(AdapterMemory):
                 return older  # the files are damaged, and this version is not
             if loaded.file == file:
                 return loaded
-            self.release(loaded.key)  # of files as they were before this request
+            self.release(loaded.key)  # loaded from the files before this request
 
     def _find(self, name: str) -> RootFile | None:
         return None if self.files is None else self.files.find(name)
 
     def _unknown(self, model: str) -> UnknownModelError:
         others = "" if self.files is None else ", and those of the adapter root, which /v1/models lists"
-        names = [self.base, *(name for name in self.adapters if name != model)]  # it may be one whose files are gone
+        names = [self.base, *(name for name in self.adapters if name != model)]  # its files may be gone
         return UnknownModelError(f"no model {shown(model)}; there is {listed(names)}{others}")
 
     def load_found(self, name: str, file: RootFile) -> AdapterVersion:

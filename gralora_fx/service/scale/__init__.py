@@ -12,6 +12,6 @@ def prepare() -> None:
     Ray's processes listen on every address of the machine, so they require a token, drawn anew each time. Usage
     reports to Ray's makers are off.
     """
-    # a proxy that imports more slowly than this is killed by Ray's controller, on a busy machine again and again
+    # Ray's controller kills a proxy that imports more slowly, repeatedly on a busy machine
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

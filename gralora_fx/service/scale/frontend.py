@@ -37,7 +37,7 @@ from gralora_fx.service.replies import END, event
 from gralora_fx.service.scale.spread_adapters import SpreadChanges, read
 from gralora_fx.service.service_routes import health_routes, page_routes
 
-APPLICATION, MODEL = "gralora-fx-model", "model"  # of the replicas, for Ray
+APPLICATION, MODEL = "gralora-fx-model", "model"  # Ray's names of the replicas
 _EVENTS = "text/event-stream"
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Forwarding:
             async for message in replicas.answer.remote(request):
                 await sender.pass_on(message)
         except (RayError, RayServeException) as error:
-            if sender.is_complete:  # the replica ended after its last word, and before Ray heard that it was the last
+            if sender.is_complete:  # the replica ended after its last message, before Ray knew that it was the last
                 return
             problem = _described(error)
         else:
@@ -123,7 +123,7 @@ class Forwarding:
                 return
             _logger.error("a replica's answer to %s %s has no end", scope["method"], request.path)
             problem = 500, FAILED
-        scope.pop("route", None)  # that of everything says nothing
+        scope.pop("route", None)  # the catch-all route would hide the path
         if sender.has_begun:
             await sender.end_with(*problem)
         else:
@@ -134,10 +134,6 @@ class _Sender:
     """Forwards a response: event streams as they come, other responses once complete.
 
     Until the first message is sent, an error can still replace the response.
-
-    Attributes:
-        has_begun: Whether something was sent.
-        is_complete: Whether everything was sent.
     """
 
     def __init__(self, scope: Scope, send: Send) -> None:
@@ -155,7 +151,7 @@ class _Sender:
         is_last = not message.get("more_body", False)
         if not (is_last or self._is_stream):
             return
-        mark_counted(self._scope)  # by the replica
+        mark_counted(self._scope)  # the replica has counted it
         held, self._held = self._held, []
         self.has_begun, self.is_complete = True, is_last  # also if the client has gone
         for part in held:

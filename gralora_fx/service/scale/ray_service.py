@@ -33,7 +33,7 @@ from gralora_fx.service.scale.spread_adapters import AsgiRequest, ReplicaAdapter
 
 _FRONTEND = "gralora-fx"
 _OBJECT_STORE = 128 * 2**20  # bytes; requests and answers of some size pass through it
-_DRAIN = 60.0  # seconds that answers have to end in, when the service is told to
+_DRAIN = 60.0  # seconds for running requests to finish at a shutdown
 _CONNECTIONS = 4096  # requests that the frontend holds; those that wait for a replica are bounded by max_queue
 
 
@@ -42,7 +42,7 @@ class ModelReplica:
 
     async def __init__(self, settings: ServiceSettings, folder: Path) -> None:  # type: ignore[misc]  # Ray awaits it
         """Open the model; Ray routes requests here once it is warm."""
-        torch.set_num_threads(1)  # as of `server.run`
+        torch.set_num_threads(1)  # see `server.run`
         self._app = create_app(settings)
         self._models = self._app.state.engine.models
         self._adapters = None if settings.adapter_root is None else ReplicaAdapters(self._models, folder)
@@ -86,7 +86,7 @@ def check(settings: ServiceSettings) -> tuple[tuple[str, ...], int]:
     with closing(engine.models):
         load_given(engine.models, settings)
     at_a_time = 2 * settings.rows if isinstance(engine, EncoderEngine) else settings.decoder_rows
-    # some wait for adapters to be loaded, and hold nobody up
+    # some only wait for adapters to load
     return engine.models.adapters, at_a_time if settings.adapter_root is None else 2 * at_a_time
 
 
@@ -115,7 +115,7 @@ def run_replicas(
         model, frontend = _deployments(settings, replicas, at_a_time, metrics)
         try:
             try:
-                behind = replace(settings, allow_origin=())  # it is the frontend that browsers ask
+                behind = replace(settings, allow_origin=())  # browsers talk to the frontend
                 handle = serve.run(model.bind(behind, loads), name=APPLICATION, route_prefix=None)
                 access_log = Path(logs, "access.log") if has_access_log else None
                 serve.run(frontend.bind(handle, settings, adapters, metrics, access_log, loads), name=_FRONTEND)

@@ -29,7 +29,7 @@ _MODEL_PATHS = "/v2/models/"
 class AsgiRequest:
     """A request with its whole body."""
 
-    scope: dict[str, Any]  # what ASGI says of it, as plain data
+    scope: dict[str, Any]  # the ASGI scope, as plain data
     body: bytes
 
     @property
@@ -44,7 +44,7 @@ class AsgiRequest:
             return self.path.removeprefix(_MODEL_PATHS).partition("/")[0]
         try:
             body = json.loads(self.body)
-        except (ValueError, RecursionError):  # whoever answers says what is wrong with it
+        except (ValueError, RecursionError):  # the handler reports it
             return None
         model = body.get("model") if isinstance(body, dict) else None
         return model if isinstance(model, str) else None
@@ -92,10 +92,10 @@ class UnevenReplicasError(StoppedError):
 class SharedAdapters:
     """Record of the adapters that requests have loaded and unloaded."""
 
-    number: int = 0  # how many changes there were
-    loaded: Mapping[str, str] = field(default_factory=dict)  # the file of each adapter by its name, below the folder
-    named: Mapping[str, str] = field(default_factory=dict)  # of each that is not pinned its path in the root
-    unloaded: tuple[str, ...] = ()  # names that were taken away
+    number: int = 0  # number of changes
+    loaded: Mapping[str, str] = field(default_factory=dict)  # the file of each adapter by name, below the folder
+    named: Mapping[str, str] = field(default_factory=dict)  # the path in the root of each adapter that is not pinned
+    unloaded: tuple[str, ...] = ()  # hidden names
 
     @classmethod
     def read(cls, folder: Path) -> SharedAdapters:
@@ -131,7 +131,7 @@ class SpreadChanges:
         async with self._lock:
             shared = SharedAdapters.read(self._folder)
             folder = self._folder / str(shared.number + 1)
-            shutil.rmtree(folder, ignore_errors=True)  # of a frontend that ended
+            shutil.rmtree(folder, ignore_errors=True)  # left by a frontend that died
             folder.mkdir()
             try:
                 if pin:

@@ -63,7 +63,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
         self.prefix_cache, self.memory = decoder.prefix_cache, decoder.memory
         self._decoder, self._tokenizer = decoder, tokenizer
         self._rows: dict[int, TextJob] = {}
-        self._is_short = False  # whether the request that has waited longest waits for memory
+        self._is_short = False  # whether the oldest waiting request waits for memory
         proposer = new_proposer()
         self._most_proposed = proposer.most(most_proposed)
         self._proposer: Proposer = proposer if decoder.verify_problem is None else NoProposals()
@@ -127,7 +127,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             return
         try:
             self._step()
-        except Exception as error:  # a defect of the service: nobody waits for ever, and later requests are answered
+        except Exception as error:  # a bug in the service: fail the requests, and serve later ones
             _logger.exception("a step ended halfway; its %d requests are told", len(self._rows))
             self._observer.failed()
             for job in self._rows.values():
@@ -166,7 +166,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                     start=start,
                 )
                 if not job.request.options.scores_prompt:  # every position's logits are wanted then
-                    job.skip(self._decoder.fill(row, job.request.prompt))  # so that rows know what others are to read
+                    job.skip(self._decoder.fill(row, job.request.prompt))  # so that others share the prompt's beginning
             except Exception as error:  # noqa: BLE001  # it is told and logged
                 self._fail(job, error, "a request cannot be run")
                 self._leave(job)
@@ -174,7 +174,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._rows[row] = job
             if source is not None:
                 self._observer.read(len(source.ids or ()))
-                break  # an encoder has run, which the rows that decode have waited for; the next runs after their step
+                break  # an encoder has run while decoding rows waited; the next runs after their step
         self._is_short = is_short
 
     def _next(self) -> TextJob | None:
@@ -212,7 +212,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
             self._proposer.ran(sum(map(len, tokens.values())), proposed, seconds)
         self._advance(tokens, logits)
         if len(answering) < len(tokens) and all(job.is_answering for job in self._rows.values()):
-            trim_heap()  # of what reading prompts took, which answers do not need
+            trim_heap()  # memory that reading prompts took, not needed for answers
         for row, each in answering.items():
             if each.surplus:
                 self._decoder.rewind(row, self._decoder.length(row) - each.surplus)
@@ -242,7 +242,7 @@ class ContinuousScheduler(JobQueue[TextJob]):
                 if self._decoder.reserve(row, len(part)):
                     tokens[row] = part
         answering, chunk = self._answering(tokens), self._decoder.chunk
-        if len(answering) == len(tokens):  # no prompt, which proposed tokens would hold up
+        if len(answering) == len(tokens):  # proposed tokens would delay prompts
             self._proposer.propose(list(answering.values()), chunk, self._most_proposed)
             tokens = {row: each.next_tokens(self._decoder.chosen) for row, each in answering.items()}
         return tokens

@@ -126,11 +126,7 @@ class JobQueue(ABC, Generic[_Job]):
         """Do some work; called in the queue's thread while a job runs or waits."""
 
     def check_count(self, rows: int) -> None:
-        """Raise if so many rows can never be queued at once; call before tokenizing them, which takes time.
-
-        Raises:
-            TooLargeError: They cannot.
-        """
+        """Raise a `TooLargeError` if so many rows can never be queued at once; call before tokenizing (slow)."""
         if rows > self.room:
             what, remedy = self.excess
             raise TooLargeError(

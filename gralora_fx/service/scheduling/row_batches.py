@@ -22,12 +22,12 @@ _logger = logging.getLogger(__name__)
 class RowJob:
     """Rows to run."""
 
-    key: Hashable  # jobs of equal keys can be one batch
-    rows: int  # how many rows
-    payload: Any  # what to run, for the function that runs batches
-    length: int = 0  # how long its rows are, where those of other lengths cost padding
-    adapter: str | None = None  # the adapter to run with; None for the base
-    # becomes the job's result; a job whose result is cancelled before it runs does not run
+    key: Hashable  # jobs of equal keys can share a batch
+    rows: int  # number of rows
+    payload: Any  # argument for the function that runs batches
+    length: int = 0  # length of its rows, if rows of other lengths cost padding
+    adapter: str | None = None  # the adapter's key; None for the base
+    # the job's result; cancelling it before the job runs cancels the job
     result: Future[Any] = field(default_factory=Future)
     submitted: float = field(default_factory=time.perf_counter)
 
@@ -86,7 +86,7 @@ class RowBatches(JobQueue[RowJob]):
             batch = self._started([first])
         if not batch:
             return batch
-        rows, mates = first.rows, dict[RowJob, None]()  # in order, and found at once in a long queue
+        rows, mates = first.rows, dict[RowJob, None]()  # ordered, with fast lookup in a long queue
         same = (job for job in self._waiting if job.key == first.key)
         for job in sorted(same, key=lambda job: abs(job.length - first.length)):
             if rows + job.rows <= self._max_batch:
@@ -110,7 +110,7 @@ class RowBatches(JobQueue[RowJob]):
         try:
             results = self._run(batch)
         except Exception as error:
-            if len(batch) > 1:  # one of them may be wrong; the others are not
+            if len(batch) > 1:  # one may be invalid and the others fine
                 for job in batch:
                     self._run_batch([job])
                 return
@@ -124,5 +124,5 @@ class RowBatches(JobQueue[RowJob]):
             return
         self._observer.ran(time.perf_counter() - started, sum(job.rows for job in batch))
         for job, result in zip(batch, results, strict=True):
-            self._leave(job)  # before its caller goes on, who may ask which adapters are in memory
+            self._leave(job)  # before its caller resumes, which may ask for the adapters in memory
             job.result.set_result(result)

@@ -21,13 +21,13 @@ from gralora_fx.run.generate.token_choice import Choice, TokenScore
 class Piece:
     """The part that a step adds to an answer."""
 
-    text: str  # new text; empty while it may be the beginning of a stop string or of a letter
-    tokens: int  # how many new tokens the answer has now
-    ending: Ending | None = None  # why the answer has ended; None while it goes on
-    scores: tuple[TokenScore, ...] = ()  # those of the new tokens, if they are asked for
-    # those of the prompt's tokens but the first, in the first piece, if they are asked for
+    text: str  # new text; empty while it may begin a stop string or an incomplete character
+    tokens: int  # number of new tokens in the answer so far
+    ending: Ending | None = None  # finish reason; None while the answer goes on
+    scores: tuple[TokenScore, ...] = ()  # scores of the new tokens, if requested
+    # scores of the prompt's tokens after the first, in the first piece, if requested
     prompt_scores: tuple[TokenScore, ...] = ()
-    cached: int = 0  # how many tokens of the prompt were taken over from the prefix cache
+    cached: int = 0  # number of prompt tokens taken from the prefix cache
 
     def __add__(self, later: Piece) -> Piece:
         """Join this piece with the next one."""
@@ -43,10 +43,10 @@ class Piece:
 
 @dataclass
 class JobTimes:
-    """When a job reached each stage, in `time.perf_counter` seconds; None if not yet."""
+    """Times at which a job reached each stage, in `time.perf_counter` seconds; None if not yet."""
 
     submitted: float  # it was queued
-    reading: float | None = None  # the first tokens of its prompt are read, or found in a cache
+    reading: float | None = None  # the first tokens of its prompt were read, or found in a cache
     answering: float | None = None  # the first token of its answer was chosen
     ended: float | None = None  # its caller was told the end
 

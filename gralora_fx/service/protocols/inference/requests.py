@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from gralora_fx.errors import ServingError, first_line, listed, shown
 from gralora_fx.run.sessions.ort_values import DTYPES
 
-_KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # kinds of numbers in JSON that a kind of tensor takes
+_KINDS = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}  # kinds of JSON numbers that each kind of tensor accepts
 _TYPES: dict[str, set[type]] = {"f": {int, float}, "i": {int}, "u": {int}, "b": {bool}}
 _PREFIXES = {"f": "FP", "i": "INT", "u": "UINT"}  # of types in the protocol, before their bits
-_AXES, _SIZE = 64, 2**48  # the most axes that numpy has, and more values than any body holds
+_AXES, _SIZE = 64, 2**48  # numpy's maximum of axes, and more values than any body holds
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Datatype:
     """A tensor data type."""
 
     name: str  # the protocol's name
-    dtype: np.dtype[Any]  # numpy's type, little-endian as the protocol's bytes
+    dtype: np.dtype[Any]  # numpy's dtype, little-endian like the protocol's bytes
 
 
 def _datatype(dtype: np.dtype[Any]) -> Datatype:
@@ -55,13 +55,13 @@ def from_json(name: str, data: list[Any], shape: list[int], datatype: Datatype) 
     """Build a tensor from flat or nested lists of numbers."""
     kind = datatype.dtype.kind
     wrong = ServingError(f"the data of {name!r} is not of {datatype.name}; give numbers of that type alone")
-    if not _types_of(data) <= _TYPES[kind]:  # numpy would make room for the longest text at every place
+    if not _types_of(data) <= _TYPES[kind]:  # numpy would allocate the longest text's size for every element
         raise wrong
     try:
         values = np.asarray(data)
     except (ValueError, OverflowError, RecursionError) as error:
         raise ServingError(f"the data of {name!r} is not a tensor ({first_line(error)})") from error
-    if values.dtype.kind not in _KINDS[kind] and values.size:  # whole numbers that are too large
+    if values.dtype.kind not in _KINDS[kind] and values.size:  # integers out of range
         raise wrong
     if values.size != _count(name, shape):
         raise ServingError(f"input {name!r} has {values.size} values, not those of shape {shown(shape)}")
@@ -127,7 +127,7 @@ def _types_of(data: list[Any]) -> set[type]:
     return types.difference((list,)).union(*inner)
 
 
-_PROBLEMS = 1000  # that are described
+_PROBLEMS = 1000  # maximum number of described problems
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -194,8 +194,8 @@ class InferRequest(_Object):
 class Inference:
     """A parsed inference request."""
 
-    arrays: Mapping[str, NDArray[Any]]  # the inputs
-    wanted: Mapping[str, bool]  # the outputs, and whether each is given as bytes
+    arrays: Mapping[str, NDArray[Any]]  # inputs by name
+    wanted: Mapping[str, bool]  # requested outputs, and whether each is returned as bytes
     id: str | None  # the request's id
 
 
@@ -232,7 +232,7 @@ def _parsed(head: bytes, header_length: str | None) -> InferRequest:
     try:
         return InferRequest.model_validate_json(head)
     except ValidationError as error:
-        if (count := error.error_count()) > _PROBLEMS:  # of millions, the descriptions would fill the memory
+        if (count := error.error_count()) > _PROBLEMS:  # descriptions of millions would fill the memory
             raise ServingError(
                 f"{count} fields of the request are wrong or not supported; correct them, or leave them out"
             ) from None
@@ -246,11 +246,7 @@ def _parsed(head: bytes, header_length: str | None) -> InferRequest:
 
 
 def _announced(name: str, size: Any, binary: memoryview) -> tuple[memoryview, memoryview]:
-    """Split off the bytes of one input; return them and the remaining bytes.
-
-    Raises:
-        ServingError: `size` is not a number of bytes, or more than are left.
-    """
+    """Split off the bytes of one input; raise unless `size` is a number of bytes that are left."""
     if type(size) is not int or size < 0:
         raise ServingError(
             f"the binary_data_size of input {name!r} is {shown(size)}; it is a whole number of bytes, and "

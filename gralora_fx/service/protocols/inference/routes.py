@@ -35,7 +35,7 @@ from gralora_fx.service.replies import timeout_of, unless_disconnected
 from gralora_fx.service.spans import note_model
 
 _VERSION = "1"
-_LARGE = 2**16  # bytes of a body that is read in another thread, so that other requests don't wait for it
+_LARGE = 2**16  # bytes of a body from which it is parsed in another thread
 
 
 class ServerMetadata(BaseModel):

@@ -23,10 +23,10 @@ def new_id(kind: str) -> str:
 class AnswerPart:
     """A piece of an answer's text, or of an item in it, such as a call."""
 
-    text: str = ""  # text of the answer, or what the item's text goes on with
-    item: int | None = None  # the number of the item; None for text of the answer
-    name: str | None = None  # the name of the item, where it begins
-    id: str | None = None  # its id, likewise
+    text: str = ""  # text of the answer, or a continuation of the item's text
+    item: int | None = None  # the index of the item; None for text of the answer
+    name: str | None = None  # the name of the item, in its first piece
+    id: str | None = None  # the id of the item, in its first piece
 
 
 class AnswerReader(Protocol):
@@ -65,11 +65,11 @@ class AnswerReader(Protocol):
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """How answers are constrained and parsed."""
+    """Constraint and parser of answers."""
 
-    constraint: Constraint | None = None  # what their tokens may be; None for any
-    shown: frozenset[int] = frozenset()  # special tokens that are part of their text
-    reader: Callable[[], AnswerReader] | None = None  # makes what reads an answer; None for text alone
+    constraint: Constraint | None = None  # constrains their tokens; None for no constraint
+    shown: frozenset[int] = frozenset()  # special tokens kept in their text
+    reader: Callable[[], AnswerReader] | None = None  # creates a parser of one answer; None for plain text
 
 
 class PlannedRequest(StrictModel):
@@ -105,8 +105,7 @@ class PlannedRequest(StrictModel):
     ) -> Iterable[tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]]:
         """Return forms of a chat to try in order, until the tokenizer's template accepts one.
 
-        Returns:
-            Pairs of messages and the definitions that the template describes to the model.
+        Each is a pair of messages and of definitions that the template describes to the model.
         """
         return [(chat, ())]
 

@@ -24,7 +24,7 @@ from gralora_fx.service.protocols.openai.text_requests import QuestionReader
 from gralora_fx.service.replies import EventStream, TextAnswers
 from gralora_fx.service.scheduling.text_jobs import Piece
 
-_LEAST = -9999.0  # a log-probability in the place of minus infinity, which JSON does not have
+_LEAST = -9999.0  # stands for minus infinity, which JSON cannot represent
 
 
 def completion_routes(engine: TextEngine, questions: QuestionReader) -> APIRouter:
@@ -175,11 +175,7 @@ class ChoiceWriter:
 
 
 class LogprobWriter:
-    """Writes the logprobs of one answer piece by piece.
-
-    Attributes:
-        is_begun: Whether a piece was written.
-    """
+    """Writes the logprobs of one answer piece by piece; `is_begun` once a piece was written."""
 
     def __init__(self, texts: TokenBytes, *, is_chat: bool) -> None:
         """Start at text offset 0."""

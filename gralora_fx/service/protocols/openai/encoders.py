@@ -27,7 +27,7 @@ from gralora_fx.service.spans import note_model
 
 _CLASSIFICATION = "text-classification"
 Outputs: TypeAlias = Sequence[Mapping[str, NDArray[Any]]]
-_SHORT = 2048  # letters, or token ids, that are read sooner than another thread begins
+_SHORT = 2048  # characters or token ids below which a thread costs more than it saves
 
 
 class Usage(BaseModel):
@@ -161,12 +161,7 @@ def finite(output: NDArray[Any]) -> NDArray[Any]:
 
 
 def scores_of(logits: NDArray[Any], config: Mapping[str, Any]) -> NDArray[Any]:
-    """Return class scores, activated as transformers' pipeline does.
-
-    Args:
-        logits: `[classes]`.
-        config: Fields of the model's `config.json`.
-    """
+    """Return class scores from logits `[classes]`, activated as transformers' pipeline does for the model's config."""
     values = logits.astype(np.float64)
     kind = config.get("problem_type")
     if kind == "regression":

@@ -72,11 +72,7 @@ class InputText(StrictModel):
 
 
 class ItemFields(StrictModel):
-    """A message, or a reference to an item.
-
-    Attributes:
-        needed: Required fields of an item, by its type.
-    """
+    """A message, or a reference to an item; `needed` are the required fields by type."""
 
     without_effect: ClassVar[Idle] = INPUT_ITEM
     needed: ClassVar[Mapping[str, tuple[str, ...]]] = {"message": ("role", "content")}

@@ -41,13 +41,10 @@ def model_routes(served: AdapterStore) -> APIRouter:
 
 
 class LoadRequest(StrictModel):
-    """A request to load an adapter.
+    """A request to load an adapter from a path in the adapter root.
 
-    Attributes:
-        lora_name: Its name.
-        lora_path: Its path in the adapter root.
-        load_inplace: Whether it may replace an adapter of the same name.
-        pin: Whether it stays in memory until unloaded, instead of being evicted when others need room.
+    `load_inplace`: it may replace an adapter of the same name. `pin`: it stays in memory until unloaded, instead of
+    being evicted when others need room.
     """
 
     lora_name: str
@@ -83,7 +80,7 @@ def adapter_routes(changes: AdapterChanges | None, metrics: Metrics) -> APIRoute
             await needed.load(asked.lora_name, asked.lora_path, may_replace=asked.load_inplace, pin=asked.pin)
         except GraloraError as error:
             metrics.adapter_load("refused")
-            if status_of(error) in (400, 404):  # of the file, unless it says otherwise
+            if status_of(error) in (400, 404):  # errors of the file, unless they name another field
                 error.field = error.field or "lora_path"
             raise
         metrics.adapter_load("ok")

@@ -26,10 +26,10 @@ from gralora_fx.service.protocols.openai.strict_model import (
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _LARGEST = 2**31 - 1
-_SALT = 256  # characters, each of which the prefix cache keeps
-_TOKENS = 1024  # the most that an option names, since each is looked at in every step
+_SALT = 256  # maximum characters, which the prefix cache stores
+_TOKENS = 1024  # maximum tokens of an option, since each is processed in every step
 Texts: TypeAlias = str | ListOf[str] | ListOf[int] | ListOf[ListOf[int]]
-# draws at less than the least divisor take the likeliest token, as 0 does
+# temperatures below the least divisor are greedy, like 0
 Temperature = Annotated[
     float,
     Field(ge=0, le=2, allow_inf_nan=False),
@@ -90,11 +90,7 @@ class SamplingFields(PlannedRequest):
     def sampling(self, ends: frozenset[int]) -> Sampling:
         """Return the sampling parameters; the default temperature is 1, and 0 means greedy decoding.
 
-        Args:
-            ends: Ids of the tokens that end an answer by default.
-
-        Raises:
-            ServingError: `logit_bias` names an id that is no token.
+        `ends` end an answer by default. Raises a `ServingError` if `logit_bias` names an id that is no token.
         """
         temperature = 1.0 if self.temperature is None else self.temperature
         draws: dict[str, Any] = {}
@@ -201,7 +197,7 @@ class ChatRequest(OfChat, _TextFields):
     @property
     def top_scores(self) -> int | None:
         """Number of likeliest tokens to score beside each token; None for no scores."""
-        if self.top_logprobs and not self.logprobs:  # 0 asks for none, as some clients do by default
+        if self.top_logprobs and not self.logprobs:  # 0 requests none, as some clients do by default
             problem = "top_logprobs has no effect without logprobs; give logprobs too, or leave it out"
             raise ServingError(problem).about("top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -21,7 +21,7 @@ from gralora_fx.service.protocols.openai.text_requests import QuestionReader
 from gralora_fx.service.replies import EventStream, TextAnswers
 from gralora_fx.service.scheduling.text_jobs import Piece
 
-_FIXED: Mapping[str, Any] = {  # what no request changes, unless a feature has a field for it
+_FIXED: Mapping[str, Any] = {  # constant fields, unless a feature has one
     "object": "response",
     "previous_response_id": None,
     "background": False,
@@ -49,7 +49,7 @@ class ResponseWriter:
         self._body |= {"status": "in_progress", "completed_at": None, "error": None, "incomplete_details": None}
         self._body |= {"output": [], "usage": None}
         self._items: list[dict[str, Any]] = []
-        self._is_open = False  # the last item
+        self._is_open = False  # whether the last item is open
         self._unsaid: list[dict[str, Any]] = []  # scores of tokens whose text is held back
         self._number = 0
 
@@ -71,7 +71,7 @@ class ResponseWriter:
         is_cut = piece.ending == "length"
         is_whole = not is_cut
         if self._reader is not None and self._reader.items:
-            is_whole = self._reader.is_whole  # of the last item, which is what is open
+            is_whole = self._reader.is_whole  # whether the last, open item is complete
         yield from self._close("completed" if is_whole else "incomplete")
         self._body["status"] = "incomplete" if is_cut else "completed"
         if is_cut:
@@ -120,7 +120,7 @@ class ResponseWriter:
         if (item := self._reader.begun(part)) is not None:
             yield from self._close("completed")
             yield from self._open({**item, "status": "in_progress"})
-        self._unsaid = []  # of tokens that are not text
+        self._unsaid = []  # scores of tokens that are not text
         if part.text:
             self._items[-1][self._reader.text_field] += part.text
             yield self._event(f"{self._reader.event}.delta", **self._place(), delta=part.text)

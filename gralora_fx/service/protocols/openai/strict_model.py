@@ -24,7 +24,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from gralora_fx.base.features import parts
 
-Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]  # the values that change nothing; None for any
+Idle: TypeAlias = Mapping[str, tuple[Any, ...] | None]  # values without effect; None for any
 
 # about the account, who asks, and what is kept: nothing is kept here, all requests are served alike
 EVERYWHERE: Idle = {
@@ -37,11 +37,11 @@ EVERYWHERE: Idle = {
     "prompt_cache_options": None,
     "prompt_cache_retention": None,
 }
-# of answers: values that ask for what is done anyway
+# fields of answers, with the values that request the default
 TEXT: Idle = {**EVERYWHERE, "modalities": (["text"],), "best_of": (1,), "suffix": ("",)}
 CHAT: Idle = {
     **TEXT,
-    "prediction": None,  # a guess of the answer, which makes it faster
+    "prediction": None,  # a guess of the answer, to speed it up
     "reasoning_effort": None,
     "verbosity": ("medium",),
 }
@@ -50,7 +50,7 @@ RESPONSE: Idle = {**EVERYWHERE, "background": (False,), "truncation": ("disabled
 OF_REASONING = ("reasoning_effort", "reasoning.effort")
 
 REASONING: Idle = {"effort": None, "summary": None, "generate_summary": None}
-TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # another would be a shorter or longer answer
+TEXT_OPTIONS: Idle = {"verbosity": ("medium",)}  # others would change the answer's length
 STREAM_OPTIONS: Idle = {"include_obfuscation": None}
 
 # what a response is asked to hold of files, searches and reasoning, which no request here has
@@ -146,7 +146,7 @@ def with_ignored(response: Response, asked: StrictModel) -> Response:
 
 def wrong_field(field: str, kind: str, problem: str) -> ValidationError:
     """Return an error for a validator to raise about a field that is wrong in combination with others."""
-    # in braces a problem would be taken for a template
+    # braces in the problem would be parsed as a template
     error = PydanticCustomError(kind, "{problem}", {"problem": problem})
     return ValidationError.from_exception_data(field, [InitErrorDetails(type=error, loc=(field,), input=None)])
 

@@ -29,19 +29,19 @@ from gralora_fx.service.replies import TextAnswers, timeout_of
 from gralora_fx.service.spans import note_model
 
 Asked: TypeAlias = CompletionRequest | ChatRequest | ResponseRequest
-_COMPILING = 2  # constraints of answers that are compiled at once, so that other requests find threads and cores
+_COMPILING = 2  # constraints compiled at once, leaving threads and cores to other requests
 _Read = TypeVar("_Read")
-_ATTACHING = 2  # requests whose attachments are read at once, which bounds what all of them take when opened
-_Row: TypeAlias = tuple[list[int], Source | None]  # tokens of a prompt, and what stands in the place of some
+_ATTACHING = 2  # requests whose attachments are opened at once, which bounds memory
+_Row: TypeAlias = tuple[list[int], Source | None]  # a prompt's tokens, and the source that replaces some
 
 
 @dataclass(frozen=True)
 class TextQuestions:
     """The decoder requests of one HTTP request."""
 
-    requests: list[TextRequest]  # what to answer, of each prompt as many as it has answers
+    requests: list[TextRequest]  # one for each answer; `n` in a row for each prompt
     prompt_tokens: int  # the tokens of the prompts, each counted once
-    plan: AnswerPlan  # how the answers are constrained and read
+    plan: AnswerPlan  # how the answers are constrained and parsed
 
     def reader(self) -> AnswerReader | None:
         """Return a parser of one answer; None for plain text."""
@@ -153,7 +153,7 @@ class QuestionReader:
         rows: list[_Row] = []
         for prompt in prompts:
             ids = self._ids(prompt, asked, limit)
-            limit.check_tokens(ids)  # so that of long prompts no more are tokenized than the first
+            limit.check_tokens(ids)  # stop at the first prompt that is too long
             rows.append((ids, None))
         return rows
 
@@ -166,7 +166,7 @@ class QuestionReader:
 
         if not is_chat(prompt):
             return ids(prompt)
-        form = (lambda chat: chat) if reader is None else reader.form  # after what others write into texts
+        form = (lambda chat: chat) if reader is None else reader.form  # after features have changed texts
         return self._first_taken(prompt, asked, lambda chat, described: ids(form(chat), described))
 
     def _first_taken(self, chat: Any, asked: Asked, read: Callable[[Any, Sequence[Any]], _Read]) -> _Read:
