@@ -62,7 +62,7 @@ def note_answers(scope: Any, answers: Answers) -> None:
 
 @dataclass(frozen=True)
 class Tracing:
-    """Where spans go."""
+    """A tracer and its exporters."""
 
     tracer: Tracer  # makes spans
     exporters: str  # names of the exporters

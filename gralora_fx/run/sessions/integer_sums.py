@@ -1,4 +1,4 @@
-"""Whether products of small integers add up exactly on this processor, as exports in int8-dynamic need."""
+"""Exact addition of small integer products on this processor, which exports in int8-dynamic need."""
 
 from __future__ import annotations
 

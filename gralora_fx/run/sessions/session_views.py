@@ -1,4 +1,4 @@
-"""What a session takes and gives: its cache, its form and its adapter; a session that runs with an adapter."""
+"""Inputs and outputs of a session: its cache, form and adapter; and a session that runs with an adapter."""
 
 from __future__ import annotations
 

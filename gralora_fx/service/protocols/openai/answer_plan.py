@@ -1,4 +1,4 @@
-"""How a request constrains and parses its answers, apart from sampling: hooks for features."""
+"""Constraints and parsing of a request's answers, apart from sampling: hooks for features."""
 
 from __future__ import annotations
 
