@@ -26,12 +26,28 @@ AT_THE_ROOT = {
     "SECURITY.md": "security.md",
     "LICENSE": "license.md",
 }
-ABOUT = (
-    "stability.md",
-    "versions.md",
-    "architecture.md",
-    "release.md",
-)  # of docs/, for who depends on it or changes it
+GUIDES = {
+    "Start": ("getting-started", "troubleshooting", "supported"),
+    "Train": ("training", "qlora", "training-internals"),
+    "Adapters": ("adapters", "adapter-files", "adapter-methods", "merging", "runtime-adapters", "multi-lora"),
+    "Export": ("export", "quantization", "encoders", "images", "decoders", "onnx-graphs"),
+    "Run": ("inference", "execution-providers"),
+    "Serve": (
+        "serving",
+        "http-api",
+        "structured-outputs",
+        "tool-calling",
+        "batching",
+        "prefix-caching",
+        "speculative-decoding",
+        "speech",
+        "deployment",
+        "monitoring",
+        "triton",
+    ),
+    "Measured": ("verification", "tested", "performance"),
+    "Project": ("stability", "versions", "architecture", "release"),  # for who depends on it or changes it
+}  # the pages of docs/ by what a reader wants to do
 _LANGUAGES = {".py": "python", ".yaml": "yaml"}
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]*)(?=[)#])")
 
@@ -87,25 +103,23 @@ def site_link(link: str, source: str) -> str:
     return AT_THE_ROOT.get(path) or (example_page(target) if target in examples() else link)
 
 
-def navigation(guides: list[str]) -> list[dict[str, Any]]:
+def navigation(pages: list[str]) -> list[dict[str, Any]]:
     """The menu.
 
     Args:
-        guides: The pages of `docs/`; those that are not about the project itself are guides.
+        pages: The pages of `docs/`; those that `GUIDES` does not name come after the others.
     """
-    about = [
-        *(page for page in ABOUT if page in guides),
-        "contributing.md",
-        "changelog.md",
-        "security.md",
-        "license.md",
-    ]
+    groups = {title: [f"{name}.md" for name in names if f"{name}.md" in pages] for title, names in GUIDES.items()}
+    project = groups.pop("Project")
+    grouped = {page for names in groups.values() for page in names}.union(project)
+    more = [page for page in pages if page not in grouped]
     return [
-        {"Start": "index.md"},
-        {"Guides": [page for page in guides if page not in ABOUT]},
+        {"Home": "index.md"},
+        *({title: names} for title, names in groups.items()),
+        *([{"More": more}] if more else []),
         {"API": [{module: f"api/{module}.md"} for module in MODULES]},
         {"Examples": [{path.name: example_page(path)} for path in examples()]},
-        {"Project": about},
+        {"Project": [*project, "contributing.md", "changelog.md", "security.md", "license.md"]},
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from pathlib import Path
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 AT_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")]
 PAGES = [*AT_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ("make demo", "make test")
+CODE = ("gralora_fx", "exporters")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -84,6 +86,17 @@ def test_every_option_of_the_service_is_described() -> None:
         for option in parameter.opts
     }
     assert [option for option in sorted(options) if f"`{option}" not in page] == []
+
+
+def test_errors_that_are_explained_are_those_of_the_source() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    modules = [ast.parse(path.read_text("utf-8")) for root in CODE for path in (ROOT / root).rglob("*.py")]
+    nodes = (node for module in modules for node in ast.walk(module) if isinstance(node, ast.Constant))
+    texts = "\0".join(node.value for node in nodes if isinstance(node.value, str))
+    assert len(quoted) > 60
+    assert [text for text in quoted if text not in texts] == []
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

@@ -159,7 +159,7 @@ def test_a_model_that_reasons_refuses_an_effort(
 
 
 def test_the_page_lists_them_all() -> None:
-    page = Path("docs/serving.md").read_text(encoding="utf-8")
+    page = Path("docs/http-api.md").read_text(encoding="utf-8")
     table = page[page.index("### Fields without effect") :]
     tables = [kind.without_effect for kind in (CompletionRequest, ChatRequest, ResponseRequest)]
     for field in {*strict_model.OF_REASONING, *OPTIONS, *(field for table in tables for field in table)}:
