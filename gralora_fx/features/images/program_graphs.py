@@ -108,12 +108,10 @@ def _of_ids(model: ir.Model) -> ir.Model:
 
 
 def _with_features(table: ir.Model, token: int) -> ir.Model:
-    """Return what puts features in the place of an image's tokens, in their order; no features where there are none.
+    """Return what puts features in the place of an image's tokens, in their order; tokens stay where there are none.
 
     Before: `inputs_embeds = table(input_ids)`
-    After:  `inputs_embeds = Where(input_ids == token, image_features[index of the token among them], table(input_ids))`
-
-    With beams, each row has the image's tokens, and there is one image: indices begin again where features end.
+    After:  `inputs_embeds = ScatterND(table(input_ids), where input_ids == token, image_features)`
     """
     model = _copy(table)
     graph = model.graph
@@ -121,24 +119,15 @@ def _with_features(table: ir.Model, token: int) -> ir.Model:
     assert own.shape is not None
     features = add_input(graph, IMAGE_FEATURES, ir.DataType.FLOAT, ["image_tokens", own.shape[2]])
     build = Builder(graph)
-    zero, one = build.ints(0), build.ints(1)
     is_image = build("Equal", ids, build("Constant", value=ir.tensor([[token]])))
-    marks = build("Reshape", build("Cast", is_image, to=ir.DataType.INT64), build.ints(-1))
-    index = build("Max", build("Sub", build("CumSum", marks, build.scalar(0)), one), zero)
-    count = build("Max", build("Shape", features, start=0, end=1), one)
-    padding = build("Expand", build.tensor(0.0, ir.DataType.FLOAT), build("Concat", one, _width(build, own), axis=0))
-    rows = build("Concat", features, padding, axis=0)
-    placed = build("Gather", rows, build("Reshape", build("Mod", index, count), build("Shape", ids)), axis=0)
-    embeds = build("Where", build("Unsqueeze", is_image, build.ints(2)), placed, own)
+    are_given = build("Greater", build("Shape", features, start=0, end=1), build.ints(0))
+    places = build("Transpose", build("NonZero", build("And", is_image, are_given)), perm=[1, 0])
+    embeds = build("ScatterND", own, places, features)
     own.name, embeds.name = f"{EMBEDS}_of_ids", EMBEDS
     embeds.shape, embeds.type = own.shape, own.type
     graph.extend(build.take())
     graph.outputs[:] = [embeds]
     return model
-
-
-def _width(build: Builder, value: ir.Value) -> ir.Value:
-    return build("Shape", value, start=2, end=3)
 
 
 def _choice(model: ir.Model) -> ir.Node:
