@@ -197,7 +197,9 @@ def test_an_adapter_is_merged_exported_and_answers_as_over_the_floats(method: st
 
 def test_what_is_not_done_with_it_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path, "awq")
-    with pytest.raises(ConfigError, match=r"weights of AWQ of 4 bits are not held in few bits here; leave packed=True"):
+    with pytest.raises(
+        ConfigError, match=r"weights of AWQ of 4 bits are read as floats, and not held packed; load the base unp"
+    ):
         load_model(tmp_path, packed=True)
     with pytest.raises(ConfigError, match="is quantized already, and its own values are taken"):
         load_model(tmp_path, base_quantization="nf4")

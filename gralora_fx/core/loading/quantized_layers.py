@@ -79,7 +79,7 @@ def pack_layers(
     """
     packing = parts("packed weights", {quantization.sign})
     if not packing:
-        raise ConfigError(f"weights of {quantization} are not held in few bits here; leave {option(packed=True)} out")
+        raise ConfigError(f"weights of {quantization} are read as floats, and not held packed; load the base unpacked")
     (packed_weight,) = packing
     for path, layer in layers.items():
         name, is_turned = f"{path}.weight", isinstance(layer, Conv1D)
