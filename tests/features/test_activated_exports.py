@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -24,6 +25,7 @@ from gralora_fx.errors import ExportError, ServingError
 from gralora_fx.exporters import export_adapter, export_onnx
 from gralora_fx.run.engine.adapters import NotInvokedError
 from gralora_fx.run.engine.decoder import Decoder
+from gralora_fx.run.sessions.adapter_file import AdapterInMemory
 from gralora_fx.serving import load
 
 CALL = [7, 8]
@@ -169,6 +171,11 @@ def test_what_cannot_be_is_refused_by_name(export: Path) -> None:
     ):
         with pytest.raises(ServingError, match=r"adapter 'judge' acts from its tokens \[7, 8\] on"):
             refused()
+    judge = model.adapters["judge"]
+    record = dataclasses.replace(judge.record, config={**judge.record.config, "alora_invocation_tokens": [-1]})
+    with pytest.raises(ServingError, match=r"the record of adapter 'damaged': alora_invocation_tokens must hold"):
+        model.load_adapter("damaged", AdapterInMemory(record, judge.tensors))
+    assert "damaged" not in model.adapters
     with pytest.raises(ServingError, match="start is how many tokens"):
         model.decoder(rows=1).open("judge", start=-1)
 

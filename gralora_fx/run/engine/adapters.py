@@ -16,7 +16,7 @@ import numpy as np
 
 from gralora_fx.base.sources import ACTING
 from gralora_fx.base.sources.model_files import usable_path
-from gralora_fx.errors import ServingError, command, listed, remedy, shown
+from gralora_fx.errors import ConfigError, ServingError, command, listed, marked, remedy, shown
 from gralora_fx.format.adapter_inputs import ADAPTER_IDS, BASE, AdapterInputs
 from gralora_fx.format.adapter_paths import SUFFIX, check_name, check_takes_adapters, is_name, own_adapters
 from gralora_fx.format.manifest import Manifest
@@ -64,7 +64,10 @@ class LoadedAdapter:
             return ()
         from gralora_fx.core.config.checks import acts_from
 
-        return acts_from(self.record.config)
+        try:
+            return acts_from(self.record.config)
+        except ConfigError as error:
+            raise ServingError(f"the record of adapter {self.name!r}: {marked(error)}; make it again") from error
 
     @cached_property
     def number(self) -> int:
@@ -302,6 +305,7 @@ class Adapters(Mapping[str, LoadedAdapter]):
                     self._stack = Stack.of(self._loaded.values(), self.inputs()) if self._loaded else None
 
     def _add(self, adapter: LoadedAdapter, *, exist_ok: bool = False) -> LoadedAdapter:
+        adapter.acts_from  # noqa: B018  # which its record may say wrongly
         name = adapter.name
         with self._lock:
             if name in self._loaded and exist_ok:
