@@ -48,6 +48,8 @@ def simplify(graph: fx.Graph) -> PassResult[fx.Graph]:
             _drop(node, source)
         elif node.target is aten.squeeze.default:
             _named_axes(node)
+        elif node.target in _SHAPES and any(expression(size) == 0 for size in shape(node)):
+            _empty(node)
         elif node.target in _SHAPES:
             _constant_shape(node)
         elif node.target in _SPLITS:
@@ -69,6 +71,8 @@ def _unchanged(node: fx.Node) -> Any:
         whole = step == 1 and all(same_size(a, b) for a, b in zip(before, after, strict=True))
     elif is_call(node, *MUL):
         whole = number(node.args[1]) == 1.0 and _alike(node, source)
+    elif is_call(node, aten.squeeze.dim):  # of an axis that is larger, which ONNX does not allow
+        whole = _alike(node, source)
     else:
         whole = node.target in _COPIES or (is_call(node, aten.dropout.default) and not node.args[2])
     return source if whole else None
@@ -111,6 +115,12 @@ def _named_axes(node: fx.Node) -> None:
         dropped.meta = {**node.meta, "val": source.meta["val"].squeeze(axis)}
         source = dropped
     _drop(node, source)
+
+
+def _empty(node: fx.Node) -> None:
+    """Make a tensor without values anew: in a new shape of ONNX, 0 stands for a size as it was."""
+    node.args, node.kwargs = (node.args[1], 0), {"dtype": node.meta["val"].dtype}
+    node.target = aten.full.default
 
 
 def _constant_shape(node: fx.Node) -> None:
