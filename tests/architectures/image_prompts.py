@@ -6,31 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from gralora_fx.format.input_names import GIVEN
-from tests.architectures.tiny_decoders import tiny_decoder
+from tests.architectures.image_fields import IMAGE_FIELDS, Fields
+from tests.architectures.tiny_configs import small_fields, tiny_model
 
 IMAGE, _BEFORE, _AFTER = 90, [5, 6], [7, 8, 9]  # the token of an image, and the text around it
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-_SMALL = {"patch_size": 8, "image_size": 32}
-# fields of the text model, the vision model and both beside those that every tiny model has
-_FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "Gemma3ForConditionalGeneration": ({}, _SMALL, {"mm_tokens_per_image": 4}),
-    "Gemma4ForConditionalGeneration": ({}, {}, {}),
-    "Idefics3ForConditionalGeneration": ({}, _SMALL, {}),
-    "InternVLForConditionalGeneration": ({}, {"patch_size": [8, 8], "image_size": [32, 32]}, {}),
-    "Qwen2VLForConditionalGeneration": (_MROPE, {"hidden_size": 32}, {}),
-    "Qwen2_5_VLForConditionalGeneration": (_MROPE, {"window_size": 112, "out_hidden_size": 32}, {}),
-    "Qwen3VLForConditionalGeneration": (
-        _MROPE,
-        {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16, "out_hidden_size": 32},
-        {},
-    ),
-    "Qwen3_5ForConditionalGeneration": (_MROPE, {"num_position_embeddings": 16, "out_hidden_size": 32}, {}),
-    "SmolVLMForConditionalGeneration": ({}, _SMALL, {}),
-}
+
+
+def image_classes() -> tuple[str, ...]:
+    """The class of every model of transformers that makes text of images and text."""
+    return tuple(
+        sorted({name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() if hasattr(transformers, name)})
+    )
 
 
 def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
@@ -40,13 +32,15 @@ def tiny_image_model(name: str, **fields: Any) -> PreTrainedModel:
         name: Its class.
         **fields: Fields of its text model and of its vision model, where they have them, to set besides.
     """
-    default = tiny_decoder(name).config
-    text, vision, both = _FIELDS.get(name, ({}, {}, {}))
-    parts: dict[str, Any] = {}
-    for part, own in (("text_config", text), ("vision_config", vision)):
-        known = getattr(default, part).to_dict()
-        parts[part] = {**known, **own, **{field: value for field, value in fields.items() if field in known}}
-    model = tiny_decoder(name, image_token_id=IMAGE, **parts, **both)
+    own = IMAGE_FIELDS.get(name, Fields())
+    model_class = getattr(transformers, name)
+    parts = small_fields(model_class.config_class(), is_decoder=True)
+    for part, given in (("text_config", own.text), ("vision_config", own.vision)):
+        if part not in parts and not given:
+            continue
+        known = parts.get(part) or {}
+        parts[part] = {**known, **given, **{field: value for field, value in fields.items() if field in known}}
+    model = tiny_model(model_class, model_class.config_class(**{**parts, "image_token_id": IMAGE, **own.both}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not parameter.any():  # Gemma's projection, with which all images are zeros

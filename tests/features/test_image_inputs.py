@@ -145,8 +145,12 @@ def test_tokens_of_an_image_that_see_each_other(tmp_path: Path) -> None:
     torch.testing.assert_close(served(**inputs).logits, logits, rtol=1e-4, atol=1e-4)
     causal = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     assert not torch.allclose(served(**causal).logits, logits, atol=1e-2)
-    with pytest.raises(ServingError, match=r"see each other in this model.*inputs_embeds and token_type_ids"):
+    with pytest.raises(ServingError, match=r"see each other in this model; give token_type_ids.*with inputs_embeds"):
         served.generate(prompt["input_ids"][0].tolist(), inputs_embeds=inputs["inputs_embeds"][0], max_new_tokens=1)
+    given = {name: inputs[name][0] for name in ("inputs_embeds", "token_type_ids")}
+    assert served.generate(prompt["input_ids"][0].tolist(), inputs_embeds=given, max_new_tokens=NEW) == answer(
+        model, prompt
+    )
     text = {"input_ids": torch.tensor([TEXT])}
     assert served.generate(TEXT, max_new_tokens=NEW) == answer(model, text)
 
@@ -173,8 +177,8 @@ def test_adapters_of_the_part_that_reads_images_are_named(tmp_path: Path) -> Non
 
 
 def test_images_that_were_not_compared_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="images of VipLlavaForConditionalGeneration were not tried"):
-        inputs = inputs_for_task(tiny_image_model("VipLlavaForConditionalGeneration"), TASK)
+    with pytest.warns(UserWarning, match="images of VideoLlama3ForConditionalGeneration were not tried"):
+        inputs = inputs_for_task(tiny_image_model("VideoLlama3ForConditionalGeneration"), TASK)
     assert (inputs["input_ids"] < 0).any()
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import vision_utils
+from transformers.models import kimi_k25, minimax_m3_vl, muse_glimmer, qwen2_5_vl
 
 from gralora_fx.features.images import vision_grids
 from gralora_fx.features.images.image_rows import grid_positions
+from gralora_fx.features.images.vision_functions import _functions
 from tests.architectures.image_prompts import tiny_image_model
 
 _SIZES = [(1, 1), (1, 7), (2, 3), (4, 4), (5, 9), (8, 8), (9, 4), (13, 2)]  # in merged patches
@@ -65,3 +67,37 @@ def test_positions_of_a_prompt_are_those_of_the_model(sizes: list[tuple[int, int
     expected, _ = model.model.get_rope_index(tensor, types, image_grid_thw=torch.tensor(grids))
     found = grid_positions(np.array(ids) == token, np.array(grids), merge)
     assert np.array_equal(found, expected[:, 0].numpy())
+
+
+@pytest.mark.parametrize(("height", "width"), _SIZES)
+def test_functions_of_a_grid_are_those_of_transformers(height: int, width: int) -> None:
+    grid = _grid(height, width, 2)
+    for model, name, arguments in (
+        (
+            qwen2_5_vl.modeling_qwen2_5_vl,
+            "get_vision_window_index",
+            {"spatial_merge_size": 2, "window_size": 112, "patch_size": 14},
+        ),
+        (
+            minimax_m3_vl.modeling_minimax_m3_vl,
+            "get_vision_position_ids",
+            {"spatial_merge_size": 2, "include_temporal": True},
+        ),
+        (
+            kimi_k25.modeling_kimi_k25,
+            "get_vision_interpolation_indices_and_weights",
+            {"num_grid_per_side": 4, "mode": "bicubic"},
+        ),
+        (kimi_k25.modeling_kimi_k25, "get_vision_frame_index", {}),
+        (kimi_k25.modeling_kimi_k25, "get_vision_temporal_merge_index", {"kernel_height": 2, "kernel_width": 2}),
+        (muse_glimmer.modeling_muse_glimmer, "get_vision_pixel_shuffle_index", {"merge_size": 2}),
+        (muse_glimmer.modeling_muse_glimmer, "get_vision_cu_seqlens", {}),
+    ):
+        expected = getattr(model, name)(grid, **arguments)
+        found = _functions(int(grid.prod()))[name](grid, *arguments.values())
+        for one, other in zip(
+            found if isinstance(found, tuple) else [found],
+            expected if isinstance(expected, tuple) else [expected],
+            strict=True,
+        ):
+            assert torch.equal(torch.as_tensor(one).long(), torch.as_tensor(other).long()), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from gralora_fx.exporters.kinds.conversion import base_trace
 from gralora_fx.exporters.verify.cases import Case, vocabulary_of
 from gralora_fx.exporters.verify.outputs import last_logits, run_model
 from gralora_fx.exporters.verify.together import TogetherRun
-from gralora_fx.features.images.image_inputs import drawn_patches
+from gralora_fx.features.images.image_inputs import drawn_patches, drawn_places
 from gralora_fx.features.images.image_prompts import token_merge
 from gralora_fx.features.images.image_rows import Outputs, given_of, grid_positions
 from gralora_fx.features.images.program_graphs import DECODER, EMBEDDING, image_token
@@ -27,6 +28,7 @@ from gralora_fx.features.images.tasks_and_inputs import (
     GRID_THW,
     IMAGE_FEATURES,
     IMAGES,
+    PATCH_PLACES,
     VISION_ENCODER,
 )
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, PAST, beside_ids
@@ -59,7 +61,7 @@ class ImageChecks:
         prompts = (("one image", [images[0]]), ("two images", [images[1], images[0]]))
         for description, own in prompts:
             read = [run_model(part, description, **inputs) for inputs in own]
-            expected = [{name: value.float().numpy() for name, value in dict(each).items()} for each in read]
+            expected = [{name: value.detach().float().numpy() for name, value in dict(each).items()} for each in read]
             fed = [{name: as_array(name, value, taken[name]) for name, value in inputs.items()} for inputs in own]
             actual = [run_arrays(session, arrays, description) for arrays in fed]
             _compare_prompt(run, description, own, expected, actual)
@@ -69,11 +71,18 @@ def _drawn(part: TracedModel, generator: torch.Generator) -> list[dict[str, Tens
     """Draw inputs of what reads pixels: images of several sizes, or several numbers of tiles."""
     example = part.graph_inputs
     pixels = example[IMAGES]
+    if pixels.ndim == 3:  # one image, whose sides have no common divisor but that of images
+        step = math.gcd(*pixels.shape[1:])
+        sides = [(pixels.shape[0], height * step, width * step) for height, width in _SIDES]
+        return [{IMAGES: torch.randn(*each, generator=generator).to(pixels.dtype)} for each in sides]
+    if PATCH_PLACES in example:
+        placed = [drawn_places(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
+        return [{**each, IMAGES: each[IMAGES].to(pixels.dtype)} for each in placed]
     if GRID_THW not in example:
         return [
             {IMAGES: torch.randn(count, *pixels.shape[1:], generator=generator).to(pixels.dtype)} for count in _TILES
         ]
-    drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1], generator) for size in _SIDES]
+    drawn = [drawn_patches(size, _merge_of(part), pixels.shape[1:], generator) for size in _SIDES]
     return [{**each, IMAGES: each[IMAGES].to(pixels.dtype)} for each in drawn]
 
 
@@ -92,7 +101,7 @@ def _compare_prompt(
     model = base_trace(run.model)
     ids, places = _prompt([len(each[IMAGE_FEATURES]) for each in expected], model, run.generator)
     grids = [each[GRID_THW] for each in images if GRID_THW in each]
-    grid = torch.cat(grids).numpy() if grids else None
+    grid = torch.cat(grids).numpy() if grids and GRID in model.example_inputs else None
     merge = _merge_of(model)
     reference, given = (given_of(places, outputs, grid, merge) for outputs in (expected, actual))
     inputs_of = partial(_inputs, model, grid, merge)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,23 @@ from transformers import PreTrainedModel
 from gralora_fx.core.tracing.inputs.samples import BATCH, part_with
 from gralora_fx.core.tracing.traced_model import TracedModel
 from gralora_fx.errors import TraceError, option, warn_caller
-from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, GRID_THW, IMAGES, reads_images
+from gralora_fx.features.images.tasks_and_inputs import FEATURES, GRID, GRID_THW, IMAGES, PATCH_PLACES, reads_images
 from gralora_fx.format.input_names import EMBEDS, GIVEN, IDS, beside_ids
 
 _IMAGES = 0.4  # the share of a case's positions that have an image
-# by `model_type`: those whose exports gave the logits of the whole model that was given the pixels
-_COMPARED = {"aya_vision", "cohere2_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "smolvlm"}
-_COMPARED |= {"qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"}
+# by `model_type`: those that `python -m benchmarks image-models` found to answer as the model that is given pixels
+_COMPARED = frozenset(
+    re.findall(
+        r"\w+",
+        """
+    aria aya_vision cohere2_vision cohere_compass cosmos3_omni deepseek_vl exaone4_5 gemma3 gemma4 gemma4_unified glm46v
+    glm4v glm4v_moe glm5_next glm_ocr got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25 lfm3_vl
+    lighton_ocr llava llava_next llava_next_video llava_onevision minimax_m3_vl mistral3 mistral_large4 muse_glimmer
+    muse_spark ovis2 paddleocr_vl qianfan_ocr qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe
+    qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe smolvlm video_llava vipllava
+        """,
+    )
+)
 _TEXT_ALONE = f"{option(task='text-generation-with-past')} exports the decoder of its texts"
 # by the configuration's `model_type`: why embeddings in the place of ids are not all that a text has of its images
 _REFUSED = {
@@ -51,17 +62,27 @@ def example_of(model: PreTrainedModel, name: str, generator: torch.Generator) ->
     return torch.randn(BATCH, getattr(config, "num_channels", 3), height, width, generator=generator)
 
 
-def drawn_patches(size: tuple[int, int], merge: int, values: int, generator: torch.Generator) -> dict[str, Tensor]:
+def drawn_patches(
+    size: tuple[int, int], merge: int, shape: Sequence[int], generator: torch.Generator
+) -> dict[str, Tensor]:
     """Draw the patches of an image, and its grid `[1, 3]`, as a tower takes them that reads images of any size.
 
     Args:
         size: Its height and width in tokens.
         merge: Patches on a side of a token.
-        values: How many values a patch has.
+        shape: Of a patch: its values, or its channels, height and width.
         generator: Draws them.
     """
     grid = torch.tensor([[1, size[0] * merge, size[1] * merge]])
-    return {IMAGES: torch.randn(int(grid.prod()), values, generator=generator), GRID_THW: grid}
+    return {IMAGES: torch.randn(int(grid.prod()), *shape, generator=generator), GRID_THW: grid}
+
+
+def drawn_places(size: tuple[int, int], merge: int, values: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw the patches of an image, and the column and row of each, as a tower takes them that pools by these."""
+    height, width = size[0] * merge, size[1] * merge
+    patch = torch.arange(height * width)
+    places = torch.stack([patch % width, patch // width], dim=1)
+    return {IMAGES: torch.rand(len(places), values, generator=generator), PATCH_PLACES: places}
 
 
 def examples_beside(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -6,9 +6,6 @@ text or chat, images --processor--> ids, pixels --vision_encoder.onnx--> feature
 from __future__ import annotations
 
 import hashlib
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -18,8 +15,21 @@ from numpy.typing import NDArray
 
 from gralora_fx.core.loading.tokenizers import is_chat, load_processor
 from gralora_fx.errors import ServingError, first_line, option, shown
+from gralora_fx.features.images.feature_cache import FeatureCache
 from gralora_fx.features.images.image_rows import Given, Outputs, given_of
-from gralora_fx.features.images.tasks_and_inputs import GRID_THW, IMAGE_FEATURES, IMAGES, VISION_ENCODER
+from gralora_fx.features.images.tasks_and_inputs import (
+    BATCH_IMAGES,
+    GRID,
+    GRID_THW,
+    IMAGE_FEATURES,
+    IMAGE_SIZES,
+    IMAGES,
+    NEWLINE,
+    PATCH_PLACES,
+    PIXEL_MASK,
+    VISION_ENCODER,
+)
+from gralora_fx.features.images.tile_packing import TilePacking
 from gralora_fx.format.input_names import EMBEDS
 from gralora_fx.run.engine.adapters import AdapterNames, LoadedAdapter, names_of_rows
 from gralora_fx.run.engine.limits import PromptLimit
@@ -30,7 +40,7 @@ from gralora_fx.run.sessions.session_views import optional_or_required, with_ada
 if TYPE_CHECKING:
     from gralora_fx.run.open_export import OpenExport
 
-_CACHED = 2**28  # bytes of features that are kept
+_MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")  # names of configurations
 _PLACE = "image"  # type of a part of a message that stands for an image
 
 
@@ -51,7 +61,7 @@ class ImagePrompts:
 
     def __init__(self, export: OpenExport) -> None:
         """Take an open export; its processor and what reads pixels are opened for the first image."""
-        self._export, self._features = export, _Features()
+        self._export, self._features = export, FeatureCache()
         self._merge = token_merge(export.config)
 
     @classmethod
@@ -86,11 +96,18 @@ class ImagePrompts:
         return frozenset(value.name for value in optional_or_required(self._session))
 
     @cached_property
+    def _packing(self) -> TilePacking | None:
+        """How tiles are laid out; None of a model that takes their features one after the other."""
+        has_lines = any(value.name == NEWLINE for value in self._session.get_outputs())
+        return TilePacking.of(self._export.config) if has_lines else None
+
+    @cached_property
     def _token(self) -> int:
         """The token that stands for an image."""
         config = self._export.config
-        own = getattr(self._processor, "image_token_id", None)
-        token = config.get("image_token_id", config.get("image_token_index", own))
+        token = config.get("image_token_id", config.get("image_token_index"))
+        if token is None:
+            token = getattr(self._processor, "image_token_id", None)
         if not isinstance(token, int):
             raise ServingError("config.json does not say which token stands for an image (image_token_id)")
         return token
@@ -170,7 +187,7 @@ class ImagePrompts:
         ids = [int(token) for token in np.asarray(made["input_ids"])[0]]
         if not images:
             return ids, None
-        return ids, self._given(np.asarray(ids), made, adapter)
+        return ids, self.given(np.asarray(ids), made, adapter)
 
     def _written(self, prompt: Any, count: int, described: Sequence[Any]) -> str:
         """Return a prompt as text; a chat that has no place for its images has them before its last text."""
@@ -194,29 +211,53 @@ class ImagePrompts:
             raise ServingError(f"the processor cannot write the chat ({first_line(error)})") from error
         return str(written)
 
-    def _given(self, ids: NDArray[np.int64], made: Mapping[str, Any], adapter: str | None) -> Given:
+    def given(self, ids: NDArray[np.int64], made: Mapping[str, Any], adapter: str | None) -> Given:
         """Return what stands in the place of tokens, each array of all tokens of the prompt."""
-        outputs = [self._read_pixels(piece, adapter) for piece in self._pieces(made)]
+        outputs = [self._read_image(pieces, adapter) for pieces in self._pieces(made)]
         places, features = ids == self._token, sum(len(each[IMAGE_FEATURES]) for each in outputs)
         if (count := int(places.sum())) != features:
             raise ServingError(
                 f"the prompt has {count} tokens for its images and they have {features} features; the processor "
                 "beside the export is of another model"
             )
-        grids = np.asarray(made[GRID_THW]) if GRID_THW in self._inputs else None
+        has_grid = GRID in self._export.manifest.inputs and GRID_THW in self._inputs
+        grids = np.asarray(made[GRID_THW]) if has_grid else None
         return given_of(places, outputs, grids, self._merge)
 
-    def _pieces(self, made: Mapping[str, Any]) -> Iterator[_Piece]:
-        """Yield what is read at once of the pixels of a prompt: each image, or each tile that it is cut into."""
+    def _pieces(self, made: Mapping[str, Any]) -> Iterator[tuple[list[_Piece], tuple[int, int] | None]]:
+        """Yield what is read at once of the pixels of each image, such as tiles that it is cut into, and its size."""
         pixels = np.asarray(made[IMAGES])
+        sizes = np.asarray(made[IMAGE_SIZES]).tolist() if IMAGE_SIZES in made else []
         if GRID_THW in self._inputs:
             grids = np.asarray(made[GRID_THW])
             ends = np.cumsum(grids.prod(1))[:-1]
             for grid, own in zip(grids, np.split(pixels, ends), strict=True):
-                yield self._piece({IMAGES: own, GRID_THW: grid[None]})
-            return
-        for tile in pixels.reshape(-1, *pixels.shape[-3:]):
-            yield self._piece({IMAGES: tile[None]})
+                yield [self._piece({IMAGES: own, GRID_THW: grid[None]})], None
+        elif PATCH_PLACES in self._inputs:
+            for own, places in zip(pixels, np.asarray(made[PATCH_PLACES]), strict=True):
+                is_patch = (places >= 0).all(-1)
+                yield [self._piece({IMAGES: own[is_patch], PATCH_PLACES: places[is_patch]})], None
+        elif len(self._inputs[IMAGES].shape) == 3:  # of any size, which a processor pads to that of the largest
+            images = pixels.reshape(-1, *pixels.shape[-3:])
+            for image, (height, width) in zip(images, sizes or _unmasked(made[PIXEL_MASK]), strict=True):
+                yield [self._piece({IMAGES: image[:, :height, :width]})], None
+        elif self._packing is not None:
+            is_cut = len(sizes) == 1 or BATCH_IMAGES not in made
+            for tiles, size in zip(pixels, sizes, strict=True):
+                count = self._packing.count(tuple(size)) if is_cut else 1
+                yield [self._piece({IMAGES: tile[None]}) for tile in tiles[:count]], tuple(size)
+        else:
+            for tile in pixels.reshape(-1, *pixels.shape[-3:]):
+                yield [self._piece({IMAGES: tile[None]})], None
+
+    def _read_image(self, image: tuple[list[_Piece], tuple[int, int] | None], adapter: str | None) -> Outputs:
+        """Return the features of an image, or of a tile whose place does not matter."""
+        pieces, size = image
+        outputs = [self._read_pixels(piece, adapter) for piece in pieces]
+        if self._packing is None or size is None:
+            return outputs[0]
+        features = np.stack([each[IMAGE_FEATURES] for each in outputs])
+        return {IMAGE_FEATURES: self._packing.packed(features, outputs[0][NEWLINE], size)}
 
     def _piece(self, arrays: Mapping[str, NDArray[Any]]) -> _Piece:
         inputs = {name: as_array(name, array, self._inputs[name]) for name, array in arrays.items()}
@@ -242,42 +283,10 @@ class ImagePrompts:
         return loaded if loaded is not None and not self._taken.isdisjoint(loaded.values) else None
 
 
-class _Features:
-    """Features of images that were read lately, by the digest of their pixels and the adapter that read them.
-
-    Adapters are held weakly, so that one that is unloaded takes no memory here.
-    """
-
-    def __init__(self) -> None:
-        """Begin without any."""
-        self._lock = threading.Lock()
-        self._found: OrderedDict[Any, tuple[Outputs, Any]] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, digest: bytes, adapter: LoadedAdapter | None) -> Outputs | None:
-        """Return what is known of an image."""
-        with self._lock:
-            outputs, of = self._found.get((digest, id(adapter)), (None, None))
-            if outputs is None or (of is not None and of() is not adapter):
-                return None
-            self._found.move_to_end((digest, id(adapter)))
-            return outputs
-
-    def put(self, digest: bytes, adapter: LoadedAdapter | None, outputs: Outputs) -> None:
-        """Keep what was read; the oldest go."""
-        key = (digest, id(adapter))
-        with self._lock:
-            if key in self._found:  # also of an adapter that is gone, whose number another has
-                self._bytes -= _size(self._found.pop(key)[0])
-            self._found[key] = (outputs, None if adapter is None else weakref.ref(adapter))
-            self._bytes += _size(outputs)
-            while self._bytes > _CACHED and len(self._found) > 1:
-                _, (oldest, _) = self._found.popitem(last=False)
-                self._bytes -= _size(oldest)
-
-
-def _size(outputs: Outputs) -> int:
-    return sum(array.nbytes for array in outputs.values())
+def _unmasked(mask: Any) -> list[tuple[int, int]]:
+    """Return the height and width of each image of which a mask `[batch, images, height, width]` hides the rest."""
+    masks = np.asarray(mask).reshape(-1, *np.shape(mask)[-2:]).astype(bool)
+    return [(int(each.any(1).sum()), int(each.any(0).sum())) for each in masks]
 
 
 def _listed(images: Any) -> list[Any]:
@@ -305,4 +314,7 @@ def _parts_of(message: Mapping[str, Any]) -> list[Any]:
 
 def token_merge(config: Mapping[str, Any]) -> int:
     """Return how many patches a token has on a side, of a model with a configuration."""
-    return int((config.get("vision_config") or {}).get("spatial_merge_size") or 1)
+    parts = (config.get("vision_config") or {}, config)
+    found = (part.get(name) for name in _MERGES for part in parts)
+    merge = next((value for value in found if value), 1)
+    return int(merge[0] if isinstance(merge, (list, tuple)) else merge)

@@ -72,6 +72,8 @@ class ImageRows(GivenRows):
         self._rows: dict[int, Mapping[str, NDArray[Any]]] = {}
         self._places: dict[int, NDArray[np.bool_]] = {}  # of a row: which of its first tokens are given
         self._of_text = {name: self._absent(name, 1, 1) for name in self._taken}
+        # types of tokens, by which those of an image see each other
+        self._types = [name for name in self._taken if _SPECS[name].follows != IDS]
 
     def begin(self, row: int, source: Mapping[str, Any] | None) -> None:
         """Note what a row begins with: `inputs_embeds [1, tokens, hidden]`, and what the model takes with it.
@@ -82,18 +84,21 @@ class ImageRows(GivenRows):
         self._places.pop(row, None)
         if source is None:
             return
-        if blocks := [name for name in self._taken if _SPECS[name].follows != IDS]:
-            raise ServingError(
-                f"the tokens of an image see each other in this model, and rows read a prompt in pieces; run the whole "
-                f"prompt in one call instead, with {EMBEDS} and {blocks[0]}"
-            )
         if not isinstance(source, Mapping) or EMBEDS not in source:
             raise ServingError(f"what images put in the place of tokens begins with {EMBEDS}, but got {shown(source)}")
         places = source.get(GIVEN_PLACES)
         source = {name: value for name, value in source.items() if name != GIVEN_PLACES}
         if unknown := [str(name) for name in source if name not in self._taken]:
             raise ServingError(f"unknown {', '.join(unknown)}; beside ids the model takes {listed(self._taken)}")
+        if self._types and places is None and self._types[0] not in source:
+            raise ServingError(
+                f"the tokens of an image see each other in this model; give {self._types[0]}, 1 for those of images, "
+                f"with {EMBEDS}"
+            )
         arrays = {name: as_array(name, value, self._taken[name]) for name, value in source.items()}
+        for name in self._types:
+            if name not in arrays:
+                arrays[name] = np.asarray(places, DTYPES[self._taken[name].type])
         sizes = {name: array.shape[_SPECS[name].axis :][:2] for name, array in arrays.items()}
         rows, count = sizes[EMBEDS]
         if wrong := next((name for name, size in sizes.items() if size != (1, count)), None):
@@ -103,6 +108,13 @@ class ImageRows(GivenRows):
         self._places[row] = np.ones(count, bool) if places is None else np.asarray(places, bool).reshape(-1)
         if len(self._places[row]) != count:
             raise ServingError(f"{GIVEN_PLACES} is of {len(self._places[row])} tokens, and {EMBEDS} of {count}")
+
+    def joins(self, row: int, stop: int) -> bool:
+        """Return whether a place is in the middle of an image whose tokens see each other."""
+        if not self._types or row not in self._rows:
+            return False
+        types = self._rows[row][self._types[0]][0]
+        return stop < len(types) and bool(types[stop - 1]) and bool(types[stop])
 
     def names(self, row: int) -> Mapping[int, int] | None:
         """Return digests of what stands in the place of a row's tokens, by position.
@@ -132,7 +144,10 @@ class ImageRows(GivenRows):
         given = [row for row in read if row in self._rows]
         if not given:
             return dict(self._of_text)
-        feed = {name: self._absent(name, *ids.shape) for name in self._taken}
+        total = max(before[row] + len(tokens) for row, tokens in read.items())
+        feed = {
+            name: self._absent(name, len(ids), total if name in self._types else ids.shape[1]) for name in self._taken
+        }
         for row in given:
             start, stop = before[row], before[row] + len(read[row])
             place, own = row - rows.start, self._rows[row]
@@ -141,7 +156,7 @@ class ImageRows(GivenRows):
             ids[place, : len(given_now)][given_now] = GIVEN
             for name, array in own.items():
                 target, known = self._by_position(name, feed[name])[place], self._by_position(name, array)[0]
-                part = known[start:stop]
+                part = known[0 if name in self._types else start : stop]
                 target[: len(part)] = part
                 if name == GRID:  # of text after an image, from the largest on
                     target[len(part) : stop - start] = (

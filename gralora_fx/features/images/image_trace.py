@@ -33,8 +33,8 @@ def trace_images(draft: Draft) -> Captured:
     Many vision models are made for one image size; with dynamic height and width some cannot be traced.
     """
     held = dataclasses.replace(draft, held=(IMAGES,))
-    if not _takes_images(draft.sample):
-        return trace_both_modes(held)
+    if not _takes_images(draft.sample):  # patches, or one image of any size
+        return trace_both_modes(draft if getattr(draft.sample.get(IMAGES), "ndim", 0) == 3 else held)
     model, size = draft.model, _size_of(draft.sample)
     step = _step(model)
     other = dataclasses.replace(draft, sample=_resized(draft.sample, _other_size(size, step)))

@@ -10,9 +10,14 @@ from gralora_fx.format.tasks import Task
 IMAGES = "pixel_values"
 GRID, FEATURES = "grid_position_ids", "deepstack_embeds"
 GRID_THW = "image_grid_thw"  # of an image's patches: frames, height, width
+IMAGE_SIZES = "image_sizes"  # of a processor: height and width of each image, which it has padded
+PIXEL_MASK = "pixel_attention_mask"  # of a processor: which pixels are not padding
+BATCH_IMAGES = "batch_num_images"  # of a processor that cuts the only image of a prompt alone
+PATCH_PLACES = "image_position_ids"  # column and row of each patch, -1 of padding
 GIVEN_PLACES = "given_places"  # of a row: which of its first tokens are not those of the ids
 VISION_ENCODER = "vision_encoder"  # the file of what reads pixels, without its suffix
 IMAGE_FEATURES, DEEPSTACK = "image_features", "deepstack_features"  # its outputs
+NEWLINE = "image_newline"  # another, of models that lay out tiles: what ends a line
 MAIN_INPUTS = (IMAGES,)
 INPUT_AXES = {IMAGES: ("batch_size", "num_channels", "height", "width")}
 STEP_INPUTS = (

@@ -43,6 +43,20 @@ def places(grid: Tensor, count: Any, merge: int) -> Tensor:
     return torch.stack([block // blocks * merge + inner // merge, block % blocks * merge + inner % merge], dim=-1)
 
 
+def blocks(grid: Tensor, patches: Tensor, merge: int) -> tuple[Tensor, Tensor, Any]:
+    """Return where patches of one frame go that are merged by blocks, their weights, and how many blocks there are.
+
+    Args:
+        grid: `[1, 3]`: one frame, and its height and width in patches.
+        patches: The row and column of every patch `[patches, 2]`.
+        merge: Patches on a side of a block.
+    """
+    row, column = patches.unbind(1)
+    block = row // merge * (grid[0, 2] // merge) + column // merge
+    place = block * merge * merge + row % merge * merge + column % merge
+    return place, torch.ones_like(place, dtype=torch.float32), patches.shape[0] // (merge * merge)
+
+
 def windows(grid: Tensor, merge: int, side: int, merged: Any) -> Windows:
     """Return the windows of an image's merged patches, row by row.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from gralora_fx.errors import ServingError
 from gralora_fx.run.engine.adapters import Adapters
 from gralora_fx.run.engine.cache_buffers import BufferedSteps, CacheBuffers, RowLayout
 from gralora_fx.run.engine.cache_memory import Source
@@ -29,6 +30,8 @@ class _Row:
     base: Mapping[str, Any]  # those of the base, with which it reads before its adapter acts
     steps: BufferedSteps | None  # what runs it where its cache is in buffers; None where a step gives the next cache
     cache: Mapping[str, Any]  # its keys and values, which the last step gave
+    # tokens that are read at once with those after them (see `GivenRows.joins`)
+    held: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 class SequentialDecoder(Decoder):
@@ -67,10 +70,21 @@ class SequentialDecoder(Decoder):
         del self._open[row]
 
     def _run(self, read: Mapping[int, NDArray[np.int64]], last: Mapping[int, int]) -> dict[int, NDArray[Any]]:
-        stepped = {row: self._step(row, tokens, self._lengths[row]) for row, tokens in read.items()}
-        for row, (cache, _) in stepped.items():
-            self._open[row].cache = cache
-        return {row: logits for row, (_, logits) in stepped.items()}
+        logits: dict[int, NDArray[Any]] = {}
+        for number, new in read.items():
+            row, total = self._open[number], self._lengths[number] + len(new)
+            tokens = np.concatenate([row.held, new])
+            if self._given.joins(number, total):  # in the middle of a prompt, where nobody takes logits
+                if self.gives_all:
+                    raise ServingError(
+                        f"row {number} reads a part of tokens that are read at once, and the export gives the logits "
+                        "after each; give a larger chunk"
+                    )
+                row.held, logits[number] = tokens, np.full(self.limits.vocabulary or 1, np.nan, np.float32)
+                continue
+            row.cache, own = self._step(number, tokens, total - len(tokens))
+            logits[number], row.held = own, tokens[:0]
+        return logits
 
     def _step(self, number: int, tokens: NDArray[np.int64], past: int) -> tuple[Mapping[str, Any], NDArray[Any]]:
         """The cache after a row has read tokens, where that is another one, and the logits."""

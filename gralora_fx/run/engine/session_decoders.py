@@ -66,6 +66,10 @@ class GivenRows:
         """
         return {}
 
+    def joins(self, row: int, stop: int) -> bool:
+        """Return whether a row's tokens before and after a place have to be read at once."""
+        return False
+
     def arrays(
         self, read: Mapping[int, NDArray[np.int64]], before: Mapping[int, int], rows: range, ids: NDArray[np.int64]
     ) -> dict[str, NDArray[Any]]:
