@@ -55,8 +55,9 @@ NAMES = (
     "experts",
     "huge-pages",
     "vision",
+    "image-models",
 )
-_SURVEYS = ("decoders", "encoders")
+_SURVEYS = ("decoders", "encoders", "image-models")
 RESULTS = Path(__file__).parent / "results"
 
 

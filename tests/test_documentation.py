@@ -77,6 +77,15 @@ def test_the_page_of_decoders_is_what_the_survey_found() -> None:
     assert sorted(re.findall(r"`(\w+(?:Model|LMHead|Decoder|For\w+))`(?= \||,|\.\n)", page)) == list(decoder_classes())
 
 
+def test_the_page_of_models_that_read_images_is_what_the_survey_found() -> None:
+    from tests.architectures.image_prompts import image_classes  # it imports transformers
+
+    table = runpy.run_path(str(ROOT / "docs" / "image_table.py"))
+    page = (ROOT / "docs" / "image_models.md").read_text(encoding="utf-8")
+    assert table["with_tables"](page) == page
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == list(image_classes())
+
+
 def test_every_option_of_the_service_is_described() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     options = {
