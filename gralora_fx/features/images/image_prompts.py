@@ -45,15 +45,10 @@ _PLACE = "image"  # type of a part of a message that stands for an image
 
 
 class _Piece(NamedTuple):
-    """What is read at once: an image, or a tile of one.
+    """One input of the vision encoder: an image, or a tile of one."""
 
-    Attributes:
-        inputs: What `vision_encoder.onnx` takes.
-        digest: Of their shapes and values.
-    """
-
-    inputs: Mapping[str, NDArray[Any]]
-    digest: bytes
+    inputs: Mapping[str, NDArray[Any]]  # of `vision_encoder.onnx`
+    digest: bytes  # of their shapes and values
 
 
 class ImagePrompts:

@@ -19,22 +19,15 @@ ImageSize = tuple[int, int] | Literal["dynamic"] | None
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """The sizes of images `[batch, channels, height, width]` that a trace or an export takes.
-
-    Attributes:
-        fixed: The only height and width; None where both may vary.
-        reason: Why they are fixed, or None.
-        least: The smallest height and width, if they vary.
-        multiple_of: What they have to be multiples of, if they vary.
-    """
+    """The sizes of images `[batch, channels, height, width]` that a trace or an export takes."""
 
     input: ClassVar = IMAGES
     title: ClassVar = "images"
 
-    fixed: tuple[int, int] | None = None
-    reason: str | None = None
-    least: tuple[int, int] = (1, 1)
-    multiple_of: int = 1
+    fixed: tuple[int, int] | None = None  # the only height and width; None where both may vary
+    reason: str | None = None  # why they are fixed
+    least: tuple[int, int] = (1, 1)  # the smallest height and width, if they vary
+    multiple_of: int = 1  # of height and width, if they vary
 
     def __str__(self) -> str:
         """The sizes in words."""

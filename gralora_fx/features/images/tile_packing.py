@@ -19,19 +19,12 @@ _LARGER = 1.1  # so much larger than the most on a side, a picture is made small
 
 @dataclass(frozen=True)
 class TilePacking:
-    """How a model lays out tiles.
+    """How a model lays out tiles."""
 
-    Attributes:
-        pinpoints: Heights and widths that an image is resized to, of which the closest is taken.
-        tile: Pixels on a side of a tile.
-        side: Features on a side of a tile.
-        most: The most tiles whose features are kept as they are; None for all.
-    """
-
-    pinpoints: tuple[tuple[int, int], ...]
-    tile: int
-    side: int
-    most: int | None
+    pinpoints: tuple[tuple[int, int], ...]  # heights and widths that an image is resized to: the closest
+    tile: int  # pixels on a side of a tile
+    side: int  # features on a side of a tile
+    most: int | None  # the most tiles whose features are kept as they are; None for all
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> TilePacking:

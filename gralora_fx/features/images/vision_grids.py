@@ -13,17 +13,11 @@ from transformers.vision_utils import _interpolation_axis_taps_weights
 
 
 class Windows(NamedTuple):
-    """The windows of attention on a grid.
+    """The windows of attention on a grid."""
 
-    Attributes:
-        order: The merged patches in the order of their windows `[merged patches]`.
-        ends: Where each window begins among the patches, and the count of all `[windows + 1]`.
-        most: The most patches of a window.
-    """
-
-    order: Tensor
-    ends: Tensor
-    most: int
+    order: Tensor  # the merged patches in the order of their windows `[merged patches]`
+    ends: Tensor  # where each window begins among the patches, and the count of all `[windows + 1]`
+    most: int  # the most patches of a window
 
 
 def places(grid: Tensor, count: Any, merge: int) -> Tensor:
