@@ -52,7 +52,7 @@ class OutputComparison:
                         f"{name} has shape {ours} in the export and {models} in the model on {description}; it is an "
                         "export of another model"
                     )
-                pair, place = (value.float(), actual[name].float()), f"{description}, {name}"
+                pair, place = (value.detach().float(), actual[name].float()), f"{description}, {name}"
                 tally.add(name, place, *pair, partial(_output, in_float64, index))
         return tally
 
