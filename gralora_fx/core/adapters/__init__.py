@@ -1,1 +1,1 @@
-"""The adapters in a rewritten graph: single ones and their tensors, the state of all, weighted sums."""
+"""The adapters in a rewritten graph: each one's tensors, the state of all of them, weighted sums."""

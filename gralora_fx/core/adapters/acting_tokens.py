@@ -1,4 +1,4 @@
-"""The tokens on which an adapter acts, in a graph: what its layers read is zero at the others."""
+"""The tokens on which an adapter acts: in the graph, its layers read zeros at all other tokens."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ NEVER = 2**31  # a column that no row has
 
 
 class ActingTokens:
-    """On which tokens an adapter acts.
+    """The nodes that say on which tokens an adapter acts.
 
     Attributes:
-        mask: `[batch, tokens]`, the node that says it of each.
-        ids: The input of token ids.
+        mask: `[batch, tokens]`, the node of the mask: true at tokens on which the adapter acts.
+        ids: The placeholder of the token ids.
     """
 
     def __init__(self, mask: fx.Node, ids: fx.Node) -> None:
-        """Begin with no value that is read at these tokens."""
+        """Store the nodes; no value is masked yet."""
         self.mask, self.ids = mask, ids
         self._made: dict[fx.Node, fx.Node] = {}
 
     def read(self, x: fx.Node, path: str, adapter: str) -> fx.Node:
-        """Return what an adapter reads of a layer's input; made once for all layers that read one value."""
+        """Return the node of a layer's input with zeros at other tokens; layers that read one value share it."""
         if x not in self._made:
             self.check(x, path)
             graph = x.graph
@@ -49,10 +49,10 @@ class ActingTokens:
         return self._made[x]
 
     def check(self, x: fx.Node, path: str) -> None:
-        """Check that a layer's input is one vector of each token, as far as the graph has a record of its shapes.
+        """Check that a layer's input has one vector per token, as far as the graph records shapes.
 
         Raises:
-            RewriteError: It is not.
+            RewriteError: It has not.
         """
         lead, tokens = _shape(x)[:-1], _shape(self.ids)
         if lead and tokens and not _is_same(lead, tokens):
@@ -63,15 +63,15 @@ class ActingTokens:
 
 
 class Inserting(Protocol):
-    """What inserts the tokens on which an adapter acts into a graph."""
+    """Inserts the mask of the tokens on which an adapter acts into a graph."""
 
     def __call__(self, graph: fx.Graph, rows: fx.Node | None = None) -> ActingTokens:
-        """Insert them, of the whole batch or of some rows."""
+        """Insert the mask, for the whole batch or for some rows."""
         ...
 
 
 def acting_of(config: AdapterConfig) -> Inserting | None:
-    """Return what inserts the tokens on which an adapter of a configuration acts; None for all."""
+    """Return what inserts the mask for an adapter's configuration; None if it acts on all tokens."""
     if not config.acts_from:
         return None
 
@@ -87,12 +87,12 @@ def acting_of(config: AdapterConfig) -> Inserting | None:
 
 
 def starts_in(ids: Tensor, acting: Mapping[str, tuple[int, ...]], rows: Mapping[str, Rows] | None) -> dict[str, Tensor]:
-    """Return from which column of each row of prompts on each adapter acts; the number of tokens for never.
+    """Return the column of each prompt from which each adapter acts; the number of tokens where it never does.
 
     Args:
         ids: `[batch, tokens]`.
-        acting: The tokens from which on each acts, by its name.
-        rows: The rows of each adapter, of which it warns where one never acts; None for all.
+        acting: For each adapter by name, the token sequence at which it starts to act.
+        rows: The rows of each adapter, to warn of those where it never acts; None for all rows.
     """
     part, found = _part(), {}
     for name, tokens in acting.items():
@@ -107,14 +107,14 @@ def starts_in(ids: Tensor, acting: Mapping[str, tuple[int, ...]], rows: Mapping[
 def given_starts(
     starts: object, acting: Iterable[str], rows: Mapping[str, Rows] | None, batch: int, past: int
 ) -> tuple[Tensor, ...]:
-    """Return the starts that a call gives as its graph takes them, for each adapter that acts on some tokens.
+    """Check the starts given to a call, and return one tensor per adapter for the graph, relative to the cache's end.
 
     Args:
-        starts: `[batch]`, or such a tensor for each adapter by name.
-        acting: The adapters, in the order of their masks.
+        starts: `[batch]`, integers; or such a tensor for each adapter by name.
+        acting: Names of the adapters, in the order of their masks.
         rows: The rows of each; None for all.
         batch: Number of rows.
-        past: Number of columns that are cached.
+        past: Number of cached columns.
     """
     by_name: dict[str, Tensor] = {}
     for name in acting:
@@ -129,14 +129,14 @@ def given_starts(
 
 
 def take_starts(graph: fx.Graph) -> None:
-    """Let a graph take from which column on each adapter acts (`STARTS`), in the place of finding it in the ids."""
+    """Replace the search for start tokens in the ids by a graph input with each row's start column (`STARTS`)."""
     masks: list[fx.Node] = _part().masks(graph)
     for mask, start in zip(masks, add_tuple_input(graph, STARTS, len(masks)), strict=True):
         mask.update_kwarg("starts", start)
 
 
 def check_not_packed(graph: fx.Graph) -> None:
-    """Check that adapters act on all tokens, in rows that hold several texts."""
+    """Raise if an adapter that acts on some tokens only would run on rows that hold several texts."""
     if any(node.target is at_tokens for node in graph.nodes):
         raise RewriteError(
             "a row that holds several texts (packing, padding_free) has one last occurrence of the tokens from which "
@@ -159,7 +159,7 @@ def _shape(node: fx.Node) -> Sequence[Any]:
 
 
 def _is_same(lead: Sequence[Any], tokens: Sequence[Any]) -> bool:
-    """Return whether there are as many vectors as tokens, by the expressions of their sizes."""
+    """Return whether there are as many vectors as tokens, comparing the symbolic sizes."""
     sizes = [
         math.prod(size.node.expr if isinstance(size, torch.SymInt) else size for size in s) for s in (lead, tokens)
     ]

@@ -1,11 +1,11 @@
-"""What adapted layers that read one input compute in training, and their gradients.
+"""Forward and gradients, in training, of adapted layers that read one input.
 
-Autograd's own derivatives make a tensor as wide as the layer for each product of each layer, copy it between the layout
-of blocks `[k, T, out/k]` and that of the layer `[T, out]`, and add them up. Here products are computed in the layer's
-own layout, gradients of the input are accumulated into one tensor, and what A makes of the input, k times as wide as
-LoRA's, is computed again where keeping it costs much memory. Multiplying by the factors A of all layers at once was
-measured and saves nothing. A weight in few bits is unpacked for each product, and never kept: it is given as what
-computes it, a tuple of the operator, its arguments, and whether the result is `[in, out]`.
+Autograd's own derivatives allocate a tensor as wide as the layer for each product, copy it between the blocked layout
+`[k, T, out/k]` and the layer's `[T, out]`, and add up the results. Here products are computed in the layer's own
+layout, and input gradients accumulate into one tensor. The product of A and the input, k times as wide as LoRA's, is
+recomputed in the backward pass where keeping it costs much memory. Multiplying by the A of all layers at once was
+measured and saves nothing. A packed weight is unpacked for each product and never kept: it is passed as a tuple of the
+unpacking operator, its arguments, and whether its result is `[in, out]`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Term = tuple[int, float, Rows | None]  # of an adapter: the place of its layer, 
 
 
 def _values(weight: Weight) -> Tensor:
-    """Return a weight `[out, in]`; one in few bits is unpacked."""
+    """Return a weight `[out, in]`; unpack a packed one."""
     if isinstance(weight, Tensor):
         return weight
     unpack, arguments, is_turned = weight
@@ -42,7 +42,7 @@ def compute_layers(
     As: Sequence[Tensor],
     Bs: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Compute adapted layers, and return their outputs and the hidden values of their adapters."""
+    """Compute adapted layers; return their outputs and their adapters' hidden values."""
     outputs = [nn.functional.linear(x, _values(weight), bias) for weight, bias in zip(weights, biases, strict=True)]
     taken = {id(rows): _of(read, rows) for _, _, rows in terms}
     hidden = [project(taken[id(rows)], A) for (_, _, rows), A in zip(terms, As, strict=True)]
@@ -61,13 +61,13 @@ def compute_layers(
 
 
 class AdaptedLinears(torch.autograd.Function):
-    """The layers for autograd, whose gradients of `x` are accumulated into one tensor."""
+    """The layers as one autograd function, which accumulates the gradients of `x` into one tensor."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, terms: Sequence[Term], weights: Sequence[Weight], *tensors: Any
     ) -> tuple[Tensor, ...]:
-        """Compute the layers, and keep what their gradients need."""
+        """Compute the layers, and save what the backward pass needs."""
         floats, biases, As, Bs = _columns(tensors, *[len(weights)] * 2, *[len(terms)] * 2)
         outputs, hidden = compute_layers(x, x if dropped is None else dropped, weights, biases, terms, As, Bs)
         kept = (
@@ -130,12 +130,12 @@ class AdaptedLinears(torch.autograd.Function):
 
 
 def _of(value: Tensor, rows: Rows | None) -> Tensor:
-    """Return the rows of a value: a view, or a copy where rows are indices."""
+    """Return some rows of a tensor: a view for a slice, a copy for indices."""
     return value if rows is None else value[rows]
 
 
 def _size(value: Tensor, rows: Rows | None) -> int:
-    """Return how many numbers the rows of a value have."""
+    """Return the number of elements in some rows of a tensor."""
     if rows is None:
         return value.numel()
     count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
@@ -145,7 +145,7 @@ def _size(value: Tensor, rows: Rows | None) -> int:
 def _add_gradients(
     into: Tensor | None, read: Tensor, rows: Tensor, A: Tensor, B: Tensor, hidden: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both factors, and add that of their input to a tensor.
+    """Return the gradients of A and B, and add the input's gradient to `into`.
 
     Args:
         into: The gradient of `read` so far, `[T, in]`; None if it is not needed.
@@ -153,7 +153,7 @@ def _add_gradients(
         rows: The gradient of the output, `[T, out]`.
         A: The first factor, as for `project`.
         B: The second factor, as for `accumulate`.
-        hidden: What `project` gave.
+        hidden: The result of `project`.
         scale: Factor of the update.
     """
     if A.ndim == 2:
@@ -171,5 +171,5 @@ def _add_gradients(
 
 
 def _columns(tensors: Sequence[Any], *lengths: int) -> list[Sequence[Any]]:
-    """Divide tensors into columns of these lengths."""
+    """Split tensors into column ranges of these lengths."""
     return [tensors[start:end] for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0))]

@@ -32,15 +32,15 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """An adapter whose tensors are owned by a module tree and read from there at every access.
+    """An adapter whose tensors are owned by a module tree, and are looked up there at every access.
 
     Attributes:
         name: The adapter's name.
-        plan: What it adapts.
+        plan: The sites and modules that it adapts.
         factors: Its trainable tensors as they are stored, by site path.
-        copies: Its own copies of base parameters (of `modules_to_save`, and trained biases), by module path, then by
-            the full name of the base's parameter.
-        base: What was compared of the base that it was made for, if it was read from a file.
+        copies: Its own copies of base parameters (`modules_to_save`, trained biases), by module path, then by the base
+            parameter's full name.
+        base: How the base compared with the one that it was made for, if it was read from a file.
     """
 
     name: str
@@ -50,7 +50,7 @@ class ModelAdapter:
     base: BaseComparison | None = None
 
     def __repr__(self) -> str:
-        """One line without tensors."""
+        """Return a line without tensors."""
         return f"ModelAdapter({self.name!r}, {self.plan!r})"
 
     @classmethod
@@ -62,7 +62,7 @@ class ModelAdapter:
         tree: ModuleTree,
         initial: Mapping[str, AdapterTensors] | None = None,
     ) -> ModelAdapter:
-        """Store an adapter's tensors, given ones or newly initialized ones; no graph reads them yet.
+        """Register an adapter's tensors in the tree, given or newly initialized; no graph reads them yet.
 
         Adapters of a half-precision layer are float32, as PEFT's are.
         """
@@ -94,16 +94,16 @@ class ModelAdapter:
 
     @property
     def config(self) -> AdapterConfig:
-        """The adapter's configuration."""
+        """Its configuration."""
         return self.plan.config
 
     @property
     def method(self) -> AdapterMethod:
-        """The adapter's method."""
+        """Its method."""
         return self.factors.method
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every trainable tensor by its attribute path in the tree."""
+        """Yield every trainable tensor with its attribute path in the tree."""
         for path in self.factors.attributes():
             yield path, self.factors.tensor(path)
         for owned in self.copies.values():
@@ -111,23 +111,23 @@ class ModelAdapter:
                 yield copy_path(self.name, base), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every trainable parameter; for a parametrization, its originals rather than its result."""
+        """Yield every trainable parameter; for a parametrization, its originals rather than its result."""
         yield from self.factors.container(self.name).parameters()
 
     @property
     def is_zero(self) -> bool:
-        """Whether it has no effect: every update is zero, as before training, and it has no copies."""
+        """Whether it has no effect: every update is zero, as before training, and there are no copies."""
         return not self.copies and all(factors.is_zero for factors in self.factors.values())
 
     def update(self, site_path: str) -> Update:
-        """The weight update at a site."""
+        """Return the weight update at a site."""
         planned, factors = self.planned[site_path], self.factors[site_path]
         if planned.stack is not None:
             factors = self.method.of_stack(factors, planned.stack)
         return Update(factors, planned.scale, planned.stack)
 
     def gradients(self, site_path: str) -> dict[str, Tensor | None]:
-        """The gradients of its tensors at a site, by field of the method's named tuple; None where there is none."""
+        """Return the gradients of a site's tensors, by field of the method's named tuple; None where there is none."""
         fields = self.factors[site_path]._asdict().items()
         return {field: tensor.grad for field, tensor in fields if tensor is not None and tensor.is_leaf}
 
@@ -137,7 +137,7 @@ class ModelAdapter:
         return {planned.site.path: planned for planned in self.plan.selected}
 
     def over(self, sites: Mapping[str, LinearSite], root: nn.Module) -> ModelAdapter:
-        """The same adapter over sites with the same paths in another tree, which owns the tensors."""
+        """Return the same adapter for another module tree that owns its tensors, with that tree's sites."""
         selected = tuple(dataclasses.replace(p, site=sites[p.site.path]) for p in self.plan.selected)
         rejected = tuple(dataclasses.replace(r, site=sites[r.site.path]) for r in self.plan.rejected)
         plan = dataclasses.replace(self.plan, selected=selected, rejected=rejected)
@@ -145,7 +145,7 @@ class ModelAdapter:
         return ModelAdapter(self.name, plan, FactorTable(root, self.method, self.factors.paths), copies, self.base)
 
     def insertion(self) -> InsertAdapter:
-        """The pass that inserts its subgraphs."""
+        """Return the pass that inserts the adapter into a graph."""
         insertions = []
         for planned in self.plan.selected:
             site, dtype = planned.site, first_tensor(self.factors[planned.site.path]).dtype
@@ -159,14 +159,14 @@ class ModelAdapter:
         return InsertAdapter(self.name, self.method, tuple(insertions), self.config.dropout, acting)
 
     def everywhere(self) -> ModelAdapter:
-        """The same adapter, acting on all tokens."""
+        """Return the adapter set to act on all tokens."""
         if not self.config.acts_from:
             return self
         plan = dataclasses.replace(self.plan, config=self.config.changed(**{ACTING: None}))
         return dataclasses.replace(self, plan=plan)
 
     def requires_grad_(self, requires_grad: bool) -> None:
-        """Set whether the adapter's tensors require gradients."""
+        """Set whether its tensors require gradients."""
         self.factors.container(self.name).requires_grad_(requires_grad)
 
 
@@ -188,27 +188,27 @@ def _initial(planned: PlannedSite, method: AdapterMethod, config: AdapterConfig)
 
 
 class _Table(Mapping[str, _Entry]):
-    """Tensors of a tree by path; pickle and copies leave the tree out, and its owner rebuilds the table."""
+    """Tensors of a module tree by key; pickle and copies omit the tree, and the owner rebuilds the table."""
 
     def __init__(self, root: nn.Module, paths: Mapping[str, Any]) -> None:
-        """Read from a tree, which owns the tensors, at the attribute paths of each key."""
+        """Map each key to attribute paths in the tree that owns the tensors."""
         self.paths = paths
         self._root = root
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the tensors."""
+        """Return the state without tensors."""
         return {key: value for key, value in self.__dict__.items() if key not in ("_root", "_last")}
 
     def __iter__(self) -> Iterator[str]:
-        """The keys, in order."""
+        """Iterate over the keys, in order."""
         return iter(self.paths)
 
     def __len__(self) -> int:
-        """Number of keys."""
+        """Return the number of keys."""
         return len(self.paths)
 
     def __contains__(self, key: object) -> bool:
-        """Whether there is something of a key, which is not read for that."""
+        """Return whether a key exists, without reading its tensors."""
         return key in self.paths
 
 
@@ -217,19 +217,19 @@ class FactorTable(_Table[AdapterTensors]):
 
     Attributes:
         method: The adapter's method.
-        paths: Their attribute paths in the tree, by site path and field of the method's named tuple.
+        paths: Attribute paths in the tree, by site path and field of the method's named tuple.
     """
 
     paths: Mapping[str, Mapping[str, str]]
 
     def __init__(self, root: nn.Module, method: AdapterMethod, paths: Mapping[str, Mapping[str, str]]) -> None:
-        """Read from a tree, which owns the tensors."""
+        """Map each site to attribute paths in the tree that owns the tensors."""
         super().__init__(root, paths)
         self.method = method
         self._last: dict[str, AdapterTensors] = {}
 
     def __getitem__(self, site_path: str) -> AdapterTensors:
-        """The tensors at a site."""
+        """Return the tensors at a site."""
         factors = self.method.tensors(**{field: self.tensor(path) for field, path in self.paths[site_path].items()})
         last = self._last.get(site_path)
         if last is None or any(a is not b for a, b in zip(last, factors, strict=True)):
@@ -237,41 +237,41 @@ class FactorTable(_Table[AdapterTensors]):
         return last
 
     def attributes(self) -> Iterator[str]:
-        """The attribute path of every tensor."""
+        """Yield the attribute path of every tensor."""
         for paths in self.paths.values():
             yield from paths.values()
 
     def tensor(self, path: str) -> Tensor:
-        """The tensor at an attribute path."""
+        """Return the tensor at an attribute path."""
         return tensor_in(self._root, path)
 
     def container(self, adapter: str) -> nn.Module:
-        """The module that holds an adapter's tensors, its copies of base parameters included."""
+        """Return the module that contains all of an adapter's tensors, copies of base parameters included."""
         return self._root.get_submodule(f"{ROOT}.{adapter}")
 
     def owners(self, site_path: str) -> Iterator[tuple[nn.Module, str]]:
-        """The modules that hold the tensors at a site, each with the name of the tensor in it."""
+        """Yield the modules that own a site's tensors, each with the tensor's attribute name."""
         for path in self.paths[site_path].values():
             owner, _, name = path.rpartition(".")
             yield self._root.get_submodule(owner), name
 
 
 class CopyTable(_Table[nn.Parameter]):
-    """An adapter's own copies of a module's parameters, by the full names of the base's.
+    """An adapter's own copies of a module's parameters, by the base parameters' full names.
 
     Attributes:
-        paths: Their attribute paths in the tree, by the same names.
+        paths: Attribute paths of the copies in the tree, by the same names.
     """
 
     paths: Mapping[str, str]
 
     def __getitem__(self, base: str) -> nn.Parameter:
-        """The copy of a parameter."""
+        """Return the copy of a base parameter."""
         return tensor_in(self._root, self.paths[base])  # type: ignore[return-value]
 
 
 def tensor_in(root: nn.Module, path: str) -> Tensor:
-    """The tensor at an attribute path of a module tree, a parametrization's result included."""
+    """Return the tensor at an attribute path of a module tree; for a parametrization, its result."""
     *owners, name = path.split(".")
     module = root
     for owner in owners:
@@ -281,7 +281,7 @@ def tensor_in(root: nn.Module, path: str) -> Tensor:
 
 
 def adapter_names(names: object) -> list[str]:
-    """The name of an adapter, or several, as a list."""
+    """Return one adapter name or several as a list."""
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, (list, tuple, set, frozenset, dict)) or not all(isinstance(name, str) for name in listed):
         raise RewriteError(f"expected the name of an adapter or a list of names, but got {names!r}")
@@ -298,7 +298,7 @@ def put(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
 
 
 def drop(root: nn.Module, adapter: str) -> None:
-    """Remove everything an adapter stored."""
+    """Remove all of an adapter's tensors from the tree."""
     adapters = root._modules.get(ROOT)
     if adapters is not None:
         adapters._modules.pop(adapter, None)
@@ -307,13 +307,13 @@ def drop(root: nn.Module, adapter: str) -> None:
 
 
 def factor_paths(adapter: str, site_path: str, method: AdapterMethod, factors: AdapterTensors) -> dict[str, str]:
-    """Attribute paths of an adapter's tensors at one site, by field of the method's named tuple."""
+    """Return attribute paths for an adapter's tensors at a site, by field of the method's named tuple."""
     present = {field for field, tensor in factors._asdict().items() if tensor is not None}
     return {field: f"{ROOT}.{adapter}.{site_path}.{name}" for field, name in method.names().items() if field in present}
 
 
 def copy_path(adapter: str, name: str) -> str:
-    """Attribute path of an adapter's own copy of the base's parameter `name`."""
+    """Return the attribute path of an adapter's copy of the base parameter `name`."""
     return f"{ROOT}.{adapter}.{name}"
 
 
@@ -334,7 +334,7 @@ def checkpoint_parameters(adapter: ModelAdapter) -> dict[str, Tensor]:
 
 
 def _keys_of_parameters(adapter: ModelAdapter) -> dict[str, str]:
-    """Return what the keys of adapters of parameters begin with, by the names of the parameters."""
+    """Return the prefixes of PEFT's keys for an adapter's parameters, by parameter name."""
     names = [p.site.path for p in adapter.plan.selected if p.site.kind == "parameter"]
     if not names:
         return {}

@@ -1,4 +1,4 @@
-"""Adapter files as they are, read without a model: the configuration, the tensors and their digest."""
+"""Adapter files read without a model: the configuration, the tensors and their digest."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _READ_AT_ONCE = 2**20  # bytes
 
 
 def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The configuration and the tensors of a saved adapter."""
+    """Read a saved adapter's configuration and tensors."""
     path, config, tensors = read_files(directory, Layout.mapped, revision=revision)
     tensors = {current_key(key): tensor for key, tensor in tensors.items()}
     check_target_names(config, sites_of(tensors, config), path, trained=modules_of(tensors))
@@ -45,14 +45,14 @@ def read_adapter(directory: str | Path, *, revision: str | None = None) -> tuple
 
 
 def current_key(key: str) -> str:
-    """The key that PEFT gives a tensor when it saves one; it reads another one of DoRA's magnitudes too."""
+    """Return the key under which current PEFT saves a tensor; it also reads an older key of DoRA's magnitudes."""
     return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
 
 
 def read_files(
     directory: str | Path, read: Callable[[Layout], T], *, revision: str | None = None
 ) -> tuple[Path, AdapterConfig, T]:
-    """The directory of a saved adapter, its configuration, and what is read of its tensors, of one save."""
+    """Return a saved adapter's directory, its configuration, and the result of `read`, all from one save."""
 
     def read_both(config: Path, weights: Path) -> tuple[dict[str, Any], dict[str, Any], T]:
         fields = read_fields(config)
@@ -68,19 +68,19 @@ def read_files(
 
 
 def modules_of(keys: Iterable[str]) -> set[str]:
-    """Paths of the modules that own parameters of PEFT's keys, were they all copies of the base's."""
+    """Return the paths of the modules that own these keys, taking every key for a copy of a base parameter."""
     return {key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in keys}
 
 
 def sites_of(keys: Iterable[str], config: AdapterConfig) -> set[str]:
-    """Paths of the layers that tensors of PEFT's keys belong to; those of copies of parameters belong to none."""
+    """Return the paths of the layers that PEFT's keys belong to; copies of parameters belong to none."""
     ends = tuple(f".{key}" for key in method_of(config).keys.values())
     names = [key.removeprefix(KEY_PREFIX) for key in keys if key.startswith(KEY_PREFIX)]
     return {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}
 
 
 def _recorded_sizes(layout: Layout) -> dict[str, Any]:
-    """The sizes recorded with an adapter's tensors; empty if unknown."""
+    """Return the sizes recorded in the file's metadata; empty if unknown."""
     record = layout.metadata.get(SIZES)
     try:
         sizes = {} if record is None else json.loads(record)
@@ -90,12 +90,12 @@ def _recorded_sizes(layout: Layout) -> dict[str, Any]:
 
 
 def recorded_parameters(layout: Layout, config: AdapterConfig) -> list[str] | None:
-    """The names of an adapter's parameters in the order of their modules, which files of this package have."""
+    """Return an adapter's `target_parameters` in the order of their modules; None if another program wrote the file."""
     return config.target_parameters if SIZES in layout.metadata else None
 
 
 def _check_sizes(config: AdapterConfig, sizes: Mapping[str, Any], directory: Path) -> None:
-    """Check that tensors were saved with the sizes and the scale of their configuration."""
+    """Check that the recorded sizes and scale are those of the configuration."""
     differing = [
         f"{name} is {shown(value)} in {CONFIG_NAME}, but the tensors were saved with {shown(sizes[name])}"
         for name, value in config.sizes.items()
@@ -119,7 +119,7 @@ def _check_weights_file(path: Path) -> None:
 
 
 def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Array]]) -> dict[str, Writer]:
-    """The functions that write the two files of an adapter, by file name."""
+    """Return the functions that write an adapter's two files, by file name."""
 
     def write_tensors(path: Path) -> None:
         try:
@@ -136,7 +136,7 @@ def adapter_writers(config: AdapterConfig, tensors: Callable[[], Mapping[str, Ar
 
 
 def adapter_digest(path: Path, tensors: Mapping[str, Array], config: AdapterConfig) -> str:
-    """`tensors_digest` of tensors that were read from a file, without a copy of them where the file allows it."""
+    """Return `tensors_digest` of tensors read from a file, without copying them where the file allows it."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         entries = {key: entry for key, entry in header.items() if key != "__metadata__"}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class AdapterGraph(CurrentGraph):
-    """A graph with its changes of state, each of which is applied completely or not at all."""
+    """A graph whose state changes are each applied completely or not at all."""
 
     def _begin(self, base: Base) -> None:
         super()._begin(base)
@@ -39,7 +39,7 @@ class AdapterGraph(CurrentGraph):
     # -- adding and switching ---------------------------------------------------------------------------------------
 
     def add(self, name: str, planned: RewritePlan, *, factors: Mapping[str, AdapterTensors] | None = None) -> None:
-        """Store a new adapter, with the given tensors or new ones; the first adapter becomes active."""
+        """Add an adapter with given or new tensors; the first adapter becomes active."""
         with self._lock:
             if name in self.adapters:
                 raise ConfigError(f"adapter {name!r} exists already; delete it first or take another name")
@@ -63,12 +63,12 @@ class AdapterGraph(CurrentGraph):
             self._show_adapters()
 
     def note_base(self, name: str, base: BaseComparison) -> None:
-        """Remember what was compared of the base that an adapter was made for."""
+        """Remember how the base compared with the one that an adapter was made for."""
         with self._lock:
             self.adapters = {**self.adapters, name: dataclasses.replace(self.adapters[name], base=base)}
 
     def switch(self, names: Sequence[str]) -> None:
-        """Make these adapters active and let them train, and no others."""
+        """Activate exactly these adapters, and make them trainable."""
         with self._lock:
             for name in names:
                 self[name]
@@ -87,7 +87,7 @@ class AdapterGraph(CurrentGraph):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the base's graph within the block; with several blocks, in any threads, until the last one ends."""
+        """Run the base's graph within the block; nested blocks, in any threads, last until the outermost one ends."""
         with self._lock:
             if not self._depth:
                 self._suspend()
@@ -101,7 +101,7 @@ class AdapterGraph(CurrentGraph):
                     self._enable()
 
     def remove(self, name: str) -> None:
-        """Remove an adapter that is not active, and its tensors."""
+        """Remove an inactive adapter and its tensors."""
         with self._lock:
             self[name]
             if name in self.state.active:
@@ -116,7 +116,7 @@ class AdapterGraph(CurrentGraph):
             self._drop(name)
 
     def clear(self) -> None:
-        """Remove every adapter and every pass: the graph is the base's again, node for node."""
+        """Remove every adapter and every pass, so that the graph equals the base's node for node."""
         with self._lock:
             self._make(active=(), merged=(), weights={}, unties=False, passes=())
             for name in list(self.adapters):
@@ -124,12 +124,12 @@ class AdapterGraph(CurrentGraph):
             self._spare = {}
 
     def add_pass(self, graph_pass: GraphPass) -> None:
-        """Run a pass over the graph, now and whenever it is built."""
+        """Run a pass over the graph now, and over every graph that is built later."""
         with self._lock:
             self._make(passes=(*self.state.passes, graph_pass))
 
     def remove_pass(self, graph_pass: GraphPass) -> None:
-        """Remove a pass that was added."""
+        """Remove a pass of `add_pass`."""
         with self._lock:
             passes = self.state.passes
             if graph_pass not in passes:
@@ -140,7 +140,7 @@ class AdapterGraph(CurrentGraph):
     # -- merging ----------------------------------------------------------------------------------------------------
 
     def mergeable(self, names: Sequence[str] | None, *, again: bool = False) -> list[str]:
-        """The adapters to merge: those named, or the active ones; already merged ones only with `again`."""
+        """Return the adapters to merge: those named, or the active ones; merged ones again only with `again`."""
         state = self.state
         merged = () if again else state.merged
         chosen = [name for name in state.active if name not in merged] if names is None else list(names)
@@ -157,7 +157,7 @@ class AdapterGraph(CurrentGraph):
         return chosen
 
     def merge(self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False) -> None:
-        """Fold active adapters into copies of the weights; their nodes leave the graph."""
+        """Fold active adapters into copies of the weights, and remove their nodes from the graph."""
         with self._lock:
             state, chosen = self.state, self.mergeable(names)
             merged = (*state.merged, *chosen)
@@ -170,7 +170,7 @@ class AdapterGraph(CurrentGraph):
             self._spare = {}
 
     def unmerge(self) -> None:
-        """Restore the base's own weights and the adapters' nodes; the memory is kept for the next merge."""
+        """Restore the base's own weights and the adapters' nodes; memory is kept for the next merge."""
         with self._lock:
             retired = self.current
             if not retired.state.merged:
@@ -182,7 +182,7 @@ class AdapterGraph(CurrentGraph):
     def fold_into_base(
         self, names: Sequence[str] | None, *, safe: bool = False, untie: bool = False
     ) -> dict[str, nn.Parameter]:
-        """Fold adapters and their copies of parameters into the base's own, once everything is checked."""
+        """Fold adapters and their copies of parameters into the base's own parameters, after checking everything."""
         from gralora_fx.core.adapters.fold_in_place import fold_adapters
 
         with self._lock:
@@ -191,7 +191,7 @@ class AdapterGraph(CurrentGraph):
             return fold_adapters(self.traced, adapters, work, safe=safe, untie=untie)
 
     def updates(self, names: Sequence[str]) -> list[SiteUpdate]:
-        """The weight updates of adapters that fold into one weight, by site."""
+        """Return the adapters' weight updates, grouped by site."""
         chosen = [self[name] for name in names]
         for adapter in chosen:
             check_acts_everywhere(adapter.config.acts_from, f"adapter {adapter.name!r}", "merging", MergeError)
@@ -204,12 +204,12 @@ class AdapterGraph(CurrentGraph):
         ]
 
     def check_not_merged(self, action: str) -> None:
-        """Check that nothing is merged, for a change that needs the base's own weights."""
+        """Raise if an adapter is merged, before a change that needs the base's own weights."""
         if merged := self.state.merged:
             raise MergeError(f"cannot {action} while {', '.join(merged)} is merged; call unmerge_adapter() first")
 
     def check_copies_not_shared(self, names: Sequence[str]) -> None:
-        """Check that no two adapters train copies of one parameter, and that none adapts another's copy."""
+        """Check that no two adapters train copies of one parameter, and that none adapts what another copies."""
         owners: dict[int, tuple[str, str]] = {}
         for name in names:
             for module, owned in self.adapters[name].copies.items():
@@ -230,7 +230,7 @@ class AdapterGraph(CurrentGraph):
                     )
 
     def check_beside_each_other(self, names: Sequence[str]) -> None:
-        """Check that no adapter whose effect depends on the layer's output meets another one at a layer."""
+        """Check that an adapter whose effect depends on the layer's output is the only one at its layers."""
         for name in names:
             if self.adapters[name].method.IS_ADDITIVE:
                 continue
@@ -252,7 +252,7 @@ class AdapterGraph(CurrentGraph):
                 self._make(weights=self._folded(state.merged) if state.merged else {})
 
     def check_convertible(self, convert: Callable[[Tensor], Tensor]) -> None:
-        """Check that no adapter changes a weight whose new dtype would round its update away."""
+        """Check that a dtype conversion would round no adapter's update away."""
         for name, adapter in self.adapters.items():
             for path in self.traced.in_subgraphs.keys() & adapter.planned.keys():
                 dtype = convert(adapter.planned[path].site.weight.new_empty(0)).dtype
@@ -265,7 +265,7 @@ class AdapterGraph(CurrentGraph):
     def run(
         self, inputs: Mapping[str, Any], form: RunForm | None = None, rows: Mapping[str, Rows] | None = None
     ) -> Any:
-        """Run the graph of one state; first a new one, if the trace was converted by itself or by another model."""
+        """Run the graph of one state; rebuild it first if the trace was converted since."""
         if not torch.compiler.is_compiling() and not self.base.has_graph:
             self.keep_up()
         return super().run(inputs, form, rows)
@@ -273,7 +273,7 @@ class AdapterGraph(CurrentGraph):
     # -- within -----------------------------------------------------------------------------------------------------
 
     def _folded(self, names: Sequence[str], *, safe: bool = False) -> dict[str, nn.Parameter]:
-        """Weights with adapters folded into them, in spare memory if there is some."""
+        """Return weights with adapters folded into them, in spare memory if there is some."""
         work = self.updates(names)
         spare = {
             entry.site.path: memory
@@ -285,7 +285,7 @@ class AdapterGraph(CurrentGraph):
         return folded_weights(self.traced.graph_module, work, spare=spare, safe=safe, untie=True)
 
     def _suspend(self) -> None:
-        """Run the base's graph, and keep the graph that ran."""
+        """Switch to the base's graph, and remember the graph that ran."""
         self._suspended = self.state
         try:
             self._remember()
@@ -295,7 +295,7 @@ class AdapterGraph(CurrentGraph):
             raise
 
     def _enable(self) -> None:
-        """Restore the state from before the `disabled()` blocks, without adapters that were deleted in them."""
+        """Restore the state from before `disabled()`, without adapters that were deleted meanwhile."""
         assert self._suspended is not None
         suspended, self._suspended = self._suspended, None
         now = self.state
@@ -326,9 +326,9 @@ _hooks: list[Any] = []  # torch's handle of the hook, once there is one; a hook 
 
 
 def _watch_first_step(owner: AdapterGraph, name: str) -> None:
-    """Let the first step of an optimizer that trains an adapter warn of where it got no gradient.
+    """Register a warning, at the first step of an optimizer, for an adapter's sites that got no gradient.
 
-    A step costs nothing more after that one. Of optimizers that are not torch's nothing is known.
+    Later steps cost nothing more. Only torch's own optimizers are seen.
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_before_step))

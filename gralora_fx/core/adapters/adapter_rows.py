@@ -1,4 +1,4 @@
-"""Adapters by row: which rows of a batch each adapter has, and its loss."""
+"""A different adapter for each row of a batch: its rows and its loss."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gralora_fx.errors import RewriteError
 
 
 def rows_by_adapter(names: Sequence[str], device: torch.device) -> dict[str, Rows]:
-    """Return which rows each adapter has: slices where all are contiguous, else indices.
+    """Return each adapter's rows: slices if all are contiguous, else index tensors.
 
     Args:
-        names: The name of each row.
-        device: Where indices are needed.
+        names: The adapter of each row.
+        device: The device of index tensors.
     """
     places: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -33,14 +33,14 @@ def rows_by_adapter(names: Sequence[str], device: torch.device) -> dict[str, Row
 
 
 def check_trained(adapter_names: object, known: Callable[[str], ModelAdapter]) -> None:
-    """Check that the adapters of a batch train, so that their losses are not in vain.
+    """Check that every adapter of a batch is trainable, so that its loss is of use.
 
     Args:
-        adapter_names: The name of each row's adapter.
-        known: Returns an adapter; raises an error for a name that does not exist.
+        adapter_names: The adapter of each row.
+        known: Returns an adapter by name; raises if it does not exist.
 
     Raises:
-        RewriteError: One does not train, or does not exist.
+        RewriteError: An adapter is frozen or does not exist.
     """
     for name in dict.fromkeys(check_row_names(adapter_names)):
         if name != BASE and not any(parameter.requires_grad for parameter in known(name).parameters()):
@@ -56,13 +56,13 @@ def loss_of_rows(
     adapter_names: object,
     loss_of: Callable[[Any, Mapping[str, Any]], Tensor],
 ) -> dict[str, Tensor]:
-    """Compute the loss of each adapter's rows.
+    """Compute each adapter's loss over its own rows.
 
     Args:
         outputs: The outputs of the batch, by name.
         labels: Its labels, by name.
-        adapter_names: The name of each row's adapter.
-        loss_of: Computes the loss of some rows' outputs and labels.
+        adapter_names: The adapter of each row.
+        loss_of: Computes the loss from outputs and labels.
     """
     if not labels:
         raise RewriteError("the losses of adapters need labels, and the batch has none")
@@ -78,11 +78,11 @@ def loss_of_rows(
 
 
 def split_rows(value: Tensor, rows: Mapping[str, Rows]) -> dict[str, Tensor]:
-    """Return the rows of each adapter, in one operation where they are contiguous.
+    """Return the rows of each adapter, with one `torch.split` if they are contiguous.
 
     Args:
         value: `[batch, ...]`.
-        rows: As of `rows_by_adapter`.
+        rows: The result of `rows_by_adapter`.
     """
     if any(isinstance(chosen, Tensor) for chosen in rows.values()):
         return {name: value[chosen] for name, chosen in rows.items()}
@@ -96,12 +96,12 @@ def split_rows(value: Tensor, rows: Mapping[str, Rows]) -> dict[str, Tensor]:
 
 
 def rows_of_call(adapter_names: object, values: Tensor, known: Callable[[str], object]) -> dict[str, Rows]:
-    """Return which rows each adapter has in a call.
+    """Return each adapter's rows in a call, after checking the names.
 
     Args:
-        adapter_names: The name of each row's adapter.
-        values: The main input.
-        known: Raises an error for the name of an adapter that does not exist.
+        adapter_names: The adapter of each row.
+        values: The main input, whose first axis is the batch.
+        known: Raises for the name of an adapter that does not exist.
 
     Raises:
         RewriteError: There is no such adapter, or the batch has another number of rows.

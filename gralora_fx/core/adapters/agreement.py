@@ -1,4 +1,4 @@
-"""Whether an adapter's configuration and its tensors are of one adapter, by PEFT's target rules and no model."""
+"""Checks, by PEFT's target rules and without the model, that an adapter's configuration and tensors belong together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MOST = 3  # layers that a message names
 
 @dataclass(frozen=True)
 class KnownLayers:
-    """The linear layers and the parameters of a model, as an export or a model's class tells them.
+    """A model's linear layers and parameters, known from an export or from the model's class.
 
     Attributes:
         paths: Paths of its linear layers.
-        model_type: transformers' type of the model, or None.
-        functional: Paths of functional calls, which PEFT has no adapter at, and whose weights have other names.
+        model_type: The model's `model_type` in transformers, or None.
+        functional: Paths of functional calls, where PEFT has no adapters, and whose weights have other names.
         parameters: Names of its parameters, stacks of matrices among them.
     """
 
@@ -39,16 +39,16 @@ def check_agreement(
     *,
     trained: Collection[str] = (),
 ) -> None:
-    """Check that a configuration and tensors are of one adapter (see `disagreements`)."""
+    """Raise if a configuration and tensors do not belong together (see `disagreements`)."""
     _check(disagreements(config, sites, known, trained=trained), origin)
 
 
 def check_target_names(
     config: AdapterConfig, sites: Collection[str], origin: object, *, trained: Collection[str] = ()
 ) -> None:
-    """Check that tensors are of layers that `target_modules` names, where a model's own layers tell what is missing.
+    """Raise if no name of `target_modules` fits the layers that have tensors.
 
-    PEFT takes a list of names of which the model has some, so a plan warns of the others.
+    If only some fit, nothing is raised: PEFT accepts names that a model lacks, and planning warns of them.
     """
     rule = _rule(config, None)
     unmet = [] if rule is None or not sites else [*_unmet_names(config, rule, {*sites, *trained})]
@@ -70,12 +70,11 @@ def disagreements(
     *,
     trained: Collection[str] = (),
 ) -> list[str]:
-    """What a configuration says of layers that the tensors do not, or the other way round.
+    """Describe contradictions between a configuration and the layers that have tensors.
 
-    Every layer that has tensors must be one that the configuration selects, and every name of `target_modules` and
-    every key of a pattern must be of a layer that has some. Where the layers and parameters of the model are known,
-    each that the configuration selects must have tensors too. Names that other fields leave out, and layers that only
-    the model would tell, are not judged.
+    Every layer with tensors must be selected by the configuration, and every name of `target_modules` and every pattern
+    key must fit a layer with tensors. If the model's layers and parameters are known, each that is selected must have
+    tensors. Names excluded by other fields, and layers that only the model could tell, are not judged.
     """
     rule = _rule(config, None if known is None else known.model_type)
     problems = [
@@ -100,7 +99,7 @@ def disagreements(
 
 
 def warn_of_unused(config: AdapterConfig, sites: Collection[str], origin: str) -> None:
-    """Warn of what PEFT ignores in silence: pattern keys and layer indices of no layer that has tensors."""
+    """Warn of what PEFT silently ignores: pattern keys and layer indices that fit no layer with tensors."""
     unused = [f"{name} key {shown(key)}" for name, key in _unused_keys(config, sites) if name not in config.BEYOND_PEFT]
     rule = _rule(config, None)
     if rule is not None and rule.indices is not None:
@@ -111,12 +110,12 @@ def warn_of_unused(config: AdapterConfig, sites: Collection[str], origin: str) -
 
 
 def _rule(config: AdapterConfig, model_type: str | None) -> TargetRule | None:
-    """The configuration's choice of layers; None where it depends on a type of model that is not known."""
+    """Return the configuration's target rule; None if it depends on a model type that is not known."""
     return None if config.target_modules is None and model_type is None else rule_of(config, model_type)
 
 
 def _not_selected(config: AdapterConfig, rule: TargetRule, sites: Iterable[str]) -> Iterator[str]:
-    """Layers that have tensors though the configuration does not select them, with the reason."""
+    """Describe layers that have tensors but are not selected, with the reason."""
     reasons: dict[str, list[str]] = {}
     for path in sites:
         if (reason := rule.rejection(path)) is not None:
@@ -127,7 +126,7 @@ def _not_selected(config: AdapterConfig, rule: TargetRule, sites: Iterable[str])
 
 
 def _unmet_names(config: AdapterConfig, rule: TargetRule, sites: Iterable[str]) -> Iterator[str]:
-    """Names in a list of targets that no layer with tensors has, and no other field leaves out."""
+    """Yield target names that fit no layer with tensors and that no other field excludes."""
     if config.target_modules is None or rule.indices is not None:
         return  # a name of layers that layers_to_transform leaves out has no tensors
     for name in sorted(rule.names):
@@ -138,7 +137,7 @@ def _unmet_names(config: AdapterConfig, rule: TargetRule, sites: Iterable[str]) 
 
 
 def _is_saved(config: AdapterConfig, name: str) -> bool:
-    """Whether a name is of modules that train whole, or lies within one."""
+    """Return whether a name is of a module that trains whole, or lies within one."""
     saved = config.saved_module_names
     return any(match(within(SAVED_MODULE, own), name) for own in saved) or trains_whole_at(name, saved)
 
@@ -146,7 +145,7 @@ def _is_saved(config: AdapterConfig, name: str) -> bool:
 def _without_tensors(
     config: AdapterConfig, rule: TargetRule, sites: Collection[str], known: Iterable[str]
 ) -> Iterator[str]:
-    """Layers of the model that the configuration selects and that have no tensors.
+    """Describe layers of the model that are selected and have no tensors.
 
     `all-linear` leaves one layer out, the output embedding or the head, which only the model tells.
     """
@@ -161,7 +160,7 @@ def _without_tensors(
 
 
 def _parameters_without_tensors(config: AdapterConfig, own: Collection[str], known: KnownLayers) -> Iterator[str]:
-    """Parameters of the model that the configuration selects and that have no tensors; none if others are unknown."""
+    """Describe parameters of the model that are selected and have no tensors; nothing if some names are unknown."""
     named = [
         (name, name.removesuffix(WEIGHT_END))
         for name in known.parameters
@@ -178,7 +177,7 @@ def _missing(paths: Iterable[str]) -> str:
 
 
 def _unused_keys(config: AdapterConfig, sites: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Fields that give sizes by path, and their keys that count for no layer."""
+    """Yield fields that give sizes by path, with those of their keys that fit no layer."""
     for name in config.PATTERNS:
         keys = getattr(config, name)
         used = {pattern_key(keys, path) for path in sites} if keys else set()

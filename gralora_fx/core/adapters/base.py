@@ -1,4 +1,4 @@
-"""The base model under the adapters: a module tree owns its tensors, and its trace follows them."""
+"""The base model under the adapters: a module tree owns its tensors, and the trace is rebuilt when they change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ParameterSlot(NamedTuple):
-    """Where the tree holds a parameter of the base, and which parameter it was when last compared."""
+    """The place of a base parameter in the tree, and the parameter seen there at the last comparison."""
 
     name: str
     module: nn.Module
@@ -28,30 +28,30 @@ class ParameterSlot(NamedTuple):
 
     @property
     def now(self) -> Tensor | None:
-        """What the tree has there now."""
+        """The tensor at this place now."""
         return self.module._parameters.get(self.key)
 
 
 class Base:
     """A trace, and the module tree that owns its tensors and those of the adapters.
 
-    Sites, plans and graphs name tensors of the trace, so the trace is rebuilt over the tree's tensors whenever they
+    Sites, plans and graphs refer to tensors of the trace, so the trace is rebuilt over the tree's tensors whenever they
     differ (see `replaced_tensors`).
 
     Attributes:
-        tree: A plain module: what the graph reads, at its paths, and the adapters below `gralora`.
+        tree: A plain module with everything that the graph reads, at its paths, and the adapters below `gralora`.
         traced: The trace.
         trainable: Names of the parameters that required gradients before there was an adapter.
         running_block: Returns a block of the module that runs, by its path.
-        packed: The weights in few bits, by name; the tree has buffers in their place.
-        slots: The parameters of the trace, and where the tree holds each.
-        seen_graph: The graph that the trace had when it was last compared.
+        packed: Packed weights by name; the tree has buffers in their place.
+        slots: The parameters of the trace, and the place of each in the tree.
+        seen_graph: The trace's graph at the last comparison.
     """
 
     packed: Mapping[str, PackedWeight]
 
     def __init__(self, traced: TracedModel) -> None:
-        """Start with a trace's own parameters."""
+        """Start with the trace's own parameters."""
         copied = fx.GraphModule(traced.graph_module, copy_graph(traced.graph_module), "ParameterTree")
         self.tree = parameter_tree(copied)
         self.traced = traced
@@ -63,27 +63,27 @@ class Base:
 
     @property
     def is_current(self) -> bool:
-        """Whether the trace uses the tree's current tensors, and has the graph that it had."""
+        """Whether the trace uses the tree's current tensors, and its graph is the one last seen."""
         return self.has_graph and all(slot.now is slot.parameter for slot in self.slots)
 
     @property
     def has_graph(self) -> bool:
-        """Whether the trace has the graph that it had: it gets another one when it is converted."""
+        """Whether the trace's graph is the one last seen: a conversion replaces it."""
         return self.traced.graph_module is self.seen_graph
 
     @property
     def modules(self) -> dict[int, tuple[nn.Module, str]]:
-        """The module of the tree that holds each parameter, with its name there, by the parameter's id."""
+        """For each parameter by id, the module of the tree that holds it and its name there."""
         return {id(slot.parameter): (slot.module, slot.key) for slot in self.slots}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle writes."""
+        """Return the state for pickle."""
         from gralora_fx.core.tracing.graph_record import pack_module
 
         return {"tree": pack_module(self._plain_tree()), "traced": self.traced, "trainable": self.trainable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Find the parameters in the tree again."""
+        """Restore the state, and find the parameters in the tree again."""
         from gralora_fx.core.tracing.graph_record import unpack_module
 
         self.tree, self.traced = unpack_module(state["tree"]), state["traced"]
@@ -94,7 +94,7 @@ class Base:
         self.slots = self.find_slots(self.traced)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
-        """A copy with tensors of its own."""
+        """Return a copy with its own tensors."""
         other = object.__new__(type(self))
         memo[id(self)] = other
         other.traced = copy.deepcopy(self.traced, memo)
@@ -107,7 +107,7 @@ class Base:
         return other
 
     def check_whole(self) -> None:
-        """Check that no process holds only a part of the weights, for what one process does with whole ones."""
+        """Raise if the weights are sharded, for operations that need whole weights in one process."""
         if is_sharded(slot.now for slot in self.slots):
             raise MergeError(
                 "the model is distributed over processes (FSDP2), which hold parts of its weights; save the adapter "
@@ -115,7 +115,7 @@ class Base:
             )
 
     def _hold_packed(self) -> None:
-        """Let the tree have buffers where the trace has weights in few bits."""
+        """Put buffers in the tree in the place of the trace's packed weights."""
         self.packed = {}
         if any(is_lazy(parameter) for parameter in self.traced.tree.parameters.values()):
             from gralora_fx.core.graph.packed_weights import hold_packed, packed_parameters
@@ -124,7 +124,7 @@ class Base:
             hold_packed(self.tree)
 
     def graph_module(self, graph: fx.Graph, training: bool, class_name: str) -> fx.GraphModule:
-        """A graph module over the tree's tensors, for a graph of the trace."""
+        """Return a graph module of a graph of the trace, over the tree's tensors."""
         root = self.tree
         if self.packed:
             root = copy.copy(root)
@@ -134,7 +134,7 @@ class Base:
         return copy_in_mode(root, graph, training, class_name)
 
     def _install_blocks(self) -> None:
-        """Let the tree have modules where the trace has blocks."""
+        """Replace containers of the tree by the modules of the trace's blocks."""
         self.running_block: Callable[[str], fx.GraphModule] | None = None
         if not self.traced.blocks:
             return
@@ -144,7 +144,7 @@ class Base:
         install_blocks(self.tree, kinds, self._running_block)
 
     def _plain_tree(self) -> nn.Module:
-        """The tree, without the modules that blocks are."""
+        """Return the tree with plain containers in the place of block modules."""
         if not self.traced.blocks:
             return self.tree
         from gralora_fx.core.graph.block_modules import without_blocks
@@ -156,12 +156,12 @@ class Base:
         return self.running_block(path)
 
     def parameters_now(self) -> dict[str, nn.Parameter]:
-        """The parameters by the names of the source model, as the tree has them now, within a forward of FSDP2 too."""
+        """Return the tree's current parameters by the source model's names, also inside FSDP2's forward."""
         now = {id(slot.parameter): slot.now for slot in self.slots}
         return {name: now.get(id(p), p) for name, p in self.traced.tree.parameters.items()}  # type: ignore[misc]
 
     def find_slots(self, traced: TracedModel) -> list[ParameterSlot]:
-        """Find where the tree holds the parameters of a trace."""
+        """Find the place of every parameter of a trace in the tree."""
         parameters = dict(traced.graph_module.named_parameters(remove_duplicate=False))
         slots = []
         for name, parameter in parameters.items():
@@ -173,12 +173,12 @@ class Base:
 
 
 def is_sharded(tensors: Iterable[Tensor | None]) -> bool:
-    """Return whether processes hold parts of these tensors, as FSDP2 distributes them."""
+    """Return whether a tensor is distributed over processes, as FSDP2 does."""
     return any(hasattr(tensor, "full_tensor") for tensor in tensors)
 
 
 def base_of(traced: TracedModel) -> BaseSource:
-    """Return what is known of a traced model: the name that it was loaded by, and its configuration."""
+    """Return the name that a traced model was loaded by, and its configuration."""
     from gralora_fx.base.sources.same_base import BaseSource
 
     config = traced.config

@@ -1,4 +1,4 @@
-"""A model's adapters as files in PEFT's format, gathered from and distributed over processes; the base they are for."""
+"""A model's adapters as files in PEFT's format, gathered from processes or sharded over them, and their base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gralora_fx.errors import CheckpointError, ConfigError, bulleted, command, w
 
 
 def base_names(keys: Iterable[str]) -> set[str]:
-    """The base's parameter names for the keys of PEFT's file that hold copies of parameters."""
+    """Return the base's parameter names for keys of PEFT's file that hold copies of parameters."""
     return {key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
@@ -40,7 +40,7 @@ def save_adapters(
     is_main_process: bool,
     state_dict: Mapping[str, Tensor] | None,
 ) -> None:
-    """Write adapters of a model, by folder; of a distributed one every process gathers them, and one writes."""
+    """Write a model's adapters, one folder each; if they are sharded, all processes gather and one writes."""
     is_distributed = any(is_sharded(adapter.parameters()) for adapter in adapters.values())
     if state_dict is not None and is_distributed:  # Accelerate has gathered it, and one process calls this
         if is_main_process:
@@ -58,7 +58,7 @@ def save_adapters(
 def load_adapter(
     state: AdapterGraph, directory: str | Path, name: str, *, revision: str | None, strict_base: bool
 ) -> None:
-    """Load a saved adapter into a model's adapter of that name and configuration, or into a new one."""
+    """Load a saved adapter into the model's adapter of that name and configuration, or into a new one."""
     config, tensors = read_adapter(directory, revision=revision)
     base = settled_base(config, state.traced, directory, strict=strict_base)
     planned = planned_for(state.traced, config)
@@ -116,7 +116,7 @@ def load_tensors(adapter: ModelAdapter, tensors: Mapping[str, Tensor], tree: Mod
 
 
 def _stack_at(adapter: ModelAdapter, tensor: Tensor) -> str:
-    """Describe the stack of matrices that a tensor is for, if it is for one, after its shape in a message."""
+    """Return the words for a message that a tensor belongs to a stack of matrices; empty if it does not."""
     sites = (p for p in adapter.plan.selected if any(own is tensor for own in adapter.factors[p.site.path]))
     planned = next(sites, None)
     if planned is None or planned.stack is None:
@@ -126,7 +126,7 @@ def _stack_at(adapter: ModelAdapter, tensor: Tensor) -> str:
 
 
 def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> None:
-    """Check that a state dict holds the current values of an adapter."""
+    """Check that a state dict holds the adapter's current values."""
     for path, parameter in adapter.named_parameters():
         tensor = state_dict.get(f"graph_module.{path}")
         if tensor is None or tensor.shape != parameter.shape or not torch.equal(tensor.to(parameter), parameter):
@@ -137,7 +137,7 @@ def check_state_dict(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) ->
 
 
 def _whole_tensors(adapter: ModelAdapter, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter's tensors from a state dict of whole tensors, by the keys of PEFT's file."""
+    """Return an adapter's tensors from a state dict of whole tensors, by PEFT's keys."""
     names = {id(parameter): f"graph_module.{path}" for path, parameter in adapter.named_parameters()}
     found = {key: names[id(parameter)] for key, parameter in checkpoint_parameters(adapter).items()}
     if missing := sorted(set(found.values()) - state_dict.keys()):
@@ -151,10 +151,10 @@ def _write_adapters(
     directory: str | Path,
     traced: TracedModel,
 ) -> None:
-    """Write adapters in PEFT's format, with the same meaning there: all of them, or none after an error.
+    """Write adapters in PEFT's format, with the same meaning there; an error writes none.
 
-    Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. So do targets with
-    `exclude_modules`, which PEFT does not know.
+    Shorthands are expanded as PEFT expands them: `all-linear` becomes the list of adapted layers. Targets with
+    `exclude_modules`, which PEFT does not know, become such a list too.
     """
     writers = {
         name: adapter_writers(saved_config(adapter, traced), functools.partial(dict, tensors[name]))
@@ -180,7 +180,7 @@ def _write_adapters(
 def _match_keys(
     tensors: Mapping[str, Tensor], expected: Container[str], tree: ModuleTree
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Match a file's tensors with the keys that an adapter expects, and describe the ones that do not fit.
+    """Match a file's tensors with the keys that an adapter expects, and describe those that do not fit.
 
     PEFT stores some twice: the weight of an adapted head, and with `bias="all"` the biases of a saved module, as
     `<module>.original_module.bias` (the base's) and `<module>.modules_to_save.bias` (the trained one).
@@ -205,7 +205,7 @@ def _match_keys(
 
 
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
-    """Whether a tensor equals another one cast to its dtype."""
+    """Return whether a tensor equals another one cast to its dtype."""
     return tensor.shape == other.shape and bool(torch.equal(other.cpu().to(tensor), tensor))
 
 
@@ -213,30 +213,30 @@ def _repeats(tensor: Tensor, other: Tensor) -> bool:
 
 
 def settled_base(config: AdapterConfig, traced: TracedModel, directory: str | Path, *, strict: bool) -> BaseComparison:
-    """Compare an adapter's base with a traced model, and warn or refuse where it is not known to be the same."""
+    """Compare an adapter's base with a traced model; warn or raise if they are not known to be the same."""
     compared = compare_bases(config.made_for, base_of(traced))
     compared.settle(directory, strict=strict, error=CheckpointError)
     return compared
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 take back whole tensors that it has left in place after a forward pass without a backward one."""
+    """Reshard tensors that FSDP2 left gathered after a forward pass without a backward pass."""
     if (shards := getattr(model, "reshard", None)) is not None:
         shards()
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors by name; every process must call it if one is sharded, in the same order."""
+    """Return whole tensors by name; if one is sharded, every process must make this call, in the same order."""
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
 
 
 def is_writer() -> bool:
-    """Return whether this process writes what all of them hold: the first one."""
+    """Return whether this process writes what all of them hold: the first one does."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def as_sharded(values: Tensor, like: Tensor) -> Tensor:
-    """Return whole values as another tensor is distributed; themselves if it is not."""
+    """Return values sharded like another tensor; unchanged if it is not sharded."""
     if not is_sharded([like]):
         return values
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -1,4 +1,4 @@
-"""The graph that runs: built anew for every state, then swapped in by one reference."""
+"""The graph that runs: built for every state, then swapped in by one reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class CurrentGraph:
     """A base model, its adapters, and the graph of the current state.
 
-    A thread that runs the model takes one reference and sees one state from beginning to end. Changes are serialized.
+    A thread that runs the model takes one reference, so it sees one state from beginning to end. Changes are
+    serialized.
 
     Attributes:
         base: The base model; its module tree owns every tensor.
@@ -55,7 +56,7 @@ class CurrentGraph:
         self._suspended: GraphState | None = None  # to which the end of a `disabled()` block returns
 
     def __getitem__(self, name: str) -> ModelAdapter:
-        """An adapter by name; raises `RewriteError` if there is none."""
+        """Return an adapter by name; raise `RewriteError` if there is none."""
         if not isinstance(name, str) or name not in self.adapters:
             raise RewriteError(f"no adapter {name!r}; there are {', '.join(self.adapters) or 'none'}")
         return self.adapters[name]
@@ -98,14 +99,14 @@ class CurrentGraph:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle: the base, the adapters' plans and the state, from which the graph is rebuilt."""
+        """Return the state for pickle: the base, the adapters' plans and the state; the graph is rebuilt."""
         with self._lock:
             for graph_pass in self.state.passes:
                 _check_picklable(graph_pass)
             return self._parts()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Rebuild the graph."""
+        """Restore the state, and rebuild the graph."""
         self._begin(state["base"])
         sites = {site.path: site for site in self.base.traced.adaptable}
         adapters = [adapter.over(sites, self.base.tree) for adapter in state["adapters"]]
@@ -113,7 +114,7 @@ class CurrentGraph:
         self.current = self._build(state["state"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with tensors of its own."""
+        """Return a copy with its own tensors."""
         other = object.__new__(type(self))
         memo[id(self)] = other
         with self._lock:
@@ -134,8 +135,8 @@ class CurrentGraph:
 
         Args:
             inputs: The graph's inputs.
-            form: Another form of the graph; None for the graph as it is.
-            rows: The rows of each adapter, in the place of the active ones; None for the current state.
+            form: A variant of the graph; None for the graph itself.
+            rows: The rows of each adapter, in the place of the active adapters; None for the current state.
         """
         if torch.compiler.is_compiling():
             current, inputs = self._for_rows(inputs, rows)
@@ -148,7 +149,7 @@ class CurrentGraph:
             return (current.running if form is None else current.running_as(form))(**inputs)
 
     def check_precision(self) -> None:
-        """Check that tensors have the dtypes for which the graph was built, which FSDP2 may change while it runs."""
+        """Check that tensors have the dtypes that the graph was built for; FSDP2 may change them while it runs."""
         if self.current.casts != dtypes_of(self.state, self.adapters):
             raise RewriteError(
                 "FSDP2 casts parameters (MixedPrecisionPolicy(param_dtype=...)), but the graph computes in the dtypes "
@@ -156,19 +157,19 @@ class CurrentGraph:
             )
 
     def lend(self) -> fx.GraphModule:
-        """The current graph, for a caller that may keep it."""
+        """Return the current graph to a caller that may keep it."""
         current = self.current
         current.is_lent = True
         return current.flat.compiled()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Let the caller write tensors within the block: no other thread runs the model then."""
+        """Let the caller write tensors within the block, while no other thread runs the model."""
         with self._readers.writing(), self._lock:
             yield
 
     def set_mode(self, training: bool) -> None:
-        """Switch the graph to training or evaluation mode; the graph of the other mode is kept."""
+        """Switch to training or evaluation mode; the graph of the other mode stays cached."""
         with self._lock:
             before = self.current
             if training == before.state.training:
@@ -186,7 +187,7 @@ class CurrentGraph:
             self._remember()
 
     def set_checkpointing(self, checkpointing: Checkpointing | None) -> None:
-        """Choose which blocks are recomputed in the backward pass."""
+        """Set which blocks are recomputed in the backward pass."""
         with self._lock:
             if checkpointing == self.state.checkpointing:
                 return
@@ -198,13 +199,13 @@ class CurrentGraph:
             self._remember()
 
     def set_dropout(self, drops: bool) -> None:
-        """Choose whether training has dropout."""
+        """Set whether training applies dropout."""
         with self._lock:
             if drops != self.state.drops:
                 self._make(drops=drops)
 
     def largest_dropout(self) -> float:
-        """The largest probability with which training zeroes values."""
+        """Return the largest dropout probability in training."""
         if not self.state.drops:
             return 0.0
         graph = self.current.flat.module.graph
@@ -216,14 +217,14 @@ class CurrentGraph:
         self._make()
 
     def _show_adapters(self) -> None:
-        """Update the current graph module's adapter tensors to the current adapters."""
+        """Point the current graph module's adapter tensors to the current adapters."""
         self.current.show_adapters()
         self._cache.clear()
         self._remember()
 
     @contextmanager
     def acting_everywhere(self) -> Iterator[None]:
-        """Let adapters that act on some tokens act on all, within the block."""
+        """Make adapters that act on some tokens act on all, within the block."""
         before = self.adapters
         self._take({name: adapter.everywhere() for name, adapter in before.items()})
         try:
@@ -236,7 +237,7 @@ class CurrentGraph:
     def _for_rows(
         self, inputs: Mapping[str, Any], rows: Mapping[str, Rows] | None
     ) -> tuple[StateGraph, Mapping[str, Any]]:
-        """The graph in which adapters act by row, and its inputs; the base's while adapters are disabled."""
+        """Return the graph with adapters by row and its inputs; the base's graph while adapters are disabled."""
         if rows is None or self._suspended is not None:
             return self.current, inputs
         given = {**inputs, ROWS: tuple(rows.values())} if rows else inputs
@@ -252,13 +253,13 @@ class CurrentGraph:
         return made, given
 
     def _by_row(self, rows: Mapping[str, Rows]) -> GraphState:
-        """The current state with adapters by row alone, over the base's own weights."""
+        """Return the current state with adapters by row only, over the base's own weights."""
         return dataclasses.replace(self.state, active=(), merged=(), weights={}, unties=False, by_row=tuple(rows))
 
     def _make(self, **changes: Any) -> None:
         """Switch to the current state with some fields changed; an error changes nothing.
 
-        The graphs of the most recent states are cached, so that a switch back builds none.
+        Graphs of the most recent states are cached, so that switching back builds none.
         """
         state = dataclasses.replace(self.state, **changes)
         cached = self._cached(state) if state.is_repeatable else None
@@ -266,7 +267,7 @@ class CurrentGraph:
         self._remember()
 
     def _cached(self, state: GraphState) -> StateGraph | None:
-        """The cached graph of a state, if it is still valid."""
+        """Return the cached graph of a state if it is still valid."""
         current = self._cache.get(state)
         return current if current is not None and self.base.is_current and self._is_valid(current) else None
 
@@ -280,7 +281,7 @@ class CurrentGraph:
         return build_graph(state, self.base, self.adapters)
 
     def _is_valid(self, graph: StateGraph) -> bool:
-        """Whether a graph, merged weights included, is still what building its state would give."""
+        """Return whether rebuilding a graph, merged weights included, would give the same."""
         return graph.is_fresh and graph.casts == dtypes_of(graph.state, self.adapters)
 
 
@@ -297,7 +298,7 @@ def _check_picklable(graph_pass: GraphPass) -> None:
 
 
 class ReadWriteLock:
-    """Lets any number of threads run the model, or one thread write its tensors.
+    """A lock that lets any number of threads run the model, or one thread write its tensors.
 
     Switching adapters needs neither: it builds another graph and swaps one reference. The lock is reentrant: a thread
     that runs the model may run it again or write within that run, as a hook does.
@@ -311,7 +312,7 @@ class ReadWriteLock:
         self._writing = 0
 
     def __enter__(self) -> None:
-        """Start reading, once no other thread writes."""
+        """Start reading once no other thread writes."""
         me = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: self._writer in (None, me) or me in self._reading)
@@ -333,7 +334,7 @@ class ReadWriteLock:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Exclude other readers and writers within the block, once those at work have finished."""
+        """Exclude other readers and writers within the block, once current ones have finished."""
         me = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: self._writer in (None, me))

@@ -1,4 +1,4 @@
-"""A warning at an optimizer's first step that names where an adapter got no gradient, so that nothing trains there."""
+"""A warning at an optimizer's first step that names the sites where an adapter got no gradient, and will not train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST = 4  # places that a message names
 
 
 class HasAdapters(Protocol):
-    """What owns adapters by name, which may be replaced meanwhile."""
+    """An owner of adapters by name; the mapping may change between calls."""
 
     adapters: dict[str, ModelAdapter]
 
@@ -26,11 +26,11 @@ _Owner = TypeVar("_Owner", bound=HasAdapters)
 
 
 def check_first_step(optimizer: Optimizer, untrained: MutableMapping[_Owner, set[str]]) -> None:
-    """Warn of adapters that an optimizer trains for the first time and that got no gradient somewhere.
+    """Warn of adapters that an optimizer trains for the first time and that lack gradients somewhere.
 
     Args:
         optimizer: The optimizer, before its step.
-        untrained: Names of the adapters that no optimizer has trained yet, by owner; those that it trains are removed.
+        untrained: Names of adapters that no optimizer has trained yet, by owner; those that it trains are removed.
     """
     if all(group.get("lr") == 0 for group in optimizer.param_groups):  # as torch makes room for a saved state
         return
@@ -75,7 +75,7 @@ def _warn_of_idle(adapter: ModelAdapter) -> None:
 
 
 def _idle_matrices(adapter: ModelAdapter, planned: PlannedSite, gradients: dict[str, Tensor | None]) -> Iterator[int]:
-    """Yield the places in a site's stack of the matrices whose gradients are all zero; 0 for a single such matrix."""
+    """Yield the indices in a site's stack of matrices whose gradients are all zero; 0 for a single such matrix."""
     count = planned.stack or 1
     present = {field: torch.zeros(()) if tensor is None else tensor for field, tensor in gradients.items()}
     if planned.stack is not None and all(tensor is not None for tensor in gradients.values()):

@@ -1,4 +1,4 @@
-"""Adapters folded into the base's own parameters, in place: everything is checked before the first one changes."""
+"""Adapters folded into the base's own parameters, in place; everything is checked before the first one changes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from gralora_fx.errors import MergeError
 def fold_adapters(
     traced: TracedModel, adapters: Sequence[ModelAdapter], work: Sequence[SiteUpdate], *, safe: bool, untie: bool
 ) -> dict[str, nn.Parameter]:
-    """Fold adapters and their copies of parameters into a base's own parameters.
+    """Fold adapters and their copies of parameters into the base's own parameters.
 
     Args:
         traced: The base.
         adapters: The adapters.
         work: Their updates.
         safe: Whether to check first that every merged weight is finite.
-        untie: Whether to leave tied weights as they are, and return the weights of their layers.
+        untie: Whether to leave tied weights as they are, and return new weights for their layers.
 
     Returns:
-        The folded weights that did not take the place of the base's, by site path.
+        Folded weights that do not replace the base's, by site path.
     """
     graph_module = traced.graph_module
     copies = _copied_values(traced.tree, adapters)
@@ -50,10 +50,10 @@ def fold_adapters(
 
 
 def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, safe: bool = False) -> None:
-    """Fold into the weights themselves, in place; no copy is kept.
+    """Fold updates into the weights in place, keeping no copy.
 
-    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded one,
-    whose elements share memory, gets memory of its own.
+    Every weight is checked before the first one changes. One that cannot be written in place, such as an expanded
+    tensor whose elements share memory, is replaced by a new tensor.
     """
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
@@ -73,7 +73,7 @@ def fold_in_place(graph_module: fx.GraphModule, work: Iterable[SiteUpdate], *, s
 
 
 def _replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-    """Assign new values to parameters without copying: all of them, or none after an error."""
+    """Replace the data of parameters without copying; an error changes none."""
     before = [parameter.data for parameter, _ in updates]
     try:
         for parameter, values in updates:
@@ -85,7 +85,7 @@ def _replace_values(updates: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to in place, each element having memory of its own."""
+    """Return whether a tensor can be written in place: every element has its own memory."""
     if type(tensor.data) is not Tensor or tensor.layout is not torch.strided:
         return False
     extent = 1
@@ -98,7 +98,7 @@ def _is_writable(tensor: Tensor) -> bool:
 
 
 def _copied_values(tree: ModuleTree, adapters: Sequence[ModelAdapter]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the base's parameters of which adapters train copies, each with a clone of the adapter's copy."""
+    """Return base parameters of which adapters train copies, each with a clone of the adapter's copy."""
     memory = overlapping(tree.parameters)
     copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
     for adapter in adapters:

@@ -1,4 +1,4 @@
-"""A record of the adapters folded into a model: configuration, digest of the tensors, what was compared of the base."""
+"""A record of the adapters folded into a model: configuration, digest of the tensors, comparison of the base."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ class _Folded:
 
 
 def _versions(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The version counter of each tensor; 0 for inference tensors, which have none."""
+    """Return each tensor's version counter; 0 for inference tensors, which have none."""
     return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors.values())
 
 
 class FoldedAdapters(Mapping[str, dict[str, Any]]):
-    """Configuration and SHA-256 of `adapter_model.safetensors` of folded adapters, by name, as if they were saved.
+    """Configurations and SHA-256 digests of folded adapters' `adapter_model.safetensors`, by name, as if saved.
 
-    They are computed on first access, since hashing an adapter takes as long as folding it.
+    Digests are computed on first access, since hashing an adapter takes as long as folding it.
     """
 
     def __init__(self, entries: Mapping[str, Any]) -> None:
-        """Take descriptions, or records to make them from."""
+        """Store descriptions, or records to compute them from."""
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> dict[str, Any]:
-        """The description of one."""
+        """Return the description of an adapter."""
         entry = self._entries[name]
         if isinstance(entry, _Folded):
             entry = self._entries[name] = entry.described()
@@ -85,17 +85,17 @@ class FoldedAdapters(Mapping[str, dict[str, Any]]):
         return described
 
     def __iter__(self) -> Iterator[str]:
-        """Their names."""
+        """Iterate over the names."""
         return iter(self._entries)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of adapters."""
         return len(self._entries)
 
     def __repr__(self) -> str:
-        """As a dict."""
+        """Return the `repr` of the same dict."""
         return repr(dict(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What pickle and `copy.deepcopy` take: the descriptions."""
+        """Return the state for pickle and `copy.deepcopy`: the descriptions."""
         return FoldedAdapters, (dict(self),)

@@ -1,4 +1,4 @@
-"""Weights with the updates of adapters folded into them, in new memory, now or when they are read; no graph changes."""
+"""Weights with adapters folded in, in new memory, computed now or when first read; no graph changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folded_weights(
     safe: bool = False,
     untie: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """Compute folded weights by site path; nothing is changed."""
+    """Compute folded weights by site path, without changing anything."""
     work = list(work)
     check_foldable(graph_module, [entry.site for entry in work])
     if not untie:
@@ -56,14 +56,14 @@ def folded_weights(
 
 
 def folded(entry: SiteUpdate, out: Tensor | None = None) -> Tensor:
-    """Return a site's weight with its updates, in `out` or in new memory."""
+    """Return a site's weight with its updates added, in `out` or in new memory."""
     site = entry.site
     weight = values_of(site.weight, site.path) if is_lazy(site.weight) else site.weight.data
     return fold(weight, entry.updates, transposed=site.is_transposed, out=out)
 
 
 def lazy_weights(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> dict[str, nn.Parameter]:
-    """Lazy folded weights by site path, computed when they are read (see `gralora_fx.base.sources.lazy_tensors`).
+    """Return lazy folded weights by site path, computed on first read (see `gralora_fx.base.sources.lazy_tensors`).
 
     Half-precision weights are folded into a float32 result, so that they are rounded once.
     """
@@ -94,7 +94,7 @@ def _lazy_weight(entry: SiteUpdate) -> nn.Parameter:
 
 
 def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> dict[str, str]:
-    """Descriptions of what else reads the weights of sites, by path of the sites with shared weights."""
+    """Describe what else reads the weights of sites, by path of the sites with shared weights."""
     reasons: dict[str, str] = {}
     sites = list(sites)
     others, memory = other_readers(graph_module, sites), _sharing_memory(graph_module, sites)
@@ -110,7 +110,7 @@ def shared_sites(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> d
 
 
 def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) -> None:
-    """Check that the weights of sites are parameters, not computed, so that they can be folded into."""
+    """Check that the weights of sites are parameters rather than computed values, so that they can be folded into."""
     computed = computed_sites(graph_module, sites)
     if computed:
         raise MergeError(
@@ -121,7 +121,7 @@ def check_foldable(graph_module: fx.GraphModule, sites: Iterable[LinearSite]) ->
 
 
 def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -> dict[str, tuple[str, ...]]:
-    """Names of other tensors that share memory with the weights of sites, by site path."""
+    """Return names of other tensors that share memory with the weights of sites, by site path."""
     tensors: dict[str, Tensor] = dict(graph_module.named_parameters())
     tensors |= dict(graph_module.named_buffers())
     names = {id(tensor): name for name, tensor in tensors.items()}
@@ -134,10 +134,10 @@ def _sharing_memory(graph_module: fx.GraphModule, sites: Sequence[LinearSite]) -
 
 
 def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -> None:
-    """Check that nothing else reads the weights of sites, since folding would change its result.
+    """Raise if something else reads the weights of sites, since folding would change its result.
 
-    A layer that is never called, since the model computes with its weight itself, may have an update that changes
-    nothing: no training gives it another, since its adapter gets no gradient.
+    A layer whose weight the model reads itself, without calling the layer, may have an update that changes nothing:
+    its adapter gets no gradient, so training leaves it so.
     """
     entries = {entry.site.path: entry for entry in work}
     shared = shared_sites(graph_module, [entry.site for entry in entries.values()])
@@ -156,13 +156,13 @@ def check_not_shared(graph_module: fx.GraphModule, work: Iterable[SiteUpdate]) -
 
 
 def _changes(entry: SiteUpdate) -> bool:
-    """Whether folding gives other values than the weight has."""
+    """Return whether folding changes the weight's values."""
     values = raw_values_of(entry.site.weight, entry.site.path)
     return not torch.equal(fold(values, entry.updates, transposed=entry.site.is_transposed), values)
 
 
 def _is_finite(weight: Tensor) -> bool:
-    """Whether every value is finite; the sum is faster to check, but may overflow."""
+    """Return whether every value is finite; the sum is faster to check, but may overflow."""
     return bool(torch.isfinite(weight.sum())) or bool(torch.isfinite(weight).all())
 
 
@@ -180,7 +180,7 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 
 
 def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """The names of tensors that share an element with others, each with the names of the others.
+    """Return the names of tensors that share an element with others, each with the others' names.
 
     The same tensor under two names does not count as two.
     """
@@ -206,7 +206,7 @@ def overlapping(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:
-    """Device, first byte and end of a tensor in memory, and its name; None if it has no plain memory."""
+    """Return a tensor's device, first byte, end and name; None if it has no plain memory."""
     if tensor.is_meta or tensor.layout is not torch.strided or type(tensor.data) is not Tensor or not tensor.numel():
         return None
     start = tensor.data_ptr()
@@ -214,12 +214,12 @@ def _span(name: str, tensor: Tensor) -> tuple[str, int, int, str] | None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Number of elements from a tensor's first to its last, inclusive."""
+    """Return the number of elements from a tensor's first to its last in memory, inclusive."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _share(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors share an element; interleaved column slices, for example, do not."""
+    """Return whether two tensors share an element; interleaved column slices, for example, do not."""
     first, second = sorted((one, other), key=lambda tensor: tensor.data_ptr())
     size = first.element_size()
     distance = second.data_ptr() - first.data_ptr()

@@ -1,4 +1,4 @@
-"""An adapter's subgraph at every call of its sites; it overwrites no output that something else reads."""
+"""An adapter's nodes at every call of its sites; no output that other nodes read is overwritten."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Insertion(NamedTuple):
 
     @property
     def features(self) -> tuple[int, int]:
-        """Widths `in` and `out` of the layer."""
+        """The layer's widths, `in` and `out`."""
         return self.site.in_features, self.site.out_features
 
 
@@ -82,7 +82,7 @@ class InsertAdapter:
     acting: Inserting | None = None
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Insert it."""
+        """Insert the adapter."""
         by_name = {node.name: node for node in graph.nodes}
         acting = None if self.acting is None else self.acting(graph)
         count = 0
@@ -108,7 +108,7 @@ class InsertAdapter:
     def _insert_after(
         self, graph: fx.Graph, call: LinearCall, insertion: Insertion, acting: ActingTokens | None
     ) -> list[fx.Node]:
-        """Give the readers of a call the output with the adapter."""
+        """Redirect the readers of a call to its output with the adapter."""
         x = call.input if acting is None else acting.read(call.input, insertion.site.path, self.adapter)
         node, after = call.node, call.node.next
         with graph.inserting_before(after):
@@ -116,14 +116,14 @@ class InsertAdapter:
         return redirect_readers(node, result, after)
 
     def output(self, graph: fx.Graph, insertion: Insertion, call: LinearCall, x: fx.Node, y: fx.Node) -> fx.Node:
-        """Insert a call's output with the adapter, and return its node.
+        """Insert the nodes that add the adapter to a call's output, and return the last one.
 
         Args:
-            graph: The graph, at the place where it is inserted.
+            graph: The graph, at the insertion point.
             insertion: The adapter at the call's site.
             call: The call.
-            x: What the layer reads, or some rows of it, or at some tokens.
-            y: Its own output for these.
+            x: The layer's input, or some of its rows, or the input masked to some tokens.
+            y: The layer's own output for `x`.
         """
         tracer = GraphAppendingTracer(graph)
         weight, bias = _proxy(call.weight, tracer), None if call.added is None else _proxy(call.added, tracer)
@@ -142,7 +142,7 @@ class InsertAdapter:
     def _insert_into_operand(
         self, graph: fx.Graph, call: LinearCall, operand: tuple[int, int], insertion: Insertion
     ) -> list[fx.Node]:
-        """Give a branch or a loop the weight with the adapter.
+        """Pass the weight with the adapter to a subgraph of `cond` or of a loop.
 
         Before: `y = cond(p, self.true, self.false, (x, w))`
         After:  `...; w_1 = add(w, update); y = cond(p, self.true, self.false, (x, w_1))`
@@ -160,7 +160,7 @@ class InsertAdapter:
         return [candidate for candidate in graph.nodes if candidate not in before]
 
     def _insert_at_read(self, graph: fx.Graph, node: fx.Node, insertion: Insertion) -> bool:
-        """Give the readers of a parameter its values with the adapter; whether there are any."""
+        """Redirect the readers of a parameter to its values with the adapter; return whether there are any."""
         site, users = insertion.site, set(node.users)
         first = node
         while users and first not in users:
@@ -193,7 +193,7 @@ class InsertAdapter:
         return True
 
     def _tensors(self, graph: fx.Graph, tracer: GraphAppendingTracer, insertion: Insertion) -> AdapterTensors:
-        """The adapter's tensors as proxies of new nodes."""
+        """Return proxies of new `get_attr` nodes for the adapter's tensors."""
         names = insertion.names.items()
         return self.method.tensors(
             **{field: _proxy(graph.create_node("get_attr", attribute), tracer) for field, attribute in names}
@@ -209,7 +209,7 @@ def _check_acts_everywhere(acting: ActingTokens | None, path: str) -> None:
 
 
 def redirect_readers(node: fx.Node, result: fx.Node, after: fx.Node) -> list[fx.Node]:
-    """Give a node's readers another value, but for the nodes from it to another, which compute that; return these."""
+    """Redirect a node's readers to another value, except the nodes that compute that value; return these."""
     inserted: list[fx.Node] = []
     while (candidate := inserted[-1].next if inserted else node.next) is not after:
         inserted.append(candidate)
@@ -219,7 +219,7 @@ def redirect_readers(node: fx.Node, result: fx.Node, after: fx.Node) -> list[fx.
 
 
 def annotate_all(nodes: Iterable[fx.Node], site: str, adapter: str, call: fx.Node) -> None:
-    """Annotate the nodes of an adapter at a call, which are of the module that the call is of."""
+    """Annotate an adapter's nodes at a call, and give them the call's module stack."""
     for node in nodes:
         annotate(node, site=site, adapter=adapter, call=call.name)
         if "nn_module_stack" in call.meta:
@@ -227,7 +227,7 @@ def annotate_all(nodes: Iterable[fx.Node], site: str, adapter: str, call: fx.Nod
 
 
 def _calls(by_name: Mapping[str, fx.Node], name: str, site: LinearSite) -> tuple[LinearCall, ...]:
-    """The calls of a site at a node."""
+    """Return the calls of a site that a node makes."""
     node = by_name.get(name)
     calls = () if node is None else calls_at(node, site.path)
     if not calls:

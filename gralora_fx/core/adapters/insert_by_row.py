@@ -1,4 +1,4 @@
-"""Adapters by row in a graph: each adapter's subgraphs on the rows that an input gives it."""
+"""A different adapter for each row in a graph: each adapter's nodes run on the rows that an input lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gralora_fx.format.input_names import ROWS
 @contract(leaves={INSERTED}, ends={OWN_WEIGHTS, MODES})
 @dataclass(frozen=True)
 class InsertByRow:
-    """Add the outputs of adapters to some rows of their sites, and compute modules that they train whole with theirs.
+    """Add adapters' outputs on their rows of each site, and compute fully trained modules once per adapter.
 
     Before: `y = linear(x, w, b)`
     After:  `y = linear(x, w, b); x_a = take_rows(x, rows_a); y_a = take_rows(y, rows_a);
@@ -41,7 +41,7 @@ class InsertByRow:
     Attributes:
         adapters: The adapters.
         tree: The modules of the source model.
-        main_input: Name of the input whose first axis is that of rows.
+        main_input: Name of the input whose first axis is the batch.
     """
 
     adapters: tuple[ModelAdapter, ...]
@@ -49,7 +49,7 @@ class InsertByRow:
     main_input: str
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Insert them."""
+        """Insert the adapters."""
         for adapter in self.adapters:
             if adapter.plan.trained_biases:
                 raise RewriteError(
@@ -93,7 +93,7 @@ class InsertByRow:
         layout: _Layout,
         acting: Mapping[str, ActingTokens],
     ) -> None:
-        """Give the readers of a call its output with the adapters."""
+        """Redirect the readers of a call to its output with the adapters."""
         after = node.next
         names, path = ", ".join(part[1].adapter for part in parts), parts[0][2].site.path
         (call,) = calls_at(node, path)  # as it is now: its input may have adapters already
@@ -111,7 +111,7 @@ class InsertByRow:
         _describe_as(chosen, node)
 
     def _copy_module(self, graph: fx.Graph, module: str, copies: Sequence[_ModuleCopy], layout: _Layout) -> None:
-        """Compute a module once more for each adapter that trains it whole, with its parameters and on its rows."""
+        """Compute a module once more for each adapter that trains it whole, with that adapter's parameters and rows."""
         inside = [n for n in graph.nodes if n.op.startswith("call_") and is_inside(n, module, self.tree)]
         if not inside:
             raise RewriteError(f"adapter_names: the graph does not call {module}, which modules_to_save names")
@@ -150,7 +150,7 @@ class _ModuleCopy:
         """Check that a module can be computed by row.
 
         Raises:
-            RewriteError: It updates buffers, the trace has a fixed number of rows, or other code reads its parameters.
+            RewriteError: It updates buffers, the trace has a fixed batch size, or other code reads its parameters.
         """
         named = f"adapter_names: modules_to_save has {self._module}"
         if self._layout.is_fixed:
@@ -172,7 +172,7 @@ class _ModuleCopy:
         return made
 
     def _outside(self, node: fx.Node) -> fx.Node:
-        """Return what a copy reads in the place of a node outside the module."""
+        """Return what a copied node reads in the place of a node outside the module."""
         if node.op == "get_attr":
             path = self._owned.get(id(tensor_at(module_of(self._graph), str(node.target))))
             return node if path is None else self._graph.get_attr(path)
@@ -186,7 +186,7 @@ class _ModuleCopy:
 
 
 class _Layout:
-    """Where the rows of a batch are in the values of a graph."""
+    """The position of the batch axis in the values of a graph."""
 
     def __init__(self, graph: fx.Graph, main_input: str) -> None:
         placeholders = graph.find_nodes(op="placeholder")
@@ -212,15 +212,15 @@ class _Layout:
         return not any(self._has_rows(size) for size in _shape(node))
 
     def is_count(self, node: fx.Node) -> bool:
-        """Return whether a node is the number of rows."""
+        """Return whether a node's value is the batch size."""
         value = node.meta.get("val")
         return isinstance(value, torch.SymInt) and _expression(value) in self._symbols
 
     def batch_argument(self, node: fx.Node, where: str) -> tuple[fx.Node, ...]:
-        """Return the argument `batch` of `take_rows` for a node's value, at the insertion point; nothing for rows.
+        """Return `take_rows`' argument `batch` for a node's value, at the insertion point; empty with a batch axis.
 
         Raises:
-            RewriteError: The value's first axis is not that of rows, or of places in one row beside those of the next.
+            RewriteError: The first axis is neither the batch nor the batch flattened with its positions, row after row.
         """
         shape = _shape(node)
         if shape and _expression(shape[0]) in self._symbols:
@@ -233,11 +233,11 @@ class _Layout:
         return (node.graph.call_function(torch.ops.aten.sym_size.int, (self.source, 0)),)
 
     def _has_rows(self, size: Any) -> bool:
-        """Return whether a size is the number of rows, or a multiple."""
+        """Return whether a size is the batch size or a multiple of it."""
         return any(_divided(_expression(size), batch) for batch in self._symbols)
 
     def _is_by_row(self, node: fx.Node) -> bool:
-        """Return whether rows are one after the other in the first axis of a value and of what it was computed from."""
+        """Return whether a value, and those it was computed from, have rows one after the other in the first axis."""
         waiting, seen = [node], set()
         while waiting:
             current = waiting.pop()
@@ -263,12 +263,12 @@ def _expression(size: Any) -> Any:
 
 
 def _hint(size: Any) -> Any:
-    """Return the value that a size had in the trace."""
+    """Return the concrete value of a size in the trace."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _divided(size: Any, batch: Any) -> bool:
-    """Return whether a size is a multiple of the number of rows: its expression has it as a factor."""
+    """Return whether a size's expression has the batch size as a factor."""
     if isinstance(batch, int) or isinstance(size, int):
         return bool(size == batch)
     rest = (size / batch).cancel()
@@ -276,7 +276,7 @@ def _divided(size: Any, batch: Any) -> bool:
 
 
 def _calls(by_name: Mapping[str, fx.Node], insertion: Insertion, adapter: str) -> Iterator[fx.Node]:
-    """Yield the nodes of a site's calls, each of which has to be in the graph itself."""
+    """Yield the nodes of a site's calls, which must be in the graph itself rather than in a subgraph."""
     site = insertion.site
     calls = () if isinstance(site, ParameterSite) else [c for n in site.calls for c in calls_at(by_name[n], site.path)]
     if not calls or any(call.operand is not None for call in calls):
@@ -288,5 +288,5 @@ def _calls(by_name: Mapping[str, fx.Node], insertion: Insertion, adapter: str) -
 
 
 def _describe_as(node: fx.Node, other: fx.Node) -> None:
-    """Give a node the shape and the module of another."""
+    """Copy the shape and the module stack of one node to another."""
     node.meta |= {key: other.meta[key] for key in ("val", "tensor_meta", "nn_module_stack") if key in other.meta}

@@ -1,4 +1,4 @@
-"""Layers that read one input, adapted or in few bits, joined to one node of the graph that runs in training."""
+"""Adapted or packed layers that read one input, joined into one node of the training graph."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _LINEAR, _ADDMM = torch.ops.aten.linear.default, torch.ops.aten.addmm.default
 
 
 class _Layer(NamedTuple):
-    """A layer of a graph, adapted or in few bits: its nodes in order, and what they read.
+    """An adapted or packed layer in a graph: its nodes in order, and their operands.
 
     Attributes:
-        nodes: The nodes, of which the first is the layer's own call and the last gives its output with the adapters.
-        x: Its input.
-        dropped: The input of its adapter after dropout, where there is some.
-        weight: Its weight, or of one in few bits what unpacks it.
-        bias: Its bias.
-        terms: Of each adapter, A, B, the scale and the rows that it is for.
+        nodes: The nodes, from the layer's own call to its output with the adapters.
+        x: The layer's input.
+        dropped: The adapter's input after dropout; None without dropout.
+        weight: The weight; for a packed one, the nested operands that unpack it.
+        bias: The bias.
+        terms: For each adapter: A, B, the scale and its rows.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -42,13 +42,13 @@ class _Layer(NamedTuple):
 
 
 def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
-    """Compute layers that read one input, adapted or in few bits, by one node at the place of the first.
+    """Compute adapted or packed layers that read one input by one node, at the place of the first.
 
     Before: `q = linear(x, wq); q_1 = accumulate(q, project(x, aq), bq, s); k = linear(x, wk); k_1 = accumulate(...)`
     After:  `q_1, k_1 = adapted_linears(x, None, [wq, wk], [None] * 2, [0, 1], [aq, ak], [bq, bk], [s, s], [None] * 2)`
 
-    Layers whose adapters drop inputs are a node each, since every one draws its own. Of layers with an adapter a row
-    each adapter is an entry, with its rows (see `adapter_rows`).
+    Layers whose adapters have dropout are not joined, since each draws its own mask. With adapters by row, each adapter
+    is an entry with its rows (see `adapter_rows`).
     """
     places = {node: place for place, node in enumerate(graph.nodes)}
     writes = [places[node] for node in graph.nodes if is_mutable(node.target)]
@@ -68,7 +68,7 @@ def join_adapted_linears(graph: fx.Graph) -> PassResult[fx.Graph]:
 
 
 def _layer(result: fx.Node) -> _Layer | None:
-    """Return the layer whose output a node is; None of one in floats that has no adapter, or is read elsewhere."""
+    """Return the layer whose output a node is; None if it is a float layer without adapter, or is read elsewhere."""
     if result.target is accumulate:
         return _adapted(result, [(result, None)])
     if result.target is set_rows and not result.kwargs and len(result.args) == 3:
@@ -77,7 +77,7 @@ def _layer(result: fx.Node) -> _Layer | None:
 
 
 def _adapted(result: fx.Node, parts: Sequence[tuple[fx.Node, fx.Node | None]]) -> _Layer | None:
-    """Return the layer of a node, of the values that adapters' outputs are added up to, and their rows."""
+    """Return a node's layer, the node that its adapters' outputs are added up at, and their rows."""
     nodes: list[fx.Node] = []
     terms: list[Any] = []
     linears: set[Any] = set() if parts else {result}
@@ -115,7 +115,7 @@ def _adapted(result: fx.Node, parts: Sequence[tuple[fx.Node, fx.Node | None]]) -
 
 
 def _product(linear: Any) -> tuple[fx.Node, Any, Any] | None:
-    """Return the input, the weight and the bias of a layer's own node; None of another node."""
+    """Return the input, weight and bias of a layer's own call; None for any other node."""
     target = getattr(linear, "target", None)
     if target is _LINEAR:
         x, weight, bias = (*linear.args, None)[:3]
@@ -141,7 +141,7 @@ def _joins(layer: _Layer, first: _Layer, places: Mapping[fx.Node, int], writes: 
 
 
 def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
-    """Compute layers by one node."""
+    """Replace layers by one node."""
     first = layers[0]
     place = first.nodes[-1] if len(layers) == 1 else first.nodes[0]
     terms = [(index, *term) for index, layer in enumerate(layers) for term in layer.terms]
@@ -165,7 +165,7 @@ def _replace(graph: fx.Graph, layers: Sequence[_Layer]) -> None:
 
 
 def _read(operands: Any) -> list[fx.Node]:
-    """Return the nodes in nested operands."""
+    """Yield the nodes in nested operands."""
     nodes: list[fx.Node] = []
     fx.map_arg(operands, nodes.append)
     return nodes
@@ -186,14 +186,14 @@ def adapted_linears(
 
     Args:
         x: The layers' input, `[..., in]`.
-        dropped: The input of their adapters, after dropout; None where it is `x`.
+        dropped: Their adapters' input, after dropout; None if it is `x`.
         weights: The layers' weights, `[out, in]`, or what unpacks them.
         biases: Their biases, `[out]`, or None.
-        adapted: The place of the layer of each adapter.
+        adapted: For each adapter, the index of its layer.
         As: The first factors, as for `project`.
         Bs: The second factors, as for `accumulate`.
         scales: Factors of the updates.
-        rows: The rows of the first axis that each adapter is for; None for all.
+        rows: For each adapter, its rows of the first axis; None for all.
     """
     from gralora_fx.core.adapters.adapted_linears import AdaptedLinears, compute_layers
 
@@ -206,7 +206,7 @@ def adapted_linears(
 
 
 def _is_plain(*operands: Any) -> bool:
-    """Return whether operands are computed with as they are: by no compiler, transform or mode, in one dtype."""
+    """Return whether operands are plain tensors of one dtype, outside compilers, transforms and modes."""
     tensors = [operand for operand in operands if isinstance(operand, Tensor)]
     return (
         all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == tensors[0].dtype for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The tensors that merged weights were computed from: while these are unchanged, the merged weights are up to date."""
+"""The tensors that merged weights were computed from; while they are unchanged, the merged weights are valid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gralora_fx.core.adapters.base import Base
 
 
 class Source(NamedTuple):
-    """A tensor that a merged weight was computed from or is stored beside, as it was then."""
+    """A tensor that a merged weight was computed from or is stored beside, as it was at the merge."""
 
     table: Mapping[str, Tensor | None]
     key: str
@@ -21,13 +21,13 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, key: str, *, with_values: bool = True) -> Source:
-        """Record a module's parameter as it is now, with the version of its values or only its identity."""
+        """Record a module's parameter with its address and version, or its identity only."""
         tensor = module._parameters[key]
         return cls(module._parameters, key, tensor, _values(tensor) if with_values else None)
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether it is the same tensor with the same values as when recorded."""
+        """Whether the tensor and its recorded values are unchanged."""
         tensor = self.table.get(self.key)
         return tensor is self.tensor and (self.values is None or self.values == _values(tensor))
 
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 def sources_of(
     weights: Mapping[str, nn.Parameter], merged: Collection[ModelAdapter], graph_module: fx.GraphModule, base: Base
 ) -> list[Source]:
-    """Return what merged weights, by site path, were computed from, and those of the modules copied to hold them."""
+    """Return the sources of merged weights, by site path, and of the modules copied to hold them."""
     sources = []
     modules = base.modules
     for site in base.traced.adaptable:
@@ -56,7 +56,7 @@ def sources_of(
 
 
 def _tensor_sources(module: nn.Module, key: str) -> list[Source]:
-    """The parameters behind an attribute of a module: the parameter itself, or its parametrization's."""
+    """Return the parameters behind an attribute of a module: itself, or the originals of its parametrization."""
     if key in module._parameters:
         return [Source.of(module, key)]
     behind = module.get_submodule(f"parametrizations.{key}")
@@ -71,5 +71,5 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _values(tensor: Tensor | None) -> tuple[int, int] | None:
-    """A tensor's address and version counter; the version of an inference tensor counts as 0."""
+    """Return a tensor's address and version counter; inference tensors have version 0."""
     return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)

@@ -1,4 +1,4 @@
-"""An adapter's copies of modules' parameters (`modules_to_save`, `bias`), in the place of the base's own in a graph."""
+"""An adapter's copies of modules' parameters (`modules_to_save`, `bias`) replace the base's own in a graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gralora_fx.errors import RewriteError
 @contract(ends={OWN_WEIGHTS})
 @dataclass(frozen=True)
 class RedirectParameters:
-    """Redirect the uses of modules' parameters inside those modules to an adapter's copies.
+    """Redirect reads of modules' parameters inside those modules to an adapter's copies.
 
     Before: `w = self.classifier.weight; y = linear(x, w)`
     After:  `w = self.gralora.default.classifier.weight; y = linear(x, w)`
@@ -41,8 +41,8 @@ class RedirectParameters:
     Attributes:
         tree: The modules of the source model.
         adapter: Name of the adapter.
-        names: Attribute paths of the copies in the graph module, by module path, then by the full name of the base's
-            parameter.
+        names: Attribute paths of the copies in the graph module, by module path, then by the base parameter's full
+            name.
     """
 
     tree: ModuleTree
@@ -50,7 +50,7 @@ class RedirectParameters:
     names: Mapping[str, Mapping[str, str]]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Redirect them."""
+        """Redirect the reads."""
         bases: dict[int, dict[str, str]] = {}  # by the id of a parameter: its full name, by module
         for module, names in self.names.items():
             for name in names:
@@ -73,7 +73,7 @@ class RedirectParameters:
         return PassResult(sum(changed.values()))
 
     def _redirect(self, node: fx.Node, module: str, base: str) -> bool:
-        """Redirect the users of a parameter's node that are inside a module; whether there are any."""
+        """Redirect the users of a parameter's node that are inside a module; return whether there are any."""
         is_tied = is_tied_outside(self.tree.parameters[base], module, self.tree)
         inside = [user for user in node.users if not is_tied or is_inside(user, module, self.tree)]
         if not inside:
@@ -99,7 +99,7 @@ def redirection(adapter: ModelAdapter, tree: ModuleTree) -> RedirectParameters:
 def settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
     """Replace the base's parameters by an adapter's copies, under the base's names.
 
-    A parameter that other modules read too (a tied head) stays for them; the module gets the copy beside it.
+    A parameter that other modules read too (a tied head) is kept for them; the module gets the copy under a new name.
     """
     graph_module = fx.GraphModule(merged.graph_module, copy_graph(merged.graph_module), "MergedGraph")
     settled: dict[str, nn.Parameter] = {}
@@ -123,12 +123,12 @@ def settle_copies(merged: TracedModel, adapter: ModelAdapter) -> TracedModel:
 
 
 def is_tied_outside(parameter: Any, module: str, tree: ModuleTree) -> bool:
-    """Return whether a parameter of a module is held by one outside of it too, as a tied head is."""
+    """Return whether a module's parameter is also held outside the module, as a tied head is."""
     holders = (tree.canonical(name.rpartition(".")[0]) for name in tree.names_of(parameter))
     return not all(is_within(holder, module) for holder in holders)
 
 
 def is_inside(node: fx.Node, module: str, tree: ModuleTree) -> bool:
-    """Return whether a node is of a module's own forward."""
+    """Return whether a node belongs to a module's own forward."""
     paths = [tree.canonical(path) for path, _ in module_stack(node)]
     return any(is_within(path, module) for path in paths)

@@ -1,4 +1,4 @@
-"""Other weights for the sites of a graph, untied first from what else reads them."""
+"""New weights for the sites of a graph, after untying them from other readers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEY = "separated"
 @contract(needs={OWN_WEIGHTS}, leaves={_UNTIED})
 @dataclass(frozen=True)
 class UntieWeights:
-    """Let the calls of sites read attributes of their own, which hold the same parameters.
+    """Make the calls of sites read attributes of their own, which hold the same parameters.
 
     Before: `w = self.head.weight; e = embedding(w, ids); y = linear(x, w)`
     After:  `w = self.head.weight; w_1 = self.embed.weight; e = embedding(w_1, ids); y = linear(x, w)`
@@ -36,7 +36,7 @@ class UntieWeights:
     sites: tuple[LinearSite, ...]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Untie them."""
+        """Untie the sites."""
         by_name = {node.name: node for node in graph.nodes}
         layers = [site for site in self.sites if not isinstance(site, ParameterSite)]  # no other is tied
         return PassResult(sum(_untie(module_of(graph), site, by_name) for site in layers))
@@ -45,20 +45,20 @@ class UntieWeights:
 @contract(needs={OWN_WEIGHTS, _UNTIED})
 @dataclass(frozen=True)
 class SetWeights:
-    """Replace the weights that the calls of sites read; no node changes.
+    """Replace the weights that the calls of sites read, without changing nodes.
 
-    Whatever else reads the same attribute gets the new weight too: see `UntieWeights`.
+    Other readers of the same attribute get the new weight too: see `UntieWeights`.
 
     Attributes:
         sites: Sites of the graph.
-        weights: New weights by site path, for some of them.
+        weights: New weights by site path, for some of the sites.
     """
 
     sites: tuple[LinearSite, ...]
     weights: Mapping[str, nn.Parameter]
 
     def __call__(self, graph: fx.Graph) -> PassResult[fx.Graph]:
-        """Replace them."""
+        """Replace the weights."""
         by_name = {node.name: node for node in graph.nodes}
         parameters: dict[str, nn.Parameter] = {}
         for site in self.sites:
@@ -73,17 +73,17 @@ class SetWeights:
 
 
 def separated_path(site: LinearSite) -> str:
-    """The attribute that an untied layer reads if its weight has no other name."""
+    """Return the attribute path for an untied layer whose weight has no other name."""
     return f"{_KEY}.{site.path or 'root'}.weight"
 
 
 def is_separated(graph_module: fx.GraphModule, site: LinearSite) -> bool:
-    """Whether a layer was untied in such a way."""
+    """Return whether a layer was untied to `separated_path`."""
     return _has(graph_module, separated_path(site))
 
 
 def _untie(graph_module: fx.GraphModule, site: LinearSite, by_name: Mapping[str, fx.Node]) -> bool:
-    """Untie one site; whether that changed anything."""
+    """Untie one site; return whether anything changed."""
     site_calls = [call for name in site.calls for call in calls_at(by_name[name], site.path)]
     calls, targets = {call.node for call in site_calls}, {str(call.weight.target) for call in site_calls}
     sources = [node for node in graph_module.graph.find_nodes(op="get_attr") if str(node.target) in targets]
@@ -120,7 +120,7 @@ def _split_readers(
 
 
 def _redirect(graph_module: fx.GraphModule, site: LinearSite, users: dict[fx.Node, fx.Node], path: str) -> None:
-    """Redirect users of a weight's nodes to the same parameter at another path."""
+    """Redirect users of a weight's nodes to another path of the same parameter."""
     if not _has(graph_module, path):
         replace_parameters(graph_module, {path: site.weight})
     new_nodes: dict[fx.Node, fx.Node] = {}

@@ -1,9 +1,9 @@
-"""PEFT's keys of adapters of parameters, which say in which order a module's parameters are wrapped, not their names.
+"""PEFT's keys for adapters of parameters, which tell the order of a module's parameters instead of their names.
 
-PEFT wraps a module once for each parameter of it that is adapted, in the order of the module's own definition. So the
-last one has the key of the module, `moe.lora_A.weight`, and each one before it a `base_layer` more:
-`moe.base_layer.lora_A.weight`. Of a method in which PEFT has no adapters of parameters (GraLoRA), the key has
-the parameter's name: `moe.down_proj.gralora_A`.
+PEFT wraps a module once for each adapted parameter, in the order in which the module defines them. The last one has the
+module's key, `moe.lora_A.weight`, and each one before it has one more `base_layer`: `moe.base_layer.lora_A.weight`. For
+a method whose adapters of parameters PEFT does not have (GraLoRA), the key has the parameter's name:
+`moe.down_proj.gralora_A`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WRAPPED = ".base_layer"
 
 
 def parameter_keys(names: Iterable[str], *, nests: bool) -> dict[str, str]:
-    """What the keys of adapters of parameters begin with, by the parameters' names."""
+    """Return the key prefixes for adapters of parameters, by parameter name."""
     if not nests:
         return {name: name for name in names}
     by_module: dict[str, list[str]] = {}
@@ -32,17 +32,17 @@ def parameter_keys(names: Iterable[str], *, nests: bool) -> dict[str, str]:
 
 
 def names_parameter(config: AdapterConfig, path: str) -> bool:
-    """Whether `target_parameters` names a parameter, or the weight of a layer, at a path."""
+    """Return whether `target_parameters` names the parameter, or the weight of the layer, at a path."""
     return any(is_named(path, name) for name in config.target_parameters or ())
 
 
 def is_named(path: str, name: str) -> bool:
-    """Whether a name of `target_parameters` is that of a parameter at a path, or of the weight of a layer there."""
+    """Return whether a name of `target_parameters` fits the parameter at a path, or the weight of a layer there."""
     return ends_with(path, name) or ends_with(f"{path}{WEIGHT_END}", name)
 
 
 def parameters_in(paths: Iterable[str], config: AdapterConfig) -> dict[str, list[str]]:
-    """The paths in keys that may be of adapters of parameters, the outermost wrapper of a module last, by module."""
+    """Return the paths in keys that may be of adapters of parameters, by module, outermost wrapper last."""
     rule = rule_of(config, None)
     modules: dict[str, list[str]] = {}
     for path in paths:
@@ -57,7 +57,7 @@ def parameters_in(paths: Iterable[str], config: AdapterConfig) -> dict[str, list
 def names_of_parameters(
     modules: Mapping[str, Sequence[str]], config: AdapterConfig, order: Sequence[str] | None
 ) -> dict[str, str | None]:
-    """The names of parameters by their paths in keys; None for those whose order is not known."""
+    """Return parameter names by the paths in their keys; None where the order of parameters is not known."""
     names: dict[str, str | None] = {}
     for module, paths in modules.items():
         if order is None:
@@ -70,6 +70,6 @@ def names_of_parameters(
 
 
 def _leaves(module: str, config: AdapterConfig) -> list[str]:
-    """Names that `target_parameters` may mean in a module, without the module's path."""
+    """Return the names, without the module's path, that `target_parameters` may mean in a module."""
     split = [name.rpartition(".") for name in config.target_parameters or ()]
     return list(dict.fromkeys(leaf for owner, _, leaf in split if not owner or ends_with(module, owner)))

@@ -1,4 +1,4 @@
-"""A base whose tensors or graph were replaced: its trace is made anew over what the module tree has now.
+"""Rebuilds a base's trace over the module tree after its tensors or its graph were replaced.
 
 PyTorch replaces parameters in a module tree: `load_state_dict(assign=True)`, `.to()`, `setattr`, sharding. A trace gets
 another graph when it is converted.
@@ -17,7 +17,7 @@ from gralora_fx.errors import RewriteError
 
 
 def follow(base: Base) -> None:
-    """Take the new graph of a trace that was converted; rebuild the trace if the tree has other tensors."""
+    """Take over the graph of a converted trace, and rebuild the trace if the tree has other tensors."""
     if not base.has_graph:
         base.seen_graph = base.traced.graph_module
         _take_constants(base)
@@ -39,7 +39,7 @@ def follow(base: Base) -> None:
 
 
 def _take_constants(base: Base) -> None:
-    """Take from the trace whatever its graph reads but parameters: constants, branches, converted buffers."""
+    """Take from the trace everything but parameters that its graph reads: constants, branches, converted buffers."""
     graph_module = base.seen_graph
     for path in dict.fromkeys(str(n.target) for n in graph_module.graph.nodes if n.op in ("get_attr", "call_module")):
         owner, _, name = path.rpartition(".")
@@ -53,7 +53,7 @@ def _take_constants(base: Base) -> None:
 
 
 def _parameters_now(base: Base) -> Mapping[str, nn.Parameter]:
-    """The tree's current parameters by name; tied ones stay tied if they share all of their memory."""
+    """Return the tree's current parameters by name; tied ones stay tied if they share all of their memory."""
     first: dict[int, nn.Parameter] = {}
     now: dict[str, nn.Parameter] = {}
     for slot in base.slots:
@@ -76,7 +76,7 @@ def _parameters_now(base: Base) -> Mapping[str, nn.Parameter]:
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same view of the same memory, as a tied weight after `assign=True`."""
+    """Return whether two tensors are the same view of the same memory, as tied weights are after `assign=True`."""
     return (
         not one.is_meta
         and one.device == other.device

@@ -1,4 +1,4 @@
-"""Forms in which a graph runs: without its cache, up to the head, over rows that hold several texts."""
+"""Variants of a graph: without its cache, ending before the head, over rows that hold several texts."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _PACKED = f"rows that hold several texts (packing, padding_free) need {option(ta
 
 
 class RunForm(NamedTuple):
-    """What a run of a graph returns, and what it is given; the default is the graph as it is.
+    """A variant of a graph: its outputs and extra inputs; the default is the graph itself.
 
     Attributes:
-        keeps_cache: Whether the cache is among the outputs. Without, no keys and values are kept for it.
-        ends_at: The layer before which the run ends, whose input is then the output; None for none.
-        is_packed: Whether the mask has the number of each token's text, to which attention keeps.
-        takes_starts: Whether it is given from which column on adapters act that act on some tokens.
+        keeps_cache: Whether the cache is among the outputs; otherwise no keys and values are kept for it.
+        ends_at: The layer before which the graph ends, returning that layer's input; None to run all of it.
+        is_packed: Whether the mask numbers the text of each token, and attention stays within a text.
+        takes_starts: Whether an input gives the column from which adapters act that act on some tokens.
     """
 
     keeps_cache: bool = True
@@ -50,14 +50,14 @@ class RunForm(NamedTuple):
 
 
 def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
-    """Check that the language model's head is the base's own layer, for a loss that is computed with its weight.
+    """Check that the language model's head is the base's own layer, for a loss computed with its weight.
 
     Args:
         traced: The base's trace.
         acting: The active adapters.
 
     Returns:
-        Its path.
+        The head's path.
     """
     head = traced.tree.output_embedding
     if head is None:
@@ -74,13 +74,13 @@ def check_head(traced: TracedModel, acting: Iterable[ModelAdapter]) -> str:
 def form_of(
     traced: TracedModel, inputs: dict[str, Any], *, keeps_cache: bool, ends_at: str | None = None
 ) -> RunForm | None:
-    """Return the form of the graph that a call needs, and take from the inputs what says so; None for the graph itself.
+    """Return the graph variant that a call needs, or None for the graph itself; remove the inputs that choose it.
 
     Args:
         traced: The traced model.
-        inputs: The call's inputs by name; the mask of rows that hold several texts is added.
+        inputs: The call's inputs by name; for rows that hold several texts, their mask is added.
         keeps_cache: Whether the cache is returned unless `use_cache` says otherwise.
-        ends_at: The layer before which the run ends.
+        ends_at: The layer before which the graph ends.
     """
     if PAST not in traced.input_names:
         _check_not_packed(inputs)
@@ -95,7 +95,7 @@ def form_of(
 
 
 def _check_not_packed(inputs: Mapping[str, Any]) -> None:
-    """Check that no input says where the texts of a row begin, which a graph without a cache does not keep apart."""
+    """Raise if an input marks several texts in a row, which a graph without a cache cannot keep apart."""
     if given := sorted(PACKING.intersection(inputs)):
         raise RewriteError(
             f"packed rows ({', '.join(given)}) hold several texts, which the attention of this graph does not keep "
@@ -105,9 +105,9 @@ def _check_not_packed(inputs: Mapping[str, Any]) -> None:
 
 
 def _number_texts(inputs: dict[str, Any], *, returns_cache: bool) -> bool:
-    """Give rows that hold several texts a mask with the number of each token's text; whether they do.
+    """Add a mask that numbers each token's text if rows hold several; return whether they do.
 
-    Texts are told apart by positions where there is no mask and no cache is made, as transformers' models do.
+    Without a mask and a cache, positions tell texts apart, as in transformers' models.
     """
     given = [inputs.pop(name) for name in PACKING if name in inputs]
     positions = inputs.get("position_ids")
@@ -125,7 +125,7 @@ def _number_texts(inputs: dict[str, Any], *, returns_cache: bool) -> bool:
 
 
 def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> CountedGraph:
-    """Return a flat graph in another form, over the same tensors."""
+    """Return a variant of a flat graph, over the same tensors."""
     graph = copy_graph(flat)
     if form.takes_starts:
         from gralora_fx.core.adapters.acting_tokens import take_starts
@@ -145,7 +145,7 @@ def in_form(flat: fx.GraphModule, form: RunForm, traced: TracedModel) -> Counted
 
 
 def texts_of(positions: Tensor) -> Tensor:
-    """Number the texts of rows by positions that start again, from 1 on, as transformers tells them apart.
+    """Number the texts in each row from 1 on: a text starts where positions do not continue, as in transformers.
 
     Args:
         positions: `[batch, length]`.
@@ -154,7 +154,7 @@ def texts_of(positions: Tensor) -> Tensor:
 
 
 def _keep_texts_apart(graph: fx.Graph, traced: TracedModel) -> None:
-    """Let tokens attend to those of their own text alone.
+    """Restrict attention to tokens of the same text.
 
     Before: `y = attention(query, key, value, mask)`
     After:  `m = documents(mask, length, window); y = attention(query, key, value, m)`, `m` once for all layers
@@ -183,7 +183,7 @@ def _keep_texts_apart(graph: fx.Graph, traced: TracedModel) -> None:
 
 
 def _input_of(graph: fx.Graph, path: str, traced: TracedModel) -> fx.Node:
-    """The input of a layer that a graph calls once."""
+    """Return the input node of a layer that the graph calls once."""
     calls = {call for site in traced.sites if site.path == path for call in site.calls}
     nodes = [node for node in graph.nodes if node.name in calls]
     if len(nodes) != 1 or not isinstance(nodes[0].args[0], fx.Node):
@@ -192,13 +192,13 @@ def _input_of(graph: fx.Graph, path: str, traced: TracedModel) -> fx.Node:
 
 
 def _without_cache(graph: fx.Graph) -> Any:
-    """The outputs of a graph as the model returns them, of nodes, without the cache."""
+    """Return the graph's output nodes in the model's output class, without the cache."""
     outputs = tree_unflatten(tree_leaves(graph.output_node().args[0]), tree_info(graph).out_spec)
     return type(outputs)(**{name: value for name, value in outputs.items() if not isinstance(value, Cache)})
 
 
 def _return_only(graph: fx.Graph, outputs: Any) -> None:
-    """Let a graph return other outputs, and drop what only computed the earlier ones."""
+    """Replace a graph's outputs, and erase nodes that only computed the old ones."""
     leaves, spec = tree_flatten(outputs)
     output = graph.output_node()
     earlier = tree_leaves(output.args[0])

@@ -1,4 +1,4 @@
-"""An adapter as it is saved: its configuration, and the bytes of its `adapter_model.safetensors` with their digest."""
+"""An adapter as saved: its configuration, and the bytes and digest of its `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SIZES = "gralora_config"  # in the metadata of the safetensors file, which PEFT 
 
 
 def file_metadata(config: AdapterConfig) -> dict[str, str]:
-    """The metadata of a safetensors file of an adapter's tensors."""
+    """Return the metadata of an adapter's safetensors file."""
     return {"format": "pt", SIZES: json.dumps(config.sizes, sort_keys=True)}
 
 
 def sorted_metadata(header: bytes) -> bytes:
-    """A safetensors header with sorted metadata, whose order safetensors does not keep."""
+    """Return a safetensors header with its metadata sorted, since safetensors writes them in no fixed order."""
     fields = json.loads(header)
     fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
@@ -37,7 +37,7 @@ def sorted_metadata(header: bytes) -> bytes:
 
 
 def tensors_digest(tensors: Mapping[str, Array], config: AdapterConfig) -> str:
-    """SHA-256 of the `adapter_model.safetensors` of an adapter's tensors and saved configuration."""
+    """Return the SHA-256 of `adapter_model.safetensors` for an adapter's tensors and saved configuration."""
     content = memoryview(save(sorted_arrays(tensors), metadata=file_metadata(config)))
     end = 8 + int.from_bytes(content[:8], "little")
     digest = hashlib.sha256(content[:8])
@@ -47,12 +47,12 @@ def tensors_digest(tensors: Mapping[str, Array], config: AdapterConfig) -> str:
 
 
 def sorted_arrays(tensors: Mapping[str, Array]) -> dict[str, NDArray[Any]]:
-    """Tensors as contiguous numpy arrays, sorted by key."""
+    """Return tensors as contiguous numpy arrays, sorted by key."""
     return {key: np.require(to_numpy(tensor), requirements="C") for key, tensor in sorted(tensors.items())}
 
 
 def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
-    """An adapter's configuration as saved, with its shorthands expanded."""
+    """Return an adapter's configuration as saved, with its shorthands expanded."""
     config = adapter.config
     source = config.base_model_name_or_path or traced.tokenizer_source
     changes: dict[str, object] = {
@@ -71,10 +71,10 @@ def saved_config(adapter: ModelAdapter, traced: TracedModel) -> AdapterConfig:
 
 
 def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object]:
-    """The fields that select layers, so that by PEFT's rules over paths alone they select the adapted ones.
+    """Return the fields that select layers, such that PEFT's rules over paths select exactly the adapted ones.
 
-    Names and layers that are not in the model are left out. Where the rules select a layer that has no adapter, since
-    none can take effect there, or not one that has, since its weight was named, all are named.
+    Names and indices that the model does not have are left out. If the rules select a layer without adapter (where none
+    can take effect), or miss an adapted one (whose weight was named), every adapted layer is listed.
     """
     config = adapter.config
     rule = resolve_targets(config, traced.tree, getattr(traced.config, "model_type", None))
@@ -91,10 +91,10 @@ def _own_targets(adapter: ModelAdapter, traced: TracedModel) -> dict[str, object
 
 
 def _adapted_modules(adapter: ModelAdapter) -> list[str]:
-    """Paths of the sites that `target_modules` selects."""
+    """Return the paths of the sites that `target_modules` selects."""
     return [planned.site.path for planned in adapter.plan.selected if planned.parameter is None]
 
 
 def _within_saved(paths: Iterable[str], adapter: ModelAdapter) -> set[str]:
-    """Layers of modules that train as a whole, which PEFT's bare `endswith` takes and its targets do not leave out."""
+    """Return layers inside fully trained modules, which PEFT's bare `endswith` selects too."""
     return {path for path in paths if trains_whole_at(path, adapter.config.saved_module_names)}

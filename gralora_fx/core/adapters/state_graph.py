@@ -32,18 +32,18 @@ _MOST = 32  # graphs that are kept; each has its own nodes and code, over shared
 
 @dataclass(frozen=True)
 class GraphState:
-    """A state of a rewritten graph.
+    """The state of a rewritten graph.
 
     Attributes:
         active: Names of the adapters whose outputs are added, merged ones included.
-        merged: Names of those that are folded into `weights`.
+        merged: Names of the adapters folded into `weights`.
         weights: The folded weights by site path.
-        unties: Whether tied weights were untied for that.
+        unties: Whether tied weights were untied for folding.
         passes: The user's passes, which run over every graph.
-        training: The mode.
+        training: Whether the graph is in training mode.
         drops: Whether training has the dropout of the model and of its adapters.
         checkpointing: Which blocks are recomputed in the backward pass of training; None for none.
-        by_row: Names of adapters each of which acts on the rows that a call gives it.
+        by_row: Names of adapters that act only on the rows that a call gives them.
     """
 
     active: tuple[str, ...] = ()
@@ -58,26 +58,26 @@ class GraphState:
 
     @property
     def identity(self) -> Hashable:
-        """What tells it from other states, the mode apart: the names, and which weights and passes these are."""
+        """A key that tells the state from others, apart from the mode: names, and ids of weights and passes."""
         weights_and_passes = (*map(id, self.weights.values()), *map(id, self.passes))
         return (self.active, self.merged, self.by_row, self.drops, self.checkpointing, *weights_and_passes)
 
     @property
     def is_repeatable(self) -> bool:
-        """Whether its graph is the same whenever it is built: nothing is merged, and no pass of the user runs."""
+        """Whether rebuilding its graph gives the same: nothing is merged, and no user pass runs."""
         return not self.merged and not self.passes
 
 
 class StateGraph:
-    """A state and its graph, which no later switch changes for a thread that runs it.
+    """A state and its graph; a later switch does not change it for a thread that runs it.
 
-    The flat graph is what passes, pictures and users read and edit; what runs calls its blocks as modules.
+    Passes, pictures and users read and edit the flat graph; the module that runs calls its blocks as submodules.
 
     Attributes:
         state: The state.
         flat: The flat graph, over tensors of the parameter tree and the merged weights.
-        casts: The dtypes of adapters and layers for which it was built.
-        is_lent: Whether someone else may hold the merged weights (a caller that was given the graph, autograd, a
+        casts: The dtypes of adapters and layers that it was built for.
+        is_lent: Whether something else may hold the merged weights (a caller that was given the graph, autograd, a
             compiled program), so that their memory must not be written again.
     """
 
@@ -103,7 +103,7 @@ class StateGraph:
 
     @property
     def running(self) -> fx.GraphModule:
-        """The module that runs: the graph, which calls its blocks; made anew once someone has edited the graph."""
+        """The graph module that runs, which calls its blocks as submodules; rebuilt after an edit of the flat graph."""
         edits = self.flat.edits
         if edits != self._running_edits:
             if torch.compiler.is_compiling():
@@ -112,7 +112,7 @@ class StateGraph:
         return self._running
 
     def running_as(self, form: RunForm) -> fx.GraphModule:
-        """The module that runs in another form; each is made once, and anew after an edit."""
+        """Return the graph module of a variant; it is built once, and rebuilt after an edit."""
         self._make_form(*form)
         edits, made = self._forms[form]
         assert edits == self.flat.edits  # a compiled program is compiled again after an edit
@@ -154,7 +154,7 @@ class StateGraph:
             ) from error
 
     def _training_passes(self) -> tuple[Pass[fx.Graph], ...]:
-        """The passes over what runs in training: they make what autograd need not take apart."""
+        """Return the passes for training graphs, which replace subgraphs by nodes with gradients of their own."""
         adapted = self._base.packed or self.flat.module.graph.find_nodes(op="call_function", target=accumulate)
         if not (self.state.training and adapted):
             return ()
@@ -163,13 +163,13 @@ class StateGraph:
         return (join_adapted_linears,)
 
     def show_adapters(self) -> None:
-        """Update the graph's adapters to those of the tree."""
+        """Point the graph's adapter tensors to those of the tree."""
         share_adapters(self.flat.module, self._base.tree)
         share_adapters(self._running, self._base.tree)
         self._forms = {}
 
     def with_state(self, state: GraphState, flat: CountedGraph | None = None) -> StateGraph:
-        """The same adapters in another mode, with its graph over the same tensors, or with other checkpoints."""
+        """Return the same adapters in another mode, over the same tensors, or with other checkpointing."""
         shared = self.flat if flat in (None, self.flat.module) else FlatGraph(flat)
         other = StateGraph(state, shared, self._base, self.casts, self._sources)
         other._was_edited = self.is_edited
@@ -183,11 +183,11 @@ class StateGraph:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the merged weights are up to date with the tensors they were computed from."""
+        """Whether the tensors that the merged weights were computed from are unchanged."""
         return all(source.is_unchanged for source in self._sources)
 
     def check_fresh(self) -> None:
-        """Check that the tensors behind the merged weights have not changed."""
+        """Raise if tensors that the merged weights were computed from have changed."""
         if not self.is_fresh:
             changed = next(source.key for source in self._sources if not source.is_unchanged)
             raise MergeError(
@@ -197,9 +197,9 @@ class StateGraph:
 
 
 class GraphCache:
-    """Graphs by state, the least recently used ones dropped.
+    """An LRU cache of graphs by state.
 
-    A graph with merged weights has memory of its own, and one with a user's pass may come out otherwise the next time.
+    A graph with merged weights has memory of its own, and rebuilding one with a user's pass may give another graph.
     Such a graph is kept only for its other mode, and for the end of a block in which adapters are disabled.
     """
 
@@ -208,14 +208,14 @@ class GraphCache:
         self._graphs: OrderedDict[Hashable, StateGraph] = OrderedDict()
 
     def get(self, state: GraphState) -> StateGraph | None:
-        """The graph of a state, whether or not it is still valid; None if it is not kept."""
+        """Return the graph of a state, valid or not; None if it is not cached."""
         key = (state.identity, state.training)
         if (graph := self._graphs.get(key)) is not None:
             self._graphs.move_to_end(key)
         return graph
 
     def put(self, graph: StateGraph, suspended: GraphState | None) -> None:
-        """Keep the graph that runs now, and drop what is no longer of use."""
+        """Cache the graph that runs now, and drop those that are no longer of use."""
         state = graph.state
         self._graphs[state.identity, state.training] = graph
         self._graphs.move_to_end((state.identity, state.training))
@@ -227,12 +227,12 @@ class GraphCache:
             self._graphs.popitem(last=False)
 
     def clear(self) -> None:
-        """Drop every graph, after something changed that all of them were built from."""
+        """Drop every graph, after a change to something that all were built from."""
         self._graphs.clear()
 
 
 def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter]) -> StateGraph:
-    """Build the graph of a state: a copy of the base's with its weights, adapters and passes applied."""
+    """Build the graph of a state: the passes for weights, adapters and the user's own run over a copy of the base's."""
     traced = base.traced
     graph_module = overlay(base.tree, copy_graph(traced.graph_module), state.training)
     graph, modes = graph_module.graph, AnnotateModes(known={node.name for node in traced.graph_module.graph.nodes})
@@ -257,7 +257,7 @@ def build_graph(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapt
 
 
 def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter]) -> Iterator[Pass[fx.Graph]]:
-    """The passes that make the graph of a state from the base's, in order."""
+    """Yield the passes that turn the base's graph into that of a state, in order."""
     traced = base.traced
     replaced = tuple(site for site in traced.adaptable if site.path in state.weights)
     yield UntieWeights(replaced)  # else others that read a tied weight would get the folded one
@@ -280,7 +280,7 @@ def _passes(state: GraphState, base: Base, adapters: Mapping[str, ModelAdapter])
 
 
 def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:
-    """Adopt what a pass registered in the graph module, so that it trains and is saved with the model."""
+    """Register in the tree what a pass added to the graph module, so that it trains and is saved with the model."""
     for table in ("_parameters", "_buffers", "_modules"):
         owned: dict[str, Any] = tree.__dict__[table]
         targets = {str(node.target).partition(".")[0] for node in graph_module.graph.nodes}
@@ -288,7 +288,7 @@ def _adopt(graph_module: fx.GraphModule, tree: nn.Module) -> None:
 
 
 def dtypes_of(state: GraphState, adapters: Mapping[str, ModelAdapter]) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
-    """The dtypes of adapters and layers, for which a graph is built."""
+    """Return the dtypes of adapters and layers that a graph is built for."""
     acting = [adapters[name] for name in (*state.active, *state.by_row) if name not in state.merged]
     sites = [(adapter.factors[p.site.path], p.site) for adapter in acting for p in adapter.plan.selected]
     return tuple((first_tensor(factors).dtype, site.weight.dtype) for factors, site in sites)

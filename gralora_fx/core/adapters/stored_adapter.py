@@ -1,4 +1,4 @@
-"""A saved adapter whose tensors stay in their file: its sites and copies by the file's header, each read by itself."""
+"""A saved adapter whose tensors stay in the file: its sites come from the header, tensors are read one by one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class StoredSite:
 
     Attributes:
         tensors: Each tensor, by its field in the method's named tuple.
-        features: Widths `in` and `out` of the layer.
+        features: The layer's widths, `in` and `out`.
         sizes: The adapter's sizes there.
         scale: Factor of its update.
-        stack: Number of matrices that its parameter holds; None for a single one.
-        key: What its keys begin with, which is not its name where PEFT's say the order of a module's parameters alone.
+        stack: Number of matrices in the parameter; None for a single one.
+        key: Prefix of its keys; not the site's name where PEFT's keys tell only the order of a module's parameters.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -53,14 +53,14 @@ class StoredAdapter:
     """A saved adapter, open for reading.
 
     Attributes:
-        directory: Where it is.
+        directory: Its directory.
         config: Its configuration.
         method: Its method.
-        sites: Its sites by module path, or by the name of a parameter, sorted.
+        sites: Its sites by module path or parameter name, sorted.
         copies: Trained parameters (`modules_to_save`, biases) by their names in the base.
         repeats: The base's own values that PEFT saves beside an adapter, by their names in the base.
         others: Every tensor that belongs to no site, by its key in the file.
-        unnamed: Tensors of parameters of which the file does not say the name, by the path in their keys and field.
+        unnamed: Tensors of parameters whose names the file does not tell, by the path in their keys and field.
     """
 
     directory: Path
@@ -74,7 +74,7 @@ class StoredAdapter:
 
     @property
     def parameters(self) -> list[str]:
-        """The names of the parameters that it is at and that are no layer's weight, as far as they are known."""
+        """Names of adapted parameters that are no layer's weight, as far as they are known."""
         return [path for path in self.sites if self.is_at_parameter(path)]
 
     @property
@@ -83,17 +83,17 @@ class StoredAdapter:
         return {path: site for path, site in self.sites.items() if not self.is_at_parameter(path)}
 
     def features_of(self, tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """Widths in and out of the matrices of a site, by its tensors."""
+        """Return the widths in and out of a site's matrices, from its tensors' shapes."""
         return _without_values(self.method, tensors).features
 
     def is_at_parameter(self, path: str) -> bool:
-        """Whether a site is a parameter that is no layer's weight, such as a stack of matrices."""
+        """Return whether a site is a parameter that is no layer's weight, such as a stack of matrices."""
         return self.sites[path].stack is not None or any(
             ends_with(path, n) for n in self.config.target_parameters or ()
         )
 
     def named(self, parameters: Sequence[str]) -> StoredAdapter:
-        """The same adapter with the names of all its parameters, as a base tells them."""
+        """Return the adapter with its parameters named, given the base's parameters."""
         if not self.unnamed:
             return self
         problems: list[str] = []
@@ -108,14 +108,14 @@ class StoredAdapter:
         return replace(self, sites=dict(sorted(sites.items())), unnamed={})
 
     def without(self, paths: Container[str]) -> StoredAdapter:
-        """The same adapter without what it has at some layers: their updates and their trained parameters."""
+        """Return the adapter without the updates and trained parameters of some layers."""
         sites = {path: site for path, site in self.sites.items() if path not in paths}
         copies = {name: tensor for name, tensor in self.copies.items() if name.rpartition(".")[0] not in paths}
         repeats = {name: tensor for name, tensor in self.repeats.items() if name.rpartition(".")[0] not in paths}
         return replace(self, sites=sites, copies=copies, repeats=repeats)
 
     def check_no_parameters(self, purpose: str, error: type[Exception]) -> None:
-        """Check that it is at linear layers only."""
+        """Raise if it adapts parameters other than the weights of linear layers."""
         if self.unnamed or self.parameters:  # keys of a file may say the module alone, the configuration names them
             names = self.parameters if not self.unnamed else self.config.target_parameters or list(self.unnamed)
             raise error(
@@ -126,7 +126,7 @@ class StoredAdapter:
             )
 
     def update(self, path: str) -> Update:
-        """The weight update at a site, read from the file: numpy arrays, or tensors for a method that needs them."""
+        """Read the weight update at a site, as numpy arrays, or as tensors for a method that needs them."""
         site = self.sites[path]
         arrays: dict[str, Any] = {field: tensor.array() for field, tensor in site.tensors.items()}
         if not self.method.RUNS_ON_NUMPY:
@@ -137,13 +137,13 @@ class StoredAdapter:
         return Update(factors, site.scale, site.stack)
 
     def check_layers(self, known: KnownLayers) -> None:
-        """Check that every layer of a model that the configuration selects has tensors, and no other layer."""
+        """Check that exactly the layers of a model that the configuration selects have tensors."""
         check_agreement(self.config, self.sites, self.directory, known, trained=modules_of(self.others))
 
 
 @contextmanager
 def open_adapter(directory: str | Path, *, revision: str | None = None) -> Iterator[StoredAdapter]:
-    """Open a saved adapter of whatever method; its base is not needed."""
+    """Open a saved adapter of any method; its base is not needed."""
     path, config, layout = read_files(directory, lambda layout: layout, revision=revision)
     method = method_of(config)
     problems = [
@@ -192,7 +192,7 @@ def _check(path: Path, problems: list[str]) -> None:
 
 
 def _check_kinds(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Check that no adapter is at an embedding or a convolution, of which PEFT's tensors have other names or shapes."""
+    """Raise if an adapter is at an embedding or a convolution, whose tensors in PEFT have other names or shapes."""
     kinds = {
         key.removeprefix(KEY_PREFIX).partition(".lora_")[0]: "an embedding" if embedding else "a convolution"
         for key, tensor in tensors.items()
@@ -209,7 +209,7 @@ def _check_kinds(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 def _by_site(
     tensors: Mapping[str, StoredTensor], method: AdapterMethod
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """A file's tensors by site and field, and those that belong to no site by key."""
+    """Return a file's tensors by site and field, and those that belong to no site by key."""
     sites: dict[str, dict[str, StoredTensor]] = {}
     others: dict[str, StoredTensor] = {}
     for key, tensor in tensors.items():
@@ -223,7 +223,7 @@ def _by_site(
 
 
 def _path_of(name: str, site: StoredSite) -> str:
-    """The path of a site: the name of a parameter, or the layer that owns it as its weight."""
+    """Return a site's path: a parameter's name, or the layer whose weight it is."""
     return name.removesuffix(".weight") if site.stack is None else name
 
 
@@ -236,7 +236,7 @@ def _site(
     *,
     key: str,
 ) -> StoredSite | None:
-    """A site with the sizes that the configuration says, if its tensors have them."""
+    """Return a site with the sizes of the configuration; None, with the problems noted, if its tensors do not fit."""
 
     def value_of(field: str) -> Any:
         pattern: Mapping[str, Any] = getattr(config, config.PATTERN_OF.get(field, ""), {})
@@ -264,7 +264,7 @@ def _site(
 def _stack(
     tensors: Mapping[str, StoredTensor], of_one: Mapping[str, tuple[int, ...]], method: AdapterMethod
 ) -> int | None:
-    """Return how many matrices a parameter's tensors are for; None where they are those of a single one."""
+    """Return the number of matrices that a parameter's tensors adapt; None for a single one."""
     name, shape = next(iter(of_one.items()))
     if not method.NESTS_PARAMETERS:
         return tensors[name].shape[0] if len(tensors[name].shape) > len(shape) else None
@@ -280,7 +280,7 @@ def _without_values(method: AdapterMethod, tensors: Mapping[str, StoredTensor]) 
 def _copies(
     others: Mapping[str, StoredTensor], config: AdapterConfig, sites: Iterable[str], problems: list[str]
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Trained copies of the base's parameters, and repeats of its values, by the base's names."""
+    """Return trained copies of base parameters, and repeats of the base's values, by the base's names."""
     copies: dict[str, StoredTensor] = {}
     repeats: dict[str, StoredTensor] = {}
     layers = set(sites)
